@@ -1,0 +1,151 @@
+"""The shape of every configuration group.
+
+Hydra composes YAML into these dataclasses; `OmegaConf.to_object` turns the result into plain objects once, at the
+border (`ds_llmpq.config`), and nothing inside the package sees an OmegaConf node. A field without a default must be given.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class ModelConfig:
+    """Where the checkpoint is: a local folder in Hugging Face format (config.json, safetensors, tokenizer).
+
+    `shape` describes a model without weights (Hugging Face config.json keys), enough to plan but not to run.
+    """
+
+    path: str | None = None
+    shape: dict[str, Any] | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass
+class DeviceTypeConfig:
+    """One kind of device. Rates are per device, in FLOP/s and bytes/s; `source` says where they come from."""
+
+    kind: str = "cuda"  # cuda | cpu
+    memory_bytes: int = 0  # usable by one process after the runtime context
+    memory_bandwidth_bytes_per_second: float = 0.0
+    # dense matrix rate by arithmetic type: float32, bfloat16, float16, int8; a missing type cannot be computed in
+    flops_per_second: dict[str, float] = field(default_factory=dict)
+    kernel_overhead_seconds: float = 0.0  # fixed cost of one decoder layer's launch
+    bits: list[int] = field(default_factory=lambda: [2, 3, 4, 8, 16])  # widths its kernels can run
+    compute_capability: str | None = None
+    source: str = "datasheet"
+
+
+@dataclass
+class DeviceConfig:
+    """One device of a host: `slot` is its index in the hostfile's slots (PCI order on GPUs)."""
+
+    type: str = ""
+    slot: int = 0
+    memory_bytes: int | None = None  # overrides the type's
+    threads: int | None = None  # CPU stages: threads given to the process
+
+
+@dataclass
+class HostConfig:
+    name: str = "localhost"
+    devices: list[DeviceConfig] = field(default_factory=list)
+
+
+@dataclass
+class LinkConfig:
+    latency_seconds: float = 0.0
+    bandwidth_bytes_per_second: float = 0.0
+
+
+@dataclass
+class LinkPairConfig:
+    """An exception for one ordered pair of devices, named `host:slot`."""
+
+    source: str = ""
+    target: str = ""
+    latency_seconds: float = 0.0
+    bandwidth_bytes_per_second: float = 0.0
+
+
+@dataclass
+class LinksConfig:
+    intra_host: LinkConfig = field(default_factory=LinkConfig)
+    inter_host: LinkConfig = field(default_factory=LinkConfig)
+    pairs: list[LinkPairConfig] = field(default_factory=list)
+    source: str = "datasheet"
+
+
+@dataclass
+class ClusterConfig:
+    name: str = ""
+    device_types: dict[str, DeviceTypeConfig] = field(default_factory=dict)
+    hosts: list[HostConfig] = field(default_factory=list)
+    links: LinksConfig = field(default_factory=LinksConfig)
+    # environment passed to every host, e.g. GLOO_SOCKET_IFNAME
+    env: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class WorkloadConfig:
+    """What the plan is made for: B sequences in flight, s prompt tokens, n generated tokens each."""
+
+    sequences: int = 32
+    prompt_tokens: int = 512
+    generated_tokens: int = 100
+
+
+@dataclass
+class QuantConfig:
+    """HQQ settings. `bits` are the widths the planner may choose from; 16 means unquantized in the compute type."""
+
+    bits: list[int] = field(default_factory=lambda: [3, 4, 8, 16])
+    group_size: int = 64
+    axis: int = 1  # groups run along the input dimension (1) or the output dimension (0)
+    optimize: bool = True  # HQQ's own fine-tuning of scale and zero
+
+
+@dataclass
+class MicroBatchesConfig:
+    """Candidate micro-batch sizes; null: powers of two up to the workload's sequences."""
+
+    prefill: list[int] | None = None
+    decode: list[int] | None = None
+
+
+@dataclass
+class PlannerConfig:
+    mode: str = "theta"  # theta | max_quality_loss | max_latency
+    theta: float = 1.0  # seconds per nat of predicted loss increase
+    max_quality_loss: float | None = None
+    max_latency_seconds: float | None = None
+    objective: str = "pipeline"  # pipeline | reference
+    solver: str = "auto"  # auto | gurobi | highs | search
+    time_limit_seconds: float = 30.0
+    gap: float = 0.01
+    seed: int = 0
+    device_order: str = "free"  # free | fixed
+    micro_batches: MicroBatchesConfig = field(default_factory=MicroBatchesConfig)
+    omega: str | None = None  # omega.json; null: a prior from published perplexities
+
+
+@dataclass
+class EngineConfig:
+    dtype: str = "auto"  # auto | float32 | bfloat16 | float16: arithmetic, KV cache and unquantized weights
+    timeout_seconds: float = 600.0  # a stage that hears nothing for so long gives up
+    master_port: int | None = None
+
+
+@dataclass
+class BatchConfig:
+    """Defaults for what a request leaves out, and limits on input rows."""
+
+    max_tokens: int = 128
+    temperature: float = 0.0  # greedy: offline batches want repeatable answers
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    ignore_eos: bool = False
+    max_row_bytes: int = 4 * 1024 * 1024
+    limit: int | None = None  # only the first so many requests
