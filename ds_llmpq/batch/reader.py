@@ -1,0 +1,152 @@
+"""Reading a batch file line by line: requests, error rows for what cannot be served, and the hash of what was read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ds_llmpq.batch.body import check_defaults, parse_row, row_custom_id, show
+from ds_llmpq.batch.request import Request, RequestError, RowError
+from ds_llmpq.errors import UserError
+from ds_llmpq.schema import BatchConfig
+
+MAX_NESTING = 32  # a valid row needs 6
+UTF8_BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class RequestFile:
+    """One batch file. `total` = requests + errors; `sha256` is of the bytes read (the whole file unless limited)."""
+
+    requests: list[Request]
+    errors: list[RowError]
+    total: int
+    sha256: str
+
+
+def read_requests(path: str | Path, defaults: BatchConfig) -> RequestFile:
+    """Read a batch file; `defaults` fill what a row leaves out, bound a row's size and may limit the rows read.
+
+    A bad row becomes a RowError. UserError: missing, unreadable or empty file, a repeated custom_id (results are
+    keyed by it), or defaults out of range.
+    """
+    check_defaults(defaults)
+    requests: list[Request] = []
+    errors: list[RowError] = []
+    seen: set[str] = set()
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            for index, (line, raw) in enumerate(_rows(file, defaults, digest)):
+                custom_id = None
+                try:
+                    row = _parse(raw, defaults.max_row_bytes)
+                    custom_id = row_custom_id(row)
+                    if custom_id in seen:
+                        raise _repeated(custom_id, line, requests, errors, path)
+                    seen.add(custom_id)
+                    requests.append(parse_row(row, index, line, defaults))
+                except RequestError as error:
+                    errors.append(error.row(line, custom_id))
+    except OSError as error:
+        raise UserError(f"cannot read input {path}: {error.strerror}; give a readable file as input=FILE.") from None
+    if not requests and not errors:
+        raise UserError(f"input {path} has no rows; give a batch file with one JSON object a line.")
+    return RequestFile(requests, errors, len(requests) + len(errors), digest.hexdigest())
+
+
+def _rows(file: BinaryIO, defaults: BatchConfig, digest: Any) -> Iterator[tuple[int, bytes | None]]:
+    """(line number, bytes) of every line that is not blank; None instead of the bytes if it is over the size limit."""
+    bound = defaults.max_row_bytes + 2  # the line end does not count
+    rows = 0
+    line = 0
+    while rows != defaults.limit:
+        raw: bytes | None = file.readline(bound)
+        if not raw:
+            return
+        line += 1
+        digest.update(raw)
+        if len(raw) == bound and not raw.endswith(b"\n"):
+            raw = None
+            _skip_line(file, digest)
+        elif line == 1:
+            raw = raw.removeprefix(UTF8_BOM)
+        if raw is None or raw.strip():
+            rows += 1
+            yield line, raw
+
+
+def _skip_line(file: BinaryIO, digest: Any) -> None:
+    while piece := file.readline(1 << 20):
+        digest.update(piece)
+        if piece.endswith(b"\n"):
+            return
+
+
+def _parse(raw: bytes | None, max_row_bytes: int) -> Any:
+    if raw is None or len(raw.rstrip(b"\r\n")) > max_row_bytes:
+        raise RequestError(
+            "row_too_large", f"the row is longer than {max_row_bytes} bytes; shorten it or raise batch.max_row_bytes."
+        )
+    try:
+        row = _DECODER.decode(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise RequestError("invalid_encoding", f"byte {error.start + 1} of the row is not UTF-8; save it so.") from None
+    except json.JSONDecodeError as error:
+        raise RequestError(
+            "invalid_json", f"the row is not JSON: {error.msg} at character {error.pos + 1}; write one object a line."
+        ) from None
+    except RecursionError:
+        raise _too_deep() from None
+    except ValueError:  # a number of thousands of digits
+        raise RequestError("invalid_json", "the row holds a number with too many digits; shorten it.") from None
+    # a row with few brackets cannot be deep, and most have few
+    if raw.count(b"[") + raw.count(b"{") > MAX_NESTING and _deeper_than(row, MAX_NESTING):
+        raise _too_deep()
+    if (b"\\ud" in raw or b"\\uD" in raw) and not _encodable(row):
+        raise RequestError("invalid_encoding", "the row holds half of a surrogate pair (\\ud800-\\udfff); remove it.")
+    return row
+
+
+def _refuse_constant(name: str) -> None:
+    raise RequestError("invalid_json", f"the row holds {name}, which is not JSON; give a finite number.")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+
+
+def _too_deep() -> RequestError:
+    return RequestError("nesting_too_deep", f"the row nests deeper than {MAX_NESTING} levels; a valid one needs 6.")
+
+
+def _deeper_than(value: Any, levels: int) -> bool:
+    """Whether lists and objects nest deeper than so many levels; level by level, so deep values cost no stack."""
+    layer = [value]
+    for _ in range(levels + 1):
+        containers = [each for each in layer if isinstance(each, (list, dict))]
+        if not containers:
+            return False
+        layer = [each for one in containers for each in (one.values() if isinstance(one, dict) else one)]
+    return True
+
+
+def _encodable(row: Any) -> bool:
+    try:
+        json.dumps(row, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _repeated(
+    custom_id: str, line: int, requests: list[Request], errors: list[RowError], path: str | Path
+) -> UserError:
+    first = min(row.line for row in [*requests, *errors] if row.custom_id == custom_id)
+    return UserError(
+        f"custom_id {show(custom_id)} stands on line {first} and again on line {line} of {path}; "
+        "make it unique, since results are keyed by it."
+    )
