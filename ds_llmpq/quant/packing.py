@@ -1,0 +1,66 @@
+"""What HQQ 0.2.8 allocates for one quantized weight, and which weights it can pack at all.
+
+HQQ reshapes a weight [out, in] into a matrix of groups (axis 1: [weights / group, group]; axis 0: [group, weights /
+group]) and packs it along dimension 0: the rows are cut into as many equal parts as fit in one stored integer. Beside
+it stand one scale and one zero per group in the compute type.
+"""
+
+from __future__ import annotations
+
+from ds_llmpq.errors import UserError
+
+UNQUANTIZED_BITS = 16  # stands for the compute type, whatever its width
+PACKED_BITS = (1, 2, 3, 4, 8)
+_WEIGHTS_PER_INTEGER = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}
+_INTEGER_BYTES = {8: 1, 4: 1, 3: 4, 2: 1, 1: 1}
+
+
+def packing_problem(out_features: int, in_features: int, bits: int, group_size: int, axis: int) -> str | None:
+    """Why HQQ cannot hold a weight [out_features, in_features] in this way, or None where it can.
+
+    HQQ itself raises only in some of these cases; with rows that do not divide it drops weights without a word.
+    """
+    if bits == UNQUANTIZED_BITS:
+        return None
+    if bits not in PACKED_BITS:
+        return f"{bits} bits is not a packed width (those are {', '.join(map(str, PACKED_BITS))})"
+    if axis not in (0, 1):
+        return f"axis {axis} is neither 0 nor 1"
+    if group_size < 8 or group_size % 8:
+        return f"group size {group_size} is not a positive multiple of 8"
+    weights = out_features * in_features
+    if weights % group_size:
+        return f"{out_features} x {in_features} weights do not divide into groups of {group_size}"
+    rows = weights // group_size if axis == 1 else group_size
+    parts = _WEIGHTS_PER_INTEGER[bits]
+    if bits != 3 and rows % parts:  # at 3 bits HQQ pads the rows instead
+        return f"{rows} rows of groups do not divide into {parts} parts of one byte"
+    return None
+
+
+def packed_weight_bytes(out_features: int, in_features: int, bits: int, group_size: int, axis: int) -> int:
+    """Bytes of the packed integers alone."""
+    problem = packing_problem(out_features, in_features, bits, group_size, axis)
+    if problem or bits == UNQUANTIZED_BITS:
+        raise UserError(f"a weight {out_features} x {in_features} cannot be packed: {problem or 'it is unquantized'}")
+    groups = out_features * in_features // group_size
+    rows, columns = (groups, group_size) if axis == 1 else (group_size, groups)
+    return -(-rows // _WEIGHTS_PER_INTEGER[bits]) * columns * _INTEGER_BYTES[bits]
+
+
+def metadata_bytes(out_features: int, in_features: int, group_size: int, dtype_bytes: int) -> int:
+    """Bytes of scales and zeros: one of each per group in the compute type."""
+    return 2 * (out_features * in_features // group_size) * dtype_bytes
+
+
+def packed_linear_bytes(
+    out_features: int, in_features: int, bits: int, group_size: int, axis: int, dtype_bytes: int
+) -> int:
+    """Bytes of one linear's weight as stored, without its bias; 16 bits is the plain weight in the compute type.
+
+    UserError if HQQ cannot pack it (`packing_problem` says why).
+    """
+    if bits == UNQUANTIZED_BITS:
+        return out_features * in_features * dtype_bytes
+    packed = packed_weight_bytes(out_features, in_features, bits, group_size, axis)
+    return packed + metadata_bytes(out_features, in_features, group_size, dtype_bytes)

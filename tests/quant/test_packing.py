@@ -1,0 +1,107 @@
+"""Predicted bytes against what HQQLinear really holds, and the packing gate against what HQQ really does."""
+
+import random
+
+import pytest
+
+from ds_llmpq.errors import UserError
+from ds_llmpq.quant.packing import PACKED_BITS, metadata_bytes, packed_linear_bytes, packing_problem
+
+
+def real_linear(out_features, in_features, bits, group_size, axis, dtype="float32"):
+    """(HQQLinear, the weight it was made from)."""
+    torch = pytest.importorskip("torch")
+    quantize = pytest.importorskip("hqq.core.quantize")
+    torch.manual_seed(out_features * 7919 + in_features)
+    config = quantize.BaseQuantizeConfig(nbits=bits, group_size=group_size, axis=axis)
+    config["weight_quant_params"]["optimize"] = False
+    linear = torch.nn.Linear(in_features, out_features, bias=False)
+    weight = linear.weight.detach().clone()
+    return quantize.HQQLinear(linear, config, compute_dtype=getattr(torch, dtype), device="cpu"), weight
+
+
+def held_bytes(linear):
+    return sum(
+        tensor.numel() * tensor.element_size() for tensor in (linear.W_q, *map(linear.meta.get, ("scale", "zero")))
+    )
+
+
+def random_cases(count, seed):
+    generator = random.Random(seed)
+    for _ in range(count):
+        yield (
+            generator.randrange(1, 40),
+            generator.randrange(1, 12) * 8,
+            generator.choice(PACKED_BITS),
+            generator.choice((8, 16, 24, 64)),
+            generator.choice((0, 1)),
+        )
+
+
+@pytest.mark.parametrize("bits", PACKED_BITS)
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bytes_are_what_hqq_holds(bits, axis, dtype):
+    """Odd shapes with group 8 make 3 bits pad in both directions; then ordinary ones."""
+    for out_features, in_features, group_size in [
+        (24, 40, 8),
+        (56, 104, 8),
+        (64, 256, 64),
+        (96, 128, 128),
+        (8, 72, 72),
+    ]:
+        if packing_problem(out_features, in_features, bits, group_size, axis):
+            continue
+        linear, _ = real_linear(out_features, in_features, bits, group_size, axis, dtype)
+        dtype_bytes = {"float32": 4, "bfloat16": 2}[dtype]
+        predicted = packed_linear_bytes(out_features, in_features, bits, group_size, axis, dtype_bytes)
+        assert predicted == held_bytes(linear), (out_features, in_features, group_size)
+
+
+def test_gate_and_bytes_on_random_shapes():
+    """Where the gate says yes, HQQ gives back the weight's shape and values; where it says no, it does not."""
+    torch = pytest.importorskip("torch")
+    seen = {True: 0, False: 0}
+    for case in random_cases(300, seed=5):
+        out_features, in_features, bits, *_ = case
+        allowed = packing_problem(*case) is None
+        seen[allowed] += 1
+        try:
+            linear, weight = real_linear(*case)
+            restored = linear.dequantize()
+            works = restored.shape == (out_features, in_features)
+        except (AssertionError, RuntimeError, ValueError):
+            works = False
+        assert works == allowed, case
+        if works:
+            assert packed_linear_bytes(*case, dtype_bytes=4) == held_bytes(linear), case
+            if bits == 8:
+                torch.testing.assert_close(restored, weight, atol=0.02, rtol=0)
+    assert min(seen.values()) > 40
+
+
+def test_unquantized_is_the_plain_weight():
+    assert packed_linear_bytes(48, 80, 16, 64, 1, 2) == 48 * 80 * 2
+    assert packing_problem(3, 5, 16, 64, 1) is None
+
+
+def test_four_bits_by_hand():
+    assert metadata_bytes(64, 128, 64, 2) == 2 * 128 * 2
+    assert packed_linear_bytes(64, 128, 4, 64, 1, 2) == 64 * 128 // 2 + 512
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ((64, 64, 5, 64, 1), "not a packed width"),
+        ((64, 64, 4, 64, 2), "neither 0 nor 1"),
+        ((64, 64, 4, 60, 1), "multiple of 8"),
+        ((64, 64, 4, 0, 1), "multiple of 8"),
+        ((3, 40, 4, 64, 1), "do not divide into groups"),
+        ((3, 64, 4, 64, 1), "3 rows"),
+    ],
+)
+def test_reasons(case, words):
+    assert words in packing_problem(*case)
+    with pytest.raises(UserError, match="cannot be packed"):
+        packed_linear_bytes(*case, dtype_bytes=2)
