@@ -1,0 +1,124 @@
+"""What the ranks say to each other: hidden states down the pipeline, tokens back to all, and plain data aside.
+
+Hidden states use the accelerator's communicator and flow one way only. Tokens and plain data use a gloo group of
+their own, so they never queue behind hidden states. Message shapes follow from the plan; nothing announces them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ds_llmpq.engine.sequences import MicroBatch
+
+
+class ActivationChannel:
+    """Hidden states from the previous stage and to the next one, without blocking on the send."""
+
+    def __init__(self, previous: int | None, following: int | None, dtype: torch.dtype, device: torch.device):
+        self._previous = previous
+        self._following = following
+        self._dtype = dtype
+        self._device = device
+        self._posted: dict[MicroBatch, tuple[dist.Work, torch.Tensor]] = {}
+        self._sending: deque[tuple[dist.Work, torch.Tensor]] = deque()
+
+    def post(self, batch: MicroBatch, shape: tuple[int, int, int]) -> None:
+        """Starts to receive [rows, tokens, hidden]; posting again before `take` changes nothing."""
+        if batch not in self._posted:
+            buffer = torch.empty(shape, dtype=self._dtype, device=self._device)
+            self._posted[batch] = (dist.irecv(buffer, src=self._previous), buffer)
+
+    def take(self, batch: MicroBatch) -> torch.Tensor:
+        work, buffer = self._posted.pop(batch)
+        work.wait()
+        return buffer
+
+    def give(self, hidden: torch.Tensor) -> None:
+        hidden = hidden.contiguous()
+        self._sending.append((dist.isend(hidden, dst=self._following), hidden))
+        while self._sending and self._sending[0][0].is_completed():
+            self._sending.popleft()
+
+    def flush(self) -> None:
+        while self._sending:
+            self._sending.popleft()[0].wait()
+
+
+class TokenChannel:
+    """Tokens and finish codes from the last stage to every other one, in the order of the passes."""
+
+    def __init__(self, group: dist.ProcessGroup, source: int, others: list[int]):
+        self._group = group
+        self._source = source
+        self._others = others
+        self._expected: deque[tuple[MicroBatch, dist.Work, torch.Tensor]] = deque()
+        self._sending: deque[tuple[dist.Work, torch.Tensor]] = deque()
+
+    def give(self, tokens: torch.Tensor, finish: torch.Tensor) -> None:
+        """Last stage: sends [rows] tokens and finish codes to all."""
+        message = torch.stack([tokens, finish]).to(torch.int32)
+        for rank in self._others:
+            self._sending.append((dist.isend(message, dst=rank, group=self._group), message))
+        while self._sending and self._sending[0][0].is_completed():
+            self._sending.popleft()
+
+    def expect(self, batch: MicroBatch) -> None:
+        """Other stages: posts the receive for a pass just started."""
+        buffer = torch.empty(2, batch.size, dtype=torch.int32)
+        self._expected.append((batch, dist.irecv(buffer, src=self._source, group=self._group), buffer))
+
+    def take(self, wait: bool) -> tuple[MicroBatch, list[int], list[int]] | None:
+        """The oldest expected message: (micro-batch, tokens, finish codes); None if none is there and `wait` is off."""
+        if not self._expected or not (wait or self._expected[0][1].is_completed()):
+            return None
+        batch, work, buffer = self._expected.popleft()
+        work.wait()
+        return batch, buffer[0].tolist(), buffer[1].tolist()
+
+    def flush(self) -> None:
+        while self._sending:
+            self._sending.popleft()[0].wait()
+
+
+class DataChannel:
+    """Small plain data between the driver (rank 0) and all: bytes out, JSON back. Nothing is pickled."""
+
+    def __init__(self, group: dist.ProcessGroup, rank: int, world_size: int):
+        self._group = group
+        self.rank = rank
+        self.world_size = world_size
+
+    def broadcast(self, data: bytes | None) -> bytes:
+        """The driver's `data` on every rank."""
+        if self.world_size == 1:
+            return data or b""
+        size = torch.tensor([len(data) if self.rank == 0 else 0], dtype=torch.int64)
+        dist.broadcast(size, src=0, group=self._group)
+        payload = torch.empty(int(size), dtype=torch.uint8)
+        if self.rank == 0 and data:
+            payload = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        if len(payload):
+            dist.broadcast(payload, src=0, group=self._group)
+        return payload.numpy().tobytes()
+
+    def gather(self, value: Any) -> list[Any] | None:
+        """Every rank's JSON value, in rank order, on the driver; None elsewhere."""
+        data = json.dumps(value).encode()
+        if self.world_size == 1:
+            return [json.loads(data)]
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
+        dist.all_gather(sizes, torch.tensor([len(data)], dtype=torch.int64), group=self._group)
+        if self.rank != 0:
+            dist.send(torch.frombuffer(bytearray(data), dtype=torch.uint8), dst=0, group=self._group)
+            return None
+        values = [json.loads(data)]
+        for source in range(1, self.world_size):
+            payload = torch.empty(int(sizes[source]), dtype=torch.uint8)
+            dist.recv(payload, src=source, group=self._group)
+            values.append(json.loads(payload.numpy().tobytes()))
+        return values

@@ -1,0 +1,53 @@
+"""The model as DeepSpeed sees it: embedding, decoder layers and head, cut where the plan says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from deepspeed.runtime.pipe.module import LayerSpec, PipelineModule
+from torch import nn
+
+from ds_llmpq.engine.stage_loader import StageLoader
+from ds_llmpq.engine.topology import PlannedTopology
+
+
+class LazyLayer(LayerSpec):
+    """A pipeline layer that is read from the checkpoint only on the rank that owns it."""
+
+    def __init__(self, name: str, load: Callable[[], nn.Module]):
+        super().__init__(nn.Module)
+        self.name = name
+        self.load = load
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def build(self, log: bool = False) -> nn.Module:
+        return self.load()
+
+
+def pipeline_layers(loader: StageLoader) -> list[LazyLayer]:
+    """All layers in order; pipeline layer 0 is the embedding, i + 1 decoder layer i, and the last the head."""
+    decoder = [
+        LazyLayer(f"layer {index}", lambda index=index: loader.decoder_layer(index))
+        for index in range(loader.config.num_hidden_layers)
+    ]
+    return [LazyLayer("embedding", loader.embedding), *decoder, LazyLayer("head", loader.head)]
+
+
+def pipeline_bounds(stage_layers: list[tuple[int, int]], layers: int) -> list[int]:
+    """Cuts in pipeline-layer indices for stages that hold decoder layers [first, last): embedding and head added."""
+    return [0, *(first + 1 for first, _ in stage_layers[1:]), layers + 2]
+
+
+class PlannedPipelineModule(PipelineModule):
+    """`PipelineModule` with explicit, uneven parts. Weights are frozen: it serves, it does not train."""
+
+    def __init__(self, layers: list[LazyLayer], bounds: list[int], topology: PlannedTopology):
+        self._bounds = bounds
+        super().__init__(layers=layers, topology=topology, partition_method="planned")
+
+    def _partition_layers(self, method: str = "planned") -> None:
+        stage = self._topo.get_coord(self.global_rank).pipe
+        self.parts = self._bounds
+        self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])

@@ -1,0 +1,125 @@
+"""Streaming reader of Hugging Face safetensors checkpoints: one tensor at a time, from one file or many shards."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, PreTrainedConfig
+
+from ds_llmpq.errors import UserError
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+# base-model prefixes that some checkpoints leave out of their tensor names
+_OPTIONAL_PREFIXES = ("model.", "transformer.")
+
+
+class Checkpoint:
+    """A checkpoint folder; tensors are read when asked for, into memory of their own, and files closed again.
+
+    Raises `UserError` for a folder, file, shard or tensor that is missing or damaged.
+    """
+
+    def __init__(self, path: str | Path, trust_remote_code: bool = False):
+        self.path = Path(path)
+        self.config = _read_config(self.path, trust_remote_code)
+        self._shard_of = _tensor_locations(self.path)
+
+    def name_of(self, name: str) -> str:
+        """The checkpoint's spelling of a tensor name, with or without the base model's prefix."""
+        if name in self._shard_of:
+            return name
+        for prefix in _OPTIONAL_PREFIXES:
+            if name.startswith(prefix) and name[len(prefix) :] in self._shard_of:
+                return name[len(prefix) :]
+        raise UserError(
+            f"Checkpoint {self.path} has no tensor {name!r}; the checkpoint is incomplete or not what its config.json says."
+        )
+
+    def tensors(self, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yields (asked name, tensor on the CPU in the checkpoint's type), shard by shard, one at a time."""
+        by_shard: dict[str, list[tuple[str, str]]] = {}
+        for asked in names:
+            stored = self.name_of(asked)
+            by_shard.setdefault(self._shard_of[stored], []).append((asked, stored))
+        for shard, wanted in by_shard.items():
+            with _open_shard(self.path / shard) as file:
+                for asked, stored in wanted:
+                    # a copy: the mapping of the file is dropped with it, so the pages do not count as this process's
+                    yield asked, file.get_tensor(stored).clone()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        stored = self.name_of(name)
+        with _open_shard(self.path / self._shard_of[stored]) as file:
+            return tuple(file.get_slice(stored).get_shape())
+
+
+def fingerprint(path: str | Path) -> str:
+    """Identifies a checkpoint cheaply: SHA-256 over config.json and the headers (names, types, shapes, offsets) and
+    sizes of its safetensors files. Equal for byte-wise copies; blind to changed weights under an unchanged layout."""
+    digest = hashlib.sha256()
+    folder = Path(path)
+    digest.update((folder / "config.json").read_bytes())
+    for file in sorted(folder.glob("*.safetensors")):
+        digest.update(f"{file.name}:{file.stat().st_size}:".encode())
+        with open(file, "rb") as stream:
+            header_bytes = int.from_bytes(stream.read(8), "little")
+            digest.update(stream.read(min(header_bytes, 100 << 20)))
+    return digest.hexdigest()
+
+
+def _read_config(path: Path, trust_remote_code: bool) -> PreTrainedConfig:
+    if not path.is_dir():
+        raise UserError(f"model.path={path} is not a folder; give a local checkpoint in Hugging Face format.")
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path} holds no config.json; give a checkpoint in Hugging Face format.")
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{path / 'config.json'} cannot be read as a model configuration: {_first_line(error)}"
+        ) from None
+    config._attn_implementation = "sdpa"
+    return config
+
+
+def _tensor_locations(path: Path) -> dict[str, str]:
+    """Tensor name -> file name within the folder."""
+    if (path / _INDEX).is_file():
+        try:
+            weight_map = json.loads((path / _INDEX).read_text())["weight_map"]
+            pairs = [(str(name), str(shard)) for name, shard in weight_map.items()]
+        except (ValueError, KeyError, AttributeError) as error:
+            raise UserError(f"{path / _INDEX} is not a safetensors index: {_first_line(error)}") from None
+        for shard in {shard for _, shard in pairs}:
+            # an index comes with the checkpoint, which is not trusted to name files elsewhere
+            if Path(shard).name != shard:
+                raise UserError(
+                    f"{path / _INDEX} names the shard {shard!r}; shards must lie in the checkpoint's folder."
+                )
+            if not (path / shard).is_file():
+                raise UserError(f"Shard {path / shard} is missing; the index names it. Fetch the checkpoint again.")
+        return dict(pairs)
+    if (path / _SINGLE).is_file():
+        with _open_shard(path / _SINGLE) as file:
+            return dict.fromkeys(file.keys(), _SINGLE)
+    raise UserError(f"{path} holds neither {_SINGLE} nor {_INDEX}; only safetensors checkpoints are read.")
+
+
+@contextmanager
+def _open_shard(path: Path):
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"Shard {path} is damaged or unreadable ({_first_line(error)}); fetch it again.") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -1,0 +1,56 @@
+"""One micro-batch on its way through a stage, and the attention mask that goes with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+
+class KeyValueCache(Protocol):
+    """What transformers' attention modules ask of a cache, as far as the supported decoder layers use it."""
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+@dataclass
+class Step:
+    """A micro-batch between two layers: `token_ids` enter the first stage, `hidden` moves on, `logits` leave the last.
+
+    Rows are right-padded, so a row's token k stands at position k and causality alone hides the padding from it.
+    Shapes: token_ids and positions [rows, tokens]; hidden [rows, tokens, hidden]; `last` [rows] or None: the index of
+    each row's last real token, where the head is applied (None: at every token); logits [rows, (tokens,) vocabulary].
+
+    `kv_tokens` is how many cache positions attention sees. `causal_only` says that causality needs no explicit mask:
+    true in prefill, and in decode when every row stands at the last of the `kv_tokens` positions.
+    """
+
+    positions: torch.Tensor
+    cache: KeyValueCache | None
+    kv_tokens: int
+    causal_only: bool
+    token_ids: torch.Tensor | None = None
+    hidden: torch.Tensor | None = None
+    last: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    # what an architecture computes once per stage and micro-batch: rotary embeddings, ALiBi biases
+    position_inputs: dict[str, Any] = field(default_factory=dict)
+
+    def mask(self, window: int | None = None) -> torch.Tensor | None:
+        """Boolean mask [rows, 1, tokens, kv_tokens], true where a query may attend; None where causality suffices."""
+        if self.causal_only and (window is None or self.kv_tokens <= window):
+            return None
+        keys = torch.arange(self.kv_tokens, device=self.positions.device)
+        queries = self.positions[:, :, None]
+        allowed = keys <= queries
+        if window is not None:
+            allowed &= keys > queries - window
+        return allowed[:, None]
+
+    def at_last(self) -> torch.Tensor:
+        """Hidden states where the head is applied: [rows, hidden], or all of them if `last` is None."""
+        if self.last is None:
+            return self.hidden
+        rows = torch.arange(self.hidden.shape[0], device=self.hidden.device)
+        return self.hidden[rows, self.last]

@@ -1,0 +1,67 @@
+"""HQQ layers: quantizing one linear's weight to a bit width, and what a decoder layer is made of afterwards."""
+
+from __future__ import annotations
+
+import torch
+from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+from torch import nn
+
+from ds_llmpq.errors import UserError
+from ds_llmpq.schema import QuantConfig
+
+UNQUANTIZED_BITS = 16
+
+
+def quantize_linear(
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    bits: int,
+    quant: QuantConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> HQQLinear:
+    """An `HQQLinear` of `weight` [out_features, in_features] at `bits`, computing in `dtype` on `device`.
+
+    Raises `UserError` if HQQ cannot pack this shape with the configured group size.
+    """
+    out_features, in_features = weight.shape
+    grouped = in_features if quant.axis == 1 else out_features
+    if grouped % quant.group_size:
+        raise UserError(
+            f"quant.group_size={quant.group_size} does not divide {grouped}, the grouped side of a {out_features} x "
+            f"{in_features} linear; choose a divisor of it."
+        )
+    return HQQLinear.from_weights(
+        weight.to(device),
+        bias,
+        quant_config=BaseQuantizeConfig(
+            nbits=bits, group_size=quant.group_size, axis=quant.axis, optimize=quant.optimize
+        ),
+        compute_dtype=dtype,
+        device=str(device),
+    )
+
+
+def linear_names(layer: nn.Module) -> list[str]:
+    """Dotted names of the linears inside a decoder layer, in module order: exactly these are quantized."""
+    return [name for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
+
+
+def stored_bytes(module: nn.Module) -> int:
+    """Bytes the module's weights really occupy: parameters, plus scales, zeros and biases that HQQ keeps beside them."""
+    total = 0
+    seen: set[int] = set()
+
+    def add(tensor: torch.Tensor | None) -> None:
+        nonlocal total
+        if tensor is not None and tensor.data_ptr() not in seen:
+            seen.add(tensor.data_ptr())
+            total += tensor.numel() * tensor.element_size()
+
+    for parameter in module.parameters():
+        add(parameter)
+    for child in module.modules():
+        if isinstance(child, HQQLinear):
+            for tensor in (child.meta["scale"], child.meta["zero"], child.bias):
+                add(tensor)
+    return total
