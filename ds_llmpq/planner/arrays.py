@@ -1,0 +1,86 @@
+"""One micro-batch pair of a problem as numpy arrays: what the solvers compute with.
+
+D devices, L layers, B bit widths. An unavailable time is infinite. The judge of every plan stays `objective.py`.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ds_llmpq.planner.objective import rounds
+from ds_llmpq.planner.problem import DeviceType, Problem
+
+
+@dataclass(frozen=True)
+class PairArrays:
+    """The problem for one (eta, xi)."""
+
+    prefill_micro_batch: int
+    decode_micro_batch: int
+    prefill_rounds: int  # m_p
+    decode_rounds: int  # m_d
+    generated_tokens: int  # n
+    prefill: np.ndarray  # [D, B] seconds of one layer
+    decode: np.ndarray  # [D, B]
+    embed: np.ndarray  # [2, D] seconds: prefill, decode
+    head: np.ndarray  # [2, D]
+    capacity: np.ndarray  # [D] bytes left after the workspace
+    layer_bytes: np.ndarray  # [L, B] weights and KV of one layer
+    embed_bytes: float
+    head_bytes: float
+    tied_head: bool
+    link: np.ndarray  # [2, D, D] seconds from device to device: prefill, decode
+    back: np.ndarray  # [2, D, D] seconds of the token's way back: prefill, decode
+    omega: np.ndarray  # [L, B]
+
+    @property
+    def available(self) -> np.ndarray:
+        """[D, B]: the device can run the width at both micro-batch sizes."""
+        return np.isfinite(self.prefill) & np.isfinite(self.decode)
+
+
+def pair_arrays(problem: Problem, eta: int, xi: int) -> PairArrays:
+    types = [problem.device_types[device.type] for device in problem.devices]
+    memory, workload, links = problem.memory, problem.workload, problem.links
+    m_p, m_d = rounds(problem, eta, xi)
+
+    def part(name: str) -> np.ndarray:
+        return np.array(
+            [[getattr(t, f"{phase}_{name}_seconds").get(size, np.inf) for t in types] for phase, size in sizes]
+        )
+
+    sizes = (("prefill", eta), ("decode", xi))
+    workspace = max(memory.workspace_prefill_bytes[eta], memory.workspace_decode_bytes[xi])
+    kv = memory.kv_bytes_per_sequence_layer * workload.sequences
+    names = [device.name for device in problem.devices]
+    latency = np.full((len(names),) * 2, links.default.latency_seconds)
+    per_byte = np.full((len(names),) * 2, links.default.seconds_per_byte)
+    index = {name: i for i, name in enumerate(names)}
+    for (sender, receiver), link in links.pairs.items():
+        latency[index[sender], index[receiver]] = link.latency_seconds
+        per_byte[index[sender], index[receiver]] = link.seconds_per_byte
+    hidden = links.hidden_bytes_per_token
+    return PairArrays(
+        prefill_micro_batch=eta,
+        decode_micro_batch=xi,
+        prefill_rounds=m_p,
+        decode_rounds=m_d,
+        generated_tokens=workload.generated_tokens,
+        prefill=np.array([_layer_times(problem, t, "prefill", eta) for t in types]),
+        decode=np.array([_layer_times(problem, t, "decode", xi) for t in types]),
+        embed=part("embed"),
+        head=part("head"),
+        capacity=np.array([device.memory_bytes - workspace for device in problem.devices], dtype=float),
+        layer_bytes=np.array([memory.layer_bytes[b] for b in problem.bits], dtype=float).T + kv,
+        embed_bytes=float(memory.embed_bytes),
+        head_bytes=float(memory.head_bytes),
+        tied_head=memory.tied_head,
+        link=np.stack([latency + eta * workload.prompt_tokens * hidden * per_byte, latency + xi * hidden * per_byte]),
+        back=np.stack([latency + size * links.token_bytes * per_byte for size in (eta, xi)]),
+        omega=np.array(problem.omega, dtype=float),
+    )
+
+
+def _layer_times(problem: Problem, entry: DeviceType, phase: str, size: int) -> list[float]:
+    table = getattr(entry, f"{phase}_layer_seconds")
+    return [table.get(bits, {}).get(size, np.inf) if bits in entry.bits else np.inf for bits in problem.bits]

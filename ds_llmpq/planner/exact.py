@@ -1,0 +1,37 @@
+"""The whole problem as mixed-integer models: one a micro-batch pair, all device orders and subsets inside it.
+
+Exact, and independent of the specialised search; meant for small and medium problems and for checking.
+"""
+
+import math
+import time
+
+from ds_llmpq.planner.arrays import pair_arrays
+from ds_llmpq.planner.feasibility import furthest_layer, pairs
+from ds_llmpq.planner.formulation import formulate, typical_scale
+from ds_llmpq.planner.incumbent import Incumbent
+from ds_llmpq.planner.milp import solve_model
+from ds_llmpq.planner.problem import Problem
+
+
+def solve_exact(problem: Problem, best: Incumbent, solver: str, *, deadline: float, gap: float, seed: int) -> str:
+    """Improve `best` and raise its bound; returns the name of the solver used."""
+    used = solver
+    candidates = [pair for pair in pairs(problem) if furthest_layer(problem, *pair) == problem.layers]
+    bounds = dict.fromkeys(candidates, 0.0)
+    scale = 1000.0
+    for eta, xi in candidates:
+        seconds = deadline - time.monotonic()
+        if seconds <= 0:
+            break
+        if math.isfinite(best.value):
+            scale = typical_scale(problem, best.value)
+        form = formulate(problem, pair_arrays(problem, eta, xi), scale=scale, formula=best.formula)
+        cutoff = best.value * scale * (1 + 1e-9) + 1e-9 if math.isfinite(best.value) else math.inf
+        solution = solve_model(form.model, solver, seconds=seconds, gap=gap, cutoff=cutoff, seed=seed)
+        used = solution.solver
+        bounds[eta, xi] = max(0.0, solution.bound / scale)
+        if solution.x is not None:
+            best.offer(form.decode(problem, solution.x))
+    best.raise_bound(min(bounds.values(), default=math.inf))
+    return used

@@ -1,0 +1,78 @@
+"""The best plan so far: judged by the contract's formula and the independent checker, never by a solver's word."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from ds_llmpq.planner.objective import (
+    Assignment,
+    Prediction,
+    evaluate,
+    objective_value,
+    tie_value,
+    violations,
+)
+from ds_llmpq.planner.problem import Problem
+
+
+@dataclass(frozen=True)
+class ProgressEvent:
+    """What a progress callback receives: seconds so far, best objective, proven bound, relative gap."""
+
+    seconds: float
+    incumbent: float | None
+    bound: float | None
+    gap: float | None
+
+
+def relative_gap(objective: float, bound: float) -> float:
+    """(objective - bound) / |objective|, zero when they meet."""
+    if bound >= objective:
+        return 0.0
+    return (objective - bound) / abs(objective) if objective else math.inf
+
+
+@dataclass
+class Incumbent:
+    """Keeps the best feasible assignment; the objective decides, ties go to the faster (or better) plan."""
+
+    problem: Problem
+    formula: str = "pipeline"
+    accepts: Callable[[Assignment], bool] = lambda assignment: True
+    assignment: Assignment | None = None
+    prediction: Prediction | None = None
+    value: float = math.inf
+    tie: float = math.inf
+    bound: float = 0.0
+    started: float = field(default_factory=time.monotonic)
+    progress: Callable[[ProgressEvent], None] | None = None
+
+    def offer(self, assignment: Assignment) -> bool:
+        """Take the assignment if it is feasible and better; tells whether it was taken."""
+        if violations(self.problem, assignment, self.formula) or not self.accepts(assignment):
+            return False
+        prediction = evaluate(self.problem, assignment, self.formula)
+        value, tie = objective_value(self.problem, prediction), tie_value(self.problem, prediction)
+        if (value, tie) >= (self.value, self.tie):
+            return False
+        self.assignment, self.prediction, self.value, self.tie = assignment, prediction, value, tie
+        self.report()
+        return True
+
+    def raise_bound(self, bound: float) -> None:
+        """A proven bound on every plan; bounds only grow, and never pass the incumbent."""
+        bound = min(bound, self.value)
+        if bound > self.bound:
+            self.bound = bound
+            self.report()
+
+    @property
+    def gap(self) -> float:
+        return relative_gap(self.value, self.bound) if math.isfinite(self.value) else math.inf
+
+    def report(self) -> None:
+        if self.progress is not None:
+            value = self.value if math.isfinite(self.value) else None
+            gap = self.gap if value is not None else None
+            self.progress(ProgressEvent(time.monotonic() - self.started, value, self.bound, gap))

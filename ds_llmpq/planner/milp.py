@@ -1,0 +1,195 @@
+"""One mixed-integer model as rows and columns, handed to Gurobi where its licence allows, else to HiGHS.
+
+Both solvers are imported when first used. pip's Gurobi licence is restricted to 2,000 columns and rows and expires.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ds_llmpq.errors import UserError
+
+GUROBI_RESTRICTED = 2000
+GUROBI_LICENCE_ERRORS = (10009, 10010)  # expired or missing; too large for the licence
+Progress = Callable[[float | None, float | None], None]
+
+
+@dataclass
+class Model:
+    """min cost @ x, low <= x <= high, row_low <= A x <= row_high, some x integer. Grows by columns, then rows."""
+
+    cost: list[float] = field(default_factory=list)
+    low: list[float] = field(default_factory=list)
+    high: list[float] = field(default_factory=list)
+    integer: list[bool] = field(default_factory=list)
+    row_low: list[float] = field(default_factory=list)
+    row_high: list[float] = field(default_factory=list)
+    starts: list[int] = field(default_factory=lambda: [0])
+    indices: list[int] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+
+    def column(self, cost: float = 0.0, low: float = 0.0, high: float = math.inf, *, integer: bool = False) -> int:
+        self.cost.append(cost)
+        self.low.append(low)
+        self.high.append(high)
+        self.integer.append(integer)
+        return len(self.cost) - 1
+
+    def row(self, terms: Iterable[tuple[int, float]], low: float = -math.inf, high: float = math.inf) -> None:
+        """low <= sum of coefficient * column <= high; columns may repeat."""
+        merged: dict[int, float] = {}
+        for index, value in terms:
+            merged[index] = merged.get(index, 0.0) + value
+        for index, value in merged.items():
+            if value:
+                self.indices.append(index)
+                self.values.append(value)
+        self.starts.append(len(self.indices))
+        self.row_low.append(low)
+        self.row_high.append(high)
+
+    def fits_restricted_licence(self) -> bool:
+        return max(len(self.cost), len(self.row_low)) <= GUROBI_RESTRICTED
+
+
+@dataclass(frozen=True)
+class Solution:
+    """`x` is None without an incumbent; `bound` is -inf when nothing is proven, +inf when infeasible."""
+
+    x: np.ndarray | None
+    objective: float
+    bound: float
+    solver: str
+
+
+class SolverUnavailable(Exception):
+    """The solver is not installed, or its licence does not allow this model."""
+
+
+def solve_model(
+    model: Model,
+    solver: str = "auto",
+    *,
+    seconds: float = math.inf,
+    gap: float = 1e-6,
+    cutoff: float = math.inf,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Solution:
+    """Minimise; only solutions better than `cutoff` count, so x is None when there is none."""
+    backends = {"gurobi": (_gurobi,), "highs": (_highs,), "auto": (_gurobi, _highs)}[solver]
+    reason = ""
+    for backend in backends:
+        if backend is _gurobi and solver == "auto" and not model.fits_restricted_licence():
+            continue
+        try:
+            return backend(model, max(seconds, 0.05), gap, cutoff, seed, progress)
+        except SolverUnavailable as error:
+            reason = str(error)
+    remedy = "choose planner solver=search, which needs neither"
+    raise UserError(f"No mixed-integer solver can be used ({reason or 'none installed'}); install highspy or {remedy}.")
+
+
+def _gurobi(model: Model, seconds: float, gap: float, cutoff: float, seed: int, progress: Progress | None) -> Solution:
+    try:
+        import gurobipy as gp
+        from scipy.sparse import csr_matrix
+    except ImportError as error:
+        raise SolverUnavailable(f"gurobipy or scipy is not installed: {error}") from None
+    try:
+        with gp.Env(params={"OutputFlag": 0}) as env, gp.Model(env=env) as m:
+            kinds = [
+                "B" if i and h <= 1 else ("I" if i else "C") for i, h in zip(model.integer, model.high, strict=True)
+            ]
+            x = m.addMVar(len(model.cost), lb=model.low, ub=model.high, obj=model.cost, vtype=kinds)
+            shape = (len(model.row_low), len(model.cost))
+            matrix = csr_matrix((model.values, model.indices, model.starts), shape=shape)
+            low, high = np.array(model.row_low), np.array(model.row_high)
+            for keep, sense, side in (
+                (np.isfinite(low) & (low == high), "=", low),
+                (np.isfinite(low) & (low != high), ">", low),
+                (np.isfinite(high) & (low != high), "<", high),
+            ):
+                if keep.any():
+                    m.addMConstr(matrix[keep], x, sense, side[keep])
+            for name, value in {"MIPGap": gap, "MIPGapAbs": 1e-7, "Seed": seed, "Threads": 2, "TimeLimit": seconds,
+                                "IntFeasTol": 1e-9, "FeasibilityTol": 1e-9}.items():  # fmt: skip
+                m.setParam(name, value)
+            if math.isfinite(cutoff):
+                m.setParam("Cutoff", cutoff)
+            m.optimize(_gurobi_callback(gp, progress))
+            found = np.array(x.X) if m.SolCount else None
+            if m.Status in (gp.GRB.INFEASIBLE, gp.GRB.INF_OR_UNBD, gp.GRB.CUTOFF):
+                bound = cutoff if m.Status == gp.GRB.CUTOFF or math.isfinite(cutoff) else math.inf
+            else:
+                bound = m.ObjBound
+            if m.Status == gp.GRB.INTERRUPTED:
+                raise KeyboardInterrupt
+            return Solution(found, m.ObjVal if m.SolCount else math.inf, bound, "gurobi")
+    except gp.GurobiError as error:
+        if error.errno in GUROBI_LICENCE_ERRORS:
+            raise SolverUnavailable(f"Gurobi's licence does not allow it: {error}") from None
+        raise
+
+
+def _gurobi_callback(gp, progress: Progress | None):
+    if progress is None:
+        return None
+
+    def callback(model, where: int) -> None:
+        if where == gp.GRB.Callback.MIP:
+            best = model.cbGet(gp.GRB.Callback.MIP_OBJBST)
+            bound = model.cbGet(gp.GRB.Callback.MIP_OBJBND)
+            progress(best if best < 1e99 else None, bound if bound > -1e99 else None)
+
+    return callback
+
+
+def _highs(model: Model, seconds: float, gap: float, cutoff: float, seed: int, progress: Progress | None) -> Solution:
+    try:
+        import highspy
+    except ImportError as error:
+        raise SolverUnavailable(f"highspy is not installed: {error}") from None
+    lp = highspy.HighsLp()
+    lp.num_col_, lp.num_row_ = len(model.cost), len(model.row_low)
+    lp.col_cost_, lp.col_lower_, lp.col_upper_ = map(np.array, (model.cost, model.low, model.high))
+    lp.row_lower_, lp.row_upper_ = np.array(model.row_low), np.array(model.row_high)
+    lp.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
+    lp.a_matrix_.start_, lp.a_matrix_.index_ = np.array(model.starts), np.array(model.indices)
+    lp.a_matrix_.value_ = np.array(model.values)
+    kinds = (highspy.HighsVarType.kContinuous, highspy.HighsVarType.kInteger)
+    lp.integrality_ = [kinds[i] for i in model.integer]
+    highs = highspy.Highs()
+    for name, value in {"output_flag": False, "time_limit": seconds, "mip_rel_gap": gap, "mip_abs_gap": 1e-7,
+                        "random_seed": seed, "threads": 2, "mip_feasibility_tolerance": 1e-9,
+                        "primal_feasibility_tolerance": 1e-9}.items():  # fmt: skip
+        highs.setOptionValue(name, value)
+    if math.isfinite(cutoff):
+        highs.setOptionValue("objective_bound", cutoff)
+    highs.HandleKeyboardInterrupt = True  # solves in a thread, so that Ctrl-C is seen at once
+    highs.passModel(lp)
+    if progress is not None:
+        highs.cbMipLogging += lambda event: progress(
+            _finite(event.data_out.mip_primal_bound), _finite(event.data_out.mip_dual_bound)
+        )
+    with contextlib.redirect_stdout(None):
+        highs.solve()
+    info, status = highs.getInfo(), highs.getModelStatus()
+    has_solution = info.primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible
+    if has_solution and info.objective_function_value < cutoff:
+        return Solution(
+            np.array(highs.getSolution().col_value), info.objective_function_value, info.mip_dual_bound, "highs"
+        )
+    exhausted = status in (
+        highspy.HighsModelStatus.kInfeasible,
+        highspy.HighsModelStatus.kObjectiveBound,
+        highspy.HighsModelStatus.kOptimal,
+    )
+    return Solution(None, math.inf, cutoff if exhausted else info.mip_dual_bound, "highs")
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

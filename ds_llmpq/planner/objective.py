@@ -1,0 +1,262 @@
+"""What a plan costs and whether it is allowed: the contract of `problem.json`, written once.
+
+    prefill = sum_j P_j + sum_j p_j + (m_p - 1) * max_j max(P_j, p_j)
+    decode  = (n - 1) * max( m_d * max_j max(D_j, d_j),  sum_j D_j + sum_j d_j )
+    latency = prefill + decode,   quality_loss = sum_i omega[i, bits_i]
+
+Everything here is plain Python over the `Problem`: it shares no code with the solvers and is their judge.
+"""
+
+import itertools
+import math
+from dataclasses import dataclass
+
+from ds_llmpq.planner.problem import Problem
+
+FORMULAS = ("pipeline", "reference")
+# Decoded solver output may exceed a hard limit by rounding only.
+RELATIVE_TOLERANCE = 1e-9
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Layers [first, last) on one device, with one bit width a layer."""
+
+    device: str
+    first: int
+    last: int
+    bits: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """The decisions: stages in pipeline order, micro-batch sizes eta (prefill) and xi (decode)."""
+
+    stages: tuple[Stage, ...]
+    prefill_micro_batch: int
+    decode_micro_batch: int
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What an assignment costs. Per-stage tuples are in pipeline order; link j leads from stage j to stage j + 1,
+    the last one back to the first stage. Times of an unavailable (bits, size) are infinite."""
+
+    latency_seconds: float
+    prefill_seconds: float
+    decode_seconds: float
+    throughput_tokens_per_second: float
+    quality_loss: float
+    stage_prefill_seconds: tuple[float, ...]
+    stage_decode_seconds: tuple[float, ...]
+    link_prefill_seconds: tuple[float, ...]
+    link_decode_seconds: tuple[float, ...]
+    stage_memory_bytes: tuple[dict[str, float], ...]
+
+    def summary(self) -> dict[str, float]:
+        """The five totals, as `plan.json` holds them."""
+        names = "latency_seconds prefill_seconds decode_seconds throughput_tokens_per_second quality_loss"
+        return {name: getattr(self, name) for name in names.split()}
+
+
+def rounds(problem: Problem, prefill_micro_batch: int, decode_micro_batch: int) -> tuple[int, int]:
+    """(m_p, m_d): micro-batches in a prefill, and in a decode round."""
+    sequences = problem.workload.sequences
+    return -(-sequences // prefill_micro_batch), -(-sequences // decode_micro_batch)
+
+
+def stage_seconds(problem: Problem, stage: Stage, phase: str, size: int) -> float:
+    """P_j or D_j: one micro-batch through the stage's layers, plus embedding and head where it holds them."""
+    entry = problem.device_types[_device(problem, stage).type]
+    table = getattr(entry, f"{phase}_layer_seconds")
+    seconds = [
+        table.get(bits, {}).get(size, math.inf) if bits in entry.bits else math.inf for bits in stage.bits
+    ]  # fmt: skip
+    if stage.first == 0:
+        seconds.append(getattr(entry, f"{phase}_embed_seconds").get(size, math.inf))
+    if stage.last == problem.layers:
+        seconds.append(getattr(entry, f"{phase}_head_seconds").get(size, math.inf))
+    return math.fsum(seconds) if all(map(math.isfinite, seconds)) else math.inf
+
+
+def link_seconds(problem: Problem, stages: tuple[Stage, ...], phase: str, size: int) -> tuple[float, ...]:
+    """p_j or d_j, j = 1..K: hidden states from stage to stage, then the tokens back to the first stage."""
+    if len(stages) == 1:
+        return (0.0,)
+    links = problem.links
+    tokens = problem.workload.prompt_tokens if phase == "prefill" else 1
+    forward, back = size * tokens * links.hidden_bytes_per_token, size * links.token_bytes
+    ring = [*stages, stages[0]]
+    seconds = []
+    for j, (sender, receiver) in enumerate(itertools.pairwise(ring)):
+        link = links.between(sender.device, receiver.device)
+        seconds.append(link.latency_seconds + (back if j == len(stages) - 1 else forward) * link.seconds_per_byte)
+    return tuple(seconds)
+
+
+def stage_memory(problem: Problem, assignment: Assignment, stage: Stage) -> dict[str, float]:
+    """Bytes by part: weights, kv, embed, head, workspace."""
+    memory = problem.memory
+    layers = range(stage.first, stage.last)
+    first, last = stage.first == 0, stage.last == problem.layers
+    shared = memory.tied_head and first and last
+    return {
+        "weights": sum(memory.layer_bytes[b][i] for i, b in zip(layers, stage.bits, strict=True)),
+        "kv": memory.kv_bytes_per_sequence_layer * problem.workload.sequences * len(layers),
+        "embed": memory.embed_bytes if first else 0,
+        "head": memory.head_bytes if last and not shared else 0,
+        "workspace": max(
+            memory.workspace_prefill_bytes[assignment.prefill_micro_batch],
+            memory.workspace_decode_bytes[assignment.decode_micro_batch],
+        ),
+    }
+
+
+def prefill_time(total: float, links: float, slowest: float, micro_batches: int) -> float:
+    """sum P + sum p + (m_p - 1) * slowest resource."""
+    return total + links + (micro_batches - 1) * slowest
+
+
+def decode_time(total: float, links: float, slowest: float, micro_batches: int, generated_tokens: int) -> float:
+    """n - 1 rounds, each bound by the slowest resource or by one micro-batch's trip around the ring."""
+    return (generated_tokens - 1) * max(micro_batches * slowest, total + links)
+
+
+def evaluate(problem: Problem, assignment: Assignment, formula: str = "pipeline") -> Prediction:
+    """Predicted times, throughput and quality loss of a structurally valid assignment (see `violations`).
+
+    `formula="reference"` uses LLM-PQ's published objective, which counts no link and only (m_d - 1)(n - 1) slowest
+    stages plus one pass for decoding; it is there for comparison.
+    """
+    stages, eta, xi = assignment.stages, assignment.prefill_micro_batch, assignment.decode_micro_batch
+    m_p, m_d = rounds(problem, eta, xi)
+    tokens = problem.workload.generated_tokens
+    prefill_stages = tuple(stage_seconds(problem, stage, "prefill", eta) for stage in stages)
+    decode_stages = tuple(stage_seconds(problem, stage, "decode", xi) for stage in stages)
+    prefill_links = link_seconds(problem, stages, "prefill", eta)
+    decode_links = link_seconds(problem, stages, "decode", xi)
+    if formula == "reference":
+        prefill = prefill_time(sum(prefill_stages), 0.0, max(prefill_stages), m_p)
+        decode = sum(decode_stages) + (m_d - 1) * (tokens - 1) * max(decode_stages)
+    else:
+        slowest = max(*prefill_stages, *prefill_links)
+        prefill = prefill_time(sum(prefill_stages), sum(prefill_links), slowest, m_p)
+        slowest = max(*decode_stages, *decode_links)
+        decode = decode_time(sum(decode_stages), sum(decode_links), slowest, m_d, tokens) if tokens > 1 else 0.0
+    if not all(map(math.isfinite, (*prefill_stages, *decode_stages))):
+        prefill = decode = math.inf
+    latency = prefill + decode
+    produced = problem.workload.sequences * tokens
+    return Prediction(
+        latency_seconds=latency,
+        prefill_seconds=prefill,
+        decode_seconds=decode,
+        throughput_tokens_per_second=produced / latency if latency > 0 else math.inf,
+        quality_loss=quality_loss(problem, assignment),
+        stage_prefill_seconds=prefill_stages,
+        stage_decode_seconds=decode_stages,
+        link_prefill_seconds=prefill_links,
+        link_decode_seconds=decode_links,
+        stage_memory_bytes=tuple(stage_memory(problem, assignment, stage) for stage in stages),
+    )
+
+
+def quality_loss(problem: Problem, assignment: Assignment) -> float:
+    """sum_i omega[i, bits_i]."""
+    column = {bits: j for j, bits in enumerate(problem.bits)}
+    return math.fsum(
+        problem.omega[i][column[bits]]
+        for stage in assignment.stages
+        for i, bits in zip(range(stage.first, stage.last), stage.bits, strict=True)
+    )
+
+
+def objective_value(problem: Problem, prediction: Prediction) -> float:
+    """What the problem's mode minimises."""
+    mode = problem.objective.mode
+    if mode == "max_latency":
+        return prediction.quality_loss
+    if mode == "max_quality_loss":
+        return prediction.latency_seconds
+    return prediction.latency_seconds + problem.objective.theta * prediction.quality_loss
+
+
+def tie_value(problem: Problem, prediction: Prediction) -> float:
+    """What decides between plans of equal objective: the faster, or the better, plan."""
+    return prediction.quality_loss if problem.objective.mode == "max_quality_loss" else prediction.latency_seconds
+
+
+def violations(problem: Problem, assignment: Assignment, formula: str = "pipeline") -> list[str]:
+    """Every rule the assignment breaks, one sentence each; empty means feasible. Independent of all solvers."""
+    found = _structure(problem, assignment)
+    if found:
+        return found
+    found += _availability(problem, assignment) + _memory(problem, assignment)
+    return found or _limits(problem, evaluate(problem, assignment, formula))
+
+
+def _structure(problem: Problem, assignment: Assignment) -> list[str]:
+    """Contiguity, device use, order, candidate sizes and widths."""
+    found = []
+    for phase in ("prefill", "decode"):
+        size, known = getattr(assignment, f"{phase}_micro_batch"), getattr(problem.micro_batches, phase)
+        if size not in known:
+            found.append(f"The {phase} micro-batch is {size}, but the candidates are {', '.join(map(str, known))}.")
+    order = {device.name: i for i, device in enumerate(problem.devices)}
+    expected, used = 0, []
+    for j, stage in enumerate(assignment.stages):
+        if stage.device not in order:
+            found.append(f"Stage {j} is on {stage.device!r}, which is no device of the problem.")
+        if stage.device in used:
+            found.append(f"Stage {j} is on {stage.device!r}, which an earlier stage already uses.")
+        if stage.first != expected or stage.last <= stage.first:
+            found.append(
+                f"Stage {j} holds layers [{stage.first}, {stage.last}), but must begin at {expected} and not be empty."
+            )
+        if len(stage.bits) != stage.last - stage.first or any(bits not in problem.bits for bits in stage.bits):
+            found.append(f"Stage {j} must give one of the bit widths {problem.bits} for each of its layers.")
+        expected = stage.last
+        used.append(stage.device)
+    if expected != problem.layers:
+        found.append(f"The stages end at layer {expected}, but the model has {problem.layers} layers.")
+    positions = [order.get(name, -1) for name in used]
+    if problem.device_order == "fixed" and positions != sorted(positions):
+        found.append("The stages do not follow the fixed device order.")
+    return found
+
+
+def _availability(problem: Problem, assignment: Assignment) -> list[str]:
+    found = []
+    for j, stage in enumerate(assignment.stages):
+        for phase in ("prefill", "decode"):
+            size = getattr(assignment, f"{phase}_micro_batch")
+            if math.isinf(stage_seconds(problem, stage, phase, size)):
+                kind = _device(problem, stage).type
+                found.append(f"Stage {j} needs {phase} times at size {size} that the type {kind!r} does not offer.")
+    return found
+
+
+def _memory(problem: Problem, assignment: Assignment) -> list[str]:
+    found = []
+    for j, stage in enumerate(assignment.stages):
+        need, budget = sum(stage_memory(problem, assignment, stage).values()), _device(problem, stage).memory_bytes
+        if need > budget:
+            found.append(
+                f"Stage {j} needs {need:,.0f} bytes on {stage.device!r}, "
+                f"{need - budget:,.0f} more than its {budget:,.0f}."
+            )
+    return found
+
+
+def _limits(problem: Problem, prediction: Prediction) -> list[str]:
+    mode, limit = problem.objective.mode, problem.objective.limit
+    slack = limit * (1 + RELATIVE_TOLERANCE)
+    if mode == "max_quality_loss" and prediction.quality_loss > slack:
+        return [f"The quality loss is {prediction.quality_loss:.6g}, above the limit {limit:.6g}."]
+    if mode == "max_latency" and prediction.latency_seconds > slack:
+        return [f"The latency is {prediction.latency_seconds:.6g} s, above the limit {limit:.6g} s."]
+    return []
+
+
+def _device(problem: Problem, stage: Stage):
+    return next(device for device in problem.devices if device.name == stage.device)

@@ -1,0 +1,224 @@
+"""`plan.json`: what was decided, what it is predicted to cost, and how far from the optimum it can be at most.
+
+`Plan.to_json` and `Plan.from_json` are inverse to each other; `from_json` raises a `UserError` for each mistake.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ds_llmpq.errors import UserError
+from ds_llmpq.planner import reading
+from ds_llmpq.planner.objective import Assignment, Prediction, Stage
+from ds_llmpq.planner.problem import Problem, Workload
+
+SCHEMA = 1
+MEMORY_PARTS = ("weights", "kv", "embed", "head", "workspace")
+PREDICTED = ("latency_seconds", "prefill_seconds", "decode_seconds", "throughput_tokens_per_second", "quality_loss")
+
+
+@dataclass(frozen=True)
+class PlanStage:
+    """One pipeline stage: layers [first, last) with one bit width each, on one device.
+
+    `prefill_seconds` and `decode_seconds` are P_j and D_j, for one micro-batch. `host` and `kernel` stay null for a
+    problem that came as plain data.
+    """
+
+    rank: int
+    host: str | None
+    device: str
+    device_type: str
+    layers: tuple[int, int]
+    bits: tuple[int, ...]
+    kernel: str | None
+    memory_bytes: Mapping[str, float]
+    memory_budget_bytes: float
+    prefill_seconds: float
+    decode_seconds: float
+
+
+@dataclass(frozen=True)
+class SolverReport:
+    """`bound` is proven: no plan has a smaller objective; `gap` = (objective - bound) / |objective|.
+
+    `status` is "optimal" (gap closed to the one asked for), "time_limit" or "interrupted" (incumbent and bound so
+    far), or "checked" (a plan given by hand, no bound).
+    """
+
+    name: str
+    objective: float
+    bound: float | None
+    gap: float | None
+    seconds: float
+    status: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A complete plan. `baselines` maps a name to predicted totals or to the reason why it has no plan."""
+
+    model: Mapping[str, Any] | None
+    workload: Workload
+    stages: tuple[PlanStage, ...]
+    micro_batch: Mapping[str, int]
+    predicted: Mapping[str, float]
+    solver: SolverReport
+    baselines: Mapping[str, Mapping[str, float] | str] = field(default_factory=dict)
+    provenance: Mapping[str, str] = field(default_factory=dict)
+    explanation: tuple[str, ...] = ()
+    quant: Mapping[str, Any] | None = None
+    engine: Mapping[str, Any] | None = None
+
+    @classmethod
+    def build(cls, problem: Problem, assignment: Assignment, prediction: Prediction, solver: SolverReport) -> "Plan":
+        """The plan of an evaluated assignment, without baselines and explanation."""
+        devices = {device.name: device for device in problem.devices}
+        stages = tuple(
+            PlanStage(
+                rank=rank,
+                host=None,
+                device=stage.device,
+                device_type=devices[stage.device].type,
+                layers=(stage.first, stage.last),
+                bits=stage.bits,
+                kernel=None,
+                memory_bytes=prediction.stage_memory_bytes[rank],
+                memory_budget_bytes=devices[stage.device].memory_bytes,
+                prefill_seconds=prediction.stage_prefill_seconds[rank],
+                decode_seconds=prediction.stage_decode_seconds[rank],
+            )
+            for rank, stage in enumerate(assignment.stages)
+        )
+        sizes = {"prefill": assignment.prefill_micro_batch, "decode": assignment.decode_micro_batch}
+        return cls(None, problem.workload, stages, sizes, prediction.summary(), solver)
+
+    def assignment(self) -> Assignment:
+        """The decisions alone."""
+        stages = tuple(Stage(stage.device, *stage.layers, stage.bits) for stage in self.stages)
+        return Assignment(stages, self.micro_batch["prefill"], self.micro_batch["decode"])
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object of `plan.json`; `quant` is left out when absent."""
+        obj = {"schema": SCHEMA, **_plain(asdict(self))}
+        if self.quant is None:
+            del obj["quant"]
+        return obj
+
+    @classmethod
+    def from_json(cls, obj: Any) -> "Plan":
+        """Read the parsed `plan.json`; raises `UserError` naming the key path, the value and the remedy."""
+        names = "schema model workload stages micro_batch predicted solver baselines provenance explanation engine"
+        reading.keys(obj, "plan", names.split(), ["quant"])
+        if isinstance(obj["schema"], bool) or obj["schema"] != SCHEMA:
+            raise UserError(f"plan.schema is {reading.shown(obj['schema'])}, but this version reads {SCHEMA} only.")
+        workload = reading.keys(obj["workload"], "plan.workload", _names(Workload))
+        sizes = reading.keys(obj["micro_batch"], "plan.micro_batch", ("prefill", "decode"))
+        stages = reading.items(obj["stages"], "plan.stages")
+        return cls(
+            model=_object_or_null(obj["model"], "plan.model"),
+            workload=Workload(*(reading.integer(workload[n], f"plan.workload.{n}") for n in _names(Workload))),
+            stages=_stages(stages),
+            micro_batch={n: reading.integer(sizes[n], f"plan.micro_batch.{n}") for n in ("prefill", "decode")},
+            predicted=_predicted(obj["predicted"], "plan.predicted"),
+            solver=_solver(obj["solver"]),
+            baselines={
+                name: entry if isinstance(entry, str) else _predicted(entry, f"plan.baselines.{name}")
+                for name, entry in _object(obj["baselines"], "plan.baselines").items()
+            },
+            provenance={
+                name: reading.text(entry, f"plan.provenance.{name}")
+                for name, entry in _object(obj["provenance"], "plan.provenance").items()
+            },
+            explanation=tuple(
+                reading.text(entry, f"plan.explanation[{i}]")
+                for i, entry in enumerate(reading.items(obj["explanation"], "plan.explanation", empty=True))
+            ),
+            quant=_object_or_null(obj.get("quant"), "plan.quant"),
+            engine=_object_or_null(obj["engine"], "plan.engine"),
+        )
+
+
+def _names(kind: type) -> tuple[str, ...]:
+    return tuple(kind.__dataclass_fields__)
+
+
+def _object(value: Any, path: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise UserError(f"{path} is {reading.shown(value)}, but must be an object.")
+    return value
+
+
+def _object_or_null(value: Any, path: str) -> Mapping[str, Any] | None:
+    return None if value is None else _object(value, path)
+
+
+def _text_or_null(value: Any, path: str) -> str | None:
+    return None if value is None else reading.text(value, path)
+
+
+def _predicted(obj: Any, path: str) -> dict[str, float]:
+    reading.keys(obj, path, PREDICTED)
+    return {name: reading.number(obj[name], f"{path}.{name}", finite=False) for name in PREDICTED}
+
+
+def _solver(obj: Any) -> SolverReport:
+    path = "plan.solver"
+    reading.keys(obj, path, _names(SolverReport))
+
+    def optional(name: str) -> float | None:
+        return None if obj[name] is None else reading.number(obj[name], f"{path}.{name}")
+
+    return SolverReport(
+        name=reading.text(obj["name"], f"{path}.name"),
+        objective=reading.number(obj["objective"], f"{path}.objective"),
+        bound=optional("bound"),
+        gap=optional("gap"),
+        seconds=reading.number(obj["seconds"], f"{path}.seconds"),
+        status=reading.text(obj["status"], f"{path}.status"),
+    )
+
+
+def _stages(entries: Sequence[Any]) -> tuple[PlanStage, ...]:
+    stages: list[PlanStage] = []
+    for i, entry in enumerate(entries):
+        stage = _stage(entry, f"plan.stages[{i}]")
+        expected = stages[-1].layers[1] if stages else 0
+        if stage.layers[0] != expected:
+            raise UserError(f"plan.stages[{i}].layers begins at {stage.layers[0]}, but must begin at {expected}.")
+        stages.append(stage)
+    return tuple(stages)
+
+
+def _stage(obj: Any, path: str) -> PlanStage:
+    reading.keys(obj, path, _names(PlanStage))
+    first, last = (
+        reading.integer(value, f"{path}.layers[{i}]", low=0)
+        for i, value in enumerate(reading.items(obj["layers"], f"{path}.layers", length=2))
+    )
+    if last <= first:
+        raise UserError(f"{path}.layers is [{first}, {last}], but must hold at least one layer; leave the stage out.")
+    widths = reading.items(obj["bits"], f"{path}.bits", length=last - first)
+    parts = reading.keys(obj["memory_bytes"], f"{path}.memory_bytes", MEMORY_PARTS)
+    return PlanStage(
+        rank=reading.integer(obj["rank"], f"{path}.rank", low=0),
+        host=_text_or_null(obj["host"], f"{path}.host"),
+        device=reading.text(obj["device"], f"{path}.device"),
+        device_type=reading.text(obj["device_type"], f"{path}.device_type"),
+        layers=(first, last),
+        bits=tuple(reading.integer(width, f"{path}.bits[{i}]") for i, width in enumerate(widths)),
+        kernel=_text_or_null(obj["kernel"], f"{path}.kernel"),
+        memory_bytes={name: reading.number(parts[name], f"{path}.memory_bytes.{name}") for name in MEMORY_PARTS},
+        memory_budget_bytes=reading.number(obj["memory_budget_bytes"], f"{path}.memory_budget_bytes"),
+        prefill_seconds=reading.number(obj["prefill_seconds"], f"{path}.prefill_seconds"),
+        decode_seconds=reading.number(obj["decode_seconds"], f"{path}.decode_seconds"),
+    )
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists and mappings as dicts, as JSON has them."""
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return value
