@@ -1,0 +1,159 @@
+"""Result and error rows in OpenAI's batch output format, appended as they finish and never left torn.
+
+Every row is one write to the operating system, unbuffered: it survives the death of the process at once, and a power
+cut after the next fsync (every few seconds, and on close). Rows hold no times and no random ids, so that two runs of
+the same input can be compared byte by byte; `created` is 0.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ds_llmpq.batch.request import Request, RowError
+from ds_llmpq.batch.rowfile import RowFile, check_folder, finished_ids, sync_folder
+from ds_llmpq.errors import UserError
+
+RESULTS_NAME = "results.jsonl"
+ERRORS_NAME = "errors.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What came of one request. `finish_reason` is `stop` or `length`; tokens count as generated, EOS included."""
+
+    request: Request
+    prompt_tokens: int
+    completion_tokens: int
+    text: str
+    finish_reason: str
+
+
+class ResultWriter:
+    """Appends to results.jsonl and errors.jsonl of a folder, which it makes and locks; a context manager.
+
+    `model`: the name recorded for rows that give none. `total`: rows of the input, for the counts. A folder that
+    already holds results is refused unless `resume`: then a torn last row is cut off, `finished` holds the ids that
+    need not run again, and errors.jsonl starts anew, since rows that failed are tried again.
+    UserError: a folder that cannot be written, is in use, or holds something else; a full disk while writing (the
+    row that did not fit is taken back).
+    """
+
+    def __init__(
+        self,
+        out_dir: str | Path,
+        *,
+        model: str = "",
+        total: int = 0,
+        resume: bool = False,
+        fsync_seconds: float = 5.0,
+    ):
+        folder = check_folder(out_dir)
+        self.model = model
+        self.total = total
+        self.results = RowFile(folder / RESULTS_NAME)
+        try:
+            self.finished = self.results.repair()
+            if self.finished and not resume:
+                raise UserError(
+                    f"{folder} already holds {len(self.finished)} results; give another out=DIR or resume this run."
+                )
+            self.errors = RowFile(folder / ERRORS_NAME)
+            try:
+                self.errors.clear()
+            except BaseException:
+                self.errors.close()
+                raise
+        except BaseException:
+            self.results.close()
+            raise
+        sync_folder(folder)
+        self.completed = len(self.finished)
+        self.failed = 0
+        self._fsync_seconds = fsync_seconds
+        self._synced = time.monotonic()
+
+    def write_result(self, result: Result) -> None:
+        """Append one result row; it is with the operating system when this returns."""
+        self.results.append(result_row(result, self.model))
+        self.completed += 1
+        self._sync_when_due()
+
+    def write_error(self, error: RowError) -> None:
+        """Append one error row; it is with the operating system when this returns."""
+        self.errors.append(error_row(error))
+        self.failed += 1
+        self._sync_when_due()
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Rows of the input, with a result, and with an error, earlier runs' results included."""
+        return {"total": self.total, "completed": self.completed, "failed": self.failed}
+
+    def sync(self) -> None:
+        """Make all rows written so far survive a power cut."""
+        self.results.sync()
+        self.errors.sync()
+        self._synced = time.monotonic()
+
+    def close(self) -> None:
+        self.results.close()
+        self.errors.close()
+
+    def __enter__(self) -> ResultWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _sync_when_due(self) -> None:
+        if time.monotonic() - self._synced >= self._fsync_seconds:
+            self.sync()
+
+
+def read_finished(out_dir: str | Path) -> set[str]:
+    """custom_ids that have a result in a folder, after cutting off a torn last row; none if there is no file.
+
+    UserError: results.jsonl is not a result file, cannot be read, or a running batch is writing it.
+    """
+    return finished_ids(Path(out_dir) / RESULTS_NAME)
+
+
+def result_row(result: Result, model: str = "") -> dict[str, Any]:
+    """One row of results.jsonl."""
+    request = result.request
+    key = _key(request.custom_id)
+    choice: dict[str, Any] = {"index": 0}
+    if request.is_chat:
+        choice["message"] = {"role": "assistant", "content": result.text}
+    else:
+        choice["text"] = result.text
+    choice |= {"logprobs": None, "finish_reason": result.finish_reason}
+    body = {
+        "id": ("chatcmpl-" if request.is_chat else "cmpl-") + key,
+        "object": "chat.completion" if request.is_chat else "text_completion",
+        "created": 0,
+        "model": request.model if request.model is not None else model,
+        "choices": [choice],
+        "usage": {
+            "prompt_tokens": result.prompt_tokens,
+            "completion_tokens": result.completion_tokens,
+            "total_tokens": result.prompt_tokens + result.completion_tokens,
+        },
+    }
+    response = {"status_code": 200, "request_id": "req_" + key, "body": body}
+    return {"id": "batch_req_" + key, "custom_id": request.custom_id, "response": response, "error": None}
+
+
+def error_row(error: RowError) -> dict[str, Any]:
+    """One row of errors.jsonl; `line` is the row's line in the input."""
+    key = _key(error.custom_id if error.custom_id is not None else f"\0line {error.line}")
+    reason = {"code": error.code, "message": error.message, "line": error.line}
+    return {"id": "batch_req_" + key, "custom_id": error.custom_id, "response": None, "error": reason}
+
+
+def _key(custom_id: str) -> str:
+    return hashlib.blake2b(custom_id.encode(), digest_size=12).hexdigest()

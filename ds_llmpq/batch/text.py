@@ -1,0 +1,144 @@
+"""Text of a growing token sequence, and when it ends: stop strings, end-of-sequence tokens, the token limit."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+REPLACEMENT = "\ufffd"  # what bytes that are not (yet) UTF-8 decode to
+WINDOW_TOKENS = 16  # decoded at every token; half of it is kept as context when it is full
+MAX_WINDOW_TOKENS = 64  # reached only by text with no place to cut, such as endless empty tokens
+
+
+class TextState:
+    """Incremental detokenization of one sequence, searched for stop strings.
+
+    `text` is exactly what decoding all tokens at once gives, cut before the first stop string. A sequence without
+    stop strings is not decoded until then; one with them decodes a window of at most 64 tokens at every token.
+    Special tokens are skipped. A stop string may span tokens; the tail of replacement characters, which the next
+    token may turn into a real character, is not searched until it settles.
+    """
+
+    def __init__(self, tokenizer: Any, stops: tuple[str, ...] = ()):
+        self.tokenizer = tokenizer
+        self.stops = stops
+        self.token_ids: list[int] = []
+        self.stopped = False
+        self._window = _Window(tokenizer) if stops else None
+        self._tail = ""  # settled text that may be the beginning of a stop string
+        self._tail_characters = max(map(len, stops), default=1) - 1
+
+    def push(self, token_id: int) -> bool:
+        """Append one token; True once the text holds a stop string. Nothing may be pushed after that."""
+        self.token_ids.append(token_id)
+        if self._window is None:
+            return False
+        piece = self._window.push(token_id)
+        if piece:
+            searched = self._tail + piece
+            # the window may differ from the whole on bytes that were never text: the whole has the last word
+            if any(stop in searched for stop in self.stops) and self._stop_position(self._decode()) is not None:
+                self.stopped = True
+            self._tail = searched[max(0, len(searched) - self._tail_characters) :]
+        return self.stopped
+
+    @property
+    def text(self) -> str:
+        text = self._decode()
+        return text[: self._stop_position(text)] if self.stopped else text
+
+    def _decode(self) -> str:
+        return decode(self.tokenizer, self.token_ids)
+
+    def _stop_position(self, text: str) -> int | None:
+        positions = [text.find(stop) for stop in self.stops]
+        return min((position for position in positions if position >= 0), default=None)
+
+
+class GenerationState:
+    """Stop rule of one sequence: `push` tokens until it names a finish reason.
+
+    `stop`: an end-of-sequence token (unless ignored) or a stop string; `length`: max_tokens tokens. Every pushed
+    token counts as generated; the end-of-sequence token that ends the sequence is no part of the text.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        max_tokens: int,
+        stops: tuple[str, ...],
+        eos_token_ids: Collection[int],
+        ignore_eos: bool,
+    ):
+        self.max_tokens = max_tokens
+        self.finish_reason: str | None = None
+        self.generated_tokens = 0
+        self._ends = frozenset() if ignore_eos else frozenset(eos_token_ids)
+        self._text = TextState(tokenizer, stops)
+
+    def push(self, token_id: int) -> str | None:
+        """Take one generated token; the finish reason if the sequence ends with it."""
+        self.generated_tokens += 1
+        if token_id in self._ends or self._text.push(token_id):
+            self.finish_reason = "stop"
+        elif self.generated_tokens >= self.max_tokens:
+            self.finish_reason = "length"
+        return self.finish_reason
+
+    @property
+    def text(self) -> str:
+        return self._text.text
+
+
+def decode(tokenizer: Any, token_ids: list[int]) -> str:
+    """The text of generated tokens: special tokens skipped, spaces as generated."""
+    return tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+class _Window:
+    """The last tokens of a sequence, decoded together, and how much of their text has settled."""
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self._skipped = _special_ids(tokenizer)
+        self._ids: list[int] = []
+        self._settled = 0  # characters of the window's text already given out
+
+    def push(self, token_id: int) -> str:
+        """The text that settles with this token, possibly none."""
+        if token_id in self._skipped:
+            return ""
+        self._ids.append(token_id)
+        text = decode(self._tokenizer, self._ids)
+        settled = len(text.rstrip(REPLACEMENT))
+        if len(self._ids) >= MAX_WINDOW_TOKENS:
+            settled = len(text)  # garbage: characters have at most 4 bytes, so waiting longer helps nothing
+        piece = text[self._settled : settled]
+        self._settled = max(self._settled, settled)
+        if len(self._ids) >= WINDOW_TOKENS:
+            self._shorten(text)
+        return piece
+
+    def _shorten(self, text: str) -> None:
+        """Drop the older half where it can be cut: at a character's boundary, leaving settled text as context.
+
+        Decoders that strip the space of a sequence's first token need that context; of four neighbouring
+        boundaries at least one lies between characters.
+        """
+        half = len(self._ids) // 2
+        for start in range(half, half + 4):
+            rest = decode(self._tokenizer, self._ids[start:])
+            dropped = len(text) - len(rest)
+            if text.endswith(rest) and self._settled > dropped:
+                self._ids, self._settled = self._ids[start:], self._settled - dropped
+                return
+        if len(self._ids) >= MAX_WINDOW_TOKENS:
+            self._ids = self._ids[half:]
+            self._settled = len(decode(self._tokenizer, self._ids))
+
+
+def _special_ids(tokenizer: Any) -> frozenset[int]:
+    """Tokens that decoding skips, which must not fill the window."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return frozenset(token_id for token_id, token in added.items() if getattr(token, "special", False))
