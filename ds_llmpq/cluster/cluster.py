@@ -1,0 +1,151 @@
+"""A cluster: devices of hosts and the links between them, checked once when it is made from its configuration."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ds_llmpq.cluster.devices import BIT_WIDTHS, COMPUTE_DTYPES, KINDS, RATE_DTYPES, Device, DeviceType, Link, Links
+from ds_llmpq.errors import UserError
+from ds_llmpq.schema import ClusterConfig, DeviceTypeConfig, LinkConfig, LinksConfig
+
+
+@dataclass(frozen=True)
+class Cluster:
+    name: str
+    devices: tuple[Device, ...]  # in the order of the configuration
+    links: Links
+    env: Mapping[str, str]
+
+    @classmethod
+    def from_config(cls, config: ClusterConfig) -> Cluster:
+        """UserError: no devices, unknown type, doubled host or slot, a number out of range, a link left out."""
+        types = {name: device_type(name, entry) for name, entry in config.device_types.items()}
+        hosts = [host.name for host in config.hosts]
+        for host in hosts:
+            # ':', ',' and '@' separate hosts and slots in DeepSpeed's --include
+            if not re.fullmatch(r"[A-Za-z0-9._-]+", host):
+                raise UserError(f"host name {host!r} is not usable; use letters, digits, '.', '_' and '-'")
+            if hosts.count(host) > 1:
+                raise UserError(f"host {host} is listed twice; list each host once, with all of its devices")
+        devices = tuple(_device(host.name, entry, types) for host in config.hosts for entry in host.devices)
+        if not devices:
+            raise UserError(f"cluster {config.name or '(unnamed)'} has no devices; list hosts with their devices")
+        names = [device.name for device in devices]
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(f"device {name} is listed twice; give each device of a host its own slot")
+        return cls(config.name, devices, _links(config.links, devices), dict(config.env))
+
+    @property
+    def device_types(self) -> dict[str, DeviceType]:
+        """Types in use by name; CPU devices with unlike thread counts are unlike types."""
+        return {device.type.name: device.type for device in self.devices}
+
+    def device(self, name: str) -> Device:
+        for device in self.devices:
+            if device.name == name:
+                return device
+        known = ", ".join(device.name for device in self.devices)
+        raise UserError(f"device {name} is not in cluster {self.name}; it has {known}")
+
+    def link(self, source: str, target: str) -> Link:
+        """From device `source` to device `target`, both as host:slot."""
+        if (source, target) in self.links.pairs:
+            return self.links.pairs[source, target]
+        same_host = self.device(source).host == self.device(target).host
+        link = self.links.intra_host if same_host else self.links.inter_host
+        if link is None:
+            raise UserError(f"no link is known from {source} to {target}; these are one and the same device")
+        return link
+
+
+def device_type(name: str, config: DeviceTypeConfig) -> DeviceType:
+    """A checked device type. UserError names the type, the field and its bound."""
+    where = f"device type {name}"
+    if config.kind not in KINDS:
+        raise UserError(f"{where} has kind {config.kind!r}; it must be one of {', '.join(KINDS)}")
+    _check(f"{where}: memory_bytes", config.memory_bytes, lowest=0)
+    _check(f"{where}: memory_bandwidth_bytes_per_second", config.memory_bandwidth_bytes_per_second)
+    _check(f"{where}: kernel_overhead_seconds", config.kernel_overhead_seconds, lowest=0)
+    _choices(f"{where}: flops_per_second", config.flops_per_second, RATE_DTYPES)
+    if not set(config.flops_per_second) & set(COMPUTE_DTYPES):
+        raise UserError(f"{where}: flops_per_second needs a rate for one of {', '.join(COMPUTE_DTYPES)}")
+    for dtype, rate in config.flops_per_second.items():
+        _check(f"{where}: flops_per_second.{dtype}", rate)
+    _choices(f"{where}: bits", config.bits, BIT_WIDTHS)
+    if not config.bits:
+        raise UserError(f"{where}: bits is empty; list the widths it can run, of {', '.join(map(str, BIT_WIDTHS))}")
+    return DeviceType(
+        name=name,
+        kind=config.kind,
+        memory_bytes=int(config.memory_bytes),
+        memory_bandwidth_bytes_per_second=float(config.memory_bandwidth_bytes_per_second),
+        flops_per_second={dtype: float(rate) for dtype, rate in config.flops_per_second.items()},
+        kernel_overhead_seconds=float(config.kernel_overhead_seconds),
+        bits=tuple(bits for bits in BIT_WIDTHS if bits in config.bits),
+        compute_capability=config.compute_capability,
+        source=config.source,
+    )
+
+
+def _device(host: str, config: Any, types: Mapping[str, DeviceType]) -> Device:
+    where = f"device {host}:{config.slot}"
+    if config.type not in types:
+        known = ", ".join(types) or "none"
+        raise UserError(f"{where} has unknown type {config.type!r}; the cluster's device_types are {known}")
+    kind = types[config.type]
+    if config.slot < 0:
+        raise UserError(f"{where} has a negative slot; slots count from 0")
+    if config.threads is not None and kind.kind != "cpu":
+        raise UserError(f"{where} sets threads={config.threads}, but its type is {kind.kind}; remove threads")
+    threads = None if kind.kind != "cpu" else 1 if config.threads is None else config.threads
+    if threads is not None:
+        _check(f"{where}: threads", threads)
+    memory = kind.memory_bytes if config.memory_bytes is None else config.memory_bytes
+    _check(f"{where}: memory_bytes", memory)
+    return Device(host, config.slot, kind.with_threads(threads or 1), int(memory), threads)
+
+
+def _links(config: LinksConfig, devices: tuple[Device, ...]) -> Links:
+    hosts = [device.host for device in devices]
+    several_hosts, shared_host = len(set(hosts)) > 1, len(set(hosts)) < len(hosts)
+    pairs: dict[tuple[str, str], Link] = {}
+    names = {device.name for device in devices}
+    for entry in config.pairs:
+        pair = (entry.source, entry.target)
+        for name in pair:
+            if name not in names:
+                raise UserError(f"links.pairs names device {name!r}, which the cluster lacks; devices are host:slot")
+        if pair in pairs:
+            raise UserError(f"links.pairs lists {entry.source} to {entry.target} twice; list each direction once")
+        link = LinkConfig(entry.latency_seconds, entry.bandwidth_bytes_per_second)
+        pairs[pair] = _link(f"links.pairs {entry.source} to {entry.target}", link)
+    return Links(
+        intra_host=_link("links.intra_host", config.intra_host) if shared_host else None,
+        inter_host=_link("links.inter_host", config.inter_host) if several_hosts else None,
+        pairs=pairs,
+        source=config.source,
+    )
+
+
+def _link(where: str, config: LinkConfig) -> Link:
+    _check(f"{where}: latency_seconds", config.latency_seconds, lowest=0)
+    _check(f"{where}: bandwidth_bytes_per_second", config.bandwidth_bytes_per_second)
+    return Link(float(config.latency_seconds), float(config.bandwidth_bytes_per_second))
+
+
+def _check(where: str, value: float, lowest: float | None = None) -> None:
+    """Positive without `lowest`, else at least that; never infinite."""
+    if not math.isfinite(value) or (value <= 0 if lowest is None else value < lowest):
+        bound = "positive" if lowest is None else f"at least {lowest}"
+        raise UserError(f"{where} is {value}; it must be {bound} and finite")
+
+
+def _choices(where: str, values: Iterable[Any], allowed: tuple[Any, ...]) -> None:
+    for value in values:
+        if value not in allowed:
+            raise UserError(f"{where} has {value!r}; it must be one of {', '.join(map(str, allowed))}")

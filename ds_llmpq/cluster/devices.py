@@ -1,0 +1,78 @@
+"""Device types, devices and links as plain values; no files, no frameworks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+BIT_WIDTHS = (1, 2, 3, 4, 8, 16)  # 16: unquantized, in the compute type
+KINDS = ("cuda", "cpu")
+COMPUTE_DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4}  # name -> bytes of one element
+RATE_DTYPES = (*COMPUTE_DTYPES, "int8")
+
+
+@dataclass(frozen=True)
+class DeviceType:
+    """One kind of device. Rates in FLOP/s and bytes/s; for `cpu` they are those of one thread."""
+
+    name: str
+    kind: str
+    memory_bytes: int
+    memory_bandwidth_bytes_per_second: float
+    flops_per_second: Mapping[str, float]  # by arithmetic type; a missing one cannot be computed in
+    kernel_overhead_seconds: float
+    bits: tuple[int, ...]
+    compute_capability: str | None
+    source: str
+
+    def with_threads(self, threads: int) -> DeviceType:
+        """The rates of `threads` CPU threads under a name of their own.
+
+        Linear: a type whose threads share a memory bus states the bandwidth of a thread while all are busy.
+        """
+        if self.kind != "cpu" or threads == 1:
+            return self
+        return replace(
+            self,
+            name=f"{self.name}_x{threads}",
+            memory_bandwidth_bytes_per_second=self.memory_bandwidth_bytes_per_second * threads,
+            flops_per_second={name: rate * threads for name, rate in self.flops_per_second.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device of a host; `slot` is its index among the host's hostfile slots."""
+
+    host: str
+    slot: int
+    type: DeviceType  # with this device's threads
+    memory_bytes: int
+    threads: int | None = None  # of a CPU stage
+
+    @property
+    def name(self) -> str:
+        return f"{self.host}:{self.slot}"
+
+
+@dataclass(frozen=True)
+class Link:
+    """From one device to another: seconds = latency + bytes / bandwidth."""
+
+    latency_seconds: float
+    bandwidth_bytes_per_second: float
+
+    @property
+    def seconds_per_byte(self) -> float:
+        return 1.0 / self.bandwidth_bytes_per_second
+
+    def seconds(self, size_bytes: float) -> float:
+        return self.latency_seconds + size_bytes * self.seconds_per_byte
+
+
+@dataclass(frozen=True)
+class Links:
+    intra_host: Link | None  # None where no host has two devices
+    inter_host: Link | None  # None where there is one host
+    pairs: Mapping[tuple[str, str], Link]
+    source: str

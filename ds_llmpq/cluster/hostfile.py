@@ -1,0 +1,85 @@
+"""DeepSpeed's hostfile (`host slots=N`) and its --include string, written for a plan and checked against one.
+
+A placement is the (host, slot) of one pipeline stage; lists of placements are in pipeline order.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from ds_llmpq.errors import UserError
+
+Placement = tuple[str, int]
+_LINE = re.compile(r"(\S+)\s+slots=(\d+)")
+
+
+def slots_by_host(placements: Iterable[Placement]) -> dict[str, list[int]]:
+    """Hosts by first appearance, each with its slots ascending: the order in which DeepSpeed numbers ranks."""
+    slots: dict[str, list[int]] = {}
+    for host, slot in placements:
+        if slot in slots.setdefault(host, []):
+            raise UserError(f"device {host}:{slot} holds two stages; a device can hold one")
+        slots[host].append(slot)
+    return {host: sorted(used) for host, used in slots.items()}
+
+
+def hostfile_text(placements: Iterable[Placement]) -> str:
+    """One line a host with just enough slots for the highest slot in use."""
+    return "".join(f"{host} slots={slots[-1] + 1}\n" for host, slots in slots_by_host(placements).items())
+
+
+def write_hostfile(path: str | Path, placements: Iterable[Placement]) -> None:
+    Path(path).write_text(hostfile_text(placements), encoding="utf-8")
+
+
+def parse_hostfile(path: str | Path) -> dict[str, int]:
+    """Host -> slots, in file order; `#` starts a comment. UserError: unreadable, bad line, doubled host, no hosts."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"hostfile {path} cannot be read ({error}); give a text file of lines 'host slots=N'") from None
+    hosts: dict[str, int] = {}
+    for number, line in enumerate(lines, start=1):
+        entry = line.split("#", 1)[0].strip()
+        if not entry:
+            continue
+        match = _LINE.fullmatch(entry)
+        if match is None:
+            raise UserError(f"hostfile {path} line {number} is {line.strip()!r}; it must read 'host slots=N'")
+        host, slots = match[1], int(match[2])
+        if host in hosts:
+            raise UserError(f"hostfile {path} line {number} lists host {host} again; list each host once")
+        if slots < 1:
+            raise UserError(f"hostfile {path} line {number} gives {host} {slots} slots; it must be at least 1")
+        hosts[host] = slots
+    if not hosts:
+        raise UserError(f"hostfile {path} lists no host; add lines 'host slots=N'")
+    return hosts
+
+
+def include_string(placements: Iterable[Placement]) -> str:
+    """DeepSpeed's --include, e.g. `host:0,2@host2:1`: exactly the plan's devices."""
+    return "@".join(f"{host}:{','.join(map(str, slots))}" for host, slots in slots_by_host(placements).items())
+
+
+def launch_ranks(placements: Sequence[Placement]) -> tuple[int, ...]:
+    """Global rank that DeepSpeed gives to the process of each stage, for `hostfile_text` with `include_string`.
+
+    Ranks run host by host and within a host by slot (DeepSpeed sorts them), so neither a pipeline that comes back to a
+    host (A, B, A) nor one that uses slot 1 before slot 0 is in rank order.
+    """
+    order = [(host, slot) for host, slots in slots_by_host(placements).items() for slot in slots]
+    return tuple(order.index(placement) for placement in placements)
+
+
+def hostfile_disagreements(hostfile: Mapping[str, int], placements: Iterable[Placement]) -> list[str]:
+    """What keeps a plan from being launched with this hostfile (host -> slots), one sentence each; empty if nothing."""
+    found = []
+    for host, slots in slots_by_host(placements).items():
+        if host not in hostfile:
+            found.append(f"the plan uses host {host}, which the hostfile lacks (it has {', '.join(hostfile)})")
+        elif slots[-1] >= hostfile[host]:
+            found.append(f"the plan uses slot {slots[-1]} of host {host}, which has slots=0..{hostfile[host] - 1}")
+    return found
