@@ -197,7 +197,7 @@ def train_model(model, items, args) -> None:
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
     generator = random.Random(args.seed)
     short, full = (windows(items, length, generator) for length in (CONTEXT_TOKENS // 2, CONTEXT_TOKENS))
-    forward = torch.compile(model) if args.compile else model
+    forward = torch.compile(model, dynamic=False) if args.compile else model
     begin, shown = time.time(), 0.0
     for step in range(args.steps):
         rows = full if step >= args.steps * 0.8 else short
@@ -281,7 +281,7 @@ def save(model, tokenizer, out_dir: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out_dir", type=Path)
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--vocab", type=int, default=2048)
@@ -320,6 +320,7 @@ def main() -> None:
         "batch_tokens": args.batch_tokens,
         "learning_rate": args.learning_rate,
         "seed": args.seed,
+        "precision": "bf16 autocast, fp32 master weights" + (", torch.compile" if args.compile else ""),
         "train_seconds": round(seconds),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "held_out_loss": losses["16"],
