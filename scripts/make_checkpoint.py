@@ -40,10 +40,14 @@ PRESETS = {  # decoder parameters dominate; every width is a multiple of 128; si
     "1gb": {"layers": 24, "hidden": 1280, "heads": 20, "kv_heads": 4, "intermediate": 3584, "vocab": 32000},
 }
 LOGIT_STD = 2.0
-QUERY_KEY_STD = 1.6  # sharp attention: averages over the context would make all positions alike
-RESIDUAL_STD = 6.0  # of the weights on all residual branches together
-NOISE_STD = 0.1  # of norm weights around 1 and of biases around 0
+QUERY_KEY_STD = 2.0  # sharp attention: averages over the context would make all positions alike
+RESIDUAL_STD = 4.0  # of the weights on all residual branches together
+NORM_NOISE_STD = 0.1  # of norm weights around 1 and norm biases around 0
+BIAS_STD = 0.05  # of linears'
 RESIDUAL_OUTPUTS = re.compile(r"\.(o_proj|out_proj|dense|down_proj|fc2|dense_4h_to_h)\.weight$")
+# Activations behind a ReLU or GELU have a positive mean, which would add the same vector at every position and make
+# the positions alike: rows that sum to zero cancel it.
+FOLLOWS_RELU = re.compile(r"\.(fc2|dense_4h_to_h)\.weight$")
 CHUNK_ELEMENTS = 1 << 24
 
 
@@ -113,20 +117,24 @@ def random_tensor(name: str, shape: tuple[int, ...], layers: int, dtype: torch.d
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     out = torch.empty(math.prod(shape), dtype=dtype)
-    for chunk in out.split(CHUNK_ELEMENTS):  # bounds the fp32 copy, also of a 250,000-token embedding
-        chunk.copy_(torch.randn(len(chunk), generator=generator).mul_(std).add_(mean))
+    rows = out.view(shape[0], -1)
+    for chunk in rows.split(max(1, CHUNK_ELEMENTS // rows.shape[1])):  # bounds the fp32 copy of a large embedding
+        values = torch.randn(chunk.shape, generator=generator).mul_(std).add_(mean)
+        if FOLLOWS_RELU.search(name):
+            values -= values.mean(1, keepdim=True)
+        chunk.copy_(values)
     return out.view(shape)
 
 
 def _mean_and_std(name: str, shape: tuple[int, ...], layers: int) -> tuple[float, float]:
     """Linears keep a standard deviation near 1; the residual branches together outweigh the embedding by far, since a
     tied head would otherwise repeat the last token for ever."""
-    if name.endswith(".bias") and "word_embeddings" not in name:
-        return 0.0, NOISE_STD
+    if name.endswith(".bias") and "norm" not in name and "ln_f" not in name:
+        return 0.0, BIAS_STD
     if len(shape) == 1:  # BLOOM normalises its embedding to 1: bring it back to an embedding's scale
         scale = LOGIT_STD / math.sqrt(shape[0]) if "word_embeddings_layernorm" in name else 1.0
         mean = QUERY_KEY_STD if "q_norm" in name or "k_norm" in name else scale
-        return (0.0 if name.endswith(".bias") else mean), scale * NOISE_STD
+        return (0.0 if name.endswith(".bias") else mean), scale * NORM_NOISE_STD
     std = 1 / math.sqrt(shape[1])
     if "lm_head" in name or "embed" in name:
         return 0.0, LOGIT_STD * std
