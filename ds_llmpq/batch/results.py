@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,22 +55,16 @@ class ResultWriter:
         folder = check_folder(out_dir)
         self.model = model
         self.total = total
-        self.results = RowFile(folder / RESULTS_NAME)
-        try:
+        with ExitStack() as opened:
+            self.results = opened.enter_context(closing(RowFile(folder / RESULTS_NAME)))
             self.finished = self.results.repair()
             if self.finished and not resume:
                 raise UserError(
                     f"{folder} already holds {len(self.finished)} results; give another out=DIR or resume this run."
                 )
-            self.errors = RowFile(folder / ERRORS_NAME)
-            try:
-                self.errors.clear()
-            except BaseException:
-                self.errors.close()
-                raise
-        except BaseException:
-            self.results.close()
-            raise
+            self.errors = opened.enter_context(closing(RowFile(folder / ERRORS_NAME)))
+            self.errors.clear()
+            self._files = opened.pop_all()
         sync_folder(folder)
         self.completed = len(self.finished)
         self.failed = 0
@@ -100,8 +95,8 @@ class ResultWriter:
         self._synced = time.monotonic()
 
     def close(self) -> None:
-        self.results.close()
-        self.errors.close()
+        """Sync and close both files; a second call does nothing."""
+        self._files.close()
 
     def __enter__(self) -> ResultWriter:
         return self
