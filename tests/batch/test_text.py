@@ -147,3 +147,11 @@ def test_the_last_allowed_token_may_still_be_a_stop():
 def test_an_end_token_without_special_mark_is_no_text():
     [token] = byte_level().encode("x", add_special_tokens=False)
     assert generate([token], eos_token_ids={token}).text == ""
+
+
+def test_skipped_tokens_never_become_the_only_context():
+    """The space of a decoded text's first token is stripped: after many special tokens it must still be seen."""
+    tokenizer = metaspace()
+    a, hello = tokenizer.convert_tokens_to_ids(["▁a", "▁hello"])
+    token_ids = [a, *[tokenizer.eos_token_id] * 200, hello]
+    assert run(tokenizer, token_ids, [" hello"]) == (202, "a")
