@@ -1,0 +1,252 @@
+"""From a cluster, a model's shape and a workload to the planning problem: every table filled, every number's origin kept.
+
+`prepare` does the work and keeps notes and provenance beside the problem; `build_problem` gives the problem alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ds_llmpq.cluster.cluster import Cluster
+from ds_llmpq.cluster.devices import BIT_WIDTHS, COMPUTE_DTYPES, DeviceType
+from ds_llmpq.cluster.gates import common_dtype, gate
+from ds_llmpq.cost.kernels import check_kernel
+from ds_llmpq.cost.latency import LayerCosts, RooflineCosts
+from ds_llmpq.cost.links import link_table
+from ds_llmpq.cost.memory import MemoryModel
+from ds_llmpq.errors import UserError
+from ds_llmpq.models.shape import ModelShape
+from ds_llmpq.planner.problem import SCHEMA, Problem
+from ds_llmpq.quant.packing import UNQUANTIZED_BITS, quantization_problem
+from ds_llmpq.schema import PlannerConfig, QuantConfig, WorkloadConfig
+from ds_llmpq.sensitivity.omega import Omega
+from ds_llmpq.sensitivity.prior import prior_omega
+
+CostsOf = Callable[[DeviceType], LayerCosts]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A planning problem and what a plan says about where it came from."""
+
+    problem: Problem
+    dtype: str  # of arithmetic, cache and unquantized weights
+    memory: MemoryModel
+    provenance: dict[str, str]  # number -> measured, fitted, roofline, datasheet, assumed (with its source)
+    notes: tuple[str, ...]  # widths left out, and why
+
+
+def build_problem(
+    cluster: Cluster,
+    shape: ModelShape,
+    workload: WorkloadConfig,
+    quant: QuantConfig,
+    planner: PlannerConfig,
+    omega: Omega | None = None,
+    dtype: str = "auto",
+    kernel: str = "dequantize",
+    costs_of: CostsOf | None = None,
+) -> Problem:
+    """The problem of `prepare`, which see."""
+    return prepare(cluster, shape, workload, quant, planner, omega, dtype, kernel, costs_of).problem
+
+
+def prepare(
+    cluster: Cluster,
+    shape: ModelShape,
+    workload: WorkloadConfig,
+    quant: QuantConfig,
+    planner: PlannerConfig,
+    omega: Omega | None = None,
+    dtype: str = "auto",
+    kernel: str = "dequantize",
+    costs_of: CostsOf | None = None,
+) -> Prepared:
+    """Fill the planning problem.
+
+    omega: None takes the prior from published perplexities. kernel: how quantized linears run (`cost.kernels`).
+    costs_of: gives the times of a device type; None is the roofline.
+    UserError: lengths beyond the model's positions, no usable bit width, no common compute type, an objective without
+    its bound, an omega of another model, or a number out of range.
+    """
+    check_workload(workload, shape)
+    kernel, dtype = check_kernel(kernel), common_dtype(cluster, dtype)
+    bits, notes = usable_bits(shape, quant)
+    memory = MemoryModel(shape, quant.group_size, quant.axis, COMPUTE_DTYPES[dtype], kernel)
+    if costs_of is None:
+
+        def costs_of(device_type: DeviceType) -> LayerCosts:
+            return RooflineCosts(device_type, shape, dtype, quant.group_size, quant.axis, kernel)
+
+    costs = {name: costs_of(device_type) for name, device_type in cluster.device_types.items()}
+    for device_type in cluster.device_types.values():
+        notes += [reason for width in bits if (reason := gate(device_type, width, dtype))]
+    if omega is None:
+        omega = prior_omega(shape.layers, bits, shape.fingerprint)
+    omega.check_model(shape.layers)
+    sizes = {
+        "prefill": micro_batches("prefill", planner.micro_batches.prefill, workload.sequences),
+        "decode": micro_batches("decode", planner.micro_batches.decode, workload.sequences),
+    }
+    record = {
+        "schema": SCHEMA,
+        "layers": shape.layers,
+        "bits": bits,
+        "workload": {
+            "sequences": workload.sequences,
+            "prompt_tokens": workload.prompt_tokens,
+            "generated_tokens": workload.generated_tokens,
+        },
+        "micro_batches": sizes,
+        "device_types": {
+            name: _type_entry(device_type, costs[name], bits, dtype, sizes, workload)
+            for name, device_type in cluster.device_types.items()
+        },
+        "devices": [
+            {"name": device.name, "type": device.type.name, "memory_bytes": device.memory_bytes}
+            for device in cluster.devices
+        ],
+        "device_order": planner.device_order,
+        "memory": _memory_entry(memory, bits, sizes, workload),
+        "links": link_table(cluster, shape, COMPUTE_DTYPES[dtype]),
+        "omega": [list(row) for row in omega.for_bits(bits)],
+        "objective": _objective(planner),
+    }
+    return Prepared(
+        Problem.from_json(record),
+        dtype,
+        memory,
+        _provenance(cluster, costs, omega, kernel),
+        tuple(dict.fromkeys(notes)),
+    )
+
+
+def check_workload(workload: WorkloadConfig, shape: ModelShape) -> None:
+    """UserError: a count below 1, or prompt + generated tokens beyond the model's positions."""
+    for name in ("sequences", "prompt_tokens", "generated_tokens"):
+        value = getattr(workload, name)
+        if value < 1:
+            raise UserError(f"workload.{name}={value}; it must be at least 1")
+    length = workload.prompt_tokens + workload.generated_tokens
+    if shape.max_positions is not None and length > shape.max_positions:
+        raise UserError(
+            f"prompt_tokens + generated_tokens = {length} exceeds the model's {shape.max_positions} positions; "
+            f"lower one of them by {length - shape.max_positions}"
+        )
+
+
+def usable_bits(shape: ModelShape, quant: QuantConfig) -> tuple[list[int], list[str]]:
+    """(widths of `quant.bits` that every linear of a layer can be stored in, one note for each width left out).
+
+    UserError: an unknown or doubled width, or none left.
+    """
+    if not quant.bits:
+        raise UserError(f"quant.bits is empty; list widths of {', '.join(map(str, BIT_WIDTHS))}")
+    kept, notes = [], []
+    for width in quant.bits:
+        if width not in BIT_WIDTHS or quant.bits.count(width) > 1:
+            raise UserError(
+                f"quant.bits={list(quant.bits)}: list each width once, of {', '.join(map(str, BIT_WIDTHS))}"
+            )
+        reason = next((why for linear in shape.linears if (why := _why_not(linear, width, quant))), None)
+        if reason:
+            notes.append(reason)
+        else:
+            kept.append(width)
+    if not kept:
+        raise UserError(f"no width of quant.bits={list(quant.bits)} is usable, e.g. {notes[0]}; add {UNQUANTIZED_BITS}")
+    return kept, notes
+
+
+def micro_batches(phase: str, given: list[int] | None, sequences: int) -> list[int]:
+    """Candidate sizes: the given ones, or powers of two below `sequences` and `sequences` itself."""
+    if given is None:
+        return [*(1 << power for power in range((sequences - 1).bit_length())), sequences]
+    if not given:
+        raise UserError(f"planner.micro_batches.{phase} is empty; list sizes from 1 to {sequences}, or null for all")
+    for size in given:
+        if not 1 <= size <= sequences or given.count(size) > 1:
+            raise UserError(f"planner.micro_batches.{phase}={list(given)}: list each size once, from 1 to {sequences}")
+    return list(given)
+
+
+def _why_not(linear: Any, width: int, quant: QuantConfig) -> str | None:
+    reason = quantization_problem(linear.out_features, linear.in_features, width, quant.group_size, quant.axis)
+    return f"{width} bits is left out: {linear.name} cannot be packed ({reason})" if reason else None
+
+
+def _type_entry(
+    device_type: DeviceType,
+    costs: LayerCosts,
+    bits: list[int],
+    dtype: str,
+    sizes: Mapping[str, list[int]],
+    workload: WorkloadConfig,
+) -> dict[str, Any]:
+    """Tables of one device type. Decode is costed at the mean length: the prompt and half of what is generated."""
+    past = workload.prompt_tokens + workload.generated_tokens / 2
+    prompt = workload.prompt_tokens
+    feasible = [width for width in bits if gate(device_type, width, dtype) is None]
+    return {
+        "bits": feasible,
+        "prefill_layer_seconds": {
+            str(width): {str(size): costs.prefill_seconds(width, size, prompt) for size in sizes["prefill"]}
+            for width in feasible
+        },
+        "decode_layer_seconds": {
+            str(width): {str(size): costs.decode_seconds(width, size, past) for size in sizes["decode"]}
+            for width in feasible
+        },
+        "prefill_embed_seconds": {str(size): costs.embed_seconds(size, prompt) for size in sizes["prefill"]},
+        "prefill_head_seconds": {str(size): costs.head_seconds(size) for size in sizes["prefill"]},
+        "decode_embed_seconds": {str(size): costs.embed_seconds(size, 1) for size in sizes["decode"]},
+        "decode_head_seconds": {str(size): costs.head_seconds(size) for size in sizes["decode"]},
+    }
+
+
+def _memory_entry(
+    memory: MemoryModel, bits: list[int], sizes: Mapping[str, list[int]], workload: WorkloadConfig
+) -> dict[str, Any]:
+    capacity = workload.prompt_tokens + workload.generated_tokens
+    quantized = any(width != UNQUANTIZED_BITS for width in bits)
+    prefill = {s: memory.workspace_bytes(s, workload.prompt_tokens, 0, quantized) for s in sizes["prefill"]}
+    decode = {s: memory.workspace_bytes(s, 1, capacity - 1, quantized) for s in sizes["decode"]}
+    return {
+        "layer_bytes": {str(width): memory.layer_bytes(width) for width in bits},
+        "kv_bytes_per_sequence_layer": memory.kv_bytes_per_sequence_layer(capacity),
+        "embed_bytes": memory.embed_bytes(),
+        "head_bytes": memory.head_bytes(),
+        "tied_head": memory.shape.tied_embeddings,
+        "workspace_bytes": {
+            "prefill": {str(size): value for size, value in prefill.items()},
+            "decode": {str(size): value for size, value in decode.items()},
+        },
+    }
+
+
+def _objective(planner: PlannerConfig) -> dict[str, Any]:
+    if planner.mode == "theta":
+        return {"mode": "theta", "theta": planner.theta}
+    if planner.mode not in ("max_quality_loss", "max_latency"):
+        raise UserError(f"planner.mode={planner.mode!r}; use theta, max_quality_loss or max_latency")
+    field = "max_quality_loss" if planner.mode == "max_quality_loss" else "max_latency_seconds"
+    limit = getattr(planner, field)
+    if limit is None:
+        raise UserError(f"planner.mode={planner.mode} needs a bound; set planner.{field}")
+    return {"mode": planner.mode, "limit": limit}
+
+
+def _provenance(cluster: Cluster, costs: Mapping[str, LayerCosts], omega: Omega, kernel: str) -> dict[str, str]:
+    """Origin of each group of numbers, as a plan reports it."""
+    origins = {
+        f"layer_seconds.{name}": f"{costs[name].provenance} (kernel {kernel}; rates {device_type.source})"
+        for name, device_type in cluster.device_types.items()
+    }
+    return {
+        **origins,
+        "memory_bytes": "arithmetic (weights, kv, embed, head as allocated; workspace estimated)",
+        "links": cluster.links.source,
+        "omega": f"{omega.provenance} ({omega.method})",
+    }

@@ -1,0 +1,71 @@
+"""Shortest paths over (layers done, devices used): all orders, subsets and interleavings of devices at once.
+
+A state is (first layer not yet placed, number of devices used per class, class of the last stage). Costs to go are
+computed backwards for a batch of boxes; then paths are read off forwards. Without counts the device limits are left
+to the caller (as prices), and an order can be enforced by infinite links.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+class PathSpace:
+    """Counts of devices used per class as flat states; `counts=None` drops them (one state)."""
+
+    def __init__(self, classes: int, counts: list[int] | None):
+        self.classes = classes
+        sizes = [count + 1 for count in counts] if counts is not None else [1] * classes
+        self.states = int(np.prod(sizes))
+        grid = np.indices(sizes).reshape(classes, -1)
+        strides = [int(np.prod(sizes[c + 1 :])) for c in range(classes)] if counts is not None else [0] * classes
+        self.after = np.empty((self.states, classes), dtype=np.int64)  # state after one more device of the class
+        self.full = np.zeros((self.states, classes), dtype=bool)
+        for c in range(classes):
+            self.full[:, c] = grid[c] + 1 >= sizes[c] if counts is not None else False
+            self.after[:, c] = np.where(self.full[:, c], 0, np.arange(self.states) + strides[c])
+        self.columns = np.arange(classes)
+
+    def costs_to_go(self, stage: np.ndarray, link: np.ndarray, final: np.ndarray) -> np.ndarray:
+        """[X, L + 1, S, C]: least cost of placing layers a.. with one more stage of class c coming first there.
+
+        Entry (x, a, s, c) for a < L: the next stage is of class c, and s counts the devices used before it, without
+        the link that leads to it. `stage[X, C, L, K]` are stage costs at (a, k - 1), `link[X, C, C]` from class to
+        class, `final[X, C]` what follows the last stage. The value at a = L is not used.
+        """
+        boxes, classes, layers, longest = stage.shape
+        ahead = np.full(
+            (boxes, layers + 1, self.states, classes), np.inf
+        )  # cost after a stage of class c that began at s
+        lead = np.full_like(ahead, np.inf)
+        ahead[:, layers] = np.where(self.full[None], np.inf, final[:, None, :])
+        for a in range(layers - 1, -1, -1):
+            reach = min(longest, layers - a)
+            step = stage[:, :, a, :reach].transpose(0, 2, 1)[:, :, None, :]
+            lead[:, a] = (step + ahead[:, a + 1 : a + 1 + reach]).min(axis=1)
+            onward = (lead[:, a][:, :, None, :] + link[:, None, :, :]).min(axis=3)  # [X, S, last class]
+            ahead[:, a] = np.where(self.full[None], np.inf, onward[:, self.after, self.columns])
+        self._ahead = ahead
+        return lead
+
+    def path(self, x: int, stage: np.ndarray, link: np.ndarray, lead: np.ndarray) -> list["Step"]:
+        """The best path of box x after `costs_to_go`: stages in pipeline order."""
+        layers = stage.shape[2]
+        a, state, last, steps = 0, 0, -1, []
+        while a < layers:
+            options = lead[x, a, state] + (link[x, last] if last >= 0 else 0.0)
+            c = int(np.argmin(options))
+            reach = min(stage.shape[3], layers - a)
+            k = 1 + int(np.argmin(stage[x, c, a, :reach] + self._ahead[x, a + 1 : a + 1 + reach, state, c]))
+            steps.append(Step(c, a, a + k))
+            a, state, last = a + k, int(self.after[state, c]), c
+        return steps
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of a path: layers [first, last) on some device of class `kind`."""
+
+    kind: int
+    first: int
+    last: int

@@ -1,0 +1,112 @@
+"""From a path to a plan: better multipliers and whole-number widths for the stages on it.
+
+`refine` climbs the Lagrangian dual of one stage and feeds the pool of `StageBounds`; `choose_widths` takes the best
+feasible minimiser over the pool and improves it by exchanging single layers.
+"""
+
+import itertools
+
+import numpy as np
+
+from ds_llmpq.planner.stages import NEVER, Box, StageBounds
+
+STEPS = np.array(list(itertools.product((-1.0, 0.0, 1.0), repeat=3)))
+FACTORS = (4.0, 2.5, 1.6, 1.3, 1.15, 1.07, 1.03)
+
+
+def refine(stages: StageBounds, q: int, first: int, last: int, box: Box, pass_weight: float) -> bool:
+    """Add the best multipliers found for layers [first, last) on kind q, if they raise its bound noticeably."""
+    pool = stages.pools[q]
+    base = np.array([1.0, pass_weight, 0.0])
+    limits = stages.limits(q, box, first == 0, last == stages.layers)
+    prices = _Prices(stages, q, first, last)
+
+    def values(surplus: np.ndarray) -> np.ndarray:
+        return prices.minima(surplus + base).sum(axis=1) - surplus @ limits
+
+    usable = pool - base
+    usable = usable[(usable >= -1e-12).all(axis=1)]
+    known = values(usable)
+    best, value = usable[np.argmax(known)], known.max()
+    before = value
+    floor = np.abs(pool[:, :3]).max(axis=0) * 1e-3 + 1e-12
+    for factor in FACTORS:
+        for _ in range(3):
+            tried = np.maximum(best, floor) * factor**STEPS
+            tried = np.concatenate([tried, np.where(STEPS < 0, 0.0, best)])
+            found = values(tried)
+            if found.max() <= value + 1e-12 * abs(value):
+                break
+            best, value = tried[np.argmax(found)], found.max()
+    if value <= before + 3e-4 * abs(before):
+        return False
+    stages.add(q, (best + base)[None])
+    return True
+
+
+class _Prices:
+    """Priced minima of the layers of one stage, for many multipliers at once."""
+
+    def __init__(self, stages: StageBounds, q: int, first: int, last: int):
+        rows = slice(first, last)
+        self.prefill, self.decode = stages.prefill[q], stages.decode[q]
+        self.bytes = stages.bytes[rows]
+        self.fixed = stages.theta * stages.arrays.omega[rows] + stages.blocked[rows] + stages.absent[q]
+
+    def all(self, multipliers: np.ndarray) -> np.ndarray:
+        """[M, k, B]."""
+        times = multipliers[:, :1] * self.prefill + multipliers[:, 1:2] * self.decode
+        return times[:, None, :] + multipliers[:, 2, None, None] * self.bytes + self.fixed
+
+    def minima(self, multipliers: np.ndarray) -> np.ndarray:
+        """[M, k]."""
+        return self.all(multipliers).min(axis=2)
+
+
+def choose_widths(
+    stages: StageBounds, q: int, first: int, last: int, box: Box, pass_weight: float
+) -> np.ndarray | None:
+    """Width indices [k] of a good feasible choice, or None."""
+    prices = _Prices(stages, q, first, last)
+    limits = stages.limits(q, box, first == 0, last == stages.layers)
+    limits = limits + 1e-12 * np.abs(limits)
+    chosen = prices.all(stages.pools[q]).argmin(axis=2)  # [M, k]
+    chosen = np.unique(chosen, axis=0)
+    use = np.stack([prices.prefill[chosen].sum(1), prices.decode[chosen].sum(1), _bytes(prices, chosen)], axis=1)
+    rows = np.arange(last - first)
+    cost_of = prices.prefill + pass_weight * prices.decode + prices.fixed  # [k, B]
+    cost = cost_of[rows, chosen].sum(axis=1)
+    excess = np.clip((use - limits) / np.maximum(np.abs(limits), 1e-12), 0, None).sum(axis=1)
+    fits = excess <= 0
+    m = int(np.argmin(np.where(fits, cost, np.inf))) if fits.any() else int(np.argmin(excess))
+    return _exchange(prices, chosen[m].copy(), limits, cost_of)
+
+
+def _bytes(prices: _Prices, chosen: np.ndarray) -> np.ndarray:
+    return np.take_along_axis(prices.bytes[None], chosen[:, :, None], axis=2)[:, :, 0].sum(axis=1)
+
+
+def _exchange(prices: _Prices, widths: np.ndarray, limits: np.ndarray, cost_of: np.ndarray) -> np.ndarray | None:
+    """Change one layer at a time: first towards feasibility, then towards lower cost."""
+    rows = np.arange(len(widths))
+    parts = np.stack(np.broadcast_arrays(prices.prefill[None], prices.decode[None], prices.bytes), axis=2)  # [k, B, 3]
+    unit = np.maximum(np.abs(limits), 1e-12)
+    for _ in range(4 * len(widths) + 4):
+        now = parts[rows, widths]
+        use = now.sum(axis=0)
+        after = use + parts - now[:, None, :]  # [k, B, 3]
+        rise = cost_of - cost_of[rows, widths][:, None]
+        excess = np.clip((use - limits) / unit, 0, None).sum()
+        later = np.clip((after - limits) / unit, 0, None).sum(axis=2)
+        if excess > 0:
+            gain = np.where((later < excess - 1e-12) & (rise < NEVER / 2), excess - later, 0.0)
+            if not gain.any():
+                return None
+            score = np.where(gain > 0, gain / np.maximum(rise, 1e-9 * np.abs(cost_of).min() + 1e-15), -np.inf)
+        else:
+            score = np.where((later <= 0) & (rise < -1e-12 * np.abs(cost_of).min()), -rise, -np.inf)
+            if not np.isfinite(score).any():
+                return widths
+        i, b = np.unravel_index(int(np.argmax(score)), score.shape)
+        widths[i] = b
+    return widths if (parts[rows, widths].sum(axis=0) <= limits).all() else None

@@ -1,0 +1,397 @@
+"""The exact specialised search: branch and bound on the slowest prefill and the slowest decode resource.
+
+For thresholds in a box [p_low, p_high] x [d_low, d_high] the problem separates by stages, and one shortest path covers
+all device orders, subsets and interleavings (`paths.py`); stages are bounded by Lagrangian prices (`stages.py`). The
+decode round max(m_d * slowest, ring) is bounded by w * m_d * slowest + (1 - w) * ring for any w in [0, 1]; a limit on
+quality loss (or on latency) is priced by theta: min latency + theta * (omega - limit) is a bound for every theta.
+Boxes of all micro-batch pairs stand in one queue, the most promising first; every path is rounded to a plan.
+"""
+
+import heapq
+import itertools
+import math
+import time
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ds_llmpq.planner.arrays import PairArrays, pair_arrays
+from ds_llmpq.planner.classes import Classes, class_links, group
+from ds_llmpq.planner.feasibility import furthest_layer, pairs
+from ds_llmpq.planner.incumbent import Incumbent
+from ds_llmpq.planner.objective import Assignment, Prediction, Stage, evaluate
+from ds_llmpq.planner.paths import PathSpace, Step
+from ds_llmpq.planner.pins import Pins
+from ds_llmpq.planner.problem import Problem
+from ds_llmpq.planner.rounding import choose_widths, refine
+from ds_llmpq.planner.stages import NEVER, Box, StageBounds
+
+STATE_LIMIT = 3000  # count states times classes beyond which device limits are priced instead of counted
+POOL_LIMIT = 90
+BATCH_ENTRIES = 40_000
+ROUND_STEPS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True)
+class Duals:
+    """theta: price of quality loss; w: share of the slowest resource in a decode round; prices: of device classes."""
+
+    theta: float
+    w: float
+    prices: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Node:
+    """A box of one micro-batch pair with its proven bound and what its best path looked like."""
+
+    pair: int
+    box: Box
+    duals: Duals
+    bound: float = 0.0
+    prediction: Prediction | None = None
+    used: tuple[int, ...] = ()
+    depth: int = 0
+
+
+@dataclass
+class Pair:
+    """What the search keeps for one micro-batch pair."""
+
+    arrays: PairArrays
+    stages: StageBounds
+    link: np.ndarray  # [2, C, C]
+    back: np.ndarray  # [2, C, C]
+    slow: float  # weight of the slowest prefill resource, m_p - 1
+    ring: float  # weight of a decode pass
+    slowest: float  # weight of the slowest decode resource
+    split_round: bool  # the contract's max of the two (else the reference formula adds them)
+    root: Box
+
+
+class Search:
+    """Use `run`, then read the incumbent and `bound`."""
+
+    def __init__(self, problem: Problem, best: Incumbent, pins: Pins, *, gap: float, deadline: float):
+        self.problem, self.best, self.pins, self.gap, self.deadline = problem, best, pins, gap, deadline
+        self.mode = problem.objective.mode
+        fixed = problem.device_order == "fixed"
+        self.classes, self.space, self.priced = _state_space(problem, pins, fixed)
+        self.order_links = np.where(np.tri(len(self.classes.members), dtype=bool), np.inf, 0.0) if fixed else 0.0
+        self.pairs = [
+            self._pair(eta, xi) for eta, xi in pairs(problem) if furthest_layer(problem, eta, xi) == problem.layers
+        ]
+        self.open: list[tuple[float, int, Node]] = []
+        self.active: list[Node] = []
+        self.closed = math.inf  # least bound of what was pruned or could not be split further
+        self.ticket = itertools.count()
+        self.evaluated = 0
+
+    def _pair(self, eta: int, xi: int) -> Pair:
+        arrays = pair_arrays(self.problem, eta, xi)
+        contract = self.best.formula == "pipeline"
+        representatives = self.classes.representatives()
+        masks = [self.pins.intervals(self.problem, d) for d in representatives]
+        stages = StageBounds(arrays, representatives, self.pins.widths(self.problem), masks)
+        rounds = arrays.generated_tokens - 1
+        zero = 1.0 if contract else 0.0
+        link, back = (_weighted_links(class_links(table, self.classes), zero) for table in (arrays.link, arrays.back))
+        return Pair(
+            arrays,
+            stages,
+            link,
+            back,
+            slow=arrays.prefill_rounds - 1.0,
+            ring=float(rounds) if contract else 1.0,
+            slowest=float(rounds * arrays.decode_rounds if contract else rounds * (arrays.decode_rounds - 1)),
+            split_round=contract,
+            root=_root_box(arrays),
+        )
+
+    # -- bounds ---------------------------------------------------------------------------------------------------
+
+    def evaluate(self, nodes: list[Node]) -> list[tuple[float, list[Step]]]:
+        """(bound in units of the objective, best path) of each node; the path is empty when nothing is possible."""
+        found: list[tuple[float, list[Step]]] = []
+        size = max(1, BATCH_ENTRIES // (self.space.states * self.space.classes * self.problem.layers))
+        for i in range(0, len(nodes), size):
+            found += self._evaluate_batch(nodes[i : i + size])
+        self.evaluated += len(nodes)
+        return found
+
+    def _evaluate_batch(self, nodes: list[Node]) -> list[tuple[float, list[Step]]]:
+        parts = [self._tables(node) for node in nodes]
+        stage, link, final = (np.stack(tables) for tables in zip(*parts, strict=True))
+        finite = np.isfinite(stage).any(axis=(0, 1, 2))
+        longest = int(np.flatnonzero(finite)[-1]) + 1 if finite.any() else 1
+        stage = stage[..., :longest]
+        lead = self.space.costs_to_go(stage, link, final)
+        results = []
+        for x, node in enumerate(nodes):
+            value = float(lead[x, 0, 0].min())
+            if math.isinf(value):
+                results.append((math.inf, []))
+                continue
+            pair, duals = self.pairs[node.pair], node.duals
+            _, slowest = _round_weights(pair, duals.w)
+            value += pair.slow * node.box.p_low + slowest * node.box.d_low
+            value -= sum(price * count for price, count in zip(duals.prices, self.classes.counts, strict=True))
+            value -= 1e-9 * abs(value)
+            results.append((self._in_objective_units(value, duals.theta), self.space.path(x, stage, link, lead)))
+        return results
+
+    def _tables(self, node: Node) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Stage costs [C, L, L], links [C, C] and what follows the last stage [C] for one node."""
+        pair, box, duals = self.pairs[node.pair], node.box, node.duals
+        ring, _ = _round_weights(pair, duals.w)
+        pair.stages.set_theta(duals.theta)
+        stage = pair.stages.bounds(box, ring)[self.classes.kind] + np.array(duals.prices)[:, None, None]
+        link = pair.link[0] + ring * pair.link[1] + self.order_links
+        slack = 1 + 1e-9
+        link = np.where((pair.link[0] > box.p_high * slack) | (pair.link[1] > box.d_high * slack), np.inf, link)
+        final = (pair.back[0] + ring * pair.back[1]).min(axis=1)
+        final = np.where(final < NEVER, final, 0.0)
+        stage[:, 0, -1] -= final  # a single stage has no way back
+        return stage, link, final
+
+    def _in_objective_units(self, value: float, theta: float) -> float:
+        limit = self.problem.objective.limit
+        if self.mode == "max_quality_loss":
+            return max(0.0, value - theta * limit)
+        if self.mode == "max_latency":
+            return max(0.0, (value - limit) / theta)
+        return value
+
+    # -- plans ----------------------------------------------------------------------------------------------------
+
+    def plan(self, node: Node, path: list[Step]) -> Prediction | None:
+        """Round the path to a plan, offer it, and feed the multiplier pools."""
+        pair, duals = self.pairs[node.pair], node.duals
+        ring, _ = _round_weights(pair, duals.w)
+        pair.stages.set_theta(duals.theta)
+        widths = []
+        for step in path:
+            q = self.classes.kind[step.kind]
+            if len(pair.stages.pools[q]) < POOL_LIMIT:
+                refine(pair.stages, q, step.first, step.last, node.box, ring)
+            widths.append(choose_widths(pair.stages, q, step.first, step.last, node.box, ring))
+        if any(chosen is None for chosen in widths):
+            return None
+        devices = self._devices(pair, path)
+        if devices is None:
+            return None
+        stages = tuple(
+            Stage(self.problem.devices[d].name, s.first, s.last, tuple(self.problem.bits[b] for b in chosen))
+            for d, s, chosen in zip(devices, path, widths, strict=True)
+        )
+        assignment = Assignment(stages, pair.arrays.prefill_micro_batch, pair.arrays.decode_micro_batch)
+        self.best.offer(assignment)
+        return evaluate(self.problem, assignment, self.best.formula)
+
+    def _devices(self, pair: Pair, path: list[Step]) -> list[int] | None:
+        """Members for the classes of a path: each the nearest unused one to its predecessor."""
+        free = [list(devices) for devices in self.classes.members]
+        chosen: list[int] = []
+        cost = pair.arrays.link[0] + pair.ring * pair.arrays.link[1]
+        for step in path:
+            if not free[step.kind]:
+                return None
+            nearest = min(free[step.kind], key=lambda d: cost[chosen[-1], d] if chosen else 0.0)
+            free[step.kind].remove(nearest)
+            chosen.append(nearest)
+        return chosen
+
+    # -- branch and bound -----------------------------------------------------------------------------------------
+
+    @property
+    def target(self) -> float:
+        """What has at least this bound need not be looked at."""
+        return self.best.value - self.gap * abs(self.best.value) if math.isfinite(self.best.value) else math.inf
+
+    @property
+    def bound(self) -> float:
+        pending = [self.closed, *(entry[0] for entry in self.open[:1]), *(node.bound for node in self.active)]
+        return max(0.0, min(pending))
+
+    def run(self) -> None:
+        """Until the gap is closed, the deadline passes, or nothing can be split further."""
+        self.active = [
+            Node(i, pair.root, Duals(self._first_theta(pair), 0.5, (0.0,) * len(self.classes.members)))
+            for i, pair in enumerate(self.pairs)
+        ]
+        for node in list(self.active):
+            self._settle(node, rounds=8)
+        while self.open and time.monotonic() < self.deadline:
+            self._step()
+            self.best.raise_bound(self.bound)
+            if self.best.value <= self.bound or self.best.gap <= self.gap:
+                break
+        self.best.raise_bound(self.bound)
+
+    def _step(self) -> None:
+        """Split the most promising boxes and bound the halves."""
+        width = 1 if self.space.states * self.space.classes > 200 else 4
+        self.active = [heapq.heappop(self.open)[2] for _ in range(min(width, len(self.open)))]
+        for node in list(self.active):
+            if node.bound >= self.target:
+                self._close(node)
+                continue
+            halves = self._halves(node)
+            self.active.remove(node)
+            self.active += halves
+            for half in halves:
+                self._settle(half, rounds=2)
+
+    def _close(self, node: Node) -> None:
+        self.closed = min(self.closed, node.bound)
+        self.active.remove(node)
+
+    def _settle(self, node: Node, rounds: int) -> None:
+        """Evaluate a node, improving its duals for a few rounds; then queue or close it."""
+        best, duals = node, node.duals
+        for _ in range(rounds):
+            tried = replace(node, duals=duals)
+            ((bound, path),) = self.evaluate([tried])
+            if not path or bound >= self.target:
+                best = replace(best, bound=max(best.bound, bound))
+                break
+            prediction = self.plan(tried, path)
+            used = tuple(sum(step.kind == c for step in path) for c in range(self.space.classes))
+            tried = replace(tried, bound=max(bound, best.bound), prediction=prediction, used=used)
+            improved = bound > best.bound
+            best = tried if improved or best.prediction is None else replace(best, bound=tried.bound)
+            duals = self._next_duals(tried)
+        self.active.remove(node)
+        if best.bound >= self.target or math.isinf(best.bound):
+            self.closed = min(self.closed, best.bound)
+        else:
+            heapq.heappush(self.open, (best.bound, next(self.ticket), best))
+
+    def _next_duals(self, node: Node) -> Duals:
+        """Move w towards the side that binds, theta towards the limit, prices with the overuse."""
+        pair, duals, seen = self.pairs[node.pair], node.duals, node.prediction
+        w, theta, prices = duals.w, duals.theta, duals.prices
+        if seen is not None and pair.split_round:
+            ring = sum(seen.stage_decode_seconds) + sum(seen.link_decode_seconds)
+            slowest = max(*seen.stage_decode_seconds, *seen.link_decode_seconds)
+            near = min(range(len(ROUND_STEPS)), key=lambda i: abs(ROUND_STEPS[i] - w))
+            move = -1 if ring > pair.arrays.decode_rounds * slowest else 1
+            w = ROUND_STEPS[min(max(near + move, 0), len(ROUND_STEPS) - 1)]
+        if seen is not None and self.mode != "theta":
+            over = (
+                seen.quality_loss > self.problem.objective.limit
+                if self.mode == "max_quality_loss"
+                else seen.latency_seconds <= self.problem.objective.limit
+            )
+            factor = 1 + 3.0 / (2 + node.depth)
+            theta = theta * factor if over else theta / factor
+        if self.priced:
+            prices = self._next_prices(node)
+        return Duals(theta, w, prices)
+
+    def _next_prices(self, node: Node) -> tuple[float, ...]:
+        """A Polyak step on the class prices."""
+        over = np.array(node.used) - np.array(self.classes.counts)
+        moving = np.where((over < 0) & (np.array(node.duals.prices) <= 0), 0, over)
+        norm = float((moving**2).sum())
+        if norm == 0 or not math.isfinite(self.best.value):
+            scale = 0.02 * node.bound
+            return tuple(max(0.0, p + scale * max(o, 0)) for p, o in zip(node.duals.prices, over, strict=True))
+        step = max(self.best.value - node.bound, 0.0) / norm
+        return tuple(np.maximum(0.0, np.array(node.duals.prices) + step * moving).tolist())
+
+    def _halves(self, node: Node) -> list[Node]:
+        """Split the threshold whose interval explains most of the difference between plan and bound."""
+        pair, box = self.pairs[node.pair], self._clip(node)
+        if box.p_low > box.p_high or box.d_low > box.d_high:
+            self.closed = min(self.closed, max(node.bound, self.target))
+            return []
+        seen = node.prediction
+        p_top, d_top = box.p_high, box.d_high
+        if seen is not None:
+            p_top = min(p_top, max(*seen.stage_prefill_seconds, *seen.link_prefill_seconds))
+            d_top = min(d_top, max(*seen.stage_decode_seconds, *seen.link_decode_seconds))
+        p_gap = pair.slow * max(p_top - box.p_low, 0.0)
+        d_gap = pair.slowest * max(node.duals.w, 0.3) * max(d_top - box.d_low, 0.0)
+        if max(p_gap, d_gap) <= 1e-7 * abs(self.best.value if math.isfinite(self.best.value) else node.bound):
+            self.closed = min(self.closed, node.bound)
+            return []
+        child = replace(node, depth=node.depth + 1, prediction=None)
+        if p_gap >= d_gap:
+            middle = _middle(box.p_low, p_top)
+            return [
+                replace(child, box=replace(box, p_high=middle)),
+                replace(child, box=replace(box, p_low=middle)),
+            ]
+        middle = _middle(box.d_low, d_top)
+        return [replace(child, box=replace(box, d_high=middle)), replace(child, box=replace(box, d_low=middle))]
+
+    def _clip(self, node: Node) -> Box:
+        """Thresholds so high that the bound would pass the target can go."""
+        if not math.isfinite(self.best.value):
+            return node.box
+        pair, box = self.pairs[node.pair], node.box
+        room = (self.target - node.bound) * (node.duals.theta if self.mode == "max_latency" else 1.0)
+        p_high, d_high = box.p_high, box.d_high
+        if pair.slow > 0:
+            p_high = min(p_high, box.p_low + room / pair.slow)
+        _, slowest = _round_weights(pair, node.duals.w)
+        if slowest > 0:
+            d_high = min(d_high, box.d_low + room / slowest)
+        if p_high < box.p_high or d_high < box.d_high:
+            self.closed = min(self.closed, self.target)
+        return Box(box.p_low, p_high, box.d_low, d_high)
+
+    def _first_theta(self, pair: Pair) -> float:
+        if self.mode == "theta":
+            return self.problem.objective.theta
+        a = pair.arrays
+        spread = float((a.omega.max(axis=1) - a.omega.min(axis=1)).sum())
+        seconds = pair.slow * pair.root.p_low + max(pair.slowest, pair.ring) * pair.root.d_low
+        return max(seconds, 1e-9) / max(spread, 1e-9)
+
+
+def _state_space(problem: Problem, pins: Pins, fixed: bool) -> tuple[Classes, PathSpace, bool]:
+    """Classes and states; the third value tells that device limits are priced."""
+    pinned = pins.device_indices(problem)
+    if fixed:
+        classes = group(problem, pinned, merge=False, single=True)
+        return classes, PathSpace(len(classes.members), None), False
+    for merge in (False, True):
+        classes = group(problem, pinned, merge=merge)
+        if classes.states * len(classes.members) <= STATE_LIMIT:
+            return classes, PathSpace(len(classes.members), classes.counts), False
+    return classes, PathSpace(len(classes.members), None), True
+
+
+def _round_weights(pair: Pair, w: float) -> tuple[float, float]:
+    """Weights of (ring, slowest decode resource) under the share w."""
+    return ((1 - w) * pair.ring, w * pair.slowest) if pair.split_round else (pair.ring, pair.slowest)
+
+
+def _weighted_links(table: np.ndarray, factor: float) -> np.ndarray:
+    """Link times (zero removes them in the reference formula); a class without a second member cannot follow itself."""
+    return np.where(np.isfinite(table), np.where(np.isfinite(table), table, 0.0) * factor, NEVER)
+
+
+def _root_box(arrays: PairArrays) -> Box:
+    """Thresholds between perfect balance over all devices at their fastest width, and everything on the slowest."""
+    layers = len(arrays.omega)
+    edges = []
+    for table, ends in (
+        (arrays.prefill, arrays.embed[0] + arrays.head[0]),
+        (arrays.decode, arrays.embed[1] + arrays.head[1]),
+    ):
+        usable = np.where(arrays.available, table, np.inf).min(axis=1)
+        usable = usable[np.isfinite(usable)]
+        low = layers / (1.0 / usable).sum() if len(usable) and (usable > 0).all() else 0.0
+        finite = np.where(arrays.available, table, 0.0).max()
+        highest_link = max(arrays.link.max(), arrays.back.max())
+        high = max(layers * finite + np.where(np.isfinite(ends), ends, 0.0).max(), highest_link)
+        edges += [low, high * 1.001 + 1e-12]
+    return Box(*edges)
+
+
+def _middle(low: float, high: float) -> float:
+    """Halfway, geometrically where the interval spans more than a factor of four."""
+    return math.sqrt(low * high) if low > 0 and high > 4 * low else (low + high) / 2

@@ -1,0 +1,183 @@
+"""Lower bounds on what a stage costs, for all layer intervals and device kinds at once.
+
+A stage holding layers [a, a + k) chooses one width a layer and pays P + a_D * D + theta * omega, subject to
+P <= P_high, D <= D_high and memory <= capacity. With multipliers on the three constraints the choice falls apart into
+one minimum a layer, so prefix sums give the Lagrangian bound of every interval:
+
+    bound(a, k) = max over (l_P, l_D, l_M) of  S[a + k] - S[a] - (l_P - 1) P_high - (l_D - a_D) D_high - l_M capacity,
+    S[i + 1] - S[i] = min over widths b of  l_P P_b + l_D D_b + l_M bytes[i, b] + theta omega[i, b].
+
+The multipliers are a pool per device kind that grows where the search needs them (`refine`); S does not depend on the
+box, only the constants do. A "kind" is a set of devices with equal times and capacity.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ds_llmpq.planner.arrays import PairArrays
+
+NEVER = 1e30  # an absent width; finite, so that zero weights stay harmless
+
+
+@dataclass(frozen=True)
+class Box:
+    """Thresholds of the search: the slowest prefill resource lies in [p_low, p_high], decode likewise."""
+
+    p_low: float
+    p_high: float
+    d_low: float
+    d_high: float
+
+
+@dataclass
+class StageBounds:
+    """The bounds of one micro-batch pair. `representatives[q]` is a device index of kind q.
+
+    `allowed[L, B]` removes widths, `intervals(kind) -> [L, L] bool or None` removes stages (a, k - 1): both from pins.
+    """
+
+    arrays: PairArrays
+    representatives: list[int]
+    allowed: np.ndarray
+    masks: list[np.ndarray | None]
+    pools: list[np.ndarray] = field(init=False)  # [M, 3] per kind
+    theta: float = field(init=False, default=-1.0)
+    tables: dict[int, np.ndarray] = field(init=False, default_factory=dict)  # kind -> [M, L, L]: S[a + k] - S[a]
+
+    def __post_init__(self) -> None:
+        a = self.arrays
+        reps = self.representatives
+        self.layers, self.widths = a.omega.shape
+        self.unit = max(float(a.capacity.max()), 1.0)  # bytes in one unit of l_M's constraint
+        self.bytes = a.layer_bytes / self.unit
+        usable = a.available[reps]
+        self.usable = usable
+        self.prefill = np.where(usable, a.prefill[reps], 0.0)
+        self.decode = np.where(usable, a.decode[reps], 0.0)
+        self.absent = np.where(usable, 0.0, NEVER)
+        self.blocked = np.where(self.allowed, 0.0, NEVER)
+        self.capacity = a.capacity[reps] / self.unit
+        self.embed = np.where(np.isfinite(a.embed[:, reps]), a.embed[:, reps], NEVER)
+        self.head = np.where(np.isfinite(a.head[:, reps]), a.head[:, reps], NEVER)
+        self.embed_bytes, self.head_bytes = a.embed_bytes / self.unit, a.head_bytes / self.unit
+        self.pools = [self._first_pool(q) for q in range(len(reps))]
+        self.smallest = [self._smallest(q) for q in range(len(reps))]
+
+    def _first_pool(self, q: int) -> np.ndarray:
+        """A coarse grid around the plausible prices: of a second of the slowest stage, and of the whole memory."""
+        a = self.arrays
+        slow = a.prefill_rounds - 1.0
+        passes = max(a.generated_tokens - 1.0, 1.0)
+        rounds = passes * a.decode_rounds
+        use = self.usable[q]
+        seconds = 0.0
+        if use.any():
+            seconds = self.layers * ((1 + slow) * self.prefill[q, use].mean() + rounds * self.decode[q, use].mean())
+        grid = [
+            (1 + p * slow, d, m * seconds)
+            for p in (0.0, 0.3)
+            for d in (0.0, 0.5 * passes, passes, passes + 0.15 * rounds, passes + 0.5 * rounds)
+            for m in (0.0, 0.03, 0.3)
+        ]
+        return np.array(grid)
+
+    def _smallest(self, q: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Prefix sums over layers of the least P, D and bytes any allowed width needs: quick infeasibility."""
+        penalty = self.absent[q] + self.blocked  # [L, B]
+        parts = (self.prefill[q] + penalty, self.decode[q] + penalty, self.bytes + penalty)
+        return tuple(np.concatenate([[0.0], np.cumsum(part.min(axis=1))]) for part in parts)
+
+    def set_theta(self, theta: float) -> None:
+        if theta != self.theta:
+            self.theta = theta
+            self.tables = {q: self._table(q, self.pools[q]) for q in range(len(self.pools))}
+
+    def layer_prices(self, q: int, pool: np.ndarray) -> np.ndarray:
+        """[M, L, B]: l_P P + l_D D + l_M bytes + theta omega."""
+        base = pool[:, :1] * self.prefill[q] + pool[:, 1:2] * self.decode[q] + self.absent[q]
+        return (
+            base[:, None, :]
+            + pool[:, 2, None, None] * self.bytes
+            + (self.theta * self.arrays.omega + self.blocked)[None]
+        )
+
+    def _table(self, q: int, pool: np.ndarray) -> np.ndarray:
+        sums = np.zeros((len(pool), self.layers + 1))
+        np.cumsum(self.layer_prices(q, pool).min(axis=2), axis=1, out=sums[:, 1:])
+        return _differences(sums)
+
+    def limits(self, q: int, box: Box, first: bool, last: bool) -> np.ndarray:
+        """[3]: what P, D and memory (in units) the layers of such a stage may take."""
+        head = self.head_bytes if last and not (first and self.arrays.tied_head) else 0.0
+        return np.array(
+            [
+                box.p_high - first * self.embed[0, q] - last * self.head[0, q],
+                box.d_high - first * self.embed[1, q] - last * self.head[1, q],
+                self.capacity[q] - first * self.embed_bytes - head,
+            ]
+        )
+
+    def ends_cost(self, q: int, pass_weight: float, first: bool, last: bool) -> float:
+        """P + a_D * D of embedding and head."""
+        cost = first * (self.embed[0, q] + pass_weight * self.embed[1, q])
+        return cost + last * (self.head[0, q] + pass_weight * self.head[1, q])
+
+    def bounds(self, box: Box, pass_weight: float) -> np.ndarray:
+        """[Q, L, L]: lower bounds of stages [a, a + k) at index (a, k - 1); infinite where impossible."""
+        return np.stack([self._kind_bounds(q, box, pass_weight) for q in range(len(self.pools))])
+
+    def _kind_bounds(self, q: int, box: Box, pass_weight: float) -> np.ndarray:
+        pool, table, count = self.pools[q], self.tables[q], self.layers
+        base = np.array([1.0, pass_weight, 0.0])
+        surplus = pool - base
+        keep = (surplus >= -1e-12).all(axis=1)
+        surplus, table = surplus[keep], table[keep]
+
+        def worst(part: np.ndarray, first: bool, last: bool) -> np.ndarray:
+            constants = surplus @ self.limits(q, box, first, last)
+            return (part - constants.reshape(-1, *[1] * (part.ndim - 1))).max(axis=0) + self.ends_cost(
+                q, pass_weight, first, last
+            )
+
+        rows = np.arange(count)
+        bound = np.full((count, count), np.inf)
+        bound[:] = worst(table, False, False)
+        bound[0] = worst(table[:, 0], True, False)
+        bound[rows, count - 1 - rows] = worst(table[:, rows, count - 1 - rows], False, True)
+        bound[0, count - 1] = worst(table[:, 0, count - 1], True, True)
+        bound[self._impossible(q, box)] = np.inf
+        if self.masks[q] is not None:
+            bound[~self.masks[q]] = np.inf
+        return bound
+
+    def _impossible(self, q: int, box: Box) -> np.ndarray:
+        """[L, L] bool: even the least possible P, D or memory exceeds its limit, or the interval leaves the model."""
+        count = self.layers
+        least = np.stack([_differences(sums[None])[0] for sums in self.smallest[q]])
+        slack = 1 + 1e-9
+
+        def over(part: np.ndarray, first: bool, last: bool) -> np.ndarray:
+            limits = self.limits(q, box, first, last)
+            room = limits + np.abs(limits) * (slack - 1) + 1e-15
+            return (part > room.reshape(-1, *[1] * (part.ndim - 1))).any(axis=0)
+
+        rows = np.arange(count)
+        bad = over(least, False, False)
+        bad[0] = over(least[:, 0], True, False)
+        bad[rows, count - 1 - rows] = over(least[:, rows, count - 1 - rows], False, True)
+        bad[0, count - 1] = over(least[:, 0, count - 1], True, True)
+        bad[rows[:, None] + rows[None, :] >= count] = True
+        return bad
+
+    def add(self, q: int, multipliers: np.ndarray) -> None:
+        """Put multipliers [m, 3] into the pool of a kind."""
+        self.pools[q] = np.concatenate([self.pools[q], multipliers])
+        self.tables[q] = np.concatenate([self.tables[q], self._table(q, multipliers)])
+
+
+def _differences(sums: np.ndarray) -> np.ndarray:
+    """[M, L, L]: sums[a + k] - sums[a] at (a, k - 1), zero beyond the end."""
+    count = sums.shape[1] - 1
+    end = np.minimum(np.arange(count)[:, None] + np.arange(1, count + 1)[None, :], count)
+    return sums[:, end] - sums[:, :count, None]
