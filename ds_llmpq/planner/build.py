@@ -1,4 +1,4 @@
-"""From a cluster, a model's shape and a workload to the planning problem: every table filled, every number's origin kept.
+"""From a cluster, a model's shape and a workload to the planning problem: all tables filled, all origins kept.
 
 `prepare` does the work and keeps notes and provenance beside the problem; `build_problem` gives the problem alone.
 """

@@ -38,6 +38,20 @@ def packing_problem(out_features: int, in_features: int, bits: int, group_size: 
     return None
 
 
+def quantization_problem(out_features: int, in_features: int, bits: int, group_size: int, axis: int) -> str | None:
+    """Why this package does not quantize such a weight: `packing_problem`, or groups that straddle rows.
+
+    HQQ packs groups that run on from one row into the next, but no kernel other than its own forward reads them.
+    """
+    problem = packing_problem(out_features, in_features, bits, group_size, axis)
+    if problem or bits == UNQUANTIZED_BITS:
+        return problem
+    grouped = in_features if axis == 1 else out_features
+    if grouped % group_size:
+        return f"group size {group_size} does not divide the grouped side, {grouped}, of {out_features} x {in_features}"
+    return None
+
+
 def packed_weight_bytes(out_features: int, in_features: int, bits: int, group_size: int, axis: int) -> int:
     """Bytes of the packed integers alone."""
     problem = packing_problem(out_features, in_features, bits, group_size, axis)

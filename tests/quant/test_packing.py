@@ -5,7 +5,13 @@ import random
 import pytest
 
 from ds_llmpq.errors import UserError
-from ds_llmpq.quant.packing import PACKED_BITS, metadata_bytes, packed_linear_bytes, packing_problem
+from ds_llmpq.quant.packing import (
+    PACKED_BITS,
+    metadata_bytes,
+    packed_linear_bytes,
+    packing_problem,
+    quantization_problem,
+)
 
 
 def real_linear(out_features, in_features, bits, group_size, axis, dtype="float32"):
@@ -105,3 +111,13 @@ def test_reasons(case, words):
     assert words in packing_problem(*case)
     with pytest.raises(UserError, match="cannot be packed"):
         packed_linear_bytes(*case, dtype_bytes=2)
+
+
+def test_groups_must_not_straddle_rows():
+    """96 x 80 weights divide into groups of 64, but neither side does."""
+    for axis, side in ((1, "80"), (0, "96")):
+        assert packing_problem(96, 80, 4, 64, axis) is None
+        assert side in quantization_problem(96, 80, 4, 64, axis)
+        assert quantization_problem(96, 80, 4, 16, axis) is None
+    assert quantization_problem(96, 80, 16, 64, 1) is None
+    assert "3 rows" in quantization_problem(3, 64, 4, 64, 1)

@@ -1,0 +1,210 @@
+"""What this host has: GPUs by nvidia-smi (no torch), CPU cores and free memory, as an entry of `conf/cluster`.
+
+Detection looks at the host it runs on. For several hosts, run it on each and join the files with `merge`.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ds_llmpq.errors import UserError
+from ds_llmpq.schema import DeviceTypeConfig
+
+MIB = 1 << 20
+GPU_FIELDS = ("index", "pci.bus_id", "name", "memory.total", "memory.free", "compute_cap")
+# What a process keeps for itself beside a stage: measured, 405 MiB of a CPU stage after its imports.
+CPU_PROCESS_BYTES = 512 * MIB
+# The published calibration of usable GPU memory: 0.95 x total - 1930 MiB; here applied to what is free.
+GPU_SHARE, GPU_CONTEXT_BYTES = 0.95, 1930 * MIB
+CPU_SHARE = 0.9
+# (pattern in nvidia-smi's name, smallest total MiB, device type of conf/device); the first that fits counts.
+KNOWN_GPUS = (
+    (r"\bH200\b", 0, "h200"),
+    (r"\bH100\b", 0, "h100"),
+    (r"\bA100\b", 60_000, "a100_80"),
+    (r"\bA100\b", 0, "a100_40"),
+    (r"\bV100\b", 0, "v100"),
+    (r"\bP100\b", 0, "p100"),
+    (r"\bA10\b", 0, "a10"),
+    (r"\bL4\b", 0, "l4"),
+    (r"\bT4\b", 0, "t4"),
+)
+FALLBACK_GPU = "t4"  # the slowest type that still has fast half-precision arithmetic
+DATASHEET_LINKS = {
+    "intra_host": {"latency_seconds": 1.0e-5, "bandwidth_bytes_per_second": 1.2e10},
+    "inter_host": {"latency_seconds": 5.0e-5, "bandwidth_bytes_per_second": 1.1e10},
+}
+LINK_SOURCE = "datasheet: PCIe 3.0 x16 inside a host, 100 Gb/s Ethernet between hosts; not measured here"
+
+
+@dataclass(frozen=True)
+class Gpu:
+    index: int
+    bus_id: str
+    name: str
+    total_bytes: int
+    free_bytes: int
+    compute_capability: str
+
+
+def parse_gpus(text: str) -> list[Gpu]:
+    """GPUs from nvidia-smi's CSV (GPU_FIELDS, no header, no units), in PCI order. UserError: a line it cannot read."""
+    gpus = []
+    for row in csv.reader(text.splitlines(), skipinitialspace=True):
+        if not row:
+            continue
+        try:
+            index, bus_id, name, total, free, capability = (field.strip() for field in row)
+            gpus.append(Gpu(int(index), bus_id, name, int(total) * MIB, int(free) * MIB, capability))
+        except ValueError:
+            raise UserError(f"nvidia-smi answered {','.join(row)!r}; expected {', '.join(GPU_FIELDS)}") from None
+    return sorted(gpus, key=lambda gpu: gpu.bus_id)
+
+
+def query_gpus(run: Callable[..., Any] = subprocess.run) -> list[Gpu]:
+    """This host's GPUs; none where nvidia-smi is missing or finds no driver."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader,nounits"]
+    try:
+        result = run(command, capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return parse_gpus(result.stdout) if result.returncode == 0 else []
+
+
+def known_type(gpu: Gpu) -> str | None:
+    """Name in conf/device, or None for a GPU that it does not list."""
+    for pattern, smallest_mib, name in KNOWN_GPUS:
+        if re.search(pattern, gpu.name.replace("-", " ")) and gpu.total_bytes >= smallest_mib * MIB:
+            return name
+    return None
+
+
+def available_memory_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Memory that new processes can have: MemAvailable, or what the control group leaves if that is less."""
+    match = re.search(r"^MemAvailable:\s+(\d+) kB", (proc / "meminfo").read_text(), re.MULTILINE)
+    if match is None:
+        raise UserError(f"{proc / 'meminfo'} has no MemAvailable; give memory_bytes in the cluster file by hand")
+    available = int(match[1]) * 1024
+    try:
+        limit, used = ((cgroup / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        if limit != "max":
+            available = min(available, int(limit) - int(used))
+    except (OSError, ValueError):  # no control group, or an older layout: MemAvailable stands
+        pass
+    return available
+
+
+def usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def detect(
+    known: Mapping[str, DeviceTypeConfig],
+    host: str = "localhost",
+    cpu_stages: int | None = None,
+    gpus: Sequence[Gpu] | None = None,
+    cpu_rates: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """This host as the plain content of a conf/cluster entry.
+
+    known: device types of conf/device by name; `cpu_core` and the fallback GPU must be among them.
+    cpu_stages: CPU devices to offer, cores and memory split evenly; None: one, if the host has no GPU.
+    gpus: None asks nvidia-smi. cpu_rates: fields of `calibrate.measure_cpu` to put in place of cpu_core's.
+    """
+    gpus = query_gpus() if gpus is None else gpus
+    cpu_stages = (0 if gpus else 1) if cpu_stages is None else cpu_stages
+    cores = usable_cores()
+    if not 0 <= cpu_stages <= cores:
+        raise UserError(f"cpu_stages={cpu_stages} does not fit this host; it must be from 0 to its {cores} cores")
+    types: dict[str, Any] = {}
+    devices = [_gpu_device(slot, gpu, known, types) for slot, gpu in enumerate(gpus)]
+    if cpu_stages:
+        types["cpu_core"] = {**_plain(known, "cpu_core"), **(cpu_rates or {})}
+        share = int(CPU_SHARE * available_memory_bytes() / cpu_stages) - CPU_PROCESS_BYTES
+        if share <= 0:
+            raise UserError(f"{cpu_stages} CPU stages leave no memory for any of them; use fewer")
+        for slot in range(len(gpus), len(gpus) + cpu_stages):
+            devices.append({"type": "cpu_core", "slot": slot, "memory_bytes": share, "threads": cores // cpu_stages})
+    if not devices:
+        raise UserError("this host offers no device; give cpu_stages=1 or more")
+    return {
+        "name": host,
+        "device_types": types,
+        "hosts": [{"name": host, "devices": devices}],
+        "links": {**DATASHEET_LINKS, "pairs": [], "source": LINK_SOURCE},
+        # slots are PCI order; CUDA's own default numbers the fastest device first
+        "env": {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"} if gpus else {},
+    }
+
+
+def merge(clusters: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
+    """Join detected hosts into one cluster. Types of one name but unlike rates get the host's name as a suffix.
+
+    UserError: a host given twice. Links are those of the first file: measure them once all hosts are known.
+    """
+    if not clusters:
+        raise UserError("there is nothing to merge; give one cluster.yaml a host")
+    types: dict[str, Any] = {}
+    hosts: list[dict[str, Any]] = []
+    env: dict[str, str] = {}
+    for cluster in clusters:
+        suffix = cluster["hosts"][0]["name"]
+        names = {}
+        for type_name, fields in cluster["device_types"].items():
+            same = types.setdefault(type_name, fields) == fields
+            names[type_name] = type_name if same else f"{type_name}_{suffix}"
+            types.setdefault(names[type_name], fields)
+        for host in cluster["hosts"]:
+            if any(host["name"] == other["name"] for other in hosts):
+                raise UserError(f"host {host['name']} is in two of the files; give each host its own name")
+            devices = [{**device, "type": names[device["type"]]} for device in host["devices"]]
+            hosts.append({"name": host["name"], "devices": devices})
+        env.update(cluster.get("env", {}))
+    return {"name": name, "device_types": types, "hosts": hosts, "links": clusters[0]["links"], "env": env}
+
+
+def write_cluster(path: str | Path, cluster: Mapping[str, Any]) -> None:
+    """`cluster.yaml`: drop it into conf/cluster, or point the cluster group at it."""
+    import yaml
+
+    header = "# Detected; `source` says which numbers were measured and which come from a datasheet.\n"
+    Path(path).write_text(header + yaml.safe_dump(dict(cluster), sort_keys=False), encoding="utf-8")
+
+
+def _gpu_device(slot: int, gpu: Gpu, known: Mapping[str, DeviceTypeConfig], types: dict[str, Any]) -> dict[str, Any]:
+    name = known_type(gpu)
+    if name is None or name not in known:
+        name = "gpu_" + re.sub(r"[^a-z0-9]+", "_", gpu.name.lower()).strip("_")
+        fields = _plain(known, FALLBACK_GPU)
+        fields["memory_bytes"] = _usable_gpu_bytes(gpu.total_bytes)
+        fields["compute_capability"] = gpu.compute_capability
+        if int(gpu.compute_capability.split(".")[0] or 0) >= 8 and "float16" in fields["flops_per_second"]:
+            fields["flops_per_second"]["bfloat16"] = fields["flops_per_second"]["float16"]
+        fields["source"] = (
+            f"assumed: {gpu.name} is not a known type, so the rates are those of {FALLBACK_GPU}; profile it"
+        )
+        types[name] = fields
+    else:
+        types[name] = _plain(known, name)
+    return {"type": name, "slot": slot, "memory_bytes": _usable_gpu_bytes(gpu.free_bytes)}
+
+
+def _usable_gpu_bytes(free_bytes: int) -> int:
+    """Memory for a stage after its process's CUDA context and the allocator's loss."""
+    usable = int(GPU_SHARE * free_bytes) - GPU_CONTEXT_BYTES
+    if usable <= 0:
+        raise UserError(f"a GPU has only {free_bytes // MIB} MiB free, too little to start on; end what fills it")
+    return usable
+
+
+def _plain(known: Mapping[str, DeviceTypeConfig], name: str) -> dict[str, Any]:
+    if name not in known:
+        raise UserError(f"conf/device has no {name}; detection needs it for its rates")
+    return asdict(known[name])

@@ -1,0 +1,105 @@
+"""Seconds of one decoder layer, the embedding and the head for one micro-batch.
+
+`LayerCosts` is what the planner's tables are filled from; the roofline here needs no measurement, a fitted model can
+stand in its place. Every source of costs says what its numbers are (`provenance`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from ds_llmpq.cluster.devices import COMPUTE_DTYPES, DeviceType
+from ds_llmpq.cost import arithmetic, kernels
+from ds_llmpq.models.shape import ModelShape
+
+# Share of a datasheet's peak that real kernels reach. Assumed; the published prefill time of an OPT-30B layer on a V100
+# is 0.6 of the peak, those on T4 and P100 are 0.3 and 0.24. Measured rates are taken as they are.
+DATASHEET_FLOPS_SHARE = 0.6
+DATASHEET_BANDWIDTH_SHARE = 0.7
+PART_LAUNCHES_SHARE = 0.1  # embedding and head launch about a tenth of what a decoder layer does
+
+
+class LayerCosts(Protocol):
+    """Times on one device type for one model and compute type. None: this combination is not available."""
+
+    provenance: str
+
+    def prefill_seconds(self, bits: int, batch: int, tokens: int) -> float | None:
+        """One layer; `batch` sequences of `tokens` prompt tokens each."""
+
+    def decode_seconds(self, bits: int, batch: int, past: float) -> float | None:
+        """One layer; one new token for each of `batch` sequences that already have `past` tokens."""
+
+    def embed_seconds(self, batch: int, tokens: int) -> float:
+        """Embedding of `tokens` new tokens for each of `batch` sequences."""
+
+    def head_seconds(self, batch: int) -> float:
+        """Final norm, lm_head and choosing a token at the last position of each of `batch` sequences."""
+
+
+@dataclass(frozen=True)
+class RooflineCosts:
+    """Sum over the kernels of a layer of max(FLOPs / rate, bytes / bandwidth), plus launches.
+
+    Kernels run one after another: dequantization (if `kernel` is "dequantize"), matrix products, attention, and
+    elementwise passes. `dtype` must be one that the device type computes in.
+    """
+
+    device_type: DeviceType
+    shape: ModelShape
+    dtype: str
+    group_size: int = 64
+    axis: int = 1
+    kernel: str = "dequantize"
+
+    provenance = "roofline"
+
+    def prefill_seconds(self, bits: int, batch: int, tokens: int) -> float | None:
+        return self._layer_seconds(bits, batch, tokens, 0)
+
+    def decode_seconds(self, bits: int, batch: int, past: float) -> float | None:
+        return self._layer_seconds(bits, batch, 1, round(past))
+
+    def embed_seconds(self, batch: int, tokens: int) -> float:
+        rows = batch * tokens
+        flops = arithmetic.embed_flops(self.shape, rows)
+        moved = arithmetic.embed_bytes_moved(self.shape, rows, self._dtype_bytes)
+        return self._roof(flops, moved) + self._part_overhead
+
+    def head_seconds(self, batch: int) -> float:
+        flops = arithmetic.head_flops(self.shape, batch)
+        moved = arithmetic.head_bytes_moved(self.shape, batch, self._dtype_bytes)
+        return self._roof(flops, moved) + self._part_overhead
+
+    def _layer_seconds(self, bits: int, batch: int, new: int, past: int) -> float | None:
+        if bits not in self.device_type.bits:
+            return None
+        shape, rows, size = self.shape, batch * new, self._dtype_bytes
+        weights = kernels.weight_bytes_read(shape, bits, self.kernel, self.group_size, self.axis, size)
+        moved = weights + arithmetic.linear_activation_bytes(shape, rows, size)
+        seconds = self._roof(arithmetic.linear_flops(shape, rows), moved)
+        seconds += self._roof(
+            arithmetic.attention_flops(shape, batch, new, past),
+            arithmetic.attention_bytes(shape, batch, new, past, size),
+        )
+        seconds += self._roof(0, arithmetic.elementwise_bytes(shape, rows, size))
+        if self.kernel == "dequantize":
+            seconds += self._roof(0, kernels.dequantize_bytes(shape, bits, size))
+        launches = kernels.launches_share(shape, bits, self.kernel)
+        return seconds + launches * self.device_type.kernel_overhead_seconds
+
+    def _roof(self, flops: float, moved_bytes: float) -> float:
+        measured = self.device_type.source.startswith("measured")
+        rate = self.device_type.flops_per_second[self.dtype] * (1.0 if measured else DATASHEET_FLOPS_SHARE)
+        bandwidth = self.device_type.memory_bandwidth_bytes_per_second
+        bandwidth *= 1.0 if measured else DATASHEET_BANDWIDTH_SHARE
+        return max(flops / rate, moved_bytes / bandwidth)
+
+    @property
+    def _dtype_bytes(self) -> int:
+        return COMPUTE_DTYPES[self.dtype]
+
+    @property
+    def _part_overhead(self) -> float:
+        return PART_LAUNCHES_SHARE * self.device_type.kernel_overhead_seconds

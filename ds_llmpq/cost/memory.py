@@ -1,0 +1,107 @@
+"""Bytes that a pipeline stage holds, part by part. The loader is held against the same numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ds_llmpq.cost.arithmetic import EAGER_ATTENTION, FLOAT32_BYTES, kv_bytes, score_entries
+from ds_llmpq.cost.kernels import DEQUANTIZE_COPIES
+from ds_llmpq.models.shape import ModelShape
+from ds_llmpq.quant.packing import packed_linear_bytes
+
+IN_FLIGHT_MESSAGES = 2  # hidden-state buffers in each direction: one in use, one posted ahead
+
+
+@dataclass(frozen=True)
+class MemoryModel:
+    """Memory of one model under one quantization setting; every method returns bytes.
+
+    kernel: `dequantize` needs room for the largest weight in the compute type, three times over, `fused` none.
+    """
+
+    shape: ModelShape
+    group_size: int
+    axis: int
+    dtype_bytes: int
+    kernel: str = "dequantize"
+
+    def layer_bytes(self, bits: int) -> int:
+        """One decoder layer: packed weights with scales and zeros; norms and biases in the compute type."""
+        linears = sum(
+            packed_linear_bytes(
+                linear.out_features, linear.in_features, bits, self.group_size, self.axis, self.dtype_bytes
+            )
+            for linear in self.shape.linears
+        )
+        return linears + self.shape.layer_other_parameters * self.dtype_bytes
+
+    def kv_bytes_per_sequence_layer(self, capacity_tokens: int) -> int:
+        """Static cache of one layer for one sequence of prompt + generated tokens."""
+        return kv_bytes(self.shape, 1, capacity_tokens, self.dtype_bytes)
+
+    def embed_bytes(self) -> int:
+        return self.shape.embed_parameters * self.dtype_bytes
+
+    def head_bytes(self) -> int:
+        """With lm_head, also when it is tied: the last stage has its own copy unless it is the first one too."""
+        return self.shape.head_parameters * self.dtype_bytes
+
+    def workspace_parts(self, sequences: int, new_tokens: int, past_tokens: int, quantized: bool) -> dict[str, int]:
+        """What one micro-batch needs beside weights and cache: activations, dequantized weight, messages, logits.
+
+        activations: the larger of the attention's and the MLP's set of tensors alive at once in one layer.
+        dequantized: HQQ's temporaries for the largest linear, if any layer is quantized.
+        communication: hidden states received ahead and being sent.
+        logits: of the last position, with the float32 copies that sampling makes; alive when activations are not.
+        """
+        rows = sequences * new_tokens
+        attention = rows * self._attention_width() * self.dtype_bytes
+        attention += self._score_bytes(sequences, new_tokens, past_tokens)
+        mlp_width = 3 * self.shape.hidden + (3 if self.shape.gated_mlp else 2) * self.shape.intermediate
+        message = rows * self.shape.hidden * self.dtype_bytes
+        return {
+            "activations": max(attention, rows * mlp_width * self.dtype_bytes),
+            "dequantized": self._dequantized_bytes() if quantized else 0,
+            "communication": 2 * IN_FLIGHT_MESSAGES * message,
+            "logits": sequences * self.shape.vocab * (self.dtype_bytes + 2 * FLOAT32_BYTES),
+        }
+
+    def workspace_bytes(self, sequences: int, new_tokens: int, past_tokens: int, quantized: bool) -> int:
+        parts = self.workspace_parts(sequences, new_tokens, past_tokens, quantized)
+        return max(parts["activations"] + parts["dequantized"], parts["logits"]) + parts["communication"]
+
+    def stage_bytes(
+        self, bits: Sequence[int], sequences: int, capacity_tokens: int, first: bool, last: bool
+    ) -> dict[str, int]:
+        """What a stage holds for good: weights, kv, embed, head. A single stage with tied embeddings has no own head.
+
+        bits: width of each of its layers; first, last: whether it is at that end of the pipeline.
+        """
+        shared = first and last and self.shape.tied_embeddings
+        return {
+            "weights": sum(self.layer_bytes(width) for width in bits),
+            "kv": len(bits) * sequences * self.kv_bytes_per_sequence_layer(capacity_tokens),
+            "embed": self.embed_bytes() if first else 0,
+            "head": self.head_bytes() if last and not shared else 0,
+        }
+
+    def _attention_width(self) -> int:
+        """Elements per row alive in attention: residual and normed input, q/k/v twice (rotated or copied), outcome."""
+        qkv = (self.shape.heads + 2 * self.shape.kv_heads) * self.shape.head_dim
+        return 2 * self.shape.hidden + 2 * qkv + self.shape.heads * self.shape.head_dim
+
+    def _score_bytes(self, sequences: int, new_tokens: int, past_tokens: int) -> int:
+        """The mask; eager attention also holds scores twice, softmax and its input in float32, and copies of k, v."""
+        seen = past_tokens + new_tokens
+        mask = sequences * new_tokens * seen * self.dtype_bytes
+        if self.shape.architecture not in EAGER_ATTENTION:
+            return mask
+        scores = score_entries(self.shape, sequences, new_tokens, past_tokens)
+        copies = kv_bytes(self.shape, sequences, seen, self.dtype_bytes)
+        return mask + copies + scores * 2 * (self.dtype_bytes + FLOAT32_BYTES)
+
+    def _dequantized_bytes(self) -> int:
+        if self.kernel != "dequantize":
+            return 0
+        return DEQUANTIZE_COPIES * max(linear.weights for linear in self.shape.linears) * self.dtype_bytes

@@ -1,0 +1,120 @@
+"""The quality table omega[layer, bits] and its file: what keeping a layer at a width is predicted to cost."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ds_llmpq.errors import UserError
+
+SCHEMA = 1
+UNIT = "nats per token"
+PROVENANCES = ("assumed", "estimated", "fitted", "measured")
+_KEYS = (
+    "schema",
+    "method",
+    "provenance",
+    "unit",
+    "bits",
+    "table",
+    "model_fingerprint",
+    "calibration_hash",
+    "details",
+)
+
+
+@dataclass(frozen=True)
+class Omega:
+    """Predicted increase of the loss, in nats per token, of keeping one layer at one width.
+
+    table: layers x bits, non-negative; columns in the order of `bits`. 16 bits costs nothing and may be left out.
+    provenance: assumed (no data seen), estimated (an indicator), fitted (scaled to measurements), measured.
+    """
+
+    method: str
+    provenance: str
+    bits: tuple[int, ...]
+    table: tuple[tuple[float, ...], ...]
+    model_fingerprint: str | None = None
+    calibration_hash: str | None = None
+    details: Mapping[str, Any] | None = None  # how it was made: plain JSON values
+    unit: str = UNIT
+
+    def __post_init__(self) -> None:
+        if self.provenance not in PROVENANCES:
+            raise UserError(f"omega has provenance {self.provenance!r}; it must be one of {', '.join(PROVENANCES)}")
+        if self.unit != UNIT:
+            raise UserError(f"omega is in {self.unit!r}; this version reads {UNIT!r} only")
+        if not self.bits or len(set(self.bits)) != len(self.bits):
+            raise UserError(f"omega lists bits {list(self.bits)}; list each width once, at least one")
+        if not self.table:
+            raise UserError("omega has no layers; it needs one row for each decoder layer")
+        for layer, row in enumerate(self.table):
+            if len(row) != len(self.bits):
+                raise UserError(f"omega row {layer} has {len(row)} entries; it needs {len(self.bits)}, one a width")
+            for width, value in zip(self.bits, row, strict=True):
+                if not (math.isfinite(value) and value >= 0):
+                    raise UserError(f"omega of layer {layer} at {width} bits is {value}; it must be finite and >= 0")
+
+    @property
+    def layers(self) -> int:
+        return len(self.table)
+
+    def for_bits(self, bits: Sequence[int]) -> tuple[tuple[float, ...], ...]:
+        """Layers x `bits`, in that order. UserError: a width that the table lacks."""
+        for width in bits:
+            if width not in self.bits and width != 16:
+                has = ", ".join(map(str, self.bits))
+                raise UserError(f"omega has no column for {width} bits (it has {has}); make it anew for these widths")
+        columns = [self.bits.index(width) if width in self.bits else None for width in bits]
+        return tuple(tuple(0.0 if column is None else row[column] for column in columns) for row in self.table)
+
+    def check_model(self, layers: int, fingerprint: str | None = None) -> None:
+        """UserError if the table was made for another model. A missing fingerprint on either side is let pass."""
+        if layers != self.layers:
+            raise UserError(
+                f"omega is for {self.layers} layers, but the model has {layers}; make it anew for this model"
+            )
+        if fingerprint and self.model_fingerprint and fingerprint != self.model_fingerprint:
+            raise UserError(
+                f"omega is for the model with fingerprint {self.model_fingerprint}, but this one has {fingerprint}; "
+                "make it anew for this model"
+            )
+
+
+def write_omega(path: str | Path, omega: Omega) -> None:
+    record = {"schema": SCHEMA, **asdict(omega)}
+    Path(path).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def read_omega(path: str | Path) -> Omega:
+    """UserError: unreadable, another schema, a missing or unknown key, a value out of range."""
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"omega file {path} cannot be read ({error}); make it with the sensitivity verb") from None
+    try:
+        return _omega_of(record)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _omega_of(record: Any) -> Omega:
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        found = record.get("schema") if isinstance(record, dict) else type(record).__name__
+        raise UserError(f"schema is {found!r}; this version reads omega schema {SCHEMA}")
+    wrong = sorted(set(_KEYS) ^ set(record))
+    if wrong:
+        raise UserError(f"keys {', '.join(wrong)} are missing or unknown; the keys are {', '.join(_KEYS)}")
+    bits, table = record["bits"], record["table"]
+    if not (isinstance(bits, list) and all(type(width) is int for width in bits)):
+        raise UserError(f"bits is {bits!r}; it must be a list of whole numbers")
+    rows = table if isinstance(table, list) and all(isinstance(row, list) for row in table) else None
+    if rows is None or any(type(value) not in (int, float) for row in rows for value in row):
+        raise UserError("table must be a list of rows of numbers")
+    fields = {key: record[key] for key in _KEYS if key not in ("schema", "bits", "table")}
+    return Omega(bits=tuple(bits), table=tuple(tuple(map(float, row)) for row in rows), **fields)
