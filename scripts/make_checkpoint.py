@@ -230,7 +230,7 @@ def _usable_tokenizer(tokenizer: str | Path | None, vocab: int) -> Path | None:
     if path == TINY_TOKENIZER:
         return None
     raise UserError(
-        f"vocab={vocab} is smaller than the tokenizer's {max(ids) + 1}: raise it or leave the tokenizer out."
+        f"vocab={vocab} is below the tokenizer's {max(ids) + 1}: raise it or leave the tokenizer out."
     )
 
 
