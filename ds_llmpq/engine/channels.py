@@ -95,12 +95,13 @@ class DataChannel:
 
     def broadcast(self, data: bytes | None) -> bytes:
         """The driver's `data` on every rank."""
+        data = data or b""
         if self.world_size == 1:
-            return data or b""
-        size = torch.tensor([len(data) if self.rank == 0 else 0], dtype=torch.int64)
+            return data
+        size = torch.tensor([len(data)], dtype=torch.int64)
         dist.broadcast(size, src=0, group=self._group)
         payload = torch.empty(int(size), dtype=torch.uint8)
-        if self.rank == 0 and data:
+        if data:
             payload = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         if len(payload):
             dist.broadcast(payload, src=0, group=self._group)

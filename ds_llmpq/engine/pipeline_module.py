@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Callable
 
 from deepspeed.runtime.pipe.module import LayerSpec, PipelineModule
@@ -45,7 +47,9 @@ class PlannedPipelineModule(PipelineModule):
 
     def __init__(self, layers: list[LazyLayer], bounds: list[int], topology: PlannedTopology):
         self._bounds = bounds
-        super().__init__(layers=layers, topology=topology, partition_method="planned")
+        # DeepSpeed prints its seeds and topology; standard output belongs to the user
+        with contextlib.redirect_stdout(io.StringIO()):
+            super().__init__(layers=layers, topology=topology, partition_method="planned")
 
     def _partition_layers(self, method: str = "planned") -> None:
         stage = self._topo.get_coord(self.global_rank).pipe

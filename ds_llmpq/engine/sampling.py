@@ -19,6 +19,9 @@ class RowSampling:
     seed: int = 0
 
 
+GREEDY = RowSampling()
+
+
 def uniform_draw(seed: int, step: int) -> float:
     """The random number in [0, 1) for token `step` of a request: a counter-based generator (Philox), so the draw
     depends on nothing but these two numbers, not on order, batch or restarts."""

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from ds_llmpq.engine.sampling import RowSampling
+from ds_llmpq.engine.sampling import GREEDY, RowSampling
 
 
 @dataclass(frozen=True)
@@ -17,14 +17,14 @@ class WaveRow:
     key: int
     prompt: tuple[int, ...]
     max_tokens: int
-    sampling: RowSampling = RowSampling()
+    sampling: RowSampling = GREEDY
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
 
     @property
     def slots(self) -> int:
-        """Cache positions it needs: the last generated token is never stored."""
-        return len(self.prompt) + self.max_tokens - 1
+        """Cache positions it needs. A finished row goes along until its group ends, so its last token has one too."""
+        return len(self.prompt) + self.max_tokens
 
 
 @dataclass(frozen=True)

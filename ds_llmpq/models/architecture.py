@@ -72,7 +72,7 @@ class DecoderLayer(nn.Module):
             position_ids=step.positions,
             past_key_values=step.cache,
             use_cache=step.cache is not None,
-            **step.position_inputs,
+            **step.prepared(),
         )
         return step
 

@@ -34,7 +34,7 @@ class Layer(nn.Module):
         self.layer = BloomBlock(config, index)
 
     def forward(self, step: Step) -> Step:
-        inputs = step.position_inputs
+        inputs = step.prepared()
         step.hidden, _ = self.layer(
             step.hidden, inputs["alibi"], inputs["mask"], layer_past=step.cache, use_cache=step.cache is not None
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,7 +38,7 @@ class Checkpoint:
             if name.startswith(prefix) and name[len(prefix) :] in self._shard_of:
                 return name[len(prefix) :]
         raise UserError(
-            f"Checkpoint {self.path} has no tensor {name!r}; the checkpoint is incomplete or not what its config.json says."
+            f"Checkpoint {self.path} has no tensor {name!r}; it is incomplete or not what its config.json says."
         )
 
     def tensors(self, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -58,20 +57,6 @@ class Checkpoint:
         stored = self.name_of(name)
         with _open_shard(self.path / self._shard_of[stored]) as file:
             return tuple(file.get_slice(stored).get_shape())
-
-
-def fingerprint(path: str | Path) -> str:
-    """Identifies a checkpoint cheaply: SHA-256 over config.json and the headers (names, types, shapes, offsets) and
-    sizes of its safetensors files. Equal for byte-wise copies; blind to changed weights under an unchanged layout."""
-    digest = hashlib.sha256()
-    folder = Path(path)
-    digest.update((folder / "config.json").read_bytes())
-    for file in sorted(folder.glob("*.safetensors")):
-        digest.update(f"{file.name}:{file.stat().st_size}:".encode())
-        with open(file, "rb") as stream:
-            header_bytes = int.from_bytes(stream.read(8), "little")
-            digest.update(stream.read(min(header_bytes, 100 << 20)))
-    return digest.hexdigest()
 
 
 def _read_config(path: Path, trust_remote_code: bool) -> PreTrainedConfig:

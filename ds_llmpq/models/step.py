@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -34,8 +35,16 @@ class Step:
     hidden: torch.Tensor | None = None
     last: torch.Tensor | None = None
     logits: torch.Tensor | None = None
-    # what an architecture computes once per stage and micro-batch: rotary embeddings, ALiBi biases
+    # fills `position_inputs` with what an architecture computes once a stage and micro-batch: rotary embeddings, ALiBi
+    prepare: Callable[[Step], None] | None = None
     position_inputs: dict[str, Any] = field(default_factory=dict)
+
+    def prepared(self) -> dict[str, Any]:
+        """The position inputs, computed when the first decoder layer of the stage asks for them."""
+        if self.prepare is not None:
+            self.prepare(self)
+            self.prepare = None
+        return self.position_inputs
 
     def mask(self, window: int | None = None) -> torch.Tensor | None:
         """Boolean mask [rows, 1, tokens, kv_tokens], true where a query may attend; None where causality suffices."""

@@ -31,12 +31,12 @@ def quantize_linear(
             f"quant.group_size={quant.group_size} does not divide {grouped}, the grouped side of a {out_features} x "
             f"{in_features} linear; choose a divisor of it."
         )
+    config = BaseQuantizeConfig(nbits=bits, group_size=quant.group_size, axis=quant.axis)
+    config["weight_quant_params"]["optimize"] = quant.optimize
     return HQQLinear.from_weights(
         weight.to(device),
-        bias,
-        quant_config=BaseQuantizeConfig(
-            nbits=bits, group_size=quant.group_size, axis=quant.axis, optimize=quant.optimize
-        ),
+        None if bias is None else nn.Parameter(bias, requires_grad=False),
+        quant_config=config,
         compute_dtype=dtype,
         device=str(device),
     )
@@ -48,7 +48,7 @@ def linear_names(layer: nn.Module) -> list[str]:
 
 
 def stored_bytes(module: nn.Module) -> int:
-    """Bytes the module's weights really occupy: parameters, plus scales, zeros and biases that HQQ keeps beside them."""
+    """Bytes the module's weights really occupy: parameters, and the scales, zeros and biases that HQQ keeps apart."""
     total = 0
     seen: set[int] = set()
 

@@ -1,0 +1,24 @@
+"""Memory a rank uses, measured: resident memory of the process on CPU, the allocator's peak on a GPU."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+
+import torch
+
+_PAGE_BYTES = resource.getpagesize()
+
+
+def used_bytes(device: torch.device) -> int:
+    """What this process holds now: resident memory (CPU) or allocated device memory."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE_BYTES
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most this process ever held."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

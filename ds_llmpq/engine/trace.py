@@ -1,0 +1,84 @@
+"""Where a stage's time went: spans of work and of waiting, their sums, and the Chrome trace of a run.
+
+On a GPU, work is queued, so spans of work are timed by device events and resolved when the sums are read.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ds_llmpq.engine.sequences import MicroBatch
+
+_MOST_EVENTS = 100_000  # what a trace viewer still opens
+
+
+class Trace:
+    """Spans of one stage since `origin` (time.time(), so that ranks of one clock line up)."""
+
+    def __init__(self, stage: int, device: torch.device):
+        self.stage = stage
+        self._on_gpu = device.type == "cuda"
+        self._device_spans: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._passes: dict[str, int] = defaultdict(int)
+        self._tokens: dict[str, int] = defaultdict(int)
+        self._events: list[dict] = []
+        self._offset = time.time() - time.perf_counter()
+
+    @contextmanager
+    def working(self, name: str, batch: MicroBatch, tokens: int = 0) -> Iterator[None]:
+        start = time.perf_counter()
+        events = self._device_events() if self._on_gpu else None
+        yield
+        if events:
+            events[1].record()
+            self._device_spans.append((name, *events))
+        self._add(name, batch, start, tokens, timed=not self._on_gpu)
+
+    @contextmanager
+    def waiting(self, name: str, batch: MicroBatch) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._add(f"wait_{name}", batch, start, 0, timed=True)
+
+    def _device_events(self) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+        events[0].record()
+        return events
+
+    def _add(self, name: str, batch: MicroBatch, start: float, tokens: int, timed: bool) -> None:
+        stop = time.perf_counter()
+        if timed:
+            self._seconds[name] += stop - start
+        self._passes[name] += 1
+        self._tokens[name] += tokens
+        if len(self._events) < _MOST_EVENTS:
+            self._events.append(
+                {
+                    "name": name,
+                    "ph": "X",
+                    "pid": self.stage,
+                    "tid": 0,
+                    "ts": (self._offset + start) * 1e6,
+                    "dur": (stop - start) * 1e6,
+                    "args": {"rows": [batch.start, batch.stop], "tokens": tokens},
+                }
+            )
+
+    def summary(self) -> dict:
+        """Seconds, passes and tokens by span name, all measured on this stage."""
+        if self._device_spans:
+            torch.cuda.synchronize()
+            for name, start, stop in self._device_spans:
+                self._seconds[name] += start.elapsed_time(stop) / 1e3
+            self._device_spans.clear()
+        return {"seconds": dict(self._seconds), "passes": dict(self._passes), "tokens": dict(self._tokens)}
+
+    def chrome_events(self) -> list[dict]:
+        """Complete events ("ph": "X"), microseconds since the epoch."""
+        return self._events
