@@ -58,10 +58,10 @@ class MemoryModel:
         rows = sequences * new_tokens
         attention = rows * self._attention_width() * self.dtype_bytes
         attention += self._score_bytes(sequences, new_tokens, past_tokens)
-        mlp_width = 3 * self.shape.hidden + (3 if self.shape.gated_mlp else 2) * self.shape.intermediate
+        mlp = rows * self._mlp_width() * self.dtype_bytes
         message = rows * self.shape.hidden * self.dtype_bytes
         return {
-            "activations": max(attention, rows * mlp_width * self.dtype_bytes),
+            "activations": max(attention, mlp),
             "dequantized": self._dequantized_bytes() if quantized else 0,
             "communication": 2 * IN_FLIGHT_MESSAGES * message,
             "logits": sequences * self.shape.vocab * (self.dtype_bytes + 2 * FLOAT32_BYTES),
@@ -88,8 +88,22 @@ class MemoryModel:
 
     def _attention_width(self) -> int:
         """Elements per row alive in attention: residual and normed input, q/k/v twice (rotated or copied), outcome."""
-        qkv = (self.shape.heads + 2 * self.shape.kv_heads) * self.shape.head_dim
-        return 2 * self.shape.hidden + 2 * qkv + self.shape.heads * self.shape.head_dim
+        shape = self.shape
+        qkv = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
+        return 2 * shape.hidden + 2 * qkv + shape.heads * shape.head_dim + self._position_width()
+
+    def _mlp_width(self) -> int:
+        """Elements per row alive in the MLP: residual, normed input, outcome, and copies of the intermediate.
+
+        Gated: gate, up and their product. Plain: before and after the activation; BLOOM writes its GELU out in parts.
+        """
+        shape = self.shape
+        copies = 6 if shape.architecture == "bloom" else 3 if shape.gated_mlp else 2
+        return 3 * shape.hidden + copies * shape.intermediate + self._position_width()
+
+    def _position_width(self) -> int:
+        """Rotary cosines and sines, computed once a micro-batch."""
+        return 0 if self.shape.architecture in ("opt", "bloom") else 2 * self.shape.head_dim
 
     def _score_bytes(self, sequences: int, new_tokens: int, past_tokens: int) -> int:
         """The mask; eager attention also holds scores twice, softmax and its input in float32, and copies of k, v."""

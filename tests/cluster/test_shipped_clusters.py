@@ -1,0 +1,112 @@
+"""Every shipped device, cluster, model and workload composes through Hydra and is usable as it stands."""
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from ds_llmpq.cluster.cluster import Cluster
+from ds_llmpq.models.shape import ModelShape
+from ds_llmpq.planner.build import prepare
+from ds_llmpq.schema import ClusterConfig, ModelConfig, PlannerConfig, QuantConfig, WorkloadConfig
+
+CONF = Path(__file__).parents[2] / "conf"
+PUBLISHED = {1: 1, 2: 1, 3: 4, 4: 4, 5: 6, 6: 4, 7: 8, 8: 6, 9: 4, 10: 4, 11: 4}  # cluster -> devices
+PARAMETERS = {  # of the published models
+    "opt_13b": 12.85e9,
+    "opt_30b": 29.97e9,
+    "opt_66b": 65.72e9,
+    "bloom_176b": 176.25e9,
+    "llama3_8b": 8.030e9,
+    "llama3_70b": 70.55e9,
+    "qwen2_5_14b": 14.77e9,
+    "qwen2_5_32b": 32.76e9,
+}
+
+
+def names(group):
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def resolvers():
+    for name, size in (("gib", 1 << 30), ("mib", 1 << 20)):
+        if not OmegaConf.has_resolver(name):
+            OmegaConf.register_new_resolver(name, lambda value, size=size: int(float(value) * size))
+
+
+def load(group, name, schema):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        content = compose(overrides=[f"+{group}={name}"])[group]
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), content))
+
+
+@pytest.mark.parametrize("name", names("cluster"))
+def test_clusters_are_valid(name):
+    cluster = Cluster.from_config(load("cluster", name, ClusterConfig))
+    assert cluster.name == name
+    for device in cluster.devices:
+        assert device.type.source.startswith(("datasheet: ", "measured: "))
+        for other in cluster.devices:
+            assert device == other or cluster.link(device.name, other.name).bandwidth_bytes_per_second > 1e8
+    if name.startswith("cluster"):
+        assert len(cluster.devices) == PUBLISHED[int(name.removeprefix("cluster"))]
+
+
+def test_all_published_clusters_are_shipped():
+    assert {f"cluster{number}" for number in PUBLISHED} <= set(names("cluster"))
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_weightless_models_have_the_published_size(name):
+    config = load("model", name, ModelConfig)
+    assert config.path is None
+    assert ModelShape.from_config(config.shape).parameters == pytest.approx(PARAMETERS[name], rel=1e-3)
+
+
+def test_every_shipped_model_is_listed_here():
+    assert set(names("model")) == {*PARAMETERS, "tiny"}
+
+
+@pytest.mark.parametrize("name", names("workload"))
+def test_workloads(name):
+    workload = load("workload", name, WorkloadConfig)
+    assert min(workload.sequences, workload.prompt_tokens, workload.generated_tokens) >= 1
+
+
+def test_tiny_model_cannot_stay_unquantized_on_two_unlike_cpu_stages():
+    """What local_cpu2 is for: all layers at 16 bits do not fit, 8 bits do, and the second stage holds the fewer."""
+    shape = ModelShape.from_config(
+        {
+            "model_type": "llama",
+            "hidden_size": 256,
+            "intermediate_size": 512,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 64,
+            "vocab_size": 2048,
+            "max_position_embeddings": 1024,
+        }
+    )
+    cluster = Cluster.from_config(load("cluster", "local_cpu2", ClusterConfig))
+    workload = load("workload", "demo", WorkloadConfig)
+    problem = prepare(cluster, shape, workload, QuantConfig(), PlannerConfig(), dtype="bfloat16").problem
+    memory, sizes = problem.memory, problem.micro_batches
+    workspace = max(
+        min(memory.workspace_prefill_bytes[size] for size in sizes.prefill),
+        min(memory.workspace_decode_bytes[size] for size in sizes.decode),
+    )
+    kv = workload.sequences * memory.kv_bytes_per_sequence_layer
+
+    def most_layers(device, bits, part):
+        return int((device.memory_bytes - workspace - part) // (memory.layer_bytes[bits][0] + kv))
+
+    first, second = problem.devices
+    fits = {
+        bits: (most_layers(first, bits, memory.embed_bytes), most_layers(second, bits, memory.head_bytes))
+        for bits in problem.bits
+    }
+    assert sum(fits[16]) < 8 <= sum(fits[8])
+    assert 0 < fits[4][1] < 4

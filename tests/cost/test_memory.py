@@ -1,0 +1,136 @@
+"""Memory arithmetic against what real modules hold and allocate."""
+
+import random
+
+import pytest
+
+from ds_llmpq.cost.memory import MemoryModel
+from ds_llmpq.models.shape import ModelShape
+
+CONFIGS = {
+    "llama": {"model_type": "llama", "intermediate_size": 512, "num_key_value_heads": 2},
+    "qwen3": {"model_type": "qwen3", "intermediate_size": 192, "num_key_value_heads": 2, "head_dim": 64},
+    "opt": {"model_type": "opt", "ffn_dim": 1024},
+    "bloom": {"model_type": "bloom"},
+}
+COMMON = {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128}
+
+
+def config_of(name):
+    return {**COMMON, **CONFIGS[name]}
+
+
+def model_of(name):
+    transformers = pytest.importorskip("transformers")
+    options = config_of(name)
+    config = transformers.AutoConfig.for_model(options.pop("model_type"), **options)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def peak_bytes(action):
+    """Most bytes that torch's CPU allocator holds for `action` beyond what it held before."""
+    import torch
+
+    with torch.no_grad():
+        action()
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+        ) as profile:
+            action()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_kv_bytes_are_those_of_a_real_cache(name):
+    import torch
+    from transformers import DynamicCache
+
+    model, cache = model_of(name), DynamicCache()
+    with torch.no_grad():
+        model(torch.zeros(3, 17, dtype=torch.long), past_key_values=cache)
+    held = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+    memory = MemoryModel(ModelShape.from_config(config_of(name)), 64, 1, 4)
+    assert 2 * 3 * memory.kv_bytes_per_sequence_layer(17) == held
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("sequences", "tokens"), [(4, 128), (1, 384)])
+def test_activations_bound_what_a_forward_pass_allocates(name, dtype, sequences, tokens):
+    """The reference is a whole model's pass: it also keeps the embedding's outcome beside the layer's set."""
+    import torch
+
+    model = model_of(name).to(getattr(torch, dtype))
+    shape, size = ModelShape.from_config(config_of(name)), {"float32": 4, "bfloat16": 2}[dtype]
+    ids = torch.zeros(sequences, tokens, dtype=torch.long)
+    held = peak_bytes(lambda: model(ids, use_cache=False, logits_to_keep=1))
+    predicted = MemoryModel(shape, 64, 1, size).workspace_parts(sequences, tokens, 0, False)["activations"]
+    embeddings = 2 * sequences * tokens * shape.hidden * size
+    assert predicted + embeddings >= held
+    assert predicted <= 1.5 * held
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+def test_dequantized_is_what_hqq_allocates(bits):
+    import torch
+
+    quantize = pytest.importorskip("hqq.core.quantize")
+    shape = ModelShape.from_config(config_of("llama"))
+    largest = max(shape.linears, key=lambda linear: linear.weights)
+    config = quantize.BaseQuantizeConfig(nbits=bits, group_size=64, axis=1)
+    config["weight_quant_params"]["optimize"] = False
+    plain = torch.nn.Linear(largest.in_features, largest.out_features, bias=False)
+    linear = quantize.HQQLinear(plain, config, compute_dtype=torch.float32, device="cpu")
+    held = peak_bytes(lambda: linear(torch.zeros(1, largest.in_features)))
+    assert held == pytest.approx(MemoryModel(shape, 64, 1, 4).workspace_parts(1, 1, 0, True)["dequantized"], rel=0.02)
+
+
+@pytest.mark.parametrize("dtype_bytes", [2, 4])
+def test_unquantized_parts_add_up_to_the_model(dtype_bytes):
+    for name in CONFIGS:
+        config = {**config_of(name), "tie_word_embeddings": False}
+        shape = ModelShape.from_config(config)
+        held = MemoryModel(shape, 64, 1, dtype_bytes).stage_bytes([16] * shape.layers, 1, 1, True, True)
+        assert held["weights"] + held["embed"] + held["head"] == shape.parameters * dtype_bytes
+
+
+def test_stage_bytes_of_random_stages_add_up():
+    """Stages of any cut hold together what one stage holds, but for a tied head, which the last stage copies."""
+    generator = random.Random(3)
+    for tied in (False, True):
+        shape = ModelShape.from_config({**config_of("llama"), "num_hidden_layers": 9, "tie_word_embeddings": tied})
+        memory = MemoryModel(shape, 64, 1, 2)
+        for _ in range(20):
+            bits = [generator.choice((2, 3, 4, 8, 16)) for _ in range(9)]
+            cut = generator.randrange(1, 9)
+            whole = memory.stage_bytes(bits, 5, 33, True, True)
+            first = memory.stage_bytes(bits[:cut], 5, 33, True, False)
+            last = memory.stage_bytes(bits[cut:], 5, 33, False, True)
+            extra = memory.head_bytes() if tied else 0
+            assert sum(first.values()) + sum(last.values()) == sum(whole.values()) + extra
+            assert (first["head"], last["embed"]) == (0, 0)
+
+
+def test_layer_bytes_by_hand():
+    """Llama, hidden 256: 4 bits pack two weights a byte, with a scale and a zero of 2 bytes per 64 weights."""
+    shape = ModelShape.from_config(config_of("llama"))
+    memory = MemoryModel(shape, 64, 1, 2)
+    weights = shape.linear_weights
+    assert memory.layer_bytes(4) == weights // 2 + weights // 64 * 4 + 2 * 256 * 2
+    assert memory.layer_bytes(16) == weights * 2 + 2 * 256 * 2
+    assert memory.layer_bytes(2) < memory.layer_bytes(3) < memory.layer_bytes(4) < memory.layer_bytes(8)
+
+
+def test_workspace_takes_the_larger_of_layer_and_logits():
+    shape = ModelShape.from_config({**config_of("llama"), "vocab_size": 1_000_000})
+    memory = MemoryModel(shape, 64, 1, 2)
+    parts = memory.workspace_parts(8, 1, 100, True)
+    assert parts["logits"] > parts["activations"] + parts["dequantized"]
+    assert memory.workspace_bytes(8, 1, 100, True) == parts["logits"] + parts["communication"]
+    assert MemoryModel(shape, 64, 1, 2, "fused").workspace_parts(8, 1, 100, True)["dequantized"] == 0
+    assert memory.workspace_parts(8, 1, 100, False)["dequantized"] == 0

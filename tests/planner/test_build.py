@@ -1,0 +1,231 @@
+"""Planning problems built from plain objects: tables in place, origins kept, mistakes named."""
+
+import dataclasses
+
+import pytest
+
+from ds_llmpq.cluster.cluster import Cluster
+from ds_llmpq.errors import UserError
+from ds_llmpq.models.shape import ModelShape
+from ds_llmpq.planner.build import build_problem, prepare, usable_bits
+from ds_llmpq.planner.problem import Problem
+from ds_llmpq.schema import (
+    ClusterConfig,
+    DeviceConfig,
+    DeviceTypeConfig,
+    HostConfig,
+    LinkConfig,
+    LinkPairConfig,
+    MicroBatchesConfig,
+    PlannerConfig,
+    QuantConfig,
+    WorkloadConfig,
+)
+from ds_llmpq.sensitivity.omega import Omega
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 100,
+    "max_position_embeddings": 64,
+}
+SHAPE = ModelShape.from_config(LLAMA)
+
+
+def cluster():
+    config = ClusterConfig(name="mix")
+    config.device_types = {
+        "gpu": DeviceTypeConfig("cuda", 1 << 30, 3e11, {"float16": 6e13, "float32": 8e12}, 1e-4, [3, 4, 16]),
+        "core": DeviceTypeConfig("cpu", 1 << 28, 2e10, {"float32": 1e11}, 1e-4, source="measured: here"),
+    }
+    config.hosts = [
+        HostConfig("a", [DeviceConfig("gpu", 0), DeviceConfig("gpu", 1, memory_bytes=1 << 29)]),
+        HostConfig("b", [DeviceConfig("core", 0, threads=1), DeviceConfig("core", 1, threads=2)]),
+    ]
+    config.links.intra_host, config.links.inter_host = LinkConfig(1e-5, 1e10), LinkConfig(1e-4, 1e9)
+    config.links.pairs = [LinkPairConfig("a:1", "b:0", 1e-3, 1e8)]
+    return Cluster.from_config(config)
+
+
+def make(**changes):
+    arguments = {
+        "cluster": cluster(),
+        "shape": SHAPE,
+        "workload": WorkloadConfig(6, 20, 10),
+        "quant": QuantConfig(bits=[16, 4, 8]),
+        "planner": PlannerConfig(theta=2.0),
+    }
+    return prepare(**{**arguments, **changes})
+
+
+class CountedCosts:
+    """Times that say what they were asked for."""
+
+    provenance = "fitted"
+
+    def prefill_seconds(self, bits, batch, tokens):
+        return None if bits == 4 else 1e6 * bits + 1e3 * batch + tokens
+
+    def decode_seconds(self, bits, batch, past):
+        return 1e9 + 1e6 * bits + 1e3 * batch + past
+
+    def embed_seconds(self, batch, tokens):
+        return 1e3 * batch + tokens
+
+    def head_seconds(self, batch):
+        return 7.0 * batch
+
+
+def test_tables_hold_what_the_costs_say():
+    problem = make(costs_of=lambda _: CountedCosts()).problem
+    assert problem.bits == (16, 4, 8)
+    assert problem.micro_batches.prefill == problem.micro_batches.decode == (1, 2, 4, 6)
+    assert set(problem.device_types) == {"gpu", "core", "core_x2"}
+    gpu, core = problem.device_types["gpu"], problem.device_types["core_x2"]
+    assert gpu.bits == (16, 4)
+    assert core.bits == (16, 4, 8)
+    assert core.prefill_layer_seconds[8] == {1: 8001020, 2: 8002020, 4: 8004020, 6: 8006020}
+    assert core.prefill_layer_seconds[4] == {}
+    assert core.decode_layer_seconds[4][6] == 1e9 + 4006000 + 25
+    assert (core.prefill_embed_seconds[2], core.decode_embed_seconds[2]) == (2020, 2001)
+    assert core.prefill_head_seconds[4] == core.decode_head_seconds[4] == 28
+
+
+def test_devices_memory_and_links():
+    built = make()
+    problem, memory = built.problem, built.memory
+    assert [(device.name, device.memory_bytes) for device in problem.devices] == [
+        ("a:0", 1 << 30),
+        ("a:1", 1 << 29),
+        ("b:0", 1 << 28),
+        ("b:1", 1 << 28),
+    ]
+    assert built.dtype == "float32"
+    assert problem.memory.layer_bytes[4] == (memory.layer_bytes(4),) * 3
+    assert problem.memory.kv_bytes_per_sequence_layer == 2 * 2 * 64 * 30 * 4
+    assert problem.memory.workspace_decode_bytes[6] == memory.workspace_bytes(6, 1, 29, True)
+    assert problem.memory.workspace_prefill_bytes[6] == memory.workspace_bytes(6, 20, 0, True)
+    for source in problem.devices:
+        for target in problem.devices:
+            if source != target:
+                link = problem.links.between(source.name, target.name)
+                expected = cluster().link(source.name, target.name)
+                assert (link.latency_seconds, link.seconds_per_byte) == (
+                    expected.latency_seconds,
+                    expected.seconds_per_byte,
+                )
+    assert len(problem.links.pairs) == 5  # two on each host and the exception; the rest is the default
+    assert (problem.links.hidden_bytes_per_token, problem.links.token_bytes) == (1024, 8)
+
+
+def test_unquantized_alone_needs_no_room_to_dequantize():
+    alone = make(quant=QuantConfig(bits=[16])).problem.memory.workspace_decode_bytes[1]
+    assert make().problem.memory.workspace_decode_bytes[1] - alone == 3 * 512 * 256 * 4
+
+
+def test_problem_survives_json_and_is_what_build_problem_gives():
+    built = make()
+    assert Problem.from_json(built.problem.to_json()) == built.problem
+    arguments = (cluster(), SHAPE, WorkloadConfig(6, 20, 10), QuantConfig(bits=[16, 4, 8]), PlannerConfig(theta=2.0))
+    assert build_problem(*arguments) == built.problem
+
+
+def test_origins_and_notes():
+    built = make()
+    assert built.provenance["omega"] == "assumed (prior)"
+    assert built.provenance["layer_seconds.core_x2"].startswith("roofline")
+    assert "measured: here" in built.provenance["layer_seconds.core_x2"]
+    assert make(costs_of=lambda _: CountedCosts()).provenance["layer_seconds.gpu"].startswith("fitted")
+    assert [note for note in built.notes if "gpu has no kernel for 8 bits" in note]
+
+
+def test_omega_is_taken_in_the_order_of_bits():
+    omega = Omega("x", "measured", (8, 4), ((1.0, 2.0), (3.0, 4.0), (5.0, 6.0)))
+    assert make(omega=omega).problem.omega == ((0.0, 2.0, 1.0), (0.0, 4.0, 3.0), (0.0, 6.0, 5.0))
+    with pytest.raises(UserError, match="2 layers"):
+        make(omega=dataclasses.replace(omega, table=omega.table[:2]))
+
+
+def test_objectives():
+    assert make().problem.objective.theta == 2.0
+    bounded = make(planner=PlannerConfig(mode="max_quality_loss", max_quality_loss=0.5)).problem.objective
+    assert (bounded.mode, bounded.limit) == ("max_quality_loss", 0.5)
+    bounded = make(planner=PlannerConfig(mode="max_latency", max_latency_seconds=9.0)).problem.objective
+    assert (bounded.mode, bounded.limit) == ("max_latency", 9.0)
+
+
+@pytest.mark.parametrize(
+    ("sequences", "sizes"), [(1, (1,)), (2, (1, 2)), (3, (1, 2, 3)), (8, (1, 2, 4, 8)), (9, (1, 2, 4, 8, 9))]
+)
+def test_default_micro_batches(sequences, sizes):
+    assert make(workload=WorkloadConfig(sequences, 20, 10)).problem.micro_batches.decode == sizes
+
+
+def test_given_micro_batches():
+    given = PlannerConfig(micro_batches=MicroBatchesConfig(prefill=[3], decode=[2, 5]))
+    sizes = make(planner=given).problem.micro_batches
+    assert (sizes.prefill, sizes.decode) == ((3,), (2, 5))
+
+
+def test_fixed_order_is_passed_on():
+    assert make(planner=PlannerConfig(device_order="fixed")).problem.device_order == "fixed"
+
+
+def test_widths_that_cannot_be_packed_are_left_out_with_a_reason():
+    """intermediate 72 does not divide into groups of 64; without 16 nothing is left."""
+    odd = ModelShape.from_config({**LLAMA, "intermediate_size": 72})
+    kept, notes = usable_bits(odd, QuantConfig(bits=[4, 16]))
+    assert kept == [16]
+    assert "mlp.down_proj" in notes[0]
+    with pytest.raises(UserError, match=r"no width of quant\.bits=\[4, 8\]"):
+        make(shape=odd, quant=QuantConfig(bits=[4, 8]))
+    assert usable_bits(odd, QuantConfig(bits=[4], group_size=8))[0] == [4]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"workload": WorkloadConfig(6, 60, 10)}, r"= 70 exceeds the model's 64 positions; lower one of them by 6"),
+        ({"workload": WorkloadConfig(0, 20, 10)}, r"workload\.sequences=0"),
+        ({"workload": WorkloadConfig(6, 20, 0)}, r"workload\.generated_tokens=0"),
+        ({"quant": QuantConfig(bits=[])}, "is empty"),
+        ({"quant": QuantConfig(bits=[5])}, "each width once"),
+        ({"quant": QuantConfig(bits=[4, 4])}, "each width once"),
+        ({"quant": QuantConfig(bits=[4], axis=2)}, "axis 2"),
+        ({"planner": PlannerConfig(mode="max_latency")}, r"set planner\.max_latency_seconds"),
+        ({"planner": PlannerConfig(mode="max_quality_loss")}, r"set planner\.max_quality_loss"),
+        ({"planner": PlannerConfig(mode="fast")}, "'fast'"),
+        ({"planner": PlannerConfig(micro_batches=MicroBatchesConfig(prefill=[]))}, "prefill is empty"),
+        ({"planner": PlannerConfig(micro_batches=MicroBatchesConfig(decode=[7]))}, "from 1 to 6"),
+        ({"planner": PlannerConfig(device_order="sorted")}, "device_order"),
+        ({"dtype": "bfloat16"}, "does not compute in bfloat16"),
+        ({"kernel": "magic"}, "'magic'"),
+    ],
+)
+def test_mistakes(changes, words):
+    with pytest.raises(UserError, match=words):
+        make(**changes)
+
+
+def test_bloom_has_no_bound_on_positions():
+    bloom = ModelShape.from_config(
+        {"model_type": "bloom", "hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 50}
+    )
+    assert make(shape=bloom, workload=WorkloadConfig(2, 9000, 10)).problem.layers == 2
+
+
+def test_rooms_stay_free_of_torch():
+    """Planning imports neither torch nor transformers nor deepspeed."""
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, ds_llmpq.planner.build, ds_llmpq.cluster.detect, ds_llmpq.cluster.calibrate\n"
+        "print([name for name in ('torch', 'transformers', 'deepspeed', 'hqq') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

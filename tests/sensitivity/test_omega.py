@@ -1,0 +1,90 @@
+"""omega.json: what is written reads back the same, and every broken file is one clear sentence."""
+
+import json
+import random
+
+import pytest
+
+from ds_llmpq.errors import UserError
+from ds_llmpq.sensitivity.omega import Omega, read_omega, write_omega
+
+
+def random_omega(generator):
+    bits = tuple(generator.sample((2, 3, 4, 8, 16), generator.randrange(1, 6)))
+    rows = generator.randrange(1, 6)
+    return Omega(
+        method="variance",
+        provenance="estimated",
+        bits=bits,
+        table=tuple(tuple(generator.random() * 10 ** -generator.randrange(9) for _ in bits) for _ in range(rows)),
+        model_fingerprint="abc",
+        calibration_hash=None,
+        details={"rows": 3, "text": "x"},
+    )
+
+
+def test_round_trip(tmp_path):
+    generator = random.Random(1)
+    for _ in range(20):
+        omega = random_omega(generator)
+        write_omega(tmp_path / "omega.json", omega)
+        assert read_omega(tmp_path / "omega.json") == omega
+
+
+def test_columns_by_width():
+    omega = Omega("x", "measured", (8, 4), ((1.0, 2.0), (3.0, 4.0)))
+    assert omega.for_bits([4, 16, 8]) == ((2.0, 0.0, 1.0), (4.0, 0.0, 3.0))
+    with pytest.raises(UserError, match="no column for 3 bits"):
+        omega.for_bits([3])
+
+
+def test_other_model():
+    omega = Omega("x", "measured", (8,), ((1.0,), (3.0,)), model_fingerprint="one")
+    omega.check_model(2, "one")
+    omega.check_model(2)
+    with pytest.raises(UserError, match="2 layers, but the model has 3"):
+        omega.check_model(3)
+    with pytest.raises(UserError, match="fingerprint one"):
+        omega.check_model(2, "two")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"schema": 2}, "schema is 2"),
+        ({"unit": "bits"}, "'bits'"),
+        ({"provenance": "guessed"}, "provenance 'guessed'"),
+        ({"bits": []}, "at least one"),
+        ({"bits": [4, 4]}, "each width once"),
+        ({"bits": "48"}, "list of whole numbers"),
+        ({"bits": [8.5, 4]}, "list of whole numbers"),
+        ({"table": []}, "no layers"),
+        ({"table": [[1.0]]}, "row 0 has 1 entries"),
+        ({"table": [[1.0, -2.0]]}, "layer 0 at 4 bits is -2.0"),
+        ({"table": [[1.0, "x"]]}, "rows of numbers"),
+        ({"table": [[1.0, True]]}, "rows of numbers"),
+        ({"table": {"0": [1, 2]}}, "rows of numbers"),
+        ({"more": 1}, "keys more are missing or unknown"),
+    ],
+)
+def test_broken_files(tmp_path, change, words):
+    file = tmp_path / "omega.json"
+    write_omega(file, Omega("x", "measured", (8, 4), ((1.0, 2.0),)))
+    record = json.loads(file.read_text())
+    file.write_text(json.dumps({**record, **change}))
+    with pytest.raises(UserError, match=words):
+        read_omega(file)
+
+
+def test_unreadable_files(tmp_path):
+    file = tmp_path / "omega.json"
+    with pytest.raises(UserError, match="cannot be read"):
+        read_omega(file)
+    for text, words in (("{", "cannot be read"), ("[]", "schema is 'list'"), ("{}", "schema is None")):
+        file.write_text(text)
+        with pytest.raises(UserError, match=words):
+            read_omega(file)
+    write_omega(file, Omega("x", "measured", (8,), ((1.0,),)))
+    file.write_text(file.read_text().replace("1.0", "NaN"))
+    with pytest.raises(UserError, match="is nan"):
+        read_omega(file)
