@@ -1,7 +1,7 @@
 """The shape of every configuration group.
 
 Hydra composes YAML into these dataclasses; `OmegaConf.to_object` turns the result into plain objects once, at the
-border (`ds_llmpq.config`), and nothing inside the package sees an OmegaConf node. A field without a default must be given.
+border (`ds_llmpq.config`), and nothing inside the package sees an OmegaConf node.
 """
 
 from __future__ import annotations
@@ -91,9 +91,10 @@ class ClusterConfig:
 class WorkloadConfig:
     """What the plan is made for: B sequences in flight, s prompt tokens, n generated tokens each."""
 
-    sequences: int = 32
-    prompt_tokens: int = 512
-    generated_tokens: int = 100
+    # null: taken from the input file (its longest prompt and answer among the first rows), else 32, 512 and 100
+    sequences: int | None = None
+    prompt_tokens: int | None = None
+    generated_tokens: int | None = None
 
 
 @dataclass
@@ -133,7 +134,7 @@ class PlannerConfig:
 @dataclass
 class EngineConfig:
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16: arithmetic, KV cache and unquantized weights
-    timeout_seconds: float = 600.0  # a stage that hears nothing for so long gives up
+    timeout_seconds: float = 1800.0  # a stage that hears nothing for so long gives up; loading counts
     master_port: int | None = None
 
 
@@ -149,3 +150,51 @@ class BatchConfig:
     ignore_eos: bool = False
     max_row_bytes: int = 4 * 1024 * 1024
     limit: int | None = None  # only the first so many requests
+
+
+@dataclass
+class DetectVerb:
+    """`ds-llmpq detect`: describes this machine as a cluster."""
+
+    out: str = ""
+    host: str = "localhost"  # the name other hosts and the hostfile use for this one
+    cpu_stages: int | None = None  # CPU devices to offer; null: one if there is no GPU
+    measure: bool = True  # measure memory bandwidth and matrix rates of the CPU, about two seconds
+
+
+@dataclass
+class PlanVerb:
+    """`ds-llmpq plan`: decides who runs what, at which widths."""
+
+    out: str = ""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    cluster_file: str | None = None  # a cluster.yaml, as `detect` writes it, instead of the group's entry
+    workload: WorkloadConfig = field(default_factory=WorkloadConfig)
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    planner: PlannerConfig = field(default_factory=PlannerConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    input: str | None = None  # sizes the workload where it is not given
+    problem: str | None = None  # solve this problem.json instead of building one
+    check: str | None = None  # validate and cost this plan.json instead of solving
+
+
+@dataclass
+class ServeVerb:
+    """`ds-llmpq serve`: one rank of a plan's pipeline, started by the deepspeed launcher."""
+
+    plan: str = ""
+    input: str = ""
+    output: str = ""  # folder of results.jsonl, errors.jsonl, metrics.json and trace.json
+    model: ModelConfig = field(default_factory=ModelConfig)  # path: where the model lies on this host, if elsewhere
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+
+
+@dataclass
+class RunVerb(PlanVerb):
+    """`ds-llmpq run`: plans if no plan is given, starts the launcher, waits, and sums up."""
+
+    plan: str | None = None
+    hostfile: str | None = None  # null: written from the plan

@@ -42,8 +42,8 @@ class KVStore:
         """Views the store as `rows` sequences of up to `capacity` tokens; earlier contents become meaningless."""
         if rows * capacity > self.slots:
             raise UserError(
-                f"{rows} sequences of {capacity} tokens need {rows * capacity} cache slots, but the plan has {self.slots}"
-                "; plan for a larger workload."
+                f"{rows} sequences of {capacity} tokens need {rows * capacity} cache slots, but the plan has "
+                f"{self.slots}; plan for a larger workload."
             )
         layers = self._memory.shape[0]
         used = self._memory[:, :, : rows * capacity * self.kv_heads * self.head_dim]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
-from typing import Protocol
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import deepspeed
 import torch
@@ -23,6 +25,26 @@ from ds_llmpq.models.step import Step
 
 # batch sizes are all the configuration it needs; a precision key would build an optimizer and copy the weights
 _CONFIG = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "steps_per_print": 1 << 60}
+
+
+@dataclass(frozen=True)
+class WaveTimes:
+    """One wave as this rank saw it. Prefill lasts until every row's first token is known here, decode from there on."""
+
+    SUMMED: ClassVar[tuple[str, ...]] = (
+        "rows",
+        "prompt_tokens",
+        "generated_tokens",
+        "decode_rounds",
+        "prefill_seconds",
+        "decode_seconds",
+    )
+    rows: int
+    prompt_tokens: int
+    generated_tokens: int
+    decode_rounds: int
+    prefill_seconds: float
+    decode_seconds: float
 
 
 class StopRule(Protocol):
@@ -68,6 +90,8 @@ class InferencePipelineEngine(PipelineEngine):
         self.sequences = Sequences([])
         self.wave = Wave(())
         self.on_finished: Callable[[int], None] = lambda row: None
+        self.wave_times: list[WaveTimes] = []
+        self._prefilled = 0.0  # perf_counter when the wave's last first token became known, 0 before
         self._hidden: torch.Tensor | None = None
         self._logits: torch.Tensor | None = None
 
@@ -83,6 +107,7 @@ class InferencePipelineEngine(PipelineEngine):
         on_finished: Callable[[int], None] = lambda row: None,
     ) -> Sequences:
         """Generates for all rows of `wave`; returns their tokens and finishes, known on every rank."""
+        started, self._prefilled = time.perf_counter(), 0.0
         self.wave = wave
         self.sequences = Sequences([len(row.prompt) for row in wave.rows])
         self.on_finished = on_finished
@@ -94,7 +119,21 @@ class InferencePipelineEngine(PipelineEngine):
         self._exec_schedule(schedules.DecodeSchedule(decode, self.sequences, self._poll_tokens, **place))
         self.activations.flush()
         self.tokens.flush()
+        self._note_times(started)
         return self.sequences
+
+    def _note_times(self, started: float) -> None:
+        lengths = [len(tokens) for tokens in self.sequences.generated]
+        self.wave_times.append(
+            WaveTimes(
+                rows=len(lengths),
+                prompt_tokens=sum(self.sequences.prompt_tokens),
+                generated_tokens=sum(lengths),
+                decode_rounds=max(lengths) - 1,
+                prefill_seconds=self._prefilled - started,
+                decode_seconds=time.perf_counter() - self._prefilled,
+            )
+        )
 
     # Instructions. Each is called by DeepSpeed's `_exec_schedule` with the instruction's arguments.
 
@@ -198,7 +237,10 @@ class InferencePipelineEngine(PipelineEngine):
             self._record(*message)
 
     def _record(self, micro_batch: MicroBatch, tokens: list[int], finish: list[int]) -> None:
-        for row in self.sequences.record(micro_batch, tokens, finish):
+        finished = self.sequences.record(micro_batch, tokens, finish)
+        if not self._prefilled and all(self.sequences.generated):
+            self._prefilled = time.perf_counter()
+        for row in finished:
             self.on_finished(row)
 
     def _rows(self, micro_batch: MicroBatch):

@@ -1,0 +1,67 @@
+"""How far a batch is: a bar for people, or lines for the process that started the launcher."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+PROGRESS_MARK = "ds-llmpq progress "
+ERROR_MARK = "ds-llmpq error: "
+_SECONDS_BETWEEN = 0.2
+
+
+class Bar:
+    """A progress bar over phases of known length, on standard error."""
+
+    def __init__(self, stream: TextIO | None = None):
+        self._stream = stream or sys.stderr
+        self._bar: tqdm | None = None
+        self._phase = ""
+
+    def show(self, phase: str, done: int, total: int, note: str = "") -> None:
+        if phase != self._phase:
+            self.close()
+            self._bar = tqdm(total=total, desc=phase, file=self._stream, dynamic_ncols=True)
+            self._phase = phase
+        self._bar.update(done - self._bar.n)
+        self._bar.set_postfix_str(note, refresh=False)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.refresh()
+            self._bar.close()
+            self._bar = None
+
+
+class Lines:
+    """The same as JSON lines that `read` understands; at most five a second, the last of a phase always."""
+
+    def __init__(self, stream: TextIO | None = None):
+        self._stream = stream or sys.stderr
+        self._last = 0.0
+
+    def show(self, phase: str, done: int, total: int, note: str = "") -> None:
+        now = time.monotonic()
+        if done >= total or now - self._last > _SECONDS_BETWEEN:
+            self._last = now
+            fields = {"phase": phase, "done": done, "total": total, "note": note, "pid": os.getpid()}
+            print(PROGRESS_MARK + json.dumps(fields), file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def read(line: str) -> dict[str, Any] | None:
+    """The fields of a progress line, None for any other line. Launchers may put the host's name before it."""
+    _, mark, fields = line.partition(PROGRESS_MARK)
+    if not mark:
+        return None
+    try:
+        return json.loads(fields)
+    except ValueError:
+        return None

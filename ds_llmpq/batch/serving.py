@@ -1,0 +1,178 @@
+"""Serving a job on one rank. Follow a request: read -> encode -> wave -> pipeline -> text -> results.jsonl.
+
+Rank 0, the driver, does all but the pipeline; the other ranks only run their stage.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from ds_llmpq.batch import metrics
+from ds_llmpq.batch.job import Job
+from ds_llmpq.batch.progress import Bar, Lines
+from ds_llmpq.batch.prompts import PreparedRequest, prepare
+from ds_llmpq.batch.reader import RequestFile, read_requests
+from ds_llmpq.batch.request import RowError
+from ds_llmpq.batch.results import Result, ResultWriter
+from ds_llmpq.batch.stop_rule import TextStopRule, eos_token_ids
+from ds_llmpq.engine.distributed import Place
+from ds_llmpq.engine.sampling import RowSampling
+from ds_llmpq.engine.sequences import Finish, Sequences
+from ds_llmpq.engine.session import Session, cache_slots, check_model
+from ds_llmpq.engine.wave import Wave, WaveRow
+from ds_llmpq.models.shape import read_shape
+from ds_llmpq.models.tokenizer import load_tokenizer
+
+_REASON = {Finish.STOP: "stop", Finish.LENGTH: "length"}
+
+
+def serve(job: Job, place: Place) -> dict[str, Any] | None:
+    """Runs a job to its end; the driver writes all files and returns the metrics, the others return None.
+
+    Raises `UserError` on the rank that meets a mistake; the launcher ends the others.
+    """
+    check_model(job.plan, job.model_path)
+    tokenizer = load_tokenizer(job.model_path, job.trust_remote_code)
+    rule = TextStopRule(tokenizer, eos_token_ids(job.model_path, tokenizer))
+    driver = Driver(job, rule) if place.is_driver else None
+    with driver or _nothing():
+        session = Session(
+            job.plan,
+            place,
+            job.model_path,
+            rule,
+            driver.loading if driver else lambda name: None,
+            job.trust_remote_code,
+        )
+        if driver:
+            driver.loaded()
+        session.run_all(driver.waves() if driver else iter(()), driver.finished if driver else lambda *_: None)
+        reports = place.data.gather(session.report() | {"trace": session.trace.chrome_events()})
+        return driver.conclude(session, reports) if driver else None
+
+
+def wave_rows(prepared: list[PreparedRequest], sequences: int, slots: int) -> Iterator[tuple[int, int]]:
+    """Cuts requests, in order, into waves [start, stop): at most `sequences` rows that fit `slots` cache positions,
+    each row taking as many as the longest of its wave."""
+    start, longest = 0, 0
+    for index, request in enumerate(prepared):
+        longest = max(longest, request.sequence_tokens)
+        size = index - start + 1
+        if size > sequences or size * longest > slots:
+            yield start, index
+            start, longest = index, request.sequence_tokens
+    if start < len(prepared):
+        yield start, len(prepared)
+
+
+class Driver:
+    """Rank 0's side of a job: requests in, rows out as they finish, counts and times."""
+
+    def __init__(self, job: Job, rule: TextStopRule):
+        self.job = job
+        self.rule = rule
+        self.progress = Lines() if job.supervised else Bar()
+        self.slots = cache_slots(job.plan)
+        self.started = time.perf_counter()
+        file, self.prepared, errors = self._read()
+        self.total = file.total
+        self.writer = ResultWriter(job.output, model=Path(job.model_path).name, total=file.total)
+        for error in chain(file.errors, errors):
+            self.writer.write_error(error)
+        self.tokens = 0
+        self._loaded_layers = 0
+        self._spans: list[tuple[int, int]] = []
+
+    def __enter__(self) -> Driver:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.progress.close()
+        self.writer.close()
+
+    def loading(self, name: str) -> None:
+        self._loaded_layers += 1
+        first, last = self.job.plan.stages[0].layers
+        self.progress.show("load", self._loaded_layers, max(self._loaded_layers, last - first + 1))
+
+    def loaded(self) -> None:
+        self.serving_started = time.perf_counter()
+        self.progress.show("prompts", self._done(), self.total)
+
+    def waves(self) -> Iterator[Wave]:
+        for start, stop in wave_rows(self.prepared, self.job.plan.workload.sequences, self.slots):
+            yield Wave(tuple(self._row(index) for index in range(start, stop)))
+
+    def finished(self, wave: Wave, sequences: Sequences, row: int) -> None:
+        """Writes one request's result: called when its last token is known."""
+        request = self.prepared[wave.rows[row].key]
+        tokens = sequences.generated[row]
+        self.tokens += len(tokens)
+        if sequences.finish[row] is Finish.BROKEN:
+            self.writer.write_error(
+                RowError(
+                    request.request.line,
+                    request.request.custom_id,
+                    "nan_logits",
+                    "the model's logits were not numbers for this prompt; try another compute type or bit width.",
+                )
+            )
+        else:
+            text = self.rule.text(wave.rows[row], tokens)
+            reason = _REASON[sequences.finish[row]]
+            self.writer.write_result(Result(request.request, request.prompt_tokens, len(tokens), text, reason))
+        seconds = time.perf_counter() - self.serving_started
+        self.progress.show("prompts", self._done(), self.total, f"{self.tokens / seconds:.0f} tokens/s")
+
+    def conclude(self, session: Session, reports: list[dict[str, Any]]) -> dict[str, Any]:
+        """Writes metrics.json and trace.json."""
+        folder = Path(self.job.output)
+        events = list(chain.from_iterable(report.pop("trace") for report in reports))
+        summary = metrics.summarize(
+            self.job.plan,
+            self.writer.counts,
+            session.engine.wave_times,
+            reports,
+            startup_seconds=self.serving_started - self.started,
+        )
+        (folder / "metrics.json").write_text(json.dumps(summary, indent=1) + "\n")
+        (folder / "trace.json").write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}) + "\n")
+        return summary
+
+    def _read(self) -> tuple[RequestFile, list[PreparedRequest], list[RowError]]:
+        file = read_requests(self.job.input, self.job.batch)
+        shape = read_shape(self.job.model_path)
+        prepared, errors = prepare(
+            file.requests,
+            self.rule.tokenizer,
+            context_tokens=shape.max_positions or self.slots,
+            capacity_tokens=self.slots,
+            vocabulary_size=shape.vocab,
+            progress=None,
+        )
+        return file, prepared, errors
+
+    def _row(self, index: int) -> WaveRow:
+        request, params = self.prepared[index], self.prepared[index].request.params
+        return WaveRow(
+            key=index,
+            prompt=tuple(request.prompt_ids),
+            max_tokens=request.max_tokens,
+            sampling=RowSampling(params.temperature, params.top_p, params.top_k, params.seed),
+            stop=params.stop,
+            ignore_eos=params.ignore_eos,
+        )
+
+    def _done(self) -> int:
+        return self.writer.counts["completed"] + self.writer.counts["failed"]
+
+
+class _nothing:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *exception: object) -> None: ...

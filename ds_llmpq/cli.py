@@ -1,0 +1,74 @@
+"""`ds-llmpq VERB [hydra overrides]`: hands the arguments to a verb, and says a user's mistake in one sentence."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from ds_llmpq import __version__, config
+from ds_llmpq.errors import UserError
+
+_USAGE = """usage: ds-llmpq VERB [key=value ...]     (ds-llmpq VERB --help shows a verb's keys)
+
+  detect   describe this machine as a cluster
+  plan     decide layers, bit widths and micro-batches; writes plan.json, problem.json, hostfile
+  run      plan if needed, start DeepSpeed, turn a file of prompts into a file of results
+  serve    one rank of a planned pipeline, started by the deepspeed launcher
+"""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point; exits with 0, or 1 (a mistake), 2 (no plan exists), 3 (some requests failed)."""
+    verb, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if verb in ("-h", "--help", "help"):
+        sys.exit(print(_USAGE))
+    if verb == "--version":
+        sys.exit(print(__version__))
+    try:
+        if verb not in config.VERBS:
+            raise UserError(f"There is no verb {verb!r}; the verbs are {', '.join(config.VERBS)}.")
+        if verb == "serve":
+            code = importlib.import_module("ds_llmpq.verbs.serve").main(rest)
+        else:
+            code = _through_hydra(verb, rest)
+    except UserError as error:
+        code = report(error)
+    sys.exit(code)
+
+
+def report(error: UserError) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return error.exit_code
+
+
+def _through_hydra(verb: str, arguments: list[str]) -> int:
+    """Runs a verb once, or many times with -m; the worst exit code of all."""
+    config.register()
+    if not any(argument.startswith("-") for argument in arguments):
+        config.composed(verb, arguments)  # says a mistake in one sentence before Hydra says it in many lines
+    codes: list[int] = []
+
+    def task(composed: DictConfig) -> int:
+        codes.append(_run(verb, composed))
+        return codes[-1]
+
+    sys.argv = [f"ds-llmpq {verb}", *arguments]
+    hydra.main(version_base="1.3", config_path=str(config.conf_folder()), config_name=verb)(task)()
+    return max(codes, default=0)
+
+
+def _run(verb: str, composed: DictConfig) -> int:
+    module = importlib.import_module(f"ds_llmpq.verbs.{verb}")
+    try:
+        return module.run(config.to_object(composed, config.VERBS[verb]), Path(HydraConfig.get().runtime.output_dir))
+    except UserError as error:
+        return report(error)
+
+
+if __name__ == "__main__":
+    main()

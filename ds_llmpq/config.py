@@ -1,0 +1,122 @@
+"""From the command line to plain objects: where conf/ is, what YAML may refer to, and how mistakes are said."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from ds_llmpq import schema
+from ds_llmpq.errors import UserError
+
+VERBS = {
+    "detect": schema.DetectVerb,
+    "plan": schema.PlanVerb,
+    "serve": schema.ServeVerb,
+    "run": schema.RunVerb,
+}
+
+_PACKAGE = Path(__file__).parent
+# name in `${asset:NAME}` -> place in a checkout, place in an installed wheel
+_ASSETS = {
+    "tiny-llama": ("tests/assets/tiny-llama", "assets/tiny_llama"),
+    "demo_prompts.jsonl": ("launch/demo_prompts.jsonl", "launch/demo_prompts.jsonl"),
+}
+
+T = TypeVar("T")
+
+
+def conf_folder() -> Path:
+    """The configuration folder: beside the package in a checkout, inside it in an installed wheel."""
+    checkout = _PACKAGE.parent / "conf"
+    return checkout if checkout.is_dir() else _PACKAGE / "conf"
+
+
+def asset(name: str) -> str:
+    """Path of a file or folder that the project ships."""
+    if name not in _ASSETS:
+        raise UserError(f"${{asset:{name}}} is unknown; known are {', '.join(sorted(_ASSETS))}.")
+    checkout, installed = _ASSETS[name]
+    found = _PACKAGE.parent / checkout
+    return str(found if found.exists() else _PACKAGE / installed)
+
+
+def register() -> None:
+    """Makes the schemas and the resolvers known to Hydra and OmegaConf; may be called again."""
+    OmegaConf.register_new_resolver("asset", asset, replace=True)
+    OmegaConf.register_new_resolver("gib", lambda number: int(float(number) * 2**30), replace=True)
+    OmegaConf.register_new_resolver("mib", lambda number: int(float(number) * 2**20), replace=True)
+    store = ConfigStore.instance()
+    for verb, node in VERBS.items():
+        store.store(name=f"{verb}_schema", node=node)
+
+
+def composed(verb: str, overrides: list[str]) -> DictConfig:
+    """The configuration of a verb, composed without running it. `UserError` for an unknown key or a wrong value."""
+    register()
+    try:
+        with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+            return compose(config_name=verb, overrides=overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(f"Configuration of {verb}: {_sentence(error)}") from None
+
+
+def to_object(config: DictConfig, kind: type[T]) -> T:
+    """The plain object of a composed configuration. `UserError` for a missing or wrongly typed value."""
+    try:
+        result: Any = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise UserError(f"Configuration: {_sentence(error)}") from None
+    if not isinstance(result, kind):
+        raise UserError(f"Configuration is not of the form {kind.__name__}; start it through `ds-llmpq`.")
+    return result
+
+
+def known_device_types() -> dict[str, schema.DeviceTypeConfig]:
+    """The device types of conf/device by name."""
+    files = sorted((conf_folder() / "device").glob("*.yaml"))
+    return {file.stem: _typed(file, schema.DeviceTypeConfig) for file in files}
+
+
+def cluster_of(settings: schema.PlanVerb) -> schema.ClusterConfig:
+    """The cluster group's entry, or the file that takes its place."""
+    if settings.cluster_file is None:
+        return settings.cluster
+    return _typed(absolute(settings.cluster_file), schema.ClusterConfig)
+
+
+def _typed(file: Path, kind: type[T]) -> T:
+    """A YAML file as an object of `kind`. `UserError`: unreadable, unknown key, wrong type."""
+    register()
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(kind), OmegaConf.load(file))
+        return OmegaConf.to_object(merged)
+    except (OSError, UnicodeDecodeError, YAMLError) as error:
+        raise UserError(f"{file} cannot be read ({_first(error)}); give a YAML file as `detect` writes it.") from None
+    except OmegaConfBaseException as error:
+        raise UserError(f"{file}: {_sentence(error)}") from None
+
+
+def _first(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def absolute(path: str | os.PathLike[str]) -> Path:
+    return Path(path).expanduser().absolute()
+
+
+def _sentence(error: Exception) -> str:
+    """Hydra's and OmegaConf's messages go over several lines; the first ones say what is wrong."""
+    cause = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if cause is not None:
+        lines += [line.strip() for line in str(cause).splitlines() if line.strip()][:1]
+    kept = [line for line in lines if not line.startswith(("full_key", "object_type", "reference_type", "Set the env"))]
+    return "; ".join(dict.fromkeys(line.rstrip(".") for line in kept[:4])) + "."

@@ -1,0 +1,79 @@
+"""plan.json on disk, and a solved plan made ready to launch: hosts, ranks, device kinds, threads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from ds_llmpq.cluster.cluster import Cluster
+from ds_llmpq.cluster.hostfile import include_string, launch_ranks
+from ds_llmpq.errors import UserError
+from ds_llmpq.planner.build import Prepared
+from ds_llmpq.planner.plan import Plan
+from ds_llmpq.schema import QuantConfig
+
+_MOST_BYTES = 64 << 20
+
+
+def read_plan(path: str | Path) -> Plan:
+    """`UserError` for a file that is missing, too large, not JSON or not a plan."""
+    file = Path(path)
+    try:
+        if file.stat().st_size > _MOST_BYTES:
+            raise UserError(f"{file} has {file.stat().st_size} bytes, more than any plan; give a plan.json.")
+        obj = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"Plan {file} cannot be read ({error}); make one with `ds-llmpq plan`.") from None
+    return Plan.from_json(obj)
+
+
+def write_plan(path: str | Path, plan: Plan) -> None:
+    Path(path).write_text(json.dumps(plan.to_json(), indent=1) + "\n", encoding="utf-8")
+
+
+def placements(plan: Plan) -> list[tuple[str, int]]:
+    """(host, slot) of each stage, in pipeline order."""
+    if plan.engine is None:
+        raise UserError("The plan names no hosts; plan with cluster=... instead of problem=...")
+    slots = (entry["slot"] for entry in plan.engine["stages"])
+    return [(str(stage.host), slot) for stage, slot in zip(plan.stages, slots, strict=True)]
+
+
+def deployed(
+    plan: Plan, cluster: Cluster, prepared: Prepared, model: Mapping[str, Any], quant: QuantConfig, kernel: str
+) -> Plan:
+    """A solved plan with what launching needs. Hosts are launched in the cluster's order, the user's own host first,
+    so a stage's rank is its device's place in that order and not its place in the pipeline."""
+    devices = [cluster.device(stage.device) for stage in plan.stages]
+    order = {device.name: index for index, device in enumerate(cluster.devices)}
+    where = [(device.host, device.slot) for device in devices]
+    by_rank = sorted(where, key=lambda place: order[f"{place[0]}:{place[1]}"])
+    ranks = dict(zip(by_rank, launch_ranks(by_rank), strict=True))
+    stages = tuple(
+        replace(stage, rank=ranks[place], host=device.host, kernel=kernel)
+        for stage, device, place in zip(plan.stages, devices, where, strict=True)
+    )
+    engine = {
+        "dtype": prepared.dtype,
+        "stages": [{"kind": d.type.kind, "slot": d.slot, "threads": d.threads} for d in devices],
+        "include": include_string(by_rank),
+        "env": dict(cluster.env),
+    }
+    return replace(
+        plan,
+        model=dict(model),
+        stages=stages,
+        quant=asdict(quant),
+        engine=engine,
+        provenance=dict(prepared.provenance),
+        explanation=(*plan.explanation, *prepared.notes),
+    )
+
+
+def launch_order(plan: Plan) -> list[tuple[str, int]]:
+    """(host, slot) by rank: the order of the hostfile's hosts."""
+    by_rank = sorted(zip(plan.stages, placements(plan), strict=True), key=lambda pair: pair[0].rank)
+    return [place for _, place in by_rank]

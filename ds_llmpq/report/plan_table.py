@@ -1,0 +1,93 @@
+"""A plan as plain text: who holds what, what it should cost, how sure that is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+
+from ds_llmpq.planner.plan import Plan, PlanStage
+
+_UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
+
+
+def plan_table(plan: Plan) -> str:
+    """Stages, sizes, prediction, solver and baselines, ready to print."""
+    rows = [
+        [
+            str(index),
+            stage.device,
+            stage.device_type,
+            f"{stage.layers[0]}-{stage.layers[1] - 1}",
+            bits_text(stage.bits),
+            " + ".join(
+                f"{name} {size(stage.memory_bytes[name])}" for name in stage.memory_bytes if stage.memory_bytes[name]
+            ),
+            f"{size(sum(stage.memory_bytes.values()))} / {size(stage.memory_budget_bytes)}",
+            milliseconds(stage.prefill_seconds),
+            milliseconds(stage.decode_seconds),
+        ]
+        for index, stage in enumerate(plan.stages)
+    ]
+    head = ["stage", "device", "type", "layers", "bits", "memory", "used / budget", "prefill ms", "decode ms"]
+    parts = [table(head, rows), *_summary(plan)]
+    return "\n".join(parts)
+
+
+def bits_text(bits: Sequence[int]) -> str:
+    """Runs of equal widths: `4x3 8x2` is three layers at 4 bits, then two at 8."""
+    return " ".join(f"{width}x{len(list(run))}" for width, run in groupby(bits))
+
+
+def size(amount: float) -> str:
+    for unit, factor in _UNITS:
+        if amount >= factor:
+            return f"{amount / factor:.1f} {unit}"
+    return f"{amount:.0f} B"
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Columns padded to their widest cell."""
+    lines = [list(head), *[list(row) for row in rows]]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+def _summary(plan: Plan) -> list[str]:
+    workload, predicted, solver = plan.workload, plan.predicted, plan.solver
+    bound = "" if solver.gap is None else f", at most {100 * solver.gap:.2g} % above the optimum"
+    lines = [
+        f"workload: {workload.sequences} sequences of {workload.prompt_tokens} prompt + {workload.generated_tokens} "
+        f"generated tokens; micro-batches of {plan.micro_batch['prefill']} in prefill, "
+        f"{plan.micro_batch['decode']} in decode",
+        f"predicted: {predicted['latency_seconds']:.4g} s a batch (prefill {predicted['prefill_seconds']:.4g}, decode "
+        f"{predicted['decode_seconds']:.4g}), {predicted['throughput_tokens_per_second']:.4g} tokens/s, quality loss "
+        f"{predicted['quality_loss']:.3g} nats per token",
+        f"solver: {solver.name}, {solver.status}, objective {solver.objective:.5g}{bound}, {solver.seconds:.2g} s",
+    ]
+    if plan.baselines:
+        lines.append(
+            "baselines: " + "; ".join(f"{name} {_baseline(plan, entry)}" for name, entry in plan.baselines.items())
+        )
+    lines += [f"note: {sentence}" for sentence in plan.explanation]
+    lines += [f"origin of {name}: {origin}" for name, origin in plan.provenance.items()]
+    return lines
+
+
+def _baseline(plan: Plan, entry: object) -> str:
+    if isinstance(entry, str):
+        return f"none ({entry})"
+    ours = plan.predicted["throughput_tokens_per_second"]
+    theirs = entry["throughput_tokens_per_second"]
+    return f"{theirs:.4g} tokens/s (ours {ours / theirs:.2f}x), loss {entry['quality_loss']:.3g}"
+
+
+def layer_bits(stages: Iterable[PlanStage]) -> list[int]:
+    """Width of every decoder layer of a plan."""
+    return [width for stage in stages for width in stage.bits]

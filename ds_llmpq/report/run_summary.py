@@ -1,0 +1,70 @@
+"""What a run did, in a few lines: counts, speed, and the plan's prediction beside the measurement."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ds_llmpq.report.plan_table import size, table
+
+
+def run_summary(metrics: dict[str, Any]) -> str:
+    """`metrics` as in metrics.json."""
+    counts, measured = metrics["counts"], metrics["measured"]
+    lines = [
+        f"requests: {counts['total']} in all, {counts['completed']} completed, {counts['failed']} failed",
+        f"measured: prefill {_number(measured['prefill_tokens_per_second'])} tokens/s, decode "
+        f"{_number(measured['decode_tokens_per_second'])} tokens/s, {measured['generated_tokens']} tokens generated in "
+        f"{measured['serving_seconds']:.2f} s; start-up {measured['startup_seconds']:.1f} s",
+    ]
+    fidelity = metrics["predicted_against_measured"]
+    if fidelity:
+        for phase in ("latency", "prefill", "decode"):
+            entry = fidelity[f"{phase}_seconds"]
+            lines.append(
+                f"predicted against measured {phase}: {entry['predicted']:.3f} s against {entry['measured']:.3f} s "
+                f"a batch (measured is {entry['ratio']:.2f}x)"
+            )
+    else:
+        lines.append(
+            "predicted against measured: no full batch ran, so there is nothing to hold the prediction against"
+        )
+    lines.append(_stages(metrics["stages"]))
+    return "\n".join(lines)
+
+
+def _stages(stages: list[dict[str, Any]]) -> str:
+    head = [
+        "stage",
+        "device",
+        "weights predicted",
+        "measured",
+        "kv predicted",
+        "measured",
+        "peak growth",
+        "busy s",
+        "waiting s",
+    ]
+    rows = []
+    for stage in stages:
+        predicted, measured = stage["memory_bytes"]["predicted"], stage["memory_bytes"]["measured"]
+        weights = predicted["weights"] + predicted["embed"] + predicted["head"]
+        waiting = sum(seconds for name, seconds in stage["seconds"].items() if name.startswith("wait_"))
+        busy = sum(stage["seconds"].values()) - waiting
+        rows.append(
+            [
+                str(stage["stage"]),
+                stage["device"],
+                size(weights),
+                size(measured["weights"]),
+                size(predicted["kv"]),
+                size(measured["kv"]),
+                size(measured["peak_growth"]),
+                f"{busy:.2f}",
+                f"{waiting:.2f}",
+            ]
+        )
+    return table(head, rows)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"

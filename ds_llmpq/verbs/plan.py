@@ -1,0 +1,84 @@
+"""`plan`: from cluster, model and workload to plan.json, problem.json and a hostfile."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ds_llmpq import config
+from ds_llmpq.batch.workload import sized_workload
+from ds_llmpq.cluster.cluster import Cluster
+from ds_llmpq.cluster.hostfile import write_hostfile
+from ds_llmpq.errors import UserError
+from ds_llmpq.models.fingerprint import fingerprint
+from ds_llmpq.models.shape import ModelShape, read_shape
+from ds_llmpq.planner import Plan, solve
+from ds_llmpq.planner.build import prepare
+from ds_llmpq.planner.planfile import deployed, launch_order, write_plan
+from ds_llmpq.report.plan_table import plan_table
+from ds_llmpq.schema import ModelConfig, PlanVerb
+from ds_llmpq.sensitivity.omega import read_omega
+
+_KERNEL = "dequantize"
+
+
+def run(settings: PlanVerb, out: Path) -> int:
+    plan = make_plan(settings, out)
+    print(plan_table(plan))
+    print(f"plan: {out / 'plan.json'}")
+    if plan.engine is not None:
+        print("by hand: " + by_hand(out))
+    return 0
+
+
+def make_plan(settings: PlanVerb, out: Path) -> Plan:
+    """Plans and writes the artefacts into `out`."""
+    planner = settings.planner
+    shape, model = _model(settings.model)
+    cluster = Cluster.from_config(config.cluster_of(settings))
+    workload = sized_workload(settings.workload, settings.model, settings.input, settings.batch, shape)
+    omega = read_omega(planner.omega) if planner.omega else None
+    prepared = prepare(
+        cluster, shape, workload, settings.quant, planner, omega, settings.engine.dtype, kernel=_KERNEL
+    )  # fmt: skip
+    _write_json(out / "problem.json", prepared.problem.to_json())
+    solved = solve(
+        prepared.problem,
+        time_limit_seconds=planner.time_limit_seconds,
+        gap=planner.gap,
+        solver=planner.solver,
+        seed=planner.seed,
+        formula=planner.objective,
+    )
+    plan = deployed(solved, cluster, prepared, model, settings.quant, _KERNEL)
+    write_plan(out / "plan.json", plan)
+    write_hostfile(out / "hostfile", launch_order(plan))
+    return plan
+
+
+def by_hand(out: Path) -> str:
+    """The launcher's line for this plan; `run` does the same and watches over it."""
+    plan = json.loads((out / "plan.json").read_text())
+    return (
+        f"DS_ACCELERATOR={plan['engine']['stages'][0]['kind']} deepspeed --hostfile {out / 'hostfile'} "
+        f"--include {plan['engine']['include']} --module ds_llmpq.verbs.serve plan={out / 'plan.json'} "
+        "input=FILE output=DIR"
+    )
+
+
+def _model(model: ModelConfig) -> tuple[ModelShape, dict[str, str | None]]:
+    if model.path is not None:
+        path = config.absolute(model.path)
+        shape = read_shape(path)
+        return shape, {"path": str(path), "architecture": shape.architecture, "fingerprint": fingerprint(path)}
+    if model.shape is None:
+        raise UserError("No model is given; set model.path=DIR, or model=NAME of a shipped shape to plan only.")
+    shape = ModelShape.from_config(model.shape)
+    return shape, {"path": None, "architecture": shape.architecture, "fingerprint": shape.fingerprint}
+
+
+def _write_json(path: Path, value: object) -> None:
+    try:
+        path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); give another out=DIR.") from None

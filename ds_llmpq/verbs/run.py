@@ -1,0 +1,102 @@
+"""`run`: plan if needed, start DeepSpeed on the plan's hosts, follow it, sum up."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ds_llmpq import config
+from ds_llmpq.batch.job import Job
+from ds_llmpq.batch.progress import ERROR_MARK, Bar, read
+from ds_llmpq.batch.results import check_folder
+from ds_llmpq.cluster.hostfile import hostfile_disagreements, parse_hostfile, write_hostfile
+from ds_llmpq.engine.launcher import Launch
+from ds_llmpq.engine.launcher import run as launch
+from ds_llmpq.errors import UserError
+from ds_llmpq.planner import Plan
+from ds_llmpq.planner.planfile import launch_order, read_plan, write_plan
+from ds_llmpq.report.plan_table import plan_table
+from ds_llmpq.report.run_summary import run_summary
+from ds_llmpq.schema import RunVerb
+from ds_llmpq.verbs.plan import make_plan
+from ds_llmpq.verbs.serve import SOME_FAILED
+
+
+def run(settings: RunVerb, out: Path) -> int:
+    if not settings.input:
+        raise UserError("run needs input=FILE, a batch file in JSON lines.")
+    if not config.absolute(settings.input).is_file():
+        raise UserError(f"input={settings.input} is not a file; give a batch file in JSON lines.")
+    check_folder(out)
+    plan = _plan(settings, out)
+    print(plan_table(plan), flush=True)
+    job = Job(
+        plan=plan,
+        model_path=str(config.absolute(settings.model.path or plan.model["path"])),
+        input=str(config.absolute(settings.input)),
+        output=str(out),
+        engine=settings.engine,
+        batch=settings.batch,
+        trust_remote_code=settings.model.trust_remote_code,
+        supervised=True,
+    )
+    _follow(_launch(settings, plan, out), job)
+    metrics = json.loads((out / "metrics.json").read_text())
+    print(run_summary(metrics))
+    print(f"results: {out / 'results.jsonl'}")
+    if metrics["counts"]["failed"]:
+        print(f"{metrics['counts']['failed']} requests failed; the reasons are in {out / 'errors.jsonl'}")
+        return SOME_FAILED
+    return 0
+
+
+def _plan(settings: RunVerb, out: Path) -> Plan:
+    if settings.plan is None:
+        return make_plan(settings, out)
+    plan = read_plan(settings.plan)
+    write_plan(out / "plan.json", plan)
+    write_hostfile(out / "hostfile", launch_order(plan))
+    return plan
+
+
+def _launch(settings: RunVerb, plan: Plan, out: Path) -> Launch:
+    order = launch_order(plan)
+    hostfile = out / "hostfile"
+    if settings.hostfile is not None:
+        hostfile = config.absolute(settings.hostfile)
+        wrong = hostfile_disagreements(parse_hostfile(hostfile), order)
+        if wrong:
+            raise UserError(f"Hostfile {hostfile} disagrees with the plan: {wrong[0]}; plan again or change the file.")
+    return Launch(
+        hostfile=hostfile,
+        include=plan.engine["include"],
+        hosts=tuple(dict.fromkeys(host for host, _ in order)),
+        kind=plan.engine["stages"][0]["kind"],
+        env=plan.engine["env"],
+        folder=out,
+        master_port=settings.engine.master_port,
+    )
+
+
+def _follow(start: Launch, job: Job) -> None:
+    """Runs the job under the launcher, showing its progress; `UserError` with the first mistake a rank named."""
+    bar = Bar()
+    mistakes: list[str] = []
+
+    def on_line(line: str) -> None:
+        if (fields := read(line)) is not None:
+            bar.show(fields["phase"], fields["done"], fields["total"], fields["note"])
+        elif ERROR_MARK in line:
+            mistakes.append(line.partition(ERROR_MARK)[2])
+
+    try:
+        code = launch(start, ["--job", job.to_token()], on_line)
+    finally:
+        bar.close()
+    if mistakes:
+        raise UserError(mistakes[0])
+    if code:
+        raise UserError(
+            f"The pipeline ended with exit code {code}; what finished is kept in {job.output}, and the reason is in "
+            f"{start.folder / 'launcher.log'}."
+        )

@@ -1,0 +1,71 @@
+"""`serve`: one rank of a plan's pipeline. The deepspeed launcher starts it on every device; `run` starts the launcher.
+
+By hand: `deepspeed --hostfile PLAN/hostfile --include ... --module ds_llmpq.verbs.serve plan=PLAN/plan.json
+input=FILE output=DIR`, with the line that `plan` prints.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from ds_llmpq import config
+from ds_llmpq.batch.job import Job
+from ds_llmpq.batch.progress import ERROR_MARK
+from ds_llmpq.errors import UserError
+from ds_llmpq.planner.planfile import read_plan
+from ds_llmpq.schema import ServeVerb
+
+SOME_FAILED = 3  # exit code: all rows are accounted for, some in errors.jsonl
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code of this rank; says a mistake in one line that the parent finds in the launcher's output."""
+    try:
+        return _serve(_job(list(sys.argv[1:] if arguments is None else arguments)))
+    except UserError as error:
+        print(f"{ERROR_MARK}{error}", file=sys.stderr, flush=True)
+        return error.exit_code
+
+
+def _job(arguments: list[str]) -> Job:
+    # the launcher puts its own idea of the local rank first; the plan knows better
+    own = [argument for argument in arguments if not argument.startswith("--local_rank")]
+    if len(own) == 2 and own[0] == "--job":
+        return Job.from_token(own[1])
+    settings = config.to_object(config.composed("serve", own), ServeVerb)
+    for name in ("plan", "input", "output"):
+        if not getattr(settings, name):
+            raise UserError(f"serve needs {name}=...; give plan=FILE input=FILE output=DIR.")
+    plan = read_plan(settings.plan)
+    model_path = settings.model.path or (plan.model or {}).get("path")
+    if not model_path:
+        raise UserError(f"{settings.plan} names no model; give model.path=DIR.")
+    return Job(
+        plan=plan,
+        model_path=str(config.absolute(model_path)),
+        input=str(config.absolute(settings.input)),
+        output=str(config.absolute(settings.output)),
+        engine=settings.engine,
+        batch=settings.batch,
+        trust_remote_code=settings.model.trust_remote_code,
+    )
+
+
+def _serve(job: Job) -> int:
+    if job.plan.engine is None:
+        raise UserError("The plan was made from plain data and names no devices; plan with cluster=... and model=...")
+    # before anything imports deepspeed, which looks for an accelerator when it is imported
+    os.environ["DS_ACCELERATOR"] = job.plan.engine["stages"][0]["kind"]
+    from ds_llmpq.batch.serving import serve
+    from ds_llmpq.engine.distributed import join, leave
+
+    metrics = serve(job, join(job.plan, job.engine.timeout_seconds))
+    leave()  # not after a failure: the others may be waiting, and a closed connection tells them at once
+    if metrics is None or job.supervised:
+        return 0
+    return SOME_FAILED if metrics["counts"]["failed"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
