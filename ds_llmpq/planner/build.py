@@ -127,7 +127,7 @@ def check_workload(workload: WorkloadConfig, shape: ModelShape) -> None:
     """UserError: a count below 1, or prompt + generated tokens beyond the model's positions."""
     for name in ("sequences", "prompt_tokens", "generated_tokens"):
         value = getattr(workload, name)
-        if value < 1:
+        if value is None or value < 1:
             raise UserError(f"workload.{name}={value}; it must be at least 1")
     length = workload.prompt_tokens + workload.generated_tokens
     if shape.max_positions is not None and length > shape.max_positions:

@@ -7,6 +7,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from ds_llmpq.cluster.cluster import Cluster
+from ds_llmpq.cluster.detect import KNOWN_GPUS, detect, parse_gpus
+from ds_llmpq.config import known_device_types, register
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.planner.build import prepare
 from ds_llmpq.schema import ClusterConfig, ModelConfig, PlannerConfig, QuantConfig, WorkloadConfig
@@ -31,9 +33,7 @@ def names(group):
 
 @pytest.fixture(scope="module", autouse=True)
 def resolvers():
-    for name, size in (("gib", 1 << 30), ("mib", 1 << 20)):
-        if not OmegaConf.has_resolver(name):
-            OmegaConf.register_new_resolver(name, lambda value, size=size: int(float(value) * size))
+    register()
 
 
 def load(group, name, schema):
@@ -54,6 +54,14 @@ def test_clusters_are_valid(name):
         assert len(cluster.devices) == PUBLISHED[int(name.removeprefix("cluster"))]
 
 
+def test_detection_knows_the_shipped_types():
+    types = known_device_types()
+    assert {name for _, _, name in KNOWN_GPUS} | {"cpu_core"} == set(types) == set(names("device"))
+    found = detect(types, gpus=parse_gpus("0, 00000000:01:00.0, NVIDIA L4, 23034, 22500, 8.9"))
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ClusterConfig), found))
+    assert Cluster.from_config(config).devices[0].type.source == types["l4"].source
+
+
 def test_all_published_clusters_are_shipped():
     assert {f"cluster{number}" for number in PUBLISHED} <= set(names("cluster"))
 
@@ -69,10 +77,10 @@ def test_every_shipped_model_is_listed_here():
     assert set(names("model")) == {*PARAMETERS, "tiny"}
 
 
-@pytest.mark.parametrize("name", names("workload"))
-def test_workloads(name):
+@pytest.mark.parametrize(("name", "expected"), [("paper", (32, 512, 100)), ("paper_latency", (32, 128, 200))])
+def test_published_workloads(name, expected):
     workload = load("workload", name, WorkloadConfig)
-    assert min(workload.sequences, workload.prompt_tokens, workload.generated_tokens) >= 1
+    assert (workload.sequences, workload.prompt_tokens, workload.generated_tokens) == expected
 
 
 def test_tiny_model_cannot_stay_unquantized_on_two_unlike_cpu_stages():

@@ -191,6 +191,7 @@ def test_widths_that_cannot_be_packed_are_left_out_with_a_reason():
     [
         ({"workload": WorkloadConfig(6, 60, 10)}, r"= 70 exceeds the model's 64 positions; lower one of them by 6"),
         ({"workload": WorkloadConfig(0, 20, 10)}, r"workload\.sequences=0"),
+        ({"workload": WorkloadConfig(6, None, 1)}, r"workload\.prompt_tokens=None"),
         ({"workload": WorkloadConfig(6, 20, 0)}, r"workload\.generated_tokens=0"),
         ({"quant": QuantConfig(bits=[])}, "is empty"),
         ({"quant": QuantConfig(bits=[5])}, "each width once"),
