@@ -94,10 +94,12 @@ def formulate(
 def _monotone(form: Formulation, layers: int) -> None:
     """Layers advance through the devices in the given order; in a chain every device gets at least one."""
     for j in range(len(form.devices) - 1):
+        before, after = form.devices[: j + 1], form.devices[j + 1 :]
         for i in range(layers - 1):
-            now = [term for d in form.devices[: j + 1] for term in form.u[i, d]]
-            later = [(column, -1.0) for d in form.devices[: j + 1] for column, _ in form.u[i + 1, d]]
-            if now or later:
+            # Trivial where layer i cannot lie behind the boundary, or layer i + 1 not before it.
+            if any(form.u[i, d] for d in after) and any(form.u[i + 1, d] for d in before):
+                now = [term for d in before for term in form.u[i, d]]
+                later = [(column, -1.0) for d in before for column, _ in form.u[i + 1, d]]
                 form.model.row(now + later, low=0)
     if form.chain:
         for d in form.devices:

@@ -11,12 +11,15 @@ import numpy as np
 from ds_llmpq.planner.stages import NEVER, Box, StageBounds
 
 STEPS = np.array(list(itertools.product((-1.0, 0.0, 1.0), repeat=3)))
-FACTORS = (4.0, 2.5, 1.6, 1.3, 1.15, 1.07, 1.03)
+DROPS = np.array(list(itertools.product((0.0, 1.0), repeat=3)))
+FACTORS = (4.0, 2.0, 1.4, 1.15, 1.05)
 
 
-def refine(stages: StageBounds, q: int, first: int, last: int, box: Box, pass_weight: float) -> bool:
-    """Add the best multipliers found for layers [first, last) on kind q, if they raise its bound noticeably."""
-    pool = stages.pools[q]
+def refine(stages: StageBounds, q: int, first: int, last: int, box: Box, pass_weight: float, cost: float) -> bool:
+    """Add the best multipliers found for layers [first, last) on kind q, if they raise its bound noticeably.
+
+    `cost` is what whole-number widths cost; when the bound is near it already, nothing is tried.
+    """
     base = np.array([1.0, pass_weight, 0.0])
     limits = stages.limits(q, box, first == 0, last == stages.layers)
     prices = _Prices(stages, q, first, last)
@@ -24,21 +27,24 @@ def refine(stages: StageBounds, q: int, first: int, last: int, box: Box, pass_we
     def values(surplus: np.ndarray) -> np.ndarray:
         return prices.minima(surplus + base).sum(axis=1) - surplus @ limits
 
-    usable = pool - base
+    usable = stages.pools[q] - base
     usable = usable[(usable >= -1e-12).all(axis=1)]
     known = values(usable)
     best, value = usable[np.argmax(known)], known.max()
     before = value
-    floor = np.abs(pool[:, :3]).max(axis=0) * 1e-3 + 1e-12
+    if cost - value < 2e-3 * abs(cost):
+        return False
+    floor = np.abs(stages.pools[q]).max(axis=0) * 1e-3 + 1e-12
     for factor in FACTORS:
-        for _ in range(3):
+        for _ in range(2):
             tried = np.maximum(best, floor) * factor**STEPS
-            tried = np.concatenate([tried, np.where(STEPS < 0, 0.0, best)])
+            if factor == FACTORS[0]:
+                tried = np.concatenate([tried, best * DROPS])
             found = values(tried)
             if found.max() <= value + 1e-12 * abs(value):
                 break
             best, value = tried[np.argmax(found)], found.max()
-    if value <= before + 3e-4 * abs(before):
+    if value <= before + 5e-4 * abs(before):
         return False
     stages.add(q, (best + base)[None])
     return True
@@ -65,10 +71,12 @@ class _Prices:
 
 def choose_widths(
     stages: StageBounds, q: int, first: int, last: int, box: Box, pass_weight: float
-) -> np.ndarray | None:
-    """Width indices [k] of a good feasible choice, or None."""
-    prices = _Prices(stages, q, first, last)
+) -> tuple[np.ndarray | None, float]:
+    """Width indices [k] of a good feasible choice (or None) and what they cost."""
     limits = stages.limits(q, box, first == 0, last == stages.layers)
+    if last - first <= stages.compositions.long and stages.costs[q].same_bytes:
+        return stages.costs[q].choose(limits, pass_weight, stages.theta, first, last - first)
+    prices = _Prices(stages, q, first, last)
     limits = limits + 1e-12 * np.abs(limits)
     chosen = prices.all(stages.pools[q]).argmin(axis=2)  # [M, k]
     chosen = np.unique(chosen, axis=0)
@@ -79,7 +87,8 @@ def choose_widths(
     excess = np.clip((use - limits) / np.maximum(np.abs(limits), 1e-12), 0, None).sum(axis=1)
     fits = excess <= 0
     m = int(np.argmin(np.where(fits, cost, np.inf))) if fits.any() else int(np.argmin(excess))
-    return _exchange(prices, chosen[m].copy(), limits, cost_of)
+    widths = _exchange(prices, chosen[m].copy(), limits, cost_of)
+    return widths, float(cost_of[rows, widths].sum()) if widths is not None else np.inf
 
 
 def _bytes(prices: _Prices, chosen: np.ndarray) -> np.ndarray:

@@ -17,6 +17,7 @@ import numpy as np
 
 from ds_llmpq.planner.arrays import PairArrays, pair_arrays
 from ds_llmpq.planner.classes import Classes, class_links, group
+from ds_llmpq.planner.compositions import Compositions
 from ds_llmpq.planner.feasibility import furthest_layer, pairs
 from ds_llmpq.planner.incumbent import Incumbent
 from ds_llmpq.planner.objective import Assignment, Prediction, Stage, evaluate
@@ -28,6 +29,7 @@ from ds_llmpq.planner.stages import NEVER, Box, StageBounds
 
 STATE_LIMIT = 3000  # count states times classes beyond which device limits are priced instead of counted
 POOL_LIMIT = 90
+EXACT_DEPTH = 6  # splits after which long stages on the path are costed exactly
 BATCH_ENTRIES = 40_000
 ROUND_STEPS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -52,6 +54,7 @@ class Node:
     prediction: Prediction | None = None
     used: tuple[int, ...] = ()
     depth: int = 0
+    exact: frozenset[tuple[int, int]] = frozenset()  # (kind, length) of stages to cost exactly
 
 
 @dataclass
@@ -78,6 +81,7 @@ class Search:
         fixed = problem.device_order == "fixed"
         self.classes, self.space, self.priced = _state_space(problem, pins, fixed)
         self.order_links = np.where(np.tri(len(self.classes.members), dtype=bool), np.inf, 0.0) if fixed else 0.0
+        self.compositions: Compositions | None = None  # the same for all micro-batch pairs
         self.pairs = [
             self._pair(eta, xi) for eta, xi in pairs(problem) if furthest_layer(problem, eta, xi) == problem.layers
         ]
@@ -91,8 +95,11 @@ class Search:
         arrays = pair_arrays(self.problem, eta, xi)
         contract = self.best.formula == "pipeline"
         representatives = self.classes.representatives()
+        allowed = self.pins.widths(self.problem)
+        if self.compositions is None:
+            self.compositions = Compositions(arrays.omega, allowed, NEVER)
         masks = [self.pins.intervals(self.problem, d) for d in representatives]
-        stages = StageBounds(arrays, representatives, self.pins.widths(self.problem), masks)
+        stages = StageBounds(arrays, representatives, allowed, masks, self.compositions)
         rounds = arrays.generated_tokens - 1
         zero = 1.0 if contract else 0.0
         link, back = (_weighted_links(class_links(table, self.classes), zero) for table in (arrays.link, arrays.back))
@@ -145,7 +152,7 @@ class Search:
         pair, box, duals = self.pairs[node.pair], node.box, node.duals
         ring, _ = _round_weights(pair, duals.w)
         pair.stages.set_theta(duals.theta)
-        stage = pair.stages.bounds(box, ring)[self.classes.kind] + np.array(duals.prices)[:, None, None]
+        stage = pair.stages.bounds(box, ring, node.exact)[self.classes.kind] + np.array(duals.prices)[:, None, None]
         link = pair.link[0] + ring * pair.link[1] + self.order_links
         slack = 1 + 1e-9
         link = np.where((pair.link[0] > box.p_high * slack) | (pair.link[1] > box.d_high * slack), np.inf, link)
@@ -172,9 +179,11 @@ class Search:
         widths = []
         for step in path:
             q = self.classes.kind[step.kind]
-            if len(pair.stages.pools[q]) < POOL_LIMIT:
-                refine(pair.stages, q, step.first, step.last, node.box, ring)
-            widths.append(choose_widths(pair.stages, q, step.first, step.last, node.box, ring))
+            place = (pair.stages, q, step.first, step.last, node.box, ring)
+            chosen, cost = choose_widths(*place)
+            if step.last - step.first > pair.stages.compositions.short and len(pair.stages.pools[q]) < POOL_LIMIT:
+                refine(*place, cost)
+            widths.append(chosen)
         if any(chosen is None for chosen in widths):
             return None
         devices = self._devices(pair, path)
@@ -250,7 +259,7 @@ class Search:
         """Evaluate a node, improving its duals for a few rounds; then queue or close it."""
         best, duals = node, node.duals
         for _ in range(rounds):
-            tried = replace(node, duals=duals)
+            tried = replace(node, duals=duals, exact=best.exact)
             ((bound, path),) = self.evaluate([tried])
             if not path or bound >= self.target:
                 best = replace(best, bound=max(best.bound, bound))
@@ -261,11 +270,20 @@ class Search:
             improved = bound > best.bound
             best = tried if improved or best.prediction is None else replace(best, bound=tried.bound)
             duals = self._next_duals(tried)
+            best = replace(best, exact=node.exact | self._inexact(tried, path))
         self.active.remove(node)
         if best.bound >= self.target or math.isinf(best.bound):
             self.closed = min(self.closed, best.bound)
         else:
             heapq.heappush(self.open, (best.bound, next(self.ticket), best))
+
+    def _inexact(self, node: Node, path: list[Step]) -> frozenset[tuple[int, int]]:
+        """Lengths around the path's longer stages, once the box is narrow enough for their Lagrangian gap to matter."""
+        compositions = self.pairs[node.pair].stages.compositions
+        if node.depth < EXACT_DEPTH or not math.isfinite(self.best.value):
+            return frozenset()
+        near = {(self.classes.kind[step.kind], step.last - step.first + shift) for step in path for shift in (-1, 0, 1)}
+        return frozenset((q, k) for q, k in near if compositions.short < k <= compositions.long)
 
     def _next_duals(self, node: Node) -> Duals:
         """Move w towards the side that binds, theta towards the limit, prices with the overuse."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ds_llmpq.planner.arrays import PairArrays
+from ds_llmpq.planner.compositions import Compositions, StageCosts
 
 NEVER = 1e30  # an absent width; finite, so that zero weights stay harmless
 
@@ -41,6 +42,7 @@ class StageBounds:
     representatives: list[int]
     allowed: np.ndarray
     masks: list[np.ndarray | None]
+    compositions: Compositions
     pools: list[np.ndarray] = field(init=False)  # [M, 3] per kind
     theta: float = field(init=False, default=-1.0)
     tables: dict[int, np.ndarray] = field(init=False, default_factory=dict)  # kind -> [M, L, L]: S[a + k] - S[a]
@@ -62,6 +64,10 @@ class StageBounds:
         self.head = np.where(np.isfinite(a.head[:, reps]), a.head[:, reps], NEVER)
         self.embed_bytes, self.head_bytes = a.embed_bytes / self.unit, a.head_bytes / self.unit
         self.pools = [self._first_pool(q) for q in range(len(reps))]
+        self.costs = [
+            StageCosts(self.compositions, self.prefill[q] + self.absent[q], self.decode[q] + self.absent[q], self.bytes)
+            for q in range(len(reps))
+        ]
         self.smallest = [self._smallest(q) for q in range(len(reps))]
 
     def _first_pool(self, q: int) -> np.ndarray:
@@ -123,11 +129,15 @@ class StageBounds:
         cost = first * (self.embed[0, q] + pass_weight * self.embed[1, q])
         return cost + last * (self.head[0, q] + pass_weight * self.head[1, q])
 
-    def bounds(self, box: Box, pass_weight: float) -> np.ndarray:
-        """[Q, L, L]: lower bounds of stages [a, a + k) at index (a, k - 1); infinite where impossible."""
-        return np.stack([self._kind_bounds(q, box, pass_weight) for q in range(len(self.pools))])
+    def bounds(self, box: Box, pass_weight: float, exact: frozenset[tuple[int, int]] = frozenset()) -> np.ndarray:
+        """[Q, L, L]: lower bounds of stages [a, a + k) at index (a, k - 1); infinite where impossible.
 
-    def _kind_bounds(self, q: int, box: Box, pass_weight: float) -> np.ndarray:
+        `exact` holds (kind, length) whose costs are to be exact beyond the short lengths.
+        """
+        lengths = [[length for kind, length in exact if kind == q] for q in range(len(self.pools))]
+        return np.stack([self._kind_bounds(q, box, pass_weight, lengths[q]) for q in range(len(self.pools))])
+
+    def _kind_bounds(self, q: int, box: Box, pass_weight: float, exact: list[int]) -> np.ndarray:
         pool, table, count = self.pools[q], self.tables[q], self.layers
         base = np.array([1.0, pass_weight, 0.0])
         surplus = pool - base
@@ -146,10 +156,42 @@ class StageBounds:
         bound[0] = worst(table[:, 0], True, False)
         bound[rows, count - 1 - rows] = worst(table[:, rows, count - 1 - rows], False, True)
         bound[0, count - 1] = worst(table[:, 0, count - 1], True, True)
+        self._raise_short(q, box, pass_weight, bound)
+        for length in exact:
+            self._raise_long(q, length, box, pass_weight, bound)
         bound[self._impossible(q, box)] = np.inf
         if self.masks[q] is not None:
             bound[~self.masks[q]] = np.inf
         return bound
+
+    def _raise_short(self, q: int, box: Box, pass_weight: float, bound: np.ndarray) -> None:
+        """Put the exact costs of short stages in place."""
+        costs, count, short = self.costs[q], self.layers, self.compositions.short
+        if not short:
+            return
+        lengths = np.arange(1, short + 1)
+        found = costs.least_short(self.limits(q, box, False, False), pass_weight, self.theta)
+        zeros = np.zeros(short, dtype=np.int64)
+        found[:, 0] = costs.least_short_at(self.limits(q, box, True, False), pass_weight, self.theta, zeros)
+        found[:, 0] += self.ends_cost(q, pass_weight, True, False)
+        ends = count - lengths
+        last = costs.least_short_at(self.limits(q, box, False, True), pass_weight, self.theta, ends)
+        found[lengths - 1, ends] = last + self.ends_cost(q, pass_weight, False, True)
+        if short == count:
+            whole = costs.least_short_at(self.limits(q, box, True, True), pass_weight, self.theta, zeros)[-1]
+            found[-1, 0] = whole + self.ends_cost(q, pass_weight, True, True)
+        np.maximum(bound[:, :short], found.T, out=bound[:, :short])
+
+    def _raise_long(self, q: int, length: int, box: Box, pass_weight: float, bound: np.ndarray) -> None:
+        """Put the exact costs of one longer length in place."""
+        costs, ends = self.costs[q], self.layers - length
+        found = costs.least(length, self.limits(q, box, False, False), pass_weight, self.theta)
+        for first in {0, ends}:
+            at_start, at_end = first == 0, first == ends
+            limits = self.limits(q, box, at_start, at_end)
+            found[first] = costs.least(length, limits, pass_weight, self.theta)[first]
+            found[first] += self.ends_cost(q, pass_weight, at_start, at_end)
+        bound[:, length - 1] = np.maximum(bound[:, length - 1], found)
 
     def _impossible(self, q: int, box: Box) -> np.ndarray:
         """[L, L] bool: even the least possible P, D or memory exceeds its limit, or the interval leaves the model."""

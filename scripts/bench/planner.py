@@ -155,12 +155,12 @@ def random_instances(count: int = 8):
         layers, total = rng.choice([48, 64, 80]), rng.choice([8, 12, 16])
         names = rng.sample(sorted(DEVICES), 4)
         share = [total // 4] * 4
-        kinds = dict(DEVICES)
         hidden = rng.choice([8192, 9216, 12288])
-        full = 12 * hidden**2 * 2 * layers
-        room = sum(kinds[name][2] * n * GIB for name, n in zip(names, share, strict=True))
-        factor = full * rng.uniform(0.35, 0.8) / room
-        kinds = {name: (spec[0], spec[1], spec[2] * factor) for name, spec in kinds.items()}
+        weights = 12 * hidden**2 * 2 * layers
+        other = 32 * 612 * 4 * hidden * layers + 2 * 50272 * hidden + total * 4096 * hidden * 16
+        room = sum(DEVICES[name][2] * n * GIB for name, n in zip(names, share, strict=True))
+        factor = (weights * rng.uniform(0.35, 0.8) + other) / room
+        kinds = {name: (spec[0], spec[1], spec[2] * factor) for name, spec in DEVICES.items()}
         yield (
             f"random {i}: {layers} x {total}",
             synthetic(layers, hidden, 50272, list(zip(share, names, strict=True)), (32, 512, 100), seed=i, kinds=kinds),
@@ -172,8 +172,10 @@ def large_instances():
     for i in range(2):
         hidden, layers = 12288, 128
         nodes = [(8, name) for name in DEVICES]
-        full = 12 * hidden**2 * 2 * layers
-        factor = full * (0.5, 0.9)[i] / (8 * GIB * sum(spec[2] for spec in DEVICES.values()))
+        weights = 12 * hidden**2 * 2 * layers
+        other = 64 * 612 * 4 * hidden * layers + 2 * 50272 * hidden + 64 * 2048 * hidden * 16
+        room = 8 * GIB * sum(spec[2] for spec in DEVICES.values())
+        factor = (weights * (0.5, 0.9)[i] + other) / room
         kinds = {name: (spec[0], spec[1], spec[2] * factor) for name, spec in DEVICES.items()}
         yield (
             f"large {i}: 128 x 64",
