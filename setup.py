@@ -43,6 +43,7 @@ setup(
         "hqq>=0.2.8",
         "hydra-core>=1.3.8",
         "hydra-joblib-launcher>=1.2",
+        "matplotlib>=3.9",
         "numpy>=2.0",
         "omegaconf>=2.3.1",
         "safetensors>=0.8",

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from ds_llmpq import __version__, config
 from ds_llmpq.errors import UserError
+from ds_llmpq.report import sweep
 
 _USAGE = """usage: ds-llmpq VERB [key=value ...]     (ds-llmpq VERB --help shows a verb's keys)
 
@@ -50,6 +51,7 @@ def _through_hydra(verb: str, arguments: list[str]) -> int:
     """Runs a verb once, or many times with -m; the worst exit code of all."""
     config.register()
     if not any(argument.startswith("-") for argument in arguments):
+        arguments = [config.quoted(argument) for argument in arguments]
         config.composed(verb, arguments)  # says a mistake in one sentence before Hydra says it in many lines
     codes: list[int] = []
 
@@ -59,14 +61,18 @@ def _through_hydra(verb: str, arguments: list[str]) -> int:
 
     sys.argv = [f"ds-llmpq {verb}", *arguments]
     hydra.main(version_base="1.3", config_path=str(config.conf_folder()), config_name=verb)(task)()
-    return max(codes, default=0)
+    # the points of a sweep run in processes of their own; what failed there is known from what they left behind
+    return max([0, *codes, *sweep.failure_codes])
 
 
 def _run(verb: str, composed: DictConfig) -> int:
+    config.register()  # a sweep's worker process starts without the resolvers
     module = importlib.import_module(f"ds_llmpq.verbs.{verb}")
+    out = Path(HydraConfig.get().runtime.output_dir)
     try:
-        return module.run(config.to_object(composed, config.VERBS[verb]), Path(HydraConfig.get().runtime.output_dir))
+        return module.run(config.to_object(composed, config.VERBS[verb]), out)
     except UserError as error:
+        sweep.note_failure(out, error)
         return report(error)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +30,11 @@ _ASSETS = {
     "tiny-llama": ("tests/assets/tiny-llama", "assets/tiny_llama"),
     "demo_prompts.jsonl": ("launch/demo_prompts.jsonl", "launch/demo_prompts.jsonl"),
 }
+
+# overrides whose values are paths
+PATH_KEYS = frozenset(
+    ("out", "output", "input", "plan", "problem", "check", "hostfile", "cluster_file", "model.path", "planner.omega")
+)
 
 T = TypeVar("T")
 
@@ -63,9 +69,18 @@ def composed(verb: str, overrides: list[str]) -> DictConfig:
     register()
     try:
         with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-            return compose(config_name=verb, overrides=overrides)
+            return compose(config_name=verb, overrides=[quoted(override) for override in overrides])
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(f"Configuration of {verb}: {_sentence(error)}") from None
+
+
+def quoted(argument: str) -> str:
+    """An override whose value is a path, quoted where Hydra's grammar would take the path apart (at `=`, `,`, `[`)."""
+    key, equals, value = argument.partition("=")
+    if key not in PATH_KEYS or not equals or re.fullmatch(r"[\w./:~+\-${}]*|'.*'|\".*\"", value):
+        return argument
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"{key}='{escaped}'"
 
 
 def to_object(config: DictConfig, kind: type[T]) -> T:
@@ -118,5 +133,12 @@ def _sentence(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if cause is not None:
         lines += [line.strip() for line in str(cause).splitlines() if line.strip()][:1]
-    kept = [line for line in lines if not line.startswith(("full_key", "object_type", "reference_type", "Set the env"))]
-    return "; ".join(dict.fromkeys(line.rstrip(".") for line in kept[:4])) + "."
+    noise = ("full_key", "object_type", "reference_type", "Set the env", "Config search path", "provider=")
+    kept = [line for line in lines if not line.startswith(noise)]
+    text = "; ".join(dict.fromkeys(line.rstrip(".") for line in kept[:40]))
+    # Hydra lists a group's entries one a line
+    head, listing, entries = text.partition("Available options in ")
+    if listing:
+        group, _, names = entries.partition(":; ")
+        text = f"{head}Available in {group} are {names.replace('; ', ', ')}"
+    return text + "."

@@ -13,7 +13,8 @@ from torch import nn
 
 from ds_llmpq.models.architecture import Architecture, architecture_of, fill
 from ds_llmpq.models.checkpoint import Checkpoint
-from ds_llmpq.quant.hqq import UNQUANTIZED_BITS, linear_names, quantize_linear
+from ds_llmpq.quant.hqq import linear_names, quantize_linear
+from ds_llmpq.quant.packing import UNQUANTIZED_BITS
 from ds_llmpq.schema import QuantConfig
 
 

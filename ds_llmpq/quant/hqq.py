@@ -7,9 +7,8 @@ from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 from torch import nn
 
 from ds_llmpq.errors import UserError
+from ds_llmpq.quant.packing import quantization_problem
 from ds_llmpq.schema import QuantConfig
-
-UNQUANTIZED_BITS = 16
 
 
 def quantize_linear(
@@ -24,13 +23,10 @@ def quantize_linear(
 
     Raises `UserError` if HQQ cannot pack this shape with the configured group size.
     """
-    out_features, in_features = weight.shape
-    grouped = in_features if quant.axis == 1 else out_features
-    if grouped % quant.group_size:
-        raise UserError(
-            f"quant.group_size={quant.group_size} does not divide {grouped}, the grouped side of a {out_features} x "
-            f"{in_features} linear; choose a divisor of it."
-        )
+    # HQQ itself drops weights without a word where packed rows do not divide
+    reason = quantization_problem(*weight.shape, bits, quant.group_size, quant.axis)
+    if reason:
+        raise UserError(f"A {weight.shape[0]} x {weight.shape[1]} linear cannot be kept at {bits} bits: {reason}.")
     config = BaseQuantizeConfig(nbits=bits, group_size=quant.group_size, axis=quant.axis)
     config["weight_quant_params"]["optimize"] = quant.optimize
     return HQQLinear.from_weights(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from ds_llmpq import config
 from ds_llmpq.batch.workload import sized_workload
@@ -12,18 +13,18 @@ from ds_llmpq.cluster.hostfile import write_hostfile
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.fingerprint import fingerprint
 from ds_llmpq.models.shape import ModelShape, read_shape
-from ds_llmpq.planner import Plan, solve
+from ds_llmpq.planner import Plan, Problem, solve
 from ds_llmpq.planner.build import prepare
 from ds_llmpq.planner.planfile import deployed, launch_order, write_plan
 from ds_llmpq.report.plan_table import plan_table
-from ds_llmpq.schema import ModelConfig, PlanVerb
+from ds_llmpq.schema import ModelConfig, PlannerConfig, PlanVerb
 from ds_llmpq.sensitivity.omega import read_omega
 
 _KERNEL = "dequantize"
 
 
 def run(settings: PlanVerb, out: Path) -> int:
-    plan = make_plan(settings, out)
+    plan = solve_problem(settings, out) if settings.problem else make_plan(settings, out)
     print(plan_table(plan))
     print(f"plan: {out / 'plan.json'}")
     if plan.engine is not None:
@@ -42,18 +43,30 @@ def make_plan(settings: PlanVerb, out: Path) -> Plan:
         cluster, shape, workload, settings.quant, planner, omega, settings.engine.dtype, kernel=_KERNEL
     )  # fmt: skip
     _write_json(out / "problem.json", prepared.problem.to_json())
-    solved = solve(
-        prepared.problem,
-        time_limit_seconds=planner.time_limit_seconds,
-        gap=planner.gap,
-        solver=planner.solver,
-        seed=planner.seed,
-        formula=planner.objective,
-    )
+    solved = solve(prepared.problem, **_options(planner))
     plan = deployed(solved, cluster, prepared, model, settings.quant, _KERNEL)
     write_plan(out / "plan.json", plan)
     write_hostfile(out / "hostfile", launch_order(plan))
     return plan
+
+
+def solve_problem(settings: PlanVerb, out: Path) -> Plan:
+    """Solves a problem.json from anywhere: no model and no cluster are needed, and none is named in the plan."""
+    problem = Problem.from_json(_read_json(config.absolute(settings.problem)))
+    plan = solve(problem, **_options(settings.planner))
+    _write_json(out / "problem.json", problem.to_json())
+    write_plan(out / "plan.json", plan)
+    return plan
+
+
+def _options(planner: PlannerConfig) -> dict[str, Any]:
+    return {
+        "time_limit_seconds": planner.time_limit_seconds,
+        "gap": planner.gap,
+        "solver": planner.solver,
+        "seed": planner.seed,
+        "formula": planner.objective,
+    }
 
 
 def by_hand(out: Path) -> str:
@@ -75,6 +88,13 @@ def _model(model: ModelConfig) -> tuple[ModelShape, dict[str, str | None]]:
         raise UserError("No model is given; set model.path=DIR, or model=NAME of a shipped shape to plan only.")
     shape = ModelShape.from_config(model.shape)
     return shape, {"path": None, "architecture": shape.architecture, "fingerprint": shape.fingerprint}
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}); give a problem.json.") from None
 
 
 def _write_json(path: Path, value: object) -> None:
