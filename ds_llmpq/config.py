@@ -77,10 +77,11 @@ def composed(verb: str, overrides: list[str]) -> DictConfig:
 def quoted(argument: str) -> str:
     """An override whose value is a path, quoted where Hydra's grammar would take the path apart (at `=`, `,`, `[`)."""
     key, equals, value = argument.partition("=")
-    if key not in PATH_KEYS or not equals or re.fullmatch(r"[\w./:~+\-${}]*|'.*'|\".*\"", value):
+    if key not in PATH_KEYS or not equals or re.fullmatch(r"[\w./:~+\-${}]*|'.*'|\".*\"", value, re.ASCII):
         return argument
-    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-    return f"{key}='{escaped}'"
+    # within quotes, backslashes are plain unless a quote follows them
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)
+    return f"{key}='" + re.sub(r"(\\+)$", r"\1\1", escaped) + "'"
 
 
 def to_object(config: DictConfig, kind: type[T]) -> T:

@@ -18,7 +18,7 @@ class ModelConfig:
     """
 
     path: str | None = None
-    shape: dict[str, Any] | None = None
+    shape: dict[str, Any] = field(default_factory=dict)
     trust_remote_code: bool = False
 
 

@@ -84,7 +84,7 @@ def _model(model: ModelConfig) -> tuple[ModelShape, dict[str, str | None]]:
         path = config.absolute(model.path)
         shape = read_shape(path)
         return shape, {"path": str(path), "architecture": shape.architecture, "fingerprint": fingerprint(path)}
-    if model.shape is None:
+    if not model.shape:
         raise UserError("No model is given; set model.path=DIR, or model=NAME of a shipped shape to plan only.")
     shape = ModelShape.from_config(model.shape)
     return shape, {"path": None, "architecture": shape.architecture, "fingerprint": shape.fingerprint}

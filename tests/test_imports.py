@@ -1,0 +1,70 @@
+"""A room imports only rooms to its right, and planning needs no torch."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "ds_llmpq"
+# left may import right; rooms of one group may not import each other unless listed further to the right
+ORDER = [
+    "verbs",
+    "report",
+    "evaluation",
+    "batch",
+    "engine",
+    "lengths",
+    "planner",
+    "cost",
+    "sensitivity",
+    "quant",
+    "models",
+    "cluster",
+]
+SHARED = {"schema", "errors"}  # importable by all
+BORDER = {"cli", "config", "__main__"}  # only verbs and the command line know configuration
+
+
+def imported_rooms(file: Path) -> set[str]:
+    """First path component below ds_llmpq of everything a file imports, at any depth."""
+    rooms = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module] if node.module != "ds_llmpq" else [f"ds_llmpq.{alias.name}" for alias in node.names]
+        rooms.update(name.split(".")[1] for name in names if name.startswith("ds_llmpq."))
+    return rooms
+
+
+def forbidden(room: str) -> set[str]:
+    return set(ORDER[: ORDER.index(room)]) | (BORDER if room != "verbs" else {"cli", "__main__"})
+
+
+@pytest.mark.parametrize("room", [room for room in ORDER if (PACKAGE / room).is_dir()])
+def test_a_room_imports_only_rooms_to_its_right(room):
+    for file in sorted((PACKAGE / room).rglob("*.py")):
+        wrong = imported_rooms(file) & forbidden(room)
+        assert not wrong, f"{file.relative_to(PACKAGE)} imports {sorted(wrong)}"
+
+
+def test_every_room_is_in_the_order():
+    rooms = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
+    assert rooms <= set(ORDER)
+
+
+def test_the_shared_modules_import_no_room():
+    for name in SHARED:
+        assert imported_rooms(PACKAGE / f"{name}.py") <= SHARED
+
+
+@pytest.mark.parametrize("module", ["planner", "planner.build", "cluster.cluster", "cost.latency", "verbs.plan", "cli"])
+def test_planning_loads_no_heavy_framework(module):
+    code = (
+        f"import sys, ds_llmpq.{module}; print([n for n in ('torch', 'deepspeed', 'transformers') if n in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert result.stdout.strip() == "[]"

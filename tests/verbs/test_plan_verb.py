@@ -1,0 +1,141 @@
+"""`ds-llmpq plan` as a user calls it, in this process: artefacts, tables, exit codes."""
+
+import csv
+import json
+import sys
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+from ds_llmpq import cli
+from ds_llmpq.planner import Plan
+from ds_llmpq.planner.planfile import launch_order, read_plan
+from ds_llmpq.report import sweep
+
+SHAPE = {
+    "model_type": "llama",
+    "vocab_size": 1024,
+    "hidden_size": 256,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 768,
+    "max_position_embeddings": 1024,
+}
+
+
+@pytest.fixture
+def small(tmp_path):
+    """Overrides for a small model, of which planning needs nothing but config.json."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(SHAPE))
+    return ["workload=demo", f"model.path={model}"]
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Runs the command line; gives (exit code, standard output, standard error)."""
+    monkeypatch.setattr(sys, "argv", ["ds-llmpq"])
+
+    def run(*arguments):
+        GlobalHydra.instance().clear()
+        sweep.failure_codes.clear()
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(list(arguments))
+        out, err = capsys.readouterr()
+        return exit_.value.code or 0, out, err
+
+    return run
+
+
+def test_plan_writes_its_artefacts_and_a_table(call, small, tmp_path):
+    code, out, err = call("plan", *small, f"out={tmp_path}")
+    assert (code, err) == (0, "")
+    plan = read_plan(tmp_path / "plan.json")
+    assert Plan.from_json(plan.to_json()) == plan
+    assert plan.stages[0].layers[0] == 0
+    assert plan.stages[-1].layers[1] == 8
+    assert len(plan.stages) == 2, "the second device is too small to be left with nothing, the first for everything"
+    assert {stage.host for stage in plan.stages} == {"localhost"}
+    assert sorted(stage.rank for stage in plan.stages) == [0, 1]
+    assert launch_order(plan) == [("localhost", 0), ("localhost", 1)]
+    assert (tmp_path / "hostfile").read_text() == "localhost slots=2\n"
+    assert plan.provenance["omega"].startswith("assumed")
+    for text in ("localhost:0", "localhost:1", "predicted:", "solver:", "plan.json", "by hand:"):
+        assert text in out
+
+
+def test_the_problem_it_wrote_solves_again_without_a_model(call, small, tmp_path):
+    call("plan", *small, f"out={tmp_path / 'a'}")
+    code, _, _ = call("plan", f"problem={tmp_path / 'a' / 'problem.json'}", f"out={tmp_path / 'b'}")
+    first, second = read_plan(tmp_path / "a" / "plan.json"), read_plan(tmp_path / "b" / "plan.json")
+    assert code == 0
+    assert second.model is None
+    assert second.solver.objective == pytest.approx(first.solver.objective, rel=0.011)
+
+
+def test_an_infeasible_cluster_exits_with_two(call, small, tmp_path):
+    code, _, err = call("plan", *small, "workload.sequences=512", f"out={tmp_path}")
+    assert code == 2
+    assert err.startswith("error: ")
+    assert len(err.splitlines()) == 1
+    assert "localhost" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["model.path=/nowhere"], "/nowhere"),
+        (["problem=/nowhere.json"], "/nowhere.json"),
+        (["foo=1"], "foo"),
+        (["planner.mode=best"], "best"),
+        (["quant.bits=[5]"], "[5]"),
+        (["quant.bits=[4]", "quant.group_size=7"], "7"),
+        (["planner.omega=/nowhere.json"], "/nowhere.json"),
+        (["workload.prompt_tokens=4000"], "4064"),
+        (["planner.solver=magic"], "magic"),
+        (["engine.dtype=int3"], "int3"),
+    ],
+)
+def test_a_mistake_is_one_sentence(call, small, tmp_path, arguments, said):
+    code, _, err = call("plan", *small, *arguments, f"out={tmp_path}")
+    assert code == 1
+    assert err.startswith("error: ")
+    assert said in err
+    assert len(err.splitlines()) == 1
+
+
+def test_an_unknown_verb_and_the_usage(call):
+    code, _, err = call("fly")
+    assert code == 1
+    assert "fly" in err
+    code, out, _ = call("--help")
+    assert code == 0
+    assert "ds-llmpq VERB" in out
+
+
+@pytest.mark.slow
+def test_a_sweep_writes_a_plan_a_point_and_a_summary(call, small, tmp_path):
+    swept = ["planner.theta=0.1,1,10", "quant.bits=[4,8],[3,4,8,16]"]
+    out = tmp_path / "sweep"
+    code, text, _ = call("plan", "-m", *swept, *small, f"out={out}")
+    assert code == 0
+    assert len(list(out.glob("*/plan.json"))) == 6
+    with open(out / "summary.csv") as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == 6
+    assert {row["exit_code"] for row in rows} == {"0"}
+    assert (out / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    assert "summary.csv" in text
+
+
+def test_the_pareto_front_drops_what_is_beaten():
+    points = [
+        {"quality_loss": loss, "throughput_tokens_per_second": speed}
+        for loss, speed in [(0.0, 10.0), (0.1, 9.0), (0.2, 20.0), (0.2, 15.0), (0.3, 20.0)]
+    ]
+    assert [(p["quality_loss"], p["throughput_tokens_per_second"]) for p in sweep.pareto_front(points)] == [
+        (0.0, 10.0),
+        (0.2, 20.0),
+    ]
