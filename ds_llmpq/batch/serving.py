@@ -23,10 +23,11 @@ from ds_llmpq.batch.stop_rule import TextStopRule, eos_token_ids
 from ds_llmpq.engine.distributed import Place
 from ds_llmpq.engine.sampling import RowSampling
 from ds_llmpq.engine.sequences import Finish, Sequences
-from ds_llmpq.engine.session import Session, cache_slots, check_model
+from ds_llmpq.engine.session import Session, cache_slots
 from ds_llmpq.engine.wave import Wave, WaveRow
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.models.tokenizer import load_tokenizer
+from ds_llmpq.planner.planfile import check_model
 
 _REASON = {Finish.STOP: "stop", Finish.LENGTH: "length"}
 

@@ -19,11 +19,10 @@ from ds_llmpq.engine.stage_loader import StageLoader
 from ds_llmpq.engine.topology import PlannedTopology
 from ds_llmpq.engine.trace import Trace
 from ds_llmpq.engine.wave import Wave
-from ds_llmpq.errors import UserError
 from ds_llmpq.models.checkpoint import Checkpoint
-from ds_llmpq.models.fingerprint import fingerprint
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.planner.plan import Plan
+from ds_llmpq.planner.planfile import check_model
 from ds_llmpq.quant.hqq import stored_bytes
 from ds_llmpq.schema import QuantConfig
 
@@ -138,14 +137,3 @@ def cache_slots(plan: Plan) -> int:
     """B * (s + n): the tokens a layer's cache holds for all sequences in flight."""
     workload = plan.workload
     return workload.sequences * (workload.prompt_tokens + workload.generated_tokens)
-
-
-def check_model(plan: Plan, model_path: str | Path) -> None:
-    """`UserError` if the checkpoint is not the one the plan was made for."""
-    planned = (plan.model or {}).get("fingerprint")
-    found = fingerprint(model_path)
-    if planned != found:
-        raise UserError(
-            f"The plan was made for a model with fingerprint {str(planned)[:12]}, but {model_path} has {found[:12]}; "
-            "plan again for this model, or give the planned one as model.path."
-        )

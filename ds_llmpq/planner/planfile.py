@@ -11,6 +11,7 @@ from typing import Any
 from ds_llmpq.cluster.cluster import Cluster
 from ds_llmpq.cluster.hostfile import include_string, launch_ranks
 from ds_llmpq.errors import UserError
+from ds_llmpq.models.fingerprint import fingerprint
 from ds_llmpq.planner.build import Prepared
 from ds_llmpq.planner.plan import Plan
 from ds_llmpq.schema import QuantConfig
@@ -48,6 +49,12 @@ def deployed(
     """A solved plan with what launching needs. Hosts are launched in the cluster's order, the user's own host first,
     so a stage's rank is its device's place in that order and not its place in the pipeline."""
     devices = [cluster.device(stage.device) for stage in plan.stages]
+    kinds = sorted({device.type.kind for device in devices})
+    if len(kinds) > 1:
+        raise UserError(
+            f"The plan mixes {' and '.join(kinds)} devices, which have no communicator in common; leave one kind out of "
+            "the cluster."
+        )
     order = {device.name: index for index, device in enumerate(cluster.devices)}
     where = [(device.host, device.slot) for device in devices]
     by_rank = sorted(where, key=lambda place: order[f"{place[0]}:{place[1]}"])
@@ -77,3 +84,17 @@ def launch_order(plan: Plan) -> list[tuple[str, int]]:
     """(host, slot) by rank: the order of the hostfile's hosts."""
     by_rank = sorted(zip(plan.stages, placements(plan), strict=True), key=lambda pair: pair[0].rank)
     return [place for _, place in by_rank]
+
+
+def check_model(plan: Plan, model_path: str | Path) -> None:
+    """`UserError` if the checkpoint is not the one the plan was made for."""
+    planned = (plan.model or {}).get("fingerprint")
+    try:
+        found = fingerprint(model_path)
+    except OSError as error:
+        raise UserError(f"Model {model_path} cannot be read ({error.strerror}); give model.path=DIR.") from None
+    if planned != found:
+        raise UserError(
+            f"The plan was made for a model with fingerprint {str(planned)[:12]}, but {model_path} has {found[:12]}; "
+            "plan again for this model, or give the planned one as model.path."
+        )

@@ -14,7 +14,7 @@ from ds_llmpq.engine.launcher import Launch
 from ds_llmpq.engine.launcher import run as launch
 from ds_llmpq.errors import UserError
 from ds_llmpq.planner import Plan
-from ds_llmpq.planner.planfile import launch_order, read_plan, write_plan
+from ds_llmpq.planner.planfile import check_model, launch_order, read_plan, write_plan
 from ds_llmpq.report.plan_table import plan_table
 from ds_llmpq.report.run_summary import run_summary
 from ds_llmpq.schema import RunVerb
@@ -32,7 +32,7 @@ def run(settings: RunVerb, out: Path) -> int:
     print(plan_table(plan), flush=True)
     job = Job(
         plan=plan,
-        model_path=str(config.absolute(settings.model.path or plan.model["path"])),
+        model_path=str(_checkpoint(settings, plan)),
         input=str(config.absolute(settings.input)),
         output=str(out),
         engine=settings.engine,
@@ -57,6 +57,19 @@ def _plan(settings: RunVerb, out: Path) -> Plan:
     write_plan(out / "plan.json", plan)
     write_hostfile(out / "hostfile", launch_order(plan))
     return plan
+
+
+def _checkpoint(settings: RunVerb, plan: Plan) -> Path:
+    """Where the weights are: where they were planned for, or model.path if they are no longer there."""
+    planned = (plan.model or {}).get("path")
+    if planned is not None and Path(planned).is_dir():
+        path = Path(planned)
+    elif settings.model.path is not None:
+        path = config.absolute(settings.model.path)
+    else:
+        raise UserError("The model is known by its shape alone, enough to plan but not to run; give model.path=DIR.")
+    check_model(plan, path)
+    return path
 
 
 def _launch(settings: RunVerb, plan: Plan, out: Path) -> Launch:
