@@ -100,12 +100,13 @@ def _furthest_greedy(kinds: list[tuple[int, ...]], counts: list[int]) -> int:
 
 def explain_memory(problem: Problem) -> InfeasibleError:
     """The error for a problem whose memory does not suffice: the shortfall, and the smallest relaxations."""
-    if not any(pair_arrays(problem, eta, xi).available.any() for eta, xi in pairs(problem)):
+    runnable = [pair for pair in pairs(problem) if pair_arrays(problem, *pair).available.any()]
+    if not runnable:
         return InfeasibleError(
             "No device can run any layer: no bit width has both a prefill and a decode time at the candidate "
             "micro-batches; add latency entries, bit widths or micro-batch sizes."
         )
-    eta, xi = max(pairs(problem), key=lambda pair: furthest_layer(problem, *pair))
+    eta, xi = max(runnable, key=lambda pair: furthest_layer(problem, *pair))
     held = furthest_layer(problem, eta, xi)
     arrays = pair_arrays(problem, eta, xi)
     smallest = _smallest_total(arrays)

@@ -19,46 +19,55 @@ class PathSpace:
         self.states = int(np.prod(sizes))
         grid = np.indices(sizes).reshape(classes, -1)
         strides = [int(np.prod(sizes[c + 1 :])) for c in range(classes)] if counts is not None else [0] * classes
-        self.after = np.empty((self.states, classes), dtype=np.int64)  # state after one more device of the class
+        self.next = np.empty((self.states, classes), dtype=np.int64)  # the state with one more device of the class
         self.full = np.zeros((self.states, classes), dtype=bool)
         for c in range(classes):
             self.full[:, c] = grid[c] + 1 >= sizes[c] if counts is not None else False
-            self.after[:, c] = np.where(self.full[:, c], 0, np.arange(self.states) + strides[c])
+            self.next[:, c] = np.where(self.full[:, c], 0, np.arange(self.states) + strides[c])
         self.columns = np.arange(classes)
 
-    def costs_to_go(self, stage: np.ndarray, link: np.ndarray, final: np.ndarray) -> np.ndarray:
-        """[X, L + 1, S, C]: least cost of placing layers a.. with one more stage of class c coming first there.
-
-        Entry (x, a, s, c) for a < L: the next stage is of class c, and s counts the devices used before it, without
-        the link that leads to it. `stage[X, C, L, K]` are stage costs at (a, k - 1), `link[X, C, C]` from class to
-        class, `final[X, C]` what follows the last stage. The value at a = L is not used.
-        """
+    def costs_to_go(self, stage: np.ndarray, link: np.ndarray, final: np.ndarray) -> "CostsToGo":
+        """Costs of placing the layers from each one on, for `stage[X, C, L, K]` at (a, k - 1), `link[X, C, C]` from
+        class to class, and `final[X, C]` that follows the last stage."""
         boxes, classes, layers, longest = stage.shape
-        ahead = np.full(
-            (boxes, layers + 1, self.states, classes), np.inf
-        )  # cost after a stage of class c that began at s
-        lead = np.full_like(ahead, np.inf)
-        ahead[:, layers] = np.where(self.full[None], np.inf, final[:, None, :])
+        after = np.full((boxes, layers + 1, self.states, classes), np.inf)
+        lead = np.full_like(after, np.inf)
+        after[:, layers] = np.where(self.full[None], np.inf, final[:, None, :])
         for a in range(layers - 1, -1, -1):
             reach = min(longest, layers - a)
             step = stage[:, :, a, :reach].transpose(0, 2, 1)[:, :, None, :]
-            lead[:, a] = (step + ahead[:, a + 1 : a + 1 + reach]).min(axis=1)
+            lead[:, a] = (step + after[:, a + 1 : a + 1 + reach]).min(axis=1)
             onward = (lead[:, a][:, :, None, :] + link[:, None, :, :]).min(axis=3)  # [X, S, last class]
-            ahead[:, a] = np.where(self.full[None], np.inf, onward[:, self.after, self.columns])
-        self._ahead = ahead
-        return lead
+            after[:, a] = np.where(self.full[None], np.inf, onward[:, self.next, self.columns])
+        return CostsToGo(self, stage, link, lead, after)
 
-    def path(self, x: int, stage: np.ndarray, link: np.ndarray, lead: np.ndarray) -> list["Step"]:
-        """The best path of box x after `costs_to_go`: stages in pipeline order."""
-        layers = stage.shape[2]
+
+@dataclass(frozen=True)
+class CostsToGo:
+    """`lead[x, a, s, c]`: a stage of class c begins at layer a, s counts the devices used before; the link that leads
+    to it is not included. `after[x, b, s, c]`: what follows a stage of class c, begun at s, that ended at layer b."""
+
+    space: PathSpace
+    stage: np.ndarray
+    link: np.ndarray
+    lead: np.ndarray
+    after: np.ndarray
+
+    def least(self, x: int) -> float:
+        """The cost of box x's best path."""
+        return float(self.lead[x, 0, 0].min())
+
+    def path(self, x: int) -> list["Step"]:
+        """The best path of box x: stages in pipeline order."""
+        layers = self.stage.shape[2]
         a, state, last, steps = 0, 0, -1, []
         while a < layers:
-            options = lead[x, a, state] + (link[x, last] if last >= 0 else 0.0)
+            options = self.lead[x, a, state] + (self.link[x, last] if last >= 0 else 0.0)
             c = int(np.argmin(options))
-            reach = min(stage.shape[3], layers - a)
-            k = 1 + int(np.argmin(stage[x, c, a, :reach] + self._ahead[x, a + 1 : a + 1 + reach, state, c]))
+            reach = min(self.stage.shape[3], layers - a)
+            k = 1 + int(np.argmin(self.stage[x, c, a, :reach] + self.after[x, a + 1 : a + 1 + reach, state, c]))
             steps.append(Step(c, a, a + k))
-            a, state, last = a + k, int(self.after[state, c]), c
+            a, state, last = a + k, int(self.space.next[state, c]), c
         return steps
 
 

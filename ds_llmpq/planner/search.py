@@ -18,6 +18,7 @@ import numpy as np
 from ds_llmpq.planner.arrays import PairArrays, pair_arrays
 from ds_llmpq.planner.classes import Classes, class_links, group
 from ds_llmpq.planner.compositions import Compositions
+from ds_llmpq.planner.enumeration import Enumeration
 from ds_llmpq.planner.feasibility import furthest_layer, pairs
 from ds_llmpq.planner.incumbent import Incumbent
 from ds_llmpq.planner.objective import Assignment, Prediction, Stage, evaluate
@@ -30,6 +31,8 @@ from ds_llmpq.planner.stages import NEVER, Box, StageBounds
 STATE_LIMIT = 3000  # count states times classes beyond which device limits are priced instead of counted
 POOL_LIMIT = 90
 EXACT_DEPTH = 6  # splits after which long stages on the path are costed exactly
+SMALL = 150  # layers x devices x widths, up to which boxes are enumerated on the way
+GLANCE_STEPS, STUCK_STEPS = 1_000, 30_000  # of the enumeration: on the way, and when splitting has ended
 BATCH_ENTRIES = 40_000
 ROUND_STEPS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -85,6 +88,8 @@ class Search:
         self.pairs = [
             self._pair(eta, xi) for eta, xi in pairs(problem) if furthest_layer(problem, eta, xi) == problem.layers
         ]
+        self.best.accepts = pins.respected
+        self.small = problem.layers * len(problem.devices) * len(problem.bits) <= SMALL
         self.open: list[tuple[float, int, Node]] = []
         self.active: list[Node] = []
         self.closed = math.inf  # least bound of what was pruned or could not be split further
@@ -101,8 +106,9 @@ class Search:
         masks = [self.pins.intervals(self.problem, d) for d in representatives]
         stages = StageBounds(arrays, representatives, allowed, masks, self.compositions)
         rounds = arrays.generated_tokens - 1
-        zero = 1.0 if contract else 0.0
-        link, back = (_weighted_links(class_links(table, self.classes), zero) for table in (arrays.link, arrays.back))
+        link, back = (
+            _weighted_links(class_links(table, self.classes), contract) for table in (arrays.link, arrays.back)
+        )
         return Pair(
             arrays,
             stages,
@@ -127,27 +133,38 @@ class Search:
         return found
 
     def _evaluate_batch(self, nodes: list[Node]) -> list[tuple[float, list[Step]]]:
-        parts = [self._tables(node) for node in nodes]
+        parts = [self.tables(node) for node in nodes]
         stage, link, final = (np.stack(tables) for tables in zip(*parts, strict=True))
         finite = np.isfinite(stage).any(axis=(0, 1, 2))
         longest = int(np.flatnonzero(finite)[-1]) + 1 if finite.any() else 1
         stage = stage[..., :longest]
-        lead = self.space.costs_to_go(stage, link, final)
+        costs = self.space.costs_to_go(stage, link, final)
         results = []
         for x, node in enumerate(nodes):
-            value = float(lead[x, 0, 0].min())
+            value = costs.least(x)
             if math.isinf(value):
                 results.append((math.inf, []))
                 continue
-            pair, duals = self.pairs[node.pair], node.duals
-            _, slowest = _round_weights(pair, duals.w)
-            value += pair.slow * node.box.p_low + slowest * node.box.d_low
-            value -= sum(price * count for price, count in zip(duals.prices, self.classes.counts, strict=True))
+            value += self.constant(node)
             value -= 1e-9 * abs(value)
-            results.append((self._in_objective_units(value, duals.theta), self.space.path(x, stage, link, lead)))
+            results.append((self.in_objective_units(value, node.duals.theta), costs.path(x)))
         return results
 
-    def _tables(self, node: Node) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def constant(self, node: Node) -> float:
+        """What every plan in the box costs beside its stages: the low thresholds, less the prices of all devices."""
+        pair = self.pairs[node.pair]
+        _, slowest = _round_weights(pair, node.duals.w)
+        fixed = pair.slow * node.box.p_low + slowest * node.box.d_low
+        return fixed - sum(p * count for p, count in zip(node.duals.prices, self.classes.counts, strict=True))
+
+    def ring_weight(self, node: Node) -> float:
+        """a_D: the weight of one decode pass."""
+        return _round_weights(self.pairs[node.pair], node.duals.w)[0]
+
+    def duals_price(self, node: Node, kind: int) -> float:
+        return node.duals.prices[kind]
+
+    def tables(self, node: Node) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Stage costs [C, L, L], links [C, C] and what follows the last stage [C] for one node."""
         pair, box, duals = self.pairs[node.pair], node.box, node.duals
         ring, _ = _round_weights(pair, duals.w)
@@ -161,7 +178,7 @@ class Search:
         stage[:, 0, -1] -= final  # a single stage has no way back
         return stage, link, final
 
-    def _in_objective_units(self, value: float, theta: float) -> float:
+    def in_objective_units(self, value: float, theta: float) -> float:
         limit = self.problem.objective.limit
         if self.mode == "max_quality_loss":
             return max(0.0, value - theta * limit)
@@ -332,7 +349,9 @@ class Search:
         p_gap = pair.slow * max(p_top - box.p_low, 0.0)
         d_gap = pair.slowest * max(node.duals.w, 0.3) * max(d_top - box.d_low, 0.0)
         if max(p_gap, d_gap) <= 1e-7 * abs(self.best.value if math.isfinite(self.best.value) else node.bound):
-            self.closed = min(self.closed, node.bound)
+            self._exhaust(node, STUCK_STEPS, last=True)
+            return []
+        if self.small and node.depth % 4 == 2 and self._exhaust(node, GLANCE_STEPS):
             return []
         child = replace(node, depth=node.depth + 1, prediction=None)
         if p_gap >= d_gap:
@@ -343,6 +362,13 @@ class Search:
             ]
         middle = _middle(box.d_low, d_top)
         return [replace(child, box=replace(box, d_high=middle)), replace(child, box=replace(box, d_low=middle))]
+
+    def _exhaust(self, node: Node, steps: int, last: bool = False) -> bool:
+        """Enumerate what is left of a box; a box too large keeps its bound (and is closed when nothing else helps)."""
+        done = self.classes.exact and not self.priced and Enumeration(self, node, steps).run()
+        if done or last:
+            self.closed = min(self.closed, max(node.bound, self.target) if done else node.bound)
+        return done
 
     def _clip(self, node: Node) -> Box:
         """Thresholds so high that the bound would pass the target can go."""
@@ -387,9 +413,9 @@ def _round_weights(pair: Pair, w: float) -> tuple[float, float]:
     return ((1 - w) * pair.ring, w * pair.slowest) if pair.split_round else (pair.ring, pair.slowest)
 
 
-def _weighted_links(table: np.ndarray, factor: float) -> np.ndarray:
-    """Link times (zero removes them in the reference formula); a class without a second member cannot follow itself."""
-    return np.where(np.isfinite(table), np.where(np.isfinite(table), table, 0.0) * factor, NEVER)
+def _weighted_links(table: np.ndarray, counted: bool) -> np.ndarray:
+    """Link times (none in the reference formula); a class without a second member cannot follow itself."""
+    return np.where(np.isfinite(table), table if counted else 0.0, NEVER)
 
 
 def _root_box(arrays: PairArrays) -> Box:

@@ -9,8 +9,10 @@ from ds_llmpq.errors import InfeasibleError, UserError
 from ds_llmpq.planner.exact import solve_exact
 from ds_llmpq.planner.feasibility import explain_memory, memory_feasible
 from ds_llmpq.planner.incumbent import Incumbent, ProgressEvent
+from ds_llmpq.planner.pins import Pins
 from ds_llmpq.planner.plan import Plan, SolverReport
 from ds_llmpq.planner.problem import Problem
+from ds_llmpq.planner.search import Search
 
 SOLVERS = ("auto", "gurobi", "highs", "search")
 
@@ -39,8 +41,13 @@ def solve(
     if not memory_feasible(problem):
         raise explain_memory(problem)
     best = Incumbent(problem, formula, started=started, progress=progress)
-    backend = "auto" if solver == "search" else solver
-    used = solve_exact(problem, best, backend, deadline=started + time_limit_seconds, gap=gap, seed=seed)
+    deadline = started + time_limit_seconds
+    if solver == "search":
+        search = Search(problem, best, Pins(), gap=gap, deadline=deadline)
+        search.run()
+        used = "search"
+    else:
+        used = solve_exact(problem, best, solver, deadline=deadline, gap=gap, seed=seed)
     if best.assignment is None:
         raise InfeasibleError("No plan meets the limit; raise problem.objective.limit.")
     seconds = time.monotonic() - started

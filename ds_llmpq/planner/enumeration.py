@@ -1,0 +1,139 @@
+"""Close a box exactly: every plan in it that could beat the target, depth first, pruned by the costs to go.
+
+Used where splitting the box no longer helps: what is left is the gap between whole-number and priced widths, between
+the two sides of a decode round, or between a hard limit and its price. Works for small or nearly closed boxes; a step
+limit tells when it is not.
+"""
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ds_llmpq.planner.objective import Assignment, Stage
+from ds_llmpq.planner.stages import NEVER
+
+if TYPE_CHECKING:
+    from ds_llmpq.planner.search import Node, Search
+
+OPTION_LIMIT = 4000
+
+
+class TooMany(Exception):
+    """The box holds more candidates than the limit allows."""
+
+
+@dataclass
+class Enumeration:
+    """Depth-first enumeration of one node's box; `run` is true when nothing below the target was left out."""
+
+    search: "Search"
+    node: "Node"
+    steps: int
+    options: dict[tuple[int, int, int], list[tuple[float, float, float, tuple[int, ...]]]] = field(default_factory=dict)
+
+    def run(self) -> bool:
+        search, node = self.search, self.node
+        self.pair = search.pairs[node.pair]
+        self.stage, self.link, self.final = search.tables(node)
+        self.after = search.space.costs_to_go(self.stage[None], self.link[None], self.final[None]).after[0]
+        self.constant = search.constant(node)
+        self.ring = search.ring_weight(node)
+        try:
+            self._extend(0, 0, -1, self.constant, [])
+        except TooMany:
+            return False
+        return True
+
+    def _hopeless(self, value: float) -> bool:
+        units = self.search.in_objective_units(value - 1e-9 * abs(value), self.node.duals.theta)
+        return units >= self.search.target
+
+    def _extend(self, first: int, state: int, last: int, cost: float, placed: list) -> None:
+        """Try all next stages, the most promising first."""
+        search, layers = self.search, self.stage.shape[1]
+        if first == layers:
+            self._offer(placed)
+            return
+        tried = []
+        for c in np.flatnonzero(~search.space.full[state]):
+            arrive = cost + (self.link[last, c] if last >= 0 else 0.0)
+            reach = layers - first
+            values = arrive + self.stage[c, first, :reach] + self.after[first + 1 : layers + 1, state, c]
+            tried += [(values[k], int(c), k + 1, arrive) for k in range(reach) if values[k] < NEVER]
+        for value, c, k, arrive in sorted(tried):
+            if self._hopeless(value):
+                break
+            onward = self.after[first + k, state, c]
+            whole = self.final[c] if first == 0 and k == layers else 0.0  # a single stage has no way back
+            for prefill, decode, omega, widths in self._stage_options(search.classes.kind[c], first, k):
+                total = arrive + prefill + self.ring * decode + self.node.duals.theta * omega
+                total += search.duals_price(self.node, c) - whole
+                self._count()
+                if not self._hopeless(total + onward):
+                    used = int(search.space.next[state, c])
+                    self._extend(first + k, used, c, total, [*placed, (c, first, first + k, widths)])
+
+    def _count(self, steps: int = 1) -> None:
+        self.steps -= steps
+        if self.steps < 0 or time.monotonic() > self.search.deadline:
+            raise TooMany
+
+    def _offer(self, placed: list) -> None:
+        search, arrays = self.search, self.pair.arrays
+        free = [list(devices) for devices in search.classes.members]
+        stages = tuple(
+            Stage(
+                search.problem.devices[free[c].pop(0)].name, first, last, tuple(search.problem.bits[b] for b in widths)
+            )
+            for c, first, last, widths in placed
+        )
+        search.best.offer(Assignment(stages, arrays.prefill_micro_batch, arrays.decode_micro_batch))
+
+    def _stage_options(self, q: int, first: int, k: int) -> list[tuple[float, float, float, tuple[int, ...]]]:
+        """(P, D, omega, widths) of the undominated width choices within the box."""
+        key = (q, first, k)
+        if key not in self.options:
+            stages, box = self.pair.stages, self.node.box
+            at_start, at_end = first == 0, first + k == stages.layers
+            limits = stages.limits(q, box, at_start, at_end)
+            limits = limits + 1e-9 * np.abs(limits)
+            found: dict[tuple[int, ...], tuple] = {(0,) * stages.widths: (0.0, 0.0, 0.0, 0.0, ())}
+            for layer in range(first, first + k):
+                found = self._with_layer(found, q, layer, limits)
+            ends = [int(at_start) * stages.embed[p, q] + int(at_end) * stages.head[p, q] for p in (0, 1)]
+            options = [(p + ends[0], d + ends[1], omega, widths) for p, d, _, omega, widths in found.values()]
+            self.options[key] = _undominated(options)
+        return self.options[key]
+
+    def _with_layer(self, found: dict, q: int, layer: int, limits: np.ndarray) -> dict:
+        """All choices with one more layer; among equal compositions of like layers the least omega is enough."""
+        stages, grown = self.pair.stages, {}
+        alike = stages.costs[q].same_bytes
+        for key, (p, d, m, omega, widths) in found.items():
+            for b in np.flatnonzero(stages.usable[q] & stages.allowed[layer]):
+                use = (p + stages.prefill[q, b], d + stages.decode[q, b], m + stages.bytes[layer, b])
+                if any(u > limit for u, limit in zip(use, limits, strict=True)):
+                    continue
+                name = (*key[:b], key[b] + 1, *key[b + 1 :]) if alike else (*widths, int(b))
+                loss = omega + stages.arrays.omega[layer, b]
+                if name not in grown or loss < grown[name][3]:
+                    grown[name] = (*use, loss, (*widths, int(b)))
+            if len(grown) > OPTION_LIMIT:
+                raise TooMany
+        self._count(len(grown))
+        return grown
+
+
+def _undominated(options: list[tuple]) -> list[tuple]:
+    """Without those that another equals or beats in P, D and omega."""
+    if not options:
+        return []
+    values = np.array([option[:3] for option in options])
+    order = np.lexsort(values.T[::-1])
+    kept: list[int] = []
+    for i in order:
+        if not kept or not (values[kept] <= values[i]).all(axis=1).any():
+            kept.append(int(i))
+    return [options[i] for i in kept]
