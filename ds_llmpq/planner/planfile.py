@@ -52,8 +52,8 @@ def deployed(
     kinds = sorted({device.type.kind for device in devices})
     if len(kinds) > 1:
         raise UserError(
-            f"The plan mixes {' and '.join(kinds)} devices, which have no communicator in common; leave one kind out of "
-            "the cluster."
+            f"The plan mixes {' and '.join(kinds)} devices, which have no communicator in common; leave one kind "
+            "out of the cluster."
         )
     order = {device.name: index for index, device in enumerate(cluster.devices)}
     where = [(device.host, device.slot) for device in devices]
