@@ -18,8 +18,10 @@ _USAGE = """usage: ds-llmpq VERB [key=value ...]     (ds-llmpq VERB --help shows
 
   detect   describe this machine as a cluster
   plan     decide layers, bit widths and micro-batches; writes plan.json, problem.json, hostfile
+  profile  time this machine's devices on the model, for `plan planner.profile=DIR`
   run      plan if needed, start DeepSpeed, turn a file of prompts into a file of results
   serve    one rank of a planned pipeline, started by the deepspeed launcher
+  report   fidelity run=DIR | fidelity profile=DIR: predictions against measurements
 """
 
 
@@ -30,6 +32,8 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(print(_USAGE))
     if verb == "--version":
         sys.exit(print(__version__))
+    if verb == "report" and rest and not rest[0].startswith("-") and "=" not in rest[0]:
+        rest[0] = f"what={rest[0]}"
     try:
         if verb not in config.VERBS:
             raise UserError(f"There is no verb {verb!r}; the verbs are {', '.join(config.VERBS)}.")
@@ -50,6 +54,8 @@ def report(error: UserError) -> int:
 def _through_hydra(verb: str, arguments: list[str]) -> int:
     """Runs a verb once, or many times with -m; the worst exit code of all."""
     config.register()
+    if verb == "run" and not arguments:
+        arguments = ["+experiment=demo"]
     if not any(argument.startswith("-") for argument in arguments):
         arguments = [config.quoted(argument) for argument in arguments]
         config.composed(verb, arguments)  # says a mistake in one sentence before Hydra says it in many lines

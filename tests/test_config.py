@@ -24,6 +24,12 @@ def test_a_group_entry_composes(group, entry):
     assert getattr(settings, group) is not None
 
 
+@pytest.mark.parametrize("experiment", [file.stem for file in (config.conf_folder() / "experiment").glob("*.yaml")])
+@pytest.mark.parametrize("verb", ["plan", "run"])
+def test_an_experiment_composes(verb, experiment):
+    config.to_object(config.composed(verb, [f"+experiment={experiment}"]), config.VERBS[verb])
+
+
 def test_the_papers_clusters_are_all_there():
     assert {f"cluster{number}" for number in range(1, 12)} <= {entry for group, entry in ENTRIES if group == "cluster"}
 
@@ -64,7 +70,7 @@ def test_what_is_quoted_already_stays():
 
 
 def test_sizes_and_assets_resolve(tmp_path):
-    settings = config.to_object(config.composed("plan", ["cluster=local_cpu2"]), config.VERBS["plan"])
+    settings = config.to_object(config.composed("plan", ["cluster=demo_cpu2"]), config.VERBS["plan"])
     assert all(device.memory_bytes % 2**20 == 0 for device in settings.cluster.hosts[0].devices)
     assert Path(config.asset("demo_prompts.jsonl")).is_file()
     with pytest.raises(UserError, match="asset:nothing"):

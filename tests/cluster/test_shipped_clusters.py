@@ -84,7 +84,7 @@ def test_published_workloads(name, expected):
 
 
 def test_tiny_model_cannot_stay_unquantized_on_two_unlike_cpu_stages():
-    """What local_cpu2 is for: all layers at 16 bits do not fit, 8 bits do, and the second stage holds the fewer."""
+    """What demo_cpu2 is for: all layers at 16 bits do not fit, 8 bits do, and the second stage holds the fewer."""
     shape = ModelShape.from_config(
         {
             "model_type": "llama",
@@ -98,7 +98,7 @@ def test_tiny_model_cannot_stay_unquantized_on_two_unlike_cpu_stages():
             "max_position_embeddings": 1024,
         }
     )
-    cluster = Cluster.from_config(load("cluster", "local_cpu2", ClusterConfig))
+    cluster = Cluster.from_config(load("cluster", "demo_cpu2", ClusterConfig))
     workload = load("workload", "demo", WorkloadConfig)
     problem = prepare(cluster, shape, workload, QuantConfig(), PlannerConfig(), dtype="bfloat16").problem
     memory, sizes = problem.memory, problem.micro_batches

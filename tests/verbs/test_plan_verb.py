@@ -30,7 +30,7 @@ def small(tmp_path):
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text(json.dumps(SHAPE))
-    return ["workload=demo", f"model.path={model}"]
+    return ["cluster=demo_cpu2", "workload=demo", f"model.path={model}"]
 
 
 @pytest.fixture
