@@ -8,11 +8,11 @@ from pathlib import Path
 from ds_llmpq import config
 from ds_llmpq.batch.job import Job
 from ds_llmpq.batch.progress import ERROR_MARK, Bar, read
-from ds_llmpq.batch.results import check_folder
+from ds_llmpq.batch.results import check_folder, read_finished
 from ds_llmpq.cluster.hostfile import hostfile_disagreements, parse_hostfile, write_hostfile
-from ds_llmpq.engine.launcher import Launch
+from ds_llmpq.engine.launcher import LOG_NAME, Launch
 from ds_llmpq.engine.launcher import run as launch
-from ds_llmpq.errors import UserError
+from ds_llmpq.errors import Interrupted, UserError
 from ds_llmpq.planner import Plan
 from ds_llmpq.planner.planfile import check_model, launch_order, read_plan, write_plan
 from ds_llmpq.report.plan_table import plan_table
@@ -28,7 +28,10 @@ def run(settings: RunVerb, out: Path) -> int:
     if not config.absolute(settings.input).is_file():
         raise UserError(f"input={settings.input} is not a file; give a batch file in JSON lines.")
     check_folder(out)
+    if finished := read_finished(out):
+        raise UserError(f"{out} already holds {len(finished)} results; give another out=DIR.")
     plan = _plan(settings, out)
+    _check_hostfile(settings, plan)
     print(plan_table(plan), flush=True)
     job = Job(
         plan=plan,
@@ -40,7 +43,7 @@ def run(settings: RunVerb, out: Path) -> int:
         trust_remote_code=settings.model.trust_remote_code,
         supervised=True,
     )
-    _follow(_launch(settings, plan, out), job)
+    _follow(Launch.of_plan(plan, out, settings.engine.master_port), job)
     metrics = json.loads((out / "metrics.json").read_text())
     print(run_summary(metrics))
     print(f"results: {out / 'results.jsonl'}")
@@ -72,23 +75,15 @@ def _checkpoint(settings: RunVerb, plan: Plan) -> Path:
     return path
 
 
-def _launch(settings: RunVerb, plan: Plan, out: Path) -> Launch:
-    order = launch_order(plan)
-    hostfile = out / "hostfile"
-    if settings.hostfile is not None:
-        hostfile = config.absolute(settings.hostfile)
-        wrong = hostfile_disagreements(parse_hostfile(hostfile), order)
-        if wrong:
-            raise UserError(f"Hostfile {hostfile} disagrees with the plan: {wrong[0]}; plan again or change the file.")
-    return Launch(
-        hostfile=hostfile,
-        include=plan.engine["include"],
-        hosts=tuple(dict.fromkeys(host for host, _ in order)),
-        kind=plan.engine["stages"][0]["kind"],
-        env=plan.engine["env"],
-        folder=out,
-        master_port=settings.engine.master_port,
-    )
+def _check_hostfile(settings: RunVerb, plan: Plan) -> None:
+    """The user's hostfile only confirms that the plan's devices may be used: ranks follow the order of the hosts, so
+    the launcher gets the one written from the plan."""
+    if settings.hostfile is None:
+        return
+    hostfile = config.absolute(settings.hostfile)
+    wrong = hostfile_disagreements(parse_hostfile(hostfile), launch_order(plan))
+    if wrong:
+        raise UserError(f"Hostfile {hostfile} disagrees with the plan: {wrong[0]}; plan again or change the file.")
 
 
 def _follow(start: Launch, job: Job) -> None:
@@ -104,6 +99,8 @@ def _follow(start: Launch, job: Job) -> None:
 
     try:
         code = launch(start, ["--job", job.to_token()], on_line)
+    except KeyboardInterrupt:
+        raise Interrupted(f"Interrupted; what finished is kept in {job.output}.") from None
     finally:
         bar.close()
     if mistakes:
@@ -111,5 +108,5 @@ def _follow(start: Launch, job: Job) -> None:
     if code:
         raise UserError(
             f"The pipeline ended with exit code {code}; what finished is kept in {job.output}, and the reason is in "
-            f"{start.folder / 'launcher.log'}."
+            f"{start.folder / LOG_NAME}."
         )
