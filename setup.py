@@ -46,6 +46,7 @@ setup(
         "matplotlib>=3.9",
         "numpy>=2.0",
         "omegaconf>=2.3.1",
+        "psutil>=5.9",
         "safetensors>=0.8",
         "scipy>=1.17",
         "torch>=2.13",

@@ -11,7 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from ds_llmpq import __version__, config
-from ds_llmpq.errors import UserError
+from ds_llmpq.errors import Interrupted, UserError
 from ds_llmpq.report import sweep
 
 _USAGE = """usage: ds-llmpq VERB [key=value ...]     (ds-llmpq VERB --help shows a verb's keys)
@@ -43,6 +43,8 @@ def main(arguments: list[str] | None = None) -> None:
             code = _through_hydra(verb, rest)
     except UserError as error:
         code = report(error)
+    except KeyboardInterrupt:
+        code = report(Interrupted("Interrupted."))
     sys.exit(code)
 
 

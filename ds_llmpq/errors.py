@@ -11,3 +11,9 @@ class InfeasibleError(UserError):
     """No plan exists. The message names the binding constraint and the smallest change that would make it feasible."""
 
     exit_code = 2
+
+
+class Interrupted(UserError):
+    """The user ended the run."""
+
+    exit_code = 130

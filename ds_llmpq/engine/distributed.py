@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import datetime
 import os
+import socket
 from dataclasses import dataclass
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -46,6 +48,7 @@ def join(plan: Plan, timeout_seconds: float) -> Place:
     threads = plan.engine["stages"][stage_index].get("threads")
     if kind == "cpu" and threads:
         torch.set_num_threads(threads)
+    choose_interface(os.environ.get("MASTER_ADDR", ""))
     timeout = datetime.timedelta(seconds=timeout_seconds)
     _init_process_group(kind, timeout)
     side_group = dist.new_group(backend="gloo", timeout=timeout)
@@ -69,6 +72,24 @@ def local_rank(plan: Plan, rank: int) -> int:
     """Index of a rank among those of its host, in slot order: the launcher shows each host's used slots, renumbered."""
     hosts = {stage.rank: stage.host for stage in plan.stages}
     return sum(1 for other in hosts if hosts[other] == hosts[rank] and other < rank)
+
+
+def choose_interface(master_address: str) -> None:
+    """Has gloo and NCCL talk over the interface that leads to rank 0, unless the environment names another.
+
+    Left alone, gloo takes the one that this host's own name resolves to, often loopback: other hosts then wait forever.
+    """
+    try:
+        family, kind, protocol, _, target = socket.getaddrinfo(master_address, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(target)  # sends nothing: only asks for the route
+            own = probe.getsockname()[0]
+    except OSError:
+        return
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(address.address == own for address in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
 
 
 def _launched() -> tuple[int, int]:

@@ -1,32 +1,47 @@
-"""Starting the real `deepspeed` launcher as a child process and following it. Imports no torch.
+"""Starting the real `deepspeed` launcher as a child process, following it, and ending it. Imports no torch.
 
-The child runs in a session of its own: DeepSpeed's multi-host runner answers Ctrl-C with `pkill -f` on every host, so
-the user's Ctrl-C must not reach it. To stop, the driver's process is told; its end ends all others.
+DeepSpeed's multi-host runner answers Ctrl-C and SIGTERM with `pkill -f` on every host, which may hit others' processes.
+So the launcher runs in a session of its own, where the user's Ctrl-C does not reach it, and is ended by SIGKILL; every
+rank watches its output (`end_with_listener`) and ends as soon as nobody reads it any more, on whichever host it is.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import select
+import shlex
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ds_llmpq.errors import UserError
+import psutil
 
+from ds_llmpq.errors import UserError
+from ds_llmpq.planner.plan import Plan
+from ds_llmpq.planner.planfile import launch_order
+
+ENVIRONMENT_NAME = "deepspeed_env"
+LOG_NAME = "launcher.log"
 # carried to every host, beside what the cluster's configuration adds
 _CARRIED = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 _SAFE_VALUE = re.compile(r"[A-Za-z0-9_.,:/+=@%-]*")
 _SAFE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+# what DeepSpeed's per-host launcher says when one of its ranks died
+_RANK_DIED = "exits with return code = "
+# how long the other ranks have to end by themselves, so that their messages reach the log
+_GRACE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How to start a plan: `kind` cpu or cuda; `env` goes to every host."""
+    """How to start a plan: `hosts` in the order of the ranks, `kind` cpu or cuda, `env` for every host."""
 
     hostfile: Path
     include: str
@@ -35,6 +50,19 @@ class Launch:
     env: Mapping[str, str]
     folder: Path  # for the launcher's log and its environment file
     master_port: int | None = None
+
+    @classmethod
+    def of_plan(cls, plan: Plan, folder: Path, master_port: int | None = None) -> Launch:
+        """A plan whose hostfile lies in `folder`."""
+        return cls(
+            hostfile=folder / "hostfile",
+            include=plan.engine["include"],
+            hosts=tuple(dict.fromkeys(host for host, _ in launch_order(plan))),
+            kind=plan.engine["stages"][0]["kind"],
+            env=plan.engine["env"],
+            folder=folder,
+            master_port=master_port,
+        )
 
     @property
     def local(self) -> bool:
@@ -46,25 +74,40 @@ def is_local(host: str) -> bool:
     return host in ("localhost", "127.0.0.1", socket.gethostname(), socket.getfqdn())
 
 
+def options(launch: Launch) -> list[str]:
+    """The launcher's own options."""
+    line = ["--hostfile", str(launch.hostfile), "--include", launch.include]
+    if launch.local:
+        line += ["--no_ssh_check", "--master_addr", "127.0.0.1"]
+    else:
+        if "MASTER_ADDR" in launch.env:  # else DeepSpeed asks the first host for its first address
+            line += ["--master_addr", launch.env["MASTER_ADDR"]]
+        if len(launch.hosts) == 1:
+            line += ["--force_multi"]
+    return line
+
+
 def command(launch: Launch, arguments: list[str]) -> list[str]:
     """The launcher's command line; `arguments` are those of `serve`."""
     port = launch.master_port or free_port()
-    line = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(launch.hostfile)]
-    line += ["--include", launch.include, "--master_port", str(port), "--log_level", "warning"]
-    if launch.local:
-        line += ["--no_ssh_check", "--master_addr", "127.0.0.1"]
-    elif len(launch.hosts) == 1:
-        line += ["--force_multi"]
+    line = [sys.executable, "-m", "deepspeed.launcher.runner", *options(launch)]
+    line += ["--master_port", str(port), "--log_level", "warning"]
     return [*line, "--module", "ds_llmpq.verbs.serve", *arguments]
+
+
+def by_hand(launch: Launch, arguments: list[str]) -> str:
+    """A shell's line that does the same without `run` watching over it; its variables are in the environment file."""
+    variables = [f"DS_ACCELERATOR={launch.kind}"]
+    if not launch.local:
+        variables.append("DS_ENV_FILE=" + shlex.quote(str(launch.folder / ENVIRONMENT_NAME)))
+    line = ["deepspeed", *options(launch), "--module", "ds_llmpq.verbs.serve", *arguments]
+    return " ".join([*variables, shlex.join(line)])
 
 
 def environment(launch: Launch) -> dict[str, str]:
     """Variables for every rank. `UserError` for one that a remote shell could misread."""
     carried = {name: os.environ[name] for name in _CARRIED if name in os.environ}
     own = {"DS_ACCELERATOR": launch.kind, "OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false"}
-    if launch.local:
-        # a rendezvous of one machine is nobody else's business
-        own |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
     env = {"OMP_NUM_THREADS": "1", **own, **carried, **launch.env}
     for name, value in env.items():
         if not _SAFE_NAME.fullmatch(name) or not _SAFE_VALUE.fullmatch(value):
@@ -72,35 +115,63 @@ def environment(launch: Launch) -> dict[str, str]:
     return env
 
 
+def write_environment(launch: Launch) -> Path:
+    """The file that DeepSpeed's `DS_ENV_FILE` names: NAME=VALUE lines, exported on every host."""
+    file = launch.folder / ENVIRONMENT_NAME
+    file.write_text("".join(f"{name}={value}\n" for name, value in environment(launch).items()))
+    return file
+
+
 def run(launch: Launch, arguments: list[str], on_line: Callable[[str], None]) -> int:
     """Runs the launcher to its end, every line of its output going to `launcher.log` and to `on_line`.
 
-    Returns its exit code. KeyboardInterrupt passes on after the ranks have been stopped.
+    Returns its exit code. When one rank has died, the others get a few seconds to say what they met and are then
+    ended. KeyboardInterrupt (Ctrl-C, SIGTERM or SIGHUP) passes on after all ranks have been stopped.
     """
-    env = environment(launch)
-    env_file = launch.folder / "deepspeed_env"
-    env_file.write_text("".join(f"{name}={value}\n" for name, value in env.items()))
+    file = write_environment(launch)
     package = str(Path(__file__).resolve().parents[2])
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
-    full = os.environ | env | {"DS_ENV_FILE": str(env_file), "PYTHONPATH": os.pathsep.join(paths)}
-    with open(launch.folder / "launcher.log", "wb") as log:
+    env = os.environ | environment(launch) | {"DS_ENV_FILE": str(file), "PYTHONPATH": os.pathsep.join(paths)}
+    with open(launch.folder / LOG_NAME, "wb") as log, _stopped_by_signals():
         child = subprocess.Popen(
             command(launch, arguments),
-            env=full,
+            env=env,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+        grace = threading.Timer(_GRACE_SECONDS, _stop, [child])
+        grace.daemon = True
         try:
             for line in child.stdout:
                 log.write(line)
                 log.flush()
-                on_line(line.decode(errors="replace").rstrip("\n"))
+                text = line.decode(errors="replace").rstrip("\n")
+                on_line(text)
+                if _RANK_DIED in text and not grace.is_alive():
+                    grace.start()
             return child.wait()
         except BaseException:
             _stop(child)
             raise
+        finally:
+            grace.cancel()
+
+
+def end_with_listener(descriptor: int = 2) -> None:
+    """Ends this process, without further ado, as soon as nobody reads what it writes to `descriptor`.
+
+    That is how a rank learns that `run` has been interrupted or killed: the pipe, or over ssh the connection, breaks.
+    """
+    poller = select.poll()
+    poller.register(descriptor, 0)  # broken pipes are always reported
+
+    def watch() -> None:
+        poller.poll()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def free_port() -> int:
@@ -111,9 +182,30 @@ def free_port() -> int:
 
 
 def _stop(child: subprocess.Popen) -> None:
-    """Ends the local processes; those on other hosts end when their connections close."""
-    try:
-        os.killpg(child.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
+    """Ends the launcher and all it started here; ranks on other hosts end when their connection breaks."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        launcher = psutil.Process(child.pid)
+        # pdsh gives each ssh a session of its own, so ending the launcher's process group would miss them
+        for process in [launcher, *launcher.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
     child.wait()
+
+
+@contextlib.contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """SIGTERM and a closed terminal end a run as Ctrl-C does, instead of leaving its ranks behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    wanted = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, interrupt) for number in wanted}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

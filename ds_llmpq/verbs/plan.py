@@ -10,6 +10,7 @@ from ds_llmpq import config
 from ds_llmpq.batch.workload import sized_workload
 from ds_llmpq.cluster.cluster import Cluster
 from ds_llmpq.cluster.hostfile import write_hostfile
+from ds_llmpq.engine.launcher import Launch, by_hand, write_environment
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.fingerprint import fingerprint
 from ds_llmpq.models.shape import ModelShape, read_shape
@@ -28,7 +29,7 @@ def run(settings: PlanVerb, out: Path) -> int:
     print(plan_table(plan))
     print(f"plan: {out / 'plan.json'}")
     if plan.engine is not None:
-        print("by hand: " + by_hand(out))
+        print("by hand: " + launch_line(plan, out))
     return 0
 
 
@@ -69,14 +70,11 @@ def _options(planner: PlannerConfig) -> dict[str, Any]:
     }
 
 
-def by_hand(out: Path) -> str:
-    """The launcher's line for this plan; `run` does the same and watches over it."""
-    plan = json.loads((out / "plan.json").read_text())
-    return (
-        f"DS_ACCELERATOR={plan['engine']['stages'][0]['kind']} deepspeed --hostfile {out / 'hostfile'} "
-        f"--include {plan['engine']['include']} --module ds_llmpq.verbs.serve plan={out / 'plan.json'} "
-        "input=FILE output=DIR"
-    )
+def launch_line(plan: Plan, out: Path) -> str:
+    """A shell's line that starts this plan; `run` does the same and watches over it. Writes the hosts' variables."""
+    launch = Launch.of_plan(plan, out)
+    write_environment(launch)
+    return by_hand(launch, [f"plan={out / 'plan.json'}", "input=FILE", "output=DIR"])
 
 
 def _model(model: ModelConfig) -> tuple[ModelShape, dict[str, str | None]]:

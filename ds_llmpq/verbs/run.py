@@ -8,6 +8,7 @@ from pathlib import Path
 from ds_llmpq import config
 from ds_llmpq.batch.job import Job
 from ds_llmpq.batch.progress import ERROR_MARK, Bar, read
+from ds_llmpq.batch.reader import read_requests
 from ds_llmpq.batch.results import check_folder, read_finished
 from ds_llmpq.cluster.hostfile import hostfile_disagreements, parse_hostfile, write_hostfile
 from ds_llmpq.engine.launcher import LOG_NAME, Launch
@@ -25,8 +26,7 @@ from ds_llmpq.verbs.serve import SOME_FAILED
 def run(settings: RunVerb, out: Path) -> int:
     if not settings.input:
         raise UserError("run needs input=FILE, a batch file in JSON lines.")
-    if not config.absolute(settings.input).is_file():
-        raise UserError(f"input={settings.input} is not a file; give a batch file in JSON lines.")
+    read_requests(config.absolute(settings.input), settings.batch)  # what rank 0 would refuse is said at once
     check_folder(out)
     if finished := read_finished(out):
         raise UserError(f"{out} already holds {len(finished)} results; give another out=DIR.")
@@ -63,14 +63,13 @@ def _plan(settings: RunVerb, out: Path) -> Plan:
 
 
 def _checkpoint(settings: RunVerb, plan: Plan) -> Path:
-    """Where the weights are: where they were planned for, or model.path if they are no longer there."""
-    planned = (plan.model or {}).get("path")
-    if planned is not None and Path(planned).is_dir():
-        path = Path(planned)
-    elif settings.model.path is not None:
-        path = config.absolute(settings.model.path)
-    else:
+    """Where the weights are: where the user says, else where they were planned for."""
+    given, planned = settings.model.path, (plan.model or {}).get("path")
+    if given == config.asset("tiny-llama"):  # model=tiny is only the default
+        given = planned
+    if given is None and planned is None:
         raise UserError("The model is known by its shape alone, enough to plan but not to run; give model.path=DIR.")
+    path = config.absolute(given or planned)
     check_model(plan, path)
     return path
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 
 from ds_llmpq import config
 from ds_llmpq.batch.job import Job
 from ds_llmpq.batch.progress import ERROR_MARK
+from ds_llmpq.engine.launcher import end_with_listener
 from ds_llmpq.errors import UserError
 from ds_llmpq.planner.planfile import read_plan
 from ds_llmpq.schema import ServeVerb
@@ -26,6 +28,9 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"{ERROR_MARK}{error}", file=sys.stderr, flush=True)
         return error.exit_code
+    except Exception:
+        traceback.print_exc()  # for launcher.log
+        return 1
 
 
 def _job(arguments: list[str]) -> Job:
@@ -55,6 +60,8 @@ def _job(arguments: list[str]) -> Job:
 def _serve(job: Job) -> int:
     if job.plan.engine is None:
         raise UserError("The plan was made from plain data and names no devices; plan with cluster=... and model=...")
+    if job.supervised:
+        end_with_listener()
     # before anything imports deepspeed, which looks for an accelerator when it is imported
     os.environ["DS_ACCELERATOR"] = job.plan.engine["stages"][0]["kind"]
     from ds_llmpq.batch.serving import serve
@@ -68,4 +75,8 @@ def _serve(job: Job) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # All files are closed. Taking torch apart would need seconds, and after a failure the others wait to see it.
+    os._exit(exit_code)
