@@ -39,20 +39,23 @@ def sample(logits: torch.Tensor, rows: Sequence[RowSampling], steps: Sequence[in
         return tokens
     device = logits.device
     picked = [rows[index] for index in chosen]
-    temperature = torch.tensor([row.temperature for row in picked], device=device)[:, None]
-    top_k = torch.tensor([row.top_k or logits.shape[-1] for row in picked], device=device)[:, None]
-    top_p = torch.tensor([row.top_p for row in picked], device=device)[:, None]
-    draws = [uniform_draw(row.seed, steps[index]) for index, row in zip(chosen, picked, strict=True)]
 
-    scaled = logits[chosen].float() / temperature
-    ordered, order = torch.sort(scaled, dim=-1, descending=True, stable=True)
-    ordered = ordered.masked_fill(torch.arange(ordered.shape[-1], device=device) >= top_k, -torch.inf)
-    probability = torch.softmax(ordered, dim=-1)
+    def column(values: list[float]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
+
+    draws = column([uniform_draw(row.seed, steps[index]) for index, row in zip(chosen, picked, strict=True)])
+    top_p = column([row.top_p for row in picked])
+    top_k = column([row.top_k or logits.shape[-1] for row in picked])
+
+    ordered, order = torch.sort(logits[chosen].float(), dim=-1, descending=True, stable=True)
+    # relative to the best token, so that no temperature however small gives an infinite quotient for it
+    scaled = (ordered - ordered[:, :1]).double() / column([row.temperature for row in picked])
+    scaled = scaled.masked_fill(torch.arange(ordered.shape[-1], device=device) >= top_k, -torch.inf)
+    probability = torch.softmax(scaled, dim=-1)
     # a token stays in while the mass before it is under top_p; the first always does
     before = probability.cumsum(dim=-1) - probability
-    probability = probability.masked_fill((before >= top_p) & (before > 0), 0.0)
-    cumulative = probability.double().cumsum(dim=-1)
-    threshold = torch.tensor(draws, dtype=torch.float64, device=device)[:, None] * cumulative[:, -1:]
-    rank = torch.searchsorted(cumulative, threshold, right=True).clamp(max=order.shape[-1] - 1)
+    probability = probability.masked_fill((before >= top_p) & (before > 0) & (top_p < 1), 0.0)
+    cumulative = probability.cumsum(dim=-1)
+    rank = torch.searchsorted(cumulative, draws * cumulative[:, -1:], right=True).clamp(max=order.shape[-1] - 1)
     tokens[chosen] = order.gather(-1, rank)[:, 0]
     return tokens

@@ -1,0 +1,154 @@
+"""Sampling against a slow reference, its edges, and what it must not depend on."""
+
+import dataclasses
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from ds_llmpq.engine.sampling import GREEDY, RowSampling, sample, uniform_draw
+
+
+def allowed_probabilities(logits: list[float], row: RowSampling) -> dict[int, float]:
+    """Token -> probability, by the definitions: softmax at the temperature, the top_k best, the fewest best that
+    together reach top_p."""
+    top = max(logits)
+    weights = {token: math.exp((value - top) / row.temperature) for token, value in enumerate(logits)}
+    best = sorted(weights, key=lambda token: (-weights[token], token))[: row.top_k or len(logits)]
+    mass = sum(weights[token] for token in best)
+    kept, reached = {}, 0.0
+    for token in best:
+        if kept and reached >= row.top_p * mass:
+            break
+        kept[token] = weights[token]
+        reached += weights[token]
+    total = sum(kept.values())
+    return {token: weight / total for token, weight in kept.items()}
+
+
+def inverse_distribution(logits: list[float], row: RowSampling, step: int) -> int:
+    """The token whose part of the cumulative distribution, best token first, holds the draw."""
+    draw, reached = uniform_draw(row.seed, step), 0.0
+    probabilities = allowed_probabilities(logits, row)
+    for token, probability in probabilities.items():
+        reached += probability
+        if draw < reached:
+            return token
+    return list(probabilities)[-1]
+
+
+def random_row(generator: random.Random) -> RowSampling:
+    return RowSampling(
+        temperature=generator.choice((0.2, 0.7, 1.0, 1.9)),
+        top_p=generator.choice((1.0, 0.95, 0.5, 0.05)),
+        top_k=generator.choice((0, 1, 3, 20, 10_000)),
+        seed=generator.randrange(-5, 2**63),
+    )
+
+
+def test_greedy_is_argmax():
+    logits = torch.randn(50, 301, generator=torch.Generator().manual_seed(0))
+    assert sample(logits, [GREEDY] * 50, [0] * 50).tolist() == logits.argmax(-1).tolist()
+
+
+def test_every_draw_is_the_reference_s():
+    generator = random.Random(1)
+    logits = torch.randn(600, 61, generator=torch.Generator().manual_seed(1)) * 3
+    rows = [random_row(generator) for _ in range(600)]
+    steps = [generator.randrange(1000) for _ in rows]
+    found = sample(logits, rows, steps).tolist()
+    wanted = [
+        inverse_distribution(values, row, step) for values, row, step in zip(logits.tolist(), rows, steps, strict=True)
+    ]
+    assert found == wanted
+    assert len(set(found)) > 20
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        RowSampling(1.0),
+        RowSampling(0.5, top_k=4),
+        RowSampling(1.5, top_p=0.7),
+        RowSampling(0.8, top_p=0.9, top_k=5),
+    ],
+)
+def test_frequencies_are_the_distribution_s(row):
+    """Pearson's chi-square over 20,000 seeds, under a bound that a true sampler passes but once in 10,000."""
+    logits = [2.0, 1.0, 0.5, 0.0, -0.3, 1.7, 0.9, -1.0]
+    draws = 20_000
+    rows = [dataclasses.replace(row, seed=seed) for seed in range(draws)]
+    counts = np.bincount(sample(torch.tensor([logits] * draws), rows, [3] * draws), minlength=len(logits))
+    expected = allowed_probabilities(logits, row)
+    assert set(np.flatnonzero(counts)) == set(expected)
+    statistic = sum((counts[token] - draws * p) ** 2 / (draws * p) for token, p in expected.items())
+    assert statistic < 29.9  # 7 degrees of freedom at most
+
+
+def test_draws_of_one_seed_are_independent_uniforms():
+    draws = np.array([[uniform_draw(seed, step) for step in range(200)] for seed in range(100)])
+    assert ((draws >= 0) & (draws < 1)).all()
+    assert len(np.unique(draws)) == draws.size
+    assert abs(draws.mean() - 0.5) < 0.01
+    assert abs(np.corrcoef(draws[:, :-1].ravel(), draws[:, 1:].ravel())[0, 1]) < 0.03
+    assert abs(np.corrcoef(draws[:-1].ravel(), draws[1:].ravel())[0, 1]) < 0.03
+
+
+def test_a_row_depends_on_itself_alone():
+    """Neither on its neighbours nor on its place among them."""
+    generator = random.Random(2)
+    logits = torch.randn(40, 97, generator=torch.Generator().manual_seed(2)) * 2
+    rows = [random_row(generator) if index % 3 else GREEDY for index in range(40)]
+    steps = [generator.randrange(50) for _ in rows]
+    together = sample(logits, rows, steps).tolist()
+    order = generator.sample(range(40), 40)
+    shuffled = sample(logits[order], [rows[i] for i in order], [steps[i] for i in order]).tolist()
+    assert shuffled == [together[i] for i in order]
+    assert [int(sample(logits[i : i + 1], rows[i : i + 1], steps[i : i + 1])) for i in range(40)] == together
+
+
+def test_seed_and_step_matter():
+    logits = torch.zeros(30, 1000)
+    by_seed = sample(logits, [RowSampling(1.0, seed=seed) for seed in range(30)], [0] * 30)
+    by_step = sample(logits, [RowSampling(1.0, seed=7)] * 30, list(range(30)))
+    assert len(set(by_seed.tolist())) > 25
+    assert len(set(by_step.tolist())) > 25
+
+
+@pytest.mark.parametrize("temperature", [1e-4, 1e-6, 1e-38, 1e-46, 1e-300, 5e-324])
+def test_tiny_temperatures_are_greedy(temperature):
+    logits = torch.randn(20, 500, generator=torch.Generator().manual_seed(3)) * 10
+    logits[0] *= 5e36  # near the largest float32 numbers
+    rows = [RowSampling(temperature, top_p=0.9 if index % 2 else 1.0, seed=index) for index in range(20)]
+    found = sample(logits, rows, [0] * 20)
+    assert logits.gather(1, found[:, None])[:, 0].tolist() == logits.amax(1).tolist()
+
+
+@pytest.mark.parametrize("row", [RowSampling(2.0, top_p=0.0), RowSampling(2.0, top_k=1), RowSampling(9.0, top_p=1e-9)])
+def test_the_narrowest_choice_is_the_best_token(row):
+    logits = torch.randn(64, 33, generator=torch.Generator().manual_seed(4))
+    rows = [dataclasses.replace(row, seed=seed) for seed in range(64)]
+    assert sample(logits, rows, [5] * 64).tolist() == logits.argmax(-1).tolist()
+
+
+def test_ties_share_the_mass_that_top_p_leaves():
+    rows = [RowSampling(1.0, top_p=0.5, seed=seed) for seed in range(500)]
+    assert set(sample(torch.zeros(500, 8), rows, [0] * 500).tolist()) == {0, 1, 2, 3}
+
+
+def test_top_p_of_one_keeps_the_whole_tail():
+    """100,000 tokens, of which all but the first have together 1e-5 of the mass: they still come up."""
+    count = 100_000
+    logits = torch.full((1, count), math.log(1e-5 / count))
+    logits[0, 0] = 0.0
+    seed = next(seed for seed in range(10**7) if uniform_draw(seed, 0) > 1 - 0.5e-5)
+    assert int(sample(logits, [RowSampling(1.0, top_p=1.0, seed=seed)], [0])) > 0
+
+
+def test_broken_logits_still_give_tokens_of_the_vocabulary():
+    logits = torch.zeros(3, 10)
+    logits[0], logits[1, 4], logits[2, 3] = torch.nan, torch.nan, torch.inf
+    for row in (GREEDY, RowSampling(1.0), RowSampling(0.5, top_p=0.5, top_k=3)):
+        assert all(0 <= token < 10 for token in sample(logits, [row] * 3, [0] * 3).tolist())
