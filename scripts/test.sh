@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Installs what the tests need into .venv (see scripts/install.sh) and runs them all; arguments go to pytest:
+#   ./scripts/test.sh                  lint, fast tests, then those that start processes or take longer
+#   ./scripts/test.sh -k name          only the tests chosen
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+# The test of two hosts needs an ssh server, pdsh and ip. In a container they are installed where that is possible; on
+# a running system they are not, since installing a server there would also start it.
+missing() { ! command -v "$1" >/dev/null && [ ! -x "/usr/sbin/$1" ]; }
+if { missing pdsh || missing sshd || missing ip; } && [ "$(id -u)" = 0 ] && [ ! -d /run/systemd/system ] &&
+  command -v apt-get >/dev/null; then
+  export DEBIAN_FRONTEND=noninteractive
+  (timeout 120 apt-get update && timeout 180 apt-get install -y --no-install-recommends pdsh openssh-server iproute2) \
+    >/dev/null 2>&1 </dev/null || echo "pdsh, openssh-server and iproute2 could not be installed" >&2
+fi
+
+venv=$(./scripts/install.sh dev)
+export PATH="$venv/bin:$PATH"
+export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+
+if (($#)); then
+  exec python -m pytest "$@"
+fi
+ruff check .
+ruff format --check .
+slow="slow or launcher or netns"
+failed=0
+python -m pytest -q -rs --durations=10 -m "not ($slow)" || failed=1
+python -m pytest -q -rs --durations=25 -m "$slow" || failed=1
+echo "tests took $SECONDS s in all"
+exit $failed
