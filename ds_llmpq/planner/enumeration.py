@@ -59,8 +59,8 @@ class Enumeration:
         tried = []
         for c in np.flatnonzero(~search.space.full[state]):
             arrive = cost + (self.link[last, c] if last >= 0 else 0.0)
-            reach = layers - first
-            values = arrive + self.stage[c, first, :reach] + self.after[first + 1 : layers + 1, state, c]
+            reach = min(layers - first, self.stage.shape[2])
+            values = arrive + self.stage[c, first, :reach] + self.after[first + 1 : first + 1 + reach, state, c]
             tried += [(values[k], int(c), k + 1, arrive) for k in range(reach) if values[k] < NEVER]
         for value, c, k, arrive in sorted(tried):
             if self._hopeless(value):

@@ -11,23 +11,28 @@ from ds_llmpq.planner.feasibility import furthest_layer, pairs
 from ds_llmpq.planner.formulation import formulate, typical_scale
 from ds_llmpq.planner.incumbent import Incumbent
 from ds_llmpq.planner.milp import solve_model
+from ds_llmpq.planner.pins import Pins
 from ds_llmpq.planner.problem import Problem
 
 
-def solve_exact(problem: Problem, best: Incumbent, solver: str, *, deadline: float, gap: float, seed: int) -> str:
+def solve_exact(
+    problem: Problem, best: Incumbent, solver: str, pins: Pins, deadline: float, gap: float, seed: int
+) -> str:
     """Improve `best` and raise its bound; returns the name of the solver used."""
     used = solver
     candidates = [pair for pair in pairs(problem) if furthest_layer(problem, *pair) == problem.layers]
     bounds = dict.fromkeys(candidates, 0.0)
-    scale = 1000.0
+    scale, allowed = 1000.0, pins.placements(problem)
     for eta, xi in candidates:
         seconds = deadline - time.monotonic()
         if seconds <= 0:
             break
         if math.isfinite(best.value):
             scale = typical_scale(problem, best.value)
-        form = formulate(problem, pair_arrays(problem, eta, xi), scale=scale, formula=best.formula)
-        cutoff = best.value * scale * (1 + 1e-9) + 1e-9 if math.isfinite(best.value) else math.inf
+        arrays = pair_arrays(problem, eta, xi)
+        form = formulate(problem, arrays, allowed=allowed, scale=scale, formula=best.formula)
+        # Plans that improve by less than the gap are not worth proving; with no gap, ties may still be decided.
+        cutoff = best.value * scale * (1 + 1e-9 - gap) + 1e-9 if math.isfinite(best.value) else math.inf
         solution = solve_model(form.model, solver, seconds=seconds, gap=gap, cutoff=cutoff, seed=seed)
         used = solution.solver
         bounds[eta, xi] = max(0.0, solution.bound / scale)

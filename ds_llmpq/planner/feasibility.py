@@ -5,7 +5,7 @@ layer a multiset of devices can cover decides memory feasibility exactly, for al
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -28,28 +28,59 @@ def memory_feasible(problem: Problem) -> bool:
 
 
 def furthest_layer(problem: Problem, eta: int, xi: int) -> int:
-    """The most layers, counted from the first, that the devices can hold at this micro-batch pair."""
+    """The most layers, counted from the first, that the devices can hold at this micro-batch pair.
+
+    Beyond the state limit this is optimistic: all layers, if the longest stages of all devices add up to them.
+    """
     arrays = pair_arrays(problem, eta, xi)
-    reaches = [_reach(arrays, d) for d in range(len(problem.devices))]
-    if problem.device_order == "fixed":
-        layer = 0
-        for reach in reaches:
-            layer = max(layer, int(reach[layer]))
-        return layer
-    kinds: dict[tuple[int, ...], int] = {}
-    for reach in reaches:
-        kinds[tuple(reach)] = kinds.get(tuple(reach), 0) + 1
-    return _furthest(list(kinds), list(kinds.values()))
+    least = np.where(arrays.available[:, None, :], arrays.layer_bytes[None], np.inf).min(axis=2)  # [D, L]
+    reaches = _alike(problem, lambda d: _reach(arrays, d, least[d]))
+    if problem.device_order == "free" and _states(reaches) > STATE_LIMIT:
+        longest = sum(int((reach - np.arange(len(reach))).max()) for reach in reaches)
+        if longest >= problem.layers:
+            return problem.layers
+    return max((last for _, _, last in _cover(problem, reaches)), default=0)
 
 
-def _reach(arrays: PairArrays, d: int) -> np.ndarray:
-    """reach[a]: the largest b such that layers [a, b) fit on device d (a itself if none does)."""
-    layers = len(arrays.layer_bytes)
+def _alike(problem: Problem, reach_of: Callable[[int], np.ndarray]) -> list[np.ndarray]:
+    """One reach per device, computed once for devices of equal type and memory."""
+    known: dict[tuple, np.ndarray] = {}
+    for d, device in enumerate(problem.devices):
+        if (device.type, device.memory_bytes) not in known:
+            known[device.type, device.memory_bytes] = reach_of(d)
+    return [known[device.type, device.memory_bytes] for device in problem.devices]
+
+
+def _states(reaches: list[np.ndarray]) -> float:
+    """How many combinations of numbers of used devices of each kind there are."""
+    kinds = [tuple(reach.tolist()) for reach in reaches]
+    return float(np.prod([kinds.count(kind) + 1.0 for kind in set(kinds)]))
+
+
+def furthest_path(
+    problem: Problem, arrays: PairArrays, width: int, per_layer: np.ndarray, ends: tuple, threshold: float
+) -> list[tuple[int, int, int]] | None:
+    """Stages (device, first, last) that hold all layers at one width, none taking longer than the threshold; or None.
+
+    `per_layer[D]` and `ends` (embedding [D], head [D]) are seconds.
+    """
+
+    def reach_of(d: int) -> np.ndarray:
+        least = np.where(arrays.available[d, width], arrays.layer_bytes[:, width], np.inf)
+        return _within(_reach(arrays, d, least), per_layer[d], ends[0][d], ends[1][d], threshold)
+
+    reaches = _alike(problem, reach_of)
+    path = _cover(problem, reaches)
+    return path if path and path[-1][2] == problem.layers else None
+
+
+def _reach(arrays: PairArrays, d: int, least: np.ndarray) -> np.ndarray:
+    """reach[a]: the largest b such that layers [a, b) of `least` bytes fit on device d (a itself if none does)."""
+    layers = len(least)
     reach = np.arange(layers + 1)
-    widths = arrays.available[d]
-    if not widths.any() or arrays.capacity[d] < 0:
+    if np.isinf(least).any() or arrays.capacity[d] < 0:
         return reach
-    used = np.concatenate([[0.0], np.cumsum(arrays.layer_bytes[:, widths].min(axis=1))])
+    used = np.concatenate([[0.0], np.cumsum(least)])
     has_embed, has_head = np.isfinite(arrays.embed[:, d]).all(), np.isfinite(arrays.head[:, d]).all()
     for a in range(layers):
         if a == 0 and not has_embed:
@@ -59,42 +90,83 @@ def _reach(arrays: PairArrays, d: int) -> np.ndarray:
         if has_head and used[layers] - used[a] + head <= room:
             reach[a] = layers
         else:
-            reach[a] = max(a, min(int(np.searchsorted(used - used[a], room, side="right")) - 1, layers - 1))
+            fitting = int(np.searchsorted(used - used[a], room, side="right")) - 1
+            reach[a] = max(a, min(fitting, layers - 1))
     return reach
 
 
-def _furthest(kinds: list[tuple[int, ...]], counts: list[int]) -> int:
-    """Furthest layer over all orders of the devices; beyond the state limit, over a few greedy orders only."""
+def _within(reach: np.ndarray, per_layer: float, embed: float, head: float, threshold: float) -> np.ndarray:
+    """The reach cut to what the time threshold allows."""
+    layers = len(reach) - 1
+    first = np.arange(layers + 1)
+    if not np.isfinite(per_layer):
+        return first
+    room = threshold - np.where(first == 0, embed, 0.0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        counts = np.where(room >= 0, np.floor(np.nan_to_num(room / per_layer, nan=layers, posinf=layers)), 0)
+    cut = np.minimum(reach, first + np.minimum(counts, layers).astype(int))
+    too_long = (cut == layers) & (room < (layers - first) * per_layer + head)
+    return np.maximum(np.where(too_long, np.minimum(cut, layers - 1), cut), first)
+
+
+def _cover(problem: Problem, reaches: list[np.ndarray]) -> list[tuple[int, int, int]]:
+    """Stages (device, first, last) that cover the most layers, over all subsets and orders the problem permits."""
+    if problem.device_order == "fixed":
+        return _in_order(reaches, range(len(reaches)))
+    members: dict[tuple[int, ...], list[int]] = {}
+    for d, reach in enumerate(reaches):
+        members.setdefault(tuple(reach.tolist()), []).append(d)
+    kinds, devices = list(members), list(members.values())
+    if _states(reaches) > STATE_LIMIT:
+        return _some_orders(reaches, devices)
+    return _any_order(kinds, devices)
+
+
+def _in_order(reaches: list[np.ndarray], order: Iterable[int]) -> list[tuple[int, int, int]]:
+    layer, path = 0, []
+    for d in order:
+        if reaches[d][layer] > layer:
+            path.append((d, layer, int(reaches[d][layer])))
+            layer = path[-1][2]
+    return path
+
+
+def _any_order(kinds: list[tuple[int, ...]], devices: list[list[int]]) -> list[tuple[int, int, int]]:
+    """Exact: the furthest layer per number of devices used of each kind, then the way back."""
     layers = len(kinds[0]) - 1
-    if np.prod([count + 1.0 for count in counts]) > STATE_LIMIT:
-        return _furthest_greedy(kinds, counts)
-    best = {(0,) * len(kinds): 0}
-    for state in itertools.product(*(range(count + 1) for count in counts)):
+    best = {(0,) * len(kinds): (0, -1)}
+    end = (0,) * len(kinds)
+    for state in itertools.product(*(range(len(group) + 1) for group in devices)):
         for k, used in enumerate(state):
             if used:
-                before = (*state[:k], used - 1, *state[k + 1 :])
-                best[state] = max(best.get(state, 0), kinds[k][best[before]])
-        if best[state] == layers:
-            return layers
-    return max(best.values())
-
-
-def _furthest_greedy(kinds: list[tuple[int, ...]], counts: list[int]) -> int:
-    """Try each kind at either end, the others in any order between."""
-    layers, best = len(kinds[0]) - 1, 0
-    for first, last in itertools.product(range(len(kinds)), repeat=2):
-        left = list(counts)
-        order = [first]
-        left[first] -= 1
-        if left[last] > 0:
-            left[last] -= 1
-        order += [k for k, count in enumerate(left) for _ in range(count)] + [last]
-        layer = 0
-        for k in order:
-            layer = max(layer, kinds[k][layer])
-        best = max(best, layer)
-        if best == layers:
+                reached = kinds[k][best[_without(state, k)][0]]
+                if state not in best or reached > best[state][0]:
+                    best[state] = (reached, k)
+        if best[state][0] > best[end][0]:
+            end = state
+        if best[end][0] == layers:
             break
+    path = []
+    while any(end):
+        last, k = best[end]
+        before = _without(end, k)
+        if last > best[before][0]:
+            path.append((devices[k][before[k]], best[before][0], last))
+        end = before
+    return path[::-1]
+
+
+def _without(state: tuple[int, ...], k: int) -> tuple[int, ...]:
+    return (*state[:k], state[k] - 1, *state[k + 1 :])
+
+
+def _some_orders(reaches: list[np.ndarray], devices: list[list[int]]) -> list[tuple[int, int, int]]:
+    """Beyond the state limit: the kinds one after the other, beginning with each of them."""
+    best: list[tuple[int, int, int]] = []
+    for turn in range(len(devices)):
+        path = _in_order(reaches, [d for group in devices[turn:] + devices[:turn] for d in group])
+        if path and (not best or path[-1][2] > best[-1][2]):
+            best = path
     return best
 
 

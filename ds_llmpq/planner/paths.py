@@ -15,15 +15,15 @@ class PathSpace:
 
     def __init__(self, classes: int, counts: list[int] | None):
         self.classes = classes
-        sizes = [count + 1 for count in counts] if counts is not None else [1] * classes
-        self.states = int(np.prod(sizes))
-        grid = np.indices(sizes).reshape(classes, -1)
-        strides = [int(np.prod(sizes[c + 1 :])) for c in range(classes)] if counts is not None else [0] * classes
-        self.next = np.empty((self.states, classes), dtype=np.int64)  # the state with one more device of the class
+        sizes = [count + 1 for count in counts] if counts is not None else []
+        self.states = int(np.prod(sizes)) if counts is not None else 1
+        self.next = np.zeros((self.states, classes), dtype=np.int64)  # the state with one more device of the class
         self.full = np.zeros((self.states, classes), dtype=bool)
-        for c in range(classes):
-            self.full[:, c] = grid[c] + 1 >= sizes[c] if counts is not None else False
-            self.next[:, c] = np.where(self.full[:, c], 0, np.arange(self.states) + strides[c])
+        for c, size in enumerate(sizes):
+            stride = int(np.prod(sizes[c + 1 :]))
+            used = np.arange(self.states) // stride % size
+            self.full[:, c] = used + 1 >= size
+            self.next[:, c] = np.where(self.full[:, c], 0, np.arange(self.states) + stride)
         self.columns = np.arange(classes)
 
     def costs_to_go(self, stage: np.ndarray, link: np.ndarray, final: np.ndarray) -> "CostsToGo":

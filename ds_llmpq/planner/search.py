@@ -11,6 +11,7 @@ import heapq
 import itertools
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -78,7 +79,16 @@ class Pair:
 class Search:
     """Use `run`, then read the incumbent and `bound`."""
 
-    def __init__(self, problem: Problem, best: Incumbent, pins: Pins, *, gap: float, deadline: float):
+    def __init__(
+        self,
+        problem: Problem,
+        best: Incumbent,
+        pins: Pins,
+        *,
+        gap: float,
+        deadline: float,
+        improve: Callable[[], None] | None = None,
+    ):
         self.problem, self.best, self.pins, self.gap, self.deadline = problem, best, pins, gap, deadline
         self.mode = problem.objective.mode
         fixed = problem.device_order == "fixed"
@@ -94,6 +104,9 @@ class Search:
         self.active: list[Node] = []
         self.closed = math.inf  # least bound of what was pruned or could not be split further
         self.ticket = itertools.count()
+        self.rooted = False
+        self.last_prices: tuple[float, ...] = ()
+        self.improve, self.improved, self.next_improve = improve, None, 40
         self.evaluated = 0
 
     def _pair(self, eta: int, xi: int) -> Pair:
@@ -134,10 +147,9 @@ class Search:
 
     def _evaluate_batch(self, nodes: list[Node]) -> list[tuple[float, list[Step]]]:
         parts = [self.tables(node) for node in nodes]
-        stage, link, final = (np.stack(tables) for tables in zip(*parts, strict=True))
-        finite = np.isfinite(stage).any(axis=(0, 1, 2))
-        longest = int(np.flatnonzero(finite)[-1]) + 1 if finite.any() else 1
-        stage = stage[..., :longest]
+        longest = max(_longest_stage(stage) for stage, _, _ in parts)
+        stage = np.stack([_at_length(stage, longest) for stage, _, _ in parts])
+        link, final = (np.stack(tables) for tables in zip(*(rest for _, *rest in parts), strict=True))
         costs = self.space.costs_to_go(stage, link, final)
         results = []
         for x, node in enumerate(nodes):
@@ -165,7 +177,7 @@ class Search:
         return node.duals.prices[kind]
 
     def tables(self, node: Node) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Stage costs [C, L, L], links [C, C] and what follows the last stage [C] for one node."""
+        """Stage costs [C, L, K], links [C, C] and what follows the last stage [C] for one node."""
         pair, box, duals = self.pairs[node.pair], node.box, node.duals
         ring, _ = _round_weights(pair, duals.w)
         pair.stages.set_theta(duals.theta)
@@ -175,7 +187,8 @@ class Search:
         link = np.where((pair.link[0] > box.p_high * slack) | (pair.link[1] > box.d_high * slack), np.inf, link)
         final = (pair.back[0] + ring * pair.back[1]).min(axis=1)
         final = np.where(final < NEVER, final, 0.0)
-        stage[:, 0, -1] -= final  # a single stage has no way back
+        if stage.shape[2] == stage.shape[1]:
+            stage[:, 0, -1] -= final  # a single stage has no way back
         return stage, link, final
 
     def in_objective_units(self, value: float, theta: float) -> float:
@@ -191,6 +204,8 @@ class Search:
     def plan(self, node: Node, path: list[Step]) -> Prediction | None:
         """Round the path to a plan, offer it, and feed the multiplier pools."""
         pair, duals = self.pairs[node.pair], node.duals
+        if self.priced:
+            path = self._within_counts(node, path)
         ring, _ = _round_weights(pair, duals.w)
         pair.stages.set_theta(duals.theta)
         widths = []
@@ -214,6 +229,24 @@ class Search:
         self.best.offer(assignment)
         return evaluate(self.problem, assignment, self.best.formula)
 
+    def _within_counts(self, node: Node, path: list[Step]) -> list[Step]:
+        """Where devices are priced, a path may use too many: place all devices in a row, class by class in the order
+        of the path, and take the best path along it."""
+        seen = [[step.first for step in path if step.kind == c] for c in range(self.space.classes)]
+        if all(len(steps) <= count for steps, count in zip(seen, self.classes.counts, strict=True)):
+            return path
+        middle = [np.mean(steps) if steps else self.problem.layers / 2 for steps in seen]
+        row = [c for c in np.argsort(middle, kind="stable") for _ in range(self.classes.counts[c])]
+        stage, link, final = self.tables(node)
+        stage = _at_length(stage, _longest_stage(stage)) - np.array(node.duals.prices)[:, None, None]
+        forward = np.where(np.tri(len(row), dtype=bool), np.inf, 0.0)
+        costs = PathSpace(len(row), None).costs_to_go(
+            stage[row][None], (link[np.ix_(row, row)] + forward)[None], final[row][None]
+        )
+        if math.isinf(costs.least(0)):
+            return path
+        return [replace(step, kind=int(row[step.kind])) for step in costs.path(0)]
+
     def _devices(self, pair: Pair, path: list[Step]) -> list[int] | None:
         """Members for the classes of a path: each the nearest unused one to its predecessor."""
         free = [list(devices) for devices in self.classes.members]
@@ -236,37 +269,54 @@ class Search:
 
     @property
     def bound(self) -> float:
+        if not self.rooted:
+            return 0.0
         pending = [self.closed, *(entry[0] for entry in self.open[:1]), *(node.bound for node in self.active)]
         return max(0.0, min(pending))
 
     def run(self) -> None:
         """Until the gap is closed, the deadline passes, or nothing can be split further."""
+        prices = (0.0,) * len(self.classes.members)
         self.active = [
-            Node(i, pair.root, Duals(self._first_theta(pair), 0.5, (0.0,) * len(self.classes.members)))
-            for i, pair in enumerate(self.pairs)
+            Node(i, pair.root, Duals(self._first_theta(pair), 0.5, prices)) for i, pair in enumerate(self.pairs)
         ]
-        for node in list(self.active):
-            self._settle(node, rounds=8)
-        while self.open and time.monotonic() < self.deadline:
+        self.rooted = True
+        for root in list(self.active):
+            if time.monotonic() > self.deadline:
+                break
+            start = replace(root, duals=replace(root.duals, prices=self.last_prices or prices))
+            self.active[self.active.index(root)] = start
+            self._settle(start, rounds=3 if self.priced else 8)
+        while self.open and not self.active and time.monotonic() < self.deadline and not self.done():
             self._step()
             self.best.raise_bound(self.bound)
-            if self.best.value <= self.bound or self.best.gap <= self.gap:
-                break
+            self._improve()
         self.best.raise_bound(self.bound)
 
+    def done(self) -> bool:
+        return self.best.value <= self.bound or self.best.gap <= self.gap
+
+    def _improve(self) -> None:
+        """Hand a new incumbent to the polish, at growing intervals."""
+        if self.improve is None or self.best.assignment is self.improved or self.evaluated < self.next_improve:
+            return
+        if not self.done():
+            self.improve()
+            self.improved, self.next_improve = self.best.assignment, 2 * self.evaluated
+
     def _step(self) -> None:
-        """Split the most promising boxes and bound the halves."""
-        width = 1 if self.space.states * self.space.classes > 200 else 4
-        self.active = [heapq.heappop(self.open)[2] for _ in range(min(width, len(self.open)))]
-        for node in list(self.active):
-            if node.bound >= self.target:
-                self._close(node)
-                continue
-            halves = self._halves(node)
-            self.active.remove(node)
-            self.active += halves
-            for half in halves:
-                self._settle(half, rounds=2)
+        """Split the most promising box and bound the halves."""
+        node = self.open[0][2]
+        self.active.append(node)
+        heapq.heappop(self.open)
+        if node.bound >= self.target:
+            self._close(node)
+            return
+        halves = self._halves(node)
+        self.active += halves
+        self.active.remove(node)
+        for half in halves:
+            self._settle(half, rounds=2)
 
     def _close(self, node: Node) -> None:
         self.closed = min(self.closed, node.bound)
@@ -277,6 +327,9 @@ class Search:
         best, duals = node, node.duals
         for _ in range(rounds):
             tried = replace(node, duals=duals, exact=best.exact)
+            if self.priced:
+                tried = self._ascend(tried, 50 if not self.last_prices else 12)
+                self.last_prices = tried.duals.prices
             ((bound, path),) = self.evaluate([tried])
             if not path or bound >= self.target:
                 best = replace(best, bound=max(best.bound, bound))
@@ -288,11 +341,12 @@ class Search:
             best = tried if improved or best.prediction is None else replace(best, bound=tried.bound)
             duals = self._next_duals(tried)
             best = replace(best, exact=node.exact | self._inexact(tried, path))
-        self.active.remove(node)
+        # First keep the bound, then forget the node: an interruption in between loses nothing.
         if best.bound >= self.target or math.isinf(best.bound):
             self.closed = min(self.closed, best.bound)
         else:
             heapq.heappush(self.open, (best.bound, next(self.ticket), best))
+        self.active.remove(node)
 
     def _inexact(self, node: Node, path: list[Step]) -> frozenset[tuple[int, int]]:
         """Lengths around the path's longer stages, once the box is narrow enough for their Lagrangian gap to matter."""
@@ -300,12 +354,13 @@ class Search:
         if node.depth < EXACT_DEPTH or not math.isfinite(self.best.value):
             return frozenset()
         near = {(self.classes.kind[step.kind], step.last - step.first + shift) for step in path for shift in (-1, 0, 1)}
-        return frozenset((q, k) for q, k in near if compositions.short < k <= compositions.long)
+        most = min(compositions.long, self.pairs[node.pair].stages.longest)
+        return frozenset((q, k) for q, k in near if compositions.short < k <= most)
 
     def _next_duals(self, node: Node) -> Duals:
         """Move w towards the side that binds, theta towards the limit, prices with the overuse."""
         pair, duals, seen = self.pairs[node.pair], node.duals, node.prediction
-        w, theta, prices = duals.w, duals.theta, duals.prices
+        w, theta = duals.w, duals.theta
         if seen is not None and pair.split_round:
             ring = sum(seen.stage_decode_seconds) + sum(seen.link_decode_seconds)
             slowest = max(*seen.stage_decode_seconds, *seen.link_decode_seconds)
@@ -320,54 +375,88 @@ class Search:
             )
             factor = 1 + 3.0 / (2 + node.depth)
             theta = theta * factor if over else theta / factor
-        if self.priced:
-            prices = self._next_prices(node)
-        return Duals(theta, w, prices)
+        return Duals(theta, w, duals.prices)
 
-    def _next_prices(self, node: Node) -> tuple[float, ...]:
-        """A Polyak step on the class prices."""
-        over = np.array(node.used) - np.array(self.classes.counts)
-        moving = np.where((over < 0) & (np.array(node.duals.prices) <= 0), 0, over)
-        norm = float((moving**2).sum())
-        if norm == 0 or not math.isfinite(self.best.value):
-            scale = 0.02 * node.bound
-            return tuple(max(0.0, p + scale * max(o, 0)) for p, o in zip(node.duals.prices, over, strict=True))
-        step = max(self.best.value - node.bound, 0.0) / norm
-        return tuple(np.maximum(0.0, np.array(node.duals.prices) + step * moving).tolist())
+    def _ascend(self, node: Node, rounds: int) -> Node:
+        """Subgradient ascent on the prices of device classes, with Polyak steps; returns the node with the best."""
+        bare = replace(node, duals=replace(node.duals, prices=(0.0,) * self.space.classes))
+        stage, link, final = self.tables(bare)
+        stage = _at_length(stage, _longest_stage(stage))
+        counts, prices = np.array(self.classes.counts), np.array(node.duals.prices)
+        constant, goal = self.constant(bare), self._goal(node)
+        best, best_prices, step = -math.inf, prices, 1.0
+        for _ in range(rounds):
+            costs = self.space.costs_to_go((stage + prices[:, None, None])[None], link[None], final[None])
+            value = costs.least(0) + constant - float(prices @ counts)
+            if math.isinf(value):
+                break
+            step = step if value > best else 0.7 * step
+            if value > best:
+                best, best_prices = value, prices
+            used = np.bincount([s.kind for s in costs.path(0)], minlength=self.space.classes)
+            over = np.where((used < counts) & (prices <= 0), 0, used - counts)
+            if not over.any() or value >= goal:
+                break
+            distance = goal - value if math.isfinite(goal) else 0.1 * abs(value)
+            prices = np.maximum(0.0, prices + step * distance / float((over**2).sum()) * over)
+        return replace(node, duals=replace(node.duals, prices=tuple(best_prices.tolist())))
+
+    def _goal(self, node: Node) -> float:
+        """The incumbent's objective in the units of a priced path."""
+        value, limit = self.best.value, self.problem.objective.limit
+        if self.mode == "max_latency":
+            return limit + node.duals.theta * value
+        return value + (node.duals.theta * limit if self.mode == "max_quality_loss" else 0.0)
 
     def _halves(self, node: Node) -> list[Node]:
         """Split the threshold whose interval explains most of the difference between plan and bound."""
-        pair, box = self.pairs[node.pair], self._clip(node)
+        box = self._clip(node)
         if box.p_low > box.p_high or box.d_low > box.d_high:
             self.closed = min(self.closed, max(node.bound, self.target))
             return []
-        seen = node.prediction
-        p_top, d_top = box.p_high, box.d_high
-        if seen is not None:
-            p_top = min(p_top, max(*seen.stage_prefill_seconds, *seen.link_prefill_seconds))
-            d_top = min(d_top, max(*seen.stage_decode_seconds, *seen.link_decode_seconds))
-        p_gap = pair.slow * max(p_top - box.p_low, 0.0)
-        d_gap = pair.slowest * max(node.duals.w, 0.3) * max(d_top - box.d_low, 0.0)
-        if max(p_gap, d_gap) <= 1e-7 * abs(self.best.value if math.isfinite(self.best.value) else node.bound):
-            self._exhaust(node, STUCK_STEPS, last=True)
-            return []
-        if self.small and node.depth % 4 == 2 and self._exhaust(node, GLANCE_STEPS):
+        p_top, d_top = self._tops(node, box)
+        if self._negligible(node, box, p_top, d_top):
+            if self._exhaust(node, STUCK_STEPS):
+                return []
+            p_top, d_top = box.p_high, box.d_high
+            if self._negligible(node, box, p_top, d_top):
+                self.closed = min(self.closed, node.bound)
+                return []
+        elif self.small and node.depth % 4 == 2 and self._exhaust(node, GLANCE_STEPS):
             return []
         child = replace(node, depth=node.depth + 1, prediction=None)
+        p_gap, d_gap = self._gaps(node, box, p_top, d_top)
         if p_gap >= d_gap:
             middle = _middle(box.p_low, p_top)
-            return [
-                replace(child, box=replace(box, p_high=middle)),
-                replace(child, box=replace(box, p_low=middle)),
-            ]
+            return [replace(child, box=replace(box, p_high=middle)), replace(child, box=replace(box, p_low=middle))]
         middle = _middle(box.d_low, d_top)
         return [replace(child, box=replace(box, d_high=middle)), replace(child, box=replace(box, d_low=middle))]
 
-    def _exhaust(self, node: Node, steps: int, last: bool = False) -> bool:
-        """Enumerate what is left of a box; a box too large keeps its bound (and is closed when nothing else helps)."""
+    def _tops(self, node: Node, box: Box) -> tuple[float, float]:
+        """The slowest resources of the node's plan, at most the box's: above them the box need not be split."""
+        seen = node.prediction
+        if seen is None:
+            return box.p_high, box.d_high
+        return (
+            min(box.p_high, max(*seen.stage_prefill_seconds, *seen.link_prefill_seconds)),
+            min(box.d_high, max(*seen.stage_decode_seconds, *seen.link_decode_seconds)),
+        )
+
+    def _gaps(self, node: Node, box: Box, p_top: float, d_top: float) -> tuple[float, float]:
+        """What the thresholds' uncertainty contributes to the difference between plan and bound."""
+        pair = self.pairs[node.pair]
+        p_gap = pair.slow * max(p_top - box.p_low, 0.0)
+        return p_gap, pair.slowest * max(node.duals.w, 0.3) * max(d_top - box.d_low, 0.0)
+
+    def _negligible(self, node: Node, box: Box, p_top: float, d_top: float) -> bool:
+        reference = abs(self.best.value if math.isfinite(self.best.value) else node.bound)
+        return max(self._gaps(node, box, p_top, d_top)) <= 1e-7 * reference
+
+    def _exhaust(self, node: Node, steps: int) -> bool:
+        """Enumerate what is left of a box; false when that is too much."""
         done = self.classes.exact and not self.priced and Enumeration(self, node, steps).run()
-        if done or last:
-            self.closed = min(self.closed, max(node.bound, self.target) if done else node.bound)
+        if done:
+            self.closed = min(self.closed, max(node.bound, self.target))
         return done
 
     def _clip(self, node: Node) -> Box:
@@ -416,6 +505,18 @@ def _round_weights(pair: Pair, w: float) -> tuple[float, float]:
 def _weighted_links(table: np.ndarray, counted: bool) -> np.ndarray:
     """Link times (none in the reference formula); a class without a second member cannot follow itself."""
     return np.where(np.isfinite(table), table if counted else 0.0, NEVER)
+
+
+def _longest_stage(stage: np.ndarray) -> int:
+    """The greatest length with a finite cost."""
+    finite = np.flatnonzero(np.isfinite(stage).any(axis=(0, 1)))
+    return int(finite[-1]) + 1 if len(finite) else 1
+
+
+def _at_length(stage: np.ndarray, longest: int) -> np.ndarray:
+    """[C, L, longest]: cut, or filled with infinity."""
+    kept = stage[..., :longest]
+    return np.pad(kept, ((0, 0), (0, 0), (0, longest - kept.shape[2])), constant_values=np.inf)
 
 
 def _root_box(arrays: PairArrays) -> Box:

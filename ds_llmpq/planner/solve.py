@@ -1,20 +1,49 @@
-"""From a problem to a plan with a proven bound."""
+"""From a problem to a plan with a proven bound: baselines, search, polish, and the whole-problem model at need."""
 
 import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ds_llmpq.errors import InfeasibleError, UserError
+from ds_llmpq.planner.baselines import Baseline, all_baselines
 from ds_llmpq.planner.exact import solve_exact
+from ds_llmpq.planner.explain import explain_plan
 from ds_llmpq.planner.feasibility import explain_memory, memory_feasible
 from ds_llmpq.planner.incumbent import Incumbent, ProgressEvent
+from ds_llmpq.planner.objective import FORMULAS, Assignment, evaluate, objective_value, violations
 from ds_llmpq.planner.pins import Pins
 from ds_llmpq.planner.plan import Plan, SolverReport
-from ds_llmpq.planner.problem import Problem
+from ds_llmpq.planner.polish import polish
+from ds_llmpq.planner.problem import Objective, Problem
 from ds_llmpq.planner.search import Search
 
 SOLVERS = ("auto", "gurobi", "highs", "search")
+EXACT_COLUMNS = 1200  # layers x devices x widths up to which the whole-problem model is tried when the search stalls
+PROVENANCE = {"costs": "assumed: taken from problem.json as given"}
+
+
+@dataclass
+class _Run:
+    """One call of `solve`: what its steps share."""
+
+    problem: Problem
+    pins: Pins
+    best: Incumbent
+    solver: str
+    gap: float
+    deadline: float
+    seed: int
+    names: list[str] = field(default_factory=list)
+
+    @property
+    def left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def used(self, name: str | None) -> None:
+        if name and name not in self.names:
+            self.names.append(name)
 
 
 def solve(
@@ -25,33 +54,216 @@ def solve(
     solver: str = "auto",
     seed: int = 0,
     progress: Callable[[ProgressEvent], None] | None = None,
-    pins: Any = None,
+    pins: Pins | Mapping[str, Any] | None = None,
     baselines: bool = True,
     formula: str = "pipeline",
 ) -> Plan:
-    """The best plan found and how far from the optimum it can be at most.
+    """The best plan found, with a proven bound on how far from the optimum it can be.
 
-    `problem` is a `Problem` or the parsed `problem.json`. Raises `UserError` for a malformed problem and
-    `InfeasibleError` with an explanation when no plan exists.
+    `problem` is a `Problem` or the parsed `problem.json`. The search stops at relative gap `gap`, at the time limit, or
+    at Ctrl-C; the last two keep the incumbent and its bound. `solver`: "auto" (search, then polish by a mixed-integer
+    solver if one is installed), "search" alone, or "gurobi" / "highs" (the whole-problem models alone: small problems).
+    `formula="reference"` plans with LLM-PQ's published objective, for comparison. Raises `UserError` for a malformed
+    problem and `InfeasibleError` with an explanation when no plan exists.
     """
-    if solver not in SOLVERS:
-        raise UserError(f"solver is {solver!r}, but must be one of {', '.join(SOLVERS)}.")
     started = time.monotonic()
+    _check_options(time_limit_seconds, gap, solver, formula)
     problem = problem if isinstance(problem, Problem) else Problem.from_json(problem)
+    pins = Pins.from_json(pins, problem)
+    problem = pins.apply(problem)
     if not memory_feasible(problem):
         raise explain_memory(problem)
-    best = Incumbent(problem, formula, started=started, progress=progress)
-    deadline = started + time_limit_seconds
-    if solver == "search":
-        search = Search(problem, best, Pins(), gap=gap, deadline=deadline)
-        search.run()
-        used = "search"
-    else:
-        used = solve_exact(problem, best, solver, deadline=deadline, gap=gap, seed=seed)
+    best = Incumbent(problem, formula, accepts=pins.respected, started=started, progress=progress)
+    run = _Run(problem, pins, best, solver, gap, started + time_limit_seconds, seed)
+    status = "optimal"
+    found: dict[str, Baseline] = {}
+    try:
+        if baselines:
+            found = all_baselines(problem, formula)
+            for baseline in found.values():
+                if baseline.assignment is not None:
+                    best.offer(baseline.assignment)
+        _optimise(run)
+    except KeyboardInterrupt:
+        if best.assignment is None:
+            raise
+        status = "interrupted"
     if best.assignment is None:
-        raise InfeasibleError("No plan meets the limit; raise problem.objective.limit.")
-    seconds = time.monotonic() - started
-    status = "optimal" if best.gap <= gap else "time_limit"
-    gap_reached = best.gap if math.isfinite(best.gap) else None
-    report = SolverReport(used, best.value, best.bound, gap_reached, seconds, status)
-    return Plan.build(problem, best.assignment, best.prediction, report)
+        raise _no_plan(run)
+    if status == "optimal" and best.gap > gap + 1e-12:
+        status = "time_limit"
+    report = SolverReport(
+        "+".join(run.names) or solver, best.value, best.bound, _finite(best.gap), time.monotonic() - started, status
+    )
+    plan = Plan.build(problem, best.assignment, best.prediction, report)
+    plan = replace(plan, baselines={name: b.to_json() for name, b in found.items()}, provenance=PROVENANCE)
+    return replace(plan, explanation=tuple(explain_plan(problem, plan, formula)))
+
+
+def check_plan(problem: Problem | Mapping[str, Any], plan: Plan | Assignment | Mapping[str, Any]) -> Plan:
+    """A plan made by hand, validated by the independent checker and costed with the same formula.
+
+    `plan` is a `Plan`, the parsed `plan.json`, or an `Assignment`. Raises `UserError` naming every rule it breaks.
+    """
+    problem = problem if isinstance(problem, Problem) else Problem.from_json(problem)
+    if isinstance(plan, Mapping):
+        plan = Plan.from_json(plan)
+    assignment = plan if isinstance(plan, Assignment) else plan.assignment()
+    broken = violations(problem, assignment)
+    if broken:
+        raise UserError("The plan cannot be used: " + " ".join(broken))
+    prediction = evaluate(problem, assignment)
+    report = SolverReport("check", objective_value(problem, prediction), None, None, 0.0, "checked")
+    checked = Plan.build(problem, assignment, prediction, report)
+    if isinstance(plan, Plan):
+        kept = {(s.device, s.layers): s for s in plan.stages}
+        stages = tuple(
+            replace(s, host=kept[s.device, s.layers].host, kernel=kept[s.device, s.layers].kernel)
+            for s in checked.stages
+        )
+        checked = replace(checked, model=plan.model, stages=stages, quant=plan.quant, engine=plan.engine)
+    checked = replace(
+        checked,
+        baselines={name: b.to_json() for name, b in all_baselines(problem).items()},
+        provenance=plan.provenance if isinstance(plan, Plan) else PROVENANCE,
+    )
+    return replace(checked, explanation=tuple(explain_plan(problem, checked, "pipeline")))
+
+
+def pareto(
+    problem: Problem | Mapping[str, Any], *, points: int = 9, time_limit_seconds: float = 60.0, **options: Any
+) -> list[Plan]:
+    """The front of latency against quality loss: up to `points` undominated plans, the fastest first.
+
+    Between the fastest and the least lossy plan the bound on quality loss is lowered geometrically; every plan is
+    optimal to the gap for its own bound. The time limit is shared by the points.
+    """
+    problem = problem if isinstance(problem, Problem) else Problem.from_json(problem)
+    share = time_limit_seconds / max(points, 2)
+    options = {"baselines": False, **options, "time_limit_seconds": share}
+    fastest = solve(replace(problem, objective=Objective("theta", theta=0.0)), **options)
+    best = solve(replace(problem, objective=Objective("theta", theta=_steep(problem, fastest))), **options)
+    plans = [fastest]
+    high, low = fastest.predicted["quality_loss"], best.predicted["quality_loss"]
+    floor = max(low, 1e-3 * high)
+    for i in range(1, points - 1):
+        limit = high * (floor / high) ** (i / (points - 1)) if high > 0 else 0.0
+        bounded = replace(problem, objective=Objective("max_quality_loss", limit=limit))
+        try:
+            plans.append(solve(bounded, **options))
+        except UserError:
+            continue  # no plan found below this bound within the share of time
+    plans.append(best)
+    return _undominated(plans)
+
+
+def _undominated(plans: list[Plan]) -> list[Plan]:
+    kept: list[Plan] = []
+    for plan in sorted(plans, key=lambda p: (p.predicted["latency_seconds"], p.predicted["quality_loss"])):
+        if not kept or plan.predicted["quality_loss"] < kept[-1].predicted["quality_loss"]:
+            kept.append(plan)
+    return kept
+
+
+def _check_options(time_limit_seconds: float, gap: float, solver: str, formula: str) -> None:
+    if solver not in SOLVERS:
+        raise UserError(f"solver is {solver!r}, but must be one of {', '.join(SOLVERS)}.")
+    if formula not in FORMULAS:
+        raise UserError(f"formula is {formula!r}, but must be one of {', '.join(FORMULAS)}.")
+    if not time_limit_seconds > 0:
+        raise UserError(f"time_limit_seconds is {time_limit_seconds}, but must be above 0.")
+    if not 0 <= gap < 1:
+        raise UserError(f"gap is {gap}, but must be at least 0 and below 1; 0.01 means one per cent.")
+
+
+def _optimise(run: _Run) -> None:
+    """Raise the bound and improve the incumbent of `run.best` by the solver asked for."""
+    if run.solver in ("gurobi", "highs"):
+        run.used(solve_exact(run.problem, run.best, run.solver, run.pins, run.deadline, run.gap, run.seed))
+        return
+    improve = (lambda: _polish(run, 2.0)) if run.solver == "auto" else None
+    search = Search(run.problem, run.best, run.pins, gap=run.gap, deadline=run.deadline, improve=improve)
+    run.used("search")
+    try:
+        search.run()
+    finally:
+        run.best.raise_bound(search.bound)
+    if run.solver != "auto":
+        return
+    size = run.problem.layers * len(run.problem.devices) * len(run.problem.bits)
+    if run.best.gap > run.gap and run.left > 0 and size <= EXACT_COLUMNS and not math.isinf(search.bound):
+        run.used(_exact_if_possible(run))
+    elif run.best.assignment is not None:
+        _polish(run, 2.0)
+
+
+def _exact_if_possible(run: _Run) -> str | None:
+    try:
+        return solve_exact(run.problem, run.best, "auto", run.pins, run.deadline, run.gap, run.seed)
+    except UserError:
+        return None  # no mixed-integer solver: the search's bound stands
+
+
+def _polish(run: _Run, seconds: float) -> None:
+    """Repeat the polish while it helps; without any mixed-integer solver the search's plan stands."""
+    for _ in range(3):
+        before = run.best.value
+        if run.best.assignment is None or run.left <= 0:
+            return
+        try:
+            name = polish(
+                run.problem,
+                run.best,
+                run.pins,
+                run.best.assignment,
+                seconds=min(seconds, run.left),
+                seed=run.seed,
+                solver="auto",
+                gap=min(1e-3, run.gap / 4),
+            )
+        except UserError:
+            return
+        if run.best.value >= before:
+            return
+        run.used(name)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _steep(problem: Problem, fastest: Plan) -> float:
+    """A theta at which quality loss counts a thousand times more than latency."""
+    span = sum(max(row) - min(row) for row in problem.omega)
+    return 1e3 * fastest.predicted["latency_seconds"] / span if span > 0 else 1.0
+
+
+def _no_plan(run: _Run) -> UserError:
+    """Why nothing was found: the limit cannot be met (proven), or the time was too short."""
+    problem, best = run.problem, run.best
+    if not math.isinf(best.bound) and run.left <= 0:
+        return UserError(
+            f"No plan was found within {run.deadline - best.started:g} seconds; raise the time limit or the limits."
+        )
+    objective = problem.objective
+    if objective.mode == "theta":
+        return InfeasibleError("No plan keeps all pins and the memory of every device; loosen the pins or add memory.")
+    options: dict[str, Any] = {
+        "baselines": False,
+        "pins": run.pins,
+        "formula": best.formula,
+        "time_limit_seconds": 20.0,
+    }
+    fastest = solve(replace(problem, objective=Objective("theta", theta=0.0)), **options)
+    if objective.mode == "max_latency":
+        least, bound = fastest.predicted["latency_seconds"], fastest.solver.bound
+        return InfeasibleError(
+            f"No plan is as fast as {objective.limit:.6g} s: the fastest takes {least:.6g} s and none less than "
+            f"{bound:.6g} s; raise problem.objective.limit to {least:.6g}."
+        )
+    finest = solve(replace(problem, objective=Objective("theta", theta=_steep(problem, fastest))), **options)
+    least = finest.predicted["quality_loss"]
+    return InfeasibleError(
+        f"No plan loses as little quality as {objective.limit:.6g}: memory forces a loss of about {least:.6g}; raise "
+        f"problem.objective.limit to {least:.6g} or add memory."
+    )

@@ -45,7 +45,7 @@ class StageBounds:
     compositions: Compositions
     pools: list[np.ndarray] = field(init=False)  # [M, 3] per kind
     theta: float = field(init=False, default=-1.0)
-    tables: dict[int, np.ndarray] = field(init=False, default_factory=dict)  # kind -> [M, L, L]: S[a + k] - S[a]
+    tables: dict[int, np.ndarray] = field(init=False, default_factory=dict)  # kind -> [M, L, K]: S[a + k] - S[a]
 
     def __post_init__(self) -> None:
         a = self.arrays
@@ -68,7 +68,9 @@ class StageBounds:
             StageCosts(self.compositions, self.prefill[q] + self.absent[q], self.decode[q] + self.absent[q], self.bytes)
             for q in range(len(reps))
         ]
-        self.smallest = [self._smallest(q) for q in range(len(reps))]
+        self.longest = max(self._longest(q) for q in range(len(reps)))
+        self.end = np.minimum(np.arange(self.layers)[:, None] + np.arange(1, self.longest + 1), self.layers)
+        self.least = [self._least(q) for q in range(len(reps))]
 
     def _first_pool(self, q: int) -> np.ndarray:
         """A coarse grid around the plausible prices: of a second of the slowest stage, and of the whole memory."""
@@ -88,11 +90,19 @@ class StageBounds:
         ]
         return np.array(grid)
 
-    def _smallest(self, q: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Prefix sums over layers of the least P, D and bytes any allowed width needs: quick infeasibility."""
+    def _longest(self, q: int) -> int:
+        """The most layers that fit the memory of a kind at the smallest widths; at least 1."""
+        least = np.where(self.usable[q] & self.allowed, self.bytes, NEVER).min(axis=1)
+        used = np.concatenate([[0.0], np.cumsum(np.minimum(least, NEVER))])
+        room = used[:-1] + self.capacity[q] * (1 + 1e-9) + 1e-12
+        reach = np.searchsorted(used, room, side="right") - 1 - np.arange(self.layers)
+        return max(1, int(reach.max()))
+
+    def _least(self, q: int) -> np.ndarray:
+        """[3, L, K]: the least P, D and bytes any allowed widths need: quick infeasibility."""
         penalty = self.absent[q] + self.blocked  # [L, B]
-        parts = (self.prefill[q] + penalty, self.decode[q] + penalty, self.bytes + penalty)
-        return tuple(np.concatenate([[0.0], np.cumsum(part.min(axis=1))]) for part in parts)
+        parts = np.stack([self.prefill[q] + penalty, self.decode[q] + penalty, self.bytes + penalty])
+        return self._differences(_prefix_sums(parts.min(axis=2)))
 
     def set_theta(self, theta: float) -> None:
         if theta != self.theta:
@@ -109,9 +119,11 @@ class StageBounds:
         )
 
     def _table(self, q: int, pool: np.ndarray) -> np.ndarray:
-        sums = np.zeros((len(pool), self.layers + 1))
-        np.cumsum(self.layer_prices(q, pool).min(axis=2), axis=1, out=sums[:, 1:])
-        return _differences(sums)
+        return self._differences(_prefix_sums(self.layer_prices(q, pool).min(axis=2)))
+
+    def _differences(self, sums: np.ndarray) -> np.ndarray:
+        """[M, L, K]: sums[a + k] - sums[a] at (a, k - 1), cut at the last layer."""
+        return sums[:, self.end] - sums[:, : self.layers, None]
 
     def limits(self, q: int, box: Box, first: bool, last: bool) -> np.ndarray:
         """[3]: what P, D and memory (in units) the layers of such a stage may take."""
@@ -130,7 +142,7 @@ class StageBounds:
         return cost + last * (self.head[0, q] + pass_weight * self.head[1, q])
 
     def bounds(self, box: Box, pass_weight: float, exact: frozenset[tuple[int, int]] = frozenset()) -> np.ndarray:
-        """[Q, L, L]: lower bounds of stages [a, a + k) at index (a, k - 1); infinite where impossible.
+        """[Q, L, K]: lower bounds of stages [a, a + k) at index (a, k - 1); infinite where impossible.
 
         `exact` holds (kind, length) whose costs are to be exact beyond the short lengths.
         """
@@ -138,7 +150,7 @@ class StageBounds:
         return np.stack([self._kind_bounds(q, box, pass_weight, lengths[q]) for q in range(len(self.pools))])
 
     def _kind_bounds(self, q: int, box: Box, pass_weight: float, exact: list[int]) -> np.ndarray:
-        pool, table, count = self.pools[q], self.tables[q], self.layers
+        pool, table = self.pools[q], self.tables[q]
         base = np.array([1.0, pass_weight, 0.0])
         surplus = pool - base
         keep = (surplus >= -1e-12).all(axis=1)
@@ -150,37 +162,43 @@ class StageBounds:
                 q, pass_weight, first, last
             )
 
-        rows = np.arange(count)
-        bound = np.full((count, count), np.inf)
-        bound[:] = worst(table, False, False)
+        bound = worst(table, False, False)
         bound[0] = worst(table[:, 0], True, False)
-        bound[rows, count - 1 - rows] = worst(table[:, rows, count - 1 - rows], False, True)
-        bound[0, count - 1] = worst(table[:, 0, count - 1], True, True)
+        first, length = self._last_stages()
+        bound[first, length - 1] = worst(table[:, first, length - 1], False, True)
+        if self.longest == self.layers:
+            bound[0, -1] = worst(table[:, 0, -1], True, True)
         self._raise_short(q, box, pass_weight, bound)
         for length in exact:
             self._raise_long(q, length, box, pass_weight, bound)
         bound[self._impossible(q, box)] = np.inf
         if self.masks[q] is not None:
-            bound[~self.masks[q]] = np.inf
+            bound[~self.masks[q][:, : self.longest]] = np.inf
         return bound
+
+    def _last_stages(self) -> tuple[np.ndarray, np.ndarray]:
+        """First layers and lengths of the stages that end with the model."""
+        length = np.arange(1, self.longest + 1)
+        return self.layers - length, length
 
     def _raise_short(self, q: int, box: Box, pass_weight: float, bound: np.ndarray) -> None:
         """Put the exact costs of short stages in place."""
-        costs, count, short = self.costs[q], self.layers, self.compositions.short
+        costs, short = self.costs[q], min(self.compositions.short, self.longest)
         if not short:
             return
-        lengths = np.arange(1, short + 1)
-        found = costs.least_short(self.limits(q, box, False, False), pass_weight, self.theta)
-        zeros = np.zeros(short, dtype=np.int64)
-        found[:, 0] = costs.least_short_at(self.limits(q, box, True, False), pass_weight, self.theta, zeros)
+        place = (pass_weight, self.theta)
+        found = costs.least_short(self.limits(q, box, False, False), *place)
+        zeros = np.zeros(self.compositions.short, dtype=np.int64)
+        found[:, 0] = costs.least_short_at(self.limits(q, box, True, False), *place, zeros)
         found[:, 0] += self.ends_cost(q, pass_weight, True, False)
-        ends = count - lengths
-        last = costs.least_short_at(self.limits(q, box, False, True), pass_weight, self.theta, ends)
+        lengths = np.arange(1, self.compositions.short + 1)
+        ends = self.layers - lengths
+        last = costs.least_short_at(self.limits(q, box, False, True), *place, ends)
         found[lengths - 1, ends] = last + self.ends_cost(q, pass_weight, False, True)
-        if short == count:
-            whole = costs.least_short_at(self.limits(q, box, True, True), pass_weight, self.theta, zeros)[-1]
+        if short == self.layers:
+            whole = costs.least_short_at(self.limits(q, box, True, True), *place, zeros)[-1]
             found[-1, 0] = whole + self.ends_cost(q, pass_weight, True, True)
-        np.maximum(bound[:, :short], found.T, out=bound[:, :short])
+        np.maximum(bound[:, :short], found[:short].T, out=bound[:, :short])
 
     def _raise_long(self, q: int, length: int, box: Box, pass_weight: float, bound: np.ndarray) -> None:
         """Put the exact costs of one longer length in place."""
@@ -194,22 +212,21 @@ class StageBounds:
         bound[:, length - 1] = np.maximum(bound[:, length - 1], found)
 
     def _impossible(self, q: int, box: Box) -> np.ndarray:
-        """[L, L] bool: even the least possible P, D or memory exceeds its limit, or the interval leaves the model."""
-        count = self.layers
-        least = np.stack([_differences(sums[None])[0] for sums in self.smallest[q]])
-        slack = 1 + 1e-9
+        """[L, K] bool: even the least possible P, D or memory exceeds its limit, or the interval leaves the model."""
+        least = self.least[q]
 
         def over(part: np.ndarray, first: bool, last: bool) -> np.ndarray:
             limits = self.limits(q, box, first, last)
-            room = limits + np.abs(limits) * (slack - 1) + 1e-15
+            room = limits + np.abs(limits) * 1e-9 + 1e-15
             return (part > room.reshape(-1, *[1] * (part.ndim - 1))).any(axis=0)
 
-        rows = np.arange(count)
         bad = over(least, False, False)
         bad[0] = over(least[:, 0], True, False)
-        bad[rows, count - 1 - rows] = over(least[:, rows, count - 1 - rows], False, True)
-        bad[0, count - 1] = over(least[:, 0, count - 1], True, True)
-        bad[rows[:, None] + rows[None, :] >= count] = True
+        first, length = self._last_stages()
+        bad[first, length - 1] = over(least[:, first, length - 1], False, True)
+        if self.longest == self.layers:
+            bad[0, -1] = over(least[:, 0, -1], True, True)
+        bad[np.arange(self.layers)[:, None] + np.arange(self.longest) >= self.layers] = True
         return bad
 
     def add(self, q: int, multipliers: np.ndarray) -> None:
@@ -218,8 +235,8 @@ class StageBounds:
         self.tables[q] = np.concatenate([self.tables[q], self._table(q, multipliers)])
 
 
-def _differences(sums: np.ndarray) -> np.ndarray:
-    """[M, L, L]: sums[a + k] - sums[a] at (a, k - 1), zero beyond the end."""
-    count = sums.shape[1] - 1
-    end = np.minimum(np.arange(count)[:, None] + np.arange(1, count + 1)[None, :], count)
-    return sums[:, end] - sums[:, :count, None]
+def _prefix_sums(rows: np.ndarray) -> np.ndarray:
+    """[M, L + 1] from [M, L]."""
+    sums = np.zeros((len(rows), rows.shape[1] + 1))
+    np.cumsum(rows, axis=1, out=sums[:, 1:])
+    return sums

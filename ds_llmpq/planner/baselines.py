@@ -1,0 +1,248 @@
+"""What others would do, on the same costs: uniform, PipeEdge, adabits, memory-proportional, single device, offload.
+
+Every baseline but the offload estimate is an assignment that the independent checker accepts and the contract's formula
+costs. Devices are taken in the order listed, except by PipeEdge, whose dynamic program chooses subset and order.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ds_llmpq.planner.arrays import PairArrays, pair_arrays
+from ds_llmpq.planner.feasibility import furthest_path, pairs
+from ds_llmpq.planner.objective import Assignment, Prediction, Stage, evaluate, violations
+from ds_llmpq.planner.problem import Objective, Problem
+
+OFFLOAD_BYTES_PER_SECOND = 12e9  # host to device, assumed: PCIe 3 x16 in practice
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """An assignment with its prediction; or a prediction alone (an estimate); or the reason why there is none."""
+
+    prediction: Prediction | dict[str, float] | None
+    assignment: Assignment | None = None
+    reason: str = ""
+
+    def to_json(self) -> dict[str, float] | str:
+        if self.prediction is None:
+            return self.reason
+        return self.prediction if isinstance(self.prediction, dict) else self.prediction.summary()
+
+
+def all_baselines(problem: Problem, formula: str = "pipeline") -> dict[str, Baseline]:
+    """Name -> baseline, for every one there is."""
+    rules: dict[str, Callable[[Problem], Iterable[Assignment]]] = {
+        "uniform": uniform,
+        "pipeedge": pipeedge,
+        "adabits": adabits,
+        "memory_proportional": memory_proportional,
+        "single_device": single_device,
+    }
+    found = {name: _best(problem, rule, formula) for name, rule in rules.items()}
+    found["offload_estimate"] = offload_estimate(problem)
+    return found
+
+
+def _best(problem: Problem, rule: Callable[[Problem], Iterable[Assignment]], formula: str) -> Baseline:
+    """The fastest of what a rule proposes: micro-batches are the only thing left to choose."""
+    best: Baseline | None = None
+    unbounded = _without_limit(problem)
+    for assignment in rule(problem):
+        if not violations(unbounded, assignment, formula):
+            prediction = evaluate(problem, assignment, formula)
+            if best is None or prediction.latency_seconds < best.prediction.latency_seconds:
+                best = Baseline(prediction, assignment)
+    return best or Baseline(None, reason="infeasible: no width and micro-batch fit the memory of this split")
+
+
+def _without_limit(problem: Problem) -> Problem:
+    return replace(problem, objective=Objective("theta", theta=0.0))
+
+
+def _highest_width(problem: Problem, split: Callable[[int, int, int], Assignment | None]) -> list[Assignment]:
+    """The split at the highest width that fits, for all micro-batch pairs at which it does."""
+    unbounded = _without_limit(problem)
+    for width in sorted(problem.bits, reverse=True):
+        made = [split(width, eta, xi) for eta, xi in pairs(problem)]
+        fitting = [assignment for assignment in made if assignment and not violations(unbounded, assignment)]
+        if fitting:
+            return fitting
+    return []
+
+
+def _cut(problem: Problem, sizes: list[int], width: int, eta: int, xi: int) -> Assignment:
+    """Stages of the given sizes on the devices in listed order, devices of size zero left out."""
+    edges = np.concatenate([[0], np.cumsum(sizes)])
+    stages = tuple(
+        Stage(device.name, int(edges[d]), int(edges[d + 1]), (width,) * sizes[d])
+        for d, device in enumerate(problem.devices)
+        if sizes[d]
+    )
+    return Assignment(stages, eta, xi)
+
+
+def uniform(problem: Problem) -> list[Assignment]:
+    """Equal layers on all devices, one width: the highest that fits."""
+    count = len(problem.devices)
+    sizes = [problem.layers // count + (d < problem.layers % count) for d in range(count)]
+    return _highest_width(problem, lambda width, eta, xi: _cut(problem, sizes, width, eta, xi))
+
+
+def _proportional_sizes(problem: Problem) -> list[int]:
+    """Layers in proportion to memory, largest remainders first."""
+    memory = np.array([device.memory_bytes for device in problem.devices], dtype=float)
+    share = problem.layers * memory / memory.sum() if memory.sum() > 0 else np.zeros(len(memory))
+    sizes = np.floor(share).astype(int)
+    for d in np.argsort(sizes - share, kind="stable")[: problem.layers - int(sizes.sum())]:
+        sizes[d] += 1
+    return sizes.tolist()
+
+
+def memory_proportional(problem: Problem) -> list[Assignment]:
+    """Layers in proportion to memory, one width: the highest that fits."""
+    sizes = _proportional_sizes(problem)
+    if sum(sizes) != problem.layers:
+        return []
+    return _highest_width(problem, lambda width, eta, xi: _cut(problem, sizes, width, eta, xi))
+
+
+def single_device(problem: Problem) -> Iterable[Assignment]:
+    """Everything on one device, one width: the fastest that fits."""
+    for device in {(d.type, d.memory_bytes): d for d in reversed(problem.devices)}.values():
+        for width in problem.bits:
+            for eta, xi in pairs(problem):
+                stage = Stage(device.name, 0, problem.layers, (width,) * problem.layers)
+                yield Assignment((stage,), eta, xi)
+
+
+def adabits(problem: Problem) -> Iterable[Assignment]:
+    """Quality alone: on the memory-proportional split, the widths of least quality loss that fit (greedy exchange)."""
+    sizes = _proportional_sizes(problem)
+    if sum(sizes) != problem.layers:
+        return
+    edges = np.concatenate([[0], np.cumsum(sizes)])
+    for eta, xi in pairs(problem):
+        arrays = pair_arrays(problem, eta, xi)
+        stages = []
+        for d, device in enumerate(problem.devices):
+            first, last = int(edges[d]), int(edges[d + 1])
+            if first == last:
+                continue
+            room = arrays.capacity[d] - (arrays.embed_bytes if first == 0 else 0.0)
+            if last == problem.layers and not (arrays.tied_head and first == 0):
+                room -= arrays.head_bytes
+            bits = _best_quality(arrays.layer_bytes[first:last], arrays.omega[first:last], arrays.available[d], room)
+            if bits is None:
+                break
+            stages.append(Stage(device.name, first, last, tuple(problem.bits[b] for b in bits)))
+        else:
+            yield Assignment(tuple(stages), eta, xi)
+
+
+def _best_quality(layer_bytes: np.ndarray, omega: np.ndarray, usable: np.ndarray, room: float) -> list[int] | None:
+    """From the smallest widths, always the exchange that saves most loss a byte."""
+    if not usable.any():
+        return None
+    rows = np.arange(len(layer_bytes))
+    sizes = np.where(usable, layer_bytes, np.inf)
+    widths = sizes.argmin(axis=1)
+    room -= sizes[rows, widths].sum()
+    if room < 0:
+        return None
+    while True:
+        more = sizes - sizes[rows, widths][:, None]
+        saved = omega[rows, widths][:, None] - omega
+        worth = np.where((more <= room) & (saved > 0), saved / np.maximum(more, 1e-9), 0.0)
+        i, b = np.unravel_index(int(np.argmax(worth)), worth.shape)
+        if worth[i, b] <= 0:
+            return widths.tolist()
+        room -= more[i, b]
+        widths[i] = b
+
+
+def pipeedge(problem: Problem) -> Iterable[Assignment]:
+    """One width (the highest that fits) and the cut, subset and order of least slowest stage, by dynamic programming.
+
+    A stage's time is prefill plus all decode steps of one micro-batch; links are not part of the choice.
+    """
+    for width in sorted(problem.bits, reverse=True):
+        found = [a for a in (_min_max(problem, width, eta, xi) for eta, xi in pairs(problem)) if a is not None]
+        if found:
+            yield from found
+            return
+
+
+def _min_max(problem: Problem, width: int, eta: int, xi: int) -> Assignment | None:
+    """Bisection on the slowest stage; a threshold is met if the devices cover all layers within it."""
+    column = problem.bits.index(width)
+    arrays = pair_arrays(problem, eta, xi)
+    steps = arrays.generated_tokens - 1
+    # Widths beside the one asked for are removed; a stage may take as long as the threshold says.
+    per_layer = _passes(arrays.prefill[:, column], arrays.decode[:, column], steps)
+    ends = (_passes(*arrays.embed, steps), _passes(*arrays.head, steps))
+    usable = np.isfinite(per_layer)
+    if not usable.any():
+        return None
+
+    def cover(threshold: float) -> list[tuple[int, int, int]] | None:
+        return furthest_path(problem, arrays, column, per_layer, ends, threshold)
+
+    low = 0.0
+    high = float(problem.layers * per_layer[usable].max() + sum(part[np.isfinite(part)].sum() for part in ends))
+    if cover(high) is None:
+        return None
+    for _ in range(24):
+        middle = (low + high) / 2
+        low, high = (low, middle) if cover(middle) is not None else (middle, high)
+    stages = tuple(
+        Stage(problem.devices[d].name, first, last, (width,) * (last - first)) for d, first, last in cover(high)
+    )
+    return Assignment(stages, eta, xi)
+
+
+def _passes(prefill: np.ndarray, decode: np.ndarray, steps: int) -> np.ndarray:
+    """One prefill and `steps` decode passes; infinite where either is not available."""
+    available = np.isfinite(prefill) & np.isfinite(decode)
+    return np.where(available, prefill + steps * np.where(available, decode, 0.0), np.inf)
+
+
+def offload_estimate(problem: Problem) -> Baseline:
+    """FlexGen-style, an ESTIMATE: one device, the whole batch layer by layer, what does not fit streams from the host.
+
+    `problem.json` knows no host link, so 12 GB/s is assumed, perfectly overlapped with compute; no plan of this kind
+    can be run by the engine.
+    """
+    best: dict[str, float] | None = None
+    for eta, xi in pairs(problem):
+        arrays = pair_arrays(problem, eta, xi)
+        for d in range(len(problem.devices)):
+            for b in np.flatnonzero(arrays.available[d]):
+                predicted = _offload(arrays, d, int(b), problem.workload.sequences)
+                if predicted and (best is None or predicted["latency_seconds"] < best["latency_seconds"]):
+                    best = predicted
+    return Baseline(best, reason="infeasible: no device can hold its own workspace with embedding and head")
+
+
+def _offload(arrays: PairArrays, d: int, b: int, sequences: int) -> dict[str, float] | None:
+    room = arrays.capacity[d] - arrays.embed_bytes - (0.0 if arrays.tied_head else arrays.head_bytes)
+    if room < 0 or not np.isfinite(arrays.embed[:, d] + arrays.head[:, d]).all():
+        return None
+    total = float(arrays.layer_bytes[:, b].sum())
+    streamed = max(0.0, total - room) / OFFLOAD_BYTES_PER_SECOND
+    ends = arrays.embed[:, d] + arrays.head[:, d]
+    layers = len(arrays.layer_bytes)
+    prefill = max(arrays.prefill_rounds * (layers * arrays.prefill[d, b] + ends[0]), streamed)
+    decode = (arrays.generated_tokens - 1) * max(
+        arrays.decode_rounds * (layers * arrays.decode[d, b] + ends[1]), streamed
+    )
+    latency = float(prefill + decode)
+    return {
+        "latency_seconds": latency,
+        "prefill_seconds": float(prefill),
+        "decode_seconds": float(decode),
+        "throughput_tokens_per_second": sequences * arrays.generated_tokens / latency if latency else math.inf,
+        "quality_loss": float(arrays.omega[:, b].sum()),
+    }
