@@ -105,9 +105,19 @@ def _device(host: str, config: Any, types: Mapping[str, DeviceType]) -> Device:
     threads = None if kind.kind != "cpu" else 1 if config.threads is None else config.threads
     if threads is not None:
         _check(f"{where}: threads", threads)
+    if config.cpu_share is not None:
+        _check_share(where, config.cpu_share, kind.kind)
     memory = kind.memory_bytes if config.memory_bytes is None else config.memory_bytes
     _check(f"{where}: memory_bytes", memory)
-    return Device(host, config.slot, kind.with_threads(threads or 1), int(memory), threads)
+    whole = kind.with_threads(threads or 1, config.cpu_share or 1.0)
+    return Device(host, config.slot, whole, int(memory), threads, config.cpu_share)
+
+
+def _check_share(where: str, share: float, kind: str) -> None:
+    if kind != "cpu":
+        raise UserError(f"{where} sets cpu_share={share}, but its type is {kind}; remove cpu_share")
+    if not 0.05 <= share <= 1.0:
+        raise UserError(f"{where}: cpu_share is {share}; it must be from 0.05 to 1")
 
 
 def _links(config: LinksConfig, devices: tuple[Device, ...]) -> Links:

@@ -25,18 +25,21 @@ class DeviceType:
     compute_capability: str | None
     source: str
 
-    def with_threads(self, threads: int) -> DeviceType:
-        """The rates of `threads` CPU threads under a name of their own.
+    def with_threads(self, threads: int, cpu_share: float = 1.0) -> DeviceType:
+        """The rates of `threads` CPU threads that run `cpu_share` of the time, under a name of their own.
 
         Linear: a type whose threads share a memory bus states the bandwidth of a thread while all are busy.
         """
-        if self.kind != "cpu" or threads == 1:
+        if self.kind != "cpu" or (threads == 1 and cpu_share == 1.0):
             return self
+        name = self.name + (f"_x{threads}" if threads != 1 else "")
+        rate = threads * cpu_share
         return replace(
             self,
-            name=f"{self.name}_x{threads}",
-            memory_bandwidth_bytes_per_second=self.memory_bandwidth_bytes_per_second * threads,
-            flops_per_second={name: rate * threads for name, rate in self.flops_per_second.items()},
+            name=name + (f"_share{100 * cpu_share:g}" if cpu_share != 1.0 else ""),
+            memory_bandwidth_bytes_per_second=self.memory_bandwidth_bytes_per_second * rate,
+            flops_per_second={dtype: peak * rate for dtype, peak in self.flops_per_second.items()},
+            kernel_overhead_seconds=self.kernel_overhead_seconds / cpu_share,
         )
 
 
@@ -49,6 +52,7 @@ class Device:
     type: DeviceType  # with this device's threads
     memory_bytes: int
     threads: int | None = None  # of a CPU stage
+    cpu_share: float | None = None  # of a CPU stage that emulates a slower processor
 
     @property
     def name(self) -> str:

@@ -16,6 +16,7 @@ from ds_llmpq.engine.pipeline_engine import InferencePipelineEngine, StopRule
 from ds_llmpq.engine.pipeline_module import PlannedPipelineModule, pipeline_bounds, pipeline_layers
 from ds_llmpq.engine.sequences import Sequences, decode_groups, prefill_micro_batches
 from ds_llmpq.engine.stage_loader import StageLoader
+from ds_llmpq.engine.throttle import CpuShare
 from ds_llmpq.engine.topology import PlannedTopology
 from ds_llmpq.engine.trace import Trace
 from ds_llmpq.engine.wave import Wave
@@ -58,6 +59,9 @@ class Session:
             pipeline_bounds([stage.layers for stage in plan.stages], checkpoint.config.num_hidden_layers),
             PlannedTopology(place.stage_ranks),
         )
+        share = plan.engine["stages"][place.stage_index].get("cpu_share")
+        if share:
+            CpuShare(share).attach(module)
         self.load_seconds = time.perf_counter() - started
         self.trace = Trace(place.stage_index, place.device)
         self.store = self._kv_store(model_path)

@@ -65,7 +65,10 @@ def deployed(
     )
     engine = {
         "dtype": prepared.dtype,
-        "stages": [{"kind": d.type.kind, "slot": d.slot, "threads": d.threads} for d in devices],
+        "stages": [
+            {"kind": device.type.kind, "slot": device.slot, "threads": device.threads, "cpu_share": device.cpu_share}
+            for device in devices
+        ],
         "include": include_string(by_rank),
         "env": dict(cluster.env),
     }

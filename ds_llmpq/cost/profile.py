@@ -1,0 +1,199 @@
+"""profile.csv: measured times of the parts of a model, and what they were measured with.
+
+The first line is a comment that holds a JSON object (`Setup`); below it stands plain CSV, one row a point and round.
+Rows are appended as they are measured, so an interrupted profile goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from ds_llmpq.errors import UserError
+from ds_llmpq.models.shape import ModelShape
+
+SCHEMA = 1
+PARTS = ("layer", "embed", "head", "first", "middle", "last")
+LIBRARIES = ("torch", "transformers", "hqq", "deepspeed")
+_MOST_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the times of a profile depend on beside the point. All of it must agree before they are used or extended."""
+
+    layer: str  # `layer_signature` of the model
+    dtype: str
+    kernel: str
+    group_size: int
+    axis: int
+    libraries: Mapping[str, str]
+
+    def disagreement(self, other: Setup) -> str | None:
+        """The first difference in words, or None."""
+        for entry in fields(self):
+            mine, theirs = getattr(self, entry.name), getattr(other, entry.name)
+            if entry.name == "libraries":
+                for name in LIBRARIES:
+                    if mine.get(name) != theirs.get(name):
+                        return f"{name} {mine.get(name)}, but {name} {theirs.get(name)} is in use"
+            elif mine != theirs:
+                what = "layer shape" if entry.name == "layer" else entry.name
+                return f"{what} {mine}, but {what} {theirs} is in use"
+        return None
+
+
+@dataclass(frozen=True)
+class Point:
+    """What was timed. `length_tokens`: tokens of a prompt in prefill, tokens already cached in decode.
+
+    part: `layer`, `embed`, `head`, or what a pass costs beside those on the `first`, a `middle` or the `last` stage.
+    bits: 0 where the part has none.
+    """
+
+    device_type: str
+    part: str
+    phase: str
+    bits: int
+    batch: int
+    length_tokens: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One round of repeats at a point. `spread`: interquartile range over median. `undisturbed`: repeats that got
+    their processor to themselves; the median is taken over these where there are any."""
+
+    point: Point
+    round: int
+    repeats: int
+    undisturbed: int
+    median_seconds: float
+    minimum_seconds: float
+    spread: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All rounds of a point as one number."""
+
+    point: Point
+    seconds: float
+    spread: float
+    rounds: int
+
+
+@dataclass(frozen=True)
+class Profile:
+    setup: Setup
+    samples: tuple[Sample, ...]
+    note: Mapping[str, Any] = field(default_factory=dict)  # date, host, processors, context bytes
+
+    def measured(self) -> list[Measured]:
+        """Points in order of appearance; the lower median of their rounds, for other work only ever adds time."""
+        rounds: dict[Point, list[Sample]] = defaultdict(list)
+        for sample in self.samples:
+            rounds[sample.point].append(sample)
+        merged = []
+        for point, samples in rounds.items():
+            times = sorted(sample.median_seconds for sample in samples)
+            across = (times[-1] - times[0]) / times[0] if times[0] > 0 else math.inf
+            spread = max(median(sample.spread for sample in samples), across)
+            merged.append(Measured(point, times[(len(times) - 1) // 2], spread, len(samples)))
+        return merged
+
+
+def layer_signature(shape: ModelShape) -> str:
+    """16 digits that change with anything that changes a part's time, but not with the number of layers."""
+    kept = {key: value for key, value in asdict(shape).items() if key not in ("layers", "dtype", "max_positions")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def current_setup(shape: ModelShape, dtype: str, kernel: str, group_size: int, axis: int) -> Setup:
+    """With the libraries installed here; none of them is imported."""
+    return Setup(layer_signature(shape), dtype, kernel, group_size, axis, {name: _version(name) for name in LIBRARIES})
+
+
+def _version(library: str) -> str:
+    try:
+        return metadata.version(library).partition("+")[0]  # a build's suffix (+cpu, +cu130) follows from the device
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+_SAMPLE_COLUMNS = [entry.name for entry in fields(Sample) if entry.name != "point"]
+COLUMNS = [entry.name for entry in fields(Point)] + _SAMPLE_COLUMNS
+
+
+def write_header(path: Path, setup: Setup, note: Mapping[str, Any]) -> None:
+    header = {"schema": SCHEMA, "setup": asdict(setup), "note": dict(note)}
+    path.write_text(f"# {json.dumps(header)}\n{','.join(COLUMNS)}\n", encoding="utf-8")
+
+
+def append(path: Path, samples: Iterable[Sample]) -> None:
+    with path.open("a", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        for sample in samples:
+            row = asdict(sample)
+            cells = row.pop("point") | row
+            writer.writerow([f"{value:.9g}" if isinstance(value, float) else value for value in cells.values()])
+
+
+def read_profile(path: str | Path) -> Profile:
+    """`UserError`: unreadable, of another schema, or a row that makes no sense. A last line cut short is dropped."""
+    file = Path(path)
+    try:
+        if file.stat().st_size > _MOST_BYTES:
+            raise UserError(f"profile {file} has more than {_MOST_BYTES} bytes; give a profile.csv")
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"profile {file} cannot be read ({error}); make one with `ds-llmpq profile`") from None
+    lines = text.splitlines()
+    if lines and not text.endswith("\n"):
+        lines.pop()  # the writer was stopped in the middle of it
+    setup, note = _header(file, lines)
+    rows = csv.DictReader(lines[1:])
+    return Profile(setup, tuple(_sample(file, number, row) for number, row in enumerate(rows, start=3)), note)
+
+
+def _header(file: Path, lines: list[str]) -> tuple[Setup, dict[str, Any]]:
+    try:
+        header = json.loads(lines[0].removeprefix("# "))
+        if header["schema"] != SCHEMA:
+            raise UserError(f"profile {file} has schema {header['schema']}, but this version reads {SCHEMA} only")
+        if lines[1].split(",") != COLUMNS:
+            raise ValueError(f"columns {lines[1]}")
+        return Setup(**header["setup"]), dict(header["note"])
+    except (IndexError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{file} is no profile ({error}); make one with `ds-llmpq profile`") from None
+
+
+def _sample(file: Path, number: int, row: Mapping[str, str]) -> Sample:
+    try:
+        numbers = [int(row[name]) for name in ("bits", "batch", "length_tokens")]
+        point = Point(row["device_type"], row["part"], row["phase"], *numbers)
+        counts = [int(row[name]) for name in ("round", "repeats", "undisturbed")]
+        times = [float(row[name]) for name in ("median_seconds", "minimum_seconds", "spread")]
+        if point.part not in PARTS or not all(math.isfinite(time) and time >= 0 for time in times):
+            raise ValueError("a time or part out of range")
+        return Sample(point, *counts, *times)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"profile {file} line {number} makes no sense ({error}); remove that line") from None
+
+
+def check_setup(profile: Profile, setup: Setup, where: str, remedy: str) -> None:
+    """`UserError` unless the profile was made with `setup`; `remedy` ends the sentence."""
+    difference = profile.setup.disagreement(setup)
+    if difference:
+        raise UserError(f"{where} was measured with {difference}; {remedy}")
+
+

@@ -1,0 +1,107 @@
+"""The very parts that the engine runs, ready to be timed: loader's layers, static cache, steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ds_llmpq.cost.memory import MemoryModel
+from ds_llmpq.cost.profile import Point
+from ds_llmpq.engine.kv_cache import KVStore
+from ds_llmpq.engine.stage_loader import StageLoader
+from ds_llmpq.engine.throttle import CpuShare
+from ds_llmpq.models.checkpoint import Checkpoint
+from ds_llmpq.models.shape import ModelShape
+from ds_llmpq.models.step import Step
+from ds_llmpq.schema import QuantConfig
+
+_MOST_CHAIN_BYTES = 1 << 30  # of the layers timed together at one width
+
+
+class Parts:
+    """Decoder layers at each of `bits`, embedding and head of one checkpoint on one device.
+
+    chained: how many decoder layers run one after another (fewer for large layers), as in a stage, so that a small
+    layer's weights are no warmer in the caches than they will be. HQQ's optimiser is left off: it changes values only.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        shape: ModelShape,
+        bits: Sequence[int],
+        quant: QuantConfig,
+        dtype: str,
+        device: torch.device,
+        rows: int,
+        capacity: int,
+        chained: int,
+        on_loaded: Callable[[str], None] = lambda name: None,
+    ):
+        self.shape, self.device, self.dtype = shape, device, getattr(torch, dtype)
+        checkpoint = Checkpoint(path)
+        self._positional = None
+        largest = MemoryModel(shape, quant.group_size, quant.axis, self.dtype.itemsize).layer_bytes(16)
+        self.chained = max(1, min(chained, shape.layers, _MOST_CHAIN_BYTES // largest))
+        quick = replace(quant, optimize=False)
+        self.layers = {}
+        for width in bits:
+            loader = StageLoader(checkpoint, [width] * shape.layers, quick, self.dtype, device, on_loaded)
+            self.layers[width] = [loader.decoder_layer(index) for index in range(self.chained)]
+        self.embedding, self.head = loader.embedding(), loader.head()
+        self._positional = loader.architecture.positional(checkpoint.config)
+        self.store = KVStore(
+            0, self.chained, rows * capacity, shape.kv_heads, shape.head_dim, self.dtype, device
+        )  # fmt: skip
+        self.store.shape_for(rows, capacity)
+        self._throttled: list[torch.utils.hooks.RemovableHandle] = []
+
+    def throttle(self, cpu_share: float) -> None:
+        """Gives all parts this share of the processor from now on."""
+        for handle in self._throttled:
+            handle.remove()
+        self._throttled = []
+        if cpu_share < 1.0:
+            meter = CpuShare(cpu_share)
+            for part in [*(layer for chain in self.layers.values() for layer in chain), self.embedding, self.head]:
+                self._throttled += meter.attach_layer(part)
+
+    def action(self, point: Point) -> tuple[Callable[[], object], int]:
+        """(what to time, how many times the part runs in it)."""
+        if point.part == "layer":
+            return self._layers(point), self.chained
+        if point.part == "embed":
+            tokens = torch.zeros(point.batch, point.length_tokens, dtype=torch.long, device=self.device)
+            step = Step(tokens, None, point.length_tokens, True, token_ids=tokens)
+            return lambda: self.embedding(step), 1
+        hidden = self._hidden(point.batch, 1)
+        step = Step(torch.zeros(point.batch, 1, dtype=torch.long, device=self.device), None, 1, True, hidden=hidden)
+        return lambda: self.head(step), 1
+
+    def _layers(self, point: Point) -> Callable[[], object]:
+        batch, length = point.batch, point.length_tokens
+        if point.phase == "prefill":
+            positions = torch.arange(length, device=self.device).expand(batch, length)
+            step = Step(positions, self.store.prefill(0, batch), length, True, hidden=self._hidden(batch, length))
+        else:
+            at = torch.full((batch,), length, device=self.device)
+            cache = self.store.decode(0, batch, at, length + 1)
+            step = Step(at[:, None], cache, length + 1, True, hidden=self._hidden(batch, 1))
+        self._positional(step)  # once a stage and micro-batch, so not a layer's
+        hidden, chain = step.hidden, self.layers[point.bits]
+
+        def run() -> None:
+            step.hidden = hidden
+            for layer in chain:
+                layer(step)
+
+        return run
+
+    def _hidden(self, batch: int, tokens: int) -> torch.Tensor:
+        generator = torch.Generator(device=self.device).manual_seed(batch * 65537 + tokens)
+        return torch.randn(
+            batch, tokens, self.shape.hidden, generator=generator, dtype=self.dtype, device=self.device
+        )  # fmt: skip

@@ -1,0 +1,44 @@
+"""Which points to time: all of a workload's micro-batches, and lengths around its own. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ds_llmpq.cost.profile import Point
+from ds_llmpq.schema import WorkloadConfig
+
+
+def sampling_plan(
+    device_type: str,
+    bits: Sequence[int],
+    sizes: dict[str, Sequence[int]],
+    workload: WorkloadConfig,
+) -> list[list[Point]]:
+    """Points in groups of falling importance: what the planner will ask for, then what tells the effect of length.
+
+    A group is timed round by round, all of its points in each, so that a slow drift of the machine hits all alike.
+    sizes: candidate micro-batches by phase. The end parts (embed, head) are few and go with the first group.
+    """
+    groups: list[list[Point]] = [[], [], []]
+    for phase in ("prefill", "decode"):
+        for rank, length in enumerate(_lengths(phase, workload)):
+            for width in bits:
+                groups[min(rank, 2)] += [
+                    Point(device_type, "layer", phase, width, size, length) for size in sizes[phase]
+                ]
+    prompt = workload.prompt_tokens
+    ends = [Point(device_type, "embed", "prefill", 0, size, prompt) for size in sizes["prefill"]]
+    ends += [Point(device_type, "embed", "decode", 0, size, 1) for size in sizes["decode"]]
+    ends += [Point(device_type, "head", "decode", 0, size, 1) for size in {*sizes["prefill"], *sizes["decode"]}]
+    groups[0] += ends
+    return [group for group in groups if group]
+
+
+def _lengths(phase: str, workload: WorkloadConfig) -> list[int]:
+    """The workload's own first. Decode: tokens cached, from the first to the last pass, the mean leading."""
+    prompt, generated = workload.prompt_tokens, workload.generated_tokens
+    if phase == "prefill":
+        lengths = [prompt, prompt // 2, prompt // 4]
+    else:
+        lengths = [prompt + generated // 2, prompt, prompt + generated - 2, prompt // 2]
+    return [length for length in dict.fromkeys(lengths) if length >= 1]

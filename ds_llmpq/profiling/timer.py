@@ -1,0 +1,74 @@
+"""Timing one action on one device: warmed up, repeated, with the repeats that other processes disturbed left out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median, quantiles
+
+import torch
+
+_MOST_REPEATS = 40
+_DISTURBED = 1.1  # wall time over processor time beyond which another process had the core meanwhile
+_SLACK_SECONDS = 3e-5
+
+
+@dataclass(frozen=True)
+class Timing:
+    repeats: int
+    undisturbed: int
+    median_seconds: float
+    minimum_seconds: float
+    spread: float
+
+
+@dataclass(frozen=True)
+class Timer:
+    """`threads` and `cpu_share` are those of a CPU stage; on a GPU device events are used."""
+
+    device: torch.device
+    threads: int = 1
+    cpu_share: float = 1.0
+
+    def time(self, action: Callable[[], object], seconds: float, warm_up: int = 1) -> Timing:
+        """Repeats `action` for about `seconds`, at least three times."""
+        for _ in range(warm_up):
+            action()
+        if self.device.type == "cuda":
+            return self._on_gpu(action, seconds)
+        return self._on_cpu(action, seconds)
+
+    def _on_cpu(self, action: Callable[[], object], seconds: float) -> Timing:
+        times: list[float] = []
+        clean: list[float] = []
+        begin = time.perf_counter()
+        while len(times) < 3 or (time.perf_counter() - begin < seconds and len(times) < _MOST_REPEATS):
+            wall, cpu = time.perf_counter(), time.thread_time()
+            action()
+            wall, cpu = time.perf_counter() - wall, time.thread_time() - cpu
+            times.append(wall)
+            # the main thread's own time tells only where it does all the work
+            if self.threads == 1 and wall <= _DISTURBED * cpu / self.cpu_share + _SLACK_SECONDS:
+                clean.append(wall)
+        return _timing(times, clean)
+
+    def _on_gpu(self, action: Callable[[], object], seconds: float) -> Timing:
+        torch.cuda.synchronize(self.device)
+        times: list[float] = []
+        begin = time.perf_counter()
+        while len(times) < 3 or (time.perf_counter() - begin < seconds and len(times) < _MOST_REPEATS):
+            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            action()
+            stop.record()
+            torch.cuda.synchronize(self.device)
+            times.append(start.elapsed_time(stop) / 1e3)
+        return _timing(times, times)
+
+
+def _timing(times: list[float], clean: list[float]) -> Timing:
+    kept = clean or times
+    middle = median(kept)
+    quarters = quantiles(kept, n=4) if len(kept) > 1 else [middle] * 3
+    return Timing(len(times), len(clean), middle, min(times), (quarters[2] - quarters[0]) / middle if middle else 0.0)

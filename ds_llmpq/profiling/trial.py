@@ -1,0 +1,208 @@
+"""One rank of a trial pipeline of three stages on this host: what a pass costs beside its layers, and the links.
+
+    python -m ds_llmpq.profiling.trial SPEC    (SPEC is JSON; RANK, WORLD_SIZE and MASTER_* as a launcher sets them)
+
+Each stage holds decoder layer 0, the first one also the embedding and the last one the head, and runs the engine's own
+schedules over its own channels. Rank 0 prints one JSON line that starts with `MARK`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import sys
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ds_llmpq.engine.channels import ActivationChannel, DataChannel, TokenChannel
+from ds_llmpq.engine.distributed import _init_process_group
+from ds_llmpq.engine.kv_cache import KVStore
+from ds_llmpq.engine.pipeline_engine import InferencePipelineEngine
+from ds_llmpq.engine.pipeline_module import LazyLayer, PlannedPipelineModule
+from ds_llmpq.engine.sequences import Finish, MicroBatch, decode_groups
+from ds_llmpq.engine.stage_loader import StageLoader
+from ds_llmpq.engine.topology import PlannedTopology
+from ds_llmpq.engine.trace import Trace
+from ds_llmpq.engine.wave import Wave, WaveRow
+from ds_llmpq.models.checkpoint import Checkpoint
+from ds_llmpq.models.shape import read_shape
+from ds_llmpq.schema import QuantConfig
+
+MARK = "ds-llmpq trial "
+STAGES = ("first", "middle", "last")
+DECODE_PASSES = 24  # of each group
+LINK_BYTES = (8, 1 << 10, 1 << 13, 1 << 16, 1 << 18, 1 << 20, 1 << 22)
+LINK_REPEATS = 30
+
+
+class LengthRule:
+    """Ends rows by their number of tokens alone, as cheaply as a rule can."""
+
+    def begin(self, wave: Wave) -> None:
+        self._most = [row.max_tokens for row in wave.rows]
+
+    def __call__(self, row: int, token: int, generated: int) -> Finish:
+        return Finish.LENGTH if generated >= self._most[row] else Finish.RUNNING
+
+
+class PartClock:
+    """Processor time inside pipeline layers: what is left of a pass is its overhead. Rotary embeddings and the like
+    are computed in the first layer but once a pass, so they are taken out of it."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._start = 0.0
+
+    def attach(self, module: torch.nn.Module) -> None:
+        for layer in module.children():
+            layer.register_forward_pre_hook(self._begin)
+            layer.register_forward_hook(self._end)
+
+    def positional(self, prepare: Any) -> Any:
+        def timed(step: Any) -> None:
+            start = time.thread_time()
+            prepare(step)
+            self.seconds -= time.thread_time() - start
+
+        return timed
+
+    def _begin(self, *_: object) -> None:
+        self._start = time.thread_time()
+
+    def _end(self, *_: object) -> None:
+        self.seconds += time.thread_time() - self._start
+
+
+def main(spec: dict[str, Any]) -> None:
+    rank = int(os.environ["RANK"])
+    torch.set_num_threads(spec["threads"])
+    timeout = datetime.timedelta(seconds=120)
+    _init_process_group(spec["kind"], timeout)
+    side = dist.new_group(backend="gloo", timeout=timeout)
+    device = torch.device("cuda", rank) if spec["kind"] == "cuda" else torch.device("cpu")
+    links = _links(rank, device, side) if spec["links"] else []
+    passes = _passes(spec, rank, device, side)
+    reports = DataChannel(side, rank, len(STAGES)).gather({"links": links, "passes": passes})
+    if rank == 0:
+        found = {name: [entry for report in reports for entry in report[name]] for name in ("links", "passes")}
+        print(MARK + json.dumps(found), flush=True)
+    dist.destroy_process_group()
+
+
+def _passes(spec: dict[str, Any], rank: int, device: torch.device, side: dist.ProcessGroup) -> list[dict[str, Any]]:
+    engine, clock = _engine(spec, rank, device, side)
+    found = []
+    for size in spec["sizes"]:
+        prompt = max(1, min(spec["prompt_tokens"], 4096 // size))
+        for round_ in range(spec["rounds"]):
+            first = _overhead(engine, clock, size, prompt, 1)
+            whole = _overhead(engine, clock, size, prompt, 1 + DECODE_PASSES)
+            if round_ == 0 and spec["rounds"] > 1:
+                continue  # warm-up
+            prefill, decode = first / 2, max(whole - first, 0.0) / (2 * DECODE_PASSES)
+            common = {"part": STAGES[rank], "batch": size, "round": round_}
+            found.append(common | {"phase": "prefill", "length_tokens": prompt, "seconds": prefill})
+            found.append(common | {"phase": "decode", "length_tokens": 1, "seconds": decode})
+    return found
+
+
+def _overhead(engine: InferencePipelineEngine, clock: PartClock, size: int, prompt: int, generated: int) -> float:
+    """Processor seconds of a wave of two micro-batches on this rank, but for those inside pipeline layers."""
+    vocabulary = 7
+    rows = tuple(WaveRow(i, tuple((i + k) % vocabulary for k in range(prompt)), generated) for i in range(2 * size))
+    groups = decode_groups(2 * size, size)
+    clock.seconds = 0.0
+    start = time.thread_time()
+    engine.run_wave(Wave(rows), groups, groups)
+    return time.thread_time() - start - clock.seconds
+
+
+def _engine(
+    spec: dict[str, Any], rank: int, device: torch.device, side: dist.ProcessGroup
+) -> tuple[InferencePipelineEngine, PartClock]:
+    path, dtype = spec["path"], getattr(torch, spec["dtype"])
+    shape, checkpoint = read_shape(path), Checkpoint(path)
+    loader = StageLoader(checkpoint, [16] * shape.layers, QuantConfig(), dtype, device)
+    ranks = list(range(len(STAGES)))
+    layers = [
+        LazyLayer("embedding", loader.embedding),
+        *(LazyLayer("layer 0", lambda: loader.decoder_layer(0)) for _ in ranks),
+        LazyLayer("head", loader.head),
+    ]
+    module = PlannedPipelineModule(layers, [0, 2, 3, 5], PlannedTopology(ranks))
+    clock = PartClock()
+    clock.attach(module)
+    slots = 2 * max(size * (min(spec["prompt_tokens"], 4096 // size) + DECODE_PASSES + 2) for size in spec["sizes"])
+    engine = InferencePipelineEngine(
+        module,
+        KVStore(0, 1, slots, shape.kv_heads, shape.head_dim, dtype, device),
+        clock.positional(loader.architecture.positional(checkpoint.config)),
+        ActivationChannel(rank - 1 if rank else None, rank + 1 if rank < ranks[-1] else None, dtype, device),
+        TokenChannel(side, ranks[-1], ranks[:-1]),
+        LengthRule(),
+        Trace(rank, device),
+        dtype,
+        shape.hidden,
+    )
+    return engine, clock
+
+
+def _links(rank: int, device: torch.device, side: dist.ProcessGroup) -> list[dict[str, Any]]:
+    """Half a round trip over the engine's own channels between ranks 0 and 1, with rank 0's clock; the third waits.
+
+    Hidden states by message size; tokens once, for their message is always small. Sizes take turns, so that a
+    disturbance does not fall on one of them alone.
+    """
+    times: dict[tuple[str, int], list[float]] = {}
+    if rank < 2:
+        channel = ActivationChannel(1 - rank, 1 - rank, torch.uint8, device)
+        for repeat in range(LINK_REPEATS):
+            for size in LINK_BYTES:
+                seconds = _ping(rank, channel, size, device, 2 * repeat)
+                times.setdefault(("activation", size), []).append(seconds)
+            times.setdefault(("token", 8), []).append(_token_ping(rank, side))
+    dist.barrier(group=side)
+    if rank:
+        return []
+    return [{"channel": channel, "bytes": size, "seconds": sorted(found)} for (channel, size), found in times.items()]
+
+
+def _ping(rank: int, channel: ActivationChannel, size: int, device: torch.device, number: int) -> float:
+    there, back = MicroBatch(number, number + 1), MicroBatch(number + 1, number + 2)
+    message = torch.zeros(1, 1, size, dtype=torch.uint8, device=device)
+    mine = back if rank == 0 else there
+    channel.post(mine, (1, 1, size))
+    start = time.perf_counter()
+    if rank == 0:
+        channel.give(message)
+    channel.take(mine)
+    if rank == 1:
+        channel.give(message)
+    seconds = (time.perf_counter() - start) / 2
+    channel.flush()
+    return seconds
+
+
+def _token_ping(rank: int, side: dist.ProcessGroup) -> float:
+    out, back = TokenChannel(side, 0, [1]), TokenChannel(side, 1, [0])
+    batch, token = MicroBatch(0, 1), torch.zeros(1, dtype=torch.int64)
+    (back if rank == 0 else out).expect(batch)
+    start = time.perf_counter()
+    if rank == 0:
+        out.give(token, token)
+        back.take(wait=True)
+    else:
+        out.take(wait=True)
+        back.give(token, token)
+    seconds = (time.perf_counter() - start) / 2
+    out.flush()
+    back.flush()
+    return seconds
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
