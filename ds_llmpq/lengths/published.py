@@ -1,0 +1,173 @@
+"""The published SSJF simulator's schedules (arXiv 2404.08509), oddities included; `simulator` is the right one.
+
+What is odd, and kept here on purpose: first come, first served waits for a partial batch while shortest-first does
+not; the starvation guard knows the true duration; idle time counts as waiting, also for jobs not there yet; a
+predicted class is taken for a number of tokens; predicted durations do not shrink with progress; the last job to
+arrive is lost if nothing is queued before it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ds_llmpq.errors import UserError
+
+CONSTANT_SECONDS = 0.1
+PER_TOKEN_SECONDS = 0.02
+MODES = ("NO_BATCHING", "STATIC_BATCHING", "DYNAMIC_BATCHING")
+Completion = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One published experiment. `arrival_seconds`, `tokens` and `classes` are by job; jobs are named by their index."""
+
+    arrival_seconds: list[float]
+    tokens: list[int]
+    classes: list[int]
+    dynamic: bool = False  # a batch ends with its shortest job instead of its longest
+    max_batch: int = 1
+    batch_wait_seconds: float = 10.0
+    guard_seconds: float = 100.0
+    guard_coefficient: float = 10.0
+
+
+@dataclass
+class _Job:
+    index: int
+    arrival: float
+    remaining: float
+    predicted: float
+    waited: float = 0.0
+
+
+@dataclass
+class _Clock:
+    now: float = 0.0
+    previous: float = 0.0
+    completed: dict[int, float] = field(default_factory=dict)
+
+
+def read_cases(path: Path) -> list[Case]:
+    """Cases of a JSON list as the golden files hold them. `UserError`: unreadable, or not of that form."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cases={path} cannot be read as JSON ({error}); give a list of cases.") from None
+    if not isinstance(rows, list):
+        raise UserError(f"cases={path} holds no list; give a JSON list with one object a case.")
+    return [_case(row, f"{path}, case {number}") for number, row in enumerate(rows)]
+
+
+def schedules(case: Case) -> Completion:
+    """Completion seconds by policy (`fcfs`, `sjf`, `ssjf`) and job, in the order the jobs end."""
+    found = {
+        "fcfs": _first_come(case),
+        "sjf": _shortest_first(case, predicted=False),
+        "ssjf": _shortest_first(case, predicted=True),
+    }
+    return {name: {str(job): round(end, 9) for job, end in ends.items()} for name, ends in found.items()}
+
+
+def _case(row: Any, where: str) -> Case:
+    try:
+        mode, guard = row["mode"], row.get("starvation", {})
+        case = Case(
+            arrival_seconds=[float(value) for value in row["arrival"]],
+            tokens=[int(value) for value in row["generated_tokens"]],
+            classes=[int(value) for value in row["predicted_class"]],
+            dynamic=mode == "DYNAMIC_BATCHING",
+            max_batch=int(row.get("max_batch", 1)),
+            batch_wait_seconds=float(row.get("batch_wait_timeout", 10)),
+            guard_seconds=float(guard.get("threshold", 100)),
+            guard_coefficient=float(guard.get("coefficient", 10)),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{where} is not of the published form ({error!r}).") from None
+    if mode not in MODES:
+        raise UserError(f"{where}: mode is {mode!r} but must be one of {', '.join(MODES)}.")
+    if not len(case.arrival_seconds) == len(case.tokens) == len(case.classes):
+        raise UserError(f"{where}: arrival, generated_tokens and predicted_class must have one entry a job each.")
+    if case.max_batch < 1:
+        raise UserError(f"{where}: max_batch is {case.max_batch} but must be at least 1.")
+    if min(case.arrival_seconds, default=0.0) < 0 or min(case.tokens, default=0) < 0:
+        raise UserError(f"{where}: arrivals and lengths must not be negative.")
+    return case
+
+
+def _jobs(case: Case) -> list[_Job]:
+    columns = zip(case.arrival_seconds, case.tokens, case.classes, strict=True)
+    jobs = [_Job(i, arrival, _seconds(tokens), _seconds(label)) for i, (arrival, tokens, label) in enumerate(columns)]
+    return sorted(jobs, key=lambda job: job.arrival)
+
+
+def _seconds(tokens: int) -> float:
+    return round(CONSTANT_SECONDS + PER_TOKEN_SECONDS * tokens, 2)
+
+
+def _run_batch(case: Case, batch: list[_Job], clock: _Clock) -> list[_Job]:
+    """Runs a batch to its longest (dynamic: shortest) job; those that are left, in the batch's order."""
+    spent = (min if case.dynamic else max)(job.remaining for job in batch)
+    clock.now += spent
+    left = []
+    for job in batch:
+        if job.remaining <= spent:
+            clock.completed[job.index] = clock.now
+        else:
+            job.remaining = max(job.remaining - spent, 0.0)
+            left.append(job)
+    return left
+
+
+def _first_come(case: Case) -> dict[int, float]:
+    queue, clock = deque(_jobs(case)), _Clock()
+    while queue:
+        clock.now = max(clock.now, queue[0].arrival)
+        batch = []
+        while queue and len(batch) < case.max_batch and queue[0].arrival <= clock.now + case.batch_wait_seconds:
+            batch.append(queue.popleft())
+        full = len(batch) == case.max_batch
+        clock.now = max(clock.now, batch[-1].arrival) if full else clock.now + case.batch_wait_seconds
+        for job in _run_batch(case, batch, clock):
+            queue.appendleft(job)  # one after another: the batch's last comes first
+    return clock.completed
+
+
+def _shortest_first(case: Case, predicted: bool) -> dict[int, float]:
+    jobs, clock = _jobs(case), _Clock()
+    queue: list[_Job] = []
+    admitted = 0
+    # the last job to arrive is lost if it would have to be waited for
+    while queue or admitted < len(jobs) - 1:
+        if not queue:
+            clock.now = max(clock.now, jobs[admitted].arrival)
+            admitted = _admit(jobs, admitted, queue, clock)
+        queue = _sorted(case, queue, predicted)
+        batch, queue = queue[: case.max_batch], queue[case.max_batch :]
+        left = _run_batch(case, batch, clock)
+        admitted = _admit(jobs, admitted, queue, clock)
+        queue += left
+        for job in queue:
+            job.waited += clock.now - clock.previous
+        clock.previous = clock.now
+    return clock.completed
+
+
+def _admit(jobs: list[_Job], admitted: int, queue: list[_Job], clock: _Clock) -> int:
+    while admitted < len(jobs) and jobs[admitted].arrival <= clock.now:
+        queue.append(jobs[admitted])
+        admitted += 1
+    return admitted
+
+
+def _sorted(case: Case, queue: list[_Job], predicted: bool) -> list[_Job]:
+    """Shortest first, unless the job that waited longest has waited too long: then all by waiting time."""
+    by_waiting = sorted(queue, key=lambda job: -job.waited)
+    longest = by_waiting[0]
+    if longest.waited > case.guard_seconds or longest.waited > longest.remaining * case.guard_coefficient:
+        return by_waiting
+    return sorted(queue, key=lambda job: job.predicted if predicted else job.remaining)
