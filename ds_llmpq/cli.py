@@ -11,6 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from ds_llmpq import __version__, config
+from ds_llmpq.batch.results import check_folder
 from ds_llmpq.errors import Interrupted, UserError
 from ds_llmpq.report import sweep
 
@@ -19,8 +20,11 @@ _USAGE = """usage: ds-llmpq VERB [key=value ...]     (ds-llmpq VERB --help shows
   detect   describe this machine as a cluster
   plan     decide layers, bit widths and micro-batches; writes plan.json, problem.json, hostfile
   profile  time this machine's devices on the model, for `plan planner.profile=DIR`
+  quantize write the model at a plan's widths, for `run quantized=DIR`
   run      plan if needed, start DeepSpeed, turn a file of prompts into a file of results
   serve    one rank of a planned pipeline, started by the deepspeed launcher
+  lengths  prepare | train | evaluate | predict | characterize: how long answers will be
+  simulate scheduling policies on simulated arrivals: FCFS, SJF, SSJF, with and without batching
   report   fidelity run=DIR | fidelity profile=DIR: predictions against measurements
 """
 
@@ -34,6 +38,8 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(print(__version__))
     if verb == "report" and rest and not rest[0].startswith("-") and "=" not in rest[0]:
         rest[0] = f"what={rest[0]}"
+    if verb == "lengths" and rest and not rest[0].startswith("-") and "=" not in rest[0]:
+        rest[0] = f"action={rest[0]}"
     try:
         if verb not in config.VERBS:
             raise UserError(f"There is no verb {verb!r}; the verbs are {', '.join(config.VERBS)}.")
@@ -60,7 +66,10 @@ def _through_hydra(verb: str, arguments: list[str]) -> int:
         arguments = ["+experiment=demo"]
     if not any(argument.startswith("-") for argument in arguments):
         arguments = [config.quoted(argument) for argument in arguments]
-        config.composed(verb, arguments)  # says a mistake in one sentence before Hydra says it in many lines
+        # says a mistake in one sentence before Hydra says it in many lines
+        composed = config.composed(verb, arguments)
+        if any(argument.startswith("out=") for argument in arguments):
+            check_folder(config.absolute(composed.out))
     codes: list[int] = []
 
     def task(composed: DictConfig) -> int:

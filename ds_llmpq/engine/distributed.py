@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from ds_llmpq.engine.channels import DataChannel
-from ds_llmpq.errors import UserError
+from ds_llmpq.engine.ranks import launched_rank, local_rank
 from ds_llmpq.planner.plan import Plan, PlanStage
 
 
@@ -36,8 +36,7 @@ class Place:
 
 def join(plan: Plan, timeout_seconds: float) -> Place:
     """Joins the process group; raises `UserError` where the launched ranks are not those of the plan."""
-    rank, world_size = _launched()
-    _check_ranks(plan, rank, world_size)
+    rank = launched_rank(plan)
     stage_index = next(index for index, stage in enumerate(plan.stages) if stage.rank == rank)
     stage = plan.stages[stage_index]
     kind = stage_kind(plan, stage_index)
@@ -56,7 +55,7 @@ def join(plan: Plan, timeout_seconds: float) -> Place:
     if kind == "cuda":
         torch.cuda.set_device(device)
     ranks = [stage.rank for stage in plan.stages]
-    return Place(rank, stage_index, stage, ranks, device, side_group, DataChannel(side_group, rank, world_size))
+    return Place(rank, stage_index, stage, ranks, device, side_group, DataChannel(side_group, rank, len(plan.stages)))
 
 
 def leave() -> None:
@@ -66,12 +65,6 @@ def leave() -> None:
 
 def stage_kind(plan: Plan, stage_index: int) -> str:
     return plan.engine["stages"][stage_index]["kind"]
-
-
-def local_rank(plan: Plan, rank: int) -> int:
-    """Index of a rank among those of its host, in slot order: the launcher shows each host's used slots, renumbered."""
-    hosts = {stage.rank: stage.host for stage in plan.stages}
-    return sum(1 for other in hosts if hosts[other] == hosts[rank] and other < rank)
 
 
 def choose_interface(master_address: str) -> None:
@@ -90,32 +83,6 @@ def choose_interface(master_address: str) -> None:
         if any(address.address == own for address in addresses):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
             os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
-
-
-def _launched() -> tuple[int, int]:
-    try:
-        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    except (KeyError, ValueError):
-        raise UserError(
-            "RANK and WORLD_SIZE are not set: serve runs under the deepspeed launcher; start it with `ds-llmpq run`, "
-            "or as `deepspeed --hostfile FILE --module ds_llmpq.verbs.serve plan=...`."
-        ) from None
-
-
-def _check_ranks(plan: Plan, rank: int, world_size: int) -> None:
-    if world_size != len(plan.stages):
-        raise UserError(
-            f"The plan has {len(plan.stages)} stages, but {world_size} ranks were started; use the hostfile (and the "
-            "--include line) that `plan` wrote beside plan.json."
-        )
-    host = next(stage.host for stage in plan.stages if stage.rank == rank)
-    planned = sum(1 for stage in plan.stages if stage.host == host)
-    started = int(os.environ.get("LOCAL_SIZE", planned))
-    if started != planned:
-        raise UserError(
-            f"The plan puts {planned} stages on host {host}, but {started} ranks were started on the host of rank "
-            f"{rank}; use the hostfile that `plan` wrote beside plan.json."
-        )
 
 
 def _init_process_group(kind: str, timeout: datetime.timedelta) -> None:

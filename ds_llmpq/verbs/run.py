@@ -32,7 +32,6 @@ def run(settings: RunVerb, out: Path) -> int:
         raise UserError(f"{out} already holds {len(finished)} results; give another out=DIR.")
     plan = _plan(settings, out)
     _check_hostfile(settings, plan)
-    print(plan_table(plan), flush=True)
     job = Job(
         plan=plan,
         model_path=str(_checkpoint(settings, plan)),
@@ -43,6 +42,7 @@ def run(settings: RunVerb, out: Path) -> int:
         trust_remote_code=settings.model.trust_remote_code,
         supervised=True,
     )
+    print(plan_table(plan), flush=True)
     _follow(Launch.of_plan(plan, out, settings.engine.master_port), job)
     metrics = json.loads((out / "metrics.json").read_text())
     print(run_summary(metrics))

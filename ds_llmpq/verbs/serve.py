@@ -14,6 +14,7 @@ from ds_llmpq import config
 from ds_llmpq.batch.job import Job
 from ds_llmpq.batch.progress import ERROR_MARK
 from ds_llmpq.engine.launcher import end_with_listener
+from ds_llmpq.engine.ranks import launched_rank
 from ds_llmpq.errors import UserError
 from ds_llmpq.planner.planfile import read_plan
 from ds_llmpq.schema import ServeVerb
@@ -43,7 +44,7 @@ def _job(arguments: list[str]) -> Job:
         if not getattr(settings, name):
             raise UserError(f"serve needs {name}=...; give plan=FILE input=FILE output=DIR.")
     plan = read_plan(settings.plan)
-    model_path = settings.model.path or (plan.model or {}).get("path")
+    model_path = settings.quantized or settings.model.path or (plan.model or {}).get("path")
     if not model_path:
         raise UserError(f"{settings.plan} names no model; give model.path=DIR.")
     return Job(
@@ -62,6 +63,7 @@ def _serve(job: Job) -> int:
         raise UserError("The plan was made from plain data and names no devices; plan with cluster=... and model=...")
     if job.supervised:
         end_with_listener()
+    launched_rank(job.plan)  # said before torch takes its seconds
     # before anything imports deepspeed, which looks for an accelerator when it is imported
     os.environ["DS_ACCELERATOR"] = job.plan.engine["stages"][0]["kind"]
     from ds_llmpq.batch.serving import serve
