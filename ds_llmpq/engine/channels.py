@@ -7,17 +7,44 @@ their own, so they never queue behind hidden states. Message shapes follow from 
 from __future__ import annotations
 
 import json
+import threading
 from collections import deque
+from concurrent.futures import Future
+from queue import SimpleQueue
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from ds_llmpq.cost.memory import IN_FLIGHT_MESSAGES
 from ds_llmpq.engine.sequences import MicroBatch
+
+_TOKEN_MESSAGES = 64  # under way to each stage; they are small
+
+
+class _Sends:
+    """Messages on their way out, at most `limit` of them: the next one waits until the oldest has arrived.
+
+    gloo does not say that a send is complete until it is waited for, so without a limit a whole wave would pile up.
+    """
+
+    def __init__(self, limit: int):
+        self._limit = limit
+        self._pending: deque[tuple[dist.Work, torch.Tensor]] = deque()
+
+    def send(self, message: torch.Tensor, rank: int, group: dist.ProcessGroup | None = None) -> None:
+        # waiting comes before sending: the caller expects an answer to each message only once it is sent
+        while len(self._pending) >= self._limit:
+            self._pending.popleft()[0].wait()
+        self._pending.append((dist.isend(message, dst=rank, group=group), message))
+
+    def flush(self) -> None:
+        while self._pending:
+            self._pending.popleft()[0].wait()
 
 
 class ActivationChannel:
-    """Hidden states from the previous stage and to the next one, without blocking on the send."""
+    """Hidden states from the previous stage and to the next one; a send blocks only if too many are under way."""
 
     def __init__(self, previous: int | None, following: int | None, dtype: torch.dtype, device: torch.device):
         self._previous = previous
@@ -25,7 +52,7 @@ class ActivationChannel:
         self._dtype = dtype
         self._device = device
         self._posted: dict[MicroBatch, tuple[dist.Work, torch.Tensor]] = {}
-        self._sending: deque[tuple[dist.Work, torch.Tensor]] = deque()
+        self._sends = _Sends(IN_FLIGHT_MESSAGES)
 
     def post(self, batch: MicroBatch, shape: tuple[int, int, int]) -> None:
         """Starts to receive [rows, tokens, hidden]; posting again before `take` changes nothing."""
@@ -39,50 +66,64 @@ class ActivationChannel:
         return buffer
 
     def give(self, hidden: torch.Tensor) -> None:
-        hidden = hidden.contiguous()
-        self._sending.append((dist.isend(hidden, dst=self._following), hidden))
-        while self._sending and self._sending[0][0].is_completed():
-            self._sending.popleft()
+        self._sends.send(hidden.contiguous(), self._following)
 
     def flush(self) -> None:
-        while self._sending:
-            self._sending.popleft()[0].wait()
+        self._sends.flush()
 
 
 class TokenChannel:
-    """Tokens and finish codes from the last stage to every other one, in the order of the passes."""
+    """Tokens and finish codes from the last stage to every other one, in the order of the passes.
+
+    A thread waits for the messages, since gloo tells only those who wait that one has come.
+    """
 
     def __init__(self, group: dist.ProcessGroup, source: int, others: list[int]):
         self._group = group
         self._source = source
         self._others = others
-        self._expected: deque[tuple[MicroBatch, dist.Work, torch.Tensor]] = deque()
-        self._sending: deque[tuple[dist.Work, torch.Tensor]] = deque()
+        self._expected: deque[tuple[MicroBatch, Future, torch.Tensor]] = deque()
+        self._awaited: SimpleQueue[tuple[dist.Work, Future]] = SimpleQueue()
+        self._waiting: threading.Thread | None = None
+        self._sends = _Sends(_TOKEN_MESSAGES * len(others))
 
     def give(self, tokens: torch.Tensor, finish: torch.Tensor) -> None:
         """Last stage: sends [rows] tokens and finish codes to all."""
         message = torch.stack([tokens, finish]).to(torch.int32)
         for rank in self._others:
-            self._sending.append((dist.isend(message, dst=rank, group=self._group), message))
-        while self._sending and self._sending[0][0].is_completed():
-            self._sending.popleft()
+            self._sends.send(message, rank, self._group)
 
     def expect(self, batch: MicroBatch) -> None:
         """Other stages: posts the receive for a pass just started."""
         buffer = torch.empty(2, batch.size, dtype=torch.int32)
-        self._expected.append((batch, dist.irecv(buffer, src=self._source, group=self._group), buffer))
+        work, arrived = dist.irecv(buffer, src=self._source, group=self._group), Future()
+        self._expected.append((batch, arrived, buffer))
+        self._awaited.put((work, arrived))
+        if self._waiting is None:
+            # a daemon: a rank that fails must not stay for messages that will not come
+            self._waiting = threading.Thread(target=self._wait, name="tokens", daemon=True)
+            self._waiting.start()
 
     def take(self, wait: bool) -> tuple[MicroBatch, list[int], list[int]] | None:
         """The oldest expected message: (micro-batch, tokens, finish codes); None if none is there and `wait` is off."""
-        if not self._expected or not (wait or self._expected[0][1].is_completed()):
+        if not self._expected or not (wait or self._expected[0][1].done()):
             return None
-        batch, work, buffer = self._expected.popleft()
-        work.wait()
+        batch, arrived, buffer = self._expected.popleft()
+        arrived.result()
         return batch, buffer[0].tolist(), buffer[1].tolist()
 
     def flush(self) -> None:
-        while self._sending:
-            self._sending.popleft()[0].wait()
+        self._sends.flush()
+
+    def _wait(self) -> None:
+        while True:
+            work, arrived = self._awaited.get()
+            try:
+                work.wait()
+            except RuntimeError as error:  # the connection is gone; said where the tokens are taken
+                arrived.set_exception(error)
+            else:
+                arrived.set_result(None)
 
 
 class DataChannel:
