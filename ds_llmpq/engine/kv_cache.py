@@ -49,6 +49,10 @@ class KVStore:
         used = self._memory[:, :, : rows * capacity * self.kv_heads * self.head_dim]
         self._view = used.view(layers, 2, rows, self.kv_heads, capacity, self.head_dim)
 
+    def clear(self) -> None:
+        """Forgets all contents. Masked positions count with weight 0, which a NaN left there would survive."""
+        self._memory.zero_()
+
     def prefill(self, start: int, stop: int) -> PrefillCache:
         return PrefillCache(self, slice(start, stop))
 

@@ -119,6 +119,8 @@ class InferencePipelineEngine(PipelineEngine):
         self._exec_schedule(schedules.DecodeSchedule(decode, self.sequences, self._poll_tokens, **place))
         self.activations.flush()
         self.tokens.flush()
+        if Finish.BROKEN in self.sequences.finish:
+            self.store.clear()
         self._note_times(started)
         return self.sequences
 
@@ -163,7 +165,8 @@ class InferencePipelineEngine(PipelineEngine):
             last=torch.tensor(lengths, device=self.device) - 1,
         )
         if self.is_first_stage():
-            padded = [row.prompt + (0,) * (longest - len(row.prompt)) for row in self._rows(micro_batch)]
+            # padding is of the row's own, so that a token the model cannot bear harms only rows that hold it
+            padded = [row.prompt + row.prompt[-1:] * (longest - len(row.prompt)) for row in self._rows(micro_batch)]
             step.token_ids = torch.tensor(padded, device=self.device)
         with self.trace.working("prefill", micro_batch, tokens=sum(lengths)):
             self._run(step)
@@ -195,8 +198,8 @@ class InferencePipelineEngine(PipelineEngine):
             generated = [len(self.sequences.generated[row]) for row in micro_batch.rows()]
             logits = self._logits.reshape(micro_batch.size, -1).float()
             tokens = sample(logits, [row.sampling for row in self._rows(micro_batch)], generated)
-            # one transfer for both: tokens, and whether the row's logits were numbers
-            chosen, sound = torch.stack([tokens, (~logits.isnan().any(-1)).long()]).tolist()
+            # one transfer for both: tokens, and whether the row's logits are numbers (NaN passes through the maximum)
+            chosen, sound = torch.stack([tokens, logits.amax(-1).isfinite().long()]).tolist()
             finish = [
                 self._finish(row, token, count, ok)
                 for row, token, count, ok in zip(micro_batch.rows(), chosen, generated, sound, strict=True)

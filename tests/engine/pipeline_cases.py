@@ -1,0 +1,284 @@
+"""Cases for the pipeline: model variants, plans cut by hand or at random, and what transformers generates for them."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import random
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import torch
+from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from ds_llmpq.engine.sequences import Finish
+from ds_llmpq.engine.wave import Wave, WaveRow
+from ds_llmpq.models.fingerprint import fingerprint
+from ds_llmpq.planner.plan import MEMORY_PARTS, PREDICTED, Plan, PlanStage, SolverReport
+from ds_llmpq.planner.problem import Workload
+
+LAYERS = 5
+VOCABULARY = 128
+_SMALL = {"layers": LAYERS, "hidden": 64, "heads": 4, "vocab": VOCABULARY, "max_positions": 160, "dtype": "float32"}
+_OLD_LAYERS = ["full_attention", "sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
+VARIANTS = {
+    "llama": _SMALL | {"arch": "llama", "kv_heads": 2},
+    "llama-biased-tied": _SMALL
+    | {"arch": "llama", "tied": True, "config": {"attention_bias": True, "mlp_bias": True}, "shard_size": "100KB"},
+    "mistral": _SMALL | {"arch": "mistral", "kv_heads": 1},
+    "mistral-window": _SMALL | {"arch": "mistral", "kv_heads": 2, "config": {"sliding_window": 6}},
+    "qwen2": _SMALL | {"arch": "qwen2", "kv_heads": 2, "shard_size": "200KB"},
+    "qwen2-window": _SMALL
+    | {"arch": "qwen2", "tied": True}
+    | {"config": {"use_sliding_window": True, "sliding_window": 7, "layer_types": _OLD_LAYERS}},
+    "qwen3": _SMALL | {"arch": "qwen3", "kv_heads": 2, "head_dim": 32},
+    "opt": _SMALL | {"arch": "opt"},
+    "opt-projected-post-norm": _SMALL | {"arch": "opt", "word_embed_proj_dim": 32, "layer_norm_before": False},
+    "opt-untied": _SMALL | {"arch": "opt", "tied": False, "dtype": "bfloat16"},
+    "bloom": _SMALL | {"arch": "bloom"},
+    "bloom-three-heads": _SMALL | {"arch": "bloom", "hidden": 96, "heads": 3, "tied": False},
+}
+GROUP_SIZE = 32
+QUANT = {"bits": [16], "group_size": GROUP_SIZE, "axis": 1, "optimize": False}
+# a pair of logits closer than this may be ordered otherwise by another order of summation
+CLEAR_GAP = 1e-3
+
+
+def make_plan(
+    path: Path,
+    stages: list[tuple[int, int]],
+    bits: list[int] | None = None,
+    ranks: list[int] | None = None,
+    micro_batch: tuple[int, int] = (3, 2),
+    workload: tuple[int, int, int] = (8, 12, 12),
+    dtype: str = "float32",
+    quant: dict | None = None,
+) -> Plan:
+    """A plan by hand: `stages` are the layers [first, last) in pipeline order, `ranks` who runs them."""
+    ranks = ranks or list(range(len(stages)))
+    bits = bits or [16] * stages[-1][1]
+    parts = dict.fromkeys(MEMORY_PARTS, 0.0)
+    return Plan(
+        model={"path": str(path), "fingerprint": fingerprint(path)},
+        workload=Workload(*workload),
+        stages=tuple(
+            PlanStage(rank, "localhost", f"localhost:{rank}", "cpu", layers, tuple(bits[slice(*layers)]), None, parts,
+                      0.0, 0.0, 0.0)
+            for rank, layers in zip(ranks, stages, strict=True)
+        ),
+        micro_batch={"prefill": micro_batch[0], "decode": micro_batch[1]},
+        predicted=dict.fromkeys(PREDICTED, 0.0),
+        solver=SolverReport("hand", 0.0, None, None, 0.0, "checked"),
+        quant=quant or QUANT,
+        engine={"dtype": dtype, "stages": [{"kind": "cpu", "slot": rank, "threads": 1} for rank in ranks]},
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the ranks shall run. `every`: the stop rule also ends each row at that many tokens."""
+
+    path: Path
+    plan: Plan
+    waves: tuple[Wave, ...]
+    eos: tuple[int, ...] = ()
+    every: int | None = None
+    logits: bool = False
+    dies: int | None = None
+    label: str = ""
+
+    def to_json(self) -> dict:
+        plain = {"path": str(self.path), "plan": self.plan.to_json(), "eos": self.eos, "every": self.every}
+        waves = [wave.to_bytes().hex() for wave in self.waves]
+        return plain | {"waves": waves, "logits": self.logits, "dies": self.dies}
+
+
+@dataclass
+class Outcome:
+    """What the ranks said of one case, in rank order; all agree on the rows."""
+
+    ranks: list[dict]
+
+    def __post_init__(self) -> None:
+        for other in self.ranks[1:]:
+            assert other["waves"] == self.ranks[0]["waves"], "ranks disagree on tokens or finishes"
+            assert other["order"] == self.ranks[0]["order"], "ranks disagree on the order of finishes"
+
+    def tokens(self, wave: int = 0) -> list[list[int]]:
+        return self.ranks[0]["waves"][wave]["tokens"]
+
+    def finish(self, wave: int = 0) -> list[Finish]:
+        return [Finish(code) for code in self.ranks[0]["waves"][wave]["finish"]]
+
+    def order(self, wave: int = 0) -> list[int]:
+        return self.ranks[0]["order"][wave]
+
+    def stage(self, index: int) -> dict:
+        return next(rank for rank in self.ranks if rank["stage"] == index)
+
+
+class Ranks:
+    """Runs cases on forked ranks; the process that forks them starts with the first case."""
+
+    def __init__(self) -> None:
+        self._host: subprocess.Popen | None = None
+
+    def run(self, *cases: Case, timeout: float = 240.0) -> list[Outcome]:
+        """Cases with the same number of stages, one after the other in the same processes."""
+        reply = self.reply(*cases, timeout=timeout)
+        labels = ", ".join(case.label for case in cases if case.label)
+        assert reply["problem"] is None, f"{labels}: {reply['problem']}"
+        return [Outcome(list(of_ranks)) for of_ranks in zip(*reply["ranks"], strict=True)]
+
+    def reply(self, *cases: Case, timeout: float = 240.0, expect_death: bool = False) -> dict:
+        request = {"cases": [case.to_json() for case in cases], "timeout": timeout, "expect_death": expect_death}
+        host = self._started()
+        host.stdin.write(json.dumps(request) + "\n")
+        host.stdin.flush()
+        return json.loads(host.stdout.readline())
+
+    def close(self) -> None:
+        if self._host is not None:
+            self._host.stdin.close()
+            self._host.wait(30)
+
+    def _started(self) -> subprocess.Popen:
+        if self._host is None:
+            script = Path(__file__).with_name("rank_host.py")
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            self._host = subprocess.Popen([sys.executable, str(script)], **pipes)
+            while not self._host.stdout.readline().startswith('{"ready"'):
+                assert self._host.poll() is None, "the process that forks ranks did not start"
+        return self._host
+
+
+class Reference:
+    """A checkpoint in transformers, in one process; `bits` puts HQQ's own layers in the place of its linears."""
+
+    def __init__(self, path: Path, bits: tuple[int, ...] = (), dtype: str = "float32"):
+        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
+        self.model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
+        for layer, width in zip(decoder_layers(self.model), bits, strict=False):
+            if width < 16:
+                quantize_with_hqq(layer, width, getattr(torch, dtype))
+
+    @torch.no_grad()
+    def generate(self, prompts: list[tuple[int, ...]], max_tokens: int, eos: tuple[int, ...] = ()) -> list[list[int]]:
+        """Greedy tokens of each prompt, up to and with the first of `eos`; several prompts as a left-padded batch."""
+        longest = max(map(len, prompts))
+        ids = torch.tensor([(0,) * (longest - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        self.model.generation_config.eos_token_id = list(eos) or None
+        out = self.model.generate(ids, attention_mask=mask, max_new_tokens=max_tokens)[:, longest:].tolist()
+        return [_cut(tokens, max_tokens, eos) for tokens in out]
+
+    @torch.no_grad()
+    def logits(self, tokens: tuple[int, ...]) -> torch.Tensor:
+        """[tokens, vocabulary] in float32, of one unpadded pass."""
+        return self.model(torch.tensor([tokens])).logits[0].float()
+
+    def has_clear_gaps(self, prompt: tuple[int, ...], tokens: list[int]) -> bool:
+        top = self.logits(prompt + tuple(tokens)).topk(2).values[len(prompt) - 1 : -1]
+        return bool(((top[:, 0] - top[:, 1]) > CLEAR_GAP).all())
+
+
+@cache
+def reference(path: Path, bits: tuple[int, ...] = (), dtype: str = "float32") -> Reference:
+    return Reference(path, bits, dtype)
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The longest module list of a model is that of its decoder layers."""
+    return max((module for module in model.modules() if isinstance(module, nn.ModuleList)), key=len)
+
+
+def quantize_with_hqq(layer: nn.Module, bits: int, dtype: torch.dtype) -> None:
+    """HQQ's own constructor, not the package's."""
+    config = BaseQuantizeConfig(nbits=bits, group_size=GROUP_SIZE, axis=1)
+    config["weight_quant_params"]["optimize"] = False
+    for parent in list(layer.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(parent, name, HQQLinear(child, config, compute_dtype=dtype, device="cpu"))
+
+
+def _cut(tokens: list[int], max_tokens: int, eos: tuple[int, ...]) -> list[int]:
+    """A batch goes on until its last row ends: the padding behind a row's own end is dropped."""
+    ends = [index + 1 for index, token in enumerate(tokens) if token in eos]
+    return tokens[: min([max_tokens, *ends])]
+
+
+@dataclass
+class Draw:
+    """Random cases from one seed."""
+
+    seed: int
+    random: random.Random = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.random = random.Random(self.seed)
+
+    def cuts(self, stages: int) -> list[tuple[int, int]]:
+        inner = sorted(self.random.sample(range(1, LAYERS), stages - 1))
+        bounds = [0, *inner, LAYERS]
+        return list(itertools.pairwise(bounds))
+
+    def bits(self) -> tuple[int, ...]:
+        """Every width once, in any order."""
+        return tuple(self.random.sample((2, 3, 4, 8, 16), LAYERS))
+
+    def permutation(self, stages: int) -> list[int]:
+        return self.random.sample(range(stages), stages)
+
+    def prompt(self, longest: int) -> tuple[int, ...]:
+        return tuple(self.random.randrange(VOCABULARY) for _ in range(self.random.randint(1, longest)))
+
+    def row(self, key: int, model: Reference, longest: int, most: int) -> WaveRow:
+        """A request whose greedy tokens do not hang on rounding."""
+        for _ in range(50):
+            prompt, max_tokens = self.prompt(longest), self.random.randint(1, most)
+            if model.has_clear_gaps(prompt, model.generate([prompt], max_tokens)[0]):
+                return WaveRow(key, prompt, max_tokens)
+        raise AssertionError(f"seed {self.seed}: no prompt with clear gaps")
+
+    def case(self, path: Path, stages: int, bits: tuple[int, ...] = ()) -> tuple[Case, list[list[int]]]:
+        """A random case of up to 7 rows in one or two waves, and the tokens it must give, wave after wave."""
+        model = reference(path, bits)
+        rows = [self.row(key, model, longest=12, most=12) for key in range(self.random.randint(2, 7))]
+        free = [model.generate([row.prompt], row.max_tokens)[0] for row in rows]
+        eos: tuple[int, ...] = ()
+        if self.random.random() < 0.6:
+            eos = tuple(self.random.sample(sorted({token for tokens in free for token in tokens}), 1))
+            rows = [dataclasses.replace(row, ignore_eos=self.random.random() < 0.2) for row in rows]
+        expected = self._expected(model, rows, eos)
+        middle = self.random.choice([len(rows), self.random.randint(1, len(rows))])
+        waves = tuple(Wave(tuple(part)) for part in (rows[:middle], rows[middle:]) if part)
+        plan = make_plan(
+            path,
+            self.cuts(stages),
+            list(bits) or None,
+            self.permutation(stages),
+            micro_batch=(self.random.randint(1, 8), self.random.randint(1, 8)),
+            workload=(8, self.random.choice((12, 20)), 12),
+        )
+        return Case(path, plan, waves, eos, label=f"seed {self.seed} {path.name} {plan.micro_batch}"), expected
+
+    def _expected(self, model: Reference, rows: list[WaveRow], eos: tuple[int, ...]) -> list[list[int]]:
+        """One at a time or, by chance, as left-padded batches of the rows that heed the end-of-sequence token."""
+        expected: dict[int, list[int]] = {}
+        for heeding in (True, False):
+            part = [row for row in rows if row.ignore_eos is not heeding]
+            size = self.random.choice((1, len(part) or 1))
+            for start in range(0, len(part), size):
+                batch = part[start : start + size]
+                most = max(row.max_tokens for row in batch)
+                found = model.generate([row.prompt for row in batch], most, eos if heeding else ())
+                for row, tokens in zip(batch, found, strict=True):
+                    expected[row.key] = tokens[: row.max_tokens]
+        return [expected[row.key] for row in rows]

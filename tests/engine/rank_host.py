@@ -1,0 +1,204 @@
+"""A process that has imported everything once and forks the ranks of a pipeline on demand.
+
+Importing torch, transformers and DeepSpeed takes seconds for each rank; a fork of a process that has done so, and has
+not computed anything yet, takes milliseconds. Run as a script: one JSON request a line in, one JSON answer a line out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+
+os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1"}
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import deepspeed  # noqa: F401 -- imported before the fork, for all ranks
+import torch
+
+from ds_llmpq.engine import pipeline_engine
+from ds_llmpq.engine.distributed import Place, join, leave
+from ds_llmpq.engine.launcher import free_port
+from ds_llmpq.engine.sequences import Finish, Sequences
+from ds_llmpq.engine.session import Session
+from ds_llmpq.engine.wave import Wave
+from ds_llmpq.planner.plan import Plan
+
+TIMEOUT_SECONDS = 120.0
+
+
+class TokenRule:
+    """Ends rows at given tokens and at max_tokens; with `every`, also at every so many-th token of a row.
+
+    It must be asked on the last stage only, once for each token of a running row, in order.
+    """
+
+    def __init__(self, eos: list[int], every: int | None, last: bool):
+        self.eos = set(eos)
+        self.every = every
+        self.last = last
+
+    def begin(self, wave: Wave) -> None:
+        self._assert_last()
+        self.wave = wave
+        self.seen = [0] * len(wave.rows)
+
+    def __call__(self, row: int, token: int, generated: int) -> Finish:
+        self._assert_last()
+        self.seen[row] += 1
+        if self.seen[row] != generated:
+            raise AssertionError(f"row {row}: asked {self.seen[row]} times for {generated} tokens")
+        if (token in self.eos and not self.wave.rows[row].ignore_eos) or generated == self.every:
+            return Finish.STOP
+        return Finish.LENGTH if generated >= self.wave.rows[row].max_tokens else Finish.RUNNING
+
+    def _assert_last(self) -> None:
+        if not self.last:
+            raise AssertionError("the stop rule was asked on a stage that is not the last")
+
+
+def run_case(case: dict, joined: Place) -> dict:
+    """One session on this rank: loads its stage, runs the case's waves, says what it knows of every row."""
+    plan = Plan.from_json(case["plan"])
+    index = next(i for i, stage in enumerate(plan.stages) if stage.rank == joined.rank)
+    place = dataclasses.replace(
+        joined, stage_index=index, stage=plan.stages[index], stage_ranks=[stage.rank for stage in plan.stages]
+    )
+    last = index + 1 == len(plan.stages)
+    session = Session(plan, place, case["path"], TokenRule(case["eos"], case["every"], last))
+    _break_rank(case, joined.rank)
+    logits: list[list] = []
+    if case["logits"]:
+        _record_logits(session, logits)
+    waves = [Wave.from_bytes(bytes.fromhex(wave)) for wave in case["waves"]]
+    order: list[list[int]] = [[] for _ in waves]
+    outcomes: list[Sequences] = []
+
+    def finished(wave: Wave, sequences: Sequences, row: int) -> None:
+        if not outcomes or outcomes[-1] is not sequences:
+            outcomes.append(sequences)
+        order[len(outcomes) - 1].append(wave.rows[row].key)
+
+    session.run_all(iter(waves if joined.is_driver else ()), finished)
+    return {
+        "stage": index,
+        "order": order,
+        "waves": [{"tokens": s.generated, "finish": [int(code) for code in s.finish]} for s in outcomes],
+        "logits": logits,
+        "report": session.report(),
+        "passes": {key: session.trace.summary()["passes"].get(key, 0) for key in ("prefill", "decode", "sample")},
+    }
+
+
+def _record_logits(session: Session, into: list[list]) -> None:
+    """Keeps (first row, tokens generated before, logits) of every pass that samples."""
+    engine, sample = session.engine, pipeline_engine.InferencePipelineEngine._sample
+
+    def recording(micro_batch):
+        counts = [len(engine.sequences.generated[row]) for row in micro_batch.rows()]
+        values = engine._logits.reshape(micro_batch.size, -1).float().tolist()
+        running = [engine.sequences.finish[row] is Finish.RUNNING for row in micro_batch.rows()]
+        for row, count, value, alive in zip(micro_batch.rows(), counts, values, running, strict=True):
+            if alive:
+                into.append([row, count, value])
+        sample(engine, micro_batch)
+
+    engine._INSTRUCTION_MAP = engine._INSTRUCTION_MAP | {
+        pipeline_engine.schedules.Sample: lambda self, micro_batch: recording(micro_batch)
+    }
+
+
+def _break_rank(case: dict, rank: int) -> None:
+    if case["dies"] == rank:
+        os._exit(7)
+
+
+def rank_main(rank: int, world: int, port: int, requests) -> None:
+    """A rank: joins the others with its first request, then answers (results, None) or (None, what went wrong)."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_SIZE": str(world), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.dup2(2, 1)  # whatever prints must not disturb the answers
+    torch.set_num_threads(1)
+    place, index = None, 0
+    while cases := requests.recv():
+        try:
+            place = place or join(Plan.from_json(cases[0]["plan"]), TIMEOUT_SECONDS)
+            results = []
+            for index, case in enumerate(cases):  # noqa: B007 -- the failing case is named below
+                results.append(run_case(case, place))
+            requests.send((results, None))
+        except BaseException as error:
+            kind = f"case {index}, rank {rank}: {type(error).__name__}"
+            requests.send((None, f"{kind}: {error}\n{traceback.format_exc()}"))
+            sys.exit(1)
+    leave()
+
+
+class Pool:
+    """The ranks of pipelines of one length, forked with the first request and kept until one of them fails."""
+
+    def __init__(self, world: int):
+        context, port = multiprocessing.get_context("fork"), free_port()
+        pipes = [context.Pipe() for _ in range(world)]
+        self.pipes = [ours for ours, _ in pipes]
+        self.processes = [
+            context.Process(target=rank_main, args=(rank, world, port, pipes[rank][1]), daemon=True)
+            for rank in range(world)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def answer(self, request: dict) -> dict:
+        """{"problem": None or what went wrong, "codes": exit codes, "ranks": each rank's results}."""
+        for pipe in self.pipes:
+            pipe.send(request["cases"])
+        limit = time.monotonic() + request["timeout"]
+        results: list[list | None] = [None] * len(self.pipes)
+        problem = None
+        while problem is None and None in results:
+            for rank, pipe in enumerate(self.pipes):
+                if results[rank] is None and pipe.poll(0.005):
+                    results[rank], problem = self._received(pipe)
+            if problem is None and any(process.exitcode for process in self.processes):
+                problem = "a rank ended without a word"
+            if problem is None and time.monotonic() > limit:
+                problem = f"no answer within {request['timeout']} s; ranks without one: {results.count(None)}"
+        if problem is not None:
+            self._end(wait_seconds=20 if request["expect_death"] else 0)
+        return {"problem": problem, "codes": [process.exitcode for process in self.processes], "ranks": results}
+
+    def _received(self, pipe) -> tuple[list | None, str | None]:
+        try:
+            return pipe.recv()
+        except (EOFError, OSError):
+            return None, "a rank ended without a word"
+
+    def _end(self, wait_seconds: float) -> None:
+        for process in self.processes:
+            process.join(wait_seconds)
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    pools: dict[int, Pool] = {}
+    print(json.dumps({"ready": True}), flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        world = len(request["cases"][0]["plan"]["stages"])
+        pool = pools.get(world) or pools.setdefault(world, Pool(world))
+        answer = pool.answer(request)
+        if answer["problem"] is not None:
+            del pools[world]
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()
