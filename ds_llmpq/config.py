@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from ds_llmpq import schema
+from ds_llmpq import schema, schema_lengths
 from ds_llmpq.errors import UserError
 
 VERBS = {
@@ -22,6 +22,11 @@ VERBS = {
     "plan": schema.PlanVerb,
     "serve": schema.ServeVerb,
     "run": schema.RunVerb,
+    "lengths": schema_lengths.LengthsVerb,
+    "simulate": schema_lengths.SimulateVerb,
+    "profile": schema.ProfileVerb,
+    "report": schema.ReportVerb,
+    "quantize": schema.QuantizeVerb,
 }
 
 _PACKAGE = Path(__file__).parent
@@ -32,8 +37,9 @@ _ASSETS = {
 }
 
 # overrides whose values are paths
-PATH_KEYS = frozenset(
+PATH_KEYS = schema_lengths.PATH_KEYS | frozenset(
     ("out", "output", "input", "plan", "problem", "check", "hostfile", "cluster_file", "model.path", "planner.omega")
+    + ("quantized", "reuse", "text")
 )
 
 T = TypeVar("T")

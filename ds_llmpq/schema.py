@@ -45,6 +45,7 @@ class DeviceConfig:
     slot: int = 0
     memory_bytes: int | None = None  # overrides the type's
     threads: int | None = None  # CPU stages: threads given to the process
+    cpu_share: float | None = None  # CPU stages: emulates a slower processor, e.g. 0.5; null: all of it
 
 
 @dataclass
@@ -129,6 +130,8 @@ class PlannerConfig:
     device_order: str = "free"  # free | fixed
     micro_batches: MicroBatchesConfig = field(default_factory=MicroBatchesConfig)
     omega: str | None = None  # omega.json; null: a prior from published perplexities
+    profile: str | None = None  # folder of `ds-llmpq profile` (or its profile.csv); null: roofline times
+    profile_force: bool = False  # use it even where it was made with other library versions or settings
 
 
 @dataclass
@@ -187,6 +190,7 @@ class ServeVerb:
     plan: str = ""
     input: str = ""
     output: str = ""  # folder of results.jsonl, errors.jsonl, metrics.json and trace.json
+    quantized: str | None = None  # folder of `ds-llmpq quantize` on this host, instead of the model's
     model: ModelConfig = field(default_factory=ModelConfig)  # path: where the model lies on this host, if elsewhere
     engine: EngineConfig = field(default_factory=EngineConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
@@ -197,4 +201,46 @@ class RunVerb(PlanVerb):
     """`ds-llmpq run`: plans if no plan is given, starts the launcher, waits, and sums up."""
 
     plan: str | None = None
+    quantized: str | None = None  # folder of `ds-llmpq quantize` for this plan: layers are read as stored there
     hostfile: str | None = None  # null: written from the plan
+
+
+@dataclass
+class ProfilingConfig:
+    """How long `profile` takes, and how finely it looks."""
+
+    seconds: float = 200.0  # for all device types together, beside loading; the workload's own points come first
+    rounds: int = 3  # passes over all points: a disturbance then hits one round of many points, not all of one
+    links: bool = True  # also the links between this host's devices, and what a pass costs beside its layers
+    chained_layers: int = 4  # decoder layers timed one after another, so that caches are as cold as in the engine
+
+
+@dataclass
+class ProfileVerb(PlanVerb):
+    """`ds-llmpq profile`: times the parts of a model on this host's device types. An interrupted one goes on."""
+
+    profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
+    force: bool = False  # start over where out=DIR holds a profile made with another version or setting
+
+
+@dataclass
+class ReportVerb:
+    """`ds-llmpq report fidelity run=DIR` or `profile=DIR`: what was predicted against what was measured."""
+
+    out: str = ""
+    what: str = "fidelity"
+    run: str | None = None  # folder of a run
+    profile: str | None = None  # folder of a profile
+
+
+@dataclass
+class QuantizeVerb:
+    """`ds-llmpq quantize`: writes the model with each decoder layer at its width, for `run quantized=DIR`."""
+
+    out: str = ""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    plan: str | None = None  # plan.json: its widths, HQQ settings and model
+    widths: list[int] | None = None  # instead of a plan: one width for all layers, or one a layer
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    reuse: str | None = None  # another folder of quantize whose equal layers are taken
+    device: str = "cpu"  # where layers are quantized: cpu, cuda, cuda:1

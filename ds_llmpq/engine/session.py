@@ -20,10 +20,10 @@ from ds_llmpq.engine.throttle import CpuShare
 from ds_llmpq.engine.topology import PlannedTopology
 from ds_llmpq.engine.trace import Trace
 from ds_llmpq.engine.wave import Wave
-from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.planner.plan import Plan
 from ds_llmpq.planner.planfile import check_model
+from ds_llmpq.quant.checkpoint import open_checkpoint
 from ds_llmpq.quant.hqq import stored_bytes
 from ds_llmpq.schema import QuantConfig
 
@@ -48,7 +48,7 @@ class Session:
         self.dtype = getattr(torch, plan.engine["dtype"])
         self._resident_bytes = memory.used_bytes(place.device)
         started = time.perf_counter()
-        checkpoint = Checkpoint(model_path, trust_remote_code)
+        checkpoint = open_checkpoint(model_path, trust_remote_code)
         check_model(plan, model_path)
         loader = StageLoader(
             checkpoint, [b for stage in plan.stages for b in stage.bits], QuantConfig(**plan.quant), self.dtype,

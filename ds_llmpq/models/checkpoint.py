@@ -48,15 +48,18 @@ class Checkpoint:
             stored = self.name_of(asked)
             by_shard.setdefault(self._shard_of[stored], []).append((asked, stored))
         for shard, wanted in by_shard.items():
-            with _open_shard(self.path / shard) as file:
+            with self._open(shard) as file:
                 for asked, stored in wanted:
                     # a copy: the mapping of the file is dropped with it, so the pages do not count as this process's
                     yield asked, file.get_tensor(stored).clone()
 
     def shape(self, name: str) -> tuple[int, ...]:
         stored = self.name_of(name)
-        with _open_shard(self.path / self._shard_of[stored]) as file:
+        with self._open(self._shard_of[stored]) as file:
             return tuple(file.get_slice(stored).get_shape())
+
+    def _open(self, shard: str):
+        return _open_shard(self.path / shard)
 
 
 def _read_config(path: Path, trust_remote_code: bool) -> PreTrainedConfig:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
-from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+from hqq.core.quantize import BaseQuantizeConfig, HQQLinear, Quantizer
 from torch import nn
 
 from ds_llmpq.errors import UserError
+from ds_llmpq.quant.optimize import fast_optimizer
 from ds_llmpq.quant.packing import quantization_problem
 from ds_llmpq.schema import QuantConfig
+
+STORED_PARTS = ("W_q", "scale", "zero")
 
 
 def quantize_linear(
@@ -27,15 +33,60 @@ def quantize_linear(
     reason = quantization_problem(*weight.shape, bits, quant.group_size, quant.axis)
     if reason:
         raise UserError(f"A {weight.shape[0]} x {weight.shape[1]} linear cannot be kept at {bits} bits: {reason}.")
+    with fast_optimizer():
+        return HQQLinear.from_weights(
+            weight.to(device),
+            None if bias is None else nn.Parameter(bias, requires_grad=False),
+            quant_config=_hqq_config(bits, quant),
+            compute_dtype=dtype,
+            device=str(device),
+        )
+
+
+def restored_linear(
+    parts: Mapping[str, torch.Tensor],
+    shape: tuple[int, int],
+    bias: torch.Tensor | None,
+    bits: int,
+    quant: QuantConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> HQQLinear:
+    """The `HQQLinear` that `quantize_linear` made, from its stored `STORED_PARTS`; `shape` is [out, in] features."""
+    linear = HQQLinear(
+        None, quant_config=_hqq_config(bits, quant), compute_dtype=dtype, device=str(device), initialize=False
+    )
+    packing = Quantizer.bit_to_packing[bits]
+    linear.W_q = parts["W_q"]
+    linear.meta = {
+        "nbits": bits,
+        "group_size": quant.group_size,
+        "shape": torch.Size(shape),
+        "scale": parts["scale"],
+        "zero": parts["zero"],
+        "axis": quant.axis,
+        "packing": packing,
+        "unpack_view_dtype": Quantizer.unpack_view_dtype[packing],
+        "view_as_float": False,
+        "quant_scale": False,
+        "quant_zero": False,
+    }
+    linear.bias = bias
+    linear.out_features, linear.in_features = shape
+    linear.cuda(str(device))  # HQQ's name for placing and casting on any device
+    linear.ready = True
+    return linear
+
+
+def stored_parts(linear: HQQLinear) -> dict[str, torch.Tensor]:
+    """The tensors that make up a quantized weight, by the names they are stored under."""
+    return {"W_q": linear.W_q.data, "scale": linear.meta["scale"], "zero": linear.meta["zero"]}
+
+
+def _hqq_config(bits: int, quant: QuantConfig) -> dict[str, Any]:
     config = BaseQuantizeConfig(nbits=bits, group_size=quant.group_size, axis=quant.axis)
     config["weight_quant_params"]["optimize"] = quant.optimize
-    return HQQLinear.from_weights(
-        weight.to(device),
-        None if bias is None else nn.Parameter(bias, requires_grad=False),
-        quant_config=config,
-        compute_dtype=dtype,
-        device=str(device),
-    )
+    return config
 
 
 def linear_names(layer: nn.Module) -> list[str]:

@@ -1,0 +1,167 @@
+"""Reading a quantized checkpoint, as `ds-llmpq quantize` writes it (`quant.writer`).
+
+It is a Hugging Face folder: safetensors shards with an index, `quantization_config` in config.json, the tokenizer. One
+shard holds one pipeline layer, so a rank opens only its own. A quantized linear `NAME` is stored as `NAME.W_q` (HQQ's
+packing), `NAME.scale` and `NAME.zero` (float32, so that one checkpoint serves every compute type), `NAME.bias`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hqq.core.quantize import HQQLinear
+
+from ds_llmpq.errors import UserError
+from ds_llmpq.models.checkpoint import Checkpoint
+from ds_llmpq.quant.hqq import STORED_PARTS, restored_linear
+from ds_llmpq.quant.packing import UNQUANTIZED_BITS
+from ds_llmpq.schema import QuantConfig
+
+# no method of transformers' own: its HQQ loader would quantize anew, at one width for all layers
+QUANT_METHOD = "ds_llmpq_hqq"
+MANIFEST = "quantized.json"
+FORMAT = 1
+_READ_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a checkpoint is kept: one width per decoder layer and HQQ's settings, which are those of `QuantConfig`."""
+
+    bits: tuple[int, ...]
+    group_size: int
+    axis: int
+    optimize: bool
+    source_fingerprint: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The `quantization_config` of config.json."""
+        return {
+            "quant_method": QUANT_METHOD,
+            "format": FORMAT,
+            "bits": list(self.bits),
+            "group_size": self.group_size,
+            "axis": self.axis,
+            "optimize": self.optimize,
+            "scale_dtype": "float32",
+            "source_fingerprint": self.source_fingerprint,
+        }
+
+    @property
+    def quant(self) -> QuantConfig:
+        return QuantConfig(sorted(set(self.bits)), self.group_size, self.axis, self.optimize)
+
+
+def read_recipe(path: str | Path) -> Recipe | None:
+    """The recipe in a folder's config.json; None for a checkpoint that this package has not quantized.
+
+    `UserError`: another format, or values that are no recipe.
+    """
+    file = Path(path) / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        noted = config.get("quantization_config")
+    except (OSError, ValueError, AttributeError):
+        return None  # whoever reads the model says what is wrong
+    if not isinstance(noted, dict) or noted.get("quant_method") != QUANT_METHOD:
+        return None
+    if noted.get("format") != FORMAT:
+        raise UserError(f"{file} has quantization format {noted.get('format')!r}; this version reads {FORMAT} only.")
+    try:
+        return Recipe(
+            tuple(int(width) for width in noted["bits"]),
+            int(noted["group_size"]),
+            int(noted["axis"]),
+            bool(noted["optimize"]),
+            str(noted["source_fingerprint"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{file} has no usable quantization_config ({error}); quantize the model again.") from None
+
+
+class QuantizedCheckpoint(Checkpoint):
+    """A checkpoint whose decoder layers are kept at the widths of `recipe`. Shards are verified when first opened.
+
+    Raises `UserError` for a missing, damaged or exchanged shard.
+    """
+
+    def __init__(self, path: str | Path, recipe: Recipe, trust_remote_code: bool = False):
+        if not (Path(path) / "model.safetensors.index.json").is_file():
+            raise UserError(f"{path} is not finished: start `ds-llmpq quantize` with out={path} again, it goes on.")
+        super().__init__(path, trust_remote_code)
+        self.recipe = recipe
+        self._checksums = read_checksums(self.path)
+        self._verified: set[str] = set()
+
+    def check_layer(self, index: int, bits: int, quant: QuantConfig) -> None:
+        """`UserError` if a decoder layer is not kept as asked."""
+        kept = self.recipe.bits[index] if index < len(self.recipe.bits) else None
+        again = f"run `ds-llmpq quantize plan=... out={self.path}` again, it keeps the layers that did not change"
+        if kept != bits:
+            raise UserError(f"Layer {index} is kept at {kept} bits in {self.path}, but {bits} are asked for; {again}.")
+        if bits == UNQUANTIZED_BITS:
+            return
+        for name in ("group_size", "axis"):
+            here, asked = getattr(self.recipe, name), getattr(quant, name)
+            if here != asked:
+                raise UserError(f"{self.path} was quantized with {name} {here}, but {asked} is asked for; {again}.")
+
+    def linear(
+        self,
+        name: str,
+        shape: tuple[int, int],
+        bias: torch.Tensor | None,
+        bits: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> HQQLinear:
+        """The quantized linear `name` of [out, in] features, computing in `dtype` on `device`."""
+        prefix = f"{name}."
+        tensors = self.tensors([prefix + part for part in STORED_PARTS])
+        parts = {stored.removeprefix(prefix): tensor for stored, tensor in tensors}
+        return restored_linear(parts, shape, bias, bits, self.recipe.quant, dtype, device)
+
+    def _open(self, shard: str):
+        if shard not in self._verified:
+            wanted = self._checksums.get(shard)
+            if wanted is None:
+                raise UserError(f"{self.path / MANIFEST} does not list the shard {shard}; quantize the model again.")
+            found = file_sha256(self.path / shard)
+            if found != wanted:
+                raise UserError(
+                    f"Shard {self.path / shard} has checksum {found[:12]} instead of {wanted[:12]}: it is damaged or "
+                    f"from elsewhere; run `ds-llmpq quantize` with out={self.path} again, it repairs this shard alone."
+                )
+            self._verified.add(shard)
+        return super()._open(shard)
+
+
+def open_checkpoint(path: str | Path, trust_remote_code: bool = False) -> Checkpoint:
+    """A full-precision or a quantized checkpoint, whichever the folder holds."""
+    recipe = read_recipe(path)
+    return QuantizedCheckpoint(path, recipe, trust_remote_code) if recipe else Checkpoint(path, trust_remote_code)
+
+
+def read_checksums(path: Path) -> dict[str, str]:
+    """Shard name -> sha256. `UserError` where the manifest is missing or unreadable."""
+    file = path / MANIFEST
+    try:
+        return {part["file"]: str(part["sha256"]) for part in json.loads(file.read_text())["parts"].values()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} cannot be read ({error}); quantize the model again.") from None
+
+
+def file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as stream:
+            while block := stream.read(_READ_BYTES):
+                digest.update(block)
+    except OSError as error:
+        raise UserError(f"Shard {path} cannot be read ({error.strerror}); quantize the model again.") from None
+    return digest.hexdigest()

@@ -1,0 +1,110 @@
+"""Builds one pipeline layer from the checkpoint: structure on `meta`, then its tensors, each quantized on arrival.
+
+A rank calls this for its own layers only, so its peak memory is its share plus one tensor in flight. From a quantized
+checkpoint the stored layers are taken as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from ds_llmpq.models.architecture import Architecture, architecture_of, fill
+from ds_llmpq.models.checkpoint import Checkpoint
+from ds_llmpq.quant.checkpoint import QuantizedCheckpoint
+from ds_llmpq.quant.hqq import linear_names, quantize_linear
+from ds_llmpq.quant.packing import UNQUANTIZED_BITS
+from ds_llmpq.schema import QuantConfig
+
+
+@dataclass
+class LayerLoader:
+    """Reads pipeline layers of `checkpoint` in `dtype` onto `device`.
+
+    `bits` holds every decoder layer's width. `on_loaded` is called after each layer, for a progress bar.
+    """
+
+    checkpoint: Checkpoint
+    bits: list[int]
+    quant: QuantConfig
+    dtype: torch.dtype
+    device: torch.device
+    on_loaded: Callable[[str], None] = lambda name: None
+    _shared: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def config(self):
+        return self.checkpoint.config
+
+    @property
+    def architecture(self) -> Architecture:
+        return architecture_of(self.config)
+
+    def embedding(self) -> nn.Module:
+        with torch.device("meta"):
+            module = self.architecture.embedding(self.config)
+        names = self.architecture.embedding_tensors(self.config)
+        self._fill(module, names)
+        # a tied head on the same stage uses this very tensor
+        for parameter, tensor_name in names.items():
+            self._shared[tensor_name] = module.get_parameter(parameter)
+        return self._ready(module, "embedding")
+
+    def head(self) -> nn.Module:
+        with torch.device("meta"):
+            module = self.architecture.head(self.config)
+        names = self.architecture.head_tensors(self.config)
+        shared = {local: self._shared[name].data for local, name in names.items() if name in self._shared}
+        self._fill(module, {local: name for local, name in names.items() if local not in shared})
+        fill(module, shared)
+        return self._ready(module, "head")
+
+    def decoder_layer(self, index: int) -> nn.Module:
+        with torch.device("meta"):
+            module = self.architecture.layer(self.config, index)
+        prefix = self.architecture.layer_prefix(index)
+        if isinstance(self.checkpoint, QuantizedCheckpoint):
+            self.checkpoint.check_layer(index, self.bits[index], self.quant)
+        if self.bits[index] < UNQUANTIZED_BITS:
+            for name in linear_names(module.layer):
+                self._quantize(module.layer, name, prefix, self.bits[index])
+        names = {
+            f"layer.{name}": prefix + name
+            for name, parameter in module.layer.named_parameters()
+            if parameter.device.type == "meta"
+        }
+        self._fill(module, names)
+        return self._ready(module, f"layer {index}")
+
+    def _fill(self, module: nn.Module, names: dict[str, str]) -> None:
+        local = {tensor: parameter for parameter, tensor in names.items()}
+        for tensor_name, tensor in self.checkpoint.tensors(list(local)):
+            fill(module, {local[tensor_name]: self._converted(tensor)})
+
+    def _quantize(self, layer: nn.Module, name: str, prefix: str, bits: int) -> None:
+        linear, path = layer.get_submodule(name), prefix + name
+        bias = None
+        if linear.bias is not None:
+            bias = self._converted(self._tensor(f"{path}.bias"))
+        if isinstance(self.checkpoint, QuantizedCheckpoint):
+            shape = (linear.out_features, linear.in_features)
+            quantized = self.checkpoint.linear(path, shape, bias, bits, self.dtype, self.device)
+        else:
+            quantized = quantize_linear(
+                self._tensor(f"{path}.weight"), bias, bits, self.quant, self.dtype, self.device
+            )  # fmt: skip
+        layer.set_submodule(name, quantized)
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        return next(tensor for _, tensor in self.checkpoint.tensors([name]))
+
+    def _converted(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(device=self.device, dtype=self.dtype)
+
+    def _ready(self, module: nn.Module, name: str) -> nn.Module:
+        module.eval()
+        self.on_loaded(name)
+        return module

@@ -1,0 +1,217 @@
+"""Writing a quantized checkpoint, one pipeline layer at a time: memory holds one layer, and a killed run goes on.
+
+The manifest is written anew after each shard and says what each was made from. A shard whose making would be the same
+is kept, or taken from the folder `reuse`, after its checksum was compared; so a changed plan costs only the layers it
+changed. The index and config.json come last: a folder without them is unfinished.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from ds_llmpq.errors import UserError
+from ds_llmpq.models.architecture import architecture_of
+from ds_llmpq.models.checkpoint import Checkpoint
+from ds_llmpq.models.fingerprint import fingerprint
+from ds_llmpq.quant.checkpoint import FORMAT, MANIFEST, Recipe, file_sha256
+from ds_llmpq.quant.hqq import linear_names, quantize_linear, stored_parts
+from ds_llmpq.quant.packing import UNQUANTIZED_BITS
+from ds_llmpq.schema import QuantConfig
+
+_INDEX = "model.safetensors.index.json"
+_RECIPE_VERSION = 1  # raised when the same settings give other weights
+# what belongs to the text side of a checkpoint, copied as it is
+_COPIED = ("*.jinja", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
+_COPIED += ("generation_config.json", "LICENSE*", "*.model")
+
+
+@dataclass(frozen=True)
+class Written:
+    """What `write_quantized` did."""
+
+    parts: int
+    reused: int
+    bytes: int
+    source_bytes: int
+    seconds: float
+
+
+@dataclass
+class _Writer:
+    source: Checkpoint
+    recipe: Recipe
+    out: Path
+    device: torch.device
+    reuse: Path | None
+    parts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    reused: int = 0
+
+    def __post_init__(self) -> None:
+        self.architecture = architecture_of(self.source.config)
+        layers = self.source.config.num_hidden_layers
+        self.names = ["embedding", *(f"layer {index}" for index in range(layers)), "head"]
+
+    def write(self, number: int) -> None:
+        name = self.names[number]
+        made_from = self.made_from(number)
+        file = f"model-{number + 1:05d}-of-{len(self.names):05d}.safetensors"
+        if not self._kept(name, file, made_from):
+            tensors = self.tensors(number)
+            # one key: the order of several is random in the file
+            _atomically(self.out / file, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+            self._note(name, file, made_from, file_sha256(self.out / file), sorted(tensors))
+        parts = dict(sorted(self.parts.items(), key=lambda item: item[1]["file"]))
+        _write_json(self.out / MANIFEST, {"format": FORMAT, "parts": parts})
+
+    def made_from(self, number: int) -> dict[str, Any]:
+        """Everything that decides what a shard holds."""
+        made_from: dict[str, Any] = {"source": self.recipe.source_fingerprint}
+        if 0 < number < len(self.names) - 1:
+            made_from["bits"] = self.recipe.bits[number - 1]
+            if made_from["bits"] < UNQUANTIZED_BITS:
+                recipe = self.recipe
+                settings = {"group_size": recipe.group_size, "axis": recipe.axis, "optimize": recipe.optimize}
+                made_from |= settings | {"recipe": _RECIPE_VERSION}
+        return made_from
+
+    def tensors(self, number: int) -> dict[str, torch.Tensor]:
+        """Name -> tensor of one pipeline layer, as stored: unquantized ones in the source's type."""
+        config, layers = self.source.config, len(self.names) - 2
+        embedding = list(self.architecture.embedding_tensors(config).values())
+        if number == 0:
+            return dict(self.source.tensors(embedding))
+        if number > layers:
+            head = self.architecture.head_tensors(config).values()
+            return dict(self.source.tensors([name for name in head if name not in embedding]))
+        return self._layer(number - 1)
+
+    def _layer(self, index: int) -> dict[str, torch.Tensor]:
+        with torch.device("meta"):
+            layer = self.architecture.layer(self.source.config, index).layer
+        prefix, bits = self.architecture.layer_prefix(index), self.recipe.bits[index]
+        weights = {f"{prefix}{name}.weight" for name in linear_names(layer)} if bits < UNQUANTIZED_BITS else set()
+        stored: dict[str, torch.Tensor] = {}
+        for name, tensor in self.source.tensors([prefix + name for name, _ in layer.named_parameters()]):
+            if name not in weights:
+                stored[name] = tensor
+                continue
+            linear = quantize_linear(tensor, None, bits, self.recipe.quant, torch.float32, self.device)
+            for part, value in stored_parts(linear).items():
+                stored[f"{name.removesuffix('weight')}{part}"] = value.cpu().contiguous()
+        return stored
+
+    def _kept(self, name: str, file: str, made_from: dict[str, Any]) -> bool:
+        """True if the shard lies here or in `reuse` as it would be made; it is then listed."""
+        for folder in filter(None, (self.out, self.reuse)):
+            part = _parts(folder).get(name, {})
+            path = folder / str(part.get("file"))
+            if part.get("made_from") != made_from or part.get("file") != file or not path.is_file():
+                continue
+            if file_sha256(path) != part.get("sha256"):
+                continue
+            if folder != self.out:
+                _atomically(self.out / file, lambda target, path=path: _link(path, target))
+            self._note(name, file, made_from, part["sha256"], part["tensors"])
+            self.reused += 1
+            return True
+        return False
+
+    def _note(self, name: str, file: str, made_from: dict[str, Any], sha256: str, tensors: list[str]) -> None:
+        size = (self.out / file).stat().st_size
+        self.parts[name] = {
+            "file": file, "bytes": size, "sha256": sha256, "made_from": made_from, "tensors": tensors
+        }  # fmt: skip
+
+    def finish(self) -> int:
+        """Index, configuration and tokenizer; returns the bytes of all shards."""
+        total = sum(part["bytes"] for part in self.parts.values())
+        parts = (self.parts[name] for name in self.names)
+        weight_map = {tensor: part["file"] for part in parts for tensor in part["tensors"]}
+        config = json.loads((self.source.path / "config.json").read_text())
+        config["quantization_config"] = self.recipe.to_json()
+        for pattern in _COPIED:
+            for file in self.source.path.glob(pattern):
+                if file.is_file():
+                    shutil.copyfile(file, self.out / file.name)
+        _write_json(self.out / "config.json", config)
+        _write_json(self.out / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        return total
+
+
+def write_quantized(
+    source: str | Path,
+    out: str | Path,
+    bits: list[int],
+    quant: QuantConfig,
+    device: torch.device | str = "cpu",
+    reuse: str | Path | None = None,
+    on_written: Callable[[int, int], None] = lambda done, total: None,
+    trust_remote_code: bool = False,
+) -> Written:
+    """Writes the checkpoint `source` with decoder layer i at `bits[i]` (16: as it is) into the folder `out`.
+
+    `on_written(done, total)` is called after each pipeline layer. Raises `UserError`: a wrong number of widths, a shape
+    that HQQ cannot pack, a source that is itself quantized, no room.
+    """
+    started = time.perf_counter()
+    checkpoint, folder = Checkpoint(source, trust_remote_code), Path(out)
+    layers = checkpoint.config.num_hidden_layers
+    if len(bits) != layers:
+        raise UserError(f"{len(bits)} widths are given for the {layers} layers of {source}; give one, or one a layer.")
+    if getattr(checkpoint.config, "quantization_config", None):
+        raise UserError(f"{source} is quantized already; give the full-precision checkpoint as model.path.")
+    if folder.resolve() == checkpoint.path.resolve():
+        raise UserError(f"out={out} is the model's own folder; give another.")
+    recipe = Recipe(tuple(bits), quant.group_size, quant.axis, quant.optimize, fingerprint(source))
+    folder.mkdir(parents=True, exist_ok=True)
+    if not _parts(folder) and any(folder.glob("*.safetensors")):
+        raise UserError(f"out={out} holds other safetensors files; give an empty folder, or one to go on with.")
+    for name in (_INDEX, "config.json"):
+        (folder / name).unlink(missing_ok=True)
+    writer = _Writer(checkpoint, recipe, folder, torch.device(device), Path(reuse) if reuse else None)
+    writer.parts.update(_parts(folder))  # what is not rewritten yet stays known if this run is killed
+    try:
+        for number in range(len(writer.names)):
+            writer.write(number)
+            on_written(number + 1, len(writer.names))
+        total = writer.finish()
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror or error}); make room or give another.") from None
+    source_bytes = sum(file.stat().st_size for file in checkpoint.path.glob("*.safetensors"))
+    return Written(len(writer.names), writer.reused, total, source_bytes, time.perf_counter() - started)
+
+
+def _parts(folder: Path) -> dict[str, dict[str, Any]]:
+    """The manifest's parts; empty where there is none or it is damaged: all is then made anew."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return dict(json.loads((folder / MANIFEST).read_text())["parts"])
+    return {}
+
+
+def _atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.unlink(missing_ok=True)
+    write(unfinished)
+    os.replace(unfinished, path)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system
+        shutil.copyfile(source, target)
+
+
+def _write_json(path: Path, value: object) -> None:
+    _atomically(path, lambda target: target.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8"))
