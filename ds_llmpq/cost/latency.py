@@ -20,6 +20,15 @@ DATASHEET_BANDWIDTH_SHARE = 0.7
 PART_LAUNCHES_SHARE = 0.1  # embedding and head launch about a tenth of what a decoder layer does
 
 
+@dataclass(frozen=True)
+class PassOverhead:
+    """Seconds of a pass outside the model's parts, by the stage's place: schedule, positions, messages, sampling."""
+
+    first: float = 0.0
+    middle: float = 0.0
+    last: float = 0.0
+
+
 class LayerCosts(Protocol):
     """Times on one device type for one model and compute type. None: this combination is not available."""
 
@@ -36,6 +45,9 @@ class LayerCosts(Protocol):
 
     def head_seconds(self, batch: int) -> float:
         """Final norm, lm_head and choosing a token at the last position of each of `batch` sequences."""
+
+    def pass_overhead(self, phase: str, batch: int, tokens: int) -> PassOverhead:
+        """What a pass of `batch` x `tokens` costs a stage beside its layers, embedding and head."""
 
 
 @dataclass(frozen=True)
@@ -62,34 +74,45 @@ class RooflineCosts:
         return self._layer_seconds(bits, batch, 1, round(past))
 
     def embed_seconds(self, batch: int, tokens: int) -> float:
-        rows = batch * tokens
-        flops = arithmetic.embed_flops(self.shape, rows)
-        moved = arithmetic.embed_bytes_moved(self.shape, rows, self._dtype_bytes)
-        return self._roof(flops, moved) + self._part_overhead
+        return self.embed_work(batch, tokens) + self._part_overhead
 
     def head_seconds(self, batch: int) -> float:
+        return self.head_work(batch) + self._part_overhead
+
+    def pass_overhead(self, phase: str, batch: int, tokens: int) -> PassOverhead:
+        """Not known without a measurement, and small against layers worth cutting: nothing."""
+        return PassOverhead()
+
+    def embed_work(self, batch: int, tokens: int) -> float:
+        """Without launches."""
+        rows = batch * tokens
+        flops = arithmetic.embed_flops(self.shape, rows)
+        return self.roof(flops, arithmetic.embed_bytes_moved(self.shape, rows, self.dtype_bytes))
+
+    def head_work(self, batch: int) -> float:
+        """Without launches."""
         flops = arithmetic.head_flops(self.shape, batch)
-        moved = arithmetic.head_bytes_moved(self.shape, batch, self._dtype_bytes)
-        return self._roof(flops, moved) + self._part_overhead
+        return self.roof(flops, arithmetic.head_bytes_moved(self.shape, batch, self.dtype_bytes))
 
     def _layer_seconds(self, bits: int, batch: int, new: int, past: int) -> float | None:
         if bits not in self.device_type.bits:
             return None
-        shape, rows, size = self.shape, batch * new, self._dtype_bytes
+        shape, rows, size = self.shape, batch * new, self.dtype_bytes
         weights = kernels.weight_bytes_read(shape, bits, self.kernel, self.group_size, self.axis, size)
         moved = weights + arithmetic.linear_activation_bytes(shape, rows, size)
-        seconds = self._roof(arithmetic.linear_flops(shape, rows), moved)
-        seconds += self._roof(
+        seconds = self.roof(arithmetic.linear_flops(shape, rows), moved)
+        seconds += self.roof(
             arithmetic.attention_flops(shape, batch, new, past),
             arithmetic.attention_bytes(shape, batch, new, past, size),
         )
-        seconds += self._roof(0, arithmetic.elementwise_bytes(shape, rows, size))
+        seconds += self.roof(0, arithmetic.elementwise_bytes(shape, rows, size))
         if self.kernel == "dequantize":
-            seconds += self._roof(0, kernels.dequantize_bytes(shape, bits, size))
+            seconds += self.roof(0, kernels.dequantize_bytes(shape, bits, size))
         launches = kernels.launches_share(shape, bits, self.kernel)
         return seconds + launches * self.device_type.kernel_overhead_seconds
 
-    def _roof(self, flops: float, moved_bytes: float) -> float:
+    def roof(self, flops: float, moved_bytes: float) -> float:
+        """Seconds of a kernel: the longer of its arithmetic and its traffic."""
         measured = self.device_type.source.startswith("measured")
         rate = self.device_type.flops_per_second[self.dtype] * (1.0 if measured else DATASHEET_FLOPS_SHARE)
         bandwidth = self.device_type.memory_bandwidth_bytes_per_second
@@ -97,7 +120,8 @@ class RooflineCosts:
         return max(flops / rate, moved_bytes / bandwidth)
 
     @property
-    def _dtype_bytes(self) -> int:
+    def dtype_bytes(self) -> int:
+        """Of one element of the compute type."""
         return COMPUTE_DTYPES[self.dtype]
 
     @property

@@ -70,8 +70,9 @@ class Point:
 
 @dataclass(frozen=True)
 class Sample:
-    """One round of repeats at a point. `spread`: interquartile range over median. `undisturbed`: repeats that got
-    their processor to themselves; the median is taken over these where there are any."""
+    """One round of repeats at a point. `spread`: interquartile range over median. `undisturbed`: repeats that had
+    their processor to themselves. The times are wall times of these; of a CPU stage's thread that had too few such
+    repeats (under a third), they are processor times divided by its share."""
 
     point: Point
     round: int
@@ -190,9 +191,9 @@ def _sample(file: Path, number: int, row: Mapping[str, str]) -> Sample:
         raise UserError(f"profile {file} line {number} makes no sense ({error}); remove that line") from None
 
 
-def check_setup(profile: Profile, setup: Setup, where: str, remedy: str) -> None:
-    """`UserError` unless the profile was made with `setup`; `remedy` ends the sentence."""
-    difference = profile.setup.disagreement(setup)
+def check_setup(found: Setup, setup: Setup, where: str, remedy: str) -> None:
+    """`UserError` unless a profile with setup `found` fits `setup`; `remedy` ends the sentence."""
+    difference = found.disagreement(setup)
     if difference:
         raise UserError(f"{where} was measured with {difference}; {remedy}")
 

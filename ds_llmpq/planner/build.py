@@ -101,7 +101,7 @@ def prepare(
         },
         "micro_batches": sizes,
         "device_types": {
-            name: _type_entry(device_type, costs[name], bits, dtype, sizes, workload)
+            name: _type_entry(device_type, costs[name], bits, dtype, sizes, workload, middle_share(cluster, shape))
             for name, device_type in cluster.device_types.items()
         },
         "devices": [
@@ -119,8 +119,14 @@ def prepare(
         dtype,
         memory,
         _provenance(cluster, costs, omega, kernel),
-        tuple(dict.fromkeys(notes)),
+        tuple(dict.fromkeys([*notes, *(note for cost in costs.values() for note in getattr(cost, "notes", ()))])),
     )
+
+
+def middle_share(cluster: Cluster, shape: ModelShape) -> float:
+    """Middle stages a decoder layer, if every device gets a stage: what a pass costs such a stage beside its layers
+    is spread over all layers, for the problem's formula has no cost of a stage as such."""
+    return max(0, min(len(cluster.devices), shape.layers) - 2) / shape.layers
 
 
 def check_workload(workload: WorkloadConfig, shape: ModelShape) -> None:
@@ -184,25 +190,50 @@ def _type_entry(
     dtype: str,
     sizes: Mapping[str, list[int]],
     workload: WorkloadConfig,
+    middle: float,
 ) -> dict[str, Any]:
-    """Tables of one device type. Decode is costed at the mean length: the prompt and half of what is generated."""
+    """Tables of one device type. Decode is costed at the mean length: the prompt and half of what is generated.
+
+    What a pass costs beside its layers goes to the end stages with embedding and head, and `middle` of a middle
+    stage's to every layer.
+    """
     past = workload.prompt_tokens + workload.generated_tokens / 2
     prompt = workload.prompt_tokens
+    over = {
+        "prefill": {size: costs.pass_overhead("prefill", size, prompt) for size in sizes["prefill"]},
+        "decode": {size: costs.pass_overhead("decode", size, 1) for size in sizes["decode"]},
+    }
+
+    def layers(phase: str, seconds: Callable[[int], float | None]) -> dict[str, float | None]:
+        found = {size: seconds(size) for size in sizes[phase]}
+        return {
+            str(size): None if time is None else time + middle * over[phase][size].middle
+            for size, time in found.items()
+        }
+
     feasible = [width for width in bits if gate(device_type, width, dtype) is None]
     return {
         "bits": feasible,
         "prefill_layer_seconds": {
-            str(width): {str(size): costs.prefill_seconds(width, size, prompt) for size in sizes["prefill"]}
+            str(width): layers("prefill", lambda size, width=width: costs.prefill_seconds(width, size, prompt))
             for width in feasible
         },
         "decode_layer_seconds": {
-            str(width): {str(size): costs.decode_seconds(width, size, past) for size in sizes["decode"]}
+            str(width): layers("decode", lambda size, width=width: costs.decode_seconds(width, size, past))
             for width in feasible
         },
-        "prefill_embed_seconds": {str(size): costs.embed_seconds(size, prompt) for size in sizes["prefill"]},
-        "prefill_head_seconds": {str(size): costs.head_seconds(size) for size in sizes["prefill"]},
-        "decode_embed_seconds": {str(size): costs.embed_seconds(size, 1) for size in sizes["decode"]},
-        "decode_head_seconds": {str(size): costs.head_seconds(size) for size in sizes["decode"]},
+        "prefill_embed_seconds": {
+            str(size): costs.embed_seconds(size, prompt) + over["prefill"][size].first for size in sizes["prefill"]
+        },
+        "prefill_head_seconds": {
+            str(size): costs.head_seconds(size) + over["prefill"][size].last for size in sizes["prefill"]
+        },
+        "decode_embed_seconds": {
+            str(size): costs.embed_seconds(size, 1) + over["decode"][size].first for size in sizes["decode"]
+        },
+        "decode_head_seconds": {
+            str(size): costs.head_seconds(size) + over["decode"][size].last for size in sizes["decode"]
+        },
     }
 
 

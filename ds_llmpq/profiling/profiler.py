@@ -83,7 +83,7 @@ def _resumed(file: Path, setup: Setup, force: bool) -> set[tuple[Point, int]] | 
     if not file.is_file() or force:
         return None
     found = read_profile(file)
-    check_setup(found, setup, f"profile {file}", "give another out=DIR, or start over with force=true")
+    check_setup(found.setup, setup, f"profile {file}", "give another out=DIR, or start over with force=true")
     text = file.read_text(encoding="utf-8")
     if not text.endswith("\n"):  # cut short in the middle of a row
         file.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")

@@ -41,17 +41,18 @@ class Timer:
 
     def _on_cpu(self, action: Callable[[], object], seconds: float) -> Timing:
         times: list[float] = []
-        clean: list[float] = []
+        owned: list[float] = []
         begin = time.perf_counter()
         while len(times) < 3 or (time.perf_counter() - begin < seconds and len(times) < _MOST_REPEATS):
             wall, cpu = time.perf_counter(), time.thread_time()
             action()
-            wall, cpu = time.perf_counter() - wall, time.thread_time() - cpu
-            times.append(wall)
-            # the main thread's own time tells only where it does all the work
-            if self.threads == 1 and wall <= _DISTURBED * cpu / self.cpu_share + _SLACK_SECONDS:
-                clean.append(wall)
-        return _timing(times, clean)
+            times.append(time.perf_counter() - wall)
+            owned.append((time.thread_time() - cpu) / self.cpu_share)
+        if self.threads > 1:  # the main thread's own time tells only where it does all the work
+            return _timing(times, times, len(times))
+        clean = [t for t, own in zip(times, owned, strict=True) if t <= _DISTURBED * own + _SLACK_SECONDS]
+        # on a crowded machine no repeat has the processor to itself; what it used of it is then the better number
+        return _timing(times, clean if 3 * len(clean) >= len(times) else owned, len(clean))
 
     def _on_gpu(self, action: Callable[[], object], seconds: float) -> Timing:
         torch.cuda.synchronize(self.device)
@@ -64,11 +65,10 @@ class Timer:
             stop.record()
             torch.cuda.synchronize(self.device)
             times.append(start.elapsed_time(stop) / 1e3)
-        return _timing(times, times)
+        return _timing(times, times, len(times))
 
 
-def _timing(times: list[float], clean: list[float]) -> Timing:
-    kept = clean or times
+def _timing(times: list[float], kept: list[float], undisturbed: int) -> Timing:
     middle = median(kept)
     quarters = quantiles(kept, n=4) if len(kept) > 1 else [middle] * 3
-    return Timing(len(times), len(clean), middle, min(times), (quarters[2] - quarters[0]) / middle if middle else 0.0)
+    return Timing(len(times), undisturbed, middle, min(kept), (quarters[2] - quarters[0]) / middle if middle else 0.0)

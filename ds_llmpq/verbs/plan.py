@@ -16,6 +16,7 @@ from ds_llmpq.models.fingerprint import fingerprint
 from ds_llmpq.models.shape import ModelShape, read_shape
 from ds_llmpq.planner import Plan, Problem, solve
 from ds_llmpq.planner.build import prepare
+from ds_llmpq.planner.profiled import profiled_costs
 from ds_llmpq.planner.planfile import deployed, launch_order, write_plan
 from ds_llmpq.report.plan_table import plan_table
 from ds_llmpq.schema import ModelConfig, PlannerConfig, PlanVerb
@@ -40,8 +41,9 @@ def make_plan(settings: PlanVerb, out: Path) -> Plan:
     cluster = Cluster.from_config(config.cluster_of(settings))
     workload = sized_workload(settings.workload, settings.model, settings.input, settings.batch, shape)
     omega = read_omega(planner.omega) if planner.omega else None
+    costs_of, cluster = profiled_costs(planner, settings.quant, cluster, shape, settings.engine.dtype, _KERNEL)
     prepared = prepare(
-        cluster, shape, workload, settings.quant, planner, omega, settings.engine.dtype, kernel=_KERNEL
+        cluster, shape, workload, settings.quant, planner, omega, settings.engine.dtype, _KERNEL, costs_of
     )  # fmt: skip
     _write_json(out / "problem.json", prepared.problem.to_json())
     solved = solve(prepared.problem, **_options(planner))

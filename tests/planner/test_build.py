@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from ds_llmpq.cluster.cluster import Cluster
+from ds_llmpq.cost.latency import PassOverhead
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.planner.build import build_problem, prepare, usable_bits
@@ -78,6 +79,9 @@ class CountedCosts:
 
     def head_seconds(self, batch):
         return 7.0 * batch
+
+    def pass_overhead(self, phase, batch, tokens):
+        return PassOverhead()
 
 
 def test_tables_hold_what_the_costs_say():

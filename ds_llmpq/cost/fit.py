@@ -1,0 +1,176 @@
+"""From a profile to a latency model: non-negative least squares on relative errors, one fit a part.
+
+A fit is a list of weights for the columns of `features`; with weights and columns non-negative and columns that never
+fall, so is every prediction. Leave-one-out errors say how far a fit is off where it was not told.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ds_llmpq.cluster.devices import DeviceType
+from ds_llmpq.cost import features
+from ds_llmpq.cost.latency import RooflineCosts
+from ds_llmpq.cost.profile import Measured, Profile, Setup
+from ds_llmpq.errors import UserError
+from ds_llmpq.models.shape import ModelShape
+
+SCHEMA = 1
+FEWEST_POINTS = 3
+_NEUTRAL = DeviceType("reference", "cpu", 0, 1e10, {"float32": 1e11, "bfloat16": 1e11, "float16": 1e11}, 0.0,
+                      (1, 2, 3, 4, 8, 16), None, "measured: a unit for features, no device")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Residual:
+    """A point, its measured time, and what a fit without it predicts."""
+
+    phase: str
+    bits: int
+    batch: int
+    length_tokens: int
+    seconds: float
+    left_out_seconds: float
+    spread: float
+
+    @property
+    def error(self) -> float:
+        return self.left_out_seconds / self.seconds - 1.0
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Weights of one part on one device type, the range they come from, and the leave-one-out residuals."""
+
+    device_type: str
+    part: str
+    phase: str
+    bits: int
+    weights: tuple[float, ...]
+    batch_range: tuple[int, int]
+    length_range: tuple[int, int]
+    residuals: tuple[Residual, ...]
+
+    @property
+    def key(self) -> tuple[str, str, str, int]:
+        return self.device_type, self.part, self.phase, self.bits
+
+    @property
+    def mean_error(self) -> float:
+        return sum(abs(entry.error) for entry in self.residuals) / len(self.residuals)
+
+    @property
+    def worst_error(self) -> float:
+        return max(abs(entry.error) for entry in self.residuals)
+
+    def covers(self, batch: int, length: float) -> bool:
+        """Within the profiled range; outside it is extrapolation."""
+        return (
+            self.batch_range[0] <= batch <= self.batch_range[1]
+            and self.length_range[0] <= length <= self.length_range[1]
+        )
+
+
+@dataclass(frozen=True)
+class LatencyModel:
+    """All fits of a profile. `setup` is what it was measured with."""
+
+    setup: Setup
+    fits: Mapping[tuple[str, str, str, int], Fit]
+
+    def get(self, device_type: str, part: str, phase: str, bits: int = 0) -> Fit | None:
+        return self.fits.get((device_type, part, phase, bits))
+
+    def write(self, path: Path) -> None:
+        entries = [asdict(fit) for fit in self.fits.values()]
+        record = {"schema": SCHEMA, "setup": asdict(self.setup), "fits": entries}
+        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def read_model(path: str | Path) -> LatencyModel:
+    """A latency.json. `UserError`: unreadable, another schema, a negative or missing number."""
+    file = Path(path)
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        if record["schema"] != SCHEMA:
+            raise UserError(f"{file} has schema {record['schema']}, but this version reads {SCHEMA} only")
+        fits = [_fit(entry) for entry in record["fits"]]
+        return LatencyModel(Setup(**record["setup"]), {fit.key: fit for fit in fits})
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{file} is no latency model ({error}); make one with `ds-llmpq profile`") from None
+
+
+def _fit(entry: dict[str, Any]) -> Fit:
+    residuals = tuple(Residual(**residual) for residual in entry.pop("residuals"))
+    weights = tuple(float(weight) for weight in entry.pop("weights"))
+    if any(not math.isfinite(weight) or weight < 0 for weight in weights):
+        raise ValueError("a weight is negative")
+    ranges = {name: tuple(int(end) for end in entry.pop(name)) for name in ("batch_range", "length_range")}
+    return Fit(**entry, weights=weights, residuals=residuals, **ranges)
+
+
+def fit_profile(profile: Profile, shape: ModelShape, keep: Callable[[Measured], bool] = lambda point: True) -> LatencyModel:
+    """Fits every part with at least three points that `keep` lets through."""
+    setup = profile.setup
+    unit = RooflineCosts(_NEUTRAL, shape, setup.dtype, setup.group_size, setup.axis, setup.kernel)
+    groups: dict[tuple[str, str, str, int], list[Measured]] = defaultdict(list)
+    for entry in profile.measured():
+        if keep(entry):
+            point = entry.point
+            groups[point.device_type, point.part, point.phase, point.bits].append(entry)
+    fits = {}
+    for key, points in groups.items():
+        if len(points) >= FEWEST_POINTS:
+            fits[key] = _fit_points(key, points, unit)
+    return LatencyModel(setup, fits)
+
+
+def columns(roofline: RooflineCosts, part: str, phase: str, bits: int, batch: int, length: float) -> list[float]:
+    if part == "layer":
+        return features.layer_features(roofline, bits, phase, batch, length)
+    return features.part_features(roofline, part, batch, round(length))
+
+
+def unit_roofline(shape: ModelShape, setup: Setup) -> RooflineCosts:
+    """The roofline whose parts are the columns of all fits of a profile; no device's rates enter a fit."""
+    return RooflineCosts(_NEUTRAL, shape, setup.dtype, setup.group_size, setup.axis, setup.kernel)
+
+
+def _fit_points(key: tuple[str, str, str, int], points: list[Measured], unit: RooflineCosts) -> Fit:
+    import numpy
+
+    _, part, phase, bits = key
+    table = numpy.array([columns(unit, part, phase, bits, p.point.batch, p.point.length_tokens) for p in points])
+    seconds = numpy.array([max(p.seconds, 1e-9) for p in points])
+    weights = _solve(table, seconds)
+    everyone = numpy.arange(len(points))
+    residuals = []
+    for index, entry in enumerate(points):
+        others = everyone != index
+        predicted = float(table[index] @ _solve(table[others], seconds[others]))
+        point = entry.point
+        residuals.append(
+            Residual(phase, bits, point.batch, point.length_tokens, entry.seconds, predicted, entry.spread)
+        )  # fmt: skip
+    batches, lengths = ([getattr(p.point, name) for p in points] for name in ("batch", "length_tokens"))
+    ranges = (min(batches), max(batches)), (min(lengths), max(lengths))
+    return Fit(*key, tuple(float(weight) for weight in weights), *ranges, tuple(residuals))
+
+
+def _solve(table: Any, seconds: Any) -> Any:
+    """Non-negative weights that minimise the sum of squared relative errors, with a faint pull towards few columns."""
+    import numpy
+    from scipy.optimize import nnls
+
+    rows = table / seconds[:, None]
+    scale = numpy.maximum(numpy.abs(rows).max(axis=0), 1e-300)
+    ridge = 1e-3 * numpy.eye(table.shape[1])
+    system = numpy.vstack([rows / scale, ridge])
+    wanted = numpy.concatenate([numpy.ones(len(seconds)), numpy.zeros(table.shape[1])])
+    return nnls(system, wanted)[0] / scale

@@ -1,0 +1,102 @@
+"""Fitted times where a profile has them, the roofline's where it has not; every number says which."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ds_llmpq.cluster.devices import DeviceType
+from ds_llmpq.cost.fit import LatencyModel, columns, fit_profile, read_model, unit_roofline
+from ds_llmpq.cost.latency import PassOverhead, RooflineCosts
+from ds_llmpq.cost.profile import Setup, check_setup, read_profile
+from ds_llmpq.errors import UserError
+from ds_llmpq.models.shape import ModelShape
+
+
+@dataclass
+class FittedCosts:
+    """`LayerCosts` of one device type. Notes on what was extrapolated or not profiled gather in `notes`."""
+
+    device_type: DeviceType
+    model: LatencyModel
+    roofline: RooflineCosts
+    notes: dict[str, None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._unit = unit_roofline(self.roofline.shape, self.model.setup)
+
+    @property
+    def provenance(self) -> str:
+        """`fitted` with its leave-one-out error, or `roofline` for a type the profile does not know."""
+        own = [fit for fit in self.model.fits.values() if fit.device_type == self.device_type.name]
+        layers = [fit for fit in own if fit.part == "layer"]
+        if not layers:
+            return f"roofline (the profile has no {self.device_type.name})"
+        mean = sum(fit.mean_error for fit in layers) / len(layers)
+        worst = max(fit.worst_error for fit in layers)
+        unknown = sorted(set(self.device_type.bits) - {fit.bits for fit in layers})
+        rest = f"; {', '.join(map(str, unknown))} bits roofline" if unknown else ""
+        return f"fitted (left-out points off by {mean:.1%} on average, {worst:.1%} at worst{rest})"
+
+    def prefill_seconds(self, bits: int, batch: int, tokens: int) -> float | None:
+        if bits not in self.device_type.bits:
+            return None
+        fitted = self._fitted("layer", "prefill", bits, batch, tokens)
+        return self.roofline.prefill_seconds(bits, batch, tokens) if fitted is None else fitted
+
+    def decode_seconds(self, bits: int, batch: int, past: float) -> float | None:
+        if bits not in self.device_type.bits:
+            return None
+        fitted = self._fitted("layer", "decode", bits, batch, past)
+        return self.roofline.decode_seconds(bits, batch, past) if fitted is None else fitted
+
+    def embed_seconds(self, batch: int, tokens: int) -> float:
+        fitted = self._fitted("embed", "prefill" if tokens > 1 else "decode", 0, batch, tokens)
+        return self.roofline.embed_seconds(batch, tokens) if fitted is None else fitted
+
+    def head_seconds(self, batch: int) -> float:
+        fitted = self._fitted("head", "decode", 0, batch, 1)
+        return self.roofline.head_seconds(batch) if fitted is None else fitted
+
+    def pass_overhead(self, phase: str, batch: int, tokens: int) -> PassOverhead:
+        found = (self._fitted(part, phase, 0, batch, tokens) for part in ("first", "middle", "last"))
+        return PassOverhead(*(seconds or 0.0 for seconds in found))
+
+    def _fitted(self, part: str, phase: str, bits: int, batch: int, length: float) -> float | None:
+        fit = self.model.get(self.device_type.name, part, phase, bits)
+        if fit is None:
+            if part == "layer":
+                self.notes[f"{self.device_type.name} was not profiled at {bits} bits in {phase}: roofline times"] = None
+            return None
+        if part == "layer" and not fit.covers(batch, length):
+            self.notes[
+                f"{self.device_type.name} {phase} at {bits} bits: {batch} sequences at {length:g} tokens lie outside "
+                f"the profiled {_span(fit.batch_range)} sequences and {_span(fit.length_range)} tokens (extrapolated)"
+            ] = None
+        values = columns(self._unit, part, phase, bits, batch, length)
+        return sum(weight * value for weight, value in zip(fit.weights, values, strict=True))
+
+
+def _span(ends: tuple[int, int]) -> str:
+    return f"{ends[0]} to {ends[1]}"
+
+
+def load_model(path: str | Path, shape: ModelShape, setup: Setup, force: bool = False) -> LatencyModel:
+    """The latency model of a profile's folder, of its profile.csv (fitted anew) or of its latency.json.
+
+    `UserError`: it was measured with another `setup`, unless `force`; the layer's shape must agree in any case.
+    """
+    file = Path(path)
+    if file.is_dir():
+        file = file / ("profile.csv" if (file / "profile.csv").is_file() else "latency.json")
+    if not file.is_file():
+        raise UserError(f"planner.profile={path} is neither a profile nor a folder with one; run `ds-llmpq profile`")
+    table = read_profile(file) if file.suffix == ".csv" else None
+    found = table.setup if table else read_model(file).setup
+    if found.layer != setup.layer:
+        raise UserError(f"profile {file} is for layers of another shape than this model's; profile this model")
+    if not force:
+        remedy = "profile again, or use it all the same with planner.profile_force=true"
+        check_setup(found, setup, f"profile {file}", remedy)
+    return fit_profile(table, shape) if table else read_model(file)
+

@@ -1,0 +1,57 @@
+"""A profile put in the place of the roofline and of the cluster file's links."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from ds_llmpq.cluster.cluster import Cluster
+from ds_llmpq.cluster.devices import DeviceType
+from ds_llmpq.cluster.gates import common_dtype
+from ds_llmpq.cost.fitted import FittedCosts, load_model
+from ds_llmpq.cost.latency import RooflineCosts
+from ds_llmpq.cost.linktable import fit_link, read_links
+from ds_llmpq.cost.profile import current_setup
+from ds_llmpq.models.shape import ModelShape
+from ds_llmpq.planner.build import CostsOf
+from ds_llmpq.schema import PlannerConfig, QuantConfig
+
+
+def profiled_costs(
+    planner: PlannerConfig, quant: QuantConfig, cluster: Cluster, shape: ModelShape, dtype: str, kernel: str
+) -> tuple[CostsOf | None, Cluster]:
+    """(`costs_of` for `prepare`, the cluster with measured links); both as they were where no profile is given.
+
+    `UserError`: the profile was made with other libraries, kernel, compute type or layer shape.
+    """
+    if planner.profile is None:
+        return None, cluster
+    folder = Path(planner.profile).expanduser().absolute()
+    dtype = common_dtype(cluster, dtype)
+    setup = current_setup(shape, dtype, kernel, quant.group_size, quant.axis)
+    model = load_model(folder, shape, setup, planner.profile_force)
+
+    def costs_of(device_type: DeviceType) -> FittedCosts:
+        roofline = RooflineCosts(device_type, shape, dtype, quant.group_size, quant.axis, kernel)
+        return FittedCosts(device_type, model, roofline)
+
+    table = (folder if folder.is_dir() else folder.parent) / "links.csv"
+    return costs_of, _with_links(cluster, table) if table.is_file() else cluster
+
+
+def _with_links(cluster: Cluster, table: Path) -> Cluster:
+    """Measured pairs replace what the cluster file says of them; all others stay."""
+    messages = read_links(table)
+    names = {device.name for device in cluster.devices}
+    pairs = {(message.source, message.target) for message in messages}
+    pairs = {pair for pair in pairs if pair[0] != pair[1] and set(pair) <= names}
+    measured = {
+        pair: fit_link([message for message in messages if (message.source, message.target) == pair])
+        for pair in sorted(pairs)
+    }
+    if not measured:
+        return cluster
+    every = len(measured) == len(names) * (len(names) - 1)
+    source = f"measured ({table.name})" + ("" if every else f"; other pairs: {cluster.links.source}")
+    links = replace(cluster.links, pairs={**cluster.links.pairs, **measured}, source=source)
+    return replace(cluster, links=links)
