@@ -1,0 +1,73 @@
+"""What a sweep of `simulate` showed, gathered: summary.csv, plots against load, rate and burstiness, comparison.md."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from ds_llmpq.report import sweep
+from ds_llmpq.report.lengths_plots import plot_against
+from ds_llmpq.report.lengths_text import comparison_text
+
+Row = dict[str, Any]
+
+
+class SimulationSummary(Callback):
+    """Hydra callback: runs once, in the parent, after all points of a sweep."""
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        folder = Path(config.hydra.sweep.dir)
+        points = sorted(place.parent for place in folder.glob("*/.hydra"))
+        for point in points:
+            if (point / "failure.json").is_file():
+                failure = json.loads((point / "failure.json").read_text())
+                sweep.failure_codes.append(failure["exit_code"])
+                print(f"{point.name}: {failure['message']}")
+        found = [
+            json.loads((point / "metrics.json").read_text()) for point in points if (point / "metrics.json").is_file()
+        ]
+        if found:
+            write_comparison(folder, found)
+            print(f"comparison: {folder / 'comparison.md'}")
+
+
+def write_comparison(folder: Path, found: list[dict[str, Any]]) -> None:
+    """The metrics of all points as summary.csv, plots and comparison.md."""
+    rows = [row for point in found for row in point_rows(point)]
+    with open(folder / "summary.csv", "w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    plots = []
+    for x in ("load", "rate", "cv"):
+        for y in ("jct_mean_seconds", "throughput_jobs_per_second"):
+            if plot_against(folder / f"{y.split('_')[0]}_against_{x}.png", rows, x, y):
+                plots.append(f"{y.split('_')[0]}_against_{x}.png")
+    (folder / "comparison.md").write_text(comparison_text(rows, plots), encoding="utf-8")
+
+
+def point_rows(point: dict[str, Any]) -> list[Row]:
+    """One row a policy: where the point lies, its metrics, and the published ratios."""
+    settings = point["settings"]
+    arrivals = settings["arrivals"]
+    place = {
+        "batching": settings["batching"],
+        "max_batch": settings["max_batch"],
+        "arrivals": arrivals["kind"],
+        "load": arrivals["load"],
+        "rate": None if arrivals["load"] is not None else arrivals["rate"],
+        "cv": arrivals["cv"] if arrivals["kind"] == "gamma" else None,
+    }
+    ratios = {f"published_{name}_ratio": value for name, value in (point["published"] or {}).items()}
+    empty = dict.fromkeys(
+        ("published_jct_mean_ratio", "published_throughput_at_quarter_ratio", "published_throughput_whole_run_ratio")
+    )
+    return [
+        place | {"policy": policy} | metrics | empty | (ratios if policy == "ssjf" else {})
+        for policy, metrics in point["policies"].items()
+    ]
