@@ -16,6 +16,7 @@ from ds_llmpq.models.fingerprint import fingerprint
 from ds_llmpq.models.shape import ModelShape, read_shape
 from ds_llmpq.planner import Plan, Problem, solve
 from ds_llmpq.planner.build import prepare
+from ds_llmpq.planner.playing import play
 from ds_llmpq.planner.profiled import profiled_costs
 from ds_llmpq.planner.planfile import deployed, launch_order, write_plan
 from ds_llmpq.report.plan_table import plan_table
@@ -50,6 +51,9 @@ def make_plan(settings: PlanVerb, out: Path) -> Plan:
     plan = deployed(solved, cluster, prepared, model, settings.quant, _KERNEL)
     write_plan(out / "plan.json", plan)
     write_hostfile(out / "hostfile", launch_order(plan))
+    if (played := play(prepared.problem, solved.assignment())) is not None:
+        events = {"traceEvents": played.chrome_events(), "displayTimeUnit": "ms"}
+        _write_json(out / "predicted_trace.json", events)  # to lay beside a run's trace.json
     return plan
 
 

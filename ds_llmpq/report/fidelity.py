@@ -1,0 +1,186 @@
+"""How far predictions are off: tables, a scatter plot, and one sentence on whether to trust a plan."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from ds_llmpq.cost.fit import LatencyModel
+from ds_llmpq.errors import UserError
+from ds_llmpq.report.plan_table import milliseconds, table
+
+TRUSTED, USABLE = 0.06, 0.15  # mean absolute error up to which times are trusted, or good for a ranking
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One prediction beside its measurement; `group` is what it is counted under."""
+
+    device: str
+    phase: str
+    bits: str
+    predicted_seconds: float
+    measured_seconds: float
+
+    @property
+    def error(self) -> float:
+        return self.predicted_seconds / self.measured_seconds - 1.0
+
+
+def profile_pairs(model: LatencyModel) -> list[Pair]:
+    """Every profiled point against a fit that was not told of it."""
+    return [
+        Pair(fit.device_type, _phase(fit.part, fit.phase), str(fit.bits or "-"), r.left_out_seconds, r.seconds)
+        for fit in model.fits.values()
+        if fit.part in ("layer", "embed", "head")
+        for r in fit.residuals
+    ]
+
+
+def _phase(part: str, phase: str) -> str:
+    return phase if part == "layer" else f"{part} {phase}" if part == "embed" else part
+
+
+def profile_table(model: LatencyModel) -> str:
+    pairs = profile_pairs(model)
+    if not pairs:
+        return "the profile has too few points for a fit; profile with a longer profiling.seconds"
+    layers = [pair for pair in pairs if pair.phase in ("prefill", "decode")]
+    spread = [r.spread for fit in model.fits.values() if fit.part == "layer" for r in fit.residuals]
+    lines = [error_table(pairs), verdict(layers or pairs, "left-out points")]
+    if spread and median(spread) > 0.1:
+        lines.append(
+            f"note: the measurements themselves scatter by {median(spread):.0%} (median over points); other programs "
+            "were running, so profile again on a quiet machine before trusting small differences"
+        )
+    return "\n".join(lines)
+
+
+def error_table(pairs: Iterable[Pair]) -> str:
+    """Mean and worst absolute relative error, and the bias, by device, phase and width."""
+    groups: dict[tuple[str, str, str], list[Pair]] = defaultdict(list)
+    for pair in pairs:
+        groups[pair.device, pair.phase, pair.bits].append(pair)
+    rows = []
+    for (device, phase, bits), members in groups.items():
+        errors = [pair.error for pair in members]
+        worst = max(members, key=lambda pair: abs(pair.error))
+        rows.append(
+            [
+                device,
+                phase,
+                bits,
+                str(len(members)),
+                f"{_mean(map(abs, errors)):.1%}",
+                f"{worst.error:+.1%}",
+                f"{_mean(errors):+.1%}",
+                f"{milliseconds(worst.predicted_seconds)} / {milliseconds(worst.measured_seconds)}",
+            ]
+        )
+    head = ["device", "phase", "bits", "points", "mean error", "worst", "bias", "worst: predicted / measured ms"]
+    return table(head, rows)
+
+
+def verdict(pairs: Sequence[Pair], what: str) -> str:
+    mean = _mean(abs(pair.error) for pair in pairs)
+    worst = max(abs(pair.error) for pair in pairs)
+    said = f"Predictions of {what} are off by {mean:.1%} on average and {worst:.1%} at worst: "
+    if mean <= TRUSTED:
+        return said + "plans made from them can be trusted to about that much."
+    if mean <= USABLE:
+        return said + "good enough to rank plans, not to promise times; profile again on a quiet machine."
+    return said + "do not trust a plan's times; profile this model on these devices, with nothing else running."
+
+
+def run_pairs(folder: Path) -> list[Pair]:
+    """A run's stages: predicted and measured seconds of a pass. The last stage's sampling counts to its pass."""
+    metrics = _json(folder / "metrics.json")
+    plan = _json(folder / "plan.json")
+    pairs = []
+    for stage in metrics["stages"]:
+        planned = plan["stages"][stage["stage"]]
+        bits = "/".join(map(str, sorted(set(planned["bits"]))))
+        # a pass's sampling is part of its prediction; prefill's and decode's passes sample alike
+        passes = sum(stage["passes"].get(phase, 0) for phase in ("prefill", "decode"))
+        sampling = stage["seconds"].get("sample", 0.0) / passes if passes else 0.0
+        for phase, entry in stage["pass_seconds"].items():
+            if entry["measured"] and entry["predicted"]:
+                name = f"{stage['stage']} {stage['device']}"
+                pairs.append(Pair(name, phase, bits, entry["predicted"], entry["measured"] + sampling))
+    if not pairs:
+        raise UserError(f"{folder / 'metrics.json'} holds no timed pass; give the folder of a finished run")
+    return pairs
+
+
+def run_text(folder: Path) -> str:
+    """The table of a run's passes, its totals, and its memory."""
+    metrics = _json(folder / "metrics.json")
+    pairs = run_pairs(folder)
+    lines = [error_table(pairs)]
+    totals = metrics["predicted_against_measured"]
+    if totals:
+        for phase in ("latency", "prefill", "decode"):
+            entry = totals[f"{phase}_seconds"]
+            lines.append(
+                f"{phase} of a batch: predicted {entry['predicted']:.3f} s, measured {entry['measured']:.3f} s "
+                f"({entry['predicted'] / entry['measured'] - 1:+.1%})"
+            )
+    rows = []
+    for stage in metrics["stages"]:
+        memory = stage["memory_bytes"]
+        predicted, measured = memory["predicted"], memory["measured"]
+        held = predicted["weights"] + predicted["embed"] + predicted["head"]
+        parts = (
+            ("weights", held, measured["weights"]),
+            ("kv", predicted["kv"], measured["kv"]),
+            ("peak growth", predicted["total"], measured["peak_growth"]),
+        )
+        rows += [
+            [str(stage["stage"]), name, f"{p:,.0f}", f"{m:,.0f}", f"{p / m - 1:+.1%}" if m else "-"]
+            for name, p, m in parts
+        ]
+    lines.append(table(["stage", "memory", "predicted bytes", "measured bytes", "error"], rows))
+    lines.append(verdict(pairs, "the run's passes"))
+    return "\n".join(lines)
+
+
+def scatter(pairs: Sequence[Pair], file: Path, title: str) -> None:
+    """Predicted against measured on logarithmic axes, one colour a device and phase; lines at equality and +-10 %."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6.4, 6.0), layout="constrained")
+    groups: dict[tuple[str, str], list[Pair]] = defaultdict(list)
+    for pair in pairs:
+        groups[pair.device, pair.phase].append(pair)
+    for (device, phase), members in groups.items():
+        measured = [1e3 * pair.measured_seconds for pair in members]
+        predicted = [1e3 * pair.predicted_seconds for pair in members]
+        axes.scatter(measured, predicted, s=14, alpha=0.7, label=f"{device}, {phase}")
+    times = [1e3 * time for pair in pairs for time in (pair.measured_seconds, pair.predicted_seconds) if time > 0]
+    ends = [0.8 * min(times), 1.25 * max(times)]
+    for factor, style in ((1.0, "-"), (0.9, ":"), (1.1, ":")):
+        axes.plot(ends, [factor * end for end in ends], style, color="grey", linewidth=0.8)
+    axes.set(xscale="log", yscale="log", xlabel="measured (ms)", ylabel="predicted (ms)", title=title)
+    axes.legend(fontsize="small")
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); give the folder of a finished run") from None

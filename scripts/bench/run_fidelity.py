@@ -1,0 +1,155 @@
+"""Predicted against measured latency of whole runs: random plans on unlike CPU stages, and whether their ranking holds.
+
+    ds-llmpq profile model.path=MODEL workload=demo cluster=local_unlike3 out=PROFILE
+    python scripts/bench/run_fidelity.py MODEL PROFILE OUT [--cluster local_unlike3] [--plans 12] [--seed 0]
+
+Plans differ in the devices used and their order, in cuts, widths and micro-batches. Each runs under the real launcher
+on two waves of equal rows; the second one counts, from the first stage's first pass to the last stage's last token.
+OUT keeps every run; one that is already there is not run again, so that an interrupted series goes on.
+"""
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+from scipy.stats import kendalltau
+
+from ds_llmpq import config
+from ds_llmpq.cluster.cluster import Cluster
+from ds_llmpq.models.fingerprint import fingerprint
+from ds_llmpq.models.shape import read_shape
+from ds_llmpq.planner import Assignment, Plan, Problem, SolverReport, Stage, evaluate
+from ds_llmpq.planner.build import prepare
+from ds_llmpq.planner.planfile import deployed, write_plan
+from ds_llmpq.planner.playing import play
+from ds_llmpq.planner.profiled import profiled_costs
+from ds_llmpq.report.plan_table import bits_text, table
+
+ROOM = 8 << 30  # budgets are not what is measured here
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("model", "profile", "out"):
+        parser.add_argument(name)
+    parser.add_argument("--cluster", default="local_unlike3")
+    parser.add_argument("--plans", type=int, default=12)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("overrides", nargs="*", help="of `ds-llmpq plan`, e.g. workload.generated_tokens=32")
+    options = parser.parse_args()
+    out = Path(options.out).absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    settings, cluster, prepared = planning(options)
+    requests = write_requests(out / "requests.jsonl", prepared.problem.workload)
+    rows = []
+    for index, assignment in enumerate(random_assignments(prepared.problem, options.plans, options.seed)):
+        folder = out / f"plan{index:02}"
+        prediction = evaluate(prepared.problem, assignment)
+        played = play(prepared.problem, assignment)
+        if not (folder / "metrics.json").is_file():
+            run(plan_of(prepared, cluster, assignment, prediction, settings, options.model), folder, requests)
+        rows.append((assignment, prediction.latency_seconds, played.latency_seconds, measured_seconds(folder)))
+        print(describe(*rows[-1]), flush=True)
+    report(rows, out)
+
+
+def planning(options):
+    chosen = [f"cluster={options.cluster}", "workload=demo", f"model.path={options.model}", "quant.optimize=false"]
+    composed = config.composed("plan", [*chosen, f"planner.profile={options.profile}", *options.overrides])
+    settings = config.to_object(composed, config.VERBS["plan"])
+    for host in settings.cluster.hosts:
+        for device in host.devices:
+            device.memory_bytes = ROOM
+    cluster, shape = Cluster.from_config(settings.cluster), read_shape(options.model)
+    arguments = (settings.planner, settings.quant, cluster, shape, settings.engine.dtype, "dequantize")
+    costs_of, cluster = profiled_costs(*arguments)
+    prepared = prepare(cluster, shape, settings.workload, settings.quant, settings.planner, costs_of=costs_of)
+    return settings, cluster, prepared
+
+
+def random_assignments(problem: Problem, count: int, seed: int) -> list[Assignment]:
+    """One to all devices in any order, cuts anywhere, one or two widths a stage, micro-batches of the candidates."""
+    generator = random.Random(seed)
+    found = []
+    while len(found) < count:
+        stages = generator.choice([2, 3, 3]) if len(problem.devices) > 2 else generator.choice([1, 2, 2])
+        devices = generator.sample([device.name for device in problem.devices], stages)
+        cuts = [0, *sorted(generator.sample(range(1, problem.layers), stages - 1)), problem.layers]
+        parts = []
+        for device, first, last in zip(devices, cuts, cuts[1:], strict=False):
+            widths = sorted(generator.choices(problem.bits, k=2))
+            turn = generator.randint(0, last - first)
+            parts.append(Stage(device, first, last, (widths[0],) * turn + (widths[1],) * (last - first - turn)))
+        eta, xi = generator.choice(problem.micro_batches.prefill), generator.choice(problem.micro_batches.decode[1:])
+        found.append(Assignment(tuple(parts), eta, xi))
+    return found
+
+
+def plan_of(prepared, cluster, assignment, prediction, settings, model) -> Plan:
+    report = SolverReport("by hand", prediction.latency_seconds, None, None, 0.0, "checked")
+    plan = Plan.build(prepared.problem, assignment, prediction, report)
+    shape = read_shape(model)
+    described = {"path": str(Path(model).absolute()), "architecture": shape.architecture}
+    described["fingerprint"] = fingerprint(model)
+    plan = deployed(plan, cluster, prepared, described, settings.quant, "dequantize")
+    return replace(plan, baselines={})
+
+
+def write_requests(file: Path, workload) -> Path:
+    """Two waves of rows with exactly the workload's lengths."""
+    rows = []
+    for index in range(2 * workload.sequences):
+        prompt = [(7 * index + 3 * place) % 97 + 3 for place in range(workload.prompt_tokens)]
+        body = {"model": "m", "prompt": prompt, "max_tokens": workload.generated_tokens, "ignore_eos": True}
+        rows.append({"custom_id": f"r{index}", "method": "POST", "url": "/v1/completions", "body": body})
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def run(plan: Plan, folder: Path, requests: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder.with_suffix(".json")
+    write_plan(file, plan)
+    line = [sys.executable, "-m", "ds_llmpq", "run", f"plan={file}", f"input={requests}", f"out={folder}"]
+    with (folder.with_suffix(".log")).open("w") as log:
+        subprocess.run([*line, f"model.path={plan.model['path']}"], check=True, stdout=log, stderr=log)
+
+
+def measured_seconds(folder: Path) -> float:
+    """The second wave: first stage's first prefill pass to the last stage's last token."""
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    passes = sorted(event["ts"] for event in events if event["name"] == "prefill" and event["pid"] == 0)
+    start = passes[len(passes) // 2]
+    last = max(event["pid"] for event in events)
+    return (max(event["ts"] + event["dur"] for event in events if event["pid"] == last) - start) / 1e6
+
+
+def describe(assignment: Assignment, formula: float, played: float, measured: float) -> str:
+    stages = " | ".join(f"{stage.device} {bits_text(stage.bits)}" for stage in assignment.stages)
+    return (
+        f"{formula:.3f} s by formula, {played:.3f} s played, {measured:.3f} s measured "
+        f"({formula / measured - 1:+.1%}, {played / measured - 1:+.1%}): {stages}, micro-batches "
+        f"{assignment.prefill_micro_batch} and {assignment.decode_micro_batch}"
+    )
+
+
+def report(rows, out: Path) -> None:
+    measured = [row[3] for row in rows]
+    lines = []
+    for name, column in (("formula", 1), ("simulation", 2)):
+        predicted = [row[column] for row in rows]
+        errors = [abs(p / m - 1) for p, m in zip(predicted, measured, strict=True)]
+        tau = kendalltau(predicted, measured).statistic
+        lines.append([name, str(len(rows)), f"{median(errors):.1%}", f"{max(errors):.1%}", f"{tau:.3f}"])
+    text = table(["prediction", "plans", "median error", "worst error", "Kendall tau"], lines)
+    print(text)
+    (out / "summary.txt").write_text("\n".join([*(describe(*row) for row in rows), text]) + "\n")
+
+
+if __name__ == "__main__":
+    main()
