@@ -22,6 +22,9 @@ def launched_rank(plan: Plan) -> int:
             f"The plan has {len(plan.stages)} stages, but {world_size} ranks were started; use the hostfile (and the "
             "--include line) that `plan` wrote beside plan.json."
         )
+    ranks = sorted(stage.rank for stage in plan.stages)
+    if ranks != list(range(world_size)):
+        raise UserError(f"The plan's stages have ranks {ranks} instead of each from 0 to {world_size - 1}; plan again.")
     host = next(stage.host for stage in plan.stages if stage.rank == rank)
     planned = sum(1 for stage in plan.stages if stage.host == host)
     started = int(os.environ.get("LOCAL_SIZE", planned))
