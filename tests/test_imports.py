@@ -14,6 +14,7 @@ ORDER = [
     "report",
     "evaluation",
     "batch",
+    "profiling",
     "engine",
     "lengths",
     "planner",

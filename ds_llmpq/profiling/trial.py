@@ -160,11 +160,12 @@ def _links(rank: int, device: torch.device, side: dist.ProcessGroup) -> list[dic
     times: dict[tuple[str, int], list[float]] = {}
     if rank < 2:
         channel = ActivationChannel(1 - rank, 1 - rank, torch.uint8, device)
+        tokens = TokenChannel(side, 0, [1]), TokenChannel(side, 1, [0])
         for repeat in range(LINK_REPEATS):
             for size in LINK_BYTES:
                 seconds = _ping(rank, channel, size, device, 2 * repeat)
                 times.setdefault(("activation", size), []).append(seconds)
-            times.setdefault(("token", 8), []).append(_token_ping(rank, side))
+            times.setdefault(("token", 8), []).append(_token_ping(rank, *tokens))
     dist.barrier(group=side)
     if rank:
         return []
@@ -187,8 +188,7 @@ def _ping(rank: int, channel: ActivationChannel, size: int, device: torch.device
     return seconds
 
 
-def _token_ping(rank: int, side: dist.ProcessGroup) -> float:
-    out, back = TokenChannel(side, 0, [1]), TokenChannel(side, 1, [0])
+def _token_ping(rank: int, out: TokenChannel, back: TokenChannel) -> float:
     batch, token = MicroBatch(0, 1), torch.zeros(1, dtype=torch.int64)
     (back if rank == 0 else out).expect(batch)
     start = time.perf_counter()
