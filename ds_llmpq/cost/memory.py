@@ -74,7 +74,8 @@ class MemoryModel:
     def stage_bytes(
         self, bits: Sequence[int], sequences: int, capacity_tokens: int, first: bool, last: bool
     ) -> dict[str, int]:
-        """What a stage holds for good: weights, kv, embed, head. A single stage with tied embeddings has no own head.
+        """What a stage holds for good: weights, kv, embed, head. A single stage with tied embeddings has no own matrix
+        of the head, only the final norm before it.
 
         bits: width of each of its layers; first, last: whether it is at that end of the pipeline.
         """
@@ -83,8 +84,12 @@ class MemoryModel:
             "weights": sum(self.layer_bytes(width) for width in bits),
             "kv": len(bits) * sequences * self.kv_bytes_per_sequence_layer(capacity_tokens),
             "embed": self.embed_bytes() if first else 0,
-            "head": self.head_bytes() if last and not shared else 0,
+            "head": self.head_bytes() - shared * self._matrix_bytes() if last else 0,
         }
+
+    def _matrix_bytes(self) -> int:
+        """Of lm_head, which is the embedding where they are tied."""
+        return self.shape.vocab * self.shape.embed_dim * self.dtype_bytes
 
     def _attention_width(self) -> int:
         """Elements per row alive in attention: residual and normed input, q/k/v twice (rotated or copied), outcome."""
