@@ -88,6 +88,7 @@ class Search:
         gap: float,
         deadline: float,
         improve: Callable[[], None] | None = None,
+        theta: float | None = None,
     ):
         self.problem, self.best, self.pins, self.gap, self.deadline = problem, best, pins, gap, deadline
         self.mode = problem.objective.mode
@@ -106,6 +107,7 @@ class Search:
         self.ticket = itertools.count()
         self.rooted = False
         self.last_prices: tuple[float, ...] = ()
+        self.start_theta, self.last_theta = theta, 0.0
         self.improve, self.improved, self.next_improve = improve, None, 40
         self.evaluated = 0
 
@@ -194,9 +196,9 @@ class Search:
     def in_objective_units(self, value: float, theta: float) -> float:
         limit = self.problem.objective.limit
         if self.mode == "max_quality_loss":
-            return max(0.0, value - theta * limit)
+            return value - theta * limit
         if self.mode == "max_latency":
-            return max(0.0, (value - limit) / theta)
+            return (value - limit) / theta
         return value
 
     # -- plans ----------------------------------------------------------------------------------------------------
@@ -281,12 +283,16 @@ class Search:
             Node(i, pair.root, Duals(self._first_theta(pair), 0.5, prices)) for i, pair in enumerate(self.pairs)
         ]
         self.rooted = True
-        for root in list(self.active):
+        for i, root in enumerate(list(self.active)):
             if time.monotonic() > self.deadline:
                 break
-            start = replace(root, duals=replace(root.duals, prices=self.last_prices or prices))
+            # Later pairs begin with the multipliers that the earlier ones have found.
+            theta = self.last_theta if i and self.mode != "theta" else root.duals.theta
+            start = replace(root, duals=replace(root.duals, theta=theta, prices=self.last_prices or prices))
             self.active[self.active.index(root)] = start
-            self._settle(start, rounds=3 if self.priced else 8)
+            rounds = 3 if self.priced else 8
+            seek = i == 0 and self.mode != "theta" and self.start_theta is None
+            self._settle(start, 16 if seek else rounds, factor=4.0 if seek else 1.2)
         while self.open and not self.active and time.monotonic() < self.deadline and not self.done():
             self._step()
             self.best.raise_bound(self.bound)
@@ -316,15 +322,15 @@ class Search:
         self.active += halves
         self.active.remove(node)
         for half in halves:
-            self._settle(half, rounds=2)
+            self._settle(half, rounds=2, factor=1 + 1 / (3 + half.depth))
 
     def _close(self, node: Node) -> None:
         self.closed = min(self.closed, node.bound)
         self.active.remove(node)
 
-    def _settle(self, node: Node, rounds: int) -> None:
+    def _settle(self, node: Node, rounds: int, factor: float) -> None:
         """Evaluate a node, improving its duals for a few rounds; then queue or close it."""
-        best, duals = node, node.duals
+        best, duals, bracket, reached = node, node.duals, [0.0, math.inf], -math.inf
         for _ in range(rounds):
             tried = replace(node, duals=duals, exact=best.exact)
             if self.priced:
@@ -337,10 +343,11 @@ class Search:
             prediction = self.plan(tried, path)
             used = tuple(sum(step.kind == c for step in path) for c in range(self.space.classes))
             tried = replace(tried, bound=max(bound, best.bound), prediction=prediction, used=used)
-            improved = bound > best.bound
-            best = tried if improved or best.prediction is None else replace(best, bound=tried.bound)
-            duals = self._next_duals(tried)
+            best = tried if bound > reached or best.prediction is None else replace(best, bound=tried.bound)
+            theta = self._next_theta(tried, bound, bracket, factor)
+            duals, reached = replace(self._next_duals(tried), theta=theta), max(reached, bound)
             best = replace(best, exact=node.exact | self._inexact(tried, path))
+        self.last_theta = best.duals.theta
         # First keep the bound, then forget the node: an interruption in between loses nothing.
         if best.bound >= self.target or math.isinf(best.bound):
             self.closed = min(self.closed, best.bound)
@@ -367,15 +374,27 @@ class Search:
             near = min(range(len(ROUND_STEPS)), key=lambda i: abs(ROUND_STEPS[i] - w))
             move = -1 if ring > pair.arrays.decode_rounds * slowest else 1
             w = ROUND_STEPS[min(max(near + move, 0), len(ROUND_STEPS) - 1)]
-        if seen is not None and self.mode != "theta":
-            over = (
-                seen.quality_loss > self.problem.objective.limit
-                if self.mode == "max_quality_loss"
-                else seen.latency_seconds <= self.problem.objective.limit
-            )
-            factor = 1 + 3.0 / (2 + node.depth)
-            theta = theta * factor if over else theta / factor
         return Duals(theta, w, duals.prices)
+
+    def _next_theta(self, node: Node, bound: float, bracket: list[float], factor: float) -> float:
+        """Bisection (or a step by `factor` while one side is open) towards the price at which the limit is just met.
+
+        What decides is the priced path itself (a subgradient), not the plan rounded from it: in a wide box the plan is
+        much slower than the path.
+        """
+        seen, theta = node.prediction, node.duals.theta
+        if seen is None or self.mode == "theta" or self.start_theta is not None:
+            return theta
+        limit = self.problem.objective.limit
+        if self.mode == "max_quality_loss":
+            cheap = seen.quality_loss > limit
+        else:
+            cheap = theta * (bound - seen.quality_loss) <= 0  # the path's latency is limit + theta * (bound - omega)
+        bracket[0 if cheap else 1] = theta
+        low, high = bracket
+        if low > 0 and math.isfinite(high):
+            return math.sqrt(low * high)
+        return theta * factor if cheap else theta / factor
 
     def _ascend(self, node: Node, rounds: int) -> Node:
         """Subgradient ascent on the prices of device classes, with Polyak steps; returns the node with the best."""
@@ -478,10 +497,17 @@ class Search:
     def _first_theta(self, pair: Pair) -> float:
         if self.mode == "theta":
             return self.problem.objective.theta
-        a = pair.arrays
-        spread = float((a.omega.max(axis=1) - a.omega.min(axis=1)).sum())
-        seconds = pair.slow * pair.root.p_low + max(pair.slowest, pair.ring) * pair.root.d_low
-        return max(seconds, 1e-9) / max(spread, 1e-9)
+        if self.start_theta is not None:
+            return self.start_theta
+        return plausible_theta(pair)
+
+
+def plausible_theta(pair: Pair) -> float:
+    """A price at which the whole range of quality losses is worth about the least latency."""
+    omega = pair.arrays.omega
+    spread = float((omega.max(axis=1) - omega.min(axis=1)).sum())
+    seconds = pair.slow * pair.root.p_low + max(pair.slowest, pair.ring) * pair.root.d_low
+    return max(seconds, 1e-9) / max(spread, 1e-9)
 
 
 def _state_space(problem: Problem, pins: Pins, fixed: bool) -> tuple[Classes, PathSpace, bool]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ds_llmpq.errors import InfeasibleError, UserError
 from ds_llmpq.planner.baselines import Baseline, all_baselines
+from ds_llmpq.planner.bounded import price_of_limit
 from ds_llmpq.planner.exact import solve_exact
 from ds_llmpq.planner.explain import explain_plan
 from ds_llmpq.planner.feasibility import explain_memory, memory_feasible
@@ -181,9 +182,12 @@ def _optimise(run: _Run) -> None:
     if run.solver in ("gurobi", "highs"):
         run.used(solve_exact(run.problem, run.best, run.solver, run.pins, run.deadline, run.gap, run.seed))
         return
-    improve = (lambda: _polish(run, 2.0)) if run.solver == "auto" else None
-    search = Search(run.problem, run.best, run.pins, gap=run.gap, deadline=run.deadline, improve=improve)
+    improve = (lambda start=None: _polish(run, 2.0, start)) if run.solver == "auto" else None
     run.used("search")
+    theta = price_of_limit(run.problem, run.best, run.pins, run.gap, run.deadline, improve)
+    if run.best.gap <= run.gap and run.best.assignment is not None:
+        return
+    search = Search(run.problem, run.best, run.pins, gap=run.gap, deadline=run.deadline, improve=improve, theta=theta)
     try:
         search.run()
     finally:
@@ -204,18 +208,19 @@ def _exact_if_possible(run: _Run) -> str | None:
         return None  # no mixed-integer solver: the search's bound stands
 
 
-def _polish(run: _Run, seconds: float) -> None:
-    """Repeat the polish while it helps; without any mixed-integer solver the search's plan stands."""
+def _polish(run: _Run, seconds: float, start: Assignment | None = None) -> None:
+    """Repeat the polish while it helps, from the incumbent or another plan; without any mixed-integer solver the search's
+    plan stands."""
     for _ in range(3):
-        before = run.best.value
-        if run.best.assignment is None or run.left <= 0:
+        before, start = run.best.value, start or run.best.assignment
+        if start is None or run.left <= 0:
             return
         try:
             name = polish(
                 run.problem,
                 run.best,
                 run.pins,
-                run.best.assignment,
+                start,
                 seconds=min(seconds, run.left),
                 seed=run.seed,
                 solver="auto",
@@ -226,6 +231,7 @@ def _polish(run: _Run, seconds: float) -> None:
         if run.best.value >= before:
             return
         run.used(name)
+        start = None
 
 
 def _finite(value: float) -> float | None:

@@ -1,0 +1,90 @@
+"""Hard limits by price: find the theta at which the limit on quality loss (or on latency) is just met.
+
+For every theta the least latency + theta * omega, found by the unbounded search, bounds the problem with a limit:
+
+    latency >= bound(theta) - theta * limit                if omega <= limit,
+    omega   >= (bound(theta) - limit) / theta              if latency <= limit.
+
+The best theta is found by bisection, its plans are repaired by the polish (which knows the hard limit), and the search
+proper starts from it. Small problems need none of this.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from ds_llmpq.planner.incumbent import Incumbent
+from ds_llmpq.planner.objective import Assignment
+from ds_llmpq.planner.pins import Pins
+from ds_llmpq.planner.problem import Objective, Problem
+from ds_llmpq.planner.search import Search, plausible_theta
+
+ROUNDS = 9
+STEP = 4.0  # while only one side of the bracket is known
+NARROW = 1.25  # ratio of the bracket's ends at which it is not worth going on
+COARSE_GAP = 0.03  # a rough plan is enough to see on which side of the limit a theta lies
+
+
+def price_of_limit(
+    problem: Problem,
+    best: Incumbent,
+    pins: Pins,
+    gap: float,
+    deadline: float,
+    improve: Callable[[Assignment | None], None] | None,
+) -> float | None:
+    """The best theta found (None where none is needed); offers plans to `best` and raises its bound on the way."""
+    objective = problem.objective
+    probe = Search(problem, best, pins, gap=gap, deadline=deadline)
+    if objective.mode == "theta" or probe.small or not probe.pairs:
+        return None
+    theta, low, high = plausible_theta(probe.pairs[0]), 0.0, math.inf
+    reached, best_theta = -math.inf, theta
+    share = max(0.5, 0.08 * (deadline - time.monotonic()))
+    for _ in range(ROUNDS):
+        left = deadline - time.monotonic()
+        if left < 3 * share or high / max(low, 1e-300) < NARROW:
+            break
+        priced = replace(problem, objective=Objective("theta", theta=theta))
+        found = Incumbent(priced, best.formula, accepts=pins.respected)
+        if best.assignment is not None:
+            found.offer(best.assignment)
+        Search(priced, found, pins, gap=max(gap, COARSE_GAP), deadline=time.monotonic() + share).run()
+        bound = _bound(objective, found.bound, theta)
+        if bound > reached:
+            reached, best_theta = bound, theta
+        best.raise_bound(bound)
+        if found.assignment is None:
+            break
+        _repair(best, found.assignment, improve)
+        if best.assignment is not None and best.gap <= gap:
+            break
+        if _affordable(objective, found):
+            low = theta
+        else:
+            high = theta
+        theta = (
+            math.sqrt(low * high) if low > 0 and math.isfinite(high) else theta * (STEP if low == theta else 1 / STEP)
+        )
+    return best_theta
+
+
+def _repair(best: Incumbent, assignment: Assignment, improve: Callable[[Assignment | None], None] | None) -> None:
+    """Offer a priced plan; whether it keeps the limit or not, its neighbourhood may hold a better one that does."""
+    best.offer(assignment)
+    if improve is not None:
+        improve(assignment)
+
+
+def _bound(objective: Objective, priced: float, theta: float) -> float:
+    if objective.mode == "max_quality_loss":
+        return priced - theta * objective.limit
+    return (priced - objective.limit) / theta
+
+
+def _affordable(objective: Objective, found: Incumbent) -> bool:
+    """Quality may be priced higher: its limit is exceeded, or the latency's is not reached."""
+    if objective.mode == "max_quality_loss":
+        return found.prediction.quality_loss > objective.limit
+    return found.prediction.latency_seconds <= objective.limit
