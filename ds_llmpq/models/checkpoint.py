@@ -51,12 +51,21 @@ class Checkpoint:
             with self._open(shard) as file:
                 for asked, stored in wanted:
                     # a copy: the mapping of the file is dropped with it, so the pages do not count as this process's
-                    yield asked, file.get_tensor(stored).clone()
+                    yield asked, self._checked(asked, file.get_tensor(stored)).clone()
 
     def shape(self, name: str) -> tuple[int, ...]:
         stored = self.name_of(name)
         with self._open(self._shard_of[stored]) as file:
             return tuple(file.get_slice(stored).get_shape())
+
+    def _checked(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        # 8-bit weights mean nothing without scales that only their own loader knows
+        if name.endswith(".weight") and (tensor.itemsize < 2 or not tensor.is_floating_point()):
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(
+                f"Tensor {name!r} of {self.path} is stored as {kind}; give the full-precision checkpoint as model.path."
+            )
+        return tensor
 
     def _open(self, shard: str):
         return _open_shard(self.path / shard)
@@ -69,10 +78,8 @@ def _read_config(path: Path, trust_remote_code: bool) -> PreTrainedConfig:
         raise UserError(f"{path} holds no config.json; give a checkpoint in Hugging Face format.")
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"{path / 'config.json'} cannot be read as a model configuration: {_first_line(error)}"
-        ) from None
+    except Exception as error:  # transformers has a type of its own for each way in which a file can be wrong
+        raise UserError(f"{path / 'config.json'} cannot be read as a model configuration: {_in_short(error)}") from None
     config._attn_implementation = "sdpa"
     return config
 
@@ -81,10 +88,10 @@ def _tensor_locations(path: Path) -> dict[str, str]:
     """Tensor name -> file name within the folder."""
     if (path / _INDEX).is_file():
         try:
-            weight_map = json.loads((path / _INDEX).read_text())["weight_map"]
+            weight_map = json.loads((path / _INDEX).read_text(encoding="utf-8"))["weight_map"]
             pairs = [(str(name), str(shard)) for name, shard in weight_map.items()]
-        except (ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"{path / _INDEX} is not a safetensors index: {_first_line(error)}") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"{path / _INDEX} is not a safetensors index: {_in_short(error)}") from None
         for shard in {shard for _, shard in pairs}:
             # an index comes with the checkpoint, which is not trusted to name files elsewhere
             if Path(shard).name != shard:
@@ -106,8 +113,9 @@ def _open_shard(path: Path):
         with safe_open(path, framework="pt", device="cpu") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise UserError(f"Shard {path} is damaged or unreadable ({_first_line(error)}); fetch it again.") from None
+        raise UserError(f"Shard {path} is damaged or unreadable ({_in_short(error)}); fetch it again.") from None
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+def _in_short(error: Exception) -> str:
+    """The first sentence of an exception's message, on one line; its type where it has none."""
+    return " ".join(str(error).split()).split(". ")[0][:300] or type(error).__name__

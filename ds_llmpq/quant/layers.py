@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from ds_llmpq.models.architecture import Architecture, architecture_of, fill
+from ds_llmpq.models.architecture import Architecture, architecture_of, check_shape, fill
 from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.quant.checkpoint import QuantizedCheckpoint
 from ds_llmpq.quant.hqq import linear_names, quantize_linear
@@ -93,9 +93,9 @@ class LayerLoader:
             shape = (linear.out_features, linear.in_features)
             quantized = self.checkpoint.linear(path, shape, bias, bits, self.dtype, self.device)
         else:
-            quantized = quantize_linear(
-                self._tensor(f"{path}.weight"), bias, bits, self.quant, self.dtype, self.device
-            )  # fmt: skip
+            weight = self._tensor(f"{path}.weight")
+            check_shape(f"{path}.weight", weight, linear.weight.shape)
+            quantized = quantize_linear(weight, bias, bits, self.quant, self.dtype, self.device)
         layer.set_submodule(name, quantized)
 
     def _tensor(self, name: str) -> torch.Tensor:

@@ -1,0 +1,91 @@
+"""The key/value store against plain lists of what was put in."""
+
+import random
+
+import pytest
+import torch
+
+from ds_llmpq.cost.arithmetic import kv_bytes
+from ds_llmpq.engine.kv_cache import KVStore
+from ds_llmpq.errors import UserError
+from ds_llmpq.models.shape import ModelShape
+
+HEADS, DIM, FIRST, LAYERS = 2, 3, 4, 2
+
+
+def make_store(slots, dtype=torch.float32):
+    return KVStore(FIRST, LAYERS, slots, HEADS, DIM, dtype, torch.device("cpu"))
+
+
+def fresh(rows, tokens):
+    return torch.randn(rows, HEADS, tokens, DIM), torch.randn(rows, HEADS, tokens, DIM)
+
+
+def test_random_waves_against_lists():
+    """Prefill in some micro-batches, decode in others; each row sees its own tokens at its own places."""
+    draw = random.Random(0)
+    torch.manual_seed(0)
+    store = make_store(200)
+    for _ in range(30):
+        lengths = [draw.randint(1, 9) for _ in range(draw.randint(1, 7))]
+        capacity = max(lengths) + draw.randint(1, 200 // len(lengths) - max(lengths))
+        store.shape_for(len(lengths), capacity)
+        kept = {}  # (layer, row) -> [(key, value)] by position
+        for start in range(0, len(lengths), draw.choice((1, 2, 7))):
+            stop = min(len(lengths), start + 7)
+            longest = max(lengths[start:stop])
+            for layer in range(FIRST, FIRST + LAYERS):
+                keys, values = fresh(stop - start, longest)
+                seen = store.prefill(start, stop).update(keys, values, layer)
+                assert seen[0] is keys
+                assert seen[1] is values
+                for row in range(start, stop):
+                    kept[layer, row] = [
+                        (keys[row - start, :, t], values[row - start, :, t]) for t in range(lengths[row])
+                    ]
+        for _ in range(capacity - max(lengths)):
+            start = draw.randrange(len(lengths))
+            stop = draw.randint(start + 1, len(lengths))
+            positions = torch.tensor([len(kept[FIRST, row]) for row in range(start, stop)])
+            cache = store.decode(start, stop, positions, int(positions.max()) + 1)
+            for layer in range(FIRST, FIRST + LAYERS):
+                keys, values = fresh(stop - start, 1)
+                seen = cache.update(keys, values, layer)
+                assert seen[0].shape == seen[1].shape == (stop - start, HEADS, int(positions.max()) + 1, DIM)
+                for row in range(start, stop):
+                    kept[layer, row].append((keys[row - start, :, 0], values[row - start, :, 0]))
+                    for position, (key, value) in enumerate(kept[layer, row]):
+                        assert torch.equal(seen[0][row - start, :, position], key)
+                        assert torch.equal(seen[1][row - start, :, position], value)
+
+
+def test_allocated_once_and_as_the_cost_model_says():
+    config = {"model_type": "llama", "hidden_size": 12, "num_attention_heads": 4, "num_key_value_heads": HEADS}
+    config |= {"intermediate_size": 8, "num_hidden_layers": 9, "vocab_size": 8}
+    shape = ModelShape.from_config(config)
+    for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
+        store = make_store(6 * 7, dtype)
+        assert store.allocated_bytes == LAYERS * kv_bytes(shape, 6, 7, size)
+        place = store.layer(FIRST).data_ptr()
+        store.shape_for(2, 21)
+        store.shape_for(42, 1)
+        assert store.layer(FIRST).data_ptr() == place
+        assert store.layer(FIRST).shape == (2, 42, HEADS, 1, DIM)
+
+
+def test_more_than_the_slots():
+    store = make_store(20)
+    store.shape_for(4, 5)
+    with pytest.raises(UserError, match="3 sequences of 7 tokens need 21 cache slots, but the plan has 20"):
+        store.shape_for(3, 7)
+
+
+def test_layers_do_not_share_memory_and_clear_forgets_all():
+    store = make_store(10)
+    store.shape_for(2, 5)
+    keys, values = fresh(2, 5)
+    store.prefill(0, 2).update(keys, values, FIRST + 1)
+    assert (store.layer(FIRST) == 0).all()
+    assert torch.equal(store.layer(FIRST + 1)[1], values)
+    store.clear()
+    assert (store.layer(FIRST + 1) == 0).all()
