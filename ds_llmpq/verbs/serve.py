@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _serve(_job(list(sys.argv[1:] if arguments is None else arguments)))
     except UserError as error:
-        print(f"{ERROR_MARK}{error}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"{ERROR_MARK}{error}\n")  # in one piece: the ranks share the stream
         return error.exit_code
     except Exception:
         traceback.print_exc()  # for launcher.log
