@@ -118,7 +118,7 @@ class MicroBatchesConfig:
 
 @dataclass
 class PlannerConfig:
-    mode: str = "theta"  # theta | max_quality_loss | max_latency
+    mode: str = "theta"  # theta | max_quality_loss | max_latency | pareto (the front of both)
     theta: float = 1.0  # seconds per nat of predicted loss increase
     max_quality_loss: float | None = None
     max_latency_seconds: float | None = None
@@ -128,6 +128,9 @@ class PlannerConfig:
     gap: float = 0.01
     seed: int = 0
     device_order: str = "free"  # free | fixed
+    # decisions made already, for the solver to respect: order [device, ...], layers {device: [first, last)},
+    # bits {layer: width}, micro_batch {phase: size}
+    pins: dict[str, Any] = field(default_factory=dict)
     micro_batches: MicroBatchesConfig = field(default_factory=MicroBatchesConfig)
     omega: str | None = None  # omega.json; null: a prior from published perplexities
     profile: str | None = None  # folder of `ds-llmpq profile` (or its profile.csv); null: roofline times
@@ -244,3 +247,29 @@ class QuantizeVerb:
     quant: QuantConfig = field(default_factory=QuantConfig)
     reuse: str | None = None  # another folder of quantize whose equal layers are taken
     device: str = "cpu"  # where layers are quantized: cpu, cuda, cuda:1
+
+
+@dataclass
+class CalibrationConfig:
+    """Text and effort of `sensitivity`. Memory: one layer, and rows x tokens x hidden size x 4 bytes a variant."""
+
+    text: str | None = None  # a UTF-8 file; null: held-out source files of Python's standard library
+    rows: int = 16
+    tokens: int = 512  # a row
+    rows_at_once: int = 4
+    state_bytes: int = 1 << 30  # hidden states that may be held while variants of the model are measured
+    hessian_rows: int = 4
+    hessian_estimate: str = "eigenvalue"  # eigenvalue | trace
+
+
+@dataclass
+class SensitivityVerb:
+    """`ds-llmpq sensitivity`: what each layer loses at each width, as omega.json. A killed one goes on (same out=DIR)."""
+
+    out: str = ""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: str = "variance"  # variance | hessian | random | measured
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    seed: int = 0
+    device: str = "cpu"  # cpu, cuda, cuda:1

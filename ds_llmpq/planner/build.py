@@ -258,10 +258,10 @@ def _memory_entry(
 
 
 def _objective(planner: PlannerConfig) -> dict[str, Any]:
-    if planner.mode == "theta":
+    if planner.mode in ("theta", "pareto"):  # the front takes the objective's place
         return {"mode": "theta", "theta": planner.theta}
     if planner.mode not in ("max_quality_loss", "max_latency"):
-        raise UserError(f"planner.mode={planner.mode!r}; use theta, max_quality_loss or max_latency")
+        raise UserError(f"planner.mode={planner.mode!r}; use theta, max_quality_loss, max_latency or pareto")
     field = "max_quality_loss" if planner.mode == "max_quality_loss" else "max_latency_seconds"
     limit = getattr(planner, field)
     if limit is None:

@@ -12,7 +12,9 @@ from ds_llmpq.cluster.cluster import Cluster
 from ds_llmpq.cluster.hostfile import include_string, launch_ranks
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.fingerprint import fingerprint
+from ds_llmpq.planner import reading
 from ds_llmpq.planner.build import Prepared
+from ds_llmpq.planner.objective import Assignment, Stage
 from ds_llmpq.planner.plan import Plan
 from ds_llmpq.schema import QuantConfig
 
@@ -21,14 +23,39 @@ _MOST_BYTES = 64 << 20
 
 def read_plan(path: str | Path) -> Plan:
     """`UserError` for a file that is missing, too large, not JSON or not a plan."""
+    return Plan.from_json(_read_json(path))
+
+
+def _read_json(path: str | Path) -> Any:
     file = Path(path)
     try:
         if file.stat().st_size > _MOST_BYTES:
             raise UserError(f"{file} has {file.stat().st_size} bytes, more than any plan; give a plan.json.")
-        obj = json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"Plan {file} cannot be read ({error}); make one with `ds-llmpq plan`.") from None
-    return Plan.from_json(obj)
+
+
+def read_assignment(path: str | Path) -> Plan | Assignment:
+    """A plan made by hand: a whole plan.json, or only its decisions,
+    `{"stages": [{"device": "host:0", "layers": [0, 5], "bits": 4}, ...], "micro_batch": {"prefill": 2, "decode": 8}}`
+    with one width for all of a stage's layers or a list of one each. `UserError` for anything else."""
+    obj = _read_json(path)
+    if isinstance(obj, dict) and "schema" in obj:
+        return Plan.from_json(obj)
+    reading.keys(obj, "plan", ("stages", "micro_batch"))
+    sizes = reading.keys(obj["micro_batch"], "plan.micro_batch", ("prefill", "decode"))
+    stages = []
+    for index, entry in enumerate(reading.items(obj["stages"], "plan.stages")):
+        where = f"plan.stages[{index}]"
+        reading.keys(entry, where, ("device", "layers", "bits"))
+        span = reading.items(entry["layers"], f"{where}.layers", length=2)
+        first, last = (reading.integer(value, f"{where}.layers[{i}]", low=0) for i, value in enumerate(span))
+        widths = entry["bits"] if isinstance(entry["bits"], list) else [entry["bits"]] * max(last - first, 0)
+        bits = tuple(reading.integer(width, f"{where}.bits[{i}]") for i, width in enumerate(widths))
+        stages.append(Stage(reading.text(entry["device"], f"{where}.device"), first, last, bits))
+    prefill, decode = (reading.integer(sizes[phase], f"plan.micro_batch.{phase}") for phase in ("prefill", "decode"))
+    return Assignment(tuple(stages), prefill, decode)
 
 
 def write_plan(path: str | Path, plan: Plan) -> None:

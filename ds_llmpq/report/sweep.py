@@ -32,7 +32,7 @@ class SweepSummary(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
-        points = [_point(place.parent) for place in sorted(folder.glob("*/.hydra"))]
+        points = [point_of(place.parent) for place in sorted(folder.glob("*/.hydra"))]
         failure_codes.extend(point["exit_code"] for point in points if point["failure"])
         write_summary(folder, points)
         print(
@@ -62,7 +62,12 @@ def pareto_front(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return front
 
 
-def _point(folder: Path) -> dict[str, Any]:
+def summary_table(points: list[dict[str, Any]]) -> str:
+    """The points as a plain-text table."""
+    return table(["point", *_SHOWN], [[point["point"], *(_cell(point[name]) for name in _SHOWN)] for point in points])
+
+
+def point_of(folder: Path) -> dict[str, Any]:
     empty = dict.fromkeys(_SHOWN, None)
     if (folder / _FAILURE).is_file():
         failure = json.loads((folder / _FAILURE).read_text())

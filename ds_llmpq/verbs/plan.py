@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ from ds_llmpq.engine.launcher import Launch, by_hand, write_environment
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.fingerprint import fingerprint
 from ds_llmpq.models.shape import ModelShape, read_shape
-from ds_llmpq.planner import Plan, Problem, solve
+from ds_llmpq.planner import Plan, Problem, check_plan, pareto, solve
 from ds_llmpq.planner.build import prepare
+from ds_llmpq.planner.planfile import deployed, launch_order, read_assignment, write_plan
 from ds_llmpq.planner.playing import play
 from ds_llmpq.planner.profiled import profiled_costs
-from ds_llmpq.planner.planfile import deployed, launch_order, write_plan
+from ds_llmpq.report import sweep
 from ds_llmpq.report.plan_table import plan_table
+from ds_llmpq.report.solver_progress import progress_line
 from ds_llmpq.schema import ModelConfig, PlannerConfig, PlanVerb
 from ds_llmpq.sensitivity.omega import read_omega
 
@@ -27,7 +30,9 @@ _KERNEL = "dequantize"
 
 
 def run(settings: PlanVerb, out: Path) -> int:
-    plan = solve_problem(settings, out) if settings.problem else make_plan(settings, out)
+    if settings.planner.mode == "pareto":
+        return _front(settings, out)
+    plan = make_plan(settings, out)
     print(plan_table(plan))
     print(f"plan: {out / 'plan.json'}")
     if plan.engine is not None:
@@ -36,7 +41,26 @@ def run(settings: PlanVerb, out: Path) -> int:
 
 
 def make_plan(settings: PlanVerb, out: Path) -> Plan:
-    """Plans and writes the artefacts into `out`."""
+    """Plans, or checks the plan that is given, and writes the artefacts into `out`."""
+    problem, deploy = _problem(settings)
+    _write_json(out / "problem.json", problem.to_json())
+    if settings.check:
+        solved = check_plan(problem, read_assignment(config.absolute(settings.check)))
+    else:
+        solved = solve(problem, progress=progress_line(), **_options(settings.planner))
+    plan = deploy(solved)
+    _write_plan(plan, out)
+    if (played := play(problem, solved.assignment())) is not None:
+        events = {"traceEvents": played.chrome_events(), "displayTimeUnit": "ms"}
+        _write_json(out / "predicted_trace.json", events)  # to lay beside a run's trace.json
+    return plan
+
+
+def _problem(settings: PlanVerb) -> tuple[Problem, Callable[[Plan], Plan]]:
+    """The problem to solve, and what makes its plan ready to launch. A problem.json from anywhere needs no model and no
+    cluster, and its plan names none."""
+    if settings.problem:
+        return Problem.from_json(_read_json(config.absolute(settings.problem))), lambda plan: plan
     planner = settings.planner
     shape, model = _model(settings.model)
     cluster = Cluster.from_config(config.cluster_of(settings))
@@ -46,24 +70,25 @@ def make_plan(settings: PlanVerb, out: Path) -> Plan:
     prepared = prepare(
         cluster, shape, workload, settings.quant, planner, omega, settings.engine.dtype, _KERNEL, costs_of
     )  # fmt: skip
-    _write_json(out / "problem.json", prepared.problem.to_json())
-    solved = solve(prepared.problem, **_options(planner))
-    plan = deployed(solved, cluster, prepared, model, settings.quant, _KERNEL)
-    write_plan(out / "plan.json", plan)
-    write_hostfile(out / "hostfile", launch_order(plan))
-    if (played := play(prepared.problem, solved.assignment())) is not None:
-        events = {"traceEvents": played.chrome_events(), "displayTimeUnit": "ms"}
-        _write_json(out / "predicted_trace.json", events)  # to lay beside a run's trace.json
-    return plan
+    return prepared.problem, lambda plan: deployed(plan, cluster, prepared, model, settings.quant, _KERNEL)
 
 
-def solve_problem(settings: PlanVerb, out: Path) -> Plan:
-    """Solves a problem.json from anywhere: no model and no cluster are needed, and none is named in the plan."""
-    problem = Problem.from_json(_read_json(config.absolute(settings.problem)))
-    plan = solve(problem, **_options(settings.planner))
+def _front(settings: PlanVerb, out: Path) -> int:
+    """The Pareto front: a folder a plan, a summary and a picture, as a sweep leaves them."""
+    problem, deploy = _problem(settings)
     _write_json(out / "problem.json", problem.to_json())
-    write_plan(out / "plan.json", plan)
-    return plan
+    options = _options(settings.planner)
+    del options["formula"]
+    points = []
+    for index, plan in enumerate(pareto(problem, **options)):
+        folder = out / f"plan{index}"
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_plan(deploy(plan), folder)
+        points.append(sweep.point_of(folder))
+    sweep.write_summary(out, points)
+    print(sweep.summary_table(points))
+    print(f"front: {out / 'summary.csv'}")
+    return 0
 
 
 def _options(planner: PlannerConfig) -> dict[str, Any]:
@@ -73,7 +98,14 @@ def _options(planner: PlannerConfig) -> dict[str, Any]:
         "solver": planner.solver,
         "seed": planner.seed,
         "formula": planner.objective,
+        "pins": planner.pins or None,
     }
+
+
+def _write_plan(plan: Plan, out: Path) -> None:
+    write_plan(out / "plan.json", plan)
+    if plan.engine is not None:
+        write_hostfile(out / "hostfile", launch_order(plan))
 
 
 def launch_line(plan: Plan, out: Path) -> str:

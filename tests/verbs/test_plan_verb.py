@@ -139,3 +139,71 @@ def test_the_pareto_front_drops_what_is_beaten():
         (0.0, 10.0),
         (0.2, 20.0),
     ]
+
+
+def test_the_front_is_a_folder_a_plan(call, small, tmp_path):
+    code, out, _ = call("plan", *small, "planner.mode=pareto", "planner.time_limit_seconds=30", f"out={tmp_path / 'f'}")
+    assert code == 0
+    plans = [read_plan(file) for file in sorted((tmp_path / "f").glob("plan*/plan.json"))]
+    assert len(plans) >= 2
+    losses = [plan.predicted["quality_loss"] for plan in plans]
+    speeds = [plan.predicted["throughput_tokens_per_second"] for plan in plans]
+    assert losses == sorted(losses, reverse=True)
+    assert speeds == sorted(speeds, reverse=True)
+    assert "summary.csv" in out
+
+
+def test_a_plan_made_by_hand_is_checked_and_costed(call, small, tmp_path):
+    hand = tmp_path / "hand.json"
+    stages = [
+        {"device": "localhost:0", "layers": [0, 6], "bits": 4},
+        {"device": "localhost:1", "layers": [6, 8], "bits": [8, 4]},
+    ]
+    hand.write_text(json.dumps({"stages": stages, "micro_batch": {"prefill": 2, "decode": 8}}))
+    code, _, _ = call("plan", *small, f"check={hand}", f"out={tmp_path / 'c'}")
+    plan = read_plan(tmp_path / "c" / "plan.json")
+    assert code == 0
+    assert [stage.bits for stage in plan.stages] == [(4,) * 6, (8, 4)]
+    assert plan.solver.status == "checked"
+    # its own plan.json says the same when it is checked again
+    call("plan", *small, f"check={tmp_path / 'c' / 'plan.json'}", f"out={tmp_path / 'd'}")
+    assert read_plan(tmp_path / "d" / "plan.json").predicted == plan.predicted
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"stages": [{"device": "localhost:0", "layers": [0, 8], "bits": 16}]}, "localhost:0"),
+        ({"stages": [{"device": "localhost:9", "layers": [0, 8], "bits": 4}]}, "localhost:9"),
+        ({"stages": [{"device": "localhost:0", "layers": [1, 8], "bits": 4}]}, "begin at 0"),
+        ({"stages": [{"device": "localhost:0", "layers": [0, 8], "bits": 4, "rank": 1}]}, "rank"),
+        ({"stages": []}, "stages"),
+        ({"micro_batch": {"prefill": 3, "decode": 8}}, "3"),
+        ({"micro_batch": {"prefill": 2}}, "decode"),
+    ],
+)
+def test_a_wrong_plan_made_by_hand_is_one_sentence(call, small, tmp_path, change, said):
+    hand = tmp_path / "hand.json"
+    plan = {
+        "stages": [
+            {"device": "localhost:0", "layers": [0, 6], "bits": 4},
+            {"device": "localhost:1", "layers": [6, 8], "bits": 4},
+        ],
+        "micro_batch": {"prefill": 2, "decode": 8},
+    }
+    hand.write_text(json.dumps(plan | change))
+    code, _, err = call("plan", *small, f"check={hand}", f"out={tmp_path / 'c'}")
+    assert code == 1
+    assert said in err
+    assert len(err.splitlines()) == 1
+
+
+def test_pins_are_kept(call, small, tmp_path):
+    pins = ["+planner.pins.bits={0:3}", "+planner.pins.micro_batch={decode:8}"]
+    pins.append("+planner.pins.order=['localhost:0','localhost:1']")
+    code, _, err = call("plan", *small, *pins, f"out={tmp_path / 'p'}")
+    assert (code, err) == (0, "")
+    plan = read_plan(tmp_path / "p" / "plan.json")
+    assert plan.stages[0].bits[0] == 3
+    assert plan.micro_batch["decode"] == 8
+    assert [stage.device for stage in plan.stages] == ["localhost:0", "localhost:1"]

@@ -1,0 +1,34 @@
+"""The solver's progress on standard error: incumbent, bound and gap, once a solve takes longer than people wait."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import TextIO
+
+from ds_llmpq.planner import ProgressEvent
+
+_PATIENCE_SECONDS = 2.0
+_SECONDS_BETWEEN = 1.0
+
+
+def progress_line(stream: TextIO | None = None) -> Callable[[ProgressEvent], None]:
+    """A callback for `solve` that prints at most one line a second, and none in the first two."""
+    said = 0.0
+
+    def show(event: ProgressEvent) -> None:
+        nonlocal said
+        if event.seconds < max(_PATIENCE_SECONDS, said + _SECONDS_BETWEEN):
+            return
+        said = event.seconds
+        gap = "unknown" if event.gap is None else f"{100 * event.gap:.2f} %"
+        print(
+            f"planning {event.seconds:.0f} s: best {_number(event.incumbent)}, bound {_number(event.bound)}, gap {gap}",
+            file=stream or sys.stderr,
+        )
+
+    return show
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.5g}"
