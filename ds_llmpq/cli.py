@@ -20,6 +20,7 @@ _USAGE = """usage: ds-llmpq VERB [key=value ...]     (ds-llmpq VERB --help shows
   detect   describe this machine as a cluster
   plan     decide layers, bit widths and micro-batches; writes plan.json, problem.json, hostfile
   profile  time this machine's devices on the model, for `plan planner.profile=DIR`
+  sensitivity  what each layer loses at each width, for `plan planner.omega=FILE`
   quantize write the model at a plan's widths, for `run quantized=DIR`
   run      plan if needed, start DeepSpeed, turn a file of prompts into a file of results
   serve    one rank of a planned pipeline, started by the deepspeed launcher

@@ -27,6 +27,7 @@ VERBS = {
     "profile": schema.ProfileVerb,
     "report": schema.ReportVerb,
     "quantize": schema.QuantizeVerb,
+    "sensitivity": schema.SensitivityVerb,
 }
 
 _PACKAGE = Path(__file__).parent
@@ -39,7 +40,7 @@ _ASSETS = {
 # overrides whose values are paths
 PATH_KEYS = schema_lengths.PATH_KEYS | frozenset(
     ("out", "output", "input", "plan", "problem", "check", "hostfile", "cluster_file", "model.path", "planner.omega")
-    + ("quantized", "reuse", "text")
+    + ("quantized", "reuse", "text", "calibration.text")
 )
 
 T = TypeVar("T")

@@ -1,0 +1,90 @@
+"""Curvature of the loss with respect to one decoder layer's linears, by products with the Hessian alone."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ds_llmpq.quant.hqq import linear_names
+from ds_llmpq.sensitivity.layerwise import Layerwise
+
+_MOST_ITERATIONS = 20
+_TOLERANCE = 0.02  # relative change of the eigenvalue between iterations
+_PROBES = 8
+
+
+class Curvature:
+    """`layers` from the one looked at to the last, `hidden` [rows, length, hidden] before the first of them."""
+
+    def __init__(self, model: Layerwise, layers: list[nn.Module], head: nn.Module, hidden: torch.Tensor, seed: int):
+        self.model, self.layers, self.head, self.hidden = model, layers, head, hidden
+        self.targets = model.targets[: len(hidden)]
+        first = layers[0].layer
+        self.weights = {name: first.get_submodule(name).weight for name in linear_names(first)}
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def eigenvalue(self) -> dict[str, float]:
+        """The top eigenvalue over all linears of the layer together, the same for each of them."""
+        vectors = [torch.randn(w.shape, generator=self.generator).to(w.device) for w in self.weights.values()]
+        found = 0.0
+        with self._differentiable():
+            for _ in range(_MOST_ITERATIONS):
+                norm = sum(vector.square().sum() for vector in vectors).sqrt()
+                vectors = [vector / norm for vector in vectors]
+                products = self._products(vectors)
+                previous, found = found, float(sum((v * p).sum() for v, p in zip(vectors, products, strict=True)))
+                if abs(found - previous) <= _TOLERANCE * abs(found):
+                    break
+                vectors = products
+        return dict.fromkeys(self.weights, found)
+
+    def traces(self) -> dict[str, float]:
+        """Each linear's mean eigenvalue: trace of its own block / its number of weights."""
+        sums = dict.fromkeys(self.weights, 0.0)
+        with self._differentiable():
+            for _ in range(_PROBES):
+                vectors = [
+                    torch.randint(0, 2, w.shape, generator=self.generator).to(w) * 2 - 1 for w in self.weights.values()
+                ]
+                products = self._products(vectors)
+                for name, vector, product in zip(self.weights, vectors, products, strict=True):
+                    sums[name] += float((vector * product).sum()) / vector.numel() / _PROBES
+        return sums
+
+    def _products(self, vectors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Hessian of the mean loss times `vectors`, row by row so that one row's graph is held."""
+        totals = [torch.zeros_like(vector) for vector in vectors]
+        weights = list(self.weights.values())
+        for row in range(len(self.hidden)):
+            gradients = torch.autograd.grad(self._loss(row), weights, create_graph=True)
+            dot = sum((gradient * vector).sum() for gradient, vector in zip(gradients, vectors, strict=True))
+            for total, product in zip(totals, torch.autograd.grad(dot, weights), strict=True):
+                total += product / len(self.hidden)
+        return totals
+
+    def _loss(self, row: int) -> torch.Tensor:
+        hidden = self.hidden[row : row + 1]
+        for layer in self.layers:
+            hidden = self.model.outcome(layer, hidden)
+        return F.cross_entropy(self.model.logits(self.head, hidden)[0], self.targets[row])
+
+    def _differentiable(self):
+        """Weights that take gradients, and attention that can be differentiated twice."""
+        for weight in self.weights.values():
+            weight.requires_grad_(True)
+        return _Both(sdpa_kernel(SDPBackend.MATH), self.weights.values())
+
+
+class _Both:
+    def __init__(self, kernel, weights):
+        self.kernel, self.weights = kernel, list(weights)
+
+    def __enter__(self) -> None:
+        self.kernel.__enter__()
+
+    def __exit__(self, *exception: object) -> None:
+        self.kernel.__exit__(*exception)
+        for weight in self.weights:
+            weight.requires_grad_(False)

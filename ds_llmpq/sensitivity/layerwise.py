@@ -1,0 +1,170 @@
+"""A checkpoint computed layer by layer over calibration rows: memory holds one layer and the hidden states.
+
+`measure` runs many variants of a model (one tuple of widths each) in one walk over its layers. Variants share the work
+of the layers before they part: of L x b models that each quantize one layer, all share the unquantized beginning.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ds_llmpq.errors import UserError
+from ds_llmpq.models.checkpoint import Checkpoint
+from ds_llmpq.models.shape import read_shape
+from ds_llmpq.models.step import Step
+from ds_llmpq.quant.hqq import linear_names
+from ds_llmpq.quant.layers import LayerLoader
+from ds_llmpq.quant.packing import UNQUANTIZED_BITS
+from ds_llmpq.schema import QuantConfig
+
+Bits = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Against the unquantized model, in nats per token: increase of the loss, and KL(full || variant).
+
+    `loss_error` is the standard error of the mean increase (tokens taken as independent).
+    """
+
+    loss: float
+    loss_error: float
+    kl: float
+
+
+class Layerwise:
+    """`tokens` [rows, length + 1]; computes in `dtype` on `device`, `rows_at_once` rows a pass."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        quant: QuantConfig,
+        tokens: torch.Tensor,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        rows_at_once: int = 4,
+    ):
+        self.layers = checkpoint.config.num_hidden_layers
+        self.inputs, self.targets = tokens[:, :-1].to(device), tokens[:, 1:].to(device)
+        self.rows_at_once = rows_at_once
+        self._loader = LayerLoader(checkpoint, [UNQUANTIZED_BITS] * self.layers, quant, dtype, device)
+        self._positional = self._loader.architecture.positional(checkpoint.config)
+        _check_length(checkpoint, self.inputs.shape[1])
+
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """[out, in] features of a decoder layer's linears by name."""
+        with torch.device("meta"):
+            layer = self._loader.architecture.layer(self._loader.config, 0).layer
+        return {name: tuple(layer.get_submodule(name).weight.shape) for name in linear_names(layer)}
+
+    @torch.inference_mode()
+    def embedded(self) -> torch.Tensor:
+        """Hidden states [rows, length, hidden] before the first decoder layer."""
+        embedding = self._loader.embedding()
+        return torch.cat(
+            [embedding(self._step(token_ids=rows)).hidden for rows in self.inputs.split(self.rows_at_once)]
+        )
+
+    def layer(self, index: int, bits: int = UNQUANTIZED_BITS) -> nn.Module:
+        self._loader.bits[index] = bits
+        return self._loader.decoder_layer(index)
+
+    def head(self) -> nn.Module:
+        return self._loader.head()
+
+    @torch.inference_mode()
+    def through(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.outcome(layer, rows) for rows in hidden.split(self.rows_at_once)])
+
+    def outcome(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        return layer(self._step(hidden=hidden)).hidden
+
+    def logits(self, head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        return head(self._step(hidden=hidden)).logits.float()
+
+    def _step(self, token_ids: torch.Tensor | None = None, hidden: torch.Tensor | None = None) -> Step:
+        rows, length = (token_ids if hidden is None else hidden).shape[:2]
+        return Step(
+            positions=torch.arange(length, device=self.inputs.device).expand(rows, length),
+            cache=None,
+            kv_tokens=length,
+            causal_only=True,
+            token_ids=token_ids,
+            hidden=hidden,
+            prepare=self._positional,
+        )
+
+
+def measure(
+    model: Layerwise,
+    variants: Sequence[Bits],
+    on_layer: Callable[[int, int], None] = lambda done, total: None,
+    state_bytes: int = 1 << 30,
+) -> dict[Bits, Measured]:
+    """What each variant loses. Variants go in groups whose hidden states stay within `state_bytes`."""
+    full = (UNQUANTIZED_BITS,) * model.layers
+    embedded = model.embedded()
+    at_once = max(1, state_bytes // (2 * embedded.nbytes))  # states before and after a layer
+    wanted = sorted({variant for variant in variants if variant != full}, reverse=True)
+    groups = [wanted[start : start + at_once] for start in range(0, len(wanted), at_once)]
+    found = {full: Measured(0.0, 0.0, 0.0)}
+    for number, group in enumerate(groups):
+        states: dict[Bits, torch.Tensor] = {(): embedded}
+        for index in range(model.layers):
+            states = _next_states(model, states, [full, *group], index)
+            on_layer(number * model.layers + index + 1, len(groups) * model.layers)
+        found |= _scores(model, states, full)
+    return {variant: found[variant] for variant in variants}
+
+
+def _next_states(model: Layerwise, states: dict[Bits, torch.Tensor], variants: list[Bits], index: int):
+    """Hidden states by the widths of the layers passed so far: the same beginning is computed once."""
+    needed = {variant[: index + 1] for variant in variants}
+    following: dict[Bits, torch.Tensor] = {}
+    for bits in sorted({prefix[-1] for prefix in needed}, reverse=True):
+        layer = model.layer(index, bits)
+        for prefix in sorted(needed):
+            if prefix[-1] == bits:
+                following[prefix] = model.through(layer, states[prefix[:-1]])
+    return following
+
+
+@torch.inference_mode()
+def _scores(model: Layerwise, states: dict[Bits, torch.Tensor], full: Bits) -> dict[Bits, Measured]:
+    head = model.head()
+    sums = {variant: torch.zeros(3, dtype=torch.float64) for variant in states}
+    for row in range(len(model.inputs)):
+        target = model.targets[row]
+        reference = model.logits(head, states[full][row : row + 1])[0].log_softmax(-1)
+        for variant, hidden in states.items():
+            found = model.logits(head, hidden[row : row + 1])[0].log_softmax(-1)
+            increase = F.nll_loss(found, target, reduction="none") - F.nll_loss(reference, target, reduction="none")
+            kl = (reference.exp() * (reference - found)).sum(-1)
+            sums[variant] += torch.stack([part.double().sum().cpu() for part in (increase, increase**2, kl)])
+    count = model.targets.numel()
+    return {variant: _measured(*(total / count).tolist(), count) for variant, total in sums.items()}
+
+
+def _measured(increase: float, square: float, kl: float, count: int) -> Measured:
+    return Measured(increase, (max(square - increase**2, 0.0) / count) ** 0.5, max(kl, 0.0))
+
+
+def _check_length(checkpoint: Checkpoint, length: int) -> None:
+    most = read_shape(checkpoint.path).max_positions
+    if most is not None and length > most:
+        raise UserError(f"Rows of {length} tokens are longer than the model's {most} positions; give shorter rows.")
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory that this process has held: on a GPU its tensors, else all of it (Linux and macOS)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,129 @@
+"""Making omega.json by a method, with what it took: time by part, memory, text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ds_llmpq.errors import UserError
+from ds_llmpq.models.checkpoint import Checkpoint
+from ds_llmpq.models.corpus import CALIBRATION, calibration_rows, read_text
+from ds_llmpq.models.fingerprint import fingerprint
+from ds_llmpq.models.tokenizer import load_tokenizer
+from ds_llmpq.quant.packing import quantization_problem
+from ds_llmpq.schema import CalibrationConfig, QuantConfig
+from ds_llmpq.sensitivity import indicators
+from ds_llmpq.sensitivity.calibrate import calibrated, loss_per_kl
+from ds_llmpq.sensitivity.layerwise import Layerwise, Measured, measure, peak_memory_bytes
+from ds_llmpq.sensitivity.omega import Omega
+from ds_llmpq.sensitivity.progress import Progress
+
+METHODS = ("variance", "hessian", "random", "measured")
+
+
+@dataclass
+class Request:
+    """What `make_omega` shall do; `on_layer(phase, done, total)` is called as it goes on."""
+
+    model_path: Path
+    method: str
+    quant: QuantConfig
+    calibration: CalibrationConfig
+    seed: int
+    device: torch.device
+    folder: Path  # for what a killed run goes on from
+    on_layer: Callable[[str, int, int], None] = lambda phase, done, total: None
+    trust_remote_code: bool = False
+
+
+def make_omega(request: Request) -> Omega:
+    """`UserError`: unknown method, a text too short, a model that is quantized already or cannot be at a width."""
+    if request.method not in METHODS:
+        raise UserError(f"method={request.method!r} is unknown; the methods are {', '.join(METHODS)}.")
+    calibration, quant = request.calibration, request.quant
+    text = read_text(calibration.text, CALIBRATION)
+    tokenizer = load_tokenizer(str(request.model_path), request.trust_remote_code)
+    tokens = calibration_rows(text, tokenizer, calibration.rows, calibration.tokens)
+    checkpoint = Checkpoint(request.model_path, request.trust_remote_code)
+    widths = indicators.quantized_widths(quant.bits)
+    model = Layerwise(checkpoint, quant, tokens, request.device, rows_at_once=calibration.rows_at_once)
+    _check_widths(model, widths, quant)
+    identity = {
+        "model": fingerprint(request.model_path),
+        "text": text.sha256,
+        "calibration": vars(calibration),
+        "quant": vars(quant),
+        "method": request.method,
+        "seed": request.seed,
+    }
+    started = time.perf_counter()
+    raw = _raw(request, model, widths, Progress(request.folder, identity))
+    indicator_seconds = time.perf_counter() - started
+    uniform = _whole_model(request, model, widths)
+    table, notes = calibrated(raw, uniform)
+    details: dict[str, Any] = {
+        "text": text.name,
+        "rows": calibration.rows,
+        "tokens": tokens[:, 1:].numel(),
+        "quant": {"group_size": quant.group_size, "axis": quant.axis, "optimize": quant.optimize},
+        "raw": raw,
+        "whole_model": dict(zip(map(str, widths), notes, strict=True)),
+        "loss_per_kl": loss_per_kl(uniform),
+        "indicator_seconds": indicator_seconds,
+        "calibration_seconds": time.perf_counter() - started - indicator_seconds,
+        "peak_memory_bytes": peak_memory_bytes(request.device),
+        "seed": request.seed,
+    }
+    return Omega(
+        method=request.method,
+        provenance="measured" if request.method == "measured" else "fitted",
+        bits=tuple(widths),
+        table=tuple(tuple(row) for row in table),
+        model_fingerprint=identity["model"],
+        calibration_hash=text.sha256,
+        details=details,
+    )
+
+
+def _raw(request: Request, model: Layerwise, widths: list[int], progress: Progress) -> indicators.Table:
+    calibration, seed = request.calibration, request.seed
+
+    def on_layer(done: int, total: int) -> None:
+        request.on_layer(request.method, done, total)
+
+    if request.method == "variance":
+        return indicators.variance(model, widths, request.quant, progress, on_layer)
+    if request.method == "hessian":
+        rows, estimate = calibration.hessian_rows, calibration.hessian_estimate
+        if estimate not in ("eigenvalue", "trace"):
+            raise UserError(f"calibration.hessian_estimate={estimate!r} is unknown; use eigenvalue or trace.")
+        return indicators.hessian(model, widths, progress, on_layer, rows, estimate, seed)
+    if request.method == "random":
+        return indicators.random_table(model.layers, widths, seed)
+    return indicators.measured(model, widths, progress, on_layer, calibration.state_bytes)
+
+
+def _whole_model(request: Request, model: Layerwise, widths: list[int]) -> list[Measured]:
+    """All layers at one width, for each width."""
+    variants = [(width,) * model.layers for width in widths]
+    found = measure(
+        model,
+        variants,
+        lambda done, total: request.on_layer("calibrate", done, total),
+        request.calibration.state_bytes,
+    )
+    return [found[variant] for variant in variants]
+
+
+def _check_widths(model: Layerwise, widths: list[int], quant: QuantConfig) -> None:
+    if not widths:
+        raise UserError("quant.bits holds no width below 16; there is nothing to be sensitive to.")
+    for name, linear in model.linear_shapes().items():
+        for width in widths:
+            if reason := quantization_problem(*linear, width, quant.group_size, quant.axis):
+                raise UserError(f"{name} cannot be kept at {width} bits: {reason}; leave the width out of quant.bits.")

@@ -1,0 +1,72 @@
+"""What a sensitivity run has done so far, so that a killed one goes on; belongs to one model, text and setting."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+_SECONDS_BETWEEN_STATES = 30.0  # hidden states are large; rows are not
+
+
+class Progress:
+    """Rows of a table and the hidden states that belong behind the last of them, in `folder`.
+
+    `identity` names everything the rows depend on; what another run left is ignored.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any]):
+        self.identity = json.loads(json.dumps(identity))
+        self._rows_file = folder / "progress.json"
+        self._state_file = folder / "progress.safetensors"
+        self._stored = time.monotonic()
+
+    def resumed(self, first: Callable[[], torch.Tensor]) -> tuple[list[list[float]], torch.Tensor]:
+        """(rows done, hidden states behind them); `first` gives the states where nothing is done."""
+        found = self._read()
+        with contextlib.suppress(OSError, SafetensorError, KeyError, TypeError):
+            state = load_file(self._state_file)
+            rows = found["rows"][: int(state["layers"])]
+            if len(rows) == int(state["layers"]):
+                return rows, state["hidden"]
+        return [], first()
+
+    def keep(self, rows: list[list[float]], hidden: torch.Tensor) -> None:
+        """The rows, now and then with the states: a restart begins at the last states kept."""
+        if time.monotonic() - self._stored < _SECONDS_BETWEEN_STATES:
+            return
+        self._stored = time.monotonic()
+        unfinished = self._state_file.with_name("progress.state.part")
+        save_file({"hidden": hidden.contiguous(), "layers": torch.tensor(len(rows))}, unfinished)
+        self._write({"rows": rows})
+        os.replace(unfinished, self._state_file)
+
+    def kept(self) -> dict[str, list[float]]:
+        return self._read().get("by_layer", {})
+
+    def keep_rows(self, by_layer: dict[int, list[float]]) -> None:
+        self._write({"by_layer": by_layer})
+
+    def clear(self) -> None:
+        for file in (self._rows_file, self._state_file):
+            file.unlink(missing_ok=True)
+
+    def _read(self) -> dict[str, Any]:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            found = json.loads(self._rows_file.read_text())
+            if found.get("identity") == self.identity:
+                return found
+        return {}
+
+    def _write(self, fields: dict[str, Any]) -> None:
+        unfinished = self._rows_file.with_name("progress.rows.part")
+        unfinished.write_text(json.dumps({"identity": self.identity, **fields}))
+        os.replace(unfinished, self._rows_file)

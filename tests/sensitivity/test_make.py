@@ -1,0 +1,72 @@
+"""omega.json from a checkpoint, end to end: columns sum to what the whole model loses; mistakes."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from ds_llmpq.errors import UserError
+from ds_llmpq.models.fingerprint import fingerprint
+from ds_llmpq.schema import CalibrationConfig, QuantConfig
+from ds_llmpq.sensitivity.calibrate import calibrated, loss_per_kl
+from ds_llmpq.sensitivity.layerwise import Measured
+from ds_llmpq.sensitivity.make import METHODS, Request, make_omega
+from ds_llmpq.sensitivity.omega import read_omega, write_omega
+from scripts.make_checkpoint import make_checkpoint
+
+SMALL = {"layers": 2, "hidden": 64, "heads": 4, "vocab": 2048, "max_positions": 32}
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("model"), "llama", seed=5, **SMALL)
+
+
+def request(path, folder, method="variance", bits=(2, 4, 16), calibration=None, group_size=64):
+    quant = QuantConfig(list(bits), group_size, 1, True)
+    calibration = calibration or CalibrationConfig(rows=2, tokens=16, hessian_rows=1)
+    return Request(path, method, quant, calibration, 0, torch.device("cpu"), folder)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_gives_a_table_in_nats(path, tmp_path, method):
+    omega = make_omega(request(path, tmp_path, method))
+    write_omega(tmp_path / "omega.json", omega)
+    assert read_omega(tmp_path / "omega.json") == omega
+    assert (omega.method, omega.bits, omega.layers) == (method, (2, 4), 2)
+    omega.check_model(2, fingerprint(path))
+    for column, bits in enumerate(omega.bits):
+        whole = omega.details["whole_model"][str(bits)]
+        assert sum(row[column] for row in omega.table) == pytest.approx(whole["target"])
+        assert whole["target"] == pytest.approx(omega.details["loss_per_kl"] * whole["kl"])
+    assert omega.details["peak_memory_bytes"] > 1 << 20
+
+
+def test_ratio_of_loss_and_divergence():
+    exact = [Measured(0.3, 0.01, 0.2), Measured(0.003, 0.01, 0.002)]
+    assert loss_per_kl(exact) == pytest.approx(1.5)
+    assert loss_per_kl([Measured(9.0, 0.01, 0.2)]) == 2.0
+    assert loss_per_kl([Measured(0.0, 0.0, 0.0)]) == 1.0
+    table, notes = calibrated([[1.0, 0.0], [3.0, 0.0]], exact)
+    assert table == [[pytest.approx(0.075), pytest.approx(0.0015)], [pytest.approx(0.225), pytest.approx(0.0015)]]
+    assert notes[0]["raw_sum"] == 4.0
+
+
+def test_mistakes(path, tmp_path):
+    text = tmp_path / "short.txt"
+    text.write_text("few words")
+    for change, words in {
+        "method": ("guess", "method='guess' is unknown"),
+        "bits": ((16,), "no width below 16"),
+        "group_size": (48, "cannot be kept at 2 bits"),
+        "calibration": (CalibrationConfig(text=str(text)), "too short for 16 rows of 512 tokens"),
+    }.items():
+        with pytest.raises(UserError, match=words[1]):
+            make_omega(request(path, tmp_path, **{change: words[0]}))
+    with pytest.raises(UserError, match="cannot be read as UTF-8"):
+        make_omega(request(path, tmp_path, calibration=CalibrationConfig(text=str(tmp_path / "none"))))
+    with pytest.raises(UserError, match="longer than the model's 32 positions"):
+        make_omega(request(path, tmp_path, calibration=CalibrationConfig(rows=1, tokens=33)))
