@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from ds_llmpq import config
 from ds_llmpq.batch.job import Job
@@ -44,13 +45,24 @@ def run(settings: RunVerb, out: Path) -> int:
     )
     print(plan_table(plan), flush=True)
     _follow(Launch.of_plan(plan, out, settings.engine.master_port), job)
-    metrics = json.loads((out / "metrics.json").read_text())
+    metrics = _metrics(plan, out)
     print(run_summary(metrics))
     print(f"results: {out / 'results.jsonl'}")
     if metrics["counts"]["failed"]:
         print(f"{metrics['counts']['failed']} requests failed; the reasons are in {out / 'errors.jsonl'}")
         return SOME_FAILED
     return 0
+
+
+def _metrics(plan: Plan, out: Path) -> dict[str, Any]:
+    try:
+        return json.loads((out / "metrics.json").read_text())
+    except FileNotFoundError:
+        first = launch_order(plan)[0][0]
+        raise UserError(
+            f"The pipeline ended well, but its files are not in {out}: rank 0 wrote them on host {first}; start run "
+            "there, or give out= on a file system that both hosts share."
+        ) from None
 
 
 def _plan(settings: RunVerb, out: Path) -> Plan:
