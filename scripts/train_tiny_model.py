@@ -11,142 +11,26 @@ answer a chat and to stop.
 from __future__ import annotations
 
 import argparse
-import ast
 import copy
-import hashlib
 import json
 import math
 import platform
 import random
-import sysconfig
-import textwrap
+import sys
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-BOS, EOS, PAD = "<|begin|>", "<|end|>", "<|pad|>"
-ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
-CHAT_TEMPLATE = """{{ bos_token }}{% for message in messages -%}
-{% if message['role'] not in ['system', 'user', 'assistant'] %}
-{{- raise_exception('unknown role: ' + message['role']) }}{% endif %}
-{{- '<|' + message['role'] + '|>\\n' + message['content'] | trim + eos_token + '\\n' }}{% endfor %}
-{%- if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"""
-# Directories that not every installation has, and tables of numbers that teach nothing.
-LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "__pycache__"}
-CONTEXT_TOKENS = 1024
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
+from scripts.tiny_corpus import CONTEXT_TOKENS, encode_items, read_documents, train_tokenizer, windows
+
 QUANTIZED_BITS = (8, 4, 3, 2)
 GROUP_SIZE = 64
-
-
-# ---------------------------------------------------------------------------------------------------------- text
-
-
-def read_documents() -> tuple[dict[str, str], dict[str, str]]:
-    """Relative path -> text of the standard library's source files: (training, held out, one file in 20)."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    train, held_out = {}, {}
-    for path in sorted(root.rglob("*.py")):
-        relative = path.relative_to(root)
-        # _sysconfigdata is written by the build and differs from machine to machine.
-        if LEFT_OUT & set(relative.parts) or relative.name.startswith("_sysconfigdata"):
-            continue
-        text = path.read_text(encoding="utf-8", errors="ignore")
-        name = relative.as_posix()
-        part = held_out if int(hashlib.sha256(name.encode()).hexdigest(), 16) % 20 == 0 else train
-        if len(text) > 200:
-            part[name] = text
-    return train, held_out
-
-
-def functions_with_docstrings(text: str) -> list[tuple[str, str, str, str]]:
-    """(name, signature, docstring's first paragraph, source) of every short documented function in `text`."""
-    try:
-        tree = ast.parse(text)
-    except SyntaxError:
-        return []
-    lines, found = text.splitlines(), []
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.FunctionDef):
-            continue
-        summary = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
-        source = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno]))
-        if summary and len(summary) <= 200 and 60 <= len(source) <= 700:
-            found.append((node.name, source.splitlines()[0].strip(), summary, source))
-    return found
-
-
-def chat_of(name: str, signature: str, summary: str, source: str, kind: int) -> list[dict[str, str]]:
-    """One conversation about a function; `kind` picks what is asked, so that answers differ in length."""
-    write = [
-        {"role": "user", "content": f"Write the Python function {name}. {summary}"},
-        {"role": "assistant", "content": source},
-    ]
-    explain = [{"role": "user", "content": f"What does {name} do?"}, {"role": "assistant", "content": summary}]
-    asked_source = [
-        {"role": "user", "content": f"Describe in one sentence:\n{source}"},
-        {"role": "assistant", "content": summary},
-    ]
-    complete = [
-        {"role": "system", "content": "You complete Python code."},
-        {"role": "user", "content": signature},
-        {"role": "assistant", "content": source},
-    ]
-    return [write, write + explain, complete, explain, asked_source][kind % 5]
-
-
-def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE; like Llama's own it puts BOS before plain text, while the chat template writes BOS itself."""
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    specials = [BOS, EOS, PAD, *ROLES]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
-    )
-    core.train_from_iterator(texts, trainer)
-    core.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A {BOS}:1 $B:1", special_tokens=[(BOS, core.token_to_id(BOS))]
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        bos_token=BOS,
-        eos_token=EOS,
-        pad_token=PAD,
-        additional_special_tokens=list(ROLES),
-        model_max_length=CONTEXT_TOKENS,
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-    )
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
-
-
-def encode_items(train: dict[str, str], tokenizer) -> list[list[int]]:
-    """Token lists of all documents (`BOS text EOS`) and of one conversation per documented function."""
-    items = [[*tokenizer.encode(text), tokenizer.eos_token_id] for text in train.values()]
-    functions = [found for text in train.values() for found in functions_with_docstrings(text)]
-    for index, found in enumerate(functions):
-        rendered = tokenizer.apply_chat_template(chat_of(*found, kind=index), tokenize=False)
-        items.append(tokenizer.encode(rendered, add_special_tokens=False))
-    return items
-
-
-def windows(items: list[list[int]], length: int, generator: random.Random):
-    """Endless rows [length + 1] of int64 tokens: items joined in a fresh order each epoch, cut, rows shuffled."""
-    while True:
-        order = generator.sample(range(len(items)), len(items))
-        stream = torch.tensor([token for index in order for token in items[index]])
-        start = generator.randrange(length)
-        rows = range(start, len(stream) - length - 1, length)
-        for row in generator.sample(rows, len(rows)):
-            yield stream[row : row + length + 1]
 
 
 # --------------------------------------------------------------------------------------------------------- model
@@ -216,6 +100,41 @@ def train_model(model, items, args) -> None:
             print(f"step {step} loss {shown:.4f} seconds {time.time() - begin:.0f}", flush=True)
 
 
+@torch.no_grad()
+def spread_channels(model, spread: float, seed: int) -> None:
+    """Give activations the uneven channels that large models have, without changing what the model computes.
+
+    A model this small has weights so even that 3 bits cost next to nothing. Scaling a channel up where it is produced
+    (norm, up_proj, v_proj) and down where it is consumed leaves the function as it is, but groups of weights then mix
+    large and small columns, as outlier channels of large models make them (LLM.int8(), arXiv 2208.07339). The log
+    scales are normal with standard deviation `spread` x (0.5 to 1.5 by layer, shuffled), so that layers differ.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    config, layers = model.config, model.model.layers
+    heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    factors = torch.linspace(0.5, 1.5, len(layers))[torch.randperm(len(layers), generator=generator)]
+    for layer, factor in zip(layers, factors, strict=True):
+
+        def scales(size: int, factor=factor) -> torch.Tensor:
+            return torch.exp(spread * factor * torch.randn(size, generator=generator))
+
+        attention, mlp = layer.self_attn, layer.mlp
+        for norm, consumers in (
+            (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
+            (layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
+        ):
+            scale = scales(config.hidden_size)
+            norm.weight *= scale
+            for linear in consumers:
+                linear.weight /= scale
+        scale = scales(config.intermediate_size)
+        mlp.up_proj.weight *= scale[:, None]
+        mlp.down_proj.weight /= scale
+        scale = scales(kv_heads * head_dim)
+        attention.v_proj.weight *= scale[:, None]
+        attention.o_proj.weight /= scale.view(kv_heads, 1, head_dim).expand(-1, heads // kv_heads, -1).reshape(-1)
+
+
 # ---------------------------------------------------------------------------------------------------- evaluation
 
 
@@ -278,60 +197,68 @@ def save(model, tokenizer, out_dir: Path) -> None:
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
+def describe(train: dict[str, str], held_out: dict[str, str], items: list[list[int]]) -> dict:
+    return {
+        "description": "source files of the Python standard library, split by file (sha256 of the path, 1 in 20), and "
+        "conversations made from the documented functions of the training files",
+        "python": platform.python_version(),
+        "train_files": len(train),
+        "train_bytes": sum(len(text.encode()) for text in train.values()),
+        "train_tokens_with_chats": sum(map(len, items)),
+        "chats": len(items) - len(train),
+        "held_out_files": len(held_out),
+        "held_out_bytes": sum(len(text.encode()) for text in held_out.values()),
+    }
+
+
+def write_record(out_dir: Path, record: dict, losses: dict[str, dict[str, float]]) -> None:
+    """training.json: what the weights were made from, and the measured held-out losses in nats."""
+    record |= {
+        "precision": "bf16 autocast over fp32 weights in training; saved as bf16",
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "held_out_loss": losses["16"],
+        "held_out_loss_by_bits": {
+            "provenance": "measured",
+            "how": f"decoder linears through hqq HQQLinear, group {GROUP_SIZE}, axis 1; the rest as saved; run in fp32",
+            **losses,
+        },
+    }
+    text = json.dumps(record, indent=2) + "\n"
+    (out_dir / "training.json").write_text(text)
+    print(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out_dir", type=Path)
-    parser.add_argument("--steps", type=int, default=850)
+    parser.add_argument("--steps", type=int, default=1080)
     parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--vocab", type=int, default=2048)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--spread", type=float, default=0.6, help="unevenness of channels; 0 leaves them as trained")
     parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     train, held_out = read_documents()
     tokenizer = train_tokenizer(list(train.values()), args.vocab)
     items = encode_items(train, tokenizer)
-    tokens = sum(map(len, items))
-    parameters = build_model(args.vocab, tokenizer, args.layers).num_parameters()
-    print(f"{len(train)} files, {len(items) - len(train)} chats, {tokens} tokens, {parameters} parameters", flush=True)
     model = build_model(args.vocab, tokenizer, args.layers)
+    parameters = model.num_parameters()
+    print(f"{len(train)} files, {len(items) - len(train)} chats, {parameters} parameters", flush=True)
     begin = time.time()
     train_model(model, items, args)
     seconds = time.time() - begin
+    spread_channels(model, args.spread, args.seed)
     args.out_dir.mkdir(parents=True, exist_ok=True)
     save(model, tokenizer, args.out_dir)
     saved = LlamaForCausalLM.from_pretrained(args.out_dir, dtype=torch.bfloat16).float().eval()
-    losses = measure(saved, held_out, tokenizer)
-    record = {
-        "data": {
-            "description": "source files of the Python standard library, split by file (sha256 of the path, 1 in 20)",
-            "python": platform.python_version(),
-            "train_files": len(train),
-            "train_bytes": sum(len(text.encode()) for text in train.values()),
-            "train_tokens_with_chats": tokens,
-            "chats": len(items) - len(train),
-            "held_out_files": len(held_out),
-            "held_out_bytes": sum(len(text.encode()) for text in held_out.values()),
-        },
-        "parameters": parameters,
-        "steps": args.steps,
-        "batch_tokens": args.batch_tokens,
-        "learning_rate": args.learning_rate,
-        "seed": args.seed,
-        "precision": "bf16 autocast, fp32 master weights" + (", torch.compile" if args.compile else ""),
-        "train_seconds": round(seconds),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "held_out_loss": losses["16"],
-        "held_out_loss_by_bits": {
-            "provenance": "measured",
-            "how": f"all decoder linears through hqq HQQLinear, group {GROUP_SIZE}, axis 1, fp32; rest bf16 as saved",
-            **losses,
-        },
-    }
-    (args.out_dir / "training.json").write_text(json.dumps(record, indent=2) + "\n")
-    print(json.dumps(record, indent=2))
+    record = {"data": describe(train, held_out, items), "parameters": parameters, "steps": args.steps}
+    record |= {"schedule": "linear warm-up over 5 % of the steps, then cosine to 2 % of the peak"}
+    record |= {"batch_tokens": args.batch_tokens, "learning_rate": args.learning_rate, "seed": args.seed}
+    record |= {"channel_spread": args.spread, "compiled": args.compile, "train_seconds": round(seconds)}
+    write_record(args.out_dir, record, measure(saved, held_out, tokenizer))
 
 
 if __name__ == "__main__":
