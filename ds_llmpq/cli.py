@@ -23,6 +23,7 @@ _USAGE = """usage: ds-llmpq VERB [key=value ...]     (ds-llmpq VERB --help shows
   sensitivity  what each layer loses at each width, for `plan planner.omega=FILE`
   quantize write the model at a plan's widths, for `run quantized=DIR`
   run      plan if needed, start DeepSpeed, turn a file of prompts into a file of results
+  evaluate perplexity and divergence of a plan on its pipeline, predicted against measured
   serve    one rank of a planned pipeline, started by the deepspeed launcher
   lengths  prepare | train | evaluate | predict | characterize: how long answers will be
   simulate scheduling policies on simulated arrivals: FCFS, SJF, SSJF, with and without batching

@@ -28,6 +28,7 @@ VERBS = {
     "report": schema.ReportVerb,
     "quantize": schema.QuantizeVerb,
     "sensitivity": schema.SensitivityVerb,
+    "evaluate": schema.EvaluateVerb,
 }
 
 _PACKAGE = Path(__file__).parent
@@ -40,7 +41,7 @@ _ASSETS = {
 # overrides whose values are paths
 PATH_KEYS = schema_lengths.PATH_KEYS | frozenset(
     ("out", "output", "input", "plan", "problem", "check", "hostfile", "cluster_file", "model.path", "planner.omega")
-    + ("quantized", "reuse", "text", "calibration.text")
+    + ("quantized", "reuse", "calibration.text", "evaluation.text", "evaluation.tasks_path")
 )
 
 T = TypeVar("T")

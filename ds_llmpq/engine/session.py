@@ -20,6 +20,7 @@ from ds_llmpq.engine.throttle import CpuShare
 from ds_llmpq.engine.topology import PlannedTopology
 from ds_llmpq.engine.trace import Trace
 from ds_llmpq.engine.wave import Wave
+from ds_llmpq.models.architecture import architecture_of
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.planner.plan import Plan
 from ds_llmpq.planner.planfile import check_model
@@ -34,6 +35,8 @@ class Session:
     `stop_rule` decides on the last stage when a row ends; `on_loaded(name)` is called for each layer read.
     """
 
+    engine_type: type[InferencePipelineEngine] = InferencePipelineEngine
+
     def __init__(
         self,
         plan: Plan,
@@ -46,9 +49,10 @@ class Session:
         self.plan = plan
         self.place = place
         self.dtype = getattr(torch, plan.engine["dtype"])
-        self._resident_bytes = memory.used_bytes(place.device)
         started = time.perf_counter()
         checkpoint = open_checkpoint(model_path, trust_remote_code)
+        architecture_of(checkpoint.config)  # what it imports belongs to the process, not to the stage
+        self._resident_bytes = memory.used_bytes(place.device)
         check_model(plan, model_path)
         loader = StageLoader(
             checkpoint, [b for stage in plan.stages for b in stage.bits], QuantConfig(**plan.quant), self.dtype,
@@ -65,7 +69,7 @@ class Session:
         self.load_seconds = time.perf_counter() - started
         self.trace = Trace(place.stage_index, place.device)
         self.store = self._kv_store(model_path)
-        self.engine = InferencePipelineEngine(
+        self.engine = self.engine_type(
             module,
             self.store,
             loader.architecture.positional(checkpoint.config),

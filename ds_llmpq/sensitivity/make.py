@@ -78,6 +78,7 @@ def make_omega(request: Request) -> Omega:
         "calibration_seconds": time.perf_counter() - started - indicator_seconds,
         "peak_memory_bytes": peak_memory_bytes(request.device),
         "seed": request.seed,
+        "hessian_estimate": calibration.hessian_estimate if request.method == "hessian" else None,
     }
     return Omega(
         method=request.method,

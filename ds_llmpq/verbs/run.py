@@ -31,11 +31,11 @@ def run(settings: RunVerb, out: Path) -> int:
     check_folder(out)
     if finished := read_finished(out):
         raise UserError(f"{out} already holds {len(finished)} results; give another out=DIR.")
-    plan = _plan(settings, out)
+    plan = plan_of(settings, out)
     _check_hostfile(settings, plan)
     job = Job(
         plan=plan,
-        model_path=str(_checkpoint(settings, plan)),
+        model_path=str(checkpoint_of(settings, plan)),
         input=str(config.absolute(settings.input)),
         output=str(out),
         engine=settings.engine,
@@ -65,7 +65,7 @@ def _metrics(plan: Plan, out: Path) -> dict[str, Any]:
         ) from None
 
 
-def _plan(settings: RunVerb, out: Path) -> Plan:
+def plan_of(settings: RunVerb, out: Path) -> Plan:
     if settings.plan is None:
         return make_plan(settings, out)
     plan = read_plan(settings.plan)
@@ -74,7 +74,7 @@ def _plan(settings: RunVerb, out: Path) -> Plan:
     return plan
 
 
-def _checkpoint(settings: RunVerb, plan: Plan) -> Path:
+def checkpoint_of(settings: RunVerb, plan: Plan) -> Path:
     """Where the weights are: where the user says, else where they were planned for."""
     given, planned = settings.model.path, (plan.model or {}).get("path")
     if given == config.asset("tiny-llama"):  # model=tiny is only the default

@@ -25,7 +25,10 @@ SOME_FAILED = 3  # exit code: all rows are accounted for, some in errors.jsonl
 def main(arguments: list[str] | None = None) -> int:
     """Exit code of this rank; says a mistake in one line that the parent finds in the launcher's output."""
     try:
-        return _serve(_job(list(sys.argv[1:] if arguments is None else arguments)))
+        given = list(sys.argv[1:] if arguments is None else arguments)
+        if "--score" in given:
+            return _score(given[given.index("--score") + 1])
+        return _serve(_job(given))
     except UserError as error:
         sys.stderr.write(f"{ERROR_MARK}{error}\n")  # in one piece: the ranks share the stream
         return error.exit_code
@@ -56,6 +59,20 @@ def _job(arguments: list[str]) -> Job:
         batch=settings.batch,
         trust_remote_code=settings.model.trust_remote_code,
     )
+
+
+def _score(token: str) -> int:
+    """One rank of `evaluate`, which starts the same module."""
+    from ds_llmpq.evaluation.job import ScoreJob
+
+    job = ScoreJob.from_token(token)
+    os.environ["DS_ACCELERATOR"] = job.plan.engine["stages"][0]["kind"]
+    from ds_llmpq.engine.distributed import join, leave
+    from ds_llmpq.evaluation.rank import evaluate
+
+    evaluate(job, join(job.plan, job.engine.timeout_seconds))
+    leave()
+    return 0
 
 
 def _serve(job: Job) -> int:

@@ -1,0 +1,50 @@
+"""What every rank of an evaluation is told. Imports no torch: the launching process makes it."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import zlib
+from dataclasses import asdict, dataclass
+
+from ds_llmpq.errors import UserError
+from ds_llmpq.planner.plan import Plan
+from ds_llmpq.schema import EngineConfig, EvaluationConfig
+
+_MOST_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class ScoreJob:
+    """Paths are absolute; `text` and `output` lie on rank 0's host. `reference` is a file on the last stage's host that
+    holds what the unquantized model predicts: written (`keeps_reference`) or compared with; None: neither.
+    """
+
+    plan: Plan
+    model_path: str
+    output: str
+    engine: EngineConfig
+    evaluation: EvaluationConfig
+    reference: str | None = None
+    keeps_reference: bool = False
+    trust_remote_code: bool = False
+
+    def to_token(self) -> str:
+        fields = {
+            name: getattr(self, name)
+            for name in ("model_path", "output", "reference", "keeps_reference", "trust_remote_code")
+        }
+        fields |= {"plan": self.plan.to_json(), "engine": asdict(self.engine), "evaluation": asdict(self.evaluation)}
+        return base64.urlsafe_b64encode(zlib.compress(json.dumps(fields).encode(), 9)).decode()
+
+    @classmethod
+    def from_token(cls, token: str) -> ScoreJob:
+        try:
+            fields = json.loads(zlib.decompressobj().decompress(base64.urlsafe_b64decode(token), _MOST_BYTES))
+            fields["plan"] = Plan.from_json(fields["plan"])
+            fields["engine"] = EngineConfig(**fields["engine"])
+            fields["evaluation"] = EvaluationConfig(**fields["evaluation"])
+            return cls(**fields)
+        except (binascii.Error, zlib.error, ValueError, TypeError, KeyError) as error:
+            raise UserError(f"The job token cannot be read ({error}); start it through `ds-llmpq evaluate`.") from None

@@ -1,0 +1,138 @@
+"""`evaluate`: what a plan's widths cost in quality, measured on the pipeline itself, beside what was predicted."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ds_llmpq import config
+from ds_llmpq.batch.progress import ERROR_MARK, Bar, read
+from ds_llmpq.cluster.hostfile import write_hostfile
+from ds_llmpq.engine.launcher import LOG_NAME, Launch
+from ds_llmpq.engine.launcher import run as launch
+from ds_llmpq.errors import Interrupted, UserError
+from ds_llmpq.evaluation.job import ScoreJob
+from ds_llmpq.planner import Plan
+from ds_llmpq.planner.planfile import launch_order, write_plan
+from ds_llmpq.report.plan_table import table
+from ds_llmpq.schema import EvaluateVerb
+from ds_llmpq.verbs.run import checkpoint_of, plan_of
+
+
+def run(settings: EvaluateVerb, out: Path) -> int:
+    evaluation = settings.evaluation
+    for name in ("text", "tasks_path"):
+        if getattr(evaluation, name) is not None:
+            setattr(evaluation, name, str(config.absolute(getattr(evaluation, name))))
+    out.mkdir(parents=True, exist_ok=True)
+    plan = plan_of(settings, out)
+    job = ScoreJob(
+        plan=plan,
+        model_path=str(checkpoint_of(settings, plan)),
+        output=str(out),
+        engine=settings.engine,
+        evaluation=evaluation,
+        trust_remote_code=settings.model.trust_remote_code,
+    )
+    if evaluation.tasks:
+        found = _score(job, settings, out)
+        print(tasks_table(found["tasks"]))
+    else:
+        found = _against_reference(job, settings, out) if evaluation.reference else _score(job, settings, out)
+        print(scores_table(found, plan))
+    print(f"scores: {out / 'scores.json'}")
+    return 0
+
+
+def _against_reference(job: ScoreJob, settings: EvaluateVerb, out: Path) -> dict[str, Any]:
+    """Scores the plan with all layers unquantized first, then the plan itself against that."""
+    file = out / "reference.f32"
+    full = replace(
+        job.plan, stages=tuple(replace(stage, bits=(16,) * len(stage.bits)) for stage in job.plan.stages)
+    )  # fmt: skip
+    folder = out / "reference"
+    folder.mkdir(exist_ok=True)
+    path = str(checkpoint_of(replace(settings, quantized=None), job.plan))
+    try:
+        unquantized = replace(
+            job, plan=full, model_path=path, output=str(folder), reference=str(file), keeps_reference=True
+        )  # fmt: skip
+        reference = _score(unquantized, settings, folder)
+        found = _score(replace(job, reference=str(file)), settings, out)
+    finally:
+        file.unlink(missing_ok=True)
+    pairs = [a - b for a, b in zip(reference["logprobs"], found["logprobs"], strict=True)]
+    mean = math.fsum(pairs) / len(pairs)
+    spread = math.fsum((value - mean) ** 2 for value in pairs) / len(pairs)
+    found |= {
+        "reference": {key: reference[key] for key in ("nats_per_token", "perplexity_per_token", "perplexity_per_word")},
+        "loss_increase": {
+            "measured": mean,
+            "standard_error": math.sqrt(spread / len(pairs)),
+            "predicted": job.plan.predicted["quality_loss"],
+            "predicted_from": job.plan.provenance.get("omega", "unknown"),
+        },
+    }
+    (out / "scores.json").write_text(json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def _score(job: ScoreJob, settings: EvaluateVerb, folder: Path) -> dict[str, Any]:
+    """Runs one job under the launcher; `UserError` with the first mistake a rank named."""
+    write_plan(folder / "plan.json", job.plan)
+    write_hostfile(folder / "hostfile", launch_order(job.plan))
+    bar = Bar()
+    mistakes: list[str] = []
+
+    def on_line(line: str) -> None:
+        if (fields := read(line)) is not None:
+            bar.show(fields["phase"], fields["done"], fields["total"], fields["note"])
+        elif ERROR_MARK in line:
+            mistakes.append(line.partition(ERROR_MARK)[2])
+
+    try:
+        start = Launch.of_plan(job.plan, folder, settings.engine.master_port)
+        code = launch(start, ["--score", job.to_token()], on_line)
+    except KeyboardInterrupt:
+        raise Interrupted("Interrupted.") from None
+    finally:
+        bar.close()
+    if mistakes:
+        raise UserError(mistakes[0])
+    if code:
+        raise UserError(f"The pipeline ended with exit code {code}; the reason is in {folder / LOG_NAME}.")
+    return json.loads((folder / "scores.json").read_text())
+
+
+def scores_table(found: dict[str, Any], plan: Plan) -> str:
+    """One line a number; predicted against measured where both are known."""
+    rows = [
+        ["tokens scored", str(found["tokens"])],
+        ["loss (nats per token)", f"{found['nats_per_token']:.5f}"],
+        ["perplexity per token", f"{found['perplexity_per_token']:.4f}"],
+        ["perplexity per word", f"{found['perplexity_per_word']:.4g}"],
+    ]
+    if "kl_nats_per_token" in found:
+        rows += [
+            ["perplexity per token at 16 bits", f"{found['reference']['perplexity_per_token']:.4f}"],
+            ["KL to 16 bits (nats per token)", f"{found['kl_nats_per_token']:.6f}"],
+            ["same most likely token as 16 bits", f"{found['top1_agreement']:.2%}"],
+        ]
+    if increase := found.get("loss_increase"):
+        measured = f"{increase['measured']:.6f} +- {increase['standard_error']:.6f}"
+        rows += [["loss increase, measured", measured]]
+        rows += [["loss increase, predicted", f"{increase['predicted']:.6f} ({increase['predicted_from']})"]]
+    return table(["", "value"], rows)
+
+
+def tasks_table(tasks: dict[str, dict[str, Any]]) -> str:
+    rows = [
+        [task, name.partition(",")[0], f"{value:.4f}"]
+        for task, values in tasks.items()
+        for name, value in values.items()
+        if isinstance(value, float) and "stderr" not in name
+    ]
+    return table(["task", "metric", "value"], rows)
