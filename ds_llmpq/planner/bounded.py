@@ -41,7 +41,7 @@ def price_of_limit(
         return None
     theta, low, high = plausible_theta(probe.pairs[0]), 0.0, math.inf
     reached, best_theta = -math.inf, theta
-    share = max(0.5, 0.08 * (deadline - time.monotonic()))
+    share = 0.1 * (deadline - time.monotonic())
     for _ in range(ROUNDS):
         left = deadline - time.monotonic()
         if left < 3 * share or high / max(low, 1e-300) < NARROW:
@@ -64,9 +64,10 @@ def price_of_limit(
             low = theta
         else:
             high = theta
-        theta = (
-            math.sqrt(low * high) if low > 0 and math.isfinite(high) else theta * (STEP if low == theta else 1 / STEP)
-        )
+        if low > 0 and math.isfinite(high):
+            theta = math.sqrt(low * high)
+        else:
+            theta = theta * STEP if low == theta else theta / STEP
     return best_theta
 
 

@@ -64,7 +64,7 @@ class Incumbent:
         """A proven bound on every plan; bounds only grow, and never pass the incumbent."""
         bound = min(bound, self.value)
         if bound > self.bound:
-            self.bound = bound
+            self.bound = float(bound)
             self.report()
 
     @property

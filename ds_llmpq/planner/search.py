@@ -34,6 +34,7 @@ POOL_LIMIT = 90
 EXACT_DEPTH = 6  # splits after which long stages on the path are costed exactly
 SMALL = 150  # layers x devices x widths, up to which boxes are enumerated on the way
 GLANCE_STEPS, STUCK_STEPS = 1_000, 30_000  # of the enumeration: on the way, and when splitting has ended
+SHARE_STEPS = 200  # steps of enumeration that an evaluated box permits: about as much time
 BATCH_ENTRIES = 40_000
 ROUND_STEPS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -109,7 +110,7 @@ class Search:
         self.last_prices: tuple[float, ...] = ()
         self.start_theta, self.last_theta = theta, 0.0
         self.improve, self.improved, self.next_improve = improve, None, 40
-        self.evaluated = 0
+        self.evaluated = self.enumerated = 0
 
     def _pair(self, eta: int, xi: int) -> Pair:
         arrays = pair_arrays(self.problem, eta, xi)
@@ -472,8 +473,12 @@ class Search:
         return max(self._gaps(node, box, p_top, d_top)) <= 1e-7 * reference
 
     def _exhaust(self, node: Node, steps: int) -> bool:
-        """Enumerate what is left of a box; false when that is too much."""
-        done = self.classes.exact and not self.priced and Enumeration(self, node, steps).run()
+        """Enumerate what is left of a box; false when that is too much, or more than its share of the work so far."""
+        if not self.classes.exact or self.priced or self.enumerated > SHARE_STEPS * (self.evaluated + 10):
+            return False
+        enumeration = Enumeration(self, node, steps)
+        done = enumeration.run()
+        self.enumerated += steps - max(enumeration.steps, 0)
         if done:
             self.closed = min(self.closed, max(node.bound, self.target))
         return done

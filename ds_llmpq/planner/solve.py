@@ -209,8 +209,8 @@ def _exact_if_possible(run: _Run) -> str | None:
 
 
 def _polish(run: _Run, seconds: float, start: Assignment | None = None) -> None:
-    """Repeat the polish while it helps, from the incumbent or another plan; without any mixed-integer solver the search's
-    plan stands."""
+    """Repeat the polish while it helps, from the incumbent or another plan; without any mixed-integer solver the
+    search's plan stands."""
     for _ in range(3):
         before, start = run.best.value, start or run.best.assignment
         if start is None or run.left <= 0:

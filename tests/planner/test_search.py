@@ -1,0 +1,92 @@
+"""The specialised search is exact: equal to brute force in every mode, with a bound that holds."""
+
+import pytest
+from brute_force import brute_force
+from random_problems import random_problem
+
+from ds_llmpq.errors import InfeasibleError
+from ds_llmpq.planner import Problem, solve, violations
+
+MODES = ("theta", "max_quality_loss", "max_latency")
+
+
+def check_against_brute_force(obj, solver="search"):
+    expected = brute_force(obj)
+    if expected is None:
+        with pytest.raises(InfeasibleError):
+            solve(obj, solver=solver, gap=0)
+        return False
+    plan = solve(obj, solver=solver, gap=0)
+    assert plan.solver.objective == pytest.approx(expected[0], rel=1e-7, abs=1e-9)
+    assert plan.solver.bound <= expected[0] * (1 + 1e-7) + 1e-12
+    assert plan.solver.gap <= 1e-6
+    assert violations(Problem.from_json(obj), plan.assignment()) == []
+    return True
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("seed", range(25))
+def test_equals_brute_force(seed, mode):
+    check_against_brute_force(random_problem(seed, mode=mode))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("mode", MODES)
+def test_equals_brute_force_on_a_thousand(mode):
+    solved = sum(check_against_brute_force(random_problem(seed, mode=mode)) for seed in range(1000, 1334))
+    assert solved > 200  # the rest is infeasible, and said to be so
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_auto_equals_brute_force(seed):
+    check_against_brute_force(random_problem(100 + seed), solver="auto")
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_bound_and_gap_hold_on_medium_problems(seed):
+    obj = random_problem(seed, layers=10, devices=4, widths=3, types=2)
+    _agree(obj, 0.01, ("search", "highs"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_solvers_agree_on_many_medium_problems():
+    for seed in range(200):
+        obj = random_problem(5000 + seed, layers=8, devices=3, widths=2, types=2)
+        _agree(obj, 0.01, ("search", "highs", "gurobi") if seed % 4 == 0 else ("search", "highs"))
+
+
+def _agree(obj, gap, solvers):
+    plans = []
+    for solver in solvers:
+        try:
+            plans.append(solve(obj, solver=solver, gap=gap, baselines=False))
+        except InfeasibleError:
+            plans.append(None)
+    assert len({plan is None for plan in plans}) == 1
+    if plans[0] is not None:
+        bound = max(plan.solver.bound for plan in plans)
+        for plan in plans:
+            assert plan.solver.gap <= gap + 1e-9
+            assert plan.solver.objective * (1 - gap - 1e-6) <= min(p.solver.objective for p in plans) + 1e-9
+            assert bound <= plan.solver.objective * (1 + 1e-6) + 1e-9
+
+
+def test_deterministic_for_a_seed():
+    obj = random_problem(7, layers=12, devices=4, widths=3, types=2, mode="theta")
+    first, second = (solve(obj, seed=3).to_json() for _ in range(2))
+    for plan in (first, second):
+        del plan["solver"]["seconds"]
+    assert first == second
+
+
+def test_reference_formula_is_solved_too():
+    for seed in range(8):
+        obj = random_problem(seed, mode="theta")
+        try:
+            search = solve(obj, solver="search", gap=0, formula="reference")
+        except InfeasibleError:
+            continue
+        exact = solve(obj, solver="highs", gap=0, formula="reference")
+        assert search.solver.objective == pytest.approx(exact.solver.objective, rel=1e-6)
