@@ -22,10 +22,11 @@ export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARA
 if (($#)); then
   exec python -m pytest "$@"
 fi
-ruff check .
-ruff format --check .
-slow="slow or launcher or netns"
+# whatever fails, all of it is run and said
 failed=0
+ruff check . || failed=1
+ruff format --check . || failed=1
+slow="slow or launcher or netns"
 python -m pytest -q -rs --durations=10 -m "not ($slow)" || failed=1
 python -m pytest -q -rs --durations=25 -m "$slow" || failed=1
 echo "tests took $SECONDS s in all"
