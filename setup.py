@@ -3,7 +3,9 @@
 from setuptools import find_packages, setup
 
 GPU = ["nvidia-ml-py>=12.0"]
+LENGTHS = ["pyarrow>=18"]  # parquet files of past answers
 DEV = [
+    *LENGTHS,
     "hypothesis>=6.100",
     "pytest>=8.0",
     "pytest-timeout>=2.3",
@@ -48,11 +50,12 @@ setup(
         "omegaconf>=2.3.1",
         "psutil>=5.9",
         "safetensors>=0.8",
+        "scikit-learn>=1.7",
         "scipy>=1.17",
         "torch>=2.13",
         "tqdm>=4.66",
         "transformers>=5.23",
     ],
-    extras_require={"dev": DEV, "gpu": GPU},
+    extras_require={"dev": DEV, "gpu": GPU, "lengths": LENGTHS},
     entry_points={"console_scripts": ["ds-llmpq = ds_llmpq.cli:main"]},
 )

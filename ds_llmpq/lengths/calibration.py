@@ -1,0 +1,112 @@
+"""From a model's scores to tokens and upper bounds, fitted on validation data (split conformal prediction)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from ds_llmpq.lengths.tasks import Task
+
+_FEWEST = 20  # validation examples of a class before its own quantiles are trusted
+
+
+def level_name(level: float) -> str:
+    """`q90` of 0.9."""
+    return f"q{100 * level:g}"
+
+
+def conformal_quantile(values: np.ndarray, level: float) -> float:
+    """The ceil((n + 1) level)-th smallest of n values: covers a new one with at least that probability."""
+    rank = min(int(np.ceil((len(values) + 1) * level)), len(values))
+    return float(np.sort(values)[rank - 1])
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """`offsets` [levels]: added to log(1 + base bound). `class_bounds` [classes][levels]: tokens. `scores`, `tokens`:
+    knots of the increasing map of pairwise scores to tokens. `shift`: of regression targets (mse: to the mean)."""
+
+    offsets: tuple[float, ...] = ()
+    class_bounds: tuple[tuple[float, ...], ...] = ()
+    scores: tuple[float, ...] = ()
+    tokens: tuple[float, ...] = ()
+    factor: float = 1.0  # on tokens
+
+    @classmethod
+    def fit(cls, task: Task, scores: np.ndarray, tokens: np.ndarray) -> Calibration:
+        """From validation scores [n, k] and true lengths [n]."""
+        if task.is_classes or task.is_ordinal:
+            return cls(class_bounds=_class_bounds(task, classes_of(task, scores), tokens))
+        base = cls()
+        if task.kind == "pairwise":
+            base = cls(scores=(knots := _monotone(scores[:, 0], tokens))[0], tokens=knots[1])
+        elif task.loss == "mse":  # the exponential of a mean logarithm is a median: bring the mean back
+            base = cls(factor=float(tokens.mean() / base.point(task, scores).mean()))
+        offsets = []
+        for place, level in enumerate(task.quantiles):
+            errors = np.log1p(tokens) - np.log1p(base._base_bound(task, scores, place))
+            offsets.append(conformal_quantile(errors, level))
+        return cls(tuple(offsets), (), base.scores, base.tokens, base.factor)
+
+    def point(self, task: Task, scores: np.ndarray) -> np.ndarray:
+        """Predicted tokens [n]."""
+        if task.is_classes or task.is_ordinal:
+            return np.array(task.class_tokens)[classes_of(task, scores)]
+        if task.kind == "pairwise":
+            return np.interp(scores[:, 0], self.scores, self.tokens)
+        return np.maximum(task.tokens(scores[:, 0]) * self.factor, 1.0)
+
+    def bounds(self, task: Task, scores: np.ndarray) -> dict[str, np.ndarray]:
+        """Upper bounds [n] by name (`q90`), rising with the level."""
+        found, lower = {}, np.ones(len(scores))
+        for place, level in enumerate(task.quantiles):
+            if self.class_bounds:
+                bound = np.array(self.class_bounds)[classes_of(task, scores), place]
+            else:
+                bound = np.expm1(np.log1p(self._base_bound(task, scores, place)) + self.offsets[place])
+            lower = np.maximum(bound, lower)
+            found[level_name(level)] = lower
+        return found
+
+    def _base_bound(self, task: Task, scores: np.ndarray, place: int) -> np.ndarray:
+        """The model's own quantile where it has one (a column after the point's), else its point prediction."""
+        if task.kind == "regression" and scores.shape[1] > 1 + place:
+            return task.tokens(scores[:, 1 + place])
+        return self.point(task, scores)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Calibration:
+        value = dict(value)
+        value["class_bounds"] = tuple(tuple(row) for row in value["class_bounds"])
+        return cls(**{name: tuple(entry) if isinstance(entry, list) else entry for name, entry in value.items()})
+
+
+def classes_of(task: Task, scores: np.ndarray) -> np.ndarray:
+    """Class [n] of a classifying (logits [n, C]) or ordinal (index [n, 1]) model's scores."""
+    return task.nearest_class(scores[:, 0]) if task.is_ordinal else scores.argmax(1)
+
+
+def _class_bounds(task: Task, predicted: np.ndarray, tokens: np.ndarray) -> tuple[tuple[float, ...], ...]:
+    rows = []
+    for label in range(len(task.class_tokens)):
+        own = tokens[predicted == label]
+        values = own if len(own) >= _FEWEST else tokens
+        rows.append(tuple(conformal_quantile(values, level) for level in task.quantiles))
+    return tuple(rows)
+
+
+def _monotone(scores: np.ndarray, tokens: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Knots of the best increasing step function of scores (pool adjacent violators), one at each block's middle."""
+    order = np.argsort(scores, kind="stable")
+    blocks: list[list[float]] = []  # sum of scores, sum of tokens, count
+    for score, length in zip(scores[order].tolist(), tokens[order].tolist(), strict=True):
+        blocks.append([score, length, 1.0])
+        while len(blocks) > 1 and blocks[-2][1] / blocks[-2][2] >= blocks[-1][1] / blocks[-1][2]:
+            last = blocks.pop()
+            blocks[-1] = [one + other for one, other in zip(blocks[-1], last, strict=True)]
+    return tuple(block[0] / block[2] for block in blocks), tuple(block[1] / block[2] for block in blocks)

@@ -1,0 +1,173 @@
+"""A Hugging Face encoder as model of lengths, with the head and the two-phase training of the SSJF paper.
+
+[CLS] -> Linear(hidden, h) -> ReLU -> Linear(h [+ one-hot of models], h) -> ReLU -> Linear(outputs). AdamW trains all
+layers for the first half of the epochs, then the head alone. torch and transformers are imported by this module only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModel, AutoTokenizer
+
+from ds_llmpq.errors import UserError
+from ds_llmpq.lengths.dataset import lengths_of, truncated
+from ds_llmpq.lengths.records import Example
+from ds_llmpq.lengths.tasks import Task
+from ds_llmpq.schema_lengths import ProxyConfig
+
+
+class Head(nn.Module):
+    """[n, hidden], [n, models] -> [n, outputs]."""
+
+    def __init__(self, hidden: int, models: int, width: int, outputs: int):
+        super().__init__()
+        self.first = nn.Linear(hidden, width)
+        self.second = nn.Linear(width + models, width)
+        self.last = nn.Linear(width, outputs)
+
+    def forward(self, pooled: torch.Tensor, one_hot: torch.Tensor) -> torch.Tensor:
+        hidden = torch.relu(self.first(pooled))
+        return self.last(torch.relu(self.second(torch.cat([hidden, one_hot], dim=1))))
+
+
+class EncoderModel:
+    """Scores as `NgramModel` gives them; quantile columns only for loss=quantile."""
+
+    kind = "encoder"
+
+    def __init__(self, encoder: nn.Module, head: Head, tokenizer: Any, described: dict[str, Any]):
+        self.encoder, self.head, self.tokenizer, self.described = encoder, head, tokenizer, described
+
+    @classmethod
+    def fit(
+        cls, task: Task, train: Sequence[Example], models: Sequence[str], limits: dict[str, Any], config: ProxyConfig,
+        seed: int = 0,
+    ) -> EncoderModel:  # fmt: skip
+        """Fine-tunes the encoder of `config.path`. `limits`: truncation and max_tokens of prompts."""
+        if config.path is None:
+            raise UserError("proxy.kind=encoder needs proxy.path=DIR, a local folder of a Hugging Face encoder.")
+        if config.epochs < 1 or config.batch_size < 2 or config.hidden < 1 or not config.learning_rate > 0:
+            raise UserError("proxy.epochs, hidden and learning_rate must be positive, and proxy.batch_size at least 2.")
+        torch.manual_seed(seed)
+        encoder, tokenizer = _pretrained(Path(config.path).expanduser())
+        size, known = encoder.config.hidden_size, list(models) if len(models) > 1 else []
+        described = {"hidden_size": size, "width": config.hidden, "models": known, "outputs": _outputs(task), **limits}
+        model = cls(encoder, Head(size, len(known), config.hidden, _outputs(task)), tokenizer, described)
+        model._train(task, train, config, seed)
+        return model
+
+    @torch.no_grad()
+    def scores(self, examples: Sequence[Example], batch_size: int = 32) -> np.ndarray:
+        self.encoder.eval()
+        self.head.eval()
+        # like lengths together: less padding
+        order = np.argsort([len(example.text) for example in examples], kind="stable")
+        found = np.zeros((len(examples), self.described["outputs"]))
+        for start in range(0, len(order), batch_size):
+            places = order[start : start + batch_size]
+            found[places] = self._forward([examples[place] for place in places]).float().cpu().numpy()
+        return found
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        self.encoder.save_pretrained(folder / "encoder")
+        self.tokenizer.save_pretrained(folder / "encoder")
+        save_file(
+            {name: value.contiguous() for name, value in self.head.state_dict().items()}, folder / "head.safetensors"
+        )
+        return self.described
+
+    @classmethod
+    def load(cls, folder: Path, described: dict[str, Any]) -> EncoderModel:
+        encoder, tokenizer = _pretrained(folder / "encoder")
+        head = Head(described["hidden_size"], len(described["models"]), described["width"], described["outputs"])
+        head.load_state_dict(load_file(folder / "head.safetensors"))
+        return cls(encoder, head, tokenizer, described)
+
+    def _forward(self, examples: Sequence[Example]) -> torch.Tensor:
+        device = next(self.encoder.parameters()).device
+        rows = [self._ids(example.text) for example in examples]
+        longest, padding = max(map(len, rows)), self.tokenizer.pad_token_id or 0
+        ids = torch.tensor([row + [padding] * (longest - len(row)) for row in rows], device=device)
+        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device)
+        pooled = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state[:, 0]
+        known = self.described["models"]
+        one_hot = [[float(example.model == name) for name in known] for example in examples]
+        return self.head(pooled, torch.tensor(one_hot, device=device).reshape(len(examples), len(known)))
+
+    def _ids(self, text: str) -> list[int]:
+        """Special tokens around what is kept of the prompt; no longer than the encoder's positions."""
+        special = self.tokenizer.num_special_tokens_to_add()
+        most = min(self.described["max_tokens"], getattr(self.encoder.config, "max_position_embeddings", 512))
+        ids = truncated(
+            self.tokenizer.encode(text, add_special_tokens=False), max(most - special, 1), self.described["truncation"]
+        )
+        before, after = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
+        return ([] if before is None else [before]) + ids + ([] if after is None else [after])
+
+    def _train(self, task: Task, train: Sequence[Example], config: ProxyConfig, seed: int) -> None:
+        tokens = lengths_of(train)
+        targets = torch.tensor(task.labels(tokens) if task.is_classes else task.targets(tokens).astype(np.float32))
+        generator = np.random.default_rng(seed)
+        everything = [*self.encoder.parameters(), *self.head.parameters()]
+        optimizer = torch.optim.AdamW(everything, lr=config.learning_rate)
+        for epoch in range(config.epochs):
+            frozen = epoch >= math.ceil(config.epochs / 2)
+            self.encoder.requires_grad_(not frozen)
+            self.encoder.train(not frozen)
+            self.head.train()
+            for places in _batches(len(train), config.batch_size, generator):
+                optimizer.zero_grad()
+                loss = _loss(task, self._forward([train[place] for place in places]), targets[places])
+                loss.backward()
+                optimizer.step()
+            if not torch.isfinite(loss):
+                raise UserError(f"Training diverged in epoch {epoch + 1}; give a smaller proxy.learning_rate.")
+
+
+def _outputs(task: Task) -> int:
+    if task.is_classes:
+        return len(task.class_tokens)
+    return 1 + len(task.quantiles) if task.kind == "regression" and task.loss == "quantile" else 1
+
+
+def _loss(task: Task, scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    targets = targets.to(scores.device)
+    if task.is_classes:
+        return nn.functional.cross_entropy(scores, targets)
+    if task.kind == "pairwise":
+        # every pair of the batch: the longer answer should have the higher score
+        margins, order = scores[:, 0, None] - scores[None, :, 0], torch.sign(targets[:, None] - targets[None, :])
+        return (nn.functional.softplus(-margins * order) * order.abs()).sum() / order.abs().sum().clamp(min=1)
+    if task.loss == "mse":
+        return nn.functional.mse_loss(scores[:, 0], targets)
+    levels = [0.5, *task.quantiles] if scores.shape[1] > 1 else [0.5]
+    errors = targets[:, None] - scores
+    level = torch.tensor(levels, device=scores.device)
+    return torch.maximum(level * errors, (level - 1) * errors).sum(1).mean()
+
+
+def _batches(count: int, size: int, generator: np.random.Generator) -> Iterator[np.ndarray]:
+    order = generator.permutation(count)
+    for start in range(0, count, size):
+        yield order[start : start + size]
+
+
+def _pretrained(path: Path) -> tuple[nn.Module, Any]:
+    """Encoder and tokenizer of a local folder: safetensors only, nothing downloaded, no code of the folder's."""
+    options = {"local_files_only": True, "trust_remote_code": False}
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path} holds no config.json; give a local folder of a Hugging Face encoder.")
+    try:
+        encoder = AutoModel.from_pretrained(str(path), use_safetensors=True, dtype=torch.float32, **options)
+        tokenizer = AutoTokenizer.from_pretrained(str(path), **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(f"{path} cannot be loaded as an encoder ({str(error).splitlines()[0]}).") from None
+    return encoder.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer

@@ -1,0 +1,64 @@
+"""How good predictions of lengths are."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.stats import kendalltau
+
+_PAIRS = 20_000
+
+
+def regression_metrics(true: np.ndarray, predicted: np.ndarray, seed: int = 0) -> dict[str, float]:
+    """MAE and RMSE in tokens, Kendall's tau-b, and how often the longer of two answers is predicted longer (a tie
+    counts half; pairs of equal length are left out)."""
+    error = predicted - true
+    tau = kendalltau(true, predicted).statistic
+    return {
+        "mae_tokens": float(np.abs(error).mean()),
+        "rmse_tokens": float(np.sqrt((error**2).mean())),
+        "kendall_tau": 0.0 if np.isnan(tau) else float(tau),
+        "pairwise_accuracy": pairwise_accuracy(true, predicted, seed),
+    }
+
+
+def pairwise_accuracy(true: np.ndarray, predicted: np.ndarray, seed: int = 0) -> float:
+    """Over all pairs, or 20,000 drawn ones."""
+    count = len(true)
+    if count * (count - 1) // 2 <= _PAIRS:
+        left, right = np.triu_indices(count, 1)
+    else:
+        left, right = np.random.default_rng(seed).integers(0, count, (2, _PAIRS))
+    differ = true[left] != true[right]
+    left, right = left[differ], right[differ]
+    if not len(left):
+        return 0.5
+    agreement = np.sign(true[left] - true[right]) * np.sign(predicted[left] - predicted[right])
+    return float((1 + agreement).mean() / 2)
+
+
+def class_metrics(true: np.ndarray, predicted: np.ndarray, classes: int) -> dict[str, float]:
+    """Accuracy, within-one accuracy, and precision, recall and F1 averaged over classes that occur in either."""
+    confusion = np.zeros((classes, classes))
+    np.add.at(confusion, (true, predicted), 1)
+    hits = np.diag(confusion)
+    occurring = (confusion.sum(0) + confusion.sum(1)) > 0
+    with np.errstate(invalid="ignore", divide="ignore"):
+        precision = np.nan_to_num(hits / confusion.sum(0))
+        recall = np.nan_to_num(hits / confusion.sum(1))
+        f1 = np.nan_to_num(2 * precision * recall / (precision + recall))
+    return {
+        "accuracy": float((true == predicted).mean()),
+        "within_one_accuracy": float((np.abs(true - predicted) <= 1).mean()),
+        "macro_precision": float(precision[occurring].mean()),
+        "macro_recall": float(recall[occurring].mean()),
+        "macro_f1": float(f1[occurring].mean()),
+    }
+
+
+def bound_metrics(true: np.ndarray, bounds: dict[str, np.ndarray]) -> dict[str, float]:
+    """By bound (q90, q95): the share of answers within it, which should be its level, and its mean in tokens."""
+    found = {}
+    for name, bound in bounds.items():
+        found[f"{name}_coverage"] = float((true <= bound).mean())
+        found[f"{name}_mean_tokens"] = float(bound.mean())
+    return found

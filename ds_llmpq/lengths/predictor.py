@@ -1,0 +1,146 @@
+"""A predictor of output lengths: trained, applied, measured, and kept in a folder of JSON and safetensors."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ds_llmpq.errors import UserError
+from ds_llmpq.lengths.calibration import Calibration, classes_of
+from ds_llmpq.lengths.dataset import Dataset, fingerprint, lengths_of, unanswered
+from ds_llmpq.lengths.length_metrics import bound_metrics, class_metrics, regression_metrics
+from ds_llmpq.lengths.ngrams import Features, NgramModel
+from ds_llmpq.lengths.records import Example
+from ds_llmpq.lengths.tasks import Task
+from ds_llmpq.schema_lengths import LengthDataConfig, LengthTaskConfig, ProxyConfig
+
+SCHEMA = 1
+FILE_NAME = "predictor.json"
+PROXIES = ("ngrams", "encoder")
+_TIMED_ALONE = 30  # predictions timed one by one
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """`tokens` [n]; `bounds`: name (`q90`) -> [n] tokens; `classes` [n] where the task has classes."""
+
+    tokens: np.ndarray
+    bounds: dict[str, np.ndarray]
+    classes: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """`about`: fingerprint of the training data, settings, numbers of examples, training time."""
+
+    task: Task
+    model: Any  # NgramModel or EncoderModel
+    calibration: Calibration
+    about: dict[str, Any]
+
+    def predict(self, examples: Sequence[Example]) -> Predictions:
+        """Lengths of answers not yet given; what is known of them is not looked at."""
+        if not examples:
+            return Predictions(np.zeros(0), {}, None)
+        scores = self.model.scores(unanswered(examples))
+        has_classes = self.task.is_classes or self.task.is_ordinal
+        return Predictions(
+            self.calibration.point(self.task, scores),
+            self.calibration.bounds(self.task, scores),
+            classes_of(self.task, scores) if has_classes else None,
+        )
+
+    def save(self, folder: Path) -> None:
+        """predictor.json and weights; `UserError` where the folder cannot be written."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            described = {
+                "schema": SCHEMA,
+                "kind": self.model.kind,
+                "task": self.task.to_json(),
+                "model": self.model.save(folder),
+                "calibration": self.calibration.to_json(),
+                "about": self.about,
+            }
+            (folder / FILE_NAME).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{folder} cannot be written ({error.strerror}); give another out=DIR.") from None
+
+
+def load_predictor(folder: Path) -> Predictor:
+    """What `save` wrote. `UserError`: not such a folder."""
+    try:
+        described = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
+        if described["schema"] != SCHEMA:
+            raise UserError(
+                f"{folder / FILE_NAME} has schema {described['schema']!r}; this version reads {SCHEMA} only."
+            )
+        model = _model_class(described["kind"]).load(folder, described["model"])
+        task, calibration = Task.from_json(described["task"]), Calibration.from_json(described["calibration"])
+        return Predictor(task, model, calibration, described["about"])
+    except UserError:
+        raise
+    except Exception as error:  # safetensors has exceptions of its own
+        raise UserError(f"{folder} holds no predictor ({error!r}); give a folder that `lengths train` wrote.") from None
+
+
+def train(dataset: Dataset, task: LengthTaskConfig, proxy: ProxyConfig, data: LengthDataConfig) -> Predictor:
+    """Thresholds and weights from the training split, calibration from the validation split."""
+    started = time.perf_counter()
+    fitted = Task.fit(task, lengths_of(dataset.train))
+    if proxy.kind == "encoder":
+        limits = {"truncation": data.truncation, "max_tokens": data.max_tokens}
+        model = _model_class("encoder").fit(fitted, dataset.train, dataset.models, limits, proxy, data.seed)
+    else:
+        _model_class(proxy.kind)
+        if proxy.features < 2:
+            raise UserError(f"proxy.features is {proxy.features} but must be at least 2.")
+        features = Features(proxy.features, data.truncation, data.max_tokens, dataset.models)
+        model = NgramModel.fit(fitted, dataset.train, dataset.validation, features, proxy, data.seed)
+    scores = model.scores(unanswered(dataset.validation))
+    calibration = Calibration.fit(fitted, scores, lengths_of(dataset.validation))
+    about = {
+        "fingerprint": fingerprint(dataset.train),
+        "examples": {name: len(getattr(dataset, name)) for name in ("train", "validation", "test")},
+        "models": list(dataset.models),
+        "median_tokens": float(np.median(lengths_of(dataset.train))),
+        "rounds": data.rounds,
+        "train_seconds": time.perf_counter() - started,
+    }
+    return Predictor(fitted, model, calibration, about)
+
+
+def evaluate(predictor: Predictor, examples: Sequence[Example]) -> dict[str, float]:
+    """All metrics on examples with known lengths. `cpu_seconds_*`: processor time of this process per prediction, all
+    examples at once and one by one. `mae_of_constant_tokens`: always saying the training data's median."""
+    true = lengths_of(examples)
+    started = time.process_time()
+    found = predictor.predict(examples)
+    together = (time.process_time() - started) / len(examples)
+    started = time.process_time()
+    for example in examples[:_TIMED_ALONE]:
+        predictor.predict([example])
+    alone = (time.process_time() - started) / min(_TIMED_ALONE, len(examples))
+    metrics = {"examples": len(examples)} | regression_metrics(true, found.tokens)
+    metrics["mae_of_constant_tokens"] = float(np.abs(true - predictor.about["median_tokens"]).mean())
+    if found.classes is not None:
+        labels = predictor.task.labels(true)
+        metrics |= class_metrics(labels, found.classes, len(predictor.task.class_tokens))
+    metrics |= bound_metrics(true, found.bounds)
+    return metrics | {"cpu_seconds_per_prediction": together, "cpu_seconds_per_prediction_alone": alone}
+
+
+def _model_class(kind: str) -> Any:
+    if kind == "ngrams":
+        return NgramModel
+    if kind == "encoder":
+        from ds_llmpq.lengths.encoder import EncoderModel  # torch and transformers take seconds
+
+        return EncoderModel
+    raise UserError(f"proxy.kind is {kind!r} but must be one of {', '.join(PROXIES)}.")

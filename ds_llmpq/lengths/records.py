@@ -1,0 +1,241 @@
+"""Answers of the past as examples: read from JSON lines, CSV, parquet, LMSYS-Chat-1M, or this project's own results."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ds_llmpq.errors import UserError
+
+LAYOUTS = ("auto", "rows", "lmsys", "results")
+ROUNDS = ("single", "multi")
+# names under which files have been seen to hold the same thing; the first found counts
+_TEXT = ("text", "prompt", "prompt_text", "input", "user_prompt")
+_ANSWER = ("response", "answer", "output", "completion")
+_LENGTH = ("output_tokens", "completion_tokens", "output_token_length", "length", "GeneratedTokens")
+_PROMPT_LENGTH = ("prompt_tokens", "prompt_token_length", "ContextTokens")
+_CONVERSATION = ("conversation", "conversations", "messages")
+_WORD = re.compile(r"\w+|[^\w\s]")
+
+Counter = Callable[[str], int]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One answer: what was asked (with the turns before it), who answered, and how long it was.
+
+    `conversation` keeps turns of one conversation in one split. `cut`: the answer met its token limit, so that
+    `output_tokens` is a lower bound. `output_tokens` is None where only the prompt is known.
+    """
+
+    text: str
+    output_tokens: int | None
+    model: str = ""
+    prompt_tokens: int = 0
+    conversation: str = ""
+    turn: int = 0
+    cut: bool = False
+
+
+def count_words(text: str) -> int:
+    """Words and punctuation marks: the stand-in for tokens when no tokenizer is given."""
+    return sum(1 for _ in _WORD.finditer(text))
+
+
+def tokenizer_counter(folder: str | None) -> Counter:
+    """Counts tokens with a tokenizer from a local folder. `UserError`: no such folder, or no tokenizer in it."""
+    if folder is None:
+        return count_words
+    from ds_llmpq.models.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(str(Path(folder).expanduser()), False)
+    return lambda text: len(tokenizer.encode(text, add_special_tokens=False))
+
+
+def read_examples(
+    path: Path,
+    layout: str = "auto",
+    rounds: str = "single",
+    batch_input: Path | None = None,
+    count: Counter = count_words,
+    answered: bool = True,
+) -> list[Example]:
+    """Examples of a file. `answered=False` also takes rows without an answer, to predict for.
+
+    `UserError`: unreadable, an unknown layout, no example in it.
+    """
+    if layout not in LAYOUTS or rounds not in ROUNDS:
+        raise UserError(
+            f"lengths.layout is {layout!r} and lengths.rounds is {rounds!r}, but they must be one of "
+            f"{', '.join(LAYOUTS)} and {', '.join(ROUNDS)}."
+        )
+    rows = _rows(path)
+    if layout == "results" or (layout == "auto" and rows and {"custom_id", "response"} <= rows[0].keys()):
+        found = list(_from_results(rows, batch_input, path))
+    else:
+        found = [example for number, row in enumerate(rows) for example in _from_row(row, number, rounds, count)]
+    if answered:
+        found = [example for example in found if example.output_tokens is not None and example.output_tokens > 0]
+    if not found:
+        raise UserError(
+            f"{path} holds no usable example; rows need a prompt or conversation and a response or output_tokens."
+        )
+    return found
+
+
+def batch_examples(path: Path, count: Counter = count_words) -> list[tuple[str, Example]]:
+    """(custom_id, example) of an OpenAI batch file's requests, without answers."""
+    rows = _rows(path)
+    return [(str(row.get("custom_id")), _request(row, count)) for row in rows if isinstance(row.get("body"), dict)]
+
+
+def conversation_text(messages: Iterable[tuple[str, str]]) -> str:
+    """Turns as text; a lone user turn stays as it is."""
+    turns = list(messages)
+    if len(turns) == 1 and turns[0][0] == "user":
+        return turns[0][1]
+    return "\n".join(f"{role}: {content}" for role, content in turns)
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """Objects of a file by its ending: .csv, .parquet, else JSON lines (or one JSON list)."""
+    try:
+        if path.is_dir():
+            files = sorted(path.glob("*.parquet")) + sorted(path.glob("*.jsonl")) + sorted(path.glob("*.csv"))
+            if not files:
+                raise UserError(f"{path} holds no .parquet, .jsonl or .csv file; give the file itself.")
+            return [row for file in files for row in _rows(file)]
+        if path.suffix == ".parquet":
+            return _parquet(path)
+        if path.suffix == ".csv":
+            with open(path, newline="", encoding="utf-8-sig") as stream:
+                return list(csv.DictReader(stream))
+        text = path.read_text(encoding="utf-8-sig")
+        lines = (
+            json.loads(text)
+            if text.lstrip().startswith("[")
+            else [json.loads(s) for s in text.split("\n") if s.strip()]
+        )
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read ({error}); give JSON lines, CSV or parquet.") from None
+    if not all(isinstance(row, dict) for row in lines):
+        raise UserError(f"{path} holds rows that are no objects; give one JSON object a line.")
+    return lines
+
+
+def _parquet(path: Path) -> list[dict[str, Any]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise UserError("Parquet files need pyarrow; install ds_llmpq[lengths], or give JSON lines or CSV.") from None
+    try:
+        known = {*_TEXT, *_ANSWER, *_LENGTH, *_PROMPT_LENGTH, *_CONVERSATION, "model", "conversation_id", "turn"}
+        names = [name for name in parquet.read_schema(path).names if name in known]
+        return parquet.read_table(path, columns=names).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{path} cannot be read as parquet ({error}).") from None
+
+
+def _first(row: dict[str, Any], names: tuple[str, ...]) -> Any:
+    return next((row[name] for name in names if row.get(name) not in (None, "")), None)
+
+
+def _from_row(row: dict[str, Any], number: int, rounds: str, count: Counter) -> Iterator[Example]:
+    """Examples of one row: a prompt with its answer, or a conversation with one or all of its answers."""
+    model, conversation = str(row.get("model") or ""), str(row.get("conversation_id") or number)
+    messages = _messages(_first(row, _CONVERSATION))
+    if messages:
+        yield from _turns(messages, model, conversation, rounds, count)
+        return
+    text = _first(row, _TEXT)
+    if not isinstance(text, str):
+        return
+    answer, length, prompt = (_first(row, names) for names in (_ANSWER, _LENGTH, _PROMPT_LENGTH))
+    tokens = _whole(length) if length is not None else count(answer) if isinstance(answer, str) else None
+    turn = _whole(row.get("turn") or 0) or 0
+    if rounds == "multi" or turn == 0:
+        yield Example(text, tokens, model, _whole(prompt) or count(text), conversation, turn, bool(row.get("cut")))
+
+
+def _turns(messages: list, model: str, conversation: str, rounds: str, count: Counter) -> Iterator[Example]:
+    turn = 0
+    for place, (role, content) in enumerate(messages):
+        if role != "assistant" or place == 0:
+            continue
+        text = conversation_text(messages[:place])
+        yield Example(text, count(content), model, count(text), conversation, turn)
+        turn += 1
+        if rounds == "single":
+            return
+    if messages[-1][0] == "user" and (turn == 0 or rounds == "multi"):  # asked, not answered yet
+        text = conversation_text(messages)
+        yield Example(text, None, model, count(text), conversation, turn)
+
+
+def _messages(value: Any) -> list[tuple[str, str]]:
+    """(role, content) of a conversation; CSV files hold it as JSON text."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return []
+    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+        return []
+    roles = {"human": "user", "gpt": "assistant"}
+    pairs = [
+        (message.get("role") or message.get("from"), message.get("content") or message.get("value"))
+        for message in value
+    ]
+    return [(roles.get(str(role), str(role)), _plain(content)) for role, content in pairs if content is not None]
+
+
+def _plain(content: Any) -> str:
+    """A message's text; content may be a list of text parts."""
+    if isinstance(content, list):
+        return "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+    return str(content)
+
+
+def _from_results(rows: list[dict[str, Any]], batch_input: Path | None, path: Path) -> Iterator[Example]:
+    """Answers of results.jsonl with the prompts of the batch file they answer. Lengths are the run's own counts."""
+    if batch_input is None:
+        raise UserError(f"{path} holds answers without prompts; give the batch file they answer as lengths.input=FILE.")
+    requests = dict(batch_examples(batch_input))
+    for row in rows:
+        body = (row.get("response") or {}).get("body") or {}
+        request = requests.get(str(row.get("custom_id")))
+        if request is None or "usage" not in body:
+            continue
+        usage, choice = body["usage"], (body.get("choices") or [{}])[0]
+        yield Example(
+            text=request.text,
+            output_tokens=_whole(usage.get("completion_tokens")),
+            model=str(body.get("model") or request.model),
+            prompt_tokens=_whole(usage.get("prompt_tokens")) or request.prompt_tokens,
+            conversation=str(row["custom_id"]),
+            cut=choice.get("finish_reason") == "length",
+        )
+
+
+def _request(row: dict[str, Any], count: Counter) -> Example:
+    body = row["body"]
+    prompt = body.get("prompt")
+    messages = _messages(body.get("messages"))
+    if messages:
+        text = conversation_text(messages)
+    else:  # token ids say little without their tokenizer, but they can be told apart
+        text = prompt if isinstance(prompt, str) else " ".join(map(str, prompt or []))
+    return Example(text, None, str(body.get("model") or ""), count(text), str(row.get("custom_id")))
+
+
+def _whole(value: Any) -> int | None:
+    try:
+        return None if value in (None, "") else int(float(value))
+    except (TypeError, ValueError):
+        raise UserError(f"A length is {value!r} but must be a whole number of tokens.") from None

@@ -1,0 +1,103 @@
+"""What a predictor learns: targets from lengths, and lengths back from targets. All numbers come from training data.
+
+regression           log(1 + tokens), standardized; loss l1 or quantile: the median, mse: the mean
+binary, multiclass   class of the length between percentile boundaries, decoded to the class's mean length
+*_ordinal            the class index as a number, rounded
+pairwise             a score that is higher for the longer answer of a pair
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from ds_llmpq.errors import UserError
+from ds_llmpq.schema_lengths import LengthTaskConfig
+
+KINDS = ("regression", "binary", "multiclass", "multiclass_ordinal", "binary_ordinal", "pairwise")
+LOSSES = ("l1", "mse", "quantile")
+_PERCENTILES = {"binary": (50.0,), "multiclass": (25.0, 50.0, 75.0, 99.0)}
+
+
+@dataclass(frozen=True)
+class Task:
+    """`thresholds` [C - 1]: class c holds lengths in (thresholds[c - 1], thresholds[c]]. `class_tokens` [C]: mean
+    length by class. `location`, `scale`: of log(1 + tokens)."""
+
+    kind: str
+    loss: str
+    quantiles: tuple[float, ...]
+    thresholds: tuple[float, ...]
+    class_tokens: tuple[float, ...]
+    location: float
+    scale: float
+
+    @classmethod
+    def fit(cls, config: LengthTaskConfig, tokens: np.ndarray) -> Task:
+        """From the lengths [n] of training data alone. `UserError` for a setting that does not exist."""
+        if config.kind not in KINDS or config.loss not in LOSSES:
+            raise UserError(
+                f"task.kind is {config.kind!r} and task.loss is {config.loss!r}, but they must be one of "
+                f"{', '.join(KINDS)} and {', '.join(LOSSES)}."
+            )
+        if any(not 0.5 < level < 1 for level in config.quantiles):
+            raise UserError(f"task.quantiles is {config.quantiles} but each must lie between 0.5 and 1.")
+        percentiles = config.percentiles or _PERCENTILES["binary" if config.kind.startswith("binary") else "multiclass"]
+        if list(percentiles) != sorted(set(percentiles)) or not 0 < percentiles[0] <= percentiles[-1] < 100:
+            raise UserError(f"task.percentiles is {list(percentiles)} but must rise from above 0 to below 100.")
+        # boundaries are lengths that occur, each once, below the longest: so no class is empty
+        thresholds = np.unique(np.percentile(tokens, percentiles, method="lower"))
+        thresholds = thresholds[thresholds < tokens.max()]
+        if not len(thresholds) and config.kind not in ("regression", "pairwise"):
+            raise UserError(
+                f"All of task.percentiles {list(percentiles)} fall on the longest training answer ({tokens.max():g} "
+                "tokens), so there is nothing to tell apart; give lower ones."
+            )
+        labels = np.digitize(tokens, thresholds, right=True)
+        means = [float(tokens[labels == label].mean()) for label in range(len(thresholds) + 1)]
+        logs = np.log1p(tokens)
+        return cls(
+            config.kind,
+            config.loss,
+            tuple(sorted(config.quantiles)),
+            tuple(thresholds.tolist()),
+            tuple(means),
+            float(logs.mean()),
+            float(logs.std()) or 1.0,
+        )
+
+    @property
+    def is_classes(self) -> bool:
+        return self.kind in ("binary", "multiclass")
+
+    @property
+    def is_ordinal(self) -> bool:
+        return self.kind.endswith("_ordinal")
+
+    def labels(self, tokens: np.ndarray) -> np.ndarray:
+        """Class [n] of lengths [n]."""
+        return np.digitize(tokens, self.thresholds, right=True)
+
+    def targets(self, tokens: np.ndarray) -> np.ndarray:
+        """What a regressing model learns, [n]; pairwise: any increasing function of the length."""
+        if self.is_ordinal:
+            return self.labels(tokens).astype(float)
+        return (np.log1p(tokens) - self.location) / self.scale
+
+    def tokens(self, targets: np.ndarray) -> np.ndarray:
+        """Lengths [n] of regression targets [n], at least one token."""
+        # beyond e^20 tokens there is no answer, only overflow
+        return np.maximum(np.expm1(np.minimum(targets * self.scale + self.location, 20.0)), 1.0)
+
+    def nearest_class(self, targets: np.ndarray) -> np.ndarray:
+        """Class [n] of ordinal targets [n]."""
+        return np.clip(np.rint(targets), 0, len(self.class_tokens) - 1).astype(int)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Task:
+        return cls(**{name: tuple(entry) if isinstance(entry, list) else entry for name, entry in value.items()})
