@@ -39,7 +39,8 @@ def price_of_limit(
     probe = Search(problem, best, pins, gap=gap, deadline=deadline)
     if objective.mode == "theta" or probe.small or not probe.pairs:
         return None
-    theta, low, high = plausible_theta(probe.pairs[0]), 0.0, math.inf
+    seconds = objective.limit if objective.mode == "max_latency" else 0.0
+    theta, low, high = plausible_theta(probe.pairs[0], seconds), 0.0, math.inf
     reached, best_theta = -math.inf, theta
     share = 0.1 * (deadline - time.monotonic())
     for _ in range(ROUNDS):

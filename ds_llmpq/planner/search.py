@@ -504,15 +504,15 @@ class Search:
             return self.problem.objective.theta
         if self.start_theta is not None:
             return self.start_theta
-        return plausible_theta(pair)
+        return plausible_theta(pair, self.problem.objective.limit if self.mode == "max_latency" else 0.0)
 
 
-def plausible_theta(pair: Pair) -> float:
-    """A price at which the whole range of quality losses is worth about the least latency."""
+def plausible_theta(pair: Pair, seconds: float = 0.0) -> float:
+    """A price at which the whole range of quality losses is worth about the least latency (or `seconds`, if more)."""
     omega = pair.arrays.omega
     spread = float((omega.max(axis=1) - omega.min(axis=1)).sum())
-    seconds = pair.slow * pair.root.p_low + max(pair.slowest, pair.ring) * pair.root.d_low
-    return max(seconds, 1e-9) / max(spread, 1e-9)
+    least = (pair.slow + 1) * pair.root.p_low + max(pair.slowest, pair.ring) * pair.root.d_low
+    return max(least, seconds, 1e-9) / max(spread, 1e-9)
 
 
 def _state_space(problem: Problem, pins: Pins, fixed: bool) -> tuple[Classes, PathSpace, bool]:

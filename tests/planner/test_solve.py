@@ -1,0 +1,212 @@
+"""`solve` as a whole: baselines, pins, limits, interruption, progress, infeasible and degenerate problems."""
+
+import copy
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_problems import random_problem
+
+from ds_llmpq.errors import InfeasibleError, UserError
+from ds_llmpq.planner import Pins, Problem, evaluate, pareto, solve, violations
+from ds_llmpq.planner.baselines import all_baselines
+from ds_llmpq.planner.objective import objective_value
+
+
+def solved(seed, **options):
+    """(problem object, plan) of the first feasible random problem from `seed` on."""
+    while True:
+        obj = random_problem(seed, **{"mode": "theta", **options})
+        try:
+            return obj, solve(obj, solver="search", gap=0)
+        except InfeasibleError:
+            seed += 1000
+
+
+def never_worse_than_baselines(seed):
+    obj = random_problem(seed)
+    problem = Problem.from_json(obj)
+    try:
+        plan = solve(obj, solver="search")
+    except InfeasibleError:
+        return
+    for baseline in all_baselines(problem).values():
+        if baseline.assignment is not None and not violations(problem, baseline.assignment):
+            reached = objective_value(problem, evaluate(problem, baseline.assignment))
+            assert plan.solver.objective <= reached * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_never_worse_than_any_baseline(seed):
+    never_worse_than_baselines(seed)
+
+
+@pytest.mark.slow
+def test_never_worse_than_any_baseline_on_five_hundred():
+    for seed in range(2000, 2500):
+        never_worse_than_baselines(seed)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), layers=st.integers(1, 7), devices=st.integers(1, 4))
+def test_a_plan_never_breaks_a_rule(seed, layers, devices):
+    obj = random_problem(seed, layers=layers, devices=devices)
+    try:
+        plan = solve(obj, solver="search", gap=0.05, time_limit_seconds=5)
+    except UserError:
+        return
+    problem = Problem.from_json(obj)
+    assert violations(problem, plan.assignment()) == []
+    assert plan.predicted == evaluate(problem, plan.assignment()).summary()
+    assert plan.solver.bound <= plan.solver.objective * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_pins_are_respected_and_cost_something(seed):
+    obj, free = solved(seed, layers=4, devices=3)
+    width = obj["bits"][0]
+    last = free.stages[-1]
+    for pins in (
+        {"bits": {"0": width, "3": free.stages[-1].bits[-1]}},
+        {"order": [stage.device for stage in free.stages]},
+        {"layers": {last.device: list(last.layers)}},
+        {"micro_batch": dict(free.micro_batch)},
+    ):
+        try:
+            plan = solve(obj, solver="search", gap=0, pins=pins)
+        except InfeasibleError:
+            assert "bits" in pins  # all other pins are taken from a feasible plan
+            continue
+        assert plan.solver.objective >= free.solver.objective * (1 - 1e-9)
+        exact = solve(obj, solver="highs", gap=0, pins=pins)
+        assert plan.solver.objective == pytest.approx(exact.solver.objective, rel=1e-6)
+        if "bits" in pins:
+            assert plan.stages[0].bits[0] == width
+        else:
+            assert plan.solver.objective == pytest.approx(free.solver.objective, rel=1e-9)
+
+
+def test_malformed_pins_give_their_sentence():
+    obj, plan = solved(1, layers=4, devices=2)
+    name = plan.stages[0].device
+    for pins, sentence in (
+        ({"orders": []}, "unknown key"),
+        ({"order": ["nowhere"]}, "pins.order"),
+        ({"order": [name, name]}, "each device once"),
+        ({"layers": {name: [2, 9]}}, "within 4 layers"),
+        ({"bits": {"7": 4}}, "layers are 0 to 3"),
+        ({"bits": {"0": 5}}, "pins.bits.0"),
+        ({"micro_batch": {"prefill": 99}}, "pins.micro_batch.prefill"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            solve(obj, pins=pins)
+    assert Pins.from_json(None, Problem.from_json(obj)) == Pins()
+
+
+def test_progress_reports_a_closing_gap():
+    events = []
+    obj = random_problem(6, layers=10, devices=3, widths=3, mode="theta")
+    solve(obj, solver="search", progress=events.append)
+    bounds = [event.bound for event in events if event.bound is not None]
+    values = [event.incumbent for event in events if event.incumbent is not None]
+    assert bounds == sorted(bounds)
+    assert values == sorted(values, reverse=True)
+    assert events[-1].gap <= 0.01 + 1e-12
+
+
+def test_interruption_keeps_the_incumbent_and_a_valid_bound():
+    obj = random_problem(6, layers=10, devices=3, widths=3, mode="theta")
+    complete = solve(obj, solver="search", gap=0.001)
+
+    def stop(event):
+        if event.incumbent is not None and event.bound > 0:
+            raise KeyboardInterrupt
+
+    plan = solve(obj, solver="search", gap=0.001, progress=stop)
+    assert plan.solver.status == "interrupted"
+    assert plan.solver.bound <= complete.solver.objective * (1 + 1e-9)
+    assert violations(Problem.from_json(obj), plan.assignment()) == []
+
+
+def test_time_limit_keeps_a_valid_bound():
+    obj = random_problem(6, layers=10, devices=3, widths=3, mode="theta")
+    plan = solve(obj, solver="search", gap=0.0, time_limit_seconds=1e-6)
+    assert plan.solver.status == "time_limit"
+    assert plan.solver.bound <= solve(obj, solver="search").solver.objective
+
+
+def test_zero_memory_is_explained():
+    obj = random_problem(0, layers=3, devices=2)
+    for device in obj["devices"]:
+        device["memory_bytes"] = 0
+    with pytest.raises(InfeasibleError, match="No plan fits the memory") as caught:
+        solve(obj)
+    assert "lacks about" in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_a_smaller_batch_is_proposed_and_suffices():
+    obj = random_problem(1, layers=3, devices=1, widths=1, sizes=1, mode="theta")
+    obj["memory"].update(kv_bytes_per_sequence_layer=1e7, embed_bytes=0, head_bytes=0)
+    obj["workload"]["sequences"] = 16
+    weights = obj["memory"]["layer_bytes"][str(obj["bits"][0])]
+    total = sum(weights) if isinstance(weights, list) else 3 * weights
+    obj["devices"][0]["memory_bytes"] = total + 5.5 * 3e7 + 1e7
+    with pytest.raises(InfeasibleError, match="at most 5 sequences instead of 16"):
+        solve(obj)
+    obj["workload"]["sequences"] = 5
+    solve(obj, solver="search")
+
+
+def test_no_latencies_at_all_are_explained():
+    obj = random_problem(0, layers=2, devices=1)
+    for kind in obj["device_types"].values():
+        kind["decode_layer_seconds"] = {bits: {} for bits in kind["decode_layer_seconds"]}
+    with pytest.raises(InfeasibleError, match="No device can run any layer"):
+        solve(obj)
+
+
+@pytest.mark.parametrize("mode", ["max_quality_loss", "max_latency"])
+def test_an_impossible_limit_names_the_least_possible(mode):
+    obj, _ = solved(4, layers=3, devices=2)
+    strict = {**copy.deepcopy(obj), "objective": {"mode": mode, "limit": 1e-9}}
+    with pytest.raises(InfeasibleError, match=r"raise problem\.objective\.limit to") as caught:
+        solve(strict, solver="search")
+    least = float(str(caught.value).split("limit to ")[1].rstrip(".").split(" or ")[0])
+    loose = {**obj, "objective": {"mode": mode, "limit": least * 1.001}}
+    assert solve(loose, solver="search").stages
+
+
+def test_one_layer_on_one_device():
+    _, plan = solved(0, layers=1, devices=1)
+    assert len(plan.stages) == 1
+    assert plan.stages[0].layers == (0, 1)
+
+
+def test_unknown_options_are_refused():
+    obj = random_problem(0)
+    for options in ({"solver": "cplex"}, {"gap": -1}, {"time_limit_seconds": 0}, {"formula": "mine"}):
+        with pytest.raises(UserError, match=next(iter(options))):
+            solve(obj, **options)
+
+
+def test_pareto_front_is_a_front():
+    obj, _ = solved(8, layers=6, devices=2, widths=3)
+    plans = pareto(obj, points=5, time_limit_seconds=20, solver="search")
+    latencies = [plan.predicted["latency_seconds"] for plan in plans]
+    losses = [plan.predicted["quality_loss"] for plan in plans]
+    assert len(plans) >= 2
+    assert latencies == sorted(latencies)
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_imports_neither_frameworks_nor_solvers():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, ds_llmpq.planner; "
+        "print([m for m in ('torch','transformers','deepspeed','gurobipy','highspy','scipy') if m in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
