@@ -229,9 +229,7 @@ def _usable_tokenizer(tokenizer: str | Path | None, vocab: int) -> Path | None:
         return path
     if path == TINY_TOKENIZER:
         return None
-    raise UserError(
-        f"vocab={vocab} is below the tokenizer's {max(ids) + 1}: raise it or leave the tokenizer out."
-    )
+    raise UserError(f"vocab={vocab} is below the tokenizer's {max(ids) + 1}: raise it or leave the tokenizer out.")
 
 
 def _token_ids(tokenizer: Path | None) -> dict[str, int]:
