@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from ds_llmpq.lengths.simulator import BATCHINGS
+
 _LABELS = {
     "load": "load (share of what the slots could do)",
     "rate": "arrivals (jobs/s)",
@@ -21,7 +23,7 @@ def plot_against(path: Path, rows: list[dict[str, Any]], x: str, y: str) -> bool
     values = sorted({row[x] for row in rows if row[x] is not None})
     if len(values) < 2:
         return False
-    panels = list(dict.fromkeys(row["batching"] for row in rows))
+    panels = [name for name in BATCHINGS if any(row["batching"] == name for row in rows)]
     figure, axes = _figure(len(panels))
     for axis, batching in zip(axes, panels, strict=True):
         for policy in dict.fromkeys(row["policy"] for row in rows):

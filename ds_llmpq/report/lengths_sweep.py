@@ -10,6 +10,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from ds_llmpq.lengths.simulator import BATCHINGS
 from ds_llmpq.report import sweep
 from ds_llmpq.report.lengths_plots import plot_against
 from ds_llmpq.report.lengths_text import comparison_text
@@ -38,6 +39,7 @@ class SimulationSummary(Callback):
 
 def write_comparison(folder: Path, found: list[dict[str, Any]]) -> None:
     """The metrics of all points as summary.csv, plots and comparison.md."""
+    found = sorted(found, key=lambda point: BATCHINGS.index(point["settings"]["batching"]))
     rows = [row for point in found for row in point_rows(point)]
     with open(folder / "summary.csv", "w", newline="") as stream:
         writer = csv.DictWriter(stream, list(rows[0]))
