@@ -15,19 +15,22 @@ from ds_llmpq.batch.results import check_folder
 from ds_llmpq.errors import Interrupted, UserError
 from ds_llmpq.report import sweep
 
+# verbs whose first argument may be a bare word, and the key it stands for
+_WORD_KEYS = {"report": "what", "lengths": "action"}
+
 _USAGE = """usage: ds-llmpq VERB [key=value ...]     (ds-llmpq VERB --help shows a verb's keys)
 
-  detect   describe this machine as a cluster
-  plan     decide layers, bit widths and micro-batches; writes plan.json, problem.json, hostfile
-  profile  time this machine's devices on the model, for `plan planner.profile=DIR`
+  detect       describe this machine as a cluster
+  profile      time this machine's devices on the model, for `plan planner.profile=DIR`
   sensitivity  what each layer loses at each width, for `plan planner.omega=FILE`
-  quantize write the model at a plan's widths, for `run quantized=DIR`
-  run      plan if needed, start DeepSpeed, turn a file of prompts into a file of results
-  evaluate perplexity and divergence of a plan on its pipeline, predicted against measured
-  serve    one rank of a planned pipeline, started by the deepspeed launcher
-  lengths  prepare | train | evaluate | predict | characterize: how long answers will be
-  simulate scheduling policies on simulated arrivals: FCFS, SJF, SSJF, with and without batching
-  report   fidelity run=DIR | fidelity profile=DIR: predictions against measurements
+  plan         decide layers, bit widths and micro-batches; writes plan.json, problem.json, hostfile
+  quantize     write the model at a plan's widths, for `run quantized=DIR`
+  run          plan if needed, start DeepSpeed, turn a file of prompts into a file of results
+  serve        one rank of a planned pipeline, started by the deepspeed launcher
+  evaluate     perplexity and divergence of a plan on its pipeline, predicted against measured
+  report       fidelity run=DIR | fidelity profile=DIR: predictions against measurements
+  lengths      prepare | train | evaluate | predict | characterize: how long answers will be
+  simulate     scheduling policies on simulated arrivals: FCFS, SJF, SSJF, with and without batching
 """
 
 
@@ -38,10 +41,8 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(print(_USAGE))
     if verb == "--version":
         sys.exit(print(__version__))
-    if verb == "report" and rest and not rest[0].startswith("-") and "=" not in rest[0]:
-        rest[0] = f"what={rest[0]}"
-    if verb == "lengths" and rest and not rest[0].startswith("-") and "=" not in rest[0]:
-        rest[0] = f"action={rest[0]}"
+    if verb in _WORD_KEYS and rest and not rest[0].startswith("-") and "=" not in rest[0]:
+        rest[0] = f"{_WORD_KEYS[verb]}={rest[0]}"
     try:
         if verb not in config.VERBS:
             raise UserError(f"There is no verb {verb!r}; the verbs are {', '.join(config.VERBS)}.")
@@ -64,8 +65,8 @@ def report(error: UserError) -> int:
 def _through_hydra(verb: str, arguments: list[str]) -> int:
     """Runs a verb once, or many times with -m; the worst exit code of all."""
     config.register()
-    if verb == "run" and not arguments:
-        arguments = ["+experiment=demo"]
+    if verb == "run" and all(argument.startswith("out=") for argument in arguments):
+        arguments = ["+experiment=demo", *arguments]
     if not any(argument.startswith("-") for argument in arguments):
         arguments = [config.quoted(argument) for argument in arguments]
         # says a mistake in one sentence before Hydra says it in many lines
