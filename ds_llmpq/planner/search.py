@@ -23,7 +23,7 @@ from ds_llmpq.planner.enumeration import Enumeration
 from ds_llmpq.planner.feasibility import furthest_layer, pairs
 from ds_llmpq.planner.incumbent import Incumbent
 from ds_llmpq.planner.objective import Assignment, Prediction, Stage, evaluate
-from ds_llmpq.planner.paths import PathSpace, Step
+from ds_llmpq.planner.paths import CostsToGo, PathSpace, Step
 from ds_llmpq.planner.pins import Pins
 from ds_llmpq.planner.problem import Problem
 from ds_llmpq.planner.rounding import choose_widths, refine
@@ -335,8 +335,7 @@ class Search:
         for _ in range(rounds):
             tried = replace(node, duals=duals, exact=best.exact)
             if self.priced:
-                tried = self._ascend(tried, 50 if not self.last_prices else 12)
-                self.last_prices = tried.duals.prices
+                tried = self._ascend(tried, 60 if node.depth == 0 else 12)
             ((bound, path),) = self.evaluate([tried])
             if not path or bound >= self.target:
                 best = replace(best, bound=max(best.bound, bound))
@@ -348,7 +347,7 @@ class Search:
             theta = self._next_theta(tried, bound, bracket, factor)
             duals, reached = replace(self._next_duals(tried), theta=theta), max(reached, bound)
             best = replace(best, exact=node.exact | self._inexact(tried, path))
-        self.last_theta = best.duals.theta
+        self.last_theta, self.last_prices = best.duals.theta, best.duals.prices
         # First keep the bound, then forget the node: an interruption in between loses nothing.
         if best.bound >= self.target or math.isinf(best.bound):
             self.closed = min(self.closed, best.bound)
@@ -405,9 +404,15 @@ class Search:
         counts, prices = np.array(self.classes.counts), np.array(node.duals.prices)
         constant, goal = self.constant(bare), self._goal(node)
         best, best_prices, step = -math.inf, prices, 1.0
+
+        def value_at(tried: np.ndarray) -> tuple[float, CostsToGo]:
+            costs = self.space.costs_to_go((stage + tried[:, None, None])[None], link[None], final[None])
+            return costs.least(0) + constant - float(tried @ counts), costs
+
+        if value_at(0 * prices)[0] > value_at(prices)[0]:
+            prices = 0 * prices  # what another box has taught does not help here
         for _ in range(rounds):
-            costs = self.space.costs_to_go((stage + prices[:, None, None])[None], link[None], final[None])
-            value = costs.least(0) + constant - float(prices @ counts)
+            value, costs = value_at(prices)
             if math.isinf(value):
                 break
             step = step if value > best else 0.7 * step
