@@ -115,7 +115,9 @@ def _fit(entry: dict[str, Any]) -> Fit:
     return Fit(**entry, weights=weights, residuals=residuals, **ranges)
 
 
-def fit_profile(profile: Profile, shape: ModelShape, keep: Callable[[Measured], bool] = lambda point: True) -> LatencyModel:
+def fit_profile(
+    profile: Profile, shape: ModelShape, keep: Callable[[Measured], bool] = lambda point: True
+) -> LatencyModel:
     """Fits every part with at least three points that `keep` lets through."""
     setup = profile.setup
     unit = RooflineCosts(_NEUTRAL, shape, setup.dtype, setup.group_size, setup.axis, setup.kernel)

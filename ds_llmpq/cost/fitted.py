@@ -99,4 +99,3 @@ def load_model(path: str | Path, shape: ModelShape, setup: Setup, force: bool = 
         remedy = "profile again, or use it all the same with planner.profile_force=true"
         check_setup(found, setup, f"profile {file}", remedy)
     return fit_profile(table, shape) if table else read_model(file)
-

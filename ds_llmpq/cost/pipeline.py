@@ -1,9 +1,10 @@
 """The engine's schedule played through in time: when each stage works, waits and hands on, and how long it all takes.
 
-`simulate` follows what the engine does instruction by instruction (its prefill and decode schedules, receives posted
-one micro-batch ahead, sends that block only when too many are under way, tokens returned by the last stage to all others on their own channel,
-groups that drop out when all of their rows are done). Stage and link times go in, so any cost model can be put behind
-it. Every message is known before it is needed, so the events can be computed in the order of the passes.
+`simulate` follows what the engine does instruction by instruction: its prefill and decode schedules, receives posted
+one micro-batch ahead, sends that block only when too many are under way, tokens returned by the last stage to all
+others on their own channel, groups that drop out when all of their rows are done. Stage and link times go in, so any
+cost model can be put behind it. Every message is known before it is needed, so the events can be computed in the order
+of the passes.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ class UniformTimes:
 
 @dataclass(frozen=True)
 class Span:
-    """What a stage does from `start` for `seconds`: prefill, decode, wait_receive, wait_send or wait_tokens, for rows [a, b)."""
+    """What a stage does from `start` for `seconds`, for rows [a, b): prefill, decode, wait_receive, wait_send or
+    wait_tokens."""
 
     stage: int
     name: str

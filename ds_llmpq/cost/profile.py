@@ -196,5 +196,3 @@ def check_setup(found: Setup, setup: Setup, where: str, remedy: str) -> None:
     difference = found.disagreement(setup)
     if difference:
         raise UserError(f"{where} was measured with {difference}; {remedy}")
-
-

@@ -66,6 +66,7 @@ class Session:
         share = plan.engine["stages"][place.stage_index].get("cpu_share")
         if share:
             CpuShare(share).attach(module)
+        memory.release_freed()
         self.load_seconds = time.perf_counter() - started
         self.trace = Trace(place.stage_index, place.device)
         self.store = self._kv_store(model_path)

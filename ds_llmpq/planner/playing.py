@@ -1,4 +1,4 @@
-"""A plan played through the engine's schedule (`cost.pipeline`): what the formula says in closed form, event by event."""
+"""A plan played through the engine's schedule (`cost.pipeline`): event by event what the formula says at once."""
 
 from __future__ import annotations
 

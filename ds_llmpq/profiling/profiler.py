@@ -90,9 +90,7 @@ def _resumed(file: Path, setup: Setup, force: bool) -> set[tuple[Point, int]] | 
     return {(sample.point, sample.round) for sample in found.samples}
 
 
-def _profile_type(
-    task: Task, device: Device, types: int, file: Path, done: set[tuple[Point, int]], show: Show
-) -> None:
+def _profile_type(task: Task, device: Device, types: int, file: Path, done: set[tuple[Point, int]], show: Show) -> None:
     kind = device.type
     bits = [width for width in task.bits if width in feasible_bits(kind, task.dtype)]
     groups = sampling_plan(kind.name, bits, task.sizes, task.workload)

@@ -13,6 +13,7 @@ import json
 import random
 import subprocess
 import sys
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -28,6 +29,7 @@ from ds_llmpq.planner.build import prepare
 from ds_llmpq.planner.planfile import deployed, write_plan
 from ds_llmpq.planner.playing import play
 from ds_llmpq.planner.profiled import profiled_costs
+from ds_llmpq.report.fidelity import Pair, error_table, scatter, verdict
 from ds_llmpq.report.plan_table import bits_text, table
 
 ROOM = 8 << 30  # budgets are not what is measured here
@@ -56,6 +58,11 @@ def main() -> None:
         rows.append((assignment, prediction.latency_seconds, played.latency_seconds, measured_seconds(folder)))
         print(describe(*rows[-1]), flush=True)
     report(rows, out)
+    pairs = [pair for folder in sorted(out.glob("plan??")) for pair in pass_pairs(folder)]
+    text = f"{error_table(pairs)}\n{verdict(pairs, 'single passes (lower quartile of each stage)')}"
+    print(text)
+    (out / "passes.txt").write_text(text + "\n")
+    scatter(pairs, out / "passes.png", "Passes of stages: plan against the lower quartile of a run's")
 
 
 def planning(options):
@@ -127,6 +134,27 @@ def measured_seconds(folder: Path) -> float:
     start = passes[len(passes) // 2]
     last = max(event["pid"] for event in events)
     return (max(event["ts"] + event["dur"] for event in events if event["pid"] == last) - start) / 1e6
+
+
+def pass_pairs(folder: Path) -> list[Pair]:
+    """Each stage's planned pass beside the lower quartile of its passes in the trace: what other programs on the
+    machine add to some passes does not move it. A last stage's sampling counts; time between spans is not in it."""
+    plan = json.loads(folder.with_suffix(".json").read_text())
+    spans = defaultdict(list)
+    for event in json.loads((folder / "trace.json").read_text())["traceEvents"]:
+        spans[event["pid"], event["name"]].append(event["dur"] / 1e6)
+    pairs = []
+    for index, stage in enumerate(plan["stages"]):
+        sampling = lower_quartile(spans.get((index, "sample"), [0.0]))
+        bits = "/".join(map(str, sorted(set(stage["bits"]))))
+        for phase in ("prefill", "decode"):
+            measured = lower_quartile(spans[index, phase]) + sampling
+            pairs.append(Pair(stage["device_type"], phase, bits, stage[f"{phase}_seconds"], measured))
+    return pairs
+
+
+def lower_quartile(times: list[float]) -> float:
+    return sorted(times)[len(times) // 4]
 
 
 def describe(assignment: Assignment, formula: float, played: float, measured: float) -> str:

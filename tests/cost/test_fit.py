@@ -130,7 +130,8 @@ def test_unprofiled_bits_types_and_ranges_are_said():
     assert "4 sequences at 500 tokens lie outside the profiled 1 to 8 sequences and 16 to 64 tokens" in str(model.notes)
     other = costs(random_profile(1), dataclasses.replace(CORE, name="other"))
     assert other.provenance == "roofline (the profile has no other)"
-    assert dataclasses.replace(model, device_type=dataclasses.replace(CORE, bits=(16,))).prefill_seconds(4, 1, 1) is None
+    narrow = dataclasses.replace(model, device_type=dataclasses.replace(CORE, bits=(16,)))
+    assert narrow.prefill_seconds(4, 1, 1) is None
 
 
 def test_rounds_become_one_number_that_a_disturbance_does_not_move():

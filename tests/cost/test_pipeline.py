@@ -1,6 +1,7 @@
 """The simulated schedule against a step-by-step reference with processes of its own, and against the plan's formula."""
 
 import heapq
+import itertools
 import random
 from collections import deque
 
@@ -245,5 +246,5 @@ def test_chrome_events_do_not_overlap_on_a_stage():
     played = simulate(times, [3] * 6, [4, 2, 6, 1, 3, 5], cut(6, 2), cut(6, 3))
     for stage in range(3):
         events = sorted((e["ts"], e["dur"]) for e in played.chrome_events() if e["pid"] == stage)
-        for (start, seconds), (following, _) in zip(events, events[1:], strict=False):
+        for (start, seconds), (following, _) in itertools.pairwise(events):
             assert start + seconds <= following + 1e-6

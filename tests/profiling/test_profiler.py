@@ -138,7 +138,7 @@ def test_a_profile_of_another_kernel_or_version_is_not_extended(folder, tmp_path
     made, here = task(folder("llama"), seconds=0.0), cluster()
     old = replace(made, setup=replace(made.setup, libraries=made.setup.libraries | {"hqq": "0.1"}))
     profiler.profile(old, here, tmp_path, False, silent)
-    with pytest.raises(UserError, match="measured with hqq 0.1, but hqq .* force=true"):
+    with pytest.raises(UserError, match=r"measured with hqq 0\.1, but hqq .* force=true"):
         profiler.profile(made, here, tmp_path, False, silent)
     profiler.profile(made, here, tmp_path, True, silent)
     assert read_profile(tmp_path / "profile.csv").setup == made.setup
@@ -147,11 +147,12 @@ def test_a_profile_of_another_kernel_or_version_is_not_extended(folder, tmp_path
 def test_each_type_is_profiled_once_and_only_here():
     here = cluster(DeviceConfig("core", 0), DeviceConfig("core", 1, cpu_share=0.5), DeviceConfig("core", 2))
     assert [device.type.name for device in profiler.local_types(here)] == ["core", "core_share50"]
+    config = ClusterConfig(name="far")
+    config.device_types = {"core": DeviceTypeConfig("cpu", 1 << 28, 2e10, {"float32": 1e11}, 1e-4)}
+    config.hosts = [HostConfig("far-away.invalid", [DeviceConfig("core", 0)])]
+    far = Cluster.from_config(config)
     with pytest.raises(UserError, match="none of the cluster's hosts"):
-        config = ClusterConfig(name="far")
-        config.device_types = {"core": DeviceTypeConfig("cpu", 1 << 28, 2e10, {"float32": 1e11}, 1e-4)}
-        config.hosts = [HostConfig("far-away.invalid", [DeviceConfig("core", 0)])]
-        profiler.local_types(Cluster.from_config(config))
+        profiler.local_types(far)
 
 
 def test_an_undisturbed_timing_is_wall_time_and_a_disturbed_one_processor_time(monkeypatch):

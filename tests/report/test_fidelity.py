@@ -1,0 +1,86 @@
+"""Tables and verdicts on predictions; the verb on a run's and a profile's folder."""
+
+import json
+
+import pytest
+
+from ds_llmpq.errors import UserError
+from ds_llmpq.report.fidelity import Pair, error_table, run_pairs, verdict
+from ds_llmpq.schema import ReportVerb
+from ds_llmpq.verbs import report
+
+
+def pairs(*errors):
+    return [Pair("core", "decode", "4", (1 + error) * 0.01, 0.01) for error in errors]
+
+
+def test_errors_are_relative_to_the_measurement():
+    text = error_table([*pairs(0.1, -0.3), Pair("core", "prefill", "8", 2.0, 1.0)])
+    decode, prefill = text.splitlines()[2:]
+    assert decode.split() == ["core", "decode", "4", "2", "20.0%", "-30.0%", "-10.0%", "7", "/", "10"]
+    assert "+100.0%" in prefill
+
+
+@pytest.mark.parametrize(
+    ("errors", "said"),
+    [((0.01, -0.05), "can be trusted"), ((0.2, 0.0), "good enough to rank"), ((0.5, 0.4), "do not trust")],
+)
+def test_the_verdict_follows_the_mean(errors, said):
+    text = verdict(pairs(*errors), "passes")
+    assert said in text
+    assert f"{max(map(abs, errors)):.1%} at worst" in text
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    memory = {"weights": 10, "kv": 20, "embed": 0, "head": 0, "workspace": 5, "total": 35}
+    stage = {
+        "stage": 0,
+        "device": "localhost:0",
+        "passes": {"prefill": 2, "decode": 8, "sample": 10},
+        "seconds": {"prefill": 0.2, "decode": 0.08, "sample": 0.01},
+        "pass_seconds": {
+            "prefill": {"predicted": 0.1, "measured": 0.1},
+            "decode": {"predicted": 0.012, "measured": 0.01},
+        },
+        "memory_bytes": {"predicted": memory, "measured": {"weights": 10, "kv": 20, "peak_growth": 70}},
+    }
+    total = {"predicted": 1.0, "measured": 2.0, "ratio": 2.0}
+    totals = {f"{name}_seconds": total for name in ("latency", "prefill", "decode")}
+    folder = tmp_path / "run"
+    folder.mkdir()
+    metrics = {"stages": [stage], "predicted_against_measured": totals}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "plan.json").write_text(json.dumps({"stages": [{"bits": [4, 16, 4]}]}))
+    return folder
+
+
+def test_sampling_counts_to_the_pass(run_folder):
+    prefill, decode = run_pairs(run_folder)
+    assert (prefill.bits, prefill.measured_seconds) == ("4/16", pytest.approx(0.101))
+    assert decode.measured_seconds == pytest.approx(0.011)
+    assert decode.error == pytest.approx(0.012 / 0.011 - 1)
+
+
+def test_the_verb_writes_table_and_scatter(run_folder, tmp_path, capsys):
+    assert report.run(ReportVerb(run=str(run_folder)), tmp_path / "out") == 0
+    said = capsys.readouterr().out
+    assert "latency of a batch: predicted 1.000 s, measured 2.000 s (-50.0%)" in said
+    assert "peak growth" in said
+    assert (tmp_path / "out" / "fidelity.txt").read_text() in said
+    assert (tmp_path / "out" / "fidelity.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (ReportVerb(what="cake", run="x"), "report knows fidelity"),
+        (ReportVerb(), "either run=DIR or profile=DIR"),
+        (ReportVerb(run="a", profile="b"), "either run=DIR or profile=DIR"),
+        (ReportVerb(run="nowhere"), "cannot be read"),
+        (ReportVerb(profile="nowhere"), "no latency model"),
+    ],
+)
+def test_mistakes_are_said(settings, said, tmp_path):
+    with pytest.raises(UserError, match=said):
+        report.run(settings, tmp_path)
