@@ -156,6 +156,8 @@ class BatchConfig:
     ignore_eos: bool = False
     max_row_bytes: int = 4 * 1024 * 1024
     limit: int | None = None  # only the first so many requests
+    order: str = "arrival"  # arrival | prompt_length | predicted_length | bucketed
+    predictor: str | None = None  # folder of `lengths train`; null: a request's own limit stands for its length
 
 
 @dataclass

@@ -142,6 +142,6 @@ class LengthsVerb:
 PATH_KEYS = frozenset(
     (
         *("cases", "data", "predictor", "arrivals.trace", "answers.data", "execution.plan"),
-        *("lengths.input", "lengths.tokenizer", "proxy.path"),
+        *("lengths.input", "lengths.tokenizer", "proxy.path", "batch.predictor"),
     )
 )

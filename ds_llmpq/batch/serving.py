@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from ds_llmpq.batch import metrics
 from ds_llmpq.batch.job import Job
+from ds_llmpq.batch.ordering import ordered, predicted_tokens
 from ds_llmpq.batch.progress import Bar, Lines
 from ds_llmpq.batch.prompts import PreparedRequest, prepare
 from ds_llmpq.batch.reader import RequestFile, read_requests
@@ -81,6 +82,7 @@ class Driver:
         self.slots = cache_slots(job.plan)
         self.started = time.perf_counter()
         file, self.prepared, errors = self._read()
+        self._order()
         self.total = file.total
         self.writer = ResultWriter(job.output, model=Path(job.model_path).name, total=file.total)
         for error in chain(file.errors, errors):
@@ -88,6 +90,7 @@ class Driver:
         self.tokens = 0
         self._loaded_layers = 0
         self._spans: list[tuple[int, int]] = []
+        self._answer_tokens = [0] * len(self.prepared)
 
     def __enter__(self) -> Driver:
         return self
@@ -114,6 +117,7 @@ class Driver:
         request = self.prepared[wave.rows[row].key]
         tokens = sequences.generated[row]
         self.tokens += len(tokens)
+        self._answer_tokens[wave.rows[row].key] = len(tokens)
         if sequences.finish[row] is Finish.BROKEN:
             self.writer.write_error(
                 RowError(
@@ -141,6 +145,7 @@ class Driver:
             reports,
             startup_seconds=self.serving_started - self.started,
         )
+        summary["order"] = self._order_report()
         (folder / "metrics.json").write_text(json.dumps(summary, indent=1) + "\n")
         (folder / "trace.json").write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}) + "\n")
         return summary
@@ -157,6 +162,26 @@ class Driver:
             progress=None,
         )
         return file, prepared, errors
+
+    def _order(self) -> None:
+        batch, name = self.job.batch, Path(self.job.model_path).name
+        expected = None if batch.predictor is None else predicted_tokens(self.prepared, batch.predictor, name)
+        self.prepared = ordered(self.prepared, batch.order, expected)
+
+    def _order_report(self) -> dict[str, Any]:
+        """Decode rounds, each wave running to its longest answer: in this run, and what the same answers would have
+        needed in arrival order. Both are counted from the answers, not timed."""
+        came = sorted(range(len(self.prepared)), key=lambda place: self.prepared[place].request.index)
+        return {
+            "order": self.job.batch.order,
+            "decode_rounds": self._rounds(range(len(self.prepared))),
+            "decode_rounds_in_arrival_order": self._rounds(came),
+            "source": "counted",
+        }
+
+    def _rounds(self, order: Sequence[int]) -> int:
+        spans = wave_rows([self.prepared[i] for i in order], self.job.plan.workload.sequences, self.slots)
+        return sum(max(self._answer_tokens[order[place]] for place in range(*span)) for span in spans)
 
     def _row(self, index: int) -> WaveRow:
         request, params = self.prepared[index], self.prepared[index].request.params

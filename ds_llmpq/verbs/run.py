@@ -8,6 +8,7 @@ from typing import Any
 
 from ds_llmpq import config
 from ds_llmpq.batch.job import Job
+from ds_llmpq.batch.ordering import checked
 from ds_llmpq.batch.progress import ERROR_MARK, Bar, read
 from ds_llmpq.batch.reader import read_requests
 from ds_llmpq.batch.results import check_folder, read_finished
@@ -27,7 +28,8 @@ from ds_llmpq.verbs.serve import SOME_FAILED
 def run(settings: RunVerb, out: Path) -> int:
     if not settings.input:
         raise UserError("run needs input=FILE, a batch file in JSON lines.")
-    read_requests(config.absolute(settings.input), settings.batch)  # what rank 0 would refuse is said at once
+    batch = checked(settings.batch)
+    read_requests(config.absolute(settings.input), batch)  # what rank 0 would refuse is said at once
     check_folder(out)
     if finished := read_finished(out):
         raise UserError(f"{out} already holds {len(finished)} results; give another out=DIR.")
@@ -39,7 +41,7 @@ def run(settings: RunVerb, out: Path) -> int:
         input=str(config.absolute(settings.input)),
         output=str(out),
         engine=settings.engine,
-        batch=settings.batch,
+        batch=batch,
         trust_remote_code=settings.model.trust_remote_code,
         supervised=True,
     )

@@ -12,6 +12,7 @@ import traceback
 
 from ds_llmpq import config
 from ds_llmpq.batch.job import Job
+from ds_llmpq.batch.ordering import checked
 from ds_llmpq.batch.progress import ERROR_MARK
 from ds_llmpq.engine.launcher import end_with_listener
 from ds_llmpq.engine.ranks import launched_rank
@@ -56,7 +57,7 @@ def _job(arguments: list[str]) -> Job:
         input=str(config.absolute(settings.input)),
         output=str(config.absolute(settings.output)),
         engine=settings.engine,
-        batch=settings.batch,
+        batch=checked(settings.batch),
         trust_remote_code=settings.model.trust_remote_code,
     )
 
