@@ -100,7 +100,7 @@ def hessian(
     model: Layerwise, widths: list[int], progress: Progress, on_layer: OnLayer, rows: int, estimate: str, seed: int
 ) -> Table:
     """1/2 lambda ||dW||^2 by second order; lambda is the top eigenvalue of the loss's Hessian over all of a layer's
-    linears, by power iteration on Hessian-vector products (`eigenvalue`), or each linear's mean eigenvalue by
+    linears, by Lanczos iteration on Hessian-vector products (`eigenvalue`), or each linear's mean eigenvalue by
     Hutchinson's estimator (`trace`). Needs the layers from the one looked at to the head, and their graph, in memory.
     """
     from ds_llmpq.sensitivity.curvature import Curvature

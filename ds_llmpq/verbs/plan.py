@@ -66,6 +66,8 @@ def _problem(settings: PlanVerb) -> tuple[Problem, Callable[[Plan], Plan]]:
     cluster = Cluster.from_config(config.cluster_of(settings))
     workload = sized_workload(settings.workload, settings.model, settings.input, settings.batch, shape)
     omega = read_omega(planner.omega) if planner.omega else None
+    if omega is not None:
+        omega.check_model(shape.layers, model["fingerprint"])
     costs_of, cluster = profiled_costs(planner, settings.quant, cluster, shape, settings.engine.dtype, _KERNEL)
     prepared = prepare(
         cluster, shape, workload, settings.quant, planner, omega, settings.engine.dtype, _KERNEL, costs_of

@@ -105,7 +105,9 @@ def test_scores_equal_transformers(stages, quantized, text, tmp_path):
     )
     kl = (full.exp() * (full - kept)).sum(-1).double().mean().item()
     assert found["kl_nats_per_token"] == pytest.approx(kl, rel=1e-3)
-    assert found["top1_agreement"] == pytest.approx((full.argmax(-1) == kept.argmax(-1)).double().mean(), abs=0.002)
+    assert found["top1_agreement"] == pytest.approx(
+        (full.argmax(-1) == kept.argmax(-1)).double().mean().item(), abs=0.002
+    )
     increase = found["loss_increase"]
     assert increase["measured"] == pytest.approx(losses[0] - losses[1], abs=1e-5)
     assert increase["predicted"] == 0.25
@@ -129,7 +131,8 @@ def test_harness_task_from_local_files_equals_the_harness_on_transformers(tmp_pa
     ]
     (tasks / "questions.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
     (tasks / "task.yaml").write_text(
-        f"task: local_choice\ndataset_path: json\ndataset_kwargs:\n  data_files: {{test: {tasks / 'questions.jsonl'}}}\n"
+        f"task: local_choice\ndataset_path: json\ndataset_kwargs:\n"
+        f"  data_files: {{test: {tasks / 'questions.jsonl'}}}\n"
         "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{question}}'\ndoc_to_target: '{{answer}}'\n"
         "doc_to_choice: '{{choices}}'\nmetric_list:\n  - metric: acc\n  - metric: acc_norm\n"
     )

@@ -141,8 +141,7 @@ def test_curvature_is_that_of_the_full_hessian(tmp_path):
     model = Layerwise(Checkpoint(path), QuantConfig(WIDTHS, 8, 1, True), tokens, CPU)
     layers, head, hidden = [model.layer(0), model.layer(1)], model.head(), model.embedded().clone()
     matrix, names = full_hessian(model, layers, head, hidden)
-    eigenvalues = torch.linalg.eigvalsh(matrix)
-    largest = eigenvalues[eigenvalues.abs().argmax()].item()
+    largest = torch.linalg.eigvalsh(matrix)[-1].item()
     found = Curvature(model, layers, head, hidden, seed=0).eigenvalue()
     assert found[names[0]] == pytest.approx(largest, rel=0.1)
     traces = [Curvature(model, layers, head, hidden, seed=seed).traces() for seed in range(24)]
@@ -153,6 +152,16 @@ def test_curvature_is_that_of_the_full_hessian(tmp_path):
         exact = matrix.diagonal()[start : start + size].mean().item()
         assert abs(values.mean() - exact) < 5 * values.std() / len(values) ** 0.5 + 1e-6, name
         start += size
+
+
+def test_the_top_eigenvalue_is_not_the_one_of_largest_magnitude(monkeypatch):
+    """A Hessian with eigenvalues -5, 3, 1, 0.5 by its products alone."""
+    diagonal = torch.tensor([-5.0, 3.0, 1.0, 0.5])
+    curvature = Curvature.__new__(Curvature)
+    curvature.weights = {"a": torch.nn.Parameter(torch.zeros(4))}
+    curvature.generator = torch.Generator().manual_seed(0)
+    monkeypatch.setattr(Curvature, "_products", lambda self, vectors: [diagonal * vectors[0]])
+    assert curvature.eigenvalue()["a"] == pytest.approx(3.0, rel=0.1)
 
 
 def test_a_run_goes_on_where_it_stopped(path, tmp_path, monkeypatch):
