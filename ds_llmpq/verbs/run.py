@@ -77,9 +77,11 @@ def plan_of(settings: RunVerb, out: Path) -> Plan:
 
 
 def checkpoint_of(settings: RunVerb, plan: Plan) -> Path:
-    """Where the weights are: where the user says, else where they were planned for."""
+    """Where the weights are: quantized ones, else where the user says, else where they were planned for."""
     given, planned = settings.model.path, (plan.model or {}).get("path")
-    if given == config.asset("tiny-llama"):  # model=tiny is only the default
+    if settings.quantized is not None:
+        given = settings.quantized
+    elif given == config.asset("tiny-llama"):  # model=tiny is only the default
         given = planned
     if given is None and planned is None:
         raise UserError("The model is known by its shape alone, enough to plan but not to run; give model.path=DIR.")
