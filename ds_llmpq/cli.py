@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
+import threading
 from pathlib import Path
 
 import hydra
@@ -36,6 +38,8 @@ _USAGE = """usage: ds-llmpq VERB [key=value ...]     (ds-llmpq VERB --help shows
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point; exits with 0, or 1 (a mistake), 2 (no plan exists), 3 (some requests failed)."""
+    if hasattr(signal, "SIGPIPE") and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `ds-llmpq plan | head` ends quietly
     verb, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if verb in ("-h", "--help", "help"):
         sys.exit(print(_USAGE))
