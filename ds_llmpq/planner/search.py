@@ -23,8 +23,9 @@ from ds_llmpq.planner.enumeration import Enumeration
 from ds_llmpq.planner.feasibility import furthest_layer, pairs
 from ds_llmpq.planner.incumbent import Incumbent
 from ds_llmpq.planner.objective import Assignment, Prediction, Stage, evaluate
-from ds_llmpq.planner.paths import CostsToGo, PathSpace, Step
+from ds_llmpq.planner.paths import PathSpace, Step
 from ds_llmpq.planner.pins import Pins
+from ds_llmpq.planner.prices import best_prices
 from ds_llmpq.planner.problem import Problem
 from ds_llmpq.planner.rounding import choose_widths, refine
 from ds_llmpq.planner.stages import NEVER, Box, StageBounds
@@ -335,7 +336,7 @@ class Search:
         for _ in range(rounds):
             tried = replace(node, duals=duals, exact=best.exact)
             if self.priced:
-                tried = self._ascend(tried, 60 if node.depth == 0 else 12)
+                tried = self._ascend(tried, 30 if node.depth == 0 else 15)
             ((bound, path),) = self.evaluate([tried])
             if not path or bound >= self.target:
                 best = replace(best, bound=max(best.bound, bound))
@@ -397,38 +398,29 @@ class Search:
         return theta * factor if cheap else theta / factor
 
     def _ascend(self, node: Node, rounds: int) -> Node:
-        """Subgradient ascent on the prices of device classes, with Polyak steps; returns the node with the best."""
+        """The node with better prices of device classes; its other duals stay."""
         bare = replace(node, duals=replace(node.duals, prices=(0.0,) * self.space.classes))
         stage, link, final = self.tables(bare)
         stage = _at_length(stage, _longest_stage(stage))
-        counts, prices = np.array(self.classes.counts), np.array(node.duals.prices)
-        constant, goal = self.constant(bare), self._goal(node)
-        best, best_prices, step = -math.inf, prices, 1.0
+        counts, constant = np.array(self.classes.counts), self.constant(bare)
 
-        def value_at(tried: np.ndarray) -> tuple[float, CostsToGo]:
-            costs = self.space.costs_to_go((stage + tried[:, None, None])[None], link[None], final[None])
-            return costs.least(0) + constant - float(tried @ counts), costs
-
-        if value_at(0 * prices)[0] > value_at(prices)[0]:
-            prices = 0 * prices  # what another box has taught does not help here
-        for _ in range(rounds):
-            value, costs = value_at(prices)
+        def value_and_slope(prices: np.ndarray) -> tuple[float, np.ndarray | None]:
+            costs = self.space.costs_to_go((stage + prices[:, None, None])[None], link[None], final[None])
+            value = costs.least(0) + constant - float(prices @ counts)
             if math.isinf(value):
-                break
-            step = step if value > best else 0.7 * step
-            if value > best:
-                best, best_prices = value, prices
-            used = np.bincount([s.kind for s in costs.path(0)], minlength=self.space.classes)
-            over = np.where((used < counts) & (prices <= 0), 0, used - counts)
-            if not over.any() or value >= goal:
-                break
-            distance = goal - value if math.isfinite(goal) else 0.1 * abs(value)
-            prices = np.maximum(0.0, prices + step * distance / float((over**2).sum()) * over)
-        return replace(node, duals=replace(node.duals, prices=tuple(best_prices.tolist())))
+                return value, None
+            return value, np.bincount([step.kind for step in costs.path(0)], minlength=len(counts)) - counts
+
+        goal = self._goal(node)
+        reference = goal if math.isfinite(goal) else abs(constant)
+        prices = best_prices(
+            value_and_slope, np.array(node.duals.prices), rounds=rounds, goal=goal, tolerance=1e-3 * reference
+        )
+        return replace(node, duals=replace(node.duals, prices=tuple(prices.tolist())))
 
     def _goal(self, node: Node) -> float:
-        """The incumbent's objective in the units of a priced path."""
-        value, limit = self.best.value, self.problem.objective.limit
+        """The target in the units of a priced path, with a little to spare."""
+        value, limit = self.target + 1e-6 * abs(self.target), self.problem.objective.limit
         if self.mode == "max_latency":
             return limit + node.duals.theta * value
         return value + (node.duals.theta * limit if self.mode == "max_quality_loss" else 0.0)
