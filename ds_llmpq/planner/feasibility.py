@@ -14,7 +14,7 @@ from ds_llmpq.errors import InfeasibleError
 from ds_llmpq.planner.arrays import PairArrays, pair_arrays
 from ds_llmpq.planner.problem import DeviceType, Problem
 
-STATE_LIMIT = 300_000
+STATE_LIMIT = 50_000
 
 
 def pairs(problem: Problem) -> list[tuple[int, int]]:
