@@ -283,7 +283,7 @@ class EvaluationConfig:
 
     text: str | None = None  # a UTF-8 file; null: held-out source files of Python's standard library
     row_tokens: int | None = None  # tokens a row; null: the model's positions, at most 1024
-    limit_tokens: int | None = None  # only the text's first so many tokens
+    limit_tokens: int | None = None  # only about so many tokens, in rows taken evenly from all of the text
     reference: bool = True  # also score the unquantized model: loss increase, KL, agreement
     reference_bytes: int = 1 << 30  # its distributions lie in a file meanwhile; KL covers as many tokens as fit
     tasks: list[str] | None = None  # instead of a text: names of lm-evaluation-harness tasks

@@ -53,15 +53,13 @@ class TextScores:
         settings, shape = job.evaluation, read_shape(job.model_path)
         tokenizer = load_tokenizer(job.model_path, job.trust_remote_code)
         self.text = read_text(settings.text, EVALUATION)
-        tokens = encode(self.text, tokenizer)
-        self.whole = settings.limit_tokens is None or len(tokens) <= settings.limit_tokens
-        if not self.whole:
-            tokens = tokens[: settings.limit_tokens]
+        rows = rows_of(encode(self.text, tokenizer), _row_tokens(settings.row_tokens, shape))
+        kept = spread(rows, settings.limit_tokens)
         self.words = self.text.words
-        if not self.whole:
-            self.words = len(tokenizer.decode(tokens, skip_special_tokens=True).split())
+        if len(kept) < len(rows):
+            self.words = sum(len(tokenizer.decode(row[1:], skip_special_tokens=True).split()) for row in kept)
         most = settings.reference_bytes // (4 * shape.vocab) if job.reference else 0
-        self.rows, self.compared = scored_rows(rows_of(tokens, _row_tokens(settings.row_tokens, shape)), most)
+        self.rows, self.compared = scored_rows(kept, most)
 
     def run(self, session: ScoringSession) -> dict[str, Any]:
         progress = Lines()
@@ -74,6 +72,14 @@ class TextScores:
             "text_sha256": self.text.sha256,
             "logprobs": [round(value, 6) for score in scores for value in score.logprobs],
         }
+
+
+def spread(rows: list[list[int]], limit_tokens: int | None) -> list[list[int]]:
+    """At most `limit_tokens` scored tokens in whole rows (at least one), taken evenly from all of the text."""
+    if limit_tokens is None:
+        return rows
+    count = min(len(rows), max(1, limit_tokens // max(len(row) - 1 for row in rows)))
+    return [rows[index * len(rows) // count] for index in range(count)]
 
 
 def scored_rows(rows: list[list[int]], most_compared: int) -> tuple[list[ScoredRow], int]:

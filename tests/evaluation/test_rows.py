@@ -7,7 +7,7 @@ import pytest
 
 from ds_llmpq.errors import UserError
 from ds_llmpq.evaluation.job import ScoreJob
-from ds_llmpq.evaluation.rank import scored_rows, summary
+from ds_llmpq.evaluation.rank import scored_rows, spread, summary
 from ds_llmpq.evaluation.rows import RowBatch, RowScore, ScoredRow
 from ds_llmpq.models.corpus import CALIBRATION, EVALUATION, Text, calibration_rows, read_text, rows_of
 
@@ -47,6 +47,14 @@ def test_only_so_many_tokens_are_compared():
     assert [row.offset for row in scored] == [0, 4, None]
     assert compared == 8
     assert scored_rows(rows_of(list(range(12)), 4), 0)[1] == 0
+
+
+def test_a_limit_takes_rows_from_all_of_the_text():
+    rows = rows_of(list(range(101)), 10)
+    assert spread(rows, None) == rows
+    assert [row[0] for row in spread(rows, 39)] == [0, 30, 60]
+    assert [row[0] for row in spread(rows, 1)] == [0]
+    assert spread(rows, 10_000) == rows
 
 
 def test_summary():
