@@ -84,6 +84,8 @@ def main(spec: dict[str, Any]) -> None:
     _init_process_group(spec["kind"], timeout)
     side = dist.new_group(backend="gloo", timeout=timeout)
     device = torch.device("cuda", rank) if spec["kind"] == "cuda" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     links = _links(rank, device, side) if spec["links"] else []
     passes = _passes(spec, rank, device, side)
     reports = DataChannel(side, rank, len(STAGES)).gather({"links": links, "passes": passes})
@@ -183,6 +185,8 @@ def _ping(rank: int, channel: ActivationChannel, size: int, device: torch.device
     channel.take(mine)
     if rank == 1:
         channel.give(message)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # NCCL's wait holds up the stream, not this thread
     seconds = (time.perf_counter() - start) / 2
     channel.flush()
     return seconds
