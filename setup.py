@@ -3,6 +3,7 @@
 from setuptools import find_packages, setup
 
 GPU = ["nvidia-ml-py>=12.0"]
+EVAL = ["lm_eval>=0.4.13"]
 LENGTHS = ["pyarrow>=18"]  # parquet files of past answers
 DEV = [
     *LENGTHS,
@@ -56,6 +57,6 @@ setup(
         "tqdm>=4.66",
         "transformers>=5.23",
     ],
-    extras_require={"dev": DEV, "gpu": GPU, "lengths": LENGTHS},
+    extras_require={"dev": DEV, "eval": EVAL, "gpu": GPU, "lengths": LENGTHS},
     entry_points={"console_scripts": ["ds-llmpq = ds_llmpq.cli:main"]},
 )
