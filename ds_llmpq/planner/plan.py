@@ -43,7 +43,7 @@ class SolverReport:
     """`bound` is proven: no plan has a smaller objective; `gap` = (objective - bound) / |objective|.
 
     `status` is "optimal" (gap closed to the one asked for), "time_limit" or "interrupted" (incumbent and bound so
-    far), or "checked" (a plan given by hand, no bound).
+    far), "stalled" (nothing left to try that would raise the bound), or "checked" (a plan given by hand, no bound).
     """
 
     name: str

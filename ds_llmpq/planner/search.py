@@ -61,6 +61,7 @@ class Node:
     used: tuple[int, ...] = ()
     depth: int = 0
     exact: frozenset[tuple[int, int]] = frozenset()  # (kind, length) of stages to cost exactly
+    again: bool = False  # nothing is left to split: settled once more with a thorough search for theta
 
 
 @dataclass
@@ -324,7 +325,10 @@ class Search:
         self.active += halves
         self.active.remove(node)
         for half in halves:
-            self._settle(half, rounds=2, factor=1 + 1 / (3 + half.depth))
+            if half.again:
+                self._settle(half, rounds=14, factor=3.0)
+            else:
+                self._settle(half, rounds=2, factor=1 + 1 / (3 + half.depth))
 
     def _close(self, node: Node) -> None:
         self.closed = min(self.closed, node.bound)
@@ -437,11 +441,13 @@ class Search:
                 return []
             p_top, d_top = box.p_high, box.d_high
             if self._negligible(node, box, p_top, d_top):
+                if self.mode != "theta" and self.start_theta is None and not node.again:
+                    return [replace(node, again=True, prediction=None)]  # only a better price can help
                 self.closed = min(self.closed, node.bound)
                 return []
         elif self.small and node.depth % 4 == 2 and self._exhaust(node, GLANCE_STEPS):
             return []
-        child = replace(node, depth=node.depth + 1, prediction=None)
+        child = replace(node, depth=node.depth + 1, prediction=None, again=False)
         p_gap, d_gap = self._gaps(node, box, p_top, d_top)
         if p_gap >= d_gap:
             middle = _middle(box.p_low, p_top)
@@ -471,7 +477,7 @@ class Search:
 
     def _exhaust(self, node: Node, steps: int) -> bool:
         """Enumerate what is left of a box; false when that is too much, or more than its share of the work so far."""
-        if not self.classes.exact or self.priced or self.enumerated > SHARE_STEPS * (self.evaluated + 10):
+        if not self.classes.exact or self.priced or self.enumerated > SHARE_STEPS * (self.evaluated + 100):
             return False
         enumeration = Enumeration(self, node, steps)
         done = enumeration.run()

@@ -92,7 +92,7 @@ def solve(
     if best.assignment is None:
         raise _no_plan(run)
     if status == "optimal" and best.gap > gap + 1e-12:
-        status = "time_limit"
+        status = "time_limit" if run.left <= 0 else "stalled"
     report = SolverReport(
         "+".join(run.names) or solver, best.value, best.bound, _finite(best.gap), time.monotonic() - started, status
     )
