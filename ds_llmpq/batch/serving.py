@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def serve(job: Job, place: Place) -> dict[str, Any] | None:
     tokenizer = load_tokenizer(job.model_path, job.trust_remote_code)
     rule = TextStopRule(tokenizer, eos_token_ids(job.model_path, tokenizer))
     driver = Driver(job, rule) if place.is_driver else None
-    with driver or _nothing():
+    with driver or nullcontext():
         session = Session(
             job.plan,
             place,
@@ -89,7 +90,6 @@ class Driver:
             self.writer.write_error(error)
         self.tokens = 0
         self._loaded_layers = 0
-        self._spans: list[tuple[int, int]] = []
         self._answer_tokens = [0] * len(self.prepared)
 
     def __enter__(self) -> Driver:
@@ -196,9 +196,3 @@ class Driver:
 
     def _done(self) -> int:
         return self.writer.counts["completed"] + self.writer.counts["failed"]
-
-
-class _nothing:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *exception: object) -> None: ...
