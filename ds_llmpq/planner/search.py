@@ -104,6 +104,7 @@ class Search:
         ]
         self.best.accepts = pins.respected
         self.small = problem.layers * len(problem.devices) * len(problem.bits) <= SMALL
+        self.ceiling = max((self._ceiling(pair) for pair in self.pairs), default=math.inf)
         self.open: list[tuple[float, int, Node]] = []
         self.active: list[Node] = []
         self.closed = math.inf  # least bound of what was pruned or could not be split further
@@ -138,6 +139,16 @@ class Search:
             split_round=contract,
             root=_root_box(arrays),
         )
+
+    def _ceiling(self, pair: Pair) -> float:
+        """More than the objective of any plan: a bound beyond it proves that a limit cannot be met."""
+        worst = float(pair.arrays.omega.max(axis=1).sum()) if pair.arrays.omega.size else 0.0
+        if self.mode != "max_latency":
+            hops = min(self.problem.layers, len(self.problem.devices))
+            box = pair.root
+            latency = (2 * hops + pair.slow) * box.p_high + (2 * hops * pair.ring + pair.slowest) * box.d_high
+            worst = latency + (self.problem.objective.theta * worst if self.mode == "theta" else 0.0)
+        return worst * (1 + 1e-6) + 1e-9
 
     # -- bounds ---------------------------------------------------------------------------------------------------
 
@@ -269,8 +280,10 @@ class Search:
 
     @property
     def target(self) -> float:
-        """What has at least this bound need not be looked at."""
-        return self.best.value - self.gap * abs(self.best.value) if math.isfinite(self.best.value) else math.inf
+        """What has at least this bound need not be looked at; without a plan, what no plan can reach."""
+        if math.isfinite(self.best.value):
+            return self.best.value - self.gap * abs(self.best.value)
+        return self.ceiling
 
     @property
     def bound(self) -> float:
