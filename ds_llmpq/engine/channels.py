@@ -75,7 +75,7 @@ class ActivationChannel:
 class TokenChannel:
     """Tokens and finish codes from the last stage to every other one, in the order of the passes.
 
-    A thread waits for the messages, since gloo tells only those who wait that one has come.
+    A thread waits for the messages, since gloo tells only those who wait that one has come. It lives until `flush`.
     """
 
     def __init__(self, group: dist.ProcessGroup, source: int, others: list[int]):
@@ -83,7 +83,7 @@ class TokenChannel:
         self._source = source
         self._others = others
         self._expected: deque[tuple[MicroBatch, Future, torch.Tensor]] = deque()
-        self._awaited: SimpleQueue[tuple[dist.Work, Future]] = SimpleQueue()
+        self._awaited: SimpleQueue[tuple[dist.Work, Future] | None] = SimpleQueue()
         self._waiting: threading.Thread | None = None
         self._sends = _Sends(_TOKEN_MESSAGES * len(others))
 
@@ -113,11 +113,16 @@ class TokenChannel:
         return batch, buffer[0].tolist(), buffer[1].tolist()
 
     def flush(self) -> None:
+        """To be called when all messages that were expected have been taken."""
         self._sends.flush()
+        if self._waiting is not None:
+            self._awaited.put(None)
+            self._waiting.join()
+            self._waiting = None
 
     def _wait(self) -> None:
-        while True:
-            work, arrived = self._awaited.get()
+        while (expected := self._awaited.get()) is not None:
+            work, arrived = expected
             try:
                 work.wait()
             except RuntimeError as error:  # the connection is gone; said where the tokens are taken

@@ -76,6 +76,13 @@ def test_tokens_that_have_come_are_seen_without_waiting(pair):
     assert first.take(wait=True) == (batches[1], [7, 8, 9], [2, 0, 3])
     assert first.take(wait=True) is None, "nothing more was expected"
     last.flush()
+    first.flush()
+    assert "tokens" not in {thread.name for thread in threading.enumerate()}
+    first.expect(batches[0])  # a further wave
+    last.give(torch.tensor([1, 2]), torch.tensor([0, 0]))
+    assert first.take(wait=True) == (batches[0], [1, 2], [0, 0])
+    first.flush()
+    last.flush()
 
 
 def test_a_lost_connection_is_said_where_tokens_are_taken(monkeypatch):
