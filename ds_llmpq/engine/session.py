@@ -54,9 +54,15 @@ class Session:
         architecture_of(checkpoint.config)  # what it imports belongs to the process, not to the stage
         self._resident_bytes = memory.used_bytes(place.device)
         check_model(plan, model_path)
+
+        def loaded(name: str) -> None:
+            # layer by layer: what quantizing freed lies scattered among the packed weights, hundreds of MB in the end
+            memory.release_freed()
+            on_loaded(name)
+
         loader = StageLoader(
             checkpoint, [b for stage in plan.stages for b in stage.bits], QuantConfig(**plan.quant), self.dtype,
-            place.device, on_loaded,
+            place.device, loaded,
         )  # fmt: skip
         module = PlannedPipelineModule(
             pipeline_layers(loader),
@@ -66,7 +72,6 @@ class Session:
         share = plan.engine["stages"][place.stage_index].get("cpu_share")
         if share:
             CpuShare(share).attach(module)
-        memory.release_freed()
         self.load_seconds = time.perf_counter() - started
         self.trace = Trace(place.stage_index, place.device)
         self.store = self._kv_store(model_path)

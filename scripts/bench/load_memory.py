@@ -1,0 +1,120 @@
+"""Peak resident memory of two ranks that load a checkpoint cut in two, held against each rank's share of the weights.
+
+    python scripts/bench/load_memory.py CHECKPOINT --cut 6 --bits 4
+
+CHECKPOINT is a folder as `scripts/make_checkpoint.py` writes it (`--preset 1gb` for the figures in docs/decisions.md).
+Each rank is a fresh process that joins a gloo group, loads its layers, and generates a few tokens with the other. One
+JSON line per rank: share (weights and KV cache by the memory model), resident memory before loading (imports), peak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout that is not installed
+
+from ds_llmpq.cost.memory import MemoryModel
+from ds_llmpq.engine.launcher import free_port
+from ds_llmpq.models.fingerprint import fingerprint
+from ds_llmpq.models.shape import read_shape
+from ds_llmpq.planner.plan import MEMORY_PARTS, PREDICTED, Plan, PlanStage, SolverReport
+from ds_llmpq.planner.problem import Workload
+
+GROUP_SIZE = 64
+WORKLOAD = Workload(sequences=4, prompt_tokens=64, generated_tokens=8)
+
+
+def plan_of(options: argparse.Namespace) -> Plan:
+    """Two stages on this machine, decoder layers [0, cut) and [cut, all), every layer at `bits`."""
+    shape = read_shape(options.checkpoint)
+    memory = MemoryModel(shape, GROUP_SIZE, 1, {"float32": 4, "bfloat16": 2}[options.dtype])
+    capacity = WORKLOAD.prompt_tokens + WORKLOAD.generated_tokens
+    stages = []
+    for rank, (first, last) in enumerate([(0, options.cut), (options.cut, shape.layers)]):
+        bits = (options.bits,) * (last - first)
+        parts = memory.stage_bytes(bits, WORKLOAD.sequences, capacity, rank == 0, rank == 1)
+        sizes = {name: float(parts.get(name, 0)) for name in MEMORY_PARTS}
+        stages.append(
+            PlanStage(rank, "localhost", f"cpu:{rank}", "cpu", (first, last), bits, None, sizes, 0.0, 0.0, 0.0)
+        )
+    return Plan(
+        model={"path": str(options.checkpoint), "fingerprint": fingerprint(options.checkpoint)},
+        workload=WORKLOAD,
+        stages=tuple(stages),
+        micro_batch={"prefill": 2, "decode": 2},
+        predicted=dict.fromkeys(PREDICTED, 0.0),
+        solver=SolverReport("hand", 0.0, None, None, 0.0, "checked"),
+        quant={"bits": [options.bits], "group_size": GROUP_SIZE, "axis": 1, "optimize": False},
+        engine={"dtype": options.dtype, "stages": [{"kind": "cpu", "slot": rank, "threads": 1} for rank in range(2)]},
+    )
+
+
+def run_rank(plan: Plan) -> dict:
+    """This process's part; the launcher's variables are in the environment."""
+    from ds_llmpq.engine.distributed import join, leave
+    from ds_llmpq.engine.sequences import Finish
+    from ds_llmpq.engine.session import Session
+    from ds_llmpq.engine.wave import Wave, WaveRow
+
+    class Length:
+        def begin(self, wave: Wave) -> None:
+            self.wave = wave
+
+        def __call__(self, row: int, token: int, generated: int) -> Finish:
+            return Finish.LENGTH if generated >= self.wave.rows[row].max_tokens else Finish.RUNNING
+
+    place = join(plan, timeout_seconds=600)
+    session = Session(plan, place, plan.model["path"], Length())
+    loaded = session.report()["memory_bytes"]["peak"]
+    prompt = tuple(range(3, 3 + WORKLOAD.prompt_tokens))
+    rows = tuple(WaveRow(key, prompt, WORKLOAD.generated_tokens) for key in range(WORKLOAD.sequences))
+    session.run(Wave(rows))
+    measured = session.report()["memory_bytes"]
+    leave()
+    share = sum(place.stage.memory_bytes.values())
+    return {
+        "rank": place.rank,
+        "layers": list(place.stage.layers),
+        "share_bytes": int(share),
+        "held_bytes": measured["weights"] + measured["kv"],
+        "before_loading_bytes": measured["before_loading"],
+        "peak_loading_bytes": loaded,
+        "peak_bytes": measured["peak"],
+        "peak_over_share_bytes": measured["peak"] - int(share),
+    }
+
+
+def run_both(arguments: list[str]) -> int:
+    """Starts this script once for each rank; fresh processes, so that nothing is inherited."""
+    common = {"WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    common |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, __file__, *arguments],
+            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    return max(abs(rank.wait()) for rank in ranks)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--cut", type=int, required=True, help="decoder layers of the first rank")
+    parser.add_argument("--bits", type=int, default=16, help="width of every layer")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    options = parser.parse_args()
+    if "RANK" not in os.environ:
+        return run_both(sys.argv[1:])
+    print(json.dumps(run_rank(plan_of(options))), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
