@@ -1,0 +1,83 @@
+"""The package's way to HQQ against HQQ's own constructor, and what is counted as stored."""
+
+import copy
+
+import pytest
+import torch
+from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+from torch import nn
+
+from ds_llmpq.errors import UserError
+from ds_llmpq.quant.hqq import linear_names, quantize_linear, stored_bytes
+from ds_llmpq.quant.packing import packed_linear_bytes
+from ds_llmpq.schema import QuantConfig
+
+CPU = torch.device("cpu")
+
+
+def quantized(linear, bits, dtype=torch.float32, group_size=32, axis=1):
+    quant = QuantConfig(bits=[bits], group_size=group_size, axis=axis, optimize=False)
+    bias = None if linear.bias is None else linear.bias.data
+    return quantize_linear(linear.weight.data, bias, bits, quant, dtype, CPU)
+
+
+def hqq_s_own(linear, bits, dtype=torch.float32, group_size=32, axis=1):
+    config = BaseQuantizeConfig(nbits=bits, group_size=group_size, axis=axis)
+    config["weight_quant_params"]["optimize"] = False
+    return HQQLinear(copy.deepcopy(linear), config, compute_dtype=dtype, device="cpu")
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_same_as_hqq_s_own(bits, axis, dtype, bias):
+    torch.manual_seed(bits)
+    linear = nn.Linear(96, 64, bias=bias).to(dtype)
+    ours, theirs = quantized(linear, bits, dtype, axis=axis), hqq_s_own(linear, bits, dtype, axis=axis)
+    assert torch.equal(ours.W_q, theirs.W_q)
+    inputs = torch.randn(5, 96, dtype=dtype)
+    with torch.inference_mode():
+        assert torch.equal(ours(inputs), theirs(inputs))
+    assert not any(parameter.requires_grad for parameter in ours.parameters())
+
+
+def test_more_bits_are_nearer_the_weight():
+    torch.manual_seed(0)
+    linear = nn.Linear(128, 64)
+    errors = [(quantized(linear, bits).dequantize() - linear.weight).norm().item() for bits in (8, 4, 3, 2)]
+    assert errors == sorted(errors)
+    assert 0 < errors[0] < 0.02 * linear.weight.norm().item() < errors[-1]
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stored_bytes_counts_everything_once(bits, dtype):
+    """Packed weights, scales, zeros, bias and the unquantized rest; a tensor used twice counts once."""
+    linear = nn.Linear(96, 64)
+    norm = nn.LayerNorm(64).to(dtype)
+    module = nn.ModuleList([quantized(linear, bits, dtype), norm, norm])
+    tied = nn.LayerNorm(64, bias=False)
+    tied.weight = nn.Parameter(norm.weight.data)
+    module.append(tied)
+    size = dtype.itemsize
+    assert stored_bytes(module) == packed_linear_bytes(64, 96, bits, 32, 1, size) + 64 * size + 2 * 64 * size
+
+
+@pytest.mark.parametrize(
+    ("shape", "bits", "group_size", "words"),
+    [
+        ((64, 80), 4, 64, "64 x 80 linear cannot be kept at 4 bits: group size 64 does not divide"),
+        ((3, 64), 4, 64, "3 x 64 linear cannot be kept at 4 bits: 3 rows"),
+        ((64, 64), 4, 60, "multiple of 8"),
+        ((64, 64), 5, 64, "5 bits is not a packed width"),
+    ],
+)
+def test_what_cannot_be_packed_is_said(shape, bits, group_size, words):
+    with pytest.raises(UserError, match=words):
+        quantized(nn.Linear(shape[1], shape[0]), bits, group_size=group_size)
+
+
+def test_linears_are_found_in_module_order():
+    layer = nn.ModuleDict({"b": nn.Linear(2, 2), "n": nn.LayerNorm(2), "a": nn.Sequential(nn.ReLU(), nn.Linear(2, 2))})
+    assert linear_names(layer) == ["b", "a.1"]
