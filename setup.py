@@ -1,5 +1,7 @@
 """Installs ds_llmpq with its configuration, small model and demonstration prompts inside the package."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 GPU = ["nvidia-ml-py>=12.0"]
@@ -17,7 +19,7 @@ setup(
     name="ds_llmpq",
     version="0.1.0",
     description="Serve large language models offline on unlike devices, with a plan that can be trusted.",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",

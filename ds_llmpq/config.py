@@ -39,10 +39,24 @@ _ASSETS = {
 }
 
 # overrides whose values are paths
-PATH_KEYS = schema_lengths.PATH_KEYS | frozenset(
-    ("out", "output", "input", "plan", "problem", "check", "hostfile", "cluster_file", "model.path", "planner.omega")
-    + ("quantized", "reuse", "calibration.text", "evaluation.text", "evaluation.tasks_path")
-)
+PATH_KEYS = schema_lengths.PATH_KEYS | {
+    "calibration.text",
+    "check",
+    "cluster_file",
+    "evaluation.tasks_path",
+    "evaluation.text",
+    "hostfile",
+    "input",
+    "model.path",
+    "out",
+    "output",
+    "plan",
+    "planner.omega",
+    "planner.profile",
+    "problem",
+    "quantized",
+    "reuse",
+}
 
 T = TypeVar("T")
 

@@ -266,7 +266,7 @@ class CalibrationConfig:
 
 @dataclass
 class SensitivityVerb:
-    """`ds-llmpq sensitivity`: what each layer loses at each width, as omega.json. A killed one goes on (same out=DIR)."""
+    """`ds-llmpq sensitivity`: what each layer loses at each width, as omega.json. A killed one goes on (same out)."""
 
     out: str = ""
     model: ModelConfig = field(default_factory=ModelConfig)

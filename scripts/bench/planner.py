@@ -213,7 +213,8 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = []
     print(
-        f"{'instance':<34}{'seconds':>9}{'CPU s':>8}{'objective':>12}{'bound':>12}{'gap %':>8}{'tokens/s':>10}  solver, status"
+        f"{'instance':<34}{'seconds':>9}{'CPU s':>8}{'objective':>12}{'bound':>12}{'gap %':>8}{'tokens/s':>10}"
+        "  solver, status"
     )
     for name in SETS if arguments.set == "all" else [arguments.set]:
         for label, obj in SETS[name]():
@@ -240,8 +241,8 @@ def main() -> None:
                 f"  {report.name}, {report.status}, {len(plan.stages)} stages"
             )
             sys.stdout.flush()
-            rows.append({"instance": label, "seconds": seconds, "cpu_seconds": cpu, "objective": report.objective, "bound": report.bound,
-                         "gap": report.gap, "solver": report.name, "status": report.status})  # fmt: skip
+            outcome = {"objective": report.objective, "bound": report.bound, "gap": report.gap, "status": report.status}
+            rows.append({"instance": label, "seconds": seconds, "cpu_seconds": cpu, "solver": report.name, **outcome})
     if arguments.json:
         with open(arguments.json, "w") as file:
             json.dump(rows, file, indent=1)
