@@ -113,6 +113,7 @@ class Stage:
         assert self.index == 0 or self.hidden == (kind, micro_batch)
         assert not self.sequences.awaited(micro_batch), "its last tokens are not known yet"
         self.passes.append((kind, micro_batch))
+        assert len(self.passes) < 500, "goes on after all rows have ended"
         return True
 
     def post(self, micro_batch):
