@@ -168,7 +168,7 @@ def test_an_interrupt_ends_all_ranks(long_run):
     assert result.returncode == 130
     assert error_sentence(result).startswith("error: Interrupted")
     assert finished(folder)
-    assert gone(command.processes)
+    assert gone(command.processes, timeout=5)
 
 
 def test_ranks_do_not_outlive_a_killed_run(long_run):
