@@ -36,6 +36,7 @@ setup(
         "ds_llmpq.assets.tiny_llama": "tests/assets/tiny-llama",
     },
     package_data={
+        "ds_llmpq.cost": ["*.json"],
         "ds_llmpq.conf": ["*.yaml", "*/*.yaml"],
         "ds_llmpq.launch": ["*.jsonl"],
         "ds_llmpq.assets.tiny_llama": ["*"],

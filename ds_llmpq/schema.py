@@ -135,6 +135,15 @@ class PlannerConfig:
     omega: str | None = None  # omega.json; null: a prior from published perplexities
     profile: str | None = None  # folder of `ds-llmpq profile` (or its profile.csv); null: roofline times
     profile_force: bool = False  # use it even where it was made with other library versions or settings
+    variant: str = "full"  # full | phase_blind | equal_micro_batches | grouped | heuristic: lesser planners to compare
+    group_layers: int = 1  # of variant=grouped: so many layers are decided at once
+
+
+@dataclass
+class CostConfig:
+    """Where layer times come from."""
+
+    source: str = "auto"  # auto (planner.profile, else roofline) | roofline | published (the paper's GPUs and kernels)
 
 
 @dataclass
@@ -181,6 +190,7 @@ class PlanVerb:
     workload: WorkloadConfig = field(default_factory=WorkloadConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)
     planner: PlannerConfig = field(default_factory=PlannerConfig)
+    cost: CostConfig = field(default_factory=CostConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     input: str | None = None  # sizes the workload where it is not given

@@ -15,11 +15,12 @@ from ds_llmpq.engine.launcher import Launch, by_hand, write_environment
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.fingerprint import fingerprint
 from ds_llmpq.models.shape import ModelShape, read_shape
-from ds_llmpq.planner import Plan, Problem, check_plan, pareto, solve
+from ds_llmpq.planner import Plan, Problem, check_plan, pareto
 from ds_llmpq.planner.build import prepare
+from ds_llmpq.planner.costsource import source_of_costs
 from ds_llmpq.planner.planfile import deployed, launch_order, read_assignment, write_plan
 from ds_llmpq.planner.playing import play
-from ds_llmpq.planner.profiled import profiled_costs
+from ds_llmpq.planner.variants import solve_variant
 from ds_llmpq.report import sweep
 from ds_llmpq.report.plan_table import plan_table
 from ds_llmpq.report.solver_progress import progress_line
@@ -47,7 +48,10 @@ def make_plan(settings: PlanVerb, out: Path) -> Plan:
     if settings.check:
         solved = check_plan(problem, read_assignment(config.absolute(settings.check)))
     else:
-        solved = solve(problem, progress=progress_line(), **_options(settings.planner))
+        planner = settings.planner
+        solved = solve_variant(
+            problem, planner.variant, planner.group_layers, progress=progress_line(), **_options(planner)
+        )  # fmt: skip
     plan = deploy(solved)
     _write_plan(plan, out)
     if (played := play(problem, solved.assignment())) is not None:
@@ -68,11 +72,10 @@ def _problem(settings: PlanVerb) -> tuple[Problem, Callable[[Plan], Plan]]:
     omega = read_omega(planner.omega) if planner.omega else None
     if omega is not None:
         omega.check_model(shape.layers, model["fingerprint"])
-    costs_of, cluster = profiled_costs(planner, settings.quant, cluster, shape, settings.engine.dtype, _KERNEL)
-    prepared = prepare(
-        cluster, shape, workload, settings.quant, planner, omega, settings.engine.dtype, _KERNEL, costs_of
-    )  # fmt: skip
-    return prepared.problem, lambda plan: deployed(plan, cluster, prepared, model, settings.quant, _KERNEL)
+    dtype, quant = settings.engine.dtype, settings.quant
+    costs_of, cluster, kernel = source_of_costs(settings.cost, planner, quant, cluster, shape, dtype, _KERNEL)
+    prepared = prepare(cluster, shape, workload, quant, planner, omega, dtype, kernel, costs_of)
+    return prepared.problem, lambda plan: deployed(plan, cluster, prepared, model, quant, kernel)
 
 
 def _front(settings: PlanVerb, out: Path) -> int:

@@ -1,0 +1,161 @@
+"""Lesser planners, for ablations: the same problem with one idea taken away, every plan costed by the real formula.
+
+`phase_blind` sees generation as one pass: it plans for prefill alone and decodes with the same micro-batch.
+`equal_micro_batches` knows both phases but uses one size for both. `grouped` decides for groups of layers at once.
+`heuristic` starts from adabits and moves widths and stage boundaries while that helps. None has a bound.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from ds_llmpq.errors import InfeasibleError, UserError
+from ds_llmpq.planner.baselines import adabits, memory_proportional, pipeedge, uniform
+from ds_llmpq.planner.objective import Assignment, Stage, evaluate, objective_value, violations
+from ds_llmpq.planner.plan import Plan
+from ds_llmpq.planner.problem import Problem
+from ds_llmpq.planner.solve import check_plan, solve
+
+VARIANTS = ("full", "phase_blind", "equal_micro_batches", "grouped", "heuristic")
+
+
+def solve_variant(problem: Problem, variant: str, group_layers: int = 1, **options: Any) -> Plan:
+    """The plan of a variant; `full` is `solve` itself. `options` as those of `solve`.
+
+    UserError: unknown variant, or groups that do not divide the layers. InfeasibleError: the variant finds no plan.
+    """
+    if variant not in VARIANTS:
+        raise UserError(f"planner.variant={variant!r}; use one of {', '.join(VARIANTS)}")
+    if variant == "full":
+        return solve(problem, **options)
+    if options.get("pins") or options.get("formula", "pipeline") != "pipeline":
+        raise UserError(f"planner.variant={variant} knows neither pins nor another objective; leave them out")
+    started = time.monotonic()
+    if variant == "phase_blind":
+        assignment = _phase_blind(problem, options)
+    elif variant == "equal_micro_batches":
+        assignment = _equal_micro_batches(problem, options)
+    elif variant == "grouped":
+        assignment = _grouped(problem, group_layers, options)
+    else:
+        assignment = _heuristic(problem, started + options.get("time_limit_seconds", 60.0))
+    plan = check_plan(problem, assignment)
+    name = f"groups of {group_layers}" if variant == "grouped" else variant
+    return replace(plan, solver=replace(plan.solver, name=name, seconds=time.monotonic() - started))
+
+
+def _phase_blind(problem: Problem, options: Mapping[str, Any]) -> Assignment:
+    """Plans as if nothing were decoded; of the decode sizes, the prefill size or the nearest one that fits."""
+    blind = replace(problem, workload=replace(problem.workload, generated_tokens=1))
+    found = solve(blind, **{**options, "baselines": False}).assignment()
+    sizes = sorted(problem.micro_batches.decode, key=lambda size: abs(size - found.prefill_micro_batch))
+    candidates = [replace(found, decode_micro_batch=size) for size in sizes]
+    fitting = next((a for a in candidates if not violations(problem, a)), None)
+    if fitting is None:
+        raise InfeasibleError("The phase-blind plan fits at no decode micro-batch; loosen the limit of planner.mode.")
+    return fitting
+
+
+def _equal_micro_batches(problem: Problem, options: Mapping[str, Any]) -> Assignment:
+    sizes = sorted(set(problem.micro_batches.prefill) & set(problem.micro_batches.decode))
+    share = options.get("time_limit_seconds", 60.0) / max(len(sizes), 1)
+    best: Plan | None = None
+    for size in sizes:
+        pins = {"micro_batch": {"prefill": size, "decode": size}}
+        try:
+            plan = solve(problem, **{**options, "baselines": False, "pins": pins, "time_limit_seconds": share})
+        except UserError:
+            continue  # this size does not fit
+        if best is None or plan.solver.objective < best.solver.objective:
+            best = plan
+    if best is None:
+        raise InfeasibleError("No one micro-batch size serves both phases; give planner.micro_batches sizes in common.")
+    return best.assignment()
+
+
+def _grouped(problem: Problem, group: int, options: Mapping[str, Any]) -> Assignment:
+    """Solves the problem of L / g super-layers and gives each layer its group's width and device."""
+    found = solve(grouped_problem(problem, group), **{**options, "baselines": False}).assignment()
+    stages = tuple(
+        Stage(s.device, s.first * group, s.last * group, tuple(width for width in s.bits for _ in range(group)))
+        for s in found.stages
+    )
+    return replace(found, stages=stages)
+
+
+def grouped_problem(problem: Problem, group: int) -> Problem:
+    """Layers g*k .. g*k + g - 1 as one: times and bytes g-fold, quality loss summed."""
+    if group < 1 or problem.layers % group:
+        raise UserError(f"planner.group_layers={group} must divide the model's {problem.layers} layers")
+    starts = range(0, problem.layers, group)
+
+    def times(table: Mapping[int, Mapping[int, float]]) -> dict[int, dict[int, float]]:
+        return {width: {size: group * t for size, t in row.items()} for width, row in table.items()}
+
+    types = {
+        name: replace(
+            entry,
+            prefill_layer_seconds=times(entry.prefill_layer_seconds),
+            decode_layer_seconds=times(entry.decode_layer_seconds),
+        )
+        for name, entry in problem.device_types.items()
+    }
+    memory = replace(
+        problem.memory,
+        layer_bytes={w: tuple(sum(v[i : i + group]) for i in starts) for w, v in problem.memory.layer_bytes.items()},
+        kv_bytes_per_sequence_layer=group * problem.memory.kv_bytes_per_sequence_layer,
+    )
+    omega = tuple(tuple(map(sum, zip(*problem.omega[i : i + group], strict=True))) for i in starts)
+    return replace(problem, layers=problem.layers // group, device_types=types, memory=memory, omega=omega)
+
+
+def _heuristic(problem: Problem, deadline: float) -> Assignment:
+    """Best improvement over moves, from the best of what the baselines offer, adabits first."""
+    rules: tuple[Callable, ...] = (adabits, memory_proportional, uniform, pipeedge)
+    starts = [a for rule in rules for a in rule(problem) if not violations(problem, a)]
+    if not starts:
+        raise InfeasibleError("The heuristic finds no plan to start from; use planner.variant=full.")
+    best = min(starts[: len(problem.micro_batches.prefill) * len(problem.micro_batches.decode)], key=_value(problem))
+    value = _value(problem)(best)
+    while time.monotonic() < deadline:
+        better = [(v, i, a) for i, a in enumerate(_moves(problem, best)) if (v := _value(problem)(a)) < value]
+        step = next((entry for entry in sorted(better) if not violations(problem, entry[2])), None)
+        if step is None:
+            break
+        value, _, best = step
+    return best
+
+
+def _value(problem: Problem) -> Callable[[Assignment], float]:
+    return lambda assignment: objective_value(problem, evaluate(problem, assignment))
+
+
+def _moves(problem: Problem, assignment: Assignment) -> Iterator[Assignment]:
+    """One layer to another width; a boundary by one layer, the layer taking any width."""
+    stages = assignment.stages
+    for j, stage in enumerate(stages):
+        for width in problem.bits:
+            for i in _first_of_each_width(stage):
+                if stage.bits[i] != width:
+                    yield _with(assignment, {j: replace(stage, bits=(*stage.bits[:i], width, *stage.bits[i + 1 :]))})
+    for j, (left, right) in enumerate(zip(stages, stages[1:], strict=False)):
+        for width in problem.bits:
+            if len(right.bits) > 1:
+                grown = replace(left, last=left.last + 1, bits=(*left.bits, width))
+                yield _with(assignment, {j: grown, j + 1: replace(right, first=right.first + 1, bits=right.bits[1:])})
+            if len(left.bits) > 1:
+                grown = replace(right, first=right.first - 1, bits=(width, *right.bits))
+                yield _with(assignment, {j: replace(left, last=left.last - 1, bits=left.bits[:-1]), j + 1: grown})
+
+
+def _first_of_each_width(stage: Stage) -> list[int]:
+    """Layers differ little within a stage: one of each width stands for all."""
+    return [stage.bits.index(width) for width in sorted(set(stage.bits))]
+
+
+def _with(assignment: Assignment, changed: Mapping[int, Stage]) -> Assignment:
+    stages = tuple(changed.get(j, stage) for j, stage in enumerate(assignment.stages))
+    return replace(assignment, stages=stages)
