@@ -30,7 +30,7 @@ _USAGE = """usage: ds-llmpq VERB [key=value ...]     (ds-llmpq VERB --help shows
   run          plan if needed, start DeepSpeed, turn a file of prompts into a file of results
   serve        one rank of a planned pipeline, started by the deepspeed launcher
   evaluate     perplexity and divergence of a plan on its pipeline, predicted against measured
-  report       fidelity run=DIR | fidelity profile=DIR: predictions against measurements
+  report       run=DIR | sweep=DIR | fidelity profile=DIR: a page, pictures and tables of what happened
   lengths      prepare | train | evaluate | predict | characterize: how long answers will be
   simulate     scheduling policies on simulated arrivals: FCFS, SJF, SSJF, with and without batching
 """

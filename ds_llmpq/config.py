@@ -54,8 +54,11 @@ PATH_KEYS = schema_lengths.PATH_KEYS | {
     "planner.omega",
     "planner.profile",
     "problem",
+    "profile",
     "quantized",
     "reuse",
+    "run",
+    "sweep",
 }
 
 T = TypeVar("T")

@@ -151,6 +151,11 @@ class EngineConfig:
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16: arithmetic, KV cache and unquantized weights
     timeout_seconds: float = 1800.0  # a stage that hears nothing for so long gives up; loading counts
     master_port: int | None = None
+    refill: bool = True  # a finished sequence's slot takes the next request; false: a wave runs to its end
+    patience_rounds: int = 8  # decode rounds that a free slot waits for others, to be refilled in one prefill pass
+    # a request's greedy answer does not depend on which others it runs with: full decode micro-batches always, prefill
+    # one by one
+    batch_invariant: bool = False
 
 
 @dataclass
@@ -240,11 +245,12 @@ class ProfileVerb(PlanVerb):
 
 @dataclass
 class ReportVerb:
-    """`ds-llmpq report fidelity run=DIR` or `profile=DIR`: what was predicted against what was measured."""
+    """`ds-llmpq report run=DIR`, `sweep=DIR` or `fidelity profile=DIR`: pages, pictures and tables."""
 
     out: str = ""
-    what: str = "fidelity"
-    run: str | None = None  # folder of a run
+    what: str | None = None  # run | sweep | fidelity; null: what the folder's key says
+    run: str | None = None  # folder of a run, or of a plan
+    sweep: str | None = None  # folder of a multirun
     profile: str | None = None  # folder of a profile
 
 

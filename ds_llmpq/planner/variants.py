@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 from ds_llmpq.errors import InfeasibleError, UserError
@@ -141,7 +142,7 @@ def _moves(problem: Problem, assignment: Assignment) -> Iterator[Assignment]:
             for i in _first_of_each_width(stage):
                 if stage.bits[i] != width:
                     yield _with(assignment, {j: replace(stage, bits=(*stage.bits[:i], width, *stage.bits[i + 1 :]))})
-    for j, (left, right) in enumerate(zip(stages, stages[1:], strict=False)):
+    for j, (left, right) in enumerate(pairwise(stages)):
         for width in problem.bits:
             if len(right.bits) > 1:
                 grown = replace(left, last=left.last + 1, bits=(*left.bits, width))

@@ -127,7 +127,7 @@ def run_text(folder: Path) -> str:
         for phase in ("latency", "prefill", "decode"):
             entry = totals[f"{phase}_seconds"]
             lines.append(
-                f"{phase} of a batch: predicted {entry['predicted']:.3f} s, measured {entry['measured']:.3f} s "
+                f"{phase}: predicted {entry['predicted']:.3f} s, measured {entry['measured']:.3f} s "
                 f"({entry['predicted'] / entry['measured'] - 1:+.1%})"
             )
     rows = []

@@ -22,12 +22,10 @@ def run_summary(metrics: dict[str, Any]) -> str:
             entry = fidelity[f"{phase}_seconds"]
             lines.append(
                 f"predicted against measured {phase}: {entry['predicted']:.3f} s against {entry['measured']:.3f} s "
-                f"a batch (measured is {entry['ratio']:.2f}x)"
+                f"(measured is {entry['ratio']:.2f}x)"
             )
     else:
-        lines.append(
-            "predicted against measured: no full batch ran, so there is nothing to hold the prediction against"
-        )
+        lines.append("predicted against measured: nothing ran that the prediction can be held against")
     lines.append(_stages(metrics["stages"]))
     return "\n".join(lines)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from ds_llmpq.errors import UserError
 from ds_llmpq.report.plan_table import table
@@ -16,6 +17,8 @@ from ds_llmpq.report.plan_table import table
 _FAILURE = "failure.json"
 _WIDEST_CELL = 90  # characters; summary.csv has all of a long sentence
 _SHOWN = ("throughput_tokens_per_second", "latency_seconds", "quality_loss", "stages", "widths", "gap", "failure")
+_MEASURED = ("measured_throughput_tokens_per_second", "measured_quality_loss")
+BASELINES = ("uniform", "pipeedge", "adabits", "memory_proportional", "single_device", "offload_estimate")
 
 # exit codes of the points of a finished sweep that failed
 failure_codes: list[int] = []
@@ -35,22 +38,22 @@ class SweepSummary(Callback):
         points = [point_of(place.parent) for place in sorted(folder.glob("*/.hydra"))]
         failure_codes.extend(point["exit_code"] for point in points if point["failure"])
         write_summary(folder, points)
-        print(
-            table(["point", *_SHOWN], [[point["point"], *(_cell(point[name]) for name in _SHOWN)] for point in points])
-        )
-        print(f"sweep: {folder / 'summary.csv'}")
+        print(summary_text(points))
+        print(f"sweep: {folder / 'summary.csv'} (a page with pictures: `ds-llmpq report sweep={folder}`)")
 
 
 def write_summary(folder: Path, points: list[dict[str, Any]]) -> None:
     """The points as CSV and JSON, and throughput against quality loss as a PNG."""
     (folder / "summary.json").write_text(json.dumps(points, indent=1) + "\n")
+    keys = list(dict.fromkeys(key for point in points for key in point["overrides"]))
     with open(folder / "summary.csv", "w", newline="") as stream:
-        writer = csv.DictWriter(stream, ["point", *_SHOWN, "exit_code"])
+        fields = ["point", *keys, *_SHOWN, *_MEASURED, *BASELINES, "exit_code"]
+        writer = csv.DictWriter(stream, fields, extrasaction="ignore")
         writer.writeheader()
-        writer.writerows(points)
+        writer.writerows({**point["overrides"], **point} for point in points)
     solved = [point for point in points if not point["failure"]]
     if solved:
-        _plot(folder / "pareto.png", solved)
+        plot(folder / "pareto.png", solved)
 
 
 def pareto_front(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -64,29 +67,88 @@ def pareto_front(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def summary_table(points: list[dict[str, Any]]) -> str:
     """The points as a plain-text table."""
-    return table(["point", *_SHOWN], [[point["point"], *(_cell(point[name]) for name in _SHOWN)] for point in points])
+    return table(*table_of(points))
+
+
+def summary_text(points: list[dict[str, Any]]) -> str:
+    """Table and mean speed-ups, ready to print."""
+    return "\n".join([summary_table(points), *speedups(points)])
+
+
+def table_of(points: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """(head, rows); columns that no point fills are left out, a baseline's cell also says how much faster we are."""
+    columns = ["point", *_SHOWN[:3], *_MEASURED, *BASELINES, *_SHOWN[3:]]
+    columns = [name for name in columns if name in ("point", *_SHOWN) or any(point[name] for point in points)]
+    names = {"throughput_tokens_per_second": "tokens/s", "measured_throughput_tokens_per_second": "measured"}
+    names |= {"latency_seconds": "latency s", "quality_loss": "loss", "measured_quality_loss": "measured loss"}
+    names |= {"memory_proportional": "by memory", "single_device": "one device", "offload_estimate": "offload"}
+    rows = [[_baseline(point, n) if n in BASELINES else _cell(point[n]) for n in columns] for point in points]
+    return [names.get(name, name) for name in columns], rows
+
+
+def speedups(points: list[dict[str, Any]]) -> list[str]:
+    """One line a baseline: mean speed-up over the points where it has a plan."""
+    lines = []
+    for name in BASELINES:
+        ratios = [p["throughput_tokens_per_second"] / p[name] for p in points if not p["failure"] and p[name]]
+        if ratios:
+            geometric = math.exp(sum(map(math.log, ratios)) / len(ratios))
+            kind = " (an estimate, no plan)" if name == "offload_estimate" else ""
+            lines.append(
+                f"predicted speed-up over {name}{kind}: mean {sum(ratios) / len(ratios):.2f}x, geometric mean "
+                f"{geometric:.2f}x, from {min(ratios):.2f}x to {max(ratios):.2f}x; {len(ratios)} of {len(points)} points"
+            )
+    return lines
+
+
+def _baseline(point: dict[str, Any], name: str) -> str:
+    theirs = point[name]
+    return f"{theirs:.4g} ({point['throughput_tokens_per_second'] / theirs:.2f}x)" if theirs else "-"
 
 
 def point_of(folder: Path) -> dict[str, Any]:
-    empty = dict.fromkeys(_SHOWN, None)
+    """One point as a flat record: predicted, what was measured if it was run or scored, baselines, or its failure."""
+    empty = dict.fromkeys((*_SHOWN, *_MEASURED, *BASELINES), None)
+    empty |= {"point": folder.name, "overrides": _overrides(folder)}
     if (folder / _FAILURE).is_file():
         failure = json.loads((folder / _FAILURE).read_text())
-        return empty | {"point": folder.name, "failure": failure["message"], "exit_code": failure["exit_code"]}
+        return empty | {"failure": failure["message"], "exit_code": failure["exit_code"]}
     if not (folder / "plan.json").is_file():
-        return empty | {"point": folder.name, "failure": "no plan.json was written", "exit_code": 1}
+        return empty | {"failure": "no plan.json was written", "exit_code": 1}
     plan = json.loads((folder / "plan.json").read_text())
     widths = sorted({width for stage in plan["stages"] for width in stage["bits"]})
+    baselines = {name: plan["baselines"].get(name) for name in BASELINES}
     return empty | {
-        "point": folder.name,
         "exit_code": 0,
         **{name: plan["predicted"][name] for name in _SHOWN[:3]},
         "stages": len(plan["stages"]),
         "widths": " ".join(map(str, widths)),
         "gap": plan["solver"]["gap"],
+        **{n: e["throughput_tokens_per_second"] for n, e in baselines.items() if isinstance(e, dict)},
+        "measured_throughput_tokens_per_second": _measured(folder / "metrics.json", "measured", _SHOWN[0]),
+        "measured_quality_loss": _measured(folder / "scores.json", "loss_increase", "measured"),
     }
 
 
-def _plot(path: Path, points: list[dict[str, Any]]) -> None:
+def _overrides(folder: Path) -> dict[str, str]:
+    """What the sweep varied, as Hydra left it beside the point."""
+    file = folder / ".hydra" / "overrides.yaml"
+    if not file.is_file():
+        return {}
+    pairs = (str(entry).partition("=") for entry in OmegaConf.load(file))
+    return {key.lstrip("+"): value for key, _, value in pairs if key not in ("out", "input")}
+
+
+def _measured(file: Path, *names: str) -> float | None:
+    if not file.is_file():
+        return None
+    value = json.loads(file.read_text())
+    for name in names:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value if isinstance(value, (int, float)) else None
+
+
+def plot(path: Path, points: list[dict[str, Any]]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -96,11 +158,17 @@ def _plot(path: Path, points: list[dict[str, Any]]) -> None:
     front = pareto_front(points)
     axes.plot([p["quality_loss"] for p in front], [p["throughput_tokens_per_second"] for p in front], "-", color="0.6")
     axes.scatter([p["quality_loss"] for p in points], [p["throughput_tokens_per_second"] for p in points])
+    measured = [p for p in points if p[_MEASURED[0]] and p[_MEASURED[1]] is not None]
+    if measured:
+        axes.scatter(
+            [p[_MEASURED[1]] for p in measured], [p[_MEASURED[0]] for p in measured], marker="x", label="measured"
+        )
+        axes.legend(frameon=False)
     for point in points:
         place = (point["quality_loss"], point["throughput_tokens_per_second"])
         axes.annotate(point["point"], place, fontsize=6, xytext=(3, 3), textcoords="offset points")
-    axes.set_xlabel("predicted quality loss (nats per token)")
-    axes.set_ylabel("predicted throughput (tokens/s)")
+    axes.set_xlabel("quality loss (nats per token)")
+    axes.set_ylabel("throughput (tokens/s)")
     axes.set_title("Sweep: throughput against quality loss")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

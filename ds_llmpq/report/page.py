@@ -1,0 +1,66 @@
+"""One self-contained HTML page: text, tables and pictures inside the file, nothing fetched."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222; }
+h1 { font-size: 1.6em; margin-bottom: 0; } h2 { font-size: 1.2em; margin-top: 2em; border-bottom: 1px solid #ddd; }
+p.lead { color: #555; } img { max-width: 100%; height: auto; display: block; margin: 1em 0; }
+pre { background: #f6f6f4; padding: 0.8em; overflow-x: auto; font-size: 12.5px; line-height: 1.4; }
+table { border-collapse: collapse; margin: 1em 0; font-size: 13.5px; display: block; overflow-x: auto; }
+th, td { text-align: left; padding: 0.25em 0.9em 0.25em 0; border-bottom: 1px solid #e5e5e5; vertical-align: top; }
+td.number { text-align: right; font-variant-numeric: tabular-nums; } nav a { margin-right: 1em; }
+"""
+
+
+@dataclass
+class Section:
+    """A heading, what it shows in a sentence, then tables, pictures and text in the order added."""
+
+    name: str  # anchor
+    title: str
+    lead: str
+    parts: list[str] = field(default_factory=list)
+
+    def picture(self, file: Path, alternative: str) -> Section:
+        data = base64.b64encode(file.read_bytes()).decode()
+        self.parts.append(f'<img alt="{escape(alternative)}" src="data:image/png;base64,{data}">')
+        return self
+
+    def text(self, text: str) -> Section:
+        self.parts.append(f"<pre>{escape(text)}</pre>")
+        return self
+
+    def table(self, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Section:
+        columns = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+        lines = ["".join(_cell(cell) for cell in row) for row in rows]
+        body = "".join(f"<tr>{line}</tr>" for line in lines)
+        self.parts.append(f"<table><thead><tr>{columns}</tr></thead><tbody>{body}</tbody></table>")
+        return self
+
+
+def page(title: str, lead: str, sections: Sequence[Section]) -> str:
+    """The whole document."""
+    links = "".join(f'<a href="#{escape(s.name)}">{escape(s.title)}</a>' for s in sections)
+    body = "".join(
+        f'<section id="{escape(s.name)}"><h2>{escape(s.title)}</h2><p class="lead">{escape(s.lead)}</p>'
+        f"{''.join(s.parts)}</section>"
+        for s in sections
+    )
+    return (
+        f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<link rel="icon" href="data:,"><style>{_STYLE}</style></head><body>'
+        f'<h1>{escape(title)}</h1><p class="lead">{escape(lead)}</p><nav>{links}</nav>{body}</body></html>\n'
+    )
+
+
+def _cell(text: str) -> str:
+    number = text[:1] in "+-0123456789" and text.strip("+-") != ""
+    return f'<td class="number">{escape(text)}</td>' if number else f"<td>{escape(text)}</td>"

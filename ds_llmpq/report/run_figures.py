@@ -1,0 +1,112 @@
+"""Pictures of one plan and its run: bits by layer, memory by part against budget, time by what it went into."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ds_llmpq.planner.plan import MEMORY_PARTS, Plan
+from ds_llmpq.report import figures
+
+GIB, MIB = 2**30, 2**20
+
+
+def bits_strip(plan: Plan, path: Path) -> Path:
+    """One bar a layer, as high as its width, in its stage's colour."""
+    layers = plan.stages[-1].layers[1]
+    figure, ((axis,),) = figures.new(width=11, height=2.6)
+    for index, stage in enumerate(plan.stages):
+        place = range(*stage.layers)
+        label = f"stage {index}: {stage.device} ({stage.device_type})"
+        axis.bar(place, stage.bits, width=0.9, color=figures.stage_colour(index), label=label)
+        if layers <= 64:
+            for layer, width in zip(place, stage.bits, strict=True):
+                axis.text(layer, width, str(width), ha="center", va="bottom", fontsize=7)
+    axis.set(xlim=(-0.7, layers - 0.3), ylim=(0, 19), xlabel="decoder layer", ylabel="bits")
+    axis.legend(
+        ncols=min(len(plan.stages), 4), loc="upper center", bbox_to_anchor=(0.5, 1.3), frameon=False, fontsize=8
+    )
+    return figures.save(figure, path)
+
+
+def memory_bars(plan: Plan, measured: Sequence[Mapping[str, Any]] | None, path: Path) -> Path:
+    """A stage's parts as predicted, beside them what was measured, under the line of its budget."""
+    largest = max(max(stage.memory_budget_bytes, sum(stage.memory_bytes.values())) for stage in plan.stages)
+    unit, name = (GIB, "GiB") if largest >= GIB else (MIB, "MiB")
+    figure, ((axis,),) = figures.new(width=max(6.0, 1.5 * len(plan.stages) + 3), height=3.8)
+    for index, stage in enumerate(plan.stages):
+        bottom = 0.0
+        for part in MEMORY_PARTS:
+            value = stage.memory_bytes[part] / unit
+            axis.bar(index - 0.18, value, 0.34, bottom, color=figures.PARTS[part], label=part if index == 0 else None)
+            bottom += value
+        budget = stage.memory_budget_bytes / unit
+        axis.plot([index - 0.42, index + 0.42], [budget] * 2, color="black", lw=1.6, label=None if index else "budget")
+    for index, held in enumerate(measured or []):
+        bottom = 0.0
+        for part in ("weights", "kv"):  # weights: with embedding and head
+            value = float(held.get(part) or 0) / unit
+            axis.bar(index + 0.2, value, 0.3, bottom, color=figures.PARTS[part], alpha=0.55, hatch="//", ec="white")
+            bottom += value
+    if measured:
+        axis.bar(
+            [0], [0], color="#888888", alpha=0.55, hatch="//", ec="white", label="measured (weights with ends, kv)"
+        )
+    axis.set_xticks(
+        range(len(plan.stages)), [f"{i}\n{stage.device}" for i, stage in enumerate(plan.stages)], fontsize=8
+    )
+    axis.set(ylabel=name, xlabel="stage")
+    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figures.save(figure, path)
+
+
+def phase_bars(stages: Sequence[Mapping[str, float]], path: Path) -> Path:
+    """Where each stage's time went: work by phase, then waiting. `stages`: seconds by span name, one a stage."""
+    names = sorted({name for entry in stages for name in entry}, key=lambda name: (name.startswith("wait_"), name))
+    figure, ((axis,),) = figures.new(width=9, height=0.45 * len(stages) + 1.6)
+    left = [0.0] * len(stages)
+    for name in names:
+        values = [float(entry.get(name, 0.0)) for entry in stages]
+        axis.barh(range(len(stages)), values, left=left, color=figures.SPANS.get(name, figures.OTHER), label=name)
+        left = [a + b for a, b in zip(left, values, strict=True)]
+    axis.set_yticks(range(len(stages)), [f"stage {index}" for index in range(len(stages))])
+    axis.invert_yaxis()
+    axis.set_xlabel("seconds")
+    axis.legend(ncols=len(names), loc="upper center", bbox_to_anchor=(0.5, 1.3), frameon=False, fontsize=8)
+    return figures.save(figure, path)
+
+
+def predicted_phase_bars(plan: Plan, path: Path) -> Path:
+    """Of a plan that was not run: seconds of a whole batch that each stage works, by phase."""
+    sequences, steps = plan.workload.sequences, plan.workload.generated_tokens - 1
+    rounds = {phase: -(-sequences // size) for phase, size in plan.micro_batch.items()}
+    return phase_bars(
+        [
+            {
+                "prefill": stage.prefill_seconds * rounds["prefill"],
+                "decode": stage.decode_seconds * rounds["decode"] * steps,
+            }
+            for stage in plan.stages
+        ],
+        path,
+    )
+
+
+def baseline_bars(plan: Plan, path: Path) -> Path | None:
+    """Predicted tokens/s of the plan and of what others would do; None if no baseline has a plan."""
+    found = {
+        name: entry["throughput_tokens_per_second"]
+        for name, entry in plan.baselines.items()
+        if not isinstance(entry, str)
+    }
+    if not found:
+        return None
+    found = {"this plan": plan.predicted["throughput_tokens_per_second"], **found}
+    figure, ((axis,),) = figures.new(width=8, height=0.35 * len(found) + 1.1)
+    colours = [figures.STAGES[0], *("#BFBFBF" for _ in range(len(found) - 1))]
+    bars = axis.barh(list(found), list(found.values()), color=colours)
+    axis.bar_label(bars, fmt="%.3g", padding=3, fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlabel("predicted tokens/s")
+    return figures.save(figure, path)

@@ -1,0 +1,232 @@
+"""One run, or a plan that was not run, as report.html, pictures and a plain-text table: plan against what happened."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ds_llmpq.errors import UserError
+from ds_llmpq.planner.plan import Plan
+from ds_llmpq.planner.planfile import read_plan
+from ds_llmpq.report import fidelity, run_figures
+from ds_llmpq.report.page import Section, page
+from ds_llmpq.report.plan_table import bits_text, milliseconds, plan_table, size
+from ds_llmpq.report.run_summary import run_summary
+from ds_llmpq.report.traces import gantt, read_trace
+
+_PAIRS = "predicted_against_measured"
+_SIDES = ("predicted", "measured")
+_TIMES = (("latency", "latency_seconds"), ("prefill", "prefill_seconds"), ("decode", "decode_seconds"))
+SECTIONS = ("summary", "gantt", "memory", "bits", "phases", "fidelity", "baselines", "origins")
+
+
+def write_run_report(folder: Path, out: Path) -> str:
+    """Writes report.html, report.txt and the pictures into `out`; returns the text.
+
+    `folder` holds plan.json; metrics.json, trace.json, predicted_trace.json and scores.json are used where present.
+    `UserError`: no plan, or a file that is not what its name says.
+    """
+    if not (folder / "plan.json").is_file():
+        raise UserError(f"{folder} holds no plan.json; give the folder of a run or of a plan.")
+    plan = read_plan(folder / "plan.json")
+    metrics, scores = _json(folder / "metrics.json"), _json(folder / "scores.json")
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        sections = [
+            _summary(plan, metrics, scores),
+            _gantt(folder, out),
+            _memory(plan, metrics, out),
+            _bits(plan, out),
+            _phases(plan, metrics, out),
+            _fidelity(folder, metrics, out),
+            _baselines(plan, out),
+            _origins(plan),
+        ]
+        text = _text(plan, metrics, folder)
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise UserError(
+            f"{folder / 'metrics.json'} is not of the form that this version reads ({error!r}); run again with it."
+        ) from None
+    lead = f"{folder.resolve().name}: what was planned, and what happened."
+    (out / "report.html").write_text(page("A run against its plan", lead, sections), encoding="utf-8")
+    (out / "report.txt").write_text(text + "\n", encoding="utf-8")
+    return text
+
+
+def _text(plan: Plan, metrics: dict[str, Any] | None, folder: Path) -> str:
+    parts = [plan_table(plan)]
+    if metrics is not None:
+        parts += ["", run_summary(metrics)]
+        if _timed(metrics):
+            parts += ["", fidelity.run_text(folder)]
+    return "\n".join(parts)
+
+
+def _summary(plan: Plan, metrics: dict[str, Any] | None, scores: dict[str, Any] | None) -> Section:
+    predicted, workload = plan.predicted, plan.workload
+    rows = [
+        [
+            "throughput, tokens/s",
+            f"{predicted['throughput_tokens_per_second']:.4g}",
+            "",
+            _of(metrics, "measured", "throughput_tokens_per_second"),
+        ],
+        ["quality loss, nats per token", f"{predicted['quality_loss']:.3g}", "", _measured_loss(scores)],
+        *(
+            [f"{name}, s", f"{predicted[key]:.4g}", *(_of(metrics, _PAIRS, key, side) for side in _SIDES)]
+            for name, key in _TIMES
+        ),
+    ]
+    if metrics is not None:
+        counts = metrics["counts"]
+        rows.append(
+            ["requests", "", str(counts["total"]), f"{counts['completed']} completed, {counts['failed']} failed"]
+        )
+    gap = "" if plan.solver.gap is None else f", at most {100 * plan.solver.gap:.2g} % above the optimum"
+    section = Section(
+        "summary",
+        "Summary",
+        f"Planned for {workload.sequences} sequences of {workload.prompt_tokens} + {workload.generated_tokens} tokens, "
+        f"in micro-batches of {plan.micro_batch['prefill']} in prefill and {plan.micro_batch['decode']} in decode; "
+        f"solved by {plan.solver.name} in {plan.solver.seconds:.3g} s ({plan.solver.status}{gap}). A run's own lengths "
+        "may be others.",
+    ).table(["", "planned", "predicted for this run", "measured"], rows)
+    stages = [
+        [
+            str(index),
+            stage.device,
+            stage.device_type,
+            f"layers {stage.layers[0]} to {stage.layers[1] - 1}",
+            bits_text(stage.bits),
+            milliseconds(stage.prefill_seconds),
+            milliseconds(stage.decode_seconds),
+        ]
+        for index, stage in enumerate(plan.stages)
+    ]
+    return section.table(["stage", "device", "type", "layers", "bits", "prefill ms", "decode ms"], stages)
+
+
+def _gantt(folder: Path, out: Path) -> Section:
+    traces = {
+        "predicted": read_trace(folder / "predicted_trace.json"),
+        "measured": read_trace(folder / "trace.json"),
+    }
+    found = {name: spans for name, spans in traces.items() if spans}
+    section = Section(
+        "gantt",
+        "Stages in time",
+        "What each stage did when: the engine's schedule played with planned times, and the run's own trace.",
+    )
+    if not found:
+        return section.text("no trace: neither predicted_trace.json nor trace.json is here")
+    return section.picture(gantt(found, out / "gantt.png"), "Gantt chart of the stages, predicted and measured")
+
+
+def _memory(plan: Plan, metrics: dict[str, Any] | None, out: Path) -> Section:
+    stages = metrics["stages"] if metrics else []
+    measured = [stage["memory_bytes"]["measured"] for stage in stages] or None
+    rows = []
+    for index, stage in enumerate(plan.stages):
+        needed = sum(stage.memory_bytes.values())
+        held = measured[index] if measured else {}
+        rows.append(
+            [
+                str(index),
+                stage.device,
+                *(size(value) for value in stage.memory_bytes.values()),
+                size(needed),
+                size(stage.memory_budget_bytes),
+                f"{needed / stage.memory_budget_bytes:.0%}" if stage.memory_budget_bytes else "",
+                *(size(held[name]) if held.get(name) is not None else "" for name in ("weights", "kv", "peak_growth")),
+            ]
+        )
+    head = ["stage", "device", *plan.stages[0].memory_bytes, "needed", "budget", "used"]
+    head += ["measured weights", "kv", "peak growth"]
+    return (
+        Section("memory", "Memory", "By part and device, against the budget; hatched bars are what was measured.")
+        .picture(run_figures.memory_bars(plan, measured, out / "memory.png"), "memory by part against budget")
+        .table(head, rows)
+    )
+
+
+def _bits(plan: Plan, out: Path) -> Section:
+    return Section("bits", "Bits by layer", "The width of every decoder layer, coloured by its stage.").picture(
+        run_figures.bits_strip(plan, out / "bits.png"), "bits of each layer"
+    )
+
+
+def _phases(plan: Plan, metrics: dict[str, Any] | None, out: Path) -> Section:
+    if metrics is None:
+        picture = run_figures.predicted_phase_bars(plan, out / "phases.png")
+        lead = "Predicted work of each stage over a whole batch; this plan was not run."
+    else:
+        picture = run_figures.phase_bars([stage["seconds"] for stage in metrics["stages"]], out / "phases.png")
+        lead = "Where each stage's time went, measured: work by phase, then waiting for neighbours and tokens."
+    return Section("phases", "Time by phase", lead).picture(picture, "seconds by phase and stage")
+
+
+def _fidelity(folder: Path, metrics: dict[str, Any] | None, out: Path) -> Section:
+    section = Section("fidelity", "Fidelity", "Predicted against measured times of a pass, by stage and phase.")
+    if metrics is None or not _timed(metrics):
+        return section.text("nothing to compare: " + ("this plan was not run" if metrics is None else "no timed pass"))
+    pairs = fidelity.run_pairs(folder)
+    fidelity.scatter(pairs, out / "fidelity.png", "Passes of a run: plan against measurement")
+    return section.picture(out / "fidelity.png", "predicted against measured").text(fidelity.run_text(folder))
+
+
+def _baselines(plan: Plan, out: Path) -> Section:
+    section = Section(
+        "baselines", "What others would do", "Predicted, on the same costs, each at its best micro-batches."
+    )
+    if (picture := run_figures.baseline_bars(plan, out / "baselines.png")) is not None:
+        section.picture(picture, "tokens/s of baselines")
+    ours = plan.predicted["throughput_tokens_per_second"]
+    rows = [
+        [name, "", "", "", entry]
+        if isinstance(entry, str)
+        else [
+            name,
+            f"{entry['throughput_tokens_per_second']:.4g}",
+            f"{ours / entry['throughput_tokens_per_second']:.2f}",
+            f"{entry['quality_loss']:.3g}",
+            "",
+        ]
+        for name, entry in plan.baselines.items()
+    ]
+    return section.table(["baseline", "tokens/s", "speed-up over it", "quality loss", "why none"], rows)
+
+
+def _origins(plan: Plan) -> Section:
+    return (
+        Section("origins", "Where the numbers come from", "As the plan states it, and why the plan is as it is.")
+        .table(["number", "origin"], [[name, origin] for name, origin in plan.provenance.items()])
+        .table(["note"], [[sentence] for sentence in plan.explanation])
+    )
+
+
+def _timed(metrics: dict[str, Any]) -> bool:
+    return any(entry.get("measured") for stage in metrics["stages"] for entry in stage["pass_seconds"].values())
+
+
+def _of(record: dict[str, Any] | None, *names: str) -> str:
+    value: Any = record
+    for name in names:
+        value = value.get(name) if isinstance(value, dict) else None
+    return "" if value is None else f"{value:.4g}"
+
+
+def _measured_loss(scores: dict[str, Any] | None) -> str:
+    return _of(scores, "loss_increase", "measured")
+
+
+def _json(file: Path) -> dict[str, Any] | None:
+    if not file.is_file():
+        return None
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({error}); give the folder of a finished run.") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{file} holds no JSON object; give the folder of a finished run.")
+    return record

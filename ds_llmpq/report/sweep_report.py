@@ -1,0 +1,147 @@
+"""A multirun as sweep.html, pictures and a table: throughput against quality, heat maps, what others would do."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from ds_llmpq.errors import UserError
+from ds_llmpq.report import figures, sweep
+from ds_llmpq.report.page import Section, page
+
+Point = dict[str, Any]
+SECTIONS = ("points", "pareto", "heat", "baselines")
+_MOST_VALUES = 24  # along an axis of a heat map
+
+
+def write_sweep_report(folder: Path, out: Path) -> str:
+    """Writes sweep.html, sweep.txt and the pictures into `out`; returns the text. `UserError`: no point has a plan."""
+    points = read_points(folder)
+    solved = [point for point in points if not point["failure"]]
+    if not solved:
+        raise UserError(f"{folder} holds no point with a plan; give the folder of `ds-llmpq plan -m` or `run -m`.")
+    out.mkdir(parents=True, exist_ok=True)
+    text = sweep.summary_text(points)
+    sections = [_points(points), _pareto(solved, out), _heat(solved, out), _baselines(solved, out)]
+    (out / "sweep.html").write_text(
+        page("A sweep", f"{folder.resolve().name}: {len(points)} points.", sections), "utf-8"
+    )
+    (out / "sweep.txt").write_text(text + "\n", encoding="utf-8")
+    return text
+
+
+def read_points(folder: Path) -> list[Point]:
+    """The points that lie in a multirun's folder, whether or not it was finished."""
+    places = sorted({place.parent for name in (".hydra", "plan.json") for place in folder.glob(f"*/{name}")})
+    try:
+        return [sweep.point_of(place) for place in places]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} holds a plan.json that cannot be read ({error!r}); plan that point again.") from None
+
+
+def _points(points: list[Point]) -> Section:
+    section = Section(
+        "points", "Points", "Every point of the sweep; where a plan was run or scored, what was measured."
+    )
+    return section.table(*sweep.table_of(points)).text("\n".join(sweep.speedups(points)) or "no baseline has a plan")
+
+
+def _pareto(points: list[Point], out: Path) -> Section:
+    sweep.plot(out / "pareto.png", points)
+    return Section(
+        "pareto",
+        "Throughput against quality",
+        "Predicted, and measured where there is a measurement; the line joins what no other point beats in both.",
+    ).picture(out / "pareto.png", "throughput against quality loss")
+
+
+def _heat(points: list[Point], out: Path) -> Section:
+    section = Section("heat", "Heat maps", "Predicted tokens/s and quality loss over pairs of swept keys.")
+    keys = varied(points)
+    for first, second in combinations(keys, 2):
+        name = f"heat_{_safe(first)}_{_safe(second)}.png"
+        if heat_map(points, first, second, out / name):
+            section.picture(out / name, f"{first} against {second}")
+    if not section.parts:
+        section.text(f"no two keys were varied together (varied: {', '.join(keys) or 'none'})")
+    return section
+
+
+def varied(points: list[Point]) -> list[str]:
+    """Swept keys that take more than one value."""
+    keys = dict.fromkeys(key for point in points for key in point["overrides"])
+    return [key for key in keys if len({point["overrides"].get(key) for point in points}) > 1]
+
+
+def heat_map(points: list[Point], first: str, second: str, path: Path) -> bool:
+    """Means over whatever else varies; False where the two keys take too many values, or a row or column is missing."""
+    columns, rows = (_values(points, key) for key in (first, second))
+    if min(len(columns), len(rows)) < 2 or max(len(columns), len(rows)) > _MOST_VALUES:
+        return False
+    figure, axes = figures.new(1, 2, width=3 + 1.5 * len(columns), height=1.6 + 0.5 * len(rows))
+    titles = {"throughput_tokens_per_second": "tokens/s", "quality_loss": "quality loss, nats per token"}
+    for axis, (name, title) in zip(axes[0], titles.items(), strict=True):
+        table = [[_mean(points, {first: x, second: y}, name) for x in columns] for y in rows]
+        image = axis.imshow(table, aspect="auto", cmap="viridis")
+        middle = (image.norm.vmin + image.norm.vmax) / 2 if image.norm.vmax is not None else 0
+        for j, line in enumerate(table):
+            for i, value in enumerate(line):
+                if not math.isnan(value):
+                    colour = "black" if value > middle else "white"
+                    axis.text(i, j, f"{value:.3g}", ha="center", va="center", fontsize=8, color=colour)
+        axis.set_xticks(range(len(columns)), columns, rotation=30, ha="right", fontsize=8)
+        axis.set_yticks(range(len(rows)), rows, fontsize=8)
+        axis.set(xlabel=first, ylabel=second, title=title)
+    figures.save(figure, path)
+    return True
+
+
+def _baselines(points: list[Point], out: Path) -> Section:
+    section = Section("baselines", "What others would do", "Predicted tokens/s of each point's plan and its baselines.")
+    names = [name for name in sweep.BASELINES if any(point[name] for point in points)]
+    if not names:
+        return section.text("no baseline has a plan")
+    figure, ((axis,),) = figures.new(width=max(7.0, 0.9 * len(points) + 3), height=4.2)
+    width = 0.85 / (len(names) + 1)
+    for index, name in enumerate(["throughput_tokens_per_second", *names]):
+        values = [point[name] or 0.0 for point in points]
+        label = "ours" if index == 0 else name
+        axis.bar(
+            [i + index * width for i in range(len(points))], values, width, label=label, color=figures.STAGES[index]
+        )
+    axis.set_xticks(
+        [i + 0.4 for i in range(len(points))], [_label(p) for p in points], rotation=40, ha="right", fontsize=7
+    )
+    axis.set(ylabel="predicted tokens/s", yscale="log")
+    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return section.picture(figures.save(figure, out / "baselines.png"), "baselines").text(
+        json.dumps({point["point"]: {name: point[name] for name in names} for point in points}, indent=1)
+    )
+
+
+def _label(point: Point) -> str:
+    return ", ".join(value for value in point["overrides"].values()) or point["point"]
+
+
+def _values(points: list[Point], key: str) -> list[str]:
+    found = {point["overrides"][key] for point in points if key in point["overrides"]}
+
+    def order(value: str) -> tuple[int, float, str]:
+        try:
+            return 0, float(value), value
+        except ValueError:
+            return 1, 0.0, value
+
+    return sorted(found, key=order)
+
+
+def _mean(points: list[Point], where: dict[str, str], name: str) -> float:
+    found = [p[name] for p in points if all(p["overrides"].get(key) == value for key, value in where.items())]
+    return sum(found) / len(found) if found else math.nan
+
+
+def _safe(key: str) -> str:
+    return "".join(letter if letter.isalnum() else "_" for letter in key.strip("+"))

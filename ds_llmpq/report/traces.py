@@ -1,0 +1,80 @@
+"""Chrome traces read back, and drawn as a Gantt chart of stages."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ds_llmpq.errors import UserError
+from ds_llmpq.report import figures
+
+_MOST_SPANS = 20_000  # beyond that, only the first are drawn
+
+
+@dataclass(frozen=True)
+class TracedSpan:
+    """What a stage did from `start` for `seconds`, counted from the trace's first span."""
+
+    stage: int
+    name: str
+    start: float
+    seconds: float
+
+
+def read_trace(file: Path) -> list[TracedSpan] | None:
+    """Spans by start; None where there is no such file. `UserError`: not a Chrome trace."""
+    if not file.is_file():
+        return None
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        events = record["traceEvents"] if isinstance(record, dict) else record
+        complete = [event for event in events if event.get("ph", "X") == "X" and "dur" in event]
+        origin = min((event["ts"] for event in complete), default=0.0)
+        spans = [TracedSpan(int(e["pid"]), str(e["name"]), (e["ts"] - origin) / 1e6, e["dur"] / 1e6) for e in complete]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} cannot be read as a trace ({error!r}); give the folder of a finished run.") from None
+    return sorted(spans, key=lambda span: span.start)
+
+
+def gantt(traces: dict[str, list[TracedSpan]], path: Path) -> Path:
+    """A row of panels a trace: all of it, and its beginning, where single micro-batches can be told apart."""
+    stages = 1 + max(span.stage for spans in traces.values() for span in spans)
+    height = len(traces) * max(1.7, 0.35 * stages + 0.9)
+    figure, axes = figures.new(len(traces), 2, width=11, height=height, gridspec_kw={"width_ratios": [3, 2]})
+    shown: dict[str, str] = {}
+    for row, (title, spans) in zip(axes, traces.items(), strict=True):
+        end = max(span.start + span.seconds for span in spans)
+        for axis, until in zip(row, (end, _beginning(spans, end)), strict=True):
+            _panel(axis, spans, until, stages, shown)
+            axis.set_title(f"{title}, {'all' if until == end else 'its beginning'}", loc="left", fontsize=9)
+    axes[-1][0].set_xlabel("seconds")
+    axes[-1][1].set_xlabel("seconds")
+    from matplotlib.patches import Patch
+
+    handles = [Patch(color=colour, label=name) for name, colour in shown.items()]
+    figure.legend(handles=handles, ncols=len(handles), loc="outside lower center", frameon=False, fontsize=8)
+    return figures.save(figure, path)
+
+
+def _panel(axis: Any, spans: list[TracedSpan], until: float, stages: int, shown: dict[str, str]) -> None:
+    within = [span for span in spans if span.start < until][:_MOST_SPANS]
+    for stage in range(stages):
+        mine = [span for span in within if span.stage == stage]
+        names = [span.name for span in mine]
+        for name in names:
+            shown.setdefault(name, figures.SPANS.get(name, figures.OTHER))
+        axis.broken_barh(
+            [(span.start, span.seconds) for span in mine], (stage - 0.4, 0.8), facecolors=[shown[n] for n in names]
+        )
+    axis.set(xlim=(0, until), ylim=(stages - 0.4, -0.6), yticks=range(stages))
+    axis.set_yticklabels([f"stage {stage}" for stage in range(stages)], fontsize=8)
+
+
+def _beginning(spans: list[TracedSpan], end: float) -> float:
+    """Until some rounds of decoding have passed: the prefill and three times the time of the first decode spans."""
+    decodes = [span.start for span in spans if span.name == "decode"]
+    if len(decodes) < 8:
+        return end / 5
+    return min(end, decodes[min(len(decodes) - 1, 24)])
