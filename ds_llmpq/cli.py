@@ -7,15 +7,17 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from types import ModuleType
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
 
 from ds_llmpq import __version__, config
 from ds_llmpq.batch.results import check_folder
 from ds_llmpq.errors import Interrupted, UserError
-from ds_llmpq.report import sweep
+from ds_llmpq.report import kept, sweep
 
 # verbs whose first argument may be a bare word, and the key it stands for
 _WORD_KEYS = {"report": "what", "lengths": "action"}
@@ -93,8 +95,28 @@ def _run(verb: str, composed: DictConfig) -> int:
     config.register()  # a sweep's worker process starts without the resolvers
     module = importlib.import_module(f"ds_llmpq.verbs.{verb}")
     out = Path(HydraConfig.get().runtime.output_dir)
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        return _point(verb, module, composed, out)
     try:
         return module.run(config.to_object(composed, config.VERBS[verb]), out)
+    except UserError as error:
+        sweep.note_failure(out, error)
+        return report(error)
+
+
+def _point(verb: str, module: ModuleType, composed: DictConfig, out: Path) -> int:
+    """One point of a sweep; one that is already there, from the same configuration, is kept."""
+    try:
+        made = kept.digest(verb, OmegaConf.to_container(composed, resolve=True))
+        if kept.is_done(out, verb, made):
+            print(f"kept: {out}")
+            return 0
+        kept.forget(out)
+        sweep.forget_failure(out)
+        code = module.run(config.to_object(composed, config.VERBS[verb]), out)
+        if code == 0:
+            kept.note_done(out, verb, made)
+        return code
     except UserError as error:
         sweep.note_failure(out, error)
         return report(error)

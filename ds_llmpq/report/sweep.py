@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +31,27 @@ def note_failure(out: Path, error: UserError) -> None:
         (out / _FAILURE).write_text(json.dumps({"message": str(error), "exit_code": error.exit_code}) + "\n")
 
 
+def forget_failure(out: Path) -> None:
+    """Before a point is tried again."""
+    (out / _FAILURE).unlink(missing_ok=True)
+
+
 class SweepSummary(Callback):
     """Hydra callback: runs once, in the parent, after all points of a sweep."""
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
-        points = [point_of(place.parent) for place in sorted(folder.glob("*/.hydra"))]
+        points = [point_of(place) for place in places(folder)]
         failure_codes.extend(point["exit_code"] for point in points if point["failure"])
         write_summary(folder, points)
         print(summary_text(points))
         print(f"sweep: {folder / 'summary.csv'} (a page with pictures: `ds-llmpq report sweep={folder}`)")
+
+
+def places(folder: Path) -> list[Path]:
+    """Folders of a multirun's points; numbers in their names count as numbers."""
+    found = {place.parent for name in (".hydra", "plan.json") for place in folder.glob(f"*/{name}")}
+    return sorted(found, key=lambda place: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", place.name)])
 
 
 def write_summary(folder: Path, points: list[dict[str, Any]]) -> None:
@@ -96,7 +108,7 @@ def speedups(points: list[dict[str, Any]]) -> list[str]:
             kind = " (an estimate, no plan)" if name == "offload_estimate" else ""
             lines.append(
                 f"predicted speed-up over {name}{kind}: mean {sum(ratios) / len(ratios):.2f}x, geometric mean "
-                f"{geometric:.2f}x, from {min(ratios):.2f}x to {max(ratios):.2f}x; {len(ratios)} of {len(points)} points"
+                f"{geometric:.2f}x, {min(ratios):.2f}x to {max(ratios):.2f}x on {len(ratios)} of {len(points)} points"
             )
     return lines
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from itertools import combinations
 from pathlib import Path
@@ -35,9 +34,8 @@ def write_sweep_report(folder: Path, out: Path) -> str:
 
 def read_points(folder: Path) -> list[Point]:
     """The points that lie in a multirun's folder, whether or not it was finished."""
-    places = sorted({place.parent for name in (".hydra", "plan.json") for place in folder.glob(f"*/{name}")})
     try:
-        return [sweep.point_of(place) for place in places]
+        return [sweep.point_of(place) for place in sweep.places(folder)]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} holds a plan.json that cannot be read ({error!r}); plan that point again.") from None
 
@@ -46,7 +44,7 @@ def _points(points: list[Point]) -> Section:
     section = Section(
         "points", "Points", "Every point of the sweep; where a plan was run or scored, what was measured."
     )
-    return section.table(*sweep.table_of(points)).text("\n".join(sweep.speedups(points)) or "no baseline has a plan")
+    return section.table(*sweep.table_of(points))
 
 
 def _pareto(points: list[Point], out: Path) -> Section:
@@ -117,8 +115,8 @@ def _baselines(points: list[Point], out: Path) -> Section:
     )
     axis.set(ylabel="predicted tokens/s", yscale="log")
     axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    return section.picture(figures.save(figure, out / "baselines.png"), "baselines").text(
-        json.dumps({point["point"]: {name: point[name] for name in names} for point in points}, indent=1)
+    return section.picture(figures.save(figure, out / "baselines.png"), "tokens/s of baselines").text(
+        "\n".join(sweep.speedups(points))
     )
 
 

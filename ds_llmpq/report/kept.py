@@ -1,0 +1,70 @@
+"""Which points of a sweep need no work: their artefact is there, made from the same configuration and files.
+
+Beside a finished point lies point.json with a digest of its configuration (all but `out`), of the version, and of the
+size and time of every file that the configuration names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ds_llmpq import __version__
+
+# what each verb leaves when it has done its work; others are always done again
+ARTEFACTS = {
+    "plan": ("plan.json", "summary.json"),  # the latter of a front
+    "run": ("metrics.json",),
+    "evaluate": ("scores.json",),
+    "sensitivity": ("omega.json",),
+    "simulate": ("metrics.json",),
+    "quantize": ("quantized.json",),
+    "profile": ("latency.json",),
+}
+_FILE = "point.json"
+
+
+def digest(verb: str, settings: Mapping[str, Any]) -> str:
+    """`settings`: the resolved configuration as plain containers."""
+    own = {key: value for key, value in settings.items() if key != "out"}
+    record = {"verb": verb, "version": __version__, "settings": own, "files": sorted(set(_files(own)))}
+    return hashlib.sha256(json.dumps(record, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def is_done(out: Path, verb: str, wanted: str) -> bool:
+    """Whether `out` holds the verb's artefact, made from this very configuration."""
+    if not any((out / name).is_file() for name in ARTEFACTS.get(verb, ())):
+        return False
+    try:
+        return json.loads((out / _FILE).read_text(encoding="utf-8"))["digest"] == wanted
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def note_done(out: Path, verb: str, made: str) -> None:
+    """Called once a point has succeeded."""
+    if any((out / name).is_file() for name in ARTEFACTS.get(verb, ())):
+        (out / _FILE).write_text(json.dumps({"verb": verb, "digest": made}) + "\n", encoding="utf-8")
+
+
+def forget(out: Path) -> None:
+    """Called before a point is done again: a killed attempt must not look finished."""
+    (out / _FILE).unlink(missing_ok=True)
+
+
+def _files(value: Any) -> Iterator[tuple[str, int, int]]:
+    """(path, size, time) of existing files that appear as values."""
+    if isinstance(value, Mapping):
+        for entry in value.values():
+            yield from _files(entry)
+    elif isinstance(value, (list, tuple)):
+        for entry in value:
+            yield from _files(entry)
+    elif isinstance(value, str) and value and len(value) < 4096 and "\n" not in value:
+        path = Path(value)
+        if path.is_file():
+            status = path.stat()
+            yield value, status.st_size, status.st_mtime_ns
