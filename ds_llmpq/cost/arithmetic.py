@@ -12,13 +12,14 @@ EAGER_ATTENTION = ("bloom",)  # its module writes the whole score matrix; the ot
 
 
 def linear_flops(shape: ModelShape, rows: int) -> int:
-    """Of the linears of one decoder layer."""
-    return 2 * rows * shape.linear_weights
+    """Of the linears of one decoder layer; of a mixture's experts, those that a token chooses."""
+    return round(2 * rows * shape.active_linear_weights)
 
 
 def linear_activation_bytes(shape: ModelShape, rows: int, dtype_bytes: int) -> int:
     """Inputs read and outputs written by the linears of one decoder layer."""
-    return rows * dtype_bytes * sum(linear.in_features + linear.out_features for linear in shape.linears)
+    widths = sum((linear.in_features + linear.out_features) * linear.token_share for linear in shape.linears)
+    return round(rows * dtype_bytes * widths)
 
 
 def attention_flops(shape: ModelShape, sequences: int, new_tokens: int, past_tokens: int) -> int:

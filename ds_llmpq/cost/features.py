@@ -22,7 +22,7 @@ def layer_features(roofline: RooflineCosts, bits: int, phase: str, batch: int, l
     new, past = (length, 0) if phase == "prefill" else (1, length)
     rows = batch * new
     weights = kernels.weight_bytes_read(shape, bits, roofline.kernel, roofline.group_size, roofline.axis, size)
-    moved = weights + arithmetic.linear_activation_bytes(shape, rows, size)
+    moved = shape.touched_share(rows) * weights + arithmetic.linear_activation_bytes(shape, rows, size)
     return [
         1.0,
         roofline.roof(arithmetic.linear_flops(shape, rows), moved),

@@ -99,7 +99,8 @@ class RooflineCosts:
             return None
         shape, rows, size = self.shape, batch * new, self.dtype_bytes
         weights = kernels.weight_bytes_read(shape, bits, self.kernel, self.group_size, self.axis, size)
-        moved = weights + arithmetic.linear_activation_bytes(shape, rows, size)
+        touched = shape.touched_share(rows)  # below 1 where few tokens choose few experts
+        moved = touched * weights + arithmetic.linear_activation_bytes(shape, rows, size)
         seconds = self.roof(arithmetic.linear_flops(shape, rows), moved)
         seconds += self.roof(
             arithmetic.attention_flops(shape, batch, new, past),
@@ -107,7 +108,7 @@ class RooflineCosts:
         )
         seconds += self.roof(0, arithmetic.elementwise_bytes(shape, rows, size))
         if self.kernel == "dequantize":
-            seconds += self.roof(0, kernels.dequantize_bytes(shape, bits, size))
+            seconds += self.roof(0, touched * kernels.dequantize_bytes(shape, bits, size))
         launches = kernels.launches_share(shape, bits, self.kernel)
         return seconds + launches * self.device_type.kernel_overhead_seconds
 

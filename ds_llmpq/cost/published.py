@@ -97,7 +97,7 @@ class PublishedCosts:
         self._figures = read_figures()
         self._here = RooflineCosts(self.device_type, self.shape, self.dtype, kernel=KERNEL)
         self._there = RooflineCosts(self.device_type, self._figures.shape, self.dtype, kernel=KERNEL)
-        self._weights = self.shape.linear_weights / self._figures.shape.linear_weights
+        self._weights = self.shape.active_linear_weights / self._figures.shape.linear_weights
 
     @property
     def provenance(self) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,11 +17,22 @@ from ds_llmpq.errors import UserError
 
 
 class Linear(NamedTuple):
-    """One `nn.Linear` of a decoder layer: its name inside the layer and the shape of its weight."""
+    """One `nn.Linear` of a decoder layer: its name inside the layer and the shape of its weight. An expert of a mixture
+    sees only a share of the tokens."""
 
     name: str
     out_features: int
     in_features: int
+    token_share: float = 1.0
+
+    @property
+    def active_weights(self) -> float:
+        """Weights that work on a token, on average."""
+        return self.weights * self.token_share
+
+    def touched_weights(self, rows: int) -> float:
+        """Weights that are read for `rows` tokens, expected where tokens choose experts evenly and independently."""
+        return self.weights if self.token_share == 1.0 else self.weights * (1 - (1 - self.token_share) ** rows)
 
     @property
     def weights(self) -> int:
@@ -48,7 +59,7 @@ class ModelShape:
     dtype: str | None  # type of the stored weights, where config.json says it
     linears: tuple[Linear, ...]  # of one decoder layer, in the order they run
     biased: tuple[str, ...]  # names of the linears that have a bias
-    layer_norm_parameters: int  # norms of one decoder layer, with Qwen3's q_norm and k_norm
+    layer_norm_parameters: int  # norms of one decoder layer, with Qwen3's q_norm and k_norm, and a router
     embed_parameters: int  # everything before the first decoder layer
     head_parameters: int  # everything after the last one; lm_head counts even when tied
 
@@ -66,6 +77,15 @@ class ModelShape:
     def linear_weights(self) -> int:
         """Weights of one decoder layer that can be quantized."""
         return sum(linear.weights for linear in self.linears)
+
+    @property
+    def active_linear_weights(self) -> float:
+        """Weights of one decoder layer that work on a token; all of them but in a mixture of experts."""
+        return sum(linear.active_weights for linear in self.linears)
+
+    def touched_share(self, rows: int) -> float:
+        """Share of one decoder layer's quantizable weights that `rows` tokens read."""
+        return sum(linear.touched_weights(rows) for linear in self.linears) / self.linear_weights
 
     @property
     def layer_bias_parameters(self) -> int:
@@ -90,6 +110,7 @@ class ModelShape:
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change with any size; it knows nothing of the weights' values."""
         sizes = {key: value for key, value in asdict(self).items() if key != "dtype"}
+        sizes["linears"] = [linear if linear.token_share < 1 else linear[:3] for linear in self.linears]
         return hashlib.sha256(json.dumps(sizes, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -200,6 +221,28 @@ def _llama_family(keys: _Keys) -> ModelShape:
     )
 
 
+def _mixtral(keys: _Keys) -> ModelShape:
+    """Mixtral: a Mistral layer whose MLP is one of several experts for each token; the router stays unquantized."""
+    plain = _llama_family(_Keys({**keys.config, "model_type": "mistral", "sliding_window": None}))
+    experts = keys.count("num_local_experts", default=8)
+    active = keys.count("num_experts_per_tok", default=2)
+    if active > experts:
+        raise UserError(f"config.json has num_experts_per_tok={active}, more than its {experts} experts")
+    names = {"mlp.gate_proj": "w1", "mlp.up_proj": "w3", "mlp.down_proj": "w2"}
+    mlp = [linear for linear in plain.linears if linear.name in names]
+    linears = [linear for linear in plain.linears if linear.name not in names]
+    for expert in range(experts):
+        for linear in mlp:
+            name = f"block_sparse_moe.experts.{expert}.{names[linear.name]}"
+            linears.append(linear._replace(name=name, token_share=active / experts))
+    return replace(
+        plain,
+        architecture="mixtral",
+        linears=tuple(linears),
+        layer_norm_parameters=plain.layer_norm_parameters + experts * plain.hidden,
+    )
+
+
 def _biases_of_llama_family(architecture: str, keys: _Keys, linears: tuple[Linear, ...]) -> tuple[str, ...]:
     names = [linear.name for linear in linears]
     if architecture == "qwen2":  # q, k and v always, o never; its class reads no flag
@@ -287,4 +330,5 @@ _READERS: dict[str, Callable[[_Keys], ModelShape]] = {
     "qwen3": _llama_family,
     "opt": _opt,
     "bloom": _bloom,
+    "mixtral": _mixtral,  # to plan only: the engine has no mixtures of experts
 }

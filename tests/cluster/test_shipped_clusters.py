@@ -24,6 +24,7 @@ PARAMETERS = {  # of the published models
     "llama3_70b": 70.55e9,
     "qwen2_5_14b": 14.77e9,
     "qwen2_5_32b": 32.76e9,
+    "mixtral_8x7b": 46.70e9,
 }
 
 

@@ -145,7 +145,7 @@ def test_fused_kernels_make_decode_faster_at_fewer_bits_and_dequantizing_slower(
 
 
 def test_fused_reads_exactly_the_packed_weights():
-    packed = sum(packed_linear_bytes(n, k, 4, 64, 1, 2) for _, n, k in SHAPE.linears)
+    packed = sum(packed_linear_bytes(n, k, 4, 64, 1, 2) for _, n, k, *_ in SHAPE.linears)
     assert kernels.weight_bytes_read(SHAPE, 4, "fused", 64, 1, 2) == packed
     assert kernels.weight_bytes_read(SHAPE, 4, "dequantize", 64, 1, 2) == 2 * SHAPE.linear_weights
     with pytest.raises(UserError, match="'magic' is not known"):
