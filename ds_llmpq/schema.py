@@ -217,12 +217,26 @@ class ServeVerb:
 
 
 @dataclass
+class SupervisionConfig:
+    """What `run` does when something goes wrong while the pipeline runs."""
+
+    restarts: int = 3  # starts again after a death, in a row that brought no new result
+    backoff_seconds: float = 5.0  # pause before the first of them, doubled each time, at most 300
+    hang_seconds: float = 900.0  # a pipeline in which nothing moves for so long is ended and counts as a death
+    grace_seconds: float = 60.0  # after a first Ctrl-C or SIGTERM: for what is in flight; a second one ends at once
+    on_loss: str = "stop"  # stop | replan: where a host or GPU does not come back, end, or plan on what is left
+
+
+@dataclass
 class RunVerb(PlanVerb):
-    """`ds-llmpq run`: plans if no plan is given, starts the launcher, waits, and sums up."""
+    """`ds-llmpq run`: plans if no plan is given, starts the launcher, waits, and sums up. Again with the same out=DIR,
+    it goes on where it stopped."""
 
     plan: str | None = None
     quantized: str | None = None  # folder of `ds-llmpq quantize` for this plan: layers are read as stored there
     hostfile: str | None = None  # null: written from the plan
+    resume: str = "auto"  # auto: refused if what results depend on has changed | force: go on whatever changed
+    run: SupervisionConfig = field(default_factory=SupervisionConfig)
 
 
 @dataclass

@@ -17,6 +17,7 @@ from ds_llmpq.planner.plan import Plan
 from ds_llmpq.schema import BatchConfig, EngineConfig
 
 _MOST_BYTES = 64 << 20
+_PLAIN = ("model_path", "input", "output", "trust_remote_code", "supervised", "input_sha256", "hang_seconds")
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,13 @@ class Job:
     trust_remote_code: bool = False
     # progress as lines for a parent process instead of a bar
     supervised: bool = False
+    # what `run` has read: rank 0 refuses an input that changed since
+    input_sha256: str | None = None
+    # a rank in which nothing moves for so long writes its stacks to the log
+    hang_seconds: float | None = None
 
     def to_token(self) -> str:
-        fields = {name: getattr(self, name) for name in ("model_path", "input", "output", "supervised")}
-        fields |= {"trust_remote_code": self.trust_remote_code, "plan": self.plan.to_json()}
+        fields = {name: getattr(self, name) for name in _PLAIN} | {"plan": self.plan.to_json()}
         fields |= {"engine": asdict(self.engine), "batch": asdict(self.batch)}
         return base64.urlsafe_b64encode(zlib.compress(json.dumps(fields).encode(), 9)).decode()
 
@@ -54,3 +58,9 @@ class Job:
             )
         except (binascii.Error, zlib.error, ValueError, TypeError, KeyError) as error:
             raise UserError(f"The job token cannot be read ({error}); start serve through `ds-llmpq run`.") from None
+
+
+def check_input(job: Job, sha256: str) -> None:
+    """`UserError` if the input is no longer what `run` read: results of two inputs must not mix."""
+    if job.input_sha256 is not None and sha256 != job.input_sha256:
+        raise UserError(f"{job.input} changed while its results were being made; give the same input again.")

@@ -39,16 +39,17 @@ class Bar:
 
 
 class Lines:
-    """The same as JSON lines that `read` understands; at most five a second, the last of a phase always."""
+    """The same as JSON lines that `read` understands; at most five a second, a phase's first and last always."""
 
     def __init__(self, stream: TextIO | None = None):
         self._stream = stream or sys.stderr
         self._last = 0.0
+        self._phase = ""
 
     def show(self, phase: str, done: int, total: int, note: str = "") -> None:
         now = time.monotonic()
-        if done >= total or now - self._last > _SECONDS_BETWEEN:
-            self._last = now
+        if done >= total or phase != self._phase or now - self._last > _SECONDS_BETWEEN:
+            self._last, self._phase = now, phase
             fields = {"phase": phase, "done": done, "total": total, "note": note, "pid": os.getpid()}
             print(PROGRESS_MARK + json.dumps(fields), file=self._stream, flush=True)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Collection
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,8 @@ class ResultWriter:
 
     `model`: the name recorded for rows that give none. `total`: rows of the input, for the counts. A folder that
     already holds results is refused unless `resume`: then a torn last row is cut off, `finished` holds the ids that
-    need not run again, and errors.jsonl starts anew, since rows that failed are tried again.
+    need not run again, and errors.jsonl starts anew, since rows that failed are tried again. `among`: the ids of the
+    input, where results may also be of rows that it no longer has; those do not count.
     UserError: a folder that cannot be written, is in use, or holds something else; a full disk while writing (the
     row that did not fit is taken back).
     """
@@ -50,6 +52,7 @@ class ResultWriter:
         model: str = "",
         total: int = 0,
         resume: bool = False,
+        among: Collection[str] | None = None,
         fsync_seconds: float = 5.0,
     ):
         folder = check_folder(out_dir)
@@ -66,7 +69,7 @@ class ResultWriter:
             self.errors.clear()
             self._files = opened.pop_all()
         sync_folder(folder)
-        self.completed = len(self.finished)
+        self.completed = len(self.finished if among is None else self.finished & set(among))
         self.failed = 0
         self._fsync_seconds = fsync_seconds
         self._synced = time.monotonic()

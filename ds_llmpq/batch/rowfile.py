@@ -46,14 +46,18 @@ class RowFile:
         self._end += len(data)
 
     def repair(self) -> set[str]:
-        """The custom_ids of all rows, after cutting off a last row without its line end."""
+        """The custom_ids of all rows, after cutting off a last row without its line end. `UserError` for an id that
+        stands there twice: this program never writes one so, and a choice between the two is the user's."""
         found: set[str] = set()
         end = 0
         for line, (raw, whole) in enumerate(self._lines(), start=1):
             if not whole:
                 _check_ours(raw, self.path, line)
                 break
-            found.add(_custom_id(raw, self.path, line))
+            custom_id = _custom_id(raw, self.path, line)
+            if custom_id in found:
+                raise UserError(f"line {line} of {self.path} repeats custom_id {custom_id!r}; remove one of the two.")
+            found.add(custom_id)
             end += len(raw)
         if end < self._end:
             self.truncate(end)

@@ -2,28 +2,24 @@
 
 DeepSpeed's multi-host runner answers Ctrl-C and SIGTERM with `pkill -f` on every host, which may hit others' processes.
 So the launcher runs in a session of its own, where the user's Ctrl-C does not reach it, and is ended by SIGKILL; every
-rank watches its output (`end_with_listener`) and ends as soon as nobody reads it any more, on whichever host it is.
+rank watches its output (`lifeline.end_with_listener`) and ends as soon as nobody reads it, on whichever host it is.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-import select
 import shlex
-import signal
 import socket
-import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping
+import uuid
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
+from ds_llmpq.engine.following import RUN_MARK, Ended, Line, Watch, follow
 from ds_llmpq.errors import UserError
+from ds_llmpq.files import write_whole
 from ds_llmpq.planner.plan import Plan
 from ds_llmpq.planner.planfile import launch_order
 
@@ -33,10 +29,6 @@ LOG_NAME = "launcher.log"
 _CARRIED = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 _SAFE_VALUE = re.compile(r"[A-Za-z0-9_.,:/+=@%-]*")
 _SAFE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-# what DeepSpeed's per-host launcher says when one of its ranks died
-_RANK_DIED = "exits with return code = "
-# how long the other ranks have to end by themselves, so that their messages reach the log
-_GRACE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -115,63 +107,42 @@ def environment(launch: Launch) -> dict[str, str]:
     return env
 
 
-def write_environment(launch: Launch) -> Path:
-    """The file that DeepSpeed's `DS_ENV_FILE` names: NAME=VALUE lines, exported on every host."""
+def write_environment(launch: Launch, mark: str = "") -> Path:
+    """The file that DeepSpeed's `DS_ENV_FILE` names: NAME=VALUE lines, exported on every host. For its owner alone."""
     file = launch.folder / ENVIRONMENT_NAME
-    file.write_text("".join(f"{name}={value}\n" for name, value in environment(launch).items()))
+    variables = environment(launch) | ({RUN_MARK: mark} if mark else {})
+    write_whole(file, "".join(f"{name}={value}\n" for name, value in variables.items()), mode=0o600)
     return file
 
 
-def run(launch: Launch, arguments: list[str], on_line: Callable[[str], None]) -> int:
-    """Runs the launcher to its end, every line of its output going to `launcher.log` and to `on_line`.
+def run(launch: Launch, arguments: list[str], on_line: Callable[[str], object]) -> int:
+    """Runs the launcher to its end and returns its exit code; nothing is waited for when the user asks for an end.
 
-    Returns its exit code. When one rank has died, the others get a few seconds to say what they met and are then
-    ended. KeyboardInterrupt (Ctrl-C, SIGTERM or SIGHUP) passes on after all ranks have been stopped.
+    KeyboardInterrupt (Ctrl-C, SIGTERM or SIGHUP) passes on after all ranks have been stopped.
     """
-    file = write_environment(launch)
+
+    def text(line: str) -> Line:
+        on_line(line)
+        return Line.TEXT
+
+    return followed(launch, arguments, Watch(text)).code
+
+
+def followed(launch: Launch, arguments: list[str], watch: Watch, mark: str | None = None) -> Ended:
+    """Runs the launcher to its end, its output going to `launcher.log` and to `watch.on_line`.
+
+    When one rank has died, the others get a few seconds to say what they met and are then ended. `mark` names the run
+    in the environment of its processes.
+    """
+    mark = mark or uuid.uuid4().hex
+    file = write_environment(launch, mark)
     package = str(Path(__file__).resolve().parents[2])
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
     env = os.environ | environment(launch) | {"DS_ENV_FILE": str(file), "PYTHONPATH": os.pathsep.join(paths)}
-    with open(launch.folder / LOG_NAME, "wb") as log, _stopped_by_signals():
-        child = subprocess.Popen(
-            command(launch, arguments),
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        grace = threading.Timer(_GRACE_SECONDS, _stop, [child])
-        grace.daemon = True
-        try:
-            for line in child.stdout:
-                log.write(line)
-                log.flush()
-                text = line.decode(errors="replace").rstrip("\n")
-                on_line(text)
-                if _RANK_DIED in text and not grace.is_alive():
-                    grace.start()
-            return child.wait()
-        except BaseException:
-            _stop(child)
-            raise
-        finally:
-            grace.cancel()
-
-
-def end_with_listener(descriptor: int = 2) -> None:
-    """Ends this process, without further ado, as soon as nobody reads what it writes to `descriptor`.
-
-    That is how a rank learns that `run` has been interrupted or killed: the pipe, or over ssh the connection, breaks.
-    """
-    poller = select.poll()
-    poller.register(descriptor, 0)  # broken pipes are always reported
-
-    def watch() -> None:
-        poller.poll()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    try:
+        return follow(command(launch, arguments), env, launch.folder / LOG_NAME, mark, watch)
+    except OSError as error:
+        raise UserError(f"The launcher cannot be started ({error}); free what it needs and run again.") from None
 
 
 def free_port() -> int:
@@ -179,33 +150,3 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("", 0))
         return probe.getsockname()[1]
-
-
-def _stop(child: subprocess.Popen) -> None:
-    """Ends the launcher and all it started here; ranks on other hosts end when their connection breaks."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        launcher = psutil.Process(child.pid)
-        # pdsh gives each ssh a session of its own, so ending the launcher's process group would miss them
-        for process in [launcher, *launcher.children(recursive=True)]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-    child.wait()
-
-
-@contextlib.contextmanager
-def _stopped_by_signals() -> Iterator[None]:
-    """SIGTERM and a closed terminal end a run as Ctrl-C does, instead of leaving its ranks behind."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    wanted = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
-    previous = {number: signal.signal(number, interrupt) for number in wanted}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

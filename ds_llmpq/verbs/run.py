@@ -1,39 +1,66 @@
-"""`run`: plan if needed, start DeepSpeed on the plan's hosts, follow it, sum up."""
+"""`run`: plan if needed, start DeepSpeed on the plan's hosts, keep it going, sum up. Again, it goes on."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from ds_llmpq import config
 from ds_llmpq.batch.job import Job
+from ds_llmpq.batch.journal import (
+    FINISHED,
+    JOURNAL_NAME,
+    RESUMES,
+    Identity,
+    Journal,
+    flattened,
+    locked,
+    plan_fingerprint,
+    sampling_of,
+)
 from ds_llmpq.batch.ordering import checked
-from ds_llmpq.batch.progress import ERROR_MARK, Bar, read
-from ds_llmpq.batch.reader import read_requests
+from ds_llmpq.batch.reader import RequestFile, read_requests
 from ds_llmpq.batch.results import check_folder, read_finished
+from ds_llmpq.batch.supervision import Supervisor, checked_supervision
 from ds_llmpq.cluster.hostfile import hostfile_disagreements, parse_hostfile, write_hostfile
-from ds_llmpq.engine.launcher import LOG_NAME, Launch
-from ds_llmpq.engine.launcher import run as launch
-from ds_llmpq.errors import Interrupted, UserError
+from ds_llmpq.engine.launcher import Launch
+from ds_llmpq.errors import UserError
+from ds_llmpq.files import write_json
+from ds_llmpq.models.fingerprint import fingerprint
 from ds_llmpq.planner import Plan
 from ds_llmpq.planner.planfile import check_model, launch_order, read_plan, write_plan
 from ds_llmpq.report.plan_table import plan_table
 from ds_llmpq.report.run_summary import run_summary
-from ds_llmpq.schema import RunVerb
+from ds_llmpq.schema import BatchConfig, RunVerb
 from ds_llmpq.verbs.plan import make_plan
+from ds_llmpq.verbs.replan import plan_without
 from ds_llmpq.verbs.serve import SOME_FAILED
 
 
 def run(settings: RunVerb, out: Path) -> int:
     if not settings.input:
         raise UserError("run needs input=FILE, a batch file in JSON lines.")
+    if settings.resume not in RESUMES:
+        raise UserError(f"resume is {settings.resume!r} but must be one of {', '.join(RESUMES)}.")
+    checked_supervision(settings.run)
     batch = checked(settings.batch)
-    read_requests(config.absolute(settings.input), batch)  # what rank 0 would refuse is said at once
-    check_folder(out)
-    if finished := read_finished(out):
-        raise UserError(f"{out} already holds {len(finished)} results; give another out=DIR.")
-    plan = plan_of(settings, out)
+    file = read_requests(config.absolute(settings.input), batch)  # what rank 0 would refuse is said at once
+    with locked(check_folder(out)):
+        return _run(settings, out, batch, file)
+
+
+def _run(settings: RunVerb, out: Path, batch: BatchConfig, file: RequestFile) -> int:
+    settings = replace(settings, batch=batch)
+    finished = read_finished(out)
+    journal, plan = _begun(settings, out, file, finished)
+    if journal.state == FINISHED:
+        print(f"{out} is finished: {_counted(journal.counts)}; nothing is left to do.")
+        return _code(journal.counts)
+    if finished:
+        print(f"going on after {len(finished)} of {file.total} requests, in {out}")
     _check_hostfile(settings, plan)
     job = Job(
         plan=plan,
@@ -44,16 +71,99 @@ def run(settings: RunVerb, out: Path) -> int:
         batch=batch,
         trust_remote_code=settings.model.trust_remote_code,
         supervised=True,
+        input_sha256=file.sha256,
+        hang_seconds=settings.run.hang_seconds,
     )
     print(plan_table(plan), flush=True)
-    _follow(Launch.of_plan(plan, out, settings.engine.master_port), job)
-    metrics = _metrics(plan, out)
+    supervisor = Supervisor(
+        job,
+        _launch(settings, plan, out),
+        settings.run,
+        journal,
+        lambda lost: _replanned(settings, out, supervisor, lost),
+    )
+    supervisor.run()
+    return _concluded(supervisor, out, len(finished))
+
+
+def _begun(settings: RunVerb, out: Path, file: RequestFile, finished: set[str]) -> tuple[Journal, Plan | None]:
+    """The folder's journal and plan: those of the run to go on with, after its check, or new ones."""
+    asked = Identity(file.sha256, None, None, sampling_of(settings.batch), _planned_with(settings))
+    journal = None if settings.resume == "force" else Journal.read(out)
+    if journal is None:
+        if finished and settings.resume != "force":
+            raise UserError(
+                f"{out} already holds {len(finished)} results, but no {JOURNAL_NAME} that says of what; give another "
+                "out=DIR, or resume=force to keep them and go on."
+            )
+        plan = plan_of(settings, out)
+    else:
+        journal.check(asked, out)
+        if journal.state == FINISHED:
+            return journal, None
+        plan = read_plan(out / "plan.json")
+        write_hostfile(out / "hostfile", launch_order(plan))
+    model = fingerprint(checkpoint_of(settings, plan))
+    asked = replace(asked, model=model, plan=plan_fingerprint(plan))
+    if journal is None:
+        journal = Journal(asked)
+    journal.check(asked, out)
+    return journal, plan
+
+
+def _planned_with(settings: RunVerb) -> dict[str, Any]:
+    """What decides on the plan, by dotted keys: the plan that is given, or all that one is made from."""
+    if settings.plan is not None:
+        return {"plan": plan_fingerprint(read_plan(config.absolute(settings.plan))), "quantized": settings.quantized}
+    groups = {name: asdict(getattr(settings, name)) for name in ("model", "workload", "quant", "planner")}
+    groups |= {"cluster": asdict(config.cluster_of(settings)), "engine": {"dtype": settings.engine.dtype}}
+    settings_of = flattened("", groups) | {"quantized": settings.quantized}
+    # variables change no result, and may be nobody else's business
+    return {name: value for name, value in settings_of.items() if not name.startswith("cluster.env")}
+
+
+def _launch(settings: RunVerb, plan: Plan, out: Path) -> Launch:
+    return Launch.of_plan(plan, out, settings.engine.master_port)
+
+
+def _replanned(settings: RunVerb, out: Path, supervisor: Supervisor, lost: list[str]) -> tuple[Job, Launch]:
+    """What goes on after devices were lost for good. The journal then names the new plan."""
+    before = supervisor.job.plan
+    plan = plan_without(settings, before, lost, out, widths_free=settings.quantized is None)
+    print(plan_table(plan), flush=True)
+    identity = replace(supervisor.journal.identity, plan=plan_fingerprint(plan))
+    supervisor.journal = replace(supervisor.journal, identity=identity)
+    return replace(supervisor.job, plan=plan), _launch(settings, plan, out)
+
+
+def _concluded(supervisor: Supervisor, out: Path, results_before: int) -> int:
+    """Marks the run as finished and sums up."""
+    metrics = _metrics(supervisor.job.plan, out)
+    metrics["restarts"] = {
+        "restarts": supervisor.restarts,
+        "replans": supervisor.replans,
+        "reasons": supervisor.reasons,
+        "results_before": results_before,
+        "source": "counted",
+    }
+    write_json(out / "metrics.json", metrics)
+    counts = metrics["counts"]
+    supervisor.journal.ended("finished", counts["completed"], counts).write(out)
     print(run_summary(metrics))
+    if supervisor.restarts:
+        print(f"the pipeline was started again {supervisor.restarts} times ({'; '.join(supervisor.reasons)})")
     print(f"results: {out / 'results.jsonl'}")
-    if metrics["counts"]["failed"]:
-        print(f"{metrics['counts']['failed']} requests failed; the reasons are in {out / 'errors.jsonl'}")
-        return SOME_FAILED
-    return 0
+    if counts["failed"]:
+        print(f"{counts['failed']} requests failed; the reasons are in {out / 'errors.jsonl'}")
+    return _code(counts)
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    return f"{counts['total']} requests, {counts['completed']} completed, {counts['failed']} failed"
+
+
+def _code(counts: Mapping[str, int]) -> int:
+    return SOME_FAILED if counts["failed"] else 0
 
 
 def _metrics(plan: Plan, out: Path) -> dict[str, Any]:
@@ -99,29 +209,3 @@ def _check_hostfile(settings: RunVerb, plan: Plan) -> None:
     wrong = hostfile_disagreements(parse_hostfile(hostfile), launch_order(plan))
     if wrong:
         raise UserError(f"Hostfile {hostfile} disagrees with the plan: {wrong[0]}; plan again or change the file.")
-
-
-def _follow(start: Launch, job: Job) -> None:
-    """Runs the job under the launcher, showing its progress; `UserError` with the first mistake a rank named."""
-    bar = Bar()
-    mistakes: list[str] = []
-
-    def on_line(line: str) -> None:
-        if (fields := read(line)) is not None:
-            bar.show(fields["phase"], fields["done"], fields["total"], fields["note"])
-        elif ERROR_MARK in line:
-            mistakes.append(line.partition(ERROR_MARK)[2])
-
-    try:
-        code = launch(start, ["--job", job.to_token()], on_line)
-    except KeyboardInterrupt:
-        raise Interrupted(f"Interrupted; what finished is kept in {job.output}.") from None
-    finally:
-        bar.close()
-    if mistakes:
-        raise UserError(mistakes[0])
-    if code:
-        raise UserError(
-            f"The pipeline ended with exit code {code}; what finished is kept in {job.output}, and the reason is in "
-            f"{start.folder / LOG_NAME}."
-        )

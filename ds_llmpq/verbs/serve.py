@@ -14,7 +14,7 @@ from ds_llmpq import config
 from ds_llmpq.batch.job import Job
 from ds_llmpq.batch.ordering import checked
 from ds_llmpq.batch.progress import ERROR_MARK
-from ds_llmpq.engine.launcher import end_with_listener
+from ds_llmpq.engine.lifeline import end_with_listener, stacks_on_request
 from ds_llmpq.engine.ranks import launched_rank
 from ds_llmpq.errors import UserError
 from ds_llmpq.planner.planfile import read_plan
@@ -81,6 +81,7 @@ def _serve(job: Job) -> int:
         raise UserError("The plan was made from plain data and names no devices; plan with cluster=... and model=...")
     if job.supervised:
         end_with_listener()
+    stacks_on_request()
     launched_rank(job.plan)  # said before torch takes its seconds
     # before anything imports deepspeed, which looks for an accelerator when it is imported
     os.environ["DS_ACCELERATOR"] = job.plan.engine["stages"][0]["kind"]

@@ -120,7 +120,7 @@ def long_run(checkpoint, tmp_path):
     command = Command(
         (
             "run", f"model.path={checkpoint}", f"cluster_file={cluster}", f"out={tmp_path / 'out'}",
-            f"input={write_rows(tmp_path / 'rows.jsonl', rows)}", *PRECISE, *WORKLOAD,
+            f"input={write_rows(tmp_path / 'rows.jsonl', rows)}", *PRECISE, *WORKLOAD, "run.restarts=0",
         )
     )  # fmt: skip
     process = command.start()

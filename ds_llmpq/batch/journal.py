@@ -1,0 +1,188 @@
+"""run.json: what a folder's results were made from, and how the run went so far. It decides whether a run may go on.
+
+The results themselves are the record of what is done (`batch.results`); this file only says of what they are results.
+It is replaced whole, so a crash leaves the old one or the new one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ds_llmpq.errors import UserError
+from ds_llmpq.files import read_json, write_json
+from ds_llmpq.planner.plan import Plan
+from ds_llmpq.schema import BatchConfig
+
+SCHEMA = 1
+JOURNAL_NAME = "run.json"
+RESUMES = ("auto", "force")
+UNFINISHED, FINISHED = "unfinished", "finished"
+_MOST_ATTEMPTS = 1000  # kept; of days of restarts the last ones
+# in which order and over which pipeline rows run does not change them, nor does how long lines may be
+_NO_MATTER = ("order", "predictor")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a result depends on. `settings`: those a plan was made with (dotted keys), empty where a plan was given."""
+
+    input: str  # sha256 of what was read of the input file
+    model: str | None  # fingerprint of the checkpoint
+    plan: str | None  # sha256 of the plan's decisions; None before there is a plan
+    sampling: Mapping[str, Any]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def changes(self, now: Identity) -> list[str]:
+        """What differs, in words, for a person; what either side does not know is let pass."""
+        found = []
+        if self.input != now.input:
+            found.append(f"the input (sha256 {self.input[:12]}, now {now.input[:12]})")
+        for name in ("model", "plan"):
+            before, after = getattr(self, name), getattr(now, name)
+            if before and after and before != after:
+                found.append(f"the {name} (fingerprint {before[:12]}, now {after[:12]})")
+        found += _differences("batch.", self.sampling, now.sampling)
+        if self.settings and now.settings:
+            found += _differences("", self.settings, now.settings)
+        return found
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of the pipeline. `reason` is empty while it runs; times are UTC, for people."""
+
+    started: str
+    ended: str = ""
+    reason: str = ""
+    results: int = 0  # in the folder when it ended
+
+
+@dataclass(frozen=True)
+class Journal:
+    """The record of one output folder. `state`: unfinished, or finished once every row has a result or an error."""
+
+    identity: Identity
+    state: str = UNFINISHED
+    counts: Mapping[str, int] = field(default_factory=dict)
+    attempts: tuple[Attempt, ...] = ()
+
+    @classmethod
+    def read(cls, folder: Path) -> Journal | None:
+        """The folder's journal, None if it has none. `UserError`: damaged, or another program's run.json."""
+        file = folder / JOURNAL_NAME
+        if not file.exists():
+            return None
+        remedy = "give another out=DIR, or resume=force to begin it anew and keep the results"
+        fields = read_json(file, "journal", remedy)
+        try:
+            if fields["schema"] != SCHEMA:
+                raise UserError(f"{file} has schema {fields['schema']!r}; this version reads {SCHEMA} only.")
+            journal = cls(
+                Identity(**fields["identity"]),
+                str(fields["state"]),
+                {str(name): int(count) for name, count in fields["counts"].items()},
+                tuple(Attempt(**attempt) for attempt in fields["attempts"]),
+            )
+            journal.identity.changes(journal.identity)
+            return journal
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise UserError(f"{file} is not the journal of a run; {remedy}.") from None
+
+    def write(self, folder: Path) -> None:
+        fields = asdict(replace(self, attempts=self.attempts[-_MOST_ATTEMPTS:]))
+        write_json(folder / JOURNAL_NAME, {"schema": SCHEMA, **fields})
+
+    def check(self, now: Identity, folder: Path) -> None:
+        """`UserError` naming what changed since this run began."""
+        if found := self.identity.changes(now):
+            raise UserError(
+                f"{folder} holds a run begun with other settings: {'; '.join(found[:4])}"
+                f"{f' and {len(found) - 4} more' if len(found) > 4 else ''} changed; give the same ones again, another "
+                "out=DIR, or resume=force to keep its results and go on with the new ones."
+            )
+
+    def begun(self) -> Journal:
+        """With a further attempt, which runs."""
+        return replace(self, state=UNFINISHED, attempts=(*self.attempts, Attempt(_now())))
+
+    def ended(self, reason: str, results: int, counts: Mapping[str, int] | None = None) -> Journal:
+        """With its last attempt ended; with `counts` the run is finished."""
+        last = replace(self.attempts[-1], ended=_now(), reason=reason, results=results)
+        finished = {"state": FINISHED, "counts": dict(counts)} if counts is not None else {}
+        return replace(self, attempts=(*self.attempts[:-1], last), **finished)
+
+
+def plan_fingerprint(plan: Plan) -> str:
+    """SHA-256 of what a plan decides about results: widths, quantization and compute type. Where layers run, in which
+    groups and for how many sequences changes when a row runs, not what it says, as far as the engine promises that."""
+    decided = {
+        "model": dict(plan.model or {}).get("fingerprint"),
+        "bits": [width for stage in plan.stages for width in stage.bits],
+        "quant": plan.quant,
+        "dtype": (plan.engine or {}).get("dtype"),
+    }
+    return _digest(decided)
+
+
+def sampling_of(batch: BatchConfig) -> dict[str, Any]:
+    """The defaults that rows inherit, and the limits that rows are refused by."""
+    return {name: value for name, value in asdict(batch).items() if name not in _NO_MATTER}
+
+
+def flattened(prefix: str, value: Any) -> dict[str, Any]:
+    """Nested settings by dotted keys, so that a change can be named."""
+    if isinstance(value, Mapping) and value:
+        found: dict[str, Any] = {}
+        for key, entry in value.items():
+            found |= flattened(f"{prefix}.{key}" if prefix else str(key), entry)
+        return found
+    return {prefix: value}
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps a second `run` out of the folder, between the attempts too. File systems without locks are taken so."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder} is in use by another run; wait for it or give another out=DIR.") from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _differences(prefix: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    # as JSON has them: what was read back has no tuples and only text for keys
+    before, after = json.loads(json.dumps(before, default=str)), json.loads(json.dumps(after, default=str))
+    missing = object()
+    return [
+        f"{prefix}{name} ({_shown(before.get(name))}, now {_shown(after.get(name))})"
+        for name in dict.fromkeys([*before, *after])
+        if before.get(name, missing) != after.get(name, missing)
+    ]
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
