@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -62,5 +63,5 @@ def page(title: str, lead: str, sections: Sequence[Section]) -> str:
 
 
 def _cell(text: str) -> str:
-    number = text[:1] in "+-0123456789" and text.strip("+-") != ""
+    number = re.fullmatch(r"[+-]?[\d.,]+(e[+-]?\d+)?%?( (B|KiB|MiB|GiB)| \([\d.]+x\))?", text)
     return f'<td class="number">{escape(text)}</td>' if number else f"<td>{escape(text)}</td>"

@@ -13,6 +13,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from ds_llmpq.errors import UserError
+from ds_llmpq.report import figures
 from ds_llmpq.report.plan_table import table
 
 _FAILURE = "failure.json"
@@ -160,30 +161,41 @@ def _measured(file: Path, *names: str) -> float | None:
     return value if isinstance(value, (int, float)) else None
 
 
+def varied(points: list[dict[str, Any]]) -> list[str]:
+    """Swept keys that take more than one value."""
+    keys = dict.fromkeys(key for point in points for key in point["overrides"])
+    return [key for key in keys if len({point["overrides"].get(key) for point in points}) > 1]
+
+
+def label(point: dict[str, Any], keys: list[str]) -> str:
+    """A point by its values of the varied keys."""
+    return ", ".join(point["overrides"][key] for key in keys if key in point["overrides"]) or point["point"]
+
+
 def plot(path: Path, points: list[dict[str, Any]]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    """Throughput against quality loss; points that coincide share a label."""
+    figure, ((axes,),) = figures.new(width=8, height=4.5)
     front = pareto_front(points)
-    axes.plot([p["quality_loss"] for p in front], [p["throughput_tokens_per_second"] for p in front], "-", color="0.6")
-    axes.scatter([p["quality_loss"] for p in points], [p["throughput_tokens_per_second"] for p in points])
-    measured = [p for p in points if p[_MEASURED[0]] and p[_MEASURED[1]] is not None]
-    if measured:
-        axes.scatter(
-            [p[_MEASURED[1]] for p in measured], [p[_MEASURED[0]] for p in measured], marker="x", label="measured"
-        )
-        axes.legend(frameon=False)
+    axes.plot([p["quality_loss"] for p in front], [p["throughput_tokens_per_second"] for p in front], "-", color="0.7")
+    groups: dict[tuple[float, float], list[str]] = {}
+    keys = varied(points)
     for point in points:
         place = (point["quality_loss"], point["throughput_tokens_per_second"])
-        axes.annotate(point["point"], place, fontsize=6, xytext=(3, 3), textcoords="offset points")
-    axes.set_xlabel("quality loss (nats per token)")
-    axes.set_ylabel("throughput (tokens/s)")
-    axes.set_title("Sweep: throughput against quality loss")
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+        groups.setdefault(place, []).append(label(point, keys))
+    axes.scatter(*zip(*groups, strict=True), color=figures.STAGES[0], label="predicted")
+    for place, names in groups.items():
+        text = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+        axes.annotate(text, place, fontsize=7, xytext=(4, 4), textcoords="offset points")
+    measured = [p for p in points if p[_MEASURED[0]] and p[_MEASURED[1]] is not None]
+    if measured:
+        places = [[p[name] for p in measured] for name in reversed(_MEASURED)]
+        axes.scatter(*places, marker="x", color=figures.STAGES[5], label="measured")
+        axes.legend(frameon=False)
+    axes.locator_params(axis="x", nbins=6)
+    axes.ticklabel_format(axis="x", style="sci", scilimits=(-3, 3))
+    axes.margins(x=0.15, y=0.1)
+    axes.set(xlabel="quality loss (nats per token)", ylabel="throughput (tokens/s)")
+    figures.save(figure, path)
 
 
 def _cell(value: Any) -> str:

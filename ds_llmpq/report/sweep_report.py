@@ -58,7 +58,7 @@ def _pareto(points: list[Point], out: Path) -> Section:
 
 def _heat(points: list[Point], out: Path) -> Section:
     section = Section("heat", "Heat maps", "Predicted tokens/s and quality loss over pairs of swept keys.")
-    keys = varied(points)
+    keys = sweep.varied(points)
     for first, second in combinations(keys, 2):
         name = f"heat_{_safe(first)}_{_safe(second)}.png"
         if heat_map(points, first, second, out / name):
@@ -66,12 +66,6 @@ def _heat(points: list[Point], out: Path) -> Section:
     if not section.parts:
         section.text(f"no two keys were varied together (varied: {', '.join(keys) or 'none'})")
     return section
-
-
-def varied(points: list[Point]) -> list[str]:
-    """Swept keys that take more than one value."""
-    keys = dict.fromkeys(key for point in points for key in point["overrides"])
-    return [key for key in keys if len({point["overrides"].get(key) for point in points}) > 1]
 
 
 def heat_map(points: list[Point], first: str, second: str, path: Path) -> bool:
@@ -103,7 +97,7 @@ def _baselines(points: list[Point], out: Path) -> Section:
     if not names:
         return section.text("no baseline has a plan")
     figure, ((axis,),) = figures.new(width=max(7.0, 0.9 * len(points) + 3), height=4.2)
-    width = 0.85 / (len(names) + 1)
+    width, keys = 0.85 / (len(names) + 1), sweep.varied(points)
     for index, name in enumerate(["throughput_tokens_per_second", *names]):
         values = [point[name] or 0.0 for point in points]
         label = "ours" if index == 0 else name
@@ -111,17 +105,17 @@ def _baselines(points: list[Point], out: Path) -> Section:
             [i + index * width for i in range(len(points))], values, width, label=label, color=figures.STAGES[index]
         )
     axis.set_xticks(
-        [i + 0.4 for i in range(len(points))], [_label(p) for p in points], rotation=40, ha="right", fontsize=7
+        [i + 0.4 for i in range(len(points))],
+        [sweep.label(p, keys) for p in points],
+        rotation=40,
+        ha="right",
+        fontsize=7,
     )
     axis.set(ylabel="predicted tokens/s", yscale="log")
     axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return section.picture(figures.save(figure, out / "baselines.png"), "tokens/s of baselines").text(
         "\n".join(sweep.speedups(points))
     )
-
-
-def _label(point: Point) -> str:
-    return ", ".join(value for value in point["overrides"].values()) or point["point"]
 
 
 def _values(points: list[Point], key: str) -> list[str]:
