@@ -29,6 +29,7 @@ VERBS = {
     "quantize": schema.QuantizeVerb,
     "sensitivity": schema.SensitivityVerb,
     "evaluate": schema.EvaluateVerb,
+    "export": schema.ExportVerb,
 }
 
 _PACKAGE = Path(__file__).parent
@@ -45,6 +46,7 @@ PATH_KEYS = schema_lengths.PATH_KEYS | {
     "cluster_file",
     "evaluation.tasks_path",
     "evaluation.text",
+    "gpus",
     "hostfile",
     "input",
     "model.path",
@@ -59,6 +61,7 @@ PATH_KEYS = schema_lengths.PATH_KEYS | {
     "reuse",
     "run",
     "sweep",
+    "topology",
 }
 
 T = TypeVar("T")

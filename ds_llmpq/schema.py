@@ -106,6 +106,8 @@ class QuantConfig:
     group_size: int = 64
     axis: int = 1  # groups run along the input dimension (1) or the output dimension (0)
     optimize: bool = True  # HQQ's own fine-tuning of scale and zero
+    # what multiplies with quantized weights: auto | dequantize (HQQ's own forward) | openvino | torch_int4 | gemlite
+    kernel: str = "auto"
 
 
 @dataclass
@@ -182,6 +184,8 @@ class DetectVerb:
     host: str = "localhost"  # the name other hosts and the hostfile use for this one
     cpu_stages: int | None = None  # CPU devices to offer; null: one if there is no GPU
     measure: bool = True  # measure memory bandwidth and matrix rates of the CPU, about two seconds
+    gpus: str | None = None  # another host's GPUs: a saved `nvidia-smi --query-gpu=... --format=csv` (docs/guide.md)
+    topology: str | None = None  # its links: a saved `nvidia-smi topo -m`
 
 
 @dataclass
@@ -266,6 +270,15 @@ class ReportVerb:
     run: str | None = None  # folder of a run, or of a plan
     sweep: str | None = None  # folder of a multirun
     profile: str | None = None  # folder of a profile
+
+
+@dataclass
+class ExportVerb:
+    """`ds-llmpq export`: a plan as arguments and configuration of another system."""
+
+    out: str = ""
+    plan: str = ""
+    to: str = ""  # vllm | llama_cpp
 
 
 @dataclass

@@ -1,0 +1,157 @@
+"""A plan in the words of other systems: vLLM's layer partition and GPTQ overrides, llama.cpp's arguments.
+
+Cuts carry over exactly and widths as far as the other system has them; the schedule, the micro-batches and the
+predicted times are this engine's own. What does not carry over is said in `notes`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ds_llmpq.errors import UserError
+from ds_llmpq.planner.plan import Plan, PlanStage
+
+TARGETS = ("vllm", "llama_cpp")
+_GGML = {16: "f16", 8: "q8_0", 4: "q4_k", 3: "q3_k", 2: "q2_k"}
+_VLLM_BITS = (4, 8)  # of its GPTQ kernels
+_EVERY_LAYER = 999  # more than any model has: all layers, and the output
+
+
+@dataclass(frozen=True)
+class Export:
+    """`record`: what is written as JSON; `lines`: shell lines to print and write."""
+
+    record: dict[str, object]
+    lines: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def export(plan: Plan, to: str) -> Export:
+    """UserError: an unknown target, or a plan that it cannot express at all."""
+    if to not in TARGETS:
+        raise UserError(f"to={to!r}; export knows {', '.join(TARGETS)}")
+    return _vllm(plan) if to == "vllm" else _llama_cpp(plan)
+
+
+def layers_by_width(plan: Plan) -> dict[int, list[int]]:
+    """Width -> its decoder layers, the most frequent width first."""
+    bits = [width for stage in plan.stages for width in stage.bits]
+    order = [width for width, _ in Counter(bits).most_common()]
+    return {width: [layer for layer, own in enumerate(bits) if own == width] for width in order}
+
+
+def _vllm(plan: Plan) -> Export:
+    partition = ",".join(str(stage.layers[1] - stage.layers[0]) for stage in plan.stages)
+    widths = layers_by_width(plan)
+    path = (plan.model or {}).get("path") or "MODEL"
+    quantized = [width for width in widths if width != 16]
+    notes = [
+        *_order_notes(plan),
+        "vLLM runs stages on ranks 0, 1, ... in the order given; start them on those devices.",
+    ]
+    record: dict[str, object] = {
+        "environment": {"VLLM_PP_LAYER_PARTITION": partition},
+        "pipeline_parallel_size": len(plan.stages),
+        "layer_bits": [width for stage in plan.stages for width in stage.bits],
+        "quantization_config": None,
+    }
+    if quantized:
+        base = quantized[0]
+        record["quantization_config"] = _gptq(plan, widths, base)
+        notes.append(
+            "quantization_config is what a GPTQ checkpoint with these widths declares (quantize with GPTQModel's "
+            "`dynamic`); HQQ checkpoints of `ds-llmpq quantize` are not read by vLLM."
+        )
+        if unknown := [width for width in quantized if width not in _VLLM_BITS]:
+            notes.append(
+                f"vLLM's GPTQ kernels know 4 and 8 bits, not {', '.join(map(str, unknown))}; plan with "
+                "quant.bits=[4,8,16] for vLLM."
+            )
+    line = f"VLLM_PP_LAYER_PARTITION={partition} vllm serve {path} --pipeline-parallel-size {len(plan.stages)}"
+    return Export(record, (line,), tuple(notes))
+
+
+def _gptq(plan: Plan, widths: dict[int, list[int]], base: int) -> dict[str, object]:
+    """GPTQ's `dynamic`: "+:" overrides a module, "-:" leaves it unquantized."""
+    blocks = {"opt": r"decoder\.layers", "bloom": r"h"}.get(str((plan.model or {}).get("architecture")), r"layers")
+    dynamic: dict[str, dict[str, int]] = {}
+    for width, layers in widths.items():
+        if width != base:
+            name = rf".*\.{blocks}\.({'|'.join(map(str, layers))})\..*"
+            dynamic[f"-:{name}" if width == 16 else f"+:{name}"] = {} if width == 16 else {"bits": width}
+    group = (plan.quant or {}).get("group_size", 64)
+    return {
+        "quant_method": "gptq",
+        "bits": base,
+        "group_size": group,
+        "desc_act": False,
+        "sym": True,
+        "dynamic": dynamic,
+    }
+
+
+def _llama_cpp(plan: Plan) -> Export:
+    widths = layers_by_width(plan)
+    if unknown := [width for width in widths if width not in _GGML]:
+        raise UserError(f"llama.cpp has no type for {unknown[0]} bits; plan with quant.bits=[2,3,4,8,16] or fewer")
+    base = next(iter(widths))
+    types = [f"--tensor-type '{_blocks(layers)}={_GGML[width]}'" for width, layers in widths.items() if width != base]
+    quantize = " ".join(["llama-quantize", *types, "MODEL-F16.gguf", "MODEL.gguf", _GGML[base].upper()])
+    counts = [stage.layers[1] - stage.layers[0] for stage in plan.stages]
+    counts[-1] += 1  # llama.cpp counts the output as one more layer
+    devices = [_device(stage, index, plan) for index, stage in enumerate(plan.stages)]
+    notes = list(_order_notes(plan))
+    record: dict[str, object] = {
+        "tensor_types": {_GGML[width]: layers for width, layers in widths.items()},
+        "tensor_split": counts,
+        "devices": devices,
+        "override_tensor": None,
+    }
+    run = ["llama-server", "-m MODEL.gguf"]
+    if plan.engine is not None and plan.engine["stages"][0]["kind"] == "cpu":
+        notes.append("llama.cpp runs a CPU as one device: cuts between CPU stages have no counterpart there.")
+    else:
+        pins = [f"{_blocks(range(*stage.layers))}={device}" for stage, device in zip(plan.stages, devices, strict=True)]
+        record["override_tensor"] = pins
+        split = ",".join(map(str, counts))
+        run += [
+            f"-ngl {_EVERY_LAYER}",
+            "--split-mode layer",
+            f"--device {','.join(devices)}",
+            f"--tensor-split {split}",
+        ]
+        notes.append(
+            f"--tensor-split places layers and their cache; to pin weights alone: --override-tensor '{','.join(pins)}'."
+        )
+    notes.append(
+        "Types are the nearest of llama.cpp's own; their sizes and losses differ from HQQ's at the same width."
+    )
+    return Export(record, (quantize, " ".join(run)), tuple(notes))
+
+
+def _blocks(layers: Iterable[int]) -> str:
+    return rf"blk\.({'|'.join(map(str, layers))})\.(attn|ffn)_.*"
+
+
+def _device(stage: PlanStage, index: int, plan: Plan) -> str:
+    """llama.cpp's name: CUDA<slot> on the first stage's host, RPC<k> (a llama rpc-server) elsewhere."""
+    if plan.engine is None:
+        return f"CUDA{index}"
+    first = plan.stages[0].host
+    if stage.host != first:
+        elsewhere = [other.device for other in plan.stages if other.host != first]
+        return f"RPC{elsewhere.index(stage.device)}"
+    return f"CUDA{plan.engine['stages'][index]['slot']}"
+
+
+def _order_notes(plan: Plan) -> list[str]:
+    hosts = {stage.host for stage in plan.stages}
+    places = ", ".join(f"{index} on {stage.device} ({stage.device_type})" for index, stage in enumerate(plan.stages))
+    notes = [f"Stages: {places}."]
+    if len(hosts) > 1:
+        notes.append(
+            "Stages are on several hosts: vLLM needs Ray or a multi-node launch, llama.cpp an rpc-server each."
+        )
+    return notes
