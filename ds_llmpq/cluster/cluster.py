@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ds_llmpq.cluster.devices import BIT_WIDTHS, COMPUTE_DTYPES, KINDS, RATE_DTYPES, Device, DeviceType, Link, Links
+from ds_llmpq.cluster.hostfile import check_host_name
 from ds_llmpq.errors import UserError
 from ds_llmpq.schema import ClusterConfig, DeviceTypeConfig, LinkConfig, LinksConfig
 
@@ -26,9 +26,7 @@ class Cluster:
         types = {name: device_type(name, entry) for name, entry in config.device_types.items()}
         hosts = [host.name for host in config.hosts]
         for host in hosts:
-            # ':', ',' and '@' separate hosts and slots in DeepSpeed's --include
-            if not re.fullmatch(r"[A-Za-z0-9._-]+", host):
-                raise UserError(f"host name {host!r} is not usable; use letters, digits, '.', '_' and '-'")
+            check_host_name(host)
             if hosts.count(host) > 1:
                 raise UserError(f"host {host} is listed twice; list each host once, with all of its devices")
         devices = tuple(_device(host.name, entry, types) for host in config.hosts for entry in host.devices)

@@ -98,10 +98,19 @@ def available_memory_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys
     try:
         limit, used = ((cgroup / name).read_text().strip() for name in ("memory.max", "memory.current"))
         if limit != "max":
-            available = min(available, int(limit) - int(used))
+            available = min(available, int(limit) - int(used) + _cached_file_bytes(cgroup))
     except (OSError, ValueError):  # no control group, or an older layout: MemAvailable stands
         pass
     return available
+
+
+def _cached_file_bytes(cgroup: Path) -> int:
+    """Pages of files that were read count as used, but are given back when memory is asked for."""
+    try:
+        found = re.search(r"^inactive_file (\d+)", (cgroup / "memory.stat").read_text(), re.MULTILINE)
+    except OSError:
+        return 0
+    return int(found[1]) if found else 0
 
 
 def usable_cores() -> int:

@@ -12,17 +12,28 @@ from pathlib import Path
 from ds_llmpq.errors import UserError
 
 Placement = tuple[str, int]
-_LINE = re.compile(r"(\S+)\s+slots=(\d+)")
+# what ssh, pdsh and DeepSpeed's --include take for one host, and nobody for an option
+HOST_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+_LINE = re.compile(r"(\S+)\s+slots=(\d{1,9})")
 
 
 def slots_by_host(placements: Iterable[Placement]) -> dict[str, list[int]]:
     """Hosts by first appearance, each with its slots ascending: the order in which DeepSpeed numbers ranks."""
     slots: dict[str, list[int]] = {}
     for host, slot in placements:
+        check_host_name(host)
         if slot in slots.setdefault(host, []):
             raise UserError(f"device {host}:{slot} holds two stages; a device can hold one")
         slots[host].append(slot)
     return {host: sorted(used) for host, used in slots.items()}
+
+
+def check_host_name(host: str) -> None:
+    """`UserError` for a name that a program could take for anything else than a host."""
+    if not HOST_NAME.fullmatch(host):
+        raise UserError(
+            f"host name {host[:60]!r} is not usable; use letters, digits, '.', '_' and '-', not '-' or '.' first"
+        )
 
 
 def hostfile_text(placements: Iterable[Placement]) -> str:
@@ -49,6 +60,7 @@ def parse_hostfile(path: str | Path) -> dict[str, int]:
         if match is None:
             raise UserError(f"hostfile {path} line {number} is {line.strip()!r}; it must read 'host slots=N'")
         host, slots = match[1], int(match[2])
+        check_host_name(host)
         if host in hosts:
             raise UserError(f"hostfile {path} line {number} lists host {host} again; list each host once")
         if slots < 1:

@@ -11,6 +11,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from ds_llmpq.engine import rendezvous
 from ds_llmpq.engine.channels import DataChannel
 from ds_llmpq.engine.ranks import launched_rank, local_rank
 from ds_llmpq.planner.plan import Plan, PlanStage
@@ -94,4 +95,5 @@ def _init_process_group(kind: str, timeout: datetime.timedelta) -> None:
     # On CPU, DeepSpeed would compile a shared-memory all-reduce at this point (a minute, and a compiler needed); a
     # pipeline reduces nothing.
     deepspeed.ops.__compatible_ops__.clear()
-    deepspeed.init_distributed(dist_backend="gloo" if kind == "cpu" else "nccl", timeout=timeout, verbose=False)
+    backend = "gloo" if kind == "cpu" else "nccl"
+    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False, init_method=rendezvous.register())

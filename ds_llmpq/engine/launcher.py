@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ds_llmpq.cluster.hostfile import include_string
 from ds_llmpq.engine.following import RUN_MARK, Ended, Line, Watch, follow
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import write_whole
@@ -48,7 +49,7 @@ class Launch:
         """A plan whose hostfile lies in `folder`."""
         return cls(
             hostfile=folder / "hostfile",
-            include=plan.engine["include"],
+            include=include_string(launch_order(plan)),
             hosts=tuple(dict.fromkeys(host for host, _ in launch_order(plan))),
             kind=plan.engine["stages"][0]["kind"],
             env=plan.engine["env"],

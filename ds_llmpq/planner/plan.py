@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ds_llmpq.cluster.devices import COMPUTE_DTYPES, KINDS
 from ds_llmpq.errors import UserError
 from ds_llmpq.planner import reading
 from ds_llmpq.planner.objective import Assignment, Prediction, Stage
@@ -135,7 +136,7 @@ class Plan:
                 for i, entry in enumerate(reading.items(obj["explanation"], "plan.explanation", empty=True))
             ),
             quant=_object_or_null(obj.get("quant"), "plan.quant"),
-            engine=_object_or_null(obj["engine"], "plan.engine"),
+            engine=_engine(obj["engine"], len(stages)),
         )
 
 
@@ -151,6 +152,31 @@ def _object(value: Any, path: str) -> Mapping[str, Any]:
 
 def _object_or_null(value: Any, path: str) -> Mapping[str, Any] | None:
     return None if value is None else _object(value, path)
+
+
+def _engine(obj: Any, stages: int) -> Mapping[str, Any] | None:
+    """What launching needs, checked as far as it is used; null for a plan of plain data."""
+    if obj is None:
+        return None
+    path = "plan.engine"
+    for key in ("dtype", "stages", "env"):
+        if key not in _object(obj, path):
+            raise UserError(f"{path} lacks the key {key!r}; plan again.")
+    reading.text(obj["dtype"], f"{path}.dtype", COMPUTE_DTYPES)
+    for i, entry in enumerate(reading.items(obj["stages"], f"{path}.stages", length=stages)):
+        where = f"{path}.stages[{i}]"
+        for key in ("kind", "slot"):
+            if key not in _object(entry, where):
+                raise UserError(f"{where} lacks the key {key!r}; plan again.")
+        reading.text(entry["kind"], f"{where}.kind", KINDS)
+        reading.integer(entry["slot"], f"{where}.slot", low=0)
+        if entry.get("threads") is not None:
+            reading.integer(entry["threads"], f"{where}.threads")
+        if entry.get("cpu_share") is not None:
+            reading.number(entry["cpu_share"], f"{where}.cpu_share", low=0.05)
+    for name, value in _object(obj["env"], f"{path}.env").items():
+        reading.text(value, f"{path}.env.{name}")
+    return obj
 
 
 def _text_or_null(value: Any, path: str) -> str | None:

@@ -149,6 +149,8 @@ def test_available_memory_heeds_the_control_group(tmp_path):
     assert available_memory_bytes(tmp_path, tmp_path) == 1000 * 1024
     (tmp_path / "memory.max").write_text("5000\n")
     assert available_memory_bytes(tmp_path, tmp_path) == 4900
+    (tmp_path / "memory.stat").write_text("anon 60\ninactive_file 30\nactive_file 10\n")
+    assert available_memory_bytes(tmp_path, tmp_path) == 4930
 
 
 def test_best_seconds_is_the_minimum_within_the_budget():

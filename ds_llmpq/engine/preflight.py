@@ -1,0 +1,49 @@
+"""Before anything is loaded: is the memory that each stage was planned for free now?"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+
+from ds_llmpq.cluster.detect import available_memory_bytes
+from ds_llmpq.engine.distributed import Place
+from ds_llmpq.errors import UserError
+from ds_llmpq.planner.plan import Plan
+
+_GIB = 1 << 30
+
+
+def check_memory(plan: Plan, place: Place) -> None:
+    """Every rank says what is free on its device, before any of them takes something; the driver raises `UserError`
+    where that is less than planned, and the others wait for its word."""
+    reports = place.data.gather({"stage": place.stage_index, "free_bytes": free_bytes(place.device)})
+    if reports is not None:
+        ordered = sorted(reports, key=lambda report: report["stage"])
+        check_free(plan, [report["free_bytes"] for report in ordered])
+    place.data.broadcast(b"go" if place.is_driver else None)
+
+
+def check_free(plan: Plan, free: Sequence[int]) -> None:
+    """`free[j]`: bytes free on the device of stage j, measured before loading. The stages of one host's processor
+    share its memory, so their needs are added up; a GPU's memory is its own."""
+    needs: dict[str, float] = defaultdict(float)
+    smallest: dict[str, float] = {}
+    for index, (stage, entry) in enumerate(zip(plan.stages, plan.engine["stages"], strict=True)):
+        where = stage.device if entry["kind"] == "cuda" else f"host {stage.host}"
+        needs[where] += sum(stage.memory_bytes.values())
+        smallest[where] = min(free[index], smallest.get(where, free[index]))
+    for where, need in needs.items():
+        if need > smallest[where]:
+            raise UserError(
+                f"The plan needs {need / _GIB:.2f} GiB on {where}, but {smallest[where] / _GIB:.2f} GiB are free there "
+                "now; end what else uses it, or plan with a smaller memory_bytes for it in the cluster file."
+            )
+
+
+def free_bytes(device: torch.device) -> int:
+    """What this process could still allocate on its device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return available_memory_bytes()
