@@ -63,9 +63,9 @@ def test_sampling_counts_to_the_pass(run_folder):
 
 
 def test_the_verb_writes_table_and_scatter(run_folder, tmp_path, capsys):
-    assert report.run(ReportVerb(run=str(run_folder)), tmp_path / "out") == 0
+    assert report.run(ReportVerb(what="fidelity", run=str(run_folder)), tmp_path / "out") == 0
     said = capsys.readouterr().out
-    assert "latency of a batch: predicted 1.000 s, measured 2.000 s (-50.0%)" in said
+    assert "latency: predicted 1.000 s, measured 2.000 s (-50.0%)" in said
     assert "peak growth" in said
     assert (tmp_path / "out" / "fidelity.txt").read_text() in said
     assert (tmp_path / "out" / "fidelity.png").read_bytes().startswith(b"\x89PNG")
@@ -74,11 +74,11 @@ def test_the_verb_writes_table_and_scatter(run_folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (ReportVerb(what="cake", run="x"), "report knows fidelity"),
-        (ReportVerb(), "either run=DIR or profile=DIR"),
-        (ReportVerb(run="a", profile="b"), "either run=DIR or profile=DIR"),
-        (ReportVerb(run="nowhere"), "cannot be read"),
-        (ReportVerb(profile="nowhere"), "no latency model"),
+        (ReportVerb(what="cake", run="x"), "report knows run, sweep and fidelity"),
+        (ReportVerb(), "one of run=DIR, sweep=DIR and profile=DIR"),
+        (ReportVerb(run="a", profile="b"), "one of run=DIR, sweep=DIR and profile=DIR"),
+        (ReportVerb(run="nowhere"), "is no folder"),
+        (ReportVerb(profile="nowhere"), "is no folder"),
     ],
 )
 def test_mistakes_are_said(settings, said, tmp_path):

@@ -1,0 +1,98 @@
+"""A plan as other systems' arguments: cuts, widths and devices are all there, and read back the same."""
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from ds_llmpq.errors import UserError
+from ds_llmpq.planner.export import export, layers_by_width
+from ds_llmpq.planner.plan import Plan, PlanStage, SolverReport
+from ds_llmpq.planner.problem import Workload
+
+_MEMORY = dict.fromkeys(("weights", "kv", "embed", "head", "workspace"), 1.0)
+_PREDICTED = dict.fromkeys(
+    ("latency_seconds", "prefill_seconds", "decode_seconds", "throughput_tokens_per_second", "quality_loss"), 1.0
+)
+
+
+def stage(rank, host, slot, layers, bits):
+    return PlanStage(rank, host, f"{host}:{slot}", "t4", layers, tuple(bits), "fused", _MEMORY, 9.0, 1.0, 1.0)
+
+
+def plan(kind="cuda", architecture="llama"):
+    stages = (
+        stage(0, "a", 1, (0, 3), (4, 4, 8)),
+        stage(2, "b", 0, (3, 5), (16, 4)),
+        stage(1, "a", 0, (5, 6), (4,)),
+    )
+    engine = {"stages": [{"kind": kind, "slot": slot} for slot in (1, 0, 0)]}
+    model = {"path": "/models/x", "architecture": architecture, "fingerprint": "f"}
+    solver = SolverReport("search", 1.0, 1.0, 0.0, 0.1, "optimal")
+    sizes = {"prefill": 1, "decode": 2}
+    return Plan(model, Workload(4, 8, 8), stages, sizes, _PREDICTED, solver, engine=engine, quant={"group_size": 64})
+
+
+def test_vllm_gets_the_cuts_and_each_layers_width():
+    made = export(plan(), "vllm")
+    assert made.lines == ("VLLM_PP_LAYER_PARTITION=3,2,1 vllm serve /models/x --pipeline-parallel-size 3",)
+    config = made.record["quantization_config"]
+    assert (config["bits"], config["group_size"]) == (4, 64)
+    found = []
+    for layer in range(6):
+        name, bits = f"model.layers.{layer}.mlp.down_proj", config["bits"]
+        for rule, override in config["dynamic"].items():
+            if re.match(rule[2:], name):
+                bits = 16 if rule.startswith("-:") else override["bits"]
+        found.append(bits)
+    assert found == made.record["layer_bits"] == [4, 4, 8, 16, 4, 4]
+
+
+def test_layers_one_and_eleven_are_told_apart():
+    config = export(plan(), "vllm").record["quantization_config"]
+    rule = next(iter(config["dynamic"]))[2:]
+    assert re.match(rule, "model.layers.2.mlp.up_proj")
+    assert not re.match(rule, "model.layers.12.mlp.up_proj")
+    assert not re.match(rule, "model.layers.22.mlp.up_proj")
+
+
+def test_widths_that_vllm_has_no_kernel_for_are_said():
+    odd = plan()
+    odd = replace(odd, stages=(replace(odd.stages[0], bits=(3, 3, 3)), *odd.stages[1:]))
+    assert any("not 3" in note for note in export(odd, "vllm").notes)
+    full = replace(odd, stages=tuple(replace(s, bits=(16,) * len(s.bits)) for s in odd.stages))
+    assert export(full, "vllm").record["quantization_config"] is None
+
+
+def test_llama_cpp_gets_types_split_and_devices():
+    made = export(plan(), "llama_cpp")
+    quantize, run = made.lines
+    assert quantize.startswith("llama-quantize --tensor-type ")
+    assert quantize.endswith("MODEL-F16.gguf MODEL.gguf Q4_K")
+    types = dict(entry.rsplit("=", 1) for entry in re.findall(r"--tensor-type '([^']*)'", quantize))
+    for layer, expected in enumerate(["q4_k", "q4_k", "q8_0", "f16", "q4_k", "q4_k"]):
+        name = f"blk.{layer}.ffn_down.weight"
+        assert next((kind for rule, kind in types.items() if re.search(rule, name)), "q4_k") == expected
+    assert "--tensor-split 3,2,2" in run, "the output counts as a layer of the last stage"
+    assert "--device CUDA1,RPC0,CUDA0" in run
+    pins = dict(entry.rsplit("=", 1) for entry in made.record["override_tensor"])
+    placed = [next(d for rule, d in pins.items() if re.search(rule, f"blk.{i}.attn_q.weight")) for i in range(6)]
+    assert placed == ["CUDA1"] * 3 + ["RPC0"] * 2 + ["CUDA0"]
+
+
+def test_llama_cpp_cuts_no_processor():
+    made = export(plan(kind="cpu"), "llama_cpp")
+    assert "--tensor-split" not in made.lines[1]
+    assert any("one device" in note for note in made.notes)
+
+
+def test_what_cannot_be_said_is_refused():
+    with pytest.raises(UserError, match="vllm, llama_cpp"):
+        export(plan(), "tgi")
+    odd = replace(plan(), stages=(stage(0, "a", 0, (0, 2), (1, 1)),))
+    with pytest.raises(UserError, match="1 bits"):
+        export(odd, "llama_cpp")
+
+
+def test_layers_by_width_begins_with_the_commonest():
+    assert layers_by_width(plan()) == {4: [0, 1, 4, 5], 8: [2], 16: [3]}

@@ -1,0 +1,75 @@
+"""Lesser planners: each keeps its own restriction, is costed by the real formula, and never beats the bound."""
+
+import pytest
+from random_problems import random_problem
+
+from ds_llmpq.errors import InfeasibleError, UserError
+from ds_llmpq.planner import Problem, solve, violations
+from ds_llmpq.planner.objective import evaluate
+from ds_llmpq.planner.variants import VARIANTS, grouped_problem, solve_variant
+
+
+def problems():
+    found = []
+    seed = 0
+    while len(found) < 6:
+        record = random_problem(seed, layers=4, sizes=2, mode="theta")
+        seed += 1
+        problem = Problem.from_json(record)
+        shared = set(problem.micro_batches.prefill) & set(problem.micro_batches.decode)
+        if shared and problem.workload.generated_tokens > 1:
+            try:
+                found.append((problem, solve(problem, solver="search", gap=1e-6)))
+            except InfeasibleError:
+                continue
+    return found
+
+
+PROBLEMS = problems()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_variant_beats_the_bound(variant):
+    made = 0
+    for problem, best in PROBLEMS:
+        try:
+            plan = solve_variant(problem, variant, 2, solver="search")
+        except InfeasibleError:
+            continue
+        made += 1
+        assert not violations(problem, plan.assignment())
+        assert plan.predicted["latency_seconds"] == pytest.approx(evaluate(problem, plan.assignment()).latency_seconds)
+        assert plan.solver.objective >= best.solver.bound * (1 - 1e-9)
+        if variant == "equal_micro_batches":
+            assert plan.micro_batch["prefill"] == plan.micro_batch["decode"]
+        if variant == "grouped":
+            bits = [width for stage in plan.stages for width in stage.bits]
+            assert all(a == b for a, b in zip(bits[::2], bits[1::2], strict=True))
+    assert made >= 2
+
+
+def test_a_grouped_plan_costs_what_its_layers_cost():
+    for problem, _ in PROBLEMS:
+        coarse = grouped_problem(problem, 2)
+        try:
+            plan = solve_variant(problem, "grouped", 2, solver="search")
+            same = solve(coarse, solver="search")
+        except InfeasibleError:
+            continue
+        assert plan.predicted["latency_seconds"] == pytest.approx(same.predicted["latency_seconds"])
+        assert plan.predicted["quality_loss"] == pytest.approx(same.predicted["quality_loss"])
+
+
+@pytest.mark.parametrize(
+    ("variant", "options", "said"),
+    [
+        ("best", {}, "planner.variant"),
+        ("grouped", {"group_layers": 5}, "must divide"),
+        ("grouped", {"group_layers": 0}, "must divide"),
+        ("phase_blind", {"pins": {"micro_batch": {"decode": 2}}}, "neither pins"),
+    ],
+)
+def test_a_mistake_is_one_sentence(variant, options, said):
+    problem = PROBLEMS[0][0]
+    with pytest.raises(UserError, match=said):
+        solve_variant(problem, variant, **options)
