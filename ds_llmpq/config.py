@@ -89,7 +89,8 @@ def register() -> None:
     OmegaConf.register_new_resolver("mib", lambda number: int(float(number) * 2**20), replace=True)
     store = ConfigStore.instance()
     for verb, node in VERBS.items():
-        store.store(name=f"{verb}_schema", node=node)
+        if f"{verb}_schema.yaml" not in store.repo:
+            store.store(name=f"{verb}_schema", node=node)
 
 
 def composed(verb: str, overrides: list[str]) -> DictConfig:

@@ -1,16 +1,45 @@
 """Every shipped configuration composes into its dataclass, and mistakes are said in one sentence."""
 
+import re
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
-from ds_llmpq import config
+from ds_llmpq import config, schema, schema_lengths
 from ds_llmpq.errors import UserError
 
-GROUPS = {"plan": ["model", "cluster", "workload", "quant", "planner", "engine", "batch"]}
-ENTRIES = [
-    (group, file.stem) for group in GROUPS["plan"] for file in sorted((config.conf_folder() / group).glob("*.yaml"))
-]
+GROUPS = {
+    "model": schema.ModelConfig,
+    "cluster": schema.ClusterConfig,
+    "device": schema.DeviceTypeConfig,
+    "workload": schema.WorkloadConfig,
+    "quant": schema.QuantConfig,
+    "planner": schema.PlannerConfig,
+    "engine": schema.EngineConfig,
+    "batch": schema.BatchConfig,
+    "arrivals": schema_lengths.ArrivalsConfig,
+    "prediction": schema_lengths.PredictionConfig,
+    "lengths": schema_lengths.LengthDataConfig,
+    "task": schema_lengths.LengthTaskConfig,
+    "proxy": schema_lengths.ProxyConfig,
+}
+WHOLE = {"experiment": "plan", "comparison": "simulate"}  # groups of whole configurations, and the verb they are of
+OTHERS = {"hydra", "cost"}  # settings of hydra's own
+
+
+def entries(*groups):
+    return [(group, file.stem) for group in groups for file in sorted((config.conf_folder() / group).glob("*.yaml"))]
+
+
+ENTRIES = entries(*GROUPS)
+
+
+def test_every_folder_of_configurations_is_tested_here():
+    folders = {folder.name for folder in config.conf_folder().iterdir() if folder.is_dir()}
+    assert folders - OTHERS == set(GROUPS) | set(WHOLE)
 
 
 @pytest.mark.parametrize("verb", sorted(config.VERBS))
@@ -18,16 +47,39 @@ def test_a_verb_composes(verb):
     assert isinstance(config.to_object(config.composed(verb, []), config.VERBS[verb]), config.VERBS[verb])
 
 
+@pytest.fixture
+def conf():
+    config.register()
+    with initialize_config_dir(str(config.conf_folder()), version_base="1.3"):
+        yield
+
+
 @pytest.mark.parametrize(("group", "entry"), ENTRIES)
-def test_a_group_entry_composes(group, entry):
-    settings = config.to_object(config.composed("plan", [f"{group}={entry}"]), config.VERBS["plan"])
-    assert getattr(settings, group) is not None
+def test_a_group_entry_composes(conf, group, entry):
+    content = compose(overrides=[f"+{group}={entry}"])[group]
+    settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(GROUPS[group]), content))
+    assert isinstance(settings, GROUPS[group])
 
 
-@pytest.mark.parametrize("experiment", [file.stem for file in (config.conf_folder() / "experiment").glob("*.yaml")])
-@pytest.mark.parametrize("verb", ["plan", "run"])
-def test_an_experiment_composes(verb, experiment):
-    config.to_object(config.composed(verb, [f"+experiment={experiment}"]), config.VERBS[verb])
+@pytest.mark.parametrize(("group", "entry"), entries(*WHOLE))
+def test_an_experiment_composes_with_the_ends_of_what_it_sweeps(group, entry):
+    text = (config.conf_folder() / group / f"{entry}.yaml").read_text()
+    named = re.search(r"^# Verb: (\w+)$", text, re.MULTILINE)
+    verb = named[1] if named else WHOLE[group]
+    swept = OmegaConf.select(OmegaConf.create(text), "hydra.sweeper.params") or {}
+    for end in (0, -1) if swept else (0,):
+        chosen = []
+        for key, values in swept.items():
+            override = OverridesParser.create().parse_override(f"{key}={values}")
+            assert override.is_sweep_override(), f"{key} takes one value only"
+            chosen.append(f"{key}={list(override.sweep_string_iterator())[end]}")
+        made = config.composed(verb, [f"{'+' * (group == 'experiment')}{group}={entry}", *chosen])
+        assert isinstance(config.to_object(made, config.VERBS[verb]), config.VERBS[verb])
+
+
+def test_a_cluster_and_an_ablation_go_together():
+    made = config.to_object(config.composed("plan", ["+experiment=[cluster3,grouping]"]), schema.PlanVerb)
+    assert (made.cluster.name, made.planner.variant) == ("cluster3", "grouped")
 
 
 def test_the_papers_clusters_are_all_there():
