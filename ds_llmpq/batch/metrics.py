@@ -6,63 +6,75 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ds_llmpq.engine.pipeline_engine import WaveTimes
+from ds_llmpq.batch.prediction import play_lengths
+from ds_llmpq.cost.passes import PassSizes
+from ds_llmpq.engine.stream import StreamTimes
 from ds_llmpq.planner.plan import Plan
 
-SCHEMA = 1
+SCHEMA = 2
+PHASES = ("prefill", "decode")
 
 
 def summarize(
     plan: Plan,
     counts: dict[str, int],
-    waves: Sequence[WaveTimes],
+    streams: Sequence[StreamTimes],
+    sizes: PassSizes,
     reports: list[dict[str, Any]],
     startup_seconds: float,
 ) -> dict[str, Any]:
-    """`waves` as timed on the driver, `reports` one a rank.
+    """`streams` as timed on the driver, `reports` one a rank.
 
-    Prefill of a wave lasts until all its rows have their first token, decode from there until the last row is done:
-    so prefill tokens/s counts prompt tokens, decode tokens/s all generated tokens but the first of each row.
+    Prefill and decode overlap, so a phase's seconds are the work of the stage that spent the most on it: prefill
+    tokens/s counts prompt tokens, decode tokens/s all generated tokens but the first of each sequence.
     """
-    total = {name: sum(getattr(wave, name) for wave in waves) for name in WaveTimes.SUMMED}
-    seconds = total["prefill_seconds"] + total["decode_seconds"]
+    prompt_tokens = sum(stream.prompt_tokens for stream in streams)
+    generated_tokens = sum(stream.generated_tokens for stream in streams)
+    rows = sum(len(stream.lengths) for stream in streams)
+    seconds = sum(stream.seconds for stream in streams)
+    phases = {phase: max(report["seconds"].get(phase, 0.0) for report in reports) for phase in PHASES}
+    first = streams[0].first_token_seconds if streams else None
     return {
         "schema": SCHEMA,
         "counts": counts,
         "measured": {
             "startup_seconds": startup_seconds,
             "serving_seconds": seconds,
-            "time_to_first_token_seconds": startup_seconds + waves[0].prefill_seconds if waves else None,
-            **total,
-            "prefill_tokens_per_second": _rate(total["prompt_tokens"], total["prefill_seconds"]),
-            "decode_tokens_per_second": _rate(total["generated_tokens"] - total["rows"], total["decode_seconds"]),
-            "throughput_tokens_per_second": _rate(total["generated_tokens"], seconds),
+            "time_to_first_token_seconds": None if first is None else startup_seconds + first,
+            "rows": rows,
+            "prompt_tokens": prompt_tokens,
+            "generated_tokens": generated_tokens,
+            **{f"{phase}_seconds": work for phase, work in phases.items()},
+            "prefill_tokens_per_second": _rate(prompt_tokens, phases["prefill"]),
+            "decode_tokens_per_second": _rate(generated_tokens - rows, phases["decode"]),
+            "throughput_tokens_per_second": _rate(generated_tokens, seconds),
         },
-        "predicted_against_measured": _fidelity(plan, waves),
+        "predicted_against_measured": _fidelity(plan, streams, sizes, seconds, phases),
         "stages": [_stage(plan, report) for report in sorted(reports, key=lambda report: report["stage"])],
         "provenance": dict(plan.provenance),
     }
 
 
-def _fidelity(plan: Plan, waves: Sequence[WaveTimes]) -> dict[str, Any] | None:
-    """The plan's batch against the mean of the full waves; lengths are given, for a wave is seldom exactly the plan's
-    workload. None if no wave was full."""
-    full = [wave for wave in waves if wave.rows == plan.workload.sequences]
-    if not full:
+def _fidelity(
+    plan: Plan, streams: Sequence[StreamTimes], sizes: PassSizes, seconds: float, phases: dict[str, float]
+) -> dict[str, Any] | None:
+    """The plan's times for these very requests and answers beside what was measured; None where nothing ran, or too
+    much to play it through."""
+    played = [play_lengths(plan, stream.lengths, stream.slots, sizes) for stream in streams]
+    if not played or None in played:
         return None
-    mean = {name: sum(getattr(wave, name) for wave in full) / len(full) for name in WaveTimes.SUMMED}
-    measured = {
-        "latency_seconds": mean["prefill_seconds"] + mean["decode_seconds"],
-        "prefill_seconds": mean["prefill_seconds"],
-        "decode_seconds": mean["decode_seconds"],
+    stages = range(len(plan.stages))
+    predicted = {"latency_seconds": sum(play.latency_seconds for play in played)} | {
+        f"{phase}_seconds": max(sum(play.busy_seconds(stage, phase) for play in played) for stage in stages)
+        for phase in PHASES
     }
+    measured = {"latency_seconds": seconds} | {f"{phase}_seconds": work for phase, work in phases.items()}
     return {
-        "workload": asdict(plan.workload),
-        "measured_waves": len(full),
-        "measured_mean_prompt_tokens": mean["prompt_tokens"] / plan.workload.sequences,
-        "measured_mean_decode_rounds": mean["decode_rounds"],
+        "planned_workload": asdict(plan.workload),
+        "planned_throughput_tokens_per_second": plan.predicted["throughput_tokens_per_second"],
+        "lengths": "of the requests and answers of this run",
         **{
-            name: {"predicted": plan.predicted[name], "measured": value, "ratio": _rate(value, plan.predicted[name])}
+            name: {"predicted": predicted[name], "measured": value, "ratio": _rate(value, predicted[name])}
             for name, value in measured.items()
         },
     }
@@ -86,7 +98,7 @@ def _stage(plan: Plan, report: dict[str, Any]) -> dict[str, Any]:
                 "predicted": getattr(stage, f"{phase}_seconds"),
                 "measured": _rate(report["seconds"].get(phase, 0.0), report["passes"].get(phase, 0)),
             }
-            for phase in ("prefill", "decode")
+            for phase in PHASES
         },
     }
 

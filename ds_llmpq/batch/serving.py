@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from ds_llmpq.batch import metrics
+from ds_llmpq.batch.feed import Feed
 from ds_llmpq.batch.job import Job
 from ds_llmpq.batch.ordering import ordered, predicted_tokens
+from ds_llmpq.batch.prediction import MOST_PASSES, decode_passes
 from ds_llmpq.batch.progress import Bar, Lines
 from ds_llmpq.batch.prompts import PreparedRequest, prepare
 from ds_llmpq.batch.reader import RequestFile, read_requests
@@ -23,10 +25,9 @@ from ds_llmpq.batch.request import RowError
 from ds_llmpq.batch.results import Result, ResultWriter
 from ds_llmpq.batch.stop_rule import TextStopRule, eos_token_ids
 from ds_llmpq.engine.distributed import Place
-from ds_llmpq.engine.sampling import RowSampling
-from ds_llmpq.engine.sequences import Finish, Sequences
-from ds_llmpq.engine.session import Session, cache_slots
-from ds_llmpq.engine.wave import Wave, WaveRow
+from ds_llmpq.engine.sequences import Finish
+from ds_llmpq.engine.session import Session, cache_positions
+from ds_llmpq.engine.wave import WaveRow
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.models.tokenizer import load_tokenizer
 from ds_llmpq.planner.planfile import check_model
@@ -51,26 +52,21 @@ def serve(job: Job, place: Place) -> dict[str, Any] | None:
             rule,
             driver.loading if driver else lambda name: None,
             job.trust_remote_code,
+            job.engine,
         )
         if driver:
             driver.loaded()
-        session.run_all(driver.waves() if driver else iter(()), driver.finished if driver else lambda *_: None)
+        session.run_all(driver.feed.take if driver else _no_requests, driver.finished if driver else _not_written)
         reports = place.data.gather(session.report() | {"trace": session.trace.chrome_events()})
         return driver.conclude(session, reports) if driver else None
 
 
-def wave_rows(prepared: list[PreparedRequest], sequences: int, slots: int) -> Iterator[tuple[int, int]]:
-    """Cuts requests, in order, into waves [start, stop): at most `sequences` rows that fit `slots` cache positions,
-    each row taking as many as the longest of its wave."""
-    start, longest = 0, 0
-    for index, request in enumerate(prepared):
-        longest = max(longest, request.sequence_tokens)
-        size = index - start + 1
-        if size > sequences or size * longest > slots:
-            yield start, index
-            start, longest = index, request.sequence_tokens
-    if start < len(prepared):
-        yield start, len(prepared)
+def _no_requests() -> None:
+    """Only the driver has requests."""
+
+
+def _not_written(row: WaveRow, tokens: list[int], finish: Finish) -> None:
+    """Only the driver writes."""
 
 
 class Driver:
@@ -80,10 +76,10 @@ class Driver:
         self.job = job
         self.rule = rule
         self.progress = Lines() if job.supervised else Bar()
-        self.slots = cache_slots(job.plan)
         self.started = time.perf_counter()
         file, self.prepared, errors = self._read()
         self._order()
+        self.feed = self._feed()
         self.total = file.total
         self.writer = ResultWriter(job.output, model=Path(job.model_path).name, total=file.total)
         for error in chain(file.errors, errors):
@@ -108,17 +104,15 @@ class Driver:
         self.serving_started = time.perf_counter()
         self.progress.show("prompts", self._done(), self.total)
 
-    def waves(self) -> Iterator[Wave]:
-        for start, stop in wave_rows(self.prepared, self.job.plan.workload.sequences, self.slots):
-            yield Wave(tuple(self._row(index) for index in range(start, stop)))
-
-    def finished(self, wave: Wave, sequences: Sequences, row: int) -> None:
+    def finished(self, row: WaveRow, tokens: list[int], finish: Finish) -> None:
         """Writes one request's result: called when its last token is known."""
-        request = self.prepared[wave.rows[row].key]
-        tokens = sequences.generated[row]
+        if finish is Finish.OVERRUN:
+            self.feed.requeue(row, tokens)
+            return
+        request = self.prepared[row.key]
         self.tokens += len(tokens)
-        self._answer_tokens[wave.rows[row].key] = len(tokens)
-        if sequences.finish[row] is Finish.BROKEN:
+        self._answer_tokens[row.key] = len(tokens)
+        if finish is Finish.BROKEN:
             self.writer.write_error(
                 RowError(
                     request.request.line,
@@ -128,9 +122,8 @@ class Driver:
                 )
             )
         else:
-            text = self.rule.text(wave.rows[row], tokens)
-            reason = _REASON[sequences.finish[row]]
-            self.writer.write_result(Result(request.request, request.prompt_tokens, len(tokens), text, reason))
+            text = self.rule.text(row, tokens)
+            self.writer.write_result(Result(request.request, request.prompt_tokens, len(tokens), text, _REASON[finish]))
         seconds = time.perf_counter() - self.serving_started
         self.progress.show("prompts", self._done(), self.total, f"{self.tokens / seconds:.0f} tokens/s")
 
@@ -141,23 +134,24 @@ class Driver:
         summary = metrics.summarize(
             self.job.plan,
             self.writer.counts,
-            session.engine.wave_times,
+            session.engine.stream_times,
+            session.sizes,
             reports,
             startup_seconds=self.serving_started - self.started,
         )
-        summary["order"] = self._order_report()
+        summary["order"] = self._order_report(session)
         (folder / "metrics.json").write_text(json.dumps(summary, indent=1) + "\n")
         (folder / "trace.json").write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}) + "\n")
         return summary
 
     def _read(self) -> tuple[RequestFile, list[PreparedRequest], list[RowError]]:
         file = read_requests(self.job.input, self.job.batch)
-        shape = read_shape(self.job.model_path)
+        shape, positions = read_shape(self.job.model_path), cache_positions(self.job.plan)
         prepared, errors = prepare(
             file.requests,
             self.rule.tokenizer,
-            context_tokens=shape.max_positions or self.slots,
-            capacity_tokens=self.slots,
+            context_tokens=shape.max_positions or positions,
+            capacity_tokens=positions,
             vocabulary_size=shape.vocab,
             progress=None,
         )
@@ -168,31 +162,35 @@ class Driver:
         expected = None if batch.predictor is None else predicted_tokens(self.prepared, batch.predictor, name)
         self.prepared = ordered(self.prepared, batch.order, expected)
 
-    def _order_report(self) -> dict[str, Any]:
-        """Decode rounds, each wave running to its longest answer: in this run, and what the same answers would have
-        needed in arrival order. Both are counted from the answers, not timed."""
+    def _feed(self) -> Feed:
+        workload, engine = self.job.plan.workload, self.job.engine
+        return Feed(
+            self.prepared,
+            [each.max_tokens for each in self.prepared],
+            workload.sequences,
+            workload.prompt_tokens + workload.generated_tokens,
+            engine.refill,
+            self.job.plan.micro_batch["decode"] if engine.batch_invariant else 1,
+        )
+
+    def _order_report(self, session: Session) -> dict[str, Any]:
+        """Decode passes that this order led to, and what the same answers would have needed in arrival order. Both are
+        counted from the answers, not timed."""
         came = sorted(range(len(self.prepared)), key=lambda place: self.prepared[place].request.index)
         return {
             "order": self.job.batch.order,
-            "decode_rounds": self._rounds(range(len(self.prepared))),
-            "decode_rounds_in_arrival_order": self._rounds(came),
+            "decode_passes": self._passes(session, range(len(self.prepared))),
+            "decode_passes_in_arrival_order": self._passes(session, came),
             "source": "counted",
         }
 
-    def _rounds(self, order: Sequence[int]) -> int:
-        spans = wave_rows([self.prepared[i] for i in order], self.job.plan.workload.sequences, self.slots)
-        return sum(max(self._answer_tokens[order[place]] for place in range(*span)) for span in spans)
-
-    def _row(self, index: int) -> WaveRow:
-        request, params = self.prepared[index], self.prepared[index].request.params
-        return WaveRow(
-            key=index,
-            prompt=tuple(request.prompt_ids),
-            max_tokens=request.max_tokens,
-            sampling=RowSampling(params.temperature, params.top_p, params.top_k, params.seed),
-            stop=params.stop,
-            ignore_eos=params.ignore_eos,
-        )
+    def _passes(self, session: Session, order: Sequence[int]) -> int | None:
+        """None where counting them would take long."""
+        lengths = [(self.prepared[i].prompt_tokens, self._answer_tokens[i]) for i in range(len(self.prepared))]
+        if sum(answer for _, answer in lengths) / session.sizes.decode_rows > MOST_PASSES:
+            return None
+        streams = self.feed.streams(order)
+        return sum(decode_passes([lengths[i] for i in part], slots, session.sizes) for slots, part in streams)
 
     def _done(self) -> int:
         return self.writer.counts["completed"] + self.writer.counts["failed"]

@@ -8,24 +8,26 @@ from typing import Any
 
 from ds_llmpq.batch.text import GenerationState
 from ds_llmpq.engine.sequences import Finish
-from ds_llmpq.engine.wave import Wave, WaveRow
+from ds_llmpq.engine.wave import WaveRow
 
 _FINISH = {None: Finish.RUNNING, "stop": Finish.STOP, "length": Finish.LENGTH}
 
 
 class TextStopRule:
-    """Implements the engine's `StopRule` with one `GenerationState` a row."""
+    """Implements the engine's `StopRule` with one `GenerationState` a slot."""
 
     def __init__(self, tokenizer: Any, eos_token_ids: frozenset[int]):
         self.tokenizer = tokenizer
         self.eos_token_ids = eos_token_ids
-        self._states: list[GenerationState] = []
+        self._states: dict[int, GenerationState] = {}
 
-    def begin(self, wave: Wave) -> None:
-        self._states = [self.state(row) for row in wave.rows]
+    def begin(self, slot: int, row: WaveRow) -> None:
+        self._states[slot] = self.state(row)
+        for token in row.generated:
+            self._states[slot].push(token)
 
-    def __call__(self, row: int, token: int, generated: int) -> Finish:
-        return _FINISH[self._states[row].push(token)]
+    def __call__(self, slot: int, token: int, generated: int) -> Finish:
+        return _FINISH[self._states[slot].push(token)]
 
     def state(self, row: WaveRow) -> GenerationState:
         return GenerationState(

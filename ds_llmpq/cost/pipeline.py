@@ -1,10 +1,9 @@
-"""The engine's schedule played through in time: when each stage works, waits and hands on, and how long it all takes.
+"""The engine's passes played through in time: when each stage works, waits and hands on, and how long it all takes.
 
-`simulate` follows what the engine does instruction by instruction: its prefill and decode schedules, receives posted
-one micro-batch ahead, sends that block only when too many are under way, tokens returned by the last stage to all
-others on their own channel, groups that drop out when all of their rows are done. Stage and link times go in, so any
-cost model can be put behind it. Every message is known before it is needed, so the events can be computed in the order
-of the passes.
+`simulate` follows what the engine does instruction by instruction: the passes of `cost.passes`, the next receive posted
+as soon as it is certain, sends that block only when too many are under way, tokens returned by the last stage to all
+others on their own channel, slots refilled as sequences end. Stage and link times go in, so any cost model can be put
+behind it. Every message is known before it is needed, so the events can be computed in the order of the passes.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from ds_llmpq.cost.memory import IN_FLIGHT_MESSAGES
+from ds_llmpq.cost.passes import Pass, PassOrder, PassSizes
 
 
 class StageTimes(Protocol):
@@ -58,30 +58,33 @@ class UniformTimes:
 
 @dataclass(frozen=True)
 class Span:
-    """What a stage does from `start` for `seconds`, for rows [a, b): prefill, decode, wait_receive, wait_send or
+    """What a stage does from `start` for `seconds`, about so many rows: prefill, decode, wait_receive, wait_send or
     wait_tokens."""
 
     stage: int
     name: str
     start: float
     seconds: float
-    rows: tuple[int, int]
+    rows: int
 
 
 @dataclass(frozen=True)
 class Played:
-    """prefill_seconds: until every row's first token is known on the first stage; decode_seconds: from there on."""
+    """latency_seconds: until the first stage knows the last token. first_tokens_seconds: until it knows the first token
+    of every sequence that was admitted at the start. last_token_seconds: of each sequence."""
 
-    prefill_seconds: float
-    decode_seconds: float
+    latency_seconds: float
+    first_tokens_seconds: float
+    last_token_seconds: tuple[float, ...]
     spans: tuple[Span, ...]
 
-    @property
-    def latency_seconds(self) -> float:
-        return self.prefill_seconds + self.decode_seconds
-
-    def busy_seconds(self, stage: int) -> float:
-        return sum(span.seconds for span in self.spans if span.stage == stage and not span.name.startswith("wait_"))
+    def busy_seconds(self, stage: int, phase: str | None = None) -> float:
+        """Work of a stage in all, or in one phase."""
+        return sum(
+            span.seconds
+            for span in self.spans
+            if span.stage == stage and (span.name == phase if phase else not span.name.startswith("wait_"))
+        )
 
     def chrome_events(self) -> list[dict]:
         """Complete events as in a run's trace.json: process = stage, microseconds."""
@@ -93,7 +96,7 @@ class Played:
                 "tid": 0,
                 "ts": span.start * 1e6,
                 "dur": span.seconds * 1e6,
-                "args": {"rows": list(span.rows)},
+                "args": {"rows": span.rows},
             }
             for span in self.spans
         ]
@@ -105,6 +108,7 @@ class _Clockwork:
 
     times: StageTimes
     free: list[float] = field(default_factory=list)  # when each stage has done its last instruction
+    took: list[float] = field(default_factory=list)  # when each stage took the hidden states of its last pass
     link_free: list[float] = field(default_factory=list)
     back_free: list[float] = field(default_factory=list)
     sent: list[deque[float]] = field(default_factory=list)  # arrivals of a stage's last messages
@@ -112,133 +116,104 @@ class _Clockwork:
 
     def __post_init__(self) -> None:
         self.free = [0.0] * self.times.stages
+        self.took = [0.0] * self.times.stages
         self.link_free = [0.0] * self.times.stages
         self.back_free = [0.0] * self.times.stages
         self.sent = [deque(maxlen=IN_FLIGHT_MESSAGES) for _ in range(self.times.stages)]
 
-    def wait(self, stage: int, until: float, name: str, rows: tuple[int, int]) -> None:
+    def wait(self, stage: int, until: float, name: str, rows: int) -> None:
         if until > self.free[stage]:
             self.spans.append(Span(stage, name, self.free[stage], until - self.free[stage], rows))
             self.free[stage] = until
 
-    def run(self, stage: int, phase: str, rows: tuple[int, int], tokens: int, past: int) -> None:
-        seconds = self.times.work(stage, phase, rows[1] - rows[0], tokens, past)
+    def run(self, stage: int, phase: str, rows: int, tokens: int, past: int) -> None:
+        seconds = self.times.work(stage, phase, rows, tokens, past)
         self.spans.append(Span(stage, phase, self.free[stage], seconds, rows))
         self.free[stage] += seconds
 
-    def send(self, stage: int, phase: str, rows: tuple[int, int], tokens: int, posted: float) -> float:
+    def send(self, stage: int, phase: str, rows: int, tokens: int, posted: float) -> float:
         """When a message that `stage` now hands over is there; `posted`: when the next stage posted for it."""
         if len(self.sent[stage]) == IN_FLIGHT_MESSAGES:
             self.wait(stage, self.sent[stage][0], "wait_send", rows)
         start = max(self.free[stage], posted, self.link_free[stage])
-        self.link_free[stage] = start + self.times.hop(stage, phase, rows[1] - rows[0], tokens)
+        self.link_free[stage] = start + self.times.hop(stage, phase, rows, tokens)
         self.sent[stage].append(self.link_free[stage])
         return self.link_free[stage]
 
-    def send_back(self, rows: tuple[int, int]) -> list[float]:
+    def send_back(self, rows: int) -> list[float]:
         """When the tokens just chosen are known on each stage; the last one knows them at once."""
         last = self.times.stages - 1
         known = []
         for stage in range(last):
             start = max(self.free[last], self.back_free[stage])
-            self.back_free[stage] = start + self.times.back(stage, rows[1] - rows[0])
+            self.back_free[stage] = start + self.times.back(stage, rows)
             known.append(self.back_free[stage])
         return [*known, self.free[last]]
 
 
-def simulate(
-    times: StageTimes,
-    prompts: Sequence[int],
-    generated: Sequence[int],
-    prefill: Sequence[tuple[int, int]],
-    decode: Sequence[tuple[int, int]],
-) -> Played:
-    """Plays a wave: `prompts` and `generated` tokens of each row; `prefill` micro-batches and `decode` groups as rows
-    [start, stop). A row's first token comes from prefill."""
-    clock = _Clockwork(times)
-    known = _play_prefill(clock, prompts, prefill)
-    prefilled = max(known[0])
-    _play_decode(clock, prompts, generated, decode, known)
-    # the engine notes the end on the first stage: its own last instruction, or the last tokens it hears of
-    end = max(clock.free[0], *known[0])
-    return Played(prefilled, end - prefilled, tuple(clock.spans))
+def simulate(times: StageTimes, lengths: Sequence[tuple[int, int]], slots: int, sizes: PassSizes) -> Played:
+    """Plays a stream: `lengths` are (prompt tokens, generated tokens) of each sequence, in the order of admission."""
+    return _Stream(times, lengths, slots, sizes).play()
 
 
-def _play_prefill(clock: _Clockwork, prompts: Sequence[int], batches: Sequence[tuple[int, int]]) -> list[list[float]]:
-    """When each row's first token is known, by stage and row."""
-    stages = clock.times.stages
-    known = [[0.0] * len(prompts) for _ in range(stages)]
-    posted = [0.0] * stages  # for the micro-batch at hand: when this stage took the one before
-    for rows in batches:
-        tokens = max(prompts[rows[0] : rows[1]])
+class _Stream:
+    """One play: what is in each slot, and when each stage knows of it."""
+
+    def __init__(self, times: StageTimes, lengths: Sequence[tuple[int, int]], slots: int, sizes: PassSizes):
+        self.clock = _Clockwork(times)
+        self.lengths = lengths
+        self.order = PassOrder(slots, sizes)
+        self.order.add(prompt for prompt, _ in lengths)
+        self.sequence = [0] * slots
+        self.tokens = [0] * slots  # generated so far
+        self.known = [[0.0] * slots for _ in range(times.stages)]
+        self.last_token = [0.0] * len(lengths)
+        self.first_tokens = 0.0
+
+    def play(self) -> Played:
+        stages = range(self.clock.times.stages)
+        certain = [True] * len(stages)  # whether a stage knew its next pass when it took the last one
+        while self.order.upcoming() is not None:
+            slots = self.order.needed()
+            for stage in stages:
+                known = max((self.known[stage][slot] for slot in slots), default=0.0)
+                certain[stage] = certain[stage] and known <= self.clock.took[stage]
+                self.clock.wait(stage, known, "wait_tokens", len(slots))
+            admitted_before = self.order.waiting < len(self.lengths)
+            for batch in self.order.decide(self._ended):
+                self._play(batch, certain)
+                certain = [True] * len(stages)
+                if batch.phase == "prefill" and not admitted_before:
+                    self.first_tokens = max(self.first_tokens, *(self.known[0][slot] for slot in batch.slots))
+        latency = max(self.known[0], default=0.0)
+        return Played(latency, self.first_tokens, tuple(self.last_token), tuple(self.clock.spans))
+
+    def _ended(self, slot: int) -> bool:
+        return self.tokens[slot] >= self.lengths[self.sequence[slot]][1]
+
+    def _play(self, batch: Pass, certain: Sequence[bool]) -> None:
+        """One pass through all stages; where it was `certain`, its receive was posted with the pass before."""
+        clock, rows = self.clock, batch.size
+        for slot, sequence in zip(batch.slots, batch.sequences, strict=False):
+            self.sequence[slot], self.tokens[slot] = sequence, 0
+        prompts = [self.lengths[self.sequence[slot]][0] for slot in batch.live]
+        prefill = batch.phase == "prefill"
+        tokens = max(prompts) if prefill else 1
+        grown = [prompt + self.tokens[slot] - 1 for prompt, slot in zip(prompts, batch.live, strict=True)]
+        past = 0 if prefill else max(grown)
+        stages = clock.times.stages
+        posted = [clock.took[stage] if certain[stage] else clock.free[stage] for stage in range(stages)]
         arrived = 0.0
         for stage in range(stages):
             if stage:
                 clock.wait(stage, arrived, "wait_receive", rows)
-                posted[stage] = clock.free[stage]
-            clock.run(stage, "prefill", rows, tokens, 0)
+            clock.took[stage] = clock.free[stage]
+            clock.run(stage, batch.phase, rows, tokens, past)
             if stage + 1 < stages:
-                arrived = clock.send(stage, "prefill", rows, tokens, posted[stage + 1])
-        _note(known, rows, clock.send_back(rows))
-    return known
-
-
-def _play_decode(
-    clock: _Clockwork,
-    prompts: Sequence[int],
-    generated: Sequence[int],
-    groups: Sequence[tuple[int, int]],
-    known: list[list[float]],
-) -> None:
-    stages = clock.times.stages
-    # posting ahead happens when the previous group is taken, if this one's tokens are known by then
-    ahead: list[dict[tuple[int, int], float]] = [{} for _ in range(stages)]
-    done = 1  # tokens of every row that is still running
-    going = list(groups)
-    while going:
-        for rows in list(going):
-            for stage in range(stages):
-                clock.wait(stage, max(known[stage][rows[0] : rows[1]]), "wait_tokens", rows)
-            if max(generated[rows[0] : rows[1]]) <= done:
-                going.remove(rows)
-                continue
-            _play_group(clock, rows, going, prompts, generated, done, known, ahead)
-        done += 1
-
-
-def _play_group(
-    clock: _Clockwork,
-    rows: tuple[int, int],
-    going: list[tuple[int, int]],
-    prompts: Sequence[int],
-    generated: Sequence[int],
-    done: int,
-    known: list[list[float]],
-    ahead: list[dict[tuple[int, int], float]],
-) -> None:
-    """One group's pass through all stages."""
-    stages = clock.times.stages
-    index = going.index(rows)
-    following = going[(index + 1) % len(going)]
-    tokens_of_following = done + (index + 1 == len(going))
-    arrived = 0.0
-    for stage in range(stages):
-        if stage:
-            clock.wait(stage, arrived, "wait_receive", rows)
-            goes_on = max(generated[following[0] : following[1]]) > tokens_of_following
-            if following != rows and goes_on and max(known[stage][following[0] : following[1]]) <= clock.free[stage]:
-                ahead[stage][following] = clock.free[stage]
-        # a finished row goes along where it ended
-        past = max(prompts[row] + min(done, generated[row]) - 1 for row in range(*rows))
-        posted_from = clock.free[stage + 1] if stage + 1 < stages else 0.0
-        clock.run(stage, "decode", rows, 1, past)
-        if stage + 1 < stages:
-            posted = ahead[stage + 1].pop(rows, posted_from)
-            arrived = clock.send(stage, "decode", rows, 1, posted)
-    _note(known, rows, clock.send_back(rows))
-
-
-def _note(known: list[list[float]], rows: tuple[int, int], times: list[float]) -> None:
-    for stage, when in enumerate(times):
-        for row in range(*rows):
-            known[stage][row] = when
+                arrived = clock.send(stage, batch.phase, rows, tokens, posted[stage + 1])
+        for stage, when in enumerate(clock.send_back(rows)):
+            for slot in batch.live:
+                self.known[stage][slot] = when
+        for slot in batch.live:
+            self.tokens[slot] += 1
+            self.last_token[self.sequence[slot]] = self.known[0][slot]

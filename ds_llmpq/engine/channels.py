@@ -11,15 +11,23 @@ import threading
 from collections import deque
 from concurrent.futures import Future
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
 from ds_llmpq.cost.memory import IN_FLIGHT_MESSAGES
-from ds_llmpq.engine.sequences import MicroBatch
 
 _TOKEN_MESSAGES = 64  # under way to each stage; they are small
+
+
+class Batch(Protocol):
+    """A micro-batch as the channels see it: a name of its own, and how many rows it has."""
+
+    @property
+    def size(self) -> int: ...
+
+    def __hash__(self) -> int: ...
 
 
 class _Sends:
@@ -51,16 +59,16 @@ class ActivationChannel:
         self._following = following
         self._dtype = dtype
         self._device = device
-        self._posted: dict[MicroBatch, tuple[dist.Work, torch.Tensor]] = {}
+        self._posted: dict[Batch, tuple[dist.Work, torch.Tensor]] = {}
         self._sends = _Sends(IN_FLIGHT_MESSAGES)
 
-    def post(self, batch: MicroBatch, shape: tuple[int, int, int]) -> None:
+    def post(self, batch: Batch, shape: tuple[int, int, int]) -> None:
         """Starts to receive [rows, tokens, hidden]; posting again before `take` changes nothing."""
         if batch not in self._posted:
             buffer = torch.empty(shape, dtype=self._dtype, device=self._device)
             self._posted[batch] = (dist.irecv(buffer, src=self._previous), buffer)
 
-    def take(self, batch: MicroBatch) -> torch.Tensor:
+    def take(self, batch: Batch) -> torch.Tensor:
         work, buffer = self._posted.pop(batch)
         work.wait()
         return buffer
@@ -82,7 +90,7 @@ class TokenChannel:
         self._group = group
         self._source = source
         self._others = others
-        self._expected: deque[tuple[MicroBatch, Future, torch.Tensor]] = deque()
+        self._expected: deque[tuple[Batch, Future, torch.Tensor]] = deque()
         self._awaited: SimpleQueue[tuple[dist.Work, Future] | None] = SimpleQueue()
         self._waiting: threading.Thread | None = None
         self._sends = _Sends(_TOKEN_MESSAGES * len(others))
@@ -93,7 +101,7 @@ class TokenChannel:
         for rank in self._others:
             self._sends.send(message, rank, self._group)
 
-    def expect(self, batch: MicroBatch) -> None:
+    def expect(self, batch: Batch) -> None:
         """Other stages: posts the receive for a pass just started."""
         buffer = torch.empty(2, batch.size, dtype=torch.int32)
         work, arrived = dist.irecv(buffer, src=self._source, group=self._group), Future()
@@ -104,7 +112,7 @@ class TokenChannel:
             self._waiting = threading.Thread(target=self._wait, name="tokens", daemon=True)
             self._waiting.start()
 
-    def take(self, wait: bool) -> tuple[MicroBatch, list[int], list[int]] | None:
+    def take(self, wait: bool) -> tuple[Batch, list[int], list[int]] | None:
         """The oldest expected message: (micro-batch, tokens, finish codes); None if none is there and `wait` is off."""
         if not self._expected or not (wait or self._expected[0][1].done()):
             return None

@@ -1,7 +1,8 @@
-"""Static key/value store of one stage: allocated once, viewed anew by each wave, sliced by rows for a micro-batch."""
+"""Static key/value store of one stage: allocated once, viewed anew for each shape of slots, cut into micro-batches."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,57 +13,64 @@ from ds_llmpq.errors import UserError
 class KVStore:
     """Keys and values of a stage's decoder layers for all sequences in flight.
 
-    The memory holds `slots` tokens a layer; `shape_for(rows, capacity)` views it as rows x capacity, so waves of few
-    long sequences and of many short ones use the same bytes. A micro-batch is a slice of rows: regrouping rows from
-    prefill to decode micro-batches copies nothing.
+    The memory holds `positions` tokens a layer; `shape_for(slots, capacity)` views it as slots x capacity, so few long
+    sequences and many short ones use the same bytes. A decode micro-batch is a slice of slots: regrouping sequences
+    from prefill to decode copies nothing, and a slot's next sequence overwrites the last one's.
     """
 
     def __init__(
         self,
         first_layer: int,
         layers: int,
-        slots: int,
+        positions: int,
         kv_heads: int,
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
     ):
         self.first_layer = first_layer
-        self.slots = slots
+        self.positions = positions
         self.kv_heads = kv_heads
         self.head_dim = head_dim
-        self._memory = torch.zeros(layers, 2, slots * kv_heads * head_dim, dtype=dtype, device=device)
-        self.shape_for(1, slots)
+        self._memory = torch.zeros(layers, 2, positions * kv_heads * head_dim, dtype=dtype, device=device)
+        self.shape_for(1, positions)
 
     @property
     def allocated_bytes(self) -> int:
         return self._memory.numel() * self._memory.element_size()
 
-    def shape_for(self, rows: int, capacity: int) -> None:
-        """Views the store as `rows` sequences of up to `capacity` tokens; earlier contents become meaningless."""
-        if rows * capacity > self.slots:
+    def shape_for(self, slots: int, capacity: int) -> None:
+        """Views the store as `slots` sequences of up to `capacity` tokens; earlier contents become meaningless."""
+        if slots * capacity > self.positions:
             raise UserError(
-                f"{rows} sequences of {capacity} tokens need {rows * capacity} cache slots, but the plan has "
-                f"{self.slots}; plan for a larger workload."
+                f"{slots} sequences of {capacity} tokens need {slots * capacity} cache positions, but the plan has "
+                f"{self.positions}; plan for a larger workload."
             )
         layers = self._memory.shape[0]
-        used = self._memory[:, :, : rows * capacity * self.kv_heads * self.head_dim]
-        self._view = used.view(layers, 2, rows, self.kv_heads, capacity, self.head_dim)
+        used = self._memory[:, :, : slots * capacity * self.kv_heads * self.head_dim]
+        self._view = used.view(layers, 2, slots, self.kv_heads, capacity, self.head_dim)
+        self.capacity = capacity
 
-    def clear(self) -> None:
-        """Forgets all contents. Masked positions count with weight 0, which a NaN left there would survive."""
-        self._memory.zero_()
+    def clear(self, slot: int | None = None) -> None:
+        """Forgets a slot's contents, or all. Masked positions count with weight 0, which a NaN left there would
+        survive."""
+        if slot is None:
+            self._memory.zero_()
+        else:
+            self._view[:, :, slot].zero_()
 
-    def prefill(self, start: int, stop: int) -> PrefillCache:
-        return PrefillCache(self, slice(start, stop))
+    def prefill(self, slots: Sequence[int]) -> PrefillCache:
+        first, last = slots[0], slots[-1]
+        together = last - first + 1 == len(slots)
+        return PrefillCache(self, slice(first, last + 1) if together else torch.tensor(slots, device=self._view.device))
 
     def decode(self, start: int, stop: int, positions: torch.Tensor, kv_tokens: int) -> DecodeCache:
-        """`positions` [rows]: where each row's new token is stored; attention sees the first `kv_tokens`."""
+        """`positions` [slots]: where each new token is stored; attention sees the first `kv_tokens`."""
         rows = torch.arange(stop - start, device=positions.device)
         return DecodeCache(self, slice(start, stop), rows, positions, kv_tokens)
 
     def layer(self, layer_idx: int) -> torch.Tensor:
-        """[2, rows, kv_heads, capacity, head_dim] of a decoder layer, by its index in the whole model."""
+        """[2, slots, kv_heads, capacity, head_dim] of a decoder layer, by its index in the whole model."""
         return self._view[layer_idx - self.first_layer]
 
 
@@ -71,13 +79,16 @@ class PrefillCache:
     """Stores whole prompts from position 0 on; attention uses the fresh keys and values."""
 
     store: KVStore
-    rows: slice
+    slots: slice | torch.Tensor
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = key.shape[2]
         cached = self.store.layer(layer_idx)
-        cached[0, self.rows, :, :tokens] = key
-        cached[1, self.rows, :, :tokens] = value
+        for part, fresh in zip(cached, (key, value), strict=True):
+            if isinstance(self.slots, slice):
+                part[self.slots, :, :tokens] = fresh
+            else:
+                part[:, :, :tokens].index_copy_(0, self.slots, fresh)
         return key, value
 
 
@@ -86,13 +97,13 @@ class DecodeCache:
     """Stores one token a row at that row's own position; attention uses all stored tokens."""
 
     store: KVStore
-    rows: slice
+    slots: slice
     row_index: torch.Tensor
     positions: torch.Tensor
     kv_tokens: int
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = self.store.layer(layer_idx)[:, self.rows]
+        keys, values = self.store.layer(layer_idx)[:, self.slots]
         keys[self.row_index, :, self.positions] = key[:, :, 0]
         values[self.row_index, :, self.positions] = value[:, :, 0]
         return keys[:, :, : self.kv_tokens], values[:, :, : self.kv_tokens]

@@ -1,65 +1,47 @@
-"""DeepSpeed's pipeline engine for inference only: prefill and decode as schedules of their own instructions."""
+"""DeepSpeed's pipeline engine for inference only: passes of prefill and decode as instructions of their own."""
 
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import deepspeed
 import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
+from ds_llmpq.cost.passes import Pass, PassSizes
 from ds_llmpq.engine import schedules
 from ds_llmpq.engine.channels import ActivationChannel, TokenChannel
 from ds_llmpq.engine.kv_cache import KVStore
 from ds_llmpq.engine.pipeline_module import PlannedPipelineModule
 from ds_llmpq.engine.sampling import sample
-from ds_llmpq.engine.sequences import Finish, MicroBatch, Sequences
+from ds_llmpq.engine.sequences import Finish
+from ds_llmpq.engine.stream import OnFinished, Stream, StreamTimes, TakeWave
 from ds_llmpq.engine.trace import Trace
-from ds_llmpq.engine.wave import Wave
+from ds_llmpq.engine.wave import Wave, WaveRow
 from ds_llmpq.models.step import Step
 
 # batch sizes are all the configuration it needs; a precision key would build an optimizer and copy the weights
 _CONFIG = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "steps_per_print": 1 << 60}
 
 
-@dataclass(frozen=True)
-class WaveTimes:
-    """One wave as this rank saw it. Prefill lasts until every row's first token is known here, decode from there on."""
-
-    SUMMED: ClassVar[tuple[str, ...]] = (
-        "rows",
-        "prompt_tokens",
-        "generated_tokens",
-        "decode_rounds",
-        "prefill_seconds",
-        "decode_seconds",
-    )
-    rows: int
-    prompt_tokens: int
-    generated_tokens: int
-    decode_rounds: int
-    prefill_seconds: float
-    decode_seconds: float
-
-
 class StopRule(Protocol):
     """Decides on the last stage whether a row ends with this token."""
 
-    def begin(self, wave: Wave) -> None: ...
+    def begin(self, slot: int, row: WaveRow) -> None:
+        """A request takes a slot, with the tokens it has generated before."""
 
-    def __call__(self, row: int, token: int, generated: int) -> Finish: ...
+    def __call__(self, slot: int, token: int, generated: int) -> Finish:
+        """`generated` tokens it has now, with this one."""
 
 
 class InferencePipelineEngine(PipelineEngine):
-    """Runs waves of sequences through one stage of the pipeline.
+    """Runs streams of sequences through one stage of the pipeline.
 
-    All stages execute the same schedules over the same micro-batches. `hidden_size` is the width of the hidden states
-    between stages, `on_finished(row)` is called on every rank when a row's last token is known there.
+    All stages execute the same passes in the same order. `hidden_size` is the width of the hidden states between
+    stages. A stream's state is kept in `stream`, None between streams.
     """
 
     def __init__(
@@ -87,11 +69,8 @@ class InferencePipelineEngine(PipelineEngine):
         self.trace = trace
         self.dtype = dtype
         self.hidden_size = hidden_size
-        self.sequences = Sequences([])
-        self.wave = Wave(())
-        self.on_finished: Callable[[int], None] = lambda row: None
-        self.wave_times: list[WaveTimes] = []
-        self._prefilled = 0.0  # perf_counter when the wave's last first token became known, 0 before
+        self.stream: Stream | None = None
+        self.stream_times: list[StreamTimes] = []
         self._hidden: torch.Tensor | None = None
         self._logits: torch.Tensor | None = None
 
@@ -99,91 +78,83 @@ class InferencePipelineEngine(PipelineEngine):
         """Every rank has read its own layers; there is nothing to make equal, and packed weights must not be cast."""
 
     @torch.inference_mode()
-    def run_wave(
-        self,
-        wave: Wave,
-        prefill: list[MicroBatch],
-        decode: list[MicroBatch],
-        on_finished: Callable[[int], None] = lambda row: None,
-    ) -> Sequences:
-        """Generates for all rows of `wave`; returns their tokens and finishes, known on every rank."""
-        started, self._prefilled = time.perf_counter(), 0.0
-        self.wave = wave
-        self.sequences = Sequences([len(row.prompt) for row in wave.rows])
-        self.on_finished = on_finished
-        self.store.shape_for(len(wave.rows), wave.capacity)
-        if self.is_last_stage():
-            self.stop_rule.begin(wave)
-        place = {"stages": self.num_stages, "stage_id": self.stage_id}
-        self._exec_schedule(schedules.PrefillSchedule(prefill, **place))
-        self._exec_schedule(schedules.DecodeSchedule(decode, self.sequences, self._poll_tokens, **place))
+    def run_stream(self, first: Wave, sizes: PassSizes, following: TakeWave, on_finished: OnFinished) -> Wave | None:
+        """Generates for all rows of `first` and of the waves that join it. `following()` takes the driver's next wave
+        on all ranks together, None at their end; one that does not join is returned, for the next stream.
+
+        `on_finished(row, tokens, finish)` is called on every rank when a row's last token is known there.
+        """
+        self.store.shape_for(*first.shape)
+        self.stream = stream = Stream(first, sizes, following, on_finished, self._poll_tokens, self._admitted)
+        self._exec_schedule(schedules.StreamSchedule(stream, stages=self.num_stages, stage_id=self.stage_id))
         self.activations.flush()
         self.tokens.flush()
-        if Finish.BROKEN in self.sequences.finish:
+        if stream.broken:
             self.store.clear()
-        self._note_times(started)
-        return self.sequences
+        self.stream_times.append(stream.times())
+        self.stream = None
+        return stream.held_back
 
-    def _note_times(self, started: float) -> None:
-        lengths = [len(tokens) for tokens in self.sequences.generated]
-        self.wave_times.append(
-            WaveTimes(
-                rows=len(lengths),
-                prompt_tokens=sum(self.sequences.prompt_tokens),
-                generated_tokens=sum(lengths),
-                decode_rounds=max(lengths) - 1,
-                prefill_seconds=self._prefilled - started,
-                decode_seconds=time.perf_counter() - self._prefilled,
-            )
-        )
+    def _admitted(self, slot: int, row: WaveRow) -> None:
+        if self.is_last_stage():
+            self.stop_rule.begin(slot, row)
 
     # Instructions. Each is called by DeepSpeed's `_exec_schedule` with the instruction's arguments.
 
-    def _post_receive(self, micro_batch: MicroBatch, prefill: bool) -> None:
-        tokens = self._longest(micro_batch) if prefill else 1
-        self.activations.post(micro_batch, (micro_batch.size, tokens, self.hidden_size))
+    def _post_receive(self, batch: Pass) -> None:
+        self.activations.post(batch, (batch.size, self._tokens_of(batch), self.hidden_size))
 
-    def _take_activation(self, micro_batch: MicroBatch, prefill: bool) -> None:
-        with self.trace.waiting("receive", micro_batch):
-            self._post_receive(micro_batch, prefill)
-            self._hidden = self.activations.take(micro_batch)
+    def _take_activation(self, batch: Pass) -> None:
+        with self.trace.waiting("receive", batch.size):
+            self._post_receive(batch)
+            self._hidden = self.activations.take(batch)
 
-    def _give_activation(self, micro_batch: MicroBatch) -> None:
-        with self.trace.waiting("send", micro_batch):
+    def _give_activation(self, batch: Pass) -> None:
+        with self.trace.waiting("send", batch.size):
             self.activations.give(self._hidden)
         self._hidden = None
-        self._await_tokens(micro_batch)
+        self.tokens.expect(batch)
 
-    def _prefill_pass(self, micro_batch: MicroBatch) -> None:
-        lengths = [len(self.wave.rows[row].prompt) for row in micro_batch.rows()]
-        longest = max(lengths)
+    def _prefill_pass(self, batch: Pass) -> None:
+        known = [self.stream.sequences.rows[slot].known for slot in batch.slots]
+        longest = self._tokens_of(batch)
+        for slot in batch.slots:
+            if slot in self.stream.broken:
+                self.store.clear(slot)
+                self.stream.broken.discard(slot)
         step = Step(
-            positions=torch.arange(longest, device=self.device).expand(micro_batch.size, longest),
-            cache=self.store.prefill(micro_batch.start, micro_batch.stop),
+            positions=torch.arange(longest, device=self.device).expand(batch.size, longest),
+            cache=self.store.prefill(batch.slots),
             kv_tokens=longest,
             causal_only=True,
-            last=torch.tensor(lengths, device=self.device) - 1,
+            last=torch.tensor([len(tokens) - 1 for tokens in known], device=self.device),
         )
         if self.is_first_stage():
             # padding is of the row's own, so that a token the model cannot bear harms only rows that hold it
-            padded = [row.prompt + row.prompt[-1:] * (longest - len(row.prompt)) for row in self._rows(micro_batch)]
+            padded = [tokens + tokens[-1:] * (longest - len(tokens)) for tokens in known]
             step.token_ids = torch.tensor(padded, device=self.device)
-        with self.trace.working("prefill", micro_batch, tokens=sum(lengths)):
+        with self.trace.working("prefill", batch.size, tokens=sum(map(len, known))):
             self._run(step)
 
-    def _decode_pass(self, micro_batch: MicroBatch) -> None:
-        positions = self.sequences.positions(micro_batch)
-        kv_tokens = max(positions) + 1
-        at = torch.tensor(positions, device=self.device)
+    def _decode_pass(self, batch: Pass) -> None:
+        live, sequences = set(batch.live), self.stream.sequences
+        positions = [sequences.position(slot) for slot in batch.live]
+        # how sums over the cache are grouped depends on how much of it is read
+        kv_tokens = self.store.capacity if self.stream.fixed else max(positions) + 1
+        # slots that go along write where their own sequence never reads
+        aside = self.store.capacity - 1
+        places = [sequences.position(slot) if slot in live else aside for slot in batch.slots]
+        at = torch.tensor(places, device=self.device)
         step = Step(
             positions=at[:, None],
-            cache=self.store.decode(micro_batch.start, micro_batch.stop, at, kv_tokens),
+            cache=self.store.decode(batch.slots[0], batch.slots[-1] + 1, at, kv_tokens),
             kv_tokens=kv_tokens,
-            causal_only=min(positions) + 1 == kv_tokens,
+            causal_only=not self.stream.fixed and min(positions) + 1 == kv_tokens,
         )
         if self.is_first_stage():
-            step.token_ids = torch.tensor(self.sequences.last_tokens(micro_batch), device=self.device)[:, None]
-        with self.trace.working("decode", micro_batch, tokens=micro_batch.size):
+            tokens = [sequences.generated[slot][-1] if slot in live else 0 for slot in batch.slots]
+            step.token_ids = torch.tensor(tokens, device=self.device)[:, None]
+        with self.trace.working("decode", batch.size, tokens=len(live)):
             self._run(step)
 
     def _run(self, step: Step) -> None:
@@ -193,33 +164,47 @@ class InferencePipelineEngine(PipelineEngine):
         self._hidden = step.hidden
         self._logits = step.logits
 
-    def _sample(self, micro_batch: MicroBatch) -> None:
-        with self.trace.working("sample", micro_batch):
-            generated = [len(self.sequences.generated[row]) for row in micro_batch.rows()]
-            logits = self._logits.reshape(micro_batch.size, -1).float()
-            tokens = sample(logits, [row.sampling for row in self._rows(micro_batch)], generated)
-            # one transfer for both: tokens, and whether the row's logits are numbers (NaN passes through the maximum)
-            chosen, sound = torch.stack([tokens, logits.amax(-1).isfinite().long()]).tolist()
-            finish = [
-                self._finish(row, token, count, ok)
-                for row, token, count, ok in zip(micro_batch.rows(), chosen, generated, sound, strict=True)
-            ]
+    def _sample(self, batch: Pass) -> None:
+        with self.trace.working("sample", batch.size):
+            logits = self._logits.reshape(batch.size, -1)
+            places = [batch.slots.index(slot) for slot in batch.live]
+            if len(places) < batch.size:
+                logits = logits[places]
+            chosen = self._choose(batch.live, logits.float())
         self._hidden = self._logits = None
-        self.tokens.give(torch.tensor(chosen), torch.tensor(finish))
-        self._record(micro_batch, chosen, finish)
+        tokens, finish = [0] * batch.size, [int(Finish.RUNNING)] * batch.size
+        for place, (token, code) in zip(places, chosen, strict=True):
+            tokens[place], finish[place] = token, int(code)
+        self.tokens.give(torch.tensor(tokens), torch.tensor(finish))
+        self.stream.record(batch, tokens, finish)
 
-    def _finish(self, row: int, token: int, generated: int, sound: int) -> Finish:
-        if self.sequences.finish[row] is not Finish.RUNNING:
-            return self.sequences.finish[row]
-        if not sound:
-            return Finish.BROKEN
-        return self.stop_rule(row, token, generated + 1)
+    def _choose(self, slots: tuple[int, ...], logits: torch.Tensor) -> list[tuple[int, Finish]]:
+        """The next token of each slot, and whether the slot's sequence ends with it; logits [slots, vocabulary]."""
+        rows = [self.stream.sequences.rows[slot] for slot in slots]
+        generated = [len(self.stream.sequences.generated[slot]) for slot in slots]
+        tokens = sample(logits, [row.sampling for row in rows], generated)
+        # one transfer for both: tokens, and whether the row's logits are numbers (NaN passes through the maximum)
+        chosen, sound = torch.stack([tokens, logits.amax(-1).isfinite().long()]).tolist()
+        return [
+            (token, self._finish(slot, row, token, count + 1) if ok else Finish.BROKEN)
+            for slot, row, token, count, ok in zip(slots, rows, chosen, generated, sound, strict=True)
+        ]
 
-    def _take_tokens(self, micro_batch: MicroBatch) -> None:
-        if self.sequences.awaited(micro_batch):
-            with self.trace.waiting("tokens", micro_batch):
-                while self.sequences.awaited(micro_batch):
-                    self._record(*self.tokens.take(wait=True))
+    def _finish(self, slot: int, row: WaveRow, token: int, generated: int) -> Finish:
+        finish = self.stop_rule(slot, token, generated)
+        if finish is Finish.RUNNING and len(row.prompt) + generated >= self.store.capacity:
+            return Finish.OVERRUN
+        return finish
+
+    def _take_tokens(self, slots: list[int]) -> None:
+        if self.stream.sequences.awaited(slots):
+            with self.trace.waiting("tokens", len(slots)):
+                while self.stream.sequences.awaited(slots):
+                    self.stream.record(*self.tokens.take(wait=True))
+
+    def _take_requests(self) -> None:
+        with self.trace.waiting("requests", 0):
+            self.stream.take_requests()
 
     _INSTRUCTION_MAP = {  # noqa: RUF012 -- the name and the form are DeepSpeed's
         schedules.PostReceive: _post_receive,
@@ -229,28 +214,18 @@ class InferencePipelineEngine(PipelineEngine):
         schedules.DecodePass: _decode_pass,
         schedules.Sample: _sample,
         schedules.TakeTokens: _take_tokens,
+        schedules.TakeRequests: _take_requests,
     }
-
-    def _await_tokens(self, micro_batch: MicroBatch) -> None:
-        self.sequences.started(micro_batch)
-        self.tokens.expect(micro_batch)
 
     def _poll_tokens(self) -> None:
         while (message := self.tokens.take(wait=False)) is not None:
-            self._record(*message)
+            self.stream.record(*message)
 
-    def _record(self, micro_batch: MicroBatch, tokens: list[int], finish: list[int]) -> None:
-        finished = self.sequences.record(micro_batch, tokens, finish)
-        if not self._prefilled and all(self.sequences.generated):
-            self._prefilled = time.perf_counter()
-        for row in finished:
-            self.on_finished(row)
-
-    def _rows(self, micro_batch: MicroBatch):
-        return self.wave.rows[micro_batch.start : micro_batch.stop]
-
-    def _longest(self, micro_batch: MicroBatch) -> int:
-        return max(len(row.prompt) for row in self._rows(micro_batch))
+    def _tokens_of(self, batch: Pass) -> int:
+        """Tokens of each row in the pass, with padding."""
+        if batch.phase == "decode":
+            return 1
+        return max(len(self.stream.sequences.rows[slot].known) for slot in batch.slots)
 
 
 def quiet_deepspeed() -> None:

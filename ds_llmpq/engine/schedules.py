@@ -1,16 +1,18 @@
-"""DeepSpeed schedules of inference: every stage walks through the same micro-batches in the same order.
+"""DeepSpeed schedules of inference: every stage walks through the same passes in the same order.
 
-Prefill visits each micro-batch once. Decode goes round the groups until all are finished; which groups are still
-running is known on every stage from the tokens alone, so no message says what comes next.
+Which pass comes next is known on every stage from the tokens alone (`cost.passes`), so no message says it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Iterator
+from typing import Protocol
 
 from deepspeed.runtime.pipe.schedule import PipeInstruction, PipeSchedule
 
-from ds_llmpq.engine.sequences import MicroBatch, Sequences
+from ds_llmpq.cost.passes import Pass
+from ds_llmpq.engine.sequences import MicroBatch
 
 
 class PostReceive(PipeInstruction):
@@ -38,10 +40,14 @@ class Sample(PipeInstruction):
 
 
 class TakeTokens(PipeInstruction):
-    """Wait until the tokens of the micro-batch's previous pass are known here."""
+    """Wait until the last tokens of these slots are known here."""
 
 
-class PrefillSchedule(PipeSchedule):
+class TakeRequests(PipeInstruction):
+    """All stages together: take the driver's next wave, or hear that there is none."""
+
+
+class OncePerBatch(PipeSchedule):
     """Each micro-batch passes once; the receive of the next is posted before the work on this one begins."""
 
     def __init__(self, micro_batches: list[MicroBatch], stages: int, stage_id: int):
@@ -52,59 +58,72 @@ class PrefillSchedule(PipeSchedule):
         for index, batch in enumerate(self.batches):
             commands: list[PipeInstruction] = []
             if not self.is_first_stage:
-                commands.append(TakeActivation(micro_batch=batch, prefill=True))
+                commands.append(TakeActivation(batch=batch))
                 if index + 1 < len(self.batches):
-                    commands.append(PostReceive(micro_batch=self.batches[index + 1], prefill=True))
-            commands.append(PrefillPass(micro_batch=batch))
+                    commands.append(PostReceive(batch=self.batches[index + 1]))
+            commands.append(PrefillPass(batch=batch))
             commands.append(_hand_on(self, batch))
             yield commands
 
 
-class DecodeSchedule(PipeSchedule):
-    """Rounds over the groups until all are finished.
+class Decisions(Protocol):
+    """Where a stage's passes come from."""
 
-    `poll` takes in tokens that have already arrived without waiting, so that the next group's receive can be posted
-    early when it is already certain that the group goes on.
+    def wants_requests(self) -> bool:
+        """Whether a wave must be taken before the next passes are decided."""
+
+    def needed(self) -> list[int] | None:
+        """Slots whose tokens the next decision needs; None when all is done."""
+
+    def known(self, slots: list[int]) -> bool:
+        """Whether they are known by now, without waiting."""
+
+    def decide(self) -> list[Pass]:
+        """The next passes; possibly none."""
+
+
+class StreamSchedule(PipeSchedule):
+    """Passes over the slots until all sequences have ended.
+
+    While a stage works on a pass, the receive of the next one is posted if it is already certain which that is.
     """
 
-    def __init__(
-        self,
-        groups: list[MicroBatch],
-        sequences: Sequences,
-        poll: Callable[[], None],
-        stages: int,
-        stage_id: int,
-    ):
-        super().__init__(len(groups), stages, stage_id)
-        self.groups = groups
-        self.sequences = sequences
-        self.poll = poll
+    def __init__(self, decisions: Decisions, stages: int, stage_id: int):
+        super().__init__(1, stages, stage_id)
+        self.decisions = decisions
+        self.decided: deque[Pass] = deque()
 
     def steps(self) -> Iterator[list[PipeInstruction]]:
-        going = list(self.groups)
-        while going:
-            for group in list(going):
-                yield [TakeTokens(micro_batch=group)]
-                if not self.sequences.running(group):
-                    going.remove(group)
-                    continue
-                commands: list[PipeInstruction] = []
-                if not self.is_first_stage:
-                    commands.append(TakeActivation(micro_batch=group, prefill=False))
-                    commands.extend(self._post_next(group, going))
-                commands.append(DecodePass(micro_batch=group))
-                commands.append(_hand_on(self, group))
-                yield commands
+        while True:
+            if not self.decided:
+                while self.decisions.wants_requests():
+                    yield [TakeRequests()]
+                needed = self.decisions.needed()
+                if needed is None:
+                    return
+                if needed:
+                    yield [TakeTokens(slots=needed)]
+                self.decided.extend(self.decisions.decide())
+                continue
+            batch = self.decided.popleft()
+            if not self.is_first_stage:
+                yield [TakeActivation(batch=batch)]
+                self._decide_ahead()
+                if self.decided:
+                    yield [PostReceive(batch=self.decided[0])]
+            work = PrefillPass if batch.phase == "prefill" else DecodePass
+            yield [work(batch=batch), _hand_on(self, batch)]
 
-    def _post_next(self, group: MicroBatch, going: list[MicroBatch]) -> list[PipeInstruction]:
-        following = going[(going.index(group) + 1) % len(going)]
-        if following == group:
-            return []
-        self.poll()
-        if self.sequences.awaited(following) or not self.sequences.running(following):
-            return []
-        return [PostReceive(micro_batch=following, prefill=False)]
+    def _decide_ahead(self) -> None:
+        """The next passes, if nothing has to be waited for. Deciding early changes nothing about the order: decisions
+        follow one another, and each depends on tokens alone. Taking requests is left to when this pass is handed on,
+        since the driver may need it to get there."""
+        while not self.decided and not self.decisions.wants_requests():
+            needed = self.decisions.needed()
+            if needed is None or not self.decisions.known(needed):
+                return
+            self.decided.extend(self.decisions.decide())
 
 
-def _hand_on(schedule: PipeSchedule, batch: MicroBatch) -> PipeInstruction:
-    return Sample(micro_batch=batch) if schedule.is_last_stage else GiveActivation(micro_batch=batch)
+def _hand_on(schedule: PipeSchedule, batch: Pass | MicroBatch) -> PipeInstruction:
+    return Sample(batch=batch) if schedule.is_last_stage else GiveActivation(batch=batch)

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
+from ds_llmpq.cost.passes import Pass
+from ds_llmpq.engine.wave import WaveRow
+
 
 class Finish(IntEnum):
-    """Why a sequence ended; travels with its last token."""
+    """Why a sequence left its slot; travels with its last token."""
 
     RUNNING = 0
     STOP = 1  # an end-of-sequence token or a stop string
     LENGTH = 2  # max_tokens reached
     BROKEN = 3  # the model's logits were not numbers
+    OVERRUN = 4  # its slot is full and it has not ended: to be admitted again with more room
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows [start, stop) of the sequences in flight."""
+    """Rows [start, stop) of requests that pass once."""
 
     start: int
     stop: int
@@ -32,51 +36,50 @@ class MicroBatch:
 
 
 class Sequences:
-    """Prompt lengths, generated tokens and finish of each row.
+    """The sequence of each slot: its request, generated tokens and finish; None where there was none yet.
 
-    A row is *awaited* from the moment a pass over it starts until the token of that pass is recorded.
+    A slot is *awaited* from the moment a pass over it starts until the token of that pass is recorded.
     """
 
-    def __init__(self, prompt_tokens: Sequence[int]):
-        self.prompt_tokens = list(prompt_tokens)
-        self.generated: list[list[int]] = [[] for _ in prompt_tokens]
-        self.finish = [Finish.RUNNING] * len(self.prompt_tokens)
-        self._awaited = [False] * len(self.prompt_tokens)
+    def __init__(self, slots: int):
+        self.rows: list[WaveRow | None] = [None] * slots
+        self.generated: list[list[int]] = [[] for _ in range(slots)]
+        self.finish = [Finish.RUNNING] * slots
+        self._awaited = [False] * slots
 
-    def __len__(self) -> int:
-        return len(self.prompt_tokens)
+    def place(self, slot: int, row: WaveRow) -> None:
+        """A request takes a slot."""
+        self.rows[slot] = row
+        self.generated[slot] = list(row.generated)
+        self.finish[slot] = Finish.RUNNING
 
-    def started(self, micro_batch: MicroBatch) -> None:
-        """A pass over these rows was started; a token for each is to come."""
-        for row in micro_batch.rows():
-            self._awaited[row] = True
+    def ended(self, slot: int) -> bool:
+        return self.finish[slot] is not Finish.RUNNING
 
-    def awaited(self, micro_batch: MicroBatch) -> bool:
-        return any(self._awaited[row] for row in micro_batch.rows())
+    def started(self, batch: Pass) -> None:
+        """A pass was started; a token for each of its live slots is to come."""
+        for slot in batch.live:
+            self._awaited[slot] = True
 
-    def record(self, micro_batch: MicroBatch, tokens: Sequence[int], finish: Sequence[int]) -> list[int]:
-        """Takes one token a row; returns the rows that finished with it. Rows finished earlier ignore theirs."""
-        finished = []
-        for row, token, code in zip(micro_batch.rows(), tokens, finish, strict=True):
-            self._awaited[row] = False
-            if self.finish[row] is not Finish.RUNNING:
+    def awaited(self, slots: Iterable[int]) -> bool:
+        return any(self._awaited[slot] for slot in slots)
+
+    def record(self, batch: Pass, tokens: Sequence[int], finish: Sequence[int]) -> list[int]:
+        """Takes one token for each slot of the pass; returns the slots whose sequence ended with it."""
+        live, finished = set(batch.live), []
+        for slot, token, code in zip(batch.slots, tokens, finish, strict=True):
+            if slot not in live:
                 continue
-            self.generated[row].append(int(token))
-            self.finish[row] = Finish(int(code))
-            if self.finish[row] is not Finish.RUNNING:
-                finished.append(row)
+            self._awaited[slot] = False
+            self.generated[slot].append(int(token))
+            self.finish[slot] = Finish(int(code))
+            if self.ended(slot):
+                finished.append(slot)
         return finished
 
-    def running(self, micro_batch: MicroBatch) -> bool:
-        return any(self.finish[row] is Finish.RUNNING for row in micro_batch.rows())
-
-    def last_tokens(self, micro_batch: MicroBatch) -> list[int]:
-        """The token each row feeds into its next decode pass."""
-        return [self.generated[row][-1] for row in micro_batch.rows()]
-
-    def positions(self, micro_batch: MicroBatch) -> list[int]:
-        """Where those tokens stand: after the prompt and the tokens generated before them."""
-        return [self.prompt_tokens[row] + len(self.generated[row]) - 1 for row in micro_batch.rows()]
+    def position(self, slot: int) -> int:
+        """Where the slot's last token stands: after the prompt and the tokens generated before it."""
+        return len(self.rows[slot].prompt) + len(self.generated[slot]) - 1
 
 
 def prefill_micro_batches(prompt_tokens: Sequence[int], rows: int, tokens: int) -> list[MicroBatch]:
@@ -95,8 +98,3 @@ def prefill_micro_batches(prompt_tokens: Sequence[int], rows: int, tokens: int) 
     if prompt_tokens:
         batches.append(MicroBatch(start, len(prompt_tokens)))
     return batches
-
-
-def decode_groups(sequences: int, rows: int) -> list[MicroBatch]:
-    """Cuts rows into decode micro-batches of `rows` rows, the last one possibly smaller."""
-    return [MicroBatch(start, min(start + rows, sequences)) for start in range(0, sequences, rows)]

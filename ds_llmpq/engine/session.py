@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from ds_llmpq.cost.passes import PassSizes
 from ds_llmpq.engine import memory
 from ds_llmpq.engine.channels import ActivationChannel, TokenChannel
 from ds_llmpq.engine.distributed import Place
 from ds_llmpq.engine.kv_cache import KVStore
 from ds_llmpq.engine.pipeline_engine import InferencePipelineEngine, StopRule
 from ds_llmpq.engine.pipeline_module import PlannedPipelineModule, pipeline_bounds, pipeline_layers
-from ds_llmpq.engine.sequences import Sequences, decode_groups, prefill_micro_batches
 from ds_llmpq.engine.stage_loader import StageLoader
+from ds_llmpq.engine.stream import OnFinished, TakeWave
 from ds_llmpq.engine.throttle import CpuShare
 from ds_llmpq.engine.topology import PlannedTopology
 from ds_llmpq.engine.trace import Trace
@@ -26,7 +27,7 @@ from ds_llmpq.planner.plan import Plan
 from ds_llmpq.planner.planfile import check_model
 from ds_llmpq.quant.checkpoint import open_checkpoint
 from ds_llmpq.quant.hqq import stored_bytes
-from ds_llmpq.schema import QuantConfig
+from ds_llmpq.schema import EngineConfig, QuantConfig
 
 
 class Session:
@@ -45,8 +46,10 @@ class Session:
         stop_rule: StopRule,
         on_loaded: Callable[[str], None] = lambda name: None,
         trust_remote_code: bool = False,
+        options: EngineConfig | None = None,
     ):
         self.plan = plan
+        self.options = options or EngineConfig()
         self.place = place
         self.dtype = getattr(torch, plan.engine["dtype"])
         started = time.perf_counter()
@@ -88,26 +91,29 @@ class Session:
         )
 
     @property
-    def slots(self) -> int:
-        """Cache positions of all sequences in flight together, as planned."""
-        return cache_slots(self.plan)
+    def sizes(self) -> PassSizes:
+        """Bounds of the passes, as planned."""
+        micro_batch, options = self.plan.micro_batch, self.options
+        return PassSizes(
+            prefill_rows=micro_batch["prefill"],
+            prefill_tokens=micro_batch["prefill"] * self.plan.workload.prompt_tokens,
+            decode_rows=micro_batch["decode"],
+            patience_rounds=options.patience_rounds,
+            fixed=options.batch_invariant,
+        )
 
-    def run(self, wave: Wave, on_finished: Callable[[int], None] = lambda row: None) -> Sequences:
-        """Generates for all rows of a wave."""
-        sizes, workload = self.plan.micro_batch, self.plan.workload
-        prompt_tokens = [len(row.prompt) for row in wave.rows]
-        prefill = prefill_micro_batches(prompt_tokens, sizes["prefill"], sizes["prefill"] * workload.prompt_tokens)
-        return self.engine.run_wave(wave, prefill, decode_groups(len(wave.rows), sizes["decode"]), on_finished)
+    def run_all(self, take: TakeWave, on_finished: OnFinished) -> None:
+        """Runs the driver's waves. `take` is called on the driver only, when the slots run short of requests, and once
+        more when all have ended: None then is the end. `on_finished(row, tokens, finish)` is called on every rank."""
 
-    def run_all(self, waves: Iterator[Wave], on_finished: Callable[[Wave, Sequences, int], None]) -> None:
-        """Runs the driver's waves (`waves` is read on the driver only) until there are none left.
+        def together() -> Wave | None:
+            wave = take() if self.place.is_driver else None
+            data = self.place.data.broadcast(wave.to_bytes() if wave else None)
+            return Wave.from_bytes(data) if data else None
 
-        The next wave is handed out before the current one starts, so no stage waits for it in between.
-        """
-        upcoming = self._next(waves)
-        while upcoming is not None:
-            current, upcoming = upcoming, self._next(waves)
-            self.run(current, lambda row, wave=current: on_finished(wave, self.engine.sequences, row))
+        held_back = None
+        while (wave := held_back or together()) is not None:
+            held_back = self.engine.run_stream(wave, self.sizes, together, on_finished)
 
     def report(self) -> dict:
         """What this rank measured, as plain data: seconds by kind of work, memory by part."""
@@ -126,15 +132,11 @@ class Session:
             },
         }
 
-    def _next(self, waves: Iterator[Wave]) -> Wave | None:
-        wave = next(waves, None) if self.place.is_driver else None
-        data = self.place.data.broadcast(wave.to_bytes() if wave else None)
-        return Wave.from_bytes(data) if data else None
-
     def _kv_store(self, model_path: str | Path) -> KVStore:
         shape = read_shape(model_path)
         first, last = self.place.stage.layers
-        return KVStore(first, last - first, self.slots, shape.kv_heads, shape.head_dim, self.dtype, self.place.device)
+        positions = cache_positions(self.plan)
+        return KVStore(first, last - first, positions, shape.kv_heads, shape.head_dim, self.dtype, self.place.device)
 
     def _activation_channel(self) -> ActivationChannel:
         index, ranks = self.place.stage_index, self.place.stage_ranks
@@ -147,7 +149,7 @@ class Session:
         return TokenChannel(self.place.side_group, source, others)
 
 
-def cache_slots(plan: Plan) -> int:
+def cache_positions(plan: Plan) -> int:
     """B * (s + n): the tokens a layer's cache holds for all sequences in flight."""
     workload = plan.workload
     return workload.sequences * (workload.prompt_tokens + workload.generated_tokens)

@@ -12,9 +12,8 @@ from contextlib import contextmanager
 
 import torch
 
-from ds_llmpq.engine.sequences import MicroBatch
-
 _MOST_EVENTS = 100_000  # what a trace viewer still opens
+_MOST_DEVICE_SPANS = 10_000  # kept before they are resolved, which waits for the device
 
 
 class Trace:
@@ -31,27 +30,29 @@ class Trace:
         self._offset = time.time() - time.perf_counter()
 
     @contextmanager
-    def working(self, name: str, batch: MicroBatch, tokens: int = 0) -> Iterator[None]:
+    def working(self, name: str, rows: int, tokens: int = 0) -> Iterator[None]:
         start = time.perf_counter()
         events = self._device_events() if self._on_gpu else None
         yield
         if events:
             events[1].record()
             self._device_spans.append((name, *events))
-        self._add(name, batch, start, tokens, timed=not self._on_gpu)
+            if len(self._device_spans) >= _MOST_DEVICE_SPANS:
+                self._resolve()
+        self._add(name, rows, start, tokens, timed=not self._on_gpu)
 
     @contextmanager
-    def waiting(self, name: str, batch: MicroBatch) -> Iterator[None]:
+    def waiting(self, name: str, rows: int) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self._add(f"wait_{name}", batch, start, 0, timed=True)
+        self._add(f"wait_{name}", rows, start, 0, timed=True)
 
     def _device_events(self) -> tuple[torch.cuda.Event, torch.cuda.Event]:
         events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
         events[0].record()
         return events
 
-    def _add(self, name: str, batch: MicroBatch, start: float, tokens: int, timed: bool) -> None:
+    def _add(self, name: str, rows: int, start: float, tokens: int, timed: bool) -> None:
         stop = time.perf_counter()
         if timed:
             self._seconds[name] += stop - start
@@ -66,18 +67,21 @@ class Trace:
                     "tid": 0,
                     "ts": (self._offset + start) * 1e6,
                     "dur": (stop - start) * 1e6,
-                    "args": {"rows": [batch.start, batch.stop], "tokens": tokens},
+                    "args": {"rows": rows, "tokens": tokens},
                 }
             )
 
     def summary(self) -> dict:
         """Seconds, passes and tokens by span name, all measured on this stage."""
+        self._resolve()
+        return {"seconds": dict(self._seconds), "passes": dict(self._passes), "tokens": dict(self._tokens)}
+
+    def _resolve(self) -> None:
         if self._device_spans:
             torch.cuda.synchronize()
             for name, start, stop in self._device_spans:
                 self._seconds[name] += start.elapsed_time(stop) / 1e3
             self._device_spans.clear()
-        return {"seconds": dict(self._seconds), "passes": dict(self._passes), "tokens": dict(self._tokens)}
 
     def chrome_events(self) -> list[dict]:
         """Complete events ("ph": "X"), microseconds since the epoch."""

@@ -47,39 +47,42 @@ class Reference:
 class ScoringEngine(InferencePipelineEngine):
     """Scores the rows of a batch; `scores` holds them by row on the last stage."""
 
+    asked: tuple[ScoredRow, ...]
     scores: dict[int, RowScore]
     reference: Reference | None = None
 
     @torch.inference_mode()
     def score(self, batch: RowBatch, micro_batches: list[MicroBatch]) -> list[RowScore] | None:
         """The scores in the rows' order on the last stage, None elsewhere."""
-        self.wave, self.scores = batch, {}
-        self._exec_schedule(schedules.PrefillSchedule(micro_batches, stages=self.num_stages, stage_id=self.stage_id))
+        self.asked, self.scores = batch.rows, {}
+        self._exec_schedule(schedules.OncePerBatch(micro_batches, stages=self.num_stages, stage_id=self.stage_id))
         self.activations.flush()
         return [self.scores[row] for row in range(len(batch.rows))] if self.is_last_stage() else None
 
-    def _pass(self, micro_batch: MicroBatch) -> None:
-        lengths = [len(row.prompt) for row in self._rows(micro_batch)]
-        longest = max(lengths)
+    def _pass(self, batch: MicroBatch) -> None:
+        rows, longest = self.asked[batch.start : batch.stop], self._tokens_of(batch)
         step = Step(
-            positions=torch.arange(longest, device=self.device).expand(micro_batch.size, longest),
+            positions=torch.arange(longest, device=self.device).expand(batch.size, longest),
             cache=None,
             kv_tokens=longest,
             causal_only=True,
         )
         if self.is_first_stage():
-            padded = [row.prompt + (0,) * (longest - len(row.prompt)) for row in self._rows(micro_batch)]
+            padded = [row.prompt + (0,) * (longest - len(row.prompt)) for row in rows]
             step.token_ids = torch.tensor(padded, device=self.device)
-        with self.trace.working("prefill", micro_batch, tokens=sum(lengths)):
+        with self.trace.working("prefill", batch.size, tokens=sum(len(row.prompt) for row in rows)):
             self._run(step)
 
-    def _give(self, micro_batch: MicroBatch) -> None:
+    def _tokens_of(self, batch: MicroBatch) -> int:
+        return max(len(row.prompt) for row in self.asked[batch.start : batch.stop])
+
+    def _give(self, batch: MicroBatch) -> None:
         self.activations.give(self._hidden)
         self._hidden = None
 
-    def _look(self, micro_batch: MicroBatch) -> None:
-        for place, row in enumerate(micro_batch.rows()):
-            asked = self.wave.rows[row]
+    def _look(self, batch: MicroBatch) -> None:
+        for place, row in enumerate(batch.rows()):
+            asked = self.asked[row]
             stop = len(asked.prompt)
             logits = self._logits[place, stop - len(asked.targets) : stop].float()
             self.scores[row] = self._score(asked, logits.log_softmax(-1))
@@ -146,7 +149,7 @@ class ScoringSession(Session):
 class NoStop:
     """Nothing is generated, so nothing ends."""
 
-    def begin(self, wave: object) -> None: ...
+    def begin(self, slot: int, row: object) -> None: ...
 
     def __call__(self, row: int, token: int, generated: int) -> int:
         raise NotImplementedError(json.dumps([row, token, generated]))

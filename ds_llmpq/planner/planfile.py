@@ -14,7 +14,7 @@ from ds_llmpq.errors import UserError
 from ds_llmpq.models.fingerprint import fingerprint
 from ds_llmpq.planner import reading
 from ds_llmpq.planner.build import Prepared
-from ds_llmpq.planner.objective import Assignment, Stage
+from ds_llmpq.planner.objective import Assignment, Stage, link_seconds
 from ds_llmpq.planner.plan import Plan
 from ds_llmpq.schema import QuantConfig
 
@@ -90,6 +90,7 @@ def deployed(
         replace(stage, rank=ranks[place], host=device.host, kernel=kernel)
         for stage, device, place in zip(plan.stages, devices, where, strict=True)
     )
+    assignment, sizes = plan.assignment(), plan.micro_batch.items()
     engine = {
         "dtype": prepared.dtype,
         "stages": [
@@ -97,6 +98,7 @@ def deployed(
             for device in devices
         ],
         "include": include_string(by_rank),
+        "link_seconds": {phase: link_seconds(prepared.problem, assignment.stages, phase, size) for phase, size in sizes},
         "env": dict(cluster.env),
     }
     return replace(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ds_llmpq.cost.passes import PassSizes
 from ds_llmpq.cost.pipeline import Played, simulate
 from ds_llmpq.planner.objective import Assignment, link_seconds, stage_seconds
 from ds_llmpq.planner.problem import Problem
@@ -49,14 +50,6 @@ def play(problem: Problem, assignment: Assignment) -> Played | None:
     passes = -(-rows // eta) + -(-rows // xi) * (workload.generated_tokens - 1)
     if passes * len(assignment.stages) > MOST_PASSES:
         return None
-    return simulate(
-        PlannedTimes(problem, assignment),
-        [workload.prompt_tokens] * rows,
-        [workload.generated_tokens] * rows,
-        _cut(rows, eta),
-        _cut(rows, xi),
-    )
-
-
-def _cut(rows: int, size: int) -> list[tuple[int, int]]:
-    return [(start, min(start + size, rows)) for start in range(0, rows, size)]
+    sizes = PassSizes(eta, eta * workload.prompt_tokens, xi)
+    lengths = [(workload.prompt_tokens, workload.generated_tokens)] * rows
+    return simulate(PlannedTimes(problem, assignment), lengths, rows, sizes)

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ds_llmpq.cost.passes import PassSizes
 from ds_llmpq.engine.channels import ActivationChannel, DataChannel, TokenChannel
 from ds_llmpq.engine.distributed import _init_process_group
 from ds_llmpq.engine.kv_cache import KVStore
 from ds_llmpq.engine.pipeline_engine import InferencePipelineEngine
 from ds_llmpq.engine.pipeline_module import LazyLayer, PlannedPipelineModule
-from ds_llmpq.engine.sequences import Finish, MicroBatch, decode_groups
+from ds_llmpq.engine.sequences import Finish, MicroBatch
 from ds_llmpq.engine.stage_loader import StageLoader
 from ds_llmpq.engine.topology import PlannedTopology
 from ds_llmpq.engine.trace import Trace
@@ -42,11 +43,14 @@ LINK_REPEATS = 30
 class LengthRule:
     """Ends rows by their number of tokens alone, as cheaply as a rule can."""
 
-    def begin(self, wave: Wave) -> None:
-        self._most = [row.max_tokens for row in wave.rows]
+    def __init__(self) -> None:
+        self._most: dict[int, int] = {}
 
-    def __call__(self, row: int, token: int, generated: int) -> Finish:
-        return Finish.LENGTH if generated >= self._most[row] else Finish.RUNNING
+    def begin(self, slot: int, row: WaveRow) -> None:
+        self._most[slot] = row.max_tokens
+
+    def __call__(self, slot: int, token: int, generated: int) -> Finish:
+        return Finish.LENGTH if generated >= self._most[slot] else Finish.RUNNING
 
 
 class PartClock:
@@ -116,10 +120,10 @@ def _overhead(engine: InferencePipelineEngine, clock: PartClock, size: int, prom
     """Processor seconds of a wave of two micro-batches on this rank, but for those inside pipeline layers."""
     vocabulary = 7
     rows = tuple(WaveRow(i, tuple((i + k) % vocabulary for k in range(prompt)), generated) for i in range(2 * size))
-    groups = decode_groups(2 * size, size)
+    sizes = PassSizes(size, size * prompt, size)
     clock.seconds = 0.0
     start = time.thread_time()
-    engine.run_wave(Wave(rows), groups, groups)
+    engine.run_stream(Wave(rows), sizes, lambda: None, lambda *finished: None)
     return time.thread_time() - start - clock.seconds
 
 

@@ -50,7 +50,11 @@ def plan_of(options: argparse.Namespace) -> Plan:
         predicted=dict.fromkeys(PREDICTED, 0.0),
         solver=SolverReport("hand", 0.0, None, None, 0.0, "checked"),
         quant={"bits": [options.bits], "group_size": GROUP_SIZE, "axis": 1, "optimize": False},
-        engine={"dtype": options.dtype, "stages": [{"kind": "cpu", "slot": rank, "threads": 1} for rank in range(2)]},
+        engine={
+            "dtype": options.dtype,
+            "env": {},
+            "stages": [{"kind": "cpu", "slot": rank, "threads": 1} for rank in range(2)],
+        },
     )
 
 
@@ -62,18 +66,18 @@ def run_rank(plan: Plan) -> dict:
     from ds_llmpq.engine.wave import Wave, WaveRow
 
     class Length:
-        def begin(self, wave: Wave) -> None:
-            self.wave = wave
+        def begin(self, slot: int, row: WaveRow) -> None: ...
 
-        def __call__(self, row: int, token: int, generated: int) -> Finish:
-            return Finish.LENGTH if generated >= self.wave.rows[row].max_tokens else Finish.RUNNING
+        def __call__(self, slot: int, token: int, generated: int) -> Finish:
+            return Finish.LENGTH if generated >= WORKLOAD.generated_tokens else Finish.RUNNING
 
     place = join(plan, timeout_seconds=600)
     session = Session(plan, place, plan.model["path"], Length())
     loaded = session.report()["memory_bytes"]["peak"]
     prompt = tuple(range(3, 3 + WORKLOAD.prompt_tokens))
     rows = tuple(WaveRow(key, prompt, WORKLOAD.generated_tokens) for key in range(WORKLOAD.sequences))
-    session.run(Wave(rows))
+    waves = iter((Wave(rows),))
+    session.run_all(lambda: next(waves, None), lambda *finished: None)
     measured = session.report()["memory_bytes"]
     leave()
     share = sum(place.stage.memory_bytes.values())

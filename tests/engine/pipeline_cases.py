@@ -48,6 +48,7 @@ GROUP_SIZE = 32
 QUANT = {"bits": [16], "group_size": GROUP_SIZE, "axis": 1, "optimize": False}
 # a pair of logits closer than this may be ordered otherwise by another order of summation
 CLEAR_GAP = 1e-3
+_WAVE = 1000  # more rows than any wave has
 
 
 def make_plan(
@@ -76,13 +77,14 @@ def make_plan(
         predicted=dict.fromkeys(PREDICTED, 0.0),
         solver=SolverReport("hand", 0.0, None, None, 0.0, "checked"),
         quant=quant or QUANT,
-        engine={"dtype": dtype, "stages": [{"kind": "cpu", "slot": rank, "threads": 1} for rank in ranks]},
+        engine={"dtype": dtype, "env": {}, "stages": [{"kind": "cpu", "slot": rank, "threads": 1} for rank in ranks]},
     )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Case:
-    """What the ranks shall run. `every`: the stop rule also ends each row at that many tokens."""
+    """What the ranks shall run. `every`: the stop rule also ends each row at that many tokens. `options`: the engine's.
+    Rows are known by their wave and their place in it."""
 
     path: Path
     plan: Plan
@@ -92,11 +94,15 @@ class Case:
     logits: bool = False
     dies: int | None = None
     label: str = ""
+    options: dict = field(default_factory=dict)
 
     def to_json(self) -> dict:
         plain = {"path": str(self.path), "plan": self.plan.to_json(), "eos": self.eos, "every": self.every}
-        waves = [wave.to_bytes().hex() for wave in self.waves]
-        return plain | {"waves": waves, "logits": self.logits, "dies": self.dies}
+        waves = []
+        for index, wave in enumerate(self.waves):
+            rows = [dataclasses.replace(row, key=index * _WAVE + place) for place, row in enumerate(wave.rows)]
+            waves.append(dataclasses.replace(wave, rows=tuple(rows)).to_bytes().hex())
+        return plain | {"waves": waves, "logits": self.logits, "dies": self.dies, "options": self.options}
 
 
 @dataclass
@@ -107,17 +113,24 @@ class Outcome:
 
     def __post_init__(self) -> None:
         for other in self.ranks[1:]:
-            assert other["waves"] == self.ranks[0]["waves"], "ranks disagree on tokens or finishes"
-            assert other["order"] == self.ranks[0]["order"], "ranks disagree on the order of finishes"
+            for said in ("outcomes", "lengths"):
+                assert other[said] == self.ranks[0][said], f"ranks disagree on {said}"
+        keys = [key for key, _, _ in self.ranks[0]["outcomes"]]
+        assert len(set(keys)) == len(keys), "a row ended twice"
 
     def tokens(self, wave: int = 0) -> list[list[int]]:
-        return self.ranks[0]["waves"][wave]["tokens"]
+        """Of the wave's rows, in their order."""
+        return [tokens for _, tokens, _ in sorted(self._of(wave))]
 
     def finish(self, wave: int = 0) -> list[Finish]:
-        return [Finish(code) for code in self.ranks[0]["waves"][wave]["finish"]]
+        return [Finish(code) for _, _, code in sorted(self._of(wave))]
 
     def order(self, wave: int = 0) -> list[int]:
-        return self.ranks[0]["order"][wave]
+        """Places in the wave in the order in which rows ended."""
+        return [key % _WAVE for key, _, _ in self._of(wave)]
+
+    def _of(self, wave: int) -> list:
+        return [outcome for outcome in self.ranks[0]["outcomes"] if outcome[0] // _WAVE == wave]
 
     def stage(self, index: int) -> dict:
         return next(rank for rank in self.ranks if rank["stage"] == index)

@@ -14,6 +14,7 @@ import os
 import sys
 import time
 import traceback
+from collections import deque
 from pathlib import Path
 
 os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1"}
@@ -24,13 +25,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from ds_llmpq.engine import pipeline_engine
 from ds_llmpq.engine.distributed import Place, join, leave
 from ds_llmpq.engine.launcher import free_port
-from ds_llmpq.engine.sequences import Finish, Sequences
+from ds_llmpq.engine.sequences import Finish
 from ds_llmpq.engine.session import Session
-from ds_llmpq.engine.wave import Wave
+from ds_llmpq.engine.wave import Wave, WaveRow
 from ds_llmpq.planner.plan import Plan
+from ds_llmpq.schema import EngineConfig
 
 TIMEOUT_SECONDS = 120.0
 
@@ -46,19 +47,21 @@ class TokenRule:
         self.every = every
         self.last = last
 
-    def begin(self, wave: Wave) -> None:
-        self._assert_last()
-        self.wave = wave
-        self.seen = [0] * len(wave.rows)
+        self.rows: dict[int, WaveRow] = {}
+        self.seen: dict[int, int] = {}
 
-    def __call__(self, row: int, token: int, generated: int) -> Finish:
+    def begin(self, slot: int, row: WaveRow) -> None:
         self._assert_last()
-        self.seen[row] += 1
-        if self.seen[row] != generated:
-            raise AssertionError(f"row {row}: asked {self.seen[row]} times for {generated} tokens")
-        if (token in self.eos and not self.wave.rows[row].ignore_eos) or generated == self.every:
+        self.rows[slot], self.seen[slot] = row, len(row.generated)
+
+    def __call__(self, slot: int, token: int, generated: int) -> Finish:
+        self._assert_last()
+        self.seen[slot] += 1
+        if self.seen[slot] != generated:
+            raise AssertionError(f"slot {slot}: asked {self.seen[slot]} times for {generated} tokens")
+        if (token in self.eos and not self.rows[slot].ignore_eos) or generated == self.every:
             return Finish.STOP
-        return Finish.LENGTH if generated >= self.wave.rows[row].max_tokens else Finish.RUNNING
+        return Finish.LENGTH if generated >= self.rows[slot].max_tokens else Finish.RUNNING
 
     def _assert_last(self) -> None:
         if not self.last:
@@ -73,25 +76,33 @@ def run_case(case: dict, joined: Place) -> dict:
         joined, stage_index=index, stage=plan.stages[index], stage_ranks=[stage.rank for stage in plan.stages]
     )
     last = index + 1 == len(plan.stages)
-    session = Session(plan, place, case["path"], TokenRule(case["eos"], case["every"], last))
+    options = EngineConfig(**case["options"])
+    session = Session(plan, place, case["path"], TokenRule(case["eos"], case["every"], last), options=options)
     _break_rank(case, joined.rank)
     logits: list[list] = []
     if case["logits"]:
         _record_logits(session, logits)
     waves = [Wave.from_bytes(bytes.fromhex(wave)) for wave in case["waves"]]
-    order: list[list[int]] = [[] for _ in waves]
-    outcomes: list[Sequences] = []
+    waiting, again = deque(waves), []
+    outcomes = []
 
-    def finished(wave: Wave, sequences: Sequences, row: int) -> None:
-        if not outcomes or outcomes[-1] is not sequences:
-            outcomes.append(sequences)
-        order[len(outcomes) - 1].append(wave.rows[row].key)
+    def finished(row: WaveRow, tokens: list[int], finish: Finish) -> None:
+        if finish is Finish.OVERRUN:
+            again.append(dataclasses.replace(row, generated=tuple(tokens)))
+        else:
+            outcomes.append([row.key, list(tokens), int(finish)])
 
-    session.run_all(iter(waves if joined.is_driver else ()), finished)
+    def take() -> Wave | None:
+        if waiting:
+            return waiting.popleft()
+        rows, again[:] = tuple(again), []
+        return Wave(rows) if rows else None
+
+    session.run_all(take, finished)
     return {
         "stage": index,
-        "order": order,
-        "waves": [{"tokens": s.generated, "finish": [int(code) for code in s.finish]} for s in outcomes],
+        "outcomes": outcomes,
+        "lengths": [list(times.lengths) for times in session.engine.stream_times],
         "logits": logits,
         "report": session.report(),
         "passes": {key: session.trace.summary()["passes"].get(key, 0) for key in ("prefill", "decode", "sample")},
@@ -99,21 +110,16 @@ def run_case(case: dict, joined: Place) -> dict:
 
 
 def _record_logits(session: Session, into: list[list]) -> None:
-    """Keeps (first row, tokens generated before, logits) of every pass that samples."""
-    engine, sample = session.engine, pipeline_engine.InferencePipelineEngine._sample
+    """Keeps (key, tokens generated before, logits) of every row that is sampled."""
+    engine, choose = session.engine, session.engine._choose
 
-    def recording(micro_batch):
-        counts = [len(engine.sequences.generated[row]) for row in micro_batch.rows()]
-        values = engine._logits.reshape(micro_batch.size, -1).float().tolist()
-        running = [engine.sequences.finish[row] is Finish.RUNNING for row in micro_batch.rows()]
-        for row, count, value, alive in zip(micro_batch.rows(), counts, values, running, strict=True):
-            if alive:
-                into.append([row, count, value])
-        sample(engine, micro_batch)
+    def recording(slots, logits):
+        for slot, values in zip(slots, logits.tolist(), strict=True):
+            sequences = engine.stream.sequences
+            into.append([sequences.rows[slot].key, len(sequences.generated[slot]), values])
+        return choose(slots, logits)
 
-    engine._INSTRUCTION_MAP = engine._INSTRUCTION_MAP | {
-        pipeline_engine.schedules.Sample: lambda self, micro_batch: recording(micro_batch)
-    }
+    engine._choose = recording
 
 
 def _break_rank(case: dict, rank: int) -> None:

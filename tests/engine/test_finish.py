@@ -170,7 +170,7 @@ def test_waves_of_all_sizes_share_one_store(ranks, llama):
 def test_more_than_the_planned_slots_is_refused(ranks, llama):
     plan = make_plan(llama, [(0, LAYERS)], workload=(2, 6, 6))
     reply = ranks.reply(Case(llama, plan, (Wave(rows_of(prompts_of([5, 9]), 4)),)))
-    assert "UserError: 2 sequences of 13 tokens need 26 cache slots, but the plan has 24" in reply["problem"]
+    assert "UserError: 2 sequences of 13 tokens need 26 cache positions, but the plan has 24" in reply["problem"]
 
 
 def test_seeded_sampling_depends_on_the_request_alone(ranks, llama):

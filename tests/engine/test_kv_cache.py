@@ -36,7 +36,7 @@ def test_random_waves_against_lists():
             longest = max(lengths[start:stop])
             for layer in range(FIRST, FIRST + LAYERS):
                 keys, values = fresh(stop - start, longest)
-                seen = store.prefill(start, stop).update(keys, values, layer)
+                seen = store.prefill(range(start, stop)).update(keys, values, layer)
                 assert seen[0] is keys
                 assert seen[1] is values
                 for row in range(start, stop):
@@ -76,7 +76,7 @@ def test_allocated_once_and_as_the_cost_model_says():
 def test_more_than_the_slots():
     store = make_store(20)
     store.shape_for(4, 5)
-    with pytest.raises(UserError, match="3 sequences of 7 tokens need 21 cache slots, but the plan has 20"):
+    with pytest.raises(UserError, match="3 sequences of 7 tokens need 21 cache positions, but the plan has 20"):
         store.shape_for(3, 7)
 
 
@@ -84,8 +84,32 @@ def test_layers_do_not_share_memory_and_clear_forgets_all():
     store = make_store(10)
     store.shape_for(2, 5)
     keys, values = fresh(2, 5)
-    store.prefill(0, 2).update(keys, values, FIRST + 1)
+    store.prefill(range(2)).update(keys, values, FIRST + 1)
     assert (store.layer(FIRST) == 0).all()
     assert torch.equal(store.layer(FIRST + 1)[1], values)
     store.clear()
     assert (store.layer(FIRST + 1) == 0).all()
+
+
+def test_scattered_slots_are_filled_and_others_left_alone():
+    store = make_store(5 * 6)
+    store.shape_for(5, 6)
+    old, new = fresh(5, 6), fresh(2, 4)
+    store.prefill(range(5)).update(*old, FIRST)
+    store.prefill((1, 4)).update(*new, FIRST)
+    for part in range(2):
+        cached = store.layer(FIRST)[part]
+        assert torch.equal(cached[[1, 4], :, :4], new[part])
+        assert torch.equal(cached[[1, 4], :, 4:], old[part][[1, 4], :, 4:])
+        assert torch.equal(cached[[0, 2, 3]], old[part][[0, 2, 3]])
+
+
+def test_clearing_one_slot():
+    store = make_store(3 * 4)
+    store.shape_for(3, 4)
+    for layer in range(FIRST, FIRST + LAYERS):
+        store.prefill(range(3)).update(*fresh(3, 4), layer)
+    store.clear(1)
+    for layer in range(FIRST, FIRST + LAYERS):
+        assert not store.layer(layer)[:, 1].any()
+        assert store.layer(layer)[:, [0, 2]].all()

@@ -8,9 +8,12 @@ from collections import deque
 import pytest
 
 from ds_llmpq.cost.memory import IN_FLIGHT_MESSAGES
+from ds_llmpq.cost.passes import PassSizes
 from ds_llmpq.engine import schedules
-from ds_llmpq.engine.schedules import DecodeSchedule, PrefillSchedule
-from ds_llmpq.engine.sequences import Finish, MicroBatch, Sequences, decode_groups, prefill_micro_batches
+from ds_llmpq.engine.schedules import OncePerBatch, StreamSchedule
+from ds_llmpq.engine.sequences import Finish, MicroBatch
+from ds_llmpq.engine.stream import Stream
+from ds_llmpq.engine.wave import Wave, WaveRow
 
 
 class Line:
@@ -41,85 +44,108 @@ class Stage:
     def __init__(self, index: int, stages: int, run: Run):
         self.index, self.last, self.run = index, index == stages - 1, run
         self.place = {"stages": stages, "stage_id": index}
-        self.sequences = Sequences(run.prompt_tokens)
-        self.passes: list[tuple[str, MicroBatch]] = []
-        self.posted: set[MicroBatch] = set()
-        self.expected: deque[MicroBatch] = deque()
+        self.passes: list = []
+        self.posted: set = set()
+        self.expected: deque = deque()
+        self.asked = 0
         self.early_posts = 0
+        self.ended: list = []
         self.hidden = None
         self.done = False
 
     def steps(self):
         """Yields before every instruction and, while one cannot go on, again and again."""
-        prefill = PrefillSchedule(self.run.prefill, **self.place)
-        decode = DecodeSchedule(self.run.groups, self.sequences, self.poll, **self.place)
-        for schedule in (prefill, decode):
-            for commands in schedule.steps():
+        held_back = self.run.waves[0]
+        self.asked = 1
+        while held_back is not None:
+            self.stream = Stream(held_back, self.run.sizes, self.following, self.finished, self.poll, lambda *row: None)
+            for commands in StreamSchedule(self.stream, **self.place).steps():
                 for command in commands:
                     yield True
                     while not self.execute(command):
                         yield False
+            held_back = self.stream.held_back
         self.done = True
+
+    def following(self):
+        self.asked += 1
+        return self.run.waves[self.asked - 1] if self.asked <= len(self.run.waves) else None
+
+    def finished(self, row, tokens, finish):
+        self.ended.append((row.key, len(tokens)))
 
     def execute(self, command) -> bool:
         return getattr(self, f"do_{type(command).__name__}")(**command.kwargs)
 
-    def do_PostReceive(self, micro_batch, prefill):
-        self.post(micro_batch)
+    def do_TakeRequests(self):
+        """All together: nobody goes on before everybody has come."""
+        if self.run.asking[self.index] < self.asked:
+            self.run.asking[self.index] = self.asked
+        if min(self.run.asking) < self.asked:
+            return False
+        self.stream.take_requests()
+        return True
+
+    def do_PostReceive(self, batch):
+        self.post(batch)
         self.early_posts += 1
         return True
 
-    def do_TakeActivation(self, micro_batch, prefill):
-        self.post(micro_batch)
+    def do_TakeActivation(self, batch):
+        self.post(batch)
         message = self.run.activations[self.index - 1].take()
         if message is None:
             return False
-        self.posted.remove(micro_batch)
-        assert message == ("prefill" if prefill else "decode", micro_batch), "another micro-batch's hidden states"
+        self.posted.remove(batch)
+        assert message == batch, "another micro-batch's hidden states"
         self.hidden = message
         return True
 
-    def do_GiveActivation(self, micro_batch):
+    def do_PrefillPass(self, batch):
+        return self.compute("prefill", batch)
+
+    def do_DecodePass(self, batch):
+        return self.compute("decode", batch)
+
+    def do_GiveActivation(self, batch):
         line = self.run.activations[self.index]
         if len(line.sent) - line.delivered >= IN_FLIGHT_MESSAGES:
             return False
-        line.sent.append(self.passes[-1])
-        self.sequences.started(micro_batch)
-        self.expected.append(micro_batch)
-        self.run.tokens[self.index].posted.append(micro_batch)
+        line.sent.append(batch)
+        self.expected.append(batch)
         return True
 
-    def do_PrefillPass(self, micro_batch):
-        return self.compute("prefill", micro_batch)
-
-    def do_DecodePass(self, micro_batch):
-        return self.compute("decode", micro_batch)
-
-    def do_Sample(self, micro_batch):
-        finish = [self.run.finish(row, len(self.sequences.generated[row]) + 1) for row in micro_batch.rows()]
-        tokens = [100 * row + len(self.sequences.generated[row]) for row in micro_batch.rows()]
+    def do_Sample(self, batch):
+        sequences = self.stream.sequences
+        tokens, finish = [], []
+        for slot in batch.slots:
+            live = slot in batch.live
+            generated = len(sequences.generated[slot]) + 1 if live else 0
+            tokens.append(generated)
+            finish.append(self.run.finish(sequences.rows[slot].key, generated) if live else Finish.RUNNING)
         for line in self.run.tokens:
             line.sent.append((tokens, finish))
-        self.sequences.record(micro_batch, tokens, finish)
+            line.posted.append(None)
+        self.stream.record(batch, tokens, finish)
         return True
 
-    def do_TakeTokens(self, micro_batch):
-        while self.sequences.awaited(micro_batch):
+    def do_TakeTokens(self, slots):
+        while self.stream.sequences.awaited(slots):
             if not self.take_tokens():
                 return False
         return True
 
-    def compute(self, kind, micro_batch):
-        assert self.index == 0 or self.hidden == (kind, micro_batch)
-        assert not self.sequences.awaited(micro_batch), "its last tokens are not known yet"
-        self.passes.append((kind, micro_batch))
-        assert len(self.passes) < 500, "goes on after all rows have ended"
+    def compute(self, phase, batch):
+        assert batch.phase == phase
+        assert self.index == 0 or self.hidden == batch
+        self.passes.append(batch)
+        assert len(self.passes) < 2000, "goes on after all rows have ended"
         return True
 
-    def post(self, micro_batch):
-        if micro_batch not in self.posted:
-            self.posted.add(micro_batch)
-            self.run.activations[self.index - 1].posted.append(micro_batch)
+    def post(self, batch):
+        if batch not in self.posted:
+            self.posted.add(batch)
+            self.run.activations[self.index - 1].posted.append(batch)
 
     def poll(self):
         while not self.last and self.take_tokens():
@@ -129,7 +155,7 @@ class Stage:
         message = self.run.tokens[self.index].take()
         if message is None:
             return False
-        self.sequences.record(self.expected.popleft(), *message)
+        self.stream.record(self.expected.popleft(), *message)
         return True
 
 
@@ -138,18 +164,31 @@ class Run:
 
     def __init__(self, seed: int, stages: int):
         draw = self.random = random.Random(seed)
-        rows = draw.randint(1, 12)
-        self.prompt_tokens = [draw.randint(1, 20) for _ in range(rows)]
-        self.ends = [draw.choice((1, 1, 2, draw.randint(1, 9))) for _ in range(rows)]
-        self.prefill = prefill_micro_batches(self.prompt_tokens, draw.randint(1, 5), draw.randint(1, 60))
-        self.groups = decode_groups(rows, draw.randint(1, rows))
+        self.ends = [draw.choice((1, 1, 2, draw.randint(1, 9))) for _ in range(draw.randint(1, 30))]
+        self.sizes = PassSizes(
+            draw.randint(1, 5), draw.randint(1, 60), draw.randint(1, 4), draw.randint(0, 3), draw.random() < 0.2
+        )
+        self.waves = self.cut(draw)
+        self.asking = [0] * stages
         self.activations = [Line() for _ in range(stages - 1)]
         self.tokens = [Line() for _ in range(stages - 1)]
         self.stages = [Stage(index, stages, self) for index in range(stages)]
         self.speeds = [draw.choice((0.05, 1.0)) for _ in range(stages + 2 * len(self.tokens))]
 
-    def finish(self, row: int, generated: int) -> Finish:
-        return Finish.LENGTH if generated >= self.ends[row] else Finish.RUNNING
+    def cut(self, draw) -> list[Wave]:
+        """Waves of some shapes, most of which join the one before."""
+        rows = [WaveRow(key, (1,) * draw.randint(1, 20), 9) for key in range(len(self.ends))]
+        waves, shape = [], (draw.randint(1, 7), 99)
+        while rows:
+            if draw.random() < 0.3:
+                shape = (draw.randint(1, 7), draw.choice((50, 99)))
+            count = draw.randint(1, 9)
+            waves.append(Wave(tuple(rows[:count]), *shape, joins=draw.random() < 0.8))
+            rows = rows[count:]
+        return waves
+
+    def finish(self, key: int, generated: int) -> Finish:
+        return Finish.LENGTH if generated >= self.ends[key] else Finish.RUNNING
 
     def to_the_end(self) -> None:
         actors = [stage.steps() for stage in self.stages]
@@ -171,24 +210,13 @@ def test_all_stages_run_the_same_passes(stages):
         run.to_the_end()
         for stage in run.stages:
             assert stage.passes == run.stages[0].passes, f"seed {seed}"
-            assert [len(tokens) for tokens in stage.sequences.generated] == run.ends, f"seed {seed}"
+            assert sorted(stage.ended) == list(enumerate(run.ends)), f"seed {seed}: not every row once, to its end"
             assert not stage.posted, f"seed {seed}: a receive was posted for a message that never comes"
             assert not stage.expected
         for line in run.activations:
-            assert [batch for _, batch in line.sent] == line.posted, f"seed {seed}: a receive met another's message"
+            assert line.sent == line.posted, f"seed {seed}: a receive met another's message"
         early += sum(stage.early_posts for stage in run.stages)
     assert stages == 1 or early > 50
-
-
-@pytest.mark.parametrize("stages", [1, 3])
-def test_each_group_s_passes_end_with_its_last_row(stages):
-    for seed in range(40):
-        run = Run(seed, stages)
-        run.to_the_end()
-        passes = run.stages[-1].passes
-        assert [batch for kind, batch in passes if kind == "prefill"] == run.prefill
-        for group in run.groups:
-            assert passes.count(("decode", group)) == max(run.ends[row] for row in group.rows()) - 1
 
 
 def commands_of(schedule):
@@ -197,39 +225,38 @@ def commands_of(schedule):
 
 def test_the_receive_of_the_next_prompts_is_posted_before_the_work_on_these():
     batches = [MicroBatch(0, 2), MicroBatch(2, 3)]
-    first, second = commands_of(PrefillSchedule(batches, stages=3, stage_id=1))
+    first, second = commands_of(OncePerBatch(batches, stages=3, stage_id=1))
     assert first == [
         schedules.TakeActivation, schedules.PostReceive, schedules.PrefillPass, schedules.GiveActivation
     ]  # fmt: skip
     assert second == [schedules.TakeActivation, schedules.PrefillPass, schedules.GiveActivation]
-    assert commands_of(PrefillSchedule(batches, stages=3, stage_id=0))[0] == [
+    assert commands_of(OncePerBatch(batches, stages=3, stage_id=0))[0] == [
         schedules.PrefillPass, schedules.GiveActivation
     ]  # fmt: skip
-    assert commands_of(PrefillSchedule(batches, stages=3, stage_id=2))[1] == [
+    assert commands_of(OncePerBatch(batches, stages=3, stage_id=2))[1] == [
         schedules.TakeActivation, schedules.PrefillPass, schedules.Sample
     ]  # fmt: skip
 
 
-def test_a_receive_is_posted_ahead_only_for_a_group_that_surely_goes_on():
-    groups = [MicroBatch(0, 1), MicroBatch(1, 2)]
-    for tokens_known, ended, ahead in [(True, False, True), (False, False, False), (True, True, False)]:
-        rows = Sequences([1, 1])
-        rows.record(groups[0], [5], [0])
-        if tokens_known:
-            rows.record(groups[1], [5], [Finish.LENGTH if ended else 0])
-        else:
-            rows.started(groups[1])
-        steps = DecodeSchedule(groups, rows, lambda: None, stages=2, stage_id=1).steps()
-        next(steps)
-        posted = [command for command in next(steps) if isinstance(command, schedules.PostReceive)]
-        assert [command.kwargs["micro_batch"] for command in posted] == ([groups[1]] if ahead else [])
+def stream_of(rows, slots, sizes, poll=lambda: None):
+    wave = Wave(tuple(WaveRow(key, (1,), 9) for key in range(rows)), slots, 20)
+    return Stream(wave, sizes, lambda: None, lambda *ended: None, poll, lambda *row: None)
 
 
-def test_tokens_that_came_meanwhile_let_the_next_receive_be_posted():
-    groups = [MicroBatch(0, 1), MicroBatch(1, 2)]
-    rows = Sequences([1, 1])
-    rows.record(groups[0], [5], [0])
-    rows.started(groups[1])
-    steps = DecodeSchedule(groups, rows, lambda: rows.record(groups[1], [5], [0]), stages=2, stage_id=1).steps()
-    next(steps)
-    assert schedules.PostReceive in map(type, next(steps))
+@pytest.mark.parametrize("known", [True, False])
+def test_a_receive_is_posted_ahead_only_for_a_pass_that_is_certain(known):
+    """Two groups of one slot, both prefilled; the second one's token is known or not at the first one's pass."""
+    stream = stream_of(2, 2, PassSizes(2, 2, 1))
+    stream.take_requests()
+    steps = StreamSchedule(stream, stages=2, stage_id=1).steps()
+    prefill = next(command for step in steps for command in step if isinstance(command, schedules.PrefillPass))
+    slots = prefill.kwargs["batch"].slots
+    stream.record(prefill.kwargs["batch"], [5] * 2, [0] * 2)
+    if not known:
+        stream.sequences._awaited[slots[1]] = True
+    kinds = []
+    for step in steps:
+        kinds += [type(command) for command in step]
+        if schedules.DecodePass in kinds:
+            break
+    assert (schedules.PostReceive in kinds) is known

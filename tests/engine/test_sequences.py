@@ -4,40 +4,57 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ds_llmpq.engine.sequences import Finish, MicroBatch, Sequences, decode_groups, prefill_micro_batches
+from ds_llmpq.cost.passes import Pass
+from ds_llmpq.engine.sequences import Finish, Sequences, prefill_micro_batches
+from ds_llmpq.engine.wave import WaveRow
 
-ALL = MicroBatch(0, 3)
+
+def passing(slots, live=None):
+    return Pass(1, "decode", tuple(slots), tuple(live or slots))
+
+
+def of_rows(*prompt_tokens):
+    sequences = Sequences(len(prompt_tokens))
+    for slot, tokens in enumerate(prompt_tokens):
+        sequences.place(slot, WaveRow(slot, (1,) * tokens, 9))
+    return sequences
 
 
 def test_tokens_positions_and_finish():
-    rows = Sequences([4, 1, 7])
-    assert len(rows) == 3
-    assert rows.record(ALL, [10, 11, 12], [0, 1, 0]) == [1]
-    assert (rows.last_tokens(ALL), rows.positions(ALL)) == ([10, 11, 12], [4, 1, 7])
-    assert rows.record(ALL, [20, 21, 22], [0, 2, 2]) == [2], "row 1 had ended"
-    assert rows.generated == [[10, 20], [11], [12, 22]]
-    assert rows.finish == [Finish.RUNNING, Finish.STOP, Finish.LENGTH]
-    # a row that has ended goes along at its last place, within its own slots
-    assert (rows.last_tokens(ALL), rows.positions(ALL)) == ([20, 11, 22], [5, 1, 8])
-    assert rows.running(ALL)
-    assert not rows.running(MicroBatch(1, 3))
+    found = of_rows(4, 1, 7)
+    everyone = passing(range(3))
+    assert found.record(everyone, [10, 11, 12], [0, 1, 0]) == [1]
+    assert [found.position(slot) for slot in range(3)] == [4, 1, 7]
+    assert found.record(passing(range(3), [0, 2]), [20, 21, 22], [0, 2, 2]) == [2], "slot 1 only went along"
+    assert found.generated == [[10, 20], [11], [12, 22]]
+    assert found.finish == [Finish.RUNNING, Finish.STOP, Finish.LENGTH]
+    assert [found.ended(slot) for slot in range(3)] == [False, True, True]
 
 
-def test_awaited_until_every_row_s_token_is_there():
-    rows = Sequences([1] * 4)
-    rows.started(MicroBatch(0, 4))
-    rows.record(MicroBatch(0, 2), [5, 5], [0, 1])
-    assert not rows.awaited(MicroBatch(0, 2))
-    assert rows.awaited(MicroBatch(1, 3)), "a decode group over two prefill micro-batches waits for both"
-    rows.record(MicroBatch(2, 4), [5, 5], [0, 0])
-    assert not rows.awaited(MicroBatch(0, 4))
-    rows.started(MicroBatch(1, 2))
-    assert rows.awaited(MicroBatch(0, 2)), "also a row that has ended is passed on with its group"
+def test_a_slot_s_next_sequence_starts_anew():
+    found = of_rows(4, 1)
+    found.record(passing([0, 1]), [10, 11], [1, 0])
+    found.place(0, WaveRow(7, (1, 2), 9, generated=(3, 4)))
+    assert (found.generated[0], found.ended(0), found.position(0)) == ([3, 4], False, 3)
+    found.record(passing([0]), [5], [0])
+    assert (found.generated[0], found.position(0)) == ([3, 4, 5], 4)
+    assert found.generated[1] == [11]
+
+
+def test_awaited_until_every_slot_s_token_is_there():
+    found = of_rows(1, 1, 1, 1)
+    found.started(passing(range(4), [0, 2, 3]))
+    assert not found.awaited([1]), "no token comes for a slot that only goes along"
+    found.record(passing([0]), [5], [0])
+    assert not found.awaited([0, 1])
+    assert found.awaited([1, 2])
+    found.record(passing([2, 3]), [5, 5], [0, 0])
+    assert not found.awaited(range(4))
 
 
 def test_a_message_of_another_size_is_refused():
     with pytest.raises(ValueError, match="zip"):
-        Sequences([1, 1]).record(MicroBatch(0, 2), [5], [0])
+        of_rows(1, 1).record(passing([0, 1]), [5], [0])
 
 
 LENGTHS = st.lists(st.integers(1, 200), max_size=40)
@@ -54,11 +71,3 @@ def test_prefill_micro_batches_cover_the_rows_and_keep_both_bounds(lengths, rows
         if index + 1 < len(batches):  # as large as the bounds allow
             larger = (batch.size + 1) * max(lengths[batch.start : batch.stop + 1])
             assert batch.size == rows or larger > tokens
-
-
-@given(st.integers(0, 100), st.integers(1, 30))
-def test_decode_groups_cover_the_rows(sequences, rows):
-    groups = decode_groups(sequences, rows)
-    assert [row for group in groups for row in group.rows()] == list(range(sequences))
-    assert all(group.size == rows for group in groups[:-1])
-    assert all(1 <= group.size <= rows for group in groups)

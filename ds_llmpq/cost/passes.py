@@ -1,0 +1,170 @@
+"""Which passes a pipeline makes, in which order, as sequences end and others take their slots.
+
+The order follows from the sequences' prompts and from when each ends, from nothing else: so every stage works it out
+alone, and the simulation of a pipeline plays the very same passes as the engine. Pure state, no clock.
+
+Slots are cut into decode groups of `decode_rows`, visited in turn. A visit first frees the slots whose sequence has
+ended, then admits waiting sequences to free slots (of any group) in prefill passes, then lets the group's running
+sequences take a decode pass together. A sequence joins its group's decode passes once each group has been visited
+since its prefill was decided; until then no stage waits for its first token.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+# A free slot waits for company, for prefill of more rows is cheaper a row; but not for more rounds than this.
+PATIENCE_ROUNDS = 8
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One micro-batch's way through the pipeline. `slots` in ascending order; those not in `live` go along unread.
+
+    `sequences`: the numbers of the sequences that prefill brings in, in the order they were added; () in decode.
+    """
+
+    number: int
+    phase: str
+    slots: tuple[int, ...]
+    live: tuple[int, ...]
+    sequences: tuple[int, ...] = ()
+
+    @property
+    def size(self) -> int:
+        return len(self.slots)
+
+
+@dataclass(frozen=True)
+class PassSizes:
+    """Bounds of passes: rows of each phase; `prefill_tokens` padded tokens (but at least one row).
+
+    `fixed`: decode passes take their whole group, live or not, and prefill passes one row, so that a row's arithmetic
+    does not depend on who else is there.
+    """
+
+    prefill_rows: int
+    prefill_tokens: int
+    decode_rows: int
+    patience_rounds: int = PATIENCE_ROUNDS
+    fixed: bool = False
+
+
+class _Slot(Enum):
+    FREE = 0
+    PREFILLED = 1  # its first token is not waited for yet
+    RUNNING = 2
+
+
+class PassOrder:
+    """The passes over `slots` slots. Sequences are numbered as they are added."""
+
+    def __init__(self, slots: int, sizes: PassSizes):
+        self.sizes = sizes
+        starts = range(0, slots, sizes.decode_rows)
+        self.groups = [range(start, min(start + sizes.decode_rows, slots)) for start in starts]
+        self._state = [_Slot.FREE] * slots
+        self._since = [0] * slots  # the visit at which a slot came into its state
+        self._waiting: deque[tuple[int, int]] = deque()  # (number, prompt tokens)
+        self._added = 0
+        self._passes = 0
+        self._visit = 0
+        self._turn = len(self.groups) - 1  # the group visited last
+
+    @property
+    def waiting(self) -> int:
+        """Sequences that have no slot yet."""
+        return len(self._waiting)
+
+    @property
+    def occupied(self) -> int:
+        return sum(state is not _Slot.FREE for state in self._state)
+
+    def add(self, prompt_tokens: Iterable[int]) -> None:
+        """More sequences, to be admitted in this order."""
+        for tokens in prompt_tokens:
+            self._waiting.append((self._added, tokens))
+            self._added += 1
+
+    def upcoming(self) -> range | None:
+        """The slots of the group whose visit is next; None when all is done."""
+        index = self._next_group()
+        return None if index is None else self.groups[index]
+
+    def needed(self) -> list[int]:
+        """Slots whose last pass's token must be known before the next visit is decided."""
+        index = self._next_group()
+        return [] if index is None else [slot for slot in self.groups[index] if self._joins(slot, self._visit + 1)]
+
+    def decide(self, ended: Callable[[int], bool]) -> list[Pass]:
+        """Makes the next visit: the passes it leads to. `ended(slot)`: whether the sequence there has its last token;
+        asked only for the slots that were `needed`."""
+        joining = self.needed()
+        self._turn = self._next_group()
+        self._visit += 1
+        for slot in joining:
+            self._to(slot, _Slot.FREE if ended(slot) else _Slot.RUNNING)
+        group = self.groups[self._turn]
+        running = [slot for slot in group if self._state[slot] is _Slot.RUNNING]
+        passes = list(self._admitted()) if self._waiting and self._worth_admitting() else []
+        if running:
+            passes.append(self._decode(group, running))
+        return passes
+
+    def _next_group(self) -> int | None:
+        count = len(self.groups)
+        for step in range(1, count + 1):
+            index = (self._turn + step) % count
+            if any(self._state[slot] is not _Slot.FREE for slot in self.groups[index]):
+                return index
+        return (self._turn + 1) % count if self._waiting else None
+
+    def _joins(self, slot: int, visit: int) -> bool:
+        """Whether the slot takes part in the visit: it runs, or its prefill was decided a round ago."""
+        if self._state[slot] is _Slot.PREFILLED:
+            return visit - self._since[slot] >= self._round()
+        return self._state[slot] is _Slot.RUNNING
+
+    def _round(self) -> int:
+        """Visits until each group with a sequence has had its turn."""
+        return max(1, sum(any(self._state[slot] is not _Slot.FREE for slot in group) for group in self.groups))
+
+    def _to(self, slot: int, state: _Slot) -> None:
+        if self._state[slot] is not state:
+            self._state[slot] = state
+            self._since[slot] = self._visit
+
+    def _worth_admitting(self) -> bool:
+        free = [slot for slot, state in enumerate(self._state) if state is _Slot.FREE]
+        if len(free) == len(self._state) or len(free) >= self.sizes.prefill_rows:
+            return True
+        oldest = min((self._since[slot] for slot in free), default=self._visit)
+        return bool(free) and self._visit - oldest >= self.sizes.patience_rounds * self._round()
+
+    def _admitted(self) -> Iterable[Pass]:
+        free = deque(slot for slot, state in enumerate(self._state) if state is _Slot.FREE)
+        while free and self._waiting:
+            taken, longest = [], 0
+            while free and self._waiting and self._fits(len(taken) + 1, max(longest, self._waiting[0][1])):
+                number, tokens = self._waiting.popleft()
+                longest = max(longest, tokens)
+                taken.append((free.popleft(), number))
+            slots = tuple(slot for slot, _ in taken)
+            for slot in slots:
+                self._to(slot, _Slot.PREFILLED)
+            yield self._pass("prefill", slots, slots, tuple(number for _, number in taken))
+
+    def _fits(self, rows: int, longest: int) -> bool:
+        most = 1 if self.sizes.fixed else self.sizes.prefill_rows
+        return rows == 1 or (rows <= most and rows * longest <= self.sizes.prefill_tokens)
+
+    def _decode(self, group: range, running: Sequence[int]) -> Pass:
+        slots = group if self.sizes.fixed else range(running[0], running[-1] + 1)
+        return self._pass("decode", tuple(slots), tuple(running))
+
+    def _pass(self, phase: str, slots: tuple[int, ...], live: tuple[int, ...], sequences: tuple[int, ...] = ()) -> Pass:
+        self._passes += 1
+        return Pass(self._passes, phase, slots, live, sequences)
