@@ -6,6 +6,9 @@ from setuptools import find_packages, setup
 
 GPU = ["nvidia-ml-py>=12.0"]
 EVAL = ["lm_eval>=0.4.13"]
+SLURM = ["hydra-submitit-launcher>=1.2"]  # sweeps as Slurm jobs
+MLFLOW = ["mlflow>=3.0"]
+OPTUNA = ["optuna>=4.0"]  # scripts/tune_theta.py
 LENGTHS = ["pyarrow>=18"]  # parquet files of past answers
 DEV = [
     *LENGTHS,
@@ -37,7 +40,7 @@ setup(
     },
     package_data={
         "ds_llmpq.cost": ["*.json"],
-        "ds_llmpq.conf": ["*.yaml", "*/*.yaml"],
+        "ds_llmpq.conf": ["*.yaml", "*/*.yaml", "*/*/*.yaml"],
         "ds_llmpq.launch": ["*.jsonl"],
         "ds_llmpq.assets.tiny_llama": ["*"],
     },
@@ -60,6 +63,14 @@ setup(
         "tqdm>=4.66",
         "transformers>=5.23",
     ],
-    extras_require={"dev": DEV, "eval": EVAL, "gpu": GPU, "lengths": LENGTHS},
+    extras_require={
+        "dev": DEV,
+        "eval": EVAL,
+        "gpu": GPU,
+        "lengths": LENGTHS,
+        "mlflow": MLFLOW,
+        "optuna": OPTUNA,
+        "slurm": SLURM,
+    },
     entry_points={"console_scripts": ["ds-llmpq = ds_llmpq.cli:main"]},
 )
