@@ -86,11 +86,7 @@ def load_model(path: str | Path, shape: ModelShape, setup: Setup, force: bool = 
 
     `UserError`: it was measured with another `setup`, unless `force`; the layer's shape must agree in any case.
     """
-    file = Path(path)
-    if file.is_dir():
-        file = file / ("profile.csv" if (file / "profile.csv").is_file() else "latency.json")
-    if not file.is_file():
-        raise UserError(f"planner.profile={path} is neither a profile nor a folder with one; run `ds-llmpq profile`")
+    file = _profile_file(path)
     table = read_profile(file) if file.suffix == ".csv" else None
     found = table.setup if table else read_model(file).setup
     if found.layer != setup.layer:
@@ -99,3 +95,18 @@ def load_model(path: str | Path, shape: ModelShape, setup: Setup, force: bool = 
         remedy = "profile again, or use it all the same with planner.profile_force=true"
         check_setup(found, setup, f"profile {file}", remedy)
     return fit_profile(table, shape) if table else read_model(file)
+
+
+def profiled_kernel(path: str | Path) -> str:
+    """The kernel that a profile was measured with. `UserError`: there is no such profile."""
+    file = _profile_file(path)
+    return (read_profile(file) if file.suffix == ".csv" else read_model(file)).setup.kernel
+
+
+def _profile_file(path: str | Path) -> Path:
+    file = Path(path).expanduser()
+    if file.is_dir():
+        file = file / ("profile.csv" if (file / "profile.csv").is_file() else "latency.json")
+    if not file.is_file():
+        raise UserError(f"planner.profile={path} is neither a profile nor a folder with one; run `ds-llmpq profile`")
+    return file

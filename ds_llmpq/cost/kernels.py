@@ -1,17 +1,22 @@
 """What a quantized linear costs beside its matrix product, by the kernel that runs it.
 
 `dequantize`: HQQ's own forward. It unpacks the whole weight, subtracts the zero, multiplies by the scale (each a pass
-over a temporary of full size) and multiplies. `fused`: a kernel that reads packed weights once and keeps the rest in
-registers.
+over a temporary of full size) and multiplies. A library's kernel (`quant.kernels`) reads packed weights once and keeps
+the rest in registers. `fused` stands for any such kernel in HQQ's own layout: for studies, nothing runs it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.shape import ModelShape
+from ds_llmpq.quant.kernels import DEQUANTIZE, NAMES, grouped, layer_linear_bytes, read_bytes, runs
+from ds_llmpq.quant.kernels import KERNELS as LIBRARY_KERNELS
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS, packed_linear_bytes
 
-KERNELS = ("dequantize", "fused")
+FUSED = "fused"
+KERNELS = (*NAMES, FUSED)
 # Launches that HQQ's forward adds to a plain linear (mask, shift and copy for each part of a packed integer; subtract;
 # multiply), counted from its code, against about 40 of an unquantized decoder layer.
 DEQUANTIZE_LAUNCHES = {8: 3, 4: 7, 3: 31, 2: 13, 1: 25}
@@ -29,25 +34,59 @@ def check_kernel(kernel: str) -> str:
     return kernel
 
 
-def dequantize_bytes(shape: ModelShape, bits: int, dtype_bytes: int) -> float:
-    """Bytes moved to unpack and dequantize all linears of one layer; 0 for unquantized ones."""
-    if bits == UNQUANTIZED_BITS:
+def dequantizes(shape: ModelShape, bits: int, kernel: str) -> bool:
+    """True if linears at `bits` run through HQQ's own forward: by choice, or because `kernel` cannot take them.
+
+    A kernel that takes only some shapes of a layer counts as one that takes none, for the largest is what matters.
+    """
+    if bits == UNQUANTIZED_BITS or kernel == FUSED:
+        return False
+    largest = max(shape.linears, key=lambda linear: linear.weights)
+    return runs(kernel, largest.out_features, largest.in_features, bits) == DEQUANTIZE
+
+
+def linears_bytes(shape: ModelShape, bits: int, kernel: str, group_size: int, axis: int, dtype_bytes: int) -> int:
+    """Bytes that the weights of one layer's linears take."""
+    if kernel == FUSED:
+        kernel = DEQUANTIZE  # in HQQ's layout
+    return layer_linear_bytes(kernel, shape.linears, bits, group_size, axis, dtype_bytes)
+
+
+def dequantize_bytes(shape: ModelShape, bits: int, kernel: str, dtype_bytes: int) -> float:
+    """Bytes moved to unpack and dequantize all linears of one layer; 0 where they are not."""
+    if not dequantizes(shape, bits, kernel):
         return 0.0
     return shape.linear_weights * (_UNPACK_BYTES[bits] + 5 * dtype_bytes)  # written, then twice read and written
 
 
 def weight_bytes_read(shape: ModelShape, bits: int, kernel: str, group_size: int, axis: int, dtype_bytes: int) -> int:
     """Bytes that the matrix products of one layer read: packed ones only where the kernel takes them packed."""
-    if kernel == "dequantize" or bits == UNQUANTIZED_BITS:
+    if bits == UNQUANTIZED_BITS or dequantizes(shape, bits, kernel):
         return shape.linear_weights * dtype_bytes
+    if kernel == FUSED:
+        return sum(
+            packed_linear_bytes(linear.out_features, linear.in_features, bits, group_size, axis, dtype_bytes)
+            for linear in shape.linears
+        )
     return sum(
-        packed_linear_bytes(linear.out_features, linear.in_features, bits, group_size, axis, dtype_bytes)
+        read_bytes(kernel, linear.out_features, linear.in_features, bits, group_size, dtype_bytes)
         for linear in shape.linears
     )
 
 
+def arithmetic_dtype(shape: ModelShape, bits: int, kernel: str, dtype: str, rates: Mapping[str, float]) -> str:
+    """The type whose rate bounds the products: int8 where the kernel rounds inputs and the device's rate is known."""
+    integer = kernel in LIBRARY_KERNELS and LIBRARY_KERNELS[kernel].integer_activations
+    if bits == UNQUANTIZED_BITS or not integer or dequantizes(shape, bits, kernel) or "int8" not in rates:
+        return dtype
+    return "int8"
+
+
 def launches_share(shape: ModelShape, bits: int, kernel: str) -> float:
     """Launches of a layer at `bits` over those of an unquantized layer."""
-    if kernel != "dequantize" or bits == UNQUANTIZED_BITS:
+    if bits == UNQUANTIZED_BITS or kernel == FUSED:
         return 1.0
-    return 1.0 + len(shape.linears) * DEQUANTIZE_LAUNCHES[bits] / LAYER_LAUNCHES
+    if dequantizes(shape, bits, kernel):
+        return 1.0 + len(shape.linears) * DEQUANTIZE_LAUNCHES[bits] / LAYER_LAUNCHES
+    saved = len(shape.linears) - len(grouped(kernel, shape.linears, bits))
+    return 1.0 - saved / LAYER_LAUNCHES

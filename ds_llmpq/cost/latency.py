@@ -54,8 +54,8 @@ class LayerCosts(Protocol):
 class RooflineCosts:
     """Sum over the kernels of a layer of max(FLOPs / rate, bytes / bandwidth), plus launches.
 
-    Kernels run one after another: dequantization (if `kernel` is "dequantize"), matrix products, attention, and
-    elementwise passes. `dtype` must be one that the device type computes in.
+    Kernels run one after another: dequantization (where `kernel` needs it), matrix products, attention, and elementwise
+    passes. `dtype` must be one that the device type computes in.
     """
 
     device_type: DeviceType
@@ -101,14 +101,15 @@ class RooflineCosts:
         weights = kernels.weight_bytes_read(shape, bits, self.kernel, self.group_size, self.axis, size)
         touched = shape.touched_share(rows)  # below 1 where few tokens choose few experts
         moved = touched * weights + arithmetic.linear_activation_bytes(shape, rows, size)
-        seconds = self.roof(arithmetic.linear_flops(shape, rows), moved)
+        rates = self.device_type.flops_per_second
+        number = kernels.arithmetic_dtype(shape, bits, self.kernel, self.dtype, rates)
+        seconds = self.roof(arithmetic.linear_flops(shape, rows) * rates[self.dtype] / rates[number], moved)
         seconds += self.roof(
             arithmetic.attention_flops(shape, batch, new, past),
             arithmetic.attention_bytes(shape, batch, new, past, size),
         )
         seconds += self.roof(0, arithmetic.elementwise_bytes(shape, rows, size))
-        if self.kernel == "dequantize":
-            seconds += self.roof(0, touched * kernels.dequantize_bytes(shape, bits, size))
+        seconds += self.roof(0, touched * kernels.dequantize_bytes(shape, bits, self.kernel, size))
         launches = kernels.launches_share(shape, bits, self.kernel)
         return seconds + launches * self.device_type.kernel_overhead_seconds
 

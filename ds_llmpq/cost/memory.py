@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ds_llmpq.cost import kernels
 from ds_llmpq.cost.arithmetic import EAGER_ATTENTION, FLOAT32_BYTES, kv_bytes, score_entries
 from ds_llmpq.cost.kernels import DEQUANTIZE_COPIES
 from ds_llmpq.models.shape import ModelShape
-from ds_llmpq.quant.packing import packed_linear_bytes
+from ds_llmpq.quant.kernels import OPENVINO_ROWS, grouped
+from ds_llmpq.quant.packing import PACKED_BITS
 
 IN_FLIGHT_MESSAGES = 2  # hidden-state buffers in each direction: one in use, one posted ahead
 
@@ -17,7 +19,8 @@ IN_FLIGHT_MESSAGES = 2  # hidden-state buffers in each direction: one in use, on
 class MemoryModel:
     """Memory of one model under one quantization setting; every method returns bytes.
 
-    kernel: `dequantize` needs room for the largest weight in the compute type, three times over, `fused` none.
+    kernel: what runs quantized linears (`cost.kernels`). It decides how many bytes a width takes, and `dequantize`
+    needs room for the largest weight in the compute type, three times over.
     """
 
     shape: ModelShape
@@ -27,13 +30,9 @@ class MemoryModel:
     kernel: str = "dequantize"
 
     def layer_bytes(self, bits: int) -> int:
-        """One decoder layer: packed weights with scales and zeros; norms and biases in the compute type."""
-        linears = sum(
-            packed_linear_bytes(
-                linear.out_features, linear.in_features, bits, self.group_size, self.axis, self.dtype_bytes
-            )
-            for linear in self.shape.linears
-        )
+        """One decoder layer: weights as the kernel holds them; norms and biases in the compute type."""
+        settings = (self.kernel, self.group_size, self.axis, self.dtype_bytes)
+        linears = kernels.linears_bytes(self.shape, bits, *settings)
         return linears + self.shape.layer_other_parameters * self.dtype_bytes
 
     def kv_bytes_per_sequence_layer(self, capacity_tokens: int) -> int:
@@ -51,7 +50,7 @@ class MemoryModel:
         """What one micro-batch needs beside weights and cache: activations, dequantized weight, messages, logits.
 
         activations: the larger of the attention's and the MLP's set of tensors alive at once in one layer.
-        dequantized: HQQ's temporaries for the largest linear, if any layer is quantized.
+        dequantized: HQQ's temporaries for the largest linear, or a kernel's own buffers, if any layer is quantized.
         communication: hidden states received ahead and being sent.
         logits: of the last position, with the float32 copies that sampling makes; alive when activations are not.
         """
@@ -121,6 +120,10 @@ class MemoryModel:
         return mask + copies + scores * 2 * (self.dtype_bytes + FLOAT32_BYTES)
 
     def _dequantized_bytes(self) -> int:
-        if self.kernel != "dequantize":
+        if self.kernel == "openvino":  # one buffer for inputs and one for outputs, shared by all products
+            groups = grouped(self.kernel, self.shape.linears, 8)
+            widest = max(entry[0][2] for entry in groups), max(sum(part[1] for part in entry) for entry in groups)
+            return OPENVINO_ROWS * sum(widest) * FLOAT32_BYTES
+        if not any(kernels.dequantizes(self.shape, bits, self.kernel) for bits in PACKED_BITS):
             return 0
         return DEQUANTIZE_COPIES * max(linear.weights for linear in self.shape.linears) * self.dtype_bytes

@@ -20,6 +20,7 @@ from typing import Any
 
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.shape import ModelShape
+from ds_llmpq.quant.kernels import KERNELS
 
 SCHEMA = 1
 PARTS = ("layer", "embed", "head", "first", "middle", "last")
@@ -43,7 +44,7 @@ class Setup:
         for entry in fields(self):
             mine, theirs = getattr(self, entry.name), getattr(other, entry.name)
             if entry.name == "libraries":
-                for name in LIBRARIES:
+                for name in dict.fromkeys([*LIBRARIES, *mine, *theirs]):
                     if mine.get(name) != theirs.get(name):
                         return f"{name} {mine.get(name)}, but {name} {theirs.get(name)} is in use"
             elif mine != theirs:
@@ -120,8 +121,11 @@ def layer_signature(shape: ModelShape) -> str:
 
 
 def current_setup(shape: ModelShape, dtype: str, kernel: str, group_size: int, axis: int) -> Setup:
-    """With the libraries installed here; none of them is imported."""
-    return Setup(layer_signature(shape), dtype, kernel, group_size, axis, {name: _version(name) for name in LIBRARIES})
+    """With the libraries installed here, that of the kernel among them; none of them is imported."""
+    libraries = {name: _version(name) for name in LIBRARIES}
+    if kernel in KERNELS:
+        libraries[KERNELS[kernel].library] = _version(KERNELS[kernel].library)
+    return Setup(layer_signature(shape), dtype, kernel, group_size, axis, libraries)
 
 
 def _version(library: str) -> str:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
 
 from ds_llmpq.errors import UserError
+from ds_llmpq.models import attention
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -80,7 +81,7 @@ def _read_config(path: Path, trust_remote_code: bool) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers has a type of its own for each way in which a file can be wrong
         raise UserError(f"{path / 'config.json'} cannot be read as a model configuration: {_in_short(error)}") from None
-    config._attn_implementation = "sdpa"
+    config._attn_implementation = attention.NAME
     return config
 
 

@@ -6,8 +6,9 @@ import datetime
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ class Task:
     sizes: dict[str, list[int]]
     setup: Setup
     profiling: ProfilingConfig
+    kernel_note: Mapping[str, Any] = field(default_factory=dict)  # which kernel runs, and what it was chosen by
 
 
 def local_types(cluster: Cluster) -> list[Device]:
@@ -70,7 +72,7 @@ def profile(task: Task, cluster: Cluster, out: Path, force: bool, show: Show) ->
     devices = local_types(cluster)
     done = _resumed(file, task.setup, force)
     if done is None:
-        write_header(file, task.setup, _note(devices))
+        write_header(file, task.setup, _note(devices) | task.kernel_note)
         done = set()
     if task.profiling.links:
         _trials(task, devices, cluster, out, done, show)
@@ -99,14 +101,20 @@ def _profile_type(task: Task, device: Device, types: int, file: Path, done: set[
     left = [entry for entry in todo if entry not in done]
     if not left:
         return
-    where = torch.device("cpu") if kind.kind == "cpu" else torch.device("cuda", device.slot)
+    with timer_of(device) as timer:
+        parts = _parts(task, bits, timer.device)
+        parts.throttle(device.cpu_share or 1.0)
+        _time_points(task, timer, parts, left, types, file, show)
+
+
+@contextmanager
+def timer_of(device: Device) -> Iterator[Timer]:
+    """A timer on the device, with as many threads as its stage will have."""
+    where = torch.device("cpu") if device.type.kind == "cpu" else torch.device("cuda", device.slot)
     threads = torch.get_num_threads()
     torch.set_num_threads(device.threads or 1)
     try:
-        parts = _parts(task, bits, where)
-        parts.throttle(device.cpu_share or 1.0)
-        timer = Timer(where, device.threads or 1, device.cpu_share or 1.0)
-        _time_points(task, timer, parts, left, types, file, show)
+        yield Timer(where, device.threads or 1, device.cpu_share or 1.0)
     finally:
         torch.set_num_threads(threads)
 

@@ -95,7 +95,8 @@ def linear_names(layer: nn.Module) -> list[str]:
 
 
 def stored_bytes(module: nn.Module) -> int:
-    """Bytes the module's weights really occupy: parameters, and the scales, zeros and biases that HQQ keeps apart."""
+    """Bytes the module's weights really occupy: parameters, the scales, zeros and biases that HQQ keeps apart, and what
+    a kernel library holds (`held_bytes`)."""
     total = 0
     seen: set[int] = set()
 
@@ -111,4 +112,5 @@ def stored_bytes(module: nn.Module) -> int:
         if isinstance(child, HQQLinear):
             for tensor in (child.meta["scale"], child.meta["zero"], child.bias):
                 add(tensor)
+        total += getattr(child, "held_bytes", 0)
     return total

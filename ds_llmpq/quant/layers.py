@@ -10,12 +10,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from hqq.core.quantize import HQQLinear
 from torch import nn
 
 from ds_llmpq.models.architecture import Architecture, architecture_of, check_shape, fill
 from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.quant.checkpoint import QuantizedCheckpoint
+from ds_llmpq.quant.convert import converted
 from ds_llmpq.quant.hqq import linear_names, quantize_linear
+from ds_llmpq.quant.kernels import AUTO, DEQUANTIZE, check_name, grouped, problem, runs
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS
 from ds_llmpq.schema import QuantConfig
 
@@ -24,7 +27,8 @@ from ds_llmpq.schema import QuantConfig
 class LayerLoader:
     """Reads pipeline layers of `checkpoint` in `dtype` onto `device`.
 
-    `bits` holds every decoder layer's width. `on_loaded` is called after each layer, for a progress bar.
+    `bits` holds every decoder layer's width. `quant.kernel` runs quantized linears; `auto`, where nobody resolved it
+    (`quant.kernels.resolved`), is HQQ's own forward. `on_loaded` is called after each layer, for a progress bar.
     """
 
     checkpoint: Checkpoint
@@ -34,6 +38,13 @@ class LayerLoader:
     device: torch.device
     on_loaded: Callable[[str], None] = lambda name: None
     _shared: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def kernel(self) -> str:
+        """The kernel of quantized linears; `dequantize` for a compute type or setting that it cannot take."""
+        name = DEQUANTIZE if self.quant.kernel == AUTO else check_name(self.quant.kernel)
+        dtype = str(self.dtype).removeprefix("torch.")
+        return DEQUANTIZE if problem(name, self.device.type, dtype, self.quant) else name
 
     @property
     def config(self):
@@ -69,8 +80,7 @@ class LayerLoader:
         if isinstance(self.checkpoint, QuantizedCheckpoint):
             self.checkpoint.check_layer(index, self.bits[index], self.quant)
         if self.bits[index] < UNQUANTIZED_BITS:
-            for name in linear_names(module.layer):
-                self._quantize(module.layer, name, prefix, self.bits[index])
+            self._quantize_all(module.layer, prefix, self.bits[index])
         names = {
             f"layer.{name}": prefix + name
             for name, parameter in module.layer.named_parameters()
@@ -84,19 +94,29 @@ class LayerLoader:
         for tensor_name, tensor in self.checkpoint.tensors(list(local)):
             fill(module, {local[tensor_name]: self._converted(tensor)})
 
-    def _quantize(self, layer: nn.Module, name: str, prefix: str, bits: int) -> None:
+    def _quantize_all(self, layer: nn.Module, prefix: str, bits: int) -> None:
+        kernel, linears = self.kernel, [(name, layer.get_submodule(name)) for name in linear_names(layer)]
+        sizes = [(name, linear.out_features, linear.in_features) for name, linear in linears]
+        for group in grouped(kernel, sizes, bits):
+            names = [name for name, _, _ in group]
+            by_kernel = runs(kernel, sum(entry[1] for entry in group), group[0][2], bits) != DEQUANTIZE
+            # scales and zeros stay as exact as they are stored until the kernel has taken them
+            dtype = torch.float32 if by_kernel else self.dtype
+            quantized = [self._quantized(layer, name, prefix, bits, dtype) for name in names]
+            for name, module in zip(names, converted(kernel, quantized, bits, self.dtype), strict=True):
+                layer.set_submodule(name, module)
+
+    def _quantized(self, layer: nn.Module, name: str, prefix: str, bits: int, dtype: torch.dtype) -> HQQLinear:
         linear, path = layer.get_submodule(name), prefix + name
         bias = None
         if linear.bias is not None:
             bias = self._converted(self._tensor(f"{path}.bias"))
         if isinstance(self.checkpoint, QuantizedCheckpoint):
             shape = (linear.out_features, linear.in_features)
-            quantized = self.checkpoint.linear(path, shape, bias, bits, self.dtype, self.device)
-        else:
-            weight = self._tensor(f"{path}.weight")
-            check_shape(f"{path}.weight", weight, linear.weight.shape)
-            quantized = quantize_linear(weight, bias, bits, self.quant, self.dtype, self.device)
-        layer.set_submodule(name, quantized)
+            return self.checkpoint.linear(path, shape, bias, bits, dtype, self.device)
+        weight = self._tensor(f"{path}.weight")
+        check_shape(f"{path}.weight", weight, linear.weight.shape)
+        return quantize_linear(weight, bias, bits, self.quant, dtype, self.device)
 
     def _tensor(self, name: str) -> torch.Tensor:
         return next(tensor for _, tensor in self.checkpoint.tensors([name]))

@@ -10,7 +10,9 @@ from typing import Any
 from ds_llmpq import config
 from ds_llmpq.batch.workload import sized_workload
 from ds_llmpq.cluster.cluster import Cluster
+from ds_llmpq.cluster.gates import common_dtype
 from ds_llmpq.cluster.hostfile import write_hostfile
+from ds_llmpq.cost.fitted import profiled_kernel
 from ds_llmpq.engine.launcher import Launch, by_hand, write_environment
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.fingerprint import fingerprint
@@ -21,13 +23,12 @@ from ds_llmpq.planner.costsource import source_of_costs
 from ds_llmpq.planner.planfile import deployed, launch_order, read_assignment, write_plan
 from ds_llmpq.planner.playing import play
 from ds_llmpq.planner.variants import solve_variant
+from ds_llmpq.quant.kernels import resolved
 from ds_llmpq.report import sweep
 from ds_llmpq.report.plan_table import plan_table
 from ds_llmpq.report.solver_progress import progress_line
-from ds_llmpq.schema import ModelConfig, PlannerConfig, PlanVerb
+from ds_llmpq.schema import ModelConfig, PlannerConfig, PlanVerb, QuantConfig
 from ds_llmpq.sensitivity.omega import read_omega
-
-_KERNEL = "dequantize"
 
 
 def run(settings: PlanVerb, out: Path) -> int:
@@ -72,10 +73,18 @@ def _problem(settings: PlanVerb) -> tuple[Problem, Callable[[Plan], Plan]]:
     omega = read_omega(planner.omega) if planner.omega else None
     if omega is not None:
         omega.check_model(shape.layers, model["fingerprint"])
-    dtype, quant = settings.engine.dtype, settings.quant
-    costs_of, cluster, kernel = source_of_costs(settings.cost, planner, quant, cluster, shape, dtype, _KERNEL)
+    dtype, quant = settings.engine.dtype, _with_kernel(settings, cluster)
+    costs_of, cluster, kernel = source_of_costs(settings.cost, planner, quant, cluster, shape, dtype, quant.kernel)
     prepared = prepare(cluster, shape, workload, quant, planner, omega, dtype, kernel, costs_of)
     return prepared.problem, lambda plan: deployed(plan, cluster, prepared, model, quant, kernel)
+
+
+def _with_kernel(settings: PlanVerb, cluster: Cluster) -> QuantConfig:
+    """The HQQ settings with the kernel that ranks will run: the one asked for, a profile's, or what is installed."""
+    kinds = sorted({device_type.kind for device_type in cluster.device_types.values()})
+    dtype = common_dtype(cluster, settings.engine.dtype)
+    measured = profiled_kernel(settings.planner.profile) if settings.planner.profile else None
+    return resolved(settings.quant, kinds, dtype, measured)
 
 
 def _front(settings: PlanVerb, out: Path) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from ds_llmpq import config
 from ds_llmpq.batch.progress import Bar
@@ -11,14 +12,14 @@ from ds_llmpq.batch.workload import sized_workload
 from ds_llmpq.cluster.cluster import Cluster
 from ds_llmpq.cluster.gates import common_dtype
 from ds_llmpq.cost.fit import LatencyModel, fit_profile
+from ds_llmpq.cost.fitted import profiled_kernel
 from ds_llmpq.cost.profile import current_setup, read_profile
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.planner.build import check_workload, micro_batches, usable_bits
+from ds_llmpq.quant.kernels import AUTO, label, resolved
 from ds_llmpq.report.fidelity import profile_table
-from ds_llmpq.schema import ProfileVerb
-
-KERNEL = "dequantize"
+from ds_llmpq.schema import ProfileVerb, QuantConfig
 
 
 def run(settings: ProfileVerb, out: Path) -> int:
@@ -40,8 +41,9 @@ def run(settings: ProfileVerb, out: Path) -> int:
         phase: micro_batches(phase, getattr(settings.planner.micro_batches, phase), workload.sequences)
         for phase in ("prefill", "decode")
     }
-    setup = current_setup(shape, dtype, KERNEL, settings.quant.group_size, settings.quant.axis)
-    task = Task(path, shape, workload, settings.quant, dtype, tuple(bits), sizes, setup, settings.profiling)
+    quant, note = _with_kernel(settings, cluster, out, (shape, settings.quant, bits, dtype), (sizes, workload))
+    setup = current_setup(shape, dtype, quant.kernel, quant.group_size, quant.axis)
+    task = Task(path, shape, workload, quant, dtype, tuple(bits), sizes, setup, settings.profiling, note)
     bar = Bar()
     try:
         profile(task, cluster, out, settings.force, bar.show)
@@ -52,8 +54,42 @@ def run(settings: ProfileVerb, out: Path) -> int:
     return 0
 
 
+def _with_kernel(
+    settings: ProfileVerb, cluster: Cluster, out: Path, what: tuple, work: tuple
+) -> tuple[QuantConfig, dict[str, Any]]:
+    """The HQQ settings with the kernel that will run, and a note on how it was chosen: the one asked for, the one that
+    an interrupted profile began with, or the fastest on this host's first device."""
+    quant, dtype = settings.quant, what[3]
+    kinds = sorted({device_type.kind for device_type in cluster.device_types.values()})
+    if quant.kernel == AUTO and (out / "profile.csv").is_file() and not settings.force:
+        return resolved(quant, kinds, dtype, profiled_kernel(out)), {}
+    if quant.kernel != AUTO:
+        chosen = resolved(quant, kinds, dtype)
+        return chosen, {"kernel": label(chosen.kernel)}
+    from ds_llmpq.profiling.kernel_choice import choose_kernel
+    from ds_llmpq.profiling.profiler import local_types, timer_of
+
+    with timer_of(local_types(cluster)[0]) as timer:
+        choice = choose_kernel(*what, timer, *work)
+    print(kernel_table(choice.note()))
+    return resolved(quant, kinds, dtype, choice.kernel), choice.note()
+
+
 def summarize(out: Path, shape) -> LatencyModel:
     model = fit_profile(read_profile(out / "profile.csv"), shape)
     print(profile_table(model))
     print(f"profile: {out / 'profile.csv'} (use it with planner.profile={out})")
     return model
+
+
+def kernel_table(note: dict[str, Any]) -> str:
+    """Milliseconds of one decoder layer's linears by kernel, width and rows."""
+    times = note["kernel_times"]
+    if not times:
+        return f"kernel: {note['kernel']}"
+    rows = sorted({time["rows"] for time in times})
+    lines = [f"{'linears of a layer, ms':<24}" + "".join(f"{f'{count} rows':>12}" for count in rows)]
+    for kernel, bits in dict.fromkeys((time["kernel"], time["bits"]) for time in times):
+        found = {time["rows"]: time["seconds"] for time in times if (time["kernel"], time["bits"]) == (kernel, bits)}
+        lines.append(f"{f'{kernel} {bits} bits':<24}" + "".join(f"{1e3 * found[count]:>12.2f}" for count in rows))
+    return "\n".join([*lines, f"kernel: {note['kernel']}"])

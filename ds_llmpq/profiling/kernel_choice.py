@@ -1,0 +1,139 @@
+"""Which kernel is fastest here: the linears of one decoder layer, timed on every kernel that could run them.
+
+The choice is one kernel for all widths, for a stage's memory follows from it; what it loses where another is faster
+(a width, many rows) is in the table that the profile keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from statistics import median
+from typing import Any
+
+import torch
+
+from ds_llmpq.models.shape import ModelShape
+from ds_llmpq.profiling.timer import Timer
+from ds_llmpq.quant.convert import converted
+from ds_llmpq.quant.hqq import quantize_linear
+from ds_llmpq.quant.kernels import DEQUANTIZE, KERNELS, candidates, grouped, label, runs
+from ds_llmpq.quant.packing import UNQUANTIZED_BITS
+from ds_llmpq.schema import QuantConfig, WorkloadConfig
+
+MOST_ROWS = 1024  # beyond it time is proportional to rows
+_SHARE_SECONDS = 0.15  # for each kernel, width and number of rows
+
+
+@dataclass(frozen=True)
+class KernelTime:
+    """Seconds of all linears of one decoder layer at `bits` (16: unquantized) for `rows` tokens."""
+
+    kernel: str
+    bits: int
+    rows: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class KernelChoice:
+    """The fastest kernel for a workload, and all times it was chosen by."""
+
+    kernel: str
+    times: tuple[KernelTime, ...]
+
+    def note(self) -> dict[str, Any]:
+        """For a profile's header."""
+        crossovers = {str(bits): self.crossover(bits) for bits in sorted({time.bits for time in self.times})}
+        return {
+            "kernel": label(self.kernel),
+            "kernel_times": [asdict(time) for time in self.times],
+            "dequantize_faster_from_rows": crossovers,
+        }
+
+    def crossover(self, bits: int) -> int | None:
+        """Fewest of the timed rows from which on `dequantize` is faster than the choice; None where it never is."""
+        mine, plain = (self._seconds(kernel, bits) for kernel in (self.kernel, DEQUANTIZE))
+        slower = [rows for rows in sorted(mine) if rows in plain and plain[rows] < mine[rows]]
+        return slower[0] if slower and self.kernel != DEQUANTIZE else None
+
+    def _seconds(self, kernel: str, bits: int) -> dict[int, float]:
+        return {time.rows: time.seconds for time in self.times if (time.kernel, time.bits) == (kernel, bits)}
+
+
+def choose_kernel(
+    shape: ModelShape,
+    quant: QuantConfig,
+    bits: Sequence[int],
+    dtype: str,
+    timer: Timer,
+    sizes: Mapping[str, Sequence[int]],
+    workload: WorkloadConfig,
+) -> KernelChoice:
+    """Times the candidates in the compute type `dtype` on the timer's device. sizes: candidate micro-batches by
+    phase."""
+    names = candidates(timer.device.type, dtype, quant)
+    widths = [width for width in bits if width != UNQUANTIZED_BITS]
+    if not widths or names == [DEQUANTIZE]:
+        return KernelChoice(DEQUANTIZE, ())
+    prefill, decode = (sorted(sizes[phase])[len(sizes[phase]) // 2] for phase in ("prefill", "decode"))
+    prompt_rows = min(MOST_ROWS, prefill * workload.prompt_tokens)
+    rows = sorted({1, decode, prompt_rows})
+    times = [time for name in names for time in _times(shape, quant, widths, dtype, timer, rows, name)]
+    weights = {
+        decode: workload.generated_tokens * workload.sequences / decode,
+        prompt_rows: workload.prompt_tokens * workload.sequences / prompt_rows,
+    }
+    totals = {
+        name: sum(weights.get(time.rows, 0.0) * time.seconds for time in times if time.kernel == name)
+        for name in names
+    }  # fmt: skip
+    return KernelChoice(min(names, key=lambda name: totals[name]), tuple(times))
+
+
+@torch.inference_mode()
+def _times(
+    shape: ModelShape,
+    quant: QuantConfig,
+    widths: Sequence[int],
+    dtype: str,
+    timer: Timer,
+    rows: Sequence[int],
+    name: str,
+) -> list[KernelTime]:
+    found = []
+    for bits in widths:
+        modules = _modules(shape, quant, bits, dtype, timer.device, name)
+        for count in rows:
+            seconds = 0.0
+            for group, times in modules:
+                inputs = torch.randn(count, group[0].in_features, dtype=getattr(torch, dtype), device=timer.device)
+                action = _calls(group, inputs)
+                seconds += times * median(timer.time(action, _SHARE_SECONDS / 2).median_seconds for _ in range(2))
+            found.append(KernelTime(name, bits, count, seconds))
+    return found
+
+
+def _calls(group: Sequence[torch.nn.Module], inputs: torch.Tensor):
+    return lambda: [linear(inputs) for linear in group]
+
+
+def _modules(
+    shape: ModelShape, quant: QuantConfig, bits: int, dtype: str, device: torch.device, name: str
+) -> list[tuple[list[torch.nn.Module], int]]:
+    """(linears of one input, how often such a group occurs in a layer), with random weights."""
+    quick, kinds = replace(quant, optimize=False), {}
+    for group in grouped(name, shape.linears, bits):
+        key = tuple(entry[1:3] for entry in group)
+        kinds[key] = kinds.get(key, 0) + 1
+    generator, found = torch.Generator().manual_seed(bits), []
+    for key, times in kinds.items():
+        by_kernel = name in KERNELS and runs(name, sum(out for out, _ in key), key[0][1], bits) == name
+        kept = torch.float32 if by_kernel else getattr(torch, dtype)
+        weights = [torch.randn(*size, generator=generator) for size in key]
+        linears = [quantize_linear(weight, None, bits, quick, kept, device) for weight in weights]
+        modules = converted(name, linears, bits, getattr(torch, dtype)) if by_kernel else linears
+        for module, (_, in_features) in zip(modules, key, strict=True):
+            module.in_features = in_features
+        found.append((modules, times))
+    return found

@@ -1,0 +1,98 @@
+"""HQQ linears of a decoder layer, replaced by modules that a kernel library runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from hqq.core.quantize import HQQLinear
+from torch import nn
+
+from ds_llmpq.errors import UserError
+from ds_llmpq.quant.kernels import DEQUANTIZE, KERNELS, runs
+from ds_llmpq.quant.unpacked import Unpacked, stacked, unpack
+
+
+class Product(Protocol):
+    """A weight in a kernel's own layout. `held_bytes`: what it takes, without bias."""
+
+    held_bytes: int
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        """[rows, in] -> [rows, out]."""
+
+
+class KernelLinear(nn.Module):
+    """A linear, or one of several that read the same input: the first to be called multiplies for all of them."""
+
+    def __init__(self, shared: _Shared, place: int, bias: torch.Tensor | None):
+        super().__init__()
+        self._shared, self._place = shared, place
+        self.out_features = shared.sizes[place]
+        self.bias = None if bias is None else nn.Parameter(bias.data, requires_grad=False)
+
+    @property
+    def held_bytes(self) -> int:
+        """Of the packed weight, counted at the first of those that share it."""
+        return self._shared.product.held_bytes if self._place == 0 else 0
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        outputs = self._shared.outputs(self._place, inputs)
+        return outputs if self.bias is None else outputs + self.bias
+
+
+class _Shared:
+    """One product whose outputs several linears hand out, each once for each input."""
+
+    def __init__(self, product: Product, sizes: Sequence[int]):
+        self.product, self.sizes = product, list(sizes)
+        self._input: torch.Tensor | None = None
+        self._waiting: dict[int, torch.Tensor] = {}
+
+    def outputs(self, place: int, inputs: torch.Tensor) -> torch.Tensor:
+        if self._input is not inputs or place not in self._waiting:
+            rows = self.product(inputs.reshape(-1, inputs.shape[-1]))
+            parts = rows.view(*inputs.shape[:-1], -1).split(self.sizes, dim=-1)
+            self._input, self._waiting = inputs, dict(enumerate(parts))
+        found = self._waiting.pop(place)
+        if not self._waiting:
+            self._input = None
+        return found
+
+
+def product_of(name: str, weight: Unpacked, bits: int, dtype: torch.dtype) -> Product:
+    """`weight` in the layout of kernel `name`. `UserError`: its library is missing."""
+    return _maker(name)(weight, bits, dtype)
+
+
+def converted(name: str, linears: Sequence[HQQLinear], bits: int, dtype: torch.dtype) -> list[nn.Module]:
+    """Modules that take the place of linears of one input, computing in `dtype`; HQQ's own where nothing else runs
+    them."""
+    out, into = sum(linear.out_features for linear in linears), linears[0].in_features
+    if runs(name, out, into, bits) == DEQUANTIZE:
+        return list(linears)
+    product = product_of(name, stacked([unpack(linear) for linear in linears]), bits, dtype)
+    shared = _Shared(product, [linear.out_features for linear in linears])
+    biases = [None if linear.bias is None else linear.bias.to(dtype) for linear in linears]
+    return [KernelLinear(shared, place, bias) for place, bias in enumerate(biases)]
+
+
+def _maker(name: str) -> Callable[[Unpacked, int, torch.dtype], Product]:
+    try:
+        if name == "openvino":
+            from ds_llmpq.quant.kernel_openvino import OpenVinoLinear
+
+            return lambda weight, bits, dtype: OpenVinoLinear(weight, bits)
+        if name == "torch_int4":
+            from ds_llmpq.quant.kernel_torch import TorchInt4Linear
+
+            return lambda weight, bits, dtype: TorchInt4Linear(weight, bits)
+        from ds_llmpq.quant.kernel_gemlite import GemliteLinear
+    except ImportError as error:
+        library = KERNELS[name].library
+        raise UserError(
+            f"quant.kernel={name} needs {library}, which cannot be imported here ({error}); install it, or use "
+            "quant.kernel=dequantize."
+        ) from None
+    return GemliteLinear

@@ -1,0 +1,154 @@
+"""Quantized products by OpenVINO's CPU plugin: packed codes, activations rounded to 8 bits a group, integer sums.
+
+Its fast path wants integer zero points, HQQ's are real numbers. So it runs with the zero rounded, and what rounding
+left out, (rounded - zero) x scale for each group, is multiplied with the group's sum of inputs and added: the same
+weights.
+"""
+
+from __future__ import annotations
+
+import mmap
+import tempfile
+from functools import cache
+
+import numpy
+import openvino
+import torch
+from openvino import opset13
+
+from ds_llmpq.errors import UserError
+from ds_llmpq.quant.kernels import KERNELS, OPENVINO_ROWS, held_bytes
+from ds_llmpq.quant.unpacked import Unpacked
+
+_TYPES = {2: openvino.Type.u2, 4: openvino.Type.u4, 8: openvino.Type.u8}
+_ALIGNMENT = 64
+_QUANTIZED_INPUT_GROUP = 64  # larger groups of inputs are a little faster and a little less exact
+
+
+class OpenVinoLinear:
+    """Multiplies inputs [rows, in] with one weight [out, in]; several linears of one input are one weight, stacked."""
+
+    def __init__(self, weight: Unpacked, bits: int):
+        out_features, self.in_features = weight.codes.shape
+        self.out_features, self.group_size = out_features, weight.group_size
+        self.carried = KERNELS["openvino"].carried[bits]
+        rounded = weight.zero.round().clamp_(0, 255)
+        # [groups of a row, out], as it is multiplied
+        self._correction = ((rounded - weight.zero) * weight.scale).t().contiguous()
+        self._request, self._mapping = _compiled(weight, rounded, self.carried)
+        self._bound: tuple[int, int, int] | None = None
+        self._run(torch.zeros(1, self.in_features), torch.empty(1, out_features))  # packs the weight
+        # OpenVINO has its own layout now; should it ever ask again, the pages come back from the file
+        self._mapping.madvise(mmap.MADV_DONTNEED)
+        self.held_bytes = held_bytes("openvino", out_features, self.in_features, bits, self.group_size, 0)
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        """[rows, in] of any floating type -> [rows, out] of the same."""
+        rows = inputs.shape[0]
+        outputs = inputs.new_empty(rows, self.out_features)
+        for start in range(0, rows, OPENVINO_ROWS):
+            stop = min(start + OPENVINO_ROWS, rows)
+            self._run(inputs[start:stop], outputs[start:stop])
+        return outputs
+
+    def _run(self, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
+        rows = inputs.shape[0]
+        source, target = _buffer("in", rows, self.in_features), _buffer("out", rows, self.out_features)
+        self._bind(source, target)
+        source.copy_(inputs)
+        self._request.infer(share_outputs=True)
+        sums = source.view(rows, -1, self.group_size).sum(-1)
+        outputs.copy_(target.addmm_(sums, self._correction))
+
+    def _bind(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        wanted = (source.shape[0], source.data_ptr(), target.data_ptr())
+        if wanted != self._bound:
+            self._request.set_input_tensor(openvino.Tensor(source.numpy(), shared_memory=True))
+            self._request.set_output_tensor(openvino.Tensor(target.numpy(), shared_memory=True))
+            self._bound = wanted
+
+
+_buffers: dict[str, torch.Tensor] = {}
+
+
+def _buffer(name: str, rows: int, features: int) -> torch.Tensor:
+    """A float32 view [rows, features] of the one buffer that all products of this process share."""
+    held = _buffers.get(name)
+    if held is None or held.numel() < rows * features:
+        with torch.inference_mode(False):  # else it could not be written outside of that mode
+            held = _buffers[name] = torch.empty(OPENVINO_ROWS * features)
+    return held[: rows * features].view(rows, features)
+
+
+@cache
+def _core() -> openvino.Core:
+    return openvino.Core()
+
+
+def _compiled(weight: Unpacked, rounded: torch.Tensor, bits: int) -> tuple[openvino.InferRequest, mmap.mmap]:
+    out_features, in_features = weight.codes.shape
+    groups, size = in_features // weight.group_size, weight.group_size
+    parts = [_packed(weight.codes, bits), rounded.to(torch.uint8).numpy(), weight.scale.float().numpy()]
+    mapping, (codes, zeros, scales) = _file_backed(parts)
+    per_group = [out_features, groups, 1]
+    inputs = opset13.parameter([-1, in_features], openvino.Type.f32)
+    matrix = opset13.convert(_constant(codes, [out_features, groups, size], _TYPES[bits]), numpy.float32)
+    offset = opset13.convert(_constant(zeros, per_group, openvino.Type.u8), numpy.float32)
+    matrix = opset13.multiply(opset13.subtract(matrix, offset), _constant(scales, per_group, openvino.Type.f32))
+    matrix = opset13.reshape(matrix, opset13.constant(numpy.array([out_features, in_features])), False)
+    product = opset13.matmul(inputs, matrix, False, True)
+    model = openvino.Model([opset13.result(product)], [inputs])
+    return _core().compile_model(model, "CPU", _properties(size)).create_infer_request(), mapping
+
+
+def _properties(group_size: int) -> dict[str, object]:
+    threads = torch.get_num_threads()
+    return {
+        "INFERENCE_NUM_THREADS": threads,
+        "NUM_STREAMS": 0 if threads == 1 else 1,  # 0: on the calling thread, no thread of its own
+        "ENABLE_CPU_PINNING": False,  # it would pin every rank to the same cores
+        "INFERENCE_PRECISION_HINT": "f32",
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(min(group_size, _QUANTIZED_INPUT_GROUP)),
+    }
+
+
+def _constant(data: numpy.ndarray, shape: list[int], kind: openvino.Type) -> openvino.op.Constant:
+    return openvino.op.Constant(openvino.Tensor(data, openvino.Shape(shape), kind), shared_memory=True)
+
+
+def _packed(codes: torch.Tensor, bits: int) -> numpy.ndarray:
+    """Codes [out, in] as bytes, the first of a byte in its lowest bits."""
+    if bits == 8:
+        return codes.contiguous().view(-1).numpy()
+    parts = codes.reshape(-1, 8 // bits)
+    packed = parts[:, 0].clone()
+    for place in range(1, 8 // bits):
+        packed |= parts[:, place] << (bits * place)
+    return packed.numpy()
+
+
+def _file_backed(parts: list[numpy.ndarray]) -> tuple[mmap.mmap, list[numpy.ndarray]]:
+    """The arrays as parts of an unnamed file, mapped. OpenVINO keeps its constants beside the layout that it packs them
+    into; of a file's pages the system keeps only what is in use, so that weights are not held twice."""
+    places, length = [], 0
+    for part in parts:
+        places.append(length)
+        length += -(-part.nbytes // _ALIGNMENT) * _ALIGNMENT
+    try:
+        with tempfile.TemporaryFile() as file:
+            for place, part in zip(places, parts, strict=True):
+                file.seek(place)
+                file.write(part.data)
+            file.truncate(length)
+            file.flush()
+            mapping = mmap.mmap(file.fileno(), length, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
+    except OSError as error:
+        raise UserError(
+            f"{tempfile.gettempdir()} has no room for {length / 1e6:.0f} MB of packed weights ({error.strerror}); "
+            "set TMPDIR to a folder with room, or quant.kernel=dequantize."
+        ) from None
+    whole = numpy.frombuffer(mapping, numpy.uint8)
+    views = [
+        whole[place : place + part.nbytes].view(part.dtype) for place, part in zip(places, parts, strict=True)
+    ]  # fmt: skip
+    return mapping, views
