@@ -1,0 +1,91 @@
+"""What the documentation says to run, runs: every block marked runnable, in order, in an empty folder."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from ds_llmpq import config
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+_BLOCK = re.compile(r"^```bash runnable( slow)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_COMMAND = re.compile(r"^\s*(?:python -m )?ds[-_]llmpq +([a-z]+)\b([^\n#]*)", re.MULTILINE)
+
+
+def blocks(slow):
+    return [
+        pytest.param(page, index, match[2], id=f"{page.name}-{index}")
+        for page in PAGES
+        for index, match in enumerate(_BLOCK.finditer(page.read_text()))
+        if bool(match[1]) == slow
+    ]
+
+
+def run(text, folder):
+    """A shell that stops at the first failure; `ds-llmpq` is this checkout's."""
+    shim = folder / ".bin"
+    shim.mkdir()
+    command = shim / "ds-llmpq"
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m ds_llmpq "$@"\n')
+    command.chmod(0o755)
+    paths = {"PATH": f"{shim}:{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", text],
+        cwd=folder,
+        env={**os.environ, **paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("page", "index", "text"), blocks(slow=False))
+def test_a_block_runs(page, index, text, tmp_path):
+    run(text, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.launcher
+@pytest.mark.parametrize(("page", "index", "text"), blocks(slow=True))
+def test_a_block_with_a_launcher_runs(page, index, text, tmp_path):
+    run(text, tmp_path)
+
+
+def test_there_are_blocks_to_run():
+    assert len(blocks(slow=False)) >= 4
+    assert len(blocks(slow=True)) >= 1
+
+
+def test_every_command_names_a_verb_and_keys_that_exist():
+    """Of all blocks, runnable or not: a verb, and keys of its configuration."""
+    known, checked = {}, 0
+    for page in PAGES:
+        for block in re.findall(r"^```(?:bash|sh)[^\n]*\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL):
+            for verb, rest in _COMMAND.findall(block.replace("\\\n", " ")):
+                assert verb in config.VERBS, f"{page.name}: ds-llmpq {verb}"
+                if verb not in known:
+                    known[verb] = OmegaConf.structured(config.VERBS[verb])
+                for key in re.findall(r"(?:^|\s)'?([a-z_]+(?:\.[a-z_]+)*)=", rest):
+                    checked += 1
+                    if key.split(".")[0] not in ("hydra", "experiment", "comparison"):
+                        assert _has(known[verb], key), f"{page.name}: ds-llmpq {verb} has no {key}"
+    assert checked > 60
+
+
+def _has(settings, key):
+    node = settings
+    for part in key.split("."):
+        if part not in node:
+            return False
+        node = node[part]
+        if not OmegaConf.is_config(node):
+            break
+    return True
