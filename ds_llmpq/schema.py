@@ -175,6 +175,10 @@ class BatchConfig:
     limit: int | None = None  # only the first so many requests
     order: str = "arrival"  # arrival | prompt_length | predicted_length | bucketed
     predictor: str | None = None  # folder of `lengths train`; null: a request's own limit stands for its length
+    # cache positions reserved for an answer: by its own limit, or by the predictor's bound; what overruns is requeued
+    admission: str = "worst_case"  # worst_case | q95 | q90
+    replay: str | None = None  # trace: requests come at their rows' arrival_seconds, in the order of batch.policy
+    policy: str = "fcfs"  # of a replay: fcfs | sjf (own limits as lengths) | ssjf | longest_first | prompt_length
 
 
 @dataclass

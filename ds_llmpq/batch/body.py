@@ -9,7 +9,7 @@ from ds_llmpq.batch.request import CHAT_URL, COMPLETIONS_URL, Prompt, Request, R
 from ds_llmpq.errors import UserError
 from ds_llmpq.schema import BatchConfig
 
-ROW_FIELDS = frozenset({"custom_id", "method", "url", "body"})
+ROW_FIELDS = frozenset({"custom_id", "method", "url", "body", "arrival_seconds"})
 MESSAGE_FIELDS = frozenset({"role", "content"})
 PART_FIELDS = frozenset({"type", "text"})
 ROLES = ("system", "user", "assistant")
@@ -23,6 +23,7 @@ BODY_FIELDS = {
 MAX_STOPS = 4  # as the OpenAI interface has it
 MAX_STOP_CHARACTERS = 1024  # a stop string is searched for at every token
 SEED_BOUND = 2**63
+MOST_ARRIVAL_SECONDS = 1e9
 
 
 def parse_row(row: Any, index: int, line: int, defaults: BatchConfig) -> Request:
@@ -41,7 +42,18 @@ def parse_row(row: Any, index: int, line: int, defaults: BatchConfig) -> Request
     _check_unused(body)
     prompt = _messages(body) if url == CHAT_URL else _prompt(body)
     params = _params(body, row["custom_id"], defaults)
-    return Request(index, line, row["custom_id"], url, body.get("model"), prompt, params)
+    return Request(index, line, row["custom_id"], url, body.get("model"), prompt, params, _arrival(row))
+
+
+def _arrival(row: dict) -> float:
+    """When a replayed request comes, in seconds from the start; 0 where the row does not say."""
+    value = row.get("arrival_seconds", 0.0)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < MOST_ARRIVAL_SECONDS:
+        raise RequestError(
+            "invalid_value",
+            f"arrival_seconds is {show(value)} but must be a number from 0 to {MOST_ARRIVAL_SECONDS:.0f}.",
+        )
+    return float(value)
 
 
 def row_custom_id(row: Any) -> str:

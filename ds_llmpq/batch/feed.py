@@ -111,18 +111,20 @@ class Feed:
             yield Wave(tuple(map(self._row, rows[start:stop])), stop - start, max(needs[start:stop]))
 
     def _row(self, row: Row) -> WaveRow:
-        if isinstance(row, WaveRow):
-            return row
-        request = self.prepared[row]
-        params = request.request.params
-        return WaveRow(
-            key=row,
-            prompt=tuple(request.prompt_ids),
-            max_tokens=request.max_tokens,
-            sampling=RowSampling(params.temperature, params.top_p, params.top_k, params.seed),
-            stop=params.stop,
-            ignore_eos=params.ignore_eos,
-        )
+        return row if isinstance(row, WaveRow) else wave_row(row, self.prepared[row])
+
+
+def wave_row(key: int, prepared: PreparedRequest) -> WaveRow:
+    """A request as the engine sees it."""
+    params = prepared.request.params
+    return WaveRow(
+        key=key,
+        prompt=tuple(prepared.prompt_ids),
+        max_tokens=prepared.max_tokens,
+        sampling=RowSampling(params.temperature, params.top_p, params.top_k, params.seed),
+        stop=params.stop,
+        ignore_eos=params.ignore_eos,
+    )
 
 
 def wave_spans(needs: Sequence[int], sequences: int, positions: int) -> Iterator[tuple[int, int]]:

@@ -3,45 +3,71 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from math import ceil
 from pathlib import Path
 
 from ds_llmpq.batch.prompts import PreparedRequest
 from ds_llmpq.errors import UserError
 from ds_llmpq.lengths.predictor import load_predictor
+from ds_llmpq.lengths.queues import POLICIES
+from ds_llmpq.lengths.queues import PREDICTING as REPLAYED_BY_PREDICTION
 from ds_llmpq.lengths.records import Example, conversation_text
 from ds_llmpq.schema import BatchConfig
 
 ORDERINGS = ("arrival", "prompt_length", "predicted_length", "bucketed")
 PREDICTING = frozenset({"predicted_length", "bucketed"})
+ADMISSIONS = ("worst_case", "q95", "q90")
+REPLAYS = (None, "trace")
 
 
 def checked(batch: BatchConfig) -> BatchConfig:
-    """`batch` with its predictor as an absolute path. `UserError`: no such order, or no predictor there."""
-    if batch.order not in ORDERINGS:
-        raise UserError(f"batch.order is {batch.order!r} but must be one of {', '.join(ORDERINGS)}.")
+    """`batch` with its predictor as an absolute path. `UserError`: no such order, admission or policy, or a predictor
+    that is missing or of no use."""
+    for name, known in (("order", ORDERINGS), ("admission", ADMISSIONS), ("policy", POLICIES)):
+        if getattr(batch, name) not in known:
+            raise UserError(f"batch.{name} is {getattr(batch, name)!r} but must be one of {', '.join(known)}.")
+    if batch.replay not in REPLAYS:
+        raise UserError(f"batch.replay is {batch.replay!r} but must be trace, or null for none.")
+    predicted = batch.admission != "worst_case"
+    if batch.replay:
+        if batch.order != "arrival":
+            raise UserError(f"batch.order={batch.order} is of no use in a replay; give batch.policy instead.")
+        needs = predicted or batch.policy in REPLAYED_BY_PREDICTION
+    else:
+        needs = predicted or batch.order in PREDICTING
     if batch.predictor is None:
+        if predicted or (batch.replay and needs):
+            name = f"admission={batch.admission}" if predicted else f"policy={batch.policy}"
+            raise UserError(f"batch.{name} needs batch.predictor=FOLDER; train one with `ds-llmpq lengths train`.")
         return batch
-    if batch.order not in PREDICTING:
+    if not needs:
         raise UserError(
-            f"batch.predictor is of no use with batch.order={batch.order}; give predicted_length or bucketed."
+            f"batch.predictor is of no use with batch.order={batch.order}; give predicted_length or bucketed, or an "
+            "admission or a policy that predicts."
         )
     folder = Path(batch.predictor).expanduser().absolute()
-    load_predictor(folder)
+    predictor = load_predictor(folder)
+    if predicted and int(batch.admission[1:]) / 100 not in predictor.task.quantiles:
+        raise UserError(
+            f"batch.admission={batch.admission}, but the predictor in {folder} has bounds for "
+            f"{', '.join(f'{level:g}' for level in predictor.task.quantiles) or 'no quantile'}; train it with that one."
+        )
     return replace(batch, predictor=str(folder))
 
 
-def ordered(
-    prepared: list[PreparedRequest], ordering: str = "arrival", answer_tokens: Sequence[float] | None = None
-) -> list[PreparedRequest]:
-    """`arrival` keeps the file's order. `prompt_length` runs the longest prompts first, equal ones in file order:
-    what does not fit in memory then shows at the start, and the last, partial wave is the cheapest.
-    `predicted_length`: the longest answers first, by `answer_tokens`, one a request (None: each request's own limit).
-    `bucketed`: by prompt length in powers of two, and within these by predicted length."""
+def order_of(
+    prepared: Sequence[PreparedRequest], ordering: str = "arrival", answer_tokens: Sequence[float] | None = None
+) -> list[int]:
+    """Places in `prepared` in the order to run. `arrival` keeps the file's order. `prompt_length` runs the longest
+    prompts first, equal ones in file order: what does not fit in memory then shows at the start, and the last, partial
+    batch is the cheapest. `predicted_length`: the longest answers first, by `answer_tokens`, one a request (None: each
+    request's own limit). `bucketed`: by prompt length in powers of two, and within these by predicted length."""
+    places = range(len(prepared))
     if ordering == "arrival":
-        return list(prepared)
+        return list(places)
     if ordering == "prompt_length":
-        return sorted(prepared, key=lambda each: -each.prompt_tokens)
+        return sorted(places, key=lambda place: -prepared[place].prompt_tokens)
     if ordering not in ORDERINGS:
         raise UserError(f"ordering is {ordering!r} but must be one of {', '.join(ORDERINGS)}.")
     expected = answer_tokens if answer_tokens is not None else [each.max_tokens for each in prepared]
@@ -50,17 +76,29 @@ def ordered(
     def key(place: int) -> tuple[int, float]:
         return (-prepared[place].prompt_tokens.bit_length() if bucketed else 0, -expected[place])
 
-    return [prepared[place] for place in sorted(range(len(prepared)), key=key)]
+    return sorted(places, key=key)
 
 
-def predicted_tokens(prepared: list[PreparedRequest], predictor: str | None, model: str = "") -> list[float]:
-    """Predicted tokens of each answer, no more than its request allows; without a predictor just that limit.
-    `model`: who answers requests that name no model."""
-    limits = [float(each.max_tokens) for each in prepared]
-    if predictor is None:
-        return limits
-    found = load_predictor(Path(predictor)).predict([_example(each, model) for each in prepared]).tokens.tolist()
-    return [min(tokens, limit) for tokens, limit in zip(found, limits, strict=True)]
+@dataclass(frozen=True)
+class Expected:
+    """What is believed of each answer before it is there, in tokens, never more than the request allows: its length,
+    and the bound that cache is reserved for."""
+
+    tokens: list[float]
+    bounds: list[int]
+
+
+def expected(prepared: list[PreparedRequest], batch: BatchConfig, model: str = "") -> Expected:
+    """By the predictor; without one just each request's limit. `model`: who answers requests that name no model."""
+    limits = [each.max_tokens for each in prepared]
+    if batch.predictor is None:
+        return Expected([float(limit) for limit in limits], limits)
+    found = load_predictor(Path(batch.predictor)).predict([_example(each, model) for each in prepared])
+    tokens = [min(float(value), limit) for value, limit in zip(found.tokens.tolist(), limits, strict=True)]
+    if batch.admission == "worst_case":
+        return Expected(tokens, limits)
+    bounds = found.bounds[batch.admission].tolist()
+    return Expected(tokens, [max(1, min(ceil(value), limit)) for value, limit in zip(bounds, limits, strict=True)])
 
 
 def _example(prepared: PreparedRequest, model: str) -> Example:
@@ -73,17 +111,3 @@ def _example(prepared: PreparedRequest, model: str) -> Example:
     else:
         text = " ".join(map(str, request.prompt))
     return Example(text, None, request.model or model, prepared.prompt_tokens)
-
-
-def waves(prepared: list[PreparedRequest], sequences: int, ordering: str = "arrival") -> list[list[PreparedRequest]]:
-    """Batches of `sequences` requests (the last may be smaller), each of which runs to its end before the next."""
-    if sequences < 1:
-        raise UserError(f"sequences is {sequences} but must be at least 1.")
-    rows = ordered(prepared, ordering)
-    return [rows[start : start + sequences] for start in range(0, len(rows), sequences)]
-
-
-def padding_share(batches: list[list[PreparedRequest]]) -> float:
-    """Share of prefill positions that are padding when each batch is padded to its longest prompt."""
-    padded = sum(len(batch) * max(each.prompt_tokens for each in batch) for batch in batches)
-    return 1 - sum(each.prompt_tokens for batch in batches for each in batch) / padded if padded else 0.0

@@ -44,6 +44,7 @@ class Request:
     model: str | None  # as the row names it; recorded in the result, otherwise ignored
     prompt: Prompt
     params: SamplingParams
+    arrival_seconds: float = 0.0  # looked at with batch.replay=trace alone
 
     @property
     def is_chat(self) -> bool:

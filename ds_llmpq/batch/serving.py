@@ -16,11 +16,12 @@ from typing import Any
 from ds_llmpq.batch import metrics
 from ds_llmpq.batch.feed import Feed
 from ds_llmpq.batch.job import Job
-from ds_llmpq.batch.ordering import ordered, predicted_tokens
+from ds_llmpq.batch.ordering import expected, order_of
 from ds_llmpq.batch.prediction import MOST_PASSES, decode_passes
 from ds_llmpq.batch.progress import Bar, Lines
 from ds_llmpq.batch.prompts import PreparedRequest, prepare
 from ds_llmpq.batch.reader import RequestFile, read_requests
+from ds_llmpq.batch.replay import Replay, replay_shape
 from ds_llmpq.batch.request import RowError
 from ds_llmpq.batch.results import Result, ResultWriter
 from ds_llmpq.batch.stop_rule import TextStopRule, eos_token_ids
@@ -56,7 +57,8 @@ def serve(job: Job, place: Place) -> dict[str, Any] | None:
         )
         if driver:
             driver.loaded()
-        session.run_all(driver.feed.take if driver else _no_requests, driver.finished if driver else _not_written)
+        take = driver.source(session).take if driver else _no_requests
+        session.run_all(take, driver.finished if driver else _not_written)
         reports = place.data.gather(session.report() | {"trace": session.trace.chrome_events()})
         return driver.conclude(session, reports) if driver else None
 
@@ -78,8 +80,8 @@ class Driver:
         self.progress = Lines() if job.supervised else Bar()
         self.started = time.perf_counter()
         file, self.prepared, errors = self._read()
-        self._order()
-        self.feed = self._feed()
+        self.feed = self._feed(self._order())
+        self.replay: Replay | None = None
         self.total = file.total
         self.writer = ResultWriter(job.output, model=Path(job.model_path).name, total=file.total)
         for error in chain(file.errors, errors):
@@ -112,6 +114,8 @@ class Driver:
         request = self.prepared[row.key]
         self.tokens += len(tokens)
         self._answer_tokens[row.key] = len(tokens)
+        if self.replay is not None:
+            self.replay.ended(row.key)
         if finish is Finish.BROKEN:
             self.writer.write_error(
                 RowError(
@@ -139,7 +143,10 @@ class Driver:
             reports,
             startup_seconds=self.serving_started - self.started,
         )
-        summary["order"] = self._order_report(session)
+        if self.replay is None:
+            summary["order"] = self._order_report(session)
+        else:
+            summary["replay"] = self.replay.report()
         (folder / "metrics.json").write_text(json.dumps(summary, indent=1) + "\n")
         (folder / "trace.json").write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}) + "\n")
         return summary
@@ -157,21 +164,44 @@ class Driver:
         )
         return file, prepared, errors
 
-    def _order(self) -> None:
-        batch, name = self.job.batch, Path(self.job.model_path).name
-        expected = None if batch.predictor is None else predicted_tokens(self.prepared, batch.predictor, name)
-        self.prepared = ordered(self.prepared, batch.order, expected)
+    def _order(self) -> list[int]:
+        """Sorts the prepared requests; returns the cache positions reserved for each one's answer."""
+        batch = self.job.batch
+        believed = expected(self.prepared, batch, Path(self.job.model_path).name)
+        order = order_of(self.prepared, batch.order, believed.tokens)
+        self.prepared = [self.prepared[place] for place in order]
+        self._expected_tokens = [believed.tokens[place] for place in order]
+        return [believed.bounds[place] for place in order]
 
-    def _feed(self) -> Feed:
+    def _feed(self, bounds: list[int]) -> Feed:
         workload, engine = self.job.plan.workload, self.job.engine
         return Feed(
             self.prepared,
-            [each.max_tokens for each in self.prepared],
+            bounds,
             workload.sequences,
             workload.prompt_tokens + workload.generated_tokens,
             engine.refill,
             self.job.plan.micro_batch["decode"] if engine.batch_invariant else 1,
         )
+
+    def source(self, session: Session) -> Feed | Replay:
+        """Where the engine's waves come from: all requests at once, or a replay of when they came."""
+        if self.job.batch.replay is None:
+            return self.feed
+
+        def room() -> int | None:
+            stream = session.engine.stream
+            return None if stream is None else stream.shape[0] - stream.order.occupied
+
+        self.replay = Replay(
+            self.prepared,
+            replay_shape(self.feed, self.prepared),
+            self.job.plan,
+            self.job.batch.policy,
+            self._expected_tokens,
+            room,
+        )
+        return self.replay
 
     def _order_report(self, session: Session) -> dict[str, Any]:
         """Decode passes that this order led to, and what the same answers would have needed in arrival order. Both are
@@ -179,6 +209,8 @@ class Driver:
         came = sorted(range(len(self.prepared)), key=lambda place: self.prepared[place].request.index)
         return {
             "order": self.job.batch.order,
+            "admission": self.job.batch.admission,
+            "requeued": self.feed.requeued,
             "decode_passes": self._passes(session, range(len(self.prepared))),
             "decode_passes_in_arrival_order": self._passes(session, came),
             "source": "counted",

@@ -87,6 +87,8 @@ class Stream:
         self._poll = poll
         self._on_admitted = on_admitted
         self._no_more = False
+        self._live = first.live
+        self._asked = False  # since the last decision
         self._waiting: deque[WaveRow] = deque()
         self._place = [0] * first.slots  # of a slot's sequence in `_lengths`
         self._lengths = Lengths()
@@ -95,11 +97,15 @@ class Stream:
         self._add(first)
 
     def wants_requests(self) -> bool:
+        if self._no_more:
+            return False
+        if self._live:
+            return not self._asked and self.order.waiting == 0 and self.order.occupied < self.shape[0]
         # enough to fill every slot, so that a wave is asked for once in so many requests and none waits for it
-        return not self._no_more and self.order.waiting < self.shape[0]
+        return self.order.waiting < self.shape[0]
 
     def take_requests(self) -> None:
-        wave = self._following()
+        wave, self._asked = self._following(), True
         if wave is not None and wave.joins and wave.shape == self.shape:
             self._add(wave)
         else:
@@ -113,7 +119,7 @@ class Stream:
         return not self.sequences.awaited(slots)
 
     def decide(self) -> list[Pass]:
-        passes = self.order.decide(self.sequences.ended)
+        passes, self._asked = self.order.decide(self.sequences.ended), False
         for batch in passes:
             if batch.phase == "prefill":
                 for slot in batch.slots:

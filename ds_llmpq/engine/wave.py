@@ -41,12 +41,15 @@ class WaveRow:
 class Wave:
     """`slots` (0: one a row) of `capacity` cache positions (0: as many as the longest row needs) that the rows pass
     through. A wave that `joins` follows one of the same shape without a gap, its rows taking slots as they become free;
-    else it starts when the wave before has ended."""
+    else it starts when the wave before has ended. `live`: requests may come at any time, so the driver is asked when a
+    slot is free; a wave without rows then means that none has come.
+    """
 
     rows: tuple[WaveRow, ...]
     slots: int = 0
     capacity: int = 0
     joins: bool = False
+    live: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "slots", self.slots or len(self.rows))
@@ -61,6 +64,7 @@ class Wave:
         """A JSON header's length, the header, then all prompts as 32-bit integers."""
         rows = [asdict(row) | {"prompt": len(row.prompt)} for row in self.rows]
         fields = {"rows": rows, "slots": self.slots, "capacity": self.capacity, "joins": self.joins}
+        fields["live"] = self.live
         header = json.dumps(fields).encode()
         prompts = np.array([token for row in self.rows for token in row.prompt], dtype="<i4")
         return len(header).to_bytes(8, "little") + header + prompts.tobytes()
@@ -78,4 +82,4 @@ class Wave:
             fields["stop"], fields["generated"] = tuple(fields["stop"]), tuple(fields["generated"])
             rows.append(WaveRow(**fields))
             start = stop
-        return cls(tuple(rows), wave["slots"], wave["capacity"], wave["joins"])
+        return cls(tuple(rows), wave["slots"], wave["capacity"], wave["joins"], wave["live"])

@@ -4,7 +4,7 @@ import pytest
 from batch_helpers import chat_row, completion_row
 
 from ds_llmpq.batch.body import check_defaults, parse_row, row_custom_id
-from ds_llmpq.batch.request import RequestError, derive_seed
+from ds_llmpq.batch.request import COMPLETIONS_URL, RequestError, derive_seed
 from ds_llmpq.errors import UserError
 from ds_llmpq.schema import BatchConfig
 
@@ -196,3 +196,17 @@ def test_derived_seeds_are_fixed_by_batch_seed_and_custom_id():
     seeds = {derive_seed(batch, f"row-{i}") for batch in range(3) for i in range(100)}
     assert len(seeds) == 300
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+@pytest.mark.parametrize("arrival", [0, 2.5, 1e6])
+def test_a_replayed_row_says_when_it_comes(arrival):
+    row = {"custom_id": "a", "method": "POST", "url": COMPLETIONS_URL, "body": {"model": "m", "prompt": "x"}}
+    assert parse_row(row, 0, 1, BatchConfig()).arrival_seconds == 0.0
+    assert parse_row(row | {"arrival_seconds": arrival}, 0, 1, BatchConfig()).arrival_seconds == arrival
+
+
+@pytest.mark.parametrize("arrival", [-1, "1", True, None, 1e12])
+def test_an_arrival_that_is_no_time(arrival):
+    row = {"custom_id": "a", "method": "POST", "url": COMPLETIONS_URL, "body": {"model": "m", "prompt": "x"}}
+    with pytest.raises(RequestError, match="arrival_seconds is .* but must be a number from 0"):
+        parse_row(row | {"arrival_seconds": arrival}, 0, 1, BatchConfig())
