@@ -9,9 +9,7 @@ from typing import Any, TypeVar
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from ds_llmpq import schema, schema_lengths
@@ -99,7 +97,7 @@ def composed(verb: str, overrides: list[str]) -> DictConfig:
     try:
         with initialize_config_dir(str(conf_folder()), version_base="1.3"):
             return compose(config_name=verb, overrides=[quoted(override) for override in overrides])
-    except (HydraException, OmegaConfBaseException) as error:
+    except Exception as error:  # Hydra raises ValueError, AssertionError and others for mistakes in overrides
         raise UserError(f"Configuration of {verb}: {_sentence(error)}") from None
 
 
@@ -117,7 +115,7 @@ def to_object(config: DictConfig, kind: type[T]) -> T:
     """The plain object of a composed configuration. `UserError` for a missing or wrongly typed value."""
     try:
         result: Any = OmegaConf.to_object(config)
-    except OmegaConfBaseException as error:
+    except Exception as error:  # beside OmegaConf's own, whatever a resolver or a conversion raises
         raise UserError(f"Configuration: {_sentence(error)}") from None
     if not isinstance(result, kind):
         raise UserError(f"Configuration is not of the form {kind.__name__}; start it through `ds-llmpq`.")
@@ -143,9 +141,9 @@ def _typed(file: Path, kind: type[T]) -> T:
     try:
         merged = OmegaConf.merge(OmegaConf.structured(kind), OmegaConf.load(file))
         return OmegaConf.to_object(merged)
-    except (OSError, UnicodeDecodeError, YAMLError) as error:
+    except (OSError, ValueError, YAMLError, RecursionError) as error:
         raise UserError(f"{file} cannot be read ({_first(error)}); give a YAML file as `detect` writes it.") from None
-    except OmegaConfBaseException as error:
+    except Exception as error:  # OmegaConf's own, or whatever a conversion raises
         raise UserError(f"{file}: {_sentence(error)}") from None
 
 
@@ -171,4 +169,4 @@ def _sentence(error: Exception) -> str:
     if listing:
         group, _, names = entries.partition(":; ")
         text = f"{head}Available in {group} are {names.replace('; ', ', ')}"
-    return text + "."
+    return (text or type(error).__name__) + "."

@@ -56,7 +56,7 @@ class Job:
                     "batch": BatchConfig(**fields["batch"]),
                 }
             )
-        except (binascii.Error, zlib.error, ValueError, TypeError, KeyError) as error:
+        except (binascii.Error, zlib.error, ValueError, TypeError, KeyError, RecursionError) as error:
             raise UserError(f"The job token cannot be read ({error}); start serve through `ds-llmpq run`.") from None
 
 

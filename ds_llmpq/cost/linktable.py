@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
@@ -63,6 +64,8 @@ def fit_link(messages: Sequence[Message]) -> Link:
     used = [message for message in messages if message.channel == "activation"]
     if len({message.size_bytes for message in used}) < 2:
         raise UserError("links need messages of at least two sizes; profile again with profiling.links=true")
+    if not all(0 < message.minimum_seconds < math.inf and 0 <= message.size_bytes < 2**63 for message in used):
+        raise UserError("links need positive times and sizes; profile again with profiling.links=true")
     seconds = numpy.array([message.minimum_seconds for message in used])
     rows = numpy.array([[1.0, message.size_bytes] for message in used]) / seconds[:, None]
     scale = numpy.abs(rows).max(axis=0)

@@ -46,5 +46,5 @@ class ScoreJob:
             fields["engine"] = EngineConfig(**fields["engine"])
             fields["evaluation"] = EvaluationConfig(**fields["evaluation"])
             return cls(**fields)
-        except (binascii.Error, zlib.error, ValueError, TypeError, KeyError) as error:
+        except (binascii.Error, zlib.error, ValueError, TypeError, KeyError, RecursionError) as error:
             raise UserError(f"The job token cannot be read ({error}); start it through `ds-llmpq evaluate`.") from None

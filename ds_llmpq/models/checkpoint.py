@@ -95,9 +95,9 @@ def _tensor_locations(path: Path) -> dict[str, str]:
             raise UserError(f"{path / _INDEX} is not a safetensors index: {_in_short(error)}") from None
         for shard in {shard for _, shard in pairs}:
             # an index comes with the checkpoint, which is not trusted to name files elsewhere
-            if Path(shard).name != shard:
+            if Path(shard).name != shard or len(shard) > 255:
                 raise UserError(
-                    f"{path / _INDEX} names the shard {shard!r}; shards must lie in the checkpoint's folder."
+                    f"{path / _INDEX} names the shard {shard[:80]!r}; shards must lie in the checkpoint's folder."
                 )
             if not (path / shard).is_file():
                 raise UserError(f"Shard {path / shard} is missing; the index names it. Fetch the checkpoint again.")

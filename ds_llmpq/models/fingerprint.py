@@ -35,5 +35,5 @@ def _source(config: bytes) -> str | None:
     """What `ds-llmpq quantize` noted of the checkpoint it read."""
     try:
         return json.loads(config)["quantization_config"]["source_fingerprint"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None

@@ -67,7 +67,7 @@ class ModelShape:
     def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
         """Read the keys of a config.json. UserError: unsupported architecture, missing or unusable key."""
         architecture = config.get("model_type")
-        if architecture not in _READERS:
+        if not isinstance(architecture, str) or architecture not in _READERS:
             raise UserError(
                 f"model_type {architecture!r} is not supported; supported architectures are {', '.join(_READERS)}"
             )
@@ -124,7 +124,7 @@ def read_shape(path: str | Path) -> ModelShape:
         raise UserError(f"model folder {folder} has no config.json; give a local folder in Hugging Face format")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} cannot be read as JSON ({error}); fetch the file again") from None
     if not isinstance(config, dict):
         raise UserError(f"{file} holds a JSON {type(config).__name__}, not an object; fetch the file again")

@@ -19,6 +19,7 @@ from ds_llmpq.planner.plan import Plan
 from ds_llmpq.schema import QuantConfig
 
 _MOST_BYTES = 64 << 20
+_MOST_LAYERS = 10_000
 
 
 def read_plan(path: str | Path) -> Plan:
@@ -51,6 +52,8 @@ def read_assignment(path: str | Path) -> Plan | Assignment:
         reading.keys(entry, where, ("device", "layers", "bits"))
         span = reading.items(entry["layers"], f"{where}.layers", length=2)
         first, last = (reading.integer(value, f"{where}.layers[{i}]", low=0) for i, value in enumerate(span))
+        if last - first > _MOST_LAYERS:
+            raise UserError(f"{where}.layers has {last - first} layers, but no model has more than {_MOST_LAYERS}.")
         widths = entry["bits"] if isinstance(entry["bits"], list) else [entry["bits"]] * max(last - first, 0)
         bits = tuple(reading.integer(width, f"{where}.bits[{i}]") for i, width in enumerate(widths))
         stages.append(Stage(reading.text(entry["device"], f"{where}.device"), first, last, bits))

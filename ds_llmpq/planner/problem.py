@@ -12,6 +12,7 @@ from ds_llmpq.errors import UserError
 from ds_llmpq.planner import reading
 
 SCHEMA = 1
+MOST_LAYERS = 10_000
 MODES = ("theta", "max_quality_loss", "max_latency")
 
 
@@ -121,6 +122,8 @@ class Problem:
         if isinstance(obj["schema"], bool) or obj["schema"] != SCHEMA:
             raise UserError(f"problem.schema is {reading.shown(obj['schema'])}, but this version reads {SCHEMA} only.")
         layers = reading.integer(obj["layers"], "problem.layers")
+        if layers > MOST_LAYERS:
+            raise UserError(f"problem.layers is {reading.shown(layers)}, but must be at most {MOST_LAYERS}.")
         bits = reading.distinct_integers(obj["bits"], "problem.bits")
         sizes = _micro_batches(obj["micro_batches"])
         types = _device_types(obj["device_types"], bits, sizes)

@@ -6,6 +6,8 @@ from typing import Any
 
 from ds_llmpq.errors import UserError
 
+_MOST = 10**300  # above it, Python's whole numbers are no floats any more
+
 
 def shown(value: Any) -> str:
     """The value as a user would recognise it, cut to a readable length."""
@@ -29,9 +31,9 @@ def keys(value: Any, path: str, required: Sequence[str], optional: Sequence[str]
 
 def number(value: Any, path: str, *, low: float = 0.0, finite: bool = True) -> float:
     """A real number of at least `low`; integers stay integers so that byte counts remain exact."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
         raise UserError(f"{path} is {shown(value)}, but must be a number of at least {low:g}.")
-    if value < low or (finite and math.isinf(value)):
+    if value < low or (isinstance(value, int) and value > _MOST) or (finite and math.isinf(value)):
         raise UserError(f"{path} is {shown(value)}, but must be a finite number of at least {low:g}; correct it.")
     return value
 

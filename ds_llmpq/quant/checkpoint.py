@@ -66,7 +66,7 @@ def read_recipe(path: str | Path) -> Recipe | None:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
         noted = config.get("quantization_config")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return None  # whoever reads the model says what is wrong
     if not isinstance(noted, dict) or noted.get("quant_method") != QUANT_METHOD:
         return None
@@ -80,7 +80,7 @@ def read_recipe(path: str | Path) -> Recipe | None:
             bool(noted["optimize"]),
             str(noted["source_fingerprint"]),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{file} has no usable quantization_config ({error}); quantize the model again.") from None
 
 
@@ -152,7 +152,7 @@ def read_checksums(path: Path) -> dict[str, str]:
     file = path / MANIFEST
     try:
         return {part["file"]: str(part["sha256"]) for part in json.loads(file.read_text())["parts"].values()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file} cannot be read ({error}); quantize the model again.") from None
 
 

@@ -85,7 +85,8 @@ def _baseline(plan: Plan, entry: object) -> str:
         return f"none ({entry})"
     ours = plan.predicted["throughput_tokens_per_second"]
     theirs = entry["throughput_tokens_per_second"]
-    return f"{theirs:.4g} tokens/s (ours {ours / theirs:.2f}x), loss {entry['quality_loss']:.3g}"
+    ratio = f"{ours / theirs:.2f}x" if theirs else "any"
+    return f"{theirs:.4g} tokens/s (ours {ratio}), loss {entry['quality_loss']:.3g}"
 
 
 def layer_bits(stages: Iterable[PlanStage]) -> list[int]:

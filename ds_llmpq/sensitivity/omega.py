@@ -13,6 +13,7 @@ from ds_llmpq.errors import UserError
 
 SCHEMA = 1
 UNIT = "nats per token"
+_MOST = 10**300  # above it, Python's whole numbers are no floats any more
 PROVENANCES = ("assumed", "estimated", "fitted", "measured")
 _KEYS = (
     "schema",
@@ -95,7 +96,7 @@ def read_omega(path: str | Path) -> Omega:
     """UserError: unreadable, another schema, a missing or unknown key, a value out of range."""
     try:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"omega file {path} cannot be read ({error}); make it with the sensitivity verb") from None
     try:
         return _omega_of(record)
@@ -116,5 +117,7 @@ def _omega_of(record: Any) -> Omega:
     rows = table if isinstance(table, list) and all(isinstance(row, list) for row in table) else None
     if rows is None or any(type(value) not in (int, float) for row in rows for value in row):
         raise UserError("table must be a list of rows of numbers")
+    if any(isinstance(value, int) and abs(value) > _MOST for row in rows for value in row):
+        raise UserError(f"table holds a number above {_MOST:.0e}; it is in nats per token")
     fields = {key: record[key] for key in _KEYS if key not in ("schema", "bits", "table")}
     return Omega(bits=tuple(bits), table=tuple(tuple(map(float, row)) for row in rows), **fields)

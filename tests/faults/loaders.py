@@ -1,0 +1,399 @@
+"""Every loader of what comes from elsewhere, each with a valid file to begin from and with how it is damaged."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import random
+import shutil
+import sys
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from mutations import mutated_bytes, mutated_document, mutated_lines, mutated_overrides
+
+from ds_llmpq import config
+from ds_llmpq.batch.job import Job
+from ds_llmpq.batch.journal import Journal
+from ds_llmpq.batch.reader import read_requests
+from ds_llmpq.batch.results import ResultWriter, read_finished
+from ds_llmpq.cluster.cluster import Cluster
+from ds_llmpq.cluster.hostfile import hostfile_disagreements, parse_hostfile
+from ds_llmpq.cost.linktable import fit_link, read_links
+from ds_llmpq.cost.profile import read_profile
+from ds_llmpq.engine.launcher import Launch, command, environment
+from ds_llmpq.errors import UserError
+from ds_llmpq.lengths.predictor import load_predictor
+from ds_llmpq.lengths.records import read_examples
+from ds_llmpq.models.fingerprint import fingerprint
+from ds_llmpq.models.shape import read_shape
+from ds_llmpq.planner import Problem
+from ds_llmpq.planner.planfile import check_model, launch_order, read_assignment, read_plan
+from ds_llmpq.report.plan_table import plan_table
+from ds_llmpq.schema import BatchConfig, EngineConfig
+from ds_llmpq.sensitivity.omega import Omega, read_omega, write_omega
+
+TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
+_MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
+_ROWS = [
+    {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions",
+     "body": {"model": "m", "messages": _MESSAGES, "max_tokens": 5, "temperature": 0.5, "top_p": 0.9, "seed": 3}},
+    {"custom_id": "b", "method": "POST", "url": "/v1/completions",
+     "body": {"prompt": "def f(", "stop": ["\n", "x"], "top_k": 5, "ignore_eos": True, "n": 1, "stream": False}},
+    {"custom_id": "c", "method": "POST", "url": "/v1/completions", "body": {"prompt": [1, 2, 3], "user": "u"}},
+]  # fmt: skip
+_RESULT = {"id": "batch_req_1", "custom_id": "a", "response": {"status_code": 200, "body": {}}, "error": None}
+_OVERRIDES = [
+    "quant.bits=[4,8]", "workload.sequences=4", "planner.mode=theta", "planner.theta=0.5", "planner.pins={bits:{0:4}}",
+    "cluster=mixed_gpus", "model=llama3_8b", "batch.temperature=0.5", "engine.dtype=float32", "out=somewhere",
+    "input=file.jsonl", "model.path=folder", "run.restarts=2", "resume=force", "cluster.hosts=[{name: a}]",
+    "planner.micro_batches.prefill=[1,2]", "+experiment=demo", "cluster.env={A: b}", "quant.group_size=64",
+]  # fmt: skip
+_LINK = {"latency_seconds": 1e-5, "bandwidth_bytes_per_second": 1e9}
+_CLUSTER = {
+    "name": "two",
+    "device_types": {
+        "cpu_core": {"kind": "cpu", "memory_bytes": 10**9, "memory_bandwidth_bytes_per_second": 1e10,
+                     "flops_per_second": {"float32": 1e11}, "kernel_overhead_seconds": 1e-4, "bits": [4, 8, 16]},
+    },
+    "hosts": [{"name": "nodeA", "devices": [{"type": "cpu_core", "slot": 0, "threads": 1, "cpu_share": 0.5},
+                                            {"type": "cpu_core", "slot": 1, "memory_bytes": 5 * 10**8}]}],
+    "links": {"intra_host": _LINK, "pairs": [{"source": "nodeA:0", "target": "nodeA:1", **_LINK}]},
+    "env": {"GLOO_SOCKET_IFNAME": "eth0"},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Loader:
+    """`seed`: a valid file's bytes. `name`: of the file in a folder of its own. `load(file)` returns or raises
+    `UserError`. `weight`: its share of all inputs; slow ones get less."""
+
+    seed: bytes
+    name: str
+    load: Callable[[Path], object]
+    mutate: Callable[[random.Random, bytes], bytes]
+    weight: int = 10
+
+
+def all_loaders(folder: Path) -> dict[str, Loader]:
+    """Valid files are made in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    plan, problem = _planned(folder / "plan")
+    decisions = {
+        "stages": [{"device": stage["device"], "layers": stage["layers"], "bits": 4} for stage in plan["stages"]],
+        "micro_batch": plan["micro_batch"],
+    }  # fmt: skip
+    write_omega(folder / "omega.json", Omega("variance", "fitted", (4, 8, 16), ((0.1, 0.01, 0.0),) * 8))
+    checkpoint = _small_checkpoint(folder / "checkpoint")
+    rows = b"".join(json.dumps(row).encode() + b"\n" for row in _ROWS)
+    plain = json.dumps(plan).encode()
+    return {
+        "batch": Loader(rows, "rows.jsonl", _batch, mutated_lines, 30),
+        "plan": Loader(plain, "plan.json", _plan, mutated_document, 25),
+        "assignment": Loader(json.dumps(decisions).encode(), "assignment.json", read_assignment, mutated_document),
+        "problem": Loader(json.dumps(problem).encode(), "problem.json", _problem, mutated_document, 20),
+        "omega": Loader((folder / "omega.json").read_bytes(), "omega.json", read_omega, mutated_document),
+        "hostfile": Loader(b"# mine\nnodeA slots=2\nnodeB  slots=1 # GPU\n\n", "hostfile", _hostfile, mutated_bytes),
+        "profile": Loader(_profile(folder / "profile.csv"), "profile.csv", read_profile, mutated_bytes),
+        "links": Loader(_links(), "links.csv", _link_table, mutated_bytes),
+        "cluster": Loader(json.dumps(_CLUSTER).encode(), "cluster.yaml", _cluster, mutated_document, 6),
+        "overrides": Loader(b"", "overrides.json", _compose, _overrides, 6),
+        "config.json": Loader((checkpoint / "config.json").read_bytes(), "config.json", _shape_of(checkpoint),
+                              mutated_document, 12),
+        "checkpoint": Loader((checkpoint / "config.json").read_bytes(), "config.json",
+                             _checkpoint_of(checkpoint, "config.json"), mutated_document, 6),
+        "index": Loader(_index(checkpoint), "model.safetensors.index.json",
+                        _checkpoint_of(checkpoint, "model.safetensors.index.json"), mutated_document, 6),
+        "safetensors": Loader((checkpoint / "model.safetensors").read_bytes(), "model.safetensors",
+                              _checkpoint_of(checkpoint, "model.safetensors"), _mutated_header, 6),
+        "quantized": Loader(_quantized(checkpoint), "config.json", _checkpoint_of(checkpoint, "config.json", True),
+                            mutated_document, 6),
+        "tokenizer": Loader((TINY / "tokenizer.json").read_bytes(), "tokenizer.json", _tokenizer, mutated_document, 1),
+        "journal": Loader(_journal(), "run.json", lambda file: Journal.read(file.parent), mutated_document),
+        "results": Loader(json.dumps(_RESULT).encode() + b"\n", "results.jsonl", _results, mutated_lines),
+        "job": Loader(_token(folder / "plan" / "plan.json"), "token", _job, _mutated_token, 6),
+        "predictor": Loader(_predictor(folder / "predictor"), "predictor.json", _predictor_of(folder / "predictor"),
+                            mutated_document, 6),
+        "lengths": Loader(b'{"prompt": "a b", "response": "c d", "model": "m"}\n' * 3, "rows.jsonl", read_examples,
+                          mutated_lines, 6),
+    }  # fmt: skip
+
+
+def try_input(loader: Loader, data: bytes, folder: Path) -> str:
+    """`ok` or the refusal's sentence; anything else that a loader raises passes on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / loader.name
+    file.write_bytes(data)
+    try:
+        loader.load(file)
+    except UserError as error:
+        sentence = str(error)
+        assert sentence.strip(), "a refusal without a word"
+        sentence.encode("utf-8", errors="replace")
+        return sentence
+    finally:
+        for each in folder.iterdir():
+            shutil.rmtree(each) if each.is_dir() and not each.is_symlink() else each.unlink()
+    return "ok"
+
+
+class Guard:
+    """Notes every file written or made, every program started and every connection made outside `allowed`, by a hook
+    of the interpreter itself; only while it is entered."""
+
+    def __init__(self, *allowed: Path):
+        self.allowed = [os.path.realpath(path) for path in allowed]
+        self.found: list[str] = []
+        self.on = False
+        sys.addaudithook(self._hook)
+
+    def __enter__(self) -> Guard:
+        self.on = True
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.on = False
+
+    def _hook(self, event: str, arguments: tuple) -> None:
+        if not self.on:
+            return
+        if event == "open":
+            path, mode, flags = arguments
+            written = mode is not None and set(str(mode)) & set("wax+")
+            written = written or (mode is None and isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR))
+            if written and not isinstance(path, int):
+                self._check(event, path)
+        elif event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.link", "os.truncate"):
+            self._check(event, arguments[1] if event in ("os.rename", "os.link", "os.symlink") else arguments[0])
+        elif event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "socket.connect"):
+            self.found.append(f"{event} {arguments!r}"[:300])
+
+    def _check(self, event: str, path: object) -> None:
+        if isinstance(path, (str, bytes, os.PathLike)):
+            real = os.path.realpath(os.fsdecode(path))
+            inside = any(real == root or real.startswith(root + os.sep) for root in self.allowed)
+            if not inside and not real.startswith(("/dev/", "/proc/self/")):
+                self.found.append(f"{event} {real}"[:300])
+
+
+# --- the loaders ---
+
+
+def _batch(file: Path) -> object:
+    return read_requests(file, BatchConfig(max_row_bytes=60_000))
+
+
+def _plan(file: Path) -> object:
+    """As far as a launch goes without starting anything."""
+    plan = read_plan(file)
+    plan_table(plan)
+    if plan.engine is None:
+        return plan
+    launch = Launch.of_plan(plan, file.parent)
+    launch_order(plan)
+    command(launch, [])
+    environment(launch)
+    check_model(plan, TINY)
+    job = Job(plan, "m", "i", "o", EngineConfig(), BatchConfig())
+    return Job.from_token(job.to_token())
+
+
+def _problem(file: Path) -> object:
+    return Problem.from_json(json_of(file)).to_json()
+
+
+def json_of(file: Path) -> object:
+    from ds_llmpq.verbs.plan import _read_json
+
+    return _read_json(file)
+
+
+def _hostfile(file: Path) -> object:
+    return hostfile_disagreements(parse_hostfile(file), [("nodeA", 0), ("nodeA", 1), ("nodeB", 0)])
+
+
+def _link_table(file: Path) -> object:
+    return fit_link(read_links(file))
+
+
+def _cluster(file: Path) -> object:
+    settings = config.schema.PlanVerb(cluster_file=str(file))
+    return Cluster.from_config(config.cluster_of(settings))
+
+
+def _overrides(rng: random.Random, seed: bytes) -> bytes:
+    return json.dumps(mutated_overrides(rng, _OVERRIDES)).encode()
+
+
+def _compose(file: Path) -> object:
+    verb = "run"
+    return config.to_object(config.composed(verb, json.loads(file.read_bytes())), config.VERBS[verb])
+
+
+def _shape_of(checkpoint: Path) -> Callable[[Path], object]:
+    def load(file: Path) -> object:
+        _copied(checkpoint, file)
+        fingerprint(file.parent)
+        return read_shape(file.parent)
+
+    return load
+
+
+def _checkpoint_of(checkpoint: Path, name: str, quantized: bool = False) -> Callable[[Path], object]:
+    """Opens it as a rank does, and reads every tensor that it names."""
+
+    def load(file: Path) -> object:
+        from ds_llmpq.models.architecture import architecture_of
+        from ds_llmpq.quant.checkpoint import open_checkpoint
+
+        _copied(checkpoint, file)
+        if quantized:
+            (file.parent / "model.safetensors.index.json").write_bytes(_index(checkpoint))
+            sha256 = hashlib.sha256((checkpoint / "model.safetensors").read_bytes()).hexdigest()
+            parts = {"embedding": {"file": "model.safetensors", "sha256": sha256}}
+            (file.parent / "quantized.json").write_text(json.dumps({"parts": parts}))
+        opened = open_checkpoint(file.parent)
+        architecture_of(opened.config)
+        if name == "config.json":
+            return opened.config
+        return [tensor.shape for _, tensor in opened.tensors(list(opened._shard_of))]
+
+    return load
+
+
+def _tokenizer(file: Path) -> object:
+    from ds_llmpq.models.tokenizer import load_tokenizer
+
+    _copied(TINY, file, ("config.json", "tokenizer_config.json", "chat_template.jinja"))
+    return load_tokenizer(str(file.parent))
+
+
+def _results(file: Path) -> object:
+    read_finished(file.parent)
+    with ResultWriter(file.parent, resume=True) as writer:
+        return writer.counts
+
+
+def _job(file: Path) -> object:
+    return Job.from_token(file.read_bytes().decode(errors="replace"))
+
+
+def _predictor_of(folder: Path) -> Callable[[Path], object]:
+    def load(file: Path) -> object:
+        _copied(folder, file)
+        return load_predictor(file.parent)
+
+    return load
+
+
+def _copied(source: Path, file: Path, names: tuple[str, ...] | None = None) -> None:
+    """The files of a folder beside the damaged one, which stays."""
+    for each in source.iterdir():
+        if each.is_file() and each.name != file.name and (names is None or each.name in names):
+            shutil.copyfile(each, file.parent / each.name)
+
+
+# --- valid files ---
+
+
+def _planned(folder: Path) -> tuple[dict, dict]:
+    from ds_llmpq.verbs.plan import make_plan
+
+    folder.mkdir(exist_ok=True)
+    settings = config.to_object(config.composed("plan", ["workload.sequences=4"]), config.VERBS["plan"])
+    make_plan(settings, folder)
+    return tuple(json.loads((folder / name).read_text()) for name in ("plan.json", "problem.json"))
+
+
+def _small_checkpoint(folder: Path) -> Path:
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir(exist_ok=True)
+    shutil.copyfile(TINY / "config.json", folder / "config.json")
+    tensors = {name: torch.zeros(2, 3) for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")}
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def _index(checkpoint: Path) -> bytes:
+    names = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
+    return json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, "model.safetensors")}).encode()
+
+
+def _quantized(checkpoint: Path) -> bytes:
+    fields = json.loads((checkpoint / "config.json").read_text())
+    fields["quantization_config"] = {
+        "quant_method": "ds_llmpq_hqq", "format": 1, "bits": [4] * fields["num_hidden_layers"], "group_size": 64,
+        "axis": 1, "optimize": False, "scale_dtype": "float32", "source_fingerprint": "0" * 64,
+    }  # fmt: skip
+    return json.dumps(fields).encode()
+
+
+def _mutated_header(rng: random.Random, data: bytes) -> bytes:
+    """A safetensors file: its header's length, its JSON header, or its bytes."""
+    size = int.from_bytes(data[:8], "little")
+    header, body = data[8 : 8 + size], data[8 + size :]
+    kind = rng.randrange(3)
+    if kind == 0:
+        header = mutated_document(rng, header)
+        return len(header).to_bytes(8, "little") + header + body
+    if kind == 1:
+        length = rng.choice([0, 1, size + 1, size - 1, 2**31, 2**63, 2**64 - 1])
+        return length.to_bytes(8, "little") + header + body
+    return mutated_bytes(rng, data)
+
+
+def _token(plan: Path) -> bytes:
+    return Job(read_plan(plan), "m", "i", "o", EngineConfig(), BatchConfig()).to_token().encode()
+
+
+def _mutated_token(rng: random.Random, data: bytes) -> bytes:
+    """The token's text, or the fields that are packed in it."""
+    if rng.random() < 0.3:
+        return mutated_bytes(rng, data)
+    fields = mutated_document(rng, zlib.decompress(base64.urlsafe_b64decode(data)))
+    return base64.urlsafe_b64encode(zlib.compress(fields))
+
+
+def _profile(file: Path) -> bytes:
+    from ds_llmpq.cost.profile import LIBRARIES, Point, Sample, Setup, append, write_header
+
+    write_header(file, Setup("layer", "float32", "dequantize", 64, 1, dict.fromkeys(LIBRARIES, "1.0")), {"cores": 2})
+    points = [Point("cpu_core", "layer", "prefill", 4, 2, length) for length in (16, 64, 128)]
+    append(file, [Sample(point, 0, 5, 5, 0.01, 0.009, 0.1) for point in points])
+    return file.read_bytes()
+
+
+def _links() -> bytes:
+    rows = "".join(f"a:0,a:1,activation,{size},5,{1e-4 + size * 1e-9},{1e-4}\n" for size in (8, 65536, 1048576))
+    return f"source,target,channel,size_bytes,repeats,median_seconds,minimum_seconds\n{rows}".encode()
+
+
+def _journal() -> bytes:
+    fields = {
+        "schema": 1,
+        "identity": {"input": "a" * 64, "model": "b" * 64, "plan": "c" * 64, "sampling": {"seed": 0}, "settings": {}},
+        "state": "unfinished",
+        "counts": {},
+        "attempts": [{"started": "2026-01-01T00:00:00+00:00", "ended": "", "reason": "", "results": 3}],
+    }
+    return json.dumps(fields).encode()
+
+
+def _predictor(folder: Path) -> bytes:
+    from ds_llmpq.lengths import dataset
+    from ds_llmpq.lengths.predictor import train
+    from ds_llmpq.lengths.records import Example
+    from ds_llmpq.lengths.synthetic import answers
+    from ds_llmpq.schema_lengths import LengthDataConfig, LengthTaskConfig, ProxyConfig
+
+    found = answers(200, 0)
+    examples = [Example(a.text, a.output_tokens, a.model, len(a.text.split()), str(n)) for n, a in enumerate(found)]
+    options = LengthDataConfig()
+    train(dataset.split(examples, options), LengthTaskConfig(), ProxyConfig(features=64), options).save(folder)
+    return (folder / "predictor.json").read_bytes()
