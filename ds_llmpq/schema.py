@@ -146,6 +146,8 @@ class CostConfig:
     """Where layer times come from."""
 
     source: str = "auto"  # auto (planner.profile, else roofline) | roofline | published (the paper's GPUs and kernels)
+    # with source=roofline: plan for this kernel, also where it is not installed (gemlite, fused); null: quant.kernel
+    kernel: str | None = None
 
 
 @dataclass

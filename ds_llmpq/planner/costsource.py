@@ -6,6 +6,7 @@ from ds_llmpq.cluster.cluster import Cluster
 from ds_llmpq.cluster.devices import DeviceType
 from ds_llmpq.cluster.gates import common_dtype
 from ds_llmpq.cost import published
+from ds_llmpq.cost.kernels import check_kernel
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.planner.build import CostsOf
@@ -30,12 +31,14 @@ def source_of_costs(
     """
     if cost.source not in SOURCES:
         raise UserError(f"cost.source={cost.source!r}; use one of {', '.join(SOURCES)}")
+    if cost.kernel is not None and cost.source != "roofline":
+        raise UserError(f"cost.kernel={cost.kernel} needs cost.source=roofline, not {cost.source}")
     if cost.source == "auto":
         return *profiled_costs(planner, quant, cluster, shape, dtype, kernel), kernel
     if planner.profile is not None:
         raise UserError(f"cost.source={cost.source} and planner.profile contradict each other; give one of them")
     if cost.source == "roofline":
-        return None, cluster, kernel
+        return None, cluster, kernel if cost.kernel is None else check_kernel(cost.kernel)
     dtype = common_dtype(cluster, dtype)
 
     def costs_of(device_type: DeviceType) -> published.PublishedCosts:

@@ -54,7 +54,7 @@ def test_points_are_kept_until_something_changes(call, tmp_path):
 
 def test_a_failed_point_is_tried_again_and_not_called_failed_for_ever(call, tmp_path):
     again = ["plan", "-m", "planner.theta=1,2", *BASE, f"out={tmp_path}"]
-    assert call(*again, "quant.bits=[16]")[0] == 2
+    assert call(*again, "workload.sequences=64")[0] == 2
     assert len(list(tmp_path.glob("*/failure.json"))) == 2
-    code, text = call(*again, "quant.bits=[16]")
+    code, text = call(*again, "workload.sequences=64")
     assert (code, text.count("kept:")) == (2, 0)

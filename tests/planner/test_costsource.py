@@ -1,0 +1,45 @@
+"""Which source of times is taken, and what contradicts itself."""
+
+import pytest
+
+from ds_llmpq.cluster.cluster import Cluster
+from ds_llmpq.config import composed, to_object
+from ds_llmpq.cost.published import PublishedCosts
+from ds_llmpq.errors import UserError
+from ds_llmpq.models.shape import ModelShape
+from ds_llmpq.planner.costsource import source_of_costs
+from ds_llmpq.schema import CostConfig, PlannerConfig, PlanVerb, QuantConfig
+
+
+@pytest.fixture(scope="module")
+def place():
+    settings = to_object(composed("plan", ["+experiment=cluster9"]), PlanVerb)
+    return Cluster.from_config(settings.cluster), ModelShape.from_config(settings.model.shape)
+
+
+def source(place, cost, planner=None):
+    return source_of_costs(cost, planner or PlannerConfig(), QuantConfig(), *place, "auto", "dequantize")
+
+
+def test_each_source_says_its_kernel(place):
+    cluster, _ = place
+    assert source(place, CostConfig()) == (None, cluster, "dequantize")
+    assert source(place, CostConfig("roofline")) == (None, cluster, "dequantize")
+    assert source(place, CostConfig("roofline", "fused")) == (None, cluster, "fused")
+    costs_of, _, kernel = source(place, CostConfig("published"))
+    assert kernel == "fused"
+    assert isinstance(costs_of(cluster.device_types["t4"]), PublishedCosts)
+
+
+@pytest.mark.parametrize(
+    ("cost", "planner", "said"),
+    [
+        (CostConfig("guess"), None, "auto, roofline, published"),
+        (CostConfig("roofline"), PlannerConfig(profile="x"), "contradict"),
+        (CostConfig("published", "fused"), None, "needs cost.source=roofline"),
+        (CostConfig("roofline", "cublas"), None, "cublas"),
+    ],
+)
+def test_a_mistake_is_one_sentence(place, cost, planner, said):
+    with pytest.raises(UserError, match=said):
+        source(place, cost, planner)
