@@ -1,6 +1,6 @@
 """Lesser planners, for ablations: the same problem with one idea taken away, every plan costed by the real formula.
 
-`phase_blind` sees generation as one pass: it plans for prefill alone and decodes with the same micro-batch.
+`phase_blind` sees generation as one pass: it plans for prefill alone, and only then takes its best decode micro-batch.
 `equal_micro_batches` knows both phases but uses one size for both. `grouped` decides for groups of layers at once.
 `heuristic` starts from adabits and moves widths and stage boundaries while that helps. None has a bound.
 """
@@ -49,15 +49,14 @@ def solve_variant(problem: Problem, variant: str, group_layers: int = 1, **optio
 
 
 def _phase_blind(problem: Problem, options: Mapping[str, Any]) -> Assignment:
-    """Plans as if nothing were decoded; of the decode sizes, the prefill size or the nearest one that fits."""
+    """Plans as if nothing were decoded: cuts, widths and prefill size are prefill's; then the best decode size."""
     blind = replace(problem, workload=replace(problem.workload, generated_tokens=1))
     found = solve(blind, **{**options, "baselines": False}).assignment()
-    sizes = sorted(problem.micro_batches.decode, key=lambda size: abs(size - found.prefill_micro_batch))
-    candidates = [replace(found, decode_micro_batch=size) for size in sizes]
-    fitting = next((a for a in candidates if not violations(problem, a)), None)
-    if fitting is None:
+    candidates = [replace(found, decode_micro_batch=size) for size in problem.micro_batches.decode]
+    fitting = [assignment for assignment in candidates if not violations(problem, assignment)]
+    if not fitting:
         raise InfeasibleError("The phase-blind plan fits at no decode micro-batch; loosen the limit of planner.mode.")
-    return fitting
+    return min(fitting, key=_value(problem))
 
 
 def _equal_micro_batches(problem: Problem, options: Mapping[str, Any]) -> Assignment:

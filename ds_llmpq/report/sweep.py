@@ -95,7 +95,12 @@ def table_of(points: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     names = {"throughput_tokens_per_second": "tokens/s", "measured_throughput_tokens_per_second": "measured"}
     names |= {"latency_seconds": "latency s", "quality_loss": "loss", "measured_quality_loss": "measured loss"}
     names |= {"memory_proportional": "by memory", "single_device": "one device", "offload_estimate": "offload"}
-    rows = [[_baseline(point, n) if n in BASELINES else _cell(point[n]) for n in columns] for point in points]
+    keys = varied(points)
+    names["point"] = f"point ({', '.join(keys)})" if keys else "point"
+    rows = [
+        [label(point, keys), *(_baseline(point, n) if n in BASELINES else _cell(point[n]) for n in columns[1:])]
+        for point in points
+    ]
     return [names.get(name, name) for name in columns], rows
 
 

@@ -44,7 +44,10 @@ def _points(points: list[Point]) -> Section:
     section = Section(
         "points", "Points", "Every point of the sweep; where a plan was run or scored, what was measured."
     )
-    return section.table(*sweep.table_of(points))
+    head, rows = sweep.table_of(points)
+    section.table(head[:-1], [row[:-1] for row in rows])  # without the failures, which are sentences
+    failed = [f"{point['point']}: {point['failure']}" for point in points if point["failure"]]
+    return section.text("\n".join(failed)) if failed else section
 
 
 def _pareto(points: list[Point], out: Path) -> Section:
