@@ -18,12 +18,11 @@ from hqq.core.quantize import HQQLinear
 
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.checkpoint import Checkpoint
+from ds_llmpq.models.prequantized import QUANT_METHOD
 from ds_llmpq.quant.hqq import STORED_PARTS, restored_linear
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS
 from ds_llmpq.schema import QuantConfig
 
-# no method of transformers' own: its HQQ loader would quantize anew, at one width for all layers
-QUANT_METHOD = "ds_llmpq_hqq"
 MANIFEST = "quantized.json"
 FORMAT = 1
 _READ_BYTES = 1 << 22
