@@ -13,6 +13,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from ds_llmpq.errors import UserError
 from ds_llmpq.models import attention
+from ds_llmpq.models.prequantized import refuse_foreign
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -23,11 +24,12 @@ _OPTIONAL_PREFIXES = ("model.", "transformer.")
 class Checkpoint:
     """A checkpoint folder; tensors are read when asked for, into memory of their own, and files closed again.
 
-    Raises `UserError` for a folder, file, shard or tensor that is missing or damaged.
+    Raises `UserError` for a folder, file, shard or tensor that is missing or damaged, or quantized by another method.
     """
 
     def __init__(self, path: str | Path, trust_remote_code: bool = False):
         self.path = Path(path)
+        refuse_foreign(self.path)  # before transformers looks for the method's library
         self.config = _read_config(self.path, trust_remote_code)
         self._shard_of = _tensor_locations(self.path)
 

@@ -12,6 +12,7 @@ from ds_llmpq.cluster.cluster import Cluster
 from ds_llmpq.cluster.hostfile import include_string, launch_ranks
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.fingerprint import fingerprint
+from ds_llmpq.models.prequantized import refuse_foreign
 from ds_llmpq.planner import reading
 from ds_llmpq.planner.build import Prepared
 from ds_llmpq.planner.objective import Assignment, Stage, link_seconds
@@ -122,7 +123,8 @@ def launch_order(plan: Plan) -> list[tuple[str, int]]:
 
 
 def check_model(plan: Plan, model_path: str | Path) -> None:
-    """`UserError` if the checkpoint is not the one the plan was made for."""
+    """`UserError` if the checkpoint is not the one the plan was made for, or quantized by another method."""
+    refuse_foreign(model_path)
     planned = (plan.model or {}).get("fingerprint")
     try:
         found = fingerprint(model_path)

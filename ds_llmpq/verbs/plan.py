@@ -16,6 +16,7 @@ from ds_llmpq.cost.fitted import profiled_kernel
 from ds_llmpq.engine.launcher import Launch, by_hand, write_environment
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.fingerprint import fingerprint
+from ds_llmpq.models.prequantized import refuse_foreign
 from ds_llmpq.models.shape import ModelShape, read_shape
 from ds_llmpq.planner import Plan, Problem, check_plan, pareto
 from ds_llmpq.planner.build import prepare
@@ -132,6 +133,7 @@ def launch_line(plan: Plan, out: Path) -> str:
 def _model(model: ModelConfig) -> tuple[ModelShape, dict[str, str | None]]:
     if model.path is not None:
         path = config.absolute(model.path)
+        refuse_foreign(path)
         shape = read_shape(path)
         return shape, {"path": str(path), "architecture": shape.architecture, "fingerprint": fingerprint(path)}
     if not model.shape:

@@ -1,0 +1,39 @@
+"""Checkpoints whose weights are quantized: which ones this package reads, told from config.json alone. No torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ds_llmpq.errors import UserError
+
+# no method of transformers' own: its HQQ loader would quantize anew, at one width for all layers
+QUANT_METHOD = "ds_llmpq_hqq"
+# compressed-tensors wrote the second once
+_KEYS = ("quantization_config", "compression_config")
+
+
+def refuse_foreign(path: str | Path) -> None:
+    """`UserError` if the folder's config.json declares a quantization that is not ours (GPTQ, AWQ, bitsandbytes, FP8,
+    ...): its tensors mean nothing without that method's own loader. A file that cannot be read is left to who reads
+    the model."""
+    try:
+        config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return
+    noted = next((config[key] for key in _KEYS if config.get(key)), None) if isinstance(config, dict) else None
+    if noted is None or (isinstance(noted, dict) and noted.get("quant_method") == QUANT_METHOD):
+        return
+    raise UserError(
+        f"{path} is quantized by {_method(noted)}, which is not read here; give the full-precision checkpoint as "
+        "model.path (`ds-llmpq quantize` makes quantized ones)."
+    )
+
+
+def _method(noted: Any) -> str:
+    """What the checkpoint calls it; bitsandbytes left the name out once."""
+    name = noted.get("quant_method") if isinstance(noted, dict) else None
+    if isinstance(noted, dict) and not name and (noted.get("load_in_8bit") or noted.get("load_in_4bit")):
+        return "bitsandbytes"
+    return repr(str(name)[:40]) if name else "a method it does not name"
