@@ -8,14 +8,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from ds_llmpq.batch import metrics
 from ds_llmpq.batch.feed import Feed
-from ds_llmpq.batch.job import Job
+from ds_llmpq.batch.job import Job, check_input
 from ds_llmpq.batch.ordering import expected, order_of
 from ds_llmpq.batch.prediction import MOST_PASSES, decode_passes
 from ds_llmpq.batch.progress import Bar, Lines
@@ -26,9 +26,12 @@ from ds_llmpq.batch.request import RowError
 from ds_llmpq.batch.results import Result, ResultWriter
 from ds_llmpq.batch.stop_rule import TextStopRule, eos_token_ids
 from ds_llmpq.engine.distributed import Place
+from ds_llmpq.engine.lifeline import Heartbeat, drain_on_request
+from ds_llmpq.engine.preflight import check_memory
 from ds_llmpq.engine.sequences import Finish
 from ds_llmpq.engine.session import Session, cache_positions
 from ds_llmpq.engine.wave import WaveRow
+from ds_llmpq.files import write_json, write_whole
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.models.tokenizer import load_tokenizer
 from ds_llmpq.planner.planfile import check_model
@@ -44,17 +47,21 @@ def serve(job: Job, place: Place) -> dict[str, Any] | None:
     check_model(job.plan, job.model_path)
     tokenizer = load_tokenizer(job.model_path, job.trust_remote_code)
     rule = TextStopRule(tokenizer, eos_token_ids(job.model_path, tokenizer))
-    driver = Driver(job, rule) if place.is_driver else None
-    with driver or nullcontext():
+    heartbeat = Heartbeat(job.hang_seconds, None if job.supervised else lambda: None)
+    driver = Driver(job, rule, heartbeat) if place.is_driver else None
+    with driver or nullcontext(), closing(heartbeat):
+        if job.engine.check_memory:
+            check_memory(job.plan, place)
         session = Session(
             job.plan,
             place,
             job.model_path,
             rule,
-            driver.loading if driver else lambda name: None,
+            driver.loading if driver else heartbeat.beat,
             job.trust_remote_code,
             job.engine,
         )
+        heartbeat.watch(lambda: session.trace.spans)
         if driver:
             driver.loaded()
         take = driver.source(session).take if driver else _no_requests
@@ -74,16 +81,22 @@ def _not_written(row: WaveRow, tokens: list[int], finish: Finish) -> None:
 class Driver:
     """Rank 0's side of a job: requests in, rows out as they finish, counts and times."""
 
-    def __init__(self, job: Job, rule: TextStopRule):
+    def __init__(self, job: Job, rule: TextStopRule, heartbeat: Heartbeat):
         self.job = job
+        self.heartbeat = heartbeat
         self.rule = rule
         self.progress = Lines() if job.supervised else Bar()
         self.started = time.perf_counter()
-        file, self.prepared, errors = self._read()
+        file = read_requests(job.input, job.batch)
+        check_input(job, file.sha256)
+        self.total = file.total
+        name, ids = Path(job.model_path).name, {request.custom_id for request in file.requests}
+        # started by hand it has no journal that would say of what the results are
+        self.writer = ResultWriter(job.output, model=name, total=file.total, resume=job.supervised, among=ids)
+        self.prepared, errors = self._prepare(file)
         self.feed = self._feed(self._order())
         self.replay: Replay | None = None
-        self.total = file.total
-        self.writer = ResultWriter(job.output, model=Path(job.model_path).name, total=file.total)
+        drain_on_request(self.stop)
         for error in chain(file.errors, errors):
             self.writer.write_error(error)
         self.tokens = 0
@@ -97,7 +110,14 @@ class Driver:
         self.progress.close()
         self.writer.close()
 
+    def stop(self) -> None:
+        """Begins nothing new; called by a signal, so it only sets what is looked at later."""
+        self.feed.stop()
+        if self.replay is not None:
+            self.replay.stop()
+
     def loading(self, name: str) -> None:
+        self.heartbeat.beat()
         self._loaded_layers += 1
         first, last = self.job.plan.stages[0].layers
         self.progress.show("load", self._loaded_layers, max(self._loaded_layers, last - first + 1))
@@ -147,22 +167,20 @@ class Driver:
             summary["order"] = self._order_report(session)
         else:
             summary["replay"] = self.replay.report()
-        (folder / "metrics.json").write_text(json.dumps(summary, indent=1) + "\n")
-        (folder / "trace.json").write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}) + "\n")
+        write_json(folder / "metrics.json", summary)
+        write_whole(folder / "trace.json", json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}) + "\n")
         return summary
 
-    def _read(self) -> tuple[RequestFile, list[PreparedRequest], list[RowError]]:
-        file = read_requests(self.job.input, self.job.batch)
+    def _prepare(self, file: RequestFile) -> tuple[list[PreparedRequest], list[RowError]]:
         shape, positions = read_shape(self.job.model_path), cache_positions(self.job.plan)
-        prepared, errors = prepare(
-            file.requests,
+        return prepare(
+            (request for request in file.requests if request.custom_id not in self.writer.finished),
             self.rule.tokenizer,
             context_tokens=shape.max_positions or positions,
             capacity_tokens=positions,
             vocabulary_size=shape.vocab,
-            progress=None,
+            progress=self.heartbeat.beat,
         )
-        return file, prepared, errors
 
     def _order(self) -> list[int]:
         """Sorts the prepared requests; returns the cache positions reserved for each one's answer."""
@@ -200,6 +218,7 @@ class Driver:
             self.job.batch.policy,
             self._expected_tokens,
             room,
+            self.heartbeat.beat,
         )
         return self.replay
 

@@ -38,19 +38,16 @@ def stacks_on_request() -> None:
     faulthandler.register(signal.SIGUSR1, file=sys.stderr, all_threads=True)
 
 
-class Drain:
-    """A request to finish what is in flight and to begin nothing new. SIGUSR2 asks for it.
+def drain_on_request(drain: Callable[[], None]) -> None:
+    """SIGUSR2 calls `drain`, which is to have what is in flight finished and nothing new begun.
 
     Not SIGTERM: the launcher sends that to every rank when one has died, and then they are meant to end.
     """
 
-    def __init__(self) -> None:
-        self.requested = False
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGUSR2, self._request)
+    def request(number: int, frame: FrameType | None) -> None:
+        drain()
 
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+    signal.signal(signal.SIGUSR2, request)
 
 
 class Heartbeat:

@@ -27,6 +27,7 @@ class Trace:
         self._passes: dict[str, int] = defaultdict(int)
         self._tokens: dict[str, int] = defaultdict(int)
         self._events: list[dict] = []
+        self.spans = 0  # so far: it grows as long as this stage gets on
         self._offset = time.time() - time.perf_counter()
 
     @contextmanager
@@ -54,6 +55,7 @@ class Trace:
 
     def _add(self, name: str, rows: int, start: float, tokens: int, timed: bool) -> None:
         stop = time.perf_counter()
+        self.spans += 1
         if timed:
             self._seconds[name] += stop - start
         self._passes[name] += 1

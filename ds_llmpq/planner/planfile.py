@@ -102,7 +102,9 @@ def deployed(
             for device in devices
         ],
         "include": include_string(by_rank),
-        "link_seconds": {phase: link_seconds(prepared.problem, assignment.stages, phase, size) for phase, size in sizes},
+        "link_seconds": {
+            phase: link_seconds(prepared.problem, assignment.stages, phase, size) for phase, size in sizes
+        },
         "env": dict(cluster.env),
     }
     return replace(
