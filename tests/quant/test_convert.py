@@ -1,0 +1,149 @@
+"""Every kernel that is installed against HQQ's dequantized weights, and the modules that take a linear's place."""
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+import torch
+from hqq.core.quantize import HQQLinear
+
+from ds_llmpq.errors import UserError
+from ds_llmpq.quant.convert import KernelLinear, converted, product_of
+from ds_llmpq.quant.hqq import quantize_linear, stored_bytes
+from ds_llmpq.quant.kernels import KERNELS, runs
+from ds_llmpq.quant.unpacked import stacked, unpack
+from ds_llmpq.schema import QuantConfig
+
+CPU = torch.device("cpu")
+THERE = [name for name in ("openvino", "torch_int4") if importlib.util.find_spec(KERNELS[name].library)]
+# relative error of products with normal inputs. openvino rounds inputs to 8 bits by groups: 0.006 as measured, and
+# sums integers; torch_int4 takes bfloat16 inputs as they are, scales rounded to bfloat16, and sums in float32
+TOLERANCE = {"openvino": 0.012, "torch_int4": 0.006}
+# relative to the largest weight: single weights, read out with inputs that no kernel rounds
+WEIGHT_TOLERANCE = {"openvino": 1e-6, "torch_int4": 2**-7}
+CASES = [
+    (name, bits, size)
+    for name in THERE
+    for bits in KERNELS[name].carried
+    for size in KERNELS[name].group_sizes
+]  # fmt: skip
+
+
+def quantized(out_features, in_features, bits, group_size=64, bias=None, seed=0, optimize=True, dtype=torch.float32):
+    weight = torch.randn(out_features, in_features, generator=torch.Generator().manual_seed(seed)) + 0.3
+    quant = QuantConfig([bits], group_size, 1, optimize and bits > 1)
+    return quantize_linear(0.02 * weight, bias, bits, quant, dtype, CPU)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+def test_unpacked_is_what_hqq_dequantizes(bits):
+    linear = quantized(48, 256, bits, 32)
+    assert torch.equal(unpack(linear).dequantized(), linear.dequantize())
+
+
+@pytest.mark.parametrize(("name", "bits", "group_size"), CASES)
+def test_products_are_those_of_the_dequantized_weight(name, bits, group_size):
+    linear = quantized(80, 512, bits, group_size)
+    weight = linear.dequantize()
+    product = product_of(name, unpack(linear), bits, torch.bfloat16)
+    for rows in (1, 7, 33, 100):
+        inputs = torch.randn(rows, 512, generator=torch.Generator().manual_seed(rows)).bfloat16()
+        expected = inputs.float() @ weight.t()
+        found = product(inputs)
+        assert found.shape == expected.shape
+        assert found.dtype == torch.bfloat16
+        assert (found - expected).norm() <= TOLERANCE[name] * expected.norm()
+
+
+@pytest.mark.parametrize(("name", "bits", "group_size"), CASES)
+def test_each_weight_is_the_same_number(name, bits, group_size):
+    linear = quantized(32, 256, bits, group_size)
+    weight, dtype = linear.dequantize(), torch.float32 if name == "openvino" else torch.bfloat16
+    found = product_of(name, unpack(linear), bits, torch.bfloat16)(torch.eye(256, dtype=dtype)).float().t()
+    assert (found - weight).abs().max() <= WEIGHT_TOLERANCE[name] * weight.abs().max()
+
+
+@pytest.mark.parametrize("name", THERE)
+def test_linears_of_one_input_give_what_they_give_alone(name):
+    torch.manual_seed(0)
+    biases = [None, torch.randn(32).bfloat16(), torch.randn(16).bfloat16()]
+    linears = [quantized(size, 128, 4, bias=bias, seed=size) for size, bias in zip((64, 32, 16), biases, strict=True)]
+    together = converted(name, linears, 4, torch.bfloat16)
+    alone = [converted(name, [linear], 4, torch.bfloat16)[0] for linear in linears]
+    assert all(isinstance(module, KernelLinear) for module in together)
+    inputs = torch.randn(2, 3, 128).bfloat16()
+    for order in ([0, 1, 2], [2, 0, 1], [1, 1, 0, 2]):
+        for place in order:
+            assert torch.equal(together[place](inputs), alone[place](inputs))
+    for _ in range(2):  # the same tensor with other numbers in it, as static buffers have
+        inputs.normal_()
+        for place in range(3):
+            assert torch.equal(together[place](inputs), alone[place](inputs))
+
+
+@pytest.mark.parametrize("name", THERE)
+def test_inference_mode_and_plain_mode_mix(name):
+    module = converted(name, [quantized(32, 64, 4)], 4, torch.bfloat16)[0]
+    inputs = torch.randn(3, 64).bfloat16()
+    with torch.inference_mode():
+        inside = module(inputs)
+    assert torch.equal(module(inputs), inside)
+
+
+@pytest.mark.parametrize("name", THERE)
+def test_held_bytes_are_counted_once(name):
+    linears = [quantized(size, 128, 4, bias=torch.zeros(size).bfloat16()) for size in (64, 32)]
+    modules = torch.nn.ModuleList(converted(name, linears, 4, torch.bfloat16))
+    product = product_of(name, stacked([unpack(linear) for linear in linears]), 4, torch.bfloat16)
+    assert stored_bytes(modules) == product.held_bytes + 2 * (64 + 32)
+
+
+def test_what_no_kernel_takes_stays_hqq_s():
+    linear = quantized(64, 64, 8, dtype=torch.bfloat16)
+    assert runs("torch_int4", 64, 64, 8) == "dequantize"
+    assert converted("torch_int4", [linear], 8, torch.bfloat16) == [linear]
+    assert isinstance(linear, HQQLinear)
+
+
+def test_a_missing_library_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gemlite.helper", None)
+    monkeypatch.delitem(sys.modules, "ds_llmpq.quant.kernel_gemlite", raising=False)
+    with pytest.raises(UserError, match="kernel=gemlite needs gemlite"):
+        product_of("gemlite", unpack(quantized(32, 64, 4)), 4, torch.float16)
+
+
+MEMORY = """
+import re
+import torch
+from ds_llmpq.engine.memory import release_freed
+from ds_llmpq.quant.convert import product_of
+from ds_llmpq.quant.unpacked import Unpacked
+
+def anonymous():
+    release_freed()
+    return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1])
+
+def product():
+    codes = torch.randint(0, 16, (1024, 2048), dtype=torch.uint8)
+    scale, zero = torch.rand(1024, 32) + 1, 8 * torch.rand(1024, 32)
+    made = product_of(NAME, Unpacked(codes, scale, zero, 64), BITS, torch.bfloat16)
+    made(torch.randn(64, 2048).bfloat16())
+    return made
+
+first = [product() for _ in range(3)]
+before = anonymous()
+more = [product() for _ in range(8)]
+print((anonymous() - before) / sum(made.held_bytes for made in more))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("name", THERE)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_held_bytes_are_what_the_process_grows_by(name, bits):
+    if bits not in KERNELS[name].carried:
+        pytest.skip("runs through HQQ's own forward")
+    code = f"NAME, BITS = {name!r}, {bits}\n{MEMORY}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert 0.8 < float(done.stdout) < 1.15

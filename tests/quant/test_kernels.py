@@ -1,0 +1,129 @@
+"""The table of kernels: what takes what, what is chosen, and what bytes are said to be held."""
+
+import pytest
+
+from ds_llmpq.cost.kernels import linears_bytes, weight_bytes_read
+from ds_llmpq.cost.memory import MemoryModel
+from ds_llmpq.errors import UserError
+from ds_llmpq.models.shape import ModelShape
+from ds_llmpq.quant import kernels
+from ds_llmpq.schema import QuantConfig
+
+SHAPE = ModelShape.from_config(
+    {
+        "model_type": "llama",
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 128,
+    }
+)
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Sets which kernels' libraries are there."""
+
+    def only(*names):
+        monkeypatch.setattr(kernels, "version", lambda name: "1" if name in names else None)
+
+    return only
+
+
+@pytest.mark.parametrize(
+    ("there", "kind", "dtype", "quant", "chosen"),
+    [
+        (("openvino", "torch_int4"), "cpu", "bfloat16", {}, "openvino"),
+        (("torch_int4",), "cpu", "bfloat16", {}, "torch_int4"),
+        ((), "cpu", "bfloat16", {}, "dequantize"),
+        (("openvino", "torch_int4"), "cpu", "float32", {}, "dequantize"),  # what is exact in float32
+        (("openvino", "torch_int4"), "cpu", "bfloat16", {"axis": 0}, "dequantize"),
+        (("openvino", "torch_int4"), "cpu", "bfloat16", {"group_size": 16}, "dequantize"),
+        (("openvino", "torch_int4"), "cuda", "float16", {}, "dequantize"),
+        (("gemlite", "openvino"), "cuda", "float16", {}, "gemlite"),
+        (("gemlite",), "cuda", "bfloat16", {"group_size": 16}, "gemlite"),
+        (("gemlite",), "cuda", "float32", {}, "dequantize"),
+        (("gemlite",), "cuda", "float16", {"axis": 0}, "dequantize"),
+    ],
+)
+def test_auto_takes_the_first_that_is_there_and_able(installed, there, kind, dtype, quant, chosen):
+    installed(*there)
+    assert kernels.resolved(QuantConfig(**quant), [kind], dtype).kernel == chosen
+    assert kernels.candidates(kind, dtype, QuantConfig(**quant))[0] == chosen
+
+
+def test_devices_of_two_kinds_share_only_hqq_s_own_forward(installed):
+    installed("openvino", "gemlite")
+    assert kernels.resolved(QuantConfig(), ["cpu", "cuda"], "bfloat16").kernel == "dequantize"
+
+
+def test_a_profile_s_kernel_goes_before_the_table(installed):
+    installed("openvino", "torch_int4")
+    quant = QuantConfig()
+    assert kernels.resolved(quant, ["cpu"], "bfloat16", "torch_int4").kernel == "torch_int4"
+    assert kernels.resolved(quant, ["cpu"], "bfloat16", "dequantize").kernel == "dequantize"
+    assert kernels.resolved(quant, ["cpu"], "float32", "openvino").kernel == "dequantize"
+
+
+def test_a_kernel_that_was_asked_for_need_not_be_installed_here_but_must_be_able(installed):
+    installed()
+    assert kernels.resolved(QuantConfig(kernel="gemlite"), ["cuda"], "float16").kernel == "gemlite"
+    with pytest.raises(UserError, match="kernel=gemlite cannot be used: it runs on cuda, not on cpu"):
+        kernels.resolved(QuantConfig(kernel="gemlite"), ["cpu"], "bfloat16")
+    with pytest.raises(UserError, match="computes in bfloat16, not in float32"):
+        kernels.resolved(QuantConfig(kernel="openvino"), ["cpu"], "float32")
+    with pytest.raises(UserError, match="'magic'"):
+        kernels.resolved(QuantConfig(kernel="magic"), ["cpu"], "float32")
+
+
+def test_widths_and_shapes_a_kernel_cannot_take_run_through_hqq():
+    assert kernels.runs("torch_int4", 64, 64, 4) == "torch_int4"
+    assert kernels.runs("torch_int4", 64, 64, 8) == "dequantize"
+    assert kernels.runs("torch_int4", 72, 64, 4) == "dequantize"
+    assert kernels.runs("gemlite", 64, 80, 4) == "dequantize"
+    assert kernels.runs("openvino", 72, 64, 1) == "openvino"
+    assert kernels.runs("openvino", 64, 64, 16) == "dequantize"
+
+
+def test_linears_of_one_input_go_together_only_where_all_can():
+    linears = [("a.q_proj", 64, 64), ("a.k_proj", 24, 64), ("a.v_proj", 32, 64), ("a.o_proj", 64, 64)]
+    linears += [("m.gate_proj", 96, 64), ("m.up_proj", 96, 64), ("m.down_proj", 64, 96)]
+
+    def names(kernel, bits):
+        return [[entry[0] for entry in group] for group in kernels.grouped(kernel, linears, bits)]
+
+    apart = [[entry[0]] for entry in linears]
+    qkv, mlp = ["a.q_proj", "a.k_proj", "a.v_proj"], ["m.gate_proj", "m.up_proj"]
+    assert names("openvino", 4) == [qkv, ["a.o_proj"], mlp, ["m.down_proj"]]
+    assert names("torch_int4", 4) == [["a.q_proj", "a.v_proj"], ["a.k_proj"], ["a.o_proj"], mlp, ["m.down_proj"]]
+    assert names("openvino", 16) == names("dequantize", 4) == names("gemlite", 4) == apart
+
+
+def test_bytes_by_hand():
+    """64 x 128 weights in groups of 64: 128 groups."""
+    assert kernels.read_bytes("openvino", 64, 128, 8, 64, 2) == 64 * 128 + 128 * 9
+    assert kernels.read_bytes("openvino", 64, 128, 2, 64, 2) == 64 * 128 // 4 + 128 * 9
+    assert kernels.held_bytes("torch_int4", 64, 128, 3, 64, 2) == 64 * 128 // 2 + 128 * 4
+    assert kernels.held_bytes("gemlite", 64, 128, 8, 64, 2) == 64 * 128 + 128 * 4
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_models_of_cost_agree_on_a_kernel(bits):
+    for kernel in ("openvino", "torch_int4", "gemlite", "dequantize"):
+        layer = MemoryModel(SHAPE, 64, 1, 2, kernel).layer_bytes(bits)
+        assert layer == linears_bytes(SHAPE, bits, kernel, 64, 1, 2) + 2 * SHAPE.layer_other_parameters
+        plain = kernel == "dequantize" or (kernel == "torch_int4" and bits == 8)
+        read = weight_bytes_read(SHAPE, bits, kernel, 64, 1, 2)
+        assert (read == 2 * SHAPE.linear_weights) == plain
+        assert plain or read <= layer
+
+
+def test_workspace_of_a_kernel():
+    def of(kernel):
+        return MemoryModel(SHAPE, 64, 1, 2, kernel).workspace_parts(4, 8, 0, True)["dequantized"]
+
+    assert of("gemlite") == of("fused") == 0
+    assert of("torch_int4") == of("dequantize") == 3 * 256 * 512 * 2  # its 8 bits run through HQQ's own forward
+    assert of("openvino") == kernels.OPENVINO_ROWS * (512 + 2 * 512) * 4
