@@ -92,7 +92,8 @@ class ClusterConfig:
 class WorkloadConfig:
     """What the plan is made for: B sequences in flight, s prompt tokens, n generated tokens each."""
 
-    # null: taken from the input file (its longest prompt and answer among the first rows), else 32, 512 and 100
+    # null: from the first rows of the input file (longest prompt; longest answer, or what batch.predictor expects),
+    # else 32, 512 and 100
     sequences: int | None = None
     prompt_tokens: int | None = None
     generated_tokens: int | None = None

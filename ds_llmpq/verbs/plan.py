@@ -70,7 +70,9 @@ def _problem(settings: PlanVerb) -> tuple[Problem, Callable[[Plan], Plan]]:
     planner = settings.planner
     shape, model = _model(settings.model)
     cluster = Cluster.from_config(config.cluster_of(settings))
-    workload = sized_workload(settings.workload, settings.model, settings.input, settings.batch, shape)
+    workload = sized_workload(
+        settings.workload, settings.model, settings.input, settings.batch, shape, settings.engine.refill
+    )
     omega = read_omega(planner.omega) if planner.omega else None
     if omega is not None:
         omega.check_model(shape.layers, model["fingerprint"])

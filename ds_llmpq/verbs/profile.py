@@ -33,7 +33,9 @@ def run(settings: ProfileVerb, out: Path) -> int:
 
     path = str(config.absolute(settings.model.path))
     shape = read_shape(path)
-    workload = sized_workload(settings.workload, settings.model, settings.input, settings.batch, shape)
+    workload = sized_workload(
+        settings.workload, settings.model, settings.input, settings.batch, shape, settings.engine.refill
+    )
     check_workload(workload, shape)
     dtype = common_dtype(cluster, settings.engine.dtype)
     bits, _ = usable_bits(shape, settings.quant)

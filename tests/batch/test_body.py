@@ -208,5 +208,5 @@ def test_a_replayed_row_says_when_it_comes(arrival):
 @pytest.mark.parametrize("arrival", [-1, "1", True, None, 1e12])
 def test_an_arrival_that_is_no_time(arrival):
     row = {"custom_id": "a", "method": "POST", "url": COMPLETIONS_URL, "body": {"model": "m", "prompt": "x"}}
-    with pytest.raises(RequestError, match="arrival_seconds is .* but must be a number from 0"):
+    with pytest.raises(RequestError, match=r"arrival_seconds is .* but must be a number from 0"):
         parse_row(row | {"arrival_seconds": arrival}, 0, 1, BatchConfig())
