@@ -1,0 +1,211 @@
+"""This project beside other engines: same machine, same threads, same checkpoint and prompts, in one run.
+
+    python scripts/make_checkpoint.py --preset 850m MODEL
+    python scripts/bench/serve.py MODEL OUT [--batch 8 32] [--repeats 3] [--only NAME ...] [--peers llamacpp-q4 ...]
+
+Contenders take turns, so that a disturbance does not fall on one alone; OUT keeps every run, and an interrupted series
+goes on. Prompts of `--prompt` random tokens, `--generate` tokens each, greedy, end-of-sequence off, so that every
+engine does the same work; the medians of `--repeats` runs are compared. A peer that is not installed is left out, and
+said to be. ours-BITSxSTAGES has its threads shared out among its stages; `mix` is half of the layers at 4, half at 8.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+
+from peers import random_prompts
+
+from ds_llmpq.cluster.calibrate import measure_cpu
+from ds_llmpq.models.shape import read_shape
+from ds_llmpq.report.plan_table import table
+
+OURS = ("ours-16x1", "ours-8x1", "ours-4x1", "ours-mixx1", "ours-16x2", "ours-8x2", "ours-4x2")
+PEERS = (
+    "transformers-bf16", "transformers-hqq4", "ctranslate2-bf16", "ctranslate2-int8",
+    "llamacpp-bf16", "llamacpp-q8", "llamacpp-q4",
+)  # fmt: skip
+RIVALS = {"16": "bf16", "8": "int8 q8", "4": "hqq4 q4"}  # peers of each precision class
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("out")
+    parser.add_argument("--batch", type=int, nargs="+", default=[8, 32])
+    for name, default in (("prompt", 128), ("generate", 64), ("threads", 2), ("repeats", 3)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--only", nargs="+", default=OURS)
+    parser.add_argument("--peers", nargs="*", default=PEERS)
+    options = parser.parse_args()
+    out = Path(options.out).absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    missing: set[str] = set()
+    for repeat in range(options.repeats):
+        for batch in options.batch:
+            for name in (*options.only, *options.peers):
+                folder = out / f"{name}_b{batch}_r{repeat}"
+                if name in missing or (folder / "times.json").is_file():
+                    continue
+                folder.mkdir(exist_ok=True)
+                times = ours(name, options, batch, folder) if name in OURS else peer(name, options, batch, folder)
+                if times is None:
+                    missing.add(name)
+                    print(f"{name}: left out, see {folder / 'log'}")
+                    continue
+                (folder / "times.json").write_text(json.dumps(times) + "\n")
+                print(f"{name} B={batch}: {times}", flush=True)
+    text = "\n\n".join(report(out, options, batch) for batch in options.batch)
+    print(text)
+    (out / "summary.txt").write_text(text + "\n")
+
+
+def ours(name: str, options: argparse.Namespace, batch: int, folder: Path) -> dict | None:
+    """Through `ds-llmpq run` and the real launcher, from a plan by hand."""
+    kind, _, stages = name.removeprefix("ours-").partition("x")
+    layers, stages = read_shape(options.model).layers, int(stages)
+    cuts = [round(index * layers / stages) for index in range(stages + 1)]
+    widths = [4 + 4 * (layer % 2) if kind == "mix" else int(kind) for layer in range(layers)]
+    hand = {
+        "stages": [
+            {"device": f"localhost:{index}", "layers": [first, last], "bits": widths[first:last]}
+            for index, (first, last) in enumerate(itertools.pairwise(cuts))
+        ],
+        "micro_batch": {"prefill": min(4, batch), "decode": batch // stages},
+    }
+    (folder / "hand.json").write_text(json.dumps(hand))
+    rows = [
+        {
+            "custom_id": f"r{index}",
+            "method": "POST",
+            "url": "/v1/completions",
+            "body": {"model": "m", "prompt": prompt, "max_tokens": options.generate, "ignore_eos": True},
+        }
+        for index, prompt in enumerate(random_prompts(batch, options.prompt))
+    ]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    devices = [
+        f"{{type: cpu_core, slot: {index}, threads: {options.threads // stages}, memory_bytes: 12000000000}}"
+        for index in range(stages)
+    ]
+    plan = [
+        "plan", f"model.path={Path(options.model).absolute()}", "cluster=local_cpu2", "quant.optimize=false",
+        f"cluster.hosts.0.devices=[{', '.join(devices)}]", f"check={folder / 'hand.json'}",
+        f"workload.sequences={batch}", f"workload.prompt_tokens={options.prompt}",
+        f"workload.generated_tokens={options.generate}", f"out={folder / 'plan'}",
+    ]  # fmt: skip
+    run = [
+        "run", f"plan={folder / 'plan' / 'plan.json'}", f"model.path={Path(options.model).absolute()}",
+        f"input={folder / 'prompts.jsonl'}", f"out={folder / 'run'}",
+    ]  # fmt: skip
+    for verb in (plan, run):
+        if not called([sys.executable, "-m", "ds_llmpq", *verb], folder, {}):
+            return None
+    return spans(folder / "run")
+
+
+def spans(folder: Path) -> dict:
+    """From the trace: until the last stage has sampled all first tokens, and until it has sampled all."""
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    measured = json.loads((folder / "metrics.json").read_text())
+    last = max(event["pid"] for event in events)
+    start = min(event["ts"] for event in events if event["name"] == "prefill")
+    prefills = sum(event["name"] == "prefill" and event["pid"] == last for event in events)
+    samples = sorted(event["ts"] + event["dur"] for event in events if event["name"] == "sample")
+    work = ("prefill", "decode")
+    inside = [sum(stage["seconds"].get(phase, 0.0) for phase in work) for stage in measured["stages"]]
+    first, everything = (samples[prefills - 1] - start) / 1e6, (samples[-1] - start) / 1e6
+    return {
+        "first_seconds": first,
+        "all_seconds": everything,
+        "overhead_share": 1 - max(inside) / measured["measured"]["serving_seconds"] if last == 0 else None,
+        "startup_seconds": measured["measured"]["startup_seconds"],
+        "time_to_first_token_seconds": measured["measured"]["time_to_first_token_seconds"],
+    }
+
+
+def peer(name: str, options: argparse.Namespace, batch: int, folder: Path) -> dict | None:
+    line = [sys.executable, str(Path(__file__).with_name("peers.py")), name, options.model, "--batch", str(batch)]
+    for key in ("prompt", "generate", "threads"):
+        line += [f"--{key}", str(getattr(options, key))]
+    line += ["--cache", str(Path(options.out).absolute() / "peer_models")]
+    said = called(line, folder, {"OMP_NUM_THREADS": str(options.threads)})
+    return json.loads(said.splitlines()[-1]) if said else None
+
+
+def called(line: list[str], folder: Path, environment: dict[str, str]) -> str:
+    """What a process printed, "" if it failed; its errors go to the folder's log."""
+    with (folder / "log").open("a") as log:
+        done = subprocess.run(line, stdout=subprocess.PIPE, stderr=log, text=True, env=os.environ | environment)
+        log.write(done.stdout)
+    return done.stdout if done.returncode == 0 else ""
+
+
+def report(out: Path, options: argparse.Namespace, batch: int) -> str:
+    found = {}
+    for name in (*options.only, *options.peers):
+        runs = [json.loads(file.read_text()) for file in sorted(out.glob(f"{name}_b{batch}_r*/times.json"))]
+        if runs:
+            found[name] = {
+                "first": median(run["first_seconds"] for run in runs),
+                "decode": median(run["all_seconds"] - run["first_seconds"] for run in runs),
+                "all": median(run["all_seconds"] for run in runs),
+            }
+    speeds = {
+        name: (
+            batch * options.prompt / times["first"],
+            batch * (options.generate - 1) / times["decode"],
+            batch * options.generate / times["all"],
+        )
+        for name, times in found.items()
+    }
+    reference = speeds.get("ours-16x1")
+    rows = []
+    for name, speed in speeds.items():
+        ratios = [f"{own / other:.2f}" for own, other in zip(speed, reference, strict=True)] if reference else ["-"] * 3
+        rows.append([name, *(part for pair in zip(map("{:.1f}".format, speed), ratios, strict=True) for part in pair)])
+    head = ["engine", "prefill tokens/s", "to ours-16x1", "decode tokens/s", "to ours-16x1", "tokens/s", "to ours-16x1"]
+    repeats = len(list(out.glob(f"ours-16x1_b{batch}_r*/times.json")))
+    title = (
+        f"{Path(options.model).name}, B = {batch}, prompt {options.prompt}, generate {options.generate}, "
+        f"{options.threads} threads, medians of {repeats}"
+    )
+    return "\n".join([title, table(head, rows), *against(speeds), roofline(options, speeds, batch)])
+
+
+def against(speeds: dict[str, tuple[float, float, float]]) -> list[str]:
+    """Ours over the best peer of equal precision, in tokens/s of the whole batch."""
+    lines = []
+    for bits, kinds in RIVALS.items():
+        rivals = {name: speed[2] for name, speed in speeds.items() if name.rpartition("-")[2] in kinds.split()}
+        if (own := speeds.get(f"ours-{bits}x1")) and rivals:
+            best = max(rivals, key=rivals.get)
+            lines.append(f"{bits} bits: ours is {own[2] / rivals[best]:.2f}x the best peer, {best}")
+    return lines
+
+
+def roofline(options: argparse.Namespace, speeds: dict[str, tuple[float, float, float]], batch: int) -> str:
+    """What decode at 16 bits reads and prefill computes, against what this machine was measured to reach."""
+    if "ours-16x1" not in speeds:
+        return ""
+    shape = read_shape(options.model)
+    weights = shape.layers * shape.linear_weights + shape.vocab * shape.hidden
+    rates = measure_cpu(options.threads)
+    bandwidth = options.threads * rates["memory_bandwidth_bytes_per_second"]
+    flops = options.threads * rates["flops_per_second"].get("bfloat16", 0.0)
+    prefill, decode, _ = speeds["ours-16x1"]
+    return (
+        f"ours-16x1: decode reads {2 * weights * decode / batch / 1e9:.1f} GB/s of weights (a read of memory was "
+        f"measured at {bandwidth / 1e9:.1f}), prefill computes {2 * weights * prefill / 1e9:.0f} GFLOP/s (a matrix "
+        f"product at {flops / 1e9:.0f})"
+    )
+
+
+if __name__ == "__main__":
+    main()
