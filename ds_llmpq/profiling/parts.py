@@ -85,7 +85,7 @@ class Parts:
         batch, length = point.batch, point.length_tokens
         if point.phase == "prefill":
             positions = torch.arange(length, device=self.device).expand(batch, length)
-            step = Step(positions, self.store.prefill(0, batch), length, True, hidden=self._hidden(batch, length))
+            step = Step(positions, self.store.prefill(range(batch)), length, True, hidden=self._hidden(batch, length))
         else:
             at = torch.full((batch,), length, device=self.device)
             cache = self.store.decode(0, batch, at, length + 1)
