@@ -81,20 +81,26 @@ def order_of(
 
 @dataclass(frozen=True)
 class Expected:
-    """What is believed of each answer before it is there, in tokens, never more than the request allows: its length,
-    and the bound that cache is reserved for."""
+    """What is believed of each answer before it is there, in tokens: its length, and the bound that cache is reserved
+    for, never more than the request allows."""
 
     tokens: list[float]
     bounds: list[int]
 
 
 def expected(prepared: list[PreparedRequest], batch: BatchConfig, model: str = "") -> Expected:
-    """By the predictor; without one just each request's limit. `model`: who answers requests that name no model."""
+    """By the predictor; without one just each request's limit. `model`: who answers requests that name no model.
+
+    In a replay the limits do not cut what is predicted: a trace's limits are the lengths its answers had, which a
+    policy that predicts must not see.
+    """
     limits = [each.max_tokens for each in prepared]
     if batch.predictor is None:
         return Expected([float(limit) for limit in limits], limits)
     found = load_predictor(Path(batch.predictor)).predict([_example(each, model) for each in prepared])
-    tokens = [min(float(value), limit) for value, limit in zip(found.tokens.tolist(), limits, strict=True)]
+    tokens = found.tokens.tolist()
+    if batch.replay is None:
+        tokens = [min(value, limit) for value, limit in zip(tokens, limits, strict=True)]
     if batch.admission == "worst_case":
         return Expected(tokens, limits)
     bounds = found.bounds[batch.admission].tolist()

@@ -79,6 +79,9 @@ def test_a_predictor_reads_prompts_of_every_kind_and_keeps_to_limits(predictor):
     assert expected(rows, replace(batch, admission="worst_case")).bounds == [500] * 3
     short = [PreparedRequest(each.request, each.prompt_ids, 2) for each in rows]
     assert max(expected(short, batch).tokens) == max(expected(short, batch).bounds) == 2
+    # a trace's limits are the lengths its answers had
+    replayed = expected(short, replace(batch, replay="trace"), "plain-13b")
+    assert (replayed.tokens, max(replayed.bounds)) == (believed.tokens, 2)
 
 
 def test_order_and_predictor_are_checked_before_anything_starts(predictor, tmp_path):
