@@ -38,6 +38,7 @@ class Step:
     # fills `position_inputs` with what an architecture computes once a stage and micro-batch: rotary embeddings, ALiBi
     prepare: Callable[[Step], None] | None = None
     position_inputs: dict[str, Any] = field(default_factory=dict)
+    _masks: dict[int | None, torch.Tensor] = field(default_factory=dict)  # by window: layers share them
 
     def prepared(self) -> dict[str, Any]:
         """The position inputs, computed when the first decoder layer of the stage asks for them."""
@@ -50,6 +51,11 @@ class Step:
         """Boolean mask [rows, 1, tokens, kv_tokens], true where a query may attend; None where causality suffices."""
         if self.causal_only and (window is None or self.kv_tokens <= window):
             return None
+        if window not in self._masks:
+            self._masks[window] = self._mask(window)
+        return self._masks[window]
+
+    def _mask(self, window: int | None) -> torch.Tensor:
         keys = torch.arange(self.kv_tokens, device=self.positions.device)
         queries = self.positions[:, :, None]
         allowed = keys <= queries
