@@ -4,13 +4,15 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-GPU = ["nvidia-ml-py>=12.0"]
+CPU = ["openvino>=2026.2"]  # fast products with quantized weights
+GPU = ["gemlite>=0.5.1", "nvidia-ml-py>=12.0"]
 EVAL = ["lm_eval>=0.4.13"]
 SLURM = ["hydra-submitit-launcher>=1.2"]  # sweeps as Slurm jobs
 MLFLOW = ["mlflow>=3.0"]
 OPTUNA = ["optuna>=4.0"]  # scripts/tune_theta.py
 LENGTHS = ["pyarrow>=18"]  # parquet files of past answers
 DEV = [
+    *CPU,
     *LENGTHS,
     "hypothesis>=6.100",
     "pytest>=8.0",

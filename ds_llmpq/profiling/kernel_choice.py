@@ -72,7 +72,7 @@ def choose_kernel(
 ) -> KernelChoice:
     """Times the candidates in the compute type `dtype` on the timer's device. sizes: candidate micro-batches by
     phase."""
-    names = candidates(timer.device.type, dtype, quant)
+    names = candidates(timer.device.type, dtype, quant, shape.linears)
     widths = [width for width in bits if width != UNQUANTIZED_BITS]
     if not widths or names == [DEQUANTIZE]:
         return KernelChoice(DEQUANTIZE, ())

@@ -22,10 +22,10 @@ DEQUANTIZE = "dequantize"
 SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 OPENVINO_ROWS = 32  # multiplied at a time: what OpenVINO keeps for itself grows with them, speed hardly does
-# Measured by resident memory over 64 to 4096 outputs and 2048 to 5632 inputs: a compiled model as such, and, for each
+# Measured by resident memory over 64 to 10752 outputs and 1536 to 5632 inputs: a compiled model as such, and, for each
 # of `OPENVINO_ROWS`, its outputs and its quantized input.
-_OPENVINO_MODEL_BYTES = 440_000
-_OPENVINO_ROW_BYTES_OUT = 6.5
+_OPENVINO_MODEL_BYTES = 400_000
+_OPENVINO_ROW_BYTES_OUT = 5.8
 _OPENVINO_ROW_BYTES_IN = 2.0
 
 
@@ -101,12 +101,19 @@ def problem(name: str, kind: str, dtype: str, quant: QuantConfig) -> str | None:
     return None
 
 
-def resolved(quant: QuantConfig, kinds: Sequence[str], dtype: str, measured: str | None = None) -> QuantConfig:
+def resolved(
+    quant: QuantConfig,
+    kinds: Sequence[str],
+    dtype: str,
+    linears: Sequence[tuple[str, int, int]] = (),
+    measured: str | None = None,
+) -> QuantConfig:
     """`quant` with `auto` replaced by what will run on all of these device kinds.
 
-    measured: the kernel that a profile found fastest. Without one, the first of the table that takes this setting and
-    whose library is installed here; the table is in the order of what measured fastest. `UserError`: a kernel was asked
-    for that cannot run so.
+    linears: those of one decoder layer. measured: the kernel that a profile found fastest. Without one, the first of
+    the table that takes this setting, whose library is installed here, and under which quantizing a layer still makes
+    it smaller; the table is in the order of what measured fastest. `UserError`: a kernel was asked for that cannot run
+    so.
     """
     name = quant.kernel
     if name != AUTO:
@@ -115,17 +122,25 @@ def resolved(quant: QuantConfig, kinds: Sequence[str], dtype: str, measured: str
             if reason := problem(name, kind, dtype, quant):
                 raise UserError(f"quant.kernel={name} cannot be used: {reason}; set quant.kernel={AUTO}.")
         return quant
-    candidates = [measured] if measured else [name for name in KERNELS if version(name)]
-    for candidate in candidates:
+    there = [measured] if measured else [name for name in KERNELS if version(name) and shrinks(name, linears)]
+    for candidate in there:
         if all(problem(check_name(candidate), kind, dtype, quant) is None for kind in kinds):
             return replace(quant, kernel=candidate)
     return replace(quant, kernel=DEQUANTIZE)
 
 
-def candidates(kind: str, dtype: str, quant: QuantConfig) -> list[str]:
+def candidates(
+    kind: str, dtype: str, quant: QuantConfig, linears: Sequence[tuple[str, int, int]] = ()
+) -> list[str]:  # fmt: skip
     """Kernels that could run here on this kind of device, `dequantize` last: what is worth measuring."""
-    found = [name for name in KERNELS if version(name) and problem(name, kind, dtype, quant) is None]
-    return [*found, DEQUANTIZE]
+    able = [name for name in KERNELS if version(name) and problem(name, kind, dtype, quant) is None]
+    return [*(name for name in able if shrinks(name, linears)), DEQUANTIZE]
+
+
+def shrinks(name: str, linears: Sequence[tuple[str, int, int]]) -> bool:
+    """False where a layer at 4 bits would take more than unquantized: what a kernel holds beside tiny weights."""
+    weights = sum(linear[1] * linear[2] for linear in linears)
+    return layer_linear_bytes(name, linears, 4, 64, 1, 2) <= 2 * weights
 
 
 def label(name: str) -> str:

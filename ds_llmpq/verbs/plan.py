@@ -76,18 +76,18 @@ def _problem(settings: PlanVerb) -> tuple[Problem, Callable[[Plan], Plan]]:
     omega = read_omega(planner.omega) if planner.omega else None
     if omega is not None:
         omega.check_model(shape.layers, model["fingerprint"])
-    dtype, quant = settings.engine.dtype, _with_kernel(settings, cluster)
+    dtype, quant = settings.engine.dtype, _with_kernel(settings, cluster, shape)
     costs_of, cluster, kernel = source_of_costs(settings.cost, planner, quant, cluster, shape, dtype, quant.kernel)
     prepared = prepare(cluster, shape, workload, quant, planner, omega, dtype, kernel, costs_of)
     return prepared.problem, lambda plan: deployed(plan, cluster, prepared, model, quant, kernel)
 
 
-def _with_kernel(settings: PlanVerb, cluster: Cluster) -> QuantConfig:
+def _with_kernel(settings: PlanVerb, cluster: Cluster, shape: ModelShape) -> QuantConfig:
     """The HQQ settings with the kernel that ranks will run: the one asked for, a profile's, or what is installed."""
     kinds = sorted({device_type.kind for device_type in cluster.device_types.values()})
     dtype = common_dtype(cluster, settings.engine.dtype)
     measured = profiled_kernel(settings.planner.profile) if settings.planner.profile else None
-    return resolved(settings.quant, kinds, dtype, measured)
+    return resolved(settings.quant, kinds, dtype, shape.linears, measured)
 
 
 def _front(settings: PlanVerb, out: Path) -> int:

@@ -64,7 +64,7 @@ def _with_kernel(
     quant, dtype = settings.quant, what[3]
     kinds = sorted({device_type.kind for device_type in cluster.device_types.values()})
     if quant.kernel == AUTO and (out / "profile.csv").is_file() and not settings.force:
-        return resolved(quant, kinds, dtype, profiled_kernel(out)), {}
+        return resolved(quant, kinds, dtype, measured=profiled_kernel(out)), {}
     if quant.kernel != AUTO:
         chosen = resolved(quant, kinds, dtype)
         return chosen, {"kernel": label(chosen.kernel)}
@@ -74,7 +74,7 @@ def _with_kernel(
     with timer_of(local_types(cluster)[0]) as timer:
         choice = choose_kernel(*what, timer, *work)
     print(kernel_table(choice.note()))
-    return resolved(quant, kinds, dtype, choice.kernel), choice.note()
+    return resolved(quant, kinds, dtype, measured=choice.kernel), choice.note()
 
 
 def summarize(out: Path, shape) -> LatencyModel:

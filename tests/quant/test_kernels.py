@@ -59,12 +59,21 @@ def test_devices_of_two_kinds_share_only_hqq_s_own_forward(installed):
     assert kernels.resolved(QuantConfig(), ["cpu", "cuda"], "bfloat16").kernel == "dequantize"
 
 
+def test_a_kernel_that_would_make_small_layers_larger_is_passed_over(installed):
+    installed("openvino", "torch_int4")
+    small = SHAPE.linears
+    large = [(name, 8 * out, 8 * into) for name, out, into, *_ in small]
+    assert kernels.resolved(QuantConfig(), ["cpu"], "bfloat16", small).kernel == "torch_int4"
+    assert kernels.resolved(QuantConfig(), ["cpu"], "bfloat16", large).kernel == "openvino"
+    assert kernels.candidates("cpu", "bfloat16", QuantConfig(), small) == ["torch_int4", "dequantize"]
+
+
 def test_a_profile_s_kernel_goes_before_the_table(installed):
     installed("openvino", "torch_int4")
     quant = QuantConfig()
-    assert kernels.resolved(quant, ["cpu"], "bfloat16", "torch_int4").kernel == "torch_int4"
-    assert kernels.resolved(quant, ["cpu"], "bfloat16", "dequantize").kernel == "dequantize"
-    assert kernels.resolved(quant, ["cpu"], "float32", "openvino").kernel == "dequantize"
+    assert kernels.resolved(quant, ["cpu"], "bfloat16", measured="torch_int4").kernel == "torch_int4"
+    assert kernels.resolved(quant, ["cpu"], "bfloat16", measured="dequantize").kernel == "dequantize"
+    assert kernels.resolved(quant, ["cpu"], "float32", measured="openvino").kernel == "dequantize"
 
 
 def test_a_kernel_that_was_asked_for_need_not_be_installed_here_but_must_be_able(installed):
