@@ -19,6 +19,11 @@ PARTS = {"weights": "#0072B2", "kv": "#E69F00", "embed": "#009E73", "head": "#CC
 OTHER = "#D55E00"
 
 
+def span_colour(name: str) -> str:
+    """Work in colours, waiting in greys."""
+    return SPANS.get(name, "#DDDDDD" if name.startswith("wait_") else OTHER)
+
+
 def stage_colour(index: int) -> str:
     return STAGES[index % len(STAGES)]
 

@@ -12,6 +12,7 @@ from ds_llmpq.lengths.simulator import BATCHINGS
 _LABELS = {
     "load": "load (share of what the slots could do)",
     "rate": "arrivals (jobs/s)",
+    "max_batch": "slots",
     "cv": "burstiness (coefficient of variation of gaps)",
     "jct_mean_seconds": "mean job completion time (s)",
     "throughput_jobs_per_second": "throughput (jobs/s)",

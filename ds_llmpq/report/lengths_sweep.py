@@ -46,7 +46,7 @@ def write_comparison(folder: Path, found: list[dict[str, Any]]) -> None:
         writer.writeheader()
         writer.writerows(rows)
     plots = []
-    for x in ("load", "rate", "cv"):
+    for x in ("load", "rate", "cv", "max_batch"):
         for y in ("jct_mean_seconds", "throughput_jobs_per_second"):
             if plot_against(folder / f"{y.split('_')[0]}_against_{x}.png", rows, x, y):
                 plots.append(f"{y.split('_')[0]}_against_{x}.png")
@@ -64,6 +64,8 @@ def point_rows(point: dict[str, Any]) -> list[Row]:
         "load": arrivals["load"],
         "rate": None if arrivals["load"] is not None else arrivals["rate"],
         "cv": arrivals["cv"] if arrivals["kind"] == "gamma" else None,
+        "prediction": settings["prediction"]["kind"],
+        "sigma": settings["prediction"]["sigma"] if settings["prediction"]["kind"] in ("noisy", "classes") else None,
     }
     ratios = {f"published_{name}_ratio": value for name, value in (point["published"] or {}).items()}
     empty = dict.fromkeys(

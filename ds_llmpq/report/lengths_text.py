@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 Row = dict[str, Any]
-_PLACE = ("batching", "arrivals", "load", "rate", "cv")
+_PLACE = ("batching", "arrivals", "load", "rate", "cv", "max_batch", "prediction", "sigma")
+_IF_VARIED = ("max_batch", "prediction", "sigma")  # the same in most sweeps
 
 
 def comparison_text(rows: list[Row], plots: list[str]) -> str:
@@ -90,6 +91,7 @@ def _table(rows: list[Row]) -> list[str]:
     names = [*_PLACE, "policy", "jct_mean_seconds", "jct_p50_seconds", "jct_p99_seconds", "waiting_max_seconds"]
     names += ["throughput_jobs_per_second", "padded_generated_share"]
     names = [name for name in names if any(row[name] is not None for row in rows)]
+    names = [name for name in names if name not in _IF_VARIED or len({row[name] for row in rows}) > 1]
     lines = ["| " + " | ".join(name.replace("_", " ") for name in names) + " |", "|" + "-|" * len(names)]
     for row in rows:
         lines.append("| " + " | ".join(_cell(row[name]) for name in names) + " |")

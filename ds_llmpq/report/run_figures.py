@@ -68,7 +68,7 @@ def phase_bars(stages: Sequence[Mapping[str, float]], path: Path) -> Path:
     left = [0.0] * len(stages)
     for name in names:
         values = [float(entry.get(name, 0.0)) for entry in stages]
-        axis.barh(range(len(stages)), values, left=left, color=figures.SPANS.get(name, figures.OTHER), label=name)
+        axis.barh(range(len(stages)), values, left=left, color=figures.span_colour(name), label=name)
         left = [a + b for a, b in zip(left, values, strict=True)]
     axis.set_yticks(range(len(stages)), [f"stage {index}" for index in range(len(stages))])
     axis.invert_yaxis()

@@ -64,7 +64,7 @@ def _panel(axis: Any, spans: list[TracedSpan], until: float, stages: int, shown:
         mine = [span for span in within if span.stage == stage]
         names = [span.name for span in mine]
         for name in names:
-            shown.setdefault(name, figures.SPANS.get(name, figures.OTHER))
+            shown.setdefault(name, figures.span_colour(name))
         axis.broken_barh(
             [(span.start, span.seconds) for span in mine], (stage - 0.4, 0.8), facecolors=[shown[n] for n in names]
         )
