@@ -65,7 +65,8 @@ setup(
         "tqdm>=4.66",
         "transformers>=5.23",
     ],
-    extras_require={"cpu": CPU, 
+    extras_require={
+        "cpu": CPU,
         "dev": DEV,
         "eval": EVAL,
         "gpu": GPU,
