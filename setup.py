@@ -13,6 +13,7 @@ OPTUNA = ["optuna>=4.0"]  # scripts/tune_theta.py
 LENGTHS = ["pyarrow>=18"]  # parquet files of past answers
 DEV = [
     *CPU,
+    *EVAL,
     *LENGTHS,
     "hypothesis>=6.100",
     "pytest>=8.0",
