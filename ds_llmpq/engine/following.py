@@ -106,7 +106,7 @@ class _Following:
         if self.reason is Reason.HUNG:
             self._wait_for_stacks()
         code = self.child.poll()
-        if code is None and self.deadline is None:
+        if code is None and self.reason in (None, Reason.DRAINED):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 code = self.child.wait(_GRACE_SECONDS)
         code = -signal.SIGKILL if code is None else code

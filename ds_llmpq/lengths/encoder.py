@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from torch import nn
 from transformers import AutoModel, AutoTokenizer
 
 from ds_llmpq.errors import UserError
-from ds_llmpq.lengths.dataset import lengths_of, truncated
+from ds_llmpq.lengths.dataset import fingerprint, lengths_of, truncated
 from ds_llmpq.lengths.records import Example
 from ds_llmpq.lengths.tasks import Task
+from ds_llmpq.lengths.training_state import TrainingState
 from ds_llmpq.schema_lengths import ProxyConfig
 
 
@@ -49,9 +51,10 @@ class EncoderModel:
     @classmethod
     def fit(
         cls, task: Task, train: Sequence[Example], models: Sequence[str], limits: dict[str, Any], config: ProxyConfig,
-        seed: int = 0,
+        seed: int = 0, progress: Path | None = None,
     ) -> EncoderModel:  # fmt: skip
-        """Fine-tunes the encoder of `config.path`. `limits`: truncation and max_tokens of prompts."""
+        """Fine-tunes the encoder of `config.path`. `limits`: truncation and max_tokens of prompts. `progress`: a folder
+        where each epoch is kept until all are done, so that a killed training goes on."""
         if config.path is None:
             raise UserError("proxy.kind=encoder needs proxy.path=DIR, a local folder of a Hugging Face encoder.")
         if config.epochs < 1 or config.batch_size < 2 or config.hidden < 1 or not config.learning_rate > 0:
@@ -61,7 +64,8 @@ class EncoderModel:
         size, known = encoder.config.hidden_size, list(models) if len(models) > 1 else []
         described = {"hidden_size": size, "width": config.hidden, "models": known, "outputs": _outputs(task), **limits}
         model = cls(encoder, Head(size, len(known), config.hidden, _outputs(task)), tokenizer, described)
-        model._train(task, train, config, seed)
+        identity = {"config": asdict(config), "task": task.to_json(), "data": fingerprint(train), "seed": seed}
+        model._train(task, train, config, seed, TrainingState(progress, identity | described))
         return model
 
     @torch.no_grad()
@@ -112,13 +116,14 @@ class EncoderModel:
         before, after = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
         return ([] if before is None else [before]) + ids + ([] if after is None else [after])
 
-    def _train(self, task: Task, train: Sequence[Example], config: ProxyConfig, seed: int) -> None:
+    def _train(self, task: Task, train: Sequence[Example], config: ProxyConfig, seed: int, kept: TrainingState) -> None:
         tokens = lengths_of(train)
         targets = torch.tensor(task.labels(tokens) if task.is_classes else task.targets(tokens).astype(np.float32))
         generator = np.random.default_rng(seed)
         everything = [*self.encoder.parameters(), *self.head.parameters()]
         optimizer = torch.optim.AdamW(everything, lr=config.learning_rate)
-        for epoch in range(config.epochs):
+        modules = {"encoder": self.encoder, "head": self.head}
+        for epoch in range(kept.resumed(modules, optimizer, generator), config.epochs):
             frozen = epoch >= math.ceil(config.epochs / 2)
             self.encoder.requires_grad_(not frozen)
             self.encoder.train(not frozen)
@@ -130,6 +135,8 @@ class EncoderModel:
                 optimizer.step()
             if not torch.isfinite(loss):
                 raise UserError(f"Training diverged in epoch {epoch + 1}; give a smaller proxy.learning_rate.")
+            kept.keep(epoch + 1, modules, optimizer, generator)
+        kept.clear()
 
 
 def _outputs(task: Task) -> int:

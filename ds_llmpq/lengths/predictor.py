@@ -90,13 +90,16 @@ def load_predictor(folder: Path) -> Predictor:
         raise UserError(f"{folder} holds no predictor ({error!r}); give a folder that `lengths train` wrote.") from None
 
 
-def train(dataset: Dataset, task: LengthTaskConfig, proxy: ProxyConfig, data: LengthDataConfig) -> Predictor:
-    """Thresholds and weights from the training split, calibration from the validation split."""
+def train(
+    dataset: Dataset, task: LengthTaskConfig, proxy: ProxyConfig, data: LengthDataConfig, progress: Path | None = None
+) -> Predictor:
+    """Thresholds and weights from the training split, calibration from the validation split. `progress`: a folder in
+    which an encoder's epochs are kept until all are done; a killed training goes on from there."""
     started = time.perf_counter()
     fitted = Task.fit(task, lengths_of(dataset.train))
     if proxy.kind == "encoder":
         limits = {"truncation": data.truncation, "max_tokens": data.max_tokens}
-        model = _model_class("encoder").fit(fitted, dataset.train, dataset.models, limits, proxy, data.seed)
+        model = _model_class("encoder").fit(fitted, dataset.train, dataset.models, limits, proxy, data.seed, progress)
     else:
         _model_class(proxy.kind)
         if proxy.features < 2:

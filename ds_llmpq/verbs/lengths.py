@@ -36,7 +36,7 @@ def _prepare(settings: LengthsVerb, out: Path) -> None:
 
 def _train(settings: LengthsVerb, out: Path) -> None:
     data = _dataset(settings)
-    predictor = train(data, settings.task, settings.proxy, settings.lengths)
+    predictor = train(data, settings.task, settings.proxy, settings.lengths, out)
     predictor.save(out)
     _report(evaluate(predictor, data.test), out)
     print(f"predictor: {out / 'predictor.json'}")

@@ -10,6 +10,7 @@ import time
 import uuid
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import IO
 
 import psutil
 import yaml
@@ -31,11 +32,9 @@ class Command:
     prefix: tuple[str, ...] = ()
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
 
-    def start(self) -> subprocess.Popen:
+    def start(self, output: int | IO = subprocess.PIPE) -> subprocess.Popen:
         line = [*self.prefix, sys.executable, "-m", "ds_llmpq", *self.arguments]
-        return subprocess.Popen(
-            line, cwd=ROOT, env=environment(self.mark), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        return subprocess.Popen(line, cwd=ROOT, env=environment(self.mark), stdout=output, stderr=output, text=True)
 
     def run(self, timeout: float = 240.0) -> subprocess.CompletedProcess[str]:
         with self.start() as process:

@@ -85,3 +85,29 @@ def test_long_prompts_are_cut_to_what_the_encoder_takes(data, bert):
     ids = model._ids("list " * 500 + "rain")
     assert len(ids) == 32
     assert (ids[0], ids[-1]) == (model.tokenizer.cls_token_id, model.tokenizer.sep_token_id)
+
+
+def test_a_killed_training_goes_on_to_the_same_weights(data, bert, tmp_path, monkeypatch):
+    from ds_llmpq.lengths.training_state import FILE_NAME, TrainingState
+
+    whole = train(data, LengthTaskConfig(), proxy(bert, epochs=4), CONFIG).model
+    keep, kept = TrainingState.keep, []
+
+    def killed_after_the_third(state, epochs, *everything):
+        keep(state, epochs, *everything)
+        kept.append(epochs)
+        if len(kept) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(TrainingState, "keep", killed_after_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        train(data, LengthTaskConfig(), proxy(bert, epochs=4), CONFIG, tmp_path)
+    assert (tmp_path / FILE_NAME).is_file()
+    again = train(data, LengthTaskConfig(), proxy(bert, epochs=4), CONFIG, tmp_path).model
+    assert kept == [1, 2, 3, 4]
+    for name in ("encoder", "head"):
+        pairs = zip(getattr(whole, name).parameters(), getattr(again, name).parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+    assert not (tmp_path / FILE_NAME).exists()
+    (tmp_path / FILE_NAME).write_bytes(b"of something else")
+    train(data, LengthTaskConfig(), proxy(bert, epochs=1), CONFIG, tmp_path)

@@ -1,0 +1,85 @@
+"""What a training has done so far, after each epoch, so that a killed one goes on where it was: on CPU to the bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+FILE_NAME = "progress.safetensors"
+
+
+class TrainingState:
+    """Weights, optimizer, and the state of both random generators, in one file of `folder`.
+
+    `identity` names everything that the training depends on; what another training left is ignored. Without a folder
+    nothing is kept.
+    """
+
+    def __init__(self, folder: Path | None, identity: dict[str, Any]):
+        self._file = None if folder is None else folder / FILE_NAME
+        self._identity = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+
+    def keep(
+        self,
+        epochs: int,
+        modules: dict[str, nn.Module],
+        optimizer: torch.optim.Optimizer,
+        generator: np.random.Generator,
+    ) -> None:
+        """After so many epochs; the file is replaced whole."""
+        if self._file is None:
+            return
+        tensors = {
+            f"{name}/{key}": value for name, module in modules.items() for key, value in module.state_dict().items()
+        }
+        for index, values in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer/{index}/{key}": torch.as_tensor(value) for key, value in values.items()}
+        tensors["random"] = torch.get_rng_state()
+        about = {"identity": self._identity, "epochs": epochs, "generator": generator.bit_generator.state}
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self._file.with_suffix(".part")
+        save_file(
+            {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}, unfinished,
+            {"about": json.dumps(about)},
+        )  # fmt: skip
+        os.replace(unfinished, self._file)
+
+    def resumed(
+        self, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer, generator: np.random.Generator
+    ) -> int:
+        """Epochs that are done, everything put back as it was behind them; 0 where nothing of this training is kept."""
+        if self._file is None or not self._file.is_file():
+            return 0
+        try:
+            with safe_open(self._file, framework="pt") as file:
+                about = json.loads(file.metadata()["about"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+            return 0
+        if about.get("identity") != self._identity:
+            return 0
+        for name, module in modules.items():
+            own = {key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")}
+            module.load_state_dict(own)
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for key, value in tensors.items():
+            if key.startswith("optimizer/"):
+                _, index, what = key.split("/")
+                state.setdefault(int(index), {})[what] = value
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        torch.set_rng_state(tensors["random"])
+        generator.bit_generator.state = about["generator"]
+        return about["epochs"]
+
+    def clear(self) -> None:
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)

@@ -1,0 +1,74 @@
+"""Memory before loading, the rendezvous's address, and devices that are gone."""
+
+import os
+import socket
+from types import SimpleNamespace
+
+import pytest
+
+from ds_llmpq.engine import hosts
+from ds_llmpq.engine.preflight import check_free
+from ds_llmpq.engine.rendezvous import bound
+from ds_llmpq.errors import UserError
+
+GIB = 1 << 30
+
+
+def plan_of(*places, kind="cpu"):
+    """(host, slot, GiB needed) of each stage."""
+    stages = [
+        SimpleNamespace(host=host, device=f"{host}:{slot}", rank=rank, memory_bytes={"weights": need * GIB, "kv": 0})
+        for rank, (host, slot, need) in enumerate(places)
+    ]
+    return SimpleNamespace(stages=stages, engine={"stages": [{"kind": kind, "slot": slot} for _, slot, _ in places]})
+
+
+def test_stages_of_one_processor_share_its_memory():
+    plan = plan_of(("a", 0, 3), ("a", 1, 3), ("b", 0, 1))
+    check_free(plan, [7 * GIB, 7 * GIB, 1 * GIB])
+    with pytest.raises(UserError, match=r"needs 6.00 GiB on host a, but 5.00 GiB are free"):
+        check_free(plan, [7 * GIB, 5 * GIB, 9 * GIB])
+    with pytest.raises(UserError, match="on host b"):
+        check_free(plan, [7 * GIB, 7 * GIB, GIB // 2])
+
+
+def test_each_gpu_has_its_own():
+    plan = plan_of(("a", 0, 3), ("a", 1, 3), kind="cuda")
+    check_free(plan, [4 * GIB, 4 * GIB])
+    with pytest.raises(UserError, match="on a:1"):
+        check_free(plan, [4 * GIB, 2 * GIB])
+
+
+def test_the_store_listens_on_the_given_address_alone():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with bound("127.0.0.1", port) as listener:
+        assert listener.getsockname() == ("127.0.0.1", port)
+        with pytest.raises(UserError, match=r"engine\.master_port"):
+            bound("127.0.0.1", port)
+    assert bound("192.0.2.1", port) is None  # an address of no machine: behind translation, listen on all
+
+
+def test_devices_of_hosts_and_drivers_that_do_not_answer_are_lost():
+    plan = plan_of(("a", 0, 1), ("b", 0, 1), ("b", 2, 1), kind="cuda")
+    asked = []
+
+    def slots(host, kind):
+        asked.append(host)
+        return {"a": None, "b": {0, 1}}[host]
+
+    assert hosts.lost_devices(plan, slots) == ["b:2"]
+    assert asked == ["a", "b"]
+    assert hosts.lost_devices(plan, lambda host, kind: set()) == ["a:0", "b:0", "b:2"]
+
+
+def test_a_host_without_an_answer_has_no_slots(tmp_path, monkeypatch):
+    """A stand-in for ssh shows what is asked, too: no shell, no option by a host's name."""
+    ssh = tmp_path / "ssh"
+    ssh.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\nexit 255\n')
+    ssh.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert hosts.present_slots("nodeB", "cuda") == set()
+    assert "-- nodeB nvidia-smi" in (tmp_path / "asked").read_text()
+    assert hosts.present_slots("localhost", "cpu") is None

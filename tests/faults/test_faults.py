@@ -1,0 +1,126 @@
+"""Faults in real runs: whatever happens, no result is lost or doubled, and greedy texts are those of a quiet run.
+
+More of the same, at random: `python scripts/fault_runs.py`.
+"""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+
+import pytest
+from harness import PRECISE, FaultRun, find_victim, rows_in, rows_of, undisturbed, write_input
+
+# the harness has put the folder of these on the path
+from launching import Command, completion, error_sentence, gone, wait_for_results, write_rows
+
+pytestmark = [pytest.mark.slow, pytest.mark.launcher]
+
+
+@pytest.fixture(scope="module")
+def batch(tmp_path_factory):
+    return write_input(tmp_path_factory.mktemp("batch") / "rows.jsonl")
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory, batch):
+    return undisturbed(tmp_path_factory.mktemp("undisturbed"), batch)
+
+
+@pytest.mark.parametrize(("victim", "progress"), [("rank 1", 60), ("run", 120)])
+def test_after_a_kill_nothing_is_lost(victim, progress, batch, expected, tmp_path):
+    run = FaultRun(tmp_path, batch, victim, progress, 0.0)
+    starts = run.go()
+    assert rows_of(run.out) == expected
+    journal = json.loads((run.out / "run.json").read_text())
+    assert journal["state"] == "finished"
+    if victim == "run":  # nobody was left to start the pipeline again
+        assert starts == 2
+    else:
+        assert starts == 1
+        assert json.loads((run.out / "metrics.json").read_text())["restarts"]["restarts"] == 1
+    again = run.command().run()
+    assert again.returncode == 0
+    assert "nothing is left to do" in again.stdout
+
+
+def test_a_stopped_rank_is_noticed_and_its_stacks_are_in_the_log(batch, expected, tmp_path):
+    run = FaultRun(tmp_path, batch, "rank 1", 30, 0.0, signal.SIGSTOP, ("run.hang_seconds=8",))
+    assert run.go() == 1
+    assert rows_of(run.out) == expected
+    log = (run.out / "launcher.log").read_text()
+    assert log.count("most recent call first") >= 2
+    assert "nothing moved for 8 s" in json.loads((run.out / "metrics.json").read_text())["restarts"]["reasons"][0]
+
+
+def test_a_full_disk_is_one_sentence_and_the_run_goes_on_when_there_is_room(batch, expected, tmp_path):
+    """Rank 0 may no longer make files longer than they are: to it, that is a full disk."""
+    run = FaultRun(tmp_path, batch, "rank 0", 40, 0.0)
+    results = run.out / "results.jsonl"
+    command = run.command()
+    process = command.start()
+    try:
+        wait_for_results(results, process)
+        rank = find_victim("rank 0", process, command)
+        resource.prlimit(rank.pid, resource.RLIMIT_FSIZE, (results.stat().st_size + 100,) * 2)
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+        process.communicate()
+    sentence = error_sentence(subprocess.CompletedProcess([], process.returncode, out, err))
+    assert "results.jsonl" in sentence
+    assert "free some space and run again" in sentence
+    kept = rows_of(run.out)
+    assert 0 < len(kept) < len(expected)
+    assert gone(command.processes)
+    assert run.command().run().returncode == 0
+    assert rows_of(run.out) == expected
+
+
+def test_sigterm_drains_and_the_same_command_goes_on(batch, expected, tmp_path):
+    run = FaultRun(tmp_path, batch, "run", 40, 0.0)
+    command = run.command()
+    process = command.start()
+    assert run.strike_with(signal.SIGTERM, process, command)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "goes on there" in error_sentence(subprocess.CompletedProcess([], 130, out, err))
+    assert gone(command.processes)
+    assert json.loads((run.out / "run.json").read_text())["attempts"][-1]["reason"] == "drained"
+    kept = rows_of(run.out)
+    assert 40 <= len(kept) <= len(expected)
+    changed = Command((*command.arguments, "batch.temperature=0.5")).run()
+    assert "batch.temperature (0.0, now 0.5)" in error_sentence(changed)
+    assert run.command().run().returncode == 0
+    assert rows_of(run.out) == expected
+
+
+def test_an_output_that_cannot_be_written_is_one_sentence(tmp_path):
+    """A mount that may only be read, in a namespace of its own."""
+    out = tmp_path / "out"
+    out.mkdir()
+    mount = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && exec "$@"'
+    prefix = ("unshare", "--mount", "sh", "-c", mount, str(out))
+    if os.geteuid() != 0 or subprocess.run([*prefix, "true"], capture_output=True).returncode:
+        pytest.skip("mount namespaces need root")
+    rows = write_rows(tmp_path / "rows.jsonl", [completion("a", "x")])
+    ended = Command(("run", f"input={rows}", f"out={out}", *PRECISE), prefix=prefix).run()
+    assert str(out) in error_sentence(ended)
+    assert rows_in(out / "results.jsonl") == 0
+
+
+def test_a_clock_that_jumps_back_loses_nothing(batch, expected, tmp_path):
+    """Every process of the run sees a wall clock that leaps; bounds and pauses go by the one that cannot."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import itertools, time\n"
+        "real, calls = time.time, itertools.count()\n"
+        "time.time = lambda: real() + (86400 if next(calls) % 2 else -86400)\n"
+    )
+    run = FaultRun(tmp_path, batch, "rank 1", 50, 0.0)
+    line = [sys.executable, "-m", "ds_llmpq", *run.command().arguments]
+    env = run.environment() | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{run.environment()['PYTHONPATH']}"}
+    ended = subprocess.run(line, env=env, capture_output=True, text=True, timeout=240)
+    assert ended.returncode == 0, ended.stderr
+    assert rows_of(run.out) == expected
