@@ -1,0 +1,80 @@
+"""Which kernel a profile settles on, from times that are made up, and that real ones can be taken."""
+
+import pytest
+import torch
+
+from ds_llmpq.models.shape import ModelShape
+from ds_llmpq.profiling import kernel_choice
+from ds_llmpq.profiling.kernel_choice import KernelTime, choose_kernel
+from ds_llmpq.profiling.timer import Timer
+from ds_llmpq.quant import kernels
+from ds_llmpq.schema import QuantConfig, WorkloadConfig
+from ds_llmpq.verbs.profile import kernel_table
+
+SHAPE = ModelShape.from_config(
+    {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 128,
+    }
+)
+SIZES = {"prefill": [1, 2, 4], "decode": [2, 4, 8]}
+TIMER = Timer(torch.device("cpu"))
+
+
+def chosen(workload, bits=(4, 16), dtype="bfloat16"):
+    return choose_kernel(SHAPE, QuantConfig(list(bits)), bits, dtype, TIMER, SIZES, workload)
+
+
+@pytest.fixture
+def times(monkeypatch):
+    """Milliseconds by kernel: [1 row, a decode micro-batch, a prefill micro-batch]."""
+
+    def given(**milliseconds):
+        monkeypatch.setattr(kernel_choice, "candidates", lambda *_: list(milliseconds))
+        monkeypatch.setattr(
+            kernel_choice,
+            "_times",
+            lambda shape, quant, widths, dtype, timer, rows, name: [
+                KernelTime(name, bits, count, cost / 1e3)
+                for bits in widths
+                for count, cost in zip(rows, milliseconds[name], strict=True)
+            ],
+        )
+
+    return given
+
+
+def test_the_workload_s_phases_decide(times):
+    times(torch_int4=[1, 2, 90], dequantize=[8, 9, 10])
+    long_answers = chosen(WorkloadConfig(8, 20, 200))
+    assert long_answers.kernel == "torch_int4"
+    assert long_answers.crossover(4) == 40  # rows of a prefill micro-batch: 2 sequences of 20 tokens
+    assert chosen(WorkloadConfig(8, 20, 2)).kernel == "dequantize"
+    assert chosen(WorkloadConfig(8, 20, 2)).crossover(4) is None
+
+
+def test_the_note_names_the_library_s_version_and_all_times(times):
+    times(torch_int4=[1, 2, 3], dequantize=[8, 9, 10])
+    note = chosen(WorkloadConfig(8, 20, 200)).note()
+    assert note["kernel"] == f"torch_int4 (torch {kernels.version('torch_int4')})"
+    assert len(note["kernel_times"]) == 6
+    assert note["dequantize_faster_from_rows"] == {"4": None}
+    assert "dequantize 4 bits" in kernel_table(note)
+
+
+def test_nothing_is_timed_where_there_is_nothing_to_choose():
+    assert chosen(WorkloadConfig(8, 20, 200), bits=(16,)).times == ()
+    assert chosen(WorkloadConfig(8, 20, 200), dtype="float32").kernel == "dequantize"
+
+
+def test_real_times(monkeypatch):
+    monkeypatch.setattr(kernel_choice, "_SHARE_SECONDS", 0.0)
+    choice = chosen(WorkloadConfig(8, 4, 200), bits=(4, 8, 16))
+    assert {(time.kernel, time.bits) for time in choice.times} >= {("torch_int4", 4), ("dequantize", 8)}
+    assert all(time.seconds > 0 for time in choice.times)
+    assert choice.kernel in kernels.NAMES
