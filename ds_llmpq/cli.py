@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from ds_llmpq import __version__, config
 from ds_llmpq.batch.results import check_folder
 from ds_llmpq.errors import Interrupted, UserError
+from ds_llmpq.files import unwritable_as_mistake
 from ds_llmpq.report import kept, sweep
 
 # verbs whose first argument may be a bare word, and the key it stands for
@@ -99,7 +100,8 @@ def _run(verb: str, composed: DictConfig) -> int:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         return _point(verb, module, composed, out)
     try:
-        return module.run(config.to_object(composed, config.VERBS[verb]), out)
+        with unwritable_as_mistake(out):
+            return module.run(config.to_object(composed, config.VERBS[verb]), out)
     except UserError as error:
         sweep.note_failure(out, error)
         return report(error)
@@ -114,7 +116,8 @@ def _point(verb: str, module: ModuleType, composed: DictConfig, out: Path) -> in
             return 0
         kept.forget(out)
         sweep.forget_failure(out)
-        code = module.run(config.to_object(composed, config.VERBS[verb]), out)
+        with unwritable_as_mistake(out):
+            code = module.run(config.to_object(composed, config.VERBS[verb]), out)
         if code == 0:
             kept.note_done(out, verb, made)
         return code

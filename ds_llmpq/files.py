@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ds_llmpq.errors import UserError
 
 MOST_BYTES = 64 << 20
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def write_whole(path: str | Path, text: str, mode: int = 0o666) -> None:
@@ -49,3 +52,15 @@ def read_json(path: str | Path, what: str, remedy: str, most_bytes: int = MOST_B
     except (OSError, ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{what} {file} cannot be read ({reason}); {remedy}.") from None
+
+
+@contextlib.contextmanager
+def unwritable_as_mistake(folder: Path) -> Iterator[None]:
+    """A full disk or a folder that may not be written, wherever it is met, as one sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _UNWRITABLE:
+            raise
+        file = error.filename or folder
+        raise UserError(f"{file} cannot be written ({error.strerror}); make room or give another out=DIR.") from None
