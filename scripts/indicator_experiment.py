@@ -173,12 +173,13 @@ def plot(rows: list[dict], file: Path) -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
     budgets = sorted({row["budget"] for row in rows})
-    for method in dict.fromkeys(row["method"].split()[0].rstrip(",") for row in rows):
-        own = [row for row in rows if row["method"].split()[0].rstrip(",") == method]
+    label = {row["method"]: "random" if row["method"].startswith("random") else row["method"] for row in rows}
+    for method in dict.fromkeys(label.values()):
+        own = [row for row in rows if label[row["method"]] == method]
         means = [statistics.mean(row["perplexity"] for row in own if row["budget"] == budget) for budget in budgets]
         left.plot(budgets, means, marker="o", label=method)
         right.plot([row["predicted"] for row in own], [max(row["kl"], 1e-7) for row in own], "o", label=method)
-    left.set(xlabel="average bits of the decoder layers", ylabel="perplexity per token", yscale="log")
+    left.set(xlabel="average bits of the decoder layers", ylabel="perplexity per token")
     right.set(
         xlabel="predicted loss increase (nats/token)", ylabel="measured KL (nats/token)", xscale="log", yscale="log"
     )
