@@ -113,7 +113,7 @@ def row_bytes(row: dict[str, Any]) -> bytes:
 
 
 def check_folder(out_dir: str | Path) -> Path:
-    """The output folder, made if it is missing. UserError if that cannot be."""
+    """The output folder, made if it is missing. UserError if that cannot be, or if it may only be read."""
     folder = Path(out_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -121,6 +121,8 @@ def check_folder(out_dir: str | Path) -> Path:
         raise UserError(f"cannot write to {folder}: it is not a folder; give another out=DIR.") from None
     except OSError as error:
         raise UserError(f"cannot make {folder}: {error.strerror}; give a writable folder as out=DIR.") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write to {folder}; give a writable folder as out=DIR.")
     return folder
 
 

@@ -19,7 +19,7 @@ import psutil
 # appended: the tests of each folder import their own conftest by that name
 sys.path.append(str(Path(__file__).resolve().parents[1] / "integration"))
 
-from launching import Command, environment, gone
+from launching import Command, gone
 
 REQUESTS = 200
 VICTIMS = ("rank 0", "rank 1", "launcher", "host launcher", "run")
@@ -77,9 +77,6 @@ class FaultRun:
             if process.returncode == 0:
                 return start
         raise AssertionError(f"it did not end well in {_MOST_STARTS} starts:\n{self.output}")
-
-    def environment(self) -> dict[str, str]:
-        return environment("")
 
     def strike_with(self, number: int, process: subprocess.Popen, command: Command) -> bool:
         self.number = number
