@@ -6,6 +6,7 @@ gives the batch its full number again, so a pipeline that fails once a day may r
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import time
@@ -77,7 +78,8 @@ class Supervisor:
                 raise Interrupted(f"Interrupted; {self._kept()}") from None
             before, results = results, len(read_finished(self.folder))
             if mistakes:
-                self._end(f"mistake: {mistakes[0]}")
+                with contextlib.suppress(UserError):  # on a full disk, the rank's sentence says more
+                    self._end(f"mistake: {mistakes[0]}")
                 raise UserError(mistakes[0])
             if ended.reason in (Reason.DRAINED, Reason.CUT_OFF):
                 self._end("drained" if ended.reason is Reason.DRAINED else "stopped by the user")
