@@ -6,8 +6,8 @@ The shipped model in two processes under the real launcher. OUT keeps every run;
 
 order: synthetic prompts with a long tail of lengths (`lengths/synthetic.py`); max_tokens is the true length and
 end-of-sequence is ignored, so `predicted_length` and `bucketed` without a predictor know all lengths: the best that
-prediction could buy. admission: chats about functions, answered by the model itself until it ends them; every request
-allows `--limit` tokens. Past answers (another draw, run first) train the predictor, which sizes one plan for all.
+prediction could buy. admission: questions about functions, answered by the model itself until it ends them, all with
+one generous limit. Past answers (another draw, run first) train the predictor, which sizes one plan for all variants.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ ADMISSION = {
     "q90": ["batch.admission=q90"],
     "q95, longest first": ["batch.admission=q95", "batch.order=predicted_length"],
 }
-KINDS = (0, 3)  # write this function, what does it do: long answers and short ones
+KIND = 3  # what does this function do: answers that end far below their limit
 HEAD = ["variant", "runs", "makespan", "range", "against the first", "decode passes", "requeued"]
 
 
@@ -120,7 +120,7 @@ def chat_rows(count: int, limit: int) -> list[dict[str, Any]]:
     picked = dice.sample(functions, min(count, len(functions)))
     rows = []
     for index, (function, seed) in enumerate(zip(picked, range(count), strict=False)):
-        [question] = [turn for turn in chat_of(*function, kind=dice.choice(KINDS))[:1] if turn["role"] == "user"]
+        [question] = [turn for turn in chat_of(*function, kind=KIND)[:1] if turn["role"] == "user"]
         rows.append(request(f"c{index}", [question], limit, temperature=0.7, seed=seed))
     return rows
 
