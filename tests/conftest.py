@@ -4,10 +4,21 @@ Hypothesis draws the same examples every time, so that a change is judged by its
 HYPOTHESIS_PROFILE=explore, which a developer runs to look for what the fixed ones miss.
 """
 
+import logging
 import os
+import sys
 
+import pytest
 from hypothesis import settings
 
 settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
 settings.register_profile("explore", deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+
+@pytest.fixture(autouse=True)
+def streams_stay_open(monkeypatch):
+    """absl, which OpenVINO imports, has a logging handler that closes the stream it was made with unless that is still
+    standard error. Under pytest it never is; Hydra's logging set-up closes all handlers, and with them pytest's own."""
+    if absl_logging := sys.modules.get("absl.logging"):
+        monkeypatch.setattr(absl_logging.PythonHandler, "close", logging.Handler.close)
