@@ -22,6 +22,7 @@ from scipy.stats import kendalltau
 
 from ds_llmpq import config
 from ds_llmpq.cluster.cluster import Cluster
+from ds_llmpq.cost.fitted import profiled_kernel
 from ds_llmpq.models.fingerprint import fingerprint
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.planner import Assignment, Plan, Problem, SolverReport, Stage, evaluate
@@ -73,8 +74,11 @@ def planning(options):
         for device in host.devices:
             device.memory_bytes = ROOM
     cluster, shape = Cluster.from_config(settings.cluster), read_shape(options.model)
-    arguments = (settings.planner, settings.quant, cluster, shape, settings.engine.dtype, "dequantize")
-    costs_of, cluster = profiled_costs(*arguments)
+    kernel = profiled_kernel(options.profile)
+    settings.quant.kernel = kernel
+    costs_of, cluster = profiled_costs(
+        settings.planner, settings.quant, cluster, shape, settings.engine.dtype, kernel
+    )  # fmt: skip
     prepared = prepare(cluster, shape, settings.workload, settings.quant, settings.planner, costs_of=costs_of)
     return settings, cluster, prepared
 
@@ -103,7 +107,7 @@ def plan_of(prepared, cluster, assignment, prediction, settings, model) -> Plan:
     shape = read_shape(model)
     described = {"path": str(Path(model).absolute()), "architecture": shape.architecture}
     described["fingerprint"] = fingerprint(model)
-    plan = deployed(plan, cluster, prepared, described, settings.quant, "dequantize")
+    plan = deployed(plan, cluster, prepared, described, settings.quant, settings.quant.kernel)
     return replace(plan, baselines={})
 
 
@@ -123,6 +127,7 @@ def run(plan: Plan, folder: Path, requests: Path) -> None:
     file = folder.with_suffix(".json")
     write_plan(file, plan)
     line = [sys.executable, "-m", "ds_llmpq", "run", f"plan={file}", f"input={requests}", f"out={folder}"]
+    line.append("engine.refill=false")  # so that the waves are apart
     with (folder.with_suffix(".log")).open("w") as log:
         subprocess.run([*line, f"model.path={plan.model['path']}"], check=True, stdout=log, stderr=log)
 
