@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -52,6 +53,17 @@ def read_json(path: str | Path, what: str, remedy: str, most_bytes: int = MOST_B
     except (OSError, ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{what} {file} cannot be read ({reason}); {remedy}.") from None
+
+
+def lock(descriptor: int, refusal: str) -> None:
+    """Holds an open file or folder until it is closed; `UserError(refusal)` if somebody else does. File systems without
+    locks are taken as they are."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(refusal) from None
+    except OSError:
+        pass
 
 
 @contextlib.contextmanager

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import fcntl
 import hashlib
 import json
 import os
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_llmpq.errors import UserError
-from ds_llmpq.files import read_json, write_json
+from ds_llmpq.files import lock, read_json, write_json
 from ds_llmpq.planner.plan import Plan
 from ds_llmpq.schema import BatchConfig
 
@@ -150,15 +149,10 @@ def flattened(prefix: str, value: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keeps a second `run` out of the folder, between the attempts too. File systems without locks are taken so."""
+    """Keeps a second `run` out of the folder, between the attempts too."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder} is in use by another run; wait for it or give another out=DIR.") from None
-        except OSError:
-            pass
+        lock(descriptor, f"{folder} is in use by another run; wait for it or give another out=DIR.")
         yield
     finally:
         os.close(descriptor)

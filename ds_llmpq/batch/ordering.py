@@ -33,7 +33,12 @@ def checked(batch: BatchConfig) -> BatchConfig:
     if batch.replay:
         if batch.order != "arrival":
             raise UserError(f"batch.order={batch.order} is of no use in a replay; give batch.policy instead.")
-        needs = predicted or batch.policy in REPLAYED_BY_PREDICTION
+        if predicted:
+            raise UserError(
+                f"batch.admission={batch.admission} is of no use in a replay, which reserves each answer's own limit; "
+                "leave it at worst_case."
+            )
+        needs = batch.policy in REPLAYED_BY_PREDICTION
     else:
         needs = predicted or batch.order in PREDICTING
     if batch.predictor is None:

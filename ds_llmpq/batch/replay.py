@@ -12,7 +12,7 @@ import numpy as np
 
 from ds_llmpq.batch.feed import Feed, wave_row
 from ds_llmpq.batch.prompts import PreparedRequest
-from ds_llmpq.engine.wave import Wave, WaveRow
+from ds_llmpq.engine.wave import Wave
 from ds_llmpq.lengths.execution import PlanCost
 from ds_llmpq.lengths.jobs import Jobs
 from ds_llmpq.lengths.queues import Guard, make_queue
@@ -23,7 +23,8 @@ _LONGEST_SLEEP_SECONDS = 0.5
 
 @dataclass
 class Replay:
-    """A feed of requests as they arrive. Its clock starts when the first wave is asked for.
+    """A feed of requests as they arrive. Its clock starts when the first wave is asked for. Every slot has room for the
+    worst case, so no answer outgrows its slot.
 
     `room()`: slots of the engine that are free now, None between streams. `alive()` is called while nothing happens.
     """
@@ -37,7 +38,6 @@ class Replay:
     alive: Callable[[], None] = lambda: None
     clock: Callable[[], float] = time.perf_counter
     sleep: Callable[[float], None] = time.sleep
-    requeued: int = 0
     stopped: bool = False
     _started: float | None = None
     _began: dict[int, float] = field(default_factory=dict)
@@ -74,9 +74,6 @@ class Replay:
             self._began.setdefault(index, now)
             rows.append(wave_row(index, self.prepared[index]))
         return Wave(tuple(rows), *self.shape, joins=True, live=True)
-
-    def requeue(self, row: WaveRow, generated: Sequence[int]) -> None:
-        raise NotImplementedError("a replay reserves the worst case, so no slot is too short")
 
     def ended(self, key: int) -> None:
         """The request's last token is known."""

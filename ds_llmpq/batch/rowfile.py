@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_llmpq.errors import UserError
+from ds_llmpq.files import lock
 
 UNICODE_LINE_ENDS = (("\x85", "\\u0085"), ("\u2028", "\\u2028"), ("\u2029", "\\u2029"))
 ROW_START = b'{"id": "batch_req_'  # how every row begins: a torn tail that does not was not written by this program
@@ -27,7 +27,7 @@ class RowFile:
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}; give a writable folder as out=DIR.") from None
         try:
-            _lock(self._descriptor, path)
+            lock(self._descriptor, f"{path} is being written by another run; wait for it or give another out=DIR.")
             self._end = os.lseek(self._descriptor, 0, os.SEEK_END)
         except BaseException:
             os.close(self._descriptor)
@@ -143,16 +143,6 @@ def finished_ids(path: Path) -> set[str]:
         return file.repair()
     finally:
         file.close()
-
-
-def _lock(descriptor: int, path: Path) -> None:
-    """One writer at a time. File systems without locks are taken as they are."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{path} is being written by another run; wait for it or give another out=DIR.") from None
-    except OSError:
-        pass
 
 
 def _custom_id(raw: bytes, path: Path, line: int) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from ds_llmpq.cluster.cluster import Cluster
 from ds_llmpq.cluster.hostfile import include_string, launch_ranks
 from ds_llmpq.errors import UserError
+from ds_llmpq.files import read_json
 from ds_llmpq.models.fingerprint import fingerprint
 from ds_llmpq.models.prequantized import refuse_foreign
 from ds_llmpq.planner import reading
@@ -19,30 +20,23 @@ from ds_llmpq.planner.objective import Assignment, Stage, link_seconds
 from ds_llmpq.planner.plan import Plan
 from ds_llmpq.schema import QuantConfig
 
-_MOST_BYTES = 64 << 20
 _MOST_LAYERS = 10_000
 
 
 def read_plan(path: str | Path) -> Plan:
     """`UserError` for a file that is missing, too large, not JSON or not a plan."""
-    return Plan.from_json(_read_json(path))
+    return Plan.from_json(_read(path))
 
 
-def _read_json(path: str | Path) -> Any:
-    file = Path(path)
-    try:
-        if file.stat().st_size > _MOST_BYTES:
-            raise UserError(f"{file} has {file.stat().st_size} bytes, more than any plan; give a plan.json.")
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"Plan {file} cannot be read ({error}); make one with `ds-llmpq plan`.") from None
+def _read(path: str | Path) -> Any:
+    return read_json(path, "Plan", "make one with `ds-llmpq plan`")
 
 
 def read_assignment(path: str | Path) -> Plan | Assignment:
     """A plan made by hand: a whole plan.json, or only its decisions,
     `{"stages": [{"device": "host:0", "layers": [0, 5], "bits": 4}, ...], "micro_batch": {"prefill": 2, "decode": 8}}`
     with one width for all of a stage's layers or a list of one each. `UserError` for anything else."""
-    obj = _read_json(path)
+    obj = _read(path)
     if isinstance(obj, dict) and "schema" in obj:
         return Plan.from_json(obj)
     reading.keys(obj, "plan", ("stages", "micro_batch"))

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 from ds_llmpq.errors import UserError
+from ds_llmpq.files import write_json
 from ds_llmpq.models.architecture import architecture_of
 from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.models.fingerprint import fingerprint
@@ -72,7 +73,7 @@ class _Writer:
             _atomically(self.out / file, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
             self._note(name, file, made_from, file_sha256(self.out / file), sorted(tensors))
         parts = dict(sorted(self.parts.items(), key=lambda item: item[1]["file"]))
-        _write_json(self.out / MANIFEST, {"format": FORMAT, "parts": parts})
+        write_json(self.out / MANIFEST, {"format": FORMAT, "parts": parts})
 
     def made_from(self, number: int) -> dict[str, Any]:
         """Everything that decides what a shard holds."""
@@ -144,8 +145,8 @@ class _Writer:
             for file in self.source.path.glob(pattern):
                 if file.is_file():
                     shutil.copyfile(file, self.out / file.name)
-        _write_json(self.out / "config.json", config)
-        _write_json(self.out / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(self.out / "config.json", config)
+        write_json(self.out / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         return total
 
 
@@ -211,7 +212,3 @@ def _link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:  # another file system
         shutil.copyfile(source, target)
-
-
-def _write_json(path: Path, value: object) -> None:
-    _atomically(path, lambda target: target.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from ds_llmpq.cluster.hostfile import write_hostfile
 from ds_llmpq.cost.fitted import profiled_kernel
 from ds_llmpq.engine.launcher import Launch, by_hand, write_environment
 from ds_llmpq.errors import UserError
+from ds_llmpq.files import read_json, write_json
 from ds_llmpq.models.fingerprint import fingerprint
 from ds_llmpq.models.prequantized import refuse_foreign
 from ds_llmpq.models.shape import ModelShape, read_shape
@@ -46,7 +46,7 @@ def run(settings: PlanVerb, out: Path) -> int:
 def make_plan(settings: PlanVerb, out: Path) -> Plan:
     """Plans, or checks the plan that is given, and writes the artefacts into `out`."""
     problem, deploy = _problem(settings)
-    _write_json(out / "problem.json", problem.to_json())
+    write_json(out / "problem.json", problem.to_json())
     if settings.check:
         solved = check_plan(problem, read_assignment(config.absolute(settings.check)))
     else:
@@ -58,7 +58,7 @@ def make_plan(settings: PlanVerb, out: Path) -> Plan:
     _write_plan(plan, out)
     if (played := play(problem, solved.assignment())) is not None:
         events = {"traceEvents": played.chrome_events(), "displayTimeUnit": "ms"}
-        _write_json(out / "predicted_trace.json", events)  # to lay beside a run's trace.json
+        write_json(out / "predicted_trace.json", events)  # to lay beside a run's trace.json
     return plan
 
 
@@ -66,7 +66,9 @@ def _problem(settings: PlanVerb) -> tuple[Problem, Callable[[Plan], Plan]]:
     """The problem to solve, and what makes its plan ready to launch. A problem.json from anywhere needs no model and no
     cluster, and its plan names none."""
     if settings.problem:
-        return Problem.from_json(_read_json(config.absolute(settings.problem))), lambda plan: plan
+        return Problem.from_json(
+            read_json(config.absolute(settings.problem), "Problem", "give a problem.json")
+        ), lambda plan: plan
     planner = settings.planner
     shape, model = _model(settings.model)
     cluster = Cluster.from_config(config.cluster_of(settings))
@@ -93,7 +95,7 @@ def _with_kernel(settings: PlanVerb, cluster: Cluster, shape: ModelShape) -> Qua
 def _front(settings: PlanVerb, out: Path) -> int:
     """The Pareto front: a folder a plan, a summary and a picture, as a sweep leaves them."""
     problem, deploy = _problem(settings)
-    _write_json(out / "problem.json", problem.to_json())
+    write_json(out / "problem.json", problem.to_json())
     options = _options(settings.planner)
     del options["formula"]
     points = []
@@ -142,17 +144,3 @@ def _model(model: ModelConfig) -> tuple[ModelShape, dict[str, str | None]]:
         raise UserError("No model is given; set model.path=DIR, or model=NAME of a shipped shape to plan only.")
     shape = ModelShape.from_config(model.shape)
     return shape, {"path": None, "architecture": shape.architecture, "fingerprint": shape.fingerprint}
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}); give a problem.json.") from None
-
-
-def _write_json(path: Path, value: object) -> None:
-    try:
-        path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}); give another out=DIR.") from None

@@ -99,6 +99,7 @@ def test_order_and_predictor_are_checked_before_anything_starts(predictor, tmp_p
         (BatchConfig(replay="live"), "batch.replay is 'live'"),
         (BatchConfig(replay="trace", policy="ssjf"), "batch.policy=ssjf needs batch.predictor"),
         (BatchConfig(replay="trace", order="bucketed"), "give batch.policy"),
+        (BatchConfig(replay="trace", admission="q95", predictor=str(predictor)), "reserves each answer's own limit"),
         (BatchConfig(order="random"), "batch.order is 'random'"),
         (BatchConfig(predictor=str(predictor)), "of no use"),
         (BatchConfig(order="bucketed", predictor=str(tmp_path)), "holds no predictor"),

@@ -27,6 +27,7 @@ from ds_llmpq.cost.linktable import fit_link, read_links
 from ds_llmpq.cost.profile import read_profile
 from ds_llmpq.engine.launcher import Launch, command, environment
 from ds_llmpq.errors import UserError
+from ds_llmpq.files import read_json
 from ds_llmpq.lengths.predictor import load_predictor
 from ds_llmpq.lengths.records import read_examples
 from ds_llmpq.models.fingerprint import fingerprint
@@ -207,9 +208,7 @@ def _problem(file: Path) -> object:
 
 
 def json_of(file: Path) -> object:
-    from ds_llmpq.verbs.plan import _read_json
-
-    return _read_json(file)
+    return read_json(file, "Problem", "give a problem.json")
 
 
 def _hostfile(file: Path) -> object:

@@ -2,12 +2,9 @@
 
 import csv
 import json
-import sys
 
 import pytest
-from hydra.core.global_hydra import GlobalHydra
 
-from ds_llmpq import cli
 from ds_llmpq.planner import Plan
 from ds_llmpq.planner.planfile import launch_order, read_plan
 from ds_llmpq.report import sweep
@@ -31,22 +28,6 @@ def small(tmp_path):
     model.mkdir()
     (model / "config.json").write_text(json.dumps(SHAPE))
     return ["cluster=demo_cpu2", "workload=demo", f"model.path={model}"]
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Runs the command line; gives (exit code, standard output, standard error)."""
-    monkeypatch.setattr(sys, "argv", ["ds-llmpq"])
-
-    def run(*arguments):
-        GlobalHydra.instance().clear()
-        sweep.failure_codes.clear()
-        with pytest.raises(SystemExit) as exit_:
-            cli.main(list(arguments))
-        out, err = capsys.readouterr()
-        return exit_.value.code or 0, out, err
-
-    return run
 
 
 def test_plan_writes_its_artefacts_and_a_table(call, small, tmp_path):

@@ -1,35 +1,16 @@
 """`plan -m`: a point that is there is kept, a changed or failed one is done again; other launchers can be chosen."""
 
 import json
-import sys
 
 import pytest
-from hydra.core.global_hydra import GlobalHydra
-
-from ds_llmpq import cli
-from ds_llmpq.report import sweep
 
 BASE = ["+experiment=demo", "hydra/launcher=basic"]
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["ds-llmpq"])
-
-    def run(*arguments):
-        GlobalHydra.instance().clear()
-        sweep.failure_codes.clear()
-        with pytest.raises(SystemExit) as exit_:
-            cli.main(list(arguments))
-        return exit_.value.code or 0, capsys.readouterr().out
-
-    return run
 
 
 @pytest.mark.slow
 def test_points_are_kept_until_something_changes(call, tmp_path):
     again = ["plan", "-m", "planner.theta=1,100000", *BASE, f"out={tmp_path}"]
-    code, text = call(*again)
+    code, text, _ = call(*again)
     assert code == 0
     assert "kept:" not in text
     plans = sorted(tmp_path.glob("*/plan.json"))
@@ -39,15 +20,15 @@ def test_points_are_kept_until_something_changes(call, tmp_path):
     assert [row["overrides"]["planner.theta"] for row in rows] == ["1", "100000"]
     assert all(row["pipeedge"] > 0 for row in rows)
 
-    code, text = call(*again)
+    code, text, _ = call(*again)
     assert (code, text.count("kept:")) == (0, 2)
     assert [plan.stat().st_mtime_ns for plan in plans] == times
     assert "predicted speed-up over pipeedge" in text, "the summary is made anew all the same"
 
-    code, text = call("plan", "-m", "planner.theta=1,10,100000", *BASE, f"out={tmp_path}")
+    code, text, _ = call("plan", "-m", "planner.theta=1,10,100000", *BASE, f"out={tmp_path}")
     assert (code, text.count("kept:")) == (0, 2)
     plans[0].unlink()
-    code, text = call(*again)
+    code, text, _ = call(*again)
     assert (code, text.count("kept:")) == (0, 1)
     assert plans[0].is_file()
 
@@ -56,5 +37,5 @@ def test_a_failed_point_is_tried_again_and_not_called_failed_for_ever(call, tmp_
     again = ["plan", "-m", "planner.theta=1,2", *BASE, f"out={tmp_path}"]
     assert call(*again, "workload.sequences=64")[0] == 2
     assert len(list(tmp_path.glob("*/failure.json"))) == 2
-    code, text = call(*again, "workload.sequences=64")
+    code, text, _ = call(*again, "workload.sequences=64")
     assert (code, text.count("kept:")) == (2, 0)

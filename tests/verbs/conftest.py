@@ -1,0 +1,25 @@
+"""The command line, called in this process."""
+
+import sys
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+from ds_llmpq import cli
+from ds_llmpq.report import sweep
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Runs the command line; gives (exit code, standard output, standard error)."""
+    monkeypatch.setattr(sys, "argv", ["ds-llmpq"])
+
+    def run(*arguments):
+        GlobalHydra.instance().clear()
+        sweep.failure_codes.clear()
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(list(arguments))
+        out, err = capsys.readouterr()
+        return exit_.value.code or 0, out, err
+
+    return run
