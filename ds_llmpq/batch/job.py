@@ -18,6 +18,7 @@ from ds_llmpq.schema import BatchConfig, EngineConfig
 
 _MOST_BYTES = 64 << 20
 _PLAIN = ("model_path", "input", "output", "trust_remote_code", "supervised", "input_sha256", "hang_seconds")
+_PLAIN += ("memory_wait_seconds",)
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Job:
     input_sha256: str | None = None
     # a rank in which nothing moves for so long writes its stacks to the log
     hang_seconds: float | None = None
+    # so long memory that the plan needs may become free: those who held it may just have died
+    memory_wait_seconds: float = 0.0
 
     def to_token(self) -> str:
         fields = {name: getattr(self, name) for name in _PLAIN} | {"plan": self.plan.to_json()}

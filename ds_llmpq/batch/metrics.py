@@ -51,6 +51,7 @@ def summarize(
         },
         "predicted_against_measured": _fidelity(plan, streams, sizes, seconds, phases),
         "stages": [_stage(plan, report) for report in sorted(reports, key=lambda report: report["stage"])],
+        "memory_warnings": [warning for report in reports for warning in report["memory_warnings"]],
         "provenance": dict(plan.provenance),
     }
 

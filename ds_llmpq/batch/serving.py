@@ -51,7 +51,7 @@ def serve(job: Job, place: Place) -> dict[str, Any] | None:
     driver = Driver(job, rule, heartbeat) if place.is_driver else None
     with driver or nullcontext(), closing(heartbeat):
         if job.engine.check_memory:
-            check_memory(job.plan, place)
+            check_memory(job.plan, place, job.memory_wait_seconds)
         session = Session(
             job.plan,
             place,
@@ -142,7 +142,8 @@ class Driver:
                     request.request.line,
                     request.request.custom_id,
                     "nan_logits",
-                    "the model's logits were not numbers for this prompt; try another compute type or bit width.",
+                    "the model's logits were not numbers for this prompt; try another compute type or bit width. (If "
+                    "memory_warnings in metrics.json names a prompt of its length, a stage had no memory for it.)",
                 )
             )
         else:

@@ -1,7 +1,8 @@
 """Keeping a batch going: starts the pipeline, follows it, and starts it again after a death or a hang.
 
 A restart goes on from the results that are there. Restarts are bounded where they bring nothing: each new result
-gives the batch its full number again, so a pipeline that fails once a day may run for weeks.
+gives the batch its full number again, so a pipeline that fails once a day may run for weeks. After a death for want of
+memory, half as many sequences are in flight.
 """
 
 from __future__ import annotations
@@ -12,15 +13,17 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from ds_llmpq.batch.job import Job
 from ds_llmpq.batch.journal import Journal
-from ds_llmpq.batch.progress import ERROR_MARK, Bar, read
+from ds_llmpq.batch.progress import ERROR_MARK, MEMORY_MARK, Bar, read
 from ds_llmpq.batch.results import read_finished
+from ds_llmpq.cluster.detect import memory_kills
 from ds_llmpq.engine.following import RUN_MARK, Ended, Line, Reason, Watch
 from ds_llmpq.engine.hosts import lost_devices
 from ds_llmpq.engine.launcher import LOG_NAME, Launch, followed
@@ -32,6 +35,7 @@ from ds_llmpq.schema import SupervisionConfig
 SERVING_PHASE = "prompts"
 ON_LOSS = ("stop", "replan")
 _LONGEST_PAUSE_SECONDS = 300.0
+_MEMORY_WAIT_SECONDS = 30.0  # what was started before may still be ending on another host
 
 
 def checked_supervision(settings: SupervisionConfig) -> SupervisionConfig:
@@ -56,9 +60,11 @@ class Supervisor:
     replan: Callable[[list[str]], tuple[Job, Launch]]
     find_lost: Callable[[Plan], list[str]] = lost_devices
     pause: Callable[[float], None] = time.sleep
+    count_kills: Callable[[], int] = memory_kills
     restarts: int = 0
     replans: int = 0
     reasons: list[str] = field(default_factory=list)
+    memory_warnings: list[dict[str, Any]] = field(default_factory=list)
     _failures: int = 0
 
     @property
@@ -72,7 +78,7 @@ class Supervisor:
         while True:
             self._note(self.journal.begun())
             try:
-                ended, mistakes = self._attempt()
+                ended, mistakes, ran_out = self._attempt()
             except KeyboardInterrupt:
                 self._end("stopped by the user")
                 raise Interrupted(f"Interrupted; {self._kept()}") from None
@@ -86,30 +92,38 @@ class Supervisor:
                 raise Interrupted(f"Interrupted; {self._kept()}")
             if ended.reason is Reason.ENDED:
                 return
-            self._end(self._why(ended))
+            why = "the pipeline ran out of memory" if ran_out else self._why(ended)
+            self._end(why)
             self._failures = 1 if results > before else self._failures + 1
-            self._recover(self._why(ended))
+            self._recover(why, self._fewer() if ran_out else "")
 
-    def _attempt(self) -> tuple[Ended, list[str]]:
-        """One start of the launcher: how it ended, and the mistakes that ranks named."""
-        attempt = _Attempt(uuid.uuid4().hex)
+    def _attempt(self) -> tuple[Ended, list[str], bool]:
+        """One start of the launcher: how it ended, the mistakes that ranks named, and whether it died for want of
+        memory: a rank said so, or the kernel has killed something here."""
+        attempt, killed = _Attempt(uuid.uuid4().hex), self.count_kills()
         settings = self.settings
         # a little longer than the ranks' own bound, after which each writes its stacks
         bound = settings.hang_seconds * 1.1
+        job = replace(self.job, memory_wait_seconds=_MEMORY_WAIT_SECONDS) if self.restarts else self.job
         watch = Watch(attempt.on_line, bound, attempt.serving, attempt.drain, settings.grace_seconds)
         try:
-            return followed(self.launch, ["--job", self.job.to_token()], watch, attempt.mark), attempt.mistakes
+            ended = followed(self.launch, ["--job", job.to_token()], watch, attempt.mark)
+            ran_out = ended.reason is Reason.DIED and (attempt.ran_out or self.count_kills() > killed)
+            return ended, attempt.mistakes, ran_out
         finally:
             attempt.bar.close()
 
-    def _recover(self, why: str) -> None:
-        """Waits until a restart has a chance, within the bound on restarts; plans anew where a device stays away."""
+    def _recover(self, why: str, changed: str) -> None:
+        """Waits until a restart has a chance, within the bound on restarts; plans anew where a device stays away.
+        `changed`: what the next start does otherwise."""
         self.reasons.append(why)
         lost: list[str] = []
         while self._failures <= self.settings.restarts:
             seconds = min(self.settings.backoff_seconds * 2 ** (self._failures - 1), _LONGEST_PAUSE_SECONDS)
             gone = f", {', '.join(lost)} does not answer" if lost else ""
-            _say(f"{why}{gone}; starting again in {seconds:g} s ({self._failures} of {self.settings.restarts})")
+            _say(
+                f"{why}{gone}; starting again{changed} in {seconds:g} s ({self._failures} of {self.settings.restarts})"
+            )
             self._wait(seconds)
             lost = self.find_lost(self.job.plan)
             if not lost:
@@ -129,6 +143,16 @@ class Supervisor:
             f"{why.capitalize()} and {self.settings.restarts} restarts in a row brought no result{gone}; "
             f"{self._kept()} The reason is in {self.launch.folder / LOG_NAME}."
         )
+
+    def _fewer(self) -> str:
+        """The job with half as many sequences in flight; says so, or nothing where it is one already."""
+        before = self.job.plan.workload.sequences
+        if before == 1:
+            return ""
+        self.job = replace(self.job, plan=self.job.plan.with_fewer_sequences())
+        now = self.job.plan.workload.sequences
+        self.memory_warnings.append({"sequences": before, "sequences_now": now})
+        return f" with {now} sequences in flight instead of {before}"
 
     def _wait(self, seconds: float) -> None:
         try:
@@ -160,6 +184,7 @@ class _Attempt:
         self.mark = mark
         self.bar = Bar()
         self.mistakes: list[str] = []
+        self.ran_out = False
         self._phase = ""
         self._driver: int | None = None
 
@@ -172,6 +197,7 @@ class _Attempt:
             return Line.LIFE
         if ERROR_MARK in line:
             self.mistakes.append(line.partition(ERROR_MARK)[2])
+        self.ran_out |= MEMORY_MARK in line
         return Line.TEXT
 
     def serving(self) -> bool:

@@ -113,6 +113,18 @@ def _cached_file_bytes(cgroup: Path) -> int:
     return int(found[1]) if found else 0
 
 
+def memory_kills(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Processes that the kernel has killed for want of memory: in this control group, or on this host where no group
+    counts them."""
+    for counter in (cgroup / "memory.events", proc / "vmstat"):
+        try:
+            if found := re.search(r"^oom_kill (\d+)", counter.read_text(), re.MULTILINE):
+                return int(found[1])
+        except OSError:
+            continue
+    return 0
+
+
 def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

@@ -81,6 +81,11 @@ class PrefillCache:
     store: KVStore
     slots: slice | torch.Tensor
 
+    def rows(self, start: int, stop: int) -> PrefillCache:
+        if isinstance(self.slots, slice):
+            return PrefillCache(self.store, slice(self.slots.start + start, self.slots.start + stop))
+        return PrefillCache(self.store, self.slots[start:stop])
+
     def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = key.shape[2]
         cached = self.store.layer(layer_idx)
@@ -101,6 +106,12 @@ class DecodeCache:
     row_index: torch.Tensor
     positions: torch.Tensor
     kv_tokens: int
+
+    def rows(self, start: int, stop: int) -> DecodeCache:
+        slots = slice(self.slots.start + start, self.slots.start + stop)
+        return DecodeCache(
+            self.store, slots, self.row_index[: stop - start], self.positions[start:stop], self.kv_tokens
+        )
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = self.store.layer(layer_idx)[:, self.slots]

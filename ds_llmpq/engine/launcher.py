@@ -13,12 +13,12 @@ import shlex
 import socket
 import sys
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ds_llmpq.cluster.hostfile import include_string
-from ds_llmpq.engine.following import RUN_MARK, Ended, Line, Watch, follow
+from ds_llmpq.engine.following import RUN_MARK, Ended, Watch, follow
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import write_whole
 from ds_llmpq.planner.plan import Plan
@@ -114,19 +114,6 @@ def write_environment(launch: Launch, mark: str = "") -> Path:
     variables = environment(launch) | ({RUN_MARK: mark} if mark else {})
     write_whole(file, "".join(f"{name}={value}\n" for name, value in variables.items()), mode=0o600)
     return file
-
-
-def run(launch: Launch, arguments: list[str], on_line: Callable[[str], object]) -> int:
-    """Runs the launcher to its end and returns its exit code; nothing is waited for when the user asks for an end.
-
-    KeyboardInterrupt (Ctrl-C, SIGTERM or SIGHUP) passes on after all ranks have been stopped.
-    """
-
-    def text(line: str) -> Line:
-        on_line(line)
-        return Line.TEXT
-
-    return followed(launch, arguments, Watch(text)).code
 
 
 def followed(launch: Launch, arguments: list[str], watch: Watch, mark: str | None = None) -> Ended:

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 
 _PAGE_BYTES = resource.getpagesize()
+# torch's allocator, the C++ library, oneDNN
+_OUT_OF_MEMORY = ("can't allocate memory", "bad_alloc", "out_of_memory", "could not create a memory")
 
 
 def used_bytes(device: torch.device) -> int:
@@ -34,3 +36,17 @@ def release_freed() -> None:
     """Gives memory that loading used and freed back to the operating system, where the C library can (glibc)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def release_cached(device: torch.device) -> None:
+    """Gives back what the allocators keep for later."""
+    release_freed()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an exception says that there was no memory. On CPU, torch and its libraries say so in words alone."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)

@@ -12,9 +12,10 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from ds_llmpq.cost.passes import Pass, PassSizes
-from ds_llmpq.engine import schedules
+from ds_llmpq.engine import memory, schedules
 from ds_llmpq.engine.channels import ActivationChannel, TokenChannel
 from ds_llmpq.engine.kv_cache import KVStore
+from ds_llmpq.engine.parts import Parts
 from ds_llmpq.engine.pipeline_module import PlannedPipelineModule
 from ds_llmpq.engine.sampling import sample
 from ds_llmpq.engine.sequences import Finish
@@ -69,6 +70,7 @@ class InferencePipelineEngine(PipelineEngine):
         self.trace = trace
         self.dtype = dtype
         self.hidden_size = hidden_size
+        self.parts = Parts(self.stage_id, self.device)
         self.stream: Stream | None = None
         self.stream_times: list[StreamTimes] = []
         self._hidden: torch.Tensor | None = None
@@ -134,7 +136,12 @@ class InferencePipelineEngine(PipelineEngine):
             padded = [tokens + tokens[-1:] * (longest - len(tokens)) for tokens in known]
             step.token_ids = torch.tensor(padded, device=self.device)
         with self.trace.working("prefill", batch.size, tokens=sum(map(len, known))):
-            self._run(step)
+            try:
+                self._run("prefill", step)
+            except Exception as error:
+                if longest <= self.stream.order.sizes.prefill_tokens or not memory.ran_out(error):
+                    raise
+                self._give_up(step)
 
     def _decode_pass(self, batch: Pass) -> None:
         live, sequences = set(batch.live), self.stream.sequences
@@ -155,14 +162,23 @@ class InferencePipelineEngine(PipelineEngine):
             tokens = [sequences.generated[slot][-1] if slot in live else 0 for slot in batch.slots]
             step.token_ids = torch.tensor(tokens, device=self.device)[:, None]
         with self.trace.working("decode", batch.size, tokens=len(live)):
-            self._run(step)
+            self._run("decode", step)
 
-    def _run(self, step: Step) -> None:
+    def _run(self, phase: str, step: Step) -> None:
         step.prepare = self.positional
         step.hidden = self._hidden
-        step = self.module(step)
-        self._hidden = step.hidden
-        self._logits = step.logits
+        rows, tokens = step.positions.shape
+        done = self.parts.run(phase, rows, tokens, lambda start, stop: self.module(step.rows(start, stop)))
+        self._hidden = _joined([part.hidden for part in done])
+        self._logits = _joined([part.logits for part in done])
+
+    def _give_up(self, step: Step) -> None:
+        """One row, longer than was planned for, and no memory for it: what is no number goes on in place of its states,
+        so that the last stage ends it as broken and the others are served."""
+        rows, tokens = step.positions.shape
+        self.parts.unfit("prefill", tokens)
+        self._hidden = torch.full((rows, tokens, self.hidden_size), torch.nan, dtype=self.dtype, device=self.device)
+        self._logits = torch.full((rows, 1), torch.nan, device=self.device) if self.is_last_stage() else None
 
     def _sample(self, batch: Pass) -> None:
         with self.trace.working("sample", batch.size):
@@ -170,7 +186,13 @@ class InferencePipelineEngine(PipelineEngine):
             places = [batch.slots.index(slot) for slot in batch.live]
             if len(places) < batch.size:
                 logits = logits[places]
-            chosen = self._choose(batch.live, logits.float())
+            found = self.parts.run(
+                "sample",
+                len(places),
+                1,
+                lambda start, stop: self._choose(batch.live[start:stop], logits[start:stop].float()),
+            )
+            chosen = [choice for part in found for choice in part]
         self._hidden = self._logits = None
         tokens, finish = [0] * batch.size, [int(Finish.RUNNING)] * batch.size
         for place, (token, code) in zip(places, chosen, strict=True):
@@ -226,6 +248,11 @@ class InferencePipelineEngine(PipelineEngine):
         if batch.phase == "decode":
             return 1
         return max(len(self.stream.sequences.rows[slot].known) for slot in batch.slots)
+
+
+def _joined(parts: list[torch.Tensor | None]) -> torch.Tensor | None:
+    """Rows of all parts; None where a stage has no such output."""
+    return parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts)
 
 
 def quiet_deepspeed() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -13,16 +14,33 @@ from ds_llmpq.errors import UserError
 from ds_llmpq.planner.plan import Plan
 
 _GIB = 1 << 30
+_GO, _AGAIN = b"go", b"again"
+_PAUSE_SECONDS = 1.0
 
 
-def check_memory(plan: Plan, place: Place) -> None:
+def check_memory(plan: Plan, place: Place, wait_seconds: float = 0.0) -> None:
     """Every rank says what is free on its device, before any of them takes something; the driver raises `UserError`
-    where that is less than planned, and the others wait for its word."""
-    reports = place.data.gather({"stage": place.stage_index, "free_bytes": free_bytes(place.device)})
-    if reports is not None:
-        ordered = sorted(reports, key=lambda report: report["stage"])
+    where that is less than planned, and the others wait for its word. `wait_seconds`: so long it may become free, since
+    a process that has just died may still hold it."""
+    end = time.monotonic() + wait_seconds
+    word = None
+    while word != _GO:
+        if word is not None:
+            time.sleep(_PAUSE_SECONDS)
+        reports = place.data.gather({"stage": place.stage_index, "free_bytes": free_bytes(place.device)})
+        word = place.data.broadcast(None if reports is None else _decided(plan, reports, end))
+
+
+def _decided(plan: Plan, reports: Sequence[dict], end: float) -> bytes:
+    """Whether to go or to look again; `UserError` when the time for that is over."""
+    ordered = sorted(reports, key=lambda report: report["stage"])
+    try:
         check_free(plan, [report["free_bytes"] for report in ordered])
-    place.data.broadcast(b"go" if place.is_driver else None)
+    except UserError:
+        if time.monotonic() >= end:
+            raise
+        return _AGAIN
+    return _GO
 
 
 def check_free(plan: Plan, free: Sequence[int]) -> None:

@@ -123,6 +123,7 @@ class Session:
             "stage": self.place.stage_index,
             "load_seconds": self.load_seconds,
             **self.trace.summary(),
+            "memory_warnings": self.engine.parts.warnings,
             "memory_bytes": {
                 "weights": stored_bytes(self.engine.module),
                 "kv": self.store.allocated_bytes,

@@ -13,6 +13,7 @@ from ds_llmpq.planner.plan import Plan
 from ds_llmpq.schema import EngineConfig, EvaluationConfig
 
 _MOST_BYTES = 64 << 20
+_PLAIN = ("model_path", "output", "reference", "keeps_reference", "trust_remote_code", "hang_seconds")
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,10 @@ class ScoreJob:
     reference: str | None = None
     keeps_reference: bool = False
     trust_remote_code: bool = False
+    hang_seconds: float | None = None  # a rank in which nothing moves for so long writes its stacks to the log
 
     def to_token(self) -> str:
-        fields = {
-            name: getattr(self, name)
-            for name in ("model_path", "output", "reference", "keeps_reference", "trust_remote_code")
-        }
+        fields = {name: getattr(self, name) for name in _PLAIN}
         fields |= {"plan": self.plan.to_json(), "engine": asdict(self.engine), "evaluation": asdict(self.evaluation)}
         return base64.urlsafe_b64encode(zlib.compress(json.dumps(fields).encode(), 9)).decode()
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from ds_llmpq.batch.progress import Lines
 from ds_llmpq.engine.distributed import Place
+from ds_llmpq.engine.lifeline import Heartbeat
 from ds_llmpq.errors import UserError
 from ds_llmpq.evaluation.job import ScoreJob
 from ds_llmpq.evaluation.rows import RowScore, ScoredRow
@@ -23,9 +25,17 @@ SCORES_NAME = "scores.json"
 
 def evaluate(job: ScoreJob, place: Place) -> None:
     """Raises `UserError` on the rank that meets a mistake; the launcher ends the others."""
+    with closing(Heartbeat(job.hang_seconds)) as heartbeat:
+        _evaluate(job, place, heartbeat)
+
+
+def _evaluate(job: ScoreJob, place: Place, heartbeat: Heartbeat) -> None:
     check_model(job.plan, job.model_path)
     driver = TextScores(job) if place.is_driver and not job.evaluation.tasks else None
-    session = ScoringSession(job.plan, place, job.model_path, NoStop(), trust_remote_code=job.trust_remote_code)
+    session = ScoringSession(
+        job.plan, place, job.model_path, NoStop(), heartbeat.beat, trust_remote_code=job.trust_remote_code
+    )
+    heartbeat.watch(lambda: session.trace.spans)
     targets = place.data.broadcast(str(driver.compared).encode() if driver else None)
     if job.reference and session.engine.is_last_stage() and int(targets or 0):
         vocabulary = read_shape(job.model_path).vocab

@@ -6,7 +6,6 @@ sampling from the last one, and nothing is cached.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import torch
 from ds_llmpq.engine import schedules
 from ds_llmpq.engine.kv_cache import KVStore
 from ds_llmpq.engine.pipeline_engine import InferencePipelineEngine
-from ds_llmpq.engine.sequences import MicroBatch, prefill_micro_batches
+from ds_llmpq.engine.sequences import Finish, MicroBatch, prefill_micro_batches
 from ds_llmpq.engine.session import Session
 from ds_llmpq.evaluation.rows import RowBatch, RowScore, ScoredRow
 from ds_llmpq.models.shape import read_shape
@@ -71,7 +70,7 @@ class ScoringEngine(InferencePipelineEngine):
             padded = [row.prompt + (0,) * (longest - len(row.prompt)) for row in rows]
             step.token_ids = torch.tensor(padded, device=self.device)
         with self.trace.working("prefill", batch.size, tokens=sum(len(row.prompt) for row in rows)):
-            self._run(step)
+            self._run("prefill", step)
 
     def _tokens_of(self, batch: MicroBatch) -> int:
         return max(len(row.prompt) for row in self.asked[batch.start : batch.stop])
@@ -151,5 +150,5 @@ class NoStop:
 
     def begin(self, slot: int, row: object) -> None: ...
 
-    def __call__(self, row: int, token: int, generated: int) -> int:
-        raise NotImplementedError(json.dumps([row, token, generated]))
+    def __call__(self, slot: int, token: int, generated: int) -> Finish:
+        return Finish.RUNNING

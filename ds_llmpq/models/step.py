@@ -14,6 +14,9 @@ class KeyValueCache(Protocol):
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]: ...
 
+    def rows(self, start: int, stop: int) -> KeyValueCache:
+        """The same for rows [start, stop) of the micro-batch alone."""
+
 
 @dataclass
 class Step:
@@ -39,6 +42,23 @@ class Step:
     prepare: Callable[[Step], None] | None = None
     position_inputs: dict[str, Any] = field(default_factory=dict)
     _masks: dict[int | None, torch.Tensor] = field(default_factory=dict)  # by window: layers share them
+
+    def rows(self, start: int, stop: int) -> Step:
+        """A step of rows [start, stop) alone, to be run instead: nothing has been computed for it yet."""
+
+        def cut(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else tensor[start:stop]
+
+        return Step(
+            positions=self.positions[start:stop],
+            cache=None if self.cache is None else self.cache.rows(start, stop),
+            kv_tokens=self.kv_tokens,
+            causal_only=self.causal_only,
+            token_ids=cut(self.token_ids),
+            hidden=cut(self.hidden),
+            last=cut(self.last),
+            prepare=self.prepare,
+        )
 
     def prepared(self) -> dict[str, Any]:
         """The position inputs, computed when the first decoder layer of the stage asks for them."""

@@ -15,7 +15,8 @@ from ds_llmpq.planner.objective import Assignment, Stage
 from ds_llmpq.planner.stages import NEVER
 
 if TYPE_CHECKING:
-    from ds_llmpq.planner.search import Node, Search
+    from ds_llmpq.planner.relaxation import Node
+    from ds_llmpq.planner.search import Search
 
 OPTION_LIMIT = 4000
 
@@ -35,11 +36,12 @@ class Enumeration:
 
     def run(self) -> bool:
         search, node = self.search, self.node
-        self.pair = search.pairs[node.pair]
-        self.stage, self.link, self.final = search.tables(node)
-        self.after = search.space.costs_to_go(self.stage[None], self.link[None], self.final[None]).after[0]
-        self.constant = search.constant(node)
-        self.ring = search.ring_weight(node)
+        self.relaxed = search.relaxed
+        self.pair = self.relaxed.pairs[node.pair]
+        self.stage, self.link, self.final = self.relaxed.tables(node)
+        self.after = self.relaxed.space.costs_to_go(self.stage[None], self.link[None], self.final[None]).after[0]
+        self.constant = self.relaxed.constant(node)
+        self.ring = self.relaxed.ring_weight(node)
         try:
             self._extend(0, 0, -1, self.constant, [])
         except TooMany:
@@ -47,7 +49,7 @@ class Enumeration:
         return True
 
     def _hopeless(self, value: float) -> bool:
-        units = self.search.in_objective_units(value - 1e-9 * abs(value), self.node.duals.theta)
+        units = self.relaxed.in_objective_units(value - 1e-9 * abs(value), self.node.duals.theta)
         return units >= self.search.target
 
     def _extend(self, first: int, state: int, last: int, cost: float, placed: list) -> None:
@@ -57,7 +59,7 @@ class Enumeration:
             self._offer(placed)
             return
         tried = []
-        for c in np.flatnonzero(~search.space.full[state]):
+        for c in np.flatnonzero(~self.relaxed.space.full[state]):
             arrive = cost + (self.link[last, c] if last >= 0 else 0.0)
             reach = min(layers - first, self.stage.shape[2])
             values = arrive + self.stage[c, first, :reach] + self.after[first + 1 : first + 1 + reach, state, c]
@@ -69,10 +71,10 @@ class Enumeration:
             whole = self.final[c] if first == 0 and k == layers else 0.0  # a single stage has no way back
             for prefill, decode, omega, widths in self._stage_options(search.classes.kind[c], first, k):
                 total = arrive + prefill + self.ring * decode + self.node.duals.theta * omega
-                total += search.duals_price(self.node, c) - whole
+                total += self.node.duals.prices[c] - whole
                 self._count()
                 if not self._hopeless(total + onward):
-                    used = int(search.space.next[state, c])
+                    used = int(self.relaxed.space.next[state, c])
                     self._extend(first + k, used, c, total, [*placed, (c, first, first + k, widths)])
 
     def _count(self, steps: int = 1) -> None:

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ds_llmpq.cluster.devices import COMPUTE_DTYPES, KINDS
@@ -70,6 +70,13 @@ class Plan:
     explanation: tuple[str, ...] = ()
     quant: Mapping[str, Any] | None = None
     engine: Mapping[str, Any] | None = None
+
+    def with_fewer_sequences(self) -> "Plan":
+        """The same stages with half as many sequences in flight, and in each micro-batch; at least one. What was
+        predicted stays: it was for the plan as it was made."""
+        sequences = max(1, self.workload.sequences // 2)
+        rows = {phase: max(1, min(size // 2, sequences)) for phase, size in self.micro_batch.items()}
+        return replace(self, workload=replace(self.workload, sequences=sequences), micro_batch=rows)
 
     @classmethod
     def build(cls, problem: Problem, assignment: Assignment, prediction: Prediction, solver: SolverReport) -> "Plan":

@@ -13,6 +13,7 @@ from ds_llmpq.planner.stages import NEVER, Box, StageBounds
 STEPS = np.array(list(itertools.product((-1.0, 0.0, 1.0), repeat=3)))
 DROPS = np.array(list(itertools.product((0.0, 1.0), repeat=3)))
 FACTORS = (4.0, 2.0, 1.4, 1.15, 1.05)
+_EXCESS = 1000.0
 
 
 def refine(stages: StageBounds, q: int, first: int, last: int, box: Box, pass_weight: float, cost: float) -> bool:
@@ -44,6 +45,10 @@ def refine(stages: StageBounds, q: int, first: int, last: int, box: Box, pass_we
             if found.max() <= value + 1e-12 * abs(value):
                 break
             best, value = tried[np.argmax(found)], found.max()
+    if value <= before + 5e-4 * abs(before) and not np.isfinite(cost):
+        # no widths fit: two constraints exclude one another, and only both multipliers together raise the bound
+        best = prices.excluding(base, limits, abs(before))
+        value = values(best[None])[0] if best is not None else before
     if value <= before + 5e-4 * abs(before):
         return False
     stages.add(q, (best + base)[None])
@@ -67,6 +72,25 @@ class _Prices:
     def minima(self, multipliers: np.ndarray) -> np.ndarray:
         """[M, k]."""
         return self.all(multipliers).min(axis=2)
+
+    def excluding(self, base: np.ndarray, limits: np.ndarray, scale: float) -> np.ndarray | None:
+        """Multipliers [3] beyond `base` at the optimum of the linear program over fractional widths, where exceeding a
+        limit by one part in `_EXCESS` costs `scale`: bounded, and great where no widths keep all limits."""
+        from scipy.optimize import linprog
+
+        use = np.stack(np.broadcast_arrays(self.prefill[None], self.decode[None], self.bytes))  # [3, k, B]
+        penalty = _EXCESS * scale / np.maximum(np.abs(limits), 1e-12)
+        layers, widths = np.nonzero(self.fixed < NEVER / 2)  # one variable each
+        cost = np.tensordot(base, use, axes=1) + self.fixed
+        chosen = np.equal.outer(np.arange(len(self.fixed)), layers).astype(float)
+        found = linprog(
+            np.concatenate([cost[layers, widths], penalty]),
+            A_ub=np.hstack([use[:, layers, widths], -np.eye(3)]),
+            b_ub=limits,
+            A_eq=np.hstack([chosen, np.zeros((len(chosen), 3))]),
+            b_eq=np.ones(len(chosen)),
+        )
+        return None if found.x is None else np.maximum(-found.ineqlin.marginals, 0.0)
 
 
 def choose_widths(

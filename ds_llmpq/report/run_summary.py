@@ -27,6 +27,11 @@ def run_summary(metrics: dict[str, Any]) -> str:
     else:
         lines.append("predicted against measured: nothing ran that the prediction can be held against")
     lines.append(_stages(metrics["stages"]))
+    if warnings := metrics.get("memory_warnings"):
+        lines.append(
+            f"memory ran out {len(warnings)} times, and the run went on with less at a time; "
+            "metrics.json says where (memory_warnings)"
+        )
     return "\n".join(lines)
 
 

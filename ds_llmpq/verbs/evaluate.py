@@ -10,9 +10,11 @@ from typing import Any
 
 from ds_llmpq import config
 from ds_llmpq.batch.progress import ERROR_MARK, Bar, read
+from ds_llmpq.batch.supervision import checked_supervision
 from ds_llmpq.cluster.hostfile import write_hostfile
-from ds_llmpq.engine.launcher import LOG_NAME, Launch
-from ds_llmpq.engine.launcher import run as launch
+from ds_llmpq.engine.following import Line, Reason, Watch
+from ds_llmpq.engine.launcher import LOG_NAME, Launch, followed
+from ds_llmpq.engine.lifeline import ALIVE_MARK
 from ds_llmpq.errors import Interrupted, UserError
 from ds_llmpq.evaluation.job import ScoreJob
 from ds_llmpq.planner import Plan
@@ -24,6 +26,7 @@ from ds_llmpq.verbs.run import checkpoint_of, plan_of
 
 def run(settings: EvaluateVerb, out: Path) -> int:
     evaluation = settings.evaluation
+    checked_supervision(settings.run)
     for name in ("text", "tasks_path"):
         if getattr(evaluation, name) is not None:
             setattr(evaluation, name, str(config.absolute(getattr(evaluation, name))))
@@ -36,6 +39,7 @@ def run(settings: EvaluateVerb, out: Path) -> int:
         engine=settings.engine,
         evaluation=evaluation,
         trust_remote_code=settings.model.trust_remote_code,
+        hang_seconds=settings.run.hang_seconds,
     )
     if evaluation.tasks:
         found = _score(job, settings, out)
@@ -86,24 +90,37 @@ def _score(job: ScoreJob, settings: EvaluateVerb, folder: Path) -> dict[str, Any
     write_hostfile(folder / "hostfile", launch_order(job.plan))
     bar = Bar()
     mistakes: list[str] = []
+    begun = False
 
-    def on_line(line: str) -> None:
+    def on_line(line: str) -> Line:
+        nonlocal begun
         if (fields := read(line)) is not None:
             bar.show(fields["phase"], fields["done"], fields["total"], fields["note"])
-        elif ERROR_MARK in line:
+            return Line.LIFE
+        if ERROR_MARK in line:
             mistakes.append(line.partition(ERROR_MARK)[2])
+        if ALIVE_MARK in line:
+            begun = True
+            return Line.LIFE
+        return Line.TEXT
 
     try:
         start = Launch.of_plan(job.plan, folder, settings.engine.master_port)
-        code = launch(start, ["--score", job.to_token()], on_line)
+        # a little longer than the ranks' own bound, after which each writes its stacks
+        watch = Watch(on_line, 1.1 * settings.run.hang_seconds, lambda: begun)
+        ended = followed(start, ["--score", job.to_token()], watch)
     except KeyboardInterrupt:
         raise Interrupted("Interrupted.") from None
     finally:
         bar.close()
     if mistakes:
         raise UserError(mistakes[0])
-    if code:
-        raise UserError(f"The pipeline ended with exit code {code}; the reason is in {folder / LOG_NAME}.")
+    if ended.reason is Reason.HUNG:
+        raise UserError(
+            f"Nothing moved for {settings.run.hang_seconds:g} s; what the ranks were doing is in {folder / LOG_NAME}."
+        )
+    if ended.code:
+        raise UserError(f"The pipeline ended with exit code {ended.code}; the reason is in {folder / LOG_NAME}.")
     return json.loads((folder / "scores.json").read_text())
 
 

@@ -146,6 +146,7 @@ def _concluded(supervisor: Supervisor, out: Path, results_before: int) -> int:
         "results_before": results_before,
         "source": "counted",
     }
+    metrics["memory_warnings"] = [*supervisor.memory_warnings, *metrics["memory_warnings"]]
     write_json(out / "metrics.json", metrics)
     counts = metrics["counts"]
     supervisor.journal.ended("finished", counts["completed"], counts).write(out)

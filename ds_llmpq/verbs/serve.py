@@ -13,7 +13,7 @@ import traceback
 from ds_llmpq import config
 from ds_llmpq.batch.job import Job
 from ds_llmpq.batch.ordering import checked
-from ds_llmpq.batch.progress import ERROR_MARK
+from ds_llmpq.batch.progress import ERROR_MARK, MEMORY_MARK
 from ds_llmpq.engine.lifeline import end_with_listener, stacks_on_request
 from ds_llmpq.engine.ranks import launched_rank
 from ds_llmpq.errors import UserError
@@ -33,8 +33,12 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         sys.stderr.write(f"{ERROR_MARK}{error}\n")  # in one piece: the ranks share the stream
         return error.exit_code
-    except Exception:
+    except Exception as error:
         traceback.print_exc()  # for launcher.log
+        from ds_llmpq.engine.memory import ran_out
+
+        if ran_out(error):
+            sys.stderr.write(f"{MEMORY_MARK}\n")
         return 1
 
 
@@ -67,6 +71,8 @@ def _score(token: str) -> int:
     from ds_llmpq.evaluation.job import ScoreJob
 
     job = ScoreJob.from_token(token)
+    end_with_listener()
+    stacks_on_request()
     os.environ["DS_ACCELERATOR"] = job.plan.engine["stages"][0]["kind"]
     from ds_llmpq.engine.distributed import join, leave
     from ds_llmpq.evaluation.rank import evaluate

@@ -4,9 +4,10 @@
     python scripts/bench/serve.py MODEL OUT [--batch 8 32] [--repeats 3] [--only NAME ...] [--peers llamacpp-q4 ...]
 
 Contenders take turns, so that a disturbance does not fall on one alone; OUT keeps every run, and an interrupted series
-goes on. Prompts of `--prompt` random tokens, `--generate` tokens each, greedy, end-of-sequence off, so that every
-engine does the same work; the medians of `--repeats` runs are compared. A peer that is not installed is left out, and
-said to be. ours-BITSxSTAGES has its threads shared out among its stages; `mix` is half of the layers at 4, half at 8.
+goes on. Each is warmed up first: ours by a wave of its own, a peer by a short call. Prompts of `--prompt` random
+tokens, `--generate` tokens each, greedy, end-of-sequence off, so that every engine does the same work; the medians of
+`--repeats` runs are compared. A peer that is not installed is left out, and said to be. ours-BITSxSTAGES has its
+threads shared out among its stages; `mix` is half of the layers at 4, half at 8.
 """
 
 from __future__ import annotations
@@ -82,11 +83,12 @@ def ours(name: str, options: argparse.Namespace, batch: int, folder: Path) -> di
     (folder / "hand.json").write_text(json.dumps(hand))
     rows = [
         {
-            "custom_id": f"r{index}",
+            "custom_id": f"r{index}-{tokens}",
             "method": "POST",
             "url": "/v1/completions",
-            "body": {"model": "m", "prompt": prompt, "max_tokens": options.generate, "ignore_eos": True},
+            "body": {"model": "m", "prompt": prompt, "max_tokens": tokens, "ignore_eos": True},
         }
+        for tokens in (2, options.generate)  # a first wave to warm up, as the peers have one
         for index, prompt in enumerate(random_prompts(batch, options.prompt))
     ]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -102,7 +104,7 @@ def ours(name: str, options: argparse.Namespace, batch: int, folder: Path) -> di
     ]  # fmt: skip
     run = [
         "run", f"plan={folder / 'plan' / 'plan.json'}", f"model.path={Path(options.model).absolute()}",
-        f"input={folder / 'prompts.jsonl'}", f"out={folder / 'run'}",
+        f"input={folder / 'prompts.jsonl'}", f"out={folder / 'run'}", "engine.refill=false",
     ]  # fmt: skip
     for verb in (plan, run):
         if not called([sys.executable, "-m", "ds_llmpq", *verb], folder, {}):
@@ -111,22 +113,22 @@ def ours(name: str, options: argparse.Namespace, batch: int, folder: Path) -> di
 
 
 def spans(folder: Path) -> dict:
-    """From the trace: until the last stage has sampled all first tokens, and until it has sampled all."""
+    """Of the second wave, from the trace: until the last stage has sampled all first tokens, and until it has all."""
     events = json.loads((folder / "trace.json").read_text())["traceEvents"]
-    measured = json.loads((folder / "metrics.json").read_text())
+    measured = json.loads((folder / "metrics.json").read_text())["measured"]
     last = max(event["pid"] for event in events)
-    start = min(event["ts"] for event in events if event["name"] == "prefill")
-    prefills = sum(event["name"] == "prefill" and event["pid"] == last for event in events)
-    samples = sorted(event["ts"] + event["dur"] for event in events if event["name"] == "sample")
-    work = ("prefill", "decode")
-    inside = [sum(stage["seconds"].get(phase, 0.0) for phase in work) for stage in measured["stages"]]
-    first, everything = (samples[prefills - 1] - start) / 1e6, (samples[-1] - start) / 1e6
+    prefills = sorted(event["ts"] for event in events if event["name"] == "prefill" and event["pid"] == 0)
+    count = len(prefills) // 2
+    own = [event for event in events if event["ts"] >= prefills[count]]
+    samples = sorted(event["ts"] + event["dur"] for event in own if event["name"] == "sample")
+    inside = sum(event["dur"] for event in own if event["name"] in ("prefill", "decode")) / 1e6
+    everything = (samples[-1] - prefills[count]) / 1e6
     return {
-        "first_seconds": first,
+        "first_seconds": (samples[count - 1] - prefills[count]) / 1e6,
         "all_seconds": everything,
-        "overhead_share": 1 - max(inside) / measured["measured"]["serving_seconds"] if last == 0 else None,
-        "startup_seconds": measured["measured"]["startup_seconds"],
-        "time_to_first_token_seconds": measured["measured"]["time_to_first_token_seconds"],
+        "overhead_share": 1 - inside / everything if last == 0 else None,
+        "startup_seconds": measured["startup_seconds"],
+        "time_to_first_token_seconds": measured["time_to_first_token_seconds"],
     }
 
 

@@ -6,14 +6,19 @@ from types import SimpleNamespace
 import pytest
 
 from ds_llmpq.batch import supervision
+from ds_llmpq.batch.job import Job
 from ds_llmpq.batch.journal import Identity, Journal
+from ds_llmpq.batch.progress import MEMORY_MARK
 from ds_llmpq.batch.supervision import Supervisor, checked_supervision
 from ds_llmpq.engine.following import Ended, Reason
 from ds_llmpq.errors import Interrupted, UserError
-from ds_llmpq.schema import SupervisionConfig
+from ds_llmpq.planner.plan import Plan
+from ds_llmpq.planner.problem import Workload
+from ds_llmpq.schema import BatchConfig, EngineConfig, SupervisionConfig
 
 DIED, HUNG, ENDED = Ended(Reason.DIED, -9), Ended(Reason.HUNG, -9), Ended(Reason.ENDED, 0)
 DRAINED = Ended(Reason.DRAINED, 0)
+OUT_OF_MEMORY = object()
 
 
 class Scene:
@@ -33,7 +38,8 @@ class Scene:
 
     def attempt(self):
         how, self.results, *mistakes = self.ends.pop(0)
-        return how, mistakes
+        ran_out = OUT_OF_MEMORY in mistakes
+        return how, [] if ran_out else mistakes, ran_out
 
     def replan(self, lost):
         self.replanned.append(lost)
@@ -85,6 +91,59 @@ def test_a_device_that_comes_back_is_waited_for(tmp_path, monkeypatch):
     scene.supervisor.run()
     assert scene.pauses == [1.0, 2.0, 4.0]
     assert scene.replanned == []
+
+
+def in_flight(scene):
+    return scene.supervisor.job.plan.workload.sequences
+
+
+def with_plan(scene, sequences):
+    workload = Workload(sequences, 16, 8)
+    plan = Plan(None, workload, (), {"prefill": 3, "decode": sequences // 2}, {}, None)
+    scene.supervisor.job = Job(plan, "m", "i", scene.supervisor.job.output, EngineConfig(), BatchConfig())
+    return scene
+
+
+def test_out_of_memory_goes_on_with_fewer_in_flight(tmp_path, monkeypatch):
+    ends = (DIED, 5, OUT_OF_MEMORY), (DIED, 5), (DIED, 6, OUT_OF_MEMORY), (ENDED, 9)
+    scene = with_plan(Scene(tmp_path, monkeypatch, *ends), 8)
+    scene.supervisor.run()
+    assert in_flight(scene) == 2  # a death of another kind changes nothing
+    assert dict(scene.supervisor.job.plan.micro_batch) == {"prefill": 1, "decode": 1}
+    found = [(entry["sequences"], entry["sequences_now"]) for entry in scene.supervisor.memory_warnings]
+    assert found == [(8, 4), (4, 2)]
+    assert scene.supervisor.reasons[0] == "the pipeline ran out of memory"
+    assert Journal.read(tmp_path).attempts[0].reason == "the pipeline ran out of memory"
+
+
+def test_one_sequence_is_the_fewest(tmp_path, monkeypatch):
+    ends = [(DIED, 4, OUT_OF_MEMORY)] * 9
+    scene = with_plan(Scene(tmp_path, monkeypatch, *ends, restarts=3), 2)
+    with pytest.raises(UserError, match="ran out of memory and 3 restarts in a row brought no result"):
+        scene.supervisor.run()
+    assert in_flight(scene) == 1
+    assert len(scene.supervisor.memory_warnings) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "killed", "wanted"),
+    [(f"host: {MEMORY_MARK}\n", 0, True), ("Traceback\n", 1, True), ("Traceback\n", 0, False)],
+)
+def test_what_counts_as_out_of_memory(tmp_path, monkeypatch, line, killed, wanted):
+    """A rank's word, or the kernel's count of what it killed."""
+    kills = iter([3, 3 + killed])
+
+    def followed(launch, arguments, watch, mark):
+        watch.on_line(line)
+        return DIED
+
+    monkeypatch.setattr(supervision, "followed", followed)
+    job = SimpleNamespace(output=str(tmp_path), plan="plan", to_token=lambda: "job")
+    supervisor = Supervisor(
+        job, SimpleNamespace(folder=tmp_path), SupervisionConfig(), Journal(Identity("a", "b", "c", {})), None,
+        count_kills=lambda: next(kills),
+    )  # fmt: skip
+    assert supervisor._attempt() == (DIED, [], wanted)
 
 
 def test_without_a_device_that_stays_away_a_new_plan_goes_on(tmp_path, monkeypatch):

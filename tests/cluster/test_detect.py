@@ -10,7 +10,16 @@ from omegaconf import OmegaConf
 from ds_llmpq.cluster import detect as detecting
 from ds_llmpq.cluster.calibrate import best_seconds, measure_cpu
 from ds_llmpq.cluster.cluster import Cluster
-from ds_llmpq.cluster.detect import MIB, available_memory_bytes, detect, known_type, merge, parse_gpus, query_gpus
+from ds_llmpq.cluster.detect import (
+    MIB,
+    available_memory_bytes,
+    detect,
+    known_type,
+    memory_kills,
+    merge,
+    parse_gpus,
+    query_gpus,
+)
 from ds_llmpq.errors import UserError
 from ds_llmpq.schema import ClusterConfig, DeviceTypeConfig
 
@@ -139,6 +148,14 @@ def test_merge_keeps_unlike_rates_apart():
         merge([one, one], "all")
     with pytest.raises(UserError, match="nothing to merge"):
         merge([], "all")
+
+
+def test_kills_are_counted_by_the_control_group_or_else_the_host(tmp_path):
+    assert memory_kills(tmp_path, tmp_path) == 0
+    (tmp_path / "vmstat").write_text("nr_free 12\noom_kill 7\n")
+    assert memory_kills(tmp_path, tmp_path) == 7
+    (tmp_path / "memory.events").write_text("oom 4\noom_kill 2\noom_group_kill 0\n")
+    assert memory_kills(tmp_path, tmp_path) == 2
 
 
 def test_available_memory_heeds_the_control_group(tmp_path):

@@ -84,7 +84,7 @@ def make_plan(
 @dataclass(frozen=True)
 class Case:
     """What the ranks shall run. `every`: the stop rule also ends each row at that many tokens. `options`: the engine's.
-    Rows are known by their wave and their place in it."""
+    `room`: by stage, the most tokens that a pass has memory for. Rows are known by their wave and their place in it."""
 
     path: Path
     plan: Plan
@@ -95,6 +95,7 @@ class Case:
     dies: int | None = None
     label: str = ""
     options: dict = field(default_factory=dict)
+    room: dict[int, int] = field(default_factory=dict)
 
     def to_json(self) -> dict:
         plain = {"path": str(self.path), "plan": self.plan.to_json(), "eos": self.eos, "every": self.every}
@@ -102,7 +103,13 @@ class Case:
         for index, wave in enumerate(self.waves):
             rows = [dataclasses.replace(row, key=index * _WAVE + place) for place, row in enumerate(wave.rows)]
             waves.append(dataclasses.replace(wave, rows=tuple(rows)).to_bytes().hex())
-        return plain | {"waves": waves, "logits": self.logits, "dies": self.dies, "options": self.options}
+        return plain | {
+            "waves": waves,
+            "logits": self.logits,
+            "dies": self.dies,
+            "options": self.options,
+            "room": self.room,
+        }
 
 
 @dataclass

@@ -79,6 +79,8 @@ def run_case(case: dict, joined: Place) -> dict:
     options = EngineConfig(**case["options"])
     session = Session(plan, place, case["path"], TokenRule(case["eos"], case["every"], last), options=options)
     _break_rank(case, joined.rank)
+    if str(index) in case["room"]:
+        _limit_memory(session, case["room"][str(index)])
     logits: list[list] = []
     if case["logits"]:
         _record_logits(session, logits)
@@ -120,6 +122,16 @@ def _record_logits(session: Session, into: list[list]) -> None:
         return choose(slots, logits)
 
     engine._choose = recording
+
+
+def _limit_memory(session: Session, most_tokens: int) -> None:
+    """The stage runs out of memory, in the middle of its layers, in each pass of more tokens."""
+
+    def last_layer(layer, inputs):
+        if inputs[0].positions.numel() > most_tokens:
+            raise torch.OutOfMemoryError(f"no room for {most_tokens + 1} tokens")
+
+    session.engine.module.forward_funcs[-1].register_forward_pre_hook(last_layer)
 
 
 def _break_rank(case: dict, rank: int) -> None:

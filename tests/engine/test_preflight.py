@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from ds_llmpq.engine import hosts
-from ds_llmpq.engine.preflight import check_free
+from ds_llmpq.engine import hosts, preflight
+from ds_llmpq.engine.preflight import check_free, check_memory
 from ds_llmpq.engine.rendezvous import bound
 from ds_llmpq.errors import UserError
 
@@ -37,6 +37,24 @@ def test_each_gpu_has_its_own():
     check_free(plan, [4 * GIB, 4 * GIB])
     with pytest.raises(UserError, match="on a:1"):
         check_free(plan, [4 * GIB, 2 * GIB])
+
+
+@pytest.mark.parametrize("wait", [0.0, 2.5])
+def test_memory_of_those_who_just_died_is_waited_for(monkeypatch, wait):
+    """Too little at first, enough at the third look, two seconds later."""
+    clock, seen = [0.0], []
+    free = iter([GIB, GIB, 4 * GIB, 4 * GIB])
+    monkeypatch.setattr(preflight.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(preflight.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+    monkeypatch.setattr(preflight, "free_bytes", lambda device: next(free))
+    data = SimpleNamespace(gather=lambda report: [report], broadcast=lambda word: seen.append(word) or word)
+    place = SimpleNamespace(data=data, stage_index=0, device=None)
+    if not wait:
+        with pytest.raises(UserError, match=r"3\.00 GiB"):
+            check_memory(plan_of(("a", 0, 3)), place, wait)
+    else:
+        check_memory(plan_of(("a", 0, 3)), place, wait)
+        assert seen == [b"again", b"again", b"go"]
 
 
 def test_the_store_listens_on_the_given_address_alone():

@@ -128,14 +128,14 @@ def rows_in(file: Path) -> int:
         return 0
 
 
-def write_input(file: Path, requests: int = REQUESTS, longest: int = 24) -> Path:
-    """So many small requests of unequal lengths."""
+def write_input(file: Path, requests: int = REQUESTS, longest: int = 24, prompt: int = 8) -> Path:
+    """So many small requests of unequal lengths, their prompts of `prompt` characters and up to 32 more."""
     rng = random.Random(5)
     with open(file, "w") as stream:
         for index in range(requests):
             start = rng.randrange(len(_TEXT) - 40)
             body = {
-                "prompt": _TEXT[start : start + rng.randrange(8, 40)],
+                "prompt": (_TEXT * (prompt // len(_TEXT) + 2))[start : start + prompt + rng.randrange(32)],
                 "max_tokens": rng.randrange(4, longest),
                 "ignore_eos": True,
             }

@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 import subprocess
+import time
 
 import pytest
 from harness import PRECISE, FaultRun, find_victim, rows_in, rows_of, undisturbed, write_input
@@ -61,6 +62,25 @@ def test_a_stopped_rank_is_noticed_and_its_stacks_are_in_the_log(batch, expected
     assert "nothing moved for 8 s" in json.loads((run.out / "metrics.json").read_text())["restarts"]["reasons"][0]
 
 
+def test_an_evaluation_that_hangs_is_one_sentence(tmp_path):
+    command = Command(("evaluate", f"out={tmp_path}", "run.hang_seconds=8", "evaluation.reference=false", *PRECISE))
+    process = command.start()
+    try:
+        while (rank := find_victim("rank 1", process, command)) is None:
+            assert process.poll() is None
+            time.sleep(0.1)
+        time.sleep(12)  # if it has not begun by then, the hang is noticed after two minutes instead
+        rank.send_signal(signal.SIGSTOP)
+        out, err = process.communicate(timeout=240)
+    finally:
+        process.kill()
+        process.communicate()
+    sentence = error_sentence(subprocess.CompletedProcess([], process.returncode, out, err))
+    assert "Nothing moved for 8 s" in sentence
+    assert "most recent call first" in (tmp_path / "launcher.log").read_text()
+    assert gone(command.processes)
+
+
 def test_a_full_disk_is_one_sentence_and_the_run_goes_on_when_there_is_room(batch, expected, tmp_path):
     """Rank 0 may no longer make files longer than they are: to it, that is a full disk."""
     run = FaultRun(tmp_path, batch, "rank 0", 40, 0.0)
@@ -83,6 +103,30 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_when_there_is_room(batc
     assert gone(command.processes)
     assert run.command().run().returncode == 0
     assert rows_of(run.out) == expected
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_without_memory_it_goes_on_with_less_at_a_time(tmp_path, rank):
+    """A rank may take no more address space than it has: its next large pass finds no room, or something else."""
+    batch = write_input(tmp_path / "rows.jsonl", requests=120, prompt=200)
+    options = ("workload.sequences=32", "planner.micro_batches.prefill=[16]", "planner.micro_batches.decode=[16]")
+    expected = undisturbed(tmp_path / "quiet", batch, *options)
+    run = FaultRun(tmp_path, batch, f"rank {rank}", 20, 0.0, options=options)
+    command = run.command()
+    process = command.start()
+    try:
+        wait_for_results(run.out / "results.jsonl", process)
+        victim = find_victim(f"rank {rank}", process, command)
+        resource.prlimit(victim.pid, resource.RLIMIT_AS, (victim.memory_info().vms, resource.RLIM_INFINITY))
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode == 0, err
+    assert rows_of(run.out) == expected
+    warnings = json.loads((run.out / "metrics.json").read_text())["memory_warnings"]
+    assert warnings
+    assert "memory ran out" in out
 
 
 def test_sigterm_drains_and_the_same_command_goes_on(batch, expected, tmp_path):

@@ -36,6 +36,60 @@ def never_worse_than_baselines(seed):
             assert plan.solver.objective <= reached * (1 + 1e-12)
 
 
+def test_limits_that_exclude_one_another_are_seen_at_once():
+    """One device, on which the narrow width is the slow one: boxes of short times allow only the wide one, memory
+    allows it to half of the layers. Each limit alone can be kept, so only both multipliers together close such a box.
+    """
+    layers, narrow, wide = 40, 4, 16
+    seconds = {"prefill": {narrow: 8e-3, wide: 5e-3}, "decode": {narrow: 9e-3, wide: 2e-3}}
+    sizes = {"prefill": [2, 4, 8], "decode": [8, 16, 32]}
+    obj = {
+        "schema": 1,
+        "layers": layers,
+        "bits": [narrow, wide],
+        "workload": {"sequences": 32, "prompt_tokens": 512, "generated_tokens": 100},
+        "micro_batches": sizes,
+        "device_types": {
+            "gpu": {
+                "bits": [narrow, wide],
+                **{
+                    f"{phase}_layer_seconds": {
+                        str(b): {str(size): seconds[phase][b] * (0.2 + 0.1 * size) for size in sizes[phase]}
+                        for b in (narrow, wide)
+                    }
+                    for phase in sizes
+                },
+                **{
+                    f"{phase}_{end}_seconds": {str(size): 0.0 for size in sizes[phase]}
+                    for phase in sizes
+                    for end in ("embed", "head")
+                },
+            }
+        },
+        "devices": [{"name": "n0:0", "type": "gpu", "memory_bytes": 27_000_000}],
+        "device_order": "free",
+        "memory": {
+            "layer_bytes": {str(narrow): 250_000, str(wide): 1_000_000},
+            "kv_bytes_per_sequence_layer": 0,
+            "embed_bytes": 0,
+            "head_bytes": 0,
+            "tied_head": True,
+            "workspace_bytes": {phase: {str(size): 0 for size in sizes[phase]} for phase in sizes},
+        },
+        "links": {
+            "default": {"latency_seconds": 0.0, "seconds_per_byte": 0.0},
+            "pairs": [],
+            "hidden_bytes_per_token": 1000,
+            "token_bytes": 8,
+        },
+        "omega": [[1e-3, 0.0]] * layers,
+        "objective": {"mode": "theta", "theta": 1.0},
+    }
+    plan = solve(obj, solver="search", time_limit_seconds=60, baselines=False)
+    assert plan.solver.status == "optimal"
+    assert plan.stages[0].bits.count(wide) == 22  # 22 + 18 / 4 = 26.5 of 27
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_never_worse_than_any_baseline(seed):
     never_worse_than_baselines(seed)
