@@ -7,7 +7,7 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,18 @@ MOST_BYTES = 64 << 20
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
-def write_whole(path: str | Path, text: str, mode: int = 0o666) -> None:
+def write_whole(path: str | Path, text: str | Iterable[str], mode: int = 0o666) -> None:
     """Replaces a file in one step: after a crash or power cut it holds the old text or the new one, never a part.
 
-    `mode` is what the umask is taken from. `UserError` where it cannot be written; the old file is then untouched.
+    `text`: all of it, or its parts in order. `mode` is what the umask is taken from. `UserError` where it cannot be
+    written; the old file is then untouched.
     """
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
         with open(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
+            file.writelines([text] if isinstance(text, str) else text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)

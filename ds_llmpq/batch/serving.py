@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from itertools import chain
 from pathlib import Path
@@ -30,6 +30,7 @@ from ds_llmpq.engine.lifeline import Heartbeat, drain_on_request
 from ds_llmpq.engine.preflight import check_memory
 from ds_llmpq.engine.sequences import Finish
 from ds_llmpq.engine.session import Session, cache_positions
+from ds_llmpq.engine.trace import chrome_events
 from ds_llmpq.engine.wave import WaveRow
 from ds_llmpq.files import write_json, write_whole
 from ds_llmpq.models.shape import read_shape
@@ -66,7 +67,7 @@ def serve(job: Job, place: Place) -> dict[str, Any] | None:
             driver.loaded()
         take = driver.source(session).take if driver else _no_requests
         session.run_all(take, driver.finished if driver else _not_written)
-        reports = place.data.gather(session.report() | {"trace": session.trace.chrome_events()})
+        reports = place.data.gather(session.report() | {"trace": session.trace.spans_seen()})
         return driver.conclude(session, reports) if driver else None
 
 
@@ -155,7 +156,7 @@ class Driver:
     def conclude(self, session: Session, reports: list[dict[str, Any]]) -> dict[str, Any]:
         """Writes metrics.json and trace.json."""
         folder = Path(self.job.output)
-        events = list(chain.from_iterable(report.pop("trace") for report in reports))
+        events = chain.from_iterable([chrome_events(report.pop("trace")) for report in reports])
         summary = metrics.summarize(
             self.job.plan,
             self.writer.counts,
@@ -169,7 +170,7 @@ class Driver:
         else:
             summary["replay"] = self.replay.report()
         write_json(folder / "metrics.json", summary)
-        write_whole(folder / "trace.json", json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}) + "\n")
+        write_whole(folder / "trace.json", trace_text(events))
         return summary
 
     def _prepare(self, file: RequestFile) -> tuple[list[PreparedRequest], list[RowError]]:
@@ -246,3 +247,11 @@ class Driver:
 
     def _done(self) -> int:
         return self.writer.counts["completed"] + self.writer.counts["failed"]
+
+
+def trace_text(events: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """A Chrome trace, an event at a time: all of them together would take more memory than the batch."""
+    yield '{"displayTimeUnit": "ms", "traceEvents": ['
+    for index, event in enumerate(events):
+        yield f"{',' if index else ''}\n{json.dumps(event)}"
+    yield "\n]}\n"

@@ -32,7 +32,8 @@ class KVStore:
         self.positions = positions
         self.kv_heads = kv_heads
         self.head_dim = head_dim
-        self._memory = torch.zeros(layers, 2, positions * kv_heads * head_dim, dtype=dtype, device=device)
+        self._memory = torch.empty(layers, 2, positions * kv_heads * head_dim, dtype=dtype, device=device)
+        self._memory.zero_()  # written, so that memory is taken now and not bit by bit while serving
         self.shape_for(1, positions)
 
     @property

@@ -6,8 +6,9 @@ On a GPU, work is queued, so spans of work are timed by device events and resolv
 from __future__ import annotations
 
 import time
+from array import array
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -26,7 +27,11 @@ class Trace:
         self._seconds: dict[str, float] = defaultdict(float)
         self._passes: dict[str, int] = defaultdict(int)
         self._tokens: dict[str, int] = defaultdict(int)
-        self._events: list[dict] = []
+        # the first spans, by columns: a day's run must not grow
+        self._names: list[str] = []
+        self._columns = {
+            "name": array("B"), "start": array("d"), "seconds": array("d"), "rows": array("i"), "tokens": array("i")
+        }  # fmt: skip
         self.spans = 0  # so far: it grows as long as this stage gets on
         self._offset = time.time() - time.perf_counter()
 
@@ -60,18 +65,12 @@ class Trace:
             self._seconds[name] += stop - start
         self._passes[name] += 1
         self._tokens[name] += tokens
-        if len(self._events) < _MOST_EVENTS:
-            self._events.append(
-                {
-                    "name": name,
-                    "ph": "X",
-                    "pid": self.stage,
-                    "tid": 0,
-                    "ts": (self._offset + start) * 1e6,
-                    "dur": (stop - start) * 1e6,
-                    "args": {"rows": rows, "tokens": tokens},
-                }
-            )
+        if len(self._columns["name"]) < _MOST_EVENTS:
+            if name not in self._names:
+                self._names.append(name)
+            values = (self._names.index(name), self._offset + start, stop - start, rows, tokens)
+            for column, value in zip(self._columns.values(), values, strict=True):
+                column.append(value)
 
     def summary(self) -> dict:
         """Seconds, passes and tokens by span name, all measured on this stage."""
@@ -85,6 +84,22 @@ class Trace:
                 self._seconds[name] += start.elapsed_time(stop) / 1e3
             self._device_spans.clear()
 
-    def chrome_events(self) -> list[dict]:
-        """Complete events ("ph": "X"), microseconds since the epoch."""
-        return self._events
+    def spans_seen(self) -> dict:
+        """The first spans as plain data, for `chrome_events`: `names`, and columns of equal length."""
+        columns = {name: column.tolist() for name, column in self._columns.items()}
+        return {"stage": self.stage, "names": self._names, **columns}
+
+
+def chrome_events(seen: Mapping[str, Sequence]) -> Iterator[dict]:
+    """Complete events ("ph": "X") of what `spans_seen` returned, microseconds since the epoch."""
+    columns = (seen[name] for name in ("name", "start", "seconds", "rows", "tokens"))
+    for name, start, seconds, rows, tokens in zip(*columns, strict=True):
+        yield {
+            "name": seen["names"][name],
+            "ph": "X",
+            "pid": seen["stage"],
+            "tid": 0,
+            "ts": start * 1e6,
+            "dur": seconds * 1e6,
+            "args": {"rows": rows, "tokens": tokens},
+        }

@@ -1,0 +1,41 @@
+"""Spans of a stage: their sums, what is kept of them, and the file they become."""
+
+import json
+
+import torch
+
+from ds_llmpq.batch.serving import trace_text
+from ds_llmpq.engine import trace as tracing
+from ds_llmpq.engine.trace import Trace, chrome_events
+
+
+def traced(spans):
+    trace = Trace(3, torch.device("cpu"))
+    for name, rows in spans:
+        with trace.working(name, rows, tokens=10 * rows) if name != "tokens" else trace.waiting(name, rows):
+            pass
+    return trace
+
+
+def test_spans_become_chrome_events():
+    trace = traced([("prefill", 4), ("tokens", 2), ("decode", 4), ("decode", 3)])
+    sent = json.loads(json.dumps(trace.spans_seen()))  # it travels as JSON
+    text = json.loads("".join(trace_text(chrome_events(sent))))
+    events = text["traceEvents"]
+    assert [event["name"] for event in events] == ["prefill", "wait_tokens", "decode", "decode"]
+    assert [event["args"]["rows"] for event in events] == [4, 2, 4, 3]
+    assert [event["args"]["tokens"] for event in events] == [40, 0, 40, 30]
+    assert {(event["ph"], event["pid"], event["tid"]) for event in events} == {("X", 3, 0)}
+    starts = [event["ts"] for event in events]
+    assert starts == sorted(starts)
+    assert all(event["dur"] >= 0 for event in events)
+    assert json.loads("".join(trace_text([]))) == {"displayTimeUnit": "ms", "traceEvents": []}
+
+
+def test_sums_go_on_when_enough_spans_are_kept(monkeypatch):
+    monkeypatch.setattr(tracing, "_MOST_EVENTS", 5)
+    trace = traced([("decode", 2)] * 8)
+    assert len(list(chrome_events(trace.spans_seen()))) == 5
+    assert trace.summary()["passes"] == {"decode": 8}
+    assert trace.summary()["tokens"] == {"decode": 160}
+    assert trace.spans == 8
