@@ -1,14 +1,16 @@
 """Predicted against measured latency of whole runs: random plans on unlike CPU stages, and whether their ranking holds.
 
     ds-llmpq profile model.path=MODEL workload=demo cluster=local_unlike3 out=PROFILE
-    python scripts/bench/run_fidelity.py MODEL PROFILE OUT [--cluster local_unlike3] [--plans 12] [--seed 0]
+    python scripts/bench/run_fidelity.py MODEL PROFILE OUT [--cluster local_unlike3] [--plans 12] [--waves 5] [--seed 0]
 
 Plans differ in the devices used and their order, in cuts, widths and micro-batches. Each runs under the real launcher
-on two waves of equal rows; the second one counts, from the first stage's first pass to the last stage's last token.
+on waves of equal rows; the median of all but the first counts, each from the first stage's first pass to the last
+stage's last token.
 OUT keeps every run; one that is already there is not run again, so that an interrupted series goes on.
 """
 
 import argparse
+import itertools
 import json
 import random
 import subprocess
@@ -42,13 +44,14 @@ def main() -> None:
         parser.add_argument(name)
     parser.add_argument("--cluster", default="local_unlike3")
     parser.add_argument("--plans", type=int, default=12)
+    parser.add_argument("--waves", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("overrides", nargs="*", help="of `ds-llmpq plan`, e.g. workload.generated_tokens=32")
     options = parser.parse_args()
     out = Path(options.out).absolute()
     out.mkdir(parents=True, exist_ok=True)
     settings, cluster, prepared = planning(options)
-    requests = write_requests(out / "requests.jsonl", prepared.problem.workload)
+    requests = write_requests(out / "requests.jsonl", prepared.problem.workload, options.waves)
     rows = []
     for index, assignment in enumerate(random_assignments(prepared.problem, options.plans, options.seed)):
         folder = out / f"plan{index:02}"
@@ -56,7 +59,9 @@ def main() -> None:
         played = play(prepared.problem, assignment)
         if not (folder / "metrics.json").is_file():
             run(plan_of(prepared, cluster, assignment, prediction, settings, options.model), folder, requests)
-        rows.append((assignment, prediction.latency_seconds, played.latency_seconds, measured_seconds(folder)))
+        rows.append(
+            (assignment, prediction.latency_seconds, played.latency_seconds, measured_seconds(folder, options.waves))
+        )
         print(describe(*rows[-1]), flush=True)
     report(rows, out)
     pairs = [pair for folder in sorted(out.glob("plan??")) for pair in pass_pairs(folder)]
@@ -111,10 +116,10 @@ def plan_of(prepared, cluster, assignment, prediction, settings, model) -> Plan:
     return replace(plan, baselines={})
 
 
-def write_requests(file: Path, workload) -> Path:
-    """Two waves of rows with exactly the workload's lengths."""
+def write_requests(file: Path, workload, waves: int) -> Path:
+    """Waves of rows with exactly the workload's lengths."""
     rows = []
-    for index in range(2 * workload.sequences):
+    for index in range(waves * workload.sequences):
         prompt = [(7 * index + 3 * place) % 97 + 3 for place in range(workload.prompt_tokens)]
         body = {"model": "m", "prompt": prompt, "max_tokens": workload.generated_tokens, "ignore_eos": True}
         rows.append({"custom_id": f"r{index}", "method": "POST", "url": "/v1/completions", "body": body})
@@ -132,13 +137,15 @@ def run(plan: Plan, folder: Path, requests: Path) -> None:
         subprocess.run([*line, f"model.path={plan.model['path']}"], check=True, stdout=log, stderr=log)
 
 
-def measured_seconds(folder: Path) -> float:
-    """The second wave: first stage's first prefill pass to the last stage's last token."""
+def measured_seconds(folder: Path, waves: int) -> float:
+    """Median over the waves but the first: first stage's first prefill pass to the last stage's last token."""
     events = json.loads((folder / "trace.json").read_text())["traceEvents"]
     passes = sorted(event["ts"] for event in events if event["name"] == "prefill" and event["pid"] == 0)
-    start = passes[len(passes) // 2]
+    starts = [*passes[:: len(passes) // waves], float("inf")]
     last = max(event["pid"] for event in events)
-    return (max(event["ts"] + event["dur"] for event in events if event["pid"] == last) - start) / 1e6
+    ends = [event["ts"] + event["dur"] for event in events if event["pid"] == last and event["name"] == "sample"]
+    seconds = [max(end for end in ends if end < later) - start for start, later in itertools.pairwise(starts)]
+    return median(seconds[1:]) / 1e6
 
 
 def pass_pairs(folder: Path) -> list[Pair]:
