@@ -65,7 +65,7 @@ class Session:
 
         loader = StageLoader(
             checkpoint, [b for stage in plan.stages for b in stage.bits], QuantConfig(**plan.quant), self.dtype,
-            place.device, loaded,
+            place.device, loaded, packed=True,
         )  # fmt: skip
         module = PlannedPipelineModule(
             pipeline_layers(loader),

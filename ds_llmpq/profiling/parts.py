@@ -49,7 +49,7 @@ class Parts:
         quick = replace(quant, optimize=False)
         self.layers = {}
         for width in bits:
-            loader = StageLoader(checkpoint, [width] * shape.layers, quick, self.dtype, device, on_loaded)
+            loader = StageLoader(checkpoint, [width] * shape.layers, quick, self.dtype, device, on_loaded, packed=True)
             self.layers[width] = [loader.decoder_layer(index) for index in range(self.chained)]
         self.embedding, self.head = loader.embedding(), loader.head()
         self._positional = loader.architecture.positional(checkpoint.config)

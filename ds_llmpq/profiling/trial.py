@@ -132,7 +132,7 @@ def _engine(
 ) -> tuple[InferencePipelineEngine, PartClock]:
     path, dtype = spec["path"], getattr(torch, spec["dtype"])
     shape, checkpoint = read_shape(path), Checkpoint(path)
-    loader = StageLoader(checkpoint, [16] * shape.layers, QuantConfig(), dtype, device)
+    loader = StageLoader(checkpoint, [16] * shape.layers, QuantConfig(), dtype, device, packed=True)
     ranks = list(range(len(STAGES)))
     layers = [
         LazyLayer("embedding", loader.embedding),

@@ -7,8 +7,10 @@ weights.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import tempfile
+from collections.abc import Iterator
 from functools import cache
 
 import numpy
@@ -55,10 +57,11 @@ class OpenVinoLinear:
         rows = inputs.shape[0]
         source, target = _buffer("in", rows, self.in_features), _buffer("out", rows, self.out_features)
         self._bind(source, target)
-        source.copy_(inputs)
-        self._request.infer(share_outputs=True)
-        sums = source.view(rows, -1, self.group_size).sum(-1)
-        outputs.copy_(target.addmm_(sums, self._correction))
+        with _one_thread():
+            source.copy_(inputs)
+            self._request.infer(share_outputs=True)
+            sums = source.view(rows, -1, self.group_size).sum(-1)
+            outputs.copy_(target.addmm_(sums, self._correction))
 
     def _bind(self, source: torch.Tensor, target: torch.Tensor) -> None:
         wanted = (source.shape[0], source.data_ptr(), target.data_ptr())
@@ -66,6 +69,21 @@ class OpenVinoLinear:
             self._request.set_input_tensor(openvino.Tensor(source.numpy(), shared_memory=True))
             self._request.set_output_tensor(openvino.Tensor(target.numpy(), shared_memory=True))
             self._bound = wanted
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """OpenVINO's threads stay awake for a while after a product; torch's, for the little that is around it, would
+    compete with them for the cores."""
+    threads = torch.get_num_threads()
+    if threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 _buffers: dict[str, torch.Tensor] = {}

@@ -69,7 +69,7 @@ def main() -> None:
 
 def ours(name: str, options: argparse.Namespace, batch: int, folder: Path) -> dict | None:
     """Through `ds-llmpq run` and the real launcher, from a plan by hand."""
-    kind, _, stages = name.removeprefix("ours-").partition("x")
+    kind, _, stages = name.removeprefix("ours-").rpartition("x")
     layers, stages = read_shape(options.model).layers, int(stages)
     cuts = [round(index * layers / stages) for index in range(stages + 1)]
     widths = [4 + 4 * (layer % 2) if kind == "mix" else int(kind) for layer in range(layers)]
