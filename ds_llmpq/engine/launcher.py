@@ -100,7 +100,7 @@ def by_hand(launch: Launch, arguments: list[str]) -> str:
 def environment(launch: Launch) -> dict[str, str]:
     """Variables for every rank. `UserError` for one that a remote shell could misread."""
     carried = {name: os.environ[name] for name in _CARRIED if name in os.environ}
-    own = {"DS_ACCELERATOR": launch.kind, "OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false"}
+    own = {"DS_ACCELERATOR": launch.kind, "TOKENIZERS_PARALLELISM": "false"}
     env = {"OMP_NUM_THREADS": "1", **own, **carried, **launch.env}
     for name, value in env.items():
         if not _SAFE_NAME.fullmatch(name) or not _SAFE_VALUE.fullmatch(value):

@@ -26,7 +26,6 @@ def run_trial(spec: dict[str, Any], log: Path) -> dict[str, Any]:
         "MASTER_PORT": str(free_port()),
         "DS_ACCELERATOR": spec["kind"],
         "OMP_NUM_THREADS": str(spec["threads"]),
-        "OMP_WAIT_POLICY": "passive",
         "GLOO_SOCKET_IFNAME": "lo",
         "PYTHONPATH": os.pathsep.join(paths),
     }

@@ -16,7 +16,7 @@ from torch import nn
 from ds_llmpq.models.architecture import Architecture, architecture_of, check_shape, fill
 from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.quant.checkpoint import QuantizedCheckpoint
-from ds_llmpq.quant.convert import converted
+from ds_llmpq.quant.convert import converted, one_thread_in_decode
 from ds_llmpq.quant.dense import pack_linears
 from ds_llmpq.quant.hqq import linear_names, quantize_linear
 from ds_llmpq.quant.kernels import AUTO, DEQUANTIZE, check_name, grouped, problem, runs
@@ -109,6 +109,8 @@ class LayerLoader:
             quantized = [self._quantized(layer, name, prefix, bits, dtype) for name in names]
             for name, module in zip(names, converted(kernel, quantized, bits, self.dtype), strict=True):
                 layer.set_submodule(name, module)
+        if kernel == "openvino":
+            one_thread_in_decode(layer)
 
     def _quantized(self, layer: nn.Module, name: str, prefix: str, bits: int, dtype: torch.dtype) -> HQQLinear:
         linear, path = layer.get_submodule(name), prefix + name
