@@ -63,7 +63,10 @@ def test_a_stopped_rank_is_noticed_and_its_stacks_are_in_the_log(batch, expected
 
 
 def test_an_evaluation_that_hangs_is_one_sentence(tmp_path):
-    command = Command(("evaluate", f"out={tmp_path}", "run.hang_seconds=8", "evaluation.reference=false", *PRECISE))
+    text = tmp_path / "text.py"  # minutes of scoring
+    text.write_text("def one(value):\n    return value + 1\n" * 50_000)
+    own = ("run.hang_seconds=8", "evaluation.reference=false", f"evaluation.text={text}")
+    command = Command(("evaluate", f"out={tmp_path}", *own, *PRECISE))
     process = command.start()
     try:
         while (rank := find_victim("rank 1", process, command)) is None:
@@ -123,9 +126,9 @@ def test_without_memory_it_goes_on_with_less_at_a_time(tmp_path):
         process.communicate()
     assert process.returncode == 0, err
     assert rows_of(run.out) == expected
-    warnings = json.loads((run.out / "metrics.json").read_text())["memory_warnings"]
-    assert warnings
-    assert "memory ran out" in out
+    metrics = json.loads((run.out / "metrics.json").read_text())
+    assert metrics["memory_warnings"] or metrics["restarts"]["restarts"]  # a thread that cannot start names no reason
+    assert bool(metrics["memory_warnings"]) == ("memory ran out" in out)
 
 
 def test_sigterm_drains_and_the_same_command_goes_on(batch, expected, tmp_path):
