@@ -17,8 +17,10 @@ from ds_llmpq.planner.plan import Plan
 from ds_llmpq.schema import BatchConfig, EngineConfig
 
 _MOST_BYTES = 64 << 20
-_PLAIN = ("model_path", "input", "output", "trust_remote_code", "supervised", "input_sha256", "hang_seconds")
-_PLAIN += ("memory_wait_seconds",)
+_PLAIN = (
+    "model_path", "input", "output", "trust_remote_code", "supervised", "input_sha256", "hang_seconds",
+    "memory_wait_seconds",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class Kernel:
     """One way to run quantized linears. `carried`: width -> bits in which its codes are held.
 
     integer_activations: inputs are rounded to 8 bits by groups, and sums are taken in integers.
-    fused: linears of one input are held and run as one.
+    fused: linears of one input are held and run as one. own_threads: it multiplies on threads that are not torch's.
     """
 
     name: str
@@ -47,6 +47,7 @@ class Kernel:
     in_multiple: int = 1
     integer_activations: bool = False
     fused: bool = False
+    own_threads: bool = False
 
 
 KERNELS = {
@@ -54,7 +55,7 @@ KERNELS = {
     for kernel in (
         Kernel(
             "openvino", "openvino", ("cpu",), ("bfloat16",), {1: 2, 2: 2, 3: 4, 4: 4, 8: 8}, (32, 64, 128, 256),
-            integer_activations=True, fused=True,
+            integer_activations=True, fused=True, own_threads=True,
         ),
         Kernel(
             "torch_int4", "torch", ("cpu",), ("bfloat16",), {1: 4, 2: 4, 3: 4, 4: 4}, (32, 64, 128, 256),

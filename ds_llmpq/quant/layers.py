@@ -19,7 +19,7 @@ from ds_llmpq.quant.checkpoint import QuantizedCheckpoint
 from ds_llmpq.quant.convert import converted, one_thread_in_decode
 from ds_llmpq.quant.dense import pack_linears
 from ds_llmpq.quant.hqq import linear_names, quantize_linear
-from ds_llmpq.quant.kernels import AUTO, DEQUANTIZE, check_name, grouped, problem, runs
+from ds_llmpq.quant.kernels import AUTO, DEQUANTIZE, KERNELS, check_name, grouped, problem, runs
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS
 from ds_llmpq.schema import QuantConfig
 
@@ -109,7 +109,7 @@ class LayerLoader:
             quantized = [self._quantized(layer, name, prefix, bits, dtype) for name in names]
             for name, module in zip(names, converted(kernel, quantized, bits, self.dtype), strict=True):
                 layer.set_submodule(name, module)
-        if kernel == "openvino":
+        if kernel in KERNELS and KERNELS[kernel].own_threads:
             one_thread_in_decode(layer)
 
     def _quantized(self, layer: nn.Module, name: str, prefix: str, bits: int, dtype: torch.dtype) -> HQQLinear:

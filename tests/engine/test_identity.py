@@ -85,7 +85,7 @@ def test_random_sweep(ranks, checkpoint_of, stages):
     """Every variant, at 16 bits and with mixed bits, many cuts, micro-batches and rank orders."""
     drawn = []
     for variant_index, variant in enumerate(VARIANTS):
-        for repeat in range(2):
+        for repeat in range(3):
             draw = Draw(seed=10_000 * stages + 100 * variant_index + repeat)
             drawn.append(draw.case(checkpoint_of(variant), stages, draw.bits() if repeat % 2 else ()))
     run_and_check(ranks, drawn)

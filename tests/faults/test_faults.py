@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.launcher]
 
 @pytest.fixture(scope="module")
 def batch(tmp_path_factory):
-    return write_input(tmp_path_factory.mktemp("batch") / "rows.jsonl", requests=120)
+    return write_input(tmp_path_factory.mktemp("batch") / "rows.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_after_a_kill_nothing_is_lost(batch, expected, tmp_path, monkeypatch):
 
 
 def test_after_a_kill_of_run_itself_the_same_command_goes_on(batch, expected, tmp_path):
-    run = FaultRun(tmp_path, batch, "run", 70, 0.0)
+    run = FaultRun(tmp_path, batch, "run", 120, 0.0)
     assert run.go() == 2
     assert rows_of(run.out) == expected
     assert json.loads((run.out / "run.json").read_text())["state"] == "finished"
