@@ -128,12 +128,12 @@ def rows_in(file: Path) -> int:
         return 0
 
 
-def write_input(file: Path, requests: int = REQUESTS, longest: int = 24, prompt: int = 8) -> Path:
-    """So many small requests of unequal lengths, their prompts of `prompt` characters and up to 32 more."""
+def write_input(file: Path, requests: int = REQUESTS, longest: int = 24, growth: int = 0) -> Path:
+    """So many small requests of unequal lengths; each prompt has 8 to 39 characters and `growth` more than the last."""
     rng = random.Random(5)
     with open(file, "w") as stream:
         for index in range(requests):
-            start = rng.randrange(len(_TEXT) - 40)
+            prompt, start = 8 + growth * index, rng.randrange(len(_TEXT) - 40)
             body = {
                 "prompt": (_TEXT * (prompt // len(_TEXT) + 2))[start : start + prompt + rng.randrange(32)],
                 "max_tokens": rng.randrange(4, longest),

@@ -109,8 +109,8 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_when_there_is_room(batc
 
 
 def test_without_memory_it_goes_on_with_less_at_a_time(tmp_path):
-    """A rank may take no more address space than it has: its next large pass finds no room, or something else."""
-    batch = write_input(tmp_path / "rows.jsonl", requests=80, prompt=200)
+    """A rank may take no more address space than it has, and each wave's prompts are longer than the last one's."""
+    batch = write_input(tmp_path / "rows.jsonl", requests=160, longest=5, growth=5)
     options = ("workload.sequences=32", "planner.micro_batches.prefill=[16]", "planner.micro_batches.decode=[16]")
     expected = undisturbed(tmp_path / "quiet", batch, *options)
     run = FaultRun(tmp_path, batch, "rank 1", 20, 0.0, options=options)
