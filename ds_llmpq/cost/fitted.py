@@ -8,7 +8,7 @@ from pathlib import Path
 from ds_llmpq.cluster.devices import DeviceType
 from ds_llmpq.cost.fit import LatencyModel, columns, fit_profile, read_model, unit_roofline
 from ds_llmpq.cost.latency import PassOverhead, RooflineCosts
-from ds_llmpq.cost.profile import Setup, check_setup, read_profile
+from ds_llmpq.cost.profile import TRIAL_PARTS, Setup, check_setup, read_profile
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.shape import ModelShape
 
@@ -59,7 +59,7 @@ class FittedCosts:
         return self.roofline.head_seconds(batch) if fitted is None else fitted
 
     def pass_overhead(self, phase: str, batch: int, tokens: int) -> PassOverhead:
-        found = (self._fitted(part, phase, 0, batch, tokens) for part in ("first", "middle", "last"))
+        found = (self._fitted(part, phase, 0, batch, tokens) for part in TRIAL_PARTS)
         return PassOverhead(*(seconds or 0.0 for seconds in found))
 
     def _fitted(self, part: str, phase: str, bits: int, batch: int, length: float) -> float | None:

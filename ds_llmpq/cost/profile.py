@@ -23,7 +23,8 @@ from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.quant.kernels import KERNELS
 
 SCHEMA = 1
-PARTS = ("layer", "embed", "head", "first", "middle", "last")
+TRIAL_PARTS = ("first", "middle", "last")  # measured by passes of a trial pipeline
+PARTS = ("layer", "embed", "head", *TRIAL_PARTS)
 LIBRARIES = ("torch", "transformers", "hqq", "deepspeed")
 _MOST_BYTES = 64 << 20
 
@@ -101,7 +102,8 @@ class Profile:
     note: Mapping[str, Any] = field(default_factory=dict)  # date, host, processors, context bytes
 
     def measured(self) -> list[Measured]:
-        """Points in order of appearance; the lower median of their rounds, for other work only ever adds time."""
+        """Points in order of appearance; the least of their rounds, for other work only ever adds time, and for a round
+        or two at once. What passes of the trial pipeline cost is single passes: of these the lower median."""
         rounds: dict[Point, list[Sample]] = defaultdict(list)
         for sample in self.samples:
             rounds[sample.point].append(sample)
@@ -110,7 +112,8 @@ class Profile:
             times = sorted(sample.median_seconds for sample in samples)
             across = (times[-1] - times[0]) / times[0] if times[0] > 0 else math.inf
             spread = max(median(sample.spread for sample in samples), across)
-            merged.append(Measured(point, times[(len(times) - 1) // 2], spread, len(samples)))
+            chosen = times[(len(times) - 1) // 2] if point.part in TRIAL_PARTS else times[0]
+            merged.append(Measured(point, chosen, spread, len(samples)))
         return merged
 
 

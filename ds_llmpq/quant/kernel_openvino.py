@@ -1,13 +1,14 @@
 """Quantized products by OpenVINO's CPU plugin: packed codes, activations rounded to 8 bits a group, integer sums.
 
 Its fast path wants integer zero points, HQQ's are real numbers. So it runs with the zero rounded, and what rounding
-left out, (rounded - zero) x scale for each group, is multiplied with the group's sum of inputs and added: the same
-weights.
+left out, (rounded - zero) x scale for each group, is multiplied with the group's sum of inputs and added, all in one
+graph: the same weights.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
 import tempfile
 from collections.abc import Iterator
@@ -24,7 +25,9 @@ from ds_llmpq.quant.unpacked import Unpacked
 
 _TYPES = {2: openvino.Type.u2, 4: openvino.Type.u4, 8: openvino.Type.u8}
 _ALIGNMENT = 64
-_QUANTIZED_INPUT_GROUP = 64  # larger groups of inputs are a little faster and a little less exact
+# Inputs that are rounded with one scale. Larger groups are faster and less exact; much faster where a row of weights
+# has but one scale itself.
+_INPUT_GROUP, _INPUT_GROUP_OF_WHOLE_ROWS = 64, 256
 
 
 class OpenVinoLinear:
@@ -32,17 +35,14 @@ class OpenVinoLinear:
 
     def __init__(self, weight: Unpacked, bits: int):
         out_features, self.in_features = weight.codes.shape
-        self.out_features, self.group_size = out_features, weight.group_size
+        self.out_features = out_features
         self.carried = KERNELS["openvino"].carried[bits]
-        rounded = weight.zero.round().clamp_(0, 255)
-        # [groups of a row, out], as it is multiplied
-        self._correction = ((rounded - weight.zero) * weight.scale).t().contiguous()
-        self._request, self._mapping = _compiled(weight, rounded, self.carried)
+        self._request, self._mapping = _compiled(weight, self.carried)
         self._bound: tuple[int, int, int] | None = None
         self._run(torch.zeros(1, self.in_features), torch.empty(1, out_features))  # packs the weight
         # OpenVINO has its own layout now; should it ever ask again, the pages come back from the file
         self._mapping.madvise(mmap.MADV_DONTNEED)
-        self.held_bytes = held_bytes("openvino", out_features, self.in_features, bits, self.group_size, 0)
+        self.held_bytes = held_bytes("openvino", out_features, self.in_features, bits, weight.group_size, 0)
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
         """[rows, in] of any floating type -> [rows, out] of the same."""
@@ -60,8 +60,7 @@ class OpenVinoLinear:
         with _one_thread():
             source.copy_(inputs)
             self._request.infer(share_outputs=True)
-            sums = source.view(rows, -1, self.group_size).sum(-1)
-            outputs.copy_(target.addmm_(sums, self._correction))
+            outputs.copy_(target)
 
     def _bind(self, source: torch.Tensor, target: torch.Tensor) -> None:
         wanted = (source.shape[0], source.data_ptr(), target.data_ptr())
@@ -103,11 +102,13 @@ def _core() -> openvino.Core:
     return openvino.Core()
 
 
-def _compiled(weight: Unpacked, rounded: torch.Tensor, bits: int) -> tuple[openvino.InferRequest, mmap.mmap]:
+def _compiled(weight: Unpacked, bits: int) -> tuple[openvino.InferRequest, mmap.mmap]:
     out_features, in_features = weight.codes.shape
     groups, size = in_features // weight.group_size, weight.group_size
-    parts = [_packed(weight.codes, bits), rounded.to(torch.uint8).numpy(), weight.scale.float().numpy()]
-    mapping, (codes, zeros, scales) = _file_backed(parts)
+    rounded = weight.zero.round().clamp_(0, 255)
+    left_out = (rounded - weight.zero) * weight.scale
+    parts = [_packed(weight.codes, bits), rounded.to(torch.uint8).numpy(), weight.scale.numpy(), left_out.numpy()]
+    mapping, (codes, zeros, scales, left_out) = _file_backed(parts)
     per_group = [out_features, groups, 1]
     inputs = opset13.parameter([-1, in_features], openvino.Type.f32)
     matrix = opset13.convert(_constant(codes, [out_features, groups, size], _TYPES[bits]), numpy.float32)
@@ -115,18 +116,23 @@ def _compiled(weight: Unpacked, rounded: torch.Tensor, bits: int) -> tuple[openv
     matrix = opset13.multiply(opset13.subtract(matrix, offset), _constant(scales, per_group, openvino.Type.f32))
     matrix = opset13.reshape(matrix, opset13.constant(numpy.array([out_features, in_features])), False)
     product = opset13.matmul(inputs, matrix, False, True)
+    grouped = opset13.reshape(inputs, opset13.constant(numpy.array([0, groups, size])), True)
+    sums = opset13.reduce_sum(grouped, opset13.constant(numpy.array([2])), False)
+    left_out = _constant(left_out, [out_features, groups], openvino.Type.f32)
+    product = opset13.add(product, opset13.matmul(sums, left_out, False, True))
     model = openvino.Model([opset13.result(product)], [inputs])
-    return _core().compile_model(model, "CPU", _properties(size)).create_infer_request(), mapping
+    return _core().compile_model(model, "CPU", _properties(size, in_features)).create_infer_request(), mapping
 
 
-def _properties(group_size: int) -> dict[str, object]:
+def _properties(group_size: int, in_features: int) -> dict[str, object]:
     threads = torch.get_num_threads()
+    largest = _INPUT_GROUP_OF_WHOLE_ROWS if group_size == in_features else _INPUT_GROUP
     return {
         "INFERENCE_NUM_THREADS": threads,
         "NUM_STREAMS": 0 if threads == 1 else 1,  # 0: on the calling thread, no thread of its own
         "ENABLE_CPU_PINNING": False,  # it would pin every rank to the same cores
         "INFERENCE_PRECISION_HINT": "f32",
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(min(group_size, _QUANTIZED_INPUT_GROUP)),
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(math.gcd(group_size, largest)),
     }
 
 
