@@ -55,7 +55,7 @@ class Session:
         started = time.perf_counter()
         checkpoint = open_checkpoint(model_path, trust_remote_code)
         architecture_of(checkpoint.config)  # what it imports belongs to the process, not to the stage
-        self._resident_bytes = memory.used_bytes(place.device)
+        self._held_before = memory.held_bytes(place.device)
         check_model(plan, model_path)
 
         def loaded(name: str) -> None:
@@ -89,6 +89,10 @@ class Session:
             self.dtype,
             checkpoint.config.hidden_size,
         )
+        memory.release_freed()
+        self._growth_of_loading = memory.held_bytes(place.device) - self._held_before
+        self._peak_of_loading = memory.peak_bytes(place.device)
+        memory.restart_peak(place.device)
 
     @property
     def sizes(self) -> PassSizes:
@@ -116,7 +120,11 @@ class Session:
             held_back = self.engine.run_stream(wave, self.sizes, together, on_finished)
 
     def report(self) -> dict:
-        """What this rank measured, as plain data: seconds by kind of work, memory by part."""
+        """What this rank measured, as plain data: seconds by kind of work, memory by part.
+
+        Its memory is weights and cache as allocated, what the process held before loading, its peak with loading, how
+        far it had grown when loaded, and how far at most while serving.
+        """
         device = self.place.device
         return {
             "rank": self.place.rank,
@@ -127,9 +135,10 @@ class Session:
             "memory_bytes": {
                 "weights": stored_bytes(self.engine.module),
                 "kv": self.store.allocated_bytes,
-                "before_loading": self._resident_bytes,
-                "peak": memory.peak_bytes(device),
-                "peak_growth": memory.peak_bytes(device) - self._resident_bytes,
+                "before_loading": self._held_before,
+                "peak": max(self._peak_of_loading, memory.peak_bytes(device)),
+                "growth_of_loading": self._growth_of_loading,
+                "peak_growth": memory.held_peak_bytes(device) - self._held_before,
             },
         }
 
