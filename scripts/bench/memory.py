@@ -54,6 +54,7 @@ def measure(options, bits: int) -> dict[str, tuple[float, float]]:
     from ds_llmpq.models.checkpoint import Checkpoint
     from ds_llmpq.models.shape import read_shape
     from ds_llmpq.quant.hqq import stored_bytes
+    from ds_llmpq.quant.packing import Groups
     from ds_llmpq.schema import QuantConfig
 
     torch.set_num_threads(1)
@@ -73,7 +74,7 @@ def measure(options, bits: int) -> dict[str, tuple[float, float]]:
     held, loading = memory.used_bytes(cpu), memory.peak_bytes(cpu)
     restart_peak()
     run_passes(options, layers, store, architecture.positional(checkpoint.config))
-    model = MemoryModel(shape, 64, 1, dtype.itemsize)
+    model = MemoryModel(shape, Groups(), dtype.itemsize)
     # one process: nothing is sent
     parts = model.stage_bytes([bits] * shape.layers, options.sequences, capacity, first=True, last=True)
     weights = parts["weights"] + parts["embed"] + parts["head"]
