@@ -109,6 +109,8 @@ class QuantConfig:
     optimize: bool = True  # HQQ's own fine-tuning of scale and zero
     # what multiplies with quantized weights: auto | dequantize (HQQ's own forward) | openvino | torch_int4 | gemlite
     kernel: str = "auto"
+    # widths at which all weights of a row are one group, e.g. [8]; the others keep group_size
+    whole_rows: list[int] = field(default_factory=list)
 
 
 @dataclass

@@ -21,7 +21,7 @@ def layer_features(roofline: RooflineCosts, bits: int, phase: str, batch: int, l
     shape, size = roofline.shape, roofline.dtype_bytes
     new, past = (length, 0) if phase == "prefill" else (1, length)
     rows = batch * new
-    weights = kernels.weight_bytes_read(shape, bits, roofline.kernel, roofline.group_size, roofline.axis, size)
+    weights = kernels.weight_bytes_read(shape, bits, roofline.kernel, roofline.groups, size)
     moved = shape.touched_share(rows) * weights + arithmetic.linear_activation_bytes(shape, rows, size)
     return [
         1.0,

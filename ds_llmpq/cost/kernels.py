@@ -13,7 +13,7 @@ from ds_llmpq.errors import UserError
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.quant.kernels import DEQUANTIZE, NAMES, grouped, layer_linear_bytes, read_bytes, runs
 from ds_llmpq.quant.kernels import KERNELS as LIBRARY_KERNELS
-from ds_llmpq.quant.packing import UNQUANTIZED_BITS, packed_linear_bytes
+from ds_llmpq.quant.packing import UNQUANTIZED_BITS, Groups, packed_linear_bytes
 
 FUSED = "fused"
 KERNELS = (*NAMES, FUSED)
@@ -34,7 +34,7 @@ def check_kernel(kernel: str) -> str:
     return kernel
 
 
-def dequantizes(shape: ModelShape, bits: int, kernel: str) -> bool:
+def dequantizes(shape: ModelShape, bits: int, kernel: str, groups: Groups) -> bool:
     """True if linears at `bits` run through HQQ's own forward: by choice, or because `kernel` cannot take them.
 
     A kernel that takes only some shapes of a layer counts as one that takes none, for the largest is what matters.
@@ -42,51 +42,52 @@ def dequantizes(shape: ModelShape, bits: int, kernel: str) -> bool:
     if bits == UNQUANTIZED_BITS or kernel == FUSED:
         return False
     largest = max(shape.linears, key=lambda linear: linear.weights)
-    return runs(kernel, largest.out_features, largest.in_features, bits) == DEQUANTIZE
+    return runs(kernel, largest.out_features, largest.in_features, bits, groups) == DEQUANTIZE
 
 
-def linears_bytes(shape: ModelShape, bits: int, kernel: str, group_size: int, axis: int, dtype_bytes: int) -> int:
+def linears_bytes(shape: ModelShape, bits: int, kernel: str, groups: Groups, dtype_bytes: int) -> int:
     """Bytes that the weights of one layer's linears take."""
     if kernel == FUSED:
         kernel = DEQUANTIZE  # in HQQ's layout
-    return layer_linear_bytes(kernel, shape.linears, bits, group_size, axis, dtype_bytes)
+    return layer_linear_bytes(kernel, shape.linears, bits, groups, dtype_bytes)
 
 
-def dequantize_bytes(shape: ModelShape, bits: int, kernel: str, dtype_bytes: int) -> float:
+def dequantize_bytes(shape: ModelShape, bits: int, kernel: str, groups: Groups, dtype_bytes: int) -> float:
     """Bytes moved to unpack and dequantize all linears of one layer; 0 where they are not."""
-    if not dequantizes(shape, bits, kernel):
+    if not dequantizes(shape, bits, kernel, groups):
         return 0.0
     return shape.linear_weights * (_UNPACK_BYTES[bits] + 5 * dtype_bytes)  # written, then twice read and written
 
 
-def weight_bytes_read(shape: ModelShape, bits: int, kernel: str, group_size: int, axis: int, dtype_bytes: int) -> int:
+def weight_bytes_read(shape: ModelShape, bits: int, kernel: str, groups: Groups, dtype_bytes: int) -> int:
     """Bytes that the matrix products of one layer read: packed ones only where the kernel takes them packed."""
-    if bits == UNQUANTIZED_BITS or dequantizes(shape, bits, kernel):
+    if bits == UNQUANTIZED_BITS or dequantizes(shape, bits, kernel, groups):
         return shape.linear_weights * dtype_bytes
     if kernel == FUSED:
         return sum(
-            packed_linear_bytes(linear.out_features, linear.in_features, bits, group_size, axis, dtype_bytes)
+            packed_linear_bytes(linear.out_features, linear.in_features, bits, groups, dtype_bytes)
             for linear in shape.linears
         )
     return sum(
-        read_bytes(kernel, linear.out_features, linear.in_features, bits, group_size, dtype_bytes)
-        for linear in shape.linears
+        read_bytes(kernel, out, into, bits, groups.of(bits, into), dtype_bytes) for _, out, into, *_ in shape.linears
     )
 
 
-def arithmetic_dtype(shape: ModelShape, bits: int, kernel: str, dtype: str, rates: Mapping[str, float]) -> str:
+def arithmetic_dtype(
+    shape: ModelShape, bits: int, kernel: str, groups: Groups, dtype: str, rates: Mapping[str, float]
+) -> str:
     """The type whose rate bounds the products: int8 where the kernel rounds inputs and the device's rate is known."""
     integer = kernel in LIBRARY_KERNELS and LIBRARY_KERNELS[kernel].integer_activations
-    if bits == UNQUANTIZED_BITS or not integer or dequantizes(shape, bits, kernel) or "int8" not in rates:
+    if bits == UNQUANTIZED_BITS or not integer or dequantizes(shape, bits, kernel, groups) or "int8" not in rates:
         return dtype
     return "int8"
 
 
-def launches_share(shape: ModelShape, bits: int, kernel: str) -> float:
+def launches_share(shape: ModelShape, bits: int, kernel: str, groups: Groups) -> float:
     """Launches of a layer at `bits` over those of an unquantized layer."""
     if bits == UNQUANTIZED_BITS or kernel == FUSED:
         return 1.0
-    if dequantizes(shape, bits, kernel):
+    if dequantizes(shape, bits, kernel, groups):
         return 1.0 + len(shape.linears) * DEQUANTIZE_LAUNCHES[bits] / LAYER_LAUNCHES
-    saved = len(shape.linears) - len(grouped(kernel, shape.linears, bits))
+    saved = len(shape.linears) - len(grouped(kernel, shape.linears, bits, groups))
     return 1.0 - saved / LAYER_LAUNCHES

@@ -6,12 +6,13 @@ stand in its place. Every source of costs says what its numbers are (`provenance
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from ds_llmpq.cluster.devices import COMPUTE_DTYPES, DeviceType
 from ds_llmpq.cost import arithmetic, kernels
 from ds_llmpq.models.shape import ModelShape
+from ds_llmpq.quant.packing import Groups
 
 # Share of a datasheet's peak that real kernels reach. Assumed; the published prefill time of an OPT-30B layer on a V100
 # is 0.6 of the peak, those on T4 and P100 are 0.3 and 0.24. Measured rates are taken as they are.
@@ -61,8 +62,7 @@ class RooflineCosts:
     device_type: DeviceType
     shape: ModelShape
     dtype: str
-    group_size: int = 64
-    axis: int = 1
+    groups: Groups = field(default_factory=Groups)
     kernel: str = "dequantize"
 
     provenance = "roofline"
@@ -98,19 +98,19 @@ class RooflineCosts:
         if bits not in self.device_type.bits:
             return None
         shape, rows, size = self.shape, batch * new, self.dtype_bytes
-        weights = kernels.weight_bytes_read(shape, bits, self.kernel, self.group_size, self.axis, size)
+        weights = kernels.weight_bytes_read(shape, bits, self.kernel, self.groups, size)
         touched = shape.touched_share(rows)  # below 1 where few tokens choose few experts
         moved = touched * weights + arithmetic.linear_activation_bytes(shape, rows, size)
         rates = self.device_type.flops_per_second
-        number = kernels.arithmetic_dtype(shape, bits, self.kernel, self.dtype, rates)
+        number = kernels.arithmetic_dtype(shape, bits, self.kernel, self.groups, self.dtype, rates)
         seconds = self.roof(arithmetic.linear_flops(shape, rows) * rates[self.dtype] / rates[number], moved)
         seconds += self.roof(
             arithmetic.attention_flops(shape, batch, new, past),
             arithmetic.attention_bytes(shape, batch, new, past, size),
         )
         seconds += self.roof(0, arithmetic.elementwise_bytes(shape, rows, size))
-        seconds += self.roof(0, touched * kernels.dequantize_bytes(shape, bits, self.kernel, size))
-        launches = kernels.launches_share(shape, bits, self.kernel)
+        seconds += self.roof(0, touched * kernels.dequantize_bytes(shape, bits, self.kernel, self.groups, size))
+        launches = kernels.launches_share(shape, bits, self.kernel, self.groups)
         return seconds + launches * self.device_type.kernel_overhead_seconds
 
     def roof(self, flops: float, moved_bytes: float) -> float:

@@ -10,7 +10,7 @@ from ds_llmpq.cost.arithmetic import EAGER_ATTENTION, FLOAT32_BYTES, kv_bytes, s
 from ds_llmpq.cost.kernels import DEQUANTIZE_COPIES
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.quant.kernels import OPENVINO_ROWS, grouped
-from ds_llmpq.quant.packing import PACKED_BITS
+from ds_llmpq.quant.packing import PACKED_BITS, Groups
 
 IN_FLIGHT_MESSAGES = 2  # hidden-state buffers in each direction: one in use, one posted ahead
 
@@ -24,15 +24,13 @@ class MemoryModel:
     """
 
     shape: ModelShape
-    group_size: int
-    axis: int
+    groups: Groups
     dtype_bytes: int
     kernel: str = "dequantize"
 
     def layer_bytes(self, bits: int) -> int:
         """One decoder layer: weights as the kernel holds them; norms and biases in the compute type."""
-        settings = (self.kernel, self.group_size, self.axis, self.dtype_bytes)
-        linears = kernels.linears_bytes(self.shape, bits, *settings)
+        linears = kernels.linears_bytes(self.shape, bits, self.kernel, self.groups, self.dtype_bytes)
         return linears + self.shape.layer_other_parameters * self.dtype_bytes
 
     def kv_bytes_per_sequence_layer(self, capacity_tokens: int) -> int:
@@ -121,9 +119,9 @@ class MemoryModel:
 
     def _dequantized_bytes(self) -> int:
         if self.kernel == "openvino":  # one buffer for inputs and one for outputs, shared by all products
-            groups = grouped(self.kernel, self.shape.linears, 8)
-            widest = max(entry[0][2] for entry in groups), max(sum(part[1] for part in entry) for entry in groups)
+            products = grouped(self.kernel, self.shape.linears, 8, self.groups)
+            widest = max(entry[0][2] for entry in products), max(sum(part[1] for part in entry) for entry in products)
             return OPENVINO_ROWS * sum(widest) * FLOAT32_BYTES
-        if not any(kernels.dequantizes(self.shape, bits, self.kernel) for bits in PACKED_BITS):
+        if not any(kernels.dequantizes(self.shape, bits, self.kernel, self.groups) for bits in PACKED_BITS):
             return 0
         return DEQUANTIZE_COPIES * max(linear.weights for linear in self.shape.linears) * self.dtype_bytes

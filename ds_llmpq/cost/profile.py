@@ -21,6 +21,8 @@ from typing import Any
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.quant.kernels import KERNELS
+from ds_llmpq.quant.packing import Groups, groups_of
+from ds_llmpq.schema import QuantConfig
 
 SCHEMA = 1
 TRIAL_PARTS = ("first", "middle", "last")  # measured by passes of a trial pipeline
@@ -39,6 +41,12 @@ class Setup:
     group_size: int
     axis: int
     libraries: Mapping[str, str]
+    whole_rows: list[int] = field(default_factory=list)
+
+    @property
+    def groups(self) -> Groups:
+        """`UserError` where a file noted what cannot be."""
+        return groups_of(QuantConfig(group_size=self.group_size, axis=self.axis, whole_rows=self.whole_rows))
 
     def disagreement(self, other: Setup) -> str | None:
         """The first difference in words, or None."""
@@ -123,12 +131,12 @@ def layer_signature(shape: ModelShape) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def current_setup(shape: ModelShape, dtype: str, kernel: str, group_size: int, axis: int) -> Setup:
+def current_setup(shape: ModelShape, dtype: str, kernel: str, groups: Groups) -> Setup:
     """With the libraries installed here, that of the kernel among them; none of them is imported."""
     libraries = {name: _version(name) for name in LIBRARIES}
     if kernel in KERNELS:
         libraries[KERNELS[kernel].library] = _version(KERNELS[kernel].library)
-    return Setup(layer_signature(shape), dtype, kernel, group_size, axis, libraries)
+    return Setup(layer_signature(shape), dtype, kernel, libraries=libraries, **groups.to_json())
 
 
 def _version(library: str) -> str:

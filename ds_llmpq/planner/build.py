@@ -19,7 +19,7 @@ from ds_llmpq.cost.memory import MemoryModel
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.planner.problem import SCHEMA, Problem
-from ds_llmpq.quant.packing import UNQUANTIZED_BITS, quantization_problem
+from ds_llmpq.quant.packing import UNQUANTIZED_BITS, groups_of, quantization_problem
 from ds_llmpq.schema import PlannerConfig, QuantConfig, WorkloadConfig
 from ds_llmpq.sensitivity.omega import Omega
 from ds_llmpq.sensitivity.prior import prior_omega
@@ -74,11 +74,12 @@ def prepare(
     check_workload(workload, shape)
     kernel, dtype = check_kernel(kernel), common_dtype(cluster, dtype)
     bits, notes = usable_bits(shape, quant)
-    memory = MemoryModel(shape, quant.group_size, quant.axis, COMPUTE_DTYPES[dtype], kernel)
+    groups = groups_of(quant)
+    memory = MemoryModel(shape, groups, COMPUTE_DTYPES[dtype], kernel)
     if costs_of is None:
 
         def costs_of(device_type: DeviceType) -> LayerCosts:
-            return RooflineCosts(device_type, shape, dtype, quant.group_size, quant.axis, kernel)
+            return RooflineCosts(device_type, shape, dtype, groups, kernel)
 
     costs = {name: costs_of(device_type) for name, device_type in cluster.device_types.items()}
     for device_type in cluster.device_types.values():
@@ -146,7 +147,7 @@ def check_workload(workload: WorkloadConfig, shape: ModelShape) -> None:
 def usable_bits(shape: ModelShape, quant: QuantConfig) -> tuple[list[int], list[str]]:
     """(widths of `quant.bits` that every linear of a layer can be stored in, one note for each width left out).
 
-    UserError: an unknown or doubled width, or none left.
+    UserError: an unknown or doubled width, none left, or `quant.whole_rows` that cannot be.
     """
     if not quant.bits:
         raise UserError(f"quant.bits is empty; list widths of {', '.join(map(str, BIT_WIDTHS))}")
@@ -179,7 +180,7 @@ def micro_batches(phase: str, given: list[int] | None, sequences: int) -> list[i
 
 
 def _why_not(linear: Any, width: int, quant: QuantConfig) -> str | None:
-    reason = quantization_problem(linear.out_features, linear.in_features, width, quant.group_size, quant.axis)
+    reason = quantization_problem(linear.out_features, linear.in_features, width, groups_of(quant))
     return f"{width} bits is left out: {linear.name} cannot be packed ({reason})" if reason else None
 
 

@@ -77,19 +77,26 @@ def _gptq(plan: Plan, widths: dict[int, list[int]], base: int) -> dict[str, obje
     """GPTQ's `dynamic`: "+:" overrides a module, "-:" leaves it unquantized."""
     blocks = {"opt": r"decoder\.layers", "bloom": r"h"}.get(str((plan.model or {}).get("architecture")), r"layers")
     dynamic: dict[str, dict[str, int]] = {}
+    groups = {width: _gptq_group(plan, width) for width in widths}
     for width, layers in widths.items():
         if width != base:
             name = rf".*\.{blocks}\.({'|'.join(map(str, layers))})\..*"
-            dynamic[f"-:{name}" if width == 16 else f"+:{name}"] = {} if width == 16 else {"bits": width}
-    group = (plan.quant or {}).get("group_size", 64)
+            other = {"group_size": groups[width]} if groups[width] != groups[base] else {}
+            dynamic[f"-:{name}" if width == 16 else f"+:{name}"] = {} if width == 16 else {"bits": width, **other}
     return {
         "quant_method": "gptq",
         "bits": base,
-        "group_size": group,
+        "group_size": groups[base],
         "desc_act": False,
         "sym": True,
         "dynamic": dynamic,
     }
+
+
+def _gptq_group(plan: Plan, width: int) -> int:
+    """-1 is GPTQ's word for whole rows."""
+    quant = plan.quant or {}
+    return -1 if width in quant.get("whole_rows", ()) else quant.get("group_size", 64)
 
 
 def _llama_cpp(plan: Plan) -> Export:

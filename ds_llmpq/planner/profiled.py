@@ -14,6 +14,7 @@ from ds_llmpq.cost.linktable import fit_link, read_links
 from ds_llmpq.cost.profile import current_setup
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.planner.build import CostsOf
+from ds_llmpq.quant.packing import groups_of
 from ds_llmpq.schema import PlannerConfig, QuantConfig
 
 
@@ -28,11 +29,12 @@ def profiled_costs(
         return None, cluster
     folder = Path(planner.profile).expanduser().absolute()
     dtype = common_dtype(cluster, dtype)
-    setup = current_setup(shape, dtype, kernel, quant.group_size, quant.axis)
+    groups = groups_of(quant)
+    setup = current_setup(shape, dtype, kernel, groups)
     model = load_model(folder, shape, setup, planner.profile_force)
 
     def costs_of(device_type: DeviceType) -> FittedCosts:
-        roofline = RooflineCosts(device_type, shape, dtype, quant.group_size, quant.axis, kernel)
+        roofline = RooflineCosts(device_type, shape, dtype, groups, kernel)
         return FittedCosts(device_type, model, roofline)
 
     table = (folder if folder.is_dir() else folder.parent) / "links.csv"

@@ -18,7 +18,7 @@ from ds_llmpq.profiling.timer import Timer
 from ds_llmpq.quant.convert import converted
 from ds_llmpq.quant.hqq import quantize_linear
 from ds_llmpq.quant.kernels import DEQUANTIZE, KERNELS, candidates, grouped, label, runs
-from ds_llmpq.quant.packing import UNQUANTIZED_BITS
+from ds_llmpq.quant.packing import UNQUANTIZED_BITS, groups_of
 from ds_llmpq.schema import QuantConfig, WorkloadConfig
 
 MOST_ROWS = 1024  # beyond it time is proportional to rows
@@ -122,17 +122,18 @@ def _modules(
     shape: ModelShape, quant: QuantConfig, bits: int, dtype: str, device: torch.device, name: str
 ) -> list[tuple[list[torch.nn.Module], int]]:
     """(linears of one input, how often such a group occurs in a layer), with random weights."""
-    quick, kinds = replace(quant, optimize=False), {}
-    for group in grouped(name, shape.linears, bits):
+    quick, groups, kinds = replace(quant, optimize=False), groups_of(quant), {}
+    for group in grouped(name, shape.linears, bits, groups):
         key = tuple(entry[1:3] for entry in group)
         kinds[key] = kinds.get(key, 0) + 1
     generator, found = torch.Generator().manual_seed(bits), []
     for key, times in kinds.items():
-        by_kernel = name in KERNELS and runs(name, sum(out for out, _ in key), key[0][1], bits) == name
+        out, into = sum(out for out, _ in key), key[0][1]
+        by_kernel = name in KERNELS and runs(name, out, into, bits, groups) == name
         kept = torch.float32 if by_kernel else getattr(torch, dtype)
         weights = [torch.randn(*size, generator=generator) for size in key]
         linears = [quantize_linear(weight, None, bits, quick, kept, device) for weight in weights]
-        modules = converted(name, linears, bits, getattr(torch, dtype)) if by_kernel else linears
+        modules = converted(name, linears, bits, groups, getattr(torch, dtype)) if by_kernel else linears
         for module, (_, in_features) in zip(modules, key, strict=True):
             module.in_features = in_features
         found.append((modules, times))

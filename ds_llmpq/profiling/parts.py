@@ -16,6 +16,7 @@ from ds_llmpq.engine.throttle import CpuShare
 from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.models.step import Step
+from ds_llmpq.quant.packing import groups_of
 from ds_llmpq.schema import QuantConfig
 
 _MOST_CHAIN_BYTES = 1 << 30  # of the layers timed together at one width
@@ -44,7 +45,7 @@ class Parts:
         self.shape, self.device, self.dtype = shape, device, getattr(torch, dtype)
         checkpoint = Checkpoint(path)
         self._positional = None
-        largest = MemoryModel(shape, quant.group_size, quant.axis, self.dtype.itemsize).layer_bytes(16)
+        largest = MemoryModel(shape, groups_of(quant), self.dtype.itemsize).layer_bytes(16)
         self.chained = max(1, min(chained, shape.layers, _MOST_CHAIN_BYTES // largest))
         quick = replace(quant, optimize=False)
         self.layers = {}

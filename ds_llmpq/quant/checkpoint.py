@@ -20,7 +20,7 @@ from ds_llmpq.errors import UserError
 from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.models.prequantized import QUANT_METHOD
 from ds_llmpq.quant.hqq import STORED_PARTS, restored_linear
-from ds_llmpq.quant.packing import UNQUANTIZED_BITS
+from ds_llmpq.quant.packing import UNQUANTIZED_BITS, Groups, groups_of
 from ds_llmpq.schema import QuantConfig
 
 MANIFEST = "quantized.json"
@@ -33,8 +33,7 @@ class Recipe:
     """How a checkpoint is kept: one width per decoder layer and HQQ's settings, which are those of `QuantConfig`."""
 
     bits: tuple[int, ...]
-    group_size: int
-    axis: int
+    groups: Groups
     optimize: bool
     source_fingerprint: str
 
@@ -44,8 +43,7 @@ class Recipe:
             "quant_method": QUANT_METHOD,
             "format": FORMAT,
             "bits": list(self.bits),
-            "group_size": self.group_size,
-            "axis": self.axis,
+            **self.groups.to_json(),
             "optimize": self.optimize,
             "scale_dtype": "float32",
             "source_fingerprint": self.source_fingerprint,
@@ -53,7 +51,7 @@ class Recipe:
 
     @property
     def quant(self) -> QuantConfig:
-        return QuantConfig(sorted(set(self.bits)), self.group_size, self.axis, self.optimize)
+        return QuantConfig(bits=sorted(set(self.bits)), optimize=self.optimize, **self.groups.to_json())
 
 
 def read_recipe(path: str | Path) -> Recipe | None:
@@ -72,14 +70,16 @@ def read_recipe(path: str | Path) -> Recipe | None:
     if noted.get("format") != FORMAT:
         raise UserError(f"{file} has quantization format {noted.get('format')!r}; this version reads {FORMAT} only.")
     try:
+        settings = QuantConfig(
+            group_size=int(noted["group_size"]), axis=int(noted["axis"]), whole_rows=noted.get("whole_rows", [])
+        )
         return Recipe(
             tuple(int(width) for width in noted["bits"]),
-            int(noted["group_size"]),
-            int(noted["axis"]),
+            groups_of(settings),
             bool(noted["optimize"]),
             str(noted["source_fingerprint"]),
         )
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+    except (UserError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{file} has no usable quantization_config ({error}); quantize the model again.") from None
 
 
@@ -105,10 +105,12 @@ class QuantizedCheckpoint(Checkpoint):
             raise UserError(f"Layer {index} is kept at {kept} bits in {self.path}, but {bits} are asked for; {again}.")
         if bits == UNQUANTIZED_BITS:
             return
-        for name in ("group_size", "axis"):
-            here, asked = getattr(self.recipe, name), getattr(quant, name)
-            if here != asked:
-                raise UserError(f"{self.path} was quantized with {name} {here}, but {asked} is asked for; {again}.")
+        asked = groups_of(quant).to_json()
+        for name, here in self.recipe.groups.to_json().items():
+            if here != asked[name]:
+                raise UserError(
+                    f"{self.path} was quantized with {name} {here}, but {asked[name]} is asked for; {again}."
+                )
 
     def linear(
         self,

@@ -11,6 +11,7 @@ from torch import nn
 
 from ds_llmpq.errors import UserError
 from ds_llmpq.quant.kernels import DEQUANTIZE, KERNELS, runs
+from ds_llmpq.quant.packing import Groups
 from ds_llmpq.quant.unpacked import Unpacked, stacked, unpack
 
 
@@ -66,11 +67,13 @@ def product_of(name: str, weight: Unpacked, bits: int, dtype: torch.dtype) -> Pr
     return _maker(name)(weight, bits, dtype)
 
 
-def converted(name: str, linears: Sequence[HQQLinear], bits: int, dtype: torch.dtype) -> list[nn.Module]:
+def converted(
+    name: str, linears: Sequence[HQQLinear], bits: int, groups: Groups, dtype: torch.dtype
+) -> list[nn.Module]:
     """Modules that take the place of linears of one input, computing in `dtype`; HQQ's own where nothing else runs
     them."""
     out, into = sum(linear.out_features for linear in linears), linears[0].in_features
-    if runs(name, out, into, bits) == DEQUANTIZE:
+    if runs(name, out, into, bits, groups) == DEQUANTIZE:
         return list(linears)
     product = product_of(name, stacked([unpack(linear) for linear in linears]), bits, dtype)
     shared = _Shared(product, [linear.out_features for linear in linears])

@@ -11,7 +11,7 @@ from torch import nn
 
 from ds_llmpq.errors import UserError
 from ds_llmpq.quant.optimize import fast_optimizer
-from ds_llmpq.quant.packing import quantization_problem
+from ds_llmpq.quant.packing import groups_of, quantization_problem
 from ds_llmpq.schema import QuantConfig
 
 STORED_PARTS = ("W_q", "scale", "zero")
@@ -30,14 +30,14 @@ def quantize_linear(
     Raises `UserError` if HQQ cannot pack this shape with the configured group size.
     """
     # HQQ itself drops weights without a word where packed rows do not divide
-    reason = quantization_problem(*weight.shape, bits, quant.group_size, quant.axis)
+    reason = quantization_problem(*weight.shape, bits, groups_of(quant))
     if reason:
         raise UserError(f"A {weight.shape[0]} x {weight.shape[1]} linear cannot be kept at {bits} bits: {reason}.")
     with fast_optimizer():
         return HQQLinear.from_weights(
             weight.to(device),
             None if bias is None else nn.Parameter(bias, requires_grad=False),
-            quant_config=_hqq_config(bits, quant),
+            quant_config=_hqq_config(bits, weight.shape[1], quant),
             compute_dtype=dtype,
             device=str(device),
         )
@@ -54,13 +54,13 @@ def restored_linear(
 ) -> HQQLinear:
     """The `HQQLinear` that `quantize_linear` made, from its stored `STORED_PARTS`; `shape` is [out, in] features."""
     linear = HQQLinear(
-        None, quant_config=_hqq_config(bits, quant), compute_dtype=dtype, device=str(device), initialize=False
+        None, quant_config=_hqq_config(bits, shape[1], quant), compute_dtype=dtype, device=str(device), initialize=False
     )
     packing = Quantizer.bit_to_packing[bits]
     linear.W_q = parts["W_q"]
     linear.meta = {
         "nbits": bits,
-        "group_size": quant.group_size,
+        "group_size": groups_of(quant).of(bits, shape[1]),
         "shape": torch.Size(shape),
         "scale": parts["scale"],
         "zero": parts["zero"],
@@ -83,8 +83,9 @@ def stored_parts(linear: HQQLinear) -> dict[str, torch.Tensor]:
     return {"W_q": linear.W_q.data, "scale": linear.meta["scale"], "zero": linear.meta["zero"]}
 
 
-def _hqq_config(bits: int, quant: QuantConfig) -> dict[str, Any]:
-    config = BaseQuantizeConfig(nbits=bits, group_size=quant.group_size, axis=quant.axis)
+def _hqq_config(bits: int, in_features: int, quant: QuantConfig) -> dict[str, Any]:
+    group_size = groups_of(quant).of(bits, in_features)
+    config = BaseQuantizeConfig(nbits=bits, group_size=group_size, axis=quant.axis)
     config["weight_quant_params"]["optimize"] = quant.optimize
     return config
 

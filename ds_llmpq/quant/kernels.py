@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from importlib import metadata
 
 from ds_llmpq.errors import UserError
-from ds_llmpq.quant.packing import UNQUANTIZED_BITS, packed_linear_bytes
+from ds_llmpq.quant.packing import UNQUANTIZED_BITS, Groups, packed_linear_bytes
 from ds_llmpq.schema import QuantConfig
 
 AUTO = "auto"
@@ -34,7 +34,8 @@ class Kernel:
     """One way to run quantized linears. `carried`: width -> bits in which its codes are held.
 
     integer_activations: inputs are rounded to 8 bits by groups, and sums are taken in integers.
-    fused: linears of one input are held and run as one. own_threads: it multiplies on threads that are not torch's.
+    whole_rows: it also takes one group a row, whatever its length. fused: linears of one input are held and run as one.
+    own_threads: it multiplies on threads that are not torch's.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Kernel:
     group_sizes: tuple[int, ...]
     out_multiple: int = 1
     in_multiple: int = 1
+    whole_rows: bool = False
     integer_activations: bool = False
     fused: bool = False
     own_threads: bool = False
@@ -55,7 +57,7 @@ KERNELS = {
     for kernel in (
         Kernel(
             "openvino", "openvino", ("cpu",), ("bfloat16",), {1: 2, 2: 2, 3: 4, 4: 4, 8: 8}, (32, 64, 128, 256),
-            integer_activations=True, fused=True, own_threads=True,
+            whole_rows=True, integer_activations=True, fused=True, own_threads=True,
         ),
         Kernel(
             "torch_int4", "torch", ("cpu",), ("bfloat16",), {1: 4, 2: 4, 3: 4, 4: 4}, (32, 64, 128, 256),
@@ -141,7 +143,7 @@ def candidates(
 def shrinks(name: str, linears: Sequence[tuple[str, int, int]]) -> bool:
     """False where a layer at 4 bits would take more than unquantized: what a kernel holds beside tiny weights."""
     weights = sum(linear[1] * linear[2] for linear in linears)
-    return layer_linear_bytes(name, linears, 4, 64, 1, 2) <= 2 * weights
+    return layer_linear_bytes(name, linears, 4, Groups(), 2) <= 2 * weights
 
 
 def label(name: str) -> str:
@@ -149,26 +151,30 @@ def label(name: str) -> str:
     return f"{name} ({KERNELS[name].library} {version(name)})" if name in KERNELS else name
 
 
-def runs(name: str, out_features: int, in_features: int, bits: int) -> str:
-    """What really runs a linear where kernel `name` is chosen: `dequantize` for widths and shapes it cannot take."""
+def runs(name: str, out_features: int, in_features: int, bits: int, groups: Groups) -> str:
+    """What really runs a linear where kernel `name` is chosen: `dequantize` for widths, shapes and whole rows that it
+    cannot take."""
     if name == DEQUANTIZE or bits == UNQUANTIZED_BITS:
         return DEQUANTIZE
     kernel = KERNELS[name]
     fits = out_features % kernel.out_multiple == 0 and in_features % kernel.in_multiple == 0
+    fits &= kernel.whole_rows or bits not in groups.whole_rows
     return name if bits in kernel.carried and fits else DEQUANTIZE
 
 
-def grouped(name: str, linears: Sequence[tuple[str, int, int]], bits: int) -> list[list[tuple[str, int, int]]]:
+def grouped(
+    name: str, linears: Sequence[tuple[str, int, int]], bits: int, groups: Groups
+) -> list[list[tuple[str, int, int]]]:
     """Linears (dotted name, out, in features) of one decoder layer as they run: those of one input together."""
     if name not in KERNELS or not KERNELS[name].fused or bits == UNQUANTIZED_BITS:
         return [[linear] for linear in linears]
-    groups: dict[tuple[str, str], list[tuple[str, int, int]]] = {}
+    together: dict[tuple[str, str], list[tuple[str, int, int]]] = {}
     for linear in linears:
         parent, _, own = linear[0].rpartition(".")
         shared = next((str(names) for names in SHARED_INPUT if own in names), own)
-        able = runs(name, linear[1], linear[2], bits) == name
-        groups.setdefault((parent, shared if able else own), []).append(linear)
-    return list(groups.values())
+        able = runs(name, linear[1], linear[2], bits, groups) == name
+        together.setdefault((parent, shared if able else own), []).append(linear)
+    return list(together.values())
 
 
 def held_bytes(name: str, out_features: int, in_features: int, bits: int, group_size: int, dtype_bytes: int) -> int:
@@ -194,14 +200,14 @@ def read_bytes(name: str, out_features: int, in_features: int, bits: int, group_
 
 
 def layer_linear_bytes(
-    name: str, linears: Sequence[tuple[str, int, int]], bits: int, group_size: int, axis: int, dtype_bytes: int
+    name: str, linears: Sequence[tuple[str, int, int]], bits: int, groups: Groups, dtype_bytes: int
 ) -> int:
     """Bytes that the weights of one decoder layer's linears take at `bits`, however they run."""
     total = 0
-    for group in grouped(name, linears, bits):
+    for group in grouped(name, linears, bits, groups):
         out, into = sum(entry[1] for entry in group), group[0][2]
-        if runs(name, out, into, bits) == DEQUANTIZE:
-            total += packed_linear_bytes(out, into, bits, group_size, axis, dtype_bytes)
+        if runs(name, out, into, bits, groups) == DEQUANTIZE:
+            total += packed_linear_bytes(out, into, bits, groups, dtype_bytes)
         else:
-            total += held_bytes(name, out, into, bits, group_size, dtype_bytes)
+            total += held_bytes(name, out, into, bits, groups.of(bits, into), dtype_bytes)
     return total

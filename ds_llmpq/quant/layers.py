@@ -20,7 +20,7 @@ from ds_llmpq.quant.convert import converted, one_thread_in_decode
 from ds_llmpq.quant.dense import pack_linears
 from ds_llmpq.quant.hqq import linear_names, quantize_linear
 from ds_llmpq.quant.kernels import AUTO, DEQUANTIZE, KERNELS, check_name, grouped, problem, runs
-from ds_llmpq.quant.packing import UNQUANTIZED_BITS
+from ds_llmpq.quant.packing import UNQUANTIZED_BITS, groups_of
 from ds_llmpq.schema import QuantConfig
 
 
@@ -99,15 +99,18 @@ class LayerLoader:
             fill(module, {local[tensor_name]: self._converted(tensor)})
 
     def _quantize_all(self, layer: nn.Module, prefix: str, bits: int) -> None:
-        kernel, linears = self.kernel, [(name, layer.get_submodule(name)) for name in linear_names(layer)]
+        kernel, groups = self.kernel, groups_of(self.quant)
+        linears = [(name, layer.get_submodule(name)) for name in linear_names(layer)]
         sizes = [(name, linear.out_features, linear.in_features) for name, linear in linears]
-        for group in grouped(kernel, sizes, bits):
+        for group in grouped(kernel, sizes, bits, groups):
             names = [name for name, _, _ in group]
-            by_kernel = runs(kernel, sum(entry[1] for entry in group), group[0][2], bits) != DEQUANTIZE
+            out, into = sum(entry[1] for entry in group), group[0][2]
+            by_kernel = runs(kernel, out, into, bits, groups) != DEQUANTIZE
             # scales and zeros stay as exact as they are stored until the kernel has taken them
             dtype = torch.float32 if by_kernel else self.dtype
             quantized = [self._quantized(layer, name, prefix, bits, dtype) for name in names]
-            for name, module in zip(names, converted(kernel, quantized, bits, self.dtype), strict=True):
+            modules = converted(kernel, quantized, bits, groups, self.dtype)
+            for name, module in zip(names, modules, strict=True):
                 layer.set_submodule(name, module)
         if kernel in KERNELS and KERNELS[kernel].own_threads:
             one_thread_in_decode(layer)

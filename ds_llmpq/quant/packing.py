@@ -7,12 +7,48 @@ it stand one scale and one zero per group in the compute type.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 from ds_llmpq.errors import UserError
+from ds_llmpq.schema import QuantConfig
 
 UNQUANTIZED_BITS = 16  # stands for the compute type, whatever its width
 PACKED_BITS = (1, 2, 3, 4, 8)
 _WEIGHTS_PER_INTEGER = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}
 _INTEGER_BYTES = {8: 1, 4: 1, 3: 4, 2: 1, 1: 1}
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Which weights share a scale and a zero: `group_size` of them along `axis` (1: in_features, 0: out_features), but
+    all of a row at the widths `whole_rows` (ascending; axis 1 alone)."""
+
+    group_size: int = 64
+    axis: int = 1
+    whole_rows: tuple[int, ...] = ()
+
+    def of(self, bits: int, in_features: int) -> int:
+        """Weights in a group of a linear with `in_features` that is kept at `bits`."""
+        return in_features if bits in self.whole_rows else self.group_size
+
+    def to_json(self) -> dict[str, Any]:
+        """As files note it, by the names of `QuantConfig`."""
+        return {"group_size": self.group_size, "axis": self.axis, "whole_rows": list(self.whole_rows)}
+
+
+def groups_of(quant: QuantConfig) -> Groups:
+    """`UserError`: `whole_rows` is no list of packed widths, or does not go with the axis."""
+    axis, whole_rows = quant.axis, quant.whole_rows
+    known = isinstance(whole_rows, list) and all(width in PACKED_BITS for width in whole_rows)
+    if not known or len(set(whole_rows)) < len(whole_rows):
+        raise UserError(f"quant.whole_rows={whole_rows}: list each width once, of {', '.join(map(str, PACKED_BITS))}")
+    if whole_rows and axis != 1:
+        raise UserError(
+            f"quant.whole_rows={whole_rows} needs groups along the input, not axis {axis}; set quant.axis=1, or "
+            "quant.whole_rows=[]"
+        )
+    return Groups(quant.group_size, axis, tuple(sorted(whole_rows)))
 
 
 def packing_problem(out_features: int, in_features: int, bits: int, group_size: int, axis: int) -> str | None:
@@ -38,15 +74,16 @@ def packing_problem(out_features: int, in_features: int, bits: int, group_size: 
     return None
 
 
-def quantization_problem(out_features: int, in_features: int, bits: int, group_size: int, axis: int) -> str | None:
+def quantization_problem(out_features: int, in_features: int, bits: int, groups: Groups) -> str | None:
     """Why this package does not quantize such a weight: `packing_problem`, or groups that straddle rows.
 
     HQQ packs groups that run on from one row into the next, but no kernel other than its own forward reads them.
     """
-    problem = packing_problem(out_features, in_features, bits, group_size, axis)
+    group_size = groups.of(bits, in_features)
+    problem = packing_problem(out_features, in_features, bits, group_size, groups.axis)
     if problem or bits == UNQUANTIZED_BITS:
         return problem
-    grouped = in_features if axis == 1 else out_features
+    grouped = in_features if groups.axis == 1 else out_features
     if grouped % group_size:
         return f"group size {group_size} does not divide the grouped side, {grouped}, of {out_features} x {in_features}"
     return None
@@ -67,14 +104,13 @@ def metadata_bytes(out_features: int, in_features: int, group_size: int, dtype_b
     return 2 * (out_features * in_features // group_size) * dtype_bytes
 
 
-def packed_linear_bytes(
-    out_features: int, in_features: int, bits: int, group_size: int, axis: int, dtype_bytes: int
-) -> int:
+def packed_linear_bytes(out_features: int, in_features: int, bits: int, groups: Groups, dtype_bytes: int) -> int:
     """Bytes of one linear's weight as stored, without its bias; 16 bits is the plain weight in the compute type.
 
     UserError if HQQ cannot pack it (`packing_problem` says why).
     """
     if bits == UNQUANTIZED_BITS:
         return out_features * in_features * dtype_bytes
-    packed = packed_weight_bytes(out_features, in_features, bits, group_size, axis)
+    group_size = groups.of(bits, in_features)
+    packed = packed_weight_bytes(out_features, in_features, bits, group_size, groups.axis)
     return packed + metadata_bytes(out_features, in_features, group_size, dtype_bytes)

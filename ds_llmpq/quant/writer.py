@@ -27,7 +27,7 @@ from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.models.fingerprint import fingerprint
 from ds_llmpq.quant.checkpoint import FORMAT, MANIFEST, Recipe, file_sha256
 from ds_llmpq.quant.hqq import linear_names, quantize_linear, stored_parts
-from ds_llmpq.quant.packing import UNQUANTIZED_BITS
+from ds_llmpq.quant.packing import UNQUANTIZED_BITS, groups_of
 from ds_llmpq.schema import QuantConfig
 
 _INDEX = "model.safetensors.index.json"
@@ -81,10 +81,14 @@ class _Writer:
         if 0 < number < len(self.names) - 1:
             made_from["bits"] = self.recipe.bits[number - 1]
             if made_from["bits"] < UNQUANTIZED_BITS:
-                recipe = self.recipe
-                settings = {"group_size": recipe.group_size, "axis": recipe.axis, "optimize": recipe.optimize}
-                made_from |= settings | {"recipe": _RECIPE_VERSION}
+                made_from |= self._settings(made_from["bits"]) | {"recipe": _RECIPE_VERSION}
         return made_from
+
+    def _settings(self, bits: int) -> dict[str, Any]:
+        """Those of HQQ's that decide on a layer at `bits`."""
+        groups = self.recipe.groups
+        group_size = "row" if bits in groups.whole_rows else groups.group_size
+        return {"group_size": group_size, "axis": groups.axis, "optimize": self.recipe.optimize}
 
     def tensors(self, number: int) -> dict[str, torch.Tensor]:
         """Name -> tensor of one pipeline layer, as stored: unquantized ones in the source's type."""
@@ -174,7 +178,7 @@ def write_quantized(
         raise UserError(f"{source} is quantized already; give the full-precision checkpoint as model.path.")
     if folder.resolve() == checkpoint.path.resolve():
         raise UserError(f"out={out} is the model's own folder; give another.")
-    recipe = Recipe(tuple(bits), quant.group_size, quant.axis, quant.optimize, fingerprint(source))
+    recipe = Recipe(tuple(bits), groups_of(quant), quant.optimize, fingerprint(source))
     folder.mkdir(parents=True, exist_ok=True)
     if not _parts(folder) and any(folder.glob("*.safetensors")):
         raise UserError(f"out={out} holds other safetensors files; give an empty folder, or one to go on with.")

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ds_llmpq.quant.hqq import linear_names
-from ds_llmpq.quant.packing import UNQUANTIZED_BITS
+from ds_llmpq.quant.packing import UNQUANTIZED_BITS, groups_of
 from ds_llmpq.schema import QuantConfig
 from ds_llmpq.sensitivity.layerwise import Layerwise, measure
 from ds_llmpq.sensitivity.progress import Progress
@@ -68,21 +68,23 @@ class _Statistics:
         self.counts[name] = self.counts.get(name, 0) + entered[..., 0].numel()
 
     def added_variance(self, widths: list[int], quant: QuantConfig) -> list[float]:
-        found = dict.fromkeys(widths, 0.0)
+        found, groups = dict.fromkeys(widths, 0.0), groups_of(quant)
         for name, linear in self.linears.items():
             mean, square = self.sums[name] / self.counts[name]
             spread = (square - mean.square()).clamp_min(0).float()
-            unit = weighted_squared_range(linear.weight, spread, quant) / 4 / linear.out_features
-            for width in widths:
-                found[width] += unit / (2**width - 1) ** 2
+            sizes = {width: groups.of(width, linear.in_features) for width in widths}
+            ranges = {
+                size: weighted_squared_range(linear.weight, spread, size, quant.axis) for size in set(sizes.values())
+            }
+            for width, size in sizes.items():
+                found[width] += ranges[size] / 4 / linear.out_features / (2**width - 1) ** 2
         return list(found.values())
 
 
-def weighted_squared_range(weight: torch.Tensor, spread: torch.Tensor, quant: QuantConfig) -> float:
-    """Sum over HQQ's groups of (max - min)^2 x the sum of `spread` [in_features] over the group's weights."""
+def weighted_squared_range(weight: torch.Tensor, spread: torch.Tensor, size: int, axis: int) -> float:
+    """Sum over HQQ's groups of `size` of (max - min)^2 x the sum of `spread` [in_features] over the group's weights."""
     rows, columns = weight.shape
-    size = quant.group_size
-    if quant.axis == 1:
+    if axis == 1:
         groups = weight.float().reshape(rows, columns // size, size)
         per_group = spread.reshape(columns // size, size).sum(-1)
         ranges = groups.amax(-1) - groups.amin(-1)

@@ -15,7 +15,7 @@ from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.models.corpus import CALIBRATION, calibration_rows, read_text
 from ds_llmpq.models.fingerprint import fingerprint
 from ds_llmpq.models.tokenizer import load_tokenizer
-from ds_llmpq.quant.packing import quantization_problem
+from ds_llmpq.quant.packing import groups_of, quantization_problem
 from ds_llmpq.schema import CalibrationConfig, QuantConfig
 from ds_llmpq.sensitivity import indicators
 from ds_llmpq.sensitivity.calibrate import calibrated, loss_per_kl
@@ -70,7 +70,7 @@ def make_omega(request: Request) -> Omega:
         "text": text.name,
         "rows": calibration.rows,
         "tokens": tokens[:, 1:].numel(),
-        "quant": {"group_size": quant.group_size, "axis": quant.axis, "optimize": quant.optimize},
+        "quant": {**groups_of(quant).to_json(), "optimize": quant.optimize},
         "raw": raw,
         "whole_model": dict(zip(map(str, widths), notes, strict=True)),
         "loss_per_kl": loss_per_kl(uniform),
@@ -126,5 +126,5 @@ def _check_widths(model: Layerwise, widths: list[int], quant: QuantConfig) -> No
         raise UserError("quant.bits holds no width below 16; there is nothing to be sensitive to.")
     for name, linear in model.linear_shapes().items():
         for width in widths:
-            if reason := quantization_problem(*linear, width, quant.group_size, quant.axis):
+            if reason := quantization_problem(*linear, width, groups_of(quant)):
                 raise UserError(f"{name} cannot be kept at {width} bits: {reason}; leave the width out of quant.bits.")

@@ -18,6 +18,7 @@ from ds_llmpq.errors import UserError
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.planner.build import check_workload, micro_batches, usable_bits
 from ds_llmpq.quant.kernels import AUTO, label, resolved
+from ds_llmpq.quant.packing import groups_of
 from ds_llmpq.report.fidelity import profile_table
 from ds_llmpq.schema import ProfileVerb, QuantConfig
 
@@ -44,7 +45,7 @@ def run(settings: ProfileVerb, out: Path) -> int:
         for phase in ("prefill", "decode")
     }
     quant, note = _with_kernel(settings, cluster, out, (shape, settings.quant, bits, dtype), (sizes, workload))
-    setup = current_setup(shape, dtype, quant.kernel, quant.group_size, quant.axis)
+    setup = current_setup(shape, dtype, quant.kernel, groups_of(quant))
     task = Task(path, shape, workload, quant, dtype, tuple(bits), sizes, setup, settings.profiling, note)
     bar = Bar()
     try:

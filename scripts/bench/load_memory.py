@@ -24,6 +24,7 @@ from ds_llmpq.models.fingerprint import fingerprint
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.planner.plan import MEMORY_PARTS, PREDICTED, Plan, PlanStage, SolverReport
 from ds_llmpq.planner.problem import Workload
+from ds_llmpq.quant.packing import Groups
 
 GROUP_SIZE = 64
 WORKLOAD = Workload(sequences=4, prompt_tokens=64, generated_tokens=8)
@@ -32,7 +33,7 @@ WORKLOAD = Workload(sequences=4, prompt_tokens=64, generated_tokens=8)
 def plan_of(options: argparse.Namespace) -> Plan:
     """Two stages on this machine, decoder layers [0, cut) and [cut, all), every layer at `bits`."""
     shape = read_shape(options.checkpoint)
-    memory = MemoryModel(shape, GROUP_SIZE, 1, {"float32": 4, "bfloat16": 2}[options.dtype])
+    memory = MemoryModel(shape, Groups(GROUP_SIZE), {"float32": 4, "bfloat16": 2}[options.dtype])
     capacity = WORKLOAD.prompt_tokens + WORKLOAD.generated_tokens
     stages = []
     for rank, (first, last) in enumerate([(0, options.cut), (options.cut, shape.layers)]):

@@ -15,6 +15,7 @@ from ds_llmpq.cost.linktable import Message, fit_link, read_links, write_links
 from ds_llmpq.cost.profile import Point, Profile, Sample, append, current_setup, read_profile, write_header
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.shape import ModelShape
+from ds_llmpq.quant.packing import Groups
 
 SHAPE = ModelShape.from_config(
     {
@@ -27,7 +28,7 @@ SHAPE = ModelShape.from_config(
         "vocab_size": 2048,
     }
 )
-SETUP = current_setup(SHAPE, "float32", "dequantize", 64, 1)
+SETUP = current_setup(SHAPE, "float32", "dequantize", Groups())
 CORE = DeviceType("core", "cpu", 0, 2e10, {"float32": 1e11}, 1e-4, (2, 3, 4, 8, 16), None, "measured: here")
 
 
@@ -182,6 +183,7 @@ def test_a_damaged_profile_is_refused(tmp_path, old, new, said):
         ("kernel", "fused", "measured with kernel fused, but kernel dequantize is in use"),
         ("dtype", "bfloat16", "dtype bfloat16"),
         ("group_size", 128, "group_size 128"),
+        ("whole_rows", [8], r"measured with whole_rows \[8\], but whole_rows \[\] is in use"),
         ("libraries", SETUP.libraries | {"torch": "1.0"}, "torch 1.0"),
     ],
 )
@@ -190,6 +192,17 @@ def test_a_profile_of_another_setup_is_refused_unless_forced(tmp_path, field, va
     with pytest.raises(UserError, match=said):
         load_model(tmp_path, SHAPE, SETUP)
     assert load_model(tmp_path, SHAPE, SETUP, force=True).get("core", "layer", "prefill", 16)
+
+
+def test_a_profile_from_before_whole_rows_has_none(tmp_path):
+    file = write(tmp_path / "profile.csv")
+    text = file.read_text()
+    assert text.count(', "whole_rows": []') == 1
+    file.write_text(text.replace(', "whole_rows": []', ""))
+    assert load_model(tmp_path, SHAPE, SETUP).setup == SETUP
+    file.write_text(text.replace('"whole_rows": []', '"whole_rows": [16]'))
+    with pytest.raises(UserError, match=r"quant\.whole_rows=\[16\]: list each width once"):
+        load_model(tmp_path, SHAPE, SETUP, force=True)
 
 
 def test_a_profile_of_another_shape_is_refused_even_if_forced(tmp_path):

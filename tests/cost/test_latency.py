@@ -10,7 +10,7 @@ from ds_llmpq.cost import arithmetic, kernels
 from ds_llmpq.cost.latency import DATASHEET_BANDWIDTH_SHARE, DATASHEET_FLOPS_SHARE, RooflineCosts
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.shape import ModelShape
-from ds_llmpq.quant.packing import packed_linear_bytes
+from ds_llmpq.quant.packing import Groups, packed_linear_bytes
 
 LLAMA = {
     "model_type": "llama",
@@ -144,9 +144,20 @@ def test_fused_kernels_make_decode_faster_at_fewer_bits_and_dequantizing_slower(
     assert fused.decode_seconds(16, 1, 100) == plain.decode_seconds(16, 1, 100)
 
 
+def test_whole_rows_read_less_and_what_no_kernel_takes_is_dequantized():
+    def seconds(kernel, bits, groups):
+        return RooflineCosts(V100, OPT_30B, "float16", groups, kernel).decode_seconds(bits, 8, 100)
+
+    apart, whole = Groups(), Groups(64, 1, (8,))
+    for kernel in ("fused", "openvino"):
+        assert seconds(kernel, 8, whole) < seconds(kernel, 8, apart)
+        assert seconds(kernel, 4, whole) == seconds(kernel, 4, apart)
+    assert seconds("gemlite", 8, whole) == seconds("dequantize", 8, apart)
+
+
 def test_fused_reads_exactly_the_packed_weights():
-    packed = sum(packed_linear_bytes(n, k, 4, 64, 1, 2) for _, n, k, *_ in SHAPE.linears)
-    assert kernels.weight_bytes_read(SHAPE, 4, "fused", 64, 1, 2) == packed
-    assert kernels.weight_bytes_read(SHAPE, 4, "dequantize", 64, 1, 2) == 2 * SHAPE.linear_weights
+    packed = sum(packed_linear_bytes(n, k, 4, Groups(), 2) for _, n, k, *_ in SHAPE.linears)
+    assert kernels.weight_bytes_read(SHAPE, 4, "fused", Groups(), 2) == packed
+    assert kernels.weight_bytes_read(SHAPE, 4, "dequantize", Groups(), 2) == 2 * SHAPE.linear_weights
     with pytest.raises(UserError, match="'magic' is not known"):
         kernels.check_kernel("magic")

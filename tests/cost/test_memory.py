@@ -6,6 +6,7 @@ import pytest
 
 from ds_llmpq.cost.memory import MemoryModel
 from ds_llmpq.models.shape import ModelShape
+from ds_llmpq.quant.packing import Groups
 
 CONFIGS = {
     "llama": {"model_type": "llama", "intermediate_size": 512, "num_key_value_heads": 2},
@@ -54,7 +55,7 @@ def test_kv_bytes_are_those_of_a_real_cache(name):
     with torch.no_grad():
         model(torch.zeros(3, 17, dtype=torch.long), past_key_values=cache)
     held = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
-    memory = MemoryModel(ModelShape.from_config(config_of(name)), 64, 1, 4)
+    memory = MemoryModel(ModelShape.from_config(config_of(name)), Groups(), 4)
     assert 2 * 3 * memory.kv_bytes_per_sequence_layer(17) == held
 
 
@@ -69,7 +70,7 @@ def test_activations_bound_what_a_forward_pass_allocates(name, dtype, sequences,
     shape, size = ModelShape.from_config(config_of(name)), {"float32": 4, "bfloat16": 2}[dtype]
     ids = torch.zeros(sequences, tokens, dtype=torch.long)
     held = peak_bytes(lambda: model(ids, use_cache=False, logits_to_keep=1))
-    predicted = MemoryModel(shape, 64, 1, size).workspace_parts(sequences, tokens, 0, False)["activations"]
+    predicted = MemoryModel(shape, Groups(), size).workspace_parts(sequences, tokens, 0, False)["activations"]
     embeddings = 2 * sequences * tokens * shape.hidden * size
     assert predicted + embeddings >= held
     assert predicted <= 1.5 * held
@@ -87,7 +88,9 @@ def test_dequantized_is_what_hqq_allocates(bits):
     plain = torch.nn.Linear(largest.in_features, largest.out_features, bias=False)
     linear = quantize.HQQLinear(plain, config, compute_dtype=torch.float32, device="cpu")
     held = peak_bytes(lambda: linear(torch.zeros(1, largest.in_features)))
-    assert held == pytest.approx(MemoryModel(shape, 64, 1, 4).workspace_parts(1, 1, 0, True)["dequantized"], rel=0.02)
+    assert held == pytest.approx(
+        MemoryModel(shape, Groups(), 4).workspace_parts(1, 1, 0, True)["dequantized"], rel=0.02
+    )
 
 
 @pytest.mark.parametrize("dtype_bytes", [2, 4])
@@ -95,7 +98,7 @@ def test_unquantized_parts_add_up_to_the_model(dtype_bytes):
     for name in CONFIGS:
         config = {**config_of(name), "tie_word_embeddings": False}
         shape = ModelShape.from_config(config)
-        held = MemoryModel(shape, 64, 1, dtype_bytes).stage_bytes([16] * shape.layers, 1, 1, True, True)
+        held = MemoryModel(shape, Groups(), dtype_bytes).stage_bytes([16] * shape.layers, 1, 1, True, True)
         assert held["weights"] + held["embed"] + held["head"] == shape.parameters * dtype_bytes
 
 
@@ -104,7 +107,7 @@ def test_stage_bytes_of_random_stages_add_up():
     generator = random.Random(3)
     for tied in (False, True):
         shape = ModelShape.from_config({**config_of("llama"), "num_hidden_layers": 9, "tie_word_embeddings": tied})
-        memory = MemoryModel(shape, 64, 1, 2)
+        memory = MemoryModel(shape, Groups(), 2)
         for _ in range(20):
             bits = [generator.choice((2, 3, 4, 8, 16)) for _ in range(9)]
             cut = generator.randrange(1, 9)
@@ -119,7 +122,7 @@ def test_stage_bytes_of_random_stages_add_up():
 def test_layer_bytes_by_hand():
     """Llama, hidden 256: 4 bits pack two weights a byte, with a scale and a zero of 2 bytes per 64 weights."""
     shape = ModelShape.from_config(config_of("llama"))
-    memory = MemoryModel(shape, 64, 1, 2)
+    memory = MemoryModel(shape, Groups(), 2)
     weights = shape.linear_weights
     assert memory.layer_bytes(4) == weights // 2 + weights // 64 * 4 + 2 * 256 * 2
     assert memory.layer_bytes(16) == weights * 2 + 2 * 256 * 2
@@ -128,9 +131,9 @@ def test_layer_bytes_by_hand():
 
 def test_workspace_takes_the_larger_of_layer_and_logits():
     shape = ModelShape.from_config({**config_of("llama"), "vocab_size": 1_000_000})
-    memory = MemoryModel(shape, 64, 1, 2)
+    memory = MemoryModel(shape, Groups(), 2)
     parts = memory.workspace_parts(8, 1, 100, True)
     assert parts["logits"] > parts["activations"] + parts["dequantized"]
     assert memory.workspace_bytes(8, 1, 100, True) == parts["logits"] + parts["communication"]
-    assert MemoryModel(shape, 64, 1, 2, "fused").workspace_parts(8, 1, 100, True)["dequantized"] == 0
+    assert MemoryModel(shape, Groups(), 2, "fused").workspace_parts(8, 1, 100, True)["dequantized"] == 0
     assert memory.workspace_parts(8, 1, 100, False)["dequantized"] == 0

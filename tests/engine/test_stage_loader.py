@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from ds_llmpq.errors import UserError
 from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.quant.hqq import linear_names, stored_bytes
+from ds_llmpq.quant.packing import groups_of
 from ds_llmpq.schema import QuantConfig
 
 WIDTHS = [16, 8, 4, 3, 2]
@@ -26,11 +28,13 @@ def loader_of(path, dtype=torch.float32, bits=WIDTHS, quant=QUANT, on_loaded=lam
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_bytes_are_the_memory_model_s(checkpoint_of, variant, dtype):
+@pytest.mark.parametrize("whole_rows", [[], [8], [2, 3, 4, 8]])
+def test_bytes_are_the_memory_model_s(checkpoint_of, variant, dtype, whole_rows):
     """Of every layer at every width, and of a whole stage with a tied head, which then costs nothing."""
     path = checkpoint_of(variant)
-    memory = MemoryModel(read_shape(path), GROUP_SIZE, 1, dtype.itemsize)
-    loader = loader_of(path, dtype)
+    quant = replace(QUANT, whole_rows=whole_rows)
+    memory = MemoryModel(read_shape(path), groups_of(quant), dtype.itemsize)
+    loader = loader_of(path, dtype, quant=quant)
     layers = [loader.decoder_layer(index) for index in range(LAYERS)]
     assert [stored_bytes(layer) for layer in layers] == [memory.layer_bytes(width) for width in WIDTHS]
     head_alone = loader.head()
@@ -46,7 +50,7 @@ def test_bytes_are_the_memory_model_s(checkpoint_of, variant, dtype):
 def test_bytes_for_other_groups(checkpoint_of, group_size, axis):
     path = checkpoint_of("qwen2")
     quant = QuantConfig(bits=WIDTHS, group_size=group_size, axis=axis, optimize=False)
-    memory = MemoryModel(read_shape(path), group_size, axis, 4)
+    memory = MemoryModel(read_shape(path), groups_of(quant), 4)
     loader = loader_of(path, quant=quant)
     for index, width in enumerate(WIDTHS):
         assert stored_bytes(loader.decoder_layer(index)) == memory.layer_bytes(width)

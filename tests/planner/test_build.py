@@ -131,6 +131,13 @@ def test_unquantized_alone_needs_no_room_to_dequantize():
     assert make().problem.memory.workspace_decode_bytes[1] - alone == 3 * 512 * 256 * 4
 
 
+def test_whole_rows_change_their_width_alone():
+    apart, rows = (make(quant=QuantConfig(bits=[16, 4, 8], whole_rows=widths)).problem.memory for widths in ([], [8]))
+    saved = 2 * (SHAPE.linear_weights // 64 - sum(linear.out_features for linear in SHAPE.linears)) * 4
+    assert apart.layer_bytes[8][0] - rows.layer_bytes[8][0] == saved > 0
+    assert (apart.layer_bytes[4], apart.layer_bytes[16]) == (rows.layer_bytes[4], rows.layer_bytes[16])
+
+
 def test_problem_survives_json_and_is_what_build_problem_gives():
     built = make()
     assert Problem.from_json(built.problem.to_json()) == built.problem
@@ -188,6 +195,7 @@ def test_widths_that_cannot_be_packed_are_left_out_with_a_reason():
     with pytest.raises(UserError, match=r"no width of quant\.bits=\[4, 8\]"):
         make(shape=odd, quant=QuantConfig(bits=[4, 8]))
     assert usable_bits(odd, QuantConfig(bits=[4], group_size=8))[0] == [4]
+    assert usable_bits(odd, QuantConfig(bits=[4, 8], whole_rows=[8]))[0] == [8]
 
 
 @pytest.mark.parametrize(
@@ -201,6 +209,11 @@ def test_widths_that_cannot_be_packed_are_left_out_with_a_reason():
         ({"quant": QuantConfig(bits=[5])}, "each width once"),
         ({"quant": QuantConfig(bits=[4, 4])}, "each width once"),
         ({"quant": QuantConfig(bits=[4], axis=2)}, "axis 2"),
+        (
+            {"quant": QuantConfig(bits=[16], whole_rows=[16])},
+            r"quant\.whole_rows=\[16\]: list each width once, of 1, 2",
+        ),
+        ({"quant": QuantConfig(bits=[8], axis=0, whole_rows=[8])}, r"not axis 0; set quant\.axis=1"),
         ({"planner": PlannerConfig(mode="max_latency")}, r"set planner\.max_latency_seconds"),
         ({"planner": PlannerConfig(mode="max_quality_loss")}, r"set planner\.max_quality_loss"),
         ({"planner": PlannerConfig(mode="fast")}, "'fast'"),

@@ -48,6 +48,16 @@ def test_vllm_gets_the_cuts_and_each_layers_width():
     assert found == made.record["layer_bits"] == [4, 4, 8, 16, 4, 4]
 
 
+def test_whole_rows_are_group_size_minus_one_to_gptq():
+    quant = {"group_size": 64, "whole_rows": [8]}
+    config = export(replace(plan(), quant=quant), "vllm").record["quantization_config"]
+    assert config["group_size"] == 64
+    assert {"bits": 8, "group_size": -1} in config["dynamic"].values()
+    config = export(replace(plan(), quant=quant | {"whole_rows": [4]}), "vllm").record["quantization_config"]
+    assert config["group_size"] == -1
+    assert {"bits": 8, "group_size": 64} in config["dynamic"].values()
+
+
 def test_layers_one_and_eleven_are_told_apart():
     config = export(plan(), "vllm").record["quantization_config"]
     rule = next(iter(config["dynamic"]))[2:]

@@ -14,6 +14,7 @@ from ds_llmpq.planner import Assignment, Stage, evaluate
 from ds_llmpq.planner.build import prepare
 from ds_llmpq.planner.playing import play
 from ds_llmpq.planner.profiled import profiled_costs
+from ds_llmpq.quant.packing import groups_of
 from ds_llmpq.schema import (
     ClusterConfig,
     DeviceConfig,
@@ -50,7 +51,7 @@ def cluster(count=3):
 @pytest.fixture
 def folder(tmp_path):
     """Layers take a second a sequence, so that where a number comes from is plain to see."""
-    write_header(tmp_path / "profile.csv", current_setup(SHAPE, "float32", "dequantize", 64, 1), {})
+    write_header(tmp_path / "profile.csv", current_setup(SHAPE, "float32", "dequantize", groups_of(QUANT)), {})
     points = [
         (Point("core", "layer", phase, bits, batch, length), float(batch))
         for phase in ("prefill", "decode")
@@ -106,6 +107,9 @@ def test_mistakes_are_said(folder, tmp_path):
     wide = dataclasses.replace(QUANT, group_size=128)
     with pytest.raises(UserError, match=r"group_size 64, but group_size 128 .*profile_force=true"):
         profiled_costs(PlannerConfig(profile=str(folder)), wide, cluster(), SHAPE, "auto", "dequantize")
+    rows = dataclasses.replace(QUANT, whole_rows=[8])
+    with pytest.raises(UserError, match=r"whole_rows \[\], but whole_rows \[8\] is in use; profile again"):
+        profiled_costs(PlannerConfig(profile=str(folder)), rows, cluster(), SHAPE, "auto", "dequantize")
 
 
 def test_a_played_plan_is_close_to_its_formula(folder):

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from scripts.make_checkpoint import make_checkpoint
 
 BITS = [2, 16, 3, 4, 8, 1]
 QUANT = QuantConfig([1, 2, 3, 4, 8], 32, 1, True)
+ROWS = replace(QUANT, whole_rows=[8])
 SMALL = {"layers": 6, "hidden": 64, "heads": 4, "vocab": 128, "max_positions": 64}
 VARIANTS = {
     "llama": {"arch": "llama", "kv_heads": 2},
@@ -74,10 +76,12 @@ def assert_equal(left, right):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_stored_layers_equal_those_quantized_while_loading(tmp_path, variant, dtype):
+@pytest.mark.parametrize("quant", [QUANT, ROWS], ids=["groups", "rows"])
+def test_stored_layers_equal_those_quantized_while_loading(tmp_path, variant, dtype, quant):
     path = make_checkpoint(tmp_path / "model", tokenizer=None, seed=1, **SMALL, **VARIANTS[variant])
-    write_quantized(path, tmp_path / "quantized", BITS, QUANT)
-    direct, stored = loader(Checkpoint(path), dtype), loader(open_checkpoint(tmp_path / "quantized"), dtype)
+    write_quantized(path, tmp_path / "quantized", BITS, quant)
+    direct = loader(Checkpoint(path), dtype, quant=quant)
+    stored = loader(open_checkpoint(tmp_path / "quantized"), dtype, quant=quant)
     for index in range(len(BITS)):
         assert_equal(direct.decoder_layer(index), stored.decoder_layer(index))
     assert_equal(direct.embedding(), stored.embedding())
@@ -85,9 +89,10 @@ def test_stored_layers_equal_those_quantized_while_loading(tmp_path, variant, dt
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_load_quantized_computes_what_dequantized_weights_compute(tmp_path, variant):
+@pytest.mark.parametrize("quant", [QUANT, ROWS], ids=["groups", "rows"])
+def test_load_quantized_computes_what_dequantized_weights_compute(tmp_path, variant, quant):
     path = make_checkpoint(tmp_path / "model", tokenizer=None, seed=2, **SMALL, **VARIANTS[variant])
-    write_quantized(path, tmp_path / "quantized", BITS, QUANT)
+    write_quantized(path, tmp_path / "quantized", BITS, quant)
     model = load_quantized(tmp_path / "quantized", torch.float32)
     plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     count = 0
@@ -133,6 +138,14 @@ def test_a_changed_plan_rewrites_only_what_changed(source, written, tmp_path):
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     other_group = write_quantized(source, folder, BITS, QuantConfig([2], 64, 1, True))
     assert other_group.reused == 3  # embedding, head, and the layer at 16 bits
+
+
+def test_whole_rows_rewrite_only_the_layers_at_those_widths(source, written, tmp_path):
+    again = write_quantized(source, tmp_path, BITS, ROWS, reuse=written)
+    assert (again.parts, again.reused) == (8, 7)
+    assert read_recipe(tmp_path).quant.whole_rows == [8]
+    layer = loader(open_checkpoint(tmp_path), torch.float32, quant=ROWS).decoder_layer(4).layer
+    assert layer.mlp.up_proj.meta["scale"].numel() == layer.mlp.up_proj.out_features
 
 
 def test_a_killed_run_goes_on(source, written, tmp_path):
@@ -183,6 +196,25 @@ def test_other_widths_or_settings_than_asked(written):
         loader(checkpoint, torch.float32, bits=[4] * 6).decoder_layer(1)
     with pytest.raises(UserError, match="group_size 32, but 64"):
         loader(checkpoint, torch.float32, quant=QuantConfig([2], 64, 1, True)).decoder_layer(0)
+    with pytest.raises(
+        UserError, match=r"quantized with whole_rows \[\], but \[8\] is asked for; run `ds-llmpq quantize"
+    ):
+        loader(checkpoint, torch.float32, quant=ROWS).decoder_layer(4)
+
+
+def test_a_recipe_from_before_whole_rows_and_one_that_cannot_be(written, tmp_path):
+    config = json.loads((written / "config.json").read_text())
+    noted = config["quantization_config"]
+    assert noted.pop("whole_rows") == []
+    for other in ({}, {"whole_rows": []}, {"whole_rows": [8]}):
+        (tmp_path / "config.json").write_text(json.dumps({"quantization_config": noted | other}))
+        assert read_recipe(tmp_path).quant.whole_rows == other.get("whole_rows", [])
+    for other in ({"whole_rows": [16]}, {"whole_rows": "8"}, {"whole_rows": [8], "axis": 0}):
+        (tmp_path / "config.json").write_text(json.dumps({"quantization_config": noted | other}))
+        with pytest.raises(
+            UserError, match=r"no usable quantization_config \(quant\.whole_rows=.*quantize the model again"
+        ):
+            read_recipe(tmp_path)
 
 
 def test_mistakes(source, written, tmp_path):

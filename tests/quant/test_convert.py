@@ -3,6 +3,7 @@
 import importlib.util
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from ds_llmpq.errors import UserError
 from ds_llmpq.quant.convert import KernelLinear, converted, one_thread_in_decode, product_of
 from ds_llmpq.quant.hqq import quantize_linear, stored_bytes
 from ds_llmpq.quant.kernels import KERNELS, runs
+from ds_llmpq.quant.packing import Groups
 from ds_llmpq.quant.unpacked import stacked, unpack
 from ds_llmpq.schema import QuantConfig
 
@@ -26,19 +28,22 @@ CASES = [
     (name, bits, size)
     for name in THERE
     for bits in KERNELS[name].carried
-    for size in KERNELS[name].group_sizes
+    for size in (*KERNELS[name].group_sizes, *(["row"] if KERNELS[name].whole_rows else []))
 ]  # fmt: skip
 
 
 def quantized(out_features, in_features, bits, group_size=64, bias=None, seed=0, optimize=True, dtype=torch.float32):
     weight = torch.randn(out_features, in_features, generator=torch.Generator().manual_seed(seed)) + 0.3
-    quant = QuantConfig([bits], group_size, 1, optimize and bits > 1)
+    quant = QuantConfig([bits], 64, 1, optimize and bits > 1, whole_rows=[bits])
+    if group_size != "row":
+        quant = replace(quant, group_size=group_size, whole_rows=[])
     return quantize_linear(0.02 * weight, bias, bits, quant, dtype, CPU)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
-def test_unpacked_is_what_hqq_dequantizes(bits):
-    linear = quantized(48, 256, bits, 32)
+@pytest.mark.parametrize("group_size", [32, "row"])
+def test_unpacked_is_what_hqq_dequantizes(bits, group_size):
+    linear = quantized(48, 256, bits, group_size)
     assert torch.equal(unpack(linear).dequantized(), linear.dequantize())
 
 
@@ -69,8 +74,8 @@ def test_linears_of_one_input_give_what_they_give_alone(name):
     torch.manual_seed(0)
     biases = [None, torch.randn(32).bfloat16(), torch.randn(16).bfloat16()]
     linears = [quantized(size, 128, 4, bias=bias, seed=size) for size, bias in zip((64, 32, 16), biases, strict=True)]
-    together = converted(name, linears, 4, torch.bfloat16)
-    alone = [converted(name, [linear], 4, torch.bfloat16)[0] for linear in linears]
+    together = converted(name, linears, 4, Groups(), torch.bfloat16)
+    alone = [converted(name, [linear], 4, Groups(), torch.bfloat16)[0] for linear in linears]
     assert all(isinstance(module, KernelLinear) for module in together)
     inputs = torch.randn(2, 3, 128).bfloat16()
     for order in ([0, 1, 2], [2, 0, 1], [1, 1, 0, 2]):
@@ -84,7 +89,7 @@ def test_linears_of_one_input_give_what_they_give_alone(name):
 
 @pytest.mark.parametrize("name", THERE)
 def test_inference_mode_and_plain_mode_mix(name):
-    module = converted(name, [quantized(32, 64, 4)], 4, torch.bfloat16)[0]
+    module = converted(name, [quantized(32, 64, 4)], 4, Groups(), torch.bfloat16)[0]
     inputs = torch.randn(3, 64).bfloat16()
     with torch.inference_mode():
         inside = module(inputs)
@@ -94,16 +99,26 @@ def test_inference_mode_and_plain_mode_mix(name):
 @pytest.mark.parametrize("name", THERE)
 def test_held_bytes_are_counted_once(name):
     linears = [quantized(size, 128, 4, bias=torch.zeros(size).bfloat16()) for size in (64, 32)]
-    modules = torch.nn.ModuleList(converted(name, linears, 4, torch.bfloat16))
+    modules = torch.nn.ModuleList(converted(name, linears, 4, Groups(), torch.bfloat16))
     product = product_of(name, stacked([unpack(linear) for linear in linears]), 4, torch.bfloat16)
     assert stored_bytes(modules) == product.held_bytes + 2 * (64 + 32)
 
 
 def test_what_no_kernel_takes_stays_hqq_s():
     linear = quantized(64, 64, 8, dtype=torch.bfloat16)
-    assert runs("torch_int4", 64, 64, 8) == "dequantize"
-    assert converted("torch_int4", [linear], 8, torch.bfloat16) == [linear]
+    assert runs("torch_int4", 64, 64, 8, Groups()) == "dequantize"
+    assert converted("torch_int4", [linear], 8, Groups(), torch.bfloat16) == [linear]
     assert isinstance(linear, HQQLinear)
+
+
+@pytest.mark.parametrize("name", THERE)
+def test_whole_rows_stay_hqq_s_where_the_kernel_cannot_take_them(name):
+    linear, groups = quantized(64, 512, 4, "row", dtype=torch.bfloat16), Groups(64, 1, (4,))
+    (module,) = converted(name, [linear], 4, groups, torch.bfloat16)
+    assert isinstance(module, KernelLinear if KERNELS[name].whole_rows else HQQLinear)
+    inputs = torch.randn(5, 512).bfloat16()
+    expected = inputs.float() @ linear.dequantize().float().t()
+    assert (module(inputs) - expected).norm() <= 0.015 * expected.norm()
 
 
 def test_a_missing_library_is_named(monkeypatch):
@@ -126,8 +141,8 @@ def anonymous():
 
 def product():
     codes = torch.randint(0, 16, (1024, 2048), dtype=torch.uint8)
-    scale, zero = torch.rand(1024, 32) + 1, 8 * torch.rand(1024, 32)
-    made = product_of(NAME, Unpacked(codes, scale, zero, 64), BITS, torch.bfloat16)
+    scale, zero = torch.rand(1024, 2048 // SIZE) + 1, 8 * torch.rand(1024, 2048 // SIZE)
+    made = product_of(NAME, Unpacked(codes, scale, zero, SIZE), BITS, torch.bfloat16)
     made(torch.randn(64, 2048).bfloat16())
     return made
 
@@ -140,11 +155,11 @@ print((anonymous() - before) / sum(made.held_bytes for made in more))
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("name", THERE)
-@pytest.mark.parametrize("bits", [4, 8])
-def test_held_bytes_are_what_the_process_grows_by(name, bits):
+@pytest.mark.parametrize(("bits", "size"), [(4, 64), (8, 64), (8, 2048)])
+def test_held_bytes_are_what_the_process_grows_by(name, bits, size):
     if bits not in KERNELS[name].carried:
         pytest.skip("runs through HQQ's own forward")
-    code = f"NAME, BITS = {name!r}, {bits}\n{MEMORY}"
+    code = f"NAME, BITS, SIZE = {name!r}, {bits}, {size}\n{MEMORY}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert 0.8 < float(done.stdout) < 1.15
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from ds_llmpq.errors import UserError
 from ds_llmpq.quant.hqq import linear_names, quantize_linear, stored_bytes
-from ds_llmpq.quant.packing import packed_linear_bytes
+from ds_llmpq.quant.packing import Groups, packed_linear_bytes
 from ds_llmpq.schema import QuantConfig
 
 CPU = torch.device("cpu")
@@ -42,6 +42,17 @@ def test_same_as_hqq_s_own(bits, axis, dtype, bias):
     assert not any(parameter.requires_grad for parameter in ours.parameters())
 
 
+def test_whole_rows_are_hqq_s_own_groups_of_that_size():
+    torch.manual_seed(2)
+    linear, inputs = nn.Linear(96, 64), torch.randn(3, 96)
+    quant = QuantConfig(group_size=32, optimize=False, whole_rows=[8])
+    for bits, group_size in ((8, 96), (4, 32)):
+        ours = quantize_linear(
+            linear.weight.data, linear.bias.data, bits, quant, torch.float32, torch.device("cpu")
+        )  # fmt: skip
+        assert torch.equal(ours(inputs), hqq_s_own(linear, bits, group_size=group_size)(inputs))
+
+
 def test_more_bits_are_nearer_the_weight():
     torch.manual_seed(0)
     linear = nn.Linear(128, 64)
@@ -61,7 +72,7 @@ def test_stored_bytes_counts_everything_once(bits, dtype):
     tied.weight = nn.Parameter(norm.weight.data)
     module.append(tied)
     size = dtype.itemsize
-    assert stored_bytes(module) == packed_linear_bytes(64, 96, bits, 32, 1, size) + 64 * size + 2 * 64 * size
+    assert stored_bytes(module) == packed_linear_bytes(64, 96, bits, Groups(32), size) + 64 * size + 2 * 64 * size
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from ds_llmpq.cost.memory import MemoryModel
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.quant import kernels
+from ds_llmpq.quant.packing import Groups
 from ds_llmpq.schema import QuantConfig
 
 SHAPE = ModelShape.from_config(
@@ -20,6 +21,7 @@ SHAPE = ModelShape.from_config(
         "vocab_size": 128,
     }
 )
+GROUPS, ROWS = Groups(), Groups(64, 1, (8,))
 
 
 @pytest.fixture
@@ -88,12 +90,20 @@ def test_a_kernel_that_was_asked_for_need_not_be_installed_here_but_must_be_able
 
 
 def test_widths_and_shapes_a_kernel_cannot_take_run_through_hqq():
-    assert kernels.runs("torch_int4", 64, 64, 4) == "torch_int4"
-    assert kernels.runs("torch_int4", 64, 64, 8) == "dequantize"
-    assert kernels.runs("torch_int4", 72, 64, 4) == "dequantize"
-    assert kernels.runs("gemlite", 64, 80, 4) == "dequantize"
-    assert kernels.runs("openvino", 72, 64, 1) == "openvino"
-    assert kernels.runs("openvino", 64, 64, 16) == "dequantize"
+    assert kernels.runs("torch_int4", 64, 64, 4, GROUPS) == "torch_int4"
+    assert kernels.runs("torch_int4", 64, 64, 8, GROUPS) == "dequantize"
+    assert kernels.runs("torch_int4", 72, 64, 4, GROUPS) == "dequantize"
+    assert kernels.runs("gemlite", 64, 80, 4, GROUPS) == "dequantize"
+    assert kernels.runs("openvino", 72, 64, 1, GROUPS) == "openvino"
+    assert kernels.runs("openvino", 64, 64, 16, GROUPS) == "dequantize"
+
+
+def test_whole_rows_run_only_where_the_table_says_so():
+    rows = Groups(64, 1, (4, 8))
+    assert kernels.runs("openvino", 64, 512, 8, rows) == kernels.runs("openvino", 64, 512, 2, rows) == "openvino"
+    assert kernels.runs("torch_int4", 64, 512, 4, rows) == kernels.runs("gemlite", 64, 512, 8, rows) == "dequantize"
+    assert kernels.runs("torch_int4", 64, 512, 3, rows) == "torch_int4"
+    assert kernels.runs("gemlite", 64, 512, 2, rows) == "gemlite"
 
 
 def test_linears_of_one_input_go_together_only_where_all_can():
@@ -101,7 +111,7 @@ def test_linears_of_one_input_go_together_only_where_all_can():
     linears += [("m.gate_proj", 96, 64), ("m.up_proj", 96, 64), ("m.down_proj", 64, 96)]
 
     def names(kernel, bits):
-        return [[entry[0] for entry in group] for group in kernels.grouped(kernel, linears, bits)]
+        return [[entry[0] for entry in group] for group in kernels.grouped(kernel, linears, bits, GROUPS)]
 
     apart = [[entry[0]] for entry in linears]
     qkv, mlp = ["a.q_proj", "a.k_proj", "a.v_proj"], ["m.gate_proj", "m.up_proj"]
@@ -118,21 +128,35 @@ def test_bytes_by_hand():
     assert kernels.held_bytes("gemlite", 64, 128, 8, 64, 2) == 64 * 128 + 128 * 4
 
 
+def test_bytes_of_whole_rows_by_hand():
+    """A layer at 8 bits against groups of 64: a scale, a zero and a correction a row instead of one for each group."""
+    rows, wide = sum(out for _, out, *_ in SHAPE.linears), SHAPE.linear_weights // 64
+    for kernel, each in (("openvino", 9), ("dequantize", 2 * 2)):
+        apart, whole = (MemoryModel(SHAPE, groups, 2, kernel) for groups in (GROUPS, ROWS))
+        assert apart.layer_bytes(8) - whole.layer_bytes(8) == each * (wide - rows)
+        assert apart.layer_bytes(4) == whole.layer_bytes(4)
+    read = weight_bytes_read(SHAPE, 8, "openvino", ROWS, 2)
+    assert read == SHAPE.linear_weights + 9 * rows
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_models_of_cost_agree_on_a_kernel(bits):
+@pytest.mark.parametrize("groups", [GROUPS, ROWS])
+def test_models_of_cost_agree_on_a_kernel(bits, groups):
     for kernel in ("openvino", "torch_int4", "gemlite", "dequantize"):
-        layer = MemoryModel(SHAPE, 64, 1, 2, kernel).layer_bytes(bits)
-        assert layer == linears_bytes(SHAPE, bits, kernel, 64, 1, 2) + 2 * SHAPE.layer_other_parameters
-        plain = kernel == "dequantize" or (kernel == "torch_int4" and bits == 8)
-        read = weight_bytes_read(SHAPE, bits, kernel, 64, 1, 2)
+        layer = MemoryModel(SHAPE, groups, 2, kernel).layer_bytes(bits)
+        assert layer == linears_bytes(SHAPE, bits, kernel, groups, 2) + 2 * SHAPE.layer_other_parameters
+        unable = ("torch_int4", "gemlite") if groups == ROWS else ("torch_int4",)
+        plain = kernel == "dequantize" or (kernel in unable and bits == 8)
+        read = weight_bytes_read(SHAPE, bits, kernel, groups, 2)
         assert (read == 2 * SHAPE.linear_weights) == plain
         assert plain or read <= layer
 
 
 def test_workspace_of_a_kernel():
-    def of(kernel):
-        return MemoryModel(SHAPE, 64, 1, 2, kernel).workspace_parts(4, 8, 0, True)["dequantized"]
+    def of(kernel, groups=GROUPS):
+        return MemoryModel(SHAPE, groups, 2, kernel).workspace_parts(4, 8, 0, True)["dequantized"]
 
     assert of("gemlite") == of("fused") == 0
     assert of("torch_int4") == of("dequantize") == 3 * 256 * 512 * 2  # its 8 bits run through HQQ's own forward
-    assert of("openvino") == kernels.OPENVINO_ROWS * (512 + 2 * 512) * 4
+    assert of("gemlite", ROWS) == of("dequantize")
+    assert of("openvino") == of("openvino", ROWS) == kernels.OPENVINO_ROWS * (512 + 2 * 512) * 4

@@ -13,9 +13,10 @@ from ds_llmpq.models.shape import read_shape
 from ds_llmpq.models.step import Step
 from ds_llmpq.quant.checkpoint import open_checkpoint
 from ds_llmpq.quant.convert import KernelLinear
-from ds_llmpq.quant.hqq import stored_bytes
+from ds_llmpq.quant.hqq import quantize_linear, stored_bytes
 from ds_llmpq.quant.kernels import KERNELS
 from ds_llmpq.quant.layers import LayerLoader
+from ds_llmpq.quant.packing import Groups
 from ds_llmpq.quant.writer import write_quantized
 from ds_llmpq.schema import QuantConfig
 
@@ -27,8 +28,8 @@ TOLERANCE = {"torch_int4": 0.03, "openvino": 0.1}
 THERE = [name for name in ("openvino", "torch_int4") if importlib.util.find_spec(KERNELS[name].library)]
 
 
-def loader(checkpoint, kernel, dtype=torch.bfloat16, group_size=64):
-    quant = QuantConfig([2, 3, 4, 8, 16], group_size, 1, False, kernel)
+def loader(checkpoint, kernel, dtype=torch.bfloat16, group_size=64, whole_rows=()):
+    quant = QuantConfig([2, 3, 4, 8, 16], group_size, 1, False, kernel, list(whole_rows))
     return LayerLoader(checkpoint, BITS, quant, dtype, torch.device("cpu"))
 
 
@@ -42,11 +43,12 @@ def outcome(of, index, tokens=5):
 
 
 @pytest.mark.parametrize("name", THERE)
-@pytest.mark.parametrize("index", range(5))
-def test_a_layer_holds_what_the_memory_model_says_and_computes_what_hqq_s_does(name, index):
+@pytest.mark.parametrize(("index", "whole_rows"), [*((index, ()) for index in range(5)), (2, (4, 8)), (3, (8,))])
+def test_a_layer_holds_what_the_memory_model_says_and_computes_what_hqq_s_does(name, index, whole_rows):
     checkpoint = Checkpoint(TINY)
-    ours, theirs = loader(checkpoint, name), loader(checkpoint, "dequantize", torch.float32)
-    memory = MemoryModel(read_shape(TINY), 64, 1, 2, name)
+    ours = loader(checkpoint, name, whole_rows=whole_rows)
+    theirs = loader(checkpoint, "dequantize", torch.float32, whole_rows=whole_rows)
+    memory = MemoryModel(read_shape(TINY), Groups(64, 1, whole_rows), 2, name)
     assert stored_bytes(ours.decoder_layer(index)) == memory.layer_bytes(BITS[index])
     expected = outcome(theirs, index)
     assert (outcome(ours, index) - expected).norm() < TOLERANCE[name] * expected.norm()
@@ -66,9 +68,30 @@ def test_auto_that_nobody_resolved_is_hqq_s_own_forward():
 
 
 @pytest.mark.parametrize("name", THERE)
-def test_a_quantized_checkpoint_gives_the_same_layer(name, tmp_path):
-    write_quantized(TINY, tmp_path, BITS, QuantConfig([2, 3, 4, 8, 16], 64, 1, False))
-    stored = loader(open_checkpoint(tmp_path), name)
+@pytest.mark.parametrize("whole_rows", [[], [8]])
+def test_a_quantized_checkpoint_gives_the_same_layer(name, whole_rows, tmp_path):
+    write_quantized(TINY, tmp_path, BITS, QuantConfig([2, 3, 4, 8, 16], 64, 1, False, whole_rows=whole_rows))
+    stored = loader(open_checkpoint(tmp_path), name, whole_rows=whole_rows)
+    direct = loader(Checkpoint(TINY), name, whole_rows=whole_rows)
     assert isinstance(stored.decoder_layer(2).layer.mlp.up_proj, KernelLinear)
-    for index in (0, 2, 4):
-        assert torch.equal(outcome(stored, index), outcome(loader(Checkpoint(TINY), name), index))
+    for index in (0, 2, 3, 4):
+        assert torch.equal(outcome(stored, index), outcome(direct, index))
+
+
+def test_eight_bits_keep_the_weights_in_whole_rows_and_four_do_not():
+    """Relative error of every linear: measured 0.011 on average with whole rows at 8 bits, 0.007 in groups of 64; at 4
+    bits 0.12 in groups of 64 and 0.18 in whole rows."""
+    exact, quant = Checkpoint(TINY), QuantConfig(whole_rows=[4, 8])
+    names = [f"model.layers.{index}.{linear.name}.weight" for index in (0, 5) for linear in read_shape(TINY).linears]
+
+    def error(weight, bits, settings):
+        linear = quantize_linear(weight, None, bits, settings, torch.float32, torch.device("cpu"))
+        return (linear.dequantize() - weight).norm() / weight.norm()
+
+    for _, stored in exact.tensors(names):
+        weight = stored.float()
+        in_groups = {bits: error(weight, bits, QuantConfig()) for bits in (4, 8)}
+        in_rows = {bits: error(weight, bits, quant) for bits in (4, 8)}
+        assert in_rows[8] < 0.2 * in_groups[4]
+        assert in_rows[8] < 3 * in_groups[8]
+        assert in_rows[4] > 1.1 * in_groups[4]

@@ -7,11 +7,14 @@ import pytest
 from ds_llmpq.errors import UserError
 from ds_llmpq.quant.packing import (
     PACKED_BITS,
+    Groups,
+    groups_of,
     metadata_bytes,
     packed_linear_bytes,
     packing_problem,
     quantization_problem,
 )
+from ds_llmpq.schema import QuantConfig
 
 
 def real_linear(out_features, in_features, bits, group_size, axis, dtype="float32"):
@@ -60,8 +63,46 @@ def test_bytes_are_what_hqq_holds(bits, axis, dtype):
             continue
         linear, _ = real_linear(out_features, in_features, bits, group_size, axis, dtype)
         dtype_bytes = {"float32": 4, "bfloat16": 2}[dtype]
-        predicted = packed_linear_bytes(out_features, in_features, bits, group_size, axis, dtype_bytes)
+        predicted = packed_linear_bytes(out_features, in_features, bits, Groups(group_size, axis), dtype_bytes)
         assert predicted == held_bytes(linear), (out_features, in_features, group_size)
+
+
+@pytest.mark.parametrize("bits", PACKED_BITS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bytes_of_whole_rows_are_what_hqq_holds(bits, dtype):
+    """One scale and one zero a row, also where no group size divides it; 3 bits pad rows."""
+    dtype_bytes = {"float32": 4, "bfloat16": 2}[dtype]
+    for out_features, in_features in [(24, 40), (56, 104), (64, 512), (8, 72)]:
+        linear, _ = real_linear(out_features, in_features, bits, in_features, 1, dtype)
+        predicted = packed_linear_bytes(out_features, in_features, bits, Groups(64, 1, (bits,)), dtype_bytes)
+        assert predicted == held_bytes(linear), (out_features, in_features)
+        assert linear.meta["scale"].numel() == out_features
+
+
+def test_only_the_widths_named_have_whole_rows():
+    groups = groups_of(QuantConfig(whole_rows=[8, 3]))
+    assert groups == Groups(64, 1, (3, 8))
+    assert [groups.of(bits, 256) for bits in (2, 3, 4, 8)] == [64, 256, 64, 256]
+    assert quantization_problem(64, 80, 8, groups) is None
+    assert "80" in quantization_problem(64, 80, 4, groups)
+    assert "group size 36 is not a positive multiple of 8" in quantization_problem(64, 36, 8, groups)
+
+
+@pytest.mark.parametrize(
+    ("whole_rows", "axis", "words"),
+    [
+        ([16], 1, r"quant\.whole_rows=\[16\]: list each width once, of 1, 2, 3, 4, 8"),
+        ([8, 8], 1, "each width once"),
+        ([5], 1, "each width once"),
+        ([[8]], 1, "each width once"),
+        (8, 1, "quant.whole_rows=8: list"),
+        (None, 1, "quant.whole_rows=None: list"),
+        ([8], 0, r"quant\.whole_rows=\[8\] needs groups along the input, not axis 0; set quant\.axis=1, or"),
+    ],
+)
+def test_whole_rows_that_cannot_be(whole_rows, axis, words):
+    with pytest.raises(UserError, match=words):
+        groups_of(QuantConfig(axis=axis, whole_rows=whole_rows))
 
 
 def test_gate_and_bytes_on_random_shapes():
@@ -80,20 +121,20 @@ def test_gate_and_bytes_on_random_shapes():
             works = False
         assert works == allowed, case
         if works:
-            assert packed_linear_bytes(*case, dtype_bytes=4) == held_bytes(linear), case
+            assert packed_linear_bytes(*case[:3], Groups(*case[3:]), dtype_bytes=4) == held_bytes(linear), case
             if bits == 8:
                 torch.testing.assert_close(restored, weight, atol=0.02, rtol=0)
     assert min(seen.values()) > 40
 
 
 def test_unquantized_is_the_plain_weight():
-    assert packed_linear_bytes(48, 80, 16, 64, 1, 2) == 48 * 80 * 2
+    assert packed_linear_bytes(48, 80, 16, Groups(), 2) == 48 * 80 * 2
     assert packing_problem(3, 5, 16, 64, 1) is None
 
 
 def test_four_bits_by_hand():
     assert metadata_bytes(64, 128, 64, 2) == 2 * 128 * 2
-    assert packed_linear_bytes(64, 128, 4, 64, 1, 2) == 64 * 128 // 2 + 512
+    assert packed_linear_bytes(64, 128, 4, Groups(), 2) == 64 * 128 // 2 + 512
 
 
 @pytest.mark.parametrize(
@@ -110,14 +151,14 @@ def test_four_bits_by_hand():
 def test_reasons(case, words):
     assert words in packing_problem(*case)
     with pytest.raises(UserError, match="cannot be packed"):
-        packed_linear_bytes(*case, dtype_bytes=2)
+        packed_linear_bytes(*case[:3], Groups(*case[3:]), dtype_bytes=2)
 
 
 def test_groups_must_not_straddle_rows():
     """96 x 80 weights divide into groups of 64, but neither side does."""
     for axis, side in ((1, "80"), (0, "96")):
         assert packing_problem(96, 80, 4, 64, axis) is None
-        assert side in quantization_problem(96, 80, 4, 64, axis)
-        assert quantization_problem(96, 80, 4, 16, axis) is None
-    assert quantization_problem(96, 80, 16, 64, 1) is None
-    assert "3 rows" in quantization_problem(3, 64, 4, 64, 1)
+        assert side in quantization_problem(96, 80, 4, Groups(64, axis))
+        assert quantization_problem(96, 80, 4, Groups(16, axis)) is None
+    assert quantization_problem(96, 80, 16, Groups()) is None
+    assert "3 rows" in quantization_problem(3, 64, 4, Groups())

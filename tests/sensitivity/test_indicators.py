@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -84,9 +85,9 @@ def test_measured_equals_transformers_with_the_same_weights(path):
         assert few[variant] == found[variant]
 
 
-@pytest.mark.parametrize("axis", [0, 1])
-def test_variance_is_the_theorem_written_out(path, axis, tmp_path):
-    settings = quant(axis)
+@pytest.mark.parametrize(("axis", "whole_rows"), [(0, []), (1, []), (1, [8])])
+def test_variance_is_the_theorem_written_out(path, axis, whole_rows, tmp_path):
+    settings = replace(quant(axis), whole_rows=whole_rows)
     model, plain = layerwise(path, settings), transformers_model(path)
     table = indicators.variance(model, WIDTHS, settings, nowhere(tmp_path), lambda *_: None)
     for index, layer in enumerate(decoder_layers(plain)):
@@ -106,8 +107,9 @@ def test_variance_is_the_theorem_written_out(path, axis, tmp_path):
             for name, x in entered.items():
                 weight = layer.get_submodule(name).weight.data
                 # the step of every weight, as HQQ itself says it
-                _, meta = Quantizer.quantize(weight, bits, group_size=16, axis=axis, optimize=False, device="cpu")
-                steps = meta["scale"].expand(*((-1, 16) if axis else (16, -1))).reshape(weight.shape)
+                size = weight.shape[1] if bits in whole_rows else 16
+                _, meta = Quantizer.quantize(weight, bits, group_size=size, axis=axis, optimize=False, device="cpu")
+                steps = meta["scale"].expand(*((-1, size) if axis else (size, -1))).reshape(weight.shape)
                 expected += (steps**2 @ x.var(0, unbiased=False) / 4).mean().item()
             assert table[index][column] == pytest.approx(expected, rel=1e-4)
 

@@ -1,6 +1,7 @@
 """omega.json from a checkpoint, end to end: columns sum to what the whole model loses; mistakes."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,15 @@ def test_every_method_gives_a_table_in_nats(path, tmp_path, method):
         assert sum(row[column] for row in omega.table) == pytest.approx(whole["target"])
         assert whole["target"] == pytest.approx(omega.details["loss_per_kl"] * whole["kl"])
     assert omega.details["peak_memory_bytes"] > 1 << 20
+
+
+def test_whole_rows_are_noted_and_measured(path, tmp_path):
+    asked = request(path, tmp_path / "rows", bits=(8, 16))
+    plain = make_omega(request(path, tmp_path / "groups", bits=(8, 16)))
+    rows = make_omega(replace(asked, quant=replace(asked.quant, whole_rows=[8])))
+    assert plain.details["quant"] == {"group_size": 64, "axis": 1, "whole_rows": [], "optimize": True}
+    assert rows.details["quant"] == plain.details["quant"] | {"whole_rows": [8]}
+    assert rows.table != plain.table
 
 
 def test_ratio_of_loss_and_divergence():

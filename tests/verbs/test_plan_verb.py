@@ -47,6 +47,22 @@ def test_plan_writes_its_artefacts_and_a_table(call, small, tmp_path):
         assert text in out
 
 
+def test_a_plan_of_mixed_widths_notes_whole_rows_and_counts_them(call, small, tmp_path):
+    pins = "+planner.pins.bits={0:4,1:8,2:8,3:4}"
+    held = {}
+    for name, widths in (("groups", "[]"), ("rows", "[8]")):
+        out = tmp_path / name
+        code, _, err = call("plan", *small, "quant.bits=[4,8]", f"quant.whole_rows={widths}", pins, f"out={out}")
+        assert (code, err) == (0, "")
+        plan = read_plan(out / "plan.json")
+        bits = [width for stage in plan.stages for width in stage.bits]
+        assert bits[:4] == [4, 8, 8, 4]
+        assert plan.quant["whole_rows"] == json.loads(widths)
+        held[name] = json.loads((out / "problem.json").read_text())["memory"]["layer_bytes"]
+    assert held["rows"]["8"] < held["groups"]["8"]
+    assert held["rows"]["4"] == held["groups"]["4"]
+
+
 def test_the_problem_it_wrote_solves_again_without_a_model(call, small, tmp_path):
     call("plan", *small, f"out={tmp_path / 'a'}")
     code, _, _ = call("plan", f"problem={tmp_path / 'a' / 'problem.json'}", f"out={tmp_path / 'b'}")
@@ -73,6 +89,8 @@ def test_an_infeasible_cluster_exits_with_two(call, small, tmp_path):
         (["planner.mode=best"], "best"),
         (["quant.bits=[5]"], "[5]"),
         (["quant.bits=[4]", "quant.group_size=7"], "7"),
+        (["quant.whole_rows=[16]"], "quant.whole_rows=[16]: list each width once"),
+        (["quant.whole_rows=[8]", "quant.axis=0"], "set quant.axis=1, or quant.whole_rows=[]"),
         (["planner.omega=/nowhere.json"], "/nowhere.json"),
         (["workload.prompt_tokens=4000"], "4064"),
         (["planner.solver=magic"], "magic"),
