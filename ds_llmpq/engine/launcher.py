@@ -27,7 +27,10 @@ from ds_llmpq.planner.planfile import launch_order
 ENVIRONMENT_NAME = "deepspeed_env"
 LOG_NAME = "launcher.log"
 # carried to every host, beside what the cluster's configuration adds
-_CARRIED = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+_CARRIED = (
+    "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "OMP_NUM_THREADS", "GOMP_SPINCOUNT", "GLOO_SOCKET_IFNAME",
+    "NCCL_SOCKET_IFNAME",
+)  # fmt: skip
 _SAFE_VALUE = re.compile(r"[A-Za-z0-9_.,:/+=@%-]*")
 _SAFE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 

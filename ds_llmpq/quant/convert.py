@@ -81,26 +81,6 @@ def converted(
     return [KernelLinear(shared, place, bias) for place, bias in enumerate(biases)]
 
 
-def one_thread_in_decode(layer: nn.Module) -> None:
-    """A decoder layer whose products have threads of their own: while it works on one token a row, torch keeps to one
-    thread. What it does between the products is little, and its threads would compete with theirs for the cores."""
-    before: list[int] = []
-
-    def begin(module: nn.Module, inputs: tuple, options: dict) -> None:
-        hidden = inputs[0] if inputs else options["hidden_states"]
-        before.append(torch.get_num_threads())
-        if hidden.shape[1] == 1 and before[-1] > 1:
-            torch.set_num_threads(1)
-
-    def end(*_: object) -> None:
-        if torch.get_num_threads() != before[-1]:
-            torch.set_num_threads(before[-1])
-        before.pop()
-
-    layer.register_forward_pre_hook(begin, with_kwargs=True)
-    layer.register_forward_hook(end, always_call=True)
-
-
 def _maker(name: str) -> Callable[[Unpacked, int, torch.dtype], Product]:
     try:
         if name == "openvino":

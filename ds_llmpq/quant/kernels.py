@@ -35,7 +35,6 @@ class Kernel:
 
     integer_activations: inputs are rounded to 8 bits by groups, and sums are taken in integers.
     whole_rows: it also takes one group a row, whatever its length. fused: linears of one input are held and run as one.
-    own_threads: it multiplies on threads that are not torch's.
     """
 
     name: str
@@ -49,7 +48,6 @@ class Kernel:
     whole_rows: bool = False
     integer_activations: bool = False
     fused: bool = False
-    own_threads: bool = False
 
 
 KERNELS = {
@@ -57,7 +55,7 @@ KERNELS = {
     for kernel in (
         Kernel(
             "openvino", "openvino", ("cpu",), ("bfloat16",), {1: 2, 2: 2, 3: 4, 4: 4, 8: 8}, (32, 64, 128, 256),
-            whole_rows=True, integer_activations=True, fused=True, own_threads=True,
+            whole_rows=True, integer_activations=True, fused=True,
         ),
         Kernel(
             "torch_int4", "torch", ("cpu",), ("bfloat16",), {1: 4, 2: 4, 3: 4, 4: 4}, (32, 64, 128, 256),

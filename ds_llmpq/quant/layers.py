@@ -16,10 +16,10 @@ from torch import nn
 from ds_llmpq.models.architecture import Architecture, architecture_of, check_shape, fill
 from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.quant.checkpoint import QuantizedCheckpoint
-from ds_llmpq.quant.convert import converted, one_thread_in_decode
+from ds_llmpq.quant.convert import converted
 from ds_llmpq.quant.dense import pack_linears
 from ds_llmpq.quant.hqq import linear_names, quantize_linear
-from ds_llmpq.quant.kernels import AUTO, DEQUANTIZE, KERNELS, check_name, grouped, problem, runs
+from ds_llmpq.quant.kernels import AUTO, DEQUANTIZE, check_name, grouped, problem, runs
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS, groups_of
 from ds_llmpq.schema import QuantConfig
 
@@ -112,8 +112,6 @@ class LayerLoader:
             modules = converted(kernel, quantized, bits, groups, self.dtype)
             for name, module in zip(names, modules, strict=True):
                 layer.set_submodule(name, module)
-        if kernel in KERNELS and KERNELS[kernel].own_threads:
-            one_thread_in_decode(layer)
 
     def _quantized(self, layer: nn.Module, name: str, prefix: str, bits: int, dtype: torch.dtype) -> HQQLinear:
         linear, path = layer.get_submodule(name), prefix + name

@@ -10,7 +10,7 @@ import torch
 from hqq.core.quantize import HQQLinear
 
 from ds_llmpq.errors import UserError
-from ds_llmpq.quant.convert import KernelLinear, converted, one_thread_in_decode, product_of
+from ds_llmpq.quant.convert import KernelLinear, converted, product_of
 from ds_llmpq.quant.hqq import quantize_linear, stored_bytes
 from ds_llmpq.quant.kernels import KERNELS, runs
 from ds_llmpq.quant.packing import Groups
@@ -162,28 +162,3 @@ def test_held_bytes_are_what_the_process_grows_by(name, bits, size):
     code = f"NAME, BITS, SIZE = {name!r}, {bits}, {size}\n{MEMORY}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert 0.8 < float(done.stdout) < 1.15
-
-
-def test_torch_keeps_to_one_thread_in_decode_alone():
-    seen = []
-
-    class Layer(torch.nn.Module):
-        def forward(self, hidden_states):
-            seen.append(torch.get_num_threads())
-            if hidden_states.isnan().any():
-                raise ValueError("a layer that fails")
-            return hidden_states
-
-    layer, threads = Layer(), torch.get_num_threads()
-    one_thread_in_decode(layer)
-    torch.set_num_threads(2)
-    try:
-        layer(torch.zeros(3, 1, 4))
-        layer(hidden_states=torch.zeros(3, 1, 4))
-        layer(torch.zeros(3, 5, 4))
-        with pytest.raises(ValueError, match="fails"):
-            layer(torch.full((3, 1, 4), torch.nan))
-        assert seen == [1, 1, 2, 1]
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(threads)
