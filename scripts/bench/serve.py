@@ -7,7 +7,8 @@ Contenders take turns, so that a disturbance does not fall on one alone; OUT kee
 goes on. Each is warmed up first: ours by a wave of its own, a peer by a short call. Prompts of `--prompt` random
 tokens, `--generate` tokens each, greedy, end-of-sequence off, so that every engine does the same work; the medians of
 `--repeats` runs are compared. A peer that is not installed is left out, and said to be. ours-BITSxSTAGES has its
-threads shared out among its stages; `mix` is half of the layers at 4, half at 8.
+threads shared out among its stages; `8rows` is 8 bits with one group a row (quant.whole_rows=[8]), as CTranslate2 has
+it; `mix` is half of the layers at 4, half at 8.
 """
 
 from __future__ import annotations
@@ -27,12 +28,15 @@ from ds_llmpq.cluster.calibrate import measure_cpu
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.report.plan_table import table
 
-OURS = ("ours-16x1", "ours-8x1", "ours-4x1", "ours-mixx1", "ours-16x2", "ours-8x2", "ours-4x2")
+OURS = (
+    "ours-16x1", "ours-8rowsx1", "ours-8x1", "ours-4x1", "ours-mixx1", "ours-16x2", "ours-8rowsx2", "ours-8x2",
+    "ours-4x2",
+)  # fmt: skip
 PEERS = (
     "transformers-bf16", "transformers-hqq4", "ctranslate2-bf16", "ctranslate2-int8",
     "llamacpp-bf16", "llamacpp-q8", "llamacpp-q4",
 )  # fmt: skip
-RIVALS = {"16": "bf16", "8": "int8 q8", "4": "hqq4 q4"}  # peers of each precision class
+RIVALS = {"16": "bf16", "8rows": "int8 q8", "8": "int8 q8", "4": "hqq4 q4"}  # peers of each precision class
 
 
 def main() -> None:
@@ -72,7 +76,9 @@ def ours(name: str, options: argparse.Namespace, batch: int, folder: Path) -> di
     kind, _, stages = name.removeprefix("ours-").rpartition("x")
     layers, stages = read_shape(options.model).layers, int(stages)
     cuts = [round(index * layers / stages) for index in range(stages + 1)]
-    widths = [4 + 4 * (layer % 2) if kind == "mix" else int(kind) for layer in range(layers)]
+    width = int(kind.removesuffix("rows")) if kind != "mix" else 0
+    widths = [width or 4 + 4 * (layer % 2) for layer in range(layers)]
+    whole_rows = f"quant.whole_rows=[{width if kind.endswith('rows') else ''}]"
     hand = {
         "stages": [
             {"device": f"localhost:{index}", "layers": [first, last], "bits": widths[first:last]}
@@ -97,7 +103,7 @@ def ours(name: str, options: argparse.Namespace, batch: int, folder: Path) -> di
         for index in range(stages)
     ]
     plan = [
-        "plan", f"model.path={Path(options.model).absolute()}", "cluster=local_cpu2", "quant.optimize=false",
+        "plan", f"model.path={Path(options.model).absolute()}", "cluster=local_cpu2", "quant.optimize=false", whole_rows,
         f"cluster.hosts.0.devices=[{', '.join(devices)}]", f"check={folder / 'hand.json'}",
         f"workload.sequences={batch}", f"workload.prompt_tokens={options.prompt}",
         f"workload.generated_tokens={options.generate}", f"out={folder / 'plan'}",
