@@ -39,7 +39,8 @@ class OpenVinoLinear:
         self.carried = KERNELS["openvino"].carried[bits]
         self._request, self._mapping = _compiled(weight, self.carried)
         self._bound: tuple[int, int, int] | None = None
-        self._run(torch.zeros(1, self.in_features), torch.empty(1, out_features))  # packs the weight
+        # packs the weight and takes all buffers, so that what this frees can be given back before serving
+        self._run(torch.zeros(OPENVINO_ROWS, self.in_features), torch.empty(OPENVINO_ROWS, out_features))
         # OpenVINO has its own layout now; should it ever ask again, the pages come back from the file
         self._mapping.madvise(mmap.MADV_DONTNEED)
         self.held_bytes = held_bytes("openvino", out_features, self.in_features, bits, weight.group_size, 0)
