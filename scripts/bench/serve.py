@@ -103,8 +103,8 @@ def ours(name: str, options: argparse.Namespace, batch: int, folder: Path) -> di
         for index in range(stages)
     ]
     plan = [
-        "plan", f"model.path={Path(options.model).absolute()}", "cluster=local_cpu2", "quant.optimize=false", whole_rows,
-        f"cluster.hosts.0.devices=[{', '.join(devices)}]", f"check={folder / 'hand.json'}",
+        "plan", f"model.path={Path(options.model).absolute()}", "cluster=local_cpu2", "quant.optimize=false",
+        whole_rows, f"cluster.hosts.0.devices=[{', '.join(devices)}]", f"check={folder / 'hand.json'}",
         f"workload.sequences={batch}", f"workload.prompt_tokens={options.prompt}",
         f"workload.generated_tokens={options.generate}", f"out={folder / 'plan'}",
     ]  # fmt: skip
