@@ -2,9 +2,14 @@
 
     python scripts/bench/peers.py NAME MODEL --batch 8 --prompt 128 --generate 64 --threads 2 [--cache DIR]
 
-NAME: transformers-bf16, transformers-hqq4, ctranslate2-bf16, ctranslate2-int8, llamacpp-bf16, llamacpp-q8, llamacpp-q4.
-Greedy, the end-of-sequence token ignored. `first_seconds`: until every prompt has its first token; `all_seconds`: until
-all have all of theirs; loading and one warm-up do not count. `--cache`: where converted checkpoints are kept.
+NAME: transformers-bf16, transformers-hqq4, ctranslate2-bf16, ctranslate2-int8, llamacpp-bf16, llamacpp-q8, llamacpp-q4,
+vllm-bf16. Greedy, the end-of-sequence token ignored. `first_seconds`: until every prompt has its first token;
+`all_seconds`: until all have all of theirs; loading and one warm-up do not count. `--cache`: where converted
+checkpoints are kept.
+
+`--lengths FILE`: a JSON list, how many tokens each of so many requests is to get; at most `--batch` of them are under
+way at a time, and `first_seconds` is left out. llama.cpp's and vLLM's slots take the next request as one ends (the
+former by a loop like its server's); transformers and CTranslate2, given one length a batch, go on to its longest.
 """
 
 from __future__ import annotations
@@ -15,10 +20,11 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-Run = Callable[[list[list[int]], int], None]  # prompts, tokens to generate
+Run = Callable[[list[list[int]], list[int]], None]  # prompts, tokens to generate for each
 
 LLAMACPP_TYPES = {"bf16": "BF16", "q8": "Q8_0", "q4": "Q4_0"}
 
@@ -30,14 +36,18 @@ def main() -> None:
     for name, default in (("batch", 8), ("prompt", 128), ("generate", 64), ("threads", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--cache", default="peer_models")
+    parser.add_argument("--lengths")
     options = parser.parse_args()
+    lengths = json.loads(Path(options.lengths).read_text()) if options.lengths else [options.generate] * options.batch
+    options.generate = max(lengths)
     os.environ |= {"OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     engine, _, precision = options.name.partition("-")
-    run = {"transformers": transformers, "ctranslate2": ctranslate2, "llamacpp": llamacpp}[engine](precision, options)
-    prompts = random_prompts(options.batch, options.prompt)
-    run(prompts[:1], 2)
-    times = {"first_seconds": timed(run, prompts, 1), "all_seconds": timed(run, prompts, options.generate)}
-    print(json.dumps(times))
+    makers = {"transformers": transformers, "ctranslate2": ctranslate2, "llamacpp": llamacpp, "vllm": vllm}
+    run = makers[engine](precision, options)
+    prompts = random_prompts(len(lengths), options.prompt)
+    run(prompts[:1], [2])
+    times = {} if options.lengths else {"first_seconds": timed(run, prompts, [1] * len(prompts))}
+    print(json.dumps(times | {"all_seconds": timed(run, prompts, lengths)}))
 
 
 def random_prompts(batch: int, tokens: int, vocabulary: int = 4000) -> list[list[int]]:
@@ -45,10 +55,16 @@ def random_prompts(batch: int, tokens: int, vocabulary: int = 4000) -> list[list
     return [[generator.randrange(3, vocabulary) for _ in range(tokens)] for _ in range(batch)]
 
 
-def timed(run: Run, prompts: list[list[int]], generate: int) -> float:
+def timed(run: Run, prompts: list[list[int]], lengths: list[int]) -> float:
     start = time.perf_counter()
-    run(prompts, generate)
+    run(prompts, lengths)
     return time.perf_counter() - start
+
+
+def batches(prompts: list[list[int]], lengths: list[int], size: int) -> Iterator[tuple[list[list[int]], int]]:
+    """In order, each with the longest of its lengths."""
+    for start in range(0, len(prompts), size):
+        yield prompts[start : start + size], max(lengths[start : start + size])
 
 
 def transformers(precision: str, options: argparse.Namespace) -> Run:
@@ -59,13 +75,14 @@ def transformers(precision: str, options: argparse.Namespace) -> Run:
     quantized = {"quantization_config": HqqConfig(nbits=4, group_size=64)} if precision == "hqq4" else {}
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16, device_map="cpu", **quantized)
 
-    def run(prompts: list[list[int]], generate: int) -> None:
-        settings = GenerationConfig(
-            do_sample=False, max_new_tokens=generate, min_new_tokens=generate, pad_token_id=0, eos_token_id=None
-        )
-        ids = torch.tensor(prompts)
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
-        assert out.shape[1] == ids.shape[1] + generate
+    def run(prompts: list[list[int]], lengths: list[int]) -> None:
+        for own, generate in batches(prompts, lengths, options.batch):
+            settings = GenerationConfig(
+                do_sample=False, max_new_tokens=generate, min_new_tokens=generate, pad_token_id=0, eos_token_id=None
+            )
+            ids = torch.tensor(own)
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+            assert out.shape[1] == ids.shape[1] + generate
 
     return torch.inference_mode()(run)
 
@@ -82,12 +99,13 @@ def ctranslate2(precision: str, options: argparse.Namespace) -> Run:
     generator = library.Generator(str(folder), compute_type=kind, inter_threads=1, intra_threads=options.threads)
     names = AutoTokenizer.from_pretrained(options.model)
 
-    def run(prompts: list[list[int]], generate: int) -> None:
-        tokens = [names.convert_ids_to_tokens([id % len(names) for id in prompt]) for prompt in prompts]
-        found = generator.generate_batch(
-            tokens, max_length=generate, min_length=generate, include_prompt_in_result=False, end_token=[]
-        )
-        assert all(len(each.sequences_ids[0]) == generate for each in found)
+    def run(prompts: list[list[int]], lengths: list[int]) -> None:
+        for own, generate in batches(prompts, lengths, options.batch):
+            tokens = [names.convert_ids_to_tokens([id % len(names) for id in prompt]) for prompt in own]
+            found = generator.generate_batch(
+                tokens, max_length=generate, min_length=generate, include_prompt_in_result=False, end_token=[]
+            )
+            assert all(len(each.sequences_ids[0]) == generate for each in found)
 
     return run
 
@@ -104,7 +122,7 @@ def llamacpp(precision: str, options: argparse.Namespace) -> Run:
     model = library.llama_model_load_from_file(str(file).encode(), settings)
     parameters = library.llama_context_default_params()
     capacity = options.batch * (options.prompt + options.generate)
-    parameters.n_ctx, parameters.n_batch, parameters.n_ubatch = capacity, options.batch * options.prompt, 512
+    parameters.n_ctx, parameters.n_batch, parameters.n_ubatch = capacity, options.batch * (options.prompt + 1), 512
     parameters.n_seq_max, parameters.n_threads, parameters.n_threads_batch = options.batch, *[options.threads] * 2
     parameters.kv_unified = False
     context = library.llama_init_from_model(model, parameters)
@@ -128,16 +146,48 @@ def llamacpp(precision: str, options: argparse.Namespace) -> Run:
         library.llama_batch_free(batch)
         return found
 
-    def run(prompts: list[list[int]], generate: int) -> None:
-        library.llama_memory_clear(library.llama_get_memory(context), True)
-        rows = [
-            (token, place, sequence, place + 1 == len(prompt))
-            for sequence, prompt in enumerate(prompts)
-            for place, token in enumerate(prompt)
+    def run(prompts: list[list[int]], lengths: list[int]) -> None:
+        memory = library.llama_get_memory(context)
+        library.llama_memory_clear(memory, True)
+        waiting, free = deque(range(len(prompts))), list(range(options.batch))
+        running: dict[int, tuple[int, int]] = {}  # slot -> (request, tokens generated)
+        newest: dict[int, int] = {}
+        while waiting or running:
+            while waiting and free:
+                running[free.pop(0)] = (waiting.popleft(), 0)
+            rows = []
+            for slot, (request, count) in sorted(running.items()):  # unsorted ones it would take one by one
+                prompt = prompts[request]
+                if count:
+                    rows.append((newest[slot], len(prompt) + count - 1, slot, True))
+                else:
+                    rows += [(token, place, slot, place + 1 == len(prompt)) for place, token in enumerate(prompt)]
+            newest = dict(zip([row[2] for row in rows if row[3]], decode(rows), strict=True))
+            running = {slot: (request, count + 1) for slot, (request, count) in running.items()}
+            for slot in [slot for slot, (request, count) in running.items() if count == lengths[request]]:
+                del running[slot]
+                free = sorted([*free, slot])
+                library.llama_memory_seq_rm(memory, slot, -1, -1)
+
+    return run
+
+
+def vllm(precision: str, options: argparse.Namespace) -> Run:
+    os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    from vllm import LLM, SamplingParams
+
+    engine = LLM(
+        options.model, dtype={"bf16": "bfloat16"}[precision], max_num_seqs=options.batch, skip_tokenizer_init=True,
+        max_model_len=options.prompt + options.generate, enable_prefix_caching=False,
+    )  # fmt: skip
+
+    def run(prompts: list[list[int]], lengths: list[int]) -> None:
+        each = [
+            SamplingParams(temperature=0.0, max_tokens=count, min_tokens=count, ignore_eos=True, detokenize=False)
+            for count in lengths
         ]
-        newest = decode(rows)
-        for step in range(generate - 1):
-            newest = decode([(token, len(prompts[s]) + step, s, True) for s, token in enumerate(newest)])
+        found = engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], each, use_tqdm=False)
+        assert [len(one.outputs[0].token_ids) for one in found] == lengths
 
     return run
 

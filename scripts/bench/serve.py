@@ -9,6 +9,9 @@ tokens, `--generate` tokens each, greedy, end-of-sequence off, so that every eng
 `--repeats` runs are compared. A peer that is not installed is left out, and said to be. ours-BITSxSTAGES has its
 threads shared out among its stages; `8rows` is 8 bits with one group a row (quant.whole_rows=[8]), as CTranslate2 has
 it; `mix` is half of the layers at 4, half at 8.
+
+`--requests 48`: instead, so many requests whose answers have a long tail of lengths (`--generate` on average, cut off
+at three times that), `--batch` of them under way at a time; ours refills its slots.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from pathlib import Path
 from statistics import median
 
 from peers import random_prompts
+from refill import drawn_lengths
 
 from ds_llmpq.cluster.calibrate import measure_cpu
 from ds_llmpq.models.shape import read_shape
@@ -34,7 +38,7 @@ OURS = (
 )  # fmt: skip
 PEERS = (
     "transformers-bf16", "transformers-hqq4", "ctranslate2-bf16", "ctranslate2-int8",
-    "llamacpp-bf16", "llamacpp-q8", "llamacpp-q4",
+    "llamacpp-bf16", "llamacpp-q8", "llamacpp-q4", "vllm-bf16",
 )  # fmt: skip
 RIVALS = {"16": "bf16", "8rows": "int8 q8", "8": "int8 q8", "4": "hqq4 q4"}  # peers of each precision class
 
@@ -44,13 +48,16 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("out")
     parser.add_argument("--batch", type=int, nargs="+", default=[8, 32])
-    for name, default in (("prompt", 128), ("generate", 64), ("threads", 2), ("repeats", 3)):
+    for name, default in (("prompt", 128), ("generate", 64), ("threads", 2), ("repeats", 3), ("requests", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--vllm-python", default=sys.executable, help="vLLM wants an environment of its own")
     parser.add_argument("--only", nargs="+", default=OURS)
     parser.add_argument("--peers", nargs="*", default=PEERS)
     options = parser.parse_args()
     out = Path(options.out).absolute()
     out.mkdir(parents=True, exist_ok=True)
+    options.lengths = drawn_lengths(options.requests, options.generate, 3 * options.generate)
+    (out / "lengths.json").write_text(json.dumps(options.lengths))
     missing: set[str] = set()
     for repeat in range(options.repeats):
         for batch in options.batch:
@@ -87,15 +94,19 @@ def ours(name: str, options: argparse.Namespace, batch: int, folder: Path) -> di
         "micro_batch": {"prefill": min(4, batch), "decode": batch // stages},
     }
     (folder / "hand.json").write_text(json.dumps(hand))
+    # a first wave to warm up, as the peers have one
+    waves = [2] * batch, options.lengths or [options.generate] * batch
     rows = [
         {
-            "custom_id": f"r{index}-{tokens}",
+            "custom_id": f"r{index}-of-{len(lengths)}-{tokens}",
             "method": "POST",
             "url": "/v1/completions",
             "body": {"model": "m", "prompt": prompt, "max_tokens": tokens, "ignore_eos": True},
         }
-        for tokens in (2, options.generate)  # a first wave to warm up, as the peers have one
-        for index, prompt in enumerate(random_prompts(batch, options.prompt))
+        for lengths in waves
+        for index, prompt, tokens in zip(
+            itertools.count(), random_prompts(len(lengths), options.prompt), lengths, strict=False
+        )
     ]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     devices = [
@@ -106,25 +117,25 @@ def ours(name: str, options: argparse.Namespace, batch: int, folder: Path) -> di
         "plan", f"model.path={Path(options.model).absolute()}", "cluster=local_cpu2", "quant.optimize=false",
         whole_rows, f"cluster.hosts.0.devices=[{', '.join(devices)}]", f"check={folder / 'hand.json'}",
         f"workload.sequences={batch}", f"workload.prompt_tokens={options.prompt}",
-        f"workload.generated_tokens={options.generate}", f"out={folder / 'plan'}",
+        f"workload.generated_tokens={max(options.lengths or [options.generate])}", f"out={folder / 'plan'}",
     ]  # fmt: skip
     run = [
         "run", f"plan={folder / 'plan' / 'plan.json'}", f"model.path={Path(options.model).absolute()}",
-        f"input={folder / 'prompts.jsonl'}", f"out={folder / 'run'}", "engine.refill=false",
+        f"input={folder / 'prompts.jsonl'}", f"out={folder / 'run'}", f"engine.refill={bool(options.lengths)}",
     ]  # fmt: skip
     for verb in (plan, run):
         if not called([sys.executable, "-m", "ds_llmpq", *verb], folder, {}):
             return None
-    return spans(folder / "run")
+    return spans(folder / "run", -(-batch // min(4, batch)))
 
 
-def spans(folder: Path) -> dict:
-    """Of the second wave, from the trace: until the last stage has sampled all first tokens, and until it has all."""
+def spans(folder: Path, count: int) -> dict:
+    """Of the second wave, from the trace: until the last stage has sampled all first tokens, and until it has all.
+    count: prefill passes of a wave of the batch's size."""
     events = json.loads((folder / "trace.json").read_text())["traceEvents"]
     measured = json.loads((folder / "metrics.json").read_text())["measured"]
     last = max(event["pid"] for event in events)
     prefills = sorted(event["ts"] for event in events if event["name"] == "prefill" and event["pid"] == 0)
-    count = len(prefills) // 2
     own = [event for event in events if event["ts"] >= prefills[count]]
     samples = sorted(event["ts"] + event["dur"] for event in own if event["name"] == "sample")
     inside = sum(event["dur"] for event in own if event["name"] in ("prefill", "decode")) / 1e6
@@ -139,11 +150,17 @@ def spans(folder: Path) -> dict:
 
 
 def peer(name: str, options: argparse.Namespace, batch: int, folder: Path) -> dict | None:
-    line = [sys.executable, str(Path(__file__).with_name("peers.py")), name, options.model, "--batch", str(batch)]
+    python = options.vllm_python if name.startswith("vllm") else sys.executable
+    line = [python, str(Path(__file__).with_name("peers.py")), name, options.model, "--batch", str(batch)]
     for key in ("prompt", "generate", "threads"):
         line += [f"--{key}", str(getattr(options, key))]
     line += ["--cache", str(Path(options.out).absolute() / "peer_models")]
-    said = called(line, folder, {"OMP_NUM_THREADS": str(options.threads)})
+    if options.lengths:
+        line += ["--lengths", str(Path(options.out).absolute() / "lengths.json")]
+    environment = {"OMP_NUM_THREADS": str(options.threads)}
+    if python != sys.executable:
+        environment["PYTHONPATH"] = ""
+    said = called(line, folder, environment)
     return json.loads(said.splitlines()[-1]) if said else None
 
 
@@ -156,49 +173,49 @@ def called(line: list[str], folder: Path, environment: dict[str, str]) -> str:
 
 
 def report(out: Path, options: argparse.Namespace, batch: int) -> str:
-    found = {}
+    """Tokens per second of prefill, of decode and of all; of all alone where lengths differ."""
+    speeds = {}
     for name in (*options.only, *options.peers):
         runs = [json.loads(file.read_text()) for file in sorted(out.glob(f"{name}_b{batch}_r*/times.json"))]
-        if runs:
-            found[name] = {
-                "first": median(run["first_seconds"] for run in runs),
-                "decode": median(run["all_seconds"] - run["first_seconds"] for run in runs),
-                "all": median(run["all_seconds"] for run in runs),
-            }
-    speeds = {
-        name: (
-            batch * options.prompt / times["first"],
-            batch * (options.generate - 1) / times["decode"],
-            batch * options.generate / times["all"],
-        )
-        for name, times in found.items()
-    }
+        if not runs:
+            continue
+        tokens = sum(options.lengths) or batch * options.generate
+        speeds[name] = [tokens / median(run["all_seconds"] for run in runs)]
+        if not options.lengths:
+            first = median(run["first_seconds"] for run in runs)
+            decode = median(run["all_seconds"] - run["first_seconds"] for run in runs)
+            speeds[name] = [batch * options.prompt / first, batch * (options.generate - 1) / decode, *speeds[name]]
     reference = speeds.get("ours-16x1")
     rows = []
     for name, speed in speeds.items():
         ratios = [f"{own / other:.2f}" for own, other in zip(speed, reference, strict=True)] if reference else ["-"] * 3
-        rows.append([name, *(part for pair in zip(map("{:.1f}".format, speed), ratios, strict=True) for part in pair)])
-    head = ["engine", "prefill tokens/s", "to ours-16x1", "decode tokens/s", "to ours-16x1", "tokens/s", "to ours-16x1"]
+        rows.append([name, *(part for pair in zip(map("{:.1f}".format, speed), ratios, strict=False) for part in pair)])
+    columns = ["tokens/s"] if options.lengths else ["prefill tokens/s", "decode tokens/s", "tokens/s"]
+    head = ["engine", *(part for column in columns for part in (column, "to ours-16x1"))]
     repeats = len(list(out.glob(f"ours-16x1_b{batch}_r*/times.json")))
+    work = f"generate {options.generate}"
+    if options.lengths:
+        work += f" on average, {max(options.lengths)} at most, {options.requests} requests"
     title = (
-        f"{Path(options.model).name}, B = {batch}, prompt {options.prompt}, generate {options.generate}, "
-        f"{options.threads} threads, medians of {repeats}"
+        f"{Path(options.model).name}, B = {batch}, prompt {options.prompt}, {work}, {options.threads} threads, "
+        f"medians of {repeats}"
     )
-    return "\n".join([title, table(head, rows), *against(speeds), roofline(options, speeds, batch)])
+    limits = [] if options.lengths else [roofline(options, speeds, batch)]
+    return "\n".join([title, table(head, rows), *against(speeds), *limits])
 
 
-def against(speeds: dict[str, tuple[float, float, float]]) -> list[str]:
+def against(speeds: dict[str, list[float]]) -> list[str]:
     """Ours over the best peer of equal precision, in tokens/s of the whole batch."""
     lines = []
     for bits, kinds in RIVALS.items():
-        rivals = {name: speed[2] for name, speed in speeds.items() if name.rpartition("-")[2] in kinds.split()}
+        rivals = {name: speed[-1] for name, speed in speeds.items() if name.rpartition("-")[2] in kinds.split()}
         if (own := speeds.get(f"ours-{bits}x1")) and rivals:
             best = max(rivals, key=rivals.get)
-            lines.append(f"{bits} bits: ours is {own[2] / rivals[best]:.2f}x the best peer, {best}")
+            lines.append(f"{bits} bits: ours is {own[-1] / rivals[best]:.2f}x the best peer, {best}")
     return lines
 
 
-def roofline(options: argparse.Namespace, speeds: dict[str, tuple[float, float, float]], batch: int) -> str:
+def roofline(options: argparse.Namespace, speeds: dict[str, list[float]], batch: int) -> str:
     """What decode at 16 bits reads and prefill computes, against what this machine was measured to reach."""
     if "ours-16x1" not in speeds:
         return ""
