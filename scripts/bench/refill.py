@@ -22,8 +22,17 @@ from typing import Any
 
 import numpy as np
 import psutil
-from length_runs import MODEL, ROOT, hand_plan, load_of_machine, load_tokenizer, request, scaled_answers, write_lines
-from scipy.optimize import brentq
+from length_runs import (
+    MODEL,
+    ROOT,
+    drawn_lengths,
+    hand_plan,
+    load_of_machine,
+    load_tokenizer,
+    request,
+    scaled_answers,
+    write_lines,
+)
 
 from ds_llmpq.report.plan_table import table
 
@@ -69,18 +78,6 @@ def main() -> int:
     print(f"after: {load_of_machine()}\n{text}")
     (out / "summary.txt").write_text(text + "\n")
     return 0 if len(answers) == 1 and over <= 1.0 else 1
-
-
-def drawn_lengths(count: int, mean: float, longest: int) -> list[int]:
-    """Exponential, cut off (not clipped) at `longest`, with that mean. 177 of at most 512: the 99th percentile is 497,
-    and the longest of 8, 16, 32 have 391, 438, 471 on average, close to what was measured of real chats."""
-
-    def excess(rate: float) -> float:
-        return 1 / rate - 1 / math.expm1(rate) - mean / longest
-
-    rate = brentq(excess, 1e-6, 500.0)  # mean of an exponential of this rate that is cut off at 1
-    drawn = -np.log1p(np.random.default_rng(0).random(count) * math.expm1(-rate)) / rate
-    return [max(1, round(x * longest)) for x in drawn]
 
 
 def watched(plan: Path, file: Path, out: Path, overrides: list[str]) -> dict[str, Any]:

@@ -25,8 +25,8 @@ import sys
 from pathlib import Path
 from statistics import median
 
+from length_runs import drawn_lengths
 from peers import random_prompts
-from refill import drawn_lengths
 
 from ds_llmpq.cluster.calibrate import measure_cpu
 from ds_llmpq.models.shape import read_shape
@@ -104,8 +104,8 @@ def ours(name: str, options: argparse.Namespace, batch: int, folder: Path) -> di
             "body": {"model": "m", "prompt": prompt, "max_tokens": tokens, "ignore_eos": True},
         }
         for lengths in waves
-        for index, prompt, tokens in zip(
-            itertools.count(), random_prompts(len(lengths), options.prompt), lengths, strict=False
+        for index, (prompt, tokens) in enumerate(
+            zip(random_prompts(len(lengths), options.prompt), lengths, strict=True)
         )
     ]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -159,7 +159,7 @@ def peer(name: str, options: argparse.Namespace, batch: int, folder: Path) -> di
         line += ["--lengths", str(Path(options.out).absolute() / "lengths.json")]
     environment = {"OMP_NUM_THREADS": str(options.threads)}
     if python != sys.executable:
-        environment["PYTHONPATH"] = ""
+        environment["PYTHONPATH"] = ""  # peers put there for this interpreter do not fit the other one
     said = called(line, folder, environment)
     return json.loads(said.splitlines()[-1]) if said else None
 
@@ -188,8 +188,10 @@ def report(out: Path, options: argparse.Namespace, batch: int) -> str:
     reference = speeds.get("ours-16x1")
     rows = []
     for name, speed in speeds.items():
-        ratios = [f"{own / other:.2f}" for own, other in zip(speed, reference, strict=True)] if reference else ["-"] * 3
-        rows.append([name, *(part for pair in zip(map("{:.1f}".format, speed), ratios, strict=False) for part in pair)])
+        ratios = ["-"] * len(speed)
+        if reference:
+            ratios = [f"{own / other:.2f}" for own, other in zip(speed, reference, strict=True)]
+        rows.append([name, *(part for pair in zip(map("{:.1f}".format, speed), ratios, strict=True) for part in pair)])
     columns = ["tokens/s"] if options.lengths else ["prefill tokens/s", "decode tokens/s", "tokens/s"]
     head = ["engine", *(part for column in columns for part in (column, "to ours-16x1"))]
     repeats = len(list(out.glob(f"ours-16x1_b{batch}_r*/times.json")))
