@@ -67,8 +67,9 @@ class KVStore:
 
     def decode(self, start: int, stop: int, positions: torch.Tensor, kv_tokens: int) -> DecodeCache:
         """`positions` [slots]: where each new token is stored; attention sees the first `kv_tokens`."""
-        rows = torch.arange(stop - start, device=positions.device)
-        return DecodeCache(self, slice(start, stop), rows, positions, kv_tokens)
+        heads = torch.arange(start * self.kv_heads, stop * self.kv_heads, device=positions.device)
+        places = heads.view(-1, self.kv_heads) * self.capacity + positions[:, None]
+        return DecodeCache(self, slice(start, stop), places, kv_tokens)
 
     def layer(self, layer_idx: int) -> torch.Tensor:
         """[2, slots, kv_heads, capacity, head_dim] of a decoder layer, by its index in the whole model."""
@@ -100,22 +101,23 @@ class PrefillCache:
 
 @dataclass
 class DecodeCache:
-    """Stores one token a row at that row's own position; attention uses all stored tokens."""
+    """Stores one token a row at that row's own position; attention uses all stored tokens.
+
+    places [slots, kv_heads]: where each head's vector goes, counted in vectors of all slots, heads and positions.
+    """
 
     store: KVStore
     slots: slice
-    row_index: torch.Tensor
-    positions: torch.Tensor
+    places: torch.Tensor
     kv_tokens: int
 
     def rows(self, start: int, stop: int) -> DecodeCache:
         slots = slice(self.slots.start + start, self.slots.start + stop)
-        return DecodeCache(
-            self.store, slots, self.row_index[: stop - start], self.positions[start:stop], self.kv_tokens
-        )
+        return DecodeCache(self.store, slots, self.places[start:stop], self.kv_tokens)
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = self.store.layer(layer_idx)[:, self.slots]
-        keys[self.row_index, :, self.positions] = key[:, :, 0]
-        values[self.row_index, :, self.positions] = value[:, :, 0]
-        return keys[:, :, : self.kv_tokens], values[:, :, : self.kv_tokens]
+        places, cached = self.places.view(-1), self.store.layer(layer_idx)
+        for part, fresh in zip(cached, (key, value), strict=True):
+            part.view(-1, self.store.head_dim).index_copy_(0, places, fresh.reshape(-1, self.store.head_dim))
+        keys, values = cached[:, self.slots, :, : self.kv_tokens]
+        return keys, values
