@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import signal
 import sys
 import threading
@@ -17,14 +16,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from ds_llmpq import __version__, config
 from ds_llmpq.batch.results import check_folder
+from ds_llmpq.engine.openmp import wait_briefly
 from ds_llmpq.errors import Interrupted, UserError
 from ds_llmpq.files import unwritable_as_mistake
 from ds_llmpq.report import kept, sweep
 
-# GNU OpenMP, under torch on Linux: how long its threads stay awake for the next product, about 30 us instead of
-# milliseconds. Where OpenVINO's threads multiply in between they need the cores; unquantized layers do not notice.
-_OPENMP_WAIT = ("GOMP_SPINCOUNT", "10000")
-
+# verbs of which each rank knows its own layers, and how long its threads should wait
+_COMPUTED_BY_RANKS = frozenset({"run", "evaluate", "serve", "plan"})
 # verbs whose first argument may be a bare word, and the key it stands for
 _WORD_KEYS = {"report": "what", "lengths": "action"}
 
@@ -49,7 +47,6 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point; exits with 0, or 1 (a mistake), 2 (no plan exists), 3 (some requests failed)."""
     if hasattr(signal, "SIGPIPE") and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `ds-llmpq plan | head` ends quietly
-    os.environ.setdefault(*_OPENMP_WAIT)  # read when torch is imported
     verb, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if verb in ("-h", "--help", "help"):
         sys.exit(print(_USAGE))
@@ -60,6 +57,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if verb not in config.VERBS:
             raise UserError(f"There is no verb {verb!r}; the verbs are {', '.join(config.VERBS)}.")
+        if verb not in _COMPUTED_BY_RANKS:
+            wait_briefly()  # they may multiply with any kernel
         if verb == "serve":
             code = importlib.import_module("ds_llmpq.verbs.serve").main(rest)
         else:

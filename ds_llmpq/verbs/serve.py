@@ -15,8 +15,10 @@ from ds_llmpq.batch.job import Job
 from ds_llmpq.batch.ordering import checked
 from ds_llmpq.batch.progress import ERROR_MARK, MEMORY_MARK
 from ds_llmpq.engine.lifeline import end_with_listener, stacks_on_request
+from ds_llmpq.engine.openmp import wait_as_stage_needs
 from ds_llmpq.engine.ranks import launched_rank
 from ds_llmpq.errors import UserError
+from ds_llmpq.planner.plan import Plan
 from ds_llmpq.planner.planfile import read_plan
 from ds_llmpq.schema import ServeVerb
 
@@ -73,7 +75,7 @@ def _score(token: str) -> int:
     job = ScoreJob.from_token(token)
     end_with_listener()
     stacks_on_request()
-    os.environ["DS_ACCELERATOR"] = job.plan.engine["stages"][0]["kind"]
+    _before_torch(job.plan)
     from ds_llmpq.engine.distributed import join, leave
     from ds_llmpq.evaluation.rank import evaluate
 
@@ -88,9 +90,7 @@ def _serve(job: Job) -> int:
     if job.supervised:
         end_with_listener()
     stacks_on_request()
-    launched_rank(job.plan)  # said before torch takes its seconds
-    # before anything imports deepspeed, which looks for an accelerator when it is imported
-    os.environ["DS_ACCELERATOR"] = job.plan.engine["stages"][0]["kind"]
+    _before_torch(job.plan)
     from ds_llmpq.batch.serving import serve
     from ds_llmpq.engine.distributed import join, leave
 
@@ -99,6 +99,13 @@ def _serve(job: Job) -> int:
     if metrics is None or job.supervised:
         return 0
     return SOME_FAILED if metrics["counts"]["failed"] else 0
+
+
+def _before_torch(plan: Plan) -> None:
+    """What must be known before torch takes its seconds, or is read when it or deepspeed is imported."""
+    rank = launched_rank(plan)
+    os.environ["DS_ACCELERATOR"] = plan.engine["stages"][0]["kind"]
+    wait_as_stage_needs(plan, rank)
 
 
 if __name__ == "__main__":

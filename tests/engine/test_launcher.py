@@ -1,22 +1,41 @@
-"""What the launcher hands to every rank."""
+"""What the launcher hands to every rank, and what a rank decides for itself before it imports torch."""
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from ds_llmpq.cli import main
 from ds_llmpq.engine.launcher import Launch, environment
+from ds_llmpq.engine.openmp import VARIABLE, wait_as_stage_needs
 
 
-@pytest.mark.parametrize(("own", "expected"), [(None, "10000"), ("7", "7")])
-def test_how_long_openmp_waits_is_every_rank_s_and_the_user_s_to_say(monkeypatch, own, expected):
-    monkeypatch.setenv("GOMP_SPINCOUNT", own or "")
-    if own is None:
-        monkeypatch.delenv("GOMP_SPINCOUNT")
+@pytest.fixture(params=[None, "7"])
+def own(request, monkeypatch):
+    """How long OpenMP shall wait, as the user has said or not; put back afterwards."""
+    monkeypatch.setenv(VARIABLE, request.param or "")
+    if request.param is None:
+        monkeypatch.delenv(VARIABLE)
+    return request.param
+
+
+@pytest.mark.parametrize(("verb", "expected"), [("run", None), ("profile", "10000")])
+def test_only_the_user_s_waiting_time_goes_to_the_ranks(own, verb, expected):
     with pytest.raises(SystemExit):
-        main(["--version"])
-    assert os.environ["GOMP_SPINCOUNT"] == expected
+        main([verb, "no.such.key=1"])
+    assert os.environ.get(VARIABLE) == (own or expected)
     launch = Launch(Path("hostfile"), "localhost", ("localhost",), "cpu", {}, Path("."))
-    assert environment(launch)["GOMP_SPINCOUNT"] == expected
+    assert environment(launch).get(VARIABLE) == (own or expected)
     assert environment(launch)["OMP_NUM_THREADS"] == os.environ.get("OMP_NUM_THREADS", "1")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "bits", "expected"),
+    [("openvino", (16, 4), "10000"), ("openvino", (16, 16), None), ("dequantize", (4, 4), None)],
+)
+def test_a_rank_waits_as_its_own_layers_need(own, kernel, bits, expected):
+    other = SimpleNamespace(rank=0, kernel="openvino", bits=(8,))
+    plan = SimpleNamespace(stages=(other, SimpleNamespace(rank=1, kernel=kernel, bits=bits)))
+    wait_as_stage_needs(plan, 1)
+    assert os.environ.get(VARIABLE) == (own or expected)

@@ -1,0 +1,27 @@
+"""How long threads of GNU OpenMP, under torch on Linux, stay awake for the next product. Imports no torch, which reads
+it once, when it is imported.
+
+Left alone they wait for milliseconds, as unquantized layers like it best. OpenVINO multiplies with threads of its own,
+which lack the cores meanwhile: where it does, they wait for about 30 us. docs/decisions.md has the measurements.
+"""
+
+from __future__ import annotations
+
+import os
+
+from ds_llmpq.planner.plan import Plan
+from ds_llmpq.quant.packing import UNQUANTIZED_BITS
+
+VARIABLE, _BRIEFLY = "GOMP_SPINCOUNT", "10000"
+
+
+def wait_briefly() -> None:
+    """Unless the user has said how long."""
+    os.environ.setdefault(VARIABLE, _BRIEFLY)
+
+
+def wait_as_stage_needs(plan: Plan, rank: int) -> None:
+    """As the layers of this rank's stage run best."""
+    stage = next(stage for stage in plan.stages if stage.rank == rank)
+    if stage.kernel == "openvino" and any(bits < UNQUANTIZED_BITS for bits in stage.bits):
+        wait_briefly()
