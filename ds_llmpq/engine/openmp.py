@@ -2,7 +2,7 @@
 it once, when it is imported.
 
 Left alone they wait for milliseconds, as unquantized layers like it best. OpenVINO multiplies with threads of its own,
-which lack the cores meanwhile: where it does, they wait for about 30 us. docs/decisions.md has the measurements.
+which lack the cores meanwhile: where it does, they wait for about 0.3 ms. docs/decisions.md has the measurements.
 """
 
 from __future__ import annotations
