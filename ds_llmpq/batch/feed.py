@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from ds_llmpq.batch.prompts import PreparedRequest
+from ds_llmpq.engine.kv_cache import rounded_up
 from ds_llmpq.engine.sampling import RowSampling
 from ds_llmpq.engine.wave import Wave, WaveRow
 
@@ -25,7 +26,7 @@ class Feed:
     `sequences` and `row_positions` are what the plan has room for: so many sequences of so many tokens. A longer one
     runs in a shape of fewer, longer slots, doubled until it fits. With `refill`, waves of one shape join; without it,
     a wave is as many requests as fit together, and takes as much of the cache as its longest needs. `multiple`: slots
-    come in multiples of so many, if they are as many.
+    come in multiples of so many, if they are as many. `block`: a slot takes whole blocks of so many positions.
     """
 
     def __init__(
@@ -36,17 +37,21 @@ class Feed:
         row_positions: int,
         refill: bool,
         multiple: int = 1,
+        block: int = 1,
     ):
         self.prepared = prepared
         self.sequences = sequences
         self.row_positions = row_positions
         self.positions = sequences * row_positions
         self.multiple = multiple
+        self.block = block
         self.requeued = 0
         self.stopped = False
         self._refill = refill
         self._again: deque[WaveRow] = deque()
-        self._needs = [each.prompt_tokens + bound for each, bound in zip(prepared, bounds, strict=True)]
+        self._needs = [
+            rounded_up(each.prompt_tokens + bound, block) for each, bound in zip(prepared, bounds, strict=True)
+        ]
         self._waves = self._cut(range(len(prepared)), self._needs)
 
     def take(self) -> Wave | None:
@@ -57,7 +62,7 @@ class Feed:
         if wave is None and self._again:
             rows = sorted(self._again, key=lambda row: -row.positions)
             self._again.clear()
-            self._waves = self._cut(rows, [row.positions for row in rows])
+            self._waves = self._cut(rows, [rounded_up(row.positions, self.block) for row in rows])
             wave = next(self._waves)
         return wave
 

@@ -29,7 +29,7 @@ from ds_llmpq.engine.distributed import Place
 from ds_llmpq.engine.lifeline import Heartbeat, drain_on_request
 from ds_llmpq.engine.preflight import check_memory
 from ds_llmpq.engine.sequences import Finish
-from ds_llmpq.engine.session import Session, cache_positions
+from ds_llmpq.engine.session import Session, cache_positions, plan_block, row_positions
 from ds_llmpq.engine.trace import chrome_events
 from ds_llmpq.engine.wave import WaveRow
 from ds_llmpq.files import write_json, write_whole
@@ -194,14 +194,15 @@ class Driver:
         return [believed.bounds[place] for place in order]
 
     def _feed(self, bounds: list[int]) -> Feed:
-        workload, engine = self.job.plan.workload, self.job.engine
+        plan, engine = self.job.plan, self.job.engine
         return Feed(
             self.prepared,
             bounds,
-            workload.sequences,
-            workload.prompt_tokens + workload.generated_tokens,
+            plan.workload.sequences,
+            row_positions(plan),
             engine.refill,
-            self.job.plan.micro_batch["decode"] if engine.batch_invariant else 1,
+            plan.micro_batch["decode"] if engine.batch_invariant else 1,
+            plan_block(plan),
         )
 
     def source(self, session: Session) -> Feed | Replay:

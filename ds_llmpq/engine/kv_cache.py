@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -16,6 +17,9 @@ class KVStore:
     The memory holds `positions` tokens a layer; `shape_for(slots, capacity)` views it as slots x capacity, so few long
     sequences and many short ones use the same bytes. A decode micro-batch is a slice of slots: regrouping sequences
     from prefill to decode copies nothing, and a slot's next sequence overwrites the last one's.
+
+    block: slots take whole blocks of so many positions. A stage that runs as one graph lays the same memory out as
+    blocks (`blocks`), and no layer of it asks for the other view (`layer`).
     """
 
     def __init__(
@@ -27,7 +31,9 @@ class KVStore:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        block: int = 1,
     ):
+        self.block = block
         self.first_layer = first_layer
         self.positions = positions
         self.kv_heads = kv_heads
@@ -41,7 +47,9 @@ class KVStore:
         return self._memory.numel() * self._memory.element_size()
 
     def shape_for(self, slots: int, capacity: int) -> None:
-        """Views the store as `slots` sequences of up to `capacity` tokens; earlier contents become meaningless."""
+        """Views the store as `slots` sequences of up to `capacity` tokens, in whole blocks; earlier contents become
+        meaningless."""
+        capacity = rounded_up(capacity, self.block)
         if slots * capacity > self.positions:
             raise UserError(
                 f"{slots} sequences of {capacity} tokens need {slots * capacity} cache positions, but the plan has "
@@ -67,13 +75,27 @@ class KVStore:
 
     def decode(self, start: int, stop: int, positions: torch.Tensor, kv_tokens: int) -> DecodeCache:
         """`positions` [slots]: where each new token is stored; attention sees the first `kv_tokens`."""
-        heads = torch.arange(start * self.kv_heads, stop * self.kv_heads, device=positions.device)
-        places = heads.view(-1, self.kv_heads) * self.capacity + positions[:, None]
-        return DecodeCache(self, slice(start, stop), places, kv_tokens)
+        return DecodeCache(self, slice(start, stop), positions, kv_tokens)
 
     def layer(self, layer_idx: int) -> torch.Tensor:
         """[2, slots, kv_heads, capacity, head_dim] of a decoder layer, by its index in the whole model."""
         return self._view[layer_idx - self.first_layer]
+
+    def blocks(self, layer_idx: int) -> torch.Tensor:
+        """[2, blocks, kv_heads, block, head_dim] of a decoder layer, whatever the shape of slots."""
+        memory = self._memory[layer_idx - self.first_layer]
+        count = self.positions // self.block
+        used = memory[:, : count * self.block * self.kv_heads * self.head_dim]
+        return used.view(2, count, self.kv_heads, self.block, self.head_dim)
+
+    @property
+    def blocks_of_slot(self) -> int:
+        return self.capacity // self.block
+
+
+def rounded_up(positions: int, block: int) -> int:
+    """To whole blocks."""
+    return -(-positions // block) * block
 
 
 @dataclass
@@ -87,6 +109,12 @@ class PrefillCache:
         if isinstance(self.slots, slice):
             return PrefillCache(self.store, slice(self.slots.start + start, self.slots.start + stop))
         return PrefillCache(self.store, self.slots[start:stop])
+
+    def row_places(self) -> list[tuple[int, int]]:
+        """(slot, tokens it holds already) of each row."""
+        slots = self.slots
+        numbers = range(slots.start, slots.stop) if isinstance(slots, slice) else slots.tolist()
+        return [(slot, 0) for slot in numbers]
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = key.shape[2]
@@ -103,20 +131,31 @@ class PrefillCache:
 class DecodeCache:
     """Stores one token a row at that row's own position; attention uses all stored tokens.
 
-    places [slots, kv_heads]: where each head's vector goes, counted in vectors of all slots, heads and positions.
+    positions [slots]: each row's own.
     """
 
     store: KVStore
     slots: slice
-    places: torch.Tensor
+    positions: torch.Tensor
     kv_tokens: int
 
     def rows(self, start: int, stop: int) -> DecodeCache:
         slots = slice(self.slots.start + start, self.slots.start + stop)
-        return DecodeCache(self.store, slots, self.places[start:stop], self.kv_tokens)
+        return DecodeCache(self.store, slots, self.positions[start:stop], self.kv_tokens)
+
+    def row_places(self) -> list[tuple[int, int]]:
+        """(slot, tokens it holds already) of each row."""
+        return list(zip(range(self.slots.start, self.slots.stop), self.positions.tolist(), strict=True))
+
+    @cached_property
+    def _places(self) -> torch.Tensor:
+        """[slots, kv_heads]: where each head's vector goes, counted in vectors of all slots, heads and positions."""
+        heads, store = self.store.kv_heads, self.store
+        numbers = torch.arange(self.slots.start * heads, self.slots.stop * heads, device=self.positions.device)
+        return numbers.view(-1, heads) * store.capacity + self.positions[:, None]
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
-        places, cached = self.places.view(-1), self.store.layer(layer_idx)
+        places, cached = self._places.view(-1), self.store.layer(layer_idx)
         for part, fresh in zip(cached, (key, value), strict=True):
             part.view(-1, self.store.head_dim).index_copy_(0, places, fresh.reshape(-1, self.store.head_dim))
         keys, values = cached[:, self.slots, :, : self.kv_tokens]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 
 from ds_llmpq.planner.plan import Plan
+from ds_llmpq.quant.kernels import is_whole_stage
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS
 
 VARIABLE, _BRIEFLY = "GOMP_SPINCOUNT", "10000"
@@ -23,5 +24,6 @@ def wait_briefly() -> None:
 def wait_as_stage_needs(plan: Plan, rank: int) -> None:
     """As the layers of this rank's stage run best."""
     stage = next(stage for stage in plan.stages if stage.rank == rank)
-    if stage.kernel == "openvino" and any(bits < UNQUANTIZED_BITS for bits in stage.bits):
+    quantized = any(bits < UNQUANTIZED_BITS for bits in stage.bits)
+    if is_whole_stage(stage.kernel) or (stage.kernel == "openvino" and quantized):
         wait_briefly()

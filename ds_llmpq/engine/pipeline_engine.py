@@ -148,9 +148,7 @@ class InferencePipelineEngine(PipelineEngine):
         positions = [sequences.position(slot) for slot in batch.live]
         # how sums over the cache are grouped depends on how much of it is read
         kv_tokens = self.store.capacity if self.stream.fixed else max(positions) + 1
-        # slots that go along write where their own sequence never reads
-        aside = self.store.capacity - 1
-        places = [sequences.position(slot) if slot in live else aside for slot in batch.slots]
+        places = [sequences.position(slot) if slot in live else self._aside(slot) for slot in batch.slots]
         at = torch.tensor(places, device=self.device)
         step = Step(
             positions=at[:, None],
@@ -163,6 +161,12 @@ class InferencePipelineEngine(PipelineEngine):
             step.token_ids = torch.tensor(tokens, device=self.device)[:, None]
         with self.trace.working("decode", batch.size, tokens=len(live)):
             self._run("decode", step)
+
+    def _aside(self, slot: int) -> int:
+        """Where a slot that goes along may write: behind what its sequence's prefill has stored, where the sequence
+        itself writes before it reads; what an ended one left is read by none. The same on every stage."""
+        row = self.stream.sequences.rows[slot]
+        return 0 if row is None else min(len(row.known), self.store.capacity - 1)
 
     def _run(self, phase: str, step: Step) -> None:
         step.prepare = self.positional

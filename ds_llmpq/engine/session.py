@@ -12,7 +12,7 @@ from ds_llmpq.cost.passes import PassSizes
 from ds_llmpq.engine import memory
 from ds_llmpq.engine.channels import ActivationChannel, TokenChannel
 from ds_llmpq.engine.distributed import Place
-from ds_llmpq.engine.kv_cache import KVStore
+from ds_llmpq.engine.kv_cache import KVStore, rounded_up
 from ds_llmpq.engine.pipeline_engine import InferencePipelineEngine, StopRule
 from ds_llmpq.engine.pipeline_module import PlannedPipelineModule, pipeline_bounds, pipeline_layers
 from ds_llmpq.engine.stage_loader import StageLoader
@@ -27,6 +27,7 @@ from ds_llmpq.planner.plan import Plan
 from ds_llmpq.planner.planfile import check_model
 from ds_llmpq.quant.checkpoint import open_checkpoint
 from ds_llmpq.quant.hqq import stored_bytes
+from ds_llmpq.quant.kernels import cache_block, check_invariant
 from ds_llmpq.schema import EngineConfig, QuantConfig
 
 
@@ -37,6 +38,7 @@ class Session:
     """
 
     engine_type: type[InferencePipelineEngine] = InferencePipelineEngine
+    compiled = True  # where the plan's kernel runs whole stages
 
     def __init__(
         self,
@@ -52,6 +54,7 @@ class Session:
         self.options = options or EngineConfig()
         self.place = place
         self.dtype = getattr(torch, plan.engine["dtype"])
+        check_invariant(place.stage.kernel, self.options.batch_invariant)
         started = time.perf_counter()
         checkpoint = open_checkpoint(model_path, trust_remote_code)
         architecture_of(checkpoint.config)  # what it imports belongs to the process, not to the stage
@@ -65,7 +68,7 @@ class Session:
 
         loader = StageLoader(
             checkpoint, [b for stage in plan.stages for b in stage.bits], QuantConfig(**plan.quant), self.dtype,
-            place.device, loaded, packed=True,
+            place.device, loaded, packed=True, stage=range(*place.stage.layers) if self.compiled else range(0),
         )  # fmt: skip
         module = PlannedPipelineModule(
             pipeline_layers(loader),
@@ -146,7 +149,10 @@ class Session:
         shape = read_shape(model_path)
         first, last = self.place.stage.layers
         positions = cache_positions(self.plan)
-        return KVStore(first, last - first, positions, shape.kv_heads, shape.head_dim, self.dtype, self.place.device)
+        return KVStore(
+            first, last - first, positions, shape.kv_heads, shape.head_dim, self.dtype, self.place.device,
+            plan_block(self.plan),
+        )  # fmt: skip
 
     def _activation_channel(self) -> ActivationChannel:
         index, ranks = self.place.stage_index, self.place.stage_ranks
@@ -160,6 +166,15 @@ class Session:
 
 
 def cache_positions(plan: Plan) -> int:
-    """B * (s + n): the tokens a layer's cache holds for all sequences in flight."""
-    workload = plan.workload
-    return workload.sequences * (workload.prompt_tokens + workload.generated_tokens)
+    """B * (s + n): the tokens a layer's cache holds for all sequences in flight; each has whole blocks."""
+    return plan.workload.sequences * row_positions(plan)
+
+
+def row_positions(plan: Plan) -> int:
+    """s + n, in whole blocks."""
+    return rounded_up(plan.workload.prompt_tokens + plan.workload.generated_tokens, plan_block(plan))
+
+
+def plan_block(plan: Plan) -> int:
+    """Positions in a block of the cache: one for all stages, whose slots are the same."""
+    return max(cache_block(stage.kernel) for stage in plan.stages)

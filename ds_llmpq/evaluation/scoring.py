@@ -137,6 +137,8 @@ class ScoringSession(Session):
         gathered = self.place.data.gather([score.to_json() for score in own] if own is not None else None)
         return next(scores for scores in gathered if scores is not None) if gathered is not None else None
 
+    compiled = False  # a graph wants a cache of whole rows
+
     def _kv_store(self, model_path: str | Path) -> KVStore:
         """Nothing is cached, so the least that can be allocated."""
         shape = read_shape(model_path)

@@ -17,7 +17,7 @@ from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.profiling.timer import Timer
 from ds_llmpq.quant.convert import converted
 from ds_llmpq.quant.hqq import quantize_linear
-from ds_llmpq.quant.kernels import DEQUANTIZE, KERNELS, candidates, grouped, label, runs
+from ds_llmpq.quant.kernels import DEQUANTIZE, KERNELS, candidates, grouped, is_whole_stage, label, runs
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS, groups_of
 from ds_llmpq.schema import QuantConfig, WorkloadConfig
 
@@ -53,7 +53,8 @@ class KernelChoice:
 
     def crossover(self, bits: int) -> int | None:
         """Fewest of the timed rows from which on `dequantize` is faster than the choice; None where it never is."""
-        mine, plain = (self._seconds(kernel, bits) for kernel in (self.kernel, DEQUANTIZE))
+        products = KERNELS[self.kernel].alone or self.kernel if self.kernel in KERNELS else self.kernel
+        mine, plain = (self._seconds(kernel, bits) for kernel in (products, DEQUANTIZE))
         slower = [rows for rows in sorted(mine) if rows in plain and plain[rows] < mine[rows]]
         return slower[0] if slower and self.kernel != DEQUANTIZE else None
 
@@ -72,10 +73,12 @@ def choose_kernel(
 ) -> KernelChoice:
     """Times the candidates in the compute type `dtype` on the timer's device. sizes: candidate micro-batches by
     phase."""
-    names = candidates(timer.device.type, dtype, quant, shape.linears)
+    able = candidates(timer.device.type, dtype, quant, shape.linears, shape.architecture)
+    stage = next((name for name in able if is_whole_stage(name)), None)
+    names = [name for name in able if not is_whole_stage(name)]
     widths = [width for width in bits if width != UNQUANTIZED_BITS]
     if not widths or names == [DEQUANTIZE]:
-        return KernelChoice(DEQUANTIZE, ())
+        return KernelChoice(stage if stage and not widths else DEQUANTIZE, ())
     prefill, decode = (sorted(sizes[phase])[len(sizes[phase]) // 2] for phase in ("prefill", "decode"))
     prompt_rows = min(MOST_ROWS, prefill * workload.prompt_tokens)
     rows = sorted({1, decode, prompt_rows})
@@ -88,7 +91,9 @@ def choose_kernel(
         name: sum(weights.get(time.rows, 0.0) * time.seconds for time in times if time.kernel == name)
         for name in names
     }  # fmt: skip
-    return KernelChoice(min(names, key=lambda name: totals[name]), tuple(times))
+    fastest = min(names, key=lambda name: totals[name])
+    # the same products, with less around them
+    return KernelChoice(stage if stage and KERNELS[stage].alone == fastest else fastest, tuple(times))
 
 
 @torch.inference_mode()

@@ -10,12 +10,13 @@ import torch
 
 from ds_llmpq.cost.memory import MemoryModel
 from ds_llmpq.cost.profile import Point
-from ds_llmpq.engine.kv_cache import KVStore
+from ds_llmpq.engine.kv_cache import KVStore, rounded_up
 from ds_llmpq.engine.stage_loader import StageLoader
 from ds_llmpq.engine.throttle import CpuShare
 from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.models.step import Step
+from ds_llmpq.quant.kernels import cache_block
 from ds_llmpq.quant.packing import groups_of
 from ds_llmpq.schema import QuantConfig
 
@@ -50,12 +51,17 @@ class Parts:
         quick = replace(quant, optimize=False)
         self.layers = {}
         for width in bits:
-            loader = StageLoader(checkpoint, [width] * shape.layers, quick, self.dtype, device, on_loaded, packed=True)
+            loader = StageLoader(
+                checkpoint, [width] * shape.layers, quick, self.dtype, device, on_loaded, packed=True,
+                stage=range(self.chained),
+            )  # fmt: skip
             self.layers[width] = [loader.decoder_layer(index) for index in range(self.chained)]
         self.embedding, self.head = loader.embedding(), loader.head()
         self._positional = loader.architecture.positional(checkpoint.config)
+        block = cache_block(quant.kernel)
         self.store = KVStore(
-            0, self.chained, rows * capacity, shape.kv_heads, shape.head_dim, self.dtype, device
+            0, self.chained, rows * rounded_up(capacity, block), shape.kv_heads, shape.head_dim, self.dtype, device,
+            block,
         )  # fmt: skip
         self.store.shape_for(rows, capacity)
         self._throttled: list[torch.utils.hooks.RemovableHandle] = []

@@ -7,9 +7,12 @@ being installed. Imports no torch: plans are made from this table alone. `docs/k
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib import metadata
+from pathlib import Path
 
 from ds_llmpq.errors import UserError
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS, Groups, packed_linear_bytes
@@ -21,6 +24,8 @@ DEQUANTIZE = "dequantize"
 # matrix product.
 SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
+CACHE_BLOCK = 32  # positions: attention inside of OpenVINO's graph knows no other size on a processor
+GRAPH_TOKENS = 128  # that run through such a graph at a time: its buffers grow with them, its speed no longer does
 OPENVINO_ROWS = 32  # multiplied at a time: what OpenVINO keeps for itself grows with them, speed hardly does
 # Measured by resident memory over 64 to 10752 outputs and 1536 to 5632 inputs: a compiled model as such, and, for each
 # of `OPENVINO_ROWS`, its outputs (of the product, of the correction, their sum) and its quantized input.
@@ -35,6 +40,8 @@ class Kernel:
 
     integer_activations: inputs are rounded to 8 bits by groups, and sums are taken in integers.
     whole_rows: it also takes one group a row, whatever its length. fused: linears of one input are held and run as one.
+    whole_stage: it runs all layers of a stage as one graph, unquantized ones too, of these `architectures`; a layer by
+    itself multiplies with the kernel `alone`.
     """
 
     name: str
@@ -48,11 +55,19 @@ class Kernel:
     whole_rows: bool = False
     integer_activations: bool = False
     fused: bool = False
+    whole_stage: bool = False
+    architectures: tuple[str, ...] = ()
+    alone: str | None = None
 
 
 KERNELS = {
     kernel.name: kernel
     for kernel in (
+        Kernel(
+            "openvino_graph", "openvino", ("cpu",), ("bfloat16",), {3: 4, 4: 4, 8: 8}, (32, 64, 128, 256),
+            whole_rows=True, integer_activations=True, fused=True, whole_stage=True,
+            architectures=("llama", "mistral", "qwen2", "qwen3"), alone="openvino",
+        ),
         Kernel(
             "openvino", "openvino", ("cpu",), ("bfloat16",), {1: 2, 2: 2, 3: 4, 4: 4, 8: 8}, (32, 64, 128, 256),
             whole_rows=True, integer_activations=True, fused=True,
@@ -86,7 +101,7 @@ def version(name: str) -> str | None:
         return None
 
 
-def problem(name: str, kind: str, dtype: str, quant: QuantConfig) -> str | None:
+def problem(name: str, kind: str, dtype: str, quant: QuantConfig, architecture: str) -> str | None:
     """Why no layer can run on this kernel, or None. The library need not be installed here."""
     if name == DEQUANTIZE:
         return None
@@ -99,6 +114,11 @@ def problem(name: str, kind: str, dtype: str, quant: QuantConfig) -> str | None:
         return f"it reads groups along the input (axis 1), not axis {quant.axis}"
     if quant.group_size not in kernel.group_sizes:
         return f"it takes groups of {', '.join(map(str, kernel.group_sizes))}, not of {quant.group_size}"
+    if kernel.whole_stage and architecture not in kernel.architectures:
+        return f"it runs layers of {', '.join(kernel.architectures)}, not of {architecture}"
+    for bits in quant.bits if kernel.whole_stage else ():
+        if bits not in kernel.carried and bits != UNQUANTIZED_BITS:
+            return f"it has no layers of {bits} bits"
     return None
 
 
@@ -108,33 +128,74 @@ def resolved(
     dtype: str,
     linears: Sequence[tuple[str, int, int]] = (),
     measured: str | None = None,
+    architecture: str = "",
+    batch_invariant: bool = False,
 ) -> QuantConfig:
     """`quant` with `auto` replaced by what will run on all of these device kinds.
 
     linears: those of one decoder layer. measured: the kernel that a profile found fastest. Without one, the first of
     the table that takes this setting, whose library is installed here, and under which quantizing a layer still makes
-    it smaller; the table is in the order of what measured fastest. `UserError`: a kernel was asked for that cannot run
-    so.
+    it smaller; the table is in the order of what measured fastest. batch_invariant: sums may not depend on which rows
+    run together, so no whole stages. `UserError`: a kernel was asked for that cannot run so.
     """
     name = quant.kernel
     if name != AUTO:
         check_name(name)
         for kind in kinds:
-            if reason := problem(name, kind, dtype, quant):
+            if reason := problem(name, kind, dtype, quant, architecture):
                 raise UserError(f"quant.kernel={name} cannot be used: {reason}; set quant.kernel={AUTO}.")
+        check_invariant(name, batch_invariant)
         return quant
-    there = [measured] if measured else [name for name in KERNELS if version(name) and shrinks(name, linears)]
+    there = [measured] if measured else [name for name in KERNELS if runs_here(name) and shrinks(name, linears)]
     for candidate in there:
-        if all(problem(check_name(candidate), kind, dtype, quant) is None for kind in kinds):
+        if batch_invariant and is_whole_stage(check_name(candidate)):
+            candidate = KERNELS[candidate].alone
+        if all(problem(check_name(candidate), kind, dtype, quant, architecture) is None for kind in kinds):
             return replace(quant, kernel=candidate)
     return replace(quant, kernel=DEQUANTIZE)
 
 
+def is_whole_stage(name: str | None) -> bool:
+    return name in KERNELS and KERNELS[name].whole_stage
+
+
+def cache_block(name: str | None) -> int:
+    """Positions in a block of the key/value cache under this kernel; slots take whole blocks."""
+    return CACHE_BLOCK if is_whole_stage(name) else 1
+
+
+def check_invariant(name: str | None, batch_invariant: bool) -> None:
+    """`UserError` for a kernel whose sums depend on which rows run together."""
+    if batch_invariant and is_whole_stage(name):
+        raise UserError(
+            f"engine.batch_invariant=true cannot be had with quant.kernel={name}, whose sums depend on all "
+            f"rows of a pass; plan with quant.kernel={KERNELS[name].alone}."
+        )
+
+
+def runs_here(name: str) -> bool:
+    """Whether this host could run the kernel: its library is installed, and for whole stages its processor has
+    bfloat16 arithmetic."""
+    return version(name) is not None and (not is_whole_stage(name) or _has_bfloat16())
+
+
+@cache
+def _has_bfloat16() -> bool:
+    """As Linux lists the processor's instructions; elsewhere it is not known, and taken as absent."""
+    with contextlib.suppress(OSError):
+        return bool({"avx512_bf16", "amx_bf16"} & set(Path("/proc/cpuinfo").read_text().split()))
+    return False
+
+
 def candidates(
-    kind: str, dtype: str, quant: QuantConfig, linears: Sequence[tuple[str, int, int]] = ()
-) -> list[str]:  # fmt: skip
+    kind: str,
+    dtype: str,
+    quant: QuantConfig,
+    linears: Sequence[tuple[str, int, int]] = (),
+    architecture: str = "",
+) -> list[str]:
     """Kernels that could run here on this kind of device, `dequantize` last: what is worth measuring."""
-    able = [name for name in KERNELS if version(name) and problem(name, kind, dtype, quant) is None]
+    able = [name for name in KERNELS if runs_here(name) and problem(name, kind, dtype, quant, architecture) is None]
     return [*(name for name in able if shrinks(name, linears)), DEQUANTIZE]
 
 
@@ -164,13 +225,14 @@ def grouped(
     name: str, linears: Sequence[tuple[str, int, int]], bits: int, groups: Groups
 ) -> list[list[tuple[str, int, int]]]:
     """Linears (dotted name, out, in features) of one decoder layer as they run: those of one input together."""
-    if name not in KERNELS or not KERNELS[name].fused or bits == UNQUANTIZED_BITS:
+    unquantized = bits == UNQUANTIZED_BITS
+    if name not in KERNELS or not KERNELS[name].fused or (unquantized and not KERNELS[name].whole_stage):
         return [[linear] for linear in linears]
     together: dict[tuple[str, str], list[tuple[str, int, int]]] = {}
     for linear in linears:
         parent, _, own = linear[0].rpartition(".")
         shared = next((str(names) for names in SHARED_INPUT if own in names), own)
-        able = runs(name, linear[1], linear[2], bits, groups) == name
+        able = unquantized or runs(name, linear[1], linear[2], bits, groups) == name
         together.setdefault((parent, shared if able else own), []).append(linear)
     return list(together.values())
 
@@ -179,7 +241,8 @@ def held_bytes(name: str, out_features: int, in_features: int, bits: int, group_
     """Bytes of one weight (or of several as one) in kernel `name`'s own layout, without bias; axis 1.
 
     openvino: codes, a float32 scale and an 8-bit zero a group, a float32 correction for what rounding the zero left
-    out, and what a compiled model and its buffers take (measured). torch_int4, gemlite: codes, scale and zero.
+    out, and what a compiled model and its buffers take (measured). openvino_graph: the same without those, for one
+    graph has buffers for all. torch_int4, gemlite: codes, scale and zero.
     """
     kernel = KERNELS[name]
     weights = out_features * in_features
@@ -187,13 +250,15 @@ def held_bytes(name: str, out_features: int, in_features: int, bits: int, group_
     if name == "openvino":
         row = _OPENVINO_ROW_BYTES_OUT * out_features + _OPENVINO_ROW_BYTES_IN * in_features
         return codes + 9 * groups + _OPENVINO_MODEL_BYTES + round(OPENVINO_ROWS * row)
+    if name == "openvino_graph":
+        return codes + 9 * groups
     return codes + 2 * groups * dtype_bytes
 
 
 def read_bytes(name: str, out_features: int, in_features: int, bits: int, group_size: int, dtype_bytes: int) -> int:
     """Bytes of a weight that one product reads: `held_bytes` without what is no weight."""
     weights = out_features * in_features
-    a_group = 9 if name == "openvino" else 2 * dtype_bytes
+    a_group = 9 if KERNELS[name].library == "openvino" else 2 * dtype_bytes
     return weights * KERNELS[name].carried[bits] // 8 + a_group * (weights // group_size)
 
 

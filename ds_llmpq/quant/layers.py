@@ -8,20 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from hqq.core.quantize import HQQLinear
 from torch import nn
 
-from ds_llmpq.models.architecture import Architecture, architecture_of, check_shape, fill
+from ds_llmpq.models.architecture import Architecture, DecoderLayer, architecture_of, check_shape, fill
 from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.quant.checkpoint import QuantizedCheckpoint
 from ds_llmpq.quant.convert import converted
 from ds_llmpq.quant.dense import pack_linears
 from ds_llmpq.quant.hqq import linear_names, quantize_linear
-from ds_llmpq.quant.kernels import AUTO, DEQUANTIZE, check_name, grouped, problem, runs
+from ds_llmpq.quant.kernels import AUTO, DEQUANTIZE, KERNELS, check_name, grouped, is_whole_stage, problem, runs
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS, groups_of
+from ds_llmpq.quant.unpacked import stacked, unpack
 from ds_llmpq.schema import QuantConfig
+
+if TYPE_CHECKING:
+    from ds_llmpq.quant.openvino_weights import Constants
 
 
 @dataclass
@@ -30,7 +35,8 @@ class LayerLoader:
 
     `bits` holds every decoder layer's width. `quant.kernel` runs quantized linears; `auto`, where nobody resolved it
     (`quant.kernels.resolved`), is HQQ's own forward. `on_loaded` is called after each layer, for a progress bar.
-    `packed`: unquantized linears as they are multiplied fastest (`quant.dense`), good for inference alone.
+    `packed`: unquantized linears as they are multiplied fastest (`quant.dense`), good for inference alone. `stage`:
+    decoder layers that will run one after another, and may become one graph where the kernel takes whole stages.
     """
 
     checkpoint: Checkpoint
@@ -40,14 +46,19 @@ class LayerLoader:
     device: torch.device
     on_loaded: Callable[[str], None] = lambda name: None
     packed: bool = False
+    stage: range = range(0)
+    _graph: nn.Module | None = None
     _shared: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def kernel(self) -> str:
-        """The kernel of quantized linears; `dequantize` for a compute type or setting that it cannot take."""
+        """The kernel of decoder layers; `dequantize` for a compute type or setting that it cannot take."""
         name = DEQUANTIZE if self.quant.kernel == AUTO else check_name(self.quant.kernel)
+        if is_whole_stage(name) and not self.stage:
+            name = KERNELS[name].alone
         dtype = str(self.dtype).removeprefix("torch.")
-        return DEQUANTIZE if problem(name, self.device.type, dtype, self.quant) else name
+        reason = problem(name, self.device.type, dtype, self.quant, self.config.model_type)
+        return DEQUANTIZE if reason else name
 
     @property
     def config(self):
@@ -83,6 +94,8 @@ class LayerLoader:
         prefix = self.architecture.layer_prefix(index)
         if isinstance(self.checkpoint, QuantizedCheckpoint):
             self.checkpoint.check_layer(index, self.bits[index], self.quant)
+        if is_whole_stage(self.kernel):
+            return self._ready(self._in_graph(module, index), f"layer {index}")
         if self.bits[index] < UNQUANTIZED_BITS:
             self._quantize_all(module.layer, prefix, self.bits[index])
         names = {
@@ -97,6 +110,43 @@ class LayerLoader:
         local = {tensor: parameter for parameter, tensor in names.items()}
         for tensor_name, tensor in self.checkpoint.tensors(list(local)):
             fill(module, {local[tensor_name]: self._converted(tensor)})
+
+    def _in_graph(self, module: DecoderLayer, index: int) -> nn.Module:
+        """Adds the layer to its stage's graph; the graph itself for the stage's last layer."""
+        from ds_llmpq.quant.stage_graph import GraphMember, StageGraph
+
+        if index == self.stage.start:
+            self._graph = StageGraph(index)
+        layer, prefix = module.layer, self.architecture.layer_prefix(index)
+        weights = self._constants(layer, prefix, self.bits[index])
+        kept = {f"{name}.weight" for names in weights for name in names}
+        names = {f"layer.{name}": prefix + name for name, _ in layer.named_parameters() if name not in kept}
+        self._fill(module, names)
+        self._graph.add(layer, weights, module.window)
+        if index < self.stage.stop - 1:
+            return GraphMember()
+        self._graph.compile()
+        return self._graph
+
+    def _constants(self, layer: nn.Module, prefix: str, bits: int) -> dict[tuple[str, ...], Constants]:
+        """The layer's linears, those of one input as one weight."""
+        from ds_llmpq.quant.openvino_weights import plain_constants, quantized_constants
+
+        groups, found = groups_of(self.quant), {}
+        sizes = [
+            (name, linear.out_features, linear.in_features)
+            for name, linear in ((name, layer.get_submodule(name)) for name in linear_names(layer))
+        ]
+        for group in grouped(self.kernel, sizes, bits, groups):
+            names = tuple(name for name, _, _ in group)
+            if bits < UNQUANTIZED_BITS:
+                quantized = [self._quantized(layer, name, prefix, bits, torch.float32) for name in names]
+                carried = KERNELS[self.kernel].carried[bits]
+                found[names] = quantized_constants(stacked([unpack(linear) for linear in quantized]), carried)
+            else:
+                parts = [self._weight(layer, name, prefix) for name in names]
+                found[names] = plain_constants(torch.cat([self._converted(part) for part in parts]))
+        return found
 
     def _quantize_all(self, layer: nn.Module, prefix: str, bits: int) -> None:
         kernel, groups = self.kernel, groups_of(self.quant)
@@ -121,9 +171,13 @@ class LayerLoader:
         if isinstance(self.checkpoint, QuantizedCheckpoint):
             shape = (linear.out_features, linear.in_features)
             return self.checkpoint.linear(path, shape, bias, bits, dtype, self.device)
-        weight = self._tensor(f"{path}.weight")
-        check_shape(f"{path}.weight", weight, linear.weight.shape)
+        weight = self._weight(layer, name, prefix)
         return quantize_linear(weight, bias, bits, self.quant, dtype, self.device)
+
+    def _weight(self, layer: nn.Module, name: str, prefix: str) -> torch.Tensor:
+        weight = self._tensor(f"{prefix}{name}.weight")
+        check_shape(f"{prefix}{name}.weight", weight, layer.get_submodule(name).weight.shape)
+        return weight
 
     def _tensor(self, name: str) -> torch.Tensor:
         return next(tensor for _, tensor in self.checkpoint.tensors([name]))

@@ -89,7 +89,9 @@ def _with_kernel(settings: PlanVerb, cluster: Cluster, shape: ModelShape) -> Qua
     kinds = sorted({device_type.kind for device_type in cluster.device_types.values()})
     dtype = common_dtype(cluster, settings.engine.dtype)
     measured = profiled_kernel(settings.planner.profile) if settings.planner.profile else None
-    return resolved(settings.quant, kinds, dtype, shape.linears, measured)
+    return resolved(
+        settings.quant, kinds, dtype, shape.linears, measured, shape.architecture, settings.engine.batch_invariant
+    )
 
 
 def _front(settings: PlanVerb, out: Path) -> int:

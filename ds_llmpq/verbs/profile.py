@@ -64,10 +64,11 @@ def _with_kernel(
     an interrupted profile began with, or the fastest on this host's first device."""
     quant, dtype = settings.quant, what[3]
     kinds = sorted({device_type.kind for device_type in cluster.device_types.values()})
+    of = {"architecture": what[0].architecture, "batch_invariant": settings.engine.batch_invariant}
     if quant.kernel == AUTO and (out / "profile.csv").is_file() and not settings.force:
-        return resolved(quant, kinds, dtype, measured=profiled_kernel(out)), {}
+        return resolved(quant, kinds, dtype, measured=profiled_kernel(out), **of), {}
     if quant.kernel != AUTO:
-        chosen = resolved(quant, kinds, dtype)
+        chosen = resolved(quant, kinds, dtype, **of)
         return chosen, {"kernel": label(chosen.kernel)}
     from ds_llmpq.profiling.kernel_choice import choose_kernel
     from ds_llmpq.profiling.profiler import local_types, timer_of
@@ -75,7 +76,7 @@ def _with_kernel(
     with timer_of(local_types(cluster)[0]) as timer:
         choice = choose_kernel(*what, timer, *work)
     print(kernel_table(choice.note()))
-    return resolved(quant, kinds, dtype, measured=choice.kernel), choice.note()
+    return resolved(quant, kinds, dtype, measured=choice.kernel, **of), choice.note()
 
 
 def summarize(out: Path, shape) -> LatencyModel:

@@ -1,0 +1,144 @@
+"""Weights as constants of OpenVINO graphs, and the product of one with its inputs.
+
+The CPU plugin multiplies packed codes fast where zero points are integers; HQQ's are real numbers. So a product runs
+with the zero rounded, and what rounding left out, (rounded - zero) x scale for each group, is multiplied with the
+group's sum of inputs and added, all in one graph: the same weights. The plugin rounds inputs to 8 bits by groups and
+sums integers.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+
+import numpy
+import openvino
+import torch
+from openvino import opset13
+
+from ds_llmpq.errors import UserError
+from ds_llmpq.quant.unpacked import Unpacked
+
+_TYPES = {2: openvino.Type.u2, 4: openvino.Type.u4, 8: openvino.Type.u8}
+_ALIGNMENT = 64
+# Inputs that are rounded with one scale. Larger groups are faster and less exact; much faster where a row of weights
+# has but one scale itself.
+_INPUT_GROUP, _INPUT_GROUP_OF_WHOLE_ROWS = 64, 256
+
+
+@dataclass(frozen=True)
+class Constants:
+    """A weight's constants in an unnamed file, mapped. OpenVINO keeps its constants beside the layout that it packs
+    them into; of a file's pages the system keeps only what is in use, so that weights are not held twice."""
+
+    mapping: mmap.mmap
+    nodes: tuple[openvino.op.Constant, ...]
+    in_features: int
+    group_size: int = 0  # of an unquantized weight
+
+    def drop_pages(self) -> None:
+        """Once OpenVINO has packed them; should it ever ask again, the pages come back from the file."""
+        self.mapping.madvise(mmap.MADV_DONTNEED)
+
+
+@cache
+def core() -> openvino.Core:
+    return openvino.Core()
+
+
+def threading_properties() -> dict[str, object]:
+    """Of a compiled model that takes the place of torch's operations: as many threads as they have."""
+    threads = torch.get_num_threads()
+    return {
+        "INFERENCE_NUM_THREADS": threads,
+        "NUM_STREAMS": 0 if threads == 1 else 1,  # 0: on the calling thread, no thread of its own
+        "ENABLE_CPU_PINNING": False,  # it would pin every rank to the same cores
+    }
+
+
+def input_group(group_size: int, in_features: int) -> int:
+    """Inputs that are rounded to 8 bits with one scale, for weights in groups of `group_size`."""
+    largest = _INPUT_GROUP_OF_WHOLE_ROWS if group_size == in_features else _INPUT_GROUP
+    return math.gcd(group_size, largest)
+
+
+def quantized_constants(weight: Unpacked, bits: int) -> Constants:
+    """Codes held in `bits`, rounded zeros, scales, and what rounding the zeros left out."""
+    out_features, in_features = weight.codes.shape
+    groups, size = in_features // weight.group_size, weight.group_size
+    rounded = weight.zero.round().clamp_(0, 255)
+    left_out = (rounded - weight.zero) * weight.scale
+    parts = [_packed(weight.codes, bits), rounded.to(torch.uint8).numpy(), weight.scale.numpy(), left_out.numpy()]
+    mapping, (codes, zeros, scales, left_out) = _file_backed(parts)
+    nodes = (
+        constant(codes, [out_features, groups, size], _TYPES[bits]),
+        constant(zeros, [out_features, groups, 1], openvino.Type.u8),
+        constant(scales, [out_features, groups, 1], openvino.Type.f32),
+        constant(left_out, [out_features, groups], openvino.Type.f32),
+    )
+    return Constants(mapping, nodes, in_features, size)
+
+
+def plain_constants(weight: torch.Tensor) -> Constants:
+    """An unquantized weight [out, in] in bfloat16."""
+    mapping, (values,) = _file_backed([weight.contiguous().view(torch.int16).numpy()])
+    return Constants(mapping, (constant(values, list(weight.shape), openvino.Type.bf16),), weight.shape[1])
+
+
+def product(inputs: openvino.Node, weight: Constants) -> openvino.Node:
+    """inputs [rows, in] -> [rows, out], as 32-bit nodes: the compiled model's precision decides how they run."""
+    matrix = opset13.convert(weight.nodes[0], numpy.float32)
+    if not weight.group_size:
+        return opset13.matmul(inputs, matrix, False, True)
+    _, zeros, scales, left_out = weight.nodes
+    out_features, groups, size = weight.nodes[0].shape
+    matrix = opset13.multiply(opset13.subtract(matrix, opset13.convert(zeros, numpy.float32)), scales)
+    matrix = opset13.reshape(matrix, opset13.constant(numpy.array([out_features, groups * size])), False)
+    grouped = opset13.reshape(inputs, opset13.constant(numpy.array([0, groups, size])), True)
+    sums = opset13.reduce_sum(grouped, opset13.constant(numpy.array([2])), False)
+    exact = opset13.matmul(inputs, matrix, False, True)
+    return opset13.add(exact, opset13.matmul(sums, left_out, False, True))
+
+
+def constant(data: numpy.ndarray, shape: list[int], kind: openvino.Type) -> openvino.op.Constant:
+    """One that reads `data` where it lies: it must live as long as the compiled model."""
+    return openvino.op.Constant(openvino.Tensor(data, openvino.Shape(shape), kind), shared_memory=True)
+
+
+def _packed(codes: torch.Tensor, bits: int) -> numpy.ndarray:
+    """Codes [out, in] as bytes, the first of a byte in its lowest bits."""
+    if bits == 8:
+        return codes.contiguous().view(-1).numpy()
+    parts = codes.reshape(-1, 8 // bits)
+    packed = parts[:, 0].clone()
+    for place in range(1, 8 // bits):
+        packed |= parts[:, place] << (bits * place)
+    return packed.numpy()
+
+
+def _file_backed(parts: list[numpy.ndarray]) -> tuple[mmap.mmap, list[numpy.ndarray]]:
+    places, length = [], 0
+    for part in parts:
+        places.append(length)
+        length += -(-part.nbytes // _ALIGNMENT) * _ALIGNMENT
+    try:
+        with tempfile.TemporaryFile() as file:
+            for place, part in zip(places, parts, strict=True):
+                file.seek(place)
+                file.write(part.data)
+            file.truncate(length)
+            file.flush()
+            mapping = mmap.mmap(file.fileno(), length, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
+    except OSError as error:
+        raise UserError(
+            f"{tempfile.gettempdir()} has no room for {length / 1e6:.0f} MB of packed weights ({error.strerror}); "
+            "set TMPDIR to a folder with room, or quant.kernel=dequantize."
+        ) from None
+    whole = numpy.frombuffer(mapping, numpy.uint8)
+    views = [
+        whole[place : place + part.nbytes].view(part.dtype) for place, part in zip(places, parts, strict=True)
+    ]  # fmt: skip
+    return mapping, views

@@ -1,0 +1,259 @@
+"""All decoder layers of a stage as one OpenVINO graph: products, norms, rotary positions, attention and cache.
+
+A pass is one call: no Python between layers, no hand-over between OpenVINO's threads and torch's. Rows are not padded:
+each brings as many tokens as it has, and attention reads as much of the cache as a row has filled. A pass of many
+tokens runs in chunks of `GRAPH_TOKENS`, which bounds what the graph needs for itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy
+import openvino
+import torch
+from openvino import opset13
+from torch import nn
+
+from ds_llmpq.models.step import Step
+from ds_llmpq.quant.kernels import CACHE_BLOCK, GRAPH_TOKENS
+from ds_llmpq.quant.openvino_layer import LayerNodes, Rows, cache_parameter
+from ds_llmpq.quant.openvino_weights import Constants, core, input_group, threading_properties
+
+_TABLES = ("past_lens", "subsequence_begins", "block_indices", "block_indices_begins")
+
+
+class PagedStore(Protocol):
+    """A key/value store as attention by blocks sees it."""
+
+    blocks_of_slot: int
+
+    def blocks(self, layer_idx: int) -> torch.Tensor:
+        """[2, blocks, kv_heads, CACHE_BLOCK, head_dim]: keys and values of a layer; slot k has the blocks from
+        k x `blocks_of_slot` on."""
+
+
+class PagedCache(Protocol):
+    """What the graph asks of a `Step`'s cache."""
+
+    store: PagedStore
+
+    def row_places(self) -> list[tuple[int, int]]:
+        """(slot, tokens it holds already) of each row."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens [start, stop) of a row of a pass. The row's cache lies at `slot`, and holds `past` tokens by then."""
+
+    row: int
+    start: int
+    stop: int
+    slot: int
+    past: int
+
+
+class StageGraph(nn.Module):
+    """Layers are added in order as they are read, then compiled together; `first_layer` is the first one's index.
+
+    Called with a `Step`, it takes the place of all of them.
+    """
+
+    def __init__(self, first_layer: int):
+        super().__init__()
+        self.first_layer = first_layer
+        self.held_bytes = 0
+        self._constants: list[Constants] = []
+        self._caches: list[openvino.Node] = []
+        self._store: PagedStore | None = None
+        self._hidden = self._inputs = self._rows = None
+        self._features = self._head_dim = 0
+        self._bound_tokens = 0
+
+    @property
+    def layers(self) -> int:
+        return len(self._caches) // 2
+
+    def add(self, layer: nn.Module, weights: Mapping[tuple[str, ...], Constants], window: int | None) -> None:
+        """A transformers decoder layer; its norms and biases must be filled, its linears' weights are `weights`."""
+        nodes = LayerNodes(layer, weights, window)
+        if self._hidden is None:
+            self._begin(layer.input_layernorm.weight.numel(), nodes.head_dim)
+        caches = [cache_parameter(nodes.kv_heads, nodes.head_dim) for _ in range(2)]
+        self._hidden = nodes.outputs(self._hidden, self._rows, *caches)
+        self._caches += caches
+        self._constants += weights.values()
+
+    def compile(self) -> None:
+        """Packs all weights and takes all buffers, so that what this frees can be given back before serving."""
+        result = opset13.result(opset13.convert(self._hidden, openvino.Type.bf16))
+        parameters = [*self._inputs.values(), *self._caches]
+        for node, name in zip(self._caches, self._cache_names(), strict=True):
+            node.output(0).set_names({name})
+        model = openvino.Model([result], parameters)
+        properties = threading_properties() | {
+            "INFERENCE_PRECISION_HINT": "bf16",
+            "KV_CACHE_PRECISION": "bf16",
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(self._input_group()),
+        }
+        self._request = core().compile_model(model, "CPU", properties).create_infer_request()
+        del self._hidden, self._inputs, self._rows
+        self._staging = {
+            "hidden": torch.zeros(GRAPH_TOKENS, self._features, dtype=torch.bfloat16),
+            "outputs": torch.zeros(GRAPH_TOKENS, self._features, dtype=torch.bfloat16),
+            "cos": torch.zeros(GRAPH_TOKENS, self._head_dim, dtype=torch.bfloat16),
+            "sin": torch.zeros(GRAPH_TOKENS, self._head_dim, dtype=torch.bfloat16),
+        }
+        self._warm_up()
+        for weight in self._constants:
+            weight.drop_pages()
+
+    def forward(self, step: Step) -> Step:
+        """As the layers would, one after another; hidden states of padding are zeros."""
+        self._attach(step.cache.store)
+        rows, tokens, features = step.hidden.shape
+        lengths = [tokens] * rows if step.last is None or tokens == 1 else (step.last + 1).tolist()
+        cos, sin = (part.reshape(-1, self._head_dim) for part in step.prepared()["position_embeddings"])
+        hidden = step.hidden.reshape(-1, features)
+        outputs = torch.zeros_like(hidden) if min(lengths) < tokens else torch.empty_like(hidden)
+        for chunk in chunks(lengths, step.cache.row_places()):
+            spans = list(_spans(chunk, tokens))
+            for name, source in (("hidden", hidden), ("cos", cos), ("sin", sin)):
+                _gather(self._staging[name], source, spans)
+            count = self._infer(chunk)
+            _scatter(outputs, self._staging["outputs"][:count], spans)
+        step.hidden = outputs.view(rows, tokens, features)
+        return step
+
+    def _begin(self, features: int, head_dim: int) -> None:
+        self._features, self._head_dim = features, head_dim
+        sizes = {"hidden": features, "cos": head_dim, "sin": head_dim}
+        inputs = {name: opset13.parameter([-1, size], openvino.Type.bf16) for name, size in sizes.items()}
+        inputs |= {name: opset13.parameter([-1], openvino.Type.i32) for name in _TABLES}
+        inputs["max_context_len"] = opset13.parameter([], openvino.Type.i32)
+        for name, node in inputs.items():
+            node.output(0).set_names({name})
+        wide = {name: opset13.convert(inputs[name], numpy.float32) for name in sizes}
+        heads = opset13.constant(numpy.array([1]))
+        self._inputs, self._hidden = inputs, wide["hidden"]
+        self._rows = Rows(
+            opset13.unsqueeze(wide["cos"], heads),
+            opset13.unsqueeze(wide["sin"], heads),
+            **{name: inputs[name] for name in (*_TABLES, "max_context_len")},
+        )
+
+    def _input_group(self) -> int:
+        """One for all products of the graph: the finest that one of its quantized weights wants."""
+        wanted = [input_group(w.group_size, w.in_features) for w in self._constants if w.group_size]
+        return min(wanted, default=0)
+
+    def _cache_names(self) -> list[str]:
+        return [f"{part}{index}" for index in range(self.layers) for part in ("keys", "values")]
+
+    def _attach(self, store: PagedStore) -> None:
+        if store is self._store:
+            return
+        self._store = store
+        for index in range(self.layers):
+            for part, memory in zip(("keys", "values"), store.blocks(self.first_layer + index), strict=True):
+                self._request.set_tensor(f"{part}{index}", _shared(memory))
+
+    def _infer(self, chunk: list[Piece]) -> int:
+        """Runs the tokens gathered in the buffers; how many there are."""
+        lengths = [piece.stop - piece.start for piece in chunk]
+        contexts = [piece.past + length for piece, length in zip(chunk, lengths, strict=True)]
+        blocks = [range(-(-context // CACHE_BLOCK)) for context in contexts]
+        firsts = [piece.slot * self._store.blocks_of_slot for piece in chunk]
+        tables = {
+            "past_lens": [piece.past for piece in chunk],
+            "subsequence_begins": numpy.cumsum([0, *lengths]),
+            "block_indices": [first + block for first, each in zip(firsts, blocks, strict=True) for block in each],
+            "block_indices_begins": numpy.cumsum([0, *map(len, blocks)]),
+            "max_context_len": max(contexts),
+        }
+        for name, values in tables.items():
+            self._request.set_tensor(name, openvino.Tensor(numpy.array(values, numpy.int32)))
+        count = sum(lengths)
+        if count != self._bound_tokens:
+            for name in ("hidden", "cos", "sin"):
+                self._request.set_tensor(name, _shared(self._staging[name][:count]))
+            self._request.set_output_tensor(_shared(self._staging["outputs"][:count]))
+            self._bound_tokens = count
+        self._request.infer(share_outputs=True)
+        return count
+
+    def _warm_up(self) -> None:
+        self._attach(_ScratchStore(self._request, self.layers))
+        self._infer([Piece(0, 0, GRAPH_TOKENS, 0, 0)])
+        self._infer([Piece(0, 0, 1, 0, 0)])
+        self._store = None
+
+
+class _ScratchStore:
+    """A cache for one row of `GRAPH_TOKENS` tokens that all layers share: what it holds is of no interest."""
+
+    def __init__(self, request: openvino.InferRequest, layers: int):
+        _, heads, size, head_dim = request.get_tensor("keys0").shape
+        self.blocks_of_slot = -(-GRAPH_TOKENS // CACHE_BLOCK)
+        self._blocks = torch.zeros(2, self.blocks_of_slot, heads, size, head_dim, dtype=torch.bfloat16)
+
+    def blocks(self, layer_idx: int) -> torch.Tensor:
+        return self._blocks
+
+
+class GraphMember(nn.Module):
+    """Stands for a layer that runs inside the stage's graph, which the stage's last layer holds."""
+
+    def forward(self, step: Step) -> Step:
+        return step
+
+
+def chunks(lengths: list[int], places: list[tuple[int, int]]) -> Iterator[list[Piece]]:
+    """The tokens of all rows, in order, at most `GRAPH_TOKENS` at a time; a row may be cut."""
+    chunk, room = [], GRAPH_TOKENS
+    for row, (length, (slot, past)) in enumerate(zip(lengths, places, strict=True)):
+        start = 0
+        while start < length:
+            stop = min(length, start + room)
+            chunk.append(Piece(row, start, stop, slot, past + start))
+            room -= stop - start
+            start = stop
+            if not room:
+                yield chunk
+                chunk, room = [], GRAPH_TOKENS
+    if chunk:
+        yield chunk
+
+
+def _spans(chunk: list[Piece], tokens: int) -> Iterator[tuple[int, int]]:
+    """[start, stop) of the pieces in [rows x tokens], neighbours as one."""
+    begin = end = -1
+    for piece in chunk:
+        start, stop = piece.row * tokens + piece.start, piece.row * tokens + piece.stop
+        if start != end:
+            if end > begin:
+                yield begin, end
+            begin = start
+        end = stop
+    yield begin, end
+
+
+def _gather(target: torch.Tensor, source: torch.Tensor, spans: list[tuple[int, int]]) -> None:
+    place = 0
+    for start, stop in spans:
+        target[place : place + stop - start] = source[start:stop]
+        place += stop - start
+
+
+def _scatter(target: torch.Tensor, source: torch.Tensor, spans: list[tuple[int, int]]) -> None:
+    place = 0
+    for start, stop in spans:
+        target[start:stop] = source[place : place + stop - start]
+        place += stop - start
+
+
+def _shared(memory: torch.Tensor) -> openvino.Tensor:
+    """The bfloat16 tensor's own memory, which must outlive its use."""
+    return openvino.Tensor(memory.view(torch.int16).numpy(), openvino.Shape(list(memory.shape)), openvino.Type.bf16)
