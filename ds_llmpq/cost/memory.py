@@ -9,7 +9,7 @@ from ds_llmpq.cost import kernels
 from ds_llmpq.cost.arithmetic import EAGER_ATTENTION, FLOAT32_BYTES, kv_bytes, score_entries
 from ds_llmpq.cost.kernels import DEQUANTIZE_COPIES
 from ds_llmpq.models.shape import ModelShape
-from ds_llmpq.quant.kernels import OPENVINO_ROWS, cache_block, grouped
+from ds_llmpq.quant.kernels import OPENVINO_ROWS, cache_block, graph_workspace_bytes, grouped, is_whole_stage
 from ds_llmpq.quant.packing import PACKED_BITS, Groups
 
 IN_FLIGHT_MESSAGES = 2  # hidden-state buffers in each direction: one in use, one posted ahead
@@ -49,11 +49,14 @@ class MemoryModel:
         """What one micro-batch needs beside weights and cache: activations, dequantized weight, messages, logits.
 
         activations: the larger of the attention's and the MLP's set of tensors alive at once in one layer.
-        dequantized: HQQ's temporaries for the largest linear, or a kernel's own buffers, if any layer is quantized.
+        dequantized: HQQ's temporaries for the largest linear, or a kernel's own buffers, if any layer is quantized;
+        those of a stage's graph in any case.
         communication: hidden states received ahead and being sent.
         logits: of the last position, with the float32 copies that sampling makes; alive when activations are not.
         """
         rows = sequences * new_tokens
+        if is_whole_stage(self.kernel):
+            return self._graph_parts(rows, sequences)
         attention = rows * self._attention_width() * self.dtype_bytes
         attention += self._score_bytes(sequences, new_tokens, past_tokens)
         mlp = rows * self._mlp_width() * self.dtype_bytes
@@ -62,8 +65,26 @@ class MemoryModel:
             "activations": max(attention, mlp),
             "dequantized": self._dequantized_bytes() if quantized else 0,
             "communication": 2 * IN_FLIGHT_MESSAGES * message,
-            "logits": sequences * self.shape.vocab * (self.dtype_bytes + 2 * FLOAT32_BYTES),
+            "logits": self._logit_bytes(sequences),
         }
+
+    def _graph_parts(self, rows: int, sequences: int) -> dict[str, int]:
+        """Where a stage's layers are one graph: its buffers are bounded, and outside of it are hidden states before and
+        behind it, and the rotary tables."""
+        shape = self.shape
+        width = 2 * shape.hidden + 4 * self._position_width()
+        buffers = graph_workspace_bytes(
+            2 * shape.hidden + 3 * shape.intermediate + (2 * shape.heads + 2 * shape.kv_heads) * shape.head_dim
+        )
+        return {
+            "activations": rows * width * self.dtype_bytes,
+            "dequantized": buffers,
+            "communication": 2 * IN_FLIGHT_MESSAGES * rows * shape.hidden * self.dtype_bytes,
+            "logits": self._logit_bytes(sequences),
+        }
+
+    def _logit_bytes(self, sequences: int) -> int:
+        return sequences * self.shape.vocab * (self.dtype_bytes + 2 * FLOAT32_BYTES)
 
     def workspace_bytes(self, sequences: int, new_tokens: int, past_tokens: int, quantized: bool) -> int:
         parts = self.workspace_parts(sequences, new_tokens, past_tokens, quantized)

@@ -32,6 +32,9 @@ OPENVINO_ROWS = 32  # multiplied at a time: what OpenVINO keeps for itself grows
 _OPENVINO_MODEL_BYTES = 550_000
 _OPENVINO_ROW_BYTES_OUT = 12.2
 _OPENVINO_ROW_BYTES_IN = 1.1
+# Likewise, over 1 to 12 layers of 135M and 850M at 16, 8 and 4 bits: a layer of a stage's graph beside its weights, and
+# the graph as such.
+_GRAPH_LAYER_BYTES, _GRAPH_BYTES = 1_400_000, 12_000_000
 
 
 @dataclass(frozen=True)
@@ -255,6 +258,12 @@ def held_bytes(name: str, out_features: int, in_features: int, bits: int, group_
     return codes + 2 * groups * dtype_bytes
 
 
+def graph_workspace_bytes(token_width: int) -> int:
+    """What the graph of a stage takes beside its layers, whose tensors have `token_width` elements a token together: in
+    32 bits, for as many tokens as run at a time."""
+    return _GRAPH_BYTES + GRAPH_TOKENS * token_width * 4
+
+
 def read_bytes(name: str, out_features: int, in_features: int, bits: int, group_size: int, dtype_bytes: int) -> int:
     """Bytes of a weight that one product reads: `held_bytes` without what is no weight."""
     weights = out_features * in_features
@@ -266,7 +275,7 @@ def layer_linear_bytes(
     name: str, linears: Sequence[tuple[str, int, int]], bits: int, groups: Groups, dtype_bytes: int
 ) -> int:
     """Bytes that the weights of one decoder layer's linears take at `bits`, however they run."""
-    total = 0
+    total = _GRAPH_LAYER_BYTES if is_whole_stage(name) else 0
     for group in grouped(name, linears, bits, groups):
         out, into = sum(entry[1] for entry in group), group[0][2]
         if runs(name, out, into, bits, groups) == DEQUANTIZE:

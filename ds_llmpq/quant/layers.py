@@ -20,7 +20,17 @@ from ds_llmpq.quant.checkpoint import QuantizedCheckpoint
 from ds_llmpq.quant.convert import converted
 from ds_llmpq.quant.dense import pack_linears
 from ds_llmpq.quant.hqq import linear_names, quantize_linear
-from ds_llmpq.quant.kernels import AUTO, DEQUANTIZE, KERNELS, check_name, grouped, is_whole_stage, problem, runs
+from ds_llmpq.quant.kernels import (
+    AUTO,
+    DEQUANTIZE,
+    KERNELS,
+    check_name,
+    grouped,
+    is_whole_stage,
+    layer_linear_bytes,
+    problem,
+    runs,
+)
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS, groups_of
 from ds_llmpq.quant.unpacked import stacked, unpack
 from ds_llmpq.schema import QuantConfig
@@ -122,7 +132,9 @@ class LayerLoader:
         kept = {f"{name}.weight" for names in weights for name in names}
         names = {f"layer.{name}": prefix + name for name, _ in layer.named_parameters() if name not in kept}
         self._fill(module, names)
-        self._graph.add(layer, weights, module.window)
+        sizes = [(name, *layer.get_submodule(name).weight.shape) for name in linear_names(layer)]
+        held = layer_linear_bytes(self.kernel, sizes, self.bits[index], groups_of(self.quant), self.dtype.itemsize)
+        self._graph.add(layer, weights, module.window, held)
         if index < self.stage.stop - 1:
             return GraphMember()
         self._graph.compile()
@@ -133,10 +145,7 @@ class LayerLoader:
         from ds_llmpq.quant.openvino_weights import plain_constants, quantized_constants
 
         groups, found = groups_of(self.quant), {}
-        sizes = [
-            (name, linear.out_features, linear.in_features)
-            for name, linear in ((name, layer.get_submodule(name)) for name in linear_names(layer))
-        ]
+        sizes = [(name, *layer.get_submodule(name).weight.shape) for name in linear_names(layer)]
         for group in grouped(self.kernel, sizes, bits, groups):
             names = tuple(name for name, _, _ in group)
             if bits < UNQUANTIZED_BITS:

@@ -90,9 +90,10 @@ def plain_constants(weight: torch.Tensor) -> Constants:
 
 def product(inputs: openvino.Node, weight: Constants) -> openvino.Node:
     """inputs [rows, in] -> [rows, out], as 32-bit nodes: the compiled model's precision decides how they run."""
-    matrix = opset13.convert(weight.nodes[0], numpy.float32)
     if not weight.group_size:
-        return opset13.matmul(inputs, matrix, False, True)
+        narrow = opset13.convert(inputs, openvino.Type.bf16)
+        return opset13.convert(opset13.matmul(narrow, weight.nodes[0], False, True), numpy.float32)
+    matrix = opset13.convert(weight.nodes[0], numpy.float32)
     _, zeros, scales, left_out = weight.nodes
     out_features, groups, size = weight.nodes[0].shape
     matrix = opset13.multiply(opset13.subtract(matrix, opset13.convert(zeros, numpy.float32)), scales)

@@ -76,8 +76,11 @@ class StageGraph(nn.Module):
     def layers(self) -> int:
         return len(self._caches) // 2
 
-    def add(self, layer: nn.Module, weights: Mapping[tuple[str, ...], Constants], window: int | None) -> None:
-        """A transformers decoder layer; its norms and biases must be filled, its linears' weights are `weights`."""
+    def add(
+        self, layer: nn.Module, weights: Mapping[tuple[str, ...], Constants], window: int | None, held_bytes: int
+    ) -> None:
+        """A transformers decoder layer: its norms and biases must be filled, its linears' weights are `weights` and
+        will take `held_bytes`."""
         nodes = LayerNodes(layer, weights, window)
         if self._hidden is None:
             self._begin(layer.input_layernorm.weight.numel(), nodes.head_dim)
@@ -85,6 +88,8 @@ class StageGraph(nn.Module):
         self._hidden = nodes.outputs(self._hidden, self._rows, *caches)
         self._caches += caches
         self._constants += weights.values()
+        others = [parameter for parameter in layer.parameters() if parameter.device.type != "meta"]
+        self.held_bytes += held_bytes + sum(parameter.nbytes for parameter in others)
 
     def compile(self) -> None:
         """Packs all weights and takes all buffers, so that what this frees can be given back before serving."""
