@@ -204,8 +204,8 @@ def candidates(
 
 def shrinks(name: str, linears: Sequence[tuple[str, int, int]]) -> bool:
     """False where a layer at 4 bits would take more than unquantized: what a kernel holds beside tiny weights."""
-    weights = sum(linear[1] * linear[2] for linear in linears)
-    return layer_linear_bytes(name, linears, 4, Groups(), 2) <= 2 * weights
+    unquantized = layer_linear_bytes(name, linears, UNQUANTIZED_BITS, Groups(), 2)
+    return layer_linear_bytes(name, linears, 4, Groups(), 2) <= unquantized
 
 
 def label(name: str) -> str:

@@ -62,6 +62,18 @@ def test_every_request_is_in_one_wave_that_it_fits(sizes, sequences, row_positio
     assert [index for _, part in feed.streams(range(len(sizes))) for index in part] == keys
 
 
+@pytest.mark.parametrize("refill", [True, False])
+def test_slots_take_whole_blocks(refill):
+    sizes = [(3, 3), (10, 5), (30, 30), (1, 1)]
+    feed = Feed(prepared(sizes), [answer for _, answer in sizes], 4, 16, refill, block=8)
+    waves = all_waves(feed)
+    assert sorted(row.key for wave in waves for row in wave.rows) == [0, 1, 2, 3]
+    for wave in waves:
+        assert wave.capacity % 8 == 0
+        assert wave.slots * wave.capacity <= 64
+        assert all(row.positions <= wave.capacity for row in wave.rows)
+
+
 def test_a_row_is_the_request():
     [request] = prepared([(3, 5)])
     row = wave_row(9, request)

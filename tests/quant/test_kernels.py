@@ -61,6 +61,49 @@ def test_devices_of_two_kinds_share_only_hqq_s_own_forward(installed):
     assert kernels.resolved(QuantConfig(), ["cpu", "cuda"], "bfloat16").kernel == "dequantize"
 
 
+@pytest.mark.parametrize(
+    ("there", "bfloat16", "quant", "architecture", "batch_invariant", "chosen"),
+    [
+        (("openvino_graph", "openvino"), True, {}, "qwen3", False, "openvino_graph"),
+        (("openvino_graph", "openvino"), True, {"bits": [16]}, "llama", False, "openvino_graph"),
+        (("openvino_graph", "openvino"), False, {}, "llama", False, "openvino"),
+        (("openvino_graph", "openvino"), True, {}, "bloom", False, "openvino"),
+        (("openvino_graph", "openvino"), True, {"bits": [2, 4]}, "llama", False, "openvino"),
+        (("openvino_graph", "openvino"), True, {}, "llama", True, "openvino"),
+        ((), True, {}, "llama", False, "dequantize"),
+    ],
+)
+def test_auto_takes_whole_stages_where_they_can_be_had(
+    installed, monkeypatch, there, bfloat16, quant, architecture, batch_invariant, chosen
+):
+    installed(*there)
+    monkeypatch.setattr(kernels, "_has_bfloat16", lambda: bfloat16)
+    found = kernels.resolved(
+        QuantConfig(**quant), ["cpu"], "bfloat16", architecture=architecture, batch_invariant=batch_invariant
+    )
+    assert found.kernel == chosen
+
+
+def test_whole_stages_that_were_asked_for_must_be_possible():
+    def asked(batch_invariant=False, architecture="llama", **quant):
+        quant = QuantConfig(kernel="openvino_graph", **quant)
+        return kernels.resolved(quant, ["cpu"], "bfloat16", (), None, architecture, batch_invariant)
+
+    assert asked().kernel == "openvino_graph"
+    with pytest.raises(UserError, match="runs layers of llama, mistral, qwen2, qwen3, not of opt"):
+        asked(architecture="opt")
+    with pytest.raises(UserError, match="has no layers of 2 bits"):
+        asked(bits=[2, 4])
+    with pytest.raises(UserError, match=r"batch_invariant=true cannot be had .* plan with quant.kernel=openvino"):
+        asked(batch_invariant=True)
+
+
+def test_a_profile_of_whole_stages_gives_single_products_where_those_are_ruled_out(installed):
+    installed("openvino_graph", "openvino")
+    found = kernels.resolved(QuantConfig(), ["cpu"], "bfloat16", (), "openvino_graph", "llama", True)
+    assert found.kernel == "openvino"
+
+
 def test_a_kernel_that_would_make_small_layers_larger_is_passed_over(installed):
     installed("openvino", "torch_int4")
     small = SHAPE.linears
@@ -117,6 +160,7 @@ def test_linears_of_one_input_go_together_only_where_all_can():
     qkv, mlp = ["a.q_proj", "a.k_proj", "a.v_proj"], ["m.gate_proj", "m.up_proj"]
     assert names("openvino", 4) == [qkv, ["a.o_proj"], mlp, ["m.down_proj"]]
     assert names("torch_int4", 4) == [["a.q_proj", "a.v_proj"], ["a.k_proj"], ["a.o_proj"], mlp, ["m.down_proj"]]
+    assert names("openvino_graph", 4) == names("openvino_graph", 16) == names("openvino", 4)
     assert names("openvino", 16) == names("dequantize", 4) == names("gemlite", 4) == apart
 
 
@@ -142,7 +186,9 @@ def test_bytes_of_whole_rows_by_hand():
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("groups", [GROUPS, ROWS])
 def test_models_of_cost_agree_on_a_kernel(bits, groups):
-    for kernel in ("openvino", "torch_int4", "gemlite", "dequantize"):
+    for kernel in ("openvino_graph", "openvino", "torch_int4", "gemlite", "dequantize"):
+        if kernel == "openvino_graph" and bits == 2:
+            continue
         layer = MemoryModel(SHAPE, groups, 2, kernel).layer_bytes(bits)
         assert layer == linears_bytes(SHAPE, bits, kernel, groups, 2) + 2 * SHAPE.layer_other_parameters
         unable = ("torch_int4", "gemlite") if groups == ROWS else ("torch_int4",)
@@ -160,3 +206,14 @@ def test_workspace_of_a_kernel():
     assert of("torch_int4") == of("dequantize") == 3 * 256 * 512 * 2  # its 8 bits run through HQQ's own forward
     assert of("gemlite", ROWS) == of("dequantize")
     assert of("openvino") == of("openvino", ROWS) == kernels.OPENVINO_ROWS * (512 + 2 * 512) * 4
+
+
+def test_memory_of_whole_stages():
+    """The cache comes in blocks; buffers are the same for any pass, quantized or not."""
+    of_graph, by_layer = (MemoryModel(SHAPE, GROUPS, 2, kernel) for kernel in ("openvino_graph", "dequantize"))
+    assert of_graph.kv_bytes_per_sequence_layer(1) == 32 * by_layer.kv_bytes_per_sequence_layer(1)
+    assert of_graph.kv_bytes_per_sequence_layer(64) == by_layer.kv_bytes_per_sequence_layer(64)
+    small, large = (of_graph.workspace_parts(rows, tokens, 0, False) for rows, tokens in ((1, 1), (8, 500)))
+    assert small["dequantized"] == large["dequantized"] > 12e6
+    assert large["activations"] == 8 * 500 * (2 * 256 + 4 * 2 * 64) * 2
+    assert of_graph.layer_bytes(16) - by_layer.layer_bytes(16) == 1_400_000
