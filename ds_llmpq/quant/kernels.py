@@ -203,9 +203,9 @@ def candidates(
 
 
 def shrinks(name: str, linears: Sequence[tuple[str, int, int]]) -> bool:
-    """False where a layer at 4 bits would take more than unquantized: what a kernel holds beside tiny weights."""
-    unquantized = layer_linear_bytes(name, linears, UNQUANTIZED_BITS, Groups(), 2)
-    return layer_linear_bytes(name, linears, 4, Groups(), 2) <= unquantized
+    """False where a layer at 4 bits would take more than its plain weights: what a kernel holds beside tiny ones."""
+    weights = sum(linear[1] * linear[2] for linear in linears)
+    return not weights or layer_linear_bytes(name, linears, 4, Groups(), 2) <= 2 * weights
 
 
 def label(name: str) -> str:
