@@ -107,7 +107,8 @@ class QuantConfig:
     group_size: int = 64
     axis: int = 1  # groups run along the input dimension (1) or the output dimension (0)
     optimize: bool = True  # HQQ's own fine-tuning of scale and zero
-    # what multiplies with quantized weights: auto | dequantize (HQQ's own forward) | openvino | torch_int4 | gemlite
+    # what runs decoder layers: auto | dequantize (HQQ's own forward) | openvino_graph (a stage as one graph, unquantized
+    # layers too) | openvino | torch_int4 | gemlite
     kernel: str = "auto"
     # widths at which all weights of a row are one group, e.g. [8]; the others keep group_size
     whole_rows: list[int] = field(default_factory=list)

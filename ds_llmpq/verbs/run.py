@@ -32,6 +32,7 @@ from ds_llmpq.files import write_json
 from ds_llmpq.models.fingerprint import fingerprint
 from ds_llmpq.planner import Plan
 from ds_llmpq.planner.planfile import check_model, launch_order, read_plan, write_plan
+from ds_llmpq.quant.kernels import check_invariant
 from ds_llmpq.report.plan_table import plan_table
 from ds_llmpq.report.run_summary import run_summary
 from ds_llmpq.schema import BatchConfig, RunVerb
@@ -62,6 +63,8 @@ def _run(settings: RunVerb, out: Path, batch: BatchConfig, file: RequestFile) ->
     if finished:
         print(f"going on after {len(finished)} of {file.total} requests, in {out}")
     _check_hostfile(settings, plan)
+    for stage in plan.stages:
+        check_invariant(stage.kernel, settings.engine.batch_invariant)
     job = Job(
         plan=plan,
         model_path=str(checkpoint_of(settings, plan)),

@@ -1,0 +1,44 @@
+"""`ds-llmpq run` where each stage is one OpenVINO graph: all answers come, memory is as planned, mistakes are said."""
+
+import importlib.util
+import json
+
+import pytest
+from launching import WORKLOAD, completion, error_sentence, read_rows, run, write_cluster, write_rows
+
+from ds_llmpq.planner.planfile import read_plan
+from ds_llmpq.quant.dense import computes_in_bfloat16
+
+pytestmark = [
+    pytest.mark.launcher,
+    pytest.mark.skipif(
+        not importlib.util.find_spec("openvino") or not computes_in_bfloat16(),
+        reason="needs OpenVINO, and a processor with bfloat16 arithmetic",
+    ),
+]
+GRAPH = ("engine.dtype=bfloat16", "quant.optimize=false", "quant.bits=[4,8,16]", "quant.kernel=openvino_graph")
+
+
+def test_a_run_of_two_graphs_answers_every_row(checkpoint, tmp_path):
+    text = "The planner counts layers. "
+    rows = [completion(f"row-{index}", text * (1 + index % 4), 3 + index) for index in range(20)]
+    prompts = write_rows(tmp_path / "rows.jsonl", rows)
+    cluster = write_cluster(tmp_path / "cluster.yaml", {"localhost": [20, 21]})
+    out = tmp_path / "out"
+    asked = (f"model.path={checkpoint}", f"cluster_file={cluster}", f"input={prompts}", f"out={out}", *WORKLOAD)
+    ended = run("run", *asked, *GRAPH)
+    assert ended.returncode == 0, ended.stderr
+    results = read_rows(out / "results.jsonl")
+    answers = {name: row["response"]["body"]["usage"]["completion_tokens"] for name, row in results.items()}
+    assert answers == {f"row-{index}": 3 + index for index in range(20)}
+    plan, metrics = read_plan(out / "plan.json"), json.loads((out / "metrics.json").read_text())
+    assert len(plan.stages) == 2
+    for stage, measured in zip(plan.stages, metrics["stages"], strict=True):
+        assert stage.kernel == "openvino_graph"
+        held = measured["memory_bytes"]["measured"]
+        assert held["kv"] == stage.memory_bytes["kv"]
+        parts = [stage.memory_bytes[part] for part in ("weights", "embed", "head")]
+        assert held["weights"] == sum(parts)
+    again = run("run", *asked, *GRAPH, f"plan={out / 'plan.json'}", "resume=force", "engine.batch_invariant=true")
+    assert again.returncode == 1
+    assert "plan with quant.kernel=openvino" in error_sentence(again)
