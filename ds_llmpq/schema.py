@@ -107,7 +107,7 @@ class QuantConfig:
     group_size: int = 64
     axis: int = 1  # groups run along the input dimension (1) or the output dimension (0)
     optimize: bool = True  # HQQ's own fine-tuning of scale and zero
-    # what runs decoder layers: auto | dequantize (HQQ's own forward) | openvino_graph (a stage as one graph, unquantized
+    # what runs decoder layers: auto | dequantize (HQQ's own forward) | openvino_graph (a stage as one, unquantized
     # layers too) | openvino | torch_int4 | gemlite
     kernel: str = "auto"
     # widths at which all weights of a row are one group, e.g. [8]; the others keep group_size
@@ -161,7 +161,9 @@ class EngineConfig:
     master_port: int | None = None
     check_memory: bool = True  # before loading: is as much free on every device as the plan needs there
     refill: bool = True  # a finished sequence's slot takes the next request; false: a wave runs to its end
-    patience_rounds: int = 8  # decode rounds that a free slot waits for others, to be refilled in one prefill pass
+    # decode rounds that a free slot waits for others, to be refilled in one prefill pass; null: 8, but 0 where stages
+    # are graphs, whose prefill costs the same a token for one row as for many
+    patience_rounds: int | None = None
     # a request's greedy answer does not depend on which others it runs with: full decode micro-batches always, prefill
     # one by one
     batch_invariant: bool = False

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-# A free slot waits for company, for prefill of more rows is cheaper a row; but not for more rounds than this.
+# A free slot waits for company, where prefill of more rows is cheaper a row; but not for more rounds than this.
 PATIENCE_ROUNDS = 8
 
 

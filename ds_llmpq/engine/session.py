@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ds_llmpq.cost.passes import PassSizes
+from ds_llmpq.cost.passes import PATIENCE_ROUNDS, PassSizes
 from ds_llmpq.engine import memory
 from ds_llmpq.engine.channels import ActivationChannel, TokenChannel
 from ds_llmpq.engine.distributed import Place
@@ -27,7 +27,7 @@ from ds_llmpq.planner.plan import Plan
 from ds_llmpq.planner.planfile import check_model
 from ds_llmpq.quant.checkpoint import open_checkpoint
 from ds_llmpq.quant.hqq import stored_bytes
-from ds_llmpq.quant.kernels import cache_block, check_invariant
+from ds_llmpq.quant.kernels import cache_block, check_invariant, is_whole_stage
 from ds_llmpq.schema import EngineConfig, QuantConfig
 
 
@@ -105,9 +105,15 @@ class Session:
             prefill_rows=micro_batch["prefill"],
             prefill_tokens=micro_batch["prefill"] * self.plan.workload.prompt_tokens,
             decode_rows=micro_batch["decode"],
-            patience_rounds=options.patience_rounds,
+            patience_rounds=self._patience_rounds(),
             fixed=options.batch_invariant,
         )
+
+    def _patience_rounds(self) -> int:
+        """The same on all stages."""
+        if self.options.patience_rounds is not None:
+            return self.options.patience_rounds
+        return 0 if all(is_whole_stage(stage.kernel) for stage in self.plan.stages) else PATIENCE_ROUNDS
 
     def run_all(self, take: TakeWave, on_finished: OnFinished) -> None:
         """Runs the driver's waves. `take` is called on the driver only, when the slots run short of requests, and once
