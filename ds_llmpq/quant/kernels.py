@@ -231,10 +231,12 @@ def grouped(
     unquantized = bits == UNQUANTIZED_BITS
     if name not in KERNELS or not KERNELS[name].fused or (unquantized and not KERNELS[name].whole_stage):
         return [[linear] for linear in linears]
+    # in a graph, gate and up apart take the activation into their products
+    shared_input = SHARED_INPUT[:1] if KERNELS[name].whole_stage else SHARED_INPUT
     together: dict[tuple[str, str], list[tuple[str, int, int]]] = {}
     for linear in linears:
         parent, _, own = linear[0].rpartition(".")
-        shared = next((str(names) for names in SHARED_INPUT if own in names), own)
+        shared = next((str(names) for names in shared_input if own in names), own)
         able = unquantized or runs(name, linear[1], linear[2], bits, groups) == name
         together.setdefault((parent, shared if able else own), []).append(linear)
     return list(together.values())

@@ -17,11 +17,21 @@ from torch import nn
 
 from ds_llmpq.errors import UserError
 from ds_llmpq.quant.kernels import CACHE_BLOCK
-from ds_llmpq.quant.openvino_weights import Constants, product
+from ds_llmpq.quant.openvino_weights import Constants, product, wide
+
+
+def _silu(inputs: Node) -> Node:
+    kind = inputs.get_element_type()
+    return opset13.swish(inputs, opset13.convert(_scalar(1.0), kind) if kind != openvino.Type.f32 else None)
+
+
+def _scalar(value: float) -> Node:
+    return opset13.constant(numpy.float32(value))
+
 
 # by transformers' names
 _ACTIVATIONS: dict[str, Callable[[Node], Node]] = {
-    "silu": opset13.swish,
+    "silu": _silu,
     "gelu": lambda inputs: opset13.gelu(inputs, "erf"),
     "gelu_new": lambda inputs: opset13.gelu(inputs, "tanh"),
     "gelu_pytorch_tanh": lambda inputs: opset13.gelu(inputs, "tanh"),
@@ -31,7 +41,7 @@ _ACTIVATIONS: dict[str, Callable[[Node], Node]] = {
 
 @dataclass(frozen=True)
 class Rows:
-    """Where the tokens of a pass stand, for all layers alike: rotary cosines and sines [tokens, 1, head size], and the
+    """Where the tokens of a pass stand, for all layers alike: rotary cosines and sines [tokens, 1, 1, head size], and the
     attention's tables (a row's tokens in the cache, its span of new tokens, its blocks)."""
 
     cos: Node
@@ -66,14 +76,18 @@ class LayerNodes:
     def outputs(self, hidden: Node, rows: Rows, key_cache: Node, value_cache: Node) -> Node:
         """Hidden states [tokens, hidden] behind the layer."""
         attended = self._attention(_norm(hidden, self.layer.input_layernorm), rows, key_cache, value_cache)
-        hidden = opset13.add(hidden, self._linears(attended, "self_attn.o_proj")[0])
+        hidden = opset13.add(hidden, wide(self._product(attended, "self_attn.o_proj")))
         normed = _norm(hidden, self.layer.post_attention_layernorm)
-        gate, up = self._linears(normed, "mlp.gate_proj", "mlp.up_proj")
-        product = opset13.multiply(self.activation(gate), up)
-        return opset13.add(hidden, self._linears(product, "mlp.down_proj")[0])
+        # two products, not one: activation and multiplication become part of them
+        gate, up = self._product(normed, "mlp.gate_proj"), self._product(normed, "mlp.up_proj")
+        gated = opset13.multiply(self.activation(gate), up)
+        return opset13.add(hidden, wide(self._product(gated, "mlp.down_proj")))
 
     def _attention(self, normed: Node, rows: Rows, key_cache: Node, value_cache: Node) -> Node:
-        query, key, value = self._linears(normed, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+        names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+        sizes = [self.layer.get_submodule(name).out_features for name in names]
+        together = wide(self._product(normed, *names))
+        query, key, value = opset13.variadic_split(together, opset13.constant(1), opset13.constant(sizes)).outputs()
         query = self._placed(query, self.heads, rows, getattr(self.layer.self_attn, "q_norm", None))
         key = self._placed(key, self.kv_heads, rows, getattr(self.layer.self_attn, "k_norm", None))
         attention = _PagedAttentionExtension(self._attention_inputs(query, key, value, rows, key_cache, value_cache))
@@ -84,13 +98,14 @@ class LayerNodes:
         return opset13.reshape(attention.output(0), size, True)
 
     def _placed(self, states: Node, heads: int, rows: Rows, norm: nn.Module | None) -> Node:
-        """Queries or keys, each head normed where the family does so, and rotated to their positions."""
-        split = opset13.reshape(states, opset13.constant(numpy.array([0, heads, self.head_dim])), True)
+        """Queries or keys, each head normed where the family does so, and rotated to their positions: written in the form
+        that OpenVINO knows as one operation."""
+        split = opset13.reshape(states, opset13.constant(numpy.array([0, heads, 1, self.head_dim])), True)
         if norm is not None:
             split = _norm(split, norm)
         middle, end = self.head_dim // 2, self.head_dim
         first, second = (_part(split, start, stop) for start, stop in ((0, middle), (middle, end)))
-        turned = opset13.concat([opset13.multiply(second, _scalar(-1.0)), first], 2)
+        turned = opset13.concat([opset13.multiply(second, _scalar(-1.0)), first], -1)
         rotated = opset13.add(opset13.multiply(split, rows.cos), opset13.multiply(turned, rows.sin))
         return opset13.reshape(rotated, opset13.constant(numpy.array([0, heads * self.head_dim])), True)
 
@@ -108,18 +123,14 @@ class LayerNodes:
         ]  # fmt: skip
         return [node if isinstance(node, openvino.Output) else node.output(0) for node in nodes]
 
-    def _linears(self, inputs: Node, *names: str) -> list[Node]:
-        """Outputs of linears of one input, by one product."""
-        linears = [self.layer.get_submodule(name) for name in names]
+    def _product(self, inputs: Node, *names: str) -> Node:
+        """Outputs of linears of one input, side by side, in whatever type the product has."""
         outputs = product(inputs, self.weights[names])
-        biases = [linear.bias for linear in linears]
-        if biases[0] is not None:
-            together = numpy.concatenate([bias.detach().float().numpy() for bias in biases])
-            outputs = opset13.add(outputs, opset13.constant(together[None]))
-        if len(names) == 1:
-            return [outputs]
-        sizes = opset13.constant(numpy.array([linear.out_features for linear in linears]))
-        return opset13.variadic_split(outputs, opset13.constant(1), sizes).outputs()
+        biases = [self.layer.get_submodule(name).bias for name in names]
+        if biases[0] is None:
+            return outputs
+        together = numpy.concatenate([bias.detach().float().numpy() for bias in biases])
+        return opset13.add(wide(outputs), opset13.constant(together[None]))
 
 
 def cache_parameter(kv_heads: int, head_dim: int) -> Node:
@@ -136,12 +147,8 @@ def _norm(states: Node, norm: nn.Module) -> Node:
 
 
 def _part(states: Node, start: int, stop: int) -> Node:
-    ends = (opset13.constant(numpy.array([value])) for value in (start, stop, 1, 2))
+    ends = (opset13.constant(numpy.array([value])) for value in (start, stop, 1, 3))
     return opset13.slice(states, *ends)
-
-
-def _scalar(value: float) -> Node:
-    return opset13.constant(numpy.float32(value))
 
 
 def _count(value: int) -> Node:

@@ -89,11 +89,11 @@ def plain_constants(weight: torch.Tensor) -> Constants:
 
 
 def product(inputs: openvino.Node, weight: Constants) -> openvino.Node:
-    """inputs [rows, in] -> [rows, out], as 32-bit nodes: the compiled model's precision decides how they run."""
+    """inputs [rows, in] -> [rows, out]: of a quantized weight as 32-bit nodes, for the compiled model's precision decides
+    how they run; of an unquantized one in bfloat16, since OpenVINO would keep a copy of its weight in 32 bits."""
     if not weight.group_size:
-        narrow = opset13.convert(inputs, openvino.Type.bf16)
-        return opset13.convert(opset13.matmul(narrow, weight.nodes[0], False, True), numpy.float32)
-    matrix = opset13.convert(weight.nodes[0], numpy.float32)
+        return opset13.matmul(_narrow(inputs), weight.nodes[0], False, True)
+    inputs, matrix = wide(inputs), opset13.convert(weight.nodes[0], numpy.float32)
     _, zeros, scales, left_out = weight.nodes
     out_features, groups, size = weight.nodes[0].shape
     matrix = opset13.multiply(opset13.subtract(matrix, opset13.convert(zeros, numpy.float32)), scales)
@@ -102,6 +102,15 @@ def product(inputs: openvino.Node, weight: Constants) -> openvino.Node:
     sums = opset13.reduce_sum(grouped, opset13.constant(numpy.array([2])), False)
     exact = opset13.matmul(inputs, matrix, False, True)
     return opset13.add(exact, opset13.matmul(sums, left_out, False, True))
+
+
+def wide(node: openvino.Node) -> openvino.Node:
+    """In 32 bits."""
+    return node if node.get_element_type() == openvino.Type.f32 else opset13.convert(node, openvino.Type.f32)
+
+
+def _narrow(node: openvino.Node) -> openvino.Node:
+    return node if node.get_element_type() == openvino.Type.bf16 else opset13.convert(node, openvino.Type.bf16)
 
 
 def constant(data: numpy.ndarray, shape: list[int], kind: openvino.Type) -> openvino.op.Constant:

@@ -141,7 +141,7 @@ class StageGraph(nn.Module):
         for name, node in inputs.items():
             node.output(0).set_names({name})
         wide = {name: opset13.convert(inputs[name], numpy.float32) for name in sizes}
-        heads = opset13.constant(numpy.array([1]))
+        heads = opset13.constant(numpy.array([1, 2]))
         self._inputs, self._hidden = inputs, wide["hidden"]
         self._rows = Rows(
             opset13.unsqueeze(wide["cos"], heads),

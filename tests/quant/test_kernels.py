@@ -160,7 +160,9 @@ def test_linears_of_one_input_go_together_only_where_all_can():
     qkv, mlp = ["a.q_proj", "a.k_proj", "a.v_proj"], ["m.gate_proj", "m.up_proj"]
     assert names("openvino", 4) == [qkv, ["a.o_proj"], mlp, ["m.down_proj"]]
     assert names("torch_int4", 4) == [["a.q_proj", "a.v_proj"], ["a.k_proj"], ["a.o_proj"], mlp, ["m.down_proj"]]
-    assert names("openvino_graph", 4) == names("openvino_graph", 16) == names("openvino", 4)
+    gate_and_up = [[name] for name in mlp]
+    assert names("openvino_graph", 4) == [qkv, ["a.o_proj"], *gate_and_up, ["m.down_proj"]]
+    assert names("openvino_graph", 16) == names("openvino_graph", 4)
     assert names("openvino", 16) == names("dequantize", 4) == names("gemlite", 4) == apart
 
 
