@@ -41,8 +41,8 @@ _ACTIVATIONS: dict[str, Callable[[Node], Node]] = {
 
 @dataclass(frozen=True)
 class Rows:
-    """Where the tokens of a pass stand, for all layers alike: rotary cosines and sines [tokens, 1, 1, head size], and the
-    attention's tables (a row's tokens in the cache, its span of new tokens, its blocks)."""
+    """Where the tokens of a pass stand, for all layers alike: rotary cosines and sines [tokens, 1, 1, head size], and
+    the attention's tables (a row's tokens in the cache, its span of new tokens, its blocks)."""
 
     cos: Node
     sin: Node
@@ -98,8 +98,8 @@ class LayerNodes:
         return opset13.reshape(attention.output(0), size, True)
 
     def _placed(self, states: Node, heads: int, rows: Rows, norm: nn.Module | None) -> Node:
-        """Queries or keys, each head normed where the family does so, and rotated to their positions: written in the form
-        that OpenVINO knows as one operation."""
+        """Queries or keys, each head normed where the family does so, and rotated to their positions: written in the
+        form that OpenVINO knows as one operation."""
         split = opset13.reshape(states, opset13.constant(numpy.array([0, heads, 1, self.head_dim])), True)
         if norm is not None:
             split = _norm(split, norm)

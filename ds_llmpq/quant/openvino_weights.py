@@ -89,7 +89,7 @@ def plain_constants(weight: torch.Tensor) -> Constants:
 
 
 def product(inputs: openvino.Node, weight: Constants) -> openvino.Node:
-    """inputs [rows, in] -> [rows, out]: of a quantized weight as 32-bit nodes, for the compiled model's precision decides
+    """inputs [rows, in] -> [rows, out]: of a quantized weight as 32-bit nodes, for the compiled model's precision says
     how they run; of an unquantized one in bfloat16, since OpenVINO would keep a copy of its weight in 32 bits."""
     if not weight.group_size:
         return opset13.matmul(_narrow(inputs), weight.nodes[0], False, True)
