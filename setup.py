@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-CPU = ["openvino>=2026.2"]  # fast products with quantized weights
+CPU = ["openvino>=2026.4"]  # fast products with quantized weights
 GPU = ["gemlite>=0.5.1", "nvidia-ml-py>=12.0"]
 EVAL = ["lm_eval>=0.4.13"]
 SLURM = ["hydra-submitit-launcher>=1.2"]  # sweeps as Slurm jobs

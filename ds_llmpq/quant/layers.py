@@ -14,11 +14,12 @@ import torch
 from hqq.core.quantize import HQQLinear
 from torch import nn
 
+from ds_llmpq.errors import UserError
 from ds_llmpq.models.architecture import Architecture, DecoderLayer, architecture_of, check_shape, fill
 from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.quant.checkpoint import QuantizedCheckpoint
 from ds_llmpq.quant.convert import converted
-from ds_llmpq.quant.dense import pack_linears
+from ds_llmpq.quant.dense import computes_in_bfloat16, pack_linears
 from ds_llmpq.quant.hqq import linear_names, quantize_linear
 from ds_llmpq.quant.kernels import (
     AUTO,
@@ -123,8 +124,7 @@ class LayerLoader:
 
     def _in_graph(self, module: DecoderLayer, index: int) -> nn.Module:
         """Adds the layer to its stage's graph; the graph itself for the stage's last layer."""
-        from ds_llmpq.quant.stage_graph import GraphMember, StageGraph
-
+        GraphMember, StageGraph = _graph_classes()
         if index == self.stage.start:
             self._graph = StageGraph(index)
         layer, prefix = module.layer, self.architecture.layer_prefix(index)
@@ -200,3 +200,19 @@ class LayerLoader:
             pack_linears(module)
         self.on_loaded(name)
         return module
+
+
+def _graph_classes() -> tuple[type[nn.Module], type[nn.Module]]:
+    """`UserError`: OpenVINO is missing, or one whose paged attention is not that of the versions tried; the processor
+    has no bfloat16 arithmetic."""
+    remedy = "use quant.kernel=openvino or quant.kernel=dequantize."
+    try:
+        from ds_llmpq.quant.stage_graph import GraphMember, StageGraph
+    except ImportError as error:
+        raise UserError(
+            f"quant.kernel=openvino_graph needs OpenVINO from 2026.4 on, which cannot be imported here ({error}); "
+            f"install ds_llmpq[cpu], or {remedy}"
+        ) from None
+    if not computes_in_bfloat16():
+        raise UserError(f"quant.kernel=openvino_graph needs a processor with bfloat16 arithmetic; {remedy}")
+    return GraphMember, StageGraph

@@ -15,6 +15,7 @@ from ds_llmpq.errors import UserError
 from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.models.step import Step
+from ds_llmpq.quant import layers
 from ds_llmpq.quant.dense import computes_in_bfloat16
 from ds_llmpq.quant.hqq import stored_bytes
 from ds_llmpq.quant.kernels import CACHE_BLOCK, GRAPH_TOKENS, runs_here
@@ -208,6 +209,16 @@ def test_an_unknown_activation_is_said(tmp_path_factory):
     variant = VARIANTS["llama"] | {"config": {"hidden_act": "relu2"}}
     path = make_checkpoint(tmp_path_factory.mktemp("relu2"), tokenizer=None, seed=3, dtype="bfloat16", **variant)
     with pytest.raises(UserError, match=r"does not know the activation 'relu2'; use quant\.kernel=openvino"):
+        Stage(path, [4] * 3)
+
+
+def test_a_processor_or_library_that_cannot_is_said(checkpoint_of, monkeypatch):
+    path = checkpoint_of("llama")
+    monkeypatch.setattr(layers, "computes_in_bfloat16", lambda: False)
+    with pytest.raises(UserError, match=r"needs a processor with bfloat16 arithmetic; use quant\.kernel=openvino"):
+        Stage(path, [4] * 3)
+    monkeypatch.setitem(sys.modules, "ds_llmpq.quant.stage_graph", None)
+    with pytest.raises(UserError, match=r"needs OpenVINO from 2026\.4 on"):
         Stage(path, [4] * 3)
 
 
