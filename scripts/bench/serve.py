@@ -48,7 +48,8 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("out")
     parser.add_argument("--batch", type=int, nargs="+", default=[8, 32])
-    for name, default in (("prompt", 128), ("generate", 64), ("threads", 2), ("repeats", 3), ("requests", 0)):
+    sizes = (("prompt", 128), ("generate", 64), ("threads", 2), ("repeats", 3), ("requests", 0), ("prefill-rows", 4))
+    for name, default in sizes:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--vllm-python", default=sys.executable, help="vLLM wants an environment of its own")
     parser.add_argument("--only", nargs="+", default=OURS)
@@ -91,7 +92,7 @@ def ours(name: str, options: argparse.Namespace, batch: int, folder: Path) -> di
             {"device": f"localhost:{index}", "layers": [first, last], "bits": widths[first:last]}
             for index, (first, last) in enumerate(itertools.pairwise(cuts))
         ],
-        "micro_batch": {"prefill": min(4, batch), "decode": batch // stages},
+        "micro_batch": {"prefill": min(options.prefill_rows, batch), "decode": batch // stages},
     }
     (folder / "hand.json").write_text(json.dumps(hand))
     # a first wave to warm up, as the peers have one
@@ -126,7 +127,7 @@ def ours(name: str, options: argparse.Namespace, batch: int, folder: Path) -> di
     for verb in (plan, run):
         if not called([sys.executable, "-m", "ds_llmpq", *verb], folder, {}):
             return None
-    return spans(folder / "run", -(-batch // min(4, batch)))
+    return spans(folder / "run", -(-batch // min(options.prefill_rows, batch)))
 
 
 def spans(folder: Path, count: int) -> dict:
