@@ -57,7 +57,7 @@ def errors(case, outcome, bits=()):
 @needs_openvino
 @pytest.mark.parametrize("stages", [[(0, LAYERS)], [(0, 2), (2, LAYERS)]])
 def test_logits_are_as_near_to_float32_as_transformers_own(ranks, checkpoint_of, stages):
-    """Measured: 0.7 to 1.1 times the error of transformers in bfloat16."""
+    """Measured: 0.80 to 1.07 times the error of transformers in bfloat16."""
     cases = [refilled(checkpoint_of(variant), stages) for variant in FAMILY]
     for case, outcome in zip(cases, ranks.run(*cases), strict=True):
         assert [len(tokens) for tokens in outcome.tokens()] == [row.max_tokens for row in case.waves[0].rows]
@@ -68,12 +68,13 @@ def test_logits_are_as_near_to_float32_as_transformers_own(ranks, checkpoint_of,
 
 @needs_openvino
 def test_quantized_stages(ranks, checkpoint_of):
-    """Widths of all kinds; inputs rounded to 8 bits cost more than bfloat16 does: measured 1.4 to 2.1 times."""
+    """Widths of all kinds. Transformers in bfloat16 runs HQQ's own forward, whose scales and weights are rounded; a graph
+    rounds inputs to 8 bits instead: measured 0.37 and 0.46 times its error."""
     bits = [4, 16, 8, 3, 4]
     cases = [refilled(checkpoint_of(variant), [(0, 3), (3, LAYERS)], bits) for variant in ("llama", "qwen3")]
     for case, outcome in zip(cases, ranks.run(*cases), strict=True):
         ours, theirs = errors(case, outcome, tuple(bits))
-        assert ours < 3 * theirs, case.label
+        assert ours < 0.8 * theirs, case.label
 
 
 @needs_openvino
