@@ -68,8 +68,8 @@ def test_logits_are_as_near_to_float32_as_transformers_own(ranks, checkpoint_of,
 
 @needs_openvino
 def test_quantized_stages(ranks, checkpoint_of):
-    """Widths of all kinds. Transformers in bfloat16 runs HQQ's own forward, whose scales and weights are rounded; a graph
-    rounds inputs to 8 bits instead: measured 0.37 and 0.46 times its error."""
+    """Widths of all kinds. Transformers in bfloat16 runs HQQ's own forward, whose scales and weights are rounded; a
+    graph rounds inputs to 8 bits instead: measured 0.37 and 0.46 times its error."""
     bits = [4, 16, 8, 3, 4]
     cases = [refilled(checkpoint_of(variant), [(0, 3), (3, LAYERS)], bits) for variant in ("llama", "qwen3")]
     for case, outcome in zip(cases, ranks.run(*cases), strict=True):
