@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from ds_llmpq.batch.prompts import PreparedRequest
-from ds_llmpq.engine.kv_cache import rounded_up
 from ds_llmpq.engine.sampling import RowSampling
 from ds_llmpq.engine.wave import Wave, WaveRow
+from ds_llmpq.quant.kernels import rounded_up
 
 Row = int | WaveRow  # a request by its index, or one that has generated tokens already
 _LEAST_ROWS = 32  # a wave that joins: asking the driver costs each stage a message

@@ -9,7 +9,14 @@ from ds_llmpq.cost import kernels
 from ds_llmpq.cost.arithmetic import EAGER_ATTENTION, FLOAT32_BYTES, kv_bytes, score_entries
 from ds_llmpq.cost.kernels import DEQUANTIZE_COPIES
 from ds_llmpq.models.shape import ModelShape
-from ds_llmpq.quant.kernels import OPENVINO_ROWS, cache_block, graph_workspace_bytes, grouped, is_whole_stage
+from ds_llmpq.quant.kernels import (
+    OPENVINO_ROWS,
+    cache_block,
+    graph_workspace_bytes,
+    grouped,
+    is_whole_stage,
+    rounded_up,
+)
 from ds_llmpq.quant.packing import PACKED_BITS, Groups
 
 IN_FLIGHT_MESSAGES = 2  # hidden-state buffers in each direction: one in use, one posted ahead
@@ -35,8 +42,8 @@ class MemoryModel:
 
     def kv_bytes_per_sequence_layer(self, capacity_tokens: int) -> int:
         """Static cache of one layer for one sequence of prompt + generated tokens, in the kernel's whole blocks."""
-        block = cache_block(self.kernel)
-        return kv_bytes(self.shape, 1, -(-capacity_tokens // block) * block, self.dtype_bytes)
+        positions = rounded_up(capacity_tokens, cache_block(self.kernel))
+        return kv_bytes(self.shape, 1, positions, self.dtype_bytes)
 
     def embed_bytes(self) -> int:
         return self.shape.embed_parameters * self.dtype_bytes

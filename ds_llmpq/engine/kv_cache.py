@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 
 from ds_llmpq.errors import UserError
+from ds_llmpq.quant.kernels import rounded_up
 
 
 class KVStore:
@@ -91,11 +92,6 @@ class KVStore:
     @property
     def blocks_of_slot(self) -> int:
         return self.capacity // self.block
-
-
-def rounded_up(positions: int, block: int) -> int:
-    """To whole blocks."""
-    return -(-positions // block) * block
 
 
 @dataclass

@@ -32,8 +32,7 @@ class WaveRow:
 
     @property
     def positions(self) -> int:
-        """Cache positions it needs at most. Its last token's is never read: where a slot goes along in a pass that is
-        not its own, the pass writes there."""
+        """Cache positions it needs at most; its last token's is never read."""
         return len(self.prompt) + self.max_tokens
 
 

@@ -10,13 +10,13 @@ import torch
 
 from ds_llmpq.cost.memory import MemoryModel
 from ds_llmpq.cost.profile import Point
-from ds_llmpq.engine.kv_cache import KVStore, rounded_up
+from ds_llmpq.engine.kv_cache import KVStore
 from ds_llmpq.engine.stage_loader import StageLoader
 from ds_llmpq.engine.throttle import CpuShare
 from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.models.step import Step
-from ds_llmpq.quant.kernels import cache_block
+from ds_llmpq.quant.kernels import cache_block, rounded_up
 from ds_llmpq.quant.packing import groups_of
 from ds_llmpq.schema import QuantConfig
 

@@ -128,11 +128,11 @@ class LayerLoader:
         if index == self.stage.start:
             self._graph = StageGraph(index)
         layer, prefix = module.layer, self.architecture.layer_prefix(index)
-        weights = self._constants(layer, prefix, self.bits[index])
+        sizes = [(name, *layer.get_submodule(name).weight.shape) for name in linear_names(layer)]
+        weights = self._constants(layer, prefix, self.bits[index], sizes)
         kept = {f"{name}.weight" for names in weights for name in names}
         names = {f"layer.{name}": prefix + name for name, _ in layer.named_parameters() if name not in kept}
         self._fill(module, names)
-        sizes = [(name, *layer.get_submodule(name).weight.shape) for name in linear_names(layer)]
         held = layer_linear_bytes(self.kernel, sizes, self.bits[index], groups_of(self.quant), self.dtype.itemsize)
         self._graph.add(layer, weights, module.window, held)
         if index < self.stage.stop - 1:
@@ -140,12 +140,13 @@ class LayerLoader:
         self._graph.compile()
         return self._graph
 
-    def _constants(self, layer: nn.Module, prefix: str, bits: int) -> dict[tuple[str, ...], Constants]:
-        """The layer's linears, those of one input as one weight."""
+    def _constants(
+        self, layer: nn.Module, prefix: str, bits: int, sizes: list[tuple[str, int, int]]
+    ) -> dict[tuple[str, ...], Constants]:
+        """The layer's linears of these `sizes` (name, out, in features), those that run as one as one weight."""
         from ds_llmpq.quant.openvino_weights import plain_constants, quantized_constants
 
         groups, found = groups_of(self.quant), {}
-        sizes = [(name, *layer.get_submodule(name).weight.shape) for name in linear_names(layer)]
         for group in grouped(self.kernel, sizes, bits, groups):
             names = tuple(name for name, _, _ in group)
             if bits < UNQUANTIZED_BITS:

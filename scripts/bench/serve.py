@@ -8,7 +8,8 @@ goes on. Each is warmed up first: ours by a wave of its own, a peer by a short c
 tokens, `--generate` tokens each, greedy, end-of-sequence off, so that every engine does the same work; the medians of
 `--repeats` runs are compared. A peer that is not installed is left out, and said to be. ours-BITSxSTAGES has its
 threads shared out among its stages; `8rows` is 8 bits with one group a row (quant.whole_rows=[8]), as CTranslate2 has
-it; `mix` is half of the layers at 4, half at 8.
+it; `mix` is half of the layers at 4, half at 8. `--prefill-rows`: most prompts of ours in a prefill pass; OUT does not
+tell them apart, so give each a folder of its own.
 
 `--requests 48`: instead, so many requests whose answers have a long tail of lengths (`--generate` on average, cut off
 at three times that), `--batch` of them under way at a time; ours refills its slots.

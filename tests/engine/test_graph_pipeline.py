@@ -7,12 +7,10 @@ import pytest
 import torch
 from pipeline_cases import LAYERS, QUANT, VARIANTS, Case, Draw, make_plan, reference
 
-from ds_llmpq.engine.kv_cache import rounded_up
 from ds_llmpq.engine.sequences import Finish
 from ds_llmpq.engine.wave import Wave, WaveRow
-from ds_llmpq.errors import UserError
 from ds_llmpq.quant.dense import computes_in_bfloat16
-from ds_llmpq.quant.kernels import CACHE_BLOCK, KERNELS
+from ds_llmpq.quant.kernels import CACHE_BLOCK, KERNELS, rounded_up
 
 needs_openvino = pytest.mark.skipif(
     not importlib.util.find_spec("openvino") or not computes_in_bfloat16(),
@@ -88,12 +86,3 @@ def test_answers_that_outgrow_their_blocks_come_again(ranks, checkpoint_of):
     assert [len(tokens) for tokens in outcome.tokens()] == [100, 100]
     ours, theirs = errors(case, outcome)
     assert ours < 1.4 * theirs
-
-
-def test_batch_invariance_is_refused_in_one_sentence(checkpoint_of):
-    from ds_llmpq.quant.kernels import check_invariant
-
-    with pytest.raises(UserError, match=r"plan with quant\.kernel=openvino"):
-        check_invariant("openvino_graph", True)
-    check_invariant("openvino", True)
-    check_invariant(None, True)

@@ -58,6 +58,17 @@ def test_the_workload_s_phases_decide(times):
     assert chosen(WorkloadConfig(8, 20, 2)).crossover(4) is None
 
 
+def test_a_graph_is_taken_where_its_products_win(times):
+    times(openvino_graph=[], openvino=[1, 2, 3], torch_int4=[2, 3, 4], dequantize=[8, 9, 1])
+    choice = chosen(WorkloadConfig(8, 20, 200))
+    assert choice.kernel == "openvino_graph"
+    assert {time.kernel for time in choice.times} == {"openvino", "torch_int4", "dequantize"}
+    assert choice.crossover(4) == 40
+    assert chosen(WorkloadConfig(8, 20, 200), bits=(16,)).kernel == "openvino_graph"
+    times(openvino_graph=[], openvino=[2, 3, 4], torch_int4=[1, 2, 3], dequantize=[8, 9, 10])
+    assert chosen(WorkloadConfig(8, 20, 200)).kernel == "torch_int4"
+
+
 def test_the_note_names_the_library_s_version_and_all_times(times):
     times(torch_int4=[1, 2, 3], dequantize=[8, 9, 10])
     note = chosen(WorkloadConfig(8, 20, 200)).note()

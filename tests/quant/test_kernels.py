@@ -98,6 +98,13 @@ def test_whole_stages_that_were_asked_for_must_be_possible():
         asked(batch_invariant=True)
 
 
+def test_batch_invariance_is_refused_in_one_sentence():
+    with pytest.raises(UserError, match=r"plan with quant\.kernel=openvino"):
+        kernels.check_invariant("openvino_graph", True)
+    kernels.check_invariant("openvino", True)
+    kernels.check_invariant(None, True)
+
+
 def test_a_profile_of_whole_stages_gives_single_products_where_those_are_ruled_out(installed):
     installed("openvino_graph", "openvino")
     found = kernels.resolved(QuantConfig(), ["cpu"], "bfloat16", (), "openvino_graph", "llama", True)
