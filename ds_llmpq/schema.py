@@ -112,6 +112,8 @@ class QuantConfig:
     kernel: str = "auto"
     # widths at which all weights of a row are one group, e.g. [8]; the others keep group_size
     whole_rows: list[int] = field(default_factory=list)
+    # width of the output matrix; 16: as it is, and one with the embedding where the model ties them
+    head_bits: int = 16
 
 
 @dataclass

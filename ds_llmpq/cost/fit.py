@@ -120,7 +120,7 @@ def fit_profile(
 ) -> LatencyModel:
     """Fits every part with at least three points that `keep` lets through."""
     setup = profile.setup
-    unit = RooflineCosts(_NEUTRAL, shape, setup.dtype, setup.groups, setup.kernel)
+    unit = unit_roofline(shape, setup)
     groups: dict[tuple[str, str, str, int], list[Measured]] = defaultdict(list)
     for entry in profile.measured():
         if keep(entry):
@@ -141,7 +141,7 @@ def columns(roofline: RooflineCosts, part: str, phase: str, bits: int, batch: in
 
 def unit_roofline(shape: ModelShape, setup: Setup) -> RooflineCosts:
     """The roofline whose parts are the columns of all fits of a profile; no device's rates enter a fit."""
-    return RooflineCosts(_NEUTRAL, shape, setup.dtype, setup.groups, setup.kernel)
+    return RooflineCosts(_NEUTRAL, shape, setup.dtype, setup.groups, setup.kernel, setup.head_bits)
 
 
 def _fit_points(key: tuple[str, str, str, int], points: list[Measured], unit: RooflineCosts) -> Fit:

@@ -10,8 +10,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ds_llmpq.errors import UserError
-from ds_llmpq.models.shape import ModelShape
-from ds_llmpq.quant.kernels import DEQUANTIZE, NAMES, grouped, layer_linear_bytes, read_bytes, runs
+from ds_llmpq.models.shape import Linear, ModelShape
+from ds_llmpq.quant.kernels import (
+    DEQUANTIZE,
+    NAMES,
+    alone,
+    grouped,
+    layer_linear_bytes,
+    output_matrix_bytes,
+    read_bytes,
+    runs,
+)
 from ds_llmpq.quant.kernels import KERNELS as LIBRARY_KERNELS
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS, Groups, packed_linear_bytes
 
@@ -39,10 +48,18 @@ def dequantizes(shape: ModelShape, bits: int, kernel: str, groups: Groups) -> bo
 
     A kernel that takes only some shapes of a layer counts as one that takes none, for the largest is what matters.
     """
+    return _dequantized(max(shape.linears, key=lambda linear: linear.weights), bits, kernel, groups)
+
+
+def head_dequantizes(shape: ModelShape, bits: int, kernel: str, groups: Groups) -> bool:
+    """The same of the output matrix."""
+    return _dequantized(shape.output_matrix, bits, alone(kernel), groups)
+
+
+def _dequantized(linear: Linear, bits: int, kernel: str, groups: Groups) -> bool:
     if bits == UNQUANTIZED_BITS or kernel == FUSED:
         return False
-    largest = max(shape.linears, key=lambda linear: linear.weights)
-    return runs(kernel, largest.out_features, largest.in_features, bits, groups) == DEQUANTIZE
+    return runs(kernel, linear.out_features, linear.in_features, bits, groups) == DEQUANTIZE
 
 
 def linears_bytes(shape: ModelShape, bits: int, kernel: str, groups: Groups, dtype_bytes: int) -> int:
@@ -52,25 +69,51 @@ def linears_bytes(shape: ModelShape, bits: int, kernel: str, groups: Groups, dty
     return layer_linear_bytes(kernel, shape.linears, bits, groups, dtype_bytes)
 
 
+def head_bytes(shape: ModelShape, bits: int, kernel: str, groups: Groups, dtype_bytes: int) -> int:
+    """Bytes that the output matrix takes."""
+    _, out, into, _ = shape.output_matrix
+    if bits == UNQUANTIZED_BITS:
+        return out * into * dtype_bytes
+    return output_matrix_bytes(DEQUANTIZE if kernel == FUSED else kernel, out, into, bits, groups, dtype_bytes)
+
+
 def dequantize_bytes(shape: ModelShape, bits: int, kernel: str, groups: Groups, dtype_bytes: int) -> float:
     """Bytes moved to unpack and dequantize all linears of one layer; 0 where they are not."""
     if not dequantizes(shape, bits, kernel, groups):
         return 0.0
-    return shape.linear_weights * (_UNPACK_BYTES[bits] + 5 * dtype_bytes)  # written, then twice read and written
+    return shape.linear_weights * _dequantize_bytes_a_weight(bits, dtype_bytes)
+
+
+def head_dequantize_bytes(shape: ModelShape, bits: int, kernel: str, groups: Groups, dtype_bytes: int) -> float:
+    """The same of the output matrix."""
+    if not head_dequantizes(shape, bits, kernel, groups):
+        return 0.0
+    return shape.output_matrix.weights * _dequantize_bytes_a_weight(bits, dtype_bytes)
+
+
+def _dequantize_bytes_a_weight(bits: int, dtype_bytes: int) -> float:
+    return _UNPACK_BYTES[bits] + 5 * dtype_bytes  # written, then twice read and written
 
 
 def weight_bytes_read(shape: ModelShape, bits: int, kernel: str, groups: Groups, dtype_bytes: int) -> int:
     """Bytes that the matrix products of one layer read: packed ones only where the kernel takes them packed."""
     if bits == UNQUANTIZED_BITS or dequantizes(shape, bits, kernel, groups):
         return shape.linear_weights * dtype_bytes
+    return sum(_packed_bytes_read(linear, bits, kernel, groups, dtype_bytes) for linear in shape.linears)
+
+
+def head_bytes_read(shape: ModelShape, bits: int, kernel: str, groups: Groups, dtype_bytes: int) -> int:
+    """Bytes that the product with the output matrix reads."""
+    if bits == UNQUANTIZED_BITS or head_dequantizes(shape, bits, kernel, groups):
+        return shape.output_matrix.weights * dtype_bytes
+    return _packed_bytes_read(shape.output_matrix, bits, alone(kernel), groups, dtype_bytes)
+
+
+def _packed_bytes_read(linear: Linear, bits: int, kernel: str, groups: Groups, dtype_bytes: int) -> int:
+    out, into = linear.out_features, linear.in_features
     if kernel == FUSED:
-        return sum(
-            packed_linear_bytes(linear.out_features, linear.in_features, bits, groups, dtype_bytes)
-            for linear in shape.linears
-        )
-    return sum(
-        read_bytes(kernel, out, into, bits, groups.of(bits, into), dtype_bytes) for _, out, into, *_ in shape.linears
-    )
+        return packed_linear_bytes(out, into, bits, groups, dtype_bytes)
+    return read_bytes(kernel, out, into, bits, groups.of(bits, into), dtype_bytes)
 
 
 def arithmetic_dtype(

@@ -12,7 +12,7 @@ from typing import Protocol
 from ds_llmpq.cluster.devices import COMPUTE_DTYPES, DeviceType
 from ds_llmpq.cost import arithmetic, kernels
 from ds_llmpq.models.shape import ModelShape
-from ds_llmpq.quant.packing import Groups
+from ds_llmpq.quant.packing import UNQUANTIZED_BITS, Groups
 
 # Share of a datasheet's peak that real kernels reach. Assumed; the published prefill time of an OPT-30B layer on a V100
 # is 0.6 of the peak, those on T4 and P100 are 0.3 and 0.24. Measured rates are taken as they are.
@@ -64,6 +64,7 @@ class RooflineCosts:
     dtype: str
     groups: Groups = field(default_factory=Groups)
     kernel: str = "dequantize"
+    head_bits: int = UNQUANTIZED_BITS
 
     provenance = "roofline"
 
@@ -91,8 +92,11 @@ class RooflineCosts:
 
     def head_work(self, batch: int) -> float:
         """Without launches."""
-        flops = arithmetic.head_flops(self.shape, batch)
-        return self.roof(flops, arithmetic.head_bytes_moved(self.shape, batch, self.dtype_bytes))
+        shape, size = self.shape, self.dtype_bytes
+        how = shape, self.head_bits, self.kernel, self.groups, size
+        moved = arithmetic.head_bytes_moved(shape, batch, size, kernels.head_bytes_read(*how))
+        seconds = self.roof(arithmetic.head_flops(shape, batch), moved)
+        return seconds + self.roof(0, kernels.head_dequantize_bytes(*how))
 
     def _layer_seconds(self, bits: int, batch: int, new: int, past: int) -> float | None:
         if bits not in self.device_type.bits:

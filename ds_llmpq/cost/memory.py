@@ -11,13 +11,14 @@ from ds_llmpq.cost.kernels import DEQUANTIZE_COPIES
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.quant.kernels import (
     OPENVINO_ROWS,
+    alone,
     cache_block,
     graph_workspace_bytes,
     grouped,
     is_whole_stage,
     rounded_up,
 )
-from ds_llmpq.quant.packing import PACKED_BITS, Groups
+from ds_llmpq.quant.packing import PACKED_BITS, UNQUANTIZED_BITS, Groups, row_blocks
 
 IN_FLIGHT_MESSAGES = 2  # hidden-state buffers in each direction: one in use, one posted ahead
 
@@ -27,13 +28,14 @@ class MemoryModel:
     """Memory of one model under one quantization setting; every method returns bytes.
 
     kernel: what runs quantized linears (`cost.kernels`). It decides how many bytes a width takes, and `dequantize`
-    needs room for the largest weight in the compute type, three times over.
+    needs room for the largest weight in the compute type, three times over. head_bits: width of the output matrix.
     """
 
     shape: ModelShape
     groups: Groups
     dtype_bytes: int
     kernel: str = "dequantize"
+    head_bits: int = UNQUANTIZED_BITS
 
     def layer_bytes(self, bits: int) -> int:
         """One decoder layer: weights as the kernel holds them; norms and biases in the compute type."""
@@ -50,7 +52,13 @@ class MemoryModel:
 
     def head_bytes(self) -> int:
         """With lm_head, also when it is tied: the last stage has its own copy unless it is the first one too."""
-        return self.shape.head_parameters * self.dtype_bytes
+        matrix = self.shape.output_matrix
+        return self._matrix_bytes() + (self.shape.head_parameters - matrix.weights) * self.dtype_bytes
+
+    @property
+    def shares_embedding(self) -> bool:
+        """Whether a stage with both ends holds one matrix for embedding and head."""
+        return self.shape.tied_embeddings and self.head_bits == UNQUANTIZED_BITS
 
     def workspace_parts(self, sequences: int, new_tokens: int, past_tokens: int, quantized: bool) -> dict[str, int]:
         """What one micro-batch needs beside weights and cache: activations, dequantized weight, messages, logits.
@@ -59,7 +67,8 @@ class MemoryModel:
         dequantized: HQQ's temporaries for the largest linear, or a kernel's own buffers, if any layer is quantized;
         those of a stage's graph in any case.
         communication: hidden states received ahead and being sent.
-        logits: of the last position, with the float32 copies that sampling makes; alive when activations are not.
+        logits: of the last position, with the float32 copies that sampling makes, and what a quantized output matrix
+        needs for itself; alive when activations are not.
         """
         rows = sequences * new_tokens
         if is_whole_stage(self.kernel):
@@ -91,7 +100,16 @@ class MemoryModel:
         }
 
     def _logit_bytes(self, sequences: int) -> int:
-        return sequences * self.shape.vocab * (self.dtype_bytes + 2 * FLOAT32_BYTES)
+        logits = sequences * self.shape.vocab * (self.dtype_bytes + 2 * FLOAT32_BYTES)
+        return logits + self._head_buffer_bytes()
+
+    def _head_buffer_bytes(self) -> int:
+        if self.head_bits == UNQUANTIZED_BITS or self.kernel == kernels.FUSED:
+            return 0
+        _, out, into, _ = self.shape.output_matrix
+        if kernels.head_dequantizes(self.shape, self.head_bits, self.kernel, self.groups):
+            return DEQUANTIZE_COPIES * max(row_blocks(out, into)) * into * self.dtype_bytes
+        return OPENVINO_ROWS * (out + into) * FLOAT32_BYTES if alone(self.kernel) == "openvino" else 0
 
     def workspace_bytes(self, sequences: int, new_tokens: int, past_tokens: int, quantized: bool) -> int:
         parts = self.workspace_parts(sequences, new_tokens, past_tokens, quantized)
@@ -105,7 +123,7 @@ class MemoryModel:
 
         bits: width of each of its layers; first, last: whether it is at that end of the pipeline.
         """
-        shared = first and last and self.shape.tied_embeddings
+        shared = first and last and self.shares_embedding
         return {
             "weights": sum(self.layer_bytes(width) for width in bits),
             "kv": len(bits) * sequences * self.kv_bytes_per_sequence_layer(capacity_tokens),
@@ -114,8 +132,8 @@ class MemoryModel:
         }
 
     def _matrix_bytes(self) -> int:
-        """Of lm_head, which is the embedding where they are tied."""
-        return self.shape.vocab * self.shape.embed_dim * self.dtype_bytes
+        """Of lm_head, which is the embedding where they are one."""
+        return kernels.head_bytes(self.shape, self.head_bits, self.kernel, self.groups, self.dtype_bytes)
 
     def _attention_width(self) -> int:
         """Elements per row alive in attention: residual and normed input, q/k/v twice (rotated or copied), outcome."""

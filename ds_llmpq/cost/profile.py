@@ -21,7 +21,7 @@ from typing import Any
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.quant.kernels import KERNELS
-from ds_llmpq.quant.packing import Groups, groups_of
+from ds_llmpq.quant.packing import PACKED_BITS, UNQUANTIZED_BITS, Groups, groups_of
 from ds_llmpq.schema import QuantConfig
 
 SCHEMA = 1
@@ -42,6 +42,11 @@ class Setup:
     axis: int
     libraries: Mapping[str, str]
     whole_rows: list[int] = field(default_factory=list)
+    head_bits: int = UNQUANTIZED_BITS
+
+    def __post_init__(self) -> None:
+        if self.head_bits not in (*PACKED_BITS, UNQUANTIZED_BITS):
+            raise ValueError(f"head_bits is {self.head_bits!r}")
 
     @property
     def groups(self) -> Groups:
@@ -131,12 +136,15 @@ def layer_signature(shape: ModelShape) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def current_setup(shape: ModelShape, dtype: str, kernel: str, groups: Groups) -> Setup:
+def current_setup(
+    shape: ModelShape, dtype: str, kernel: str, groups: Groups, head_bits: int = UNQUANTIZED_BITS
+) -> Setup:
     """With the libraries installed here, that of the kernel among them; none of them is imported."""
     libraries = {name: _version(name) for name in LIBRARIES}
     if kernel in KERNELS:
         libraries[KERNELS[kernel].library] = _version(KERNELS[kernel].library)
-    return Setup(layer_signature(shape), dtype, kernel, libraries=libraries, **groups.to_json())
+    how = groups.to_json() | {"head_bits": head_bits}
+    return Setup(layer_signature(shape), dtype, kernel, libraries=libraries, **how)
 
 
 def _version(library: str) -> str:

@@ -24,6 +24,9 @@ def wait_briefly() -> None:
 def wait_as_stage_needs(plan: Plan, rank: int) -> None:
     """As the layers of this rank's stage run best."""
     stage = next(stage for stage in plan.stages if stage.rank == rank)
-    quantized = any(bits < UNQUANTIZED_BITS for bits in stage.bits)
+    widths = [*stage.bits]
+    if stage is plan.stages[-1]:
+        widths.append((plan.quant or {}).get("head_bits", UNQUANTIZED_BITS))
+    quantized = any(bits < UNQUANTIZED_BITS for bits in widths)
     if is_whole_stage(stage.kernel) or (stage.kernel == "openvino" and quantized):
         wait_briefly()

@@ -83,6 +83,11 @@ class ModelShape:
         """Weights of one decoder layer that work on a token; all of them but in a mixture of experts."""
         return sum(linear.active_weights for linear in self.linears)
 
+    @property
+    def output_matrix(self) -> Linear:
+        """lm_head."""
+        return Linear("lm_head", self.vocab, self.embed_dim)
+
     def touched_share(self, rows: int) -> float:
         """Share of one decoder layer's quantizable weights that `rows` tokens read."""
         return sum(linear.touched_weights(rows) for linear in self.linears) / self.linear_weights

@@ -19,7 +19,7 @@ from ds_llmpq.cost.memory import MemoryModel
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.planner.problem import SCHEMA, Problem
-from ds_llmpq.quant.packing import UNQUANTIZED_BITS, groups_of, quantization_problem
+from ds_llmpq.quant.packing import UNQUANTIZED_BITS, groups_of, quantization_problem, row_blocks
 from ds_llmpq.schema import PlannerConfig, QuantConfig, WorkloadConfig
 from ds_llmpq.sensitivity.omega import Omega
 from ds_llmpq.sensitivity.prior import prior_omega
@@ -74,16 +74,17 @@ def prepare(
     check_workload(workload, shape)
     kernel, dtype = check_kernel(kernel), common_dtype(cluster, dtype)
     bits, notes = usable_bits(shape, quant)
+    check_head(shape, quant)
     groups = groups_of(quant)
-    memory = MemoryModel(shape, groups, COMPUTE_DTYPES[dtype], kernel)
+    memory = MemoryModel(shape, groups, COMPUTE_DTYPES[dtype], kernel, quant.head_bits)
     if costs_of is None:
 
         def costs_of(device_type: DeviceType) -> LayerCosts:
-            return RooflineCosts(device_type, shape, dtype, groups, kernel)
+            return RooflineCosts(device_type, shape, dtype, groups, kernel, quant.head_bits)
 
     costs = {name: costs_of(device_type) for name, device_type in cluster.device_types.items()}
     for device_type in cluster.device_types.values():
-        notes += [reason for width in bits if (reason := gate(device_type, width, dtype))]
+        notes += [reason for width in {*bits, quant.head_bits} if (reason := gate(device_type, width, dtype))]
     if omega is None:
         omega = prior_omega(shape.layers, bits, shape.fingerprint)
     omega.check_model(shape.layers)
@@ -102,7 +103,9 @@ def prepare(
         },
         "micro_batches": sizes,
         "device_types": {
-            name: _type_entry(device_type, costs[name], bits, dtype, sizes, workload, middle_share(cluster, shape))
+            name: _type_entry(
+                device_type, costs[name], (bits, quant.head_bits), dtype, sizes, workload, middle_share(cluster, shape)
+            )
             for name, device_type in cluster.device_types.items()
         },
         "devices": [
@@ -112,7 +115,7 @@ def prepare(
         "device_order": planner.device_order,
         "memory": _memory_entry(memory, bits, sizes, workload),
         "links": link_table(cluster, shape, COMPUTE_DTYPES[dtype]),
-        "omega": [list(row) for row in omega.for_bits(bits)],
+        "omega": omega_with_head(omega, bits, quant.head_bits),
         "objective": _objective(planner),
     }
     return Prepared(
@@ -167,6 +170,26 @@ def usable_bits(shape: ModelShape, quant: QuantConfig) -> tuple[list[int], list[
     return kept, notes
 
 
+def check_head(shape: ModelShape, quant: QuantConfig) -> None:
+    """UserError: `quant.head_bits` is no width, or one that the output matrix cannot be packed in."""
+    width, (_, out, into, _) = quant.head_bits, shape.output_matrix
+    if width not in BIT_WIDTHS:
+        raise UserError(f"quant.head_bits={width}; it must be one of {', '.join(map(str, BIT_WIDTHS))}")
+    for rows in sorted(set(row_blocks(out, into))):
+        if reason := quantization_problem(rows, into, width, groups_of(quant)):
+            raise UserError(
+                f"quant.head_bits={width}: the output matrix of {out} x {into} cannot be packed ({reason}); set "
+                f"quant.head_bits={UNQUANTIZED_BITS}"
+            )
+
+
+def omega_with_head(omega: Omega, bits: list[int], head_bits: int) -> list[list[float]]:
+    """Layers x `bits`. What the output matrix loses is the same in every plan, and charged to the last layer, which is
+    in every plan: so it counts against a bound on the loss. UserError: a width that omega does not know."""
+    *others, last = omega.for_bits(bits)
+    return [*map(list, others), [value + omega.head_loss(head_bits) for value in last]]
+
+
 def micro_batches(phase: str, given: list[int] | None, sequences: int) -> list[int]:
     """Candidate sizes: the given ones, or powers of two below `sequences` and `sequences` itself."""
     if given is None:
@@ -187,13 +210,14 @@ def _why_not(linear: Any, width: int, quant: QuantConfig) -> str | None:
 def _type_entry(
     device_type: DeviceType,
     costs: LayerCosts,
-    bits: list[int],
+    widths: tuple[list[int], int],
     dtype: str,
     sizes: Mapping[str, list[int]],
     workload: WorkloadConfig,
     middle: float,
 ) -> dict[str, Any]:
-    """Tables of one device type. Decode is costed at the mean length: the prompt and half of what is generated.
+    """Tables of one device type, for layers and the output matrix at `widths`. Decode is costed at the mean length: the
+    prompt and half of what is generated.
 
     What a pass costs beside its layers goes to the end stages with embedding and head, and `middle` of a middle
     stage's to every layer.
@@ -212,7 +236,9 @@ def _type_entry(
             for size, time in found.items()
         }
 
+    bits, head_bits = widths
     feasible = [width for width in bits if gate(device_type, width, dtype) is None]
+    with_head = {phase: [] if gate(device_type, head_bits, dtype) else sizes[phase] for phase in sizes}
     return {
         "bits": feasible,
         "prefill_layer_seconds": {
@@ -227,13 +253,13 @@ def _type_entry(
             str(size): costs.embed_seconds(size, prompt) + over["prefill"][size].first for size in sizes["prefill"]
         },
         "prefill_head_seconds": {
-            str(size): costs.head_seconds(size) + over["prefill"][size].last for size in sizes["prefill"]
+            str(size): costs.head_seconds(size) + over["prefill"][size].last for size in with_head["prefill"]
         },
         "decode_embed_seconds": {
             str(size): costs.embed_seconds(size, 1) + over["decode"][size].first for size in sizes["decode"]
         },
         "decode_head_seconds": {
-            str(size): costs.head_seconds(size) + over["decode"][size].last for size in sizes["decode"]
+            str(size): costs.head_seconds(size) + over["decode"][size].last for size in with_head["decode"]
         },
     }
 
@@ -250,7 +276,7 @@ def _memory_entry(
         "kv_bytes_per_sequence_layer": memory.kv_bytes_per_sequence_layer(capacity),
         "embed_bytes": memory.embed_bytes(),
         "head_bytes": memory.head_bytes(),
-        "tied_head": memory.shape.tied_embeddings,
+        "tied_head": memory.shares_embedding,
         "workspace_bytes": {
             "prefill": {str(size): value for size, value in prefill.items()},
             "decode": {str(size): value for size, value in decode.items()},

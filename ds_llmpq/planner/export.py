@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ds_llmpq.errors import UserError
 from ds_llmpq.planner.plan import Plan, PlanStage
@@ -32,7 +32,11 @@ def export(plan: Plan, to: str) -> Export:
     """UserError: an unknown target, or a plan that it cannot express at all."""
     if to not in TARGETS:
         raise UserError(f"to={to!r}; export knows {', '.join(TARGETS)}")
-    return _vllm(plan) if to == "vllm" else _llama_cpp(plan)
+    found = _vllm(plan) if to == "vllm" else _llama_cpp(plan)
+    head_bits = (plan.quant or {}).get("head_bits", 16)
+    if head_bits == 16:
+        return found
+    return replace(found, notes=(*found.notes, f"The output matrix at {head_bits} bits is not carried over."))
 
 
 def layers_by_width(plan: Plan) -> dict[int, list[int]]:

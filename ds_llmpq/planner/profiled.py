@@ -30,11 +30,11 @@ def profiled_costs(
     folder = Path(planner.profile).expanduser().absolute()
     dtype = common_dtype(cluster, dtype)
     groups = groups_of(quant)
-    setup = current_setup(shape, dtype, kernel, groups)
+    setup = current_setup(shape, dtype, kernel, groups, quant.head_bits)
     model = load_model(folder, shape, setup, planner.profile_force)
 
     def costs_of(device_type: DeviceType) -> FittedCosts:
-        roofline = RooflineCosts(device_type, shape, dtype, groups, kernel)
+        roofline = RooflineCosts(device_type, shape, dtype, groups, kernel, quant.head_bits)
         return FittedCosts(device_type, model, roofline)
 
     table = (folder if folder.is_dir() else folder.parent) / "links.csv"

@@ -2,7 +2,8 @@
 
 It is a Hugging Face folder: safetensors shards with an index, `quantization_config` in config.json, the tokenizer. One
 shard holds one pipeline layer, so a rank opens only its own. A quantized linear `NAME` is stored as `NAME.W_q` (HQQ's
-packing), `NAME.scale` and `NAME.zero` (float32, so that one checkpoint serves every compute type), `NAME.bias`.
+packing), `NAME.scale` and `NAME.zero` (float32, so that one checkpoint serves every compute type), `NAME.bias`. A
+quantized output matrix is stored in blocks of rows (`row_blocks`), `lm_head.0` and on, also where the model ties it.
 """
 
 from __future__ import annotations
@@ -20,22 +21,25 @@ from ds_llmpq.errors import UserError
 from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.models.prequantized import QUANT_METHOD
 from ds_llmpq.quant.hqq import STORED_PARTS, restored_linear
-from ds_llmpq.quant.packing import UNQUANTIZED_BITS, Groups, groups_of
+from ds_llmpq.quant.packing import UNQUANTIZED_BITS, Groups, groups_of, row_blocks
 from ds_llmpq.schema import QuantConfig
 
 MANIFEST = "quantized.json"
+HEAD = "lm_head"
 FORMAT = 1
 _READ_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a checkpoint is kept: one width per decoder layer and HQQ's settings, which are those of `QuantConfig`."""
+    """How a checkpoint is kept: one width per decoder layer, one of the output matrix, and HQQ's settings, which are
+    those of `QuantConfig`."""
 
     bits: tuple[int, ...]
     groups: Groups
     optimize: bool
     source_fingerprint: str
+    head_bits: int = UNQUANTIZED_BITS
 
     def to_json(self) -> dict[str, Any]:
         """The `quantization_config` of config.json."""
@@ -43,6 +47,7 @@ class Recipe:
             "quant_method": QUANT_METHOD,
             "format": FORMAT,
             "bits": list(self.bits),
+            "head_bits": self.head_bits,
             **self.groups.to_json(),
             "optimize": self.optimize,
             "scale_dtype": "float32",
@@ -51,7 +56,8 @@ class Recipe:
 
     @property
     def quant(self) -> QuantConfig:
-        return QuantConfig(bits=sorted(set(self.bits)), optimize=self.optimize, **self.groups.to_json())
+        groups = self.groups.to_json()
+        return QuantConfig(sorted(set(self.bits)), optimize=self.optimize, head_bits=self.head_bits, **groups)
 
 
 def read_recipe(path: str | Path) -> Recipe | None:
@@ -78,6 +84,7 @@ def read_recipe(path: str | Path) -> Recipe | None:
             groups_of(settings),
             bool(noted["optimize"]),
             str(noted["source_fingerprint"]),
+            int(noted.get("head_bits", UNQUANTIZED_BITS)),
         )
     except (UserError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{file} has no usable quantization_config ({error}); quantize the model again.") from None
@@ -100,9 +107,16 @@ class QuantizedCheckpoint(Checkpoint):
     def check_layer(self, index: int, bits: int, quant: QuantConfig) -> None:
         """`UserError` if a decoder layer is not kept as asked."""
         kept = self.recipe.bits[index] if index < len(self.recipe.bits) else None
+        self._check(f"Layer {index}", kept, bits, quant)
+
+    def check_head(self, quant: QuantConfig) -> None:
+        """`UserError` if the output matrix is not kept as asked."""
+        self._check("The output matrix", self.recipe.head_bits, quant.head_bits, quant)
+
+    def _check(self, what: str, kept: int | None, bits: int, quant: QuantConfig) -> None:
         again = f"run `ds-llmpq quantize plan=... out={self.path}` again, it keeps the layers that did not change"
         if kept != bits:
-            raise UserError(f"Layer {index} is kept at {kept} bits in {self.path}, but {bits} are asked for; {again}.")
+            raise UserError(f"{what} is kept at {kept} bits in {self.path}, but {bits} are asked for; {again}.")
         if bits == UNQUANTIZED_BITS:
             return
         asked = groups_of(quant).to_json()
@@ -126,6 +140,13 @@ class QuantizedCheckpoint(Checkpoint):
         tensors = self.tensors([prefix + part for part in STORED_PARTS])
         parts = {stored.removeprefix(prefix): tensor for stored, tensor in tensors}
         return restored_linear(parts, shape, bias, bits, self.recipe.quant, dtype, device)
+
+    def output_matrix(
+        self, shape: tuple[int, int], bits: int, dtype: torch.dtype, device: torch.device
+    ) -> list[HQQLinear]:
+        """The blocks of the quantized output matrix [vocabulary, features]."""
+        sizes = enumerate(row_blocks(*shape))
+        return [self.linear(f"{HEAD}.{number}", (rows, shape[1]), None, bits, dtype, device) for number, rows in sizes]
 
     def _open(self, shard: str):
         if shard not in self._verified:

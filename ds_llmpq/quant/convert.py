@@ -43,6 +43,17 @@ class KernelLinear(nn.Module):
         return outputs if self.bias is None else outputs + self.bias
 
 
+class RowBlocks(nn.Module):
+    """One matrix kept in blocks of rows, none of which has a bias."""
+
+    def __init__(self, blocks: Sequence[nn.Module]):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return torch.cat([block(inputs) for block in self.blocks], dim=-1)
+
+
 class _Shared:
     """One product whose outputs several linears hand out, each once for each input."""
 
@@ -79,6 +90,15 @@ def converted(
     shared = _Shared(product, [linear.out_features for linear in linears])
     biases = [None if linear.bias is None else linear.bias.to(dtype) for linear in linears]
     return [KernelLinear(shared, place, bias) for place, bias in enumerate(biases)]
+
+
+def output_matrix(name: str, blocks: Sequence[HQQLinear], bits: int, groups: Groups, dtype: torch.dtype) -> nn.Module:
+    """A matrix quantized in blocks of rows, as one product where kernel `name` takes it; computes in `dtype`."""
+    out, into = sum(block.out_features for block in blocks), blocks[0].in_features
+    if runs(name, out, into, bits, groups) == DEQUANTIZE:
+        return RowBlocks(blocks)
+    product = product_of(name, stacked([unpack(block) for block in blocks]), bits, dtype)
+    return KernelLinear(_Shared(product, [out]), 0, None)
 
 
 def _maker(name: str) -> Callable[[Unpacked, int, torch.dtype], Product]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from ds_llmpq.errors import UserError
 from ds_llmpq.quant.optimize import fast_optimizer
-from ds_llmpq.quant.packing import groups_of, quantization_problem
+from ds_llmpq.quant.packing import groups_of, quantization_problem, row_blocks
 from ds_llmpq.schema import QuantConfig
 
 STORED_PARTS = ("W_q", "scale", "zero")
@@ -41,6 +41,14 @@ def quantize_linear(
             compute_dtype=dtype,
             device=str(device),
         )
+
+
+def quantize_rows(
+    weight: torch.Tensor, bits: int, quant: QuantConfig, dtype: torch.dtype, device: torch.device
+) -> list[HQQLinear]:
+    """An output matrix as `row_blocks` cuts it, each block a linear of its own."""
+    blocks = weight.split(row_blocks(*weight.shape))
+    return [quantize_linear(block, None, bits, quant, dtype, device) for block in blocks]
 
 
 def restored_linear(

@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 
 from ds_llmpq.errors import UserError
-from ds_llmpq.quant.packing import UNQUANTIZED_BITS, Groups, packed_linear_bytes
+from ds_llmpq.quant.packing import UNQUANTIZED_BITS, Groups, packed_linear_bytes, row_blocks
 from ds_llmpq.schema import QuantConfig
 
 AUTO = "auto"
@@ -152,7 +152,7 @@ def resolved(
     there = [measured] if measured else [name for name in KERNELS if runs_here(name) and shrinks(name, linears)]
     for candidate in there:
         if batch_invariant and is_whole_stage(check_name(candidate)):
-            candidate = KERNELS[candidate].alone
+            candidate = alone(candidate)
         if all(problem(check_name(candidate), kind, dtype, quant, architecture) is None for kind in kinds):
             return replace(quant, kernel=candidate)
     return replace(quant, kernel=DEQUANTIZE)
@@ -160,6 +160,11 @@ def resolved(
 
 def is_whole_stage(name: str | None) -> bool:
     return name in KERNELS and KERNELS[name].whole_stage
+
+
+def alone(name: str) -> str:
+    """What multiplies with a weight by itself, outside of a stage's graph, where kernel `name` is chosen."""
+    return KERNELS[name].alone if is_whole_stage(name) else name
 
 
 def cache_block(name: str | None) -> int:
@@ -177,7 +182,7 @@ def check_invariant(name: str | None, batch_invariant: bool) -> None:
     if batch_invariant and is_whole_stage(name):
         raise UserError(
             f"engine.batch_invariant=true cannot be had with quant.kernel={name}, whose sums depend on all "
-            f"rows of a pass; plan with quant.kernel={KERNELS[name].alone}."
+            f"rows of a pass; plan with quant.kernel={alone(name)}."
         )
 
 
@@ -290,3 +295,15 @@ def layer_linear_bytes(
         else:
             total += held_bytes(name, out, into, bits, groups.of(bits, into), dtype_bytes)
     return total
+
+
+def output_matrix_bytes(
+    name: str, out_features: int, in_features: int, bits: int, groups: Groups, dtype_bytes: int
+) -> int:
+    """Bytes of the matrix behind the last layer at `bits`: multiplied as one where a kernel takes it, else kept in
+    `row_blocks`."""
+    name = alone(name)
+    if runs(name, out_features, in_features, bits, groups) != DEQUANTIZE:
+        return held_bytes(name, out_features, in_features, bits, groups.of(bits, in_features), dtype_bytes)
+    blocks = row_blocks(out_features, in_features)
+    return sum(packed_linear_bytes(rows, in_features, bits, groups, dtype_bytes) for rows in blocks)

@@ -18,13 +18,14 @@ from ds_llmpq.errors import UserError
 from ds_llmpq.models.architecture import Architecture, DecoderLayer, architecture_of, check_shape, fill
 from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.quant.checkpoint import QuantizedCheckpoint
-from ds_llmpq.quant.convert import converted
+from ds_llmpq.quant.convert import converted, output_matrix
 from ds_llmpq.quant.dense import computes_in_bfloat16, pack_linears
-from ds_llmpq.quant.hqq import linear_names, quantize_linear
+from ds_llmpq.quant.hqq import linear_names, quantize_linear, quantize_rows
 from ds_llmpq.quant.kernels import (
     AUTO,
     DEQUANTIZE,
     KERNELS,
+    alone,
     check_name,
     grouped,
     is_whole_stage,
@@ -66,7 +67,7 @@ class LayerLoader:
         """The kernel of decoder layers; `dequantize` for a compute type or setting that it cannot take."""
         name = DEQUANTIZE if self.quant.kernel == AUTO else check_name(self.quant.kernel)
         if is_whole_stage(name) and not self.stage:
-            name = KERNELS[name].alone
+            name = alone(name)
         dtype = str(self.dtype).removeprefix("torch.")
         reason = problem(name, self.device.type, dtype, self.quant, self.config.model_type)
         return DEQUANTIZE if reason else name
@@ -93,6 +94,10 @@ class LayerLoader:
         with torch.device("meta"):
             module = self.architecture.head(self.config)
         names = self.architecture.head_tensors(self.config)
+        if isinstance(self.checkpoint, QuantizedCheckpoint):
+            self.checkpoint.check_head(self.quant)
+        if self.quant.head_bits < UNQUANTIZED_BITS:
+            module.lm_head = self._output_matrix(tuple(module.lm_head.weight.shape), names.pop("lm_head.weight"))
         shared = {local: self._shared[name].data for local, name in names.items() if name in self._shared}
         self._fill(module, {local: name for local, name in names.items() if local not in shared})
         fill(module, shared)
@@ -183,6 +188,18 @@ class LayerLoader:
             return self.checkpoint.linear(path, shape, bias, bits, dtype, self.device)
         weight = self._weight(layer, name, prefix)
         return quantize_linear(weight, bias, bits, self.quant, dtype, self.device)
+
+    def _output_matrix(self, shape: tuple[int, int], name: str) -> nn.Module:
+        """The matrix [vocabulary, features] from the checkpoint's tensor `name`."""
+        kernel, bits, groups = alone(self.kernel), self.quant.head_bits, groups_of(self.quant)
+        dtype = torch.float32 if runs(kernel, *shape, bits, groups) != DEQUANTIZE else self.dtype
+        if isinstance(self.checkpoint, QuantizedCheckpoint):
+            blocks = self.checkpoint.output_matrix(shape, bits, dtype, self.device)
+        else:
+            weight = self._tensor(name)
+            check_shape(name, weight, shape)
+            blocks = quantize_rows(weight, bits, self.quant, dtype, self.device)
+        return output_matrix(kernel, blocks, bits, groups, self.dtype)
 
     def _weight(self, layer: nn.Module, name: str, prefix: str) -> torch.Tensor:
         weight = self._tensor(f"{prefix}{name}.weight")

@@ -17,6 +17,15 @@ UNQUANTIZED_BITS = 16  # stands for the compute type, whatever its width
 PACKED_BITS = (1, 2, 3, 4, 8)
 _WEIGHTS_PER_INTEGER = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}
 _INTEGER_BYTES = {8: 1, 4: 1, 3: 4, 2: 1, 1: 1}
+# An output matrix is quantized and kept in blocks of rows: HQQ works on several copies of a weight, in 32 bits.
+_BLOCK_WEIGHTS = 1 << 24
+_BLOCK_ROWS = 64  # blocks but the last are multiples of so many
+
+
+def row_blocks(out_features: int, in_features: int) -> list[int]:
+    """Rows of each block of an output matrix [out_features, in_features], in order."""
+    rows = max(_BLOCK_ROWS, _BLOCK_WEIGHTS // in_features // _BLOCK_ROWS * _BLOCK_ROWS)
+    return [min(rows, out_features - start) for start in range(0, out_features, rows)]
 
 
 @dataclass(frozen=True)

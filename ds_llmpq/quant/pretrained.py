@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.architecture import architecture_of, fill
-from ds_llmpq.quant.checkpoint import QuantizedCheckpoint, read_recipe
+from ds_llmpq.quant.checkpoint import HEAD, QuantizedCheckpoint, read_recipe
+from ds_llmpq.quant.convert import RowBlocks
 from ds_llmpq.quant.hqq import linear_names
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS
 
@@ -32,6 +33,9 @@ def load_quantized(
     del config.quantization_config
     config._attn_implementation = None  # transformers' own choice; the pipeline's layers ask for sdpa
     dtype = dtype or config.dtype or torch.float32
+    own_head = recipe.head_bits < UNQUANTIZED_BITS
+    if own_head:
+        config.tie_word_embeddings = False
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     architecture = architecture_of(config)
@@ -43,6 +47,9 @@ def load_quantized(
             bias = None if linear.bias is None else _tensor(checkpoint, f"{prefix}{name}.bias", dtype, device)
             shape = (linear.out_features, linear.in_features)
             layer.set_submodule(name, checkpoint.linear(prefix + name, shape, bias, bits, dtype, device))
+    if own_head:
+        shape = tuple(model.get_submodule(HEAD).weight.shape)
+        model.set_submodule(HEAD, RowBlocks(checkpoint.output_matrix(shape, recipe.head_bits, dtype, device)))
     _fill_rest(model, checkpoint, dtype, device)
     return model.eval()
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hqq.core.quantize import HQQLinear
 from safetensors.torch import save_file
 
 from ds_llmpq.errors import UserError
@@ -25,8 +26,8 @@ from ds_llmpq.files import write_json
 from ds_llmpq.models.architecture import architecture_of
 from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.models.fingerprint import fingerprint
-from ds_llmpq.quant.checkpoint import FORMAT, MANIFEST, Recipe, file_sha256
-from ds_llmpq.quant.hqq import linear_names, quantize_linear, stored_parts
+from ds_llmpq.quant.checkpoint import FORMAT, HEAD, MANIFEST, Recipe, file_sha256
+from ds_llmpq.quant.hqq import linear_names, quantize_linear, quantize_rows, stored_parts
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS, groups_of
 from ds_llmpq.schema import QuantConfig
 
@@ -78,10 +79,11 @@ class _Writer:
     def made_from(self, number: int) -> dict[str, Any]:
         """Everything that decides what a shard holds."""
         made_from: dict[str, Any] = {"source": self.recipe.source_fingerprint}
-        if 0 < number < len(self.names) - 1:
-            made_from["bits"] = self.recipe.bits[number - 1]
-            if made_from["bits"] < UNQUANTIZED_BITS:
-                made_from |= self._settings(made_from["bits"]) | {"recipe": _RECIPE_VERSION}
+        bits = [UNQUANTIZED_BITS, *self.recipe.bits, self.recipe.head_bits][number]
+        if self.names[number].startswith("layer"):
+            made_from["bits"] = bits
+        if bits < UNQUANTIZED_BITS:
+            made_from |= {"bits": bits, **self._settings(bits), "recipe": _RECIPE_VERSION}
         return made_from
 
     def _settings(self, bits: int) -> dict[str, Any]:
@@ -97,9 +99,19 @@ class _Writer:
         if number == 0:
             return dict(self.source.tensors(embedding))
         if number > layers:
-            head = self.architecture.head_tensors(config).values()
-            return dict(self.source.tensors([name for name in head if name not in embedding]))
+            return self._head(embedding)
         return self._layer(number - 1)
+
+    def _head(self, embedding: list[str]) -> dict[str, torch.Tensor]:
+        """Without what is one with the embedding, unless that is quantized here."""
+        names = self.architecture.head_tensors(self.source.config)
+        stored: dict[str, torch.Tensor] = {}
+        if self.recipe.head_bits < UNQUANTIZED_BITS:
+            ((_, matrix),) = self.source.tensors([names.pop("lm_head.weight")])
+            blocks = quantize_rows(matrix, self.recipe.head_bits, self.recipe.quant, torch.float32, self.device)
+            for number, block in enumerate(blocks):
+                stored |= _stored(block, f"{HEAD}.{number}.")
+        return stored | dict(self.source.tensors([name for name in names.values() if name not in embedding]))
 
     def _layer(self, index: int) -> dict[str, torch.Tensor]:
         with torch.device("meta"):
@@ -112,8 +124,7 @@ class _Writer:
                 stored[name] = tensor
                 continue
             linear = quantize_linear(tensor, None, bits, self.recipe.quant, torch.float32, self.device)
-            for part, value in stored_parts(linear).items():
-                stored[f"{name.removesuffix('weight')}{part}"] = value.cpu().contiguous()
+            stored |= _stored(linear, name.removesuffix("weight"))
         return stored
 
     def _kept(self, name: str, file: str, made_from: dict[str, Any]) -> bool:
@@ -164,7 +175,8 @@ def write_quantized(
     on_written: Callable[[int, int], None] = lambda done, total: None,
     trust_remote_code: bool = False,
 ) -> Written:
-    """Writes the checkpoint `source` with decoder layer i at `bits[i]` (16: as it is) into the folder `out`.
+    """Writes the checkpoint `source` with decoder layer i at `bits[i]` and the output matrix at `quant.head_bits` (16:
+    as they are) into the folder `out`.
 
     `on_written(done, total)` is called after each pipeline layer. Raises `UserError`: a wrong number of widths, a shape
     that HQQ cannot pack, a source that is itself quantized, no room.
@@ -178,7 +190,7 @@ def write_quantized(
         raise UserError(f"{source} is quantized already; give the full-precision checkpoint as model.path.")
     if folder.resolve() == checkpoint.path.resolve():
         raise UserError(f"out={out} is the model's own folder; give another.")
-    recipe = Recipe(tuple(bits), groups_of(quant), quant.optimize, fingerprint(source))
+    recipe = Recipe(tuple(bits), groups_of(quant), quant.optimize, fingerprint(source), quant.head_bits)
     folder.mkdir(parents=True, exist_ok=True)
     if not _parts(folder) and any(folder.glob("*.safetensors")):
         raise UserError(f"out={out} holds other safetensors files; give an empty folder, or one to go on with.")
@@ -195,6 +207,10 @@ def write_quantized(
         raise UserError(f"{folder} cannot be written ({error.strerror or error}); make room or give another.") from None
     source_bytes = sum(file.stat().st_size for file in checkpoint.path.glob("*.safetensors"))
     return Written(len(writer.names), writer.reused, total, source_bytes, time.perf_counter() - started)
+
+
+def _stored(linear: HQQLinear, prefix: str) -> dict[str, torch.Tensor]:
+    return {f"{prefix}{part}": value.cpu().contiguous() for part, value in stored_parts(linear).items()}
 
 
 def _parts(folder: Path) -> dict[str, dict[str, Any]]:

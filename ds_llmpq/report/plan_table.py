@@ -18,7 +18,7 @@ def plan_table(plan: Plan) -> str:
             stage.device,
             stage.device_type,
             f"{stage.layers[0]}-{stage.layers[1] - 1}",
-            bits_text(stage.bits),
+            bits_text(stage.bits) + _head_text(plan, index),
             " + ".join(
                 f"{name} {size(stage.memory_bytes[name])}" for name in stage.memory_bytes if stage.memory_bytes[name]
             ),
@@ -36,6 +36,12 @@ def plan_table(plan: Plan) -> str:
 def bits_text(bits: Sequence[int]) -> str:
     """Runs of equal widths: `4x3 8x2` is three layers at 4 bits, then two at 8."""
     return " ".join(f"{width}x{len(list(run))}" for width, run in groupby(bits))
+
+
+def _head_text(plan: Plan, index: int) -> str:
+    """Width of the output matrix, where it is quantized, on the stage that holds it."""
+    width = (plan.quant or {}).get("head_bits", 16)
+    return f" head {width}" if width < 16 and index == len(plan.stages) - 1 else ""
 
 
 def size(amount: float) -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ from ds_llmpq.quant.packing import UNQUANTIZED_BITS
 from ds_llmpq.schema import QuantConfig
 
 Bits = tuple[int, ...]
+Variant = TypeVar("Variant")
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Layerwise:
         self.layers = checkpoint.config.num_hidden_layers
         self.inputs, self.targets = tokens[:, :-1].to(device), tokens[:, 1:].to(device)
         self.rows_at_once = rows_at_once
+        quant = replace(quant, head_bits=UNQUANTIZED_BITS)
         self._loader = LayerLoader(checkpoint, [UNQUANTIZED_BITS] * self.layers, quant, dtype, device)
         self._positional = self._loader.architecture.positional(checkpoint.config)
         _check_length(checkpoint, self.inputs.shape[1])
@@ -75,8 +78,9 @@ class Layerwise:
         self._loader.bits[index] = bits
         return self._loader.decoder_layer(index)
 
-    def head(self) -> nn.Module:
-        return self._loader.head()
+    def head(self, bits: int = UNQUANTIZED_BITS) -> nn.Module:
+        loader = replace(self._loader, quant=replace(self._loader.quant, head_bits=bits))
+        return loader.head()
 
     @torch.inference_mode()
     def through(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
@@ -119,8 +123,18 @@ def measure(
         for index in range(model.layers):
             states = _next_states(model, states, [full, *group], index)
             on_layer(number * model.layers + index + 1, len(groups) * model.layers)
-        found |= _scores(model, states, full)
+        found |= _compared(model, states, full, dict.fromkeys(states, model.head()))
     return {variant: found[variant] for variant in variants}
+
+
+def measure_head(model: Layerwise, bits: int) -> Measured:
+    """What the output matrix alone loses at `bits`."""
+    hidden = model.embedded()
+    for index in range(model.layers):
+        hidden = model.through(model.layer(index), hidden)
+    return _compared(model, {"full": hidden, bits: hidden}, "full", {"full": model.head(), bits: model.head(bits)})[
+        bits
+    ]
 
 
 def _next_states(model: Layerwise, states: dict[Bits, torch.Tensor], variants: list[Bits], index: int):
@@ -136,14 +150,16 @@ def _next_states(model: Layerwise, states: dict[Bits, torch.Tensor], variants: l
 
 
 @torch.inference_mode()
-def _scores(model: Layerwise, states: dict[Bits, torch.Tensor], full: Bits) -> dict[Bits, Measured]:
-    head = model.head()
+def _compared(
+    model: Layerwise, states: dict[Variant, torch.Tensor], full: Variant, heads: dict[Variant, nn.Module]
+) -> dict[Variant, Measured]:
+    """Every variant's last hidden states under its head, against those of `full`."""
     sums = {variant: torch.zeros(3, dtype=torch.float64) for variant in states}
     for row in range(len(model.inputs)):
         target = model.targets[row]
-        reference = model.logits(head, states[full][row : row + 1])[0].log_softmax(-1)
+        reference = model.logits(heads[full], states[full][row : row + 1])[0].log_softmax(-1)
         for variant, hidden in states.items():
-            found = model.logits(head, hidden[row : row + 1])[0].log_softmax(-1)
+            found = model.logits(heads[variant], hidden[row : row + 1])[0].log_softmax(-1)
             increase = F.nll_loss(found, target, reduction="none") - F.nll_loss(reference, target, reduction="none")
             kl = (reference.exp() * (reference - found)).sum(-1)
             sums[variant] += torch.stack([part.double().sum().cpu() for part in (increase, increase**2, kl)])

@@ -15,11 +15,11 @@ from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.models.corpus import CALIBRATION, calibration_rows, read_text
 from ds_llmpq.models.fingerprint import fingerprint
 from ds_llmpq.models.tokenizer import load_tokenizer
-from ds_llmpq.quant.packing import groups_of, quantization_problem
+from ds_llmpq.quant.packing import UNQUANTIZED_BITS, groups_of, quantization_problem
 from ds_llmpq.schema import CalibrationConfig, QuantConfig
 from ds_llmpq.sensitivity import indicators
 from ds_llmpq.sensitivity.calibrate import calibrated, loss_per_kl
-from ds_llmpq.sensitivity.layerwise import Layerwise, Measured, measure, peak_memory_bytes
+from ds_llmpq.sensitivity.layerwise import Layerwise, Measured, measure, measure_head, peak_memory_bytes
 from ds_llmpq.sensitivity.omega import Omega
 from ds_llmpq.sensitivity.progress import Progress
 
@@ -66,6 +66,9 @@ def make_omega(request: Request) -> Omega:
     indicator_seconds = time.perf_counter() - started
     uniform = _whole_model(request, model, widths)
     table, notes = calibrated(raw, uniform)
+    ratio, head = loss_per_kl(uniform), {}
+    if quant.head_bits < UNQUANTIZED_BITS:
+        head[quant.head_bits] = ratio * measure_head(model, quant.head_bits).kl
     details: dict[str, Any] = {
         "text": text.name,
         "rows": calibration.rows,
@@ -73,7 +76,7 @@ def make_omega(request: Request) -> Omega:
         "quant": {**groups_of(quant).to_json(), "optimize": quant.optimize},
         "raw": raw,
         "whole_model": dict(zip(map(str, widths), notes, strict=True)),
-        "loss_per_kl": loss_per_kl(uniform),
+        "loss_per_kl": ratio,
         "indicator_seconds": indicator_seconds,
         "calibration_seconds": time.perf_counter() - started - indicator_seconds,
         "peak_memory_bytes": peak_memory_bytes(request.device),
@@ -87,6 +90,7 @@ def make_omega(request: Request) -> Omega:
         table=tuple(tuple(row) for row in table),
         model_fingerprint=identity["model"],
         calibration_hash=text.sha256,
+        head=head,
         details=details,
     )
 

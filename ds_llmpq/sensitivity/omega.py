@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ _KEYS = (
     "calibration_hash",
     "details",
 )
+_OPTIONAL = ("head",)
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Omega:
     """Predicted increase of the loss, in nats per token, of keeping one layer at one width.
 
     table: layers x bits, non-negative; columns in the order of `bits`. 16 bits costs nothing and may be left out.
+    head: the same of the output matrix, by width; those not listed are not known.
     provenance: assumed (no data seen), estimated (an indicator), fitted (scaled to measurements), measured.
     """
 
@@ -44,6 +46,7 @@ class Omega:
     calibration_hash: str | None = None
     details: Mapping[str, Any] | None = None  # how it was made: plain JSON values
     unit: str = UNIT
+    head: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.provenance not in PROVENANCES:
@@ -60,6 +63,9 @@ class Omega:
             for width, value in zip(self.bits, row, strict=True):
                 if not (math.isfinite(value) and value >= 0):
                     raise UserError(f"omega of layer {layer} at {width} bits is {value}; it must be finite and >= 0")
+        for width, value in self.head.items():
+            if not (math.isfinite(value) and value >= 0):
+                raise UserError(f"omega of the head at {width} bits is {value}; it must be finite and >= 0")
 
     @property
     def layers(self) -> int:
@@ -73,6 +79,17 @@ class Omega:
                 raise UserError(f"omega has no column for {width} bits (it has {has}); make it anew for these widths")
         columns = [self.bits.index(width) if width in self.bits else None for width in bits]
         return tuple(tuple(0.0 if column is None else row[column] for column in columns) for row in self.table)
+
+    def head_loss(self, bits: int) -> float:
+        """Of keeping the output matrix at `bits`; nothing at 16. UserError: a width that is not known."""
+        if bits == 16:
+            return 0.0
+        if bits not in self.head:
+            raise UserError(
+                f"omega does not say what an output matrix at {bits} bits loses; make it anew with "
+                f"quant.head_bits={bits}"
+            )
+        return self.head[bits]
 
     def check_model(self, layers: int, fingerprint: str | None = None) -> None:
         """UserError if the table was made for another model. A missing fingerprint on either side is let pass."""
@@ -89,6 +106,8 @@ class Omega:
 
 def write_omega(path: str | Path, omega: Omega) -> None:
     record = {"schema": SCHEMA, **asdict(omega)}
+    if not omega.head:
+        del record["head"]
     Path(path).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
@@ -108,7 +127,7 @@ def _omega_of(record: Any) -> Omega:
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
         found = record.get("schema") if isinstance(record, dict) else type(record).__name__
         raise UserError(f"schema is {found!r}; this version reads omega schema {SCHEMA}")
-    wrong = sorted(set(_KEYS) ^ set(record))
+    wrong = sorted(set(_KEYS) ^ (set(record) - set(_OPTIONAL)))
     if wrong:
         raise UserError(f"keys {', '.join(wrong)} are missing or unknown; the keys are {', '.join(_KEYS)}")
     bits, table = record["bits"], record["table"]
@@ -120,4 +139,12 @@ def _omega_of(record: Any) -> Omega:
     if any(isinstance(value, int) and abs(value) > _MOST for row in rows for value in row):
         raise UserError(f"table holds a number above {_MOST:.0e}; it is in nats per token")
     fields = {key: record[key] for key in _KEYS if key not in ("schema", "bits", "table")}
-    return Omega(bits=tuple(bits), table=tuple(tuple(map(float, row)) for row in rows), **fields)
+    return Omega(bits=tuple(bits), table=tuple(tuple(map(float, row)) for row in rows), head=_head_of(record), **fields)
+
+
+def _head_of(record: dict[str, Any]) -> dict[int, float]:
+    head = record.get("head", {})
+    known = isinstance(head, dict) and all(width in map(str, range(1, 16)) for width in head)
+    if not known or any(type(value) not in (int, float) or abs(value) > _MOST for value in head.values()):
+        raise UserError("head must be an object of widths below 16 and numbers, in nats per token")
+    return {int(width): float(value) for width, value in head.items()}

@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 
 from ds_llmpq.errors import UserError
+from ds_llmpq.quant.packing import PACKED_BITS
 from ds_llmpq.sensitivity.omega import Omega
 
 # model -> bits -> perplexity on (Wikitext2, PTB, C4)
@@ -46,7 +47,7 @@ def model_loss(bits: int) -> float:
 
 
 def prior_omega(layers: int, bits: Sequence[int], model_fingerprint: str | None = None) -> Omega:
-    """The loss of the whole model, spread evenly over its layers."""
+    """The loss of the whole model, spread evenly over its layers; the output matrix is taken for one of them."""
     row = tuple(model_loss(width) / layers for width in bits)
     return Omega(
         method="prior",
@@ -54,5 +55,6 @@ def prior_omega(layers: int, bits: Sequence[int], model_fingerprint: str | None 
         bits=tuple(bits),
         table=(row,) * layers,
         model_fingerprint=model_fingerprint,
+        head={width: model_loss(width) / layers for width in PACKED_BITS},
         details={"source": "published perplexities of BLOOM-3b and OPT-1.3b", "spread": "even over layers"},
     )

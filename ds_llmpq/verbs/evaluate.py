@@ -52,11 +52,13 @@ def run(settings: EvaluateVerb, out: Path) -> int:
 
 
 def _against_reference(job: ScoreJob, settings: EvaluateVerb, out: Path) -> dict[str, Any]:
-    """Scores the plan with all layers unquantized first, then the plan itself against that."""
+    """Scores the plan with nothing quantized first, then the plan itself against that."""
     file = out / "reference.f32"
     full = replace(
-        job.plan, stages=tuple(replace(stage, bits=(16,) * len(stage.bits)) for stage in job.plan.stages)
-    )  # fmt: skip
+        job.plan,
+        stages=tuple(replace(stage, bits=(16,) * len(stage.bits)) for stage in job.plan.stages),
+        quant={**(job.plan.quant or {}), "head_bits": 16},
+    )
     folder = out / "reference"
     folder.mkdir(exist_ok=True)
     path = str(checkpoint_of(replace(settings, quantized=None), job.plan))

@@ -45,7 +45,7 @@ def run(settings: ProfileVerb, out: Path) -> int:
         for phase in ("prefill", "decode")
     }
     quant, note = _with_kernel(settings, cluster, out, (shape, settings.quant, bits, dtype), (sizes, workload))
-    setup = current_setup(shape, dtype, quant.kernel, groups_of(quant))
+    setup = current_setup(shape, dtype, quant.kernel, groups_of(quant), quant.head_bits)
     task = Task(path, shape, workload, quant, dtype, tuple(bits), sizes, setup, settings.profiling, note)
     bar = Bar()
     try:

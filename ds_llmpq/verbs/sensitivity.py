@@ -43,6 +43,8 @@ def run(settings: SensitivityVerb, out: Path) -> int:
     for file in out.glob("progress.*"):
         file.unlink()
     print(omega_table(omega))
+    for width, loss in omega.head.items():
+        print(f"output matrix at {width} bits: {loss:.2e}")
     details = omega.details
     print(
         f"{omega.method}: {details['indicator_seconds']:.1f} s, and {details['calibration_seconds']:.1f} s to measure "

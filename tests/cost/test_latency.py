@@ -161,3 +161,20 @@ def test_fused_reads_exactly_the_packed_weights():
     assert kernels.weight_bytes_read(SHAPE, 4, "dequantize", Groups(), 2) == 2 * SHAPE.linear_weights
     with pytest.raises(UserError, match="'magic' is not known"):
         kernels.check_kernel("magic")
+
+
+def test_an_output_matrix_of_fewer_bits_reads_less_where_a_kernel_takes_it_and_is_dequantized_elsewhere():
+    def moved(kernel, bits):
+        costs = RooflineCosts(V100, OPT_30B, "float16", kernel=kernel, head_bits=bits)
+        return (costs.head_work(1) - RooflineCosts(V100, OPT_30B, "float16").head_work(1)) * bandwidth
+
+    bandwidth = DATASHEET_BANDWIDTH_SHARE * V100.memory_bandwidth_bytes_per_second
+    weights = OPT_30B.vocab * OPT_30B.embed_dim
+    assert moved("gemlite", 16) == 0
+    # a scale and a zero of 2 bytes for 64 weights
+    assert moved("gemlite", 8) == pytest.approx(weights * (1 + 4 / 64 - 2))
+    assert moved("gemlite", 4) == pytest.approx(weights * (1 / 2 + 4 / 64 - 2))
+    assert moved("fused", 4) == pytest.approx(weights * (1 / 2 + 4 / 64 - 2))
+    assert moved("dequantize", 8) == pytest.approx(weights * (1 + 5 * 2))
+    layer = [RooflineCosts(V100, OPT_30B, "float16", head_bits=bits).decode_seconds(4, 8, 100) for bits in (4, 16)]
+    assert layer[0] == layer[1]

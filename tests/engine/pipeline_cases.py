@@ -179,14 +179,19 @@ class Ranks:
 
 
 class Reference:
-    """A checkpoint in transformers, in one process; `bits` puts HQQ's own layers in the place of its linears."""
+    """A checkpoint in transformers, in one process; `bits` puts HQQ's own layers in the place of its linears, and
+    `head_bits` in that of its output matrix."""
 
-    def __init__(self, path: Path, bits: tuple[int, ...] = (), dtype: str = "float32"):
+    def __init__(self, path: Path, bits: tuple[int, ...] = (), dtype: str = "float32", head_bits: int = 16):
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
         self.model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
         for layer, width in zip(decoder_layers(self.model), bits, strict=False):
             if width < 16:
                 quantize_with_hqq(layer, width, getattr(torch, dtype))
+        if head_bits < 16:
+            alone = nn.ModuleDict({"lm_head": self.model.lm_head})
+            quantize_with_hqq(alone, head_bits, getattr(torch, dtype))
+            self.model.lm_head = alone["lm_head"]
 
     @torch.no_grad()
     def generate(self, prompts: list[tuple[int, ...]], max_tokens: int, eos: tuple[int, ...] = ()) -> list[list[int]]:
@@ -209,8 +214,8 @@ class Reference:
 
 
 @cache
-def reference(path: Path, bits: tuple[int, ...] = (), dtype: str = "float32") -> Reference:
-    return Reference(path, bits, dtype)
+def reference(path: Path, bits: tuple[int, ...] = (), dtype: str = "float32", head_bits: int = 16) -> Reference:
+    return Reference(path, bits, dtype, head_bits)
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -267,9 +272,11 @@ class Draw:
                 return WaveRow(key, prompt, max_tokens)
         raise AssertionError(f"seed {self.seed}: no prompt with clear gaps")
 
-    def case(self, path: Path, stages: int, bits: tuple[int, ...] = ()) -> tuple[Case, list[list[int]]]:
+    def case(
+        self, path: Path, stages: int, bits: tuple[int, ...] = (), head_bits: int = 16
+    ) -> tuple[Case, list[list[int]]]:
         """A random case of up to 7 rows in one or two waves, and the tokens it must give, wave after wave."""
-        model = reference(path, bits)
+        model = reference(path, bits, head_bits=head_bits)
         rows = [self.row(key, model, longest=12, most=12) for key in range(self.random.randint(2, 7))]
         free = [model.generate([row.prompt], row.max_tokens)[0] for row in rows]
         eos: tuple[int, ...] = ()
@@ -286,6 +293,7 @@ class Draw:
             self.permutation(stages),
             micro_batch=(self.random.randint(1, 8), self.random.randint(1, 8)),
             workload=(8, self.random.choice((12, 20)), 12),
+            quant=QUANT | {"head_bits": head_bits},
         )
         return Case(path, plan, waves, eos, label=f"seed {self.seed} {path.name} {plan.micro_batch}"), expected
 

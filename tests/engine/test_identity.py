@@ -41,6 +41,17 @@ def test_mixed_bits_are_identical_to_the_same_hqq_layers(ranks, checkpoint_of, s
     run_and_check(ranks, drawn)
 
 
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_low_bit_output_matrix_is_identical_to_hqq_s(ranks, checkpoint_of, stages):
+    """Tied ones too, whose embedding stays as it is."""
+    variants = ("llama", "llama-biased-tied", "opt-projected-post-norm", "bloom")
+    drawn = [
+        Draw(seed=700 + 10 * stages + index).case(checkpoint_of(variant), stages, head_bits=bits)
+        for index, (variant, bits) in enumerate(zip(variants, (4, 8, 3, 4), strict=True))
+    ]
+    run_and_check(ranks, drawn)
+
+
 def logits_case(path, dtype: str) -> Case:
     draw = Draw(seed=5)
     wave = Wave(tuple(WaveRow(key, draw.prompt(30), 12) for key in range(4)))

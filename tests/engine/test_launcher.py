@@ -31,11 +31,17 @@ def test_only_the_user_s_waiting_time_goes_to_the_ranks(own, verb, expected):
 
 
 @pytest.mark.parametrize(
-    ("kernel", "bits", "expected"),
-    [("openvino", (16, 4), "10000"), ("openvino", (16, 16), None), ("dequantize", (4, 4), None)],
+    ("kernel", "bits", "head_bits", "expected"),
+    [
+        ("openvino", (16, 4), 16, "10000"),
+        ("openvino", (16, 16), 16, None),
+        ("openvino", (16, 16), 8, "10000"),
+        ("dequantize", (4, 4), 8, None),
+    ],
 )
-def test_a_rank_waits_as_its_own_layers_need(own, kernel, bits, expected):
+def test_a_rank_waits_as_its_own_layers_and_output_matrix_need(own, kernel, bits, head_bits, expected):
     other = SimpleNamespace(rank=0, kernel="openvino", bits=(8,))
-    plan = SimpleNamespace(stages=(other, SimpleNamespace(rank=1, kernel=kernel, bits=bits)))
+    stages = (other, SimpleNamespace(rank=1, kernel=kernel, bits=bits))
+    plan = SimpleNamespace(stages=stages, quant={"head_bits": head_bits})
     wait_as_stage_needs(plan, 1)
     assert os.environ.get(VARIABLE) == (own or expected)

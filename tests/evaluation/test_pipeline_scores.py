@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ QUANT = QuantConfig([2, 3, 4, 8, 16], 64, 1, True)
 TEXT = "\n".join(f"def function_{n}(argument):\n    '''Return {n}.'''\n    return argument + {n}\n" for n in range(60))
 
 
-def make_plan(stages, bits=BITS):
+def make_plan(stages, bits=BITS, head_bits=16):
     zero = dict.fromkeys(MEMORY_PARTS, 0.0)
     return Plan(
         model={"path": str(TINY), "fingerprint": fingerprint(TINY)},
@@ -45,7 +46,7 @@ def make_plan(stages, bits=BITS):
         micro_batch={"prefill": 2, "decode": 2},
         predicted=dict.fromkeys(PREDICTED, 0.25),
         solver=SolverReport("hand", 0.0, None, None, 0.0, "checked"),
-        quant={"bits": QUANT.bits, "group_size": 64, "axis": 1, "optimize": True},
+        quant={"bits": QUANT.bits, "group_size": 64, "axis": 1, "optimize": True, "head_bits": head_bits},
         engine={
             "dtype": "float32",
             "stages": [{"kind": "cpu", "slot": rank, "threads": 1, "cpu_share": None} for rank in range(stages)],
@@ -113,6 +114,20 @@ def test_scores_equal_transformers(stages, quantized, text, tmp_path):
     assert increase["predicted"] == 0.25
     assert found["tokens"] == found["compared_tokens"] == len(targets)
     assert not (tmp_path / "out" / "reference.f32").exists()
+
+
+def test_a_low_bit_output_matrix_is_scored_against_the_whole_one(text, tmp_path):
+    plan_file, evaluation = tmp_path / "plan.json", EvaluationConfig(text=str(text), row_tokens=200)
+    write_plan(plan_file, make_plan(1, (16,) * LAYERS, head_bits=3))
+    assert evaluate.run(EvaluateVerb(plan=str(plan_file), evaluation=evaluation), tmp_path / "out") == 0
+    found = json.loads((tmp_path / "out" / "scores.json").read_text())
+    write_quantized(TINY, tmp_path / "low", [16] * LAYERS, replace(QUANT, head_bits=3))
+    rows = rows_of_text(200)
+    kept = torch.cat(reference_logprobs(load_quantized(tmp_path / "low", torch.float32), rows))
+    full = torch.cat(reference_logprobs(AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32), rows))
+    kl = (full.exp() * (full - kept)).sum(-1).double().mean().item()
+    assert kl > 1e-4
+    assert found["kl_nats_per_token"] == pytest.approx(kl, rel=1e-3)
 
 
 def test_harness_task_from_local_files_equals_the_harness_on_transformers(tmp_path, monkeypatch):

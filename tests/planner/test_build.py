@@ -138,6 +138,25 @@ def test_whole_rows_change_their_width_alone():
     assert (apart.layer_bytes[4], apart.layer_bytes[16]) == (rows.layer_bytes[4], rows.layer_bytes[16])
 
 
+def test_an_output_matrix_of_fewer_bits_is_smaller_costs_quality_and_needs_a_device_that_has_the_width():
+    omega = Omega("x", "measured", (4, 8), ((0.5, 0.25),) * 3, head={8: 0.125, 4: 0.75})
+    tied = dataclasses.replace(SHAPE, tied_embeddings=True)
+    plain, eight, four = (
+        make(shape=tied, quant=QuantConfig(bits=[16, 4, 8], head_bits=bits), omega=omega) for bits in (16, 8, 4)
+    )
+    saved = 256 * 100 * (4 - 1) - 2 * 256 * 100 // 64 * 4  # float32 to a byte, with a scale and a zero in groups of 64
+    assert plain.problem.memory.head_bytes - eight.problem.memory.head_bytes == saved
+    assert [built.problem.memory.tied_head for built in (plain, eight)] == [True, False]
+    for built, lost in ((plain, 0.0), (eight, 0.125), (four, 0.75)):
+        assert built.problem.omega[:2] == ((0.0, 0.5, 0.25),) * 2
+        assert built.problem.omega[2] == (lost, 0.5 + lost, 0.25 + lost)
+    gpu, core = (eight.problem.device_types[name] for name in ("gpu", "core"))
+    assert gpu.prefill_head_seconds == gpu.decode_head_seconds == {}
+    assert set(core.decode_head_seconds) == {1, 2, 4, 6}
+    assert set(four.problem.device_types["gpu"].decode_head_seconds) == {1, 2, 4, 6}
+    assert any("gpu has no kernel for 8 bits" in note for note in eight.notes)
+
+
 def test_problem_survives_json_and_is_what_build_problem_gives():
     built = make()
     assert Problem.from_json(built.problem.to_json()) == built.problem
@@ -206,6 +225,12 @@ def test_widths_that_cannot_be_packed_are_left_out_with_a_reason():
         ({"workload": WorkloadConfig(6, None, 1)}, r"workload\.prompt_tokens=None"),
         ({"workload": WorkloadConfig(6, 20, 0)}, r"workload\.generated_tokens=0"),
         ({"quant": QuantConfig(bits=[])}, "is empty"),
+        ({"quant": QuantConfig(head_bits=5)}, "quant.head_bits=5; it must be one of"),
+        ({"quant": QuantConfig([16], group_size=24, head_bits=4)}, "output matrix of 100 x 256 cannot be packed"),
+        (
+            {"quant": QuantConfig([16], head_bits=4), "omega": Omega("x", "measured", (4,), ((1.0,),) * 3)},
+            "make it anew with quant.head_bits=4",
+        ),
         ({"quant": QuantConfig(bits=[5])}, "each width once"),
         ({"quant": QuantConfig(bits=[4, 4])}, "each width once"),
         ({"quant": QuantConfig(bits=[4], axis=2)}, "axis 2"),

@@ -106,3 +106,10 @@ def test_what_cannot_be_said_is_refused():
 
 def test_layers_by_width_begins_with_the_commonest():
     assert layers_by_width(plan()) == {4: [0, 1, 4, 5], 8: [2], 16: [3]}
+
+
+def test_a_low_bit_output_matrix_is_said_to_stay_behind():
+    low = replace(plan(), quant={"group_size": 64, "head_bits": 8})
+    for target in ("vllm", "llama_cpp"):
+        assert export(low, target).notes[-1] == "The output matrix at 8 bits is not carried over."
+        assert not any("output matrix" in note for note in export(plan(), target).notes)

@@ -9,8 +9,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from transformers import AutoModelForCausalLM
+
 from ds_llmpq.errors import UserError
+from ds_llmpq.models.corpus import CALIBRATION, calibration_rows, read_text
 from ds_llmpq.models.fingerprint import fingerprint
+from ds_llmpq.models.tokenizer import load_tokenizer
+from ds_llmpq.quant.hqq import quantize_linear
 from ds_llmpq.schema import CalibrationConfig, QuantConfig
 from ds_llmpq.sensitivity.calibrate import calibrated, loss_per_kl
 from ds_llmpq.sensitivity.layerwise import Measured
@@ -53,6 +58,26 @@ def test_whole_rows_are_noted_and_measured(path, tmp_path):
     assert plain.details["quant"] == {"group_size": 64, "axis": 1, "whole_rows": [], "optimize": True}
     assert rows.details["quant"] == plain.details["quant"] | {"whole_rows": [8]}
     assert rows.table != plain.table
+
+
+def test_what_the_output_matrix_loses_is_measured_and_changes_no_layer_s(path, tmp_path):
+    asked = request(path, tmp_path / "head")
+    plain, low = (
+        make_omega(replace(asked, folder=tmp_path / str(bits), quant=replace(asked.quant, head_bits=bits)))
+        for bits in (16, 2)
+    )
+    assert plain.head == {}
+    assert low.table == plain.table
+    rows = calibration_rows(read_text(None, CALIBRATION), load_tokenizer(str(path)), 2, 16)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    with torch.no_grad():
+        exact = model(rows[:, :-1]).logits.log_softmax(-1)
+        weight = model.get_output_embeddings().weight
+        quantized = quantize_linear(weight.data, None, 2, asked.quant, torch.float32, torch.device("cpu")).dequantize()
+        weight.data = quantized
+        found = model(rows[:, :-1]).logits.log_softmax(-1)
+    kl = (exact.exp() * (exact - found)).sum(-1).double().mean().item()
+    assert low.head[2] == pytest.approx(low.details["loss_per_kl"] * kl, rel=1e-3)
 
 
 def test_ratio_of_loss_and_divergence():

@@ -20,6 +20,7 @@ def random_omega(generator):
         model_fingerprint="abc",
         calibration_hash=None,
         details={"rows": 3, "text": "x"},
+        head={width: generator.random() for width in generator.sample((3, 4, 8), generator.randrange(3))},
     )
 
 
@@ -38,6 +39,13 @@ def test_columns_by_width():
         omega.for_bits([3])
 
 
+def test_an_output_matrix_costs_nothing_at_16_bits_and_what_is_written_below():
+    omega = Omega("x", "measured", (8,), ((1.0,),), head={8: 0.5})
+    assert (omega.head_loss(16), omega.head_loss(8)) == (0.0, 0.5)
+    with pytest.raises(UserError, match=r"output matrix at 4 bits loses; make it anew with quant\.head_bits=4"):
+        omega.head_loss(4)
+
+
 def test_other_model():
     omega = Omega("x", "measured", (8,), ((1.0,), (3.0,)), model_fingerprint="one")
     omega.check_model(2, "one")
@@ -52,6 +60,11 @@ def test_other_model():
     ("change", "words"),
     [
         ({"schema": 2}, "schema is 2"),
+        ({"head": [1.0]}, "head must be an object"),
+        ({"head": {"x": 1.0}}, "head must be an object"),
+        ({"head": {"16": 1.0}}, "head must be an object"),
+        ({"head": {"8": "x"}}, "head must be an object"),
+        ({"head": {"8": -1.0}}, "head at 8 bits is -1.0"),
         ({"unit": "bits"}, "'bits'"),
         ({"provenance": "guessed"}, "provenance 'guessed'"),
         ({"bits": []}, "at least one"),

@@ -8,6 +8,7 @@ import pytest
 from ds_llmpq.planner import Plan
 from ds_llmpq.planner.planfile import launch_order, read_plan
 from ds_llmpq.report import sweep
+from ds_llmpq.sensitivity.prior import prior_omega
 
 SHAPE = {
     "model_type": "llama",
@@ -63,6 +64,22 @@ def test_a_plan_of_mixed_widths_notes_whole_rows_and_counts_them(call, small, tm
     assert held["rows"]["4"] == held["groups"]["4"]
 
 
+def test_a_low_bit_output_matrix_is_in_plan_table_and_memory(call, small, tmp_path):
+    held, prior = {}, prior_omega(8, [4])
+    for bits in (16, 4):
+        code, out, err = call(
+            "plan", *small, "quant.bits=[4]", f"quant.head_bits={bits}", f"out={tmp_path / str(bits)}"
+        )
+        assert (code, err) == (0, "")
+        plan = read_plan(tmp_path / str(bits) / "plan.json")
+        assert plan.quant["head_bits"] == bits
+        assert (f"head {bits}" in out) is (bits < 16)
+        lost = sum(row[0] for row in prior.table) + prior.head_loss(bits)
+        assert plan.predicted["quality_loss"] == pytest.approx(lost)
+        held[bits] = plan.stages[-1].memory_bytes["head"]
+    assert held[4] < held[16] / 3
+
+
 def test_the_problem_it_wrote_solves_again_without_a_model(call, small, tmp_path):
     call("plan", *small, f"out={tmp_path / 'a'}")
     code, _, _ = call("plan", f"problem={tmp_path / 'a' / 'problem.json'}", f"out={tmp_path / 'b'}")
@@ -89,6 +106,7 @@ def test_an_infeasible_cluster_exits_with_two(call, small, tmp_path):
         (["planner.mode=best"], "best"),
         (["quant.bits=[5]"], "[5]"),
         (["quant.bits=[4]", "quant.group_size=7"], "7"),
+        (["quant.head_bits=7"], "quant.head_bits=7; it must be one of"),
         (["quant.whole_rows=[16]"], "quant.whole_rows=[16]: list each width once"),
         (["quant.whole_rows=[8]", "quant.axis=0"], "set quant.axis=1, or quant.whole_rows=[]"),
         (["planner.omega=/nowhere.json"], "/nowhere.json"),
