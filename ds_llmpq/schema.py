@@ -183,7 +183,8 @@ class BatchConfig:
     ignore_eos: bool = False
     max_row_bytes: int = 4 * 1024 * 1024
     limit: int | None = None  # only the first so many requests
-    order: str = "arrival"  # arrival | prompt_length | predicted_length | bucketed
+    # arrival | prompt_length | predicted_length | bucketed; null: predicted_length, or arrival in a replay
+    order: str | None = None
     predictor: str | None = None  # folder of `lengths train`; null: a request's own limit stands for its length
     # cache positions reserved for an answer: by its own limit, or by the predictor's bound; what overruns is requeued
     admission: str = "worst_case"  # worst_case | q95 | q90

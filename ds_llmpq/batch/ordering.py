@@ -22,8 +22,10 @@ REPLAYS = (None, "trace")
 
 
 def checked(batch: BatchConfig) -> BatchConfig:
-    """`batch` with its predictor as an absolute path. `UserError`: no such order, admission or policy, or a predictor
-    that is missing or of no use."""
+    """`batch` with its order chosen and its predictor as an absolute path. `UserError`: no such order, admission or
+    policy, or a predictor that is missing or of no use."""
+    if batch.order is None:
+        batch = replace(batch, order="arrival" if batch.replay else "predicted_length")
     for name, known in (("order", ORDERINGS), ("admission", ADMISSIONS), ("policy", POLICIES)):
         if getattr(batch, name) not in known:
             raise UserError(f"batch.{name} is {getattr(batch, name)!r} but must be one of {', '.join(known)}.")

@@ -37,18 +37,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tiny_corpus import chat_of, functions_with_docstrings, read_documents
 
 ORDER = {
-    "arrival": [],
+    "arrival": ["batch.order=arrival"],
     "prompt_length": ["batch.order=prompt_length"],
     "predicted_length, lengths known": ["batch.order=predicted_length"],
     "bucketed, lengths known": ["batch.order=bucketed"],
-    "arrival, no refill": ["engine.refill=false"],
+    "arrival, no refill": ["engine.refill=false", "batch.order=arrival"],
     "predicted_length, lengths known, no refill": ["engine.refill=false", "batch.order=predicted_length"],
 }
 ADMISSION = {
-    "worst_case": [],
+    "worst_case": ["batch.order=arrival"],
     "worst_case, longest first": ["batch.order=predicted_length"],
-    "q95": ["batch.admission=q95"],
-    "q90": ["batch.admission=q90"],
+    "q95": ["batch.admission=q95", "batch.order=arrival"],
+    "q90": ["batch.admission=q90", "batch.order=arrival"],
     "q95, longest first": ["batch.admission=q95", "batch.order=predicted_length"],
 }
 KIND = 3  # what does this function do: answers that end far below their limit

@@ -3,7 +3,8 @@
     python scripts/bench/refill.py OUT [--requests 300] [--repeats 3] [--slots 16] [--mean-tokens 177] [--longest 512]
 
 The shipped model in two processes under the real launcher, 16 bits, `engine.batch_invariant`; answer lengths are drawn
-from an exponential distribution cut off at the longest, and end-of-sequence is ignored. Variants take turns.
+from an exponential distribution cut off at the longest, and end-of-sequence is ignored. Variants take turns; the first
+two serve in the file's order, as if no length were known.
 Checked: the answers are the same byte for byte, and no rank's cache is more than its plan says. The resident memory of
 each rank is sampled once a second; its growth is from a quarter of the serving time to the end. OUT keeps every run.
 """
@@ -36,7 +37,8 @@ from length_runs import (
 
 from ds_llmpq.report.plan_table import table
 
-VARIANTS = {"refill": [], "waves": ["engine.refill=false"]}
+_ARRIVAL = "batch.order=arrival"
+VARIANTS = {"refill": [_ARRIVAL], "waves": ["engine.refill=false", _ARRIVAL], "longest_first": []}
 HEAD = ["variant", "runs", "tokens/s", "range", "against waves", "decode passes", "memory of ranks, quarter to end"]
 _MIB = 1 << 20
 

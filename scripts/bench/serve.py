@@ -8,8 +8,9 @@ goes on. Each is warmed up first: ours by a wave of its own, a peer by a short c
 tokens, `--generate` tokens each, greedy, end-of-sequence off, so that every engine does the same work; the medians of
 `--repeats` runs are compared. A peer that is not installed is left out, and said to be. ours-BITSxSTAGES has its
 threads shared out among its stages; `8rows` is 8 bits with one group a row (quant.whole_rows=[8]), as CTranslate2 has
-it; `mix` is half of the layers at 4, half at 8. `--prefill-rows`: most prompts of ours in a prefill pass; OUT does not
-tell them apart, so give each a folder of its own.
+it; `mix` is half of the layers at 4, half at 8. `--prefill-rows`: most prompts of ours in a prefill pass (0: 4 on one
+stage, 1 on more, as the planner takes them, so that the second begins early); `--head-bits`: width of the output matrix
+of ours at 8 bits and below; `--order`. OUT does not tell these apart, so give each a folder of its own.
 
 `--requests 48`: instead, so many requests whose answers have a long tail of lengths (`--generate` on average, cut off
 at three times that), `--batch` of them under way at a time; ours refills its slots.
@@ -49,10 +50,12 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("out")
     parser.add_argument("--batch", type=int, nargs="+", default=[8, 32])
-    sizes = (("prompt", 128), ("generate", 64), ("threads", 2), ("repeats", 3), ("requests", 0), ("prefill-rows", 4))
+    sizes = (("prompt", 128), ("generate", 64), ("threads", 2), ("repeats", 3), ("requests", 0))
+    sizes += (("prefill-rows", 0), ("head-bits", 16))
     for name, default in sizes:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--vllm-python", default=sys.executable, help="vLLM wants an environment of its own")
+    parser.add_argument("--order", default="null", help="batch.order of ours; null: longest answers first")
     parser.add_argument("--only", nargs="+", default=OURS)
     parser.add_argument("--peers", nargs="*", default=PEERS)
     options = parser.parse_args()
@@ -84,16 +87,18 @@ def ours(name: str, options: argparse.Namespace, batch: int, folder: Path) -> di
     """Through `ds-llmpq run` and the real launcher, from a plan by hand."""
     kind, _, stages = name.removeprefix("ours-").rpartition("x")
     layers, stages = read_shape(options.model).layers, int(stages)
+    prefill_rows = min(options.prefill_rows or (4 if stages == 1 else 1), batch)
     cuts = [round(index * layers / stages) for index in range(stages + 1)]
     width = int(kind.removesuffix("rows")) if kind != "mix" else 0
     widths = [width or 4 + 4 * (layer % 2) for layer in range(layers)]
+    head_bits = 16 if width == 16 else options.head_bits
     whole_rows = f"quant.whole_rows=[{width if kind.endswith('rows') else ''}]"
     hand = {
         "stages": [
             {"device": f"localhost:{index}", "layers": [first, last], "bits": widths[first:last]}
             for index, (first, last) in enumerate(itertools.pairwise(cuts))
         ],
-        "micro_batch": {"prefill": min(options.prefill_rows, batch), "decode": batch // stages},
+        "micro_batch": {"prefill": prefill_rows, "decode": batch // stages},
     }
     (folder / "hand.json").write_text(json.dumps(hand))
     # a first wave to warm up, as the peers have one
@@ -117,18 +122,20 @@ def ours(name: str, options: argparse.Namespace, batch: int, folder: Path) -> di
     ]
     plan = [
         "plan", f"model.path={Path(options.model).absolute()}", "cluster=local_cpu2", "quant.optimize=false",
-        whole_rows, f"cluster.hosts.0.devices=[{', '.join(devices)}]", f"check={folder / 'hand.json'}",
+        whole_rows, f"quant.head_bits={head_bits}", f"cluster.hosts.0.devices=[{', '.join(devices)}]",
+        f"check={folder / 'hand.json'}",
         f"workload.sequences={batch}", f"workload.prompt_tokens={options.prompt}",
         f"workload.generated_tokens={max(options.lengths or [options.generate])}", f"out={folder / 'plan'}",
     ]  # fmt: skip
     run = [
         "run", f"plan={folder / 'plan' / 'plan.json'}", f"model.path={Path(options.model).absolute()}",
         f"input={folder / 'prompts.jsonl'}", f"out={folder / 'run'}", f"engine.refill={bool(options.lengths)}",
+        f"batch.order={options.order}",
     ]  # fmt: skip
     for verb in (plan, run):
         if not called([sys.executable, "-m", "ds_llmpq", *verb], folder, {}):
             return None
-    return spans(folder / "run", -(-batch // min(options.prefill_rows, batch)))
+    return spans(folder / "run", -(-batch // prefill_rows))
 
 
 def spans(folder: Path, count: int) -> dict:

@@ -85,6 +85,8 @@ def test_a_predictor_reads_prompts_of_every_kind_and_keeps_to_limits(predictor):
 
 
 def test_order_and_predictor_are_checked_before_anything_starts(predictor, tmp_path):
+    assert checked(BatchConfig()).order == checked(BatchConfig(predictor=str(predictor))).order == "predicted_length"
+    assert checked(BatchConfig(order="arrival")).order == checked(BatchConfig(replay="trace")).order == "arrival"
     assert checked(BatchConfig(order="bucketed", predictor=str(predictor))).predictor == str(predictor)
     for batch in (
         BatchConfig(admission="q95", predictor=str(predictor)),
@@ -101,7 +103,7 @@ def test_order_and_predictor_are_checked_before_anything_starts(predictor, tmp_p
         (BatchConfig(replay="trace", order="bucketed"), "give batch.policy"),
         (BatchConfig(replay="trace", admission="q95", predictor=str(predictor)), "reserves each answer's own limit"),
         (BatchConfig(order="random"), "batch.order is 'random'"),
-        (BatchConfig(predictor=str(predictor)), "of no use"),
+        (BatchConfig(order="arrival", predictor=str(predictor)), "of no use"),
         (BatchConfig(order="bucketed", predictor=str(tmp_path)), "holds no predictor"),
     ):
         with pytest.raises(UserError, match=said):
