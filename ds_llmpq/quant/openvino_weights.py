@@ -20,6 +20,7 @@ import torch
 from openvino import opset13
 
 from ds_llmpq.errors import UserError
+from ds_llmpq.quant.scratch import scratch_folder
 from ds_llmpq.quant.unpacked import Unpacked
 
 _TYPES = {2: openvino.Type.u2, 4: openvino.Type.u4, 8: openvino.Type.u8}
@@ -135,7 +136,7 @@ def _file_backed(parts: list[numpy.ndarray]) -> tuple[mmap.mmap, list[numpy.ndar
         places.append(length)
         length += -(-part.nbytes // _ALIGNMENT) * _ALIGNMENT
     try:
-        with tempfile.TemporaryFile() as file:
+        with tempfile.TemporaryFile(dir=scratch_folder()) as file:
             for place, part in zip(places, parts, strict=True):
                 file.seek(place)
                 file.write(part.data)
@@ -144,7 +145,7 @@ def _file_backed(parts: list[numpy.ndarray]) -> tuple[mmap.mmap, list[numpy.ndar
             mapping = mmap.mmap(file.fileno(), length, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
     except OSError as error:
         raise UserError(
-            f"{tempfile.gettempdir()} has no room for {length / 1e6:.0f} MB of packed weights ({error.strerror}); "
+            f"{scratch_folder()} has no room for {length / 1e6:.0f} MB of packed weights ({error.strerror}); "
             "set TMPDIR to a folder with room, or quant.kernel=dequantize."
         ) from None
     whole = numpy.frombuffer(mapping, numpy.uint8)

@@ -10,7 +10,7 @@ tokens, `--generate` tokens each, greedy, end-of-sequence off, so that every eng
 threads shared out among its stages; `8rows` is 8 bits with one group a row (quant.whole_rows=[8]), as CTranslate2 has
 it; `mix` is half of the layers at 4, half at 8. `--prefill-rows`: most prompts of ours in a prefill pass (0: 4 on one
 stage, 1 on more, as the planner takes them, so that the second begins early); `--head-bits`: width of the output matrix
-of ours at 8 bits and below; `--order`. OUT does not tell these apart, so give each a folder of its own.
+of ours at 8 bits and below; `--longest-first`. OUT does not tell these apart, so give each a folder of its own.
 
 `--requests 48`: instead, so many requests whose answers have a long tail of lengths (`--generate` on average, cut off
 at three times that), `--batch` of them under way at a time; ours refills its slots.
@@ -55,7 +55,7 @@ def main() -> None:
     for name, default in sizes:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--vllm-python", default=sys.executable, help="vLLM wants an environment of its own")
-    parser.add_argument("--order", default="null", help="batch.order of ours; null: longest answers first")
+    parser.add_argument("--longest-first", action="store_true", help="answers of ours in that order, as by default")
     parser.add_argument("--only", nargs="+", default=OURS)
     parser.add_argument("--peers", nargs="*", default=PEERS)
     options = parser.parse_args()
@@ -101,8 +101,9 @@ def ours(name: str, options: argparse.Namespace, batch: int, folder: Path) -> di
         "micro_batch": {"prefill": prefill_rows, "decode": batch // stages},
     }
     (folder / "hand.json").write_text(json.dumps(hand))
-    # a first wave to warm up, as the peers have one
-    waves = [2] * batch, options.lengths or [options.generate] * batch
+    # a first wave to warm up, as the peers have one; it must stay first, so orders are the file's
+    lengths = sorted(options.lengths, reverse=True) if options.longest_first else options.lengths
+    waves = [2] * batch, lengths or [options.generate] * batch
     rows = [
         {
             "custom_id": f"r{index}-of-{len(lengths)}-{tokens}",
@@ -130,7 +131,7 @@ def ours(name: str, options: argparse.Namespace, batch: int, folder: Path) -> di
     run = [
         "run", f"plan={folder / 'plan' / 'plan.json'}", f"model.path={Path(options.model).absolute()}",
         f"input={folder / 'prompts.jsonl'}", f"out={folder / 'run'}", f"engine.refill={bool(options.lengths)}",
-        f"batch.order={options.order}",
+        "batch.order=arrival",
     ]  # fmt: skip
     for verb in (plan, run):
         if not called([sys.executable, "-m", "ds_llmpq", *verb], folder, {}):
