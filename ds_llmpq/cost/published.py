@@ -23,6 +23,7 @@ from ds_llmpq.cluster.devices import DeviceType
 from ds_llmpq.cost.latency import PassOverhead, RooflineCosts
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.shape import ModelShape
+from ds_llmpq.quant.packing import UNQUANTIZED_BITS
 
 FILE = Path(__file__).with_name("published_layers.json")
 KERNEL = "fused"  # its kernels read packed weights; memory has no dequantized copies
@@ -85,6 +86,7 @@ class PublishedCosts:
     device_type: DeviceType
     shape: ModelShape
     dtype: str
+    head_bits: int = UNQUANTIZED_BITS
     notes: dict[str, None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -95,7 +97,9 @@ class PublishedCosts:
                 "cost.source=roofline or a profile"
             )
         self._figures = read_figures()
-        self._here = RooflineCosts(self.device_type, self.shape, self.dtype, kernel=KERNEL)
+        self._here = RooflineCosts(
+            self.device_type, self.shape, self.dtype, kernel=KERNEL, head_bits=self.head_bits
+        )  # fmt: skip
         self._there = RooflineCosts(self.device_type, self._figures.shape, self.dtype, kernel=KERNEL)
         self._weights = self.shape.active_linear_weights / self._figures.shape.linear_weights
 

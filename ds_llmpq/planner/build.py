@@ -19,7 +19,7 @@ from ds_llmpq.cost.memory import MemoryModel
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.planner.problem import SCHEMA, Problem
-from ds_llmpq.quant.packing import UNQUANTIZED_BITS, groups_of, quantization_problem, row_blocks
+from ds_llmpq.quant.packing import UNQUANTIZED_BITS, check_output_matrix, groups_of, quantization_problem
 from ds_llmpq.schema import PlannerConfig, QuantConfig, WorkloadConfig
 from ds_llmpq.sensitivity.omega import Omega
 from ds_llmpq.sensitivity.prior import prior_omega
@@ -74,7 +74,7 @@ def prepare(
     check_workload(workload, shape)
     kernel, dtype = check_kernel(kernel), common_dtype(cluster, dtype)
     bits, notes = usable_bits(shape, quant)
-    check_head(shape, quant)
+    check_output_matrix(shape.vocab, shape.embed_dim, quant)
     groups = groups_of(quant)
     memory = MemoryModel(shape, groups, COMPUTE_DTYPES[dtype], kernel, quant.head_bits)
     if costs_of is None:
@@ -84,7 +84,8 @@ def prepare(
 
     costs = {name: costs_of(device_type) for name, device_type in cluster.device_types.items()}
     for device_type in cluster.device_types.values():
-        notes += [reason for width in {*bits, quant.head_bits} if (reason := gate(device_type, width, dtype))]
+        notes += [reason for width in bits if (reason := gate(device_type, width, dtype))]
+    notes += _without_head(cluster, quant.head_bits)
     if omega is None:
         omega = prior_omega(shape.layers, bits, shape.fingerprint)
     omega.check_model(shape.layers)
@@ -170,19 +171,6 @@ def usable_bits(shape: ModelShape, quant: QuantConfig) -> tuple[list[int], list[
     return kept, notes
 
 
-def check_head(shape: ModelShape, quant: QuantConfig) -> None:
-    """UserError: `quant.head_bits` is no width, or one that the output matrix cannot be packed in."""
-    width, (_, out, into, _) = quant.head_bits, shape.output_matrix
-    if width not in BIT_WIDTHS:
-        raise UserError(f"quant.head_bits={width}; it must be one of {', '.join(map(str, BIT_WIDTHS))}")
-    for rows in sorted(set(row_blocks(out, into))):
-        if reason := quantization_problem(rows, into, width, groups_of(quant)):
-            raise UserError(
-                f"quant.head_bits={width}: the output matrix of {out} x {into} cannot be packed ({reason}); set "
-                f"quant.head_bits={UNQUANTIZED_BITS}"
-            )
-
-
 def omega_with_head(omega: Omega, bits: list[int], head_bits: int) -> list[list[float]]:
     """Layers x `bits`. What the output matrix loses is the same in every plan, and charged to the last layer, which is
     in every plan: so it counts against a bound on the loss. UserError: a width that omega does not know."""
@@ -238,7 +226,7 @@ def _type_entry(
 
     bits, head_bits = widths
     feasible = [width for width in bits if gate(device_type, width, dtype) is None]
-    with_head = {phase: [] if gate(device_type, head_bits, dtype) else sizes[phase] for phase in sizes}
+    with_head = {phase: sizes[phase] if _holds_head(device_type, head_bits) else [] for phase in sizes}
     return {
         "bits": feasible,
         "prefill_layer_seconds": {
@@ -262,6 +250,25 @@ def _type_entry(
             str(size): costs.head_seconds(size) + over["decode"][size].last for size in with_head["decode"]
         },
     }
+
+
+def _holds_head(device_type: DeviceType, head_bits: int) -> bool:
+    """Any type does at 16 bits, whatever the widths of its layers."""
+    return head_bits == UNQUANTIZED_BITS or head_bits in device_type.bits
+
+
+def _without_head(cluster: Cluster, head_bits: int) -> list[str]:
+    """A note for each device type that cannot hold the output matrix. UserError: none can."""
+    types = cluster.device_types.values()
+    found = [f"{entry.name} has no kernel for quant.head_bits={head_bits}" for entry in types
+             if not _holds_head(entry, head_bits)]  # fmt: skip
+    if len(found) == len(types):
+        widths = sorted({width for entry in types for width in entry.bits} | {UNQUANTIZED_BITS})
+        raise UserError(
+            f"quant.head_bits={head_bits}, but no device type of the cluster has that width; use one of "
+            f"{', '.join(map(str, widths))}"
+        )
+    return found
 
 
 def _memory_entry(

@@ -42,6 +42,6 @@ def source_of_costs(
     dtype = common_dtype(cluster, dtype)
 
     def costs_of(device_type: DeviceType) -> published.PublishedCosts:
-        return published.PublishedCosts(device_type, shape, dtype)
+        return published.PublishedCosts(device_type, shape, dtype, quant.head_bits)
 
     return costs_of, cluster, published.KERNEL

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from ds_llmpq.errors import UserError
 from ds_llmpq.planner.plan import Plan, PlanStage
+from ds_llmpq.quant.packing import UNQUANTIZED_BITS
 
 TARGETS = ("vllm", "llama_cpp")
 _GGML = {16: "f16", 8: "q8_0", 4: "q4_k", 3: "q3_k", 2: "q2_k"}
@@ -33,8 +34,8 @@ def export(plan: Plan, to: str) -> Export:
     if to not in TARGETS:
         raise UserError(f"to={to!r}; export knows {', '.join(TARGETS)}")
     found = _vllm(plan) if to == "vllm" else _llama_cpp(plan)
-    head_bits = (plan.quant or {}).get("head_bits", 16)
-    if head_bits == 16:
+    head_bits = (plan.quant or {}).get("head_bits", UNQUANTIZED_BITS)
+    if head_bits == UNQUANTIZED_BITS:
         return found
     return replace(found, notes=(*found.notes, f"The output matrix at {head_bits} bits is not carried over."))
 

@@ -3,7 +3,7 @@
 It is a Hugging Face folder: safetensors shards with an index, `quantization_config` in config.json, the tokenizer. One
 shard holds one pipeline layer, so a rank opens only its own. A quantized linear `NAME` is stored as `NAME.W_q` (HQQ's
 packing), `NAME.scale` and `NAME.zero` (float32, so that one checkpoint serves every compute type), `NAME.bias`. A
-quantized output matrix is stored in blocks of rows (`row_blocks`), `lm_head.0` and on, also where the model ties it.
+quantized output matrix is stored in blocks of `head_rows`, `lm_head.0` and on, also where the model ties it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ds_llmpq.errors import UserError
 from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.models.prequantized import QUANT_METHOD
 from ds_llmpq.quant.hqq import STORED_PARTS, restored_linear
-from ds_llmpq.quant.packing import UNQUANTIZED_BITS, Groups, groups_of, row_blocks
+from ds_llmpq.quant.packing import UNQUANTIZED_BITS, Groups, groups_of
 from ds_llmpq.schema import QuantConfig
 
 MANIFEST = "quantized.json"
@@ -32,14 +32,15 @@ _READ_BYTES = 1 << 22
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a checkpoint is kept: one width per decoder layer, one of the output matrix, and HQQ's settings, which are
-    those of `QuantConfig`."""
+    """How a checkpoint is kept: one width per decoder layer, one of the output matrix and the rows of its blocks, and
+    HQQ's settings, which are those of `QuantConfig`."""
 
     bits: tuple[int, ...]
     groups: Groups
     optimize: bool
     source_fingerprint: str
     head_bits: int = UNQUANTIZED_BITS
+    head_rows: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The `quantization_config` of config.json."""
@@ -48,6 +49,7 @@ class Recipe:
             "format": FORMAT,
             "bits": list(self.bits),
             "head_bits": self.head_bits,
+            "head_rows": list(self.head_rows),
             **self.groups.to_json(),
             "optimize": self.optimize,
             "scale_dtype": "float32",
@@ -85,6 +87,7 @@ def read_recipe(path: str | Path) -> Recipe | None:
             bool(noted["optimize"]),
             str(noted["source_fingerprint"]),
             int(noted.get("head_bits", UNQUANTIZED_BITS)),
+            tuple(int(rows) for rows in noted.get("head_rows", ())),
         )
     except (UserError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{file} has no usable quantization_config ({error}); quantize the model again.") from None
@@ -145,8 +148,16 @@ class QuantizedCheckpoint(Checkpoint):
         self, shape: tuple[int, int], bits: int, dtype: torch.dtype, device: torch.device
     ) -> list[HQQLinear]:
         """The blocks of the quantized output matrix [vocabulary, features]."""
-        sizes = enumerate(row_blocks(*shape))
-        return [self.linear(f"{HEAD}.{number}", (rows, shape[1]), None, bits, dtype, device) for number, rows in sizes]
+        blocks = [
+            self.linear(f"{HEAD}.{number}", (rows, shape[1]), None, bits, dtype, device)
+            for number, rows in enumerate(self.recipe.head_rows)
+        ]
+        if sum(self.recipe.head_rows) != shape[0]:
+            raise UserError(
+                f"{self.path} has {sum(self.recipe.head_rows)} rows of the output matrix instead of {shape[0]}; "
+                "quantize the model again."
+            )
+        return blocks
 
     def _open(self, shard: str):
         if shard not in self._verified:

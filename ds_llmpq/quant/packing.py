@@ -19,7 +19,7 @@ _WEIGHTS_PER_INTEGER = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}
 _INTEGER_BYTES = {8: 1, 4: 1, 3: 4, 2: 1, 1: 1}
 # An output matrix is quantized and kept in blocks of rows: HQQ works on several copies of a weight, in 32 bits.
 _BLOCK_WEIGHTS = 1 << 24
-_BLOCK_ROWS = 64  # blocks but the last are multiples of so many
+_BLOCK_ROWS = 256  # blocks but the last are multiples of so many: a group size along the output divides it
 
 
 def row_blocks(out_features: int, in_features: int) -> list[int]:
@@ -96,6 +96,26 @@ def quantization_problem(out_features: int, in_features: int, bits: int, groups:
     if grouped % group_size:
         return f"group size {group_size} does not divide the grouped side, {grouped}, of {out_features} x {in_features}"
     return None
+
+
+def output_matrix_problem(out_features: int, in_features: int, bits: int, groups: Groups) -> str | None:
+    """Why an output matrix cannot be kept at `bits`, block by block, or None."""
+    reasons = (
+        quantization_problem(rows, in_features, bits, groups) for rows in set(row_blocks(out_features, in_features))
+    )
+    return next(filter(None, reasons), None)
+
+
+def check_output_matrix(out_features: int, in_features: int, quant: QuantConfig) -> None:
+    """`UserError`: `quant.head_bits` is no width, or one that the output matrix cannot be packed in."""
+    width, known = quant.head_bits, (*PACKED_BITS, UNQUANTIZED_BITS)
+    if width not in known:
+        raise UserError(f"quant.head_bits={width}; it must be one of {', '.join(map(str, known))}")
+    if reason := output_matrix_problem(out_features, in_features, width, groups_of(quant)):
+        raise UserError(
+            f"quant.head_bits={width}: the output matrix of {out_features} x {in_features} cannot be packed ({reason})"
+            f"; set quant.head_bits={UNQUANTIZED_BITS}"
+        )
 
 
 def packed_weight_bytes(out_features: int, in_features: int, bits: int, group_size: int, axis: int) -> int:

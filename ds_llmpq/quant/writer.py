@@ -26,9 +26,10 @@ from ds_llmpq.files import write_json
 from ds_llmpq.models.architecture import architecture_of
 from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.models.fingerprint import fingerprint
+from ds_llmpq.models.shape import read_shape
 from ds_llmpq.quant.checkpoint import FORMAT, HEAD, MANIFEST, Recipe, file_sha256
 from ds_llmpq.quant.hqq import linear_names, quantize_linear, quantize_rows, stored_parts
-from ds_llmpq.quant.packing import UNQUANTIZED_BITS, groups_of
+from ds_llmpq.quant.packing import UNQUANTIZED_BITS, check_output_matrix, groups_of, row_blocks
 from ds_llmpq.schema import QuantConfig
 
 _INDEX = "model.safetensors.index.json"
@@ -190,7 +191,12 @@ def write_quantized(
         raise UserError(f"{source} is quantized already; give the full-precision checkpoint as model.path.")
     if folder.resolve() == checkpoint.path.resolve():
         raise UserError(f"out={out} is the model's own folder; give another.")
-    recipe = Recipe(tuple(bits), groups_of(quant), quant.optimize, fingerprint(source), quant.head_bits)
+    shape = read_shape(source)
+    check_output_matrix(shape.vocab, shape.embed_dim, quant)
+    rows = row_blocks(shape.vocab, shape.embed_dim) if quant.head_bits < UNQUANTIZED_BITS else ()
+    recipe = Recipe(
+        tuple(bits), groups_of(quant), quant.optimize, fingerprint(source), quant.head_bits, tuple(rows)
+    )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     if not _parts(folder) and any(folder.glob("*.safetensors")):
         raise UserError(f"out={out} holds other safetensors files; give an empty folder, or one to go on with.")

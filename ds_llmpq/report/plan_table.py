@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 
 from ds_llmpq.planner.plan import Plan, PlanStage
+from ds_llmpq.quant.packing import UNQUANTIZED_BITS
 
 _UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
@@ -40,8 +41,8 @@ def bits_text(bits: Sequence[int]) -> str:
 
 def _head_text(plan: Plan, index: int) -> str:
     """Width of the output matrix, where it is quantized, on the stage that holds it."""
-    width = (plan.quant or {}).get("head_bits", 16)
-    return f" head {width}" if width < 16 and index == len(plan.stages) - 1 else ""
+    width = (plan.quant or {}).get("head_bits", UNQUANTIZED_BITS)
+    return f" head {width}" if width < UNQUANTIZED_BITS and index == len(plan.stages) - 1 else ""
 
 
 def size(amount: float) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +24,6 @@ from ds_llmpq.quant.packing import UNQUANTIZED_BITS
 from ds_llmpq.schema import QuantConfig
 
 Bits = tuple[int, ...]
-Variant = TypeVar("Variant")
 
 
 @dataclass(frozen=True)
@@ -110,31 +108,26 @@ def measure(
     variants: Sequence[Bits],
     on_layer: Callable[[int, int], None] = lambda done, total: None,
     state_bytes: int = 1 << 30,
-) -> dict[Bits, Measured]:
-    """What each variant loses. Variants go in groups whose hidden states stay within `state_bytes`."""
+    heads: Sequence[int] = (),
+) -> dict[Bits | int, Measured]:
+    """What each variant loses, and at each width of `heads` the output matrix alone. Variants go in groups whose hidden
+    states stay within `state_bytes`."""
     full = (UNQUANTIZED_BITS,) * model.layers
     embedded = model.embedded()
     at_once = max(1, state_bytes // (2 * embedded.nbytes))  # states before and after a layer
     wanted = sorted({variant for variant in variants if variant != full}, reverse=True)
     groups = [wanted[start : start + at_once] for start in range(0, len(wanted), at_once)]
-    found = {full: Measured(0.0, 0.0, 0.0)}
+    found: dict[Bits | int, Measured] = {full: Measured(0.0, 0.0, 0.0)}
     for number, group in enumerate(groups):
         states: dict[Bits, torch.Tensor] = {(): embedded}
         for index in range(model.layers):
             states = _next_states(model, states, [full, *group], index)
             on_layer(number * model.layers + index + 1, len(groups) * model.layers)
-        found |= _compared(model, states, full, dict.fromkeys(states, model.head()))
-    return {variant: found[variant] for variant in variants}
-
-
-def measure_head(model: Layerwise, bits: int) -> Measured:
-    """What the output matrix alone loses at `bits`."""
-    hidden = model.embedded()
-    for index in range(model.layers):
-        hidden = model.through(model.layer(index), hidden)
-    return _compared(model, {"full": hidden, bits: hidden}, "full", {"full": model.head(), bits: model.head(bits)})[
-        bits
-    ]
+        heads_of = dict.fromkeys(states, model.head())
+        for width in heads if number == 0 else ():
+            states[width], heads_of[width] = states[full], model.head(width)
+        found |= _compared(model, states, full, heads_of)
+    return {variant: found[variant] for variant in (*variants, *heads)}
 
 
 def _next_states(model: Layerwise, states: dict[Bits, torch.Tensor], variants: list[Bits], index: int):
@@ -151,8 +144,8 @@ def _next_states(model: Layerwise, states: dict[Bits, torch.Tensor], variants: l
 
 @torch.inference_mode()
 def _compared(
-    model: Layerwise, states: dict[Variant, torch.Tensor], full: Variant, heads: dict[Variant, nn.Module]
-) -> dict[Variant, Measured]:
+    model: Layerwise, states: dict[Bits | int, torch.Tensor], full: Bits, heads: dict[Bits | int, nn.Module]
+) -> dict[Bits | int, Measured]:
     """Every variant's last hidden states under its head, against those of `full`."""
     sums = {variant: torch.zeros(3, dtype=torch.float64) for variant in states}
     for row in range(len(model.inputs)):

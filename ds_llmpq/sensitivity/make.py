@@ -14,12 +14,19 @@ from ds_llmpq.errors import UserError
 from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.models.corpus import CALIBRATION, calibration_rows, read_text
 from ds_llmpq.models.fingerprint import fingerprint
+from ds_llmpq.models.shape import read_shape
 from ds_llmpq.models.tokenizer import load_tokenizer
-from ds_llmpq.quant.packing import UNQUANTIZED_BITS, groups_of, quantization_problem
+from ds_llmpq.quant.packing import (
+    UNQUANTIZED_BITS,
+    check_output_matrix,
+    groups_of,
+    output_matrix_problem,
+    quantization_problem,
+)
 from ds_llmpq.schema import CalibrationConfig, QuantConfig
 from ds_llmpq.sensitivity import indicators
 from ds_llmpq.sensitivity.calibrate import calibrated, loss_per_kl
-from ds_llmpq.sensitivity.layerwise import Layerwise, Measured, measure, measure_head, peak_memory_bytes
+from ds_llmpq.sensitivity.layerwise import Layerwise, Measured, measure, peak_memory_bytes
 from ds_llmpq.sensitivity.omega import Omega
 from ds_llmpq.sensitivity.progress import Progress
 
@@ -53,6 +60,7 @@ def make_omega(request: Request) -> Omega:
     widths = indicators.quantized_widths(quant.bits)
     model = Layerwise(checkpoint, quant, tokens, request.device, rows_at_once=calibration.rows_at_once)
     _check_widths(model, widths, quant)
+    heads = _head_widths(request.model_path, widths, quant)
     identity = {
         "model": fingerprint(request.model_path),
         "text": text.sha256,
@@ -64,11 +72,9 @@ def make_omega(request: Request) -> Omega:
     started = time.perf_counter()
     raw = _raw(request, model, widths, Progress(request.folder, identity))
     indicator_seconds = time.perf_counter() - started
-    uniform = _whole_model(request, model, widths)
+    uniform, low_heads = _whole_model(request, model, widths, heads)
     table, notes = calibrated(raw, uniform)
-    ratio, head = loss_per_kl(uniform), {}
-    if quant.head_bits < UNQUANTIZED_BITS:
-        head[quant.head_bits] = ratio * measure_head(model, quant.head_bits).kl
+    ratio = loss_per_kl(uniform)
     details: dict[str, Any] = {
         "text": text.name,
         "rows": calibration.rows,
@@ -90,7 +96,7 @@ def make_omega(request: Request) -> Omega:
         table=tuple(tuple(row) for row in table),
         model_fingerprint=identity["model"],
         calibration_hash=text.sha256,
-        head=head,
+        head={width: ratio * found.kl for width, found in zip(heads, low_heads, strict=True)},
         details=details,
     )
 
@@ -113,16 +119,29 @@ def _raw(request: Request, model: Layerwise, widths: list[int], progress: Progre
     return indicators.measured(model, widths, progress, on_layer, calibration.state_bytes)
 
 
-def _whole_model(request: Request, model: Layerwise, widths: list[int]) -> list[Measured]:
-    """All layers at one width, for each width."""
+def _whole_model(
+    request: Request, model: Layerwise, widths: list[int], heads: list[int]
+) -> tuple[list[Measured], list[Measured]]:
+    """All layers at one width, for each width; the output matrix alone, for each of `heads`."""
     variants = [(width,) * model.layers for width in widths]
     found = measure(
         model,
         variants,
         lambda done, total: request.on_layer("calibrate", done, total),
         request.calibration.state_bytes,
+        heads,
     )
-    return [found[variant] for variant in variants]
+    return [found[variant] for variant in variants], [found[width] for width in heads]
+
+
+def _head_widths(path: Path, widths: list[int], quant: QuantConfig) -> list[int]:
+    """Widths to measure the output matrix at: that of `quant.head_bits`, and of the layers' those it can be packed in,
+    so that one table serves a sweep. `UserError`: `quant.head_bits` cannot be."""
+    matrix = read_shape(path).output_matrix
+    size = matrix.out_features, matrix.in_features
+    check_output_matrix(*size, quant)
+    able = [width for width in widths if output_matrix_problem(*size, width, groups_of(quant)) is None]
+    return sorted({*able, quant.head_bits} - {UNQUANTIZED_BITS}, reverse=True)
 
 
 def _check_widths(model: Layerwise, widths: list[int], quant: QuantConfig) -> None:

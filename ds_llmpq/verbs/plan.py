@@ -25,6 +25,7 @@ from ds_llmpq.planner.planfile import deployed, launch_order, read_assignment, w
 from ds_llmpq.planner.playing import play
 from ds_llmpq.planner.variants import solve_variant
 from ds_llmpq.quant.kernels import resolved
+from ds_llmpq.quant.packing import check_output_matrix
 from ds_llmpq.report import sweep
 from ds_llmpq.report.plan_table import plan_table
 from ds_llmpq.report.solver_progress import progress_line
@@ -71,6 +72,7 @@ def _problem(settings: PlanVerb) -> tuple[Problem, Callable[[Plan], Plan]]:
         ), lambda plan: plan
     planner = settings.planner
     shape, model = _model(settings.model)
+    check_output_matrix(shape.vocab, shape.embed_dim, settings.quant)
     cluster = Cluster.from_config(config.cluster_of(settings))
     workload = sized_workload(
         settings.workload, settings.model, settings.input, settings.batch, shape, settings.engine.refill

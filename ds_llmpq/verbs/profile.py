@@ -18,7 +18,7 @@ from ds_llmpq.errors import UserError
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.planner.build import check_workload, micro_batches, usable_bits
 from ds_llmpq.quant.kernels import AUTO, label, resolved
-from ds_llmpq.quant.packing import groups_of
+from ds_llmpq.quant.packing import check_output_matrix, groups_of
 from ds_llmpq.report.fidelity import profile_table
 from ds_llmpq.schema import ProfileVerb, QuantConfig
 
@@ -40,6 +40,7 @@ def run(settings: ProfileVerb, out: Path) -> int:
     check_workload(workload, shape)
     dtype = common_dtype(cluster, settings.engine.dtype)
     bits, _ = usable_bits(shape, settings.quant)
+    check_output_matrix(shape.vocab, shape.embed_dim, settings.quant)
     sizes = {
         phase: micro_batches(phase, getattr(settings.planner.micro_batches, phase), workload.sequences)
         for phase in ("prefill", "decode")

@@ -8,13 +8,13 @@ from pathlib import Path
 from ds_llmpq import config
 from ds_llmpq.errors import InfeasibleError, UserError
 from ds_llmpq.planner import Plan
-from ds_llmpq.schema import ClusterConfig, PlanVerb, WorkloadConfig
+from ds_llmpq.schema import ClusterConfig, PlanVerb, QuantConfig, WorkloadConfig
 from ds_llmpq.verbs.plan import make_plan
 
 
 def plan_without(settings: PlanVerb, plan: Plan, lost: list[str], out: Path, widths_free: bool) -> Plan:
-    """Plans for the same workload, then for fewer sequences at once. The widths of layers are kept where that is
-    possible, so that answers stay the same; `widths_free` allows others where it is not.
+    """Plans for the same workload, then for fewer sequences at once, with the plan's own HQQ settings. The widths of
+    layers are kept where that is possible, so that answers stay the same; `widths_free` allows others where it is not.
 
     `UserError`: the configured cluster is not the plan's, or what is left cannot hold the model.
     """
@@ -30,13 +30,16 @@ def plan_without(settings: PlanVerb, plan: Plan, lost: list[str], out: Path, wid
         raise UserError("No device of the cluster is left; mend one and run again.")
     widths = [width for stage in plan.stages for width in stage.bits]
     pinned = {"bits": {str(layer): width for layer, width in enumerate(widths)}}
+    quant = QuantConfig(**plan.quant) if plan.quant else settings.quant
     last: InfeasibleError | None = None
     sequences = plan.workload.sequences
     while sequences:
         workload = WorkloadConfig(sequences, plan.workload.prompt_tokens, plan.workload.generated_tokens)
         for pins in [pinned, {}] if widths_free else [pinned]:
             planner = replace(settings.planner, mode="theta", pins=pins)
-            asked = replace(settings, cluster=left, cluster_file=None, planner=planner, workload=workload)
+            asked = replace(
+                settings, cluster=left, cluster_file=None, planner=planner, workload=workload, quant=quant
+            )  # fmt: skip
             try:
                 return make_plan(asked, out)
             except InfeasibleError as error:

@@ -154,7 +154,20 @@ def test_an_output_matrix_of_fewer_bits_is_smaller_costs_quality_and_needs_a_dev
     assert gpu.prefill_head_seconds == gpu.decode_head_seconds == {}
     assert set(core.decode_head_seconds) == {1, 2, 4, 6}
     assert set(four.problem.device_types["gpu"].decode_head_seconds) == {1, 2, 4, 6}
-    assert any("gpu has no kernel for 8 bits" in note for note in eight.notes)
+    assert "gpu has no kernel for quant.head_bits=8" in eight.notes
+    assert not any("head_bits" in note for note in (*plain.notes, *four.notes))
+
+
+def test_whole_output_matrices_go_on_devices_whose_layers_cannot_be_whole():
+    only = cluster()
+    narrow = (
+        dataclasses.replace(device, type=dataclasses.replace(device.type, bits=(4, 8))) for device in only.devices
+    )  # fmt: skip
+    only = dataclasses.replace(only, devices=tuple(narrow))
+    problem = make(cluster=only, quant=QuantConfig(bits=[4, 8])).problem
+    assert all(entry.decode_head_seconds for entry in problem.device_types.values())
+    with pytest.raises(UserError, match="no device type of the cluster has that width; use one of 4, 8, 16"):
+        make(cluster=only, quant=QuantConfig(bits=[4, 8], head_bits=3))
 
 
 def test_problem_survives_json_and_is_what_build_problem_gives():

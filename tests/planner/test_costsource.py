@@ -31,6 +31,16 @@ def test_each_source_says_its_kernel(place):
     assert isinstance(costs_of(cluster.device_types["t4"]), PublishedCosts)
 
 
+def test_the_output_matrix_s_width_reaches_published_times(place):
+    def seconds(head_bits):
+        costs_of, cluster, _ = source_of_costs(
+            CostConfig("published"), PlannerConfig(), QuantConfig(head_bits=head_bits), *place, "auto", "dequantize"
+        )
+        return costs_of(cluster.device_types["t4"]).head_seconds(1)
+
+    assert seconds(4) < 0.5 * seconds(16)
+
+
 @pytest.mark.parametrize(
     ("cost", "planner", "said"),
     [

@@ -1,6 +1,7 @@
 """The output matrix below 16 bits: the same numbers however it runs and wherever it comes from, and its bytes."""
 
 import importlib.util
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -64,6 +65,7 @@ def path_of(tmp_path_factory):
 def small_blocks(monkeypatch):
     """Cuts 320 rows into 128, 128 and 64."""
     monkeypatch.setattr(packing, "_BLOCK_WEIGHTS", 128 * 64)
+    monkeypatch.setattr(packing, "_BLOCK_ROWS", 64)
 
 
 def settings(bits, kernel="dequantize", **others):
@@ -100,8 +102,8 @@ def test_blocks_cover_a_matrix_and_bound_each():
     ):
         blocks = row_blocks(rows, columns)
         assert sum(blocks) == rows
-        assert all(block % 64 == 0 for block in blocks[:-1])
-        assert all(block * columns <= max(1 << 24, 64 * columns) for block in blocks)
+        assert all(block % 256 == 0 for block in blocks[:-1])
+        assert all(block * columns <= max(1 << 24, 256 * columns) for block in blocks)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -185,6 +187,19 @@ def test_transformers_computes_with_it(path_of, small_blocks, tmp_path, variant)
         torch.testing.assert_close(model(tokens).logits, plain(tokens).logits, rtol=1e-3, atol=5e-4)
 
 
+def test_blocks_are_read_as_they_were_written(path_of, small_blocks, tmp_path, monkeypatch):
+    path, quant = path_of("llama"), settings(4)
+    write_quantized(path, tmp_path, [16, 16], quant)
+    assert read_recipe(tmp_path).head_rows == (128, 128, 64)
+    monkeypatch.setattr(packing, "_BLOCK_WEIGHTS", 1 << 24)
+    assert len(loader(open_checkpoint(tmp_path), quant).head().lm_head.blocks) == 3
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["head_rows"] = [128, 128]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="256 rows of the output matrix instead of 320"):
+        loader(open_checkpoint(tmp_path), quant).head()
+
+
 def test_only_a_changed_head_is_written_anew(path_of, tmp_path):
     path = path_of("llama-tied")
     write_quantized(path, tmp_path / "plain", [4, 4], settings(16))
@@ -200,6 +215,12 @@ def test_another_width_than_the_checkpoint_s_is_refused(path_of, tmp_path, kept,
         loader(open_checkpoint(tmp_path), settings(asked)).head()
 
 
-def test_a_width_that_is_none_is_refused(path_of):
+def test_a_width_that_is_none_is_refused_before_anything_is_written(path_of, tmp_path):
     with pytest.raises(UserError, match="5 bits is not a packed width"):
         loader(Checkpoint(path_of("llama")), settings(5)).head()
+    for bits in (5, 32):
+        with pytest.raises(UserError, match=f"quant.head_bits={bits}; it must be one of 1, 2, 3, 4, 8, 16"):
+            write_quantized(path_of("llama"), tmp_path, [4, 4], settings(bits))
+    with pytest.raises(UserError, match="output matrix of 320 x 64 cannot be packed"):
+        write_quantized(path_of("llama"), tmp_path, [16, 16], replace(settings(4), group_size=24))
+    assert not any(tmp_path.iterdir())

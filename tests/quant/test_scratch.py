@@ -9,9 +9,6 @@ import torch
 from ds_llmpq.errors import UserError
 from ds_llmpq.quant import scratch
 
-pytest.importorskip("openvino")
-from ds_llmpq.quant import openvino_weights
-
 
 @pytest.fixture
 def mounted(monkeypatch, tmp_path):
@@ -50,6 +47,9 @@ def test_a_folder_that_is_not_there_counts_as_the_one_above_it():
 
 
 def test_a_folder_without_room_is_named(mounted, tmp_path):
+    pytest.importorskip("openvino")
+    from ds_llmpq.quant import openvino_weights
+
     mounted({"/": "ext4"}, tmpdir=str(tmp_path / "gone"))
     with pytest.raises(UserError, match=r"gone has no room for .* set TMPDIR to a folder with room"):
         openvino_weights.plain_constants(torch.zeros(8, 8).bfloat16())

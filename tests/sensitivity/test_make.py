@@ -61,12 +61,13 @@ def test_whole_rows_are_noted_and_measured(path, tmp_path):
 
 
 def test_what_the_output_matrix_loses_is_measured_and_changes_no_layer_s(path, tmp_path):
-    asked = request(path, tmp_path / "head")
+    asked = request(path, tmp_path / "head", bits=(4, 2, 16))
     plain, low = (
         make_omega(replace(asked, folder=tmp_path / str(bits), quant=replace(asked.quant, head_bits=bits)))
-        for bits in (16, 2)
+        for bits in (16, 3)
     )
-    assert plain.head == {}
+    assert list(plain.head) == [4, 2], "those of the layers' widths, so that one table serves a sweep"
+    assert list(low.head) == [4, 3, 2]
     assert low.table == plain.table
     rows = calibration_rows(read_text(None, CALIBRATION), load_tokenizer(str(path)), 2, 16)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
@@ -77,7 +78,15 @@ def test_what_the_output_matrix_loses_is_measured_and_changes_no_layer_s(path, t
         weight.data = quantized
         found = model(rows[:, :-1]).logits.log_softmax(-1)
     kl = (exact.exp() * (exact - found)).sum(-1).double().mean().item()
+    assert plain.head[2] == low.head[2]
     assert low.head[2] == pytest.approx(low.details["loss_per_kl"] * kl, rel=1e-3)
+
+
+def test_an_output_matrix_that_cannot_be_is_named_before_anything_is_measured(path, tmp_path):
+    asked = request(path, tmp_path)
+    with pytest.raises(UserError, match=r"quant\.head_bits=7; it must be one of"):
+        make_omega(replace(asked, quant=replace(asked.quant, head_bits=7)))
+    assert not list(tmp_path.glob("progress*"))
 
 
 def test_ratio_of_loss_and_divergence():

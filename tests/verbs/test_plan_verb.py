@@ -107,6 +107,8 @@ def test_an_infeasible_cluster_exits_with_two(call, small, tmp_path):
         (["quant.bits=[5]"], "[5]"),
         (["quant.bits=[4]", "quant.group_size=7"], "7"),
         (["quant.head_bits=7"], "quant.head_bits=7; it must be one of"),
+        (["quant.head_bits=7", "planner.profile=/nowhere"], "quant.head_bits=7; it must be one of"),
+        (["quant.head_bits=1"], "no device type of the cluster has that width"),
         (["quant.whole_rows=[16]"], "quant.whole_rows=[16]: list each width once"),
         (["quant.whole_rows=[8]", "quant.axis=0"], "set quant.axis=1, or quant.whole_rows=[]"),
         (["planner.omega=/nowhere.json"], "/nowhere.json"),

@@ -28,6 +28,16 @@ def test_widths_stay_and_the_lost_device_goes(tmp_path):
     assert left.workload == plan.workload
 
 
+def test_a_plan_from_elsewhere_keeps_its_own_settings(tmp_path):
+    """Given as plan=FILE: what the configuration says of HQQ is then only the default."""
+    _, plan = planned(tmp_path / "first", "quant.bits=[4,8]", "quant.head_bits=8", "quant.group_size=128")
+    settings = config.to_object(config.composed("run", []), config.VERBS["run"])
+    left = plan_without(settings, plan, ["localhost:1"], tmp_path, widths_free=True)
+    assert left.quant == plan.quant
+    assert left.quant["head_bits"] == 8
+    assert widths(left) == widths(plan)
+
+
 def test_what_does_not_fit_takes_fewer_sequences(tmp_path):
     settings, plan = planned(tmp_path)
     parts = [stage.memory_bytes for stage in plan.stages]
