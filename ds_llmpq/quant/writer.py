@@ -85,6 +85,8 @@ class _Writer:
             made_from["bits"] = bits
         if bits < UNQUANTIZED_BITS:
             made_from |= {"bits": bits, **self._settings(bits), "recipe": _RECIPE_VERSION}
+            if self.names[number] == "head":
+                made_from["rows"] = list(self.recipe.head_rows)
         return made_from
 
     def _settings(self, bits: int) -> dict[str, Any]:
