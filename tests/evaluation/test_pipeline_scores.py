@@ -3,7 +3,6 @@
 import json
 import math
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,11 +29,12 @@ TINY = Path(asset("tiny-llama"))
 LAYERS = 8
 BITS = (3, 16, 4, 8, 2, 4, 16, 8)
 CUTS = {1: [(0, 8)], 2: [(0, 3), (3, 8)], 3: [(0, 1), (1, 6), (6, 8)]}
-QUANT = QuantConfig([2, 3, 4, 8, 16], 64, 1, True)
+HEAD_BITS = 4
+QUANT = QuantConfig([2, 3, 4, 8, 16], 64, 1, True, head_bits=HEAD_BITS)
 TEXT = "\n".join(f"def function_{n}(argument):\n    '''Return {n}.'''\n    return argument + {n}\n" for n in range(60))
 
 
-def make_plan(stages, bits=BITS, head_bits=16):
+def make_plan(stages, bits=BITS, head_bits=HEAD_BITS):
     zero = dict.fromkeys(MEMORY_PARTS, 0.0)
     return Plan(
         model={"path": str(TINY), "fingerprint": fingerprint(TINY)},
@@ -86,7 +86,8 @@ def rows_of_text(length):
 
 @pytest.mark.parametrize("stages", [1, 2, 3])
 def test_scores_equal_transformers(stages, quantized, text, tmp_path):
-    """Full precision against the plan's widths, as the verb does it: perplexity, KL, agreement, loss increase."""
+    """Full precision against the plan's widths, the output matrix's too, as the verb does it: perplexity, KL, agreement,
+    loss increase."""
     plan_file, evaluation = tmp_path / "plan.json", EvaluationConfig(text=str(text), row_tokens=200)
     write_plan(plan_file, make_plan(stages))
     settings = EvaluateVerb(
@@ -116,20 +117,6 @@ def test_scores_equal_transformers(stages, quantized, text, tmp_path):
     assert not (tmp_path / "out" / "reference.f32").exists()
 
 
-def test_a_low_bit_output_matrix_is_scored_against_the_whole_one(text, tmp_path):
-    plan_file, evaluation = tmp_path / "plan.json", EvaluationConfig(text=str(text), row_tokens=200)
-    write_plan(plan_file, make_plan(1, (16,) * LAYERS, head_bits=3))
-    assert evaluate.run(EvaluateVerb(plan=str(plan_file), evaluation=evaluation), tmp_path / "out") == 0
-    found = json.loads((tmp_path / "out" / "scores.json").read_text())
-    write_quantized(TINY, tmp_path / "low", [16] * LAYERS, replace(QUANT, head_bits=3))
-    rows = rows_of_text(200)
-    kept = torch.cat(reference_logprobs(load_quantized(tmp_path / "low", torch.float32), rows))
-    full = torch.cat(reference_logprobs(AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32), rows))
-    kl = (full.exp() * (full - kept)).sum(-1).double().mean().item()
-    assert kl > 1e-4
-    assert found["kl_nats_per_token"] == pytest.approx(kl, rel=1e-3)
-
-
 def test_harness_task_from_local_files_equals_the_harness_on_transformers(tmp_path, monkeypatch):
     pytest.importorskip("lm_eval")
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
@@ -152,7 +139,7 @@ def test_harness_task_from_local_files_equals_the_harness_on_transformers(tmp_pa
         "doc_to_choice: '{{choices}}'\nmetric_list:\n  - metric: acc\n  - metric: acc_norm\n"
     )
     plan_file = tmp_path / "plan.json"
-    write_plan(plan_file, make_plan(2, (16,) * LAYERS))
+    write_plan(plan_file, make_plan(2, (16,) * LAYERS, head_bits=16))
     evaluation = EvaluationConfig(tasks=["local_choice"], tasks_path=str(tasks))
     assert evaluate.run(EvaluateVerb(plan=str(plan_file), evaluation=evaluation), tmp_path / "out") == 0
     found = json.loads((tmp_path / "out" / "scores.json").read_text())["tasks"]["local_choice"]
