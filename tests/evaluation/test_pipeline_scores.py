@@ -86,8 +86,8 @@ def rows_of_text(length):
 
 @pytest.mark.parametrize("stages", [1, 2, 3])
 def test_scores_equal_transformers(stages, quantized, text, tmp_path):
-    """Full precision against the plan's widths, the output matrix's too, as the verb does it: perplexity, KL, agreement,
-    loss increase."""
+    """Full precision against the plan's widths, the output matrix's too, as the verb does it: perplexity, KL,
+    agreement, loss increase."""
     plan_file, evaluation = tmp_path / "plan.json", EvaluationConfig(text=str(text), row_tokens=200)
     write_plan(plan_file, make_plan(stages))
     settings = EvaluateVerb(
