@@ -102,8 +102,8 @@ def ours(name: str, options: argparse.Namespace, batch: int, folder: Path) -> di
     }
     (folder / "hand.json").write_text(json.dumps(hand))
     # a first wave to warm up, as the peers have one; it must stay first, so orders are the file's
-    lengths = sorted(options.lengths, reverse=True) if options.longest_first else options.lengths
-    waves = [2] * batch, lengths or [options.generate] * batch
+    answers = sorted(options.lengths, reverse=True) if options.longest_first else options.lengths
+    waves = [2] * batch, answers or [options.generate] * batch
     rows = [
         {
             "custom_id": f"r{index}-of-{len(lengths)}-{tokens}",
