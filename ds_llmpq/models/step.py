@@ -12,7 +12,9 @@ import torch
 class KeyValueCache(Protocol):
     """What transformers' attention modules ask of a cache, as far as the supported decoder layers use it."""
 
-    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def update(
+        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
     def rows(self, start: int, stop: int) -> KeyValueCache:
         """The same for rows [start, stop) of the micro-batch alone."""
