@@ -1,10 +1,54 @@
 """The one exception for a user's mistake: its message is the whole output, without a traceback."""
 
+import unicodedata
+
+MOST_CHARACTERS = 1_200  # of a message; longer ones are cut in their middle
+_UNSAFE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})  # controls, directions, halves of characters, line separators
+
+
+def printable(text: object, most: int = MOST_CHARACTERS, keep: str = "\n") -> str:
+    """`text` as a terminal may have it: control characters, changes of direction and half characters are escaped, all
+    but those in `keep`, and what is longer than `most` characters loses its middle."""
+    text = _cut(str(text), most)
+    if text.isascii() and text.isprintable():
+        return text
+    escaped = (
+        character.encode("unicode_escape").decode()
+        if unicodedata.category(character) in _UNSAFE and character not in keep
+        else character
+        for character in text
+    )
+    return _cut("".join(escaped), most)
+
+
+def _cut(text: str, most: int) -> str:
+    """The end stays: there is the remedy."""
+    if len(text) <= most:
+        return text
+    head, tail = most * 2 // 3, most // 3 - 5
+    return f"{text[:head]} ... {text[len(text) - tail :]}"
+
+
+def shown(value: object, most: int = 60) -> str:
+    """A value from outside as its user would recognise it, cut to a readable length, on one line."""
+    if isinstance(value, (str, bytes, list, tuple, dict)) and len(value) > most:
+        value = value[:most] if isinstance(value, (str, bytes, list, tuple)) else dict(list(value.items())[:most])
+        return printable(repr(value), 10 * most, keep="")[: most - 3] + "..."
+    try:
+        text = printable(repr(value), 10 * most, keep="")
+    except (ValueError, RecursionError):  # whole numbers of thousands of digits; nested without end
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= most else text[: most - 3] + "..."
+
 
 class UserError(Exception):
-    """What the user gave cannot be used. The message is one sentence: the value, the bound, the remedy."""
+    """What the user gave cannot be used. The message is one sentence: the value, the bound, the remedy. It may quote
+    what came from outside: it is made fit for a terminal and cut."""
 
     exit_code = 1
+
+    def __init__(self, message: object = ""):
+        super().__init__(printable(message))
 
 
 class InfeasibleError(UserError):

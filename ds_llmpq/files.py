@@ -1,20 +1,34 @@
-"""Small files written whole or not at all, and read with a bound on their size. Imports no room; importable by all."""
+"""Small files written whole or not at all, and files from outside read with bounds. Imports no room; importable by all.
+
+What is read here may come from anyone: only regular files are opened, sizes, nesting, digits and lengths are bounded,
+and whatever is wrong is a `UserError` of one sentence. What the values must be is said by `ds_llmpq.validation`.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import csv
 import errno
 import fcntl
+import io
 import json
+import math
 import os
-from collections.abc import Iterable, Iterator
+import stat
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from ds_llmpq.errors import UserError
+from ds_llmpq.errors import UserError, printable, shown
 
 MOST_BYTES = 64 << 20
+MOST_DEPTH = 64  # of nested objects and lists
+MOST_DIGITS = 300  # of a whole number: with more it is no float any more, and slow to read
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+_KINDS = (
+    (stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"),
+)  # fmt: skip
 
 
 def write_whole(path: str | Path, text: str | Iterable[str], mode: int = 0o666) -> None:
@@ -43,17 +57,152 @@ def write_json(path: str | Path, value: object) -> None:
     write_whole(path, json.dumps(value, indent=1) + "\n")
 
 
-def read_json(path: str | Path, what: str, remedy: str, most_bytes: int = MOST_BYTES) -> Any:
-    """Parsed JSON of a file that comes from elsewhere. `UserError`, with `remedy` as its end: missing, too large, not
-    UTF-8, not JSON, or nested too deeply to parse. `what` names the kind of file in the message."""
-    file = Path(path)
+def open_regular(path: str | Path, what: str, remedy: str, most_bytes: int | None = None) -> BinaryIO:
+    """An open regular file. `UserError`: missing, unreadable, no regular file (a pipe is not waited for), or of more
+    than `most_bytes` bytes. `what` names the kind of file, `remedy` ends the sentence."""
     try:
-        if file.stat().st_size > most_bytes:
-            raise UserError(f"{what} {file} has {file.stat().st_size} bytes, more than {most_bytes}; {remedy}.")
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{what} {file} cannot be read ({reason}); {remedy}.") from None
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError) as error:  # a path with NUL is a ValueError
+        raise UserError(f"{what} {path} cannot be read ({_reason(error)}); {remedy}.") from None
+    found = os.fstat(descriptor)
+    if stat.S_ISREG(found.st_mode) and (most_bytes is None or found.st_size <= most_bytes):
+        os.set_blocking(descriptor, True)
+        return open(descriptor, "rb")
+    os.close(descriptor)
+    if stat.S_ISREG(found.st_mode):
+        raise UserError(f"{what} {path} has {found.st_size} bytes, more than {most_bytes}; {remedy}.")
+    kind = next((name for matches, name in _KINDS if matches(found.st_mode)), "no file")
+    raise UserError(f"{what} {path} cannot be read (it is {kind}); {remedy}.")
+
+
+def read_text(path: str | Path, what: str, remedy: str, most_bytes: int = MOST_BYTES) -> str:
+    """All of a UTF-8 file, without a byte order mark. `UserError` as in `open_regular`, or for other encodings."""
+    try:
+        with open_regular(path, what, remedy, most_bytes) as file:
+            return file.read(most_bytes + 1).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} {path} is not UTF-8 text (byte {error.start}); {remedy}.") from None
+    except OSError as error:
+        raise UserError(f"{what} {path} cannot be read ({_reason(error)}); {remedy}.") from None
+
+
+def read_json(path: str | Path, what: str, remedy: str, most_bytes: int = MOST_BYTES, *, infinity: bool = False) -> Any:
+    """Parsed JSON of a file from outside. `UserError`, with `remedy` as its end: see `read_text` and `parse_json`."""
+    return parse_json(read_text(path, what, remedy, most_bytes), f"{what} {path}", remedy, infinity=infinity)
+
+
+def parse_json(text: str | bytes, where: str, remedy: str, *, infinity: bool = False) -> Any:
+    """Parsed JSON whose numbers are finite (with `infinity`: or infinite), whole numbers below 10**300, text whole
+    characters, nested at most `MOST_DEPTH` levels, and whose objects hold no key twice. `UserError` names `where`."""
+    try:
+        value = json.loads(
+            text.decode("utf-8-sig") if isinstance(text, bytes) else text,
+            parse_int=_integer,
+            parse_float=_infinite if infinity else _finite,
+            parse_constant=_infinite if infinity else _finite,
+            object_pairs_hook=_object,
+        )
+        _check_nesting(value)
+    except RecursionError:
+        raise UserError(f"{where} is nested more than {MOST_DEPTH} levels deep; {remedy}.") from None
+    except ValueError as error:
+        raise UserError(f"{where} cannot be read as JSON ({_reason(error)}); {remedy}.") from None
+    return value
+
+
+def read_json_lines(path: str | Path, what: str, remedy: str, most_bytes: int = 1 << 30) -> Iterator[tuple[int, Any]]:
+    """(line number from 1, value) of each line that is not blank, each as `parse_json` has it."""
+    with open_regular(path, what, remedy, most_bytes) as file:
+        for number, line in enumerate(file, 1):
+            where = f"{what} {path} line {number}"
+            if len(line) > MOST_BYTES:
+                raise UserError(f"{where} has more than {MOST_BYTES} bytes; {remedy}.")
+            if line.strip():
+                yield number, parse_json(line, where, remedy)
+
+
+def read_csv(text: str, where: str, remedy: str, columns: Sequence[str] = ()) -> Iterator[tuple[int, dict[str, str]]]:
+    """(line number from 1, cells by column) of a CSV text with a header. `UserError`: one of `columns` is missing, a
+    name stands twice in the header, or a row has more or fewer cells than it."""
+    reader = csv.reader(io.StringIO(text, newline=""))
+    try:
+        header = next(reader, [])
+        missing = [name for name in columns if name not in header]
+        if missing:
+            raise UserError(f"{where} lacks the columns {', '.join(missing)}; {remedy}.")
+        if len(set(header)) < len(header):
+            raise UserError(f"{where} names a column twice in its first line; {remedy}.")
+        for cells in reader:
+            if cells and len(cells) != len(header):
+                place = f"{where} line {reader.line_num}"
+                raise UserError(f"{place} has {len(cells)} cells, but its header has {len(header)}; {remedy}.")
+            if cells:
+                yield reader.line_num, dict(zip(header, cells, strict=True))
+    except csv.Error as error:
+        raise UserError(f"{where} line {reader.line_num} is not CSV ({_reason(error)}); {remedy}.") from None
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start} is not UTF-8"
+    return printable((str(error).splitlines() or [type(error).__name__])[0], 200, keep="")
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MOST_DIGITS:
+        raise ValueError(f"a number has {len(digits)} digits, more than {MOST_DIGITS}")
+    return int(digits)
+
+
+def _infinite(digits: str) -> float:
+    number = float(digits)
+    if math.isnan(number):
+        raise ValueError("it holds NaN, which is no number")
+    return number
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        raise ValueError(f"it holds {shown(digits)}, but numbers must be finite")
+    return number
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise ValueError(f"the key {shown(twice)} stands twice in one object")
+    return found
+
+
+def _check_nesting(value: Any) -> None:
+    """RecursionError beyond `MOST_DEPTH`; ValueError for text that holds half a character."""
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        inner = []
+        for entry in level:
+            if isinstance(entry, dict):
+                inner += entry.keys()
+                inner += entry.values()
+            elif isinstance(entry, list):
+                inner += entry
+            elif isinstance(entry, str) and not entry.isascii():
+                _check_characters(entry)
+        if depth > MOST_DEPTH + 1:
+            raise RecursionError
+        level = inner
+
+
+def _check_characters(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"it holds half a character in {shown(text)}") from None
 
 
 def lock(descriptor: int, refusal: str) -> None:

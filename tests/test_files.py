@@ -5,8 +5,15 @@ import os
 
 import pytest
 
-from ds_llmpq.errors import UserError
-from ds_llmpq.files import read_json, unwritable_as_mistake, write_json, write_whole
+from ds_llmpq.errors import UserError, shown
+from ds_llmpq.files import (
+    read_csv,
+    read_json,
+    read_json_lines,
+    unwritable_as_mistake,
+    write_json,
+    write_whole,
+)
 
 
 def test_a_file_is_replaced_whole_with_its_mode(tmp_path):
@@ -45,3 +52,66 @@ def test_only_disk_errors_become_sentences(tmp_path):
             raise OSError(number, "x", "file")
     with pytest.raises(FileNotFoundError), unwritable_as_mistake(tmp_path):
         raise FileNotFoundError(errno.ENOENT, "x")
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b'{"a": NaN}', "NaN"),
+        (b"[1e400]", "finite"),
+        (b"[-Infinity]", "finite"),
+        (b"1" * 400, "400 digits"),
+        (b"[" * 70 + b"]" * 70, "64 levels"),
+        (b'{"a": 1, "b": {"c": 2, "c": 3}}', "'c' stands twice"),
+        (b'["\\ud800"]', "half a character"),
+        (b'"\xe9"', "not UTF-8"),
+    ],
+)
+def test_json_from_outside_is_bounded(tmp_path, data, reason):
+    (tmp_path / "file").write_bytes(data)
+    with pytest.raises(UserError, match=f"{reason}.*; mend it\\.$"):
+        read_json(tmp_path / "file", "thing", "mend it")
+
+
+def test_a_byte_order_mark_is_no_mistake_and_infinity_may_be_asked_for(tmp_path):
+    (tmp_path / "file").write_bytes(b"\xef\xbb\xbf[Infinity, 1e400, 3]")
+    assert read_json(tmp_path / "file", "thing", "mend it", infinity=True) == [float("inf"), float("inf"), 3]
+
+
+def test_only_regular_files_are_opened_and_nothing_is_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name, reason in (("pipe", "named pipe"), ("loop", "symbolic links"), ("", "a folder"), ("a\0b", "null")):
+        with pytest.raises(UserError, match=f"{reason}.*; mend it"):
+            read_json(f"{tmp_path}/{name}", "thing", "mend it")
+    with pytest.raises(UserError, match="it is a device"):
+        read_json("/dev/zero", "thing", "mend it")
+
+
+def test_csv_rows_have_the_cells_of_their_header():
+    assert list(read_csv("a,b\n1,2\n\n3,4\n", "table", "mend it", ["a"])) == [
+        (2, {"a": "1", "b": "2"}),
+        (4, {"a": "3", "b": "4"}),
+    ]
+    for text in ("b\n1\n", "a,a\n1,2\n", "a,b\n1\n", "a,b\n1,2,3\n", "a,b\n" + "x" * 200_000 + ",1\n", ""):
+        with pytest.raises(UserError, match=r"^table .*; mend it\.$"):
+            list(read_csv(text, "table", "mend it", ["a"]))
+
+
+def test_json_lines_name_their_line(tmp_path):
+    (tmp_path / "file").write_text('{"a": 1}\n\n[2]\n')
+    assert list(read_json_lines(tmp_path / "file", "rows", "mend it")) == [(1, {"a": 1}), (3, [2])]
+    (tmp_path / "file").write_text('{"a": 1}\n{"a": NaN}\n')
+    with pytest.raises(UserError, match="line 2"):
+        list(read_json_lines(tmp_path / "file", "rows", "mend it"))
+
+
+def test_a_refusal_is_fit_for_a_terminal_and_short():
+    message = str(UserError("\x1b[2Jname\x9b\u202e\ud800\u2028 " + "x" * 60_000 + " the remedy"))
+    assert len(message) < 1_500
+    assert message.endswith("the remedy")
+    assert len(str(UserError("\x1b\u2028" * 60_000))) < 1_500
+    assert message.startswith("\\x1b[2Jname\\x9b\\u202e\\ud800\\u2028 x")
+    assert str(UserError("two\nlines of Grüße")) == "two\nlines of Grüße"
+    assert len(shown(list(range(10**6)))) <= 60
+    assert len(shown(10**9000)) <= 60

@@ -29,7 +29,7 @@ def read_plan(path: str | Path) -> Plan:
 
 
 def _read(path: str | Path) -> Any:
-    return read_json(path, "Plan", "make one with `ds-llmpq plan`")
+    return read_json(path, "Plan", "make one with `ds-llmpq plan`", infinity=True)
 
 
 def read_assignment(path: str | Path) -> Plan | Assignment:

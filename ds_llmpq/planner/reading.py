@@ -4,15 +4,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ds_llmpq.errors import UserError
+from ds_llmpq.errors import UserError, shown
 
 _MOST = 10**300  # above it, Python's whole numbers are no floats any more
-
-
-def shown(value: Any) -> str:
-    """The value as a user would recognise it, cut to a readable length."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def keys(value: Any, path: str, required: Sequence[str], optional: Sequence[str] = ()) -> Mapping[str, Any]:

@@ -68,7 +68,7 @@ def _problem(settings: PlanVerb) -> tuple[Problem, Callable[[Plan], Plan]]:
     cluster, and its plan names none."""
     if settings.problem:
         return Problem.from_json(
-            read_json(config.absolute(settings.problem), "Problem", "give a problem.json")
+            read_json(config.absolute(settings.problem), "Problem", "give a problem.json", infinity=True)
         ), lambda plan: plan
     planner = settings.planner
     shape, model = _model(settings.model)
