@@ -14,6 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from ds_llmpq.errors import UserError
 from ds_llmpq.models import attention
 from ds_llmpq.models.prequantized import refuse_foreign
+from ds_llmpq.models.tying import HEAD, names_of_embedding, stores_own_head
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -32,14 +33,20 @@ class Checkpoint:
         refuse_foreign(self.path)  # before transformers looks for the method's library
         self.config = _read_config(self.path, trust_remote_code)
         self._shard_of = _tensor_locations(self.path)
+        if self.config.tie_word_embeddings and stores_own_head(self.path, self.config.model_type):
+            self.config.tie_word_embeddings = False
 
     def name_of(self, name: str) -> str:
-        """The checkpoint's spelling of a tensor name, with or without the base model's prefix."""
+        """The checkpoint's spelling of a tensor name, with or without the base model's prefix; a tied embedding may be
+        stored as the output matrix alone."""
         if name in self._shard_of:
             return name
         for prefix in _OPTIONAL_PREFIXES:
             if name.startswith(prefix) and name[len(prefix) :] in self._shard_of:
                 return name[len(prefix) :]
+        tied = self.config.tie_word_embeddings and name in names_of_embedding(self.config.model_type)
+        if tied and HEAD in self._shard_of:
+            return HEAD
         raise UserError(
             f"Checkpoint {self.path} has no tensor {name!r}; it is incomplete or not what its config.json says."
         )

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ds_llmpq.errors import UserError
+from ds_llmpq.files import MOST_BYTES, open_regular
+from ds_llmpq.models.tying import stores_own_head
 
 
 class Linear(NamedTuple):
@@ -120,7 +122,17 @@ class ModelShape:
 
 
 def read_shape(path: str | Path) -> ModelShape:
-    """Shape of the checkpoint in folder `path`. UserError: no folder, no config.json, not JSON, not supported."""
+    """Shape of the checkpoint in folder `path`; its weights say whether the output matrix is the embedding. UserError:
+    no folder, no config.json, not JSON, not supported."""
+    config = read_config(path)
+    shape = ModelShape.from_config(config)
+    if shape.tied_embeddings and stores_own_head(path, shape.architecture):
+        return replace(shape, tied_embeddings=False)
+    return shape
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """config.json of the folder `path`, as it stands there. UserError: no folder, no config.json, no JSON object."""
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(f"model folder {folder} does not exist; give a local folder in Hugging Face format")
@@ -128,12 +140,13 @@ def read_shape(path: str | Path) -> ModelShape:
     if not file.is_file():
         raise UserError(f"model folder {folder} has no config.json; give a local folder in Hugging Face format")
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        with open_regular(file, "model configuration", "fetch the file again", MOST_BYTES) as opened:
+            config = json.loads(opened.read().decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} cannot be read as JSON ({error}); fetch the file again") from None
     if not isinstance(config, dict):
         raise UserError(f"{file} holds a JSON {type(config).__name__}, not an object; fetch the file again")
-    return ModelShape.from_config(config)
+    return config
 
 
 class _Keys:

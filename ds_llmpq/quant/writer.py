@@ -159,6 +159,7 @@ class _Writer:
         weight_map = {tensor: part["file"] for part in parts for tensor in part["tensors"]}
         config = json.loads((self.source.path / "config.json").read_text())
         config["quantization_config"] = self.recipe.to_json()
+        config["tie_word_embeddings"] = self.source.config.tie_word_embeddings  # what the files say of it
         for pattern in _COPIED:
             for file in self.source.path.glob(pattern):
                 if file.is_file():

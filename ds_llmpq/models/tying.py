@@ -1,0 +1,102 @@
+"""Whether a checkpoint's output matrix is its embedding, told from the files: config.json may say otherwise. No torch.
+
+As transformers has it: where the configuration ties them but both are stored and differ, both count; where only one is
+stored, it serves as both.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ds_llmpq.errors import UserError
+from ds_llmpq.files import open_regular, read_json
+
+HEAD = "lm_head.weight"
+# model_type -> the embedding's tensor; some checkpoints leave the first part of the name out
+EMBEDDINGS = {
+    "llama": "model.embed_tokens.weight",
+    "mistral": "model.embed_tokens.weight",
+    "mixtral": "model.embed_tokens.weight",
+    "qwen2": "model.embed_tokens.weight",
+    "qwen3": "model.embed_tokens.weight",
+    "opt": "model.decoder.embed_tokens.weight",
+    "bloom": "transformer.word_embeddings.weight",
+}
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_MOST_HEADER_BYTES = 100 << 20  # safetensors' own limit
+_PIECE_BYTES = 4 << 20
+_REMEDY = "fetch the checkpoint again"
+
+
+def names_of_embedding(model_type: str) -> tuple[str, ...]:
+    """The spellings under which a checkpoint may hold its embedding; none for an unknown model type."""
+    name = EMBEDDINGS.get(model_type)
+    return () if name is None else (name, name.split(".", 1)[1])
+
+
+def stores_own_head(path: str | Path, model_type: str) -> bool:
+    """Whether the folder holds an output matrix whose bytes are not those of its embedding.
+
+    Files that cannot be read are left to who reads the model. Where the two are equal, both are read to their end.
+    """
+    folder = Path(path)
+    try:
+        files = sorted(folder.glob("*.safetensors"))
+        state = tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
+        return _stores_own_head(folder, model_type, state)
+    except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return False
+
+
+@lru_cache(maxsize=64)
+def _stores_own_head(folder: Path, model_type: str, state: tuple) -> bool:
+    """`state` is only what the answer was found for: it is asked several times a command."""
+    shards = _shards(folder)
+    embedding = next((name for name in names_of_embedding(model_type) if name in shards), None)
+    if embedding is None or HEAD not in shards:
+        return False
+    with _Tensor(folder / shards[HEAD], HEAD) as head, _Tensor(folder / shards[embedding], embedding) as table:
+        return head.kind != table.kind or any(a != b for a, b in zip(head.pieces(), table.pieces(), strict=True))
+
+
+def _shards(folder: Path) -> Mapping[str, str]:
+    """Tensor name -> file name, as the reader of tensors has it."""
+    if (folder / _INDEX).is_file():
+        return read_json(folder / _INDEX, "Index", _REMEDY)["weight_map"]
+    with open_regular(folder / _SINGLE, "Shard", _REMEDY) as file:
+        return dict.fromkeys(_header(file)[0], _SINGLE)
+
+
+def _header(file: BinaryIO) -> tuple[dict[str, Any], int]:
+    """The tensors a safetensors file lists, and where their bytes begin."""
+    size = int.from_bytes(file.read(8), "little")
+    if size > _MOST_HEADER_BYTES:
+        raise ValueError("no safetensors header")
+    return json.loads(file.read(size)), 8 + size
+
+
+class _Tensor:
+    """One tensor's bytes in its shard. `kind`: type and shape."""
+
+    def __init__(self, shard: Path, name: str):
+        self._file = open_regular(shard, "Shard", _REMEDY)
+        tensors, begin = _header(self._file)
+        entry = tensors[name]
+        self.kind = (entry["dtype"], entry["shape"])
+        start, stop = entry["data_offsets"]
+        self._begin, self._bytes = begin + start, stop - start
+
+    def pieces(self):
+        for start in range(0, self._bytes, _PIECE_BYTES):
+            self._file.seek(self._begin + start)
+            yield self._file.read(min(_PIECE_BYTES, self._bytes - start))
+
+    def __enter__(self) -> _Tensor:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
