@@ -7,19 +7,21 @@ fall, so is every prediction. Leave-one-out errors say how far a fit is off wher
 from __future__ import annotations
 
 import json
-import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Gt, Le
 
 from ds_llmpq.cluster.devices import DeviceType
 from ds_llmpq.cost import features
 from ds_llmpq.cost.latency import RooflineCosts
-from ds_llmpq.cost.profile import Measured, Profile, Setup
-from ds_llmpq.errors import UserError
+from ds_llmpq.cost.profile import Measured, Part, Phase, Profile, Setup, Width
+from ds_llmpq.files import read_json
 from ds_llmpq.models.shape import ModelShape
+from ds_llmpq.validation import Amount, Count, Many, Name, Positive, Some, checked, one_of
 
 SCHEMA = 1
 FEWEST_POINTS = 3
@@ -31,13 +33,13 @@ _NEUTRAL = DeviceType("reference", "cpu", 0, 1e10, {"float32": 1e11, "bfloat16":
 class Residual:
     """A point, its measured time, and what a fit without it predicts."""
 
-    phase: str
-    bits: int
-    batch: int
-    length_tokens: int
-    seconds: float
-    left_out_seconds: float
-    spread: float
+    phase: Phase
+    bits: Width
+    batch: Positive
+    length_tokens: Count
+    seconds: Annotated[float, Gt(0), Le(1e12)]
+    left_out_seconds: Amount
+    spread: Amount
 
     @property
     def error(self) -> float:
@@ -48,14 +50,14 @@ class Residual:
 class Fit:
     """Weights of one part on one device type, the range they come from, and the leave-one-out residuals."""
 
-    device_type: str
-    part: str
-    phase: str
-    bits: int
-    weights: tuple[float, ...]
-    batch_range: tuple[int, int]
-    length_range: tuple[int, int]
-    residuals: tuple[Residual, ...]
+    device_type: Name
+    part: Part
+    phase: Phase
+    bits: Width
+    weights: Some[Amount]
+    batch_range: tuple[Positive, Positive]
+    length_range: tuple[Count, Count]
+    residuals: Some[Residual]
 
     @property
     def key(self) -> tuple[str, str, str, int]:
@@ -93,26 +95,20 @@ class LatencyModel:
         path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
+@dataclass(frozen=True)
+class _Record:
+    """The file of a `LatencyModel`."""
+
+    schema: one_of(SCHEMA)
+    setup: Setup
+    fits: Many[Fit]
+
+
 def read_model(path: str | Path) -> LatencyModel:
     """A latency.json. `UserError`: unreadable, another schema, a negative or missing number."""
-    file = Path(path)
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        if record["schema"] != SCHEMA:
-            raise UserError(f"{file} has schema {record['schema']}, but this version reads {SCHEMA} only")
-        fits = [_fit(entry) for entry in record["fits"]]
-        return LatencyModel(Setup(**record["setup"]), {fit.key: fit for fit in fits})
-    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{file} is no latency model ({error}); make one with `ds-llmpq profile`") from None
-
-
-def _fit(entry: dict[str, Any]) -> Fit:
-    residuals = tuple(Residual(**residual) for residual in entry.pop("residuals"))
-    weights = tuple(float(weight) for weight in entry.pop("weights"))
-    if any(not math.isfinite(weight) or weight < 0 for weight in weights):
-        raise ValueError("a weight is negative")
-    ranges = {name: tuple(int(end) for end in entry.pop(name)) for name in ("batch_range", "length_range")}
-    return Fit(**entry, weights=weights, residuals=residuals, **ranges)
+    remedy = "make one with `ds-llmpq profile`"
+    record = checked(_Record, read_json(path, "latency model", remedy), f"latency model {path}", remedy)
+    return LatencyModel(record.setup, {fit.key: fit for fit in record.fits})
 
 
 def fit_profile(

@@ -88,13 +88,27 @@ def load_model(path: str | Path, shape: ModelShape, setup: Setup, force: bool = 
     """
     file = _profile_file(path)
     table = read_profile(file) if file.suffix == ".csv" else None
-    found = table.setup if table else read_model(file).setup
+    model = None if table else read_model(file)
+    found = table.setup if table else model.setup
     if found.layer != setup.layer:
         raise UserError(f"profile {file} is for layers of another shape than this model's; profile this model")
     if not force:
         remedy = "profile again, or use it all the same with planner.profile_force=true"
         check_setup(found, setup, f"profile {file}", remedy)
-    return fit_profile(table, shape) if table else read_model(file)
+    return fit_profile(table, shape) if table else _with_all_weights(model, shape, file)
+
+
+def _with_all_weights(model: LatencyModel, shape: ModelShape, file: Path) -> LatencyModel:
+    """`UserError` unless each fit weighs as many columns as this version has."""
+    unit = unit_roofline(shape, model.setup)
+    for fit in model.fits.values():
+        wanted = len(columns(unit, fit.part, fit.phase, fit.bits, 1, 1))
+        if len(fit.weights) != wanted:
+            raise UserError(
+                f"{file} weighs {fit.part} with {len(fit.weights)} numbers, but this version has {wanted}; make one "
+                "with `ds-llmpq profile`"
+            )
+    return model
 
 
 def profiled_kernel(path: str | Path) -> str:

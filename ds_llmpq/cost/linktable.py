@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 from ds_llmpq.cluster.devices import Link
 from ds_llmpq.errors import UserError
+from ds_llmpq.files import read_csv, read_text
+from ds_llmpq.validation import Count, Name, Seconds, checked_cells, one_of
 
 
 @dataclass(frozen=True)
@@ -19,13 +20,13 @@ class Message:
     channel: `activation` (accelerator's communicator) or `token` (gloo side group).
     """
 
-    source: str
-    target: str
-    channel: str
-    size_bytes: int
-    repeats: int
-    median_seconds: float
-    minimum_seconds: float
+    source: Name
+    target: Name
+    channel: one_of("activation", "token")
+    size_bytes: Count
+    repeats: Count
+    median_seconds: Seconds
+    minimum_seconds: Seconds
 
 
 def write_links(path: Path, messages: Iterable[Message]) -> None:
@@ -37,22 +38,13 @@ def write_links(path: Path, messages: Iterable[Message]) -> None:
 
 def read_links(path: Path) -> list[Message]:
     """`UserError` for a file that is not one of `write_links`."""
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            return [
-                Message(
-                    row["source"],
-                    row["target"],
-                    row["channel"],
-                    int(row["size_bytes"]),
-                    int(row["repeats"]),
-                    float(row["median_seconds"]),
-                    float(row["minimum_seconds"]),
-                )
-                for row in csv.DictReader(file)
-            ]
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as a table of links ({error}); profile again") from None
+    where, remedy = f"table of links {path}", "profile again"
+    names = [entry.name for entry in fields(Message)]
+    rows = read_csv(read_text(path, "table of links", remedy), where, remedy, names)
+    return [
+        checked_cells(Message, {name: row[name] for name in names}, f"{where} line {number}", remedy)
+        for number, row in rows
+    ]
 
 
 def fit_link(messages: Sequence[Message]) -> Link:
@@ -64,8 +56,8 @@ def fit_link(messages: Sequence[Message]) -> Link:
     used = [message for message in messages if message.channel == "activation"]
     if len({message.size_bytes for message in used}) < 2:
         raise UserError("links need messages of at least two sizes; profile again with profiling.links=true")
-    if not all(0 < message.minimum_seconds < math.inf and 0 <= message.size_bytes < 2**63 for message in used):
-        raise UserError("links need positive times and sizes; profile again with profiling.links=true")
+    if not all(message.minimum_seconds > 0 for message in used):
+        raise UserError("links need positive times; profile again with profiling.links=true")
     seconds = numpy.array([message.minimum_seconds for message in used])
     rows = numpy.array([[1.0, message.size_bytes] for message in used]) / seconds[:, None]
     scale = numpy.abs(rows).max(axis=0)

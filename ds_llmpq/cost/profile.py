@@ -16,33 +16,54 @@ from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import Ge, Le
+
+from ds_llmpq.cluster.devices import BIT_WIDTHS, COMPUTE_DTYPES
 from ds_llmpq.errors import UserError
+from ds_llmpq.files import parse_json, read_csv, read_text
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.quant.kernels import KERNELS
 from ds_llmpq.quant.packing import PACKED_BITS, UNQUANTIZED_BITS, Groups, groups_of
 from ds_llmpq.schema import QuantConfig
+from ds_llmpq.validation import (
+    Amount,
+    Count,
+    Label,
+    Name,
+    Plain,
+    Positive,
+    Seconds,
+    Table,
+    checked,
+    checked_cells,
+    one_of,
+)
 
 SCHEMA = 1
 TRIAL_PARTS = ("first", "middle", "last")  # measured by passes of a trial pipeline
 PARTS = ("layer", "embed", "head", *TRIAL_PARTS)
 LIBRARIES = ("torch", "transformers", "hqq", "deepspeed")
-_MOST_BYTES = 64 << 20
+_REMEDY = "make one with `ds-llmpq profile`"
+
+Part = one_of(*PARTS)
+Phase = one_of("prefill", "decode")
+Width = one_of(0, *BIT_WIDTHS)  # 0: of a part that has none
 
 
 @dataclass(frozen=True)
 class Setup:
     """What the times of a profile depend on beside the point. All of it must agree before they are used or extended."""
 
-    layer: str  # `layer_signature` of the model
-    dtype: str
-    kernel: str
-    group_size: int
-    axis: int
-    libraries: Mapping[str, str]
-    whole_rows: list[int] = field(default_factory=list)
-    head_bits: int = UNQUANTIZED_BITS
+    layer: Name  # `layer_signature` of the model
+    dtype: one_of(*COMPUTE_DTYPES)
+    kernel: Name
+    group_size: Positive
+    axis: Annotated[int, Ge(0), Le(1)]
+    libraries: Table[Label]
+    whole_rows: list[Width] = field(default_factory=list)
+    head_bits: Width = UNQUANTIZED_BITS
 
     def __post_init__(self) -> None:
         if self.head_bits not in (*PACKED_BITS, UNQUANTIZED_BITS):
@@ -75,12 +96,12 @@ class Point:
     bits: 0 where the part has none.
     """
 
-    device_type: str
-    part: str
-    phase: str
-    bits: int
-    batch: int
-    length_tokens: int
+    device_type: Name
+    part: Part
+    phase: Phase
+    bits: Width
+    batch: Positive
+    length_tokens: Count
 
 
 @dataclass(frozen=True)
@@ -90,12 +111,12 @@ class Sample:
     repeats (under a third), they are processor times divided by its share."""
 
     point: Point
-    round: int
-    repeats: int
-    undisturbed: int
-    median_seconds: float
-    minimum_seconds: float
-    spread: float
+    round: Count
+    repeats: Count
+    undisturbed: Count
+    median_seconds: Seconds
+    minimum_seconds: Seconds
+    spread: Amount
 
 
 @dataclass(frozen=True)
@@ -155,7 +176,17 @@ def _version(library: str) -> str:
 
 
 _SAMPLE_COLUMNS = [entry.name for entry in fields(Sample) if entry.name != "point"]
-COLUMNS = [entry.name for entry in fields(Point)] + _SAMPLE_COLUMNS
+_POINT_COLUMNS = [entry.name for entry in fields(Point)]
+COLUMNS = _POINT_COLUMNS + _SAMPLE_COLUMNS
+
+
+@dataclass(frozen=True)
+class _Header:
+    """The first line of the file."""
+
+    schema: one_of(SCHEMA)
+    setup: Setup
+    note: Plain
 
 
 def write_header(path: Path, setup: Setup, note: Mapping[str, Any]) -> None:
@@ -174,44 +205,17 @@ def append(path: Path, samples: Iterable[Sample]) -> None:
 
 def read_profile(path: str | Path) -> Profile:
     """`UserError`: unreadable, of another schema, or a row that makes no sense. A last line cut short is dropped."""
-    file = Path(path)
-    try:
-        if file.stat().st_size > _MOST_BYTES:
-            raise UserError(f"profile {file} has more than {_MOST_BYTES} bytes; give a profile.csv")
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"profile {file} cannot be read ({error}); make one with `ds-llmpq profile`") from None
-    lines = text.splitlines()
-    if lines and not text.endswith("\n"):
-        lines.pop()  # the writer was stopped in the middle of it
-    setup, note = _header(file, lines)
-    rows = csv.DictReader(lines[1:])
-    return Profile(setup, tuple(_sample(file, number, row) for number, row in enumerate(rows, start=3)), note)
-
-
-def _header(file: Path, lines: list[str]) -> tuple[Setup, dict[str, Any]]:
-    try:
-        header = json.loads(lines[0].removeprefix("# "))
-        if header["schema"] != SCHEMA:
-            raise UserError(f"profile {file} has schema {header['schema']}, but this version reads {SCHEMA} only")
-        if lines[1].split(",") != COLUMNS:
-            raise ValueError(f"columns {lines[1]}")
-        return Setup(**header["setup"]), dict(header["note"])
-    except (IndexError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{file} is no profile ({error}); make one with `ds-llmpq profile`") from None
-
-
-def _sample(file: Path, number: int, row: Mapping[str, str]) -> Sample:
-    try:
-        numbers = [int(row[name]) for name in ("bits", "batch", "length_tokens")]
-        point = Point(row["device_type"], row["part"], row["phase"], *numbers)
-        counts = [int(row[name]) for name in ("round", "repeats", "undisturbed")]
-        times = [float(row[name]) for name in ("median_seconds", "minimum_seconds", "spread")]
-        if point.part not in PARTS or not all(math.isfinite(time) and time >= 0 for time in times):
-            raise ValueError("a time or part out of range")
-        return Sample(point, *counts, *times)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"profile {file} line {number} makes no sense ({error}); remove that line") from None
+    where = f"profile {path}"
+    text = read_text(path, "profile", _REMEDY)
+    if not text.endswith("\n"):
+        text = text[: text.rfind("\n") + 1]  # the writer was stopped in the middle of it
+    first, _, table = text.partition("\n")
+    header = checked(_Header, parse_json(first.removeprefix("# "), where, _REMEDY), where, _REMEDY)
+    samples = []
+    for number, row in read_csv(table, where, _REMEDY, COLUMNS):
+        cells = {name: row[name] for name in _SAMPLE_COLUMNS} | {"point": {name: row[name] for name in _POINT_COLUMNS}}
+        samples.append(checked_cells(Sample, cells, f"{where} line {number + 1}", "remove that line"))
+    return Profile(header.setup, tuple(samples), header.note)
 
 
 def check_setup(found: Setup, setup: Setup, where: str, remedy: str) -> None:

@@ -1,0 +1,101 @@
+"""What values from outside must be: one type for each, checked by pydantic, and a mistake said in one sentence.
+
+Loaders read a file with `ds_llmpq.files` and hand its values to `checked` (JSON) or `checked_cells` (a row of CSV),
+with the dataclass they want or any other type. Nothing is converted: `"3"` is no number, 3.0 no whole number. The types
+below carry the bounds; a dataclass's own `__post_init__` says what several fields must be together.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cache
+from typing import Annotated, Any, TypeVar
+
+from annotated_types import Ge, Gt, Le, MaxLen, MinLen
+from pydantic import AfterValidator, ConfigDict, FailFast, TypeAdapter, ValidationError
+
+from ds_llmpq.errors import UserError, printable, shown
+
+T = TypeVar("T")
+MOST_COUNT = 2**53  # exact as a float too
+MOST_SIZE = 1e300  # products of a few stay finite as far as they are compared
+
+
+def _plain(text: str) -> str:
+    if printable(text, len(text), keep="") != text:
+        raise ValueError("must hold no control characters")
+    return text
+
+
+def one_of(*values: Any) -> Any:
+    """The type of a value that is one of these, all of one type."""
+
+    def check(value: Any) -> Any:
+        if value not in values:
+            raise ValueError(f"must be one of {', '.join(map(str, values))}")
+        return value
+
+    return Annotated[type(values[0]), AfterValidator(check)]
+
+
+Count = Annotated[int, Ge(0), Le(MOST_COUNT)]
+Positive = Annotated[int, Ge(1), Le(MOST_COUNT)]
+Bits = Annotated[int, Ge(0), Le(64)]
+Number = Annotated[float, Ge(-MOST_SIZE), Le(MOST_SIZE)]
+Amount = Annotated[float, Ge(0), Le(MOST_SIZE)]
+Seconds = Annotated[float, Ge(0), Le(1e12)]
+Share = Annotated[float, Ge(0), Le(1)]
+AboveZero = Annotated[float, Gt(0), Le(MOST_SIZE)]
+Name = Annotated[str, MinLen(1), MaxLen(1_000), AfterValidator(_plain)]
+Label = Annotated[str, MaxLen(10_000), AfterValidator(_plain)]  # may be empty
+Note = Annotated[str, MaxLen(100_000), AfterValidator(lambda text: printable(text, 2_000, keep=""))]  # made printable
+Digest = Annotated[str, MinLen(1), MaxLen(128), AfterValidator(_plain)]
+Many = Annotated[tuple[T, ...], MaxLen(1_000_000), FailFast()]
+Some = Annotated[tuple[T, ...], MinLen(1), MaxLen(1_000_000), FailFast()]
+Table = Annotated[dict[Name, T], MaxLen(100_000)]
+Plain = Annotated[dict[str, Any], MaxLen(100_000)]  # any JSON object
+
+
+def checked(kind: type[T], value: Any, where: str, remedy: str) -> T:
+    """`value`, parsed JSON, as a `kind`. `UserError`: the first place where it is none, as a dotted path below `where`,
+    what stands there, what must, and the remedy."""
+    try:
+        return _adapter(kind).validate_json(json.dumps({"": value}))[""]
+    except ValidationError as error:
+        raise UserError(_sentence(error, where, remedy)) from None
+    except (RecursionError, ValueError) as error:
+        raise UserError(f"{where} cannot be read ({type(error).__name__}); {remedy}.") from None
+
+
+def checked_cells(kind: type[T], cells: Mapping[str, Any], where: str, remedy: str) -> T:
+    """The same of text alone, as CSV has it; nested mappings stand for nested dataclasses."""
+    try:
+        return _adapter(kind).validate_strings({"": cells})[""]
+    except ValidationError as error:
+        raise UserError(_sentence(error, where, remedy)) from None
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter:
+    # an object around it: pydantic takes a configuration for that, but none for a dataclass of the standard library
+    return TypeAdapter(dict[str, kind], config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
+
+
+def _sentence(error: ValidationError, where: str, remedy: str) -> str:
+    first = error.errors(include_url=False)[0]
+    place = first["loc"][1:]
+    kind, key = first["type"], place[-1] if place else ""
+    if kind in ("missing", "missing_argument"):
+        return f"{_path(where, place[:-1])} lacks the key {shown(key)}; {remedy}."
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"{_path(where, place[:-1])} has the unknown key {shown(key)}; {remedy}."
+    wanted = first["msg"].removeprefix("Input ").removeprefix("Value error, ")
+    wanted = wanted.replace("should be", "must be").replace("should have", "must have")
+    return f"{_path(where, place)} is {shown(first['input'])}, but {wanted[:1].lower() + wanted[1:]}; {remedy}."
+
+
+def _path(where: str, place: tuple[Any, ...]) -> str:
+    parts = (f"[{key}]" if isinstance(key, int) else f".{printable(key, 60, keep='')}" for key in place)
+    path = "".join(parts)
+    return f"{where}: {path.removeprefix('.')}" if path else where
