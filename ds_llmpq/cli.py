@@ -20,6 +20,7 @@ from ds_llmpq.engine.openmp import wait_briefly
 from ds_llmpq.errors import Interrupted, UserError
 from ds_llmpq.files import unwritable_as_mistake
 from ds_llmpq.report import kept, sweep
+from ds_llmpq.versions import check_versions
 
 # verbs of which each rank knows its own layers, and how long its threads should wait
 _COMPUTED_BY_RANKS = frozenset({"run", "evaluate", "serve", "plan"})
@@ -55,6 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
     if verb in _WORD_KEYS and rest and not rest[0].startswith("-") and "=" not in rest[0]:
         rest[0] = f"{_WORD_KEYS[verb]}={rest[0]}"
     try:
+        check_versions()
         if verb not in config.VERBS:
             raise UserError(f"There is no verb {verb!r}; the verbs are {', '.join(config.VERBS)}.")
         if verb not in _COMPUTED_BY_RANKS:

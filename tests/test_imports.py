@@ -24,7 +24,7 @@ ORDER = [
     "models",
     "cluster",
 ]
-SHARED = {"schema", "errors", "files", "quick_imports", "validation"}  # importable by all
+SHARED = {"schema", "errors", "files", "validation", "versions"}  # importable by all
 BORDER = {"cli", "config", "__main__"}  # only verbs and the command line know configuration
 
 

@@ -6,6 +6,7 @@ A further architecture is one module that builds an `Architecture` and one line 
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -64,14 +65,17 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.layer = layer
         self.window = window  # sliding attention window in tokens
+        # the name of the cache argument: up to transformers 5.23 the second, from 5.24 on the first
+        takes = inspect.signature(layer.forward).parameters
+        self.cache_argument = "cache" if "cache" in takes else "past_key_values"
 
     def forward(self, step: Step) -> Step:
         step.hidden = self.layer(
             step.hidden,
             attention_mask=step.mask(self.window),
             position_ids=step.positions,
-            past_key_values=step.cache,
             use_cache=step.cache is not None,
+            **{self.cache_argument: step.cache},
             **step.prepared(),
         )
         return step

@@ -21,6 +21,7 @@ from ds_llmpq.errors import UserError
 from ds_llmpq.planner.plan import Plan
 from ds_llmpq.planner.planfile import read_plan
 from ds_llmpq.schema import ServeVerb
+from ds_llmpq.versions import check_versions
 
 SOME_FAILED = 3  # exit code: all rows are accounted for, some in errors.jsonl
 
@@ -28,6 +29,7 @@ SOME_FAILED = 3  # exit code: all rows are accounted for, some in errors.jsonl
 def main(arguments: list[str] | None = None) -> int:
     """Exit code of this rank; says a mistake in one line that the parent finds in the launcher's output."""
     try:
+        check_versions()  # those of this host, which may be others than where `run` was started
         given = list(sys.argv[1:] if arguments is None else arguments)
         if "--score" in given:
             return _score(given[given.index("--score") + 1])
