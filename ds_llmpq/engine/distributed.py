@@ -94,6 +94,7 @@ def _init_process_group(kind: str, timeout: datetime.timedelta) -> None:
     quiet_deepspeed()
     # On CPU, DeepSpeed would compile a shared-memory all-reduce at this point (a minute, and a compiler needed); a
     # pipeline reduces nothing.
-    deepspeed.ops.__compatible_ops__.clear()
+    compatible = deepspeed.ops.__compatible_ops__
+    compatible.update(dict.fromkeys(compatible, False))
     backend = "gloo" if kind == "cpu" else "nccl"
     deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False, init_method=rendezvous.register())
