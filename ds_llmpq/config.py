@@ -13,7 +13,9 @@ from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
 from ds_llmpq import schema, schema_lengths
+from ds_llmpq.cluster.environment import check_environment
 from ds_llmpq.errors import UserError
+from ds_llmpq.files import read_yaml
 
 VERBS = {
     "detect": schema.DetectVerb,
@@ -129,17 +131,22 @@ def known_device_types() -> dict[str, schema.DeviceTypeConfig]:
 
 
 def cluster_of(settings: schema.PlanVerb) -> schema.ClusterConfig:
-    """The cluster group's entry, or the file that takes its place."""
+    """The cluster group's entry, or the file that takes its place; variables that the file sets for the ranks are held
+    to a list, unless the command line asks for them too."""
     if settings.cluster_file is None:
         return settings.cluster
-    return _typed(absolute(settings.cluster_file), schema.ClusterConfig)
+    file = absolute(settings.cluster_file)
+    found = _typed(file, schema.ClusterConfig)
+    check_environment(found.env, settings.cluster.env, f"cluster_file={file}")
+    return found
 
 
 def _typed(file: Path, kind: type[T]) -> T:
     """A YAML file as an object of `kind`. `UserError`: unreadable, unknown key, wrong type."""
     register()
+    values = read_yaml(file, "YAML file", "give a YAML file as `detect` writes it")
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(kind), OmegaConf.load(file))
+        merged = OmegaConf.merge(OmegaConf.structured(kind), values)
         return OmegaConf.to_object(merged)
     except (OSError, ValueError, YAMLError, RecursionError) as error:
         raise UserError(f"{file} cannot be read ({_first(error)}); give a YAML file as `detect` writes it.") from None

@@ -14,6 +14,7 @@ import io
 import json
 import math
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from ds_llmpq.errors import UserError, printable, shown
 
 MOST_BYTES = 64 << 20
 MOST_DEPTH = 64  # of nested objects and lists
+MOST_VALUES = 200_000  # of a YAML file
 MOST_DIGITS = 300  # of a whole number: with more it is no float any more, and slow to read
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 _KINDS = (
@@ -110,6 +112,22 @@ def parse_json(text: str | bytes, where: str, remedy: str, *, infinity: bool = F
     return value
 
 
+def read_yaml(path: str | Path, what: str, remedy: str, most_bytes: int = 4 << 20) -> Any:
+    """Plain values of a YAML file. `UserError`: see `read_text`; not YAML, tags, nested too deeply, too many values (by
+    aliases a short file can stand for an endless one), a key twice, or an interpolation other than `${gib:NUMBER}` and
+    `${mib:NUMBER}`: a file from outside does not read the environment."""
+    import yaml
+    from omegaconf import OmegaConf
+
+    where, text = f"{what} {path}", read_text(path, what, remedy, most_bytes)
+    try:
+        _check_events(yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
+        loaded = OmegaConf.load(io.StringIO(text))
+        return OmegaConf.to_container(loaded, resolve=False) if OmegaConf.is_config(loaded) else loaded
+    except Exception as error:  # beside their own, PyYAML and OmegaConf let pass whatever a conversion raises
+        raise UserError(f"{where} cannot be read as YAML ({_reason(error)}); {remedy}.") from None
+
+
 def read_json_lines(path: str | Path, what: str, remedy: str, most_bytes: int = 1 << 30) -> Iterator[tuple[int, Any]]:
     """(line number from 1, value) of each line that is not blank, each as `parse_json` has it."""
     with open_regular(path, what, remedy, most_bytes) as file:
@@ -142,9 +160,41 @@ def read_csv(text: str, where: str, remedy: str, columns: Sequence[str] = ()) ->
         raise UserError(f"{where} line {reader.line_num} is not CSV ({_reason(error)}); {remedy}.") from None
 
 
+def _check_events(events: Iterable[Any]) -> None:
+    """ValueError for what YAML has beside plain values, and for aliases that stand for very many of them."""
+    sizes: dict[str, int] = {}  # values that an anchor stands for
+    open_nodes: list[list[Any]] = [["", 0]]  # anchor and values so far of each open list or object
+    for event in events:
+        kind, anchor = type(event).__name__, getattr(event, "anchor", None)
+        if getattr(event, "tag", None) is not None:
+            raise ValueError(f"line {event.start_mark.line + 1} has the tag {shown(event.tag)}")
+        if kind == "AliasEvent":
+            # one inside of what it names has no size yet
+            open_nodes[-1][1] += sizes.get(anchor, MOST_VALUES + 1)
+        elif kind == "ScalarEvent":
+            _check_scalar(event)
+            open_nodes[-1][1] += 1
+            sizes[anchor] = 1
+        elif kind in ("SequenceStartEvent", "MappingStartEvent"):
+            open_nodes.append([anchor, 1])
+        elif kind in ("SequenceEndEvent", "MappingEndEvent"):
+            name, size = open_nodes.pop()
+            sizes[name] = size
+            open_nodes[-1][1] += size
+        if len(open_nodes) > MOST_DEPTH or open_nodes[-1][1] > MOST_VALUES:
+            raise ValueError(f"it has more than {MOST_DEPTH} levels or {MOST_VALUES} values")
+
+
+def _check_scalar(event: Any) -> None:
+    if "${" in re.sub(r"\$\{(gib|mib):[0-9.e+]+\}", "", event.value):
+        raise ValueError(f"{shown(event.value)} would be filled in from elsewhere; write the value")
+
+
 def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if mark := getattr(error, "problem_mark", None):  # of PyYAML
+        return f"line {mark.line + 1}: {printable(error.problem, 200, keep='')}"
     if isinstance(error, UnicodeDecodeError):
         return f"byte {error.start} is not UTF-8"
     return printable((str(error).splitlines() or [type(error).__name__])[0], 200, keep="")

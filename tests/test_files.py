@@ -2,6 +2,7 @@
 
 import errno
 import os
+from itertools import pairwise
 
 import pytest
 
@@ -10,6 +11,7 @@ from ds_llmpq.files import (
     read_csv,
     read_json,
     read_json_lines,
+    read_yaml,
     unwritable_as_mistake,
     write_json,
     write_whole,
@@ -115,3 +117,31 @@ def test_a_refusal_is_fit_for_a_terminal_and_short():
     assert str(UserError("two\nlines of Grüße")) == "two\nlines of Grüße"
     assert len(shown(list(range(10**6)))) <= 60
     assert len(shown(10**9000)) <= 60
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (
+            "a: &a [x,x]\n" + "".join(f"{c}: &{c} [{','.join([f'*{b}'] * 9)}]\n" for b, c in pairwise("abcdefghij")),
+            "values",
+        ),
+        ("a: &x [*x]\n", "values"),
+        ("- " * 80 + "1\n", "levels"),
+        ("a: !!python/object/apply:os.system [x]\n", "the tag"),
+        ("a: !!timestamp x\n", "the tag"),
+        ("a: ${oc.env:HOME}\n", "filled in from elsewhere"),
+        ("a: ${gib:${oc.env:HOME}}\n", "filled in from elsewhere"),
+        ("a: 1\na: 2\n", "duplicate key"),
+        ("a: [\n", "line 2"),
+    ],
+)
+def test_yaml_from_outside_is_plain_values(tmp_path, text, reason):
+    (tmp_path / "file").write_text(text)
+    with pytest.raises(UserError, match=f"{reason}.*; mend it"):
+        read_yaml(tmp_path / "file", "thing", "mend it")
+
+
+def test_yaml_may_repeat_a_few_values_and_count_in_gib(tmp_path):
+    (tmp_path / "file").write_text("a: &x {b: 1e3}\nc: [*x, *x]\nd: ${gib:2}\n")
+    assert read_yaml(tmp_path / "file", "thing", "mend it") == {"a": {"b": 1e3}, "c": [{"b": 1e3}] * 2, "d": "${gib:2}"}

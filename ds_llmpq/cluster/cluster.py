@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ds_llmpq.cluster.devices import BIT_WIDTHS, COMPUTE_DTYPES, KINDS, RATE_DTYPES, Device, DeviceType, Link, Links
 from ds_llmpq.cluster.hostfile import check_host_name
-from ds_llmpq.errors import UserError
+from ds_llmpq.errors import UserError, printable, shown
 from ds_llmpq.schema import ClusterConfig, DeviceTypeConfig, LinkConfig, LinksConfig
+from ds_llmpq.validation import checked
+
+MOST_DEVICES = 4096
+MOST_SLOTS = 4096  # of a host, and threads of a device
+MOST = 1e30  # bytes, FLOP/s and seconds: products of a few stay finite
 
 
 @dataclass(frozen=True)
@@ -23,18 +28,22 @@ class Cluster:
     @classmethod
     def from_config(cls, config: ClusterConfig) -> Cluster:
         """UserError: no devices, unknown type, doubled host or slot, a number out of range, a link left out."""
+        checked(ClusterConfig, asdict(config), "cluster", "correct it there")  # a configuration's mappings are untyped
+        _check_name("cluster name", config.name)
         types = {name: device_type(name, entry) for name, entry in config.device_types.items()}
-        hosts = [host.name for host in config.hosts]
-        for host in hosts:
+        for host, times in Counter(host.name for host in config.hosts).items():
             check_host_name(host)
-            if hosts.count(host) > 1:
+            if times > 1:
                 raise UserError(f"host {host} is listed twice; list each host once, with all of its devices")
         devices = tuple(_device(host.name, entry, types) for host in config.hosts for entry in host.devices)
         if not devices:
             raise UserError(f"cluster {config.name or '(unnamed)'} has no devices; list hosts with their devices")
-        names = [device.name for device in devices]
-        for name in names:
-            if names.count(name) > 1:
+        if len(devices) > MOST_DEVICES:
+            raise UserError(
+                f"cluster {config.name} has {len(devices)} devices, but at most {MOST_DEVICES} are planned for"
+            )
+        for name, times in Counter(device.name for device in devices).items():
+            if times > 1:
                 raise UserError(f"device {name} is listed twice; give each device of a host its own slot")
         return cls(config.name, devices, _links(config.links, devices), dict(config.env))
 
@@ -63,6 +72,7 @@ class Cluster:
 
 def device_type(name: str, config: DeviceTypeConfig) -> DeviceType:
     """A checked device type. UserError names the type, the field and its bound."""
+    _check_name("device type", name)
     where = f"device type {name}"
     if config.kind not in KINDS:
         raise UserError(f"{where} has kind {config.kind!r}; it must be one of {', '.join(KINDS)}")
@@ -86,7 +96,7 @@ def device_type(name: str, config: DeviceTypeConfig) -> DeviceType:
         kernel_overhead_seconds=float(config.kernel_overhead_seconds),
         bits=tuple(bits for bits in BIT_WIDTHS if bits in config.bits),
         compute_capability=config.compute_capability,
-        source=config.source,
+        source=printable(config.source, 2_000, keep=""),
     )
 
 
@@ -98,6 +108,10 @@ def _device(host: str, config: Any, types: Mapping[str, DeviceType]) -> Device:
     kind = types[config.type]
     if config.slot < 0:
         raise UserError(f"{where} has a negative slot; slots count from 0")
+    if config.slot >= MOST_SLOTS or (config.threads or 0) > MOST_SLOTS:
+        raise UserError(
+            f"{where}: slot and threads must be at most {MOST_SLOTS}, but are {config.slot}, {config.threads}"
+        )
     if config.threads is not None and kind.kind != "cpu":
         raise UserError(f"{where} sets threads={config.threads}, but its type is {kind.kind}; remove threads")
     threads = None if kind.kind != "cpu" else 1 if config.threads is None else config.threads
@@ -136,7 +150,7 @@ def _links(config: LinksConfig, devices: tuple[Device, ...]) -> Links:
         intra_host=_link("links.intra_host", config.intra_host) if shared_host else None,
         inter_host=_link("links.inter_host", config.inter_host) if several_hosts else None,
         pairs=pairs,
-        source=config.source,
+        source=printable(config.source, 2_000, keep=""),
     )
 
 
@@ -148,9 +162,14 @@ def _link(where: str, config: LinkConfig) -> Link:
 
 def _check(where: str, value: float, lowest: float | None = None) -> None:
     """Positive without `lowest`, else at least that; never infinite."""
-    if not math.isfinite(value) or (value <= 0 if lowest is None else value < lowest):
+    if not abs(value) <= MOST or (value <= 0 if lowest is None else value < lowest):
         bound = "positive" if lowest is None else f"at least {lowest}"
-        raise UserError(f"{where} is {value}; it must be {bound} and finite")
+        raise UserError(f"{where} is {shown(value)}; it must be {bound} and at most {MOST:g}")
+
+
+def _check_name(what: str, name: str) -> None:
+    if len(name) > 200 or printable(name, keep="") != name:
+        raise UserError(f"{what} is {shown(name)}; it must be at most 200 characters, no control characters among them")
 
 
 def _choices(where: str, values: Iterable[Any], allowed: tuple[Any, ...]) -> None:

@@ -25,6 +25,7 @@ from ds_llmpq.batch.ordering import checked
 from ds_llmpq.batch.reader import RequestFile, read_requests
 from ds_llmpq.batch.results import check_folder, read_finished
 from ds_llmpq.batch.supervision import Supervisor, checked_supervision
+from ds_llmpq.cluster.environment import check_environment
 from ds_llmpq.cluster.hostfile import hostfile_disagreements, parse_hostfile, write_hostfile
 from ds_llmpq.engine.launcher import Launch
 from ds_llmpq.errors import UserError
@@ -104,7 +105,7 @@ def _begun(settings: RunVerb, out: Path, file: RequestFile, finished: set[str]) 
         journal.check(asked, out)
         if journal.state == FINISHED:
             return journal, None
-        plan = read_plan(out / "plan.json")
+        plan = _launchable(settings, out / "plan.json")
         write_hostfile(out / "hostfile", launch_order(plan))
     model = fingerprint(checkpoint_of(settings, plan))
     asked = replace(asked, model=model, plan=plan_fingerprint(plan))
@@ -184,9 +185,17 @@ def _metrics(plan: Plan, out: Path) -> dict[str, Any]:
 def plan_of(settings: RunVerb, out: Path) -> Plan:
     if settings.plan is None:
         return make_plan(settings, out)
-    plan = read_plan(settings.plan)
+    plan = _launchable(settings, config.absolute(settings.plan))
     write_plan(out / "plan.json", plan)
     write_hostfile(out / "hostfile", launch_order(plan))
+    return plan
+
+
+def _launchable(settings: RunVerb, file: Path) -> Plan:
+    """A plan whose variables for the ranks may come from a file, or are the user's own. `UserError` for others."""
+    plan = read_plan(file)
+    asked = settings.cluster.env if settings.cluster_file is None else config.cluster_of(settings).env
+    check_environment((plan.engine or {}).get("env", {}), dict(asked) | dict(settings.cluster.env), str(file))
     return plan
 
 
