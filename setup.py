@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # a build's own process does not start in this folder
-from ds_llmpq.versions import EXTRAS, REQUIREMENTS, requirement_lines  # noqa: E402
+from ds_llmpq.versions import EXTRAS, REQUIREMENTS, requirement_lines
 
 setup(
     name="ds_llmpq",

@@ -61,13 +61,14 @@ def check_versions() -> None:
     if os.environ.get(ANY_VERSION):
         return
     for name, wanted in REQUIREMENTS.items():
-        _check(name, wanted, required=True)
+        check_version(name, wanted)
     for extra in _TRIED:
         for name, wanted in EXTRAS[extra].items():
-            _check(name, wanted, required=False)
+            check_version(name, wanted, required=False)
 
 
-def _check(name: str, wanted: str, required: bool) -> None:
+def check_version(name: str, wanted: str, required: bool = True) -> None:
+    """`UserError` if package `name` is outside `wanted`, or missing although it is `required`."""
     from packaging.specifiers import SpecifierSet
     from packaging.version import Version
 

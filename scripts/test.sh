@@ -17,7 +17,7 @@ fi
 
 venv=$(./scripts/install.sh dev)
 export PATH="$venv/bin:$PATH"
-export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+. scripts/test_environment.sh
 
 if (($#)); then
   exec python -m pytest "$@"

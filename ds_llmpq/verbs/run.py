@@ -34,6 +34,7 @@ from ds_llmpq.models.fingerprint import fingerprint
 from ds_llmpq.planner import Plan
 from ds_llmpq.planner.planfile import check_model, launch_order, read_plan, write_plan
 from ds_llmpq.quant.kernels import check_invariant
+from ds_llmpq.report.answers import show_answers
 from ds_llmpq.report.plan_table import plan_table
 from ds_llmpq.report.run_summary import run_summary
 from ds_llmpq.schema import BatchConfig, RunVerb
@@ -157,6 +158,8 @@ def _concluded(supervisor: Supervisor, out: Path, results_before: int) -> int:
     print(run_summary(metrics))
     if supervisor.restarts:
         print(f"the pipeline was started again {supervisor.restarts} times ({'; '.join(supervisor.reasons)})")
+    if answers := show_answers(Path(supervisor.job.input), out / "results.jsonl"):
+        print(f"the first answers:\n{answers}")
     print(f"results: {out / 'results.jsonl'}")
     if counts["failed"]:
         print(f"{counts['failed']} requests failed; the reasons are in {out / 'errors.jsonl'}")

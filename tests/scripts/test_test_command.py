@@ -22,7 +22,8 @@ def write_tool(path, text):
 def test_status_is_that_of_what_ran(tmp_path, fast, slow, lint, status):
     tools = tmp_path / "venv" / "bin"
     (tmp_path / "scripts").mkdir()
-    shutil.copy(ROOT / "scripts" / "test.sh", tmp_path / "scripts")
+    for name in ("test.sh", "test_environment.sh"):
+        shutil.copy(ROOT / "scripts" / name, tmp_path / "scripts")
     write_tool(tmp_path / "scripts" / "install.sh", f"echo {tools.parent}")
     write_tool(tools / "python", f'case "$*" in *"not ("*) echo fast; exit {fast};; *) echo slow; exit {slow};; esac')
     write_tool(tools / "ruff", f"exit {lint}")

@@ -1,0 +1,73 @@
+"""The first answers of a run, short enough for a terminal: what a user looks at to see that the run makes sense."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from ds_llmpq.errors import printable
+
+_PROMPT_CHARACTERS, _ANSWER_CHARACTERS = 100, 160
+_MOST_ROWS = 1000  # of results without a word, after which there is nothing to show
+
+
+def show_answers(input_file: Path, results_file: Path, count: int = 3) -> str:
+    """The first `count` answers of `results_file` that hold words, each on a line below its prompt from `input_file`.
+
+    Reads no more of either file than it needs, and the results no further than `_MOST_ROWS`.
+    """
+    answers: dict[str, str] = {}
+    for line in _lines(results_file, _MOST_ROWS):
+        row = json.loads(line)
+        answer = _answer(row)
+        if answer.strip():
+            answers[row["custom_id"]] = answer
+        if len(answers) == count:
+            break
+    prompts = _find_prompts(input_file, set(answers))
+    return "\n".join(
+        f"{printable(custom_id, 40, keep='')}: {_line(prompts.get(custom_id, ''), _PROMPT_CHARACTERS)}\n"
+        f"    {_line(answer, _ANSWER_CHARACTERS)}"
+        for custom_id, answer in answers.items()
+    )
+
+
+def _find_prompts(input_file: Path, wanted: set[str]) -> dict[str, str]:
+    prompts: dict[str, str] = {}
+    for line in _lines(input_file):
+        if len(prompts) == len(wanted):
+            break
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # it has become an error row
+        if isinstance(row, dict) and str(row.get("custom_id")) in wanted and isinstance(row.get("body"), dict):
+            prompts[str(row["custom_id"])] = _prompt(row["body"])
+    return prompts
+
+
+def _lines(file: Path, most: int | None = None) -> Iterator[bytes]:
+    with open(file, "rb") as lines:
+        yield from islice(lines, most)
+
+
+def _prompt(body: dict[str, Any]) -> str:
+    messages = body.get("messages")
+    if not isinstance(messages, list):
+        return body["prompt"] if isinstance(body.get("prompt"), str) else ""
+    said = [message.get("content") for message in messages if isinstance(message, dict)]
+    return next((text for text in reversed(said) if isinstance(text, str)), "")
+
+
+def _answer(row: dict[str, Any]) -> str:
+    (choice,) = row["response"]["body"]["choices"]
+    return choice["message"]["content"] if "message" in choice else choice["text"]
+
+
+def _line(text: str, most: int) -> str:
+    """`text` on one line: where it has several, their ends are shown as such."""
+    whole = text.strip().replace("\n", " \u23ce ")
+    return printable(whole if len(whole) <= most else whole[: most - 3] + "...", most, keep="")
