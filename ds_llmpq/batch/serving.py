@@ -26,6 +26,7 @@ from ds_llmpq.batch.request import RowError
 from ds_llmpq.batch.results import Result, ResultWriter
 from ds_llmpq.batch.stop_rule import TextStopRule, eos_token_ids
 from ds_llmpq.engine.distributed import Place
+from ds_llmpq.engine.faults import Fault, described
 from ds_llmpq.engine.lifeline import Heartbeat, drain_on_request
 from ds_llmpq.engine.preflight import check_memory
 from ds_llmpq.engine.sequences import Finish
@@ -66,7 +67,10 @@ def serve(job: Job, place: Place) -> dict[str, Any] | None:
         if driver:
             driver.loaded()
         take = driver.source(session).take if driver else _no_requests
-        session.run_all(take, driver.finished if driver else _not_written)
+        if driver:
+            session.run_all(take, driver.finished, driver.broken)
+        else:
+            session.run_all(take, _not_written)
         reports = place.data.gather(session.report() | {"trace": session.trace.spans_seen()})
         return driver.conclude(session, reports) if driver else None
 
@@ -138,18 +142,22 @@ class Driver:
         if self.replay is not None:
             self.replay.ended(row.key)
         if finish is Finish.BROKEN:
-            self.writer.write_error(
-                RowError(
-                    request.request.line,
-                    request.request.custom_id,
-                    "nan_logits",
-                    "the model's logits were not numbers for this prompt; try another compute type or bit width. (If "
-                    "memory_warnings in metrics.json names a prompt of its length, a stage had no memory for it.)",
-                )
-            )
-        else:
+            return
+        try:
             text = self.rule.text(row, tokens)
-            self.writer.write_result(Result(request.request, request.prompt_tokens, len(tokens), text, _REASON[finish]))
+        except Exception as error:
+            self.broken(row, Fault(0, "decoding its tokens", type(error).__name__, described(error)))
+            return
+        self.writer.write_result(Result(request.request, request.prompt_tokens, len(tokens), text, _REASON[finish]))
+        self._show()
+
+    def broken(self, row: WaveRow, fault: Fault | None) -> None:
+        """Writes one request's error: called when it is known why it was given up, after it has finished."""
+        request = self.prepared[row.key].request
+        self.writer.write_error(RowError(request.line, request.custom_id, *_reason(fault)))
+        self._show()
+
+    def _show(self) -> None:
         seconds = time.perf_counter() - self.serving_started
         self.progress.show("prompts", self._done(), self.total, f"{self.tokens / seconds:.0f} tokens/s")
 
@@ -248,6 +256,18 @@ class Driver:
 
     def _done(self) -> int:
         return self.writer.counts["completed"] + self.writer.counts["failed"]
+
+
+def _reason(fault: Fault | None) -> tuple[str, str]:
+    """Code and message of the error row."""
+    if fault is None:
+        return "nan_logits", (
+            "the model's logits were not numbers for this prompt; try another compute type or bit width."
+        )
+    where = f"stage {fault.stage}, {fault.phase}: {fault.kind}: {fault.message}"
+    if fault.out_of_memory:
+        return "out_of_memory", f"no memory for a prompt of this length ({where}); plan for longer prompts."
+    return "execution_error", f"the model could not run this row ({where}); the other rows were not harmed."
 
 
 def trace_text(events: Iterable[dict[str, Any]]) -> Iterator[str]:

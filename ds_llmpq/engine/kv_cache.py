@@ -47,6 +47,17 @@ class KVStore:
     def allocated_bytes(self) -> int:
         return self._memory.numel() * self._memory.element_size()
 
+    @property
+    def device(self) -> torch.device:
+        return self._memory.device
+
+    def like(self, positions: int) -> KVStore:
+        """A store of the same layers for one sequence of `positions` tokens, in whole blocks."""
+        return KVStore(
+            self.first_layer, len(self._memory), rounded_up(positions, self.block), self.kv_heads, self.head_dim,
+            self._memory.dtype, self.device, self.block,
+        )  # fmt: skip
+
     def shape_for(self, slots: int, capacity: int) -> None:
         """Views the store as `slots` sequences of up to `capacity` tokens, in whole blocks; earlier contents become
         meaningless."""

@@ -1,4 +1,4 @@
-"""A pass that memory has no room for, made in parts of fewer rows.
+"""A pass that memory has no room for, or that raises for one of its rows, made in parts of fewer rows.
 
 Rows do not depend on one another, so a stage may cut its own work without telling the others: it takes the whole
 micro-batch's hidden states and gives the whole micro-batch's. What is spared is the workspace between them.
@@ -8,13 +8,23 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from ds_llmpq.engine import memory
 
 Result = TypeVar("Result")
+
+
+class Blame(Protocol):
+    """What becomes of a pass that raises for another reason than memory."""
+
+    def check(self, error: Exception) -> None:
+        """Called for each failure; raises what is no row's own fault."""
+
+    def blame(self, row: int, error: Exception) -> Any:
+        """The result in the place of a row that raised alone."""
 
 
 class Parts:
@@ -30,21 +40,37 @@ class Parts:
         self.warnings: list[dict[str, Any]] = []
         self._most: dict[str, int] = {}
 
-    def run(self, phase: str, rows: int, tokens: int, work: Callable[[int, int], Result]) -> list[Result]:
+    def run(
+        self, phase: str, rows: int, tokens: int, work: Callable[[int, int], Result], rule: Blame | None = None
+    ) -> list[Result]:
         """Results of `work(start, stop)` over parts of the rows, each row once and in order; `tokens` of each row. What
-        `work` raises for a single row passes."""
+        `work` raises passes for want of memory for a single row, and in all other cases if there is no `rule`; with
+        one, the pass is made by halves until the row that raises is alone."""
         done, results = 0, []
+        ends = [rows]  # of all that is to be done, and of the halves that a failure has cut it into
         while done < rows:
-            stop = min(rows, done + self._most_rows(phase, rows, tokens))
+            while ends[-1] == done:
+                ends.pop()
+            stop = min(ends[-1], done + self._most_rows(phase, rows, tokens))
             try:
                 results.append(work(done, stop))
                 done = stop
                 continue
             except Exception as error:
-                if stop - done == 1 or not memory.ran_out(error):
+                failure = None if memory.ran_out(error) else error
+                if (failure is None and stop - done == 1) or (failure is not None and rule is None):
                     raise
             # outside of the handler, where the traceback no longer holds what the failed attempt took
-            self._halve(phase, stop - done, tokens)
+            if failure is None:
+                self._halve(phase, stop - done, tokens)
+                continue
+            rule.check(failure)
+            if stop - done > 1:
+                ends.append(done + (stop - done) // 2)
+            else:
+                results.append(rule.blame(done, failure))
+                done = stop
+            failure = None
         return results
 
     def unfit(self, phase: str, tokens: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import deepspeed
@@ -14,11 +14,13 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from ds_llmpq.cost.passes import Pass, PassSizes
 from ds_llmpq.engine import memory, schedules
 from ds_llmpq.engine.channels import ActivationChannel, TokenChannel
+from ds_llmpq.engine.faults import FaultLog, NeutralRow, Suspects
 from ds_llmpq.engine.kv_cache import KVStore
 from ds_llmpq.engine.parts import Parts
 from ds_llmpq.engine.pipeline_module import PlannedPipelineModule
-from ds_llmpq.engine.sampling import sample
+from ds_llmpq.engine.sampling import GREEDY, sample
 from ds_llmpq.engine.sequences import Finish
+from ds_llmpq.engine.stage_passes import StagePasses
 from ds_llmpq.engine.stream import OnFinished, Stream, StreamTimes, TakeWave
 from ds_llmpq.engine.trace import Trace
 from ds_llmpq.engine.wave import Wave, WaveRow
@@ -42,7 +44,8 @@ class InferencePipelineEngine(PipelineEngine):
     """Runs streams of sequences through one stage of the pipeline.
 
     All stages execute the same passes in the same order. `hidden_size` is the width of the hidden states between
-    stages. A stream's state is kept in `stream`, None between streams.
+    stages. A stream's state is kept in `stream`, None between streams. `neutral_tokens`: tokens that any model of the
+    kind bears, should a pass raise and the question be whose fault that is; `faults` says why rows were given up.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class InferencePipelineEngine(PipelineEngine):
         trace: Trace,
         dtype: torch.dtype,
         hidden_size: int,
+        neutral_tokens: Sequence[int] = (0, 1),
     ):
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         grid = module.mpu()
@@ -71,6 +75,13 @@ class InferencePipelineEngine(PipelineEngine):
         self.dtype = dtype
         self.hidden_size = hidden_size
         self.parts = Parts(self.stage_id, self.device)
+        self.faults = FaultLog(self.stage_id)
+        zeros = None if self.is_first_stage() else torch.zeros(1, 1, hidden_size, dtype=dtype, device=self.device)
+        self.passes = StagePasses(
+            self.module, self.parts, self.faults, NeutralRow(self.module, store, positional, zeros, neutral_tokens),
+            dtype, hidden_size, self.is_last_stage(),
+        )  # fmt: skip
+        self._rule_holds = False  # whether the stop rule has judged a token
         self.stream: Stream | None = None
         self.stream_times: list[StreamTimes] = []
         self._hidden: torch.Tensor | None = None
@@ -137,11 +148,11 @@ class InferencePipelineEngine(PipelineEngine):
             step.token_ids = torch.tensor(padded, device=self.device)
         with self.trace.working("prefill", batch.size, tokens=sum(map(len, known))):
             try:
-                self._run("prefill", step)
+                self._run_rows("prefill", step, batch)
             except Exception as error:
                 if longest <= self.stream.order.sizes.prefill_tokens or not memory.ran_out(error):
                     raise
-                self._give_up(step)
+                self._give_up(batch, error)
 
     def _decode_pass(self, batch: Pass) -> None:
         live, sequences = set(batch.live), self.stream.sequences
@@ -157,10 +168,12 @@ class InferencePipelineEngine(PipelineEngine):
             causal_only=not self.stream.fixed and min(positions) + 1 == kv_tokens,
         )
         if self.is_first_stage():
-            tokens = [sequences.generated[slot][-1] if slot in live else 0 for slot in batch.slots]
+            # slots that go along bring a running row's token, which the model can bear or that row is given up
+            along = sequences.generated[batch.live[0]][-1]
+            tokens = [sequences.generated[slot][-1] if slot in live else along for slot in batch.slots]
             step.token_ids = torch.tensor(tokens, device=self.device)[:, None]
         with self.trace.working("decode", batch.size, tokens=len(live)):
-            self._run("decode", step)
+            self._run_rows("decode", step, batch)
 
     def _aside(self, slot: int) -> int:
         """Where a slot that goes along may write: behind what its sequence's prefill has stored, where the sequence
@@ -169,20 +182,27 @@ class InferencePipelineEngine(PipelineEngine):
         return 0 if row is None else min(len(row.known), self.store.capacity - 1)
 
     def _run(self, phase: str, step: Step) -> None:
+        """Any exception ends it."""
+        self._begin(step)
+        self._hidden, self._logits = self.passes.run(phase, step)
+
+    def _run_rows(self, phase: str, step: Step, batch: Pass) -> None:
+        """Rows whose pass raises are given up; the others pass as if those had been sound."""
+        self._begin(step)
+        live, rows = set(batch.live), self.stream.sequences.rows
+        keys = [rows[slot].key if slot in live else None for slot in batch.slots]
+        self._hidden, self._logits = self.passes.run_rows(phase, step, keys)
+
+    def _begin(self, step: Step) -> None:
         step.prepare = self.positional
         step.hidden = self._hidden
-        rows, tokens = step.positions.shape
-        done = self.parts.run(phase, rows, tokens, lambda start, stop: self.module(step.rows(start, stop)))
-        self._hidden = _joined([part.hidden for part in done])
-        self._logits = _joined([part.logits for part in done])
 
-    def _give_up(self, step: Step) -> None:
-        """One row, longer than was planned for, and no memory for it: what is no number goes on in place of its states,
-        so that the last stage ends it as broken and the others are served."""
-        rows, tokens = step.positions.shape
+    def _give_up(self, batch: Pass, error: Exception) -> None:
+        """One row, longer than was planned for, and no memory for it."""
+        tokens = self._tokens_of(batch)
         self.parts.unfit("prefill", tokens)
-        self._hidden = torch.full((rows, tokens, self.hidden_size), torch.nan, dtype=self.dtype, device=self.device)
-        self._logits = torch.full((rows, 1), torch.nan, device=self.device) if self.is_last_stage() else None
+        self.faults.note(self.stream.sequences.rows[batch.slots[0]].key, "prefill", error, out_of_memory=True)
+        self._hidden, self._logits = self.passes.nothing(1, tokens)
 
     def _sample(self, batch: Pass) -> None:
         with self.trace.working("sample", batch.size):
@@ -190,34 +210,48 @@ class InferencePipelineEngine(PipelineEngine):
             places = [batch.slots.index(slot) for slot in batch.live]
             if len(places) < batch.size:
                 logits = logits[places]
+            suspects = Suspects(lambda: _sample_neutral(logits), lambda: [(0, False)])
             found = self.parts.run(
                 "sample",
                 len(places),
                 1,
                 lambda start, stop: self._choose(batch.live[start:stop], logits[start:stop].float()),
+                suspects,
             )
+            for place, error in suspects.failed.items():
+                self.faults.note(self.stream.sequences.rows[batch.live[place]].key, "sampling", error)
+            # a head of few bits may make numbers of what is none
+            given_up = self._hidden[:, 0, 0].isnan().tolist()
             chosen = [choice for part in found for choice in part]
         self._hidden = self._logits = None
         tokens, finish = [0] * batch.size, [int(Finish.RUNNING)] * batch.size
-        for place, (token, code) in zip(places, chosen, strict=True):
-            tokens[place], finish[place] = token, int(code)
+        for slot, place, (token, sound) in zip(batch.live, places, chosen, strict=True):
+            tokens[place] = token
+            finish[place] = int(self._finish(slot, token) if sound and not given_up[place] else Finish.BROKEN)
         self.tokens.give(torch.tensor(tokens), torch.tensor(finish))
         self.stream.record(batch, tokens, finish)
 
-    def _choose(self, slots: tuple[int, ...], logits: torch.Tensor) -> list[tuple[int, Finish]]:
-        """The next token of each slot, and whether the slot's sequence ends with it; logits [slots, vocabulary]."""
+    def _choose(self, slots: tuple[int, ...], logits: torch.Tensor) -> list[tuple[int, bool]]:
+        """The next token of each slot, and whether its logits are numbers; logits [slots, vocabulary]."""
         rows = [self.stream.sequences.rows[slot] for slot in slots]
         generated = [len(self.stream.sequences.generated[slot]) for slot in slots]
         tokens = sample(logits, [row.sampling for row in rows], generated)
-        # one transfer for both: tokens, and whether the row's logits are numbers (NaN passes through the maximum)
+        # one transfer for both (NaN passes through the maximum)
         chosen, sound = torch.stack([tokens, logits.amax(-1).isfinite().long()]).tolist()
-        return [
-            (token, self._finish(slot, row, token, count + 1) if ok else Finish.BROKEN)
-            for slot, row, token, count, ok in zip(slots, rows, chosen, generated, sound, strict=True)
-        ]
+        return [(token, bool(ok)) for token, ok in zip(chosen, sound, strict=True)]
 
-    def _finish(self, slot: int, row: WaveRow, token: int, generated: int) -> Finish:
-        finish = self.stop_rule(slot, token, generated)
+    def _finish(self, slot: int, token: int) -> Finish:
+        """Whether the slot's sequence ends with this token. A stop rule that raises ends it as broken, but for the very
+        first token it is asked about."""
+        row, generated = self.stream.sequences.rows[slot], len(self.stream.sequences.generated[slot]) + 1
+        try:
+            finish = self.stop_rule(slot, token, generated)
+        except Exception as error:
+            if not self._rule_holds:
+                raise
+            self.faults.note(row.key, "stop rule", error)
+            return Finish.BROKEN
+        self._rule_holds = True
         if finish is Finish.RUNNING and len(row.prompt) + generated >= self.store.capacity:
             return Finish.OVERRUN
         return finish
@@ -254,9 +288,8 @@ class InferencePipelineEngine(PipelineEngine):
         return max(len(self.stream.sequences.rows[slot].known) for slot in batch.slots)
 
 
-def _joined(parts: list[torch.Tensor | None]) -> torch.Tensor | None:
-    """Rows of all parts; None where a stage has no such output."""
-    return parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts)
+def _sample_neutral(logits: torch.Tensor) -> None:
+    sample(torch.zeros_like(logits[:1], dtype=torch.float32), [GREEDY], [0])
 
 
 def quiet_deepspeed() -> None:

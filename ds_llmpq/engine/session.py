@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,15 +13,17 @@ from ds_llmpq.cost.passes import PATIENCE_ROUNDS, PassSizes
 from ds_llmpq.engine import memory
 from ds_llmpq.engine.channels import ActivationChannel, TokenChannel
 from ds_llmpq.engine.distributed import Place
+from ds_llmpq.engine.faults import Fault, first_faults
 from ds_llmpq.engine.kv_cache import KVStore
 from ds_llmpq.engine.pipeline_engine import InferencePipelineEngine, StopRule
 from ds_llmpq.engine.pipeline_module import PlannedPipelineModule, pipeline_bounds, pipeline_layers
+from ds_llmpq.engine.sequences import Finish
 from ds_llmpq.engine.stage_loader import StageLoader
 from ds_llmpq.engine.stream import OnFinished, TakeWave
 from ds_llmpq.engine.throttle import CpuShare
 from ds_llmpq.engine.topology import PlannedTopology
 from ds_llmpq.engine.trace import Trace
-from ds_llmpq.engine.wave import Wave
+from ds_llmpq.engine.wave import Wave, WaveRow
 from ds_llmpq.models.architecture import architecture_of
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.planner.plan import Plan
@@ -29,6 +32,14 @@ from ds_llmpq.quant.checkpoint import open_checkpoint
 from ds_llmpq.quant.hqq import stored_bytes
 from ds_llmpq.quant.kernels import cache_block, check_invariant, is_whole_stage, rounded_up
 from ds_llmpq.schema import EngineConfig, QuantConfig
+
+OnBroken = Callable[[WaveRow, Fault | None], None]
+
+_WHY = b"?"  # the driver asks all ranks why rows were given up; no wave is so short
+
+
+def _not_told(row: WaveRow, fault: Fault | None) -> None:
+    """Where nobody wants to know."""
 
 
 class Session:
@@ -91,6 +102,7 @@ class Session:
             self.trace,
             self.dtype,
             checkpoint.config.hidden_size,
+            _neutral_tokens(checkpoint.config),
         )
         memory.release_freed()
         self._growth_of_loading = memory.held_bytes(place.device) - self._held_before
@@ -115,18 +127,40 @@ class Session:
             return self.options.patience_rounds
         return 0 if all(is_whole_stage(stage.kernel) for stage in self.plan.stages) else PATIENCE_ROUNDS
 
-    def run_all(self, take: TakeWave, on_finished: OnFinished) -> None:
+    def run_all(self, take: TakeWave, on_finished: OnFinished, on_broken: OnBroken = _not_told) -> None:
         """Runs the driver's waves. `take` is called on the driver only, when the slots run short of requests, and once
-        more when all have ended: None then is the end. `on_finished(row, tokens, finish)` is called on every rank."""
+        more when all have ended: None then is the end. `on_finished(row, tokens, finish)` is called on every rank;
+        `on_broken(row, fault)` on the driver, soon after a row has finished as broken: with why it was given up, None
+        if its logits were no numbers."""
+        unexplained: list[WaveRow] = []  # on the driver
+
+        def finished(row: WaveRow, tokens: list[int], finish: Finish) -> None:
+            if finish is Finish.BROKEN and self.place.is_driver:
+                unexplained.append(row)
+            on_finished(row, tokens, finish)
 
         def together() -> Wave | None:
+            if unexplained:
+                self.place.data.broadcast(_WHY)
+                explain()
             wave = take() if self.place.is_driver else None
             data = self.place.data.broadcast(wave.to_bytes() if wave else None)
+            if not self.place.is_driver and data == _WHY:
+                explain()
+                data = self.place.data.broadcast(None)
             return Wave.from_bytes(data) if data else None
+
+        def explain() -> None:
+            reports = self.place.data.gather(self.engine.faults.take())
+            if reports is not None:
+                faults = first_faults(reports)
+                for row in unexplained:
+                    on_broken(row, faults.get(row.key))
+                unexplained.clear()
 
         held_back = None
         while (wave := held_back or together()) is not None:
-            held_back = self.engine.run_stream(wave, self.sizes, together, on_finished)
+            held_back = self.engine.run_stream(wave, self.sizes, together, finished)
 
     def report(self) -> dict:
         """What this rank measured, as plain data: seconds by kind of work, memory by part.
@@ -169,6 +203,13 @@ class Session:
     def _token_channel(self) -> TokenChannel:
         *others, source = self.place.stage_ranks
         return TokenChannel(self.place.side_group, source, others)
+
+
+def _neutral_tokens(config: Any) -> list[int]:
+    """Tokens that every prompt may hold: those that begin and end texts, and the first of all."""
+    named = [getattr(config, name, None) for name in ("bos_token_id", "eos_token_id")]
+    flat = [token for value in named for token in (value if isinstance(value, list) else [value])]
+    return list(dict.fromkeys([*(t for t in flat if isinstance(t, int) and 0 <= t < config.vocab_size), 0, 1]))[:4]
 
 
 def cache_positions(plan: Plan) -> int:

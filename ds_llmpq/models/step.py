@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -61,6 +61,19 @@ class Step:
             last=cut(self.last),
             prepare=self.prepare,
         )
+
+    def exchanged(self, by: Mapping[int, int]) -> Step:
+        """A step of the same shape, to be run instead, where row k brings the tokens or states of row `by[k]`. Its own
+        are its positions and its place in the cache."""
+        index = torch.tensor([by.get(row, row) for row in range(self.positions.shape[0])], device=self.positions.device)
+
+        def taken(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else tensor[index]
+
+        return replace(
+            self, token_ids=taken(self.token_ids), hidden=taken(self.hidden), last=taken(self.last), logits=None,
+            position_inputs={}, _masks={},
+        )  # fmt: skip
 
     def prepared(self) -> dict[str, Any]:
         """The position inputs, computed when the first decoder layer of the stage asks for them."""

@@ -84,7 +84,8 @@ def make_plan(
 @dataclass(frozen=True)
 class Case:
     """What the ranks shall run. `every`: the stop rule also ends each row at that many tokens. `options`: the engine's.
-    `room`: by stage, the most tokens that a pass has memory for. Rows are known by their wave and their place in it."""
+    `room`: by stage, the most tokens that a pass has memory for. `poison`: what raises where, as `rank_host` takes it.
+    Rows are known by their wave and their place in it."""
 
     path: Path
     plan: Plan
@@ -96,6 +97,7 @@ class Case:
     label: str = ""
     options: dict = field(default_factory=dict)
     room: dict[int, int] = field(default_factory=dict)
+    poison: tuple[dict, ...] = ()
 
     def to_json(self) -> dict:
         plain = {"path": str(self.path), "plan": self.plan.to_json(), "eos": self.eos, "every": self.every}
@@ -109,6 +111,7 @@ class Case:
             "dies": self.dies,
             "options": self.options,
             "room": self.room,
+            "poison": self.poison,
         }
 
 
@@ -131,6 +134,11 @@ class Outcome:
 
     def finish(self, wave: int = 0) -> list[Finish]:
         return [Finish(code) for _, _, code in sorted(self._of(wave))]
+
+    def faults(self) -> dict[int, dict]:
+        """Why rows were given up, by their place in the first wave, as the driver was told."""
+        driver = next(rank for rank in self.ranks if rank["faults"] is not None)
+        return dict(driver["faults"])
 
     def order(self, wave: int = 0) -> list[int]:
         """Places in the wave in the order in which rows ended."""

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from ds_llmpq.engine.distributed import Place, join, leave
+from ds_llmpq.engine.faults import Fault
 from ds_llmpq.engine.launcher import free_port
 from ds_llmpq.engine.sequences import Finish
 from ds_llmpq.engine.session import Session
@@ -79,6 +80,9 @@ def run_case(case: dict, joined: Place) -> dict:
     options = EngineConfig(**case["options"])
     session = Session(plan, place, case["path"], TokenRule(case["eos"], case["every"], last), options=options)
     _break_rank(case, joined.rank)
+    for poison in case["poison"]:
+        if poison["stage"] == index:
+            _poison(session, **poison)
     if str(index) in case["room"]:
         _limit_memory(session, case["room"][str(index)])
     logits: list[list] = []
@@ -86,7 +90,7 @@ def run_case(case: dict, joined: Place) -> dict:
         _record_logits(session, logits)
     waves = [Wave.from_bytes(bytes.fromhex(wave)) for wave in case["waves"]]
     waiting, again = deque(waves), []
-    outcomes = []
+    outcomes, faults = [], []
 
     def finished(row: WaveRow, tokens: list[int], finish: Finish) -> None:
         if finish is Finish.OVERRUN:
@@ -100,10 +104,15 @@ def run_case(case: dict, joined: Place) -> dict:
         rows, again[:] = tuple(again), []
         return Wave(rows) if rows else None
 
-    session.run_all(take, finished)
+    def broken(row: WaveRow, fault: Fault | None) -> None:
+        if fault is not None:
+            faults.append([row.key, dataclasses.asdict(fault)])
+
+    session.run_all(take, finished, broken)
     return {
         "stage": index,
         "outcomes": outcomes,
+        "faults": faults if place.is_driver else None,
         "lengths": [list(times.lengths) for times in session.engine.stream_times],
         "logits": logits,
         "report": session.report(),
@@ -122,6 +131,41 @@ def _record_logits(session: Session, into: list[list]) -> None:
         return choose(slots, logits)
 
     engine._choose = recording
+
+
+def _poison(
+    session: Session, stage: int, keys: list[int], generated: int, where: str = "last layer", message: str = "no"
+) -> None:
+    """The stage raises in each pass that brings one of the rows with so many tokens generated or more; with no keys, in
+    every pass. Rows that only go along count as well. `where`: a layer, or "sampling", or "tokens": then `keys` are
+    tokens, and the first stage raises for rows that bring one."""
+    engine = session.engine
+
+    def bad(slot: int) -> bool:
+        row = engine.stream.sequences.rows[slot]
+        return row.key in keys and len(engine.stream.sequences.generated[slot]) >= generated
+
+    def in_layer(layer, inputs):
+        cache = inputs[0].cache
+        if not keys or (cache.store is session.store and any(bad(slot) for slot, _ in cache.row_places())):
+            raise LookupError(message)
+
+    def in_sampling(slots, logits):
+        if any(map(bad, slots)):
+            raise LookupError(message)
+        return choose(slots, logits)
+
+    def in_embedding(layer, inputs):
+        if set(keys) & set(inputs[0].token_ids.flatten().tolist()):
+            raise LookupError(message)
+
+    if where == "tokens":
+        engine.module.forward_funcs[0].register_forward_pre_hook(in_embedding)
+    elif where == "sampling":
+        choose, engine._choose = engine._choose, in_sampling
+    else:
+        place = 0 if where == "first layer" else -1
+        engine.module.forward_funcs[place].register_forward_pre_hook(in_layer)
 
 
 def _limit_memory(session: Session, most_tokens: int) -> None:

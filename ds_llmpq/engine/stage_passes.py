@@ -1,0 +1,86 @@
+"""A pass through the layers of one stage: in as few parts as can be, and without the rows that it cannot run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ds_llmpq.engine.faults import FaultLog, NeutralRow, Suspects
+from ds_llmpq.engine.parts import Parts
+from ds_llmpq.models.step import Step
+
+Output = tuple[torch.Tensor, torch.Tensor | None]  # hidden states, and logits on the last stage
+
+
+class StagePasses:
+    """`hidden_size`: the width of hidden states between stages, which are of `dtype`."""
+
+    def __init__(
+        self, module: nn.Module, parts: Parts, faults: FaultLog, neutral: NeutralRow, dtype: torch.dtype,
+        hidden_size: int, is_last: bool,
+    ):  # fmt: skip
+        self.module = module
+        self.parts = parts
+        self.faults = faults
+        self.neutral = neutral
+        self.dtype = dtype
+        self.hidden_size = hidden_size
+        self.is_last = is_last
+
+    def run(self, phase: str, step: Step) -> Output:
+        """Any exception ends it."""
+        return self._joined(self._parts_of(phase, step, None))
+
+    def run_rows(self, phase: str, step: Step, keys: Sequence[int | None]) -> Output:
+        """Rows that raise alone are given up, and noted by their key; None is that of a row that nobody asks for. The
+        others pass as if those had been sound."""
+        rows, tokens = step.positions.shape
+        suspects = Suspects(self.neutral.run, lambda: self.nothing(1, tokens))
+        done = self._parts_of(phase, step, suspects)
+        for row, error in suspects.failed.items():
+            if keys[row] is not None:
+                self.faults.note(keys[row], phase, error)
+        if 0 < len(suspects.failed) < rows:
+            again = self._without(phase, step, sorted(suspects.failed))
+            return again or self._joined(done)
+        return self._joined(done)
+
+    def nothing(self, rows: int, tokens: int) -> Output:
+        """In the place of what could not be computed: the last stage ends such rows as broken."""
+        hidden = torch.full((rows, tokens, self.hidden_size), torch.nan, dtype=self.dtype, device=self.neutral.device)
+        return hidden, hidden[:, 0, :1] if self.is_last else None
+
+    def _parts_of(self, phase: str, step: Step, suspects: Suspects | None) -> list[Output]:
+        def work(start: int, stop: int) -> Output:
+            part = self.module(step.rows(start, stop))
+            return part.hidden, part.logits
+
+        return self.parts.run(phase, *step.positions.shape, work, suspects)
+
+    def _without(self, phase: str, step: Step, failed: list[int]) -> Output | None:
+        """The pass once more, in the shape it would have had: what a row yields may hang on how many pass together. A
+        sound row's states take the place of those that failed. None if that raises too."""
+        sound = next(row for row in range(len(step.positions)) if row not in failed)
+        try:
+            outputs = self._joined(self._parts_of(phase, step.exchanged(dict.fromkeys(failed, sound)), None))
+        except Exception:
+            return None
+        for output in outputs:
+            if output is not None:
+                output[failed] = torch.nan
+        return outputs
+
+    def _joined(self, done: list[Output]) -> Output:
+        """Rows of all parts. Logits of those that were given up are as wide as the others'."""
+        hidden = [part for part, _ in done]
+        logits = [part for _, part in done]
+        if len(done) == 1 or logits[0] is None:
+            return (hidden[0] if len(done) == 1 else torch.cat(hidden)), logits[0]
+        widest = max(logits, key=torch.Tensor.numel)
+        full = [
+            part if part.shape[1:] == widest.shape[1:] else widest.new_full((len(part), *widest.shape[1:]), torch.nan)
+            for part in logits
+        ]
+        return torch.cat(hidden), torch.cat(full)
