@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ds_llmpq.engine.kv_cache import KVStore
+from ds_llmpq.errors import printable
 from ds_llmpq.models.step import Step
 
 _MESSAGE_CHARACTERS = 300
@@ -37,13 +38,11 @@ class Fault:
 
 
 def described(error: BaseException) -> str:
-    """The exception's message on one line: cut, control characters escaped."""
+    """The exception's message on one line, fit for a terminal."""
     try:
-        text = str(error)
-    except Exception:
-        text = "(its message cannot be read)"
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in text[:1000])
-    return shown if len(shown) <= _MESSAGE_CHARACTERS else shown[: _MESSAGE_CHARACTERS - 3] + "..."
+        return printable(error, _MESSAGE_CHARACTERS, keep="")
+    except Exception:  # whatever an exception's own __str__ raises
+        return "(its message cannot be read)"
 
 
 class FaultLog:

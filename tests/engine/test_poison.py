@@ -199,6 +199,7 @@ def test_the_exception_itself_ends_a_stage_that_runs_no_row():
 
 def test_messages_are_printable_and_short():
     assert described(ValueError("a\x1b[31m\nb\u2028c\x85" + "x" * 5000)).startswith("a\\x1b[31m\\nb\\u2028c\\x85xxx")
+    assert described(ValueError("a\nb")) == "a\\nb"
     assert len(described(ValueError("\x00" * 5000))) <= 300
     assert described(ValueError("shapes do not match")) == "shapes do not match"
     lone = described(ValueError("\ud800"))
