@@ -23,6 +23,8 @@ from typing import Any, BinaryIO
 from ds_llmpq.errors import UserError, printable, shown
 
 MOST_BYTES = 64 << 20
+# of files that transformers, safetensors and tokenizers look for
+CHECKPOINT_SUFFIXES = (".json", ".safetensors", ".txt", ".jinja", ".model")
 MOST_DEPTH = 64  # of nested objects and lists
 MOST_VALUES = 200_000  # of a YAML file
 MOST_DIGITS = 300  # of a whole number: with more it is no float any more, and slow to read
@@ -75,6 +77,18 @@ def open_regular(path: str | Path, what: str, remedy: str, most_bytes: int | Non
         raise UserError(f"{what} {path} has {found.st_size} bytes, more than {most_bytes}; {remedy}.")
     kind = next((name for matches, name in _KINDS if matches(found.st_mode)), "no file")
     raise UserError(f"{what} {path} cannot be read (it is {kind}); {remedy}.")
+
+
+def check_files(folder: str | Path, what: str, remedy: str) -> None:
+    """Before a library looks into a folder from outside by names of its own: whatever is named like a checkpoint's file
+    is one. `UserError` as in `open_regular`; a folder that cannot be listed is left to who reads it."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError:
+        return
+    for name in names:
+        if name.endswith(CHECKPOINT_SUFFIXES):
+            open_regular(os.path.join(folder, name), what, remedy).close()
 
 
 def read_text(path: str | Path, what: str, remedy: str, most_bytes: int = MOST_BYTES) -> str:

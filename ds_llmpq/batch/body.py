@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from difflib import get_close_matches
 from typing import Any
 
+from ds_llmpq.batch.parameters import PARAMETERS, show
 from ds_llmpq.batch.request import CHAT_URL, COMPLETIONS_URL, Prompt, Request, RequestError, SamplingParams, derive_seed
 from ds_llmpq.errors import UserError
 from ds_llmpq.schema import BatchConfig
 
 ROW_FIELDS = frozenset({"custom_id", "method", "url", "body", "arrival_seconds"})
 MESSAGE_FIELDS = frozenset({"role", "content"})
+# what an SDK dumps beside role and content of an answer that was text alone, and servers beside an empty reasoning
+NEUTRAL_MESSAGE_FIELDS = {
+    "name": (None,),
+    "refusal": (None,),
+    "audio": (None,),
+    "function_call": (None,),
+    "tool_calls": (None, []),
+    "tool_call_id": (None,),
+    "annotations": (None, []),
+    "reasoning": (None, ""),
+    "reasoning_content": (None, ""),
+}
 PART_FIELDS = frozenset({"type", "text"})
 ROLES = ("system", "user", "assistant")
-# `user` and `metadata` have no effect on the text: accepted and ignored
-SAMPLING_FIELDS = frozenset({"max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "ignore_eos"})
-COMMON_FIELDS = SAMPLING_FIELDS | {"model", "n", "stream", "logprobs", "user"}
-BODY_FIELDS = {
-    CHAT_URL: COMMON_FIELDS | {"messages", "max_completion_tokens", "metadata"},
-    COMPLETIONS_URL: COMMON_FIELDS | {"prompt"},
-}
-MAX_STOPS = 4  # as the OpenAI interface has it
-MAX_STOP_CHARACTERS = 1024  # a stop string is searched for at every token
-SEED_BOUND = 2**63
 MOST_ARRIVAL_SECONDS = 1e9
+_FEW = 12  # names that a message may list
+_BODY_FIELDS = {
+    url: frozenset(name for name, parameter in PARAMETERS.items() if url in parameter.urls)
+    for url in (CHAT_URL, COMPLETIONS_URL)
+}
 
 
 def parse_row(row: Any, index: int, line: int, defaults: BatchConfig) -> Request:
@@ -31,18 +39,20 @@ def parse_row(row: Any, index: int, line: int, defaults: BatchConfig) -> Request
 
     `custom_id` has already been checked (`row_custom_id`), since error rows need it too.
     """
+    custom_id = row_custom_id(row)
     _no_unknown_fields(row, ROW_FIELDS, "row")
     if _required(row, "method", str, "a string") != "POST":
         raise RequestError("invalid_method", f"method is {show(row['method'])} but only POST is served.")
     url = _required(row, "url", str, "a string")
-    if url not in BODY_FIELDS:
+    if url not in _BODY_FIELDS:
         raise RequestError("invalid_url", f"url is {show(url)} but only {CHAT_URL} and {COMPLETIONS_URL} are served.")
     body = _required(row, "body", dict, "an object")
-    _no_unknown_fields(body, BODY_FIELDS[url], "body")
-    _check_unused(body)
+    _no_unknown_fields(body, _BODY_FIELDS[url], "body")
+    # null is the same as absent
+    given = {field: PARAMETERS[field].check(field, value) for field, value in body.items() if value is not None}
     prompt = _messages(body) if url == CHAT_URL else _prompt(body)
-    params = _params(body, row["custom_id"], defaults)
-    return Request(index, line, row["custom_id"], url, body.get("model"), prompt, params, _arrival(row))
+    params = _params(given, custom_id, defaults)
+    return Request(index, line, custom_id, url, given.get("model"), prompt, params, _arrival(row))
 
 
 def _arrival(row: dict) -> float:
@@ -57,20 +67,22 @@ def _arrival(row: dict) -> float:
 
 
 def row_custom_id(row: Any) -> str:
-    """The row's custom_id, a non-empty string; RequestError otherwise."""
+    """The row's custom_id, a non-empty string, or a whole number as its string; RequestError otherwise."""
     if not isinstance(row, dict):
         raise RequestError("invalid_type", f"a row is an object with custom_id, method, url and body, not {show(row)}.")
-    custom_id = _required(row, "custom_id", str, "a string")
-    if not custom_id:
+    custom_id = _required(row, "custom_id", (str, int), "a string")
+    if isinstance(custom_id, bool):
+        raise RequestError("invalid_type", f"custom_id must be a string, not {show(custom_id)}.")
+    if custom_id == "":
         raise RequestError("invalid_value", "custom_id is empty; give every row its own.")
-    return custom_id
+    return str(custom_id)
 
 
 def check_defaults(defaults: BatchConfig) -> None:
     """UserError if the configured defaults, which rows inherit, are themselves out of range."""
     for field in ("max_tokens", "temperature", "top_p", "top_k", "seed", "ignore_eos"):
         try:
-            CHECKS[field](field, getattr(defaults, field))
+            PARAMETERS[field].check(field, getattr(defaults, field))
         except RequestError as error:
             raise UserError(f"batch.{error.message}") from None
     for field in ("max_row_bytes", "limit"):
@@ -79,53 +91,22 @@ def check_defaults(defaults: BatchConfig) -> None:
             raise UserError(f"batch.{field} is {value} but must be at least 1.")
 
 
-def show(value: Any) -> str:
-    """A value for a message, cut short: rows may hold megabytes."""
-    if isinstance(value, str):
-        return repr(value if len(value) <= 60 else value[:57] + "...")
-    if isinstance(value, dict):
-        return "an object"
-    if isinstance(value, list):
-        return "a list"
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    text = str(value)
-    return text if len(text) <= 30 else text[:27] + "..."
-
-
 # --- fields of the body ---
 
 
-def _params(body: dict, custom_id: str, defaults: BatchConfig) -> SamplingParams:
-    chosen = {}
-    for field in ("temperature", "top_p", "top_k", "ignore_eos"):
-        value = body.get(field)
-        chosen[field] = getattr(defaults, field) if value is None else CHECKS[field](field, value)
-    seed = body.get("seed")
-    seed = derive_seed(defaults.seed, custom_id) if seed is None else CHECKS["seed"]("seed", seed)
-    return SamplingParams(max_tokens=_max_tokens(body, defaults), seed=seed, stop=_stop(body.get("stop")), **chosen)
+def _params(given: dict, custom_id: str, defaults: BatchConfig) -> SamplingParams:
+    """From checked values; `defaults` stand for what the row leaves out."""
+    fields = ("temperature", "top_p", "top_k", "ignore_eos")
+    chosen = {field: given.get(field, getattr(defaults, field)) for field in fields}
+    seed = given["seed"] if "seed" in given else derive_seed(defaults.seed, custom_id)
+    return SamplingParams(max_tokens=_max_tokens(given, defaults), seed=seed, stop=given.get("stop", ()), **chosen)
 
 
-def _max_tokens(body: dict, defaults: BatchConfig) -> int:
-    given = [field for field in ("max_tokens", "max_completion_tokens") if body.get(field) is not None]
-    if len(given) == 2:
+def _max_tokens(given: dict, defaults: BatchConfig) -> int:
+    names = [field for field in ("max_tokens", "max_completion_tokens") if field in given]
+    if len(names) == 2:
         raise RequestError("invalid_value", "max_tokens and max_completion_tokens are both given; keep one of them.")
-    return CHECKS["max_tokens"](given[0], body[given[0]]) if given else defaults.max_tokens
-
-
-def _stop(stop: Any) -> tuple[str, ...]:
-    if stop is None:
-        return ()
-    stops = [stop] if isinstance(stop, str) else stop
-    if not isinstance(stops, list) or not all(isinstance(each, str) for each in stops):
-        raise RequestError("invalid_type", f"stop must be a string or a list of strings, not {show(stop)}.")
-    if len(stops) > MAX_STOPS:
-        raise RequestError("invalid_value", f"stop lists {len(stops)} strings but at most {MAX_STOPS} are allowed.")
-    if not all(0 < len(each) <= MAX_STOP_CHARACTERS for each in stops):
-        raise RequestError(
-            "invalid_value", f"each stop string must have 1 to {MAX_STOP_CHARACTERS} characters; drop or shorten it."
-        )
-    return tuple(stops)
+    return given[names[0]] if names else defaults.max_tokens
 
 
 def _messages(body: dict) -> Prompt:
@@ -138,7 +119,8 @@ def _messages(body: dict) -> Prompt:
 def _message(message: Any, where: str) -> tuple[str, str]:
     if not isinstance(message, dict):
         raise RequestError("invalid_type", f"{where} must be an object with role and content, not {show(message)}.")
-    _no_unknown_fields(message, MESSAGE_FIELDS, where)
+    spoken = {field: value for field, value in message.items() if value not in NEUTRAL_MESSAGE_FIELDS.get(field, ())}
+    _no_unknown_fields(spoken, MESSAGE_FIELDS, where)
     role = message.get("role")
     if role not in ROLES:
         raise RequestError("invalid_value", f"{where}.role is {show(role)} but must be one of {', '.join(ROLES)}.")
@@ -174,27 +156,15 @@ def _prompt(body: dict) -> Prompt:
     return tuple(prompt)
 
 
-def _check_unused(body: dict) -> None:
-    """Fields that are accepted without effect, or with the one value that is served."""
-    if body.get("n") not in (None, 1) or isinstance(body.get("n"), (bool, float)):
-        raise RequestError("unsupported_value", f"n is {show(body['n'])} but only 1 is served; repeat the row instead.")
-    for field in ("stream", "logprobs"):
-        if body.get(field) not in (None, False) or type(body.get(field)) in (int, float):
-            raise RequestError(
-                "unsupported_value", f"{field} is {show(body[field])} but only false is served; drop it."
-            )
-    for field, kind, name in (("model", str, "a string"), ("user", str, "a string"), ("metadata", dict, "an object")):
-        if body.get(field) is not None and not isinstance(body[field], kind):
-            raise RequestError("invalid_type", f"{field} must be {name}, not {show(body[field])}.")
-
-
 def _no_unknown_fields(given: dict, known: frozenset[str] | set[str], where: str) -> None:
     unknown = given.keys() - known
     if unknown:
         names = ", ".join(show(name) for name in sorted(unknown)[:5])
-        raise RequestError(
-            "unknown_parameter", f"{where} has {names}, which is not supported here; remove it (known: {_list(known)})."
-        )
+        near = get_close_matches(min(unknown)[:60], known, n=1)
+        remedy = f"did you mean {near[0]}? If not, remove it" if near else "remove it"
+        if len(known) <= _FEW and not near:
+            remedy += f" (known: {', '.join(sorted(known))})"
+        raise RequestError("unknown_parameter", f"{where} has {names}, which is not supported here; {remedy}.")
 
 
 def _required(given: dict, field: str, kind: type | tuple[type, ...], name: str) -> Any:
@@ -203,40 +173,3 @@ def _required(given: dict, field: str, kind: type | tuple[type, ...], name: str)
     if not isinstance(given[field], kind):
         raise RequestError("invalid_type", f"{field} must be {name}, not {show(given[field])}.")
     return given[field]
-
-
-def _list(names: frozenset[str] | set[str]) -> str:
-    return ", ".join(sorted(names))
-
-
-# --- one check a number: returns the value or raises with value, bound and remedy ---
-
-
-def _number(low: float, high: float, bound: str, *, whole: bool, above_low: bool = False) -> Callable[[str, Any], Any]:
-    kinds = (int,) if whole else (int, float)
-
-    def check(field: str, value: Any) -> Any:
-        if type(value) not in kinds:
-            kind = "a whole number" if whole else "a number"
-            raise RequestError("invalid_type", f"{field} must be {kind} {bound}, not {show(value)}.")
-        if not low <= value <= high or (above_low and value == low):
-            raise RequestError("invalid_value", f"{field} is {show(value)} but must be {bound}.")
-        return value if whole else float(value)
-
-    return check
-
-
-def _boolean(field: str, value: Any) -> bool:
-    if type(value) is not bool:
-        raise RequestError("invalid_type", f"{field} must be true or false, not {show(value)}.")
-    return value
-
-
-CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    "max_tokens": _number(1, SEED_BOUND, "at least 1", whole=True),
-    "temperature": _number(0, 2, "from 0 (greedy) to 2", whole=False),
-    "top_p": _number(0, 1, "above 0 and at most 1", whole=False, above_low=True),
-    "top_k": _number(0, SEED_BOUND, "0 (off) or more", whole=True),
-    "seed": _number(-SEED_BOUND, SEED_BOUND - 1, "from -2**63 to 2**63 - 1", whole=True),
-    "ignore_eos": _boolean,
-}

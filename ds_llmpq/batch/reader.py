@@ -9,12 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ds_llmpq.batch.body import check_defaults, parse_row, row_custom_id, show
+from ds_llmpq.batch.body import check_defaults, parse_row, row_custom_id
+from ds_llmpq.batch.formats import refuse_other_formats
+from ds_llmpq.batch.parameters import show
 from ds_llmpq.batch.request import Request, RequestError, RowError
 from ds_llmpq.errors import UserError
+from ds_llmpq.files import open_regular
 from ds_llmpq.schema import BatchConfig
 
 MAX_NESTING = 32  # a valid row needs 6
+_NO_JSON = ("invalid_json", "invalid_encoding")
 UTF8_BOM = b"\xef\xbb\xbf"
 
 
@@ -31,18 +35,21 @@ class RequestFile:
 def read_requests(path: str | Path, defaults: BatchConfig) -> RequestFile:
     """Read a batch file; `defaults` fill what a row leaves out, bound a row's size and may limit the rows read.
 
-    A bad row becomes a RowError. UserError: missing, unreadable or empty file, a repeated custom_id (results are
-    keyed by it), or defaults out of range.
+    A bad row becomes a RowError. UserError: missing, unreadable or empty file, one that is no batch file at all
+    (compressed, UTF-16, one JSON array, plain text), a repeated custom_id (results are keyed by it), or defaults out of
+    range.
     """
     check_defaults(defaults)
     requests: list[Request] = []
     errors: list[RowError] = []
     seen: set[str] = set()
+    strange = 0  # rows that are no objects
     digest = hashlib.sha256()
     try:
-        with open(path, "rb") as file:
+        with open_regular(path, "input", "give a batch file as input=FILE") as file:
+            refuse_other_formats(file, path)
             for index, (line, raw) in enumerate(_rows(file, defaults, digest)):
-                custom_id = None
+                custom_id, row = None, {}
                 try:
                     row = _parse(raw, defaults.max_row_bytes)
                     custom_id = row_custom_id(row)
@@ -52,10 +59,16 @@ def read_requests(path: str | Path, defaults: BatchConfig) -> RequestFile:
                     requests.append(parse_row(row, index, line, defaults))
                 except RequestError as error:
                     errors.append(error.row(line, custom_id))
+                    strange += error.code in _NO_JSON or not isinstance(row, dict)
     except OSError as error:
         raise UserError(f"cannot read input {path}: {error.strerror}; give a readable file as input=FILE.") from None
     if not requests and not errors:
         raise UserError(f"input {path} has no rows; give a batch file with one JSON object a line.")
+    if not requests and strange == len(errors):
+        raise UserError(
+            f"input {path} is no batch file: none of its {len(errors)} rows is a JSON object (line {errors[0].line}: "
+            f"{errors[0].message.rstrip('.')}); give one JSON object a line."
+        )
     return RequestFile(requests, errors, len(requests) + len(errors), digest.hexdigest())
 
 

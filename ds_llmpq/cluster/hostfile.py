@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ds_llmpq.errors import UserError
+from ds_llmpq.files import read_text
 
 Placement = tuple[str, int]
 # what ssh, pdsh and DeepSpeed's --include take for one host, and nobody for an option
@@ -47,10 +48,7 @@ def write_hostfile(path: str | Path, placements: Iterable[Placement]) -> None:
 
 def parse_hostfile(path: str | Path) -> dict[str, int]:
     """Host -> slots, in file order; `#` starts a comment. UserError: unreadable, bad line, doubled host, no hosts."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"hostfile {path} cannot be read ({error}); give a text file of lines 'host slots=N'") from None
+    lines = read_text(path, "hostfile", "give a text file of lines 'host slots=N'").splitlines()
     hosts: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
         entry = line.split("#", 1)[0].strip()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ds_llmpq.errors import UserError
+from ds_llmpq.files import open_regular
 
 KINDS = ("poisson", "gamma", "uniform", "together", "trace")
 TRACE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
@@ -55,8 +57,8 @@ def read_trace(path: Path, start_row: int = 0, count: int | None = None, scale: 
     if start_row < 0 or not scale > 0:
         raise UserError(f"arrivals.start_row is {start_row} and arrivals.scale is {scale}; give at least 0, above 0.")
     try:
-        with open(path, newline="", encoding="utf-8-sig") as stream:
-            reader = csv.DictReader(stream)
+        with open_regular(path, "trace", "give an Azure inference trace") as stream:
+            reader = csv.DictReader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""))
             missing = set(TRACE_COLUMNS) - set(reader.fieldnames or ())
             if missing:
                 raise UserError(f"{path} lacks the columns {', '.join(sorted(missing))} of an Azure inference trace.")

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ds_llmpq.errors import UserError
+from ds_llmpq.files import open_regular
 from ds_llmpq.lengths.records import Example, read_examples, tokenizer_counter
 from ds_llmpq.schema_lengths import LengthDataConfig
 
@@ -118,7 +119,7 @@ def read(folder: Path) -> Dataset:
     parts: dict[str, list[Example]] = {name: [] for name in SPLITS}
     try:
         described = json.loads((folder / DATASET_NAME).read_text(encoding="utf-8"))
-        with open(folder / RECORDS_NAME, encoding="utf-8") as stream:
+        with open_regular(folder / RECORDS_NAME, "data", "prepare it anew") as stream:
             for line in stream:
                 row = json.loads(line)
                 parts[row.pop("split")].append(Example(**row))

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import AutoModel, AutoTokenizer
 
 from ds_llmpq.errors import UserError
+from ds_llmpq.files import check_files
 from ds_llmpq.lengths.dataset import fingerprint, lengths_of, truncated
 from ds_llmpq.lengths.records import Example
 from ds_llmpq.lengths.tasks import Task
@@ -172,6 +173,7 @@ def _pretrained(path: Path) -> tuple[nn.Module, Any]:
     options = {"local_files_only": True, "trust_remote_code": False}
     if not (path / "config.json").is_file():
         raise UserError(f"{path} holds no config.json; give a local folder of a Hugging Face encoder.")
+    check_files(path, "Encoder file", "fetch it again")
     try:
         encoder = AutoModel.from_pretrained(str(path), use_safetensors=True, dtype=torch.float32, **options)
         tokenizer = AutoTokenizer.from_pretrained(str(path), **options)

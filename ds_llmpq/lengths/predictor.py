@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from ds_llmpq.errors import UserError
-from ds_llmpq.lengths.calibration import Calibration, classes_of
+from ds_llmpq.files import check_files
+from ds_llmpq.lengths.calibration import Calibration, classes_of, level_name
 from ds_llmpq.lengths.dataset import Dataset, fingerprint, lengths_of, unanswered
 from ds_llmpq.lengths.length_metrics import bound_metrics, class_metrics, regression_metrics
 from ds_llmpq.lengths.ngrams import Features, NgramModel
@@ -74,20 +76,44 @@ class Predictor:
 
 
 def load_predictor(folder: Path) -> Predictor:
-    """What `save` wrote. `UserError`: not such a folder."""
+    """What `save` wrote, tried on a few prompts: weights that do not fit the rest of the folder load well and fail only
+    when asked. `UserError`: not such a folder, or it cannot predict."""
     try:
         described = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
         if described["schema"] != SCHEMA:
             raise UserError(
                 f"{folder / FILE_NAME} has schema {described['schema']!r}; this version reads {SCHEMA} only."
             )
+        check_files(folder, "Predictor file", "give a folder that `lengths train` wrote")
         model = _model_class(described["kind"]).load(folder, described["model"])
         task, calibration = Task.from_json(described["task"]), Calibration.from_json(described["calibration"])
-        return Predictor(task, model, calibration, described["about"])
+        predictor = Predictor(task, model, calibration, described["about"])
+        _try(predictor)
+        return predictor
     except UserError:
         raise
     except Exception as error:  # safetensors has exceptions of its own
-        raise UserError(f"{folder} holds no predictor ({error!r}); give a folder that `lengths train` wrote.") from None
+        raise UserError(
+            f"{folder} holds no predictor that works ({_reason(error)}); give a folder that `lengths train` wrote."
+        ) from None
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def _try(predictor: Predictor) -> None:
+    """Predicts for made-up prompts; ValueError where what comes out is no length."""
+    names = predictor.about["models"][:1] or [""]
+    texts = ("", "How long is it?", "word " * 3000)
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = predictor.predict([Example(text, None, names[0], len(text.split())) for text in texts])
+    if set(found.bounds) != {level_name(level) for level in predictor.task.quantiles}:
+        raise ValueError(f"it bounds {', '.join(found.bounds)} instead of its quantiles")
+    for name, values in ({"tokens": found.tokens} | found.bounds).items():
+        if values.shape != (len(texts),) or not np.isfinite(values).all() or (values < 0).any():
+            raise ValueError(f"its {name} for {len(texts)} prompts are {values.tolist()}")
 
 
 def train(

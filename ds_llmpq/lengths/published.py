@@ -8,13 +8,13 @@ arrive is lost if nothing is queued before it.
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ds_llmpq.errors import UserError
+from ds_llmpq.files import read_json
 
 CONSTANT_SECONDS = 0.1
 PER_TOKEN_SECONDS = 0.02
@@ -54,10 +54,7 @@ class _Clock:
 
 def read_cases(path: Path) -> list[Case]:
     """Cases of a JSON list as the golden files hold them. `UserError`: unreadable, or not of that form."""
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cases={path} cannot be read as JSON ({error}); give a list of cases.") from None
+    rows = read_json(path, "cases", "give a JSON list of cases")
     if not isinstance(rows, list):
         raise UserError(f"cases={path} holds no list; give a JSON list with one object a case.")
     return [_case(row, f"{path}, case {number}") for number, row in enumerate(rows)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_llmpq.errors import UserError
+from ds_llmpq.files import open_regular
 
 LAYOUTS = ("auto", "rows", "lmsys", "results")
 ROUNDS = ("single", "multi")
@@ -111,11 +113,13 @@ def _rows(path: Path) -> list[dict[str, Any]]:
                 raise UserError(f"{path} holds no .parquet, .jsonl or .csv file; give the file itself.")
             return [row for file in files for row in _rows(file)]
         if path.suffix == ".parquet":
+            open_regular(path, "data", "give a parquet table").close()
             return _parquet(path)
         if path.suffix == ".csv":
-            with open(path, newline="", encoding="utf-8-sig") as stream:
-                return list(csv.DictReader(stream))
-        text = path.read_text(encoding="utf-8-sig")
+            with open_regular(path, "data", "give a CSV file") as stream:
+                return list(csv.DictReader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")))
+        with open_regular(path, "data", "give JSON lines, CSV or parquet") as stream:
+            text = stream.read().decode("utf-8-sig")
         lines = (
             json.loads(text)
             if text.lstrip().startswith("[")

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ds_llmpq.errors import UserError
+from ds_llmpq.files import open_regular
 from ds_llmpq.lengths.arrivals import arrival_times, read_trace
 from ds_llmpq.lengths.execution import ExecutionCost, alone_seconds
 from ds_llmpq.lengths.jobs import Jobs
@@ -115,7 +116,7 @@ def _read(answers: AnswersConfig) -> Lengths:
     if answers.data is None:
         raise UserError("answers.kind=data needs answers.data=FILE, JSON lines with output_tokens.")
     try:
-        with open(Path(answers.data).expanduser(), encoding="utf-8") as stream:
+        with open_regular(Path(answers.data).expanduser(), "answers.data", "give JSON lines") as stream:
             rows = [json.loads(line) for line in stream if line.strip()]
         generated = np.array([int(row["output_tokens"]) for row in rows], dtype=np.int64)
         prompts = np.array([int(row.get("prompt_tokens") or 0) for row in rows], dtype=np.int64)

@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 
+from ds_llmpq import files
 from ds_llmpq.errors import UserError
 
 CALIBRATION, EVALUATION = "calibration", "evaluation"
+_MOST_BYTES = 1 << 32
 _PARTS = (CALIBRATION, EVALUATION)
 # folders that not every installation has, and tables of numbers
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "__pycache__"}
@@ -47,10 +49,7 @@ def read_text(path: str | Path | None, part: str) -> Text:
     """
     if path is None:
         return Text(f"standard library, held-out files, {part}", _standard_library(part))
-    try:
-        return Text(str(path), Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"text={path} cannot be read as UTF-8 text ({error}); give a plain text file.") from None
+    return Text(str(path), files.read_text(path, "text", "give a plain text file in UTF-8", _MOST_BYTES))
 
 
 def encode(text: Text, tokenizer: Any) -> list[int]:

@@ -9,6 +9,8 @@ import hashlib
 import json
 from pathlib import Path
 
+from ds_llmpq.files import check_files
+
 _MOST_HEADER_BYTES = 100 << 20  # safetensors' own limit
 
 
@@ -16,9 +18,10 @@ def fingerprint(path: str | Path) -> str:
     """SHA-256 over config.json and the sizes and headers (names, types, shapes, offsets) of the safetensors files.
 
     Equal for byte-wise copies, read in milliseconds whatever the size; blind to weights that changed under an unchanged
-    layout. Raises OSError for a folder without config.json.
+    layout. Raises OSError for a folder without config.json; `UserError` where something else is in the place of a file.
     """
     folder = Path(path)
+    check_files(folder, "Checkpoint file", "fetch the checkpoint again")
     config = (folder / "config.json").read_bytes()
     if source := _source(config):
         return source

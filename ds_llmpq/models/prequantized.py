@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_llmpq.errors import UserError
+from ds_llmpq.files import check_files
 
 # no method of transformers' own: its HQQ loader would quantize anew, at one width for all layers
 QUANT_METHOD = "ds_llmpq_hqq"
@@ -17,7 +18,8 @@ _KEYS = ("quantization_config", "compression_config")
 def refuse_foreign(path: str | Path) -> None:
     """`UserError` if the folder's config.json declares a quantization that is not ours (GPTQ, AWQ, bitsandbytes, FP8,
     ...): its tensors mean nothing without that method's own loader. A file that cannot be read is left to who reads
-    the model."""
+    the model, but not what is no file: that would never be read to its end."""
+    check_files(path, "Checkpoint file", "fetch the checkpoint again")
     try:
         config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

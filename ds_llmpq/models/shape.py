@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ds_llmpq.errors import UserError
-from ds_llmpq.files import MOST_BYTES, open_regular
+from ds_llmpq.files import MOST_BYTES, check_files, open_regular
 from ds_llmpq.models.tying import stores_own_head
 
 
@@ -136,6 +136,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(f"model folder {folder} does not exist; give a local folder in Hugging Face format")
+    check_files(folder, "Checkpoint file", "fetch the checkpoint again")
     file = folder / "config.json"
     if not file.is_file():
         raise UserError(f"model folder {folder} has no config.json; give a local folder in Hugging Face format")

@@ -18,6 +18,7 @@ import torch
 from hqq.core.quantize import HQQLinear
 
 from ds_llmpq.errors import UserError
+from ds_llmpq.files import check_files
 from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.models.prequantized import QUANT_METHOD
 from ds_llmpq.quant.hqq import STORED_PARTS, restored_linear
@@ -67,6 +68,7 @@ def read_recipe(path: str | Path) -> Recipe | None:
 
     `UserError`: another format, or values that are no recipe.
     """
+    check_files(path, "Checkpoint file", "fetch the checkpoint again")
     file = Path(path) / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))

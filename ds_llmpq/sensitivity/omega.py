@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_llmpq.errors import UserError
+from ds_llmpq.files import read_json
 
 SCHEMA = 1
 UNIT = "nats per token"
@@ -113,10 +114,7 @@ def write_omega(path: str | Path, omega: Omega) -> None:
 
 def read_omega(path: str | Path) -> Omega:
     """UserError: unreadable, another schema, a missing or unknown key, a value out of range."""
-    try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"omega file {path} cannot be read ({error}); make it with the sensitivity verb") from None
+    record = read_json(path, "omega file", "make it with the sensitivity verb")
     try:
         return _omega_of(record)
     except UserError as error:

@@ -10,6 +10,7 @@ from ds_llmpq.cluster.calibrate import measure_cpu
 from ds_llmpq.cluster.detect import detect, usable_cores, write_cluster
 from ds_llmpq.cluster.saved import parse_saved_gpus, parse_topology, topology_links
 from ds_llmpq.errors import UserError
+from ds_llmpq.files import read_text
 from ds_llmpq.report.plan_table import size, table
 from ds_llmpq.schema import DetectVerb
 
@@ -55,7 +56,4 @@ def _saved(settings: DetectVerb) -> dict[str, Any]:
 
 
 def _read(name: str) -> str:
-    try:
-        return config.absolute(name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{name} cannot be read ({error}); give a text file saved from nvidia-smi.") from None
+    return read_text(config.absolute(name), "table", "give a text file saved from nvidia-smi")

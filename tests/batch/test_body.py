@@ -111,8 +111,8 @@ def test_prompt_may_be_text_or_token_ids():
         ("logprobs", 0, "unsupported_value", "only false"),
         ("model", 3, "invalid_type", "a string"),
         ("user", [], "invalid_type", "a string"),
-        ("tools", [], "unknown_parameter", "'tools'"),
-        ("frequency_penalty", None, "unknown_parameter", "'frequency_penalty'"),
+        ("tols", [], "unknown_parameter", "did you mean tools?"),
+        ("xyzzy", None, "unknown_parameter", "'xyzzy'"),
     ],
 )
 @pytest.mark.parametrize("make", [chat_row, completion_row])
@@ -171,10 +171,106 @@ def test_the_other_interface_s_prompt_field_is_unknown():
     assert refusal(completion_row(metadata={})).code == "unknown_parameter"
 
 
-@pytest.mark.parametrize("row", [None, 3, "x", [], {}, {"custom_id": None}, {"custom_id": 3}, {"custom_id": ""}])
+@pytest.mark.parametrize(
+    "row", [None, 3, "x", [], {}, {"custom_id": None}, {"custom_id": True}, {"custom_id": 3.0}, {"custom_id": ""}]
+)
 def test_unusable_custom_ids(row):
     with pytest.raises(RequestError):
         row_custom_id(row)
+
+
+@pytest.mark.parametrize("number", [0, 7, -3, 10**30])
+def test_a_whole_number_is_a_custom_id_as_its_string(number):
+    assert parse(chat_row(number)).custom_id == str(number)
+    assert parse(chat_row(number)).params == parse(chat_row(str(number))).params, "the derived seed, too"
+
+
+# what clients write into every row: each is honoured by doing nothing
+NEUTRAL = {
+    "presence_penalty": (0, 0.0),
+    "frequency_penalty": (0, 0.0),
+    "min_p": (0, 0.0),
+    "length_penalty": (1, 1.0),
+    "n": (1,),
+    "best_of": (1,),
+    "stream": (False,),
+    "stream_options": (),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "echo": (False,),
+    "suffix": ("",),
+    "store": (True, False),
+    "logit_bias": ({},),
+    "tools": ([],),
+    "functions": ([],),
+    "tool_choice": ("none", "auto"),
+    "function_call": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "service_tier": ("auto", "default"),
+    "reasoning_effort": (),
+    "verbosity": ("medium",),
+    "use_beam_search": (False,),
+    "skip_special_tokens": (True,),
+    "stop_token_ids": ([],),
+    "chat_template_kwargs": ({},),
+    "guided_json": (),
+}
+# and what would change an answer: (value, what the refusal names beside the parameter)
+CHANGING = [
+    ("presence_penalty", 0.5, "0.5 but only 0"),
+    ("presence_penalty", False, "false but only 0"),
+    ("frequency_penalty", -1, "-1 but only 0"),
+    ("min_p", 0.05, "only 0"),
+    ("length_penalty", 2, "only 1"),
+    ("best_of", 3, "only 1"),
+    ("best_of", True, "only 1"),
+    ("echo", True, "only false"),
+    ("echo", 0, "only false"),
+    ("logit_bias", {"50256": -100}, '{"50256": -100} but only {}'),
+    ("tools", [{"type": "function"}], "only []"),
+    ("tool_choice", "required", 'only "none" or "auto"'),
+    ("response_format", {"type": "json_object"}, '{"type": "json_object"} but only {"type": "text"}'),
+    ("response_format", {"type": "text", "strict": True}, 'only {"type": "text"}'),
+    ("stream_options", {"include_usage": True}, "only null"),
+    ("top_logprobs", 5, "only 0"),
+    ("modalities", ["text", "audio"], 'only ["text"]'),
+    ("store", 1, "true or false"),
+    ("reasoning_effort", "high", "only null"),
+    ("guided_json", {"type": "object"}, "only null"),
+    ("stop_token_ids", [2], "only []"),
+]
+
+
+@pytest.mark.parametrize("make", [chat_row, completion_row])
+@pytest.mark.parametrize("field", NEUTRAL)
+def test_neutral_values_are_served(make, field):
+    plain = parse(make())
+    for value in (None, *NEUTRAL[field]):
+        assert parse(make(**{field: value})) == plain
+
+
+@pytest.mark.parametrize("make", [chat_row, completion_row])
+@pytest.mark.parametrize(("field", "value", "says"), CHANGING)
+def test_values_that_would_change_the_answer_are_refused(make, field, value, says):
+    error = refusal(make(**{field: value}))
+    assert error.code in ("unsupported_value", "invalid_type")
+    assert field in error.message
+    assert says in error.message
+
+
+def test_an_answer_dumped_by_a_client_library_is_a_message():
+    answer = {"role": "assistant", "content": "Four."}
+    dumped = answer | dict.fromkeys(("refusal", "audio", "function_call", "tool_calls", "annotations", "name"))
+    said = [{"role": "user", "content": "2 + 2?"}, dumped, {"role": "user", "content": "Sure?"}]
+    plain = [said[0], answer, said[2]]
+    assert parse(chat_row(messages=said)).prompt == parse(chat_row(messages=plain)).prompt
+    assert parse(chat_row(messages=[said[0], answer | {"tool_calls": [], "annotations": []}, said[2]]))
+    for field, value in (("tool_calls", [{"id": "1"}]), ("refusal", "No."), ("audio", {"id": "1"})):
+        error = refusal(chat_row(messages=[said[0], answer | {field: value}, said[2]]))
+        assert f"messages[1] has '{field}'" in error.message
 
 
 def test_long_values_are_cut_short_in_messages():

@@ -1,7 +1,10 @@
 """The reader: rows and error rows from any bytes, user errors for files nothing can be made of."""
 
+import bz2
+import gzip
 import hashlib
 import json
+import lzma
 import sys
 
 import pytest
@@ -133,10 +136,55 @@ def test_file_without_rows(tmp_path, data):
 
 
 def test_missing_file_and_folder(tmp_path):
-    with pytest.raises(UserError, match=r"gone\.jsonl: No such file"):
+    with pytest.raises(UserError, match=r"gone\.jsonl cannot be read \(No such file"):
         read(tmp_path / "gone.jsonl")
-    with pytest.raises(UserError, match="directory"):
+    with pytest.raises(UserError, match="it is a folder"):
         read(tmp_path)
+
+
+ROWS_BYTES = "".join(json.dumps(chat_row(name, "Grüße")) + "\n" for name in "abc").encode()
+NO_BATCH_FILES = {
+    "gzip": (gzip.compress(ROWS_BYTES), "compressed by gzip"),
+    "bzip2": (bz2.compress(ROWS_BYTES), "compressed by bzip2"),
+    "xz": (lzma.compress(ROWS_BYTES), "compressed by xz"),
+    "zip": (b"PK\x03\x04" + b"x" * 100, "zip archive"),
+    "UTF-16 with its mark": (ROWS_BYTES.decode().encode("utf-16"), "UTF-16"),
+    "UTF-16": (ROWS_BYTES.decode().encode("utf-16-le"), "UTF-16"),
+    "big-endian UTF-16": (ROWS_BYTES.decode().encode("utf-16-be"), "UTF-16"),
+    "UTF-32": (ROWS_BYTES.decode().encode("utf-32"), "UTF-32"),
+    "array on one line": (json.dumps([chat_row("a"), chat_row("b")]).encode(), "JSON array"),
+    "array a row a line": (b"[\n" + b",\n".join(ROWS_BYTES.splitlines()) + b"\n]\n", "JSON array"),
+    "indented array": (json.dumps([chat_row("a"), chat_row("b")], indent=2).encode(), "JSON array"),
+    "indented object": (json.dumps(chat_row("a"), indent=2).encode(), "is no batch file"),
+    "plain text": (b"What is a pipe?\nAnd a socket?\n", "none of its 2 rows is a JSON object"),
+    "CSV": (b"custom_id,prompt\na,hello\n", "is no batch file"),
+    "strings": (b'"one"\n"two"\n', "is no batch file"),
+    "binary": (bytes(range(256)) * 40, "is no batch file"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_BATCH_FILES)
+def test_what_is_no_batch_file_is_one_sentence(tmp_path, kind):
+    data, says = NO_BATCH_FILES[kind]
+    with pytest.raises(UserError, match=says) as caught:
+        read_bytes(tmp_path, data)
+    assert "input.jsonl" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+def test_a_file_with_one_good_row_is_a_batch_file(tmp_path):
+    good = json.dumps(chat_row("z")).encode()
+    for first in (b"What?", b"[1, 2]", b"[", b"\xff\xfe{}", b"BZ"):
+        assert [request.custom_id for request in read_bytes(tmp_path, first + b"\n" + good).requests] == ["z"]
+
+
+def test_whole_numbers_and_their_strings_are_the_same_custom_id(tmp_path):
+    path = write_rows(tmp_path / "input.jsonl", [chat_row(1), chat_row(2), chat_row("1")])
+    with pytest.raises(UserError, match="custom_id '1' stands on line 1 and again on line 3"):
+        read(path)
+    path = write_rows(tmp_path / "input.jsonl", [chat_row(1, n=3), chat_row(2)])
+    assert codes(read(path)) == [(1, "1", "unsupported_value")]
 
 
 def test_defaults_are_checked_before_the_file(tmp_path):

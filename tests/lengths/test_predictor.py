@@ -108,3 +108,26 @@ def test_a_folder_without_a_predictor_is_one_sentence(tmp_path):
     (tmp_path / "predictor.json").write_text(json.dumps({"schema": 2}))
     with pytest.raises(UserError, match="schema 2"):
         load_predictor(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["shape", "not a number", "quantile", "scores"])
+def test_a_predictor_that_loads_but_cannot_predict_is_one_sentence(small, tmp_path, damage):
+    from safetensors.numpy import load_file, save_file
+
+    train(small, LengthTaskConfig(), ProxyConfig(features=64), CONFIG).save(tmp_path)
+    assert load_predictor(tmp_path)
+    described, weights = json.loads((tmp_path / "predictor.json").read_text()), tmp_path / "weights.safetensors"
+    arrays = load_file(weights)
+    if damage == "shape":
+        described["model"]["features"] = 128
+    elif damage == "not a number":
+        arrays["intercepts"] = arrays["intercepts"] * np.nan
+    elif damage == "quantile":
+        described["calibration"]["offsets"] = []
+    else:
+        del arrays["coefficients"]
+    save_file(arrays, weights)
+    (tmp_path / "predictor.json").write_text(json.dumps(described))
+    with pytest.raises(UserError, match=r"holds no predictor that works .*; give a folder that") as caught:
+        load_predictor(tmp_path)
+    assert str(caught.value).count("\n") == 0

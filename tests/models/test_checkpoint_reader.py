@@ -137,7 +137,7 @@ DAMAGE = {
     "shard is a folder": (
         "sharded",
         lambda path: (first_shard(path).rename(path / "gone"), (path / "model-00001-of-00009.safetensors").mkdir()),
-        "is missing; the index names it",
+        "it is a folder",
     ),
     "index is no JSON": ("sharded", lambda path: (path / INDEX).write_text("weights"), "is not a safetensors index"),
     "index is a list": ("sharded", lambda path: (path / INDEX).write_text("[1, 2]"), "is not a safetensors index"),

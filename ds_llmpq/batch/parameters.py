@@ -1,0 +1,204 @@
+"""The parameters that a request's body may hold, one entry each: where it may stand, and how its value is checked.
+
+A value is used (sampling parameters), has no effect on the text (`user`, a cache hint), or is the neutral one of a
+feature that is not there (`presence_penalty` 0): that one is honoured by doing nothing, every other is refused. Client
+libraries and other servers write neutral values into every row.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ds_llmpq.batch.request import CHAT_URL, COMPLETIONS_URL, RequestError
+
+MAX_STOPS = 4  # as the OpenAI interface has it
+MAX_STOP_CHARACTERS = 1024  # a stop string is searched for at every token
+SEED_BOUND = 2**63
+
+Check = Callable[[str, Any], Any]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """`check(name, value)` gives the value as it is used, or raises RequestError; null never gets there."""
+
+    check: Check
+    urls: frozenset[str] = frozenset({CHAT_URL, COMPLETIONS_URL})
+
+
+def show(value: Any) -> str:
+    """A value for a message, cut short: rows may hold megabytes."""
+    if isinstance(value, str):
+        return repr(value if len(value) <= 60 else value[:57] + "...")
+    if isinstance(value, dict):
+        return "an object"
+    if isinstance(value, list):
+        return "a list"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = str(value)
+    return text if len(text) <= 30 else text[:27] + "..."
+
+
+# --- checks: each returns the value, or raises with value, bound and remedy ---
+
+
+def _number(low: float, high: float, bound: str, *, whole: bool, above_low: bool = False) -> Check:
+    kinds = (int,) if whole else (int, float)
+
+    def check(field: str, value: Any) -> Any:
+        if type(value) not in kinds:
+            kind = "a whole number" if whole else "a number"
+            raise RequestError("invalid_type", f"{field} must be {kind} {bound}, not {show(value)}.")
+        if not low <= value <= high or (above_low and value == low):
+            raise RequestError("invalid_value", f"{field} is {show(value)} but must be {bound}.")
+        return value if whole else float(value)
+
+    return check
+
+
+def _boolean(field: str, value: Any) -> bool:
+    if type(value) is not bool:
+        raise RequestError("invalid_type", f"{field} must be true or false, not {show(value)}.")
+    return value
+
+
+def _stop(field: str, value: Any) -> tuple[str, ...]:
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or not all(isinstance(each, str) for each in stops):
+        raise RequestError("invalid_type", f"stop must be a string or a list of strings, not {show(value)}.")
+    if len(stops) > MAX_STOPS:
+        raise RequestError("invalid_value", f"stop lists {len(stops)} strings but at most {MAX_STOPS} are allowed.")
+    if not all(0 < len(each) <= MAX_STOP_CHARACTERS for each in stops):
+        raise RequestError(
+            "invalid_value", f"each stop string must have 1 to {MAX_STOP_CHARACTERS} characters; drop or shorten it."
+        )
+    return tuple(stops)
+
+
+def _of_kind(kind: type, name: str) -> Check:
+    """Any value of one JSON type: it has no effect on the text, or is read elsewhere."""
+
+    def check(field: str, value: Any) -> Any:
+        if type(value) is not kind:
+            raise RequestError("invalid_type", f"{field} must be {name}, not {show(value)}.")
+        return value
+
+    return check
+
+
+def _only(*neutral: Any, remedy: str = "drop it") -> Check:
+    """The neutral values of what is not there. 0 and 0.0 are the same number, but false is none."""
+
+    def check(field: str, value: Any) -> Any:
+        for each in neutral:
+            same_kind = isinstance(value, bool) == isinstance(each, bool)
+            if same_kind and value == each and (isinstance(each, float) or type(value) is type(each)):
+                return value
+        # a float stands for a number of either kind
+        named = [json.dumps(int(each) if isinstance(each, float) else each) for each in neutral]
+        allowed = " or ".join(named or ["null"])
+        raise RequestError("unsupported_value", f"{field} is {_given(value)} but only {allowed} is served; {remedy}.")
+
+    return check
+
+
+def _given(value: Any) -> str:
+    """`show`, with short objects and lists as they stand in the row."""
+    if isinstance(value, (dict, list)):
+        text = json.dumps(value)
+        return text if len(text) <= 60 else show(value)
+    return show(value)
+
+
+_ANY_TEXT, _ANY_OBJECT = _of_kind(str, "a string"), _of_kind(dict, "an object")
+_NO_TOOLS = _only([], remedy="tools are not offered to the model, so drop it")
+_NO_TOOL_CHOICE = _only("none", "auto", remedy="tools are not offered to the model, so drop it")
+
+
+def _chat(check: Check) -> Parameter:
+    return Parameter(check, frozenset({CHAT_URL}))
+
+
+def _completion(check: Check) -> Parameter:
+    return Parameter(check, frozenset({COMPLETIONS_URL}))
+
+
+def _read_elsewhere(field: str, value: Any) -> Any:
+    return value
+
+
+PARAMETERS: dict[str, Parameter] = {
+    # read by `body`
+    "messages": _chat(_read_elsewhere),
+    "prompt": _completion(_read_elsewhere),
+    # how tokens are chosen, and when to stop
+    "max_tokens": Parameter(_number(1, SEED_BOUND, "at least 1", whole=True)),
+    "max_completion_tokens": _chat(_number(1, SEED_BOUND, "at least 1", whole=True)),
+    "temperature": Parameter(_number(0, 2, "from 0 (greedy) to 2", whole=False)),
+    "top_p": Parameter(_number(0, 1, "above 0 and at most 1", whole=False, above_low=True)),
+    "top_k": Parameter(_number(0, SEED_BOUND, "0 (off) or more", whole=True)),
+    "seed": Parameter(_number(-SEED_BOUND, SEED_BOUND - 1, "from -2**63 to 2**63 - 1", whole=True)),
+    "stop": Parameter(_stop),
+    "ignore_eos": Parameter(_boolean),
+    # without effect on the text
+    "model": Parameter(_ANY_TEXT),
+    "user": Parameter(_ANY_TEXT),
+    "metadata": _chat(_ANY_OBJECT),
+    "store": Parameter(_boolean),
+    "safety_identifier": Parameter(_ANY_TEXT),
+    "prompt_cache_key": Parameter(_ANY_TEXT),
+    "prompt_cache_retention": Parameter(_ANY_TEXT),
+    "prediction": _chat(_ANY_OBJECT),  # speeds up, never changes an answer
+    "parallel_tool_calls": Parameter(_boolean),
+    "service_tier": Parameter(_only("auto", "default", remedy="there is one tier, so drop it")),
+    # neutral values alone, of the OpenAI interface
+    "n": Parameter(_only(1, remedy="repeat the row instead")),
+    "best_of": Parameter(_only(1, remedy="repeat the row instead")),
+    "stream": Parameter(_only(False)),
+    "stream_options": Parameter(_only(remedy="answers are not streamed, so drop it")),
+    "logprobs": Parameter(_only(False, remedy="scores of tokens are not kept, so drop it")),
+    "top_logprobs": Parameter(_only(0, remedy="scores of tokens are not kept, so drop it")),
+    "presence_penalty": Parameter(_only(0.0)),
+    "frequency_penalty": Parameter(_only(0.0)),
+    "logit_bias": Parameter(_only({})),
+    "response_format": Parameter(_only({"type": "text"}, remedy="answers are not held to a form, so drop it")),
+    "tools": Parameter(_NO_TOOLS),
+    "functions": Parameter(_NO_TOOLS),
+    "tool_choice": Parameter(_NO_TOOL_CHOICE),
+    "function_call": Parameter(_NO_TOOL_CHOICE),
+    "modalities": Parameter(_only(["text"], remedy="answers are text, so drop it")),
+    "audio": Parameter(_only(remedy="answers are text, so drop it")),
+    "web_search_options": Parameter(_only(remedy="nothing is searched, so drop it")),
+    "reasoning_effort": Parameter(_only()),
+    "verbosity": Parameter(_only("medium")),
+    "echo": Parameter(_only(False, remedy="add the prompt to the answer yourself")),
+    "suffix": Parameter(_only("")),
+    # and of other servers
+    "min_p": Parameter(_only(0.0)),
+    "min_tokens": Parameter(_only(0)),
+    "repetition_penalty": Parameter(_only(1.0)),
+    "length_penalty": Parameter(_only(1.0)),
+    "use_beam_search": Parameter(_only(False)),
+    "stop_token_ids": Parameter(_only([], remedy="give stop strings instead")),
+    "bad_words": Parameter(_only([])),
+    "allowed_token_ids": Parameter(_only()),
+    "logits_processors": Parameter(_only([])),
+    "include_stop_str_in_output": Parameter(_only(False)),
+    "skip_special_tokens": Parameter(_only(True)),
+    "truncate_prompt_tokens": Parameter(_only(remedy="shorten the prompt instead")),
+    "prompt_logprobs": Parameter(_only(remedy="scores of tokens are not kept, so drop it")),
+    "add_generation_prompt": Parameter(_only(True)),
+    "continue_final_message": Parameter(_only(False)),
+    "chat_template": Parameter(_only(remedy="the model's own is used, so drop it")),
+    "chat_template_kwargs": Parameter(_only({})),
+    "documents": Parameter(_only([], remedy="write them into a message")),
+    "priority": Parameter(_only(0)),
+    **dict.fromkeys(
+        ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+        Parameter(_only(remedy="answers are not held to a form, so drop it")),
+    ),
+}
