@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 import signal
 import sys
 import threading
@@ -17,13 +18,15 @@ from omegaconf import DictConfig, OmegaConf
 from ds_llmpq import __version__, config
 from ds_llmpq.batch.results import check_folder
 from ds_llmpq.engine.openmp import wait_briefly
-from ds_llmpq.errors import Interrupted, UserError
+from ds_llmpq.errors import Interrupted, RunFailed, UserError
 from ds_llmpq.files import unwritable_as_mistake
 from ds_llmpq.report import kept, sweep
 from ds_llmpq.versions import check_versions
 
 # verbs of which each rank knows its own layers, and how long its threads should wait
 _COMPUTED_BY_RANKS = frozenset({"run", "evaluate", "serve", "plan"})
+_LEAST_FREE_BYTES = 32 << 10
+_READS_FAILURES = frozenset({"report"})  # may write its pages beside what they tell of
 # verbs whose first argument may be a bare word, and the key it stands for
 _WORD_KEYS = {"report": "what", "lengths": "action"}
 
@@ -87,7 +90,7 @@ def _through_hydra(verb: str, arguments: list[str]) -> int:
         # says a mistake in one sentence before Hydra says it in many lines
         composed = config.composed(verb, arguments)
         if any(argument.startswith("out=") for argument in arguments):
-            check_folder(config.absolute(composed.out))
+            _check_room(check_folder(config.absolute(composed.out)))
     codes: list[int] = []
 
     def task(composed: DictConfig) -> int:
@@ -100,6 +103,15 @@ def _through_hydra(verb: str, arguments: list[str]) -> int:
     return max([0, *codes, *sweep.failure_codes])
 
 
+def _check_room(folder: Path) -> None:
+    """`UserError` where not even the configuration fits, of which Hydra would say so in two tracebacks."""
+    free = shutil.disk_usage(folder).free
+    if free < _LEAST_FREE_BYTES:
+        raise UserError(
+            f"{folder} has {free} bytes free, fewer than {_LEAST_FREE_BYTES}; make room or give another out=DIR."
+        )
+
+
 def _run(verb: str, composed: DictConfig) -> int:
     config.register()  # a sweep's worker process starts without the resolvers
     module = importlib.import_module(f"ds_llmpq.verbs.{verb}")
@@ -107,10 +119,15 @@ def _run(verb: str, composed: DictConfig) -> int:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         return _point(verb, module, composed, out)
     try:
+        held_work = sweep.holds_work(out)
         with unwritable_as_mistake(out):
-            return module.run(config.to_object(composed, config.VERBS[verb]), out)
+            code = module.run(config.to_object(composed, config.VERBS[verb]), out)
+        if verb not in _READS_FAILURES:
+            sweep.forget_failure(out)
+        return code
     except UserError as error:
-        sweep.note_failure(out, error)
+        if isinstance(error, RunFailed) or not (held_work or isinstance(error, Interrupted)):
+            sweep.note_failure(out, error)
         return report(error)
 
 

@@ -1,6 +1,8 @@
 """The one exception for a user's mistake: its message is the whole output, without a traceback."""
 
 import unicodedata
+from collections.abc import Mapping
+from typing import Any
 
 MOST_CHARACTERS = 1_200  # of a message; longer ones are cut in their middle
 _UNSAFE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})  # controls, directions, halves of characters, line separators
@@ -61,3 +63,15 @@ class Interrupted(UserError):
     """The user ended the run."""
 
     exit_code = 130
+
+
+class PortTaken(UserError):
+    """The ranks' meeting point cannot be listened on: somebody else does."""
+
+
+class RunFailed(UserError):
+    """A pipeline that was started failed for good. `failure` says how, as failure.json has it."""
+
+    def __init__(self, message: object, failure: Mapping[str, Any]):
+        super().__init__(message)
+        self.failure = failure

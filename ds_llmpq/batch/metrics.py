@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ds_llmpq.batch.prediction import play_lengths
 from ds_llmpq.cost.passes import PassSizes
-from ds_llmpq.engine.stream import StreamTimes
 from ds_llmpq.planner.plan import Plan
+
+if TYPE_CHECKING:
+    from ds_llmpq.engine.stream import StreamTimes  # which imports torch
 
 SCHEMA = 2
 PHASES = ("prefill", "decode")
@@ -19,11 +21,11 @@ def summarize(
     plan: Plan,
     counts: dict[str, int],
     streams: Sequence[StreamTimes],
-    sizes: PassSizes,
+    sizes: PassSizes | None,
     reports: list[dict[str, Any]],
     startup_seconds: float,
 ) -> dict[str, Any]:
-    """`streams` as timed on the driver, `reports` one a rank.
+    """`streams` as timed on the driver, `reports` one a rank; none of either where nothing ran, or nobody told.
 
     Prefill and decode overlap, so a phase's seconds are the work of the stage that spent the most on it: prefill
     tokens/s counts prompt tokens, decode tokens/s all generated tokens but the first of each sequence.
@@ -32,7 +34,7 @@ def summarize(
     generated_tokens = sum(stream.generated_tokens for stream in streams)
     rows = sum(len(stream.lengths) for stream in streams)
     seconds = sum(stream.seconds for stream in streams)
-    phases = {phase: max(report["seconds"].get(phase, 0.0) for report in reports) for phase in PHASES}
+    phases = {phase: max((report["seconds"].get(phase, 0.0) for report in reports), default=0.0) for phase in PHASES}
     first = streams[0].first_token_seconds if streams else None
     return {
         "schema": SCHEMA,

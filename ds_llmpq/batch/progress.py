@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 PROGRESS_MARK = "ds-llmpq progress "
 ERROR_MARK = "ds-llmpq error: "
-MEMORY_MARK = "ds-llmpq out of memory"  # a rank ended for it
 _SECONDS_BETWEEN = 0.2
 
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import lock
 
 UNICODE_LINE_ENDS = (("\x85", "\\u0085"), ("\u2028", "\\u2028"), ("\u2029", "\\u2029"))
 ROW_START = b'{"id": "batch_req_'  # how every row begins: a torn tail that does not was not written by this program
+
+Key: TypeAlias = "str | int"  # a custom_id; the line in the input of a row in which none can be read
 
 
 class RowFile:
@@ -73,7 +76,8 @@ class RowFile:
         self._end = end
 
     def sync(self) -> None:
-        """Make the rows survive a power cut. UserError if the disk cannot take them."""
+        """Make the rows survive a power cut. UserError if the disk cannot take them, or if they are gone already."""
+        self._check_still_there()
         try:
             os.fsync(self._descriptor)
         except OSError as error:
@@ -84,11 +88,25 @@ class RowFile:
         if self._descriptor < 0:
             return
         try:
+            self._check_still_there()
             os.ftruncate(self._descriptor, self._end)  # a row whose writing an interrupt broke off
             self.sync()
         finally:
             os.close(self._descriptor)
             self._descriptor = -1
+
+    def _check_still_there(self) -> None:
+        """`UserError` if somebody deleted, replaced or cut the file: what is written to it now, nobody will read."""
+        own = os.fstat(self._descriptor)
+        try:
+            there = os.stat(self.path)
+        except FileNotFoundError:
+            there = None
+        if there is None or not os.path.samestat(own, there) or own.st_size < self._end:
+            raise UserError(
+                f"{self.path} was deleted, replaced or cut while it was being written, and rows are gone with it; the "
+                "same command serves what is missing."
+            )
 
     def _full(self, error: OSError) -> UserError:
         return UserError(
@@ -143,6 +161,33 @@ def finished_ids(path: Path) -> set[str]:
         return file.repair()
     finally:
         file.close()
+
+
+def error_keys(path: Path) -> Counter[Key]:
+    """How often each row of the input stands in an error file; a torn last row does not count. Empty if there is no
+    such file. `UserError`: another program's file."""
+    found: Counter[Key] = Counter()
+    try:
+        with open(path, "rb") as file:
+            for line, raw in enumerate(file, start=1):
+                if raw.endswith(b"\n"):
+                    found[_error_key(raw, path, line)] += 1
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; give another out=DIR.") from None
+    return found
+
+
+def _error_key(raw: bytes, path: Path, line: int) -> Key:
+    try:
+        row = json.loads(raw)
+        key = row["error"]["line"] if row["custom_id"] is None else row["custom_id"]
+        if isinstance(key, (str, int)):
+            return key
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise UserError(f"line {line} of {path} is not an error row; give another out=DIR or mend the line.")
 
 
 def _custom_id(raw: bytes, path: Path, line: int) -> str:

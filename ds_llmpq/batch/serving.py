@@ -163,6 +163,7 @@ class Driver:
 
     def conclude(self, session: Session, reports: list[dict[str, Any]]) -> dict[str, Any]:
         """Writes metrics.json and trace.json."""
+        self.writer.sync()  # or says that the results are gone
         folder = Path(self.job.output)
         events = chain.from_iterable([chrome_events(report.pop("trace")) for report in reports])
         summary = metrics.summarize(

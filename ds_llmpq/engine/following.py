@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import select
 import signal
 import subprocess
@@ -22,8 +23,8 @@ from typing import BinaryIO
 import psutil
 
 RUN_MARK = "DS_LLMPQ_RUN"
-# what DeepSpeed's per-host launcher says when one of its ranks died
-_RANK_DIED = b"exits with return code = "
+# what DeepSpeed's per-host launcher says when one of its ranks died (0.16 to 0.19); the number is the rank's
+_RANK_DIED = re.compile(rb"exits with return code = (-?\d+)")
 # how long the other ranks have to end by themselves, so that their messages reach the log
 _GRACE_SECONDS = 5.0
 _POLL_SECONDS = 0.25
@@ -34,26 +35,33 @@ _STACKS_SECONDS = 3.0
 
 
 class Line(Enum):
-    """What a line of a rank is to the follower: a sign of life kept out of the log, or text for the log."""
+    """What a line of a rank is to the follower: a sign of life kept out of the log, text for the log, or a rank's last
+    words, also for the log: the other ranks then have a few seconds for theirs."""
 
     LIFE = "life"
     TEXT = "text"
+    FAILURE = "failure"
 
 
 class Reason(Enum):
-    """Why following ended: by itself, a rank or the launcher died, nothing moved, or the user asked for an end."""
+    """Why following ended: by itself, a rank or the launcher died, nothing moved, or the user asked for
+    an end."""
 
     ENDED = "ended"
     DIED = "died"
     HUNG = "hung"
+    STOPPED = "stopped"  # a process was, by a signal, and nobody woke it
     DRAINED = "drained"
     CUT_OFF = "cut off"  # asked to drain, but not done within the grace period
 
 
 @dataclass(frozen=True)
 class Ended:
+    """`code`: exit code of the rank that died first as its launcher said it, else of the launcher; negative: the
+    signal that ended it; None where neither was seen."""
+
     reason: Reason
-    code: int  # the launcher's exit code; negative: the signal that ended it
+    code: int | None
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,8 @@ class Watch:
     `on_line` sees every line. `hang_seconds`: None never takes silence for a hang; until `started()` it counts as at
     least two minutes, since imports say nothing. `drain()` passes on a first Ctrl-C, SIGTERM or SIGHUP, and says
     whether anything is in flight worth waiting for; without it the first one stops everything at once.
+    `hidden` is left out of the log: a job takes thousands of characters. A process of this machine that somebody
+    stopped (SIGSTOP) for `stopped_seconds` counts as hung.
     """
 
     on_line: Callable[[str], Line | None]
@@ -70,6 +80,8 @@ class Watch:
     started: Callable[[], bool] = lambda: True
     drain: Callable[[], bool] | None = None
     drain_seconds: float = 60.0
+    hidden: str = ""
+    stopped_seconds: float = 30.0
 
 
 def follow(line: list[str], env: dict[str, str], log_file: Path, mark: str, watch: Watch) -> Ended:
@@ -93,6 +105,8 @@ class _Following:
         self.rest = b""
         self.deadline: float | None = None
         self.reason: Reason | None = None
+        self.code: int | None = None
+        self.stopped = _Stopped(mark, watch.stopped_seconds)
 
     def to_the_end(self) -> Ended:
         poller = select.poll()
@@ -103,15 +117,17 @@ class _Following:
                 if not data:  # nobody is left who could write
                     break
                 self._take(data)
-        if self.reason is Reason.HUNG:
+        if self.reason in (Reason.HUNG, Reason.STOPPED):
             self._wait_for_stacks()
-        code = self.child.poll()
-        if code is None and self.reason in (None, Reason.DRAINED):
+        launcher = self.child.poll()
+        if launcher is None and self.reason in (None, Reason.DRAINED):
             with contextlib.suppress(subprocess.TimeoutExpired):
-                code = self.child.wait(_GRACE_SECONDS)
-        code = -signal.SIGKILL if code is None else code
-        if self.reason in (None, Reason.DIED):
-            self.reason = Reason.DIED if code else Reason.ENDED
+                launcher = self.child.wait(_GRACE_SECONDS)
+        code = launcher if self.code is None else self.code
+        if self.reason is None:
+            # DeepSpeed's runner ends with 0 when a signal ended what it started: its ranks then live on
+            alive = [process for process in marked(self.mark) if process.pid != self.child.pid]
+            self.reason = Reason.ENDED if code == 0 and not alive else Reason.DIED
         return Ended(self.reason, code)
 
     def _within_bounds(self) -> bool:
@@ -135,8 +151,9 @@ class _Following:
             return now <= self.deadline
         if self._silent(now - self.life):
             self.reason = Reason.HUNG
-            return False
-        return True
+        elif self.stopped.too_long(now):
+            self.reason = Reason.STOPPED
+        return self.reason is None
 
     def _silent(self, seconds: float) -> bool:
         bound = self.watch.hang_seconds
@@ -147,20 +164,24 @@ class _Following:
     def _take(self, data: bytes) -> None:
         *lines, self.rest = (self.rest + data).split(b"\n")
         for line in lines:
-            if self.watch.on_line(line.decode(errors="replace")) is Line.LIFE:
+            kind = self.watch.on_line(line.decode(errors="replace"))
+            if kind is Line.LIFE:
                 self.life = time.monotonic()
                 continue
             with contextlib.suppress(OSError):  # a full disk is for the results to tell
-                self.log.write(line + b"\n")
+                hidden = self.watch.hidden.encode()
+                self.log.write((line.replace(hidden, b"...") if hidden else line) + b"\n")
                 self.log.flush()
-            if _RANK_DIED in line and self.reason is None and self.deadline is None:
+            if (died := _RANK_DIED.search(line)) and self.code is None:
+                self.code = int(died[1])
+            if (died or kind is Line.FAILURE) and self.reason is None and self.deadline is None:
                 self.reason, self.deadline = Reason.DIED, time.monotonic() + _GRACE_SECONDS
 
     def _wait_for_stacks(self) -> None:
         """Ranks write their stacks by timers of their own, on every host; here, also those that were stopped."""
         for process in marked(self.mark):
             with contextlib.suppress(psutil.Error):
-                if process.status() == psutil.STATUS_STOPPED:
+                if _is_stopped(process):
                     process.send_signal(signal.SIGUSR1)
                     process.send_signal(signal.SIGCONT)
         end = time.monotonic() + _STACKS_SECONDS
@@ -172,6 +193,34 @@ class _Following:
                 if not data:
                     return
                 self._take(data)
+
+
+class _Stopped:
+    """Looks now and then for processes of the run that somebody stopped."""
+
+    def __init__(self, mark: str, bound_seconds: float):
+        self._mark, self._bound = mark, bound_seconds
+        self._looked = time.monotonic()
+        self._since: dict[int, float] = {}
+
+    def too_long(self, now: float) -> bool:
+        if now - self._looked < self._bound / 6:
+            return False
+        if now - self._looked > self._bound:  # this process was stopped too
+            self._since = {}
+        self._looked = now
+        stopped = [process.pid for process in marked(self._mark) if _is_stopped(process)]
+        self._since = {pid: self._since.get(pid, now) for pid in stopped}
+        return any(now - since >= self._bound for since in self._since.values())
+
+
+def stop_all(mark: str) -> None:
+    """Ends what a run that was killed left on this machine."""
+    found = marked(mark)
+    for process in found:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(found, timeout=10)
 
 
 def stop(child: subprocess.Popen, mark: str) -> None:
@@ -193,6 +242,13 @@ def stop(child: subprocess.Popen, mark: str) -> None:
 def marked(mark: str) -> list[psutil.Process]:
     """The processes of a run on this machine."""
     return [process for process in psutil.process_iter() if _mark(process) == mark]
+
+
+def _is_stopped(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_STOPPED
+    except psutil.Error:
+        return False
 
 
 def _mark(process: psutil.Process) -> str | None:

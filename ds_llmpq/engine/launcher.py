@@ -14,11 +14,11 @@ import socket
 import sys
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ds_llmpq.cluster.hostfile import include_string
-from ds_llmpq.engine.following import RUN_MARK, Ended, Watch, follow
+from ds_llmpq.engine.following import RUN_MARK, Ended, Watch, follow, stop_all
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import write_whole
 from ds_llmpq.planner.plan import Plan
@@ -32,6 +32,7 @@ _CARRIED = (
     "NCCL_SOCKET_IFNAME",
 )  # fmt: skip
 _SAFE_VALUE = re.compile(r"[A-Za-z0-9_.,:/+=@%-]*")
+_MARK = re.compile(r"[0-9a-f]{32}")
 _SAFE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -123,8 +124,9 @@ def followed(launch: Launch, arguments: list[str], watch: Watch, mark: str | Non
     """Runs the launcher to its end, its output going to `launcher.log` and to `watch.on_line`.
 
     When one rank has died, the others get a few seconds to say what they met and are then ended. `mark` names the run
-    in the environment of its processes.
+    in the environment of its processes. `arguments` end with the job, which stays out of the log.
     """
+    watch = replace(watch, hidden=arguments[-1])
     mark = mark or uuid.uuid4().hex
     file = write_environment(launch, mark)
     package = str(Path(__file__).resolve().parents[2])
@@ -134,6 +136,18 @@ def followed(launch: Launch, arguments: list[str], watch: Watch, mark: str | Non
         return follow(command(launch, arguments), env, launch.folder / LOG_NAME, mark, watch)
     except OSError as error:
         raise UserError(f"The launcher cannot be started ({error}); free what it needs and run again.") from None
+
+
+def end_leftovers(folder: Path) -> None:
+    """Ends what a killed `run` left on this machine: a stopped rank does not notice by itself, and would hold the
+    results. Only for who has locked the folder."""
+    try:
+        lines = (folder / ENVIRONMENT_NAME).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return
+    for name, _, mark in (line.partition("=") for line in lines):
+        if name == RUN_MARK and _MARK.fullmatch(mark):
+            stop_all(mark)
 
 
 def free_port() -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import errno
+import hashlib
 import os
 import socket
 from collections.abc import Iterator
@@ -16,7 +17,8 @@ from collections.abc import Iterator
 import torch.distributed as dist
 from torch.distributed.rendezvous import register_rendezvous_handler
 
-from ds_llmpq.errors import UserError
+from ds_llmpq.engine.following import RUN_MARK
+from ds_llmpq.errors import PortTaken
 
 METHOD = "dsllmpq://"
 
@@ -34,12 +36,21 @@ def _meet(url: str, timeout: datetime.timedelta = datetime.timedelta(minutes=30)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     listener = bound(host, port) if rank == 0 else None
     given = {} if listener is None else {"master_listen_fd": listener.detach()}
-    yield dist.TCPStore(host, port, world_size, rank == 0, timeout, **given), rank, world_size
+    store = dist.TCPStore(host, port, world_size, rank == 0, timeout, **given)
+    yield dist.PrefixStore(_prefix(), store), rank, world_size
+
+
+def _prefix() -> str:
+    """Of every key, from the run's own random mark, which its ranks alone have in their environment: another process
+    that reaches the store by mistake, or guesses at torch's keys, meets none. It is no lock: a store lists its keys to
+    who asks."""
+    mark = os.environ.get(RUN_MARK, "")
+    return hashlib.sha256(b"ranks of " + mark.encode()).hexdigest() if mark else "by hand"
 
 
 def bound(host: str, port: int) -> socket.socket | None:
     """A socket listening at host:port alone; None where this machine does not know that address as its own (behind
-    address translation), so that it must listen on all. `UserError`: the port is taken."""
+    address translation), so that it must listen on all. `PortTaken`: another socket is there, or it is not allowed."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError:
@@ -52,7 +63,7 @@ def bound(host: str, port: int) -> socket.socket | None:
     except OSError as error:
         listener.close()
         if isinstance(error, PermissionError) or error.errno == errno.EADDRINUSE:
-            raise UserError(
+            raise PortTaken(
                 f"Port {port} of {host} cannot be listened on ({error.strerror}); give another engine.master_port."
             ) from None
         return None

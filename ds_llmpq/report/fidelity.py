@@ -126,10 +126,9 @@ def run_text(folder: Path) -> str:
     if totals:
         for phase in ("latency", "prefill", "decode"):
             entry = totals[f"{phase}_seconds"]
-            lines.append(
-                f"{phase}: predicted {entry['predicted']:.3f} s, measured {entry['measured']:.3f} s "
-                f"({entry['predicted'] / entry['measured'] - 1:+.1%})"
-            )
+            # one-token answers have no decode, neither predicted nor measured
+            error = f" ({entry['predicted'] / entry['measured'] - 1:+.1%})" if entry["measured"] else ""
+            lines.append(f"{phase}: predicted {entry['predicted']:.3f} s, measured {entry['measured']:.3f} s{error}")
     rows = []
     for stage in metrics["stages"]:
         memory = stage["memory_bytes"]

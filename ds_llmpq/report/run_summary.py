@@ -10,20 +10,22 @@ from ds_llmpq.report.plan_table import size, table
 def run_summary(metrics: dict[str, Any]) -> str:
     """`metrics` as in metrics.json."""
     counts, measured = metrics["counts"], metrics["measured"]
-    lines = [
-        f"requests: {counts['total']} in all, {counts['completed']} completed, {counts['failed']} failed",
+    lines = [f"requests: {counts['total']} in all, {counts['completed']} completed, {counts['failed']} failed"]
+    if not metrics["stages"]:
+        return "\n".join([*lines, "measured: nothing; the pipeline that served the last rows ended before it reported"])
+    lines.append(
         f"measured: prefill {_number(measured['prefill_tokens_per_second'])} tokens/s, decode "
         f"{_number(measured['decode_tokens_per_second'])} tokens/s, {measured['generated_tokens']} tokens generated in "
-        f"{measured['serving_seconds']:.2f} s; start-up {measured['startup_seconds']:.1f} s",
-    ]
+        f"{measured['serving_seconds']:.2f} s; start-up {measured['startup_seconds']:.1f} s"
+    )
     fidelity = metrics["predicted_against_measured"]
     if fidelity:
         for phase in ("latency", "prefill", "decode"):
             entry = fidelity[f"{phase}_seconds"]
-            lines.append(
-                f"predicted against measured {phase}: {entry['predicted']:.3f} s against {entry['measured']:.3f} s "
-                f"(measured is {entry['ratio']:.2f}x)"
-            )
+            # one-token answers have no decode, neither predicted nor measured
+            ratio = "" if entry["ratio"] is None else f" (measured is {entry['ratio']:.2f}x)"
+            pair = f"{entry['predicted']:.3f} s against {entry['measured']:.3f} s"
+            lines.append(f"predicted against measured {phase}: {pair}{ratio}")
     else:
         lines.append("predicted against measured: nothing ran that the prediction can be held against")
     lines.append(_stages(metrics["stages"]))

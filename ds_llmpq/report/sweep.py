@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import math
@@ -12,7 +13,8 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from ds_llmpq.errors import UserError
+from ds_llmpq.errors import RunFailed, UserError
+from ds_llmpq.files import write_json
 from ds_llmpq.report import figures
 from ds_llmpq.report.plan_table import table
 
@@ -27,14 +29,25 @@ failure_codes: list[int] = []
 
 
 def note_failure(out: Path, error: UserError) -> None:
-    """Leaves a point's mistake in its folder, where the sweep's summary finds it."""
-    if out.is_dir():
-        (out / _FAILURE).write_text(json.dumps({"message": str(error), "exit_code": error.exit_code}) + "\n")
+    """Leaves what went wrong in the folder where it did: a sentence, an exit code and, of a pipeline that failed, by
+    which rank, how and where (docs/faults.md). A full disk keeps nothing."""
+    failure = {"failure": dict(error.failure)} if isinstance(error, RunFailed) else {}
+    with contextlib.suppress(UserError):
+        if out.is_dir():
+            write_json(out / _FAILURE, {"message": str(error), "exit_code": error.exit_code} | failure)
 
 
 def forget_failure(out: Path) -> None:
-    """Before a point is tried again."""
-    (out / _FAILURE).unlink(missing_ok=True)
+    """Before a point is tried again, and after a verb has succeeded in a folder where it once failed."""
+    with contextlib.suppress(OSError):
+        (out / _FAILURE).unlink(missing_ok=True)
+
+
+def holds_work(out: Path) -> bool:
+    """Whether a folder holds what an earlier command made, and did not leave as a failure: a refusal to touch it then
+    is none of the folder's failures."""
+    made = (path.name for path in out.iterdir() if path.suffix != ".log" and not path.name.startswith("."))
+    return not (out / _FAILURE).exists() and any(made)
 
 
 class SweepSummary(Callback):

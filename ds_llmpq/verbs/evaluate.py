@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import uuid
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ds_llmpq import config
-from ds_llmpq.batch.progress import ERROR_MARK, Bar, read
+from ds_llmpq.batch.attempt import MISTAKE, Listener, Outcome
 from ds_llmpq.batch.supervision import checked_supervision
 from ds_llmpq.cluster.hostfile import write_hostfile
-from ds_llmpq.engine.following import Line, Reason, Watch
+from ds_llmpq.engine.failures import PORT
+from ds_llmpq.engine.following import Reason, Watch
 from ds_llmpq.engine.launcher import LOG_NAME, Launch, followed
-from ds_llmpq.engine.lifeline import ALIVE_MARK
-from ds_llmpq.errors import Interrupted, UserError
+from ds_llmpq.errors import Interrupted, RunFailed
 from ds_llmpq.evaluation.job import ScoreJob
 from ds_llmpq.files import open_regular
 from ds_llmpq.planner import Plan
@@ -23,6 +24,8 @@ from ds_llmpq.planner.planfile import launch_order, write_plan
 from ds_llmpq.report.plan_table import table
 from ds_llmpq.schema import EvaluateVerb
 from ds_llmpq.verbs.run import checkpoint_of, plan_of
+
+_MOST_PORTS = 5  # tried, where another process is quicker each time
 
 
 def run(settings: EvaluateVerb, out: Path) -> int:
@@ -90,43 +93,35 @@ def _against_reference(job: ScoreJob, settings: EvaluateVerb, out: Path) -> dict
 
 
 def _score(job: ScoreJob, settings: EvaluateVerb, folder: Path) -> dict[str, Any]:
-    """Runs one job under the launcher; `UserError` with the first mistake a rank named."""
+    """Runs one job under the launcher; `RunFailed` with what a rank named, or how the launcher ended."""
     write_plan(folder / "plan.json", job.plan)
     write_hostfile(folder / "hostfile", launch_order(job.plan))
-    bar = Bar()
-    mistakes: list[str] = []
-    begun = False
+    (folder / "scores.json").unlink(missing_ok=True)  # of an earlier evaluation
+    for _ in range(_MOST_PORTS):
+        outcome = _attempt(job, settings, folder)
+        if outcome.kind != PORT:
+            break
+    if outcome.ended.reason is Reason.ENDED:
+        return json.loads((folder / "scores.json").read_text())
+    if outcome.kind == MISTAKE:
+        sentence = outcome.failure.message
+    else:
+        why = outcome.why(settings.run.hang_seconds, Watch.stopped_seconds)
+        sentence = f"{why[:1].upper()}{why[1:]}; what the ranks said is in {folder / LOG_NAME}."
+    raise RunFailed(sentence, outcome.record())
 
-    def on_line(line: str) -> Line:
-        nonlocal begun
-        if (fields := read(line)) is not None:
-            bar.show(fields["phase"], fields["done"], fields["total"], fields["note"])
-            return Line.LIFE
-        if ERROR_MARK in line:
-            mistakes.append(line.partition(ERROR_MARK)[2])
-        if ALIVE_MARK in line:
-            begun = True
-            return Line.LIFE
-        return Line.TEXT
 
+def _attempt(job: ScoreJob, settings: EvaluateVerb, folder: Path) -> Outcome:
+    listener = Listener(uuid.uuid4().hex)
+    # a little longer than the ranks' own bound, after which each writes its stacks
+    watch = Watch(listener.on_line, 1.1 * settings.run.hang_seconds, listener.alive)
     try:
         start = Launch.of_plan(job.plan, folder, settings.engine.master_port)
-        # a little longer than the ranks' own bound, after which each writes its stacks
-        watch = Watch(on_line, 1.1 * settings.run.hang_seconds, lambda: begun)
-        ended = followed(start, ["--score", job.to_token()], watch)
+        return listener.outcome(followed(start, ["--score", job.to_token()], watch, listener.mark))
     except KeyboardInterrupt:
         raise Interrupted("Interrupted.") from None
     finally:
-        bar.close()
-    if mistakes:
-        raise UserError(mistakes[0])
-    if ended.reason is Reason.HUNG:
-        raise UserError(
-            f"Nothing moved for {settings.run.hang_seconds:g} s; what the ranks were doing is in {folder / LOG_NAME}."
-        )
-    if ended.code:
-        raise UserError(f"The pipeline ended with exit code {ended.code}; the reason is in {folder / LOG_NAME}.")
-    return json.loads((folder / "scores.json").read_text())
+        listener.bar.close()
 
 
 def scores_table(found: dict[str, Any], plan: Plan) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,15 @@ from ds_llmpq.batch.journal import (
     plan_fingerprint,
     sampling_of,
 )
+from ds_llmpq.batch.metrics import summarize
 from ds_llmpq.batch.ordering import checked
-from ds_llmpq.batch.reader import RequestFile, read_requests
+from ds_llmpq.batch.reader import read_requests
 from ds_llmpq.batch.results import check_folder, read_finished
 from ds_llmpq.batch.supervision import Supervisor, checked_supervision
+from ds_llmpq.batch.tally import InputRows, Tally
 from ds_llmpq.cluster.environment import check_environment
 from ds_llmpq.cluster.hostfile import hostfile_disagreements, parse_hostfile, write_hostfile
-from ds_llmpq.engine.launcher import Launch
+from ds_llmpq.engine.launcher import Launch, end_leftovers
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import write_json
 from ds_llmpq.models.fingerprint import fingerprint
@@ -50,20 +51,24 @@ def run(settings: RunVerb, out: Path) -> int:
         raise UserError(f"resume is {settings.resume!r} but must be one of {', '.join(RESUMES)}.")
     checked_supervision(settings.run)
     batch = checked(settings.batch)
-    file = read_requests(config.absolute(settings.input), batch)  # what rank 0 would refuse is said at once
+    # what rank 0 would refuse is said at once
+    rows = InputRows.of(read_requests(config.absolute(settings.input), batch))
     with locked(check_folder(out)):
-        return _run(settings, out, batch, file)
+        end_leftovers(out)
+        return _run(settings, out, batch, rows)
 
 
-def _run(settings: RunVerb, out: Path, batch: BatchConfig, file: RequestFile) -> int:
+def _run(settings: RunVerb, out: Path, batch: BatchConfig, rows: InputRows) -> int:
     settings = replace(settings, batch=batch)
-    finished = read_finished(out)
-    journal, plan = _begun(settings, out, file, finished)
+    tally = rows.count(out)
+    journal, plan = _begun(settings, out, rows, tally)
+    if plan is None:
+        print(f"{out} is finished: {_counted(tally)}; nothing is left to do.")
+        return _code(tally)
     if journal.state == FINISHED:
-        print(f"{out} is finished: {_counted(journal.counts)}; nothing is left to do.")
-        return _code(journal.counts)
-    if finished:
-        print(f"going on after {len(finished)} of {file.total} requests, in {out}")
+        print(f"{out} was finished, but {tally.lacking} of its {tally.total} rows are gone; serving what is missing")
+    elif tally.completed:
+        print(f"going on after {tally.completed} of {tally.total} requests, in {out}")
     _check_hostfile(settings, plan)
     for stage in plan.stages:
         check_invariant(stage.kernel, settings.engine.batch_invariant)
@@ -76,7 +81,7 @@ def _run(settings: RunVerb, out: Path, batch: BatchConfig, file: RequestFile) ->
         batch=batch,
         trust_remote_code=settings.model.trust_remote_code,
         supervised=True,
-        input_sha256=file.sha256,
+        input_sha256=rows.sha256,
         hang_seconds=settings.run.hang_seconds,
     )
     print(plan_table(plan), flush=True)
@@ -85,28 +90,32 @@ def _run(settings: RunVerb, out: Path, batch: BatchConfig, file: RequestFile) ->
         _launch(settings, plan, out),
         settings.run,
         journal,
+        lambda: rows.count(out),
         lambda lost: _replanned(settings, out, supervisor, lost),
     )
-    supervisor.run()
-    return _concluded(supervisor, out, len(finished))
+    return _concluded(supervisor, supervisor.run(), out, tally.completed)
 
 
-def _begun(settings: RunVerb, out: Path, file: RequestFile, finished: set[str]) -> tuple[Journal, Plan | None]:
-    """The folder's journal and plan: those of the run to go on with, after its check, or new ones."""
-    asked = Identity(file.sha256, None, None, sampling_of(settings.batch), _planned_with(settings))
+def _begun(settings: RunVerb, out: Path, rows: InputRows, tally: Tally) -> tuple[Journal, Plan | None]:
+    """The folder's journal and plan: those of the run to go on with, after its check, or new ones. No plan where the
+    run is finished, and its files hold all of it."""
+    asked = Identity(rows.sha256, None, None, sampling_of(settings.batch), _planned_with(settings))
     journal = None if settings.resume == "force" else Journal.read(out)
     if journal is None:
-        if finished and settings.resume != "force":
+        results = len(read_finished(out))  # also of another input
+        if results and settings.resume != "force":
             raise UserError(
-                f"{out} already holds {len(finished)} results, but no {JOURNAL_NAME} that says of what; give another "
+                f"{out} already holds {results} results, but no {JOURNAL_NAME} that says of what; give another "
                 "out=DIR, or resume=force to keep them and go on."
             )
         plan = plan_of(settings, out)
     else:
         journal.check(asked, out)
-        if journal.state == FINISHED:
+        if journal.state == FINISHED and tally.complete:
             return journal, None
-        plan = _launchable(settings, out / "plan.json")
+        # without its plan, the same settings make it again, or the check below says what differs
+        known = (out / "plan.json").exists()
+        plan = _launchable(settings, out / "plan.json") if known else plan_of(settings, out)
         write_hostfile(out / "hostfile", launch_order(plan))
     model = fingerprint(checkpoint_of(settings, plan))
     asked = replace(asked, model=model, plan=plan_fingerprint(plan))
@@ -141,9 +150,9 @@ def _replanned(settings: RunVerb, out: Path, supervisor: Supervisor, lost: list[
     return replace(supervisor.job, plan=plan), _launch(settings, plan, out)
 
 
-def _concluded(supervisor: Supervisor, out: Path, results_before: int) -> int:
+def _concluded(supervisor: Supervisor, tally: Tally, out: Path, results_before: int) -> int:
     """Marks the run as finished and sums up."""
-    metrics = _metrics(supervisor.job.plan, out)
+    metrics = _metrics(supervisor.job.plan, tally, out)
     metrics["restarts"] = {
         "restarts": supervisor.restarts,
         "replans": supervisor.replans,
@@ -153,36 +162,33 @@ def _concluded(supervisor: Supervisor, out: Path, results_before: int) -> int:
     }
     metrics["memory_warnings"] = [*supervisor.memory_warnings, *metrics["memory_warnings"]]
     write_json(out / "metrics.json", metrics)
-    counts = metrics["counts"]
-    supervisor.journal.ended("finished", counts["completed"], counts).write(out)
+    supervisor.journal.ended("finished", tally.completed, tally.counts).write(out)
     print(run_summary(metrics))
     if supervisor.restarts:
         print(f"the pipeline was started again {supervisor.restarts} times ({'; '.join(supervisor.reasons)})")
     if answers := show_answers(Path(supervisor.job.input), out / "results.jsonl"):
         print(f"the first answers:\n{answers}")
     print(f"results: {out / 'results.jsonl'}")
-    if counts["failed"]:
-        print(f"{counts['failed']} requests failed; the reasons are in {out / 'errors.jsonl'}")
-    return _code(counts)
+    if tally.failed:
+        print(f"{tally.failed} requests failed; the reasons are in {out / 'errors.jsonl'}")
+    return _code(tally)
 
 
-def _counted(counts: Mapping[str, int]) -> str:
-    return f"{counts['total']} requests, {counts['completed']} completed, {counts['failed']} failed"
+def _counted(tally: Tally) -> str:
+    return f"{tally.total} requests, {tally.completed} completed, {tally.failed} failed"
 
 
-def _code(counts: Mapping[str, int]) -> int:
-    return SOME_FAILED if counts["failed"] else 0
+def _code(tally: Tally) -> int:
+    return SOME_FAILED if tally.failed else 0
 
 
-def _metrics(plan: Plan, out: Path) -> dict[str, Any]:
+def _metrics(plan: Plan, tally: Tally, out: Path) -> dict[str, Any]:
+    """What the last start measured, with what the files hold; nothing measured where it ended before it wrote that."""
     try:
-        return json.loads((out / "metrics.json").read_text())
+        measured = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
-        first = launch_order(plan)[0][0]
-        raise UserError(
-            f"The pipeline ended well, but its files are not in {out}: rank 0 wrote them on host {first}; start run "
-            "there, or give out= on a file system that both hosts share."
-        ) from None
+        measured = summarize(plan, {}, [], None, [], startup_seconds=0.0)
+    return measured | {"counts": tally.counts}
 
 
 def plan_of(settings: RunVerb, out: Path) -> Plan:

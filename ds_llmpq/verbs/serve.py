@@ -9,15 +9,18 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from dataclasses import replace
 
 from ds_llmpq import config
 from ds_llmpq.batch.job import Job
 from ds_llmpq.batch.ordering import checked
-from ds_llmpq.batch.progress import ERROR_MARK, MEMORY_MARK
+from ds_llmpq.batch.progress import ERROR_MARK
+from ds_llmpq.engine.failures import PORT, failure_of, launched_as
 from ds_llmpq.engine.lifeline import end_with_listener, stacks_on_request
 from ds_llmpq.engine.openmp import wait_as_stage_needs
 from ds_llmpq.engine.ranks import launched_rank
-from ds_llmpq.errors import UserError
+from ds_llmpq.errors import PortTaken, UserError
+from ds_llmpq.evaluation.job import ScoreJob
 from ds_llmpq.planner.plan import Plan
 from ds_llmpq.planner.planfile import read_plan
 from ds_llmpq.schema import ServeVerb
@@ -27,23 +30,38 @@ SOME_FAILED = 3  # exit code: all rows are accounted for, some in errors.jsonl
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code of this rank; says a mistake in one line that the parent finds in the launcher's output."""
+    """Exit code of this rank; says what ended it in one line that the parent finds in the launcher's output."""
+    job: Job | ScoreJob | None = None
     try:
         check_versions()  # those of this host, which may be others than where `run` was started
         given = list(sys.argv[1:] if arguments is None else arguments)
-        if "--score" in given:
-            return _score(given[given.index("--score") + 1])
-        return _serve(_job(given))
+        job = _score_job(given) if "--score" in given else _job(given)
+        return _score(job) if isinstance(job, ScoreJob) else _serve(job)
+    except PortTaken as error:
+        return _refused(error) if job.engine.master_port else _failed(job, error, PORT)
     except UserError as error:
-        sys.stderr.write(f"{ERROR_MARK}{error}\n")  # in one piece: the ranks share the stream
-        return error.exit_code
-    except Exception as error:
-        traceback.print_exc()  # for launcher.log
-        from ds_llmpq.engine.memory import ran_out
+        return _refused(error)
+    except (Exception, SystemExit) as error:
+        return _failed(job, error)
 
-        if ran_out(error):
-            sys.stderr.write(f"{MEMORY_MARK}\n")
-        return 1
+
+def _refused(error: UserError) -> int:
+    sys.stderr.write(f"{ERROR_MARK}{error}\n")  # in one piece: the ranks share the stream
+    return error.exit_code
+
+
+def _failed(job: Job | ScoreJob | None, error: BaseException, kind: str | None = None) -> int:
+    """The traceback is for launcher.log, the line after it for `run`, or for who started this by hand."""
+    traceback.print_exception(error)
+    failure = failure_of(error, **launched_as(job.plan if job else None))
+    failure = replace(failure, kind=kind) if kind else failure
+    by_hand = isinstance(job, Job) and not job.supervised
+    sys.stderr.write(f"{ERROR_MARK}{failure.describe()}\n" if by_hand else failure.to_line())
+    return 1
+
+
+def _score_job(given: list[str]) -> ScoreJob:
+    return ScoreJob.from_token(given[given.index("--score") + 1])
 
 
 def _job(arguments: list[str]) -> Job:
@@ -70,11 +88,8 @@ def _job(arguments: list[str]) -> Job:
     )
 
 
-def _score(token: str) -> int:
+def _score(job: ScoreJob) -> int:
     """One rank of `evaluate`, which starts the same module."""
-    from ds_llmpq.evaluation.job import ScoreJob
-
-    job = ScoreJob.from_token(token)
     end_with_listener()
     stacks_on_request()
     _before_torch(job.plan)

@@ -66,6 +66,46 @@ def test_the_others_get_a_moment_when_one_rank_has_died(program):
     assert "peer is gone" in log
 
 
+def test_an_exit_code_of_zero_is_no_end_while_ranks_live(program):
+    """As DeepSpeed's runner has it when its per-host launcher was killed."""
+    ended, _ = program(
+        """
+        import os, subprocess, sys
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+        os._exit(0)
+        """
+    )
+    assert (ended.reason, ended.code) == (Reason.DIED, 0)
+
+
+def test_the_code_is_that_of_the_rank(program):
+    assert program('print("exits with return code = 7"); import sys; sys.exit(1)')[0].code == 7
+
+
+def test_last_words_are_a_death_and_no_signal(program):
+    """The launcher may need longer to end than it is given; that is not why."""
+    ended, log = program(
+        "import time; print('failed'); time.sleep(0.1); print('peer is gone'); time.sleep(600)",
+        on_line=lambda text: Line.FAILURE if text == "failed" else Line.TEXT,
+    )
+    assert (ended.reason, ended.code) == (Reason.DIED, None)
+    assert log == "failed\npeer is gone\n"
+
+
+def test_what_is_to_be_hidden_is(program):
+    assert program("print('--job', 'x' * 5000, 'end')", hidden="x" * 5000)[1] == "--job ... end\n"
+
+
+def test_a_process_that_stays_stopped_is_noticed(program):
+    text = """
+        import os, signal, subprocess, sys, time
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        os.kill(child.pid, signal.SIGSTOP)
+        while True: print('alive'); time.sleep(0.1)
+        """
+    assert program(text, hang_seconds=60, stopped_seconds=1.0)[0].reason is Reason.STOPPED
+
+
 def test_silence_is_a_hang_and_life_is_none(program):
     ended, _ = program("import time; print('alive'); time.sleep(600)", hang_seconds=0.6)
     assert ended.reason is Reason.HUNG
