@@ -26,6 +26,8 @@ NEUTRAL_MESSAGE_FIELDS = {
 }
 PART_FIELDS = frozenset({"type", "text"})
 ROLES = ("system", "user", "assistant")
+# what a row leaves out of these is the checkpoint's to say
+_CHECKPOINT_FIELDS = ("min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens")
 MOST_ARRIVAL_SECONDS = 1e9
 _FEW = 12  # names that a message may list
 _BODY_FIELDS = {
@@ -98,8 +100,14 @@ def _params(given: dict, custom_id: str, defaults: BatchConfig) -> SamplingParam
     """From checked values; `defaults` stand for what the row leaves out."""
     fields = ("temperature", "top_p", "top_k", "ignore_eos")
     chosen = {field: given.get(field, getattr(defaults, field)) for field in fields}
+    chosen |= {field: given[field] for field in _CHECKPOINT_FIELDS if field in given}
     seed = given["seed"] if "seed" in given else derive_seed(defaults.seed, custom_id)
-    return SamplingParams(max_tokens=_max_tokens(given, defaults), seed=seed, stop=given.get("stop", ()), **chosen)
+    max_tokens = _max_tokens(given, defaults)
+    if given.get("min_tokens", 0) > max_tokens:
+        raise RequestError(
+            "invalid_value", f"min_tokens is {show(given['min_tokens'])} but max_tokens is {max_tokens}; lower it."
+        )
+    return SamplingParams(max_tokens=max_tokens, seed=seed, stop=given.get("stop", ()), **chosen)
 
 
 def _max_tokens(given: dict, defaults: BatchConfig) -> int:

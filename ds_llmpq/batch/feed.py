@@ -126,7 +126,17 @@ def wave_row(key: int, prepared: PreparedRequest) -> WaveRow:
         key=key,
         prompt=tuple(prepared.prompt_ids),
         max_tokens=prepared.max_tokens,
-        sampling=RowSampling(params.temperature, params.top_p, params.top_k, params.seed),
+        sampling=RowSampling(
+            params.temperature,
+            params.top_p,
+            params.top_k,
+            params.seed,
+            params.min_p,
+            params.repetition_penalty,
+            params.presence_penalty,
+            params.frequency_penalty,
+            params.min_tokens,
+        ),
         stop=params.stop,
         ignore_eos=params.ignore_eos,
     )

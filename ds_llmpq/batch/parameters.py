@@ -1,7 +1,7 @@
 """The parameters that a request's body may hold, one entry each: where it may stand, and how its value is checked.
 
 A value is used (sampling parameters), has no effect on the text (`user`, a cache hint), or is the neutral one of a
-feature that is not there (`presence_penalty` 0): that one is honoured by doing nothing, every other is refused. Client
+feature that is not there (`logit_bias` {}): that one is honoured by doing nothing, every other is refused. Client
 libraries and other servers write neutral values into every row.
 """
 
@@ -141,6 +141,11 @@ PARAMETERS: dict[str, Parameter] = {
     "temperature": Parameter(_number(0, 2, "from 0 (greedy) to 2", whole=False)),
     "top_p": Parameter(_number(0, 1, "above 0 and at most 1", whole=False, above_low=True)),
     "top_k": Parameter(_number(0, SEED_BOUND, "0 (off) or more", whole=True)),
+    "min_p": Parameter(_number(0, 1, "from 0 (off) to 1", whole=False)),
+    "repetition_penalty": Parameter(_number(0, 10, "above 0 and at most 10", whole=False, above_low=True)),
+    "presence_penalty": Parameter(_number(-2, 2, "from -2 to 2", whole=False)),
+    "frequency_penalty": Parameter(_number(-2, 2, "from -2 to 2", whole=False)),
+    "min_tokens": Parameter(_number(0, SEED_BOUND, "0 (off) or more", whole=True)),
     "seed": Parameter(_number(-SEED_BOUND, SEED_BOUND - 1, "from -2**63 to 2**63 - 1", whole=True)),
     "stop": Parameter(_stop),
     "ignore_eos": Parameter(_boolean),
@@ -162,8 +167,6 @@ PARAMETERS: dict[str, Parameter] = {
     "stream_options": Parameter(_only(remedy="answers are not streamed, so drop it")),
     "logprobs": Parameter(_only(False, remedy="scores of tokens are not kept, so drop it")),
     "top_logprobs": Parameter(_only(0, remedy="scores of tokens are not kept, so drop it")),
-    "presence_penalty": Parameter(_only(0.0)),
-    "frequency_penalty": Parameter(_only(0.0)),
     "logit_bias": Parameter(_only({})),
     "response_format": Parameter(_only({"type": "text"}, remedy="answers are not held to a form, so drop it")),
     "tools": Parameter(_NO_TOOLS),
@@ -178,9 +181,6 @@ PARAMETERS: dict[str, Parameter] = {
     "echo": Parameter(_only(False, remedy="add the prompt to the answer yourself")),
     "suffix": Parameter(_only("")),
     # and of other servers
-    "min_p": Parameter(_only(0.0)),
-    "min_tokens": Parameter(_only(0)),
-    "repetition_penalty": Parameter(_only(1.0)),
     "length_penalty": Parameter(_only(1.0)),
     "use_beam_search": Parameter(_only(False)),
     "stop_token_ids": Parameter(_only([], remedy="give stop strings instead")),

@@ -24,7 +24,7 @@ from ds_llmpq.batch.reader import RequestFile, read_requests
 from ds_llmpq.batch.replay import Replay, replay_shape
 from ds_llmpq.batch.request import RowError
 from ds_llmpq.batch.results import Result, ResultWriter
-from ds_llmpq.batch.stop_rule import TextStopRule, eos_token_ids
+from ds_llmpq.batch.stop_rule import TextStopRule, stop_rule_of
 from ds_llmpq.engine.distributed import Place
 from ds_llmpq.engine.faults import Fault, described
 from ds_llmpq.engine.lifeline import Heartbeat, drain_on_request
@@ -48,7 +48,7 @@ def serve(job: Job, place: Place) -> dict[str, Any] | None:
     """
     check_model(job.plan, job.model_path)
     tokenizer = load_tokenizer(job.model_path, job.trust_remote_code)
-    rule = TextStopRule(tokenizer, eos_token_ids(job.model_path, tokenizer))
+    rule = stop_rule_of(job.model_path, tokenizer)
     heartbeat = Heartbeat(job.hang_seconds, None if job.supervised else lambda: None)
     driver = Driver(job, rule, heartbeat) if place.is_driver else None
     with driver or nullcontext(), closing(heartbeat):

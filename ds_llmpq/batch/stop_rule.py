@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ds_llmpq.batch.text import GenerationState
 from ds_llmpq.engine.sequences import Finish
 from ds_llmpq.engine.wave import WaveRow
+from ds_llmpq.models.generation import generation_of
 
 _FINISH = {None: Finish.RUNNING, "stop": Finish.STOP, "length": Finish.LENGTH}
 
 
 class TextStopRule:
-    """Implements the engine's `StopRule` with one `GenerationState` a slot."""
+    """Implements the engine's `StopRule` with one `GenerationState` a slot. `stops`: strings that end every row, beside
+    its own."""
 
-    def __init__(self, tokenizer: Any, eos_token_ids: frozenset[int]):
+    def __init__(self, tokenizer: Any, eos_token_ids: frozenset[int], stops: Sequence[str] = ()):
         self.tokenizer = tokenizer
         self.eos_token_ids = eos_token_ids
+        self.stops = tuple(stops)
         self._states: dict[int, GenerationState] = {}
 
     def begin(self, slot: int, row: WaveRow) -> None:
@@ -33,7 +36,7 @@ class TextStopRule:
         return GenerationState(
             self.tokenizer,
             max_tokens=row.max_tokens,
-            stops=row.stop,
+            stops=(*row.stop, *self.stops),
             eos_token_ids=self.eos_token_ids,
             ignore_eos=row.ignore_eos,
         )
@@ -46,11 +49,9 @@ class TextStopRule:
         return state.text
 
 
-def eos_token_ids(model_path: str | Path, tokenizer: Any) -> frozenset[int]:
-    """End-of-sequence tokens of a checkpoint: generation_config.json, config.json and the tokenizer together."""
-    found: set[int] = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
-    for name in ("generation_config.json", "config.json"):
-        file = Path(model_path) / name
-        value = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
-        found.update(value if isinstance(value, list) else [] if value is None else [value])
-    return frozenset(found)
+def stop_rule_of(model_path: str | Path, tokenizer: Any) -> TextStopRule:
+    """A checkpoint's end-of-sequence tokens and stop strings, as `generate` has them; the tokenizer's end token where
+    its configuration files name none. `UserError`: files that cannot be."""
+    defaults = generation_of(model_path)
+    own = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    return TextStopRule(tokenizer, frozenset(defaults.eos_token_ids or own), defaults.stop_strings)

@@ -15,44 +15,91 @@ class TextState:
 
     `text` is exactly what decoding all tokens at once gives, cut before the first stop string. A sequence without
     stop strings is not decoded until then; one with them decodes a window of at most 64 tokens at every token.
-    Special tokens are skipped. A stop string may span tokens; the tail of replacement characters, which the next
-    token may turn into a real character, is not searched until it settles.
+    Special tokens are no part of the text, but a stop string that holds one is found where it was generated. A stop
+    string may span tokens; the tail of replacement characters, which the next token may turn into a real character, is
+    not searched until it settles.
     """
 
     def __init__(self, tokenizer: Any, stops: tuple[str, ...] = ()):
         self.tokenizer = tokenizer
-        self.stops = stops
         self.token_ids: list[int] = []
         self.stopped = False
-        self._window = _Window(tokenizer) if stops else None
-        self._tail = ""  # settled text that may be the beginning of a stop string
-        self._tail_characters = max(map(len, stops), default=1) - 1
+        self._searches = [_Search(tokenizer, stops)] if stops else []
+        if holding := _holding_special(tokenizer, stops):
+            self._searches.append(_SpecialSearch(tokenizer, holding))
 
     def push(self, token_id: int) -> bool:
         """Append one token; True once the text holds a stop string. Nothing may be pushed after that."""
         self.token_ids.append(token_id)
-        if self._window is None:
-            return False
-        piece = self._window.push(token_id)
-        if piece:
-            searched = self._tail + piece
-            # the window may differ from the whole on bytes that were never text: the whole has the last word
-            if any(stop in searched for stop in self.stops) and self._stop_position(self._decode()) is not None:
-                self.stopped = True
-            self._tail = searched[max(0, len(searched) - self._tail_characters) :]
+        for search in self._searches:
+            self.stopped |= search.push(token_id, self.token_ids)
         return self.stopped
 
     @property
     def text(self) -> str:
-        text = self._decode()
-        return text[: self._stop_position(text)] if self.stopped else text
+        if not self.stopped:
+            return decode(self.tokenizer, self.token_ids)
+        return min((search.before(self.token_ids) for search in self._searches), key=len)
 
-    def _decode(self) -> str:
-        return decode(self.tokenizer, self.token_ids)
 
-    def _stop_position(self, text: str) -> int | None:
-        positions = [text.find(stop) for stop in self.stops]
-        return min((position for position in positions if position >= 0), default=None)
+class _Search:
+    """Looks for stop strings in the text that a sequence's tokens decode to."""
+
+    with_special = False
+
+    def __init__(self, tokenizer: Any, stops: tuple[str, ...]):
+        self.tokenizer, self.stops = tokenizer, stops
+        self._window = _Window(tokenizer, self.with_special)
+        self._tail = ""  # settled text that may be the beginning of a stop string
+        self._tail_characters = max(map(len, stops)) - 1
+
+    def push(self, token_id: int, token_ids: list[int]) -> bool:
+        """Whether a stop string stands in the text of `token_ids`, the last of which is new."""
+        piece = self._window.push(token_id)
+        if not piece:
+            return False
+        searched = self._tail + piece
+        self._tail = searched[max(0, len(searched) - self._tail_characters) :]
+        # the window may differ from the whole on bytes that were never text: the whole has the last word
+        return any(stop in searched for stop in self.stops) and self._place(self._decode(token_ids)) is not None
+
+    def before(self, token_ids: list[int]) -> str:
+        """The visible text before the first stop string, all of it where there is none."""
+        text = self._decode(token_ids)
+        return text[: self._place(text)]
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return _decode_all(self.tokenizer, token_ids) if self.with_special else decode(self.tokenizer, token_ids)
+
+    def _place(self, text: str) -> int | None:
+        places = [text.find(stop) for stop in self.stops]
+        return min((place for place in places if place >= 0), default=None)
+
+
+class _SpecialSearch(_Search):
+    """The same in the text with special tokens, for stop strings that hold one."""
+
+    with_special = True
+
+    def before(self, token_ids: list[int]) -> str:
+        place = self._place(self._decode(token_ids))
+        if place is None:
+            return decode(self.tokenizer, token_ids)
+        # the tokens that end before it, and what the next one shows of itself
+        low, high = 0, len(token_ids)
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if len(self._decode(token_ids[:middle])) <= place else (low, middle - 1)
+        rest = self._decode(token_ids[: low + 1])[len(self._decode(token_ids[:low])) : place]
+        return decode(self.tokenizer, token_ids[:low]) + rest
+
+
+def _holding_special(tokenizer: Any, stops: tuple[str, ...]) -> tuple[str, ...]:
+    """Those that hold a special token's text."""
+    if not stops:
+        return ()
+    special = [token.content for token in _special_tokens(tokenizer).values() if token.content]
+    return tuple(stop for stop in stops if any(text in stop for text in special))
 
 
 class GenerationState:
@@ -96,12 +143,17 @@ def decode(tokenizer: Any, token_ids: list[int]) -> str:
     return tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
+def _decode_all(tokenizer: Any, token_ids: list[int]) -> str:
+    """The same with special tokens."""
+    return tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
 class _Window:
     """The last tokens of a sequence, decoded together, and how much of their text has settled."""
 
-    def __init__(self, tokenizer: Any):
-        self._tokenizer = tokenizer
-        self._skipped = _special_ids(tokenizer)
+    def __init__(self, tokenizer: Any, with_special: bool = False):
+        self._tokenizer, self._with_special = tokenizer, with_special
+        self._skipped = frozenset() if with_special else _special_ids(tokenizer)
         self._ids: list[int] = []
         self._settled = 0  # characters of the window's text already given out
 
@@ -110,7 +162,7 @@ class _Window:
         if token_id in self._skipped:
             return ""
         self._ids.append(token_id)
-        text = decode(self._tokenizer, self._ids)
+        text = self._decode(self._ids)
         settled = len(text.rstrip(REPLACEMENT))
         if len(self._ids) >= MAX_WINDOW_TOKENS:
             settled = len(text)  # garbage: characters have at most 4 bytes, so waiting longer helps nothing
@@ -120,6 +172,9 @@ class _Window:
             self._shorten(text)
         return piece
 
+    def _decode(self, token_ids: list[int]) -> str:
+        return _decode_all(self._tokenizer, token_ids) if self._with_special else decode(self._tokenizer, token_ids)
+
     def _shorten(self, text: str) -> None:
         """Drop the older half where it can be cut: at a character's boundary, leaving settled text as context.
 
@@ -128,17 +183,21 @@ class _Window:
         """
         half = len(self._ids) // 2
         for start in range(half, half + 4):
-            rest = decode(self._tokenizer, self._ids[start:])
+            rest = self._decode(self._ids[start:])
             dropped = len(text) - len(rest)
             if text.endswith(rest) and self._settled > dropped:
                 self._ids, self._settled = self._ids[start:], self._settled - dropped
                 return
         if len(self._ids) >= MAX_WINDOW_TOKENS:
             self._ids = self._ids[half:]
-            self._settled = len(decode(self._tokenizer, self._ids))
+            self._settled = len(self._decode(self._ids))
 
 
 def _special_ids(tokenizer: Any) -> frozenset[int]:
     """Tokens that decoding skips, which must not fill the window."""
+    return frozenset(_special_tokens(tokenizer))
+
+
+def _special_tokens(tokenizer: Any) -> dict[int, Any]:
     added = getattr(tokenizer, "added_tokens_decoder", {})
-    return frozenset(token_id for token_id, token in added.items() if getattr(token, "special", False))
+    return {token_id: token for token_id, token in added.items() if getattr(token, "special", False)}

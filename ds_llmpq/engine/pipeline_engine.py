@@ -18,12 +18,14 @@ from ds_llmpq.engine.faults import FaultLog, NeutralRow, Suspects
 from ds_llmpq.engine.kv_cache import KVStore
 from ds_llmpq.engine.parts import Parts
 from ds_llmpq.engine.pipeline_module import PlannedPipelineModule
-from ds_llmpq.engine.sampling import GREEDY, sample
+from ds_llmpq.engine.processors import LogitsProcessors
+from ds_llmpq.engine.sampling import GREEDY, NO_DEFAULTS, sample
 from ds_llmpq.engine.sequences import Finish
 from ds_llmpq.engine.stage_passes import StagePasses
 from ds_llmpq.engine.stream import OnFinished, Stream, StreamTimes, TakeWave
 from ds_llmpq.engine.trace import Trace
 from ds_llmpq.engine.wave import Wave, WaveRow
+from ds_llmpq.models.generation import Generation
 from ds_llmpq.models.step import Step
 
 # batch sizes are all the configuration it needs; a precision key would build an optimizer and copy the weights
@@ -46,6 +48,7 @@ class InferencePipelineEngine(PipelineEngine):
     All stages execute the same passes in the same order. `hidden_size` is the width of the hidden states between
     stages. A stream's state is kept in `stream`, None between streams. `neutral_tokens`: tokens that any model of the
     kind bears, should a pass raise and the question be whose fault that is; `faults` says why rows were given up.
+    `defaults`: the checkpoint's, of generation.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class InferencePipelineEngine(PipelineEngine):
         dtype: torch.dtype,
         hidden_size: int,
         neutral_tokens: Sequence[int] = (0, 1),
+        defaults: Generation = NO_DEFAULTS,
     ):
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         grid = module.mpu()
@@ -74,6 +78,8 @@ class InferencePipelineEngine(PipelineEngine):
         self.trace = trace
         self.dtype = dtype
         self.hidden_size = hidden_size
+        self.defaults = defaults
+        self.processors = LogitsProcessors(defaults)
         self.parts = Parts(self.stage_id, self.device)
         self.faults = FaultLog(self.stage_id)
         zeros = None if self.is_first_stage() else torch.zeros(1, 1, hidden_size, dtype=dtype, device=self.device)
@@ -111,6 +117,7 @@ class InferencePipelineEngine(PipelineEngine):
     def _admitted(self, slot: int, row: WaveRow) -> None:
         if self.is_last_stage():
             self.stop_rule.begin(slot, row)
+            self.processors.begin(slot, row)
 
     # Instructions. Each is called by DeepSpeed's `_exec_schedule` with the instruction's arguments.
 
@@ -234,8 +241,10 @@ class InferencePipelineEngine(PipelineEngine):
     def _choose(self, slots: tuple[int, ...], logits: torch.Tensor) -> list[tuple[int, bool]]:
         """The next token of each slot, and whether its logits are numbers; logits [slots, vocabulary]."""
         rows = [self.stream.sequences.rows[slot] for slot in slots]
-        generated = [len(self.stream.sequences.generated[slot]) for slot in slots]
-        tokens = sample(logits, [row.sampling for row in rows], generated)
+        before = [self.stream.sequences.generated[slot] for slot in slots]
+        generated = [len(tokens) for tokens in before]
+        processed = self.processors(logits, slots, before)
+        tokens = sample(processed, [row.sampling for row in rows], generated, self.defaults)
         # one transfer for both (NaN passes through the maximum)
         chosen, sound = torch.stack([tokens, logits.amax(-1).isfinite().long()]).tolist()
         return [(token, bool(ok)) for token, ok in zip(chosen, sound, strict=True)]

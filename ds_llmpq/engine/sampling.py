@@ -1,4 +1,7 @@
-"""Choosing the next token of every row of a micro-batch: greedy, or temperature with top-k and top-p, seeded by row."""
+"""Choosing the next token of every row of a micro-batch: greedy, or temperature with top-k and top-p, seeded by row.
+
+A checkpoint's defaults may truncate the distribution further (min-p, typical and the like), as transformers does.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +11,27 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ds_llmpq.models.generation import Generation
+
 
 @dataclass(frozen=True)
 class RowSampling:
-    """How one request samples. temperature 0 is greedy; top_k 0 and top_p 1 leave all tokens in."""
+    """How one request samples. temperature 0 is greedy; top_k 0 and top_p 1 leave all tokens in. None: as the
+    checkpoint has it. Penalties and `min_tokens` are `engine.processors`' subject."""
 
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    min_tokens: int | None = None
 
 
 GREEDY = RowSampling()
+NO_DEFAULTS = Generation()
 
 
 def uniform_draw(seed: int, step: int) -> float:
@@ -28,10 +40,12 @@ def uniform_draw(seed: int, step: int) -> float:
     return np.random.Generator(np.random.Philox(key=seed % 2**64, counter=step)).random()
 
 
-def sample(logits: torch.Tensor, rows: Sequence[RowSampling], steps: Sequence[int]) -> torch.Tensor:
+def sample(
+    logits: torch.Tensor, rows: Sequence[RowSampling], steps: Sequence[int], defaults: Generation = NO_DEFAULTS
+) -> torch.Tensor:
     """Next token of each row, [rows] int64 on the logits' device.
 
-    `logits` [rows, vocabulary]; `steps[i]` counts the tokens row i has generated before.
+    `logits` [rows, vocabulary]; `steps[i]` counts the tokens row i has generated before. `defaults`: the checkpoint's.
     """
     tokens = logits.argmax(dim=-1)
     chosen = [index for index, row in enumerate(rows) if row.temperature > 0]
@@ -50,12 +64,68 @@ def sample(logits: torch.Tensor, rows: Sequence[RowSampling], steps: Sequence[in
     ordered, order = torch.sort(logits[chosen].float(), dim=-1, descending=True, stable=True)
     # relative to the best token, so that no temperature however small gives an infinite quotient for it
     scaled = (ordered - ordered[:, :1]).double() / column([row.temperature for row in picked])
+    if defaults.top_h < 1:
+        scaled = _top_h(scaled, defaults.top_h)
     scaled = scaled.masked_fill(torch.arange(ordered.shape[-1], device=device) >= top_k, -torch.inf)
     probability = torch.softmax(scaled, dim=-1)
     # a token stays in while the mass before it is under top_p; the first always does
     before = probability.cumsum(dim=-1) - probability
     probability = probability.masked_fill((before >= top_p) & (before > 0) & (top_p < 1), 0.0)
+    probability = _truncated(probability, picked, defaults)
     cumulative = probability.cumsum(dim=-1)
     rank = torch.searchsorted(cumulative, draws * cumulative[:, -1:], right=True).clamp(max=order.shape[-1] - 1)
     tokens[chosen] = order.gather(-1, rank)[:, 0]
     return tokens
+
+
+def _truncated(probability: torch.Tensor, rows: Sequence[RowSampling], defaults: Generation) -> torch.Tensor:
+    """[rows, vocabulary], the likeliest token first, without those that the further truncations leave out; each acts on
+    what the one before has left, and the first token always stays."""
+    min_p = [defaults.min_p if row.min_p is None else row.min_p for row in rows]
+    if any(min_p):
+        bound = torch.tensor(min_p, dtype=torch.float64, device=probability.device)[:, None]
+        probability = _kept(probability, probability >= bound * probability[:, :1])
+    if defaults.typical_p < 1:
+        probability = _typical(probability, defaults.typical_p)
+    if 0 < defaults.epsilon_cutoff < 1:
+        shares = probability / probability.sum(-1, keepdim=True)
+        probability = _kept(probability, shares >= defaults.epsilon_cutoff)
+    if 0 < defaults.eta_cutoff < 1:
+        shares, cutoff = probability / probability.sum(-1, keepdim=True), defaults.eta_cutoff
+        bound = (cutoff**0.5 * torch.exp(-_entropy(shares))).clamp(max=cutoff)
+        probability = _kept(probability, shares >= bound)
+    return probability
+
+
+def _kept(probability: torch.Tensor, stays: torch.Tensor) -> torch.Tensor:
+    # tokens as likely as the first are as good
+    return probability.masked_fill(~(stays | (probability >= probability[:, :1])), 0.0)
+
+
+def _entropy(shares: torch.Tensor) -> torch.Tensor:
+    """[rows, 1], in nats."""
+    return torch.special.entr(shares).sum(-1, keepdim=True)
+
+
+def _typical(probability: torch.Tensor, mass: float) -> torch.Tensor:
+    """The tokens whose surprise is nearest to the expected one, up to `mass`."""
+    shares = probability / probability.sum(-1, keepdim=True)
+    distance = (-shares.log() - _entropy(shares)).abs()
+    near, order = torch.sort(distance, dim=-1, stable=True)
+    last = (shares.gather(-1, order).cumsum(-1) < mass).sum(-1, keepdim=True).clamp(max=order.shape[-1] - 1)
+    leaves = near > near.gather(-1, last)
+    leaves[:, :1] = False
+    return probability.masked_fill(torch.zeros_like(leaves).scatter(-1, order, leaves), 0.0)
+
+
+_TOP_H_TOKENS = 100  # transformers looks at so many
+
+
+def _top_h(scaled: torch.Tensor, share: float) -> torch.Tensor:
+    """Logits [rows, vocabulary], the largest first: only the first tokens that make up `share` of the entropy stay."""
+    terms = torch.special.entr(torch.softmax(scaled[:, :_TOP_H_TOKENS], dim=-1))
+    stays = terms.cumsum(-1) <= terms.sum(-1, keepdim=True) * share
+    stays[:, 0] = True
+    kept = torch.full_like(scaled, -torch.inf)
+    kept[:, : stays.shape[-1]] = scaled[:, : stays.shape[-1]].masked_fill(~stays, -torch.inf)
+    return kept

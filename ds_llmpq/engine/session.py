@@ -25,6 +25,7 @@ from ds_llmpq.engine.topology import PlannedTopology
 from ds_llmpq.engine.trace import Trace
 from ds_llmpq.engine.wave import Wave, WaveRow
 from ds_llmpq.models.architecture import architecture_of
+from ds_llmpq.models.generation import generation_of
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.planner.plan import Plan
 from ds_llmpq.planner.planfile import check_model
@@ -103,6 +104,7 @@ class Session:
             self.dtype,
             checkpoint.config.hidden_size,
             _neutral_tokens(checkpoint.config),
+            generation_of(model_path),
         )
         memory.release_freed()
         self._growth_of_loading = memory.held_bytes(place.device) - self._held_before

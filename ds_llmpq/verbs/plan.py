@@ -13,9 +13,10 @@ from ds_llmpq.cluster.gates import common_dtype
 from ds_llmpq.cluster.hostfile import write_hostfile
 from ds_llmpq.cost.fitted import profiled_kernel
 from ds_llmpq.engine.launcher import Launch, by_hand, write_environment
-from ds_llmpq.errors import UserError
+from ds_llmpq.errors import UserError, printable
 from ds_llmpq.files import read_json, write_json
 from ds_llmpq.models.fingerprint import fingerprint
+from ds_llmpq.models.notes import list_notes
 from ds_llmpq.models.prequantized import refuse_foreign
 from ds_llmpq.models.shape import ModelShape, read_shape
 from ds_llmpq.planner import Plan, Problem, check_plan, pareto
@@ -37,6 +38,8 @@ def run(settings: PlanVerb, out: Path) -> int:
     if settings.planner.mode == "pareto":
         return _front(settings, out)
     plan = make_plan(settings, out)
+    if plan.model and plan.model.get("path") is not None:
+        print_notes(plan.model["path"])
     print(plan_table(plan))
     print(f"plan: {out / 'plan.json'}")
     if plan.engine is not None:
@@ -131,6 +134,12 @@ def _write_plan(plan: Plan, out: Path) -> None:
         write_hostfile(out / "hostfile", launch_order(plan))
 
 
+def print_notes(path: str | Path) -> None:
+    """What is to be said of the checkpoint that will serve."""
+    for note in list_notes(path):
+        print(f"model: {printable(note, keep='')}")
+
+
 def launch_line(plan: Plan, out: Path) -> str:
     """A shell's line that starts this plan; `run` does the same and watches over it. Writes the hosts' variables."""
     launch = Launch.of_plan(plan, out)
@@ -143,6 +152,7 @@ def _model(model: ModelConfig) -> tuple[ModelShape, dict[str, str | None]]:
         path = config.absolute(model.path)
         refuse_foreign(path)
         shape = read_shape(path)
+        list_notes(path)  # what ranks would refuse is refused here
         return shape, {"path": str(path), "architecture": shape.architecture, "fingerprint": fingerprint(path)}
     if not model.shape:
         raise UserError("No model is given; set model.path=DIR, or model=NAME of a shipped shape to plan only.")

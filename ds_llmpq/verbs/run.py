@@ -32,6 +32,7 @@ from ds_llmpq.engine.launcher import Launch, end_leftovers
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import write_json
 from ds_llmpq.models.fingerprint import fingerprint
+from ds_llmpq.models.notes import list_notes
 from ds_llmpq.planner import Plan
 from ds_llmpq.planner.planfile import check_model, launch_order, read_plan, write_plan
 from ds_llmpq.quant.kernels import check_invariant
@@ -39,7 +40,7 @@ from ds_llmpq.report.answers import show_answers
 from ds_llmpq.report.plan_table import plan_table
 from ds_llmpq.report.run_summary import run_summary
 from ds_llmpq.schema import BatchConfig, RunVerb
-from ds_llmpq.verbs.plan import make_plan
+from ds_llmpq.verbs.plan import make_plan, print_notes
 from ds_llmpq.verbs.replan import plan_without
 from ds_llmpq.verbs.serve import SOME_FAILED
 
@@ -84,6 +85,7 @@ def _run(settings: RunVerb, out: Path, batch: BatchConfig, rows: InputRows) -> i
         input_sha256=rows.sha256,
         hang_seconds=settings.run.hang_seconds,
     )
+    print_notes(job.model_path)
     print(plan_table(plan), flush=True)
     supervisor = Supervisor(
         job,
@@ -219,6 +221,7 @@ def checkpoint_of(settings: RunVerb, plan: Plan) -> Path:
         raise UserError("The model is known by its shape alone, enough to plan but not to run; give model.path=DIR.")
     path = config.absolute(given or planned)
     check_model(plan, path)
+    list_notes(path)  # what ranks would refuse is refused here
     return path
 
 

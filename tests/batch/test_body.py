@@ -189,7 +189,6 @@ def test_a_whole_number_is_a_custom_id_as_its_string(number):
 NEUTRAL = {
     "presence_penalty": (0, 0.0),
     "frequency_penalty": (0, 0.0),
-    "min_p": (0, 0.0),
     "length_penalty": (1, 1.0),
     "n": (1,),
     "best_of": (1,),
@@ -220,10 +219,7 @@ NEUTRAL = {
 }
 # and what would change an answer: (value, what the refusal names beside the parameter)
 CHANGING = [
-    ("presence_penalty", 0.5, "0.5 but only 0"),
-    ("presence_penalty", False, "false but only 0"),
-    ("frequency_penalty", -1, "-1 but only 0"),
-    ("min_p", 0.05, "only 0"),
+    ("presence_penalty", False, "a number from -2 to 2"),
     ("length_penalty", 2, "only 1"),
     ("best_of", 3, "only 1"),
     ("best_of", True, "only 1"),
@@ -306,3 +302,33 @@ def test_an_arrival_that_is_no_time(arrival):
     row = {"custom_id": "a", "method": "POST", "url": COMPLETIONS_URL, "body": {"model": "m", "prompt": "x"}}
     with pytest.raises(RequestError, match=r"arrival_seconds is .* but must be a number from 0"):
         parse_row(row | {"arrival_seconds": arrival}, 0, 1, BatchConfig())
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "kept"),
+    [
+        ("repetition_penalty", 1.1, 1.1), ("repetition_penalty", 1, 1.0), ("presence_penalty", -2, -2.0),
+        ("frequency_penalty", 0.5, 0.5), ("min_p", 0, 0.0), ("min_p", 0.1, 0.1), ("min_tokens", 3, 3),
+    ],
+)  # fmt: skip
+def test_penalties_and_bounds_are_taken(field, value, kept):
+    params = parse_row(completion_row(max_tokens=8, **{field: value}), 0, 1, BatchConfig()).params
+    assert getattr(params, field) == kept
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("repetition_penalty", 0), ("repetition_penalty", "1"), ("presence_penalty", 2.1), ("frequency_penalty", True),
+        ("min_p", 1.5), ("min_tokens", -1), ("min_tokens", 2.0), ("min_tokens", 9),
+    ],
+)  # fmt: skip
+def test_penalties_out_of_bounds_are_refused(field, value):
+    with pytest.raises(RequestError, match=field):
+        parse_row(completion_row(max_tokens=8, **{field: value}), 0, 1, BatchConfig())
+
+
+def test_what_a_row_leaves_out_is_the_checkpoint_s():
+    params = parse_row(completion_row(), 0, 1, BatchConfig()).params
+    assert (params.min_p, params.repetition_penalty, params.min_tokens) == (None, None, None)
+    assert (params.presence_penalty, params.frequency_penalty) == (0, 0)

@@ -155,3 +155,27 @@ def test_skipped_tokens_never_become_the_only_context():
     a, hello = tokenizer.convert_tokens_to_ids(["▁a", "▁hello"])
     token_ids = [a, *[tokenizer.eos_token_id] * 200, hello]
     assert run(tokenizer, token_ids, [" hello"]) == (202, "a")
+
+
+@pytest.mark.parametrize("kind", sorted(TOKENIZERS))
+def test_a_stop_string_may_be_or_hold_a_special_token(kind):
+    tokenizer = TOKENIZERS[kind]()
+    hello, end = tokenizer.encode("hello", add_special_tokens=False), tokenizer.eos_token_id
+    tokens = [*hello, end, *hello]
+    assert run(tokenizer, tokens, ["</s>"]) == (len(hello) + 1, "hello")
+    assert run(tokenizer, tokens, ["o</s>"]) == (len(hello) + 1, "hell")
+    assert run(tokenizer, tokens, ["never", "llo</s>"]) == (len(hello) + 1, "he")
+    count, text = run(tokenizer, tokens, ["</s>" + tokenizer.decode([end, *hello])[4:8]])
+    assert count is not None
+    assert count > len(hello) + 1
+    assert text == "hello"
+    assert run(tokenizer, tokens, ["s"])[0] is None, "part of a special token's text is no text"
+    assert run(tokenizer, [*tokens, end], ["</s></s>"])[0] is None
+
+
+def test_special_tokens_alone_are_found_after_any_length():
+    tokenizer = byte_level()
+    tokens = [*tokenizer.encode("".join(TEXTS) * 6, add_special_tokens=False), 0, 2, 1]
+    count, text = run(tokenizer, tokens, ["<|assistant|></s>"])
+    assert (count, text) == (len(tokens), decode(tokenizer, tokens[:-3]))
+    assert generate([5, 6, 1, 7], stops=("</s>",), ignore_eos=True).generated_tokens == 3

@@ -1,0 +1,19 @@
+"""What a user should know of a checkpoint before it serves. No torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ds_llmpq.models.generation import read_generation
+from ds_llmpq.models.shape import read_config, read_shape
+
+
+def list_notes(path: str | Path) -> list[str]:
+    """One line a fact, none for a checkpoint without surprises. `UserError`: its configuration files cannot be used."""
+    config, shape = read_config(path), read_shape(path)
+    notes = []
+    if config.get("tie_word_embeddings", shape.architecture in ("opt", "bloom")) and not shape.tied_embeddings:
+        notes.append(
+            "config.json ties lm_head to the embedding, but another lm_head.weight is stored: that one is used"
+        )
+    return notes + read_generation(path, config, shape.vocab).lines()
