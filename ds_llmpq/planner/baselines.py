@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ds_llmpq.planner.arrays import PairArrays, pair_arrays
-from ds_llmpq.planner.feasibility import furthest_path, pairs
+from ds_llmpq.planner.feasibility import pairs, path_finder
 from ds_llmpq.planner.objective import Assignment, Prediction, Stage, evaluate, violations
 from ds_llmpq.planner.problem import Objective, Problem
 
@@ -187,9 +187,7 @@ def _min_max(problem: Problem, width: int, eta: int, xi: int) -> Assignment | No
     if not usable.any():
         return None
 
-    def cover(threshold: float) -> list[tuple[int, int, int]] | None:
-        return furthest_path(problem, arrays, column, per_layer, ends, threshold)
-
+    cover = path_finder(problem, arrays, column, per_layer, ends)
     low = 0.0
     high = float(problem.layers * per_layer[usable].max() + sum(part[np.isfinite(part)].sum() for part in ends))
     if cover(high) is None:

@@ -18,10 +18,10 @@ from ds_llmpq.planner.incumbent import Incumbent
 from ds_llmpq.planner.objective import Assignment
 from ds_llmpq.planner.pins import Pins
 from ds_llmpq.planner.problem import Objective, Problem
-from ds_llmpq.planner.search import Search, plausible_theta
+from ds_llmpq.planner.search import Search
 
 ROUNDS = 9
-STEP = 4.0  # while only one side of the bracket is known
+STEP, NEAR_STEP = 4.0, 1.6  # while only one side of the bracket is known: from a guess, from the first bound's price
 NARROW = 1.25  # ratio of the bracket's ends at which it is not worth going on
 COARSE_GAP = 0.03  # a rough plan is enough to see on which side of the limit a theta lies
 
@@ -33,14 +33,17 @@ def price_of_limit(
     gap: float,
     deadline: float,
     improve: Callable[[Assignment | None], None] | None,
+    probe: Search,
 ) -> float | None:
-    """The best theta found (None where none is needed); offers plans to `best` and raises its bound on the way."""
+    """The best theta found (None where none is needed); offers plans to `best` and raises its bound on the way.
+
+    `probe`: a search of the problem itself, not yet run.
+    """
     objective = problem.objective
-    probe = Search(problem, best, pins, gap=gap, deadline=deadline)
     if objective.mode == "theta" or probe.small or not probe.pairs:
         return None
-    seconds = objective.limit if objective.mode == "max_latency" else 0.0
-    theta, low, high = plausible_theta(probe.pairs[0], seconds), 0.0, math.inf
+    theta, step = probe.open[0][2].duals.theta, NEAR_STEP if probe.knows_theta(0) else STEP
+    low, high = 0.0, math.inf
     reached, best_theta = -math.inf, theta
     share = 0.1 * (deadline - time.monotonic())
     for _ in range(ROUNDS):
@@ -68,7 +71,7 @@ def price_of_limit(
         if low > 0 and math.isfinite(high):
             theta = math.sqrt(low * high)
         else:
-            theta = theta * STEP if low == theta else theta / STEP
+            theta = theta * step if low == theta else theta / step
     return best_theta
 
 

@@ -9,7 +9,7 @@ import time
 from ds_llmpq.planner.arrays import pair_arrays
 from ds_llmpq.planner.feasibility import furthest_layer, pairs
 from ds_llmpq.planner.formulation import formulate, typical_scale
-from ds_llmpq.planner.incumbent import Incumbent
+from ds_llmpq.planner.incumbent import Incumbent, sufficient_bound
 from ds_llmpq.planner.milp import solve_model
 from ds_llmpq.planner.pins import Pins
 from ds_llmpq.planner.problem import Problem
@@ -32,8 +32,11 @@ def solve_exact(
         arrays = pair_arrays(problem, eta, xi)
         form = formulate(problem, arrays, allowed=allowed, scale=scale, formula=best.formula)
         # Plans that improve by less than the gap are not worth proving; with no gap, ties may still be decided.
-        cutoff = best.value * scale * (1 + 1e-9 - gap) + 1e-9 if math.isfinite(best.value) else math.inf
-        solution = solve_model(form.model, solver, seconds=seconds, gap=gap, cutoff=cutoff, seed=seed)
+        cutoff = math.inf
+        if math.isfinite(best.value):
+            cutoff = sufficient_bound(best.value * scale, gap) * (1 + 1e-9) + 1e-9
+        # The solvers' gap is relative to the objective, ours to the bound.
+        solution = solve_model(form.model, solver, seconds=seconds, gap=gap / (1 + gap), cutoff=cutoff, seed=seed)
         used = solution.solver
         bounds[eta, xi] = max(0.0, solution.bound / scale)
         if solution.x is not None:

@@ -5,8 +5,10 @@ layer a multiset of devices can cover decides memory feasibility exactly, for al
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -35,7 +37,7 @@ def furthest_layer(problem: Problem, eta: int, xi: int) -> int:
     arrays = pair_arrays(problem, eta, xi)
     least = np.where(arrays.available[:, None, :], arrays.layer_bytes[None], np.inf).min(axis=2)  # [D, L]
     reaches = _alike(problem, lambda d: _reach(arrays, d, least[d]))
-    if problem.device_order == "free" and _states(reaches) > STATE_LIMIT:
+    if problem.device_order == "free" and _states(_kinds(reaches).values()) > STATE_LIMIT:
         longest = sum(int((reach - np.arange(len(reach))).max()) for reach in reaches)
         if longest >= problem.layers:
             return problem.layers
@@ -51,27 +53,39 @@ def _alike(problem: Problem, reach_of: Callable[[int], np.ndarray]) -> list[np.n
     return [known[device.type, device.memory_bytes] for device in problem.devices]
 
 
-def _states(reaches: list[np.ndarray]) -> float:
+def _kinds(reaches: list[np.ndarray]) -> dict[bytes, list[int]]:
+    """Devices by reach; `_alike` lets equal ones share an array, so that few have to be compared."""
+    known: dict[int, bytes] = {}
+    members: dict[bytes, list[int]] = {}
+    for d, reach in enumerate(reaches):
+        name = known.get(id(reach)) or known.setdefault(id(reach), reach.tobytes())
+        members.setdefault(name, []).append(d)
+    return members
+
+
+def _states(groups: Iterable[list[int]]) -> float:
     """How many combinations of numbers of used devices of each kind there are."""
-    kinds = [tuple(reach.tolist()) for reach in reaches]
-    return float(np.prod([kinds.count(kind) + 1.0 for kind in set(kinds)]))
+    return math.prod(len(group) + 1.0 for group in groups)
 
 
-def furthest_path(
-    problem: Problem, arrays: PairArrays, width: int, per_layer: np.ndarray, ends: tuple, threshold: float
-) -> list[tuple[int, int, int]] | None:
-    """Stages (device, first, last) that hold all layers at one width, none taking longer than the threshold; or None.
-
-    `per_layer[D]` and `ends` (embedding [D], head [D]) are seconds.
+def path_finder(
+    problem: Problem, arrays: PairArrays, width: int, per_layer: np.ndarray, ends: tuple
+) -> Callable[[float], list[tuple[int, int, int]] | None]:
+    """A function of a threshold in seconds: stages (device, first, last) that hold all layers at one width, none taking
+    longer than the threshold; or None. `per_layer[D]` and `ends` (embedding [D], head [D]) are seconds.
     """
 
     def reach_of(d: int) -> np.ndarray:
-        least = np.where(arrays.available[d, width], arrays.layer_bytes[:, width], np.inf)
-        return _within(_reach(arrays, d, least), per_layer[d], ends[0][d], ends[1][d], threshold)
+        return _reach(arrays, d, np.where(arrays.available[d, width], arrays.layer_bytes[:, width], np.inf))
 
-    reaches = _alike(problem, reach_of)
-    path = _cover(problem, reaches)
-    return path if path and path[-1][2] == problem.layers else None
+    held = _alike(problem, reach_of)
+
+    def find(threshold: float) -> list[tuple[int, int, int]] | None:
+        reaches = _alike(problem, lambda d: _within(held[d], per_layer[d], ends[0][d], ends[1][d], threshold))
+        path = _cover(problem, reaches)
+        return path if path and path[-1][2] == problem.layers else None
+
+    return find
 
 
 def _reach(arrays: PairArrays, d: int, least: np.ndarray) -> np.ndarray:
@@ -113,13 +127,10 @@ def _cover(problem: Problem, reaches: list[np.ndarray]) -> list[tuple[int, int, 
     """Stages (device, first, last) that cover the most layers, over all subsets and orders the problem permits."""
     if problem.device_order == "fixed":
         return _in_order(reaches, range(len(reaches)))
-    members: dict[tuple[int, ...], list[int]] = {}
-    for d, reach in enumerate(reaches):
-        members.setdefault(tuple(reach.tolist()), []).append(d)
-    kinds, devices = list(members), list(members.values())
-    if _states(reaches) > STATE_LIMIT:
+    devices = list(_kinds(reaches).values())
+    if _states(devices) > STATE_LIMIT:
         return _some_orders(reaches, devices)
-    return _any_order(kinds, devices)
+    return _any_order(np.array([reaches[group[0]] for group in devices]), devices)
 
 
 def _in_order(reaches: list[np.ndarray], order: Iterable[int]) -> list[tuple[int, int, int]]:
@@ -131,33 +142,38 @@ def _in_order(reaches: list[np.ndarray], order: Iterable[int]) -> list[tuple[int
     return path
 
 
-def _any_order(kinds: list[tuple[int, ...]], devices: list[list[int]]) -> list[tuple[int, int, int]]:
+def _any_order(reach: np.ndarray, devices: list[list[int]]) -> list[tuple[int, int, int]]:
     """Exact: the furthest layer per number of devices used of each kind, then the way back."""
-    layers = len(kinds[0]) - 1
-    best = {(0,) * len(kinds): (0, -1)}
-    end = (0,) * len(kinds)
-    for state in itertools.product(*(range(len(group) + 1) for group in devices)):
-        for k, used in enumerate(state):
-            if used:
-                reached = kinds[k][best[_without(state, k)][0]]
-                if state not in best or reached > best[state][0]:
-                    best[state] = (reached, k)
-        if best[state][0] > best[end][0]:
-            end = state
-        if best[end][0] == layers:
-            break
-    path = []
-    while any(end):
-        last, k = best[end]
-        before = _without(end, k)
-        if last > best[before][0]:
-            path.append((devices[k][before[k]], best[before][0], last))
-        end = before
+    columns = np.arange(len(reach))
+    before, levels = _states_by_total(tuple(len(group) for group in devices))
+    furthest = np.zeros(len(before), dtype=np.int64)
+    last_kind = np.zeros(len(before), dtype=np.int64)
+    for states in levels:
+        reached = np.where(before[states] >= 0, reach[columns, furthest[before[states]]], -1)
+        last_kind[states] = reached.argmax(axis=1)
+        furthest[states] = reached.max(axis=1)
+    state, path = int(furthest.argmax()), []
+    used = np.array(np.unravel_index(state, [len(group) + 1 for group in devices]))
+    while used.any():
+        k, last = int(last_kind[state]), int(furthest[state])
+        state = int(before[state, k])
+        used[k] -= 1
+        if last > furthest[state]:
+            path.append((devices[k][used[k]], int(furthest[state]), last))
     return path[::-1]
 
 
-def _without(state: tuple[int, ...], k: int) -> tuple[int, ...]:
-    return (*state[:k], state[k] - 1, *state[k + 1 :])
+@lru_cache(maxsize=64)
+def _states_by_total(counts: tuple[int, ...]) -> tuple[np.ndarray, list[np.ndarray]]:
+    """For numbers of used devices of each kind as flat states: [S, K] the state with one device of the kind less (-1
+    where there is none), and the states by how many devices they use, from one on."""
+    sizes = [count + 1 for count in counts]
+    used = np.stack(np.unravel_index(np.arange(math.prod(sizes)), sizes), axis=1)
+    strides = np.array([math.prod(sizes[k + 1 :]) for k in range(len(sizes))])
+    before = np.where(used > 0, np.arange(len(used))[:, None] - strides, -1)
+    total = used.sum(axis=1)
+    order = np.argsort(total, kind="stable")
+    return before, np.split(order, np.flatnonzero(np.diff(total[order])) + 1)[1:]
 
 
 def _some_orders(reaches: list[np.ndarray], devices: list[list[int]]) -> list[tuple[int, int, int]]:

@@ -18,7 +18,8 @@ from ds_llmpq.planner.problem import Problem
 
 @dataclass(frozen=True)
 class ProgressEvent:
-    """What a progress callback receives: seconds so far, best objective, proven bound, relative gap."""
+    """What a progress callback receives: seconds so far, best objective, proven bound, relative gap
+    (None while there is no plan, or a bound of zero)."""
 
     seconds: float
     incumbent: float | None
@@ -27,10 +28,16 @@ class ProgressEvent:
 
 
 def relative_gap(objective: float, bound: float) -> float:
-    """(objective - bound) / |objective|, zero when they meet."""
+    """(objective - bound) / bound: how far above the optimum the objective can be at most. Zero when they meet,
+    infinite while the bound is zero."""
     if bound >= objective:
         return 0.0
-    return (objective - bound) / abs(objective) if objective else math.inf
+    return (objective - bound) / bound if bound > 0 else math.inf
+
+
+def sufficient_bound(objective: float, gap: float) -> float:
+    """The bound at which an objective is proven to be within the relative gap."""
+    return objective / (1 + gap)
 
 
 @dataclass
@@ -74,5 +81,5 @@ class Incumbent:
     def report(self) -> None:
         if self.progress is not None:
             value = self.value if math.isfinite(self.value) else None
-            gap = self.gap if value is not None else None
+            gap = self.gap if math.isfinite(self.gap) else None
             self.progress(ProgressEvent(time.monotonic() - self.started, value, self.bound, gap))

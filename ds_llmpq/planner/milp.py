@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ds_llmpq.errors import UserError
+from ds_llmpq.planner.linear import quiet_highs
 
 GUROBI_RESTRICTED = 2000
 GUROBI_LICENCE_ERRORS = (10009, 10010)  # expired or missing; too large for the licence
@@ -162,8 +163,8 @@ def _highs(model: Model, seconds: float, gap: float, cutoff: float, seed: int, p
     lp.a_matrix_.value_ = np.array(model.values)
     kinds = (highspy.HighsVarType.kContinuous, highspy.HighsVarType.kInteger)
     lp.integrality_ = [kinds[i] for i in model.integer]
-    highs = highspy.Highs()
-    for name, value in {"output_flag": False, "time_limit": seconds, "mip_rel_gap": gap, "mip_abs_gap": 1e-7,
+    highs = quiet_highs()
+    for name, value in {"time_limit": seconds, "mip_rel_gap": gap, "mip_abs_gap": 1e-7,
                         "random_seed": seed, "threads": 2, "mip_feasibility_tolerance": 1e-9,
                         "primal_feasibility_tolerance": 1e-9}.items():  # fmt: skip
         highs.setOptionValue(name, value)

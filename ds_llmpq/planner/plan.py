@@ -3,6 +3,7 @@
 `Plan.to_json` and `Plan.from_json` are inverse to each other; `from_json` raises a `UserError` for each mistake.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 from ds_llmpq.cluster.devices import COMPUTE_DTYPES, KINDS
 from ds_llmpq.errors import UserError
 from ds_llmpq.planner import reading
+from ds_llmpq.planner.figures import plain
+from ds_llmpq.planner.incumbent import relative_gap
 from ds_llmpq.planner.objective import Assignment, Prediction, Stage
 from ds_llmpq.planner.problem import Problem, Workload
 
@@ -41,7 +44,7 @@ class PlanStage:
 
 @dataclass(frozen=True)
 class SolverReport:
-    """`bound` is proven: no plan has a smaller objective; `gap` = (objective - bound) / |objective|.
+    """`bound` is proven: no plan has a smaller objective; `gap` = (objective - bound) / bound, null at a bound of 0.
 
     `status` is "optimal" (gap closed to the one asked for), "time_limit" or "interrupted" (incumbent and bound so
     far), "stalled" (nothing left to try that would raise the bound), or "checked" (a plan given by hand, no bound).
@@ -53,6 +56,14 @@ class SolverReport:
     gap: float | None
     seconds: float
     status: str
+
+    @property
+    def proof(self) -> str:
+        """How far above the optimum the objective can be, in words; empty for a plan without a bound."""
+        if self.bound is None:
+            return ""
+        gap = relative_gap(self.objective, self.bound)
+        return f"at most {plain(100 * gap, 2)} % above the optimum" if math.isfinite(gap) else "nothing proven yet"
 
 
 @dataclass(frozen=True)

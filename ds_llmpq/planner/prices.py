@@ -10,14 +10,24 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ds_llmpq.planner.linear import minimise
+
 Evaluate = Callable[[np.ndarray], tuple[float, np.ndarray]]
 
 
-def best_prices(evaluate: Evaluate, start: np.ndarray, *, rounds: int, goal: float, tolerance: float) -> np.ndarray:
+def best_prices(
+    evaluate: Evaluate,
+    start: np.ndarray,
+    *,
+    rounds: int,
+    goal: float,
+    tolerance: float,
+    late: Callable[[], bool] = lambda: False,
+) -> np.ndarray:
     """Prices [C] >= 0 of (nearly) the greatest value.
 
     `evaluate(prices)` gives the value and its slope [C] (uses minus members; None when nothing is possible). Stops when
-    the value reaches `goal`, or when the cuts promise less than `tolerance` more.
+    the value reaches `goal`, when the cuts promise less than `tolerance` more, or when it is `late`.
     """
     prices = start
     value, slope = evaluate(prices)
@@ -30,7 +40,7 @@ def best_prices(evaluate: Evaluate, start: np.ndarray, *, rounds: int, goal: flo
     best, center, radius = value, prices, 0.05 * abs(value) / max(1, len(start)) + 1e-12
     cuts = [(value - float(slope @ prices), slope)]
     for _ in range(rounds):
-        if best >= goal:
+        if best >= goal or late():
             break
         promised, prices = _maximise(cuts, center, radius)
         if promised - best <= tolerance:
@@ -50,12 +60,11 @@ def best_prices(evaluate: Evaluate, start: np.ndarray, *, rounds: int, goal: flo
 
 def _maximise(cuts: list[tuple[float, np.ndarray]], center: np.ndarray, radius: float) -> tuple[float, np.ndarray]:
     """The greatest value the cuts allow within the trust region, and where."""
-    from scipy.optimize import linprog
-
     rows = np.array([np.concatenate([[1.0], -slope]) for _, slope in cuts])
     sides = np.array([constant for constant, _ in cuts])
-    limits = [(None, None), *((max(0.0, c - radius), c + radius) for c in center)]
-    solved = linprog(np.concatenate([[-1.0], 0.0 * center]), A_ub=rows, b_ub=sides, bounds=limits)
-    if solved.x is None:
+    low = np.concatenate([[-np.inf], np.maximum(center - radius, 0.0)])
+    high = np.concatenate([[np.inf], center + radius])
+    solved = minimise(np.concatenate([[-1.0], 0.0 * center]), rows, sides, low, high)
+    if solved is None:
         return -math.inf, center
-    return -solved.fun, np.maximum(solved.x[1:], 0.0)
+    return -solved.objective, np.maximum(solved.x[1:], 0.0)

@@ -8,6 +8,8 @@ Where devices are too many to count, each use of a class is priced. Every path r
 """
 
 import math
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -46,10 +48,12 @@ class Node:
     box: Box
     duals: Duals
     bound: float = 0.0
+    own: float = -math.inf  # the bound that these duals give in this box; `bound` may come from others
     prediction: Prediction | None = None
     used: tuple[int, ...] = ()
     depth: int = 0
     exact: frozenset[tuple[int, int]] = frozenset()  # (kind, length) of stages to cost exactly
+    settled: bool = False  # its duals have been improved
     again: bool = False  # nothing is left to split: settled once more with a thorough search for theta
 
 
@@ -71,15 +75,25 @@ class Pair:
 class Relaxation:
     """Bounds and paths of boxes, for all micro-batch pairs; its pools of multipliers grow as paths are rounded."""
 
-    def __init__(self, problem: Problem, pins: Pins, formula: str):
-        self.problem, self.pins, self.formula = problem, pins, formula
+    def __init__(
+        self,
+        problem: Problem,
+        pins: Pins,
+        formula: str,
+        chosen: Sequence[tuple[int, int]] | None = None,
+        deadline: float = math.inf,
+    ):
+        """`chosen`: the micro-batch pairs to look at, in this order; None means all that memory permits."""
+        self.problem, self.pins, self.formula, self.deadline = problem, pins, formula, deadline
         self.mode = problem.objective.mode
         fixed = problem.device_order == "fixed"
         self.classes, self.space, self.priced = _state_space(problem, pins, fixed)
         self.order_links = np.where(np.tri(len(self.classes.members), dtype=bool), np.inf, 0.0) if fixed else 0.0
         self.compositions: Compositions | None = None  # the same for all micro-batch pairs
         self.pairs = [
-            self._pair(eta, xi) for eta, xi in pairs(problem) if furthest_layer(problem, eta, xi) == problem.layers
+            self._pair(eta, xi)
+            for eta, xi in (pairs(problem) if chosen is None else chosen)
+            if furthest_layer(problem, eta, xi) == problem.layers
         ]
         self.evaluated = 0
 
@@ -184,7 +198,12 @@ class Relaxation:
 
         reference = goal if math.isfinite(goal) else abs(constant)
         prices = best_prices(
-            value_and_slope, np.array(node.duals.prices), rounds=rounds, goal=goal, tolerance=1e-3 * reference
+            value_and_slope,
+            np.array(node.duals.prices),
+            rounds=rounds,
+            goal=goal,
+            tolerance=1e-3 * reference,
+            late=lambda: time.monotonic() > self.deadline,
         )
         return replace(node, duals=replace(node.duals, prices=tuple(prices.tolist())))
 

@@ -8,6 +8,7 @@ import itertools
 
 import numpy as np
 
+from ds_llmpq.planner.linear import minimise
 from ds_llmpq.planner.stages import NEVER, Box, StageBounds
 
 STEPS = np.array(list(itertools.product((-1.0, 0.0, 1.0), repeat=3)))
@@ -76,21 +77,22 @@ class _Prices:
     def excluding(self, base: np.ndarray, limits: np.ndarray, scale: float) -> np.ndarray | None:
         """Multipliers [3] beyond `base` at the optimum of the linear program over fractional widths, where exceeding a
         limit by one part in `_EXCESS` costs `scale`: bounded, and great where no widths keep all limits."""
-        from scipy.optimize import linprog
-
         use = np.stack(np.broadcast_arrays(self.prefill[None], self.decode[None], self.bytes))  # [3, k, B]
         penalty = _EXCESS * scale / np.maximum(np.abs(limits), 1e-12)
         layers, widths = np.nonzero(self.fixed < NEVER / 2)  # one variable each
         cost = np.tensordot(base, use, axes=1) + self.fixed
         chosen = np.equal.outer(np.arange(len(self.fixed)), layers).astype(float)
-        found = linprog(
+        columns = len(layers) + 3
+        found = minimise(
             np.concatenate([cost[layers, widths], penalty]),
-            A_ub=np.hstack([use[:, layers, widths], -np.eye(3)]),
-            b_ub=limits,
-            A_eq=np.hstack([chosen, np.zeros((len(chosen), 3))]),
-            b_eq=np.ones(len(chosen)),
+            np.hstack([use[:, layers, widths], -np.eye(3)]),
+            limits,
+            np.zeros(columns),
+            np.full(columns, np.inf),
+            np.hstack([chosen, np.zeros((len(chosen), 3))]),
+            np.ones(len(chosen)),
         )
-        return None if found.x is None else np.maximum(-found.ineqlin.marginals, 0.0)
+        return None if found is None else np.maximum(-found.upper_prices, 0.0)
 
 
 def choose_widths(

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from ds_llmpq.planner.enumeration import Enumeration
-from ds_llmpq.planner.incumbent import Incumbent
+from ds_llmpq.planner.fractional import Fractional, Fractionals, first_bounds
+from ds_llmpq.planner.incumbent import Incumbent, sufficient_bound
 from ds_llmpq.planner.objective import Prediction, evaluate
 from ds_llmpq.planner.paths import Step
 from ds_llmpq.planner.pins import Pins
@@ -25,6 +26,7 @@ EXACT_DEPTH = 6  # splits after which long stages on the path are costed exactly
 SMALL = 150  # layers x devices x widths, up to which boxes are enumerated on the way
 GLANCE_STEPS, STUCK_STEPS = 1_000, 30_000  # of the enumeration: on the way, and when splitting has ended
 SHARE_STEPS = 200  # steps of enumeration that an evaluated box permits: about as much time
+SLOWEST_WEIGHT, RING_WEIGHT = 0.3, 0.02  # least share of a decode round by which the splitting counts its threshold
 ROUND_STEPS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -41,21 +43,27 @@ class Search:
         deadline: float,
         improve: Callable[[], None] | None = None,
         theta: float | None = None,
+        first: Fractionals | None = None,
     ):
+        """`first`: what is known of the micro-batch pairs already; None finds it out."""
         self.problem, self.best, self.gap, self.deadline = problem, best, gap, deadline
         self.mode = problem.objective.mode
-        self.relaxed = Relaxation(problem, pins, best.formula)
+        self.first = first_bounds(problem, pins, best.formula, deadline) if first is None else first
+        worth = sufficient_bound(best.value, gap)
+        chosen = [pair for pair, known in self.first.items() if known.bound < worth]
+        self.relaxed = Relaxation(problem, pins, best.formula, chosen, deadline)
         self.pairs, self.classes, self.priced = self.relaxed.pairs, self.relaxed.classes, self.relaxed.priced
         self.best.accepts = pins.respected
         self.small = problem.layers * len(problem.devices) * len(problem.bits) <= SMALL
         self.ceiling = self.relaxed.ceiling()
-        self.open: list[tuple[float, int, Node]] = []
         self.active: list[Node] = []
-        self.closed = math.inf  # least bound of what was pruned or could not be split further
+        # The least bound of what was pruned or could not be split further.
+        self.closed = min((known.bound for known in self.first.values() if known.bound >= worth), default=math.inf)
         self.ticket = itertools.count()
-        self.rooted = False
-        self.last_prices: tuple[float, ...] = ()
+        self.last_prices: tuple[float, ...] = (0.0,) * len(self.classes.members)
         self.start_theta, self.last_theta = theta, 0.0
+        self.open = [(node.bound, next(self.ticket), node) for node in map(self._root, range(len(self.pairs)))]
+        heapq.heapify(self.open)
         self.improve, self.improved, self.next_improve = improve, None, 40
         self.enumerated = 0
 
@@ -63,33 +71,16 @@ class Search:
     def target(self) -> float:
         """What has at least this bound need not be looked at; without a plan, what no plan can reach."""
         if math.isfinite(self.best.value):
-            return self.best.value - self.gap * abs(self.best.value)
+            return sufficient_bound(self.best.value, self.gap)
         return self.ceiling
 
     @property
     def bound(self) -> float:
-        if not self.rooted:
-            return 0.0
         pending = [self.closed, *(entry[0] for entry in self.open[:1]), *(node.bound for node in self.active)]
         return max(0.0, min(pending))
 
     def run(self) -> None:
         """Until the gap is closed, the deadline passes, or nothing can be split further."""
-        prices = (0.0,) * len(self.classes.members)
-        self.active = [
-            Node(i, pair.root, Duals(self._first_theta(pair), 0.5, prices)) for i, pair in enumerate(self.pairs)
-        ]
-        self.rooted = True
-        for i, root in enumerate(list(self.active)):
-            if time.monotonic() > self.deadline:
-                break
-            # Later pairs begin with the multipliers that the earlier ones have found.
-            theta = self.last_theta if i and self.mode != "theta" else root.duals.theta
-            start = replace(root, duals=replace(root.duals, theta=theta, prices=self.last_prices or prices))
-            self.active[self.active.index(root)] = start
-            rounds = 3 if self.priced else 8
-            seek = i == 0 and self.mode != "theta" and self.start_theta is None
-            self._settle(start, 16 if seek else rounds, factor=4.0 if seek else 1.2)
         while self.open and not self.active and time.monotonic() < self.deadline and not self.done():
             self._step()
             self.best.raise_bound(self.bound)
@@ -115,6 +106,9 @@ class Search:
         if node.bound >= self.target:
             self._close(node)
             return
+        if not node.settled:
+            self._settle_root(node)
+            return
         halves = self._halves(node)
         self.active += halves
         self.active.remove(node)
@@ -124,15 +118,28 @@ class Search:
             else:
                 self._settle(half, rounds=2, factor=1 + 1 / (3 + half.depth))
 
+    def _settle_root(self, node: Node) -> None:
+        """Whole pairs get more rounds than halves do; each begins with the prices that the ones before have found."""
+        theta = node.duals.theta
+        known = self.knows_theta(node.pair)
+        if not known and self.last_theta:
+            theta = self.last_theta
+        start = replace(node, duals=Duals(theta, node.duals.w, self.last_prices))
+        self.active[self.active.index(node)] = start
+        seek = not known and not self.last_theta
+        self._settle(start, 16 if seek else 3 if self.priced else 8, factor=4.0 if seek else 1.2)
+
     def _close(self, node: Node) -> None:
         self.closed = min(self.closed, node.bound)
         self.active.remove(node)
 
     def _settle(self, node: Node, rounds: int, factor: float) -> None:
         """Evaluate a node, improving its duals for a few rounds; then queue or close it."""
-        best, duals, bracket, reached = node, node.duals, [0.0, math.inf], -math.inf
+        best, duals, bracket, reached = replace(node, settled=True), node.duals, [0.0, math.inf], -math.inf
         for _ in range(rounds):
-            tried = replace(node, duals=duals, exact=best.exact)
+            if time.monotonic() > self.deadline:
+                break
+            tried = replace(node, duals=duals, exact=best.exact, settled=True)
             if self.priced:
                 tried = self.relaxed.with_better_prices(tried, 30 if node.depth == 0 else 15, self._goal(tried))
             ((bound, path),) = self.relaxed.evaluate([tried])
@@ -141,7 +148,7 @@ class Search:
                 break
             prediction = self._plan(tried, path)
             used = tuple(sum(step.kind == c for step in path) for c in range(self.relaxed.space.classes))
-            tried = replace(tried, bound=max(bound, best.bound), prediction=prediction, used=used)
+            tried = replace(tried, bound=max(bound, best.bound), own=bound, prediction=prediction, used=used)
             best = tried if bound > reached or best.prediction is None else replace(best, bound=tried.bound)
             theta = self._next_theta(tried, bound, bracket, factor)
             duals, reached = replace(self._next_duals(tried), theta=theta), max(reached, bound)
@@ -176,10 +183,8 @@ class Search:
         pair, duals, seen = self.pairs[node.pair], node.duals, node.prediction
         w, theta = duals.w, duals.theta
         if seen is not None and pair.split_round:
-            ring = sum(seen.stage_decode_seconds) + sum(seen.link_decode_seconds)
-            slowest = max(*seen.stage_decode_seconds, *seen.link_decode_seconds)
             near = min(range(len(ROUND_STEPS)), key=lambda i: abs(ROUND_STEPS[i] - w))
-            move = -1 if ring > pair.arrays.decode_rounds * slowest else 1
+            move = -1 if _ring_binds(pair, seen) else 1
             w = ROUND_STEPS[min(max(near + move, 0), len(ROUND_STEPS) - 1)]
         return Duals(theta, w, duals.prices)
 
@@ -248,9 +253,13 @@ class Search:
 
     def _gaps(self, node: Node, box: Box, p_top: float, d_top: float) -> tuple[float, float]:
         """What the thresholds' uncertainty contributes to the difference between plan and bound."""
-        pair = self.pairs[node.pair]
+        pair, seen = self.pairs[node.pair], node.prediction
         p_gap = pair.slow * max(p_top - box.p_low, 0.0)
-        return p_gap, pair.slowest * max(node.duals.w, 0.3) * max(d_top - box.d_low, 0.0)
+        # Where a pass around the ring binds, the slowest decode resource matters through its limit alone.
+        least = RING_WEIGHT if seen is not None and _ring_binds(pair, seen) else SLOWEST_WEIGHT
+        if pair.split_round and pair.arrays.decode_rounds == 1:
+            least = 0.0  # it always binds
+        return p_gap, pair.slowest * max(node.duals.w, least) * max(d_top - box.d_low, 0.0)
 
     def _negligible(self, node: Node, box: Box, p_top: float, d_top: float) -> bool:
         reference = abs(self.best.value if math.isfinite(self.best.value) else node.bound)
@@ -269,10 +278,10 @@ class Search:
 
     def _clip(self, node: Node) -> Box:
         """Thresholds so high that the bound would pass the target can go."""
-        if not math.isfinite(self.best.value):
+        if not math.isfinite(self.best.value) or not math.isfinite(node.own):
             return node.box
         pair, box = self.pairs[node.pair], node.box
-        room = (self.target - node.bound) * (node.duals.theta if self.mode == "max_latency" else 1.0)
+        room = (self.target - node.own) * (node.duals.theta if self.mode == "max_latency" else 1.0)
         p_high, d_high = box.p_high, box.d_high
         if pair.slow > 0:
             p_high = min(p_high, box.p_low + room / pair.slow)
@@ -283,12 +292,26 @@ class Search:
             self.closed = min(self.closed, self.target)
         return Box(box.p_low, p_high, box.d_low, d_high)
 
-    def _first_theta(self, pair: Pair) -> float:
+    def _root(self, i: int) -> Node:
+        """The whole of a pair, with what the first bounds say of it."""
+        known = self.known(i)
+        share = 0.5 if known.share is None else known.share
+        return Node(i, self.pairs[i].root, Duals(self._first_theta(i), share, self.last_prices), known.bound)
+
+    def known(self, pair: int) -> Fractional:
+        arrays = self.pairs[pair].arrays
+        return self.first[arrays.prefill_micro_batch, arrays.decode_micro_batch]
+
+    def knows_theta(self, pair: int) -> bool:
+        """The price of quality loss of a pair is given, or at least that of its fractional optimum."""
+        return self.mode == "theta" or bool(self.start_theta) or bool(self.known(pair).theta)
+
+    def _first_theta(self, pair: int) -> float:
+        """The price of quality loss to begin with."""
         if self.mode == "theta":
             return self.problem.objective.theta
-        if self.start_theta is not None:
-            return self.start_theta
-        return plausible_theta(pair, self.problem.objective.limit if self.mode == "max_latency" else 0.0)
+        seconds = self.problem.objective.limit if self.mode == "max_latency" else 0.0
+        return self.start_theta or self.known(pair).theta or plausible_theta(self.pairs[pair], seconds)
 
 
 def plausible_theta(pair: Pair, seconds: float = 0.0) -> float:
@@ -297,6 +320,12 @@ def plausible_theta(pair: Pair, seconds: float = 0.0) -> float:
     spread = float((omega.max(axis=1) - omega.min(axis=1)).sum())
     least = (pair.slow + 1) * pair.root.p_low + max(pair.slowest, pair.ring) * pair.root.d_low
     return max(least, seconds, 1e-9) / max(spread, 1e-9)
+
+
+def _ring_binds(pair: Pair, seen: Prediction) -> bool:
+    """One micro-batch's pass takes no less than the slowest resource needs for all of them."""
+    ring = sum(seen.stage_decode_seconds) + sum(seen.link_decode_seconds)
+    return ring >= pair.arrays.decode_rounds * max(*seen.stage_decode_seconds, *seen.link_decode_seconds)
 
 
 def _middle(low: float, high: float) -> float:

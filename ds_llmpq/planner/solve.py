@@ -11,7 +11,9 @@ from ds_llmpq.planner.baselines import Baseline, all_baselines
 from ds_llmpq.planner.bounded import price_of_limit
 from ds_llmpq.planner.exact import solve_exact
 from ds_llmpq.planner.explain import explain_plan
-from ds_llmpq.planner.feasibility import explain_memory, memory_feasible
+from ds_llmpq.planner.feasibility import explain_memory, memory_feasible, pairs
+from ds_llmpq.planner.firstplans import offer_first_plans
+from ds_llmpq.planner.fractional import Fractionals, first_bounds, simple_bound
 from ds_llmpq.planner.incumbent import Incumbent, ProgressEvent
 from ds_llmpq.planner.objective import FORMULAS, Assignment, evaluate, objective_value, violations
 from ds_llmpq.planner.pins import Pins
@@ -37,6 +39,7 @@ class _Run:
     deadline: float
     seed: int
     names: list[str] = field(default_factory=list)
+    first: Fractionals = field(default_factory=dict)
 
     @property
     def left(self) -> float:
@@ -79,11 +82,7 @@ def solve(
     status = "optimal"
     found: dict[str, Baseline] = {}
     try:
-        if baselines:
-            found = all_baselines(problem, formula)
-            for baseline in found.values():
-                if baseline.assignment is not None:
-                    best.offer(baseline.assignment)
+        found = _begin(run)
         _optimise(run)
     except KeyboardInterrupt:
         if best.assignment is None:
@@ -97,7 +96,8 @@ def solve(
         "+".join(run.names) or solver, best.value, best.bound, _finite(best.gap), time.monotonic() - started, status
     )
     plan = Plan.build(problem, best.assignment, best.prediction, report)
-    plan = replace(plan, baselines={name: b.to_json() for name, b in found.items()}, provenance=PROVENANCE)
+    reported = {name: b.to_json() for name, b in found.items()} if baselines else {}
+    plan = replace(plan, baselines=reported, provenance=PROVENANCE)
     return replace(plan, explanation=tuple(explain_plan(problem, plan, formula)))
 
 
@@ -177,6 +177,20 @@ def _check_options(time_limit_seconds: float, gap: float, solver: str, formula: 
         raise UserError(f"gap is {gap}, but must be at least 0 and below 1; 0.01 means one per cent.")
 
 
+def _begin(run: _Run) -> dict[str, Baseline]:
+    """What is had at once, whatever the time limit: a first bound by arithmetic, the best baseline as the first plan.
+    Then, in the time there is, a better bound and plans rounded from it."""
+    problem, pins, best = run.problem, run.pins, run.best
+    best.raise_bound(min(simple_bound(problem, pins, *pair, best.formula) for pair in pairs(problem)))
+    found = all_baselines(problem, best.formula)
+    for baseline in found.values():
+        if baseline.assignment is not None:
+            best.offer(baseline.assignment)
+    run.first = first_bounds(problem, pins, best.formula, run.deadline)
+    best.raise_bound(min((known.bound for known in run.first.values()), default=math.inf))
+    return found
+
+
 def _optimise(run: _Run) -> None:
     """Raise the bound and improve the incumbent of `run.best` by the solver asked for."""
     if run.solver in ("gurobi", "highs"):
@@ -184,10 +198,14 @@ def _optimise(run: _Run) -> None:
         return
     improve = (lambda start=None: _polish(run, 2.0, start)) if run.solver == "auto" else None
     run.used("search")
-    theta = price_of_limit(run.problem, run.best, run.pins, run.gap, run.deadline, improve)
+    options = {"gap": run.gap, "deadline": run.deadline, "improve": improve, "first": run.first}
+    search = Search(run.problem, run.best, run.pins, **options)
+    offer_first_plans(search)
+    theta = price_of_limit(run.problem, run.best, run.pins, run.gap, run.deadline, improve, search)
     if run.best.gap <= run.gap and run.best.assignment is not None:
         return
-    search = Search(run.problem, run.best, run.pins, gap=run.gap, deadline=run.deadline, improve=improve, theta=theta)
+    if theta is not None:
+        search = Search(run.problem, run.best, run.pins, **options, theta=theta)
     try:
         search.run()
     finally:
@@ -258,7 +276,7 @@ def _no_plan(run: _Run) -> UserError:
         "baselines": False,
         "pins": run.pins,
         "formula": best.formula,
-        "time_limit_seconds": 20.0,
+        "time_limit_seconds": min(20.0, run.deadline - best.started),
     }
     fastest = solve(replace(problem, objective=Objective("theta", theta=0.0)), **options)
     if objective.mode == "max_latency":

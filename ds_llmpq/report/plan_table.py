@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
+from ds_llmpq.planner.figures import plain
 from ds_llmpq.planner.plan import Plan, PlanStage
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS
 
@@ -53,7 +54,7 @@ def size(amount: float) -> str:
 
 
 def milliseconds(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g}"
+    return plain(seconds * 1e3)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -68,15 +69,17 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _summary(plan: Plan) -> list[str]:
     workload, predicted, solver = plan.workload, plan.predicted, plan.solver
-    bound = "" if solver.gap is None else f", at most {100 * solver.gap:.2g} % above the optimum"
+    proof = f", {solver.proof}" if solver.proof else ""
     lines = [
         f"workload: {workload.sequences} sequences of {workload.prompt_tokens} prompt + {workload.generated_tokens} "
         f"generated tokens; micro-batches of {plan.micro_batch['prefill']} in prefill, "
         f"{plan.micro_batch['decode']} in decode",
-        f"predicted: {predicted['latency_seconds']:.4g} s a batch (prefill {predicted['prefill_seconds']:.4g}, decode "
-        f"{predicted['decode_seconds']:.4g}), {predicted['throughput_tokens_per_second']:.4g} tokens/s, quality loss "
-        f"{predicted['quality_loss']:.3g} nats per token",
-        f"solver: {solver.name}, {solver.status}, objective {solver.objective:.5g}{bound}, {solver.seconds:.2g} s",
+        f"predicted: {plain(predicted['latency_seconds'], 4)} s a batch (prefill "
+        f"{plain(predicted['prefill_seconds'], 4)}, decode {plain(predicted['decode_seconds'], 4)}), "
+        f"{plain(predicted['throughput_tokens_per_second'], 4)} tokens/s, quality loss "
+        f"{plain(predicted['quality_loss'])} nats per token",
+        f"solver: {solver.name}, {solver.status}, objective {plain(solver.objective, 5)}{proof}, "
+        f"{plain(solver.seconds, 2)} s",
     ]
     if plan.baselines:
         lines.append(
@@ -93,7 +96,7 @@ def _baseline(plan: Plan, entry: object) -> str:
     ours = plan.predicted["throughput_tokens_per_second"]
     theirs = entry["throughput_tokens_per_second"]
     ratio = f"{ours / theirs:.2f}x" if theirs else "any"
-    return f"{theirs:.4g} tokens/s (ours {ratio}), loss {entry['quality_loss']:.3g}"
+    return f"{plain(theirs, 4)} tokens/s (ours {ratio}), loss {plain(entry['quality_loss'])}"
 
 
 def layer_bits(stages: Iterable[PlanStage]) -> list[int]:

@@ -83,14 +83,14 @@ def _summary(plan: Plan, metrics: dict[str, Any] | None, scores: dict[str, Any] 
         rows.append(
             ["requests", "", str(counts["total"]), f"{counts['completed']} completed, {counts['failed']} failed"]
         )
-    gap = "" if plan.solver.gap is None else f", at most {100 * plan.solver.gap:.2g} % above the optimum"
+    proof = f", {plan.solver.proof}" if plan.solver.proof else ""
     section = Section(
         "summary",
         "Summary",
         f"Planned for {workload.sequences} sequences of {workload.prompt_tokens} + {workload.generated_tokens} tokens, "
         f"in micro-batches of {plan.micro_batch['prefill']} in prefill and {plan.micro_batch['decode']} in decode; "
-        f"solved by {plan.solver.name} in {plan.solver.seconds:.3g} s ({plan.solver.status}{gap}). A run's own lengths "
-        "may be others.",
+        f"solved by {plan.solver.name} in {plan.solver.seconds:.3g} s ({plan.solver.status}{proof}). A run's own "
+        "lengths may be others.",
     ).table(["", "planned", "predicted for this run", "measured"], rows)
     stages = [
         [

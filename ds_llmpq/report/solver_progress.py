@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TextIO
 
 from ds_llmpq.planner import ProgressEvent
+from ds_llmpq.planner.figures import plain
 
 _PATIENCE_SECONDS = 2.0
 _SECONDS_BETWEEN = 1.0
@@ -21,9 +22,9 @@ def progress_line(stream: TextIO | None = None) -> Callable[[ProgressEvent], Non
         if event.seconds < max(_PATIENCE_SECONDS, said + _SECONDS_BETWEEN):
             return
         said = event.seconds
-        gap = "unknown" if event.gap is None else f"{100 * event.gap:.2f} %"
+        gap = "nothing proven yet" if event.gap is None else f"gap {100 * event.gap:.2f} %"
         print(
-            f"planning {event.seconds:.0f} s: best {_number(event.incumbent)}, bound {_number(event.bound)}, gap {gap}",
+            f"planning {event.seconds:.0f} s: best {_number(event.incumbent)}, bound {_number(event.bound)}, {gap}",
             file=stream or sys.stderr,
         )
 
@@ -31,4 +32,4 @@ def progress_line(stream: TextIO | None = None) -> Callable[[ProgressEvent], Non
 
 
 def _number(value: float | None) -> str:
-    return "none" if value is None else f"{value:.5g}"
+    return "none" if value is None else plain(value, 5)

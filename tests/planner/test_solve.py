@@ -79,7 +79,8 @@ def test_limits_that_exclude_one_another_are_seen_at_once():
         "omega": [[7.5e-3, 1.35e-3, 4.7e-6, 0.0]] * layers,
         "objective": {"mode": "theta", "theta": 1.0},
     }
-    plan = solve(obj, solver="search", time_limit_seconds=60, baselines=False)
+    # The prices of the search prove 99 % of the objective, and little more: the rest is the whole numbers' own.
+    plan = solve(obj, solver="search", gap=1 / 99, time_limit_seconds=60, baselines=False)
     assert plan.solver.status == "optimal"
     assert plan.stages[0].bits.count(16) >= 20
 

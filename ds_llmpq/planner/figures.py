@@ -1,0 +1,20 @@
+"""Numbers as people write them: no exponents, thousands apart, "1 layer" but "2 layers"."""
+
+import math
+
+
+def plain(value: float, digits: int = 3) -> str:
+    """At least `digits` significant digits, never fewer than stand before the point: 1380 -> "1,380", 0.0316 ->
+    "0.0316". What is too small for twelve decimals is 0."""
+    if not math.isfinite(value):
+        return str(value)
+    if value == 0:
+        return "0"
+    decimals = digits - 1 - math.floor(math.log10(abs(value)))
+    text = f"{value:,.{min(max(decimals, 0), 12)}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def counted(number: int, noun: str) -> str:
+    """ "1 layer", "2 layers"."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
