@@ -1,5 +1,8 @@
 """Undocumented parts of highspy."""
 
+import subprocess
+import sys
+
 LIBRARY = "highspy"
 SEEN = ("1.12.0", "1.16.0")
 
@@ -38,3 +41,11 @@ def test_model_handed_over_as_arrays():
     found = solve_model(model, "highs", progress=lambda best, bound: None)
     assert found.x.round().tolist() == [1, 2]
     assert found.objective == found.bound == -8.0
+
+
+def test_nothing_is_printed():
+    """`Highs.enableCallbacks`, in planner/linear.py: the constructor calls it, and it prints the library's name, once a
+    process, unless the output is off by then."""
+    code = "from ds_llmpq.planner.linear import quiet_highs; quiet_highs().run()"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout == ""
