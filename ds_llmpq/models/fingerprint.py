@@ -6,37 +6,94 @@ A quantized checkpoint carries the identity of the one it was made from: it is t
 from __future__ import annotations
 
 import hashlib
-import json
+import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from ds_llmpq.files import check_files
+from pydantic import AfterValidator
 
+from ds_llmpq.errors import UserError, shown
+from ds_llmpq.files import check_files, open_regular, parse_json, read_json
+from ds_llmpq.models.prequantized import QUANT_METHOD
+from ds_llmpq.validation import Count, Many, Name, Plain, Table, checked
+
+MANIFEST = "quantized.json"
+_DIGEST = re.compile("[0-9a-f]{64}")
 _MOST_HEADER_BYTES = 100 << 20  # safetensors' own limit
+
+
+def _digest(text: str) -> str:
+    if not _DIGEST.fullmatch(text):
+        raise ValueError("must be a SHA-256 digest")
+    return text
 
 
 def fingerprint(path: str | Path) -> str:
     """SHA-256 over config.json and the sizes and headers (names, types, shapes, offsets) of the safetensors files.
 
     Equal for byte-wise copies, read in milliseconds whatever the size; blind to weights that changed under an unchanged
-    layout. Raises OSError for a folder without config.json; `UserError` where something else is in the place of a file.
+    layout. Raises OSError for a folder without config.json, `UserError` as `quantized_source` does.
     """
     folder = Path(path)
     check_files(folder, "Checkpoint file", "fetch the checkpoint again")
     config = (folder / "config.json").read_bytes()
-    if source := _source(config):
+    if source := quantized_source(folder, config):
         return source
     digest = hashlib.sha256(config)
     for file in sorted(folder.glob("*.safetensors")):
         digest.update(f"{file.name}:{file.stat().st_size}:".encode())
-        with open(file, "rb") as stream:
+        with open_regular(file, "shard", "fetch it again") as stream:
             header_bytes = int.from_bytes(stream.read(8), "little")
             digest.update(stream.read(min(header_bytes, _MOST_HEADER_BYTES)))
     return digest.hexdigest()
 
 
-def _source(config: bytes) -> str | None:
-    """What `ds-llmpq quantize` noted of the checkpoint it read."""
+def quantized_source(folder: Path, config: bytes) -> str | None:
+    """The fingerprint of the checkpoint that `ds-llmpq quantize` read, or None where the folder is not its work.
+
+    `UserError`: config.json claims another source than the shards were made from, or what is no fingerprint.
+    """
     try:
-        return json.loads(config)["quantization_config"]["source_fingerprint"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        noted = parse_json(config, "", "").get("quantization_config")
+    except (UserError, AttributeError):
+        return None  # whoever reads the model says what is wrong
+    if not isinstance(noted, dict) or noted.get("quant_method") != QUANT_METHOD:
         return None
+    claimed = noted.get("source_fingerprint")
+    if not isinstance(claimed, str) or not _DIGEST.fullmatch(claimed):
+        raise UserError(
+            f"{folder / 'config.json'} has source_fingerprint {shown(claimed)}, which is no fingerprint of a "
+            "checkpoint; quantize the model again."
+        )
+    for name, part in read_manifest(folder).items():
+        if part.made_from.get("source") != claimed:
+            made = shown(part.made_from.get("source"))
+            raise UserError(
+                f"{folder / 'config.json'} says that it was quantized from {claimed[:12]}, but its {name} was from "
+                f"{made}; quantize the model again."
+            )
+    return claimed
+
+
+@dataclass(frozen=True)
+class Part:
+    """One shard in the manifest of a quantized checkpoint; `made_from`: everything that decides what it holds."""
+
+    file: Name
+    sha256: Annotated[str, AfterValidator(_digest)]
+    made_from: Plain
+    bytes: Count = 0
+    tensors: Many[Name] = ()
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    parts: Table[Part]
+    format: int = 1
+
+
+def read_manifest(folder: Path) -> dict[str, Part]:
+    """Shards by the name of their pipeline layer. `UserError` where the manifest is missing or damaged."""
+    file, remedy = folder / MANIFEST, "quantize the model again"
+    return checked(_Manifest, read_json(file, "manifest", remedy), f"manifest {file}", remedy).parts

@@ -9,7 +9,6 @@ quantized output matrix is stored in blocks of `head_rows`, `lm_head.0` and on, 
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,17 +16,19 @@ from typing import Any
 import torch
 from hqq.core.quantize import HQQLinear
 
-from ds_llmpq.errors import UserError
-from ds_llmpq.files import check_files
+from ds_llmpq.errors import UserError, shown
+from ds_llmpq.files import check_files, read_json
 from ds_llmpq.models.checkpoint import Checkpoint
+from ds_llmpq.models.fingerprint import MANIFEST, read_manifest
 from ds_llmpq.models.prequantized import QUANT_METHOD
 from ds_llmpq.quant.hqq import STORED_PARTS, restored_linear
-from ds_llmpq.quant.packing import UNQUANTIZED_BITS, Groups, groups_of
+from ds_llmpq.quant.packing import PACKED_BITS, UNQUANTIZED_BITS, Groups, groups_of
 from ds_llmpq.schema import QuantConfig
+from ds_llmpq.validation import Digest, Many, Name, Positive, Some, checked, one_of
 
-MANIFEST = "quantized.json"
 HEAD = "lm_head"
 FORMAT = 1
+Width = one_of(*PACKED_BITS, UNQUANTIZED_BITS)
 _READ_BYTES = 1 << 22
 
 
@@ -71,28 +72,39 @@ def read_recipe(path: str | Path) -> Recipe | None:
     check_files(path, "Checkpoint file", "fetch the checkpoint again")
     file = Path(path) / "config.json"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_json(file, "config.json", "")
         noted = config.get("quantization_config")
-    except (OSError, ValueError, AttributeError, RecursionError):
+    except (UserError, AttributeError):
         return None  # whoever reads the model says what is wrong
     if not isinstance(noted, dict) or noted.get("quant_method") != QUANT_METHOD:
         return None
     if noted.get("format") != FORMAT:
-        raise UserError(f"{file} has quantization format {noted.get('format')!r}; this version reads {FORMAT} only.")
+        raise UserError(
+            f"{file} has quantization format {shown(noted.get('format'))}; this version reads {FORMAT} only."
+        )
+    kept = checked(_Noted, noted, f"quantization_config of {file}", "quantize the model again")
     try:
-        settings = QuantConfig(
-            group_size=int(noted["group_size"]), axis=int(noted["axis"]), whole_rows=noted.get("whole_rows", [])
-        )
-        return Recipe(
-            tuple(int(width) for width in noted["bits"]),
-            groups_of(settings),
-            bool(noted["optimize"]),
-            str(noted["source_fingerprint"]),
-            int(noted.get("head_bits", UNQUANTIZED_BITS)),
-            tuple(int(rows) for rows in noted.get("head_rows", ())),
-        )
-    except (UserError, KeyError, TypeError, ValueError, OverflowError) as error:
+        groups = groups_of(QuantConfig(group_size=kept.group_size, axis=kept.axis, whole_rows=list(kept.whole_rows)))
+    except UserError as error:
         raise UserError(f"{file} has no usable quantization_config ({error}); quantize the model again.") from None
+    return Recipe(kept.bits, groups, kept.optimize, kept.source_fingerprint, kept.head_bits, kept.head_rows)
+
+
+@dataclass(frozen=True)
+class _Noted:
+    """`Recipe.to_json` as a file has it."""
+
+    quant_method: Name
+    format: int
+    bits: Some[Width]
+    group_size: Positive
+    axis: int
+    optimize: bool
+    source_fingerprint: Digest
+    scale_dtype: Name = "float32"
+    head_bits: Width = UNQUANTIZED_BITS
+    head_rows: Many[Positive] = ()
+    whole_rows: Many[Width] = ()
 
 
 class QuantizedCheckpoint(Checkpoint):
@@ -184,11 +196,7 @@ def open_checkpoint(path: str | Path, trust_remote_code: bool = False) -> Checkp
 
 def read_checksums(path: Path) -> dict[str, str]:
     """Shard name -> sha256. `UserError` where the manifest is missing or unreadable."""
-    file = path / MANIFEST
-    try:
-        return {part["file"]: str(part["sha256"]) for part in json.loads(file.read_text())["parts"].values()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{file} cannot be read ({error}); quantize the model again.") from None
+    return {part.file: part.sha256 for part in read_manifest(path).values()}
 
 
 def file_sha256(path: Path) -> str:

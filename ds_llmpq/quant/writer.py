@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,9 @@ from ds_llmpq.errors import UserError
 from ds_llmpq.files import write_json
 from ds_llmpq.models.architecture import architecture_of
 from ds_llmpq.models.checkpoint import Checkpoint
-from ds_llmpq.models.fingerprint import fingerprint
+from ds_llmpq.models.fingerprint import MANIFEST, fingerprint, read_manifest
 from ds_llmpq.models.shape import read_shape
-from ds_llmpq.quant.checkpoint import FORMAT, HEAD, MANIFEST, Recipe, file_sha256
+from ds_llmpq.quant.checkpoint import FORMAT, HEAD, Recipe, file_sha256
 from ds_llmpq.quant.hqq import linear_names, quantize_linear, quantize_rows, stored_parts
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS, check_output_matrix, groups_of, row_blocks
 from ds_llmpq.schema import QuantConfig
@@ -141,7 +141,7 @@ class _Writer:
                 continue
             if folder != self.out:
                 _atomically(self.out / file, lambda target, path=path: _link(path, target))
-            self._note(name, file, made_from, part["sha256"], part["tensors"])
+            self._note(name, file, made_from, part["sha256"], list(part["tensors"]))
             self.reused += 1
             return True
         return False
@@ -224,8 +224,8 @@ def _stored(linear: HQQLinear, prefix: str) -> dict[str, torch.Tensor]:
 
 def _parts(folder: Path) -> dict[str, dict[str, Any]]:
     """The manifest's parts; empty where there is none or it is damaged: all is then made anew."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return dict(json.loads((folder / MANIFEST).read_text())["parts"])
+    with contextlib.suppress(UserError):
+        return {name: asdict(part) for name, part in read_manifest(folder).items()}
     return {}
 
 

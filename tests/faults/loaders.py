@@ -254,7 +254,7 @@ def _checkpoint_of(checkpoint: Path, name: str, quantized: bool = False) -> Call
         if quantized:
             (file.parent / "model.safetensors.index.json").write_bytes(_index(checkpoint))
             sha256 = hashlib.sha256((checkpoint / "model.safetensors").read_bytes()).hexdigest()
-            parts = {"embedding": {"file": "model.safetensors", "sha256": sha256}}
+            parts = {"embedding": {"file": "model.safetensors", "sha256": sha256, "made_from": {"source": "0" * 64}}}
             (file.parent / "quantized.json").write_text(json.dumps({"parts": parts}))
         opened = open_checkpoint(file.parent)
         architecture_of(opened.config)

@@ -211,9 +211,7 @@ def test_a_recipe_from_before_whole_rows_and_one_that_cannot_be(written, tmp_pat
         assert read_recipe(tmp_path).quant.whole_rows == other.get("whole_rows", [])
     for other in ({"whole_rows": [16]}, {"whole_rows": "8"}, {"whole_rows": [8], "axis": 0}):
         (tmp_path / "config.json").write_text(json.dumps({"quantization_config": noted | other}))
-        with pytest.raises(
-            UserError, match=r"no usable quantization_config \(quant\.whole_rows=.*quantize the model again"
-        ):
+        with pytest.raises(UserError, match=r"quantization_config.*whole_rows.*quantize the model again"):
             read_recipe(tmp_path)
 
 
@@ -241,3 +239,14 @@ def test_memory_holds_one_layer(source, tmp_path, monkeypatch):
     writer.write_quantized(source, tmp_path / "q", BITS, QUANT)
     layers = [{name.split(".")[2] for name in names if ".layers." in name} for names in asked]
     assert all(len(found) <= 1 for found in layers)
+
+
+@pytest.mark.parametrize("claimed", ["0" * 64, 7, None, "x" * 64, ["a"], "\x1b[2J"])
+def test_a_source_that_it_was_not_made_from_is_not_believed(written, tmp_path, claimed):
+    for file in written.glob("*.json"):
+        shutil.copy(file, tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    fields["quantization_config"]["source_fingerprint"] = claimed
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(UserError, match="quantize the model again"):
+        fingerprint(tmp_path)
