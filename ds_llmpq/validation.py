@@ -57,9 +57,12 @@ Table = Annotated[dict[Name, T], MaxLen(100_000)]
 Plain = Annotated[dict[str, Any], MaxLen(100_000)]  # any JSON object
 
 
-def checked(kind: type[T], value: Any, where: str, remedy: str) -> T:
+def checked(kind: type[T], value: Any, where: str, remedy: str, *, further: bool = False) -> T:
     """`value`, parsed JSON, as a `kind`. `UserError`: the first place where it is none, as a dotted path below `where`,
-    what stands there, what must, and the remedy."""
+    what stands there, what must, and the remedy. `further`: keys that the dataclass `kind` does not know are let pass.
+    """
+    if further and isinstance(value, dict):
+        value = {name: value[name] for name in kind.__dataclass_fields__ if name in value}
     try:
         return _adapter(kind).validate_json(json.dumps({"": value}))[""]
     except ValidationError as error:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from ds_llmpq.errors import UserError
-from ds_llmpq.files import open_regular
+from ds_llmpq.files import read_csv, read_text
+from ds_llmpq.lengths.records import MOST_TOKENS
 
 KINDS = ("poisson", "gamma", "uniform", "together", "trace")
+_MOST_BYTES = 1 << 30
+_MOST_SECONDS = 1e12
 TRACE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 
 
@@ -56,20 +58,26 @@ def read_trace(path: Path, start_row: int = 0, count: int | None = None, scale: 
     """`count` rows from `start_row` on, with gaps `scale` times as long. `UserError`: not such a file, or no rows."""
     if start_row < 0 or not scale > 0:
         raise UserError(f"arrivals.start_row is {start_row} and arrivals.scale is {scale}; give at least 0, above 0.")
-    try:
-        with open_regular(path, "trace", "give an Azure inference trace") as stream:
-            reader = csv.DictReader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""))
-            missing = set(TRACE_COLUMNS) - set(reader.fieldnames or ())
-            if missing:
-                raise UserError(f"{path} lacks the columns {', '.join(sorted(missing))} of an Azure inference trace.")
-            rows = [row for row in reader][start_row : None if count is None else start_row + count]
-            seconds = np.array([_seconds(row["TIMESTAMP"]) for row in rows])
-            lengths = [np.array([int(row[name]) for row in rows], dtype=np.int64) for name in TRACE_COLUMNS[1:]]
-    except (OSError, ValueError, TypeError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read as a trace ({error}).") from None
+    where, remedy = f"trace {path}", "give an Azure inference trace"
+    rows = read_csv(read_text(path, "trace", remedy, _MOST_BYTES), where, remedy, TRACE_COLUMNS)
+    chosen = list(islice(rows, start_row, None if count is None else start_row + count))
+    read = [_row(row, f"{where} line {number}") for number, row in chosen]
+    seconds = np.array([row[0] for row in read])
+    lengths = [np.array([row[place] for row in read], dtype=np.int64) for place in (1, 2)]
     if not len(seconds):
         raise UserError(f"{path} has no row {start_row}; give a smaller arrivals.start_row.")
     return Trace((seconds - seconds[0]) * scale, lengths[0], np.maximum(lengths[1], 1))
+
+
+def _row(row: dict[str, str], where: str) -> tuple[float, int, int]:
+    """Seconds, prompt and answer tokens. `UserError`: out of range, or no numbers."""
+    try:
+        seconds, tokens = _seconds(row["TIMESTAMP"]), [int(row[name]) for name in TRACE_COLUMNS[1:]]
+    except (ValueError, OverflowError) as error:
+        raise UserError(f"{where} cannot be read as a trace ({error}); remove that line.") from None
+    if not abs(seconds) <= _MOST_SECONDS or not all(0 <= length <= MOST_TOKENS for length in tokens):
+        raise UserError(f"{where} has a time or length out of range; remove that line.")
+    return (seconds, *tokens)
 
 
 def _seconds(text: str) -> float:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from annotated_types import Ge, Le
 
 from ds_llmpq.lengths.tasks import Task
+from ds_llmpq.validation import Amount, Many, Number
+
+Offset = Annotated[float, Ge(-700), Le(700)]  # of a logarithm: its exponential is a float
 
 _FEWEST = 20  # validation examples of a class before its own quantiles are trusted
 
@@ -28,11 +32,22 @@ class Calibration:
     """`offsets` [levels]: added to log(1 + base bound). `class_bounds` [classes][levels]: tokens. `scores`, `tokens`:
     knots of the increasing map of pairwise scores to tokens. `shift`: of regression targets (mse: to the mean)."""
 
-    offsets: tuple[float, ...] = ()
-    class_bounds: tuple[tuple[float, ...], ...] = ()
-    scores: tuple[float, ...] = ()
-    tokens: tuple[float, ...] = ()
-    factor: float = 1.0  # on tokens
+    offsets: Many[Offset] = ()
+    class_bounds: Many[Many[Amount]] = ()
+    scores: Many[Number] = ()
+    tokens: Many[Amount] = ()
+    factor: Amount = 1.0  # on tokens
+
+    def check(self, task: Task) -> None:
+        """ValueError where it does not go with `task`."""
+        levels = len(task.quantiles)
+        if task.is_classes or task.is_ordinal:
+            if [len(row) for row in self.class_bounds] != [levels] * len(task.class_tokens):
+                raise ValueError("class_bounds must hold one bound for each class and quantile")
+        elif self.class_bounds or len(self.offsets) != levels:
+            raise ValueError("offsets must hold one number for each quantile")
+        if task.kind == "pairwise" and not (self.scores and len(self.scores) == len(self.tokens)):
+            raise ValueError("scores and tokens must be of one length, at least 1")
 
     @classmethod
     def fit(cls, task: Task, scores: np.ndarray, tokens: np.ndarray) -> Calibration:
@@ -78,12 +93,6 @@ class Calibration:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Calibration:
-        value = dict(value)
-        value["class_bounds"] = tuple(tuple(row) for row in value["class_bounds"])
-        return cls(**{name: tuple(entry) if isinstance(entry, list) else entry for name, entry in value.items()})
 
 
 def classes_of(task: Task, scores: np.ndarray) -> np.ndarray:

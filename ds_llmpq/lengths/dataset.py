@@ -10,12 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from ds_llmpq.errors import UserError
-from ds_llmpq.files import open_regular
+from ds_llmpq.errors import UserError, shown
+from ds_llmpq.files import read_json, read_json_lines
 from ds_llmpq.lengths.records import Example, read_examples, tokenizer_counter
 from ds_llmpq.schema_lengths import LengthDataConfig
+from ds_llmpq.validation import Plain, checked
 
 SPLITS = ("train", "validation", "test")
+TRUNCATIONS = ("tail", "head_tail")
 RECORDS_NAME, DATASET_NAME = "records.jsonl", "dataset.json"
 _FEWEST = 10
 
@@ -117,16 +119,14 @@ def write(folder: Path, dataset: Dataset, config: LengthDataConfig) -> None:
 def read(folder: Path) -> Dataset:
     """A folder that `write` made. `UserError`: not such a folder, or its records were changed."""
     parts: dict[str, list[Example]] = {name: [] for name in SPLITS}
-    try:
-        described = json.loads((folder / DATASET_NAME).read_text(encoding="utf-8"))
-        with open_regular(folder / RECORDS_NAME, "data", "prepare it anew") as stream:
-            for line in stream:
-                row = json.loads(line)
-                parts[row.pop("split")].append(Example(**row))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder} is not what `ds-llmpq lengths prepare` writes ({error!r}); prepare it anew."
-        ) from None
+    file, what, remedy = folder / RECORDS_NAME, "length data", "prepare it anew"
+    described = checked(Plain, read_json(folder / DATASET_NAME, what, remedy), f"{what} {folder}", remedy)
+    for number, row in read_json_lines(file, what, remedy):
+        where = f"{what} {file} line {number}"
+        named = isinstance(row, dict) and row.pop("split", None)
+        if named not in parts:
+            raise UserError(f"{where}: split is {shown(named)}, but must be one of {', '.join(SPLITS)}; {remedy}.")
+        parts[named].append(checked(Example, row, where, remedy))
     dataset = Dataset(*(tuple(parts[name]) for name in SPLITS))
     if described.get("fingerprint") != fingerprint(dataset.train):
         raise UserError(f"{folder / RECORDS_NAME} was changed since it was prepared; prepare it anew.")
@@ -135,7 +135,7 @@ def read(folder: Path) -> Dataset:
 
 def truncated(words: list, max_tokens: int, truncation: str) -> list:
     """The part of a prompt that is kept: its `tail`, or the first quarter of the room and the tail (`head_tail`)."""
-    if truncation not in ("tail", "head_tail"):
+    if truncation not in TRUNCATIONS:
         raise UserError(f"lengths.truncation is {truncation!r} but must be tail or head_tail.")
     if max_tokens < 1:
         raise UserError(f"lengths.max_tokens is {max_tokens} but must be at least 1.")

@@ -8,23 +8,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from annotated_types import Ge, Le, MaxLen
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel, AutoTokenizer
 
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import check_files
-from ds_llmpq.lengths.dataset import fingerprint, lengths_of, truncated
-from ds_llmpq.lengths.records import Example
+from ds_llmpq.lengths.dataset import TRUNCATIONS, fingerprint, lengths_of, truncated
+from ds_llmpq.lengths.records import MOST_TOKENS, Example
 from ds_llmpq.lengths.tasks import Task
 from ds_llmpq.lengths.training_state import TrainingState
 from ds_llmpq.schema_lengths import ProxyConfig
+from ds_llmpq.validation import Label, Many, checked, one_of
+
+
+@dataclass(frozen=True)
+class _Described:
+    """What an encoder's predictor.json says of it."""
+
+    hidden_size: Annotated[int, Ge(1), Le(1 << 16)]
+    width: Annotated[int, Ge(1), Le(1 << 14)]
+    models: Annotated[Many[Label], MaxLen(10_000)]
+    outputs: Annotated[int, Ge(1), Le(1_000)]
+    truncation: one_of(*TRUNCATIONS)
+    max_tokens: Annotated[int, Ge(1), Le(MOST_TOKENS)]
 
 
 class Head(nn.Module):
@@ -91,8 +105,16 @@ class EncoderModel:
 
     @classmethod
     def load(cls, folder: Path, described: dict[str, Any]) -> EncoderModel:
+        """What `save` wrote. `UserError`: described otherwise than it can be."""
+        remedy = "give a folder that `lengths train` wrote"
+        sizes = checked(_Described, described, f"model of {folder}", remedy)
         encoder, tokenizer = _pretrained(folder / "encoder")
-        head = Head(described["hidden_size"], len(described["models"]), described["width"], described["outputs"])
+        if encoder.config.hidden_size != sizes.hidden_size:
+            raise UserError(
+                f"model of {folder} has hidden_size {sizes.hidden_size}, but its encoder has "
+                f"{encoder.config.hidden_size}; {remedy}."
+            )
+        head = Head(sizes.hidden_size, len(sizes.models), sizes.width, sizes.outputs)
         head.load_state_dict(load_file(folder / "head.safetensors"))
         return cls(encoder, head, tokenizer, described)
 

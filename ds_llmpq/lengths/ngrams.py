@@ -10,16 +10,21 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
+from annotated_types import Ge, Le, MaxLen, MinLen
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_arrays
 from scipy import sparse
 
-from ds_llmpq.errors import UserError
-from ds_llmpq.lengths.dataset import lengths_of, truncated
-from ds_llmpq.lengths.records import Example
+from ds_llmpq.errors import UserError, shown
+from ds_llmpq.files import open_regular
+from ds_llmpq.lengths.dataset import TRUNCATIONS, lengths_of, truncated
+from ds_llmpq.lengths.records import MOST_TOKENS, Example
 from ds_llmpq.lengths.tasks import Task
 from ds_llmpq.schema_lengths import ProxyConfig
+from ds_llmpq.validation import AboveZero, Label, Many, Number, checked, one_of
 
 if TYPE_CHECKING:
     from sklearn.linear_model import Ridge
@@ -29,8 +34,11 @@ _ALPHAS = (0.3, 1.0, 3.0, 10.0, 30.0)
 _CLASS_ALPHAS = (3.0, 10.0, 30.0)
 _LOGISTIC = {"max_iter": 100, "tol": 1e-3}
 _FOLDS = 5
+_MOST_WEIGHT_BYTES = 2 << 30
 _QUANTILE_ROWS = 2000  # a quantile regression is a linear program: more rows gain little and cost much
 _COUNTS = 6
+SixNumbers = Annotated[Many[Number], MinLen(_COUNTS), MaxLen(_COUNTS)]
+SixScales = Annotated[Many[AboveZero], MinLen(_COUNTS), MaxLen(_COUNTS)]
 
 
 @dataclass(frozen=True)
@@ -38,12 +46,12 @@ class Features:
     """How a prompt becomes numbers: `columns` hashed n-grams, then counts (centred and scaled), then one column a
     model known from training (a model seen first later has none set)."""
 
-    columns: int
-    truncation: str
-    max_tokens: int
-    models: tuple[str, ...]
-    means: tuple[float, ...] = (0.0,) * _COUNTS
-    scales: tuple[float, ...] = (1.0,) * _COUNTS
+    columns: Annotated[int, Ge(2), Le(1 << 24)]
+    truncation: one_of(*TRUNCATIONS)
+    max_tokens: Annotated[int, Ge(1), Le(MOST_TOKENS)]
+    models: Annotated[Many[Label], MaxLen(10_000)]
+    means: SixNumbers = (0.0,) * _COUNTS
+    scales: SixScales = (1.0,) * _COUNTS
 
     def fitted(self, examples: Sequence[Example]) -> Features:
         counts = np.array([_counts(example) for example in examples])
@@ -142,10 +150,30 @@ class NgramModel:
 
     @classmethod
     def load(cls, folder: Any, described: dict[str, Any]) -> NgramModel:
-        from safetensors.numpy import load_file
+        """What `save` wrote. `UserError`: features out of range, or weights that do not go with them."""
+        file, remedy = folder / "weights.safetensors", "give a folder that `lengths train` wrote"
+        features = checked(Features, described, f"model of {folder}", remedy)
+        try:
+            with open_regular(file, "weights", remedy, _MOST_WEIGHT_BYTES) as stream:
+                weights = load_arrays(stream.read())
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"weights {file} cannot be read ({error}); {remedy}.") from None
+        model = cls(features, weights)
+        model.check(f"weights {file}", remedy)
+        return model
 
-        features = Features(**{k: tuple(v) if isinstance(v, list) else v for k, v in described.items()})
-        return cls(features, load_file(folder / "weights.safetensors"))
+    def check(self, where: str, remedy: str) -> None:
+        """`UserError`: weights are missing, not finite, or of another shape than the features."""
+        columns = self.features.columns + _COUNTS + len(self.features.models)
+        for name, axes in {"coefficients": 2, "intercepts": 1}.items():
+            array = self.weights.get(name)
+            if array is None or array.ndim != axes:
+                raise UserError(f"{where} lack {name} of {axes} axes; {remedy}.")
+        if self.weights["coefficients"].shape != (columns, len(self.weights["intercepts"])):
+            raise UserError(f"{where} do not have the {columns} rows that the features have; {remedy}.")
+        for name, array in self.weights.items():
+            if array.dtype.kind != "f" or not np.isfinite(array).all():
+                raise UserError(f"{where}: {shown(name)} holds what is no finite number; {remedy}.")
 
 
 @dataclass(frozen=True)

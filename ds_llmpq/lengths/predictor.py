@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from ds_llmpq.errors import UserError
-from ds_llmpq.files import check_files
+from ds_llmpq.errors import UserError, printable
+from ds_llmpq.files import check_files, read_json
 from ds_llmpq.lengths.calibration import Calibration, classes_of, level_name
 from ds_llmpq.lengths.dataset import Dataset, fingerprint, lengths_of, unanswered
 from ds_llmpq.lengths.length_metrics import bound_metrics, class_metrics, regression_metrics
@@ -21,6 +21,7 @@ from ds_llmpq.lengths.ngrams import Features, NgramModel
 from ds_llmpq.lengths.records import Example
 from ds_llmpq.lengths.tasks import Task
 from ds_llmpq.schema_lengths import LengthDataConfig, LengthTaskConfig, ProxyConfig
+from ds_llmpq.validation import Amount, Label, Plain, checked, one_of
 
 SCHEMA = 1
 FILE_NAME = "predictor.json"
@@ -75,40 +76,47 @@ class Predictor:
             raise UserError(f"{folder} cannot be written ({error.strerror}); give another out=DIR.") from None
 
 
+@dataclass(frozen=True)
+class _Record:
+    """predictor.json. `about` is used for its fingerprint and median alone."""
+
+    schema: one_of(SCHEMA)
+    kind: one_of(*PROXIES)
+    task: Task
+    model: Plain
+    calibration: Calibration
+    about: Plain
+
+
 def load_predictor(folder: Path) -> Predictor:
     """What `save` wrote, tried on a few prompts: weights that do not fit the rest of the folder load well and fail only
     when asked. `UserError`: not such a folder, or it cannot predict."""
+    file, remedy = folder / FILE_NAME, "give a folder that `lengths train` wrote"
+    where = f"predictor {file}"
+    record = checked(_Record, read_json(file, "predictor", remedy), where, remedy)
+    checked(Amount, record.about.get("median_tokens"), f"{where}: about.median_tokens", remedy)
+    checked(Label, record.about.get("fingerprint"), f"{where}: about.fingerprint", remedy)
+    check_files(folder, "Predictor file", remedy)
     try:
-        described = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
-        if described["schema"] != SCHEMA:
-            raise UserError(
-                f"{folder / FILE_NAME} has schema {described['schema']!r}; this version reads {SCHEMA} only."
-            )
-        check_files(folder, "Predictor file", "give a folder that `lengths train` wrote")
-        model = _model_class(described["kind"]).load(folder, described["model"])
-        task, calibration = Task.from_json(described["task"]), Calibration.from_json(described["calibration"])
-        predictor = Predictor(task, model, calibration, described["about"])
+        record.task.check()
+        record.calibration.check(record.task)
+        model = _model_class(record.kind).load(folder, record.model)
+        predictor = Predictor(record.task, model, record.calibration, record.about)
         _try(predictor)
         return predictor
     except UserError:
         raise
-    except Exception as error:  # safetensors has exceptions of its own
-        raise UserError(
-            f"{folder} holds no predictor that works ({_reason(error)}); give a folder that `lengths train` wrote."
-        ) from None
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    except Exception as error:  # safetensors, numpy and transformers have exceptions of their own
+        reason = printable(f"{type(error).__name__}: {error}", 300, keep="")
+        raise UserError(f"{folder} holds no predictor that works ({reason}); {remedy}.") from None
 
 
 def _try(predictor: Predictor) -> None:
     """Predicts for made-up prompts; ValueError where what comes out is no length."""
-    names = predictor.about["models"][:1] or [""]
     texts = ("", "How long is it?", "word " * 3000)
     with np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = predictor.predict([Example(text, None, names[0], len(text.split())) for text in texts])
+        found = predictor.predict([Example(text, None, "", len(text.split())) for text in texts])
     if set(found.bounds) != {level_name(level) for level in predictor.task.quantiles}:
         raise ValueError(f"it bounds {', '.join(found.bounds)} instead of its quantiles")
     for name, values in ({"tokens": found.tokens} | found.bounds).items():

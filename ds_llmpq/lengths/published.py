@@ -11,10 +11,14 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import MaxLen
 
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import read_json
+from ds_llmpq.lengths.records import Tokens
+from ds_llmpq.validation import Count, Many, Number, Positive, Seconds, checked, one_of
 
 CONSTANT_SECONDS = 0.1
 PER_TOKEN_SECONDS = 0.02
@@ -36,6 +40,25 @@ class Case:
     guard_coefficient: float = 10.0
 
 
+@dataclass(frozen=True)
+class _Guard:
+    threshold: Seconds = 100.0
+    coefficient: Number = 10.0
+
+
+@dataclass(frozen=True)
+class _Published:
+    """A case as its file has it."""
+
+    mode: one_of(*MODES)
+    arrival: Annotated[Many[Seconds], MaxLen(100_000)]
+    generated_tokens: Annotated[Many[Tokens], MaxLen(100_000)]
+    predicted_class: Annotated[Many[Count], MaxLen(100_000)]
+    max_batch: Positive = 1
+    batch_wait_timeout: Seconds = 10.0
+    starvation: _Guard = field(default_factory=_Guard)
+
+
 @dataclass
 class _Job:
     index: int
@@ -54,7 +77,7 @@ class _Clock:
 
 def read_cases(path: Path) -> list[Case]:
     """Cases of a JSON list as the golden files hold them. `UserError`: unreadable, or not of that form."""
-    rows = read_json(path, "cases", "give a JSON list of cases")
+    rows = read_json(path, "file of cases", "give a JSON list of cases")
     if not isinstance(rows, list):
         raise UserError(f"cases={path} holds no list; give a JSON list with one object a case.")
     return [_case(row, f"{path}, case {number}") for number, row in enumerate(rows)]
@@ -71,28 +94,19 @@ def schedules(case: Case) -> Completion:
 
 
 def _case(row: Any, where: str) -> Case:
-    try:
-        mode, guard = row["mode"], row.get("starvation", {})
-        case = Case(
-            arrival_seconds=[float(value) for value in row["arrival"]],
-            tokens=[int(value) for value in row["generated_tokens"]],
-            classes=[int(value) for value in row["predicted_class"]],
-            dynamic=mode == "DYNAMIC_BATCHING",
-            max_batch=int(row.get("max_batch", 1)),
-            batch_wait_seconds=float(row.get("batch_wait_timeout", 10)),
-            guard_seconds=float(guard.get("threshold", 100)),
-            guard_coefficient=float(guard.get("coefficient", 10)),
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{where} is not of the published form ({error!r}).") from None
-    if mode not in MODES:
-        raise UserError(f"{where}: mode is {mode!r} but must be one of {', '.join(MODES)}.")
+    read = checked(_Published, row, where, "correct the case", further=True)
+    case = Case(
+        arrival_seconds=list(read.arrival),
+        tokens=list(read.generated_tokens),
+        classes=list(read.predicted_class),
+        dynamic=read.mode == "DYNAMIC_BATCHING",
+        max_batch=read.max_batch,
+        batch_wait_seconds=read.batch_wait_timeout,
+        guard_seconds=read.starvation.threshold,
+        guard_coefficient=read.starvation.coefficient,
+    )
     if not len(case.arrival_seconds) == len(case.tokens) == len(case.classes):
         raise UserError(f"{where}: arrival, generated_tokens and predicted_class must have one entry a job each.")
-    if case.max_batch < 1:
-        raise UserError(f"{where}: max_batch is {case.max_batch} but must be at least 1.")
-    if min(case.arrival_seconds, default=0.0) < 0 or min(case.tokens, default=0) < 0:
-        raise UserError(f"{where}: arrivals and lengths must not be negative.")
     return case
 
 

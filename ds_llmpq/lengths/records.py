@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from ds_llmpq.errors import UserError
-from ds_llmpq.files import open_regular
+from annotated_types import Ge, Le
+
+from ds_llmpq.errors import UserError, shown
+from ds_llmpq.files import open_regular, parse_json, read_csv, read_json, read_json_lines, read_text
 
 LAYOUTS = ("auto", "rows", "lmsys", "results")
 ROUNDS = ("single", "multi")
@@ -25,6 +24,10 @@ _CONVERSATION = ("conversation", "conversations", "messages")
 _WORD = re.compile(r"\w+|[^\w\s]")
 
 Counter = Callable[[str], int]
+MOST_TOKENS = 10**9
+_MOST_BYTES = 4 << 30
+Tokens = Annotated[int, Ge(0), Le(MOST_TOKENS)]
+_REMEDY = "give JSON lines, CSV or parquet"
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,11 @@ class Example:
     """
 
     text: str
-    output_tokens: int | None
+    output_tokens: Tokens | None
     model: str = ""
-    prompt_tokens: int = 0
+    prompt_tokens: Tokens = 0
     conversation: str = ""
-    turn: int = 0
+    turn: Tokens = 0
     cut: bool = False
 
 
@@ -116,20 +119,23 @@ def _rows(path: Path) -> list[dict[str, Any]]:
             open_regular(path, "data", "give a parquet table").close()
             return _parquet(path)
         if path.suffix == ".csv":
-            with open_regular(path, "data", "give a CSV file") as stream:
-                return list(csv.DictReader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")))
-        with open_regular(path, "data", "give JSON lines, CSV or parquet") as stream:
-            text = stream.read().decode("utf-8-sig")
-        lines = (
-            json.loads(text)
-            if text.lstrip().startswith("[")
-            else [json.loads(s) for s in text.split("\n") if s.strip()]
-        )
-    except (OSError, ValueError, RecursionError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read ({error}); give JSON lines, CSV or parquet.") from None
-    if not all(isinstance(row, dict) for row in lines):
-        raise UserError(f"{path} holds rows that are no objects; give one JSON object a line.")
-    return lines
+            text = read_text(path, "file of answers", _REMEDY, _MOST_BYTES)
+            return [row for _, row in read_csv(text, f"file of answers {path}", _REMEDY)]
+        return list(_json_rows(path))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); {_REMEDY}.") from None
+
+
+def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Objects of JSON lines, or of one JSON list."""
+    what = "file of answers"
+    with open_regular(path, what, _REMEDY, _MOST_BYTES) as file:
+        is_list = file.read(1 << 16).decode(errors="ignore").lstrip("\ufeff \n\r\t").startswith("[")
+    values = enumerate(read_json(path, what, _REMEDY, _MOST_BYTES)) if is_list else read_json_lines(path, what, _REMEDY)
+    for number, row in values:
+        if not isinstance(row, dict):
+            raise UserError(f"{path} holds rows that are no objects (row {number}); give one JSON object a line.")
+        yield row
 
 
 def _parquet(path: Path) -> list[dict[str, Any]]:
@@ -186,8 +192,8 @@ def _messages(value: Any) -> list[tuple[str, str]]:
     """(role, content) of a conversation; CSV files hold it as JSON text."""
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except ValueError:
+            value = parse_json(value, "", "")
+        except UserError:
             return []
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         return []
@@ -212,11 +218,12 @@ def _from_results(rows: list[dict[str, Any]], batch_input: Path | None, path: Pa
         raise UserError(f"{path} holds answers without prompts; give the batch file they answer as lengths.input=FILE.")
     requests = dict(batch_examples(batch_input))
     for row in rows:
-        body = (row.get("response") or {}).get("body") or {}
-        request = requests.get(str(row.get("custom_id")))
-        if request is None or "usage" not in body:
+        body = _inner(_inner(row, "response"), "body")
+        request, usage = requests.get(str(row.get("custom_id"))), _inner(body, "usage")
+        if request is None or not usage:
             continue
-        usage, choice = body["usage"], (body.get("choices") or [{}])[0]
+        choices = body.get("choices")
+        choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
         yield Example(
             text=request.text,
             output_tokens=_whole(usage.get("completion_tokens")),
@@ -227,6 +234,12 @@ def _from_results(rows: list[dict[str, Any]], batch_input: Path | None, path: Pa
         )
 
 
+def _inner(row: dict[str, Any], name: str) -> dict[str, Any]:
+    """The object under a key; empty where there is none."""
+    found = row.get(name)
+    return found if isinstance(found, dict) else {}
+
+
 def _request(row: dict[str, Any], count: Counter) -> Example:
     body = row["body"]
     prompt = body.get("prompt")
@@ -234,12 +247,17 @@ def _request(row: dict[str, Any], count: Counter) -> Example:
     if messages:
         text = conversation_text(messages)
     else:  # token ids say little without their tokenizer, but they can be told apart
-        text = prompt if isinstance(prompt, str) else " ".join(map(str, prompt or []))
+        text = prompt if isinstance(prompt, str) else " ".join(map(str, prompt if isinstance(prompt, list) else []))
     return Example(text, None, str(body.get("model") or ""), count(text), str(row.get("custom_id")))
 
 
 def _whole(value: Any) -> int | None:
     try:
-        return None if value in (None, "") else int(float(value))
-    except (TypeError, ValueError):
-        raise UserError(f"A length is {value!r} but must be a whole number of tokens.") from None
+        number = None if value in (None, "") else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = -1.0
+    if number is not None and not 0 <= number <= MOST_TOKENS:
+        raise UserError(
+            f"A length is {shown(value)} but must be a whole number of tokens, at most {MOST_TOKENS}; correct it."
+        )
+    return None if number is None else int(number)

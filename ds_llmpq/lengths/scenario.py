@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from ds_llmpq.errors import UserError
-from ds_llmpq.files import open_regular
+from ds_llmpq.files import read_json_lines
 from ds_llmpq.lengths.arrivals import arrival_times, read_trace
 from ds_llmpq.lengths.execution import ExecutionCost, alone_seconds
 from ds_llmpq.lengths.jobs import Jobs
+from ds_llmpq.lengths.records import Tokens
 from ds_llmpq.schema_lengths import AnswersConfig, ArrivalsConfig, PredictionConfig, SimulateVerb
+from ds_llmpq.validation import Amount, checked
 
 ANSWERS = ("lognormal", "data", "trace")
 PREDICTIONS = ("oracle", "noisy", "classes", "constant", "data")
@@ -112,18 +113,26 @@ def _trace(arrivals: ArrivalsConfig, count: int):
     return read_trace(Path(arrivals.trace).expanduser(), arrivals.start_row, count, arrivals.scale)
 
 
+@dataclass(frozen=True)
+class _Answered:
+    """What counts of a row of a file of answers."""
+
+    output_tokens: Tokens
+    prompt_tokens: Tokens | None = 0
+    predicted_tokens: Amount | None = None
+
+
 def _read(answers: AnswersConfig) -> Lengths:
     if answers.data is None:
         raise UserError("answers.kind=data needs answers.data=FILE, JSON lines with output_tokens.")
-    try:
-        with open_regular(Path(answers.data).expanduser(), "answers.data", "give JSON lines") as stream:
-            rows = [json.loads(line) for line in stream if line.strip()]
-        generated = np.array([int(row["output_tokens"]) for row in rows], dtype=np.int64)
-        prompts = np.array([int(row.get("prompt_tokens") or 0) for row in rows], dtype=np.int64)
-        known = bool(rows) and all(row.get("predicted_tokens") is not None for row in rows)
-        guesses = np.array([float(row["predicted_tokens"]) for row in rows]) if known else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"answers.data={answers.data} cannot be read ({error!r}); rows need output_tokens.") from None
+    file, what, remedy = Path(answers.data).expanduser(), "answers.data", "rows need output_tokens"
+    rows: list[_Answered] = []
+    for number, row in read_json_lines(file, what, remedy):
+        rows.append(checked(_Answered, row, f"{what} {file} line {number}", remedy, further=True))
+    generated = np.array([row.output_tokens for row in rows], dtype=np.int64)
+    prompts = np.array([row.prompt_tokens or 0 for row in rows], dtype=np.int64)
+    guesses = [row.predicted_tokens for row in rows]
+    guesses = None if None in guesses or not rows else np.array(guesses, dtype=float)
     if not rows:
         raise UserError(f"answers.data={answers.data} is empty; give rows with output_tokens.")
     return Lengths(np.maximum(generated, 1), prompts, guesses)

@@ -9,12 +9,14 @@ pairwise             a score that is higher for the longer answer of a pair
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from annotated_types import MaxLen
 
 from ds_llmpq.errors import UserError
 from ds_llmpq.schema_lengths import LengthTaskConfig
+from ds_llmpq.validation import AboveZero, Amount, Many, Number, Share, Some, one_of
 
 KINDS = ("regression", "binary", "multiclass", "multiclass_ordinal", "binary_ordinal", "pairwise")
 LOSSES = ("l1", "mse", "quantile")
@@ -26,13 +28,20 @@ class Task:
     """`thresholds` [C - 1]: class c holds lengths in (thresholds[c - 1], thresholds[c]]. `class_tokens` [C]: mean
     length by class. `location`, `scale`: of log(1 + tokens)."""
 
-    kind: str
-    loss: str
-    quantiles: tuple[float, ...]
-    thresholds: tuple[float, ...]
-    class_tokens: tuple[float, ...]
-    location: float
-    scale: float
+    kind: one_of(*KINDS)
+    loss: one_of(*LOSSES)
+    quantiles: Annotated[Many[Share], MaxLen(100)]
+    thresholds: Annotated[Many[Amount], MaxLen(1000)]
+    class_tokens: Annotated[Some[Amount], MaxLen(1000)]
+    location: Number
+    scale: AboveZero
+
+    def check(self) -> None:
+        """ValueError where its numbers do not go together."""
+        if len(self.class_tokens) != len(self.thresholds) + 1:
+            raise ValueError("there must be one class more than thresholds")
+        if list(self.thresholds) != sorted(self.thresholds):
+            raise ValueError("thresholds must rise")
 
     @classmethod
     def fit(cls, config: LengthTaskConfig, tokens: np.ndarray) -> Task:
@@ -97,7 +106,3 @@ class Task:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Task:
-        return cls(**{name: tuple(entry) if isinstance(entry, list) else entry for name, entry in value.items()})

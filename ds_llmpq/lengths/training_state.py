@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from ds_llmpq.errors import UserError
+from ds_llmpq.files import parse_json
+from ds_llmpq.validation import Count, Digest, Plain, checked
+
 FILE_NAME = "progress.safetensors"
+
+
+@dataclass(frozen=True)
+class _About:
+    """What stands beside the tensors."""
+
+    identity: Digest
+    epochs: Count
+    generator: Plain
 
 
 class TrainingState:
@@ -61,12 +75,20 @@ class TrainingState:
             return 0
         try:
             with safe_open(self._file, framework="pt") as file:
-                about = json.loads(file.metadata()["about"])
+                about = checked(_About, parse_json(file.metadata()["about"], "", ""), "", "")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError):
-            return 0
-        if about.get("identity") != self._identity:
-            return 0
+            if about.identity != self._identity:
+                return 0
+            self._put_back(tensors, about, modules, optimizer, generator)
+        except (SafetensorError, UserError, OSError, ValueError, KeyError, TypeError, RuntimeError):
+            return 0  # a file of this training that cannot be used: it begins anew
+        return about.epochs
+
+    @staticmethod
+    def _put_back(
+        tensors: dict[str, torch.Tensor], about: _About, modules: dict[str, nn.Module],
+        optimizer: torch.optim.Optimizer, generator: np.random.Generator,
+    ) -> None:  # fmt: skip
         for name, module in modules.items():
             own = {key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")}
             module.load_state_dict(own)
@@ -77,8 +99,7 @@ class TrainingState:
                 state.setdefault(int(index), {})[what] = value
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         torch.set_rng_state(tensors["random"])
-        generator.bit_generator.state = about["generator"]
-        return about["epochs"]
+        generator.bit_generator.state = about.generator
 
     def clear(self) -> None:
         if self._file is not None:

@@ -7,27 +7,17 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import MaxLen
 
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import read_json
+from ds_llmpq.validation import Amount, Bits, Label, Many, Plain, Some, checked, one_of
 
 SCHEMA = 1
 UNIT = "nats per token"
-_MOST = 10**300  # above it, Python's whole numbers are no floats any more
 PROVENANCES = ("assumed", "estimated", "fitted", "measured")
-_KEYS = (
-    "schema",
-    "method",
-    "provenance",
-    "unit",
-    "bits",
-    "table",
-    "model_fingerprint",
-    "calibration_hash",
-    "details",
-)
-_OPTIONAL = ("head",)
 
 
 @dataclass(frozen=True)
@@ -114,35 +104,27 @@ def write_omega(path: str | Path, omega: Omega) -> None:
 
 def read_omega(path: str | Path) -> Omega:
     """UserError: unreadable, another schema, a missing or unknown key, a value out of range."""
-    record = read_json(path, "omega file", "make it with the sensitivity verb")
+    where, remedy = f"omega file {path}", "make it with the sensitivity verb"
+    record = checked(_Record, read_json(path, "omega file", remedy), where, remedy)
+    head = {int(width): value for width, value in record.head.items()}
+    kept = {name: getattr(record, name) for name in Omega.__dataclass_fields__ if name != "head"}
     try:
-        return _omega_of(record)
+        return Omega(**kept, head=head)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{where}: {error}") from None
 
 
-def _omega_of(record: Any) -> Omega:
-    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-        found = record.get("schema") if isinstance(record, dict) else type(record).__name__
-        raise UserError(f"schema is {found!r}; this version reads omega schema {SCHEMA}")
-    wrong = sorted(set(_KEYS) ^ (set(record) - set(_OPTIONAL)))
-    if wrong:
-        raise UserError(f"keys {', '.join(wrong)} are missing or unknown; the keys are {', '.join(_KEYS)}")
-    bits, table = record["bits"], record["table"]
-    if not (isinstance(bits, list) and all(type(width) is int for width in bits)):
-        raise UserError(f"bits is {bits!r}; it must be a list of whole numbers")
-    rows = table if isinstance(table, list) and all(isinstance(row, list) for row in table) else None
-    if rows is None or any(type(value) not in (int, float) for row in rows for value in row):
-        raise UserError("table must be a list of rows of numbers")
-    if any(isinstance(value, int) and abs(value) > _MOST for row in rows for value in row):
-        raise UserError(f"table holds a number above {_MOST:.0e}; it is in nats per token")
-    fields = {key: record[key] for key in _KEYS if key not in ("schema", "bits", "table")}
-    return Omega(bits=tuple(bits), table=tuple(tuple(map(float, row)) for row in rows), head=_head_of(record), **fields)
+@dataclass(frozen=True)
+class _Record:
+    """What `write_omega` writes."""
 
-
-def _head_of(record: dict[str, Any]) -> dict[int, float]:
-    head = record.get("head", {})
-    known = isinstance(head, dict) and all(width in map(str, range(1, 16)) for width in head)
-    if not known or any(type(value) not in (int, float) or abs(value) > _MOST for value in head.values()):
-        raise UserError("head must be an object of widths below 16 and numbers, in nats per token")
-    return {int(width): float(value) for width, value in head.items()}
+    schema: one_of(SCHEMA)
+    method: Label
+    provenance: one_of(*PROVENANCES)
+    unit: one_of(UNIT)
+    bits: Some[Bits]
+    table: Annotated[Some[Many[Amount]], MaxLen(10_000)]
+    model_fingerprint: Label | None
+    calibration_hash: Label | None
+    details: Plain | None
+    head: dict[one_of(*map(str, range(1, 16))), Amount] = field(default_factory=dict)

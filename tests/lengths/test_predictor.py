@@ -103,10 +103,10 @@ def test_a_mistake_is_one_sentence(small, proxy, said):
 
 
 def test_a_folder_without_a_predictor_is_one_sentence(tmp_path):
-    with pytest.raises(UserError, match="holds no predictor"):
+    with pytest.raises(UserError, match="lengths train"):
         load_predictor(tmp_path)
     (tmp_path / "predictor.json").write_text(json.dumps({"schema": 2}))
-    with pytest.raises(UserError, match="schema 2"):
+    with pytest.raises(UserError, match="schema is 2"):
         load_predictor(tmp_path)
 
 
@@ -119,7 +119,7 @@ def test_a_predictor_that_loads_but_cannot_predict_is_one_sentence(small, tmp_pa
     described, weights = json.loads((tmp_path / "predictor.json").read_text()), tmp_path / "weights.safetensors"
     arrays = load_file(weights)
     if damage == "shape":
-        described["model"]["features"] = 128
+        described["model"]["columns"] = 128
     elif damage == "not a number":
         arrays["intercepts"] = arrays["intercepts"] * np.nan
     elif damage == "quantile":
@@ -128,6 +128,6 @@ def test_a_predictor_that_loads_but_cannot_predict_is_one_sentence(small, tmp_pa
         del arrays["coefficients"]
     save_file(arrays, weights)
     (tmp_path / "predictor.json").write_text(json.dumps(described))
-    with pytest.raises(UserError, match=r"holds no predictor that works .*; give a folder that") as caught:
+    with pytest.raises(UserError, match=r"; give a folder that `lengths train` wrote\.$") as caught:
         load_predictor(tmp_path)
     assert str(caught.value).count("\n") == 0
