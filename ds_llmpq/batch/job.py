@@ -19,7 +19,7 @@ from ds_llmpq.schema import BatchConfig, EngineConfig
 _MOST_BYTES = 64 << 20
 _PLAIN = (
     "model_path", "input", "output", "trust_remote_code", "supervised", "input_sha256", "hang_seconds",
-    "memory_wait_seconds",
+    "memory_wait_seconds", "template_time",
 )  # fmt: skip
 
 
@@ -42,6 +42,8 @@ class Job:
     hang_seconds: float | None = None
     # so long memory that the plan needs may become free: those who held it may just have died
     memory_wait_seconds: float = 0.0
+    # what chat templates are told of the date (ISO, local time): the same in all attempts; None: when serving begins
+    template_time: str | None = None
 
     def to_token(self) -> str:
         fields = {name: getattr(self, name) for name in _PLAIN} | {"plan": self.plan.to_json()}

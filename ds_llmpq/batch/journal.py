@@ -67,12 +67,14 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Journal:
-    """The record of one output folder. `state`: unfinished, or finished once every row has a result or an error."""
+    """The record of one output folder. `state`: unfinished, or finished once every row has a result or an error.
+    `template_time`: local time at the beginning, which chat templates that ask for the date are told ever after."""
 
     identity: Identity
     state: str = UNFINISHED
     counts: Mapping[str, int] = field(default_factory=dict)
     attempts: tuple[Attempt, ...] = ()
+    template_time: str = field(default_factory=lambda: datetime.datetime.now().isoformat(timespec="seconds"))
 
     @classmethod
     def read(cls, folder: Path) -> Journal | None:
@@ -90,7 +92,10 @@ class Journal:
                 str(fields["state"]),
                 {str(name): int(count) for name, count in fields["counts"].items()},
                 tuple(Attempt(**attempt) for attempt in fields["attempts"]),
+                # one of before there was such a time begins to have it now
+                *([str(fields["template_time"])] if "template_time" in fields else []),
             )
+            datetime.datetime.fromisoformat(journal.template_time)
             journal.identity.changes(journal.identity)
             return journal
         except (KeyError, TypeError, ValueError, AttributeError):

@@ -47,7 +47,7 @@ def serve(job: Job, place: Place) -> dict[str, Any] | None:
     Raises `UserError` on the rank that meets a mistake; the launcher ends the others.
     """
     check_model(job.plan, job.model_path)
-    tokenizer = load_tokenizer(job.model_path, job.trust_remote_code)
+    tokenizer = load_tokenizer(job.model_path, job.trust_remote_code, job.template_time)
     rule = stop_rule_of(job.model_path, tokenizer)
     heartbeat = Heartbeat(job.hang_seconds, None if job.supervised else lambda: None)
     driver = Driver(job, rule, heartbeat) if place.is_driver else None

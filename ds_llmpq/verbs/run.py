@@ -84,6 +84,7 @@ def _run(settings: RunVerb, out: Path, batch: BatchConfig, rows: InputRows) -> i
         supervised=True,
         input_sha256=rows.sha256,
         hang_seconds=settings.run.hang_seconds,
+        template_time=journal.template_time,
     )
     print_notes(job.model_path)
     print(plan_table(plan), flush=True)

@@ -85,3 +85,16 @@ def test_a_crash_while_writing_leaves_the_old_one(tmp_path, monkeypatch):
     assert (tmp_path / JOURNAL_NAME).read_bytes() == before
     assert json.loads(before)["schema"] == 1
     assert [file.name for file in tmp_path.iterdir()] == [JOURNAL_NAME]
+
+
+def test_the_time_that_templates_are_told_is_kept(tmp_path):
+    journal = Journal(IDENTITY, template_time="2026-07-14T10:20:30").begun()
+    journal.write(tmp_path)
+    assert Journal.read(tmp_path).begun().template_time == "2026-07-14T10:20:30"
+    fields = json.loads((tmp_path / JOURNAL_NAME).read_text())
+    (tmp_path / JOURNAL_NAME).write_text(json.dumps(fields | {"template_time": "noon"}))
+    with pytest.raises(UserError, match=r"run\.json"):
+        Journal.read(tmp_path)
+    del fields["template_time"]  # of an earlier version
+    (tmp_path / JOURNAL_NAME).write_text(json.dumps(fields))
+    assert Journal.read(tmp_path).template_time
