@@ -1,16 +1,14 @@
 """Why this plan: the bottleneck and what limits it, what more memory or another theta would be worth."""
 
-from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
-from ds_llmpq.planner.arrays import pair_arrays
-from ds_llmpq.planner.compositions import Compositions
-from ds_llmpq.planner.objective import Assignment, Prediction, evaluate
+from ds_llmpq.planner.arrays import PairArrays, pair_arrays
+from ds_llmpq.planner.figures import counted, plain
+from ds_llmpq.planner.objective import Assignment, Prediction, evaluate, objective_value
 from ds_llmpq.planner.plan import Plan, PlanStage
 from ds_llmpq.planner.problem import Problem
-from ds_llmpq.planner.rounding import refine
-from ds_llmpq.planner.stages import NEVER, Box, StageBounds
 
 GIGABYTE = 1e9
 
@@ -22,7 +20,7 @@ def explain_plan(problem: Problem, plan: Plan, formula: str) -> list[str]:
     sentences = [_balance(problem, assignment, prediction)]
     sentences += [_bottleneck(problem, plan, prediction, phase) for phase in ("prefill", "decode")]
     sentences += _left_out(problem, plan)
-    sentences += _memory_worth(problem, plan, prediction)
+    sentences += _memory_worth(problem, plan, prediction, formula)
     sentences += _theta_worth(problem, plan)
     sentences += _against_baselines(problem, plan)
     return sentences
@@ -35,8 +33,9 @@ def _balance(problem: Problem, assignment: Assignment, seen: Prediction) -> str:
     slowest = groups * max(*seen.stage_decode_seconds, *seen.link_decode_seconds)
     bound = "the slowest stage working through all micro-batches" if slowest >= ring else "one trip around the ring"
     return (
-        f"Decoding takes {share:.0f} % of {seen.latency_seconds:.4g} s; a decode round of {max(ring, slowest):.4g} s "
-        f"is bound by {bound} ({groups} micro-batches of {assignment.decode_micro_batch})."
+        f"Decoding takes {share:.0f} % of {plain(seen.latency_seconds, 4)} s; a decode round of "
+        f"{plain(max(ring, slowest), 4)} s is bound by {bound} ({counted(groups, 'micro-batch')} of "
+        f"{assignment.decode_micro_batch})."
     )
 
 
@@ -49,13 +48,13 @@ def _bottleneck(problem: Problem, plan: Plan, seen: Prediction, phase: str) -> s
         k = int(np.argmax(links))
         after = plan.stages[(k + 1) % len(plan.stages)].device
         return (
-            f"The {phase} bottleneck is the link from {plan.stages[k].device} to {after} with {links[k]:.4g} s a "
+            f"The {phase} bottleneck is the link from {plan.stages[k].device} to {after} with {plain(links[k], 4)} s a "
             f"micro-batch, more than any stage: the network limits it."
         )
     stage = plan.stages[j]
     return (
-        f"The {phase} bottleneck is stage {j} on {stage.device} with {stages[j]:.4g} s a micro-batch "
-        f"({len(stage.bits)} layers, {_widths(stage)}); {_limit(problem, plan, stage, phase)}."
+        f"The {phase} bottleneck is stage {j} on {stage.device} with {plain(stages[j], 4)} s a micro-batch "
+        f"({counted(len(stage.bits), 'layer')}, {_widths(stage)}); {_limit(problem, plan, stage, phase)}."
     )
 
 
@@ -81,7 +80,7 @@ def _limit(problem: Problem, plan: Plan, stage: PlanStage, phase: str) -> str:
     spare = [s for s in others if s.memory_budget_bytes - sum(s.memory_bytes.values()) >= lightest]
     if others and not spare:
         return "memory limits it: no other stage has room for one of its layers"
-    return "compute and memory bandwidth limit it: moving a layer elsewhere would not pay"
+    return "compute and memory bandwidth limit it"
 
 
 def _left_out(problem: Problem, plan: Plan) -> list[str]:
@@ -90,41 +89,70 @@ def _left_out(problem: Problem, plan: Plan) -> list[str]:
     if not idle:
         return []
     names = ", ".join(idle[:6]) + (", ..." if len(idle) > 6 else "")
-    return [f"{len(idle)} of {len(problem.devices)} devices are left out, because more stages would not pay: {names}."]
+    return [f"{len(idle)} of {len(problem.devices)} devices are left out: {names}."]
 
 
-def _memory_worth(problem: Problem, plan: Plan, seen: Prediction) -> list[str]:
-    """Dual prices of the stages' memory, at the plan's own thresholds: a first-order estimate per device."""
+def _memory_worth(problem: Problem, plan: Plan, seen: Prediction, formula: str) -> list[str]:
+    """What one GB more on one device would gain at least: the same stages, its widths chosen anew. No extrapolated
+    price, which promises more than there is to gain where a GB is much for the model."""
     if problem.objective.mode != "theta":
         return []
-    found = [(worth, stage.device) for stage, worth in _memory_prices(problem, plan, seen) if worth > 0]
-    if not found:
-        return ["One GB more on any device would gain nothing to first order: no stage is short of memory."]
-    found.sort(reverse=True)
-    listed = ", ".join(f"{worth:.3g} on {device}" for worth, device in found[:4])
-    return [f"One GB more memory would lower the objective by about (dual price): {listed}."]
-
-
-def _memory_prices(problem: Problem, plan: Plan, seen: Prediction) -> Iterator[tuple[PlanStage, float]]:
     arrays = pair_arrays(problem, plan.micro_batch["prefill"], plan.micro_batch["decode"])
-    index = {device.name: d for d, device in enumerate(problem.devices)}
-    allowed = np.ones(arrays.omega.shape, dtype=bool)
-    kinds = {(s.device_type, s.memory_budget_bytes): index[s.device] for s in plan.stages}
-    numbers = {kind: q for q, kind in enumerate(kinds)}
-    bounds = StageBounds(
-        arrays, list(kinds.values()), allowed, [None] * len(kinds), Compositions(arrays.omega, allowed, NEVER)
-    )
-    bounds.set_theta(problem.objective.theta)
-    box = Box(0.0, max(seen.stage_prefill_seconds), 0.0, max(seen.stage_decode_seconds))
-    weight = float(arrays.generated_tokens - 1)
-    for stage in plan.stages:
-        q = numbers[stage.device_type, stage.memory_budget_bytes]
-        refine(bounds, q, *stage.layers, box, weight, np.inf)
-        limits = bounds.limits(q, box, stage.layers[0] == 0, stage.layers[1] == problem.layers)
-        surplus = bounds.pools[q] - np.array([1.0, weight, 0.0])
-        prices = bounds.layer_prices(q, bounds.pools[q])[:, slice(*stage.layers)].min(axis=2).sum(axis=1)
-        value = np.where((surplus >= -1e-12).all(axis=1), prices - surplus @ limits, -np.inf)
-        yield stage, float(surplus[int(np.argmax(value)), 2]) * GIGABYTE / bounds.unit
+    found = []
+    for j, stage in enumerate(plan.stages):
+        before, after = (
+            _value_with(problem, plan, j, _widths_within(problem, arrays, plan, seen, j, more), formula)
+            for more in (0.0, GIGABYTE)
+        )
+        if before - after > 1e-6 * abs(before):
+            found.append((before - after, stage.device))
+    if not found:
+        return []
+    found.sort(reverse=True)
+    listed = ", ".join(f"{plain(gain)} on {device}" for gain, device in found[:4])
+    return [
+        f"One GB more memory on one device would lower the objective of {plain(plan.solver.objective, 4)} by at least "
+        f"(the same stages, other widths): {listed}."
+    ]
+
+
+def _widths_within(
+    problem: Problem, arrays: PairArrays, plan: Plan, seen: Prediction, j: int, more: float
+) -> tuple[int, ...]:
+    """Widths of stage j with so many bytes more, no slower than the slowest stages: the best exchange of one layer's
+    width after the other."""
+    stage = plan.stages[j]
+    d = next(i for i, device in enumerate(problem.devices) if device.name == stage.device)
+    ring = sum(seen.stage_decode_seconds) + sum(seen.link_decode_seconds)
+    binds = ring >= arrays.decode_rounds * max(*seen.stage_decode_seconds, *seen.link_decode_seconds)
+    passes = (arrays.generated_tokens - 1.0) * binds
+    rows, column = np.arange(len(stage.bits)), {bits: b for b, bits in enumerate(problem.bits)}
+    usable = arrays.available[d]
+    times = [np.where(usable, table[d], np.inf) for table in (arrays.prefill, arrays.decode)]
+    size, omega = (table[slice(*stage.layers)] for table in (arrays.layer_bytes, arrays.omega))
+    cost = times[0] + (passes * times[1] if passes else 0.0) + problem.objective.theta * omega  # [k, B]
+    now = np.array([column[bits] for bits in stage.bits])
+    room = [
+        max(seen.stage_prefill_seconds) - seen.stage_prefill_seconds[j],
+        max(seen.stage_decode_seconds) - seen.stage_decode_seconds[j],
+        stage.memory_budget_bytes + more - sum(stage.memory_bytes.values()),
+    ]
+    for _ in range(2 * len(rows) * len(problem.bits)):
+        rises = [times[0] - times[0][now][:, None], times[1] - times[1][now][:, None], size - size[rows, now][:, None]]
+        fits = np.logical_and.reduce([rise <= most for rise, most in zip(rises, room, strict=True)])
+        gain = np.where(fits, cost[rows, now][:, None] - cost, 0.0)
+        i, b = np.unravel_index(int(gain.argmax()), gain.shape)
+        if gain[i, b] <= 1e-9 * abs(cost[i, now[i]]):
+            break
+        room = [most - rise[i, b] for rise, most in zip(rises, room, strict=True)]
+        now[i] = b
+    return tuple(problem.bits[b] for b in now)
+
+
+def _value_with(problem: Problem, plan: Plan, j: int, bits: tuple[int, ...], formula: str) -> float:
+    assignment = plan.assignment()
+    stages = tuple(replace(s, bits=bits) if i == j else s for i, s in enumerate(assignment.stages))
+    return objective_value(problem, evaluate(problem, replace(assignment, stages=stages), formula))
 
 
 def _theta_worth(problem: Problem, plan: Plan) -> list[str]:
@@ -132,8 +160,8 @@ def _theta_worth(problem: Problem, plan: Plan) -> list[str]:
         return []
     loss, theta = plan.predicted["quality_loss"], problem.objective.theta
     return [
-        f"Theta {theta:g} charges {theta * loss:.4g} for a quality loss of {loss:.4g}: one per cent more theta costs "
-        f"{0.01 * theta * loss:.3g} at this plan."
+        f"Theta {plain(theta)} charges {plain(theta * loss, 4)} for a quality loss of {plain(loss, 4)}: one per cent "
+        f"more theta costs {plain(0.01 * theta * loss)} at this plan."
     ]
 
 
@@ -150,5 +178,5 @@ def _against_baselines(problem: Problem, plan: Plan) -> list[str]:
     ratio = real[name]["latency_seconds"] / plan.predicted["latency_seconds"]
     return [
         f"The fastest baseline is {name}: this plan has {ratio:.2f} times its speed, at a quality loss of "
-        f"{plan.predicted['quality_loss']:.4g} against {real[name]['quality_loss']:.4g}."
+        f"{plain(plan.predicted['quality_loss'], 4)} against {plain(real[name]['quality_loss'], 4)}."
     ]

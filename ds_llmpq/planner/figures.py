@@ -16,5 +16,6 @@ def plain(value: float, digits: int = 3) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """ "1 layer", "2 layers"."""
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+    """ "1 layer", "2 layers", "3 micro-batches"."""
+    plural = "es" if noun.endswith(("s", "sh", "ch", "x")) else "s"
+    return f"{number:,} {noun}" + ("" if number == 1 else plural)

@@ -29,11 +29,14 @@ def never_worse_than_baselines(seed):
     try:
         plan = solve(obj, solver="search")
     except InfeasibleError:
-        return
+        return 0
+    compared = 0
     for baseline in all_baselines(problem).values():
         if baseline.assignment is not None and not violations(problem, baseline.assignment):
             reached = objective_value(problem, evaluate(problem, baseline.assignment))
             assert plan.solver.objective <= reached * (1 + 1e-12)
+            compared += 1
+    return compared
 
 
 def test_limits_that_exclude_one_another_are_seen_at_once():
@@ -85,15 +88,13 @@ def test_limits_that_exclude_one_another_are_seen_at_once():
     assert plan.stages[0].bits.count(16) >= 20
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_never_worse_than_any_baseline(seed):
-    never_worse_than_baselines(seed)
+def test_never_worse_than_any_baseline():
+    assert sum(never_worse_than_baselines(seed) for seed in range(20)) > 20
 
 
 @pytest.mark.slow
 def test_never_worse_than_any_baseline_on_five_hundred():
-    for seed in range(2000, 2500):
-        never_worse_than_baselines(seed)
+    assert sum(never_worse_than_baselines(seed) for seed in range(2000, 2500)) > 500
 
 
 @settings(max_examples=40, deadline=None)

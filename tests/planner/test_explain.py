@@ -1,0 +1,50 @@
+"""What a plan says of itself is true and in plain figures."""
+
+import re
+
+from random_problems import random_problem
+
+from ds_llmpq.errors import InfeasibleError
+from ds_llmpq.planner import solve
+from ds_llmpq.planner.figures import counted
+
+WORTH = re.compile(r"objective of [^ ]+ by at least \(the same stages, other widths\): (.*)\.$")
+
+
+def plans(seeds, **options):
+    for seed in seeds:
+        obj = random_problem(seed, mode="theta", **options)
+        try:
+            yield obj, solve(obj, solver="search", gap=0)
+        except InfeasibleError:
+            continue
+
+
+def test_what_a_gigabyte_is_worth_is_there_to_gain():
+    claims = 0
+    for obj, plan in plans(range(60), layers=4, devices=2, widths=3):
+        for sentence in plan.explanation:
+            for entry in WORTH.findall(sentence):
+                worth, name = re.match(r"([0-9.,]+) on (\S+?)(,|$)", entry).groups()[:2]
+                devices = [
+                    {**device, "memory_bytes": device["memory_bytes"] + 1e9 * (device["name"] == name)}
+                    for device in obj["devices"]
+                ]
+                more = solve({**obj, "devices": devices}, solver="search", gap=0)
+                gain = plan.solver.objective - more.solver.objective
+                assert 0 < float(worth.replace(",", "")) <= gain * 1.006 + 1e-12  # written to three digits
+                claims += 1
+    assert claims > 5
+
+
+def test_sentences_hold_no_exponents_and_count_rightly():
+    found = [sentence for _, plan in plans(range(20)) for sentence in plan.explanation]
+    assert any("micro-batch" in sentence for sentence in found)
+    for sentence in found:
+        assert not re.search(r"\d[eE][+-]?\d", sentence)
+        assert not re.search(r"(?<![\d.,])1 (layers|micro-batches|stages)", sentence)
+
+
+def test_counted():
+    assert [counted(n, "micro-batch") for n in (1, 2)] == ["1 micro-batch", "2 micro-batches"]
+    assert [counted(n, "layer") for n in (1, 1000)] == ["1 layer", "1,000 layers"]
