@@ -28,6 +28,8 @@ CHECKPOINT_SUFFIXES = (".json", ".safetensors", ".txt", ".jinja", ".model")
 MOST_DEPTH = 64  # of nested objects and lists
 MOST_VALUES = 200_000  # of a YAML file
 MOST_DIGITS = 300  # of a whole number: with more it is no float any more, and slow to read
+_FORMULA = tuple("=+-@")
+_NUMBER = re.compile(r"[+-]?[0-9]+([.][0-9]*)?([eE][+-]?[0-9]+)?")
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 _KINDS = (
     (stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"),
@@ -172,6 +174,15 @@ def read_csv(text: str, where: str, remedy: str, columns: Sequence[str] = ()) ->
                 yield reader.line_num, dict(zip(header, cells, strict=True))
     except csv.Error as error:
         raise UserError(f"{where} line {reader.line_num} is not CSV ({_reason(error)}); {remedy}.") from None
+
+
+def csv_cell(value: Any) -> Any:
+    """A value for a table that may be opened with a spreadsheet: text that it would take for a formula gets a quote
+    before it, and no control characters reach it. Numbers stay numbers."""
+    if not isinstance(value, str):
+        return value
+    text = printable(value, len(value), keep="\n")
+    return f"'{text}" if text.lstrip()[:1] in _FORMULA and not _NUMBER.fullmatch(text) else text
 
 
 def _check_events(events: Iterable[Any]) -> None:

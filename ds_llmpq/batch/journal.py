@@ -14,12 +14,16 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import MaxLen
+from pydantic import AfterValidator
 
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import lock, read_json, write_json
 from ds_llmpq.planner.plan import Plan
 from ds_llmpq.schema import BatchConfig
+from ds_llmpq.validation import Count, Label, Many, Note, Plain, Table, checked, one_of
 
 SCHEMA = 1
 JOURNAL_NAME = "run.json"
@@ -34,11 +38,11 @@ _NO_MATTER = ("order", "predictor")
 class Identity:
     """What a result depends on. `settings`: those a plan was made with (dotted keys), empty where a plan was given."""
 
-    input: str  # sha256 of what was read of the input file
-    model: str | None  # fingerprint of the checkpoint
-    plan: str | None  # sha256 of the plan's decisions; None before there is a plan
-    sampling: Mapping[str, Any]
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    input: Label  # sha256 of what was read of the input file
+    model: Label | None  # fingerprint of the checkpoint
+    plan: Label | None  # sha256 of the plan's decisions; None before there is a plan
+    sampling: Plain
+    settings: Plain = field(default_factory=dict)
 
     def changes(self, now: Identity) -> list[str]:
         """What differs, in words, for a person; what either side does not know is let pass."""
@@ -59,10 +63,10 @@ class Identity:
 class Attempt:
     """One start of the pipeline. `reason` is empty while it runs; times are UTC, for people."""
 
-    started: str
-    ended: str = ""
-    reason: str = ""
-    results: int = 0  # in the folder when it ended
+    started: Label
+    ended: Label = ""
+    reason: Note = ""
+    results: Count = 0  # in the folder when it ended
 
 
 @dataclass(frozen=True)
@@ -83,23 +87,10 @@ class Journal:
         if not file.exists():
             return None
         remedy = "give another out=DIR, or resume=force to begin it anew and keep the results"
-        fields = read_json(file, "journal", remedy)
-        try:
-            if fields["schema"] != SCHEMA:
-                raise UserError(f"{file} has schema {fields['schema']!r}; this version reads {SCHEMA} only.")
-            journal = cls(
-                Identity(**fields["identity"]),
-                str(fields["state"]),
-                {str(name): int(count) for name, count in fields["counts"].items()},
-                tuple(Attempt(**attempt) for attempt in fields["attempts"]),
-                # one of before there was such a time begins to have it now
-                *([str(fields["template_time"])] if "template_time" in fields else []),
-            )
-            datetime.datetime.fromisoformat(journal.template_time)
-            journal.identity.changes(journal.identity)
-            return journal
-        except (KeyError, TypeError, ValueError, AttributeError):
-            raise UserError(f"{file} is not the journal of a run; {remedy}.") from None
+        found = checked(_Record, read_json(file, "journal", remedy), f"journal {file}", remedy)
+        # one of before there was such a time begins to have it now
+        times = [] if found.template_time is None else [found.template_time]
+        return cls(found.identity, found.state, found.counts, found.attempts, *times)
 
     def write(self, folder: Path) -> None:
         fields = asdict(replace(self, attempts=self.attempts[-_MOST_ATTEMPTS:]))
@@ -123,6 +114,23 @@ class Journal:
         last = replace(self.attempts[-1], ended=_now(), reason=reason, results=results)
         finished = {"state": FINISHED, "counts": dict(counts)} if counts is not None else {}
         return replace(self, attempts=(*self.attempts[:-1], last), **finished)
+
+
+def _time(text: str) -> str:
+    datetime.datetime.fromisoformat(text)
+    return text
+
+
+@dataclass(frozen=True)
+class _Record:
+    """The file of a `Journal`."""
+
+    schema: one_of(SCHEMA)
+    identity: Identity
+    state: one_of(UNFINISHED, FINISHED)
+    counts: Table[Count]
+    attempts: Many[Attempt]
+    template_time: Annotated[str, MaxLen(64), AfterValidator(_time)] | None = None
 
 
 def plan_fingerprint(plan: Plan) -> str:

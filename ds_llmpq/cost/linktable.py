@@ -12,6 +12,8 @@ from ds_llmpq.errors import UserError
 from ds_llmpq.files import read_csv, read_text
 from ds_llmpq.validation import Count, Name, Seconds, checked_cells, one_of
 
+_SHORTEST_SECONDS = 1e-12  # light goes a third of a millimetre in it
+
 
 @dataclass(frozen=True)
 class Message:
@@ -56,7 +58,7 @@ def fit_link(messages: Sequence[Message]) -> Link:
     used = [message for message in messages if message.channel == "activation"]
     if len({message.size_bytes for message in used}) < 2:
         raise UserError("links need messages of at least two sizes; profile again with profiling.links=true")
-    if not all(message.minimum_seconds > 0 for message in used):
+    if not all(message.minimum_seconds >= _SHORTEST_SECONDS for message in used):
         raise UserError("links need positive times; profile again with profiling.links=true")
     seconds = numpy.array([message.minimum_seconds for message in used])
     rows = numpy.array([[1.0, message.size_bytes] for message in used]) / seconds[:, None]

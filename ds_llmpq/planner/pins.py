@@ -42,19 +42,21 @@ class Pins:
         )
         if len(set(order)) < len(order):
             raise UserError(f"pins.order is {reading.shown(list(order))}, but must name each device once.")
-        layers = {name: _span(span, f"pins.layers.{name}", problem) for name, span in (obj.get("layers") or {}).items()}
+        spans = reading.mapping(obj.get("layers") or {}, "pins.layers")
+        layers = {name: _span(span, f"pins.layers.{name}", problem) for name, span in spans.items()}
         for name in layers:
             if name not in (order or names):
                 raise UserError(f"pins.layers names {name!r}, which is not among the devices that may be used.")
-        bits = {_layer(layer, problem): width for layer, width in (obj.get("bits") or {}).items()}
+        widths = reading.mapping(obj.get("bits") or {}, "pins.bits")
+        bits = {_layer(layer, problem): width for layer, width in widths.items()}
         for layer, width in bits.items():
-            if width not in problem.bits:
+            if isinstance(width, bool) or not isinstance(width, int) or width not in problem.bits:
                 raise UserError(f"pins.bits.{layer} is {reading.shown(width)}, but must be one of {problem.bits}.")
-        sizes = dict(obj.get("micro_batch") or {})
+        sizes = dict(reading.mapping(obj.get("micro_batch") or {}, "pins.micro_batch"))
         reading.keys(sizes, "pins.micro_batch", (), ("prefill", "decode"))
         for phase, size in sizes.items():
             known = getattr(problem.micro_batches, phase)
-            if size not in known:
+            if isinstance(size, bool) or not isinstance(size, int) or size not in known:
                 raise UserError(f"pins.micro_batch.{phase} is {reading.shown(size)}, but must be one of {known}.")
         return cls(order, layers, bits, sizes)
 

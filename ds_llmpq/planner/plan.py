@@ -15,6 +15,8 @@ from ds_llmpq.planner.figures import plain
 from ds_llmpq.planner.incumbent import relative_gap
 from ds_llmpq.planner.objective import Assignment, Prediction, Stage
 from ds_llmpq.planner.problem import Problem, Workload
+from ds_llmpq.schema import QuantConfig
+from ds_llmpq.validation import checked
 
 SCHEMA = 1
 MEMORY_PARTS = ("weights", "kv", "embed", "head", "workspace")
@@ -135,25 +137,27 @@ class Plan:
         sizes = reading.keys(obj["micro_batch"], "plan.micro_batch", ("prefill", "decode"))
         stages = reading.items(obj["stages"], "plan.stages")
         return cls(
-            model=_object_or_null(obj["model"], "plan.model"),
+            model=_model(obj["model"]),
             workload=Workload(*(reading.integer(workload[n], f"plan.workload.{n}") for n in _names(Workload))),
             stages=_stages(stages),
             micro_batch={n: reading.integer(sizes[n], f"plan.micro_batch.{n}") for n in ("prefill", "decode")},
             predicted=_predicted(obj["predicted"], "plan.predicted"),
             solver=_solver(obj["solver"]),
             baselines={
-                name: entry if isinstance(entry, str) else _predicted(entry, f"plan.baselines.{name}")
-                for name, entry in _object(obj["baselines"], "plan.baselines").items()
+                reading.text(name, "plan.baselines key"): reading.note(entry, f"plan.baselines.{name}")
+                if isinstance(entry, str)
+                else _predicted(entry, f"plan.baselines.{name}")
+                for name, entry in reading.mapping(obj["baselines"], "plan.baselines").items()
             },
             provenance={
-                name: reading.text(entry, f"plan.provenance.{name}")
-                for name, entry in _object(obj["provenance"], "plan.provenance").items()
+                reading.text(name, "plan.provenance key"): reading.note(entry, f"plan.provenance.{name}")
+                for name, entry in reading.mapping(obj["provenance"], "plan.provenance").items()
             },
             explanation=tuple(
-                reading.text(entry, f"plan.explanation[{i}]")
+                reading.note(entry, f"plan.explanation[{i}]")
                 for i, entry in enumerate(reading.items(obj["explanation"], "plan.explanation", empty=True))
             ),
-            quant=_object_or_null(obj.get("quant"), "plan.quant"),
+            quant=_quant(obj.get("quant")),
             engine=_engine(obj["engine"], len(stages)),
         )
 
@@ -162,14 +166,19 @@ def _names(kind: type) -> tuple[str, ...]:
     return tuple(kind.__dataclass_fields__)
 
 
-def _object(value: Any, path: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise UserError(f"{path} is {reading.shown(value)}, but must be an object.")
-    return value
+def _model(obj: Any) -> Mapping[str, Any] | None:
+    """Where the model is and what it is: texts or null."""
+    if obj is None:
+        return None
+    return {
+        reading.text(name, "plan.model key"): _text_or_null(value, f"plan.model.{name}")
+        for name, value in reading.mapping(obj, "plan.model").items()
+    }
 
 
-def _object_or_null(value: Any, path: str) -> Mapping[str, Any] | None:
-    return None if value is None else _object(value, path)
+def _quant(obj: Any) -> Mapping[str, Any] | None:
+    """The settings of a `QuantConfig`, as they are."""
+    return None if obj is None else asdict(checked(QuantConfig, obj, "plan.quant", "plan again"))
 
 
 def _engine(obj: Any, stages: int) -> Mapping[str, Any] | None:
@@ -178,13 +187,13 @@ def _engine(obj: Any, stages: int) -> Mapping[str, Any] | None:
         return None
     path = "plan.engine"
     for key in ("dtype", "stages", "env"):
-        if key not in _object(obj, path):
+        if key not in reading.mapping(obj, path):
             raise UserError(f"{path} lacks the key {key!r}; plan again.")
     reading.text(obj["dtype"], f"{path}.dtype", COMPUTE_DTYPES)
     for i, entry in enumerate(reading.items(obj["stages"], f"{path}.stages", length=stages)):
         where = f"{path}.stages[{i}]"
         for key in ("kind", "slot"):
-            if key not in _object(entry, where):
+            if key not in reading.mapping(entry, where):
                 raise UserError(f"{where} lacks the key {key!r}; plan again.")
         reading.text(entry["kind"], f"{where}.kind", KINDS)
         reading.integer(entry["slot"], f"{where}.slot", low=0)
@@ -192,7 +201,7 @@ def _engine(obj: Any, stages: int) -> Mapping[str, Any] | None:
             reading.integer(entry["threads"], f"{where}.threads")
         if entry.get("cpu_share") is not None:
             reading.number(entry["cpu_share"], f"{where}.cpu_share", low=0.05)
-    for name, value in _object(obj["env"], f"{path}.env").items():
+    for name, value in reading.mapping(obj["env"], f"{path}.env").items():
         reading.text(value, f"{path}.env.{name}")
     return obj
 

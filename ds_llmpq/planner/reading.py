@@ -4,8 +4,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ds_llmpq.errors import UserError, shown
+from ds_llmpq.errors import UserError, printable, shown
 
+MOST_CHARACTERS = 4096  # of a name or path
+MOST_INTEGER = 2**53
 _MOST = 10**300  # above it, Python's whole numbers are no floats any more
 
 
@@ -23,6 +25,13 @@ def keys(value: Any, path: str, required: Sequence[str], optional: Sequence[str]
     return value
 
 
+def mapping(value: Any, path: str) -> Mapping[str, Any]:
+    """An object with any keys."""
+    if not isinstance(value, Mapping):
+        raise UserError(f"{path} is {shown(value)}, but must be an object.")
+    return value
+
+
 def number(value: Any, path: str, *, low: float = 0.0, finite: bool = True) -> float:
     """A real number of at least `low`; integers stay integers so that byte counts remain exact."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
@@ -33,17 +42,29 @@ def number(value: Any, path: str, *, low: float = 0.0, finite: bool = True) -> f
 
 
 def integer(value: Any, path: str, *, low: int = 1) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise UserError(f"{path} is {shown(value)}, but must be an integer of at least {low}.")
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= MOST_INTEGER:
+        raise UserError(f"{path} is {shown(value)}, but must be an integer of at least {low}, at most {MOST_INTEGER}.")
     return value
 
 
 def text(value: Any, path: str, choices: Sequence[str] = ()) -> str:
     if not isinstance(value, str) or not value:
         raise UserError(f"{path} is {shown(value)}, but must be a non-empty string.")
+    if len(value) > MOST_CHARACTERS or printable(value, len(value), keep="") != value:
+        raise UserError(
+            f"{path} is {shown(value)}, but must have at most {MOST_CHARACTERS} characters, none of them a control "
+            "character."
+        )
     if choices and value not in choices:
         raise UserError(f"{path} is {shown(value)}, but must be one of {', '.join(choices)}.")
     return value
+
+
+def note(value: Any, path: str) -> str:
+    """A sentence for people, made fit for a terminal."""
+    if not isinstance(value, str):
+        raise UserError(f"{path} is {shown(value)}, but must be a string.")
+    return printable(value, 2_000, keep="")
 
 
 def boolean(value: Any, path: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 from ds_llmpq.cost.fit import LatencyModel
 from ds_llmpq.errors import UserError
+from ds_llmpq.report.measured import REMEDY, of_this_form, read_measured
 from ds_llmpq.report.plan_table import milliseconds, table
 
 TRUSTED, USABLE = 0.06, 0.15  # mean absolute error up to which times are trusted, or good for a ranking
@@ -99,6 +99,11 @@ def verdict(pairs: Sequence[Pair], what: str) -> str:
 
 def run_pairs(folder: Path) -> list[Pair]:
     """A run's stages: predicted and measured seconds of a pass. The last stage's sampling counts to its pass."""
+    with of_this_form(folder / "metrics.json"):
+        return _run_pairs(folder)
+
+
+def _run_pairs(folder: Path) -> list[Pair]:
     metrics = _json(folder / "metrics.json")
     plan = _json(folder / "plan.json")
     pairs = []
@@ -119,6 +124,11 @@ def run_pairs(folder: Path) -> list[Pair]:
 
 def run_text(folder: Path) -> str:
     """The table of a run's passes, its totals, and its memory."""
+    with of_this_form(folder / "metrics.json"):
+        return _run_text(folder)
+
+
+def _run_text(folder: Path) -> str:
     metrics = _json(folder / "metrics.json")
     pairs = run_pairs(folder)
     lines = [error_table(pairs)]
@@ -178,8 +188,8 @@ def _mean(values: Iterable[float]) -> float:
     return sum(values) / len(values)
 
 
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); give the folder of a finished run") from None
+def _json(path: Path) -> dict[str, Any]:
+    found = read_measured(path)
+    if found is None:
+        raise UserError(f"{path} cannot be read (it is not there); {REMEDY}.")
+    return found

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import csv
-import json
 from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from ds_llmpq.files import csv_cell
 from ds_llmpq.lengths.simulator import BATCHINGS
 from ds_llmpq.report import sweep
 from ds_llmpq.report.lengths_plots import plot_against
 from ds_llmpq.report.lengths_text import comparison_text
+from ds_llmpq.report.measured import read_measured
 
 Row = dict[str, Any]
 
@@ -26,12 +27,10 @@ class SimulationSummary(Callback):
         points = sorted(place.parent for place in folder.glob("*/.hydra"))
         for point in points:
             if (point / "failure.json").is_file():
-                failure = json.loads((point / "failure.json").read_text())
-                sweep.failure_codes.append(failure["exit_code"])
-                print(f"{point.name}: {failure['message']}")
-        found = [
-            json.loads((point / "metrics.json").read_text()) for point in points if (point / "metrics.json").is_file()
-        ]
+                failure = sweep.failure_of(point)
+                sweep.failure_codes.append(failure.exit_code)
+                print(f"{point.name}: {failure.message}")
+        found = [metrics for point in points if (metrics := read_measured(point / "metrics.json")) is not None]
         if found:
             write_comparison(folder, found)
             print(f"comparison: {folder / 'comparison.md'}")
@@ -44,7 +43,7 @@ def write_comparison(folder: Path, found: list[dict[str, Any]]) -> None:
     with open(folder / "summary.csv", "w", newline="") as stream:
         writer = csv.DictWriter(stream, list(rows[0]))
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({key: csv_cell(value) for key, value in row.items()} for row in rows)
     plots = []
     for x in ("load", "rate", "cv", "max_batch"):
         for y in ("jct_mean_seconds", "throughput_jobs_per_second"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from ds_llmpq.errors import UserError
 from ds_llmpq.planner.plan import Plan
 from ds_llmpq.planner.planfile import read_plan
 from ds_llmpq.report import fidelity, run_figures
+from ds_llmpq.report.measured import of_this_form, read_measured
 from ds_llmpq.report.page import Section, page
 from ds_llmpq.report.plan_table import bits_text, milliseconds, plan_table, size
 from ds_llmpq.report.run_summary import run_summary
@@ -30,9 +30,9 @@ def write_run_report(folder: Path, out: Path) -> str:
     if not (folder / "plan.json").is_file():
         raise UserError(f"{folder} holds no plan.json; give the folder of a run or of a plan.")
     plan = read_plan(folder / "plan.json")
-    metrics, scores = _json(folder / "metrics.json"), _json(folder / "scores.json")
+    metrics, scores = read_measured(folder / "metrics.json"), read_measured(folder / "scores.json")
     out.mkdir(parents=True, exist_ok=True)
-    try:
+    with of_this_form(folder / "metrics.json"):
         sections = [
             _summary(plan, metrics, scores),
             _gantt(folder, out),
@@ -44,10 +44,6 @@ def write_run_report(folder: Path, out: Path) -> str:
             _origins(plan),
         ]
         text = _text(plan, metrics, folder)
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise UserError(
-            f"{folder / 'metrics.json'} is not of the form that this version reads ({error!r}); run again with it."
-        ) from None
     lead = f"{folder.resolve().name}: what was planned, and what happened."
     (out / "report.html").write_text(page("A run against its plan", lead, sections), encoding="utf-8")
     (out / "report.txt").write_text(text + "\n", encoding="utf-8")
@@ -218,15 +214,3 @@ def _of(record: dict[str, Any] | None, *names: str) -> str:
 
 def _measured_loss(scores: dict[str, Any] | None) -> str:
     return _of(scores, "loss_increase", "measured")
-
-
-def _json(file: Path) -> dict[str, Any] | None:
-    if not file.is_file():
-        return None
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({error}); give the folder of a finished run.") from None
-    if not isinstance(record, dict):
-        raise UserError(f"{file} holds no JSON object; give the folder of a finished run.")
-    return record

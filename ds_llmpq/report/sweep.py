@@ -7,16 +7,21 @@ import csv
 import json
 import math
 import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import Ge, Le
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from ds_llmpq.errors import RunFailed, UserError
-from ds_llmpq.files import write_json
+from ds_llmpq.files import csv_cell, read_yaml, write_json
+from ds_llmpq.planner.planfile import read_plan
 from ds_llmpq.report import figures
+from ds_llmpq.report.measured import REMEDY, read_measured
 from ds_llmpq.report.plan_table import table
+from ds_llmpq.validation import Note, checked
 
 _FAILURE = "failure.json"
 _WIDEST_CELL = 90  # characters; summary.csv has all of a long sentence
@@ -26,6 +31,19 @@ BASELINES = ("uniform", "pipeedge", "adabits", "memory_proportional", "single_de
 
 # exit codes of the points of a finished sweep that failed
 failure_codes: list[int] = []
+
+
+@dataclass(frozen=True)
+class Failure:
+    """failure.json of a point, as far as it is shown."""
+
+    message: Note
+    exit_code: Annotated[int, Ge(1), Le(255)]
+
+
+def failure_of(folder: Path) -> Failure:
+    """Why a point failed. `UserError`: its failure.json is no such file."""
+    return checked(Failure, read_measured(folder / _FAILURE), str(folder / _FAILURE), REMEDY, further=True)
 
 
 def note_failure(out: Path, error: UserError) -> None:
@@ -73,10 +91,11 @@ def write_summary(folder: Path, points: list[dict[str, Any]]) -> None:
     (folder / "summary.json").write_text(json.dumps(points, indent=1) + "\n")
     keys = list(dict.fromkeys(key for point in points for key in point["overrides"]))
     with open(folder / "summary.csv", "w", newline="") as stream:
-        fields = ["point", *keys, *_SHOWN, *_MEASURED, *BASELINES, "exit_code"]
+        fields = ["point", *map(csv_cell, keys), *_SHOWN, *_MEASURED, *BASELINES, "exit_code"]
         writer = csv.DictWriter(stream, fields, extrasaction="ignore")
         writer.writeheader()
-        writer.writerows({**point["overrides"], **point} for point in points)
+        rows = ({**point["overrides"], **point} for point in points)
+        writer.writerows({csv_cell(key): csv_cell(value) for key, value in row.items()} for row in rows)
     solved = [point for point in points if not point["failure"]]
     if solved:
         plot(folder / "pareto.png", solved)
@@ -142,11 +161,14 @@ def point_of(folder: Path) -> dict[str, Any]:
     empty = dict.fromkeys((*_SHOWN, *_MEASURED, *BASELINES), None)
     empty |= {"point": folder.name, "overrides": _overrides(folder)}
     if (folder / _FAILURE).is_file():
-        failure = json.loads((folder / _FAILURE).read_text())
-        return empty | {"failure": failure["message"], "exit_code": failure["exit_code"]}
+        failure = failure_of(folder)
+        return empty | {"failure": failure.message, "exit_code": failure.exit_code}
     if not (folder / "plan.json").is_file():
         return empty | {"failure": "no plan.json was written", "exit_code": 1}
-    plan = json.loads((folder / "plan.json").read_text())
+    try:
+        plan = read_plan(folder / "plan.json").to_json()
+    except UserError as error:
+        return empty | {"failure": str(error), "exit_code": error.exit_code}
     widths = sorted({width for stage in plan["stages"] for width in stage["bits"]})
     baselines = {name: plan["baselines"].get(name) for name in BASELINES}
     return empty | {
@@ -166,14 +188,14 @@ def _overrides(folder: Path) -> dict[str, str]:
     file = folder / ".hydra" / "overrides.yaml"
     if not file.is_file():
         return {}
-    pairs = (str(entry).partition("=") for entry in OmegaConf.load(file))
+    pairs = (str(entry).partition("=") for entry in read_yaml(file, "overrides", REMEDY))
     return {key.lstrip("+"): value for key, _, value in pairs if key not in ("out", "input")}
 
 
 def _measured(file: Path, *names: str) -> float | None:
     if not file.is_file():
         return None
-    value = json.loads(file.read_text())
+    value: Any = read_measured(file)
     for name in names:
         value = value.get(name) if isinstance(value, dict) else None
     return value if isinstance(value, (int, float)) else None

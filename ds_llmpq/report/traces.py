@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ds_llmpq.errors import UserError
+from ds_llmpq.errors import printable
+from ds_llmpq.files import read_json
 from ds_llmpq.report import figures
+from ds_llmpq.report.measured import REMEDY, of_this_form
 
+_MOST_STAGES = 4096
 _MOST_SPANS = 20_000  # beyond that, only the first are drawn
 
 
@@ -27,15 +29,21 @@ def read_trace(file: Path) -> list[TracedSpan] | None:
     """Spans by start; None where there is no such file. `UserError`: not a Chrome trace."""
     if not file.is_file():
         return None
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+    record = read_json(file, "trace", REMEDY)
+    with of_this_form(file):
         events = record["traceEvents"] if isinstance(record, dict) else record
         complete = [event for event in events if event.get("ph", "X") == "X" and "dur" in event]
         origin = min((event["ts"] for event in complete), default=0.0)
-        spans = [TracedSpan(int(e["pid"]), str(e["name"]), (e["ts"] - origin) / 1e6, e["dur"] / 1e6) for e in complete]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} cannot be read as a trace ({error!r}); give the folder of a finished run.") from None
+        spans = [_span(event, origin) for event in complete]
     return sorted(spans, key=lambda span: span.start)
+
+
+def _span(event: dict[str, Any], origin: float) -> TracedSpan:
+    """ValueError: no stage, or no time."""
+    stage, start, seconds = int(event["pid"]), (event["ts"] - origin) / 1e6, event["dur"] / 1e6
+    if not (0 <= stage < _MOST_STAGES and 0 <= start <= 1e12 and 0 <= seconds <= 1e12):
+        raise ValueError(f"stage {stage}, start {start} or {seconds} s is out of range")
+    return TracedSpan(stage, printable(event["name"], 100, keep=""), start, seconds)
 
 
 def gantt(traces: dict[str, list[TracedSpan]], path: Path) -> Path:

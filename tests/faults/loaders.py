@@ -10,11 +10,22 @@ import random
 import shutil
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
-from mutations import mutated_bytes, mutated_document, mutated_lines, mutated_overrides
+from mutations import (
+    exhaustive_json,
+    exhaustive_lines,
+    exhaustive_table,
+    mutated_bytes,
+    mutated_document,
+    mutated_lines,
+    mutated_overrides,
+    special_files,
+)
 
 from ds_llmpq import config
 from ds_llmpq.batch.job import Job
@@ -23,18 +34,25 @@ from ds_llmpq.batch.reader import read_requests
 from ds_llmpq.batch.results import ResultWriter, read_finished
 from ds_llmpq.cluster.cluster import Cluster
 from ds_llmpq.cluster.hostfile import hostfile_disagreements, parse_hostfile
+from ds_llmpq.cluster.saved import parse_saved_gpus
+from ds_llmpq.cost.fit import Fit, LatencyModel, Residual, read_model
 from ds_llmpq.cost.linktable import fit_link, read_links
 from ds_llmpq.cost.profile import read_profile
 from ds_llmpq.engine.launcher import Launch, command, environment
-from ds_llmpq.errors import UserError
-from ds_llmpq.files import read_json
+from ds_llmpq.errors import UserError, printable
+from ds_llmpq.files import read_json, read_text
+from ds_llmpq.lengths import dataset
+from ds_llmpq.lengths.arrivals import read_trace
 from ds_llmpq.lengths.predictor import load_predictor
+from ds_llmpq.lengths.published import read_cases, schedules
 from ds_llmpq.lengths.records import read_examples
 from ds_llmpq.models.fingerprint import fingerprint
 from ds_llmpq.models.shape import read_shape
-from ds_llmpq.planner import Problem
+from ds_llmpq.planner import Plan, Problem
 from ds_llmpq.planner.planfile import check_model, launch_order, read_assignment, read_plan
 from ds_llmpq.report.plan_table import plan_table
+from ds_llmpq.report.sweep import point_of, summary_text
+from ds_llmpq.report.traces import read_trace as read_spans
 from ds_llmpq.schema import BatchConfig, EngineConfig
 from ds_llmpq.sensitivity.omega import Omega, read_omega, write_omega
 
@@ -79,6 +97,12 @@ class Loader:
     load: Callable[[Path], object]
     mutate: Callable[[random.Random, bytes], bytes]
     weight: int = 10
+    every: Callable[[bytes], Iterator[bytes]] | None = None  # each place with each odd value; None: as by `mutate`
+
+    def all_inputs(self) -> Iterator[bytes]:
+        """Damaged files: what any file can be, and each place of the valid one with each odd value."""
+        every = self.every or {mutated_document: exhaustive_json, mutated_lines: exhaustive_lines}.get(self.mutate)
+        return chain(special_files(self.seed), every(self.seed) if every and self.seed else ())
 
 
 def all_loaders(folder: Path) -> dict[str, Loader]:
@@ -100,8 +124,10 @@ def all_loaders(folder: Path) -> dict[str, Loader]:
         "problem": Loader(json.dumps(problem).encode(), "problem.json", _problem, mutated_document, 20),
         "omega": Loader((folder / "omega.json").read_bytes(), "omega.json", read_omega, mutated_document),
         "hostfile": Loader(b"# mine\nnodeA slots=2\nnodeB  slots=1 # GPU\n\n", "hostfile", _hostfile, mutated_bytes),
-        "profile": Loader(_profile(folder / "profile.csv"), "profile.csv", read_profile, mutated_bytes),
-        "links": Loader(_links(), "links.csv", _link_table, mutated_bytes),
+        "profile": Loader(_profile(folder / "profile.csv"), "profile.csv", _profile_table, mutated_bytes,
+                          every=exhaustive_table),
+        "links": Loader(_links(), "links.csv", _link_table, mutated_bytes, every=exhaustive_table),
+        "latency": Loader(_latency(folder / "latency.json"), "latency.json", _latency_model, mutated_document, 6),
         "cluster": Loader(json.dumps(_CLUSTER).encode(), "cluster.yaml", _cluster, mutated_document, 6),
         "overrides": Loader(b"", "overrides.json", _compose, _overrides, 6),
         "config.json": Loader((checkpoint / "config.json").read_bytes(), "config.json", _shape_of(checkpoint),
@@ -111,7 +137,8 @@ def all_loaders(folder: Path) -> dict[str, Loader]:
         "index": Loader(_index(checkpoint), "model.safetensors.index.json",
                         _checkpoint_of(checkpoint, "model.safetensors.index.json"), mutated_document, 6),
         "safetensors": Loader((checkpoint / "model.safetensors").read_bytes(), "model.safetensors",
-                              _checkpoint_of(checkpoint, "model.safetensors"), _mutated_header, 6),
+                              _checkpoint_of(checkpoint, "model.safetensors"), _mutated_header, 6,
+                              every=_every_header),
         "quantized": Loader(_quantized(checkpoint), "config.json", _checkpoint_of(checkpoint, "config.json", True),
                             mutated_document, 6),
         "tokenizer": Loader((TINY / "tokenizer.json").read_bytes(), "tokenizer.json", _tokenizer, mutated_document, 1),
@@ -120,6 +147,22 @@ def all_loaders(folder: Path) -> dict[str, Loader]:
         "job": Loader(_token(folder / "plan" / "plan.json"), "token", _job, _mutated_token, 6),
         "predictor": Loader(_predictor(folder / "predictor"), "predictor.json", _predictor_of(folder / "predictor"),
                             mutated_document, 6),
+        "manifest": Loader(_manifest(checkpoint), "quantized.json", _quantized_of(checkpoint), mutated_document, 6),
+        "metrics": Loader(_metrics(plan), "metrics.json", partial(_report, plan), mutated_document, 2),
+        "scores": Loader(_SCORES, "scores.json", partial(_report, plan), mutated_document, 2),
+        "spans": Loader(_SPANS, "trace.json", read_spans, mutated_document, 6),
+        "failure": Loader(b'{"message": "no plan", "exit_code": 2}', "failure.json",
+                          lambda file: summary_text([point_of(file.parent)]), mutated_document, 6),
+        "arrivals": Loader(_ARRIVALS, "trace.csv", read_trace, mutated_bytes, 6, exhaustive_table),
+        "answers": Loader(_ANSWERS, "answers.jsonl", _answers, mutated_lines, 6),
+        "cases": Loader(_CASES, "cases.json", lambda file: [schedules(case) for case in read_cases(file)],
+                        mutated_document, 6),
+        "dataset": Loader(_dataset(folder / "dataset"), "records.jsonl", _dataset_of(folder / "dataset"),
+                          mutated_lines, 6),
+        "gpus": Loader(_GPUS, "gpus.csv", _gpus, mutated_bytes, 6, exhaustive_table),
+        "pins": Loader(_PINS, "pins.json", partial(_pins, plan, problem), mutated_document, 6),
+        "answers.csv": Loader(b"prompt,response,model\na b,c d,m\ne,f,m\n", "rows.csv", read_examples, mutated_bytes, 6,
+                              exhaustive_table),
         "lengths": Loader(b'{"prompt": "a b", "response": "c d", "model": "m"}\n' * 3, "rows.jsonl", read_examples,
                           mutated_lines, 6),
     }  # fmt: skip
@@ -135,7 +178,8 @@ def try_input(loader: Loader, data: bytes, folder: Path) -> str:
     except UserError as error:
         sentence = str(error)
         assert sentence.strip(), "a refusal without a word"
-        sentence.encode("utf-8", errors="replace")
+        assert len(sentence) <= 1_500, "a refusal of many lines"
+        assert printable(sentence) == sentence, "a refusal with control characters"
         return sentence
     finally:
         for each in folder.iterdir():
@@ -183,6 +227,96 @@ class Guard:
 
 
 # --- the loaders ---
+
+_SCORES = b'{"loss_increase": {"predicted": 0.1, "measured": 0.2}, "perplexity": 3.5}'
+_SPANS = json.dumps({"traceEvents": [
+    {"ph": "X", "pid": 0, "tid": 0, "name": "prefill", "ts": 1.0, "dur": 2.0},
+    {"ph": "X", "pid": 1, "tid": 0, "name": "decode", "ts": 3.0, "dur": 2.0}, {"ph": "M", "pid": 0, "name": "n"},
+]}).encode()  # fmt: skip
+_ARRIVALS = b"""TIMESTAMP,ContextTokens,GeneratedTokens
+2023-11-16 18:17:03.9799600,4808,10
+2023-11-16 18:17:04.0319600,3180,8
+2023-11-16 18:17:04.0781490,110,27
+"""
+_ANSWERS = b'{"output_tokens": 5, "prompt_tokens": 3, "predicted_tokens": 4.5}\n{"output_tokens": 7}\n'
+_CASES = json.dumps([{
+    "mode": "DYNAMIC_BATCHING", "max_batch": 2, "batch_wait_timeout": 10, "arrival": [0.0, 1.0, 2.5],
+    "generated_tokens": [3, 4, 5], "predicted_class": [0, 1, 2], "starvation": {"threshold": 100, "coefficient": 10},
+}]).encode()  # fmt: skip
+_GPUS = b"""index, pci.bus_id, name, memory.total [MiB], memory.free [MiB], compute_cap
+0, 00000000:00:04.0, Tesla T4, 15360 MiB, 15000 MiB, 7.5
+1, 00000000:00:05.0, Tesla T4, 15360 MiB, 15000 MiB, 7.5
+"""
+_PINS = json.dumps({"micro_batch": {"decode": 1}, "order": [], "layers": {}, "bits": {"0": 4}}).encode()
+
+
+def _profile_table(file: Path) -> object:
+    return read_profile(file).measured()
+
+
+def _latency_model(file: Path) -> object:
+    from ds_llmpq.report.fidelity import profile_pairs, profile_table
+
+    model = read_model(file)
+    profile_pairs(model)
+    return profile_table(model)
+
+
+def _report(plan: dict, file: Path) -> object:
+    from ds_llmpq.report import fidelity, run_report
+    from ds_llmpq.report.measured import of_this_form, read_measured
+    from ds_llmpq.report.run_summary import run_summary
+
+    found, kept = read_measured(file), Plan.from_json(plan)
+    with of_this_form(file):
+        if file.name == "scores.json":
+            return run_report._measured_loss(found)
+        (file.parent / "plan.json").write_text(json.dumps(plan))
+        run_summary(found)
+        run_report._summary(kept, found, None)
+    return fidelity.run_text(file.parent) if found.get("stages") else found
+
+
+def _answers(file: Path) -> object:
+    from ds_llmpq.lengths.scenario import _read
+    from ds_llmpq.schema_lengths import AnswersConfig
+
+    return _read(AnswersConfig(kind="data", data=str(file)))
+
+
+def _gpus(file: Path) -> object:
+    return parse_saved_gpus(read_text(file, "file of GPUs", "save it again"))
+
+
+def _pins(plan: dict, problem: dict, file: Path) -> object:
+    from ds_llmpq.planner.pins import Pins
+
+    settings = read_json(file, "pins", "mend them")
+    return Pins.from_json(settings, Problem.from_json(problem))
+
+
+def _dataset_of(folder: Path) -> Callable[[Path], object]:
+    def load(file: Path) -> object:
+        _copied(folder, file)
+        return dataset.read(file.parent)
+
+    return load
+
+
+def _quantized_of(checkpoint: Path) -> Callable[[Path], object]:
+    """A quantized folder whose manifest is the damaged file."""
+
+    def load(file: Path) -> object:
+        from ds_llmpq.quant.checkpoint import open_checkpoint
+
+        _copied(checkpoint, file)
+        (file.parent / "config.json").write_bytes(_quantized(checkpoint))
+        (file.parent / "model.safetensors.index.json").write_bytes(_index(checkpoint))
+        fingerprint(file.parent)
+        opened = open_checkpoint(file.parent)
+        return [tensor.shape for _, tensor in opened.tensors(list(opened._shard_of))]
+
+    return load
 
 
 def _batch(file: Path) -> object:
@@ -334,6 +468,45 @@ def _quantized(checkpoint: Path) -> bytes:
     return json.dumps(fields).encode()
 
 
+def _manifest(checkpoint: Path) -> bytes:
+    sha256 = hashlib.sha256((checkpoint / "model.safetensors").read_bytes()).hexdigest()
+    part = {"file": "model.safetensors", "bytes": 9, "sha256": sha256, "made_from": {"source": "0" * 64, "bits": 4}}
+    return json.dumps({"format": 1, "parts": {"embedding": part | {"tensors": ["lm_head.weight"]}}}).encode()
+
+
+def _latency(file: Path) -> bytes:
+    setup = read_profile(file.parent / "profile.csv").setup
+    ranges = {"batch_range": (1, 4), "length_range": (16, 128)}
+    residual = Residual("prefill", 4, 2, 16, 0.01, 0.011, 0.1)
+    fit = Fit("cpu_core", "layer", "prefill", 4, (0.1, 0.2), residuals=(residual,), **ranges)
+    LatencyModel(setup, {fit.key: fit}).write(file)
+    return file.read_bytes()
+
+
+def _metrics(plan: dict) -> bytes:
+    from ds_llmpq.batch.metrics import summarize
+
+    return json.dumps(summarize(Plan.from_json(plan), {}, [], None, [], startup_seconds=0.0)).encode()
+
+
+def _dataset(folder: Path) -> bytes:
+    from ds_llmpq.lengths.records import Example
+    from ds_llmpq.schema_lengths import LengthDataConfig
+
+    options = LengthDataConfig()
+    examples = [Example(f"word {n}", n + 1, "m", 2, str(n)) for n in range(12)]
+    dataset.write(folder, dataset.split(examples, options), options)
+    return (folder / "records.jsonl").read_bytes()
+
+
+def _every_header(data: bytes) -> Iterator[bytes]:
+    size = int.from_bytes(data[:8], "little")
+    for header in exhaustive_json(data[8 : 8 + size]):
+        yield len(header).to_bytes(8, "little") + header + data[8 + size :]
+    for length in (0, 1, size + 1, size - 1, 2**31, 2**63, 2**64 - 1):
+        yield length.to_bytes(8, "little") + data[8:]
+
+
 def _mutated_header(rng: random.Random, data: bytes) -> bytes:
     """A safetensors file: its header's length, its JSON header, or its bytes."""
     size = int.from_bytes(data[:8], "little")
@@ -386,7 +559,6 @@ def _journal() -> bytes:
 
 
 def _predictor(folder: Path) -> bytes:
-    from ds_llmpq.lengths import dataset
     from ds_llmpq.lengths.predictor import train
     from ds_llmpq.lengths.records import Example
     from ds_llmpq.lengths.synthetic import answers

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
+from collections.abc import Iterator
 from typing import Any
 
 ODD_VALUES = (
@@ -158,3 +160,101 @@ def mutated_overrides(rng: random.Random, known: list[str]) -> list[str]:
                                 "${asset:../x}", "${oc.env:HOME}", "1,2", "range(1,5)", "choice(a,b)"])  # fmt: skip
         found.append(rng.choice([f"{key}={value}", f"{key}={value}", key, f"{key} = {value}"]))
     return [text.replace("\0", "") for text in found]
+
+
+# --- every place with every odd value ---
+
+_RAW = "@@RAW@@"
+# as text: Python cannot write all of them
+ODD_TEXTS = (
+    "NaN", "Infinity", "-Infinity", "1e400", "-1e400", "1" + "0" * 400, "-1" + "0" * 400, "1e308", "1e-320", "-1", "0",
+    "0.5", str(2**31), str(2**63), str(2**64), "1" * 5000, "null", "true", "false", '""', '"\\ud800"', '"a\\u0000b"',
+    '"\\u001b[31m\\n<script>alert(1)</script>"', '"../../../etc/passwd"', '"-oProxyCommand=x"', '"a b;$(id)`id`"',
+    '"' + "9" * 400 + '"', '"\u2028\u202e"', "[]", "{}", "[null]", "[[]]", '{"":{}}', '[1,"a"]', "[-1]", "[NaN]",
+    "[" * 200 + "]" * 200, '"' + "x" * 70_000 + '"',
+)  # fmt: skip
+ODD_CELLS = (
+    "", "NaN", "inf", "-inf", "1e400", "1" + "0" * 400, "9" * 5000, "-1", "0", "0.5", "1_0", "0x10", str(2**31),
+    str(2**63), str(2**64), "true", "null", "x", "\0", "\x1b[31m", "\u2028\u202e", "=1+1", '"', '"a', "a,b", "\xe9",
+    "../../etc/passwd", "x" * 140_000, "1e308", "1e-320", "1e30",
+)  # fmt: skip
+
+
+def exhaustive_json(data: bytes, most_entries: int = 3) -> Iterator[bytes]:
+    """A JSON document with each place in turn replaced by each odd value, left out, or named twice; of lists the first
+    entries stand for all."""
+    document = json.loads(data)
+    for path in _paths(document, most_entries):
+        *above, key = path
+        for kind in ("odd", "gone", "twice"):
+            changed = json.loads(data)
+            holder = changed
+            for step in above:
+                holder = holder[step]
+            if kind == "gone":
+                del holder[key]
+                yield json.dumps(changed).encode()
+                continue
+            holder[key] = _RAW
+            text = json.dumps(changed)
+            if kind == "odd":
+                yield from (text.replace(f'"{_RAW}"', odd).encode() for odd in ODD_TEXTS)
+            elif isinstance(key, str):
+                yield text.replace(f'"{_RAW}"', f"1, {json.dumps(key)}: {{}}").encode()
+
+
+def exhaustive_lines(data: bytes, most_lines: int = 3) -> Iterator[bytes]:
+    """JSON lines with one line changed as in `exhaustive_json`."""
+    lines = data.splitlines()
+    for place in range(min(len(lines), most_lines)):
+        for changed in exhaustive_json(lines[place]):
+            yield b"\n".join([*lines[:place], changed, *lines[place + 1 :], b""])
+
+
+def exhaustive_table(data: bytes, most_lines: int = 4) -> Iterator[bytes]:
+    """A CSV file with each cell of its first lines replaced by each odd one, and with a cell or column too few or many;
+    a first line that is a comment holds JSON."""
+    lines = data.decode().split("\n")
+    first = 0
+    if lines[0].startswith("# "):
+        first, rest = 1, "\n".join(lines[1:])
+        for header in exhaustive_json(lines[0][2:].encode()):
+            yield b"# " + header + b"\n" + rest.encode()
+    for place in range(first, min(len(lines), first + most_lines)):
+        cells = lines[place].split(",")
+        for column in range(len(cells)):
+            for odd in (*ODD_CELLS, f"{cells[column]},1", None):
+                row = [*cells[:column], *([] if odd is None else [odd]), *cells[column + 1 :]]
+                yield "\n".join([*lines[:place], ",".join(row), *lines[place + 1 :]]).encode()
+
+
+def special_files(data: bytes) -> Iterator[bytes]:
+    """What any file can be instead of itself: empty, of another encoding, cut, doubled, deep, endless, hostile."""
+    text = data.decode(errors="replace")
+    levels = [b"a: &a [x,x,x,x,x,x,x,x,x]\n"]
+    levels += [b"%c: &%c [%s]\n" % (98 + i, 98 + i, b",".join([b"*%c" % (97 + i)] * 9)) for i in range(9)]
+    yield from (
+        b"",
+        b" \n\n",
+        b"\xef\xbb\xbf" + data,
+        text.encode("utf-16"),
+        text.encode("utf-32"),
+        gzip.compress(data),
+    )
+    yield from (gzip.compress(data), b"".join(levels))
+    yield from (data + b"\xe9\xff", b"\0" * 1000, data + b"\0" * 100, data[: len(data) // 2], data[:-2], data + data)
+    yield from (data.replace(b"\n", b"\r\n"), data.replace(b"\n", b"\r"), b"[" * 10_000 + b"]" * 10_000)
+    yield from (b'{"a":' * 10_000 + b"1" + b"}" * 10_000, b"1", b"null", b'"x"', b"[]", b"{}", b"NaN", b"1" * 100_000)
+    yield from (
+        b"<html><script>alert(1)</script></html>",
+        b'!!python/object/apply:os.system ["true"]',
+        b"".join(levels),
+    )
+    yield b"\x1b]0;x\x07\x1b[2J" + data
+
+
+def _paths(value: Any, most_entries: int, path: tuple = ()) -> Iterator[tuple]:
+    keys = value if isinstance(value, dict) else range(min(len(value), most_entries)) if isinstance(value, list) else ()
+    for key in keys:
+        yield (*path, key)
+        yield from _paths(value[key], most_entries, (*path, key))

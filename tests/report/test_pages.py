@@ -107,7 +107,7 @@ def test_text_from_files_cannot_become_markup(tmp_path):
         ("metrics.json", "{", "cannot be read"),
         ("metrics.json", "[]", "no JSON object"),
         ("metrics.json", '{"counts": {}}', "not of the form"),
-        ("trace.json", '{"traceEvents": [{"ph": "X", "dur": 1}]}', "cannot be read as a trace"),
+        ("trace.json", '{"traceEvents": [{"ph": "X", "dur": 1}]}', "trace.json is not of the form"),
         ("plan.json", "{}", "plan"),
     ],
 )

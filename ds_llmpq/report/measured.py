@@ -1,0 +1,43 @@
+"""metrics.json, scores.json and the like, read for a report: bounded, finite, fit to print, or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ds_llmpq.errors import UserError, printable
+from ds_llmpq.files import read_json
+
+REMEDY = "give the folder of a finished run"
+_WRONG = (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError)
+
+
+def read_measured(file: Path) -> dict[str, Any] | None:
+    """The object of a file, its texts made fit to print; None where there is no such file. `UserError`: no object, or
+    as in `read_json`."""
+    if not file.exists():
+        return None
+    record = read_json(file, "file", REMEDY)
+    if not isinstance(record, dict):
+        raise UserError(f"{file} holds no JSON object; {REMEDY}.")
+    return _printable(record)
+
+
+@contextmanager
+def of_this_form(file: Path) -> Iterator[None]:
+    """What fails inside fails because `file` has other keys or values than this version writes: `UserError`."""
+    try:
+        yield
+    except _WRONG as error:
+        reason = printable(f"{type(error).__name__}: {error}", 200, keep="")
+        raise UserError(f"{file} is not of the form that this version reads ({reason}); run again with it.") from None
+
+
+def _printable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {printable(key, 1_000, keep=""): _printable(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_printable(entry) for entry in value]
+    return printable(value, 10_000, keep="\n") if isinstance(value, str) else value
