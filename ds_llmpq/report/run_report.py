@@ -155,7 +155,8 @@ def _bits(plan: Plan, out: Path) -> Section:
 def _phases(plan: Plan, metrics: dict[str, Any] | None, out: Path) -> Section:
     if metrics is None or not metrics["stages"]:
         picture = run_figures.predicted_phase_bars(plan, out / "phases.png")
-        lead = "Predicted work of each stage over a whole batch; no run of this plan was measured."
+        why = "this plan was not run" if metrics is None else "its run was not measured"
+        lead = f"Predicted work of each stage over a whole batch; {why}."
     else:
         picture = run_figures.phase_bars([stage["seconds"] for stage in metrics["stages"]], out / "phases.png")
         lead = "Where each stage's time went, measured: work by phase, then waiting for neighbours and tokens."

@@ -51,6 +51,33 @@ def test_after_a_kill_of_run_itself_the_same_command_goes_on(batch, expected, tm
     again = run.command().run()
     assert again.returncode == 0
     assert "nothing is left to do" in again.stdout
+    results = run.out / "results.jsonl"
+    results.write_bytes(b"".join(results.read_bytes().splitlines(keepends=True)[:-2]))
+    again = run.command().run()
+    assert again.returncode == 0
+    assert f"was finished, but 2 of its {len(expected)} rows are gone; serving what is missing" in again.stdout
+    assert rows_of(run.out) == expected
+
+
+def test_results_deleted_while_they_are_written_are_missed_and_made_again(batch, expected, tmp_path):
+    run = FaultRun(tmp_path, batch, "run", 0, 0.0)
+    command = run.command()
+    process = command.start()
+    try:
+        wait_for_results(run.out / "results.jsonl", process)
+        (run.out / "results.jsonl").unlink()
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+        process.communicate()
+    sentence = error_sentence(subprocess.CompletedProcess([], process.returncode, out, err))
+    assert "results.jsonl was deleted, replaced or cut" in sentence
+    assert json.loads((run.out / "failure.json").read_text())["failure"]["kind"] == "mistake"
+    assert json.loads((run.out / "run.json").read_text())["state"] == "unfinished"
+    assert gone(command.processes)
+    assert run.command().run().returncode == 0
+    assert rows_of(run.out) == expected
+    assert not (run.out / "failure.json").exists()
 
 
 def test_a_stopped_rank_is_noticed_and_its_stacks_are_in_the_log(batch, expected, tmp_path):

@@ -1,4 +1,4 @@
-"""What is said of runs in which something is not there: answers of one token, a pipeline that ended before it reported."""
+"""What is said of a run with answers of one token, and of one whose pipeline ended before it reported."""
 
 import json
 
