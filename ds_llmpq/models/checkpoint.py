@@ -18,6 +18,8 @@ from ds_llmpq.models.tying import HEAD, names_of_embedding, stores_own_head
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+# of our quantized folders, whose tensors mean nothing to transformers: it must not find them
+QUANTIZED_INDEX = "quantized.safetensors.index.json"
 # base-model prefixes that some checkpoints leave out of their tensor names
 _OPTIONAL_PREFIXES = ("model.", "transformer.")
 
@@ -96,18 +98,17 @@ def _read_config(path: Path, trust_remote_code: bool) -> PreTrainedConfig:
 
 def _tensor_locations(path: Path) -> dict[str, str]:
     """Tensor name -> file name within the folder."""
-    if (path / _INDEX).is_file():
+    index = next((path / name for name in (QUANTIZED_INDEX, _INDEX) if (path / name).is_file()), None)
+    if index is not None:
         try:
-            weight_map = json.loads((path / _INDEX).read_text(encoding="utf-8"))["weight_map"]
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             pairs = [(str(name), str(shard)) for name, shard in weight_map.items()]
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"{path / _INDEX} is not a safetensors index: {_in_short(error)}") from None
+            raise UserError(f"{index} is not a safetensors index: {_in_short(error)}") from None
         for shard in {shard for _, shard in pairs}:
             # an index comes with the checkpoint, which is not trusted to name files elsewhere
             if Path(shard).name != shard or len(shard) > 255:
-                raise UserError(
-                    f"{path / _INDEX} names the shard {shard[:80]!r}; shards must lie in the checkpoint's folder."
-                )
+                raise UserError(f"{index} names the shard {shard[:80]!r}; shards must lie in the checkpoint's folder.")
             if not (path / shard).is_file():
                 raise UserError(f"Shard {path / shard} is missing; the index names it. Fetch the checkpoint again.")
         return dict(pairs)

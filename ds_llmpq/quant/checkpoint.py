@@ -1,6 +1,7 @@
 """Reading a quantized checkpoint, as `ds-llmpq quantize` writes it (`quant.writer`).
 
-It is a Hugging Face folder: safetensors shards with an index, `quantization_config` in config.json, the tokenizer. One
+It is a Hugging Face folder: safetensors shards with an index, `quantization_config` in config.json, the tokenizer. The
+index has a name of its own, so that transformers says that there are no weights instead of making some up. One
 shard holds one pipeline layer, so a rank opens only its own. A quantized linear `NAME` is stored as `NAME.W_q` (HQQ's
 packing), `NAME.scale` and `NAME.zero` (float32, so that one checkpoint serves every compute type), `NAME.bias`. A
 quantized output matrix is stored in blocks of `head_rows`, `lm_head.0` and on, also where the model ties it.
@@ -18,7 +19,7 @@ from hqq.core.quantize import HQQLinear
 
 from ds_llmpq.errors import UserError, shown
 from ds_llmpq.files import check_files, read_json
-from ds_llmpq.models.checkpoint import Checkpoint
+from ds_llmpq.models.checkpoint import QUANTIZED_INDEX, Checkpoint
 from ds_llmpq.models.fingerprint import MANIFEST, read_manifest
 from ds_llmpq.models.prequantized import QUANT_METHOD
 from ds_llmpq.quant.hqq import STORED_PARTS, restored_linear
@@ -28,6 +29,7 @@ from ds_llmpq.validation import Digest, Many, Name, Positive, Some, checked, one
 
 HEAD = "lm_head"
 FORMAT = 1
+FORMER_INDEX = "model.safetensors.index.json"  # transformers found it, and made a model of random weights
 Width = one_of(*PACKED_BITS, UNQUANTIZED_BITS)
 _READ_BYTES = 1 << 22
 
@@ -114,7 +116,7 @@ class QuantizedCheckpoint(Checkpoint):
     """
 
     def __init__(self, path: str | Path, recipe: Recipe, trust_remote_code: bool = False):
-        if not (Path(path) / "model.safetensors.index.json").is_file():
+        if not any((Path(path) / name).is_file() for name in (QUANTIZED_INDEX, FORMER_INDEX)):
             raise UserError(f"{path} is not finished: start `ds-llmpq quantize` with out={path} again, it goes on.")
         super().__init__(path, trust_remote_code)
         self.recipe = recipe

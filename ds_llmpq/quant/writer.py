@@ -24,15 +24,14 @@ from safetensors.torch import save_file
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import write_json
 from ds_llmpq.models.architecture import architecture_of
-from ds_llmpq.models.checkpoint import Checkpoint
+from ds_llmpq.models.checkpoint import QUANTIZED_INDEX, Checkpoint
 from ds_llmpq.models.fingerprint import MANIFEST, fingerprint, read_manifest
 from ds_llmpq.models.shape import read_shape
-from ds_llmpq.quant.checkpoint import FORMAT, HEAD, Recipe, file_sha256
+from ds_llmpq.quant.checkpoint import FORMAT, FORMER_INDEX, HEAD, Recipe, file_sha256
 from ds_llmpq.quant.hqq import linear_names, quantize_linear, quantize_rows, stored_parts
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS, check_output_matrix, groups_of, row_blocks
 from ds_llmpq.schema import QuantConfig
 
-_INDEX = "model.safetensors.index.json"
 _RECIPE_VERSION = 1  # raised when the same settings give other weights
 # what belongs to the text side of a checkpoint, copied as it is
 _COPIED = ("*.jinja", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
@@ -165,7 +164,7 @@ class _Writer:
                 if file.is_file():
                     shutil.copyfile(file, self.out / file.name)
         write_json(self.out / "config.json", config)
-        write_json(self.out / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(self.out / QUANTIZED_INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         return total
 
 
@@ -203,7 +202,7 @@ def write_quantized(
     folder.mkdir(parents=True, exist_ok=True)
     if not _parts(folder) and any(folder.glob("*.safetensors")):
         raise UserError(f"out={out} holds other safetensors files; give an empty folder, or one to go on with.")
-    for name in (_INDEX, "config.json"):
+    for name in (QUANTIZED_INDEX, FORMER_INDEX, "config.json"):
         (folder / name).unlink(missing_ok=True)
     writer = _Writer(checkpoint, recipe, folder, torch.device(device), Path(reuse) if reuse else None)
     writer.parts.update(_parts(folder))  # what is not rewritten yet stays known if this run is killed

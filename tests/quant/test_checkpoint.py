@@ -112,10 +112,27 @@ def test_what_the_folder_holds(source, written):
     assert config["quantization_config"]["bits"] == BITS
     assert read_recipe(written).bits == tuple(BITS)
     assert fingerprint(written) == fingerprint(source)
-    index = json.loads((written / "model.safetensors.index.json").read_text())
+    index = json.loads((written / "quantized.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == {file.name for file in written.glob("*.safetensors")}
     assert index["weight_map"]["model.layers.0.mlp.up_proj.W_q"] == "model-00002-of-00008.safetensors"
     assert read_recipe(source) is None
+
+
+def test_transformers_refuses_the_folder(written):
+    """Rather than a model of random weights, and a warning."""
+    with pytest.raises(OSError, match="no file named"):
+        AutoModelForCausalLM.from_pretrained(written)
+
+
+def test_a_folder_with_the_former_index_is_read_and_written_anew(source, written, tmp_path):
+    folder = tmp_path / "former"
+    shutil.copytree(written, folder)
+    (folder / "quantized.safetensors.index.json").rename(folder / "model.safetensors.index.json")
+    name = "model.layers.0.mlp.up_proj.W_q"
+    (_, here), (_, there) = (next(open_checkpoint(path).tensors([name])) for path in (folder, written))
+    assert torch.equal(here, there)
+    assert write_quantized(source, folder, BITS, QUANT).reused == 8
+    assert {file.name for file in folder.iterdir()} == {file.name for file in written.iterdir()}
 
 
 def test_tokenizer_and_template_are_copied(tmp_path):
