@@ -19,7 +19,7 @@ from ds_llmpq import __version__, config
 from ds_llmpq.batch.results import check_folder
 from ds_llmpq.engine.openmp import wait_briefly
 from ds_llmpq.errors import Interrupted, RunFailed, UserError
-from ds_llmpq.files import unwritable_as_mistake
+from ds_llmpq.files import keep_open_pipe, unwritable_as_mistake
 from ds_llmpq.report import kept, sweep
 from ds_llmpq.versions import check_versions
 
@@ -85,8 +85,9 @@ def _through_hydra(verb: str, arguments: list[str]) -> int:
     config.register()
     if verb == "run" and all(argument.startswith("out=") for argument in arguments):
         arguments = ["+experiment=demo", *arguments]
-    if not any(argument.startswith("-") for argument in arguments):
-        arguments = [config.quoted(argument) for argument in arguments]
+    flags = [argument for argument in arguments if argument.startswith("-")]
+    arguments = config.prepare(verb, arguments, sweep=bool({"-m", "--multirun"} & set(flags)))
+    if not flags:
         # says a mistake in one sentence before Hydra says it in many lines
         composed = config.composed(verb, arguments)
         if any(argument.startswith("out=") for argument in arguments):
@@ -121,7 +122,10 @@ def _run(verb: str, composed: DictConfig) -> int:
     try:
         held_work = sweep.holds_work(out)
         with unwritable_as_mistake(out):
-            code = module.run(config.to_object(composed, config.VERBS[verb]), out)
+            settings = config.to_object(composed, config.VERBS[verb])
+            if getattr(settings, "input", None):
+                settings.input = str(keep_open_pipe(settings.input, out))
+            code = module.run(settings, out)
         if verb not in _READS_FAILURES:
             sweep.forget_failure(out)
         return code

@@ -12,9 +12,9 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
-from ds_llmpq import schema, schema_lengths
+from ds_llmpq import overrides, schema, schema_lengths
 from ds_llmpq.cluster.environment import check_environment
-from ds_llmpq.errors import UserError
+from ds_llmpq.errors import UserError, shown
 from ds_llmpq.files import read_yaml
 
 VERBS = {
@@ -37,31 +37,6 @@ _PACKAGE = Path(__file__).parent
 _ASSETS = {
     "tiny-llama": ("tests/assets/tiny-llama", "assets/tiny_llama"),
     "demo_prompts.jsonl": ("launch/demo_prompts.jsonl", "launch/demo_prompts.jsonl"),
-}
-
-# overrides whose values are paths
-PATH_KEYS = schema_lengths.PATH_KEYS | {
-    "calibration.text",
-    "check",
-    "cluster_file",
-    "evaluation.tasks_path",
-    "evaluation.text",
-    "gpus",
-    "hostfile",
-    "input",
-    "model.path",
-    "out",
-    "output",
-    "plan",
-    "planner.omega",
-    "planner.profile",
-    "problem",
-    "profile",
-    "quantized",
-    "reuse",
-    "run",
-    "sweep",
-    "topology",
 }
 
 T = TypeVar("T")
@@ -87,30 +62,27 @@ def register() -> None:
     OmegaConf.register_new_resolver("asset", asset, replace=True)
     OmegaConf.register_new_resolver("gib", lambda number: int(float(number) * 2**30), replace=True)
     OmegaConf.register_new_resolver("mib", lambda number: int(float(number) * 2**20), replace=True)
+    OmegaConf.register_new_resolver("point_folder", overrides.point_folder, replace=True)
     store = ConfigStore.instance()
     for verb, node in VERBS.items():
         if f"{verb}_schema.yaml" not in store.repo:
             store.store(name=f"{verb}_schema", node=node)
 
 
-def composed(verb: str, overrides: list[str]) -> DictConfig:
+def composed(verb: str, arguments: list[str]) -> DictConfig:
     """The configuration of a verb, composed without running it. `UserError` for an unknown key or a wrong value."""
     register()
+    prepared = prepare(verb, arguments)
     try:
         with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-            return compose(config_name=verb, overrides=[quoted(override) for override in overrides])
+            return compose(config_name=verb, overrides=prepared)
     except Exception as error:  # Hydra raises ValueError, AssertionError and others for mistakes in overrides
         raise UserError(f"Configuration of {verb}: {_sentence(error)}") from None
 
 
-def quoted(argument: str) -> str:
-    """An override whose value is a path, quoted where Hydra's grammar would take the path apart (at `=`, `,`, `[`)."""
-    key, equals, value = argument.partition("=")
-    if key not in PATH_KEYS or not equals or re.fullmatch(r"[\w./:~+\-${}]*|'.*'|\".*\"", value, re.ASCII):
-        return argument
-    # within quotes, backslashes are plain unless a quote follows them
-    escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)
-    return f"{key}='" + re.sub(r"(\\+)$", r"\1\1", escaped) + "'"
+def prepare(verb: str, arguments: list[str], sweep: bool = False) -> list[str]:
+    """A verb's arguments as Hydra takes them; see `overrides.prepare`."""
+    return overrides.prepare(verb, VERBS[verb], arguments, conf_folder(), sweep)
 
 
 def to_object(config: DictConfig, kind: type[T]) -> T:
@@ -144,18 +116,69 @@ def cluster_of(settings: schema.PlanVerb) -> schema.ClusterConfig:
 def _typed(file: Path, kind: type[T]) -> T:
     """A YAML file as an object of `kind`. `UserError`: unreadable, unknown key, wrong type."""
     register()
-    values = read_yaml(file, "YAML file", "give a YAML file as `detect` writes it")
+    values = _integral(read_yaml(file, "YAML file", "give a YAML file as `detect` writes it"))
+    if kind is schema.ClusterConfig and isinstance(values, dict) and "defaults" in values:
+        values = _with_defaults(values, file)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(kind), values)
         return OmegaConf.to_object(merged)
     except (OSError, ValueError, YAMLError, RecursionError) as error:
-        raise UserError(f"{file} cannot be read ({_first(error)}); give a YAML file as `detect` writes it.") from None
+        raise UserError(
+            f"{file} cannot be read ({_named(error)}{_first(error)}); give a YAML file as `detect` writes it."
+        ) from None
     except Exception as error:  # OmegaConf's own, or whatever a conversion raises
-        raise UserError(f"{file}: {_sentence(error)}") from None
+        raise UserError(f"{file}: {_named(error)}{_sentence(error)}") from None
+
+
+def _integral(value: Any) -> Any:
+    """Whole numbers written as floats (`24e9` bytes) as whole numbers; a field that wants floats takes these too."""
+    if isinstance(value, dict):
+        return {name: _integral(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_integral(entry) for entry in value]
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**63 else value
+
+
+def _with_defaults(values: dict[str, Any], file: Path) -> dict[str, Any]:
+    """A cluster copied from conf/cluster: Hydra's list of the device types it takes is read as Hydra would, the file's
+    own keys going over it."""
+    values = dict(values)
+    types: dict[str, Any] = {}
+    for entry in values.pop("defaults") or []:
+        if entry == "_self_":
+            continue
+        [(place, name)] = entry.items() if isinstance(entry, dict) and len(entry) == 1 else [(entry, None)]
+        found = re.fullmatch(r"/?device@device_types\.([\w-]+)", str(place))
+        device = conf_folder() / "device" / f"{name}.yaml"
+        if not found or not isinstance(name, str) or name != device.stem or not device.is_file():
+            known = ", ".join(sorted(path.stem for path in (conf_folder() / "device").glob("*.yaml")))
+            raise UserError(
+                f"{file}: defaults holds {shown(entry)}, but may hold `_self_` and `/device@device_types.NAME: TYPE`, "
+                f"with a TYPE of {known}."
+            )
+        types[found[1]] = _integral(read_yaml(device, "device type", "install the package again"))
+    own = values.get("device_types") or {}
+    if isinstance(own, dict):
+        merged = {
+            name: types.get(name, {}) | entry if isinstance(entry, dict) else entry for name, entry in own.items()
+        }
+        values["device_types"] = types | merged
+    return values
+
+
+def _named(error: Exception) -> str:
+    """The key that an error of OmegaConf's is about."""
+    key = getattr(error, "full_key", None)
+    return f"{key}: " if key else ""
 
 
 def _first(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def given(path: str | None) -> str | None:
+    """`absolute` of a path that may be left out."""
+    return None if path is None else str(absolute(path))
 
 
 def absolute(path: str | os.PathLike[str]) -> Path:

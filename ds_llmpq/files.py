@@ -10,6 +10,7 @@ import contextlib
 import csv
 import errno
 import fcntl
+import hashlib
 import io
 import json
 import math
@@ -79,6 +80,29 @@ def open_regular(path: str | Path, what: str, remedy: str, most_bytes: int | Non
         raise UserError(f"{what} {path} has {found.st_size} bytes, more than {most_bytes}; {remedy}.")
     kind = next((name for matches, name in _KINDS if matches(found.st_mode)), "no file")
     raise UserError(f"{what} {path} cannot be read (it is {kind}); {remedy}.")
+
+
+def keep_open_pipe(path: str | Path, folder: Path) -> Path:
+    """What comes out of a pipe that the shell has opened (`input=<(zcat FILE)`), as a file of `folder`: an input is
+    read several times, also by other processes. Any other path is given back as it is."""
+    path = Path(path)
+    if not re.fullmatch(r"/dev/(fd/\d+|stdin)|/proc/self/fd/\d+", str(path)):
+        return path
+    try:
+        if not stat.S_ISFIFO(path.stat().st_mode):
+            return path
+        unfinished = folder / f".input.{os.getpid()}.part"
+        digest = hashlib.sha256()
+        with open(path, "rb") as pipe, open(unfinished, "wb") as file:
+            while piece := pipe.read(1 << 20):
+                digest.update(piece)
+                file.write(piece)
+    except OSError as error:
+        raise UserError(f"{path} cannot be kept in {folder} ({_reason(error)}); give a file.") from None
+    # named after what it holds, so that a run that goes on with the same text finds it unchanged
+    kept = folder / f"input-{digest.hexdigest()[:12]}.jsonl"
+    os.replace(unfinished, kept)
+    return kept
 
 
 def check_files(folder: str | Path, what: str, remedy: str) -> None:

@@ -8,7 +8,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from ds_llmpq import config, schema, schema_lengths
+from ds_llmpq import config, overrides, schema, schema_lengths
 from ds_llmpq.errors import UserError
 
 GROUPS = {
@@ -89,13 +89,13 @@ def test_the_papers_clusters_are_all_there():
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("foo=1", "Key 'foo' not in 'PlanVerb'"),
+        ("foo=1", "foo is no key of `ds-llmpq plan`"),
         ("planner.thetaa=1", "thetaa"),
         ("planner.theta=abc", "could not be converted to Float"),
         ("cluster=nope", "cluster/nope"),
         ("workload.sequences=many", "could not be converted to Integer"),
         ("quant.bits=4", "quant"),
-        ("=", "No match in the defaults list"),
+        ("=", "'=' is no key=value"),
     ],
 )
 def test_a_wrong_override_is_one_line(override, said):
@@ -117,8 +117,8 @@ def test_a_path_survives_the_command_line(path):
 
 
 def test_what_is_quoted_already_stays():
-    assert config.quoted("problem='a=b'") == "problem='a=b'"
-    assert config.quoted("planner.theta=1,2") == "planner.theta=1,2"
+    assert overrides.quoted("problem='a=b'") == "problem='a=b'"
+    assert overrides.quoted("planner.theta=1,2") == "planner.theta=1,2"
 
 
 def test_sizes_and_assets_resolve(tmp_path):
@@ -143,3 +143,54 @@ def test_a_cluster_file_takes_the_groups_place(tmp_path):
     file.unlink()
     with pytest.raises(UserError, match="cannot be read"):
         config.cluster_of(settings)
+
+
+CLUSTERS = sorted((config.conf_folder() / "cluster").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("shipped", CLUSTERS, ids=lambda file: file.stem)
+def test_a_copy_of_a_shipped_cluster_is_a_cluster_file(shipped, tmp_path):
+    copy = tmp_path / "mine.yaml"
+    copy.write_text(shipped.read_text())
+    given = config.to_object(config.composed("plan", [f"cluster_file={copy}"]), schema.PlanVerb)
+    chosen = config.to_object(config.composed("plan", [f"cluster={shipped.stem}"]), schema.PlanVerb)
+    assert config.cluster_of(given) == chosen.cluster
+
+
+def cluster_from(tmp_path, text):
+    file = tmp_path / "cluster.yaml"
+    file.write_text(text)
+    return config.cluster_of(config.to_object(config.composed("plan", [f"cluster_file={file}"]), schema.PlanVerb))
+
+
+def test_keys_of_a_cluster_file_go_over_its_defaults(tmp_path):
+    defaults = "defaults: [/device@device_types.mine: t4, _self_]\nname: x\n"
+    found = cluster_from(
+        tmp_path, defaults + "device_types: {mine: {memory_bytes: 24e9}, other: {memory_bytes: 8.0}}\n"
+    )
+    assert found.device_types["mine"].memory_bytes == 24_000_000_000
+    assert found.device_types["mine"].compute_capability == "7.5"
+    assert found.device_types["other"].memory_bytes == 8
+    with pytest.raises(UserError, match=r"device_types\.mine\.memory_bytes: Value '24\.5'"):
+        cluster_from(tmp_path, defaults + "device_types: {mine: {memory_bytes: 24.5}}\n")
+
+
+@pytest.mark.parametrize("entry", ["/device@device_types.t4: ../t4", "/device@device_types.t4: t5", "/cluster: x", "3"])
+def test_defaults_of_a_cluster_file_are_device_types_alone(tmp_path, entry):
+    with pytest.raises(UserError, match=r"defaults holds .* with a TYPE of a10, .*v100"):
+        cluster_from(tmp_path, f"defaults: [{{{entry}}}]\n" if ":" in entry else f"defaults: [{entry}]\n")
+
+
+def test_a_long_point_has_a_short_folder():
+    def folder(name):
+        return OmegaConf.create({"hydra": {"job": {"override_dirname": name}}, "at": "${point_folder:}"}).at
+
+    config.register()
+    assert folder("planner.theta=1") == "planner.theta=1"
+    long = ",".join(f"planner.key{number}=1" for number in range(13))
+    assert len(folder(long).encode()) <= 120
+    assert folder(long).startswith("planner.key0=1,")
+    assert folder(long) != folder(long + "0")
+    assert folder("é" * 300).encode()
+    assert "/" not in folder("model.path=a/b")
+    assert folder("x=a/b") != folder("x=a_b")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_llmpq import config
+from ds_llmpq.batch.body import check_defaults
 from ds_llmpq.batch.workload import sized_workload
 from ds_llmpq.cluster.cluster import Cluster
 from ds_llmpq.cluster.gates import common_dtype
@@ -49,6 +50,7 @@ def run(settings: PlanVerb, out: Path) -> int:
 
 def make_plan(settings: PlanVerb, out: Path) -> Plan:
     """Plans, or checks the plan that is given, and writes the artefacts into `out`."""
+    check_defaults(settings.batch)
     problem, deploy = _problem(settings)
     write_json(out / "problem.json", problem.to_json())
     if settings.check:
@@ -78,7 +80,7 @@ def _problem(settings: PlanVerb) -> tuple[Problem, Callable[[Plan], Plan]]:
     check_output_matrix(shape.vocab, shape.embed_dim, settings.quant)
     cluster = Cluster.from_config(config.cluster_of(settings))
     workload = sized_workload(
-        settings.workload, settings.model, settings.input, settings.batch, shape, settings.engine.refill
+        settings.workload, settings.model, config.given(settings.input), settings.batch, shape, settings.engine.refill
     )
     omega = read_omega(planner.omega) if planner.omega else None
     if omega is not None:

@@ -35,7 +35,7 @@ def run(settings: ProfileVerb, out: Path) -> int:
     path = str(config.absolute(settings.model.path))
     shape = read_shape(path)
     workload = sized_workload(
-        settings.workload, settings.model, settings.input, settings.batch, shape, settings.engine.refill
+        settings.workload, settings.model, config.given(settings.input), settings.batch, shape, settings.engine.refill
     )
     check_workload(workload, shape)
     dtype = common_dtype(cluster, settings.engine.dtype)

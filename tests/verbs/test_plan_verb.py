@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+from pathlib import Path
 
 import pytest
 
@@ -226,3 +228,29 @@ def test_pins_are_kept(call, small, tmp_path):
     assert plan.stages[0].bits[0] == 3
     assert plan.micro_batch["decode"] == 8
     assert [stage.device for stage in plan.stages] == ["localhost:0", "localhost:1"]
+
+
+def test_a_pipe_that_the_shell_opened_is_kept_as_a_file(call, small, tmp_path):
+    row = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": [5] * 40, "max_tokens": 3}}
+    reading, writing = os.pipe()
+    os.write(writing, json.dumps(row).encode())
+    os.close(writing)
+    try:
+        model = Path(__file__).parents[1] / "assets" / "tiny-llama"
+        code, _, err = call(
+            "plan", "cluster=demo_cpu2", f"model.path={model}", f"input=/dev/fd/{reading}", f"out={tmp_path}"
+        )
+    finally:
+        os.close(reading)
+    assert (code, err) == (0, "")
+    assert read_plan(tmp_path / "plan.json").workload.prompt_tokens == 40
+    [kept] = tmp_path.glob("input-*.jsonl")
+    assert json.loads(kept.read_text()) == row
+
+
+@pytest.mark.parametrize("wrong", ["batch.max_tokens=0", "batch.temperature=3"])
+def test_defaults_out_of_range_are_said_before_planning(call, small, tmp_path, wrong):
+    code, _, err = call("plan", *small, wrong, f"out={tmp_path}")
+    assert code == 1
+    assert err.startswith(f"error: {wrong.partition('=')[0]} is ")
+    assert not (tmp_path / "plan.json").exists()

@@ -1,0 +1,211 @@
+"""What stands on the command line, made ready for Hydra: every key is known to the verb, paths are quoted, and free
+dictionaries (`planner.pins`) take any keys.
+
+Hydra's own `+key=value` adds whatever key it is given, which then has no effect; here `+` is for groups.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import is_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.conf import HydraConf
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+
+from ds_llmpq import schema_lengths
+from ds_llmpq.errors import UserError, shown
+
+# overrides whose values are paths
+PATH_KEYS = schema_lengths.PATH_KEYS | {
+    "calibration.text",
+    "check",
+    "cluster_file",
+    "evaluation.tasks_path",
+    "evaluation.text",
+    "gpus",
+    "hostfile",
+    "input",
+    "model.path",
+    "out",
+    "output",
+    "plan",
+    "planner.omega",
+    "planner.profile",
+    "problem",
+    "profile",
+    "quantized",
+    "reuse",
+    "run",
+    "sweep",
+    "topology",
+}
+_OVERRIDE = re.compile(r"(\+\+|\+|~)?([^=]*)(?:=(.*))?", re.DOTALL)
+_LONGEST_NAME = 120  # bytes; file systems take 255, some encrypted ones 143
+_DIGEST_CHARACTERS = 10
+_FOLDERS = ("hydra.run.dir", "hydra.sweep.dir")
+_CLOSED, _OPEN = "closed", "open"
+_SPECIAL = re.compile(r"([\\()\[\]{}:=,\s])")
+
+
+def prepare(verb: str, kind: type, arguments: Iterable[str], conf: Path, sweep: bool = False) -> list[str]:
+    """The arguments as Hydra takes them. `kind`: the verb's dataclass; `sweep`: values may be lists of points; `conf`:
+    the folder of groups. `UserError`: a key that the verb does not have, or two that name the output folder."""
+    arguments = list(arguments)
+    names = {_OVERRIDE.fullmatch(argument)[2] for argument in arguments}
+    if "out" in names and (folder := next((name for name in _FOLDERS if name in names), None)):
+        raise UserError(f"{folder} and out both name the folder that is written; give out=DIR alone.")
+    return [each if each.startswith("-") else _prepared(verb, kind, each, conf, sweep) for each in arguments]
+
+
+def point_folder(*, _root_: DictConfig) -> str:
+    """The folder of one point of a sweep: its overrides, with a part of them and a hash where they are too long for a
+    name, or hold what would be a folder of its own. Resolver of `${point_folder:}`."""
+    name = str(_root_.hydra.job.override_dirname)
+    plain = name.replace("/", "_")
+    if plain == name and len(name.encode()) <= _LONGEST_NAME:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:_DIGEST_CHARACTERS]
+    room = _LONGEST_NAME - _DIGEST_CHARACTERS - 1
+    return f"{plain.encode()[:room].decode(errors='ignore')}-{digest}"
+
+
+def keys_of(kind: type) -> list[str]:
+    """Every dotted key of a verb, groups first, in the order of its dataclass."""
+    return list(_walked(OmegaConf.structured(kind)))
+
+
+def groups_of(kind: type, conf: Path) -> dict[str, list[str]]:
+    """Groups of configuration that a verb takes -> the names of their entries."""
+    own = set(OmegaConf.structured(kind))
+    found = {}
+    for folder in sorted(path for path in conf.rglob("*") if path.is_dir()):
+        name = folder.relative_to(conf).as_posix()
+        if name in own or name in ("experiment", "comparison") or name.startswith("hydra/"):
+            found[name] = sorted(file.stem for file in folder.glob("*.yaml"))
+    return {name: entries for name, entries in found.items() if entries}
+
+
+def quoted(argument: str, sweep: bool = False) -> str:
+    """An override whose value is a path, quoted where Hydra's grammar would read something else. `sweep`: a list of
+    points stays one."""
+    key, equals, value = argument.partition("=")
+    if key.lstrip("+") not in PATH_KEYS or not equals or value in ("", "null"):
+        return argument
+    parsed = _parsed(argument)
+    if parsed is not None:
+        if (sweep and parsed.is_sweep_override()) or value[0] in "'\"":
+            return argument
+        if not parsed.is_sweep_override() and parsed.value() == value:
+            return argument
+    # within quotes, backslashes are plain unless a quote follows them
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)
+    return f"{key}='" + re.sub(r"(\\+)$", r"\1\1", escaped) + "'"
+
+
+def _prepared(verb: str, kind: type, argument: str, conf: Path, sweep: bool) -> str:
+    prefix, key, value = _OVERRIDE.fullmatch(argument).groups()
+    if not key or (value is None and prefix != "~"):
+        raise UserError(f"{shown(argument)} is no key=value; `ds-llmpq {verb} --help` shows the keys.")
+    if _is_group(key, kind, conf):
+        return argument
+    first, _, others = key.partition(".")
+    is_hydra = first == "hydra"
+    place = _place(OmegaConf.structured(HydraConf if is_hydra else kind), others if is_hydra else key)
+    if place is None:
+        raise UserError(_unknown(verb, kind, key, conf))
+    if is_hydra or place == _OPEN or prefix == "~":
+        return argument
+    if place == _CLOSED:
+        return quoted(f"{key}={value}", sweep)  # a `+` would say that the key is not there
+    return _freely(key.split("."), int(place), value)
+
+
+def _is_group(key: str, kind: type, conf: Path) -> bool:
+    name = key.partition("@")[0].strip("/")
+    if "@" in key or "/" in name or name in ("experiment", "comparison"):
+        return True
+    return "." not in name and (conf / name).is_dir() and name in OmegaConf.structured(kind)
+
+
+def _place(node: Any, key: str) -> str | None:
+    """Where a key lies: `_CLOSED` (a field), `_OPEN` (in a list, or in what may be anything), or how many of its parts
+    name the free dictionary that holds it; None where there is no such key."""
+    parts = key.split(".") if key else []
+    for depth, part in enumerate(parts):
+        if not isinstance(node, DictConfig):
+            return _OPEN if OmegaConf.is_list(node) or node._metadata.ref_type is Any else None
+        element = node._metadata.element_type
+        if OmegaConf.get_type(node) is not dict:
+            if part not in node:
+                return None
+            node = node._get_node(part)
+        elif is_dataclass(element):
+            rest = ".".join(parts[depth + 1 :])
+            return _OPEN if _place(OmegaConf.structured(element), rest) is not None else None
+        else:
+            return str(depth)
+    is_free = isinstance(node, DictConfig) and OmegaConf.get_type(node) is dict
+    return str(len(parts)) if is_free and not is_dataclass(node._metadata.element_type) else _CLOSED
+
+
+def _freely(parts: list[str], depth: int, value: str) -> str:
+    """An override of a free dictionary, which the first `depth` parts name, or below it: always added, its keys escaped
+    where Hydra's grammar needs it."""
+    plain = f"++{'.'.join(parts)}={value}"
+    if _parsed(plain) is not None:
+        return plain
+    try:
+        loaded = yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return plain  # Hydra says what is wrong with it
+    inner = parts[depth:]
+    # a device's name may hold dots: of `pins.layers.NAME`, all behind the field is the name
+    for part in reversed([inner[0], ".".join(inner[1:])] if len(inner) > 1 else inner):
+        loaded = {part: loaded}
+    return f"++{'.'.join(parts[:depth])}={_written(loaded)}"
+
+
+def _written(value: Any) -> str:
+    """A plain value in Hydra's grammar."""
+    if isinstance(value, dict):
+        pairs = (_SPECIAL.sub(r"\\\1", str(name)) + ":" + _written(entry) for name, entry in value.items())
+        return "{" + ",".join(pairs) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(_written, value)) + "]"
+    if isinstance(value, str):
+        return "'" + re.sub(r"(\\*)'", r"\1\1\\'", value) + "'"
+    return json.dumps(value)
+
+
+def _parsed(argument: str) -> Any:
+    try:
+        return OverridesParser.create().parse_override(argument)
+    except HydraException:
+        return None
+
+
+def _unknown(verb: str, kind: type, key: str, conf: Path) -> str:
+    known = [*keys_of(kind), *groups_of(kind, conf), *_FOLDERS]
+    near = get_close_matches(key, known, n=1, cutoff=0.7)
+    if not near:  # the right name in another group
+        last = key.rpartition(".")[2]
+        near = [name for name in known if name.rpartition(".")[2] == last][:1]
+    remedy = f"did you mean {near[0]}?" if near else f"`ds-llmpq {verb} --help` shows its keys."
+    return f"{shown(key)[1:-1]} is no key of `ds-llmpq {verb}`; {remedy}"
+
+
+def _walked(node: DictConfig, before: str = "") -> Iterator[str]:
+    for name in node:
+        yield before + name
+        inner = node._get_node(name)
+        if isinstance(inner, DictConfig) and OmegaConf.get_type(inner) is not dict and not inner._is_none():
+            yield from _walked(inner, f"{before}{name}.")

@@ -1,0 +1,101 @@
+"""Keys of the command line: none without effect, paths and free dictionaries as they are written."""
+
+import pytest
+
+from ds_llmpq import config, overrides, schema
+from ds_llmpq.errors import UserError
+
+
+def plan(*arguments):
+    return config.to_object(config.composed("plan", list(arguments)), schema.PlanVerb)
+
+
+@pytest.mark.parametrize("prefix", ["", "+", "++", "~"])
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [
+        ("planner.tehta", "planner.theta"),
+        ("workload.sequence", "workload.sequences"),
+        ("theta", "planner.theta"),
+        ("planer.theta", "planner.theta"),
+        ("cluster_fil", "cluster_file"),
+        ("planner.micro_batches.prefil", "planner.micro_batches.prefill"),
+        ("hydra.run.dri", "hydra.run.dir"),
+    ],
+)
+def test_an_unknown_key_is_refused_and_the_known_one_named(prefix, key, near):
+    value = "" if prefix == "~" else "=3"
+    with pytest.raises(UserError, match=rf"^{key} is no key of `ds-llmpq plan`; did you mean {near}\?$"):
+        config.composed("plan", [f"{prefix}{key}{value}"])
+
+
+@pytest.mark.parametrize("verb", sorted(config.VERBS))
+def test_no_verb_takes_a_key_it_does_not_have(verb):
+    for argument in ("+nonsense=1", "++nonsense.deep=1", "+hydra.nonsense=1", "nonsense"):
+        with pytest.raises(UserError, match="nonsense"):
+            config.composed(verb, [argument])
+
+
+@pytest.mark.parametrize("verb", sorted(config.VERBS))
+def test_every_key_of_a_verb_is_known_to_it(verb):
+    keys = overrides.keys_of(config.VERBS[verb])
+    assert {"out", "output"} & set(keys)
+    arguments = [f"{key}=null" for key in keys]
+    assert len(config.prepare(verb, arguments)) == len(arguments)
+
+
+def test_a_plus_before_a_known_key_sets_it():
+    assert plan("+planner.theta=7").planner.theta == 7
+    assert plan("++planner.theta=7").planner.theta == 7
+
+
+PINNED = {"layers": {"my-host.domain:0": [0, 4], "localhost:1": [4, 8]}, "order": ["my-host.domain:0", "localhost:1"]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "pins"),
+    [
+        (["planner.pins={micro_batch: {decode: 8}}"], {"micro_batch": {"decode": 8}}),
+        (["+planner.pins={micro_batch: {decode: 8}}"], {"micro_batch": {"decode": 8}}),
+        (["planner.pins.micro_batch.decode=8"], {"micro_batch": {"decode": 8}}),
+        (["planner.pins={bits: {0: 4, 1: 8}}"], {"bits": {0: 4, 1: 8}}),
+        (["planner.pins.bits={0: 4}", "planner.pins.order=[a:0]"], {"bits": {0: 4}, "order": ["a:0"]}),
+        (
+            ["planner.pins={layers: {my-host.domain:0: [0, 4], localhost:1: [4, 8]}, "
+             "order: [my-host.domain:0, localhost:1]}"],
+            PINNED,
+        ),
+        (["planner.pins.layers.my-host.domain:0=[0,4]"], {"layers": {"my-host.domain:0": [0, 4]}}),
+        (["planner.pins.layers={localhost:1: [4, 8]}"], {"layers": {"localhost:1": [4, 8]}}),
+    ],
+)  # fmt: skip
+def test_pins_are_taken_as_they_are_documented(arguments, pins):
+    assert plan(*arguments).planner.pins == pins
+
+
+@pytest.mark.parametrize("folder", ["hydra.run.dir", "hydra.sweep.dir"])
+def test_the_folder_is_named_once(folder):
+    with pytest.raises(UserError, match=f"{folder} and out both name the folder"):
+        config.prepare("plan", [f"{folder}=here", "out=there"])
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "~/x.jsonl",
+        *["a b", "a,b", "a+b", "a@b", "a%b", "(x)", "{x}", "[x]", "x=y", "007", "1e3", "true", "#x", "$x", "*?"],
+    ],
+)
+def test_a_path_stays_as_it_is_written(path):
+    assert plan(f"input={path}", f"model.path={path}").input == path
+
+
+def test_a_home_folder_is_expanded(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert config.absolute(plan("input=~/x.jsonl").input) == tmp_path / "x.jsonl"
+
+
+def test_points_of_a_sweep_over_paths_stay_points():
+    assert config.prepare("plan", ["problem=a.json,b.json"], sweep=True) == ["problem=a.json,b.json"]
+    assert config.prepare("plan", ["problem=~/a.json"], sweep=True) == ["problem='~/a.json'"]
+    assert config.prepare("plan", ["problem=a.json,b.json"]) == ["problem='a.json,b.json'"]
