@@ -1,0 +1,100 @@
+"""A checkpoint's decoder: its specification, its modules, and which tensor fills which of their parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from ds_llmpq.models.block import Block
+from ds_llmpq.models.ends import Embedding, Head, Positions
+from ds_llmpq.models.spec import DecoderSpec, LinearRole
+
+Renamed = tuple[tuple[str, str], ...]  # (ours, theirs): parts of names, replaced one after another
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one `model_type` is written down. spec: from its configuration. layers: what the checkpoint calls the list of
+    decoder layers. ends: module of `Embedding` or `Head` -> how its tensors' names begin. names: inside of a layer.
+    """
+
+    spec: Callable[[PreTrainedConfig], DecoderSpec]
+    layers: str
+    ends: Mapping[str, str]
+    names: Renamed
+
+
+class Decoder:
+    """Modules are built on whatever device the caller has set (the loader: `meta`), empty. Tensor names are those of
+    the checkpoint, parameter names those of the modules."""
+
+    def __init__(self, family: Family, config: PreTrainedConfig):
+        self.family = family
+        self.spec = family.spec(config)
+
+    def embedding(self) -> Embedding:
+        return Embedding(self.spec)
+
+    def layer(self, index: int) -> Block:
+        return Block(self.spec, index)
+
+    def head(self) -> Head:
+        return Head(self.spec)
+
+    def positions(self) -> Positions:
+        """To be called with each `Step` of a stage."""
+        return Positions(self.spec)
+
+    def embedding_tensors(self) -> dict[str, str]:
+        """Parameter of `embedding()` -> tensor."""
+        return self._end_tensors(self._meta_embedding)
+
+    def head_tensors(self) -> dict[str, str]:
+        """Parameter of `head()` -> tensor; a tied output matrix is the embedding's."""
+        return self._end_tensors(self._meta_head)
+
+    def layer_tensors(self, index: int) -> dict[str, str]:
+        """Parameter of `layer(index)` -> tensor."""
+        return {name: self.tensor_name(index, name) for name, _ in self._on_meta(Block, index).named_parameters()}
+
+    def linears(self, index: int) -> dict[str, LinearRole]:
+        """Linears of decoder layer `index` by their names in the checkpoint, without the layer's prefix."""
+        return {self._renamed(linear.name): linear for linear in self.spec.linears(index)}
+
+    def layer_prefix(self, index: int) -> str:
+        return f"{self.family.layers}.{index}."
+
+    def tensor_name(self, index: int, name: str) -> str:
+        """What the checkpoint calls `name` of decoder layer `index`."""
+        return self.layer_prefix(index) + self._renamed(name)
+
+    def _renamed(self, name: str) -> str:
+        for ours, theirs in self.family.names:
+            name = name.replace(ours, theirs)
+        return name
+
+    def _end_tensors(self, module: nn.Module) -> dict[str, str]:
+        names = {}
+        for name, _ in module.named_parameters():
+            own, _, parameter = name.rpartition(".")
+            key = own if own != "norm" else f"{type(module).__name__.lower()}.norm"
+            tied = own == "lm_head" and self.spec.tied
+            names[name] = f"{self.family.ends['embed_tokens' if tied else key]}.{parameter}"
+        return names
+
+    @cached_property
+    def _meta_embedding(self) -> Embedding:
+        return self._on_meta(Embedding)
+
+    @cached_property
+    def _meta_head(self) -> Head:
+        return self._on_meta(Head)
+
+    def _on_meta(self, kind: type[nn.Module], *arguments: int) -> nn.Module:
+        with torch.device("meta"):
+            return kind(self.spec, *arguments)

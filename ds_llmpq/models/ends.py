@@ -1,0 +1,118 @@
+"""What stands before and behind the decoder blocks of a `DecoderSpec`: embedding, head, and positions."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from ds_llmpq.models.block import Norm, cap
+from ds_llmpq.models.spec import DecoderSpec, RotarySpec
+from ds_llmpq.models.step import Step
+
+
+class Embedding(nn.Module):
+    """Token ids to hidden states."""
+
+    def __init__(self, spec: DecoderSpec):
+        super().__init__()
+        self.spec = spec
+        self.embed_tokens = nn.Embedding(spec.vocab, spec.width)
+        projected, positions = spec.width != spec.hidden, spec.learned_positions
+        self.project_in = nn.Linear(spec.width, spec.hidden, bias=False) if projected else None
+        self.embed_positions = nn.Embedding(positions, spec.hidden) if positions else None
+        self.norm = Norm(spec.hidden, spec.embedding_norm) if spec.embedding_norm else None
+
+    def forward(self, step: Step) -> Step:
+        hidden = self.embed_tokens(step.token_ids)
+        if self.spec.embedding_scale is not None:
+            # the factor is rounded to the type first, as the models were trained
+            hidden = hidden * torch.tensor(self.spec.embedding_scale, dtype=hidden.dtype).item()
+        if self.project_in is not None:
+            hidden = self.project_in(hidden)
+        if self.embed_positions is not None:
+            hidden = hidden + self.embed_positions(step.positions + self.spec.position_offset)
+        step.hidden = hidden if self.norm is None else self.norm(hidden)
+        return step
+
+
+class Head(nn.Module):
+    """Final norm, optional projection, and the output matrix, applied where the step asks for logits."""
+
+    def __init__(self, spec: DecoderSpec):
+        super().__init__()
+        self.logit_cap = spec.logit_cap
+        self.norm = Norm(spec.hidden, spec.final_norm) if spec.final_norm else None
+        self.project_out = nn.Linear(spec.hidden, spec.width, bias=False) if spec.width != spec.hidden else None
+        self.lm_head = nn.Linear(spec.width, spec.vocab, bias=False)
+
+    def forward(self, step: Step) -> Step:
+        hidden = step.at_last()
+        if self.norm is not None:
+            hidden = self.norm(hidden)
+        if self.project_out is not None:
+            hidden = self.project_out(hidden)
+        step.logits = cap(self.lm_head(hidden), self.logit_cap)
+        return step
+
+
+class Positions:
+    """What all layers of a stage need of a micro-batch's positions, computed once, into `step.position_inputs`: cosines
+    and sines [rows, tokens, features] by the names of `DecoderSpec.rotary`, and `bias`, ALiBi's [rows or 1, heads,
+    tokens, kv_tokens], in which what a query may not see is the least number there is."""
+
+    def __init__(self, spec: DecoderSpec):
+        self.rotary = {name: _Angles(rotary) for name, rotary in spec.rotary}
+        self.slopes = torch.tensor(alibi_slopes(spec.attention.heads), device="cpu") if spec.attention.alibi else None
+
+    def __call__(self, step: Step) -> None:
+        for name, angles in self.rotary.items():
+            step.position_inputs[name] = angles(step)
+        if self.slopes is not None:
+            step.position_inputs["bias"] = self._bias(step)
+
+    def _bias(self, step: Step) -> torch.Tensor:
+        dtype, device = step.hidden.dtype, step.hidden.device
+        self.slopes = self.slopes.to(device)
+        keys = torch.arange(step.kv_tokens, device=device)
+        # a key's bias depends on its position alone: the softmax ignores the shift by the query's
+        bias = (self.slopes[:, None] * keys)[:, None].to(dtype)
+        if step.causal_only and step.positions.shape[1] == 1:
+            return bias[None]
+        # where causality suffices, all rows stand at the same positions
+        positions = step.positions[:1] if step.causal_only else step.positions
+        allowed = keys <= positions[:, None, :, None]
+        return torch.where(allowed, bias, torch.finfo(dtype).min)
+
+
+class _Angles:
+    def __init__(self, spec: RotarySpec):
+        self.spec = spec
+        self.frequencies = torch.tensor(spec.frequencies, device="cpu")
+        self.long = None if spec.long_frequencies is None else torch.tensor(spec.long_frequencies, device="cpu")
+
+    def __call__(self, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
+        self.frequencies = self.frequencies.to(step.hidden.device)
+        frequencies = self.frequencies
+        if self.long is not None:
+            self.long = self.long.to(step.hidden.device)
+            ends = step.positions[:, -1] if step.last is None else step.positions.gather(1, step.last[:, None])[:, 0]
+            is_long = (ends >= self.spec.original_positions)[:, None, None]
+            frequencies = torch.where(is_long, self.long, frequencies)
+        angles = step.positions[..., None].float() * frequencies
+        angles = torch.cat((angles, angles), -1)
+        cos, sin = angles.cos() * self.spec.scaling, angles.sin() * self.spec.scaling
+        return cos.to(step.hidden.dtype), sin.to(step.hidden.dtype)
+
+
+def alibi_slopes(heads: int) -> list[float]:
+    """A geometric series for a power of two; else that of the next lower one, and every other of the next higher's.
+    https://arxiv.org/abs/2108.12409"""
+
+    def series(count: int) -> list[float]:
+        base = 2.0 ** -(2.0 ** -(math.log2(count) - 3))
+        return [base**power for power in range(1, count + 1)]
+
+    lower = 2 ** math.floor(math.log2(heads))
+    return series(lower) + series(2 * lower)[::2][: heads - lower]

@@ -1,0 +1,163 @@
+"""What a decoder-only model is made of, as plain data: the one description that the block, the loader and graphs read.
+
+A family file (`models.families`) derives a `DecoderSpec` from a transformers configuration. Nothing here loads torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+
+@dataclass(frozen=True)
+class NormSpec:
+    """`rms`: by root mean square, with a weight. `layer`: mean and variance, with weight and bias, or neither where not
+    `affine`. `plus_one`: the weight is stored less one, and multiplied in float32 (Gemma)."""
+
+    kind: Literal["rms", "layer"]
+    eps: float
+    affine: bool = True
+    plus_one: bool = False
+
+
+@dataclass(frozen=True)
+class RotarySpec:
+    """Angles of the first 2 x `len(frequencies)` features of a head, a position's multiples of `frequencies`; `scaling`
+    multiplies cosine and sine. A sequence of more than `original_positions` tokens takes `long_frequencies`, if any."""
+
+    frequencies: tuple[float, ...]
+    scaling: float = 1.0
+    long_frequencies: tuple[float, ...] | None = None
+    original_positions: int = 0
+
+    @property
+    def features(self) -> int:
+        return 2 * len(self.frequencies)
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """Query heads share key/value heads in groups of `heads / kv_heads`.
+
+    qkv: three linears, or one whose outputs are queries, keys, values one after another (`stacked`), or head by head
+    (`interleaved`). scale multiplies the scores. soft_cap: scores become soft_cap x tanh(scores / soft_cap).
+    alibi: a bias that grows with the key's position, by a slope for each head. qk_norm: over each head's features.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    qkv: Literal["separate", "stacked", "interleaved"] = "separate"
+    qkv_bias: bool = False
+    output_bias: bool = False
+    qk_norm: NormSpec | None = None
+    soft_cap: float | None = None
+    alibi: bool = False
+
+
+@dataclass(frozen=True)
+class MLPSpec:
+    """down(activation(up(x))), or, `gated`, down(activation(gate(x)) * up(x)). `stacked`: gate and up are one linear.
+    activation: by transformers' name."""
+
+    intermediate: int
+    activation: str
+    gated: bool = True
+    bias: bool = False
+    stacked: bool = False
+
+
+@dataclass(frozen=True)
+class ExpertsSpec:
+    """`count` MLPs, of which a token takes the `active` most probable, weighted by their probabilities; `normalized`:
+    divided by their sum."""
+
+    count: int
+    active: int
+    normalized: bool
+    mlp: MLPSpec
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What may differ from layer to layer. window: attention looks back so many tokens, None: to the first. rotary: one
+    of `DecoderSpec.rotary`, None: positions enter elsewhere."""
+
+    mlp: MLPSpec | ExpertsSpec
+    window: int | None = None
+    rotary: str | None = None
+
+
+class LinearRole(NamedTuple):
+    """A linear of a decoder layer: its name in the block, the shape of its weight, and what it reads. Linears of one
+    `input` see the same tensor, and may run as one product. `expert`: of a mixture, None outside of one."""
+
+    name: str
+    out_features: int
+    in_features: int
+    bias: bool
+    input: str
+    expert: int | None = None
+
+
+@dataclass(frozen=True)
+class DecoderSpec:
+    """A decoder-only model. Sizes are features, but `vocab` (tokens).
+
+    norms: each half of a layer is x + f(norm(x)) (`before`), norm(x + f(x)) (`after`), or x + norm(f(norm(x)))
+    (`around`). residual_from_norm: norm(x) + f(norm(x)) instead of the first. embedding_width: of the token embedding
+    and the output matrix, where two projections lead to and from `hidden`. learned_positions: rows of a table added to
+    the embedding. embedding_scale: multiplied with the embedding. logit_cap: as `AttentionSpec.soft_cap`.
+    """
+
+    hidden: int
+    vocab: int
+    norm: NormSpec
+    attention: AttentionSpec
+    layers: tuple[LayerSpec, ...]
+    rotary: tuple[tuple[str, RotarySpec], ...] = ()
+    norms: Literal["before", "after", "around"] = "before"
+    residual_from_norm: bool = False
+    embedding_width: int = 0  # 0: `hidden`
+    embedding_scale: float | None = None
+    embedding_norm: NormSpec | None = None
+    learned_positions: int | None = None
+    position_offset: int = 0
+    final_norm: NormSpec | None = None
+    logit_cap: float | None = None
+    tied: bool = False
+
+    @property
+    def width(self) -> int:
+        """Of the token embedding."""
+        return self.embedding_width or self.hidden
+
+    def linears(self, index: int) -> tuple[LinearRole, ...]:
+        """The linears of decoder layer `index` in the order they run: exactly these are quantized. A router is none."""
+        return (*_attention_linears(self.hidden, self.attention), *_mlp_linears(self.hidden, self.layers[index].mlp))
+
+
+def _attention_linears(hidden: int, spec: AttentionSpec) -> list[LinearRole]:
+    queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    parts = {"q": queries, "k": keys, "v": keys} if spec.qkv == "separate" else {"qkv": queries + 2 * keys}
+    linears = [
+        LinearRole(f"self_attn.{part}_proj", size, hidden, spec.qkv_bias, "attention") for part, size in parts.items()
+    ]
+    return [*linears, LinearRole("self_attn.o_proj", hidden, queries, spec.output_bias, "attended")]
+
+
+def _mlp_linears(hidden: int, spec: MLPSpec | ExpertsSpec) -> list[LinearRole]:
+    if isinstance(spec, ExpertsSpec):
+        plain = _mlp_linears(hidden, spec.mlp)
+        return [_in_expert(linear, expert) for expert in range(spec.count) for linear in plain]
+    size = spec.intermediate
+    parts = ("gate_up",) if spec.stacked else ("gate", "up") if spec.gated else ("up",)
+    out = 2 * size if spec.stacked else size
+    linears = [LinearRole(f"mlp.{part}_proj", out, hidden, spec.bias, "mlp") for part in parts]
+    return [*linears, LinearRole("mlp.down_proj", hidden, size, spec.bias, "activated")]
+
+
+def _in_expert(linear: LinearRole, expert: int) -> LinearRole:
+    name = linear.name.replace("mlp.", f"mlp.experts.{expert}.")
+    return linear._replace(name=name, input=f"expert {expert} {linear.input}", expert=expert)
