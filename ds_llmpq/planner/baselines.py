@@ -5,7 +5,7 @@ costs. Devices are taken in the order listed, except by PipeEdge, whose dynamic 
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -34,16 +34,21 @@ class Baseline:
 
 def all_baselines(problem: Problem, formula: str = "pipeline") -> dict[str, Baseline]:
     """Name -> baseline, for every one there is."""
+    return dict(each_baseline(problem, formula))
+
+
+def each_baseline(problem: Problem, formula: str = "pipeline") -> Iterator[tuple[str, Baseline]]:
+    """(name, baseline) as they are found; `pipeedge`, whose dynamic program takes longest, late."""
     rules: dict[str, Callable[[Problem], Iterable[Assignment]]] = {
         "uniform": uniform,
-        "pipeedge": pipeedge,
-        "adabits": adabits,
         "memory_proportional": memory_proportional,
         "single_device": single_device,
+        "adabits": adabits,
+        "pipeedge": pipeedge,
     }
-    found = {name: _best(problem, rule, formula) for name, rule in rules.items()}
-    found["offload_estimate"] = offload_estimate(problem)
-    return found
+    for name, rule in rules.items():
+        yield name, _best(problem, rule, formula)
+    yield "offload_estimate", offload_estimate(problem)
 
 
 def _best(problem: Problem, rule: Callable[[Problem], Iterable[Assignment]], formula: str) -> Baseline:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ds_llmpq.errors import InfeasibleError, UserError
-from ds_llmpq.planner.baselines import Baseline, all_baselines
+from ds_llmpq.planner.baselines import Baseline, all_baselines, each_baseline
 from ds_llmpq.planner.bounded import price_of_limit
 from ds_llmpq.planner.exact import solve_exact
 from ds_llmpq.planner.explain import explain_plan
@@ -182,8 +182,9 @@ def _begin(run: _Run) -> dict[str, Baseline]:
     Then, in the time there is, a better bound and plans rounded from it."""
     problem, pins, best = run.problem, run.pins, run.best
     best.raise_bound(min(simple_bound(problem, pins, *pair, best.formula) for pair in pairs(problem)))
-    found = all_baselines(problem, best.formula)
-    for baseline in found.values():
+    found = {}
+    for name, baseline in each_baseline(problem, best.formula):
+        found[name] = baseline
         if baseline.assignment is not None:
             best.offer(baseline.assignment)
     run.first = first_bounds(problem, pins, best.formula, run.deadline)

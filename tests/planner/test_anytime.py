@@ -99,14 +99,21 @@ def test_no_time_limit_gives_a_plan_worse_than_a_baseline(mode, seconds):
 def test_a_large_problem_has_a_plan_and_a_bound_at_once():
     """80 layers on 16 devices: counted in processor time, as the machine may be busy."""
     obj = random_problem(1, layers=80, devices=16, widths=4, types=2, mode="theta")
-    seen = []
-    started = time.process_time()
-    plan = solve(obj, time_limit_seconds=2, progress=lambda event: seen.append((time.process_time() - started, event)))
-    best = min(v["latency_seconds"] for n, v in plan.baselines.items() if isinstance(v, dict) and "estimate" not in n)
-    assert next(at for at, event in seen if event.bound > 0) < 1
-    assert next(at for at, event in seen if event.incumbent is not None) < 1
-    assert plan.solver.objective < 0.9 * best  # what a plan's quality costs comes on top of the baseline's time
+    problem, seen, started = Problem.from_json(obj), [], time.process_time()
+
+    def note(event):
+        seen.append((time.process_time() - started, event))
+        if event.gap is not None and event.gap < 0.2:
+            raise KeyboardInterrupt
+
+    plan = solve(obj, time_limit_seconds=120, progress=note)
     assert plan.solver.gap < 0.2
+    assert seen[-1][0] < 2
+    assert next(at for at, event in seen if event.bound > 0) < 0.5
+    assert next(at for at, event in seen if event.incumbent is not None) < 0.5
+    baselines = [b.assignment for b in all_baselines(problem).values() if b.assignment is not None]
+    best = min(objective_value(problem, evaluate(problem, assignment)) for assignment in baselines)
+    assert plan.solver.objective < 0.9 * best
 
 
 def test_the_gap_is_counted_from_the_bound():
