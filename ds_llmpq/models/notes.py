@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ds_llmpq.errors import shown
 from ds_llmpq.models.generation import read_generation
 from ds_llmpq.models.shape import read_config, read_shape
 
@@ -15,5 +16,13 @@ def list_notes(path: str | Path) -> list[str]:
     if config.get("tie_word_embeddings", shape.architecture in ("opt", "bloom")) and not shape.tied_embeddings:
         notes.append(
             "config.json ties lm_head to the embedding, but another lm_head.weight is stored: that one is used"
+        )
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = (rope.get("rope_type") or rope.get("type")) if isinstance(rope, dict) else None
+    if kind == "longrope":
+        bound = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
+        notes.append(
+            f"rope type longrope: a row takes the long factors as soon as one of its micro-batch exceeds {shown(bound)}"
+            " tokens, where generate looks at each row alone"
         )
     return notes + read_generation(path, config, shape.vocab).lines()

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ds_llmpq.errors import UserError
+from ds_llmpq.errors import UserError, shown
 from ds_llmpq.files import MOST_BYTES, check_files, open_regular
 from ds_llmpq.models.tying import stores_own_head
 
@@ -150,6 +150,9 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return config
 
 
+_LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
 class _Keys:
     """Checked access to a config.json: a key may have older names, and null counts as left out unless said."""
 
@@ -188,6 +191,14 @@ class _Keys:
             raise UserError(f"config.json has hidden_size={hidden}, not a multiple of its {heads} attention heads")
         return hidden // heads
 
+    def check_layer_types(self) -> None:
+        named = self.get("layer_types", default=[])
+        wrong = [kind for kind in named if kind not in _LAYER_TYPES] if isinstance(named, list) else [named]
+        if wrong:
+            raise UserError(
+                f"config.json has layer_types with {shown(wrong[0])}; supported are {' and '.join(_LAYER_TYPES)}"
+            )
+
     def dtype(self) -> str | None:
         value = self.get("dtype", "torch_dtype")
         return str(value).removeprefix("torch.") if value is not None else None
@@ -216,6 +227,8 @@ def _llama_family(keys: _Keys) -> ModelShape:
         window = keys.config["sliding_window"]
     if architecture == "llama" or (architecture != "mistral" and not keys.flag("use_sliding_window", False)):
         window = None
+    if architecture != "llama":
+        keys.check_layer_types()
     positions = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}[architecture]
     return ModelShape(
         architecture=architecture,
