@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 NAME = "ds_llmpq_sdpa"
@@ -37,6 +37,16 @@ def attend(
         attention_mask = attention_mask.expand(-1, -1, heads // groups, -1)
     outcome = scaled_dot_product_attention(together, key, value, attn_mask=attention_mask, scale=scaling)
     return outcome.reshape(rows, 1, heads, size), None
+
+
+def choose(config: PreTrainedConfig) -> None:
+    """Layers made from `config` call `attend`."""
+    config._attn_implementation = NAME
+
+
+def leave_to_transformers(config: PreTrainedConfig) -> None:
+    """Models made from `config` have the attention that transformers chooses itself."""
+    config._attn_implementation = None
 
 
 AttentionInterface.register(NAME, attend)

@@ -92,7 +92,7 @@ def _read_config(path: Path, trust_remote_code: bool) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers has a type of its own for each way in which a file can be wrong
         raise UserError(f"{path / 'config.json'} cannot be read as a model configuration: {_in_short(error)}") from None
-    config._attn_implementation = attention.NAME
+    attention.choose(config)
     return config
 
 

@@ -19,7 +19,7 @@ from ds_llmpq.models.architecture import Architecture, DecoderLayer, architectur
 from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.quant.checkpoint import QuantizedCheckpoint
 from ds_llmpq.quant.convert import converted, output_matrix
-from ds_llmpq.quant.dense import computes_in_bfloat16, pack_linears
+from ds_llmpq.quant.dense import pack_linears
 from ds_llmpq.quant.hqq import linear_names, quantize_linear, quantize_rows
 from ds_llmpq.quant.kernels import (
     AUTO,
@@ -34,6 +34,7 @@ from ds_llmpq.quant.kernels import (
     runs,
 )
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS, groups_of
+from ds_llmpq.quant.torch_cpu import computes_in_bfloat16
 from ds_llmpq.quant.unpacked import stacked, unpack
 from ds_llmpq.schema import QuantConfig
 

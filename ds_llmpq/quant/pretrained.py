@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ds_llmpq.errors import UserError
+from ds_llmpq.models import attention
 from ds_llmpq.models.architecture import architecture_of, fill
 from ds_llmpq.quant.checkpoint import HEAD, QuantizedCheckpoint, read_recipe
 from ds_llmpq.quant.convert import RowBlocks
@@ -31,7 +32,7 @@ def load_quantized(
     checkpoint, device = QuantizedCheckpoint(path, recipe), torch.device(device)
     config = checkpoint.config
     del config.quantization_config
-    config._attn_implementation = None  # transformers' own choice; the pipeline's layers ask for sdpa
+    attention.leave_to_transformers(config)  # ours is for the pipeline's layers
     dtype = dtype or config.dtype or torch.float32
     own_head = recipe.head_bits < UNQUANTIZED_BITS
     if own_head:

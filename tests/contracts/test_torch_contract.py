@@ -15,15 +15,16 @@ def schema(name: str) -> str:
 
 
 def test_reordered_weights():
-    """`torch.ops.mkldnn._reorder_linear_weight(weight, rows)`, in quant/dense.py: the layout oneDNN multiplies with."""
+    """`torch.ops.mkldnn._reorder_linear_weight(weight, rows)`, in quant/torch_cpu.py: the layout that oneDNN
+    multiplies with."""
     assert schema("mkldnn::_reorder_linear_weight").startswith(
         "mkldnn::_reorder_linear_weight(Tensor self, int? batch_size=None) -> Tensor"
     )
 
 
 def test_products_with_reordered_weights():
-    """`torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")`, in quant/dense.py: the product with a
-    reordered weight, the same as with the plain one."""
+    """`torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")`, in quant/torch_cpu.py: the
+    product with a reordered weight, the same as with the plain one."""
     assert schema("mkldnn::_linear_pointwise").startswith(
         "mkldnn::_linear_pointwise(Tensor X, Tensor W, Tensor? B, str attr, Scalar?[] scalars, str? algorithm) -> "
     )
@@ -37,12 +38,12 @@ def test_products_with_reordered_weights():
 
 
 def test_whether_onednn_computes_in_bfloat16():
-    """`torch.ops.mkldnn._is_mkldnn_bf16_supported()`, in quant/dense.py: of this processor."""
+    """`torch.ops.mkldnn._is_mkldnn_bf16_supported()`, in quant/torch_cpu.py: of this processor."""
     assert isinstance(torch.ops.mkldnn._is_mkldnn_bf16_supported(), bool)
 
 
 def test_packed_codes():
-    """`torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)`, in quant/kernel_torch.py: codes 0 to 15 [out, in]
+    """`torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)`, in quant/torch_cpu.py: codes 0 to 15 [out, in]
     in int32, two to a byte afterwards."""
     codes = torch.randint(0, 16, (64, 128), dtype=torch.int32)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
@@ -51,7 +52,7 @@ def test_packed_codes():
 
 def test_products_with_packed_codes():
     """`torch.ops.aten._weight_int4pack_mm_for_cpu(inputs, packed, group size, scales and zeros)`, in
-    quant/kernel_torch.py: inputs times ((code - 8) x scale + zero), scales and zeros [groups of a row, out, 2]."""
+    quant/torch_cpu.py: inputs times ((code - 8) x scale + zero), scales and zeros [groups of a row, out, 2]."""
     codes, inputs = torch.randint(0, 16, (64, 128)), torch.randn(3, 128).bfloat16()
     scale, zero = torch.rand(64, 4) + 0.5, torch.rand(64, 4)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)

@@ -137,7 +137,7 @@ def test_alibi_of_bloom():
 
 @pytest.mark.parametrize("family", [*ROTARY, "opt"])
 def test_attention_by_its_name(family):
-    """`config._attn_implementation`, in models/checkpoint.py: the name of the attention that layers call, one that was
+    """`config._attn_implementation`, in models/attention.py: the name of the attention that layers call, one that was
     registered with `AttentionInterface`; called with (module, query, key, value, mask, scaling=, ...)."""
     from transformers import AttentionInterface
 
@@ -158,7 +158,7 @@ def test_attention_by_its_name(family):
 
 
 def test_attention_left_to_transformers():
-    """`config._attn_implementation = None`, in quant/pretrained.py: takes a choice back, so that a model made from the
+    """`config._attn_implementation = None`, in models/attention.py: takes a choice back, so that a model made from the
     configuration has transformers' own."""
     from transformers import AutoModelForCausalLM
 
@@ -216,8 +216,8 @@ def test_modules_that_hold_buffers_alone(family):
 
 @pytest.mark.parametrize("family", ROTARY)
 def test_attributes_of_a_layer(family):
-    """`attention.head_dim`, in quant/openvino_layer.py: with the names of a layer's other parts all that the graph is
-    built from."""
+    """`attention.head_dim`, in quant/openvino_layer.py: with `scaling`, `config.hidden_act`, the norms'
+    `variance_epsilon` and the names of a layer's parts all that the graph is built from."""
     from ds_llmpq.models.architecture import architecture_of
 
     config = config_of(family, hidden_act="gelu_new")

@@ -9,8 +9,8 @@ from pipeline_cases import LAYERS, QUANT, VARIANTS, Case, Draw, make_plan, refer
 
 from ds_llmpq.engine.sequences import Finish
 from ds_llmpq.engine.wave import Wave, WaveRow
-from ds_llmpq.quant.dense import computes_in_bfloat16
 from ds_llmpq.quant.kernels import CACHE_BLOCK, KERNELS, rounded_up
+from ds_llmpq.quant.torch_cpu import computes_in_bfloat16
 
 needs_openvino = pytest.mark.skipif(
     not importlib.util.find_spec("openvino") or not computes_in_bfloat16(),

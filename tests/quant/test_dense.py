@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from ds_llmpq.quant.dense import PackedLinear, computes_in_bfloat16, pack_linears
+from ds_llmpq.quant.dense import PackedLinear, pack_linears
 from ds_llmpq.quant.hqq import stored_bytes
+from ds_llmpq.quant.torch_cpu import computes_in_bfloat16
 
 bf16 = pytest.mark.skipif(not computes_in_bfloat16(), reason="this processor's oneDNN has no bfloat16")
 

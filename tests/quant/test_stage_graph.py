@@ -16,11 +16,11 @@ from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.models.step import Step
 from ds_llmpq.quant import layers
-from ds_llmpq.quant.dense import computes_in_bfloat16
 from ds_llmpq.quant.hqq import stored_bytes
 from ds_llmpq.quant.kernels import CACHE_BLOCK, GRAPH_TOKENS, runs_here
 from ds_llmpq.quant.layers import LayerLoader
 from ds_llmpq.quant.packing import Groups
+from ds_llmpq.quant.torch_cpu import computes_in_bfloat16
 from ds_llmpq.schema import QuantConfig
 
 if not importlib.util.find_spec("openvino") or not computes_in_bfloat16():
@@ -230,6 +230,7 @@ MEMORY = """
 import sys
 import torch
 from ds_llmpq.engine.memory import held_bytes, release_freed
+from ds_llmpq.models.architecture import architecture_of
 from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.cost.memory import MemoryModel
@@ -240,9 +241,11 @@ from ds_llmpq.schema import QuantConfig
 cpu, (path, bits) = torch.device("cpu"), sys.argv[1:]
 quant = QuantConfig([int(bits)], 64, 1, False, "openvino_graph")
 import ds_llmpq.quant.stage_graph
+checkpoint = Checkpoint(path)
+architecture_of(checkpoint.config)  # as in a session: what it imports belongs to the process
 release_freed()
 before = held_bytes(cpu)
-loader = LayerLoader(Checkpoint(path), [int(bits)] * 8, quant, torch.bfloat16, cpu, stage=range(8))
+loader = LayerLoader(checkpoint, [int(bits)] * 8, quant, torch.bfloat16, cpu, stage=range(8))
 layers = [loader.decoder_layer(index) for index in range(8)]
 release_freed()
 memory = MemoryModel(read_shape(path), Groups(), 2, "openvino_graph")
