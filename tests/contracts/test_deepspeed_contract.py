@@ -168,12 +168,14 @@ def test_log_names():
 
 def test_what_the_launcher_says_of_a_dead_rank():
     """`exits with return code =`, in engine/following.py: the text of the per-host launcher's line when a rank has
-    died, by which `run` knows of it before the launcher ends."""
+    died, with the rank's code, by which `run` knows of it before the launcher ends."""
     from deepspeed.launcher import launch
 
     from ds_llmpq.engine.following import _RANK_DIED
 
-    assert _RANK_DIED.decode().strip() in inspect.getsource(launch)
+    line = "{cmd} exits with return code = {last_return_code}"
+    assert line in inspect.getsource(launch)
+    assert _RANK_DIED.search(line.format(cmd="serve", last_return_code=-9).encode())[1] == b"-9"
 
 
 def test_variables_of_a_rank():

@@ -49,3 +49,17 @@ def test_nothing_is_printed():
     code = "from ds_llmpq.planner.linear import quiet_highs; quiet_highs().run()"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout == ""
+
+
+def test_silence_of_a_solver(capfd):
+    """`Highs.enableCallbacks()`, in planner/linear.py: called while the object is made, and what prints HiGHS's name;
+    overridden to switch output off first."""
+    import highspy
+
+    from ds_llmpq.planner.linear import quiet_highs
+
+    highs = quiet_highs()
+    assert "enableCallbacks" in highspy.Highs.__init__.__code__.co_names
+    assert highs.getOptionValue("output_flag")[1] is False
+    out, err = capfd.readouterr()
+    assert out + err == ""
