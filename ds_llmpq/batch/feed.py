@@ -8,7 +8,7 @@ tokens so far as part of the prompt and room for the worst case.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from ds_llmpq.batch.prompts import PreparedRequest
@@ -26,7 +26,8 @@ class Feed:
     `sequences` and `row_positions` are what the plan has room for: so many sequences of so many tokens. A longer one
     runs in a shape of fewer, longer slots, doubled until it fits. With `refill`, waves of one shape join; without it,
     a wave is as many requests as fit together, and takes as much of the cache as its longest needs. `multiple`: slots
-    come in multiples of so many, if they are as many. `block`: a slot takes whole blocks of so many positions.
+    come in multiples of so many, if they are as many. `block`: a slot takes whole blocks of so many positions. `begun`:
+    tokens that requests have generated already, by index; they are admitted with those, and room for the worst case.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Feed:
         refill: bool,
         multiple: int = 1,
         block: int = 1,
+        begun: Mapping[int, Sequence[int]] | None = None,
     ):
         self.prepared = prepared
         self.sequences = sequences
@@ -49,8 +51,10 @@ class Feed:
         self.stopped = False
         self._refill = refill
         self._again: deque[WaveRow] = deque()
+        self._begun = begun or {}
         self._needs = [
-            rounded_up(each.prompt_tokens + bound, block) for each, bound in zip(prepared, bounds, strict=True)
+            rounded_up(each.prompt_tokens + (each.max_tokens if index in self._begun else bound), block)
+            for index, (each, bound) in enumerate(zip(prepared, bounds, strict=True))
         ]
         self._waves = self._cut(range(len(prepared)), self._needs)
 
@@ -116,11 +120,11 @@ class Feed:
             yield Wave(tuple(map(self._row, rows[start:stop])), stop - start, max(needs[start:stop]))
 
     def _row(self, row: Row) -> WaveRow:
-        return row if isinstance(row, WaveRow) else wave_row(row, self.prepared[row])
+        return row if isinstance(row, WaveRow) else wave_row(row, self.prepared[row], self._begun.get(row, ()))
 
 
-def wave_row(key: int, prepared: PreparedRequest) -> WaveRow:
-    """A request as the engine sees it."""
+def wave_row(key: int, prepared: PreparedRequest, generated: Sequence[int] = ()) -> WaveRow:
+    """A request as the engine sees it, with what it has generated already."""
     params = prepared.request.params
     return WaveRow(
         key=key,
@@ -139,6 +143,7 @@ def wave_row(key: int, prepared: PreparedRequest) -> WaveRow:
         ),
         stop=params.stop,
         ignore_eos=params.ignore_eos,
+        generated=tuple(generated),
     )
 
 

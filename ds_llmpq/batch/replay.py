@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import mean
 from typing import Any
@@ -27,6 +27,7 @@ class Replay:
     worst case, so no answer outgrows its slot.
 
     `room()`: slots of the engine that are free now, None between streams. `alive()` is called while nothing happens.
+    `begun`: tokens that requests have generated already, by index.
     """
 
     prepared: Sequence[PreparedRequest]
@@ -38,6 +39,7 @@ class Replay:
     alive: Callable[[], None] = lambda: None
     clock: Callable[[], float] = time.perf_counter
     sleep: Callable[[float], None] = time.sleep
+    begun: Mapping[int, Sequence[int]] = field(default_factory=dict)
     stopped: bool = False
     _started: float | None = None
     _began: dict[int, float] = field(default_factory=dict)
@@ -72,7 +74,7 @@ class Replay:
         while self._waiting() and len(rows) < (self.shape[0] if room is None else max(1, room)):
             index = self._index[self._queue.pop(now)]
             self._began.setdefault(index, now)
-            rows.append(wave_row(index, self.prepared[index]))
+            rows.append(wave_row(index, self.prepared[index], self.begun.get(index, ())))
         return Wave(tuple(rows), *self.shape, joins=True, live=True)
 
     def ended(self, key: int) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from itertools import chain
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 
 from ds_llmpq.batch import metrics
 from ds_llmpq.batch.feed import Feed
+from ds_llmpq.batch.in_flight import InFlight, identity_of, read_in_flight
 from ds_llmpq.batch.job import Job, check_input
 from ds_llmpq.batch.ordering import expected, order_of
 from ds_llmpq.batch.prediction import MOST_PASSES, decode_passes
@@ -31,6 +32,7 @@ from ds_llmpq.engine.lifeline import Heartbeat, drain_on_request
 from ds_llmpq.engine.preflight import check_memory
 from ds_llmpq.engine.sequences import Finish
 from ds_llmpq.engine.session import Session, cache_positions, plan_block, row_positions
+from ds_llmpq.engine.stream import OnTokens
 from ds_llmpq.engine.trace import chrome_events
 from ds_llmpq.engine.wave import WaveRow
 from ds_llmpq.files import write_json, write_whole
@@ -68,7 +70,7 @@ def serve(job: Job, place: Place) -> dict[str, Any] | None:
             driver.loaded()
         take = driver.source(session).take if driver else _no_requests
         if driver:
-            session.run_all(take, driver.finished, driver.broken)
+            session.run_all(take, driver.finished, driver.broken, driver.on_tokens)
         else:
             session.run_all(take, _not_written)
         reports = place.data.gather(session.report() | {"trace": session.trace.spans_seen()})
@@ -99,7 +101,15 @@ class Driver:
         # started by hand it has no journal that would say of what the results are
         self.writer = ResultWriter(job.output, model=name, total=file.total, resume=job.supervised, among=ids)
         self.prepared, errors = self._prepare(file)
-        self.feed = self._feed(self._order())
+        identity = identity_of(file.sha256, job.plan, job.batch)
+        begun = self._begun_before(identity)
+        bounds = self._order(begun)
+        self.in_flight = InFlight(Path(job.output), identity, begun) if self._keeps_tokens() else None
+        # by place, as the feed knows them
+        self._begun = {
+            place: begun[each.request.index] for place, each in enumerate(self.prepared) if each.request.index in begun
+        }
+        self.feed = self._feed(bounds)
         self.replay: Replay | None = None
         drain_on_request(self.stop)
         for error in chain(file.errors, errors):
@@ -114,6 +124,8 @@ class Driver:
     def __exit__(self, *exception: object) -> None:
         self.progress.close()
         self.writer.close()
+        if self.in_flight is not None:
+            self.in_flight.close()
 
     def stop(self) -> None:
         """Begins nothing new; called by a signal, so it only sets what is looked at later."""
@@ -131,13 +143,21 @@ class Driver:
         self.serving_started = time.perf_counter()
         self.progress.show("prompts", self._done(), self.total)
 
+    @property
+    def on_tokens(self) -> OnTokens | None:
+        """Keeps the tokens of rows that go on; None where nobody would go on from them."""
+        if self.in_flight is None:
+            return None
+        add, indices = self.in_flight.add, [each.request.index for each in self.prepared]
+        return lambda keys, tokens: add([indices[key] for key in keys], tokens)
+
     def finished(self, row: WaveRow, tokens: list[int], finish: Finish) -> None:
         """Writes one request's result: called when its last token is known."""
         if finish is Finish.OVERRUN:
             self.feed.requeue(row, tokens)
             return
         request = self.prepared[row.key]
-        self.tokens += len(tokens)
+        self.tokens += len(tokens) - len(self._begun.get(row.key, ()))
         self._answer_tokens[row.key] = len(tokens)
         if self.replay is not None:
             self.replay.ended(row.key)
@@ -149,11 +169,18 @@ class Driver:
             self.broken(row, Fault(0, "decoding its tokens", type(error).__name__, described(error)))
             return
         self.writer.write_result(Result(request.request, request.prompt_tokens, len(tokens), text, _REASON[finish]))
+        if self.in_flight is not None:
+            self.in_flight.end(request.request.index)
         self._show()
 
     def broken(self, row: WaveRow, fault: Fault | None) -> None:
         """Writes one request's error: called when it is known why it was given up, after it has finished."""
         request = self.prepared[row.key].request
+        if self.in_flight is not None:
+            self.in_flight.begin_anew(request.index)
+        if fault is not None and fault.out_of_memory and self._begun.pop(row.key, None):
+            self.feed.requeue(row, ())  # its prompt alone is shorter
+            return
         self.writer.write_error(RowError(request.line, request.custom_id, *_reason(fault)))
         self._show()
 
@@ -174,6 +201,8 @@ class Driver:
             reports,
             startup_seconds=self.serving_started - self.started,
         )
+        kept = {"rows": len(self._begun), "tokens": sum(map(len, self._begun.values()))}
+        summary["gone_on_from"] = kept | {"source": "counted"}
         if self.replay is None:
             summary["order"] = self._order_report(session)
         else:
@@ -193,11 +222,30 @@ class Driver:
             progress=self.heartbeat.beat,
         )
 
-    def _order(self) -> list[int]:
-        """Sorts the prepared requests; returns the cache positions reserved for each one's answer."""
+    def _keeps_tokens(self) -> bool:
+        """What a row goes on from is computed by prefill instead of decode, in other shapes; and only a run with a
+        journal is gone on with."""
+        return self.job.supervised and not self.job.engine.batch_invariant
+
+    def _begun_before(self, identity: str) -> dict[int, list[int]]:
+        """Tokens that a former attempt left of requests without a result, by their number in the input."""
+        if not self._keeps_tokens():
+            return {}
+        found, vocabulary = read_in_flight(Path(self.job.output), identity), read_shape(self.job.model_path).vocab
+        most = {each.request.index: each.max_tokens for each in self.prepared}
+        return {
+            index: tokens
+            for index, tokens in found.items()
+            if len(tokens) < most.get(index, 0) and max(tokens) < vocabulary
+        }
+
+    def _order(self, begun: Mapping[int, Sequence[int]]) -> list[int]:
+        """Sorts the prepared requests, those that have begun first; returns the cache positions reserved for each one's
+        answer."""
         batch = self.job.batch
         believed = expected(self.prepared, batch, Path(self.job.model_path).name)
         order = order_of(self.prepared, batch.order, believed.tokens)
+        order = sorted(order, key=lambda place: self.prepared[place].request.index not in begun)
         self.prepared = [self.prepared[place] for place in order]
         self._expected_tokens = [believed.tokens[place] for place in order]
         return [believed.bounds[place] for place in order]
@@ -212,6 +260,7 @@ class Driver:
             engine.refill,
             plan.micro_batch["decode"] if engine.batch_invariant else 1,
             plan_block(plan),
+            self._begun,
         )
 
     def source(self, session: Session) -> Feed | Replay:
@@ -231,6 +280,7 @@ class Driver:
             self._expected_tokens,
             room,
             self.heartbeat.beat,
+            begun=self._begun,
         )
         return self.replay
 

@@ -22,7 +22,7 @@ from ds_llmpq.engine.processors import LogitsProcessors
 from ds_llmpq.engine.sampling import GREEDY, NO_DEFAULTS, sample
 from ds_llmpq.engine.sequences import Finish
 from ds_llmpq.engine.stage_passes import StagePasses
-from ds_llmpq.engine.stream import OnFinished, Stream, StreamTimes, TakeWave
+from ds_llmpq.engine.stream import OnFinished, OnTokens, Stream, StreamTimes, TakeWave
 from ds_llmpq.engine.trace import Trace
 from ds_llmpq.engine.wave import Wave, WaveRow
 from ds_llmpq.models.generation import Generation
@@ -97,14 +97,24 @@ class InferencePipelineEngine(PipelineEngine):
         """Every rank has read its own layers; there is nothing to make equal, and packed weights must not be cast."""
 
     @torch.inference_mode()
-    def run_stream(self, first: Wave, sizes: PassSizes, following: TakeWave, on_finished: OnFinished) -> Wave | None:
+    def run_stream(
+        self,
+        first: Wave,
+        sizes: PassSizes,
+        following: TakeWave,
+        on_finished: OnFinished,
+        on_tokens: OnTokens | None = None,
+    ) -> Wave | None:
         """Generates for all rows of `first` and of the waves that join it. `following()` takes the driver's next wave
         on all ranks together, None at their end; one that does not join is returned, for the next stream.
 
-        `on_finished(row, tokens, finish)` is called on every rank when a row's last token is known there.
+        `on_finished(row, tokens, finish)` is called on every rank when a row's last token is known there; before it,
+        `on_tokens(keys, tokens)` with each pass's tokens of rows that go on, where it is given.
         """
         self.store.shape_for(*first.shape)
-        self.stream = stream = Stream(first, sizes, following, on_finished, self._poll_tokens, self._admitted)
+        self.stream = stream = Stream(
+            first, sizes, following, on_finished, self._poll_tokens, self._admitted, on_tokens
+        )
         self._exec_schedule(schedules.StreamSchedule(stream, stages=self.num_stages, stage_id=self.stage_id))
         self.activations.flush()
         self.tokens.flush()

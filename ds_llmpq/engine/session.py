@@ -19,7 +19,7 @@ from ds_llmpq.engine.pipeline_engine import InferencePipelineEngine, StopRule
 from ds_llmpq.engine.pipeline_module import PlannedPipelineModule, pipeline_bounds, pipeline_layers
 from ds_llmpq.engine.sequences import Finish
 from ds_llmpq.engine.stage_loader import StageLoader
-from ds_llmpq.engine.stream import OnFinished, TakeWave
+from ds_llmpq.engine.stream import OnFinished, OnTokens, TakeWave
 from ds_llmpq.engine.throttle import CpuShare
 from ds_llmpq.engine.topology import PlannedTopology
 from ds_llmpq.engine.trace import Trace
@@ -129,11 +129,17 @@ class Session:
             return self.options.patience_rounds
         return 0 if all(is_whole_stage(stage.kernel) for stage in self.plan.stages) else PATIENCE_ROUNDS
 
-    def run_all(self, take: TakeWave, on_finished: OnFinished, on_broken: OnBroken = _not_told) -> None:
+    def run_all(
+        self,
+        take: TakeWave,
+        on_finished: OnFinished,
+        on_broken: OnBroken = _not_told,
+        on_tokens: OnTokens | None = None,
+    ) -> None:
         """Runs the driver's waves. `take` is called on the driver only, when the slots run short of requests, and once
         more when all have ended: None then is the end. `on_finished(row, tokens, finish)` is called on every rank;
         `on_broken(row, fault)` on the driver, soon after a row has finished as broken: with why it was given up, None
-        if its logits were no numbers."""
+        if its logits were no numbers. `on_tokens`: as `run_stream` has it, where it is given."""
         unexplained: list[WaveRow] = []  # on the driver
 
         def finished(row: WaveRow, tokens: list[int], finish: Finish) -> None:
@@ -162,7 +168,7 @@ class Session:
 
         held_back = None
         while (wave := held_back or together()) is not None:
-            held_back = self.engine.run_stream(wave, self.sizes, together, finished)
+            held_back = self.engine.run_stream(wave, self.sizes, together, finished, on_tokens)
 
     def report(self) -> dict:
         """What this rank measured, as plain data: seconds by kind of work, memory by part.

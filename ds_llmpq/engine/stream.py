@@ -14,6 +14,7 @@ from ds_llmpq.engine.wave import Wave, WaveRow
 
 TakeWave = Callable[[], Wave | None]
 OnFinished = Callable[[WaveRow, list[int], Finish], None]
+OnTokens = Callable[[list[int], list[int]], None]  # keys of rows that go on, and the next token of each
 
 
 class Lengths(Sequence):
@@ -62,7 +63,7 @@ class StreamTimes:
 
 class Stream:
     """Implements the schedule's `Decisions`. `poll` records tokens that have come meanwhile; `on_admitted(slot, row)`
-    is called when a request takes a slot.
+    is called when a request takes a slot, `on_tokens(keys, tokens)` when tokens are known of rows that go on.
 
     `held_back`: a wave that was taken but does not join. `broken`: slots whose cache may hold what is no number.
     """
@@ -75,6 +76,7 @@ class Stream:
         on_finished: OnFinished,
         poll: Callable[[], None],
         on_admitted: Callable[[int, WaveRow], None],
+        on_tokens: OnTokens | None = None,
     ):
         self.shape = first.shape
         self.fixed = sizes.fixed
@@ -86,6 +88,7 @@ class Stream:
         self._on_finished = on_finished
         self._poll = poll
         self._on_admitted = on_admitted
+        self._on_tokens = on_tokens
         self._no_more = False
         self._live = first.live
         self._asked = False  # since the last decision
@@ -131,7 +134,12 @@ class Stream:
         """Takes the tokens of a pass."""
         self._ended = time.perf_counter()
         self._first_token = self._first_token or self._ended
-        for slot in self.sequences.record(batch, tokens, finish):
+        ended = self.sequences.record(batch, tokens, finish)
+        if self._on_tokens is not None:
+            going = [slot for slot in batch.live if self.sequences.finish[slot] in (Finish.RUNNING, Finish.OVERRUN)]
+            rows, generated = self.sequences.rows, self.sequences.generated
+            self._on_tokens([rows[slot].key for slot in going], [generated[slot][-1] for slot in going])
+        for slot in ended:
             if self.sequences.finish[slot] is Finish.BROKEN:
                 self.broken.add(slot)
             row, generated = self.sequences.rows[slot], self.sequences.generated[slot]

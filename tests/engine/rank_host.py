@@ -108,10 +108,14 @@ def run_case(case: dict, joined: Place) -> dict:
         if fault is not None:
             faults.append([row.key, dataclasses.asdict(fault)])
 
-    session.run_all(take, finished, broken)
+    told: list[tuple[int, int]] = []
+    session.run_all(
+        take, finished, broken, (lambda *rows: told.extend(zip(*rows, strict=True))) if place.is_driver else None
+    )
     return {
         "stage": index,
         "outcomes": outcomes,
+        "told": told if place.is_driver else None,
         "faults": faults if place.is_driver else None,
         "lengths": [list(times.lengths) for times in session.engine.stream_times],
         "logits": logits,
