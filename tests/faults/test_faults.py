@@ -40,7 +40,10 @@ def test_after_a_kill_nothing_is_lost(batch, expected, tmp_path, monkeypatch):
     run = FaultRun(tmp_path, batch, "rank 1", 60, 0.0)
     assert run.go() == 1
     assert rows_of(run.out) == expected
-    assert json.loads((run.out / "metrics.json").read_text())["restarts"]["restarts"] == 1
+    metrics = json.loads((run.out / "metrics.json").read_text())
+    assert metrics["restarts"]["restarts"] == 1
+    assert 0 < metrics["gone_on_from"]["rows"] <= metrics["gone_on_from"]["tokens"]
+    assert not (run.out / "in_flight.jsonl").exists()
 
 
 def test_after_a_kill_of_run_itself_the_same_command_goes_on(batch, expected, tmp_path):
