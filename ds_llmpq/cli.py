@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from ds_llmpq import __version__, config
+from ds_llmpq import __version__, completion, config
 from ds_llmpq.batch.results import check_folder
 from ds_llmpq.engine.openmp import wait_briefly
 from ds_llmpq.errors import Interrupted, RunFailed, UserError
@@ -25,6 +25,8 @@ from ds_llmpq.versions import check_versions
 
 # verbs of which each rank knows its own layers, and how long its threads should wait
 _COMPUTED_BY_RANKS = frozenset({"run", "evaluate", "serve", "plan"})
+# Hydra's own asks a program without verbs
+_HYDRAS_COMPLETION = {"-sc", "--shell-completion", "--shell_completion"}
 _LEAST_FREE_BYTES = 32 << 10
 _READS_FAILURES = frozenset({"report"})  # may write its pages beside what they tell of
 # verbs whose first argument may be a bare word, and the key it stands for
@@ -44,6 +46,7 @@ _USAGE = """usage: ds-llmpq VERB [key=value ...]     (ds-llmpq VERB --help shows
   export       plan=FILE to=vllm|llama_cpp: a plan as arguments of another system
   lengths      prepare | train | evaluate | predict | characterize: how long answers will be
   simulate     scheduling policies on simulated arrivals: FCFS, SJF, SSJF, with and without batching
+  completion   bash | zsh | fish: a script for the shell, e.g. `source <(ds-llmpq completion bash)`
 """
 
 
@@ -60,6 +63,8 @@ def main(arguments: list[str] | None = None) -> None:
         rest[0] = f"{_WORD_KEYS[verb]}={rest[0]}"
     try:
         check_versions()
+        if verb == "completion" or {verb, *rest} & _HYDRAS_COMPLETION:
+            sys.exit(completion.main(rest if verb == "completion" else completion.installed(rest)))
         if verb not in config.VERBS:
             raise UserError(f"There is no verb {verb!r}; the verbs are {', '.join(config.VERBS)}.")
         if verb not in _COMPUTED_BY_RANKS:

@@ -16,10 +16,11 @@ from ds_llmpq.files import open_regular, parse_json, read_csv, read_json, read_j
 LAYOUTS = ("auto", "rows", "lmsys", "results")
 ROUNDS = ("single", "multi")
 # names under which files have been seen to hold the same thing; the first found counts
-_TEXT = ("text", "prompt", "prompt_text", "input", "user_prompt")
+_TEXT = ("text", "prompt", "prompt_content", "prompt_text", "input", "user_prompt")
 _ANSWER = ("response", "answer", "output", "completion")
-_LENGTH = ("output_tokens", "completion_tokens", "output_token_length", "length", "GeneratedTokens")
+_LENGTH = ("output_tokens", "completion_tokens", "output_token_length", "response_length", "length", "GeneratedTokens")
 _PROMPT_LENGTH = ("prompt_tokens", "prompt_token_length", "ContextTokens")
+_MODEL = ("model", "model_name")
 _CONVERSATION = ("conversation", "conversations", "messages")
 _WORD = re.compile(r"\w+|[^\w\s]")
 
@@ -111,7 +112,8 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     """Objects of a file by its ending: .csv, .parquet, else JSON lines (or one JSON list)."""
     try:
         if path.is_dir():
-            files = sorted(path.glob("*.parquet")) + sorted(path.glob("*.jsonl")) + sorted(path.glob("*.csv"))
+            # a data set as it is downloaded holds its files in data/
+            files = _data_files(path) or _data_files(path / "data")
             if not files:
                 raise UserError(f"{path} holds no .parquet, .jsonl or .csv file; give the file itself.")
             return [row for file in files for row in _rows(file)]
@@ -138,6 +140,10 @@ def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
         yield row
 
 
+def _data_files(folder: Path) -> list[Path]:
+    return [file for suffix in ("parquet", "jsonl", "csv") for file in sorted(folder.glob(f"*.{suffix}"))]
+
+
 def _parquet(path: Path) -> list[dict[str, Any]]:
     try:
         import pyarrow
@@ -145,7 +151,7 @@ def _parquet(path: Path) -> list[dict[str, Any]]:
     except ImportError:
         raise UserError("Parquet files need pyarrow; install ds_llmpq[lengths], or give JSON lines or CSV.") from None
     try:
-        known = {*_TEXT, *_ANSWER, *_LENGTH, *_PROMPT_LENGTH, *_CONVERSATION, "model", "conversation_id", "turn"}
+        known = {*_TEXT, *_ANSWER, *_LENGTH, *_PROMPT_LENGTH, *_CONVERSATION, *_MODEL, "conversation_id", "turn"}
         names = [name for name in parquet.read_schema(path).names if name in known]
         return parquet.read_table(path, columns=names).to_pylist()
     except pyarrow.ArrowException as error:
@@ -158,7 +164,7 @@ def _first(row: dict[str, Any], names: tuple[str, ...]) -> Any:
 
 def _from_row(row: dict[str, Any], number: int, rounds: str, count: Counter) -> Iterator[Example]:
     """Examples of one row: a prompt with its answer, or a conversation with one or all of its answers."""
-    model, conversation = str(row.get("model") or ""), str(row.get("conversation_id") or number)
+    model, conversation = str(_first(row, _MODEL) or ""), str(row.get("conversation_id") or number)
     messages = _messages(_first(row, _CONVERSATION))
     if messages:
         yield from _turns(messages, model, conversation, rounds, count)

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ds_llmpq.errors import UserError
+from ds_llmpq.models.shape import refuse_planned_only
 from ds_llmpq.models.step import Step
 
 # model_type in config.json -> module that defines ARCHITECTURE(S)
@@ -51,6 +52,7 @@ class Architecture:
 def architecture_of(config: PreTrainedConfig) -> Architecture:
     """The architecture of a loaded configuration; `UserError` if it is none of the supported ones."""
     if config.model_type not in _modules:
+        refuse_planned_only(config.model_type)
         raise UserError(
             f"model_type {config.model_type!r} is not supported; supported are {', '.join(sorted(_modules))}."
         )

@@ -362,5 +362,17 @@ _READERS: dict[str, Callable[[_Keys], ModelShape]] = {
     "qwen3": _llama_family,
     "opt": _opt,
     "bloom": _bloom,
-    "mixtral": _mixtral,  # to plan only: the engine has no mixtures of experts
+    "mixtral": _mixtral,
 }
+
+# whose times and memory are known, but whose layers the engine does not have
+_PLANNED_ONLY = {"mixtral": "mixtures of experts"}
+
+
+def refuse_planned_only(architecture: str) -> None:
+    """`UserError` for a model that `plan` and `export` take and no other command does."""
+    if architecture in _PLANNED_ONLY:
+        raise UserError(
+            f"model_type {architecture!r} can be planned and exported, but not run, quantized or measured: the engine "
+            f"has no {_PLANNED_ONLY[architecture]}; run it with another system (`ds-llmpq export`)."
+        )

@@ -7,6 +7,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 
 import numpy as np
 
@@ -90,8 +91,16 @@ def solve_model(
             return backend(model, max(seconds, 0.05), gap, cutoff, seed, progress)
         except SolverUnavailable as error:
             reason = str(error)
-    remedy = "choose planner solver=search, which needs neither"
-    raise UserError(f"No mixed-integer solver can be used ({reason or 'none installed'}); install highspy or {remedy}.")
+    name = "planner.solver=gurobi" if solver == "gurobi" else "a mixed-integer solver"
+    raise UserError(f"{name} cannot be used ({reason or 'none is installed'}); {_remedy(solver)}.")
+
+
+def _remedy(solver: str) -> str:
+    """What is sure to work on this machine."""
+    search = "planner.solver=search, which needs no other program"
+    if solver == "gurobi" and find_spec("highspy"):
+        return f"give planner.solver=highs, which is installed, or {search}"
+    return f"install highspy, or give {search}"
 
 
 def _gurobi(model: Model, seconds: float, gap: float, cutoff: float, seed: int, progress: Progress | None) -> Solution:

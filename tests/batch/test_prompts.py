@@ -14,7 +14,7 @@ from ds_llmpq.batch.prompts import (
     required_tokens,
 )
 from ds_llmpq.batch.reader import read_requests
-from ds_llmpq.batch.request import RequestError
+from ds_llmpq.batch.request import CHAT_URL, Request, RequestError
 from ds_llmpq.errors import UserError
 from ds_llmpq.schema import BatchConfig
 
@@ -145,3 +145,21 @@ def test_required_tokens_is_the_smallest_workload_that_serves_all(requests_of):
     assert prepare(requests, byte_level(), context_tokens=100, capacity_tokens=10 + 9)[1] == []
     with pytest.raises(UserError, match=r"errors\.jsonl"):
         required_tokens([])
+
+
+def test_a_template_that_lacks_a_token_says_which():
+    """Every row fails then: other roles would not help."""
+
+    class Tokenizer:
+        chat_template = "{{ messages[0]['content'] + eos_token }}"
+        eos_token = None
+
+        def apply_chat_template(self, *_, **__):
+            raise TypeError('can only concatenate str (not "NoneType") to str')
+
+    request = Request(0, 1, "a", CHAT_URL, None, (("user", "x"),), None)
+    with pytest.raises(RequestError, match=r"set eos_token in tokenizer_config\.json"):
+        render_chat(request, Tokenizer())
+    Tokenizer.eos_token = "</s>"
+    with pytest.raises(RequestError, match="change their roles"):
+        render_chat(request, Tokenizer())

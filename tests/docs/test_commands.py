@@ -10,6 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from ds_llmpq import config
+from ds_llmpq.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -78,6 +79,39 @@ def test_every_command_names_a_verb_and_keys_that_exist():
                     if key.split(".")[0] not in ("hydra", "experiment", "comparison"):
                         assert _has(known[verb], key), f"{page.name}: ds-llmpq {verb} has no {key}"
     assert checked > 60
+
+
+_INLINE = re.compile(r"`([^`\n]+)`")
+_ARGUMENTS = {"key=", "costs_of=", "formula=", "solver=", "pins="}  # of Python functions, or any key
+_OPTION = re.compile(r"^'?(\+{0,2}[a-z_]+(?:[./][a-z_]+)*=)")
+
+
+def test_every_option_in_the_text_is_one_of_some_verb():
+    """Of tables and sentences: what stands there as `key=value` is taken by a command."""
+    checked, unknown = 0, []
+    for page in PAGES:
+        for code in _INLINE.findall(re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)):
+            for key in (match[1] for word in code.split() if (match := _OPTION.match(word))):
+                checked += 1
+                if key not in _ARGUMENTS and not any(_takes(verb, f"{key}x") for verb in config.VERBS):
+                    unknown.append(f"{page.name}: `{code}`: {key}")
+    assert checked > 80
+    assert not unknown
+
+
+def _takes(verb, argument):
+    try:
+        config.prepare(verb, [argument])
+    except UserError:
+        return False
+    return True
+
+
+def test_documented_pins_are_taken():
+    found = [code for page in PAGES for code in _INLINE.findall(page.read_text()) if "planner.pins=" in code]
+    assert len(found) >= 2
+    for code in found:
+        assert config.composed("plan", [code.strip("'").replace("[...]", "[a:0]")]).planner.pins
 
 
 def _has(settings, key):

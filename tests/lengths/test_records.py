@@ -138,3 +138,17 @@ def test_truncation_keeps_the_tail_or_head_and_tail():
 def test_lengths_are_floats():
     assert dataset.lengths_of(many(2, 1)).tolist() == [1.0, 2.0]
     assert dataset.lengths_of(many(2, 1)).dtype == np.float64
+
+
+def test_the_published_columns_and_a_data_set_as_downloaded(tmp_path):
+    (tmp_path / "lmsys" / "data").mkdir(parents=True)
+    text = "model_name,prompt_content,response_length\nvicuna-13b,How are you?,17\nkoala-13b,Why?,5\n"
+    (tmp_path / "lmsys" / "data" / "train.csv").write_text(text)
+    found = read_examples(tmp_path / "lmsys", "lmsys")
+    assert [(each.model, each.text, each.output_tokens) for each in found] == [
+        ("vicuna-13b", "How are you?", 17),
+        ("koala-13b", "Why?", 5),
+    ]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no"):
+        read_examples(tmp_path / "empty")

@@ -1,0 +1,104 @@
+"""`ds-llmpq completion bash|zsh|fish`: a script that completes verbs, keys, groups and their entries.
+
+The script asks `ds-llmpq completion words VERB WORD` for what may follow; that loads neither Hydra's application nor
+torch, and reads the same keys as the command line is checked against.
+"""
+
+from __future__ import annotations
+
+from ds_llmpq import config, overrides
+from ds_llmpq.errors import UserError
+
+_ACTIONS = {
+    "lengths": ("prepare", "train", "evaluate", "predict", "characterize"),
+    "report": ("run", "sweep", "fidelity"),
+}
+_OTHERS = ("completion", "--help", "--version")
+
+_BASH = """\
+_ds_llmpq() {
+    local word="${COMP_LINE:0:COMP_POINT}" IFS=$'\\n'
+    local last="${word##* }"
+    local verb=""
+    [[ "$word" == *" "*" "* ]] && verb="${COMP_WORDS[1]}"
+    COMPREPLY=($(ds-llmpq completion words "$verb" "$last" 2>/dev/null))
+    # bash takes `=` and `:` for ends of words: only what follows the last one is put in
+    local break="${last%"${last##*[=:]}"}"
+    COMPREPLY=("${COMPREPLY[@]#"$break"}")
+    [[ ${#COMPREPLY[@]} -eq 1 && "${COMPREPLY[0]}" == *[=.] ]] && compopt -o nospace
+    [[ ${#COMPREPLY[@]} -eq 0 ]] && compopt -o default
+    return 0
+}
+complete -F _ds_llmpq ds-llmpq
+"""
+_ZSH = """\
+#compdef ds-llmpq
+_ds_llmpq() {
+    local verb=""
+    local -a found
+    (( CURRENT > 2 )) && verb="${words[2]}"
+    found=("${(@f)$(ds-llmpq completion words "$verb" "${words[CURRENT]}" 2>/dev/null)}")
+    if [[ -z "${found[*]}" ]]; then
+        compset -P '*='
+        _files
+    else
+        compadd -Q -S '' -- "${found[@]}"
+    fi
+}
+compdef _ds_llmpq ds-llmpq
+"""
+_FISH = """\
+function __ds_llmpq
+    set -l before (commandline -opc)
+    set -l verb ""
+    test (count $before) -gt 1; and set verb $before[2]
+    ds-llmpq completion words "$verb" (commandline -ct) 2>/dev/null
+end
+complete -c ds-llmpq -f -a "(__ds_llmpq)"
+"""
+SHELLS = {"bash": _BASH, "zsh": _ZSH, "fish": _FISH}
+
+
+def main(arguments: list[str]) -> int:
+    """Prints a shell's script, or (`words VERB WORD`, for the scripts) what may stand in the place of WORD."""
+    if arguments[:1] == ["words"]:
+        verb, word = [*arguments[1:], "", ""][:2]
+        print("\n".join(complete(verb, word)))
+        return 0
+    if len(arguments) != 1 or arguments[0] not in SHELLS:
+        raise UserError(
+            f"completion takes one of {', '.join(SHELLS)}; for bash, `source <(ds-llmpq completion bash)` in ~/.bashrc."
+        )
+    print(SHELLS[arguments[0]], end="")
+    return 0
+
+
+def installed(arguments: list[str]) -> list[str]:
+    """The arguments of `main` for Hydra's way to ask for a script, `-sc install=bash`."""
+    return [argument.removeprefix("install=") for argument in arguments if argument.startswith("install=")]
+
+
+def complete(verb: str, word: str) -> list[str]:
+    """What a word may become: a verb where none is given, else keys one level at a time, groups, entries of groups."""
+    if not verb:
+        return [name for name in (*config.VERBS, *_OTHERS) if name.startswith(word)]
+    if verb == "completion":
+        return [name for name in SHELLS if name.startswith(word)]
+    if verb not in config.VERBS:
+        return []
+    kind = config.VERBS[verb]
+    groups = overrides.groups_of(kind, config.conf_folder())
+    key, equals, start = word.partition("=")
+    if equals:
+        return [f"{key}={name}" for name in groups.get(key.lstrip("+"), ()) if name.startswith(start)]
+    plus, word = word[: len(word) - len(word.lstrip("+"))], word.lstrip("+")
+    found = [f"{name}=" for name in groups]
+    names = overrides.keys_of(kind)
+    inner = {name.rpartition(".")[0] for name in names}
+    depth = word.count(".")
+    for name in names:
+        if name.count(".") == depth:
+            found += [f"{name}."] if name in inner else [f"{name}="]
+    if not depth and not plus:
+        found += _ACTIONS.get(verb, ())
+    return sorted({plus + name for name in found if name.startswith(word)})
