@@ -101,7 +101,7 @@ def _score(job: ScoreJob, settings: EvaluateVerb, folder: Path) -> dict[str, Any
         outcome = _attempt(job, settings, folder)
         if outcome.kind != PORT:
             break
-    if outcome.ended.reason is Reason.ENDED:
+    if outcome.ended.reason is Reason.ENDED and (folder / "scores.json").exists():
         return json.loads((folder / "scores.json").read_text())
     if outcome.kind == MISTAKE:
         sentence = outcome.failure.message
