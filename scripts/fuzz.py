@@ -97,7 +97,7 @@ def _share(work: tuple[argparse.Namespace, int]) -> Found:
         for loader_name, loader in loaders.items():  # what is imported on first use is no finding
             outcome = "ok" if not loader.seed else try_input(loader, loader.seed, folder)
             if outcome != "ok":
-                raise SystemExit(f"the valid input of {loader_name} is refused: {outcome}")
+                raise RuntimeError(f"the valid input of {loader_name} is refused: {outcome}")
         guard = Guard(folder)
         for number, (loader_name, case, data) in enumerate(_inputs(loaders, options)):
             if number % options.processes == mine:

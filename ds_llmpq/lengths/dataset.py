@@ -124,7 +124,7 @@ def read(folder: Path) -> Dataset:
     for number, row in read_json_lines(file, what, remedy):
         where = f"{what} {file} line {number}"
         named = isinstance(row, dict) and row.pop("split", None)
-        if named not in parts:
+        if not isinstance(named, str) or named not in parts:
             raise UserError(f"{where}: split is {shown(named)}, but must be one of {', '.join(SPLITS)}; {remedy}.")
         parts[named].append(checked(Example, row, where, remedy))
     dataset = Dataset(*(tuple(parts[name]) for name in SPLITS))
