@@ -28,7 +28,7 @@ def main(option: str | None) -> None:
             except UserError as error:
                 print(error)
     else:
-        print("Python", sys.version.split()[0], *(f"{name} {metadata.version(name)}" for name in TOLD), sep=", ")
+        print(f"Python {sys.version.split()[0]}", *(f"{name} {metadata.version(name)}" for name in TOLD), sep=", ")
 
 
 if __name__ == "__main__":
