@@ -43,6 +43,7 @@ class Identity:
     plan: Label | None  # sha256 of the plan's decisions; None before there is a plan
     sampling: Plain
     settings: Plain = field(default_factory=dict)
+    texts: Label | None = None  # of the checkpoint's tokenizer, templates and generation defaults
 
     def changes(self, now: Identity) -> list[str]:
         """What differs, in words, for a person; what either side does not know is let pass."""
@@ -53,6 +54,8 @@ class Identity:
             before, after = getattr(self, name), getattr(now, name)
             if before and after and before != after:
                 found.append(f"the {name} (fingerprint {before[:12]}, now {after[:12]})")
+        if self.texts and now.texts and self.texts != now.texts:
+            found.append("the checkpoint's tokenizer, chat template or generation_config.json")
         found += _differences("batch.", self.sampling, now.sampling)
         if self.settings and now.settings:
             found += _differences("", self.settings, now.settings)

@@ -20,6 +20,11 @@ from ds_llmpq.validation import Count, Many, Name, Plain, Table, checked
 
 MANIFEST = "quantized.json"
 _DIGEST = re.compile("[0-9a-f]{64}")
+# what decides how prompts become tokens, and how the next one is chosen where a request does not say
+TEXT_FILES = (
+    "*.jinja", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
+    "generation_config.json",
+)  # fmt: skip
 _MOST_HEADER_BYTES = 100 << 20  # safetensors' own limit
 
 
@@ -46,6 +51,15 @@ def fingerprint(path: str | Path) -> str:
         with open_regular(file, "shard", "fetch it again") as stream:
             header_bytes = int.from_bytes(stream.read(8), "little")
             digest.update(stream.read(min(header_bytes, _MOST_HEADER_BYTES)))
+    return digest.hexdigest()
+
+
+def text_fingerprint(path: str | Path) -> str:
+    """SHA-256 over the `TEXT_FILES` of a checkpoint. A quantized folder holds copies, and so has that of its source."""
+    digest = hashlib.sha256()
+    for file in sorted(file for pattern in TEXT_FILES for file in Path(path).glob(pattern) if file.is_file()):
+        with open_regular(file, "checkpoint file", "fetch the checkpoint again") as stream:
+            digest.update(f"{file.name}:{hashlib.sha256(stream.read()).hexdigest()}:".encode())
     return digest.hexdigest()
 
 

@@ -25,7 +25,7 @@ from ds_llmpq.errors import UserError
 from ds_llmpq.files import write_json
 from ds_llmpq.models.architecture import architecture_of
 from ds_llmpq.models.checkpoint import QUANTIZED_INDEX, Checkpoint
-from ds_llmpq.models.fingerprint import MANIFEST, fingerprint, read_manifest
+from ds_llmpq.models.fingerprint import MANIFEST, TEXT_FILES, fingerprint, read_manifest
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.quant.checkpoint import FORMAT, FORMER_INDEX, HEAD, Recipe, file_sha256
 from ds_llmpq.quant.hqq import linear_names, quantize_linear, quantize_rows, stored_parts
@@ -33,9 +33,7 @@ from ds_llmpq.quant.packing import UNQUANTIZED_BITS, check_output_matrix, groups
 from ds_llmpq.schema import QuantConfig
 
 _RECIPE_VERSION = 1  # raised when the same settings give other weights
-# what belongs to the text side of a checkpoint, copied as it is
-_COPIED = ("*.jinja", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
-_COPIED += ("generation_config.json", "LICENSE*", "*.model")
+_COPIED = (*TEXT_FILES, "LICENSE*")
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from ds_llmpq.cluster.hostfile import hostfile_disagreements, parse_hostfile, wr
 from ds_llmpq.engine.launcher import Launch, end_leftovers
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import write_json
-from ds_llmpq.models.fingerprint import fingerprint
+from ds_llmpq.models.fingerprint import fingerprint, text_fingerprint
 from ds_llmpq.models.notes import list_notes
 from ds_llmpq.models.shape import refuse_planned_only
 from ds_llmpq.planner import Plan
@@ -121,8 +121,10 @@ def _begun(settings: RunVerb, out: Path, rows: InputRows, tally: Tally) -> tuple
         known = (out / "plan.json").exists()
         plan = _launchable(settings, out / "plan.json") if known else plan_of(settings, out)
         write_hostfile(out / "hostfile", launch_order(plan))
-    model = fingerprint(checkpoint_of(settings, plan))
-    asked = replace(asked, model=model, plan=plan_fingerprint(plan))
+    checkpoint = checkpoint_of(settings, plan)
+    asked = replace(
+        asked, model=fingerprint(checkpoint), texts=text_fingerprint(checkpoint), plan=plan_fingerprint(plan)
+    )
     if journal is None:
         journal = Journal(asked)
     journal.check(asked, out)

@@ -218,3 +218,17 @@ def test_an_unsupported_architecture_is_said(copy_of):
     (path / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(UserError, match="'gpt2' is not supported; supported are bloom, llama, mistral, opt, qwen2"):
         architecture_of(Checkpoint(path).config)
+
+
+def test_the_text_side_of_a_checkpoint_has_a_fingerprint_of_its_own(tmp_path):
+    from ds_llmpq.models.fingerprint import text_fingerprint
+
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    before = text_fingerprint(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"others")
+    assert text_fingerprint(tmp_path) == before
+    (tmp_path / "generation_config.json").write_text('{"repetition_penalty": 1.1}')
+    penalised = text_fingerprint(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"a": 1}')
+    assert len({before, penalised, text_fingerprint(tmp_path)}) == 3
