@@ -15,7 +15,7 @@ from ds_llmpq.versions import EXTRAS, REQUIREMENTS
 HERE = Path(__file__).parent
 PACKAGE = HERE.parents[1] / "ds_llmpq"
 RANGES = REQUIREMENTS | EXTRAS["cpu"] | EXTRAS["eval"]
-_FORM = re.compile(r"`([^`]+)`(?: = [^,]+)?, in (\w+/\w+\.py): \S")
+_FORM = re.compile(r"`([^`]+)`(?: = [^,]+)?, in ((?:\w+/)*\w+\.py): \S")
 MODULES = sorted(HERE.glob("test_*_contract.py"))
 
 
@@ -37,7 +37,7 @@ def test_each_contract_names_a_call_that_a_file_of_ours_uses(module):
     for test in contracts_of(module):
         said = " ".join((ast.get_docstring(test) or "").split())
         form = _FORM.match(said)
-        assert form, f"{module.name}, {test.name}: say '`CALL`, in ROOM/FILE.py: what is relied on', not {said!r}"
+        assert form, f"{module.name}, {test.name}: say '`CALL`, in FILE.py: what is relied on', not {said!r}"
         call, file = form[1], PACKAGE / form[2]
         assert file.is_file(), f"{module.name}, {test.name}: there is no {form[2]}"
         name = re.findall(r"\w[\w =]*", call.split("(")[0])[-1]

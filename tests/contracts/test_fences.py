@@ -54,7 +54,8 @@ NAMES = {
     },
     "transformers": {
         "_attn_implementation": ("models/attention.py",),
-        "_remove_final_layer_norm": ("models/opt.py", "models/shape.py"),  # a key of config.json too
+        # a key of config.json too
+        "_remove_final_layer_norm": ("models/families/opt.py", "models/opt.py", "models/shape.py"),
         "all_tied_weights_keys": ("quant/pretrained.py",),
         "variance_epsilon": ("quant/openvino_layer.py",),
     },
@@ -63,6 +64,11 @@ NAMES = {
         "optimize_weights_proximal_legacy_step": ("quant/optimize.py",),
         "bit_to_packing": ("quant/hqq.py",),
         "unpack_view_dtype": ("quant/hqq.py",),
+    },
+    "omegaconf": {
+        "_metadata": ("overrides.py",),
+        "_get_node": ("overrides.py",),
+        "_is_none": ("overrides.py",),
     },
     "openvino": {"get_rt_info": ("quant/openvino_layer.py",)},
     "torch": {
