@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ds_llmpq.errors import UserError
+from ds_llmpq.errors import UserError, shown
 from ds_llmpq.schema import DeviceTypeConfig
 
 MIB = 1 << 20
@@ -65,9 +65,13 @@ def parse_gpus(text: str) -> list[Gpu]:
             continue
         try:
             index, bus_id, name, total, free, capability = (field.strip() for field in row)
+            if len(total) > 12 or len(free) > 12:
+                raise ValueError("more memory than there is")
             gpus.append(Gpu(int(index), bus_id, name, int(total) * MIB, int(free) * MIB, capability))
         except ValueError:
-            raise UserError(f"nvidia-smi answered {','.join(row)!r}; expected {', '.join(GPU_FIELDS)}") from None
+            raise UserError(
+                f"nvidia-smi answered {shown(','.join(row), 200)}; expected {', '.join(GPU_FIELDS)}"
+            ) from None
     return sorted(gpus, key=lambda gpu: gpu.bus_id)
 
 

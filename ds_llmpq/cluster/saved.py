@@ -23,7 +23,10 @@ def parse_saved_gpus(text: str) -> list[Gpu]:
 
     UserError: columns are missing, or a line cannot be read.
     """
-    rows = [[cell.strip() for cell in row] for row in csv.reader(text.splitlines(), skipinitialspace=True) if row]
+    try:
+        rows = [[cell.strip() for cell in row] for row in csv.reader(text.splitlines(), skipinitialspace=True) if row]
+    except csv.Error as error:
+        raise UserError(f"the file of GPUs cannot be read as CSV ({error}); save the answer of `{QUERY}`") from None
     if not rows:
         raise UserError(f"the file of GPUs is empty; save the answer of `{QUERY}`")
     names = [re.sub(r"\s*\[.*\]$", "", cell) for cell in rows[0]]
