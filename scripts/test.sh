@@ -5,14 +5,16 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# The test of two hosts needs an ssh server, pdsh and ip. In a container they are installed where that is possible; on
-# a running system they are not, since installing a server there would also start it.
+# The test of two hosts needs an ssh server, pdsh and ip, that of completion zsh and fish. In a container they are
+# installed where that is possible; on a running system they are not, since installing a server there would also start it.
 missing() { ! command -v "$1" >/dev/null && [ ! -x "/usr/sbin/$1" ]; }
-if { missing pdsh || missing sshd || missing ip; } && [ "$(id -u)" = 0 ] && [ ! -d /run/systemd/system ] &&
-  command -v apt-get >/dev/null; then
+if { missing pdsh || missing sshd || missing ip || missing zsh || missing fish; } && [ "$(id -u)" = 0 ] &&
+  [ ! -d /run/systemd/system ] && command -v apt-get >/dev/null; then
   export DEBIAN_FRONTEND=noninteractive
-  (timeout 120 apt-get update && timeout 180 apt-get install -y --no-install-recommends pdsh openssh-server iproute2) \
-    >/dev/null 2>&1 </dev/null || echo "pdsh, openssh-server and iproute2 could not be installed" >&2
+  packages="pdsh openssh-server iproute2 zsh fish"
+  # shellcheck disable=SC2086
+  (timeout 120 apt-get update && timeout 180 apt-get install -y --no-install-recommends $packages) \
+    >/dev/null 2>&1 </dev/null || echo "$packages could not be installed" >&2
 fi
 
 venv=$(./scripts/install.sh dev)

@@ -27,7 +27,7 @@ def test_status_is_that_of_what_ran(tmp_path, fast, slow, lint, status):
     write_tool(tmp_path / "scripts" / "install.sh", f"echo {tools.parent}")
     write_tool(tools / "python", f'case "$*" in *"not ("*) echo fast; exit {fast};; *) echo slow; exit {slow};; esac')
     write_tool(tools / "ruff", f"exit {lint}")
-    for name in ("pdsh", "sshd", "ip"):
+    for name in ("pdsh", "sshd", "ip", "zsh", "fish"):
         write_tool(tools / name, "exit 0")
     run = subprocess.run(
         [tmp_path / "scripts" / "test.sh"],
