@@ -16,6 +16,7 @@ from ds_llmpq.errors import UserError
 # calls from one release to the next, ends at the newest release that was tested; others at their next major version.
 REQUIREMENTS = {
     "accelerate": ">=1.10,<2",
+    "annotated-types": ">=0.7,<1",
     "deepspeed": ">=0.19.0,<0.20",
     "gurobipy": ">=12.0.3,<14",
     "highspy": ">=1.12,<2",

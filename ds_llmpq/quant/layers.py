@@ -37,6 +37,7 @@ from ds_llmpq.quant.packing import UNQUANTIZED_BITS, groups_of
 from ds_llmpq.quant.torch_cpu import computes_in_bfloat16
 from ds_llmpq.quant.unpacked import stacked, unpack
 from ds_llmpq.schema import QuantConfig
+from ds_llmpq.versions import EXTRAS
 
 if TYPE_CHECKING:
     from ds_llmpq.quant.openvino_weights import Constants
@@ -229,8 +230,8 @@ def _graph_classes() -> tuple[type[nn.Module], type[nn.Module]]:
         from ds_llmpq.quant.stage_graph import GraphMember, StageGraph
     except ImportError as error:
         raise UserError(
-            f"quant.kernel=openvino_graph needs OpenVINO from 2026.4 on, which cannot be imported here ({error}); "
-            f"install ds_llmpq[cpu], or {remedy}"
+            f"quant.kernel=openvino_graph needs OpenVINO {EXTRAS['cpu']['openvino']}, which cannot be imported here "
+            f"({error}); install ds_llmpq[cpu], or {remedy}"
         ) from None
     if not computes_in_bfloat16():
         raise UserError(f"quant.kernel=openvino_graph needs a processor with bfloat16 arithmetic; {remedy}")
