@@ -35,6 +35,7 @@ compile dev.txt "${locked[@]}" "${without_cuda[@]}" --extra dev setup.py "$@"
 compile cpu.txt "${locked[@]}" "${without_cuda[@]}" --extra cpu setup.py --constraints requirements/dev.txt
 compile cuda.txt "${locked[@]}" "${without_torch[@]}" --extra gpu setup.py --constraints requirements/dev.txt
 compile build.txt "${locked[@]}" - --constraints requirements/dev.txt <<<$'pip\nsetuptools\nwheel' "$@"
+rm -f requirements/lowest.txt # uv would keep what it holds
 compile lowest.txt --resolution lowest-direct --python-version 3.11 --python-platform linux "${without_cuda[@]:0:2}" \
   $(printf -- '--no-emit-package %s ' "${cuda[@]}") --extra dev setup.py
 # their notes name packages that are left out, which every file would repeat
