@@ -8,6 +8,7 @@ import string
 from typing import Any
 
 from ds_llmpq.errors import UserError
+from ds_llmpq.files import check_files
 
 
 def load_tokenizer(model_path: str, trust_remote_code: bool = False, template_time: str | None = None) -> Any:
@@ -18,6 +19,7 @@ def load_tokenizer(model_path: str, trust_remote_code: bool = False, template_ti
     """
     from transformers import AutoTokenizer
 
+    check_files(model_path, "Tokenizer file", "fetch the checkpoint again")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             model_path, local_files_only=True, trust_remote_code=trust_remote_code

@@ -104,7 +104,7 @@ def test_order_and_predictor_are_checked_before_anything_starts(predictor, tmp_p
         (BatchConfig(replay="trace", admission="q95", predictor=str(predictor)), "reserves each answer's own limit"),
         (BatchConfig(order="random"), "batch.order is 'random'"),
         (BatchConfig(order="arrival", predictor=str(predictor)), "of no use"),
-        (BatchConfig(order="bucketed", predictor=str(tmp_path)), "holds no predictor"),
+        (BatchConfig(order="bucketed", predictor=str(tmp_path)), r"predictor\.json cannot be read"),
     ):
         with pytest.raises(UserError, match=said):
             checked(batch)

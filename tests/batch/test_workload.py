@@ -113,5 +113,5 @@ def test_given_numbers_stay(file, predictor):
 def test_a_predictor_that_would_not_be_used_is_named(file, predictor):
     with pytest.raises(UserError, match=r"batch\.predictor is of no use"):
         sized(file, BatchConfig(predictor=predictor, order="arrival"))
-    with pytest.raises(UserError, match="holds no predictor"):
+    with pytest.raises(UserError, match=r"predictor\.json cannot be read"):
         sized(file, replace(BatchConfig(), predictor=str(TINY), admission="q95"))

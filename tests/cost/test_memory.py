@@ -1,5 +1,6 @@
 """Memory arithmetic against what real modules hold and allocate."""
 
+import inspect
 import random
 
 import pytest
@@ -52,8 +53,10 @@ def test_kv_bytes_are_those_of_a_real_cache(name):
     from transformers import DynamicCache
 
     model, cache = model_of(name), DynamicCache()
+    takes = inspect.signature(model.forward).parameters
+    argument = "cache" if "cache" in takes else "past_key_values"  # up to transformers 5.23 the second
     with torch.no_grad():
-        model(torch.zeros(3, 17, dtype=torch.long), past_key_values=cache)
+        model(torch.zeros(3, 17, dtype=torch.long), **{argument: cache})
     held = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
     memory = MemoryModel(ModelShape.from_config(config_of(name)), Groups(), 4)
     assert 2 * 3 * memory.kv_bytes_per_sequence_layer(17) == held

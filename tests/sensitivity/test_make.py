@@ -110,7 +110,7 @@ def test_mistakes(path, tmp_path):
     }.items():
         with pytest.raises(UserError, match=words[1]):
             make_omega(request(path, tmp_path, **{change: words[0]}))
-    with pytest.raises(UserError, match="cannot be read as UTF-8"):
+    with pytest.raises(UserError, match=r"none cannot be read .*give a plain text file in UTF-8"):
         make_omega(request(path, tmp_path, calibration=CalibrationConfig(text=str(tmp_path / "none"))))
     with pytest.raises(UserError, match="longer than the model's 32 positions"):
         make_omega(request(path, tmp_path, calibration=CalibrationConfig(rows=1, tokens=33)))
