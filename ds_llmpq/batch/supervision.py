@@ -89,6 +89,9 @@ class Supervisor:
             before, tally = tally, self.count()
             if not tally.complete:
                 self._go_on(outcome, before, tally)
+            elif outcome.ended.reason in (Reason.HUNG, Reason.STOPPED):
+                # woken for its stacks, a stopped rank may write the rest: worth knowing, though nothing is left to do
+                self.reasons.append(self._why(outcome, tally))
         return tally
 
     def _go_on(self, outcome: Outcome, before: Tally, tally: Tally) -> None:

@@ -84,7 +84,6 @@ def test_results_deleted_while_they_are_written_are_missed_and_made_again(batch,
 
 
 def test_a_stopped_rank_is_noticed_and_its_stacks_are_in_the_log(batch, expected, tmp_path):
-    # early, so that rows are still to come on a slow machine too
     run = FaultRun(tmp_path, batch, "rank 1", 8, 0.0, signal.SIGSTOP, ("run.hang_seconds=8",))
     assert run.go() == 1
     assert rows_of(run.out) == expected
