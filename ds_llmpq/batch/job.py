@@ -11,11 +11,15 @@ import binascii
 import json
 import zlib
 from dataclasses import asdict, dataclass
+from typing import Any, TypeVar, get_type_hints
 
-from ds_llmpq.errors import UserError
+from ds_llmpq.errors import UserError, shown
+from ds_llmpq.files import parse_json
 from ds_llmpq.planner.plan import Plan
 from ds_llmpq.schema import BatchConfig, EngineConfig
+from ds_llmpq.validation import checked
 
+T = TypeVar("T")
 _MOST_BYTES = 64 << 20
 _PLAIN = (
     "model_path", "input", "output", "trust_remote_code", "supervised", "input_sha256", "hang_seconds",
@@ -48,23 +52,35 @@ class Job:
     def to_token(self) -> str:
         fields = {name: getattr(self, name) for name in _PLAIN} | {"plan": self.plan.to_json()}
         fields |= {"engine": asdict(self.engine), "batch": asdict(self.batch)}
-        return base64.urlsafe_b64encode(zlib.compress(json.dumps(fields).encode(), 9)).decode()
+        return to_token(fields)
 
     @classmethod
     def from_token(cls, token: str) -> Job:
-        try:
-            data = zlib.decompressobj().decompress(base64.urlsafe_b64decode(token), _MOST_BYTES)
-            fields = json.loads(data)
-            return cls(
-                **fields
-                | {
-                    "plan": Plan.from_json(fields["plan"]),
-                    "engine": EngineConfig(**fields["engine"]),
-                    "batch": BatchConfig(**fields["batch"]),
-                }
-            )
-        except (binascii.Error, zlib.error, ValueError, TypeError, KeyError, RecursionError) as error:
-            raise UserError(f"The job token cannot be read ({error}); start serve through `ds-llmpq run`.") from None
+        """`UserError` for what `to_token` has not made."""
+        return from_token(cls, token, "start serve through `ds-llmpq run`")
+
+
+def to_token(fields: dict[str, Any]) -> str:
+    return base64.urlsafe_b64encode(zlib.compress(json.dumps(fields).encode(), 9)).decode()
+
+
+def from_token(kind: type[T], token: str, remedy: str) -> T:
+    """The dataclass `kind`, one of whose fields is a plan, from the fields that `to_token` packed. `UserError`: no
+    token, or one without a field, with an unknown one, or with a value that cannot be."""
+    where = "The job token"
+    try:
+        data = zlib.decompressobj().decompress(base64.urlsafe_b64decode(token), _MOST_BYTES)
+    except (binascii.Error, zlib.error, ValueError) as error:
+        raise UserError(f"{where} cannot be read ({error}); {remedy}.") from None
+    fields = parse_json(data, where, remedy, infinity=True)
+    types = get_type_hints(kind)
+    if not isinstance(fields, dict) or set(fields) != set(types):
+        raise UserError(f"{where} holds {shown(fields)}, but must hold the keys {', '.join(types)}; {remedy}.")
+    values = {
+        name: Plan.from_json(value) if types[name] is Plan else checked(types[name], value, f"{where}: {name}", remedy)
+        for name, value in fields.items()
+    }
+    return kind(**values)
 
 
 def check_input(job: Job, sha256: str) -> None:

@@ -12,7 +12,6 @@ of its kind (8 to 16, 3 to 4), a missing device by the ratio of datasheet rates 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -22,8 +21,10 @@ from typing import NamedTuple
 from ds_llmpq.cluster.devices import DeviceType
 from ds_llmpq.cost.latency import PassOverhead, RooflineCosts
 from ds_llmpq.errors import UserError
+from ds_llmpq.files import read_json
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS
+from ds_llmpq.validation import AboveZero, Bits, Name, Plain, Positive, Table, checked
 
 FILE = Path(__file__).with_name("published_layers.json")
 KERNEL = "fused"  # its kernels read packed weights; memory has no dequantized copies
@@ -54,29 +55,57 @@ class Figures:
     reference_bandwidth: float
 
 
+@dataclass(frozen=True)
+class _Milliseconds:
+    prefill: AboveZero
+    decode: AboveZero
+
+
+@dataclass(frozen=True)
+class _At:
+    sequences: Positive
+    prompt_tokens: Positive
+    model: Plain
+
+
+@dataclass(frozen=True)
+class _Reference:
+    type: Name
+    flops_per_second: AboveZero
+    memory_bandwidth_bytes_per_second: AboveZero
+
+
+@dataclass(frozen=True)
+class _Record:
+    """The file."""
+
+    source: Name
+    at: _At
+    milliseconds: Table[dict[Bits, _Milliseconds]]
+    reference: _Reference
+
+
 @cache
 def read_figures(file: Path = FILE) -> Figures:
-    """`UserError`: unreadable, or a key is missing."""
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        at, reference = record["at"], record["reference"]
-        anchors = {
-            (name, int(width)): Anchor(entry["prefill"] / 1e3, entry["decode"] / 1e3, "published")
-            for name, widths in record["milliseconds"].items()
-            for width, entry in widths.items()
-        }
-        return Figures(
-            record["source"],
-            ModelShape.from_config(at["model"]),
-            at["sequences"],
-            at["prompt_tokens"],
-            anchors,
-            reference["type"],
-            reference["flops_per_second"],
-            reference["memory_bandwidth_bytes_per_second"],
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} does not hold published layer times ({error}); install the package again") from None
+    """`UserError`: unreadable, or not of this form."""
+    what, remedy = "Published layer times", "install the package again"
+    record = checked(_Record, read_json(file, what, remedy), f"{what} {file}", remedy, further=True)
+    at, reference = record.at, record.reference
+    anchors = {
+        (name, width): Anchor(entry.prefill / 1e3, entry.decode / 1e3, "published")
+        for name, widths in record.milliseconds.items()
+        for width, entry in widths.items()
+    }
+    return Figures(
+        record.source,
+        ModelShape.from_config(at.model),
+        at.sequences,
+        at.prompt_tokens,
+        anchors,
+        reference.type,
+        reference.flops_per_second,
+        reference.memory_bandwidth_bytes_per_second,
+    )
 
 
 @dataclass

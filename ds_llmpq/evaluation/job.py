@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
-import json
-import zlib
 from dataclasses import asdict, dataclass
 
-from ds_llmpq.errors import UserError
+from ds_llmpq.batch.job import from_token, to_token
 from ds_llmpq.planner.plan import Plan
 from ds_llmpq.schema import EngineConfig, EvaluationConfig
 
-_MOST_BYTES = 64 << 20
 _PLAIN = ("model_path", "output", "reference", "keeps_reference", "trust_remote_code", "hang_seconds")
 
 
@@ -35,15 +30,9 @@ class ScoreJob:
     def to_token(self) -> str:
         fields = {name: getattr(self, name) for name in _PLAIN}
         fields |= {"plan": self.plan.to_json(), "engine": asdict(self.engine), "evaluation": asdict(self.evaluation)}
-        return base64.urlsafe_b64encode(zlib.compress(json.dumps(fields).encode(), 9)).decode()
+        return to_token(fields)
 
     @classmethod
     def from_token(cls, token: str) -> ScoreJob:
-        try:
-            fields = json.loads(zlib.decompressobj().decompress(base64.urlsafe_b64decode(token), _MOST_BYTES))
-            fields["plan"] = Plan.from_json(fields["plan"])
-            fields["engine"] = EngineConfig(**fields["engine"])
-            fields["evaluation"] = EvaluationConfig(**fields["evaluation"])
-            return cls(**fields)
-        except (binascii.Error, zlib.error, ValueError, TypeError, KeyError, RecursionError) as error:
-            raise UserError(f"The job token cannot be read ({error}); start it through `ds-llmpq evaluate`.") from None
+        """`UserError` for what `to_token` has not made."""
+        return from_token(cls, token, "start it through `ds-llmpq evaluate`")

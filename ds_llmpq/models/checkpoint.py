@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +12,9 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from ds_llmpq.errors import UserError
 from ds_llmpq.models import attention
+from ds_llmpq.models.index import read_index
 from ds_llmpq.models.prequantized import refuse_foreign
+from ds_llmpq.models.shape import read_config
 from ds_llmpq.models.tying import HEAD, names_of_embedding, stores_own_head
 
 _SINGLE = "model.safetensors"
@@ -84,10 +85,7 @@ class Checkpoint:
 
 
 def _read_config(path: Path, trust_remote_code: bool) -> PreTrainedConfig:
-    if not path.is_dir():
-        raise UserError(f"model.path={path} is not a folder; give a local checkpoint in Hugging Face format.")
-    if not (path / "config.json").is_file():
-        raise UserError(f"{path} holds no config.json; give a checkpoint in Hugging Face format.")
+    read_config(path)  # transformers reads it without bounds
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers has a type of its own for each way in which a file can be wrong
@@ -100,18 +98,11 @@ def _tensor_locations(path: Path) -> dict[str, str]:
     """Tensor name -> file name within the folder."""
     index = next((path / name for name in (QUANTIZED_INDEX, _INDEX) if (path / name).is_file()), None)
     if index is not None:
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            pairs = [(str(name), str(shard)) for name, shard in weight_map.items()]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"{index} is not a safetensors index: {_in_short(error)}") from None
-        for shard in {shard for _, shard in pairs}:
-            # an index comes with the checkpoint, which is not trusted to name files elsewhere
-            if Path(shard).name != shard or len(shard) > 255:
-                raise UserError(f"{index} names the shard {shard[:80]!r}; shards must lie in the checkpoint's folder.")
+        shard_of = read_index(index)
+        for shard in set(shard_of.values()):
             if not (path / shard).is_file():
                 raise UserError(f"Shard {path / shard} is missing; the index names it. Fetch the checkpoint again.")
-        return dict(pairs)
+        return shard_of
     if (path / _SINGLE).is_file():
         with _open_shard(path / _SINGLE) as file:
             return dict.fromkeys(file.keys(), _SINGLE)

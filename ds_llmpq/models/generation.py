@@ -5,7 +5,6 @@ Each key is honoured, left to the rows and `batch.*`, or named as not honoured; 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -13,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ds_llmpq.errors import UserError, shown
-from ds_llmpq.files import open_regular
+from ds_llmpq.files import read_json
 from ds_llmpq.models.shape import read_config, read_shape
+from ds_llmpq.validation import Plain, checked
 
 NAME = "generation_config.json"
 _MOST_BYTES = 16 << 20
@@ -96,16 +96,8 @@ def read_generation(path: str | Path, config: Mapping[str, Any], vocabulary: int
 
 
 def _read(file: Path) -> dict[str, Any]:
-    remedy = "fetch the file again, or remove it"
-    try:
-        with open_regular(file, "generation defaults", remedy, _MOST_BYTES) as opened:
-            given = json.loads(opened.read().decode("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(f"{file} cannot be read as JSON ({reason}); {remedy}.") from None
-    if not isinstance(given, dict):
-        raise UserError(f"{file} holds a JSON {type(given).__name__}, not an object; {remedy}.")
-    return given
+    what, remedy = "Generation defaults", "fetch the file again, or remove it"
+    return checked(Plain, read_json(file, what, remedy, _MOST_BYTES), f"{what} {file}", remedy)
 
 
 def _eos(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from ds_llmpq.errors import UserError
-from ds_llmpq.files import check_files
+from ds_llmpq.files import check_files, read_json
 
 # no method of transformers' own: its HQQ loader would quantize anew, at one width for all layers
 QUANT_METHOD = "ds_llmpq_hqq"
@@ -21,8 +20,8 @@ def refuse_foreign(path: str | Path) -> None:
     the model, but not what is no file: that would never be read to its end."""
     check_files(path, "Checkpoint file", "fetch the checkpoint again")
     try:
-        config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        config = read_json(Path(path) / "config.json", "Model configuration", "fetch the file again")
+    except UserError:
         return
     noted = next((config[key] for key in _KEYS if config.get(key)), None) if isinstance(config, dict) else None
     if noted is None or (isinstance(noted, dict) and noted.get("quant_method") == QUANT_METHOD):

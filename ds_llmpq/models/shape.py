@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ds_llmpq.errors import UserError, shown
-from ds_llmpq.files import MOST_BYTES, check_files, open_regular
+from ds_llmpq.files import check_files, read_json
 from ds_llmpq.models.tying import stores_own_head
+from ds_llmpq.validation import MOST_COUNT, Plain, checked
 
 
 class Linear(NamedTuple):
@@ -140,14 +141,8 @@ def read_config(path: str | Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
         raise UserError(f"model folder {folder} has no config.json; give a local folder in Hugging Face format")
-    try:
-        with open_regular(file, "model configuration", "fetch the file again", MOST_BYTES) as opened:
-            config = json.loads(opened.read().decode("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} cannot be read as JSON ({error}); fetch the file again") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{file} holds a JSON {type(config).__name__}, not an object; fetch the file again")
-    return config
+    what, remedy = "Model configuration", "mend the file, or fetch it again"
+    return checked(Plain, read_json(file, what, remedy), f"{what} {file}", remedy)
 
 
 _LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -166,8 +161,8 @@ class _Keys:
         value = self.get(*names, default=default)
         if value is None:
             raise UserError(f"config.json of this {self.config['model_type']} model lacks {' or '.join(names)}; add it")
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise UserError(f"config.json has {names[0]}={value!r}; it must be a positive whole number")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST_COUNT:
+            raise UserError(f"config.json has {names[0]}={shown(value)}; it must be a positive whole number")
         return value
 
     def flag(self, name: str, default: bool) -> bool:

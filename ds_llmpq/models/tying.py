@@ -6,14 +6,13 @@ stored, it serves as both.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
 
 from ds_llmpq.errors import UserError
-from ds_llmpq.files import open_regular, read_json
+from ds_llmpq.files import open_regular
+from ds_llmpq.models.index import REMEDY, read_header, read_index, stored_tensor
 
 HEAD = "lm_head.weight"
 # model_type -> the embedding's tensor; some checkpoints leave the first part of the name out
@@ -27,9 +26,7 @@ EMBEDDINGS = {
     "bloom": "transformer.word_embeddings.weight",
 }
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
-_MOST_HEADER_BYTES = 100 << 20  # safetensors' own limit
 _PIECE_BYTES = 4 << 20
-_REMEDY = "fetch the checkpoint again"
 
 
 def names_of_embedding(model_type: str) -> tuple[str, ...]:
@@ -48,7 +45,7 @@ def stores_own_head(path: str | Path, model_type: str) -> bool:
         files = sorted(folder.glob("*.safetensors"))
         state = tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
         return _stores_own_head(folder, model_type, state)
-    except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (UserError, OSError, ValueError):
         return False
 
 
@@ -66,28 +63,24 @@ def _stores_own_head(folder: Path, model_type: str, state: tuple) -> bool:
 def _shards(folder: Path) -> Mapping[str, str]:
     """Tensor name -> file name, as the reader of tensors has it."""
     if (folder / _INDEX).is_file():
-        return read_json(folder / _INDEX, "Index", _REMEDY)["weight_map"]
-    with open_regular(folder / _SINGLE, "Shard", _REMEDY) as file:
-        return dict.fromkeys(_header(file)[0], _SINGLE)
-
-
-def _header(file: BinaryIO) -> tuple[dict[str, Any], int]:
-    """The tensors a safetensors file lists, and where their bytes begin."""
-    size = int.from_bytes(file.read(8), "little")
-    if size > _MOST_HEADER_BYTES:
-        raise ValueError("no safetensors header")
-    return json.loads(file.read(size)), 8 + size
+        return read_index(folder / _INDEX)
+    with open_regular(folder / _SINGLE, "Shard", REMEDY) as file:
+        return dict.fromkeys(read_header(file, f"Shard {folder / _SINGLE}")[0], _SINGLE)
 
 
 class _Tensor:
     """One tensor's bytes in its shard. `kind`: type and shape."""
 
     def __init__(self, shard: Path, name: str):
-        self._file = open_regular(shard, "Shard", _REMEDY)
-        tensors, begin = _header(self._file)
-        entry = tensors[name]
-        self.kind = (entry["dtype"], entry["shape"])
-        start, stop = entry["data_offsets"]
+        self._file = open_regular(shard, "Shard", REMEDY)
+        try:
+            tensors, begin = read_header(self._file, f"Shard {shard}")
+            entry = stored_tensor(tensors, name, f"Shard {shard}")
+        except UserError:
+            self._file.close()
+            raise
+        self.kind = (entry.dtype, entry.shape)
+        start, stop = entry.data_offsets
         self._begin, self._bytes = begin + start, stop - start
 
     def pieces(self):

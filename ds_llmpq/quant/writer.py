@@ -8,7 +8,6 @@ changed. The index and config.json come last: a folder without them is unfinishe
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import time
@@ -26,7 +25,7 @@ from ds_llmpq.files import write_json
 from ds_llmpq.models.architecture import architecture_of
 from ds_llmpq.models.checkpoint import QUANTIZED_INDEX, Checkpoint
 from ds_llmpq.models.fingerprint import MANIFEST, TEXT_FILES, fingerprint, read_manifest
-from ds_llmpq.models.shape import read_shape
+from ds_llmpq.models.shape import read_config, read_shape
 from ds_llmpq.quant.checkpoint import FORMAT, FORMER_INDEX, HEAD, Recipe, file_sha256
 from ds_llmpq.quant.hqq import linear_names, quantize_linear, quantize_rows, stored_parts
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS, check_output_matrix, groups_of, row_blocks
@@ -154,7 +153,7 @@ class _Writer:
         total = sum(part["bytes"] for part in self.parts.values())
         parts = (self.parts[name] for name in self.names)
         weight_map = {tensor: part["file"] for part in parts for tensor in part["tensors"]}
-        config = json.loads((self.source.path / "config.json").read_text())
+        config = read_config(self.source.path)
         config["quantization_config"] = self.recipe.to_json()
         config["tie_word_embeddings"] = self.source.config.tie_word_embeddings  # what the files say of it
         for pattern in _COPIED:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ds_llmpq.errors import printable
+from ds_llmpq.errors import UserError, printable
+from ds_llmpq.files import parse_json
 
 _PROMPT_CHARACTERS, _ANSWER_CHARACTERS = 100, 160
 _MOST_ROWS = 1000  # of results without a word, after which there is nothing to show
@@ -20,8 +21,7 @@ def show_answers(input_file: Path, results_file: Path, count: int = 3) -> str:
     Reads no more of either file than it needs, and the results no further than `_MOST_ROWS`.
     """
     answers: dict[str, str] = {}
-    for line in _lines(results_file, _MOST_ROWS):
-        row = json.loads(line)
+    for row in _rows(results_file, _MOST_ROWS):
         answer = _answer(row)
         if answer.strip():
             answers[row["custom_id"]] = answer
@@ -37,21 +37,22 @@ def show_answers(input_file: Path, results_file: Path, count: int = 3) -> str:
 
 def _find_prompts(input_file: Path, wanted: set[str]) -> dict[str, str]:
     prompts: dict[str, str] = {}
-    for line in _lines(input_file):
+    for row in _rows(input_file):
         if len(prompts) == len(wanted):
             break
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # it has become an error row
-        if isinstance(row, dict) and str(row.get("custom_id")) in wanted and isinstance(row.get("body"), dict):
+        if str(row.get("custom_id")) in wanted and isinstance(row.get("body"), dict):
             prompts[str(row["custom_id"])] = _prompt(row["body"])
     return prompts
 
 
-def _lines(file: Path, most: int | None = None) -> Iterator[bytes]:
+def _rows(file: Path, most: int | None = None) -> Iterator[dict[str, Any]]:
+    """Of the first `most` lines, those that are objects; of the input, others have become error rows."""
     with open(file, "rb") as lines:
-        yield from islice(lines, most)
+        for line in islice(lines, most):
+            with contextlib.suppress(UserError):
+                row = parse_json(line, "row", "mend it")
+                if isinstance(row, dict):
+                    yield row
 
 
 def _prompt(body: dict[str, Any]) -> str:
@@ -63,8 +64,13 @@ def _prompt(body: dict[str, Any]) -> str:
 
 
 def _answer(row: dict[str, Any]) -> str:
-    (choice,) = row["response"]["body"]["choices"]
-    return choice["message"]["content"] if "message" in choice else choice["text"]
+    """Empty where the row is of another form, which an earlier version may have written."""
+    try:
+        (choice,) = row["response"]["body"]["choices"]
+        answer = choice["message"]["content"] if "message" in choice else choice["text"]
+    except (KeyError, TypeError, ValueError):
+        return ""
+    return answer if isinstance(answer, str) and isinstance(row.get("custom_id"), str) else ""
 
 
 def _line(text: str, most: int) -> str:

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ds_llmpq import __version__
+from ds_llmpq.errors import UserError
+from ds_llmpq.files import read_json
 
 # what each verb leaves when it has done its work; others are always done again
 ARTEFACTS = {
@@ -39,9 +41,10 @@ def is_done(out: Path, verb: str, wanted: str) -> bool:
     if not any((out / name).is_file() for name in ARTEFACTS.get(verb, ())):
         return False
     try:
-        return json.loads((out / _FILE).read_text(encoding="utf-8"))["digest"] == wanted
-    except (OSError, ValueError, KeyError, TypeError):
+        noted = read_json(out / _FILE, "Note", "remove it")
+    except UserError:
         return False
+    return isinstance(noted, dict) and noted.get("digest") == wanted
 
 
 def note_done(out: Path, verb: str, made: str) -> None:

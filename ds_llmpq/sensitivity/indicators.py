@@ -146,7 +146,7 @@ def measured(model: Layerwise, widths: list[int], progress: Progress, on_layer: 
     KL rather than the loss itself: its expectation is the same for a model that fits its data, it is never negative,
     and its noise on few tokens is far smaller. Layers are measured from the last to the first, kept one by one.
     """
-    table: dict[int, list[float]] = {int(key): row for key, row in progress.kept().items()}
+    table: dict[int, list[float]] = progress.kept()
     order = [index for index in reversed(range(model.layers)) if index not in table]
     for done, index in enumerate(order):
         variants = [_one_layer(model.layers, index, width) for width in widths]

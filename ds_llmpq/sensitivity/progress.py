@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,20 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from ds_llmpq.errors import UserError
+from ds_llmpq.files import read_json
+from ds_llmpq.validation import Count, Number, Plain, checked
+
 _SECONDS_BETWEEN_STATES = 30.0  # hidden states are large; rows are not
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """progress.json: rows of layers from the first on, or by layer."""
+
+    identity: Plain = field(default_factory=dict)
+    rows: list[list[Number]] = field(default_factory=list)
+    by_layer: dict[Count, list[Number]] = field(default_factory=dict)
 
 
 class Progress:
@@ -34,7 +48,7 @@ class Progress:
         found = self._read()
         with contextlib.suppress(OSError, SafetensorError, KeyError, TypeError):
             state = load_file(self._state_file)
-            rows = found["rows"][: int(state["layers"])]
+            rows = found.rows[: int(state["layers"])]
             if len(rows) == int(state["layers"]):
                 return rows, state["hidden"]
         return [], first()
@@ -49,8 +63,8 @@ class Progress:
         self._write({"rows": rows})
         os.replace(unfinished, self._state_file)
 
-    def kept(self) -> dict[str, list[float]]:
-        return self._read().get("by_layer", {})
+    def kept(self) -> dict[int, list[float]]:
+        return self._read().by_layer
 
     def keep_rows(self, by_layer: dict[int, list[float]]) -> None:
         self._write({"by_layer": by_layer})
@@ -59,12 +73,12 @@ class Progress:
         for file in (self._rows_file, self._state_file):
             file.unlink(missing_ok=True)
 
-    def _read(self) -> dict[str, Any]:
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            found = json.loads(self._rows_file.read_text())
-            if found.get("identity") == self.identity:
+    def _read(self) -> _Kept:
+        with contextlib.suppress(UserError):
+            found = checked(_Kept, read_json(self._rows_file, "Progress", ""), "Progress", "")
+            if found.identity == self.identity:
                 return found
-        return {}
+        return _Kept()
 
     def _write(self, fields: dict[str, Any]) -> None:
         unfinished = self._rows_file.with_name("progress.rows.part")

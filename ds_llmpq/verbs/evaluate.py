@@ -18,7 +18,7 @@ from ds_llmpq.engine.following import Reason, Watch
 from ds_llmpq.engine.launcher import LOG_NAME, Launch, followed
 from ds_llmpq.errors import Interrupted, RunFailed
 from ds_llmpq.evaluation.job import ScoreJob
-from ds_llmpq.files import open_regular
+from ds_llmpq.files import open_regular, read_json
 from ds_llmpq.planner import Plan
 from ds_llmpq.planner.planfile import launch_order, write_plan
 from ds_llmpq.report.plan_table import table
@@ -102,7 +102,7 @@ def _score(job: ScoreJob, settings: EvaluateVerb, folder: Path) -> dict[str, Any
         if outcome.kind != PORT:
             break
     if outcome.ended.reason is Reason.ENDED and (folder / "scores.json").exists():
-        return json.loads((folder / "scores.json").read_text())
+        return read_json(folder / "scores.json", "Scores", "evaluate again", infinity=True)
     if outcome.kind == MISTAKE:
         sentence = outcome.failure.message
     else:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ds_llmpq import config
+from ds_llmpq import config, validation
 from ds_llmpq.batch.job import Job
 from ds_llmpq.batch.journal import (
     FINISHED,
@@ -30,7 +29,7 @@ from ds_llmpq.cluster.environment import check_environment
 from ds_llmpq.cluster.hostfile import hostfile_disagreements, parse_hostfile, write_hostfile
 from ds_llmpq.engine.launcher import Launch, end_leftovers
 from ds_llmpq.errors import UserError
-from ds_llmpq.files import write_json
+from ds_llmpq.files import read_json, write_json
 from ds_llmpq.models.fingerprint import fingerprint, text_fingerprint
 from ds_llmpq.models.notes import list_notes
 from ds_llmpq.models.shape import refuse_planned_only
@@ -190,9 +189,10 @@ def _code(tally: Tally) -> int:
 
 def _metrics(plan: Plan, tally: Tally, out: Path) -> dict[str, Any]:
     """What the last start measured, with what the files hold; nothing measured where it ended before it wrote that."""
-    try:
-        measured = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    file, remedy = out / "metrics.json", "remove it, and go on with resume=true"
+    if file.exists():
+        measured = validation.checked(validation.Plain, read_json(file, "Metrics", remedy), f"Metrics {file}", remedy)
+    else:
         measured = summarize(plan, {}, [], None, [], startup_seconds=0.0)
     return measured | {"counts": tally.counts}
 

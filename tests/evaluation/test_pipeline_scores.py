@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ds_llmpq.batch.job import to_token
 from ds_llmpq.config import asset
 from ds_llmpq.engine.launcher import Launch
+from ds_llmpq.errors import UserError
 from ds_llmpq.evaluation.job import ScoreJob
 from ds_llmpq.models.fingerprint import fingerprint
 from ds_llmpq.planner.plan import MEMORY_PARTS, PREDICTED, Plan, PlanStage, SolverReport
@@ -46,7 +49,7 @@ def make_plan(stages, bits=BITS, head_bits=HEAD_BITS):
         micro_batch={"prefill": 2, "decode": 2},
         predicted=dict.fromkeys(PREDICTED, 0.25),
         solver=SolverReport("hand", 0.0, None, None, 0.0, "checked"),
-        quant={"bits": QUANT.bits, "group_size": 64, "axis": 1, "optimize": True, "head_bits": head_bits},
+        quant=asdict(QUANT) | {"head_bits": head_bits},
         engine={
             "dtype": "float32",
             "stages": [{"kind": "cpu", "slot": rank, "threads": 1, "cpu_share": None} for rank in range(stages)],
@@ -157,7 +160,6 @@ def test_harness_task_from_local_files_equals_the_harness_on_transformers(tmp_pa
 
 def test_a_mistake_on_a_rank_is_one_sentence(quantized, text, tmp_path):
     """Layers kept at other widths than the plan's: named before anything is scored."""
-    from ds_llmpq.errors import UserError
 
     plan_file = tmp_path / "plan.json"
     write_plan(plan_file, make_plan(1, (4,) * LAYERS))
@@ -176,3 +178,24 @@ def test_the_job_survives_its_token(tmp_path):
     assert again.to_token() == job.to_token()
     assert again.plan.to_json() == job.plan.to_json()
     assert Launch.of_plan(again.plan, tmp_path).kind == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"hang_seconds": "soon"}, "hang_seconds is 'soon', but must be a valid number"),
+        ({"engine": {"timeout_seconds": None}}, "engine: timeout_seconds is None"),
+        ({"engine": {"colour": 1}}, "has the unknown key 'colour'"),
+        ({"evaluation": []}, "evaluation is \\[\\], but must be an object"),
+        ({"more": 1}, "but must hold the keys plan, model_path"),
+    ],
+)
+def test_a_token_of_another_form_is_one_sentence(change, words):
+    fields = {
+        "plan": make_plan(1).to_json(), "model_path": "m", "output": "o", "engine": {}, "evaluation": {},
+        "reference": None, "keeps_reference": False, "trust_remote_code": False, "hang_seconds": None,
+    }  # fmt: skip
+    assert ScoreJob.from_token(to_token(fields)).output == "o"
+    with pytest.raises(UserError, match=words) as error:
+        ScoreJob.from_token(to_token(fields | change))
+    assert "\n" not in str(error.value)

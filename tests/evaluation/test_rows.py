@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from ds_llmpq.batch.job import to_token
 from ds_llmpq.errors import UserError
 from ds_llmpq.evaluation.job import ScoreJob
 from ds_llmpq.evaluation.rank import scored_rows, spread, summary
@@ -93,6 +94,7 @@ def test_calibration_rows_spread_over_the_text():
         rows_of([1], 4)
 
 
-def test_a_broken_token():
-    with pytest.raises(UserError, match="job token cannot be read"):
-        ScoreJob.from_token("no")
+@pytest.mark.parametrize("token", ["no", "eJw=", to_token([1]), to_token({"a": 10**400}), "é"])
+def test_a_broken_token(token):
+    with pytest.raises(UserError, match=r"The job token (cannot be read|holds).*start it through"):
+        ScoreJob.from_token(token)

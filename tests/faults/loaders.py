@@ -40,6 +40,7 @@ from ds_llmpq.cost.linktable import fit_link, read_links
 from ds_llmpq.cost.profile import read_profile
 from ds_llmpq.engine.launcher import Launch, command, environment
 from ds_llmpq.errors import UserError, printable
+from ds_llmpq.evaluation.job import ScoreJob
 from ds_llmpq.files import read_json, read_text
 from ds_llmpq.lengths import dataset
 from ds_llmpq.lengths.arrivals import read_trace
@@ -47,13 +48,14 @@ from ds_llmpq.lengths.predictor import load_predictor
 from ds_llmpq.lengths.published import read_cases, schedules
 from ds_llmpq.lengths.records import read_examples
 from ds_llmpq.models.fingerprint import fingerprint
+from ds_llmpq.models.generation import generation_of
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.planner import Plan, Problem
 from ds_llmpq.planner.planfile import check_model, launch_order, read_assignment, read_plan
 from ds_llmpq.report.plan_table import plan_table
 from ds_llmpq.report.sweep import point_of, summary_text
 from ds_llmpq.report.traces import read_trace as read_spans
-from ds_llmpq.schema import BatchConfig, EngineConfig
+from ds_llmpq.schema import BatchConfig, EngineConfig, EvaluationConfig
 from ds_llmpq.sensitivity.omega import Omega, read_omega, write_omega
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
@@ -141,10 +143,13 @@ def all_loaders(folder: Path) -> dict[str, Loader]:
                               every=_every_header),
         "quantized": Loader(_quantized(checkpoint), "config.json", _checkpoint_of(checkpoint, "config.json", True),
                             mutated_document, 6),
-        "tokenizer": Loader((TINY / "tokenizer.json").read_bytes(), "tokenizer.json", _tokenizer, mutated_document, 1),
+        "generation": Loader(_GENERATION, "generation_config.json", _generation_of(checkpoint), mutated_document, 6),
+        "tokenizer": Loader(_small_tokenizer(), "tokenizer.json", _tokenizer, mutated_document, 1),
         "journal": Loader(_journal(), "run.json", lambda file: Journal.read(file.parent), mutated_document),
         "results": Loader(json.dumps(_RESULT).encode() + b"\n", "results.jsonl", _results, mutated_lines),
-        "job": Loader(_token(folder / "plan" / "plan.json"), "token", _job, _mutated_token, 6),
+        "job": Loader(_token(folder / "plan" / "plan.json"), "token", _job, _mutated_token, 6, _every_token),
+        "score job": Loader(_score_token(folder / "plan" / "plan.json"), "token", _score_job, _mutated_token, 6,
+                            _every_token),
         "predictor": Loader(_predictor(folder / "predictor"), "predictor.json", _predictor_of(folder / "predictor"),
                             mutated_document, 6),
         "manifest": Loader(_manifest(checkpoint), "quantized.json", _quantized_of(checkpoint), mutated_document, 6),
@@ -247,6 +252,11 @@ _GPUS = b"""index, pci.bus_id, name, memory.total [MiB], memory.free [MiB], comp
 0, 00000000:00:04.0, Tesla T4, 15360 MiB, 15000 MiB, 7.5
 1, 00000000:00:05.0, Tesla T4, 15360 MiB, 15000 MiB, 7.5
 """
+_GENERATION = json.dumps({
+    "eos_token_id": [1, 2], "repetition_penalty": 1.1, "no_repeat_ngram_size": 3, "min_p": 0.1, "top_h": 0.9,
+    "sequence_bias": [[[3, 4], -1.5]], "bad_words_ids": [[5]], "suppress_tokens": [6], "forced_bos_token_id": 7,
+    "exponential_decay_length_penalty": [5, 1.2], "stop_strings": ["x"], "num_beams": 2, "do_sample": True,
+}).encode()  # fmt: skip
 _PINS = json.dumps({"micro_batch": {"decode": 1}, "order": [], "layers": {}, "bits": {"0": 4}}).encode()
 
 
@@ -407,6 +417,14 @@ def _tokenizer(file: Path) -> object:
     return load_tokenizer(str(file.parent))
 
 
+def _generation_of(checkpoint: Path) -> Callable[[Path], object]:
+    def load(file: Path) -> object:
+        _copied(checkpoint, file)
+        return generation_of(file.parent).lines()
+
+    return load
+
+
 def _results(file: Path) -> object:
     read_finished(file.parent)
     with ResultWriter(file.parent, resume=True) as writer:
@@ -415,6 +433,10 @@ def _results(file: Path) -> object:
 
 def _job(file: Path) -> object:
     return Job.from_token(file.read_bytes().decode(errors="replace"))
+
+
+def _score_job(file: Path) -> object:
+    return ScoreJob.from_token(file.read_bytes().decode(errors="replace"))
 
 
 def _predictor_of(folder: Path) -> Callable[[Path], object]:
@@ -521,6 +543,26 @@ def _mutated_header(rng: random.Random, data: bytes) -> bytes:
         length = rng.choice([0, 1, size + 1, size - 1, 2**31, 2**63, 2**64 - 1])
         return length.to_bytes(8, "little") + header + body
     return mutated_bytes(rng, data)
+
+
+def _small_tokenizer() -> bytes:
+    """Single characters only: the real one's thousands of entries add time and no kinds of places."""
+    tokenizer = json.loads((TINY / "tokenizer.json").read_text())
+    model = tokenizer["model"]
+    model["merges"] = []
+    model["vocab"] = {
+        token: number for token, number in model["vocab"].items() if len(token) == 1 or token.startswith("<|")
+    }
+    return json.dumps(tokenizer).encode()
+
+
+def _score_token(plan: Path) -> bytes:
+    return ScoreJob(read_plan(plan), "m", "o", EngineConfig(), EvaluationConfig(), "r").to_token().encode()
+
+
+def _every_token(data: bytes) -> Iterator[bytes]:
+    for fields in exhaustive_json(zlib.decompress(base64.urlsafe_b64decode(data))):
+        yield base64.urlsafe_b64encode(zlib.compress(fields, 1))
 
 
 def _token(plan: Path) -> bytes:

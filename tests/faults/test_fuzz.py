@@ -15,7 +15,7 @@ NAMES = [
     "batch", "plan", "assignment", "problem", "omega", "hostfile", "profile", "links", "cluster", "overrides",
     "config.json", "checkpoint", "index", "safetensors", "quantized", "tokenizer", "journal", "results", "job",
     "predictor", "lengths", "latency", "manifest", "metrics", "scores", "spans", "failure", "arrivals", "answers",
-    "cases", "dataset", "gpus", "pins", "answers.csv",
+    "cases", "dataset", "gpus", "pins", "answers.csv", "generation", "score job",
 ]  # fmt: skip
 SLOW = {
     "cluster": 5,

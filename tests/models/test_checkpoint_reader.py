@@ -104,11 +104,15 @@ def first_shard(path):
 
 
 DAMAGE = {
-    "no folder": ("single", shutil.rmtree, "is not a folder"),
-    "no config": ("single", lambda path: (path / "config.json").unlink(), "holds no config.json"),
-    "config is no JSON": ("single", lambda path: (path / "config.json").write_text("{"), "cannot be read as a model"),
-    "config is a list": ("single", lambda path: (path / "config.json").write_text("[1]"), "cannot be read as a model"),
-    "config is binary": ("single", lambda path: (path / "config.json").write_bytes(b"\xff\xfe\x00"), "cannot be read"),
+    "no folder": ("single", shutil.rmtree, "does not exist"),
+    "no config": ("single", lambda path: (path / "config.json").unlink(), "has no config.json"),
+    "config is no JSON": ("single", lambda path: (path / "config.json").write_text("{"), "cannot be read as JSON"),
+    "config is a list": ("single", lambda path: (path / "config.json").write_text("[1]"), "must be an object"),
+    "config is binary": (
+        "single",
+        lambda path: (path / "config.json").write_bytes(b"\xff\xfe\x00"),
+        "is not UTF-8 text",
+    ),
     "config is of no known model": (
         "single",
         lambda path: (path / "config.json").write_text('{"model_type": "parrot"}'),
@@ -139,20 +143,20 @@ DAMAGE = {
         lambda path: (first_shard(path).rename(path / "gone"), (path / "model-00001-of-00009.safetensors").mkdir()),
         "it is a folder",
     ),
-    "index is no JSON": ("sharded", lambda path: (path / INDEX).write_text("weights"), "is not a safetensors index"),
-    "index is a list": ("sharded", lambda path: (path / INDEX).write_text("[1, 2]"), "is not a safetensors index"),
-    "index is a number": ("sharded", lambda path: (path / INDEX).write_text("5"), "is not a safetensors index"),
-    "index is binary": ("sharded", lambda path: (path / INDEX).write_bytes(b"\xff\xfe"), "is not a safetensors index"),
-    "index without map": ("sharded", lambda path: (path / INDEX).write_text("{}"), "is not a safetensors index"),
+    "index is no JSON": ("sharded", lambda path: (path / INDEX).write_text("weights"), "cannot be read as JSON"),
+    "index is a list": ("sharded", lambda path: (path / INDEX).write_text("[1, 2]"), "is [1, 2], but must be"),
+    "index is a number": ("sharded", lambda path: (path / INDEX).write_text("5"), "is 5, but must be"),
+    "index is binary": ("sharded", lambda path: (path / INDEX).write_bytes(b"\xff\xfe"), "is not UTF-8 text"),
+    "index without map": ("sharded", lambda path: (path / INDEX).write_text("{}"), "lacks the key 'weight_map'"),
     "map is a list": (
         "sharded",
         lambda path: (path / INDEX).write_text('{"weight_map": ["a"]}'),
-        "is not a safetensors index",
+        "weight_map is ['a'], but must be an object",
     ),
     "index is very deep": (
         "sharded",
         lambda path: (path / INDEX).write_text("[" * 200_000),
-        "is not a safetensors index",
+        "is nested more than 64 levels deep",
     ),
     "index names another tensor": (
         "sharded",
@@ -187,7 +191,9 @@ def test_an_index_names_no_file_outside_the_folder(copy_of, shard, tmp_path):
     for other in (tmp_path / "secret.safetensors", path / "sub" / "model.safetensors", path / "x.safetensors"):
         shutil.copy(first_shard(path), other)
     edit_index(path, lambda names: names.update({QUERY: shard}))
-    with pytest.raises(UserError, match=r"must lie in the checkpoint's folder|is missing"):
+    with pytest.raises(
+        UserError, match=r"must lie in the checkpoint's folder|is missing|no control characters|at least 1 character"
+    ):
         read_all(path)
 
 

@@ -79,7 +79,7 @@ def test_every_key_of_transformers_is_honoured_named_or_without_effect():
     [
         ("eos_token_id", [[1]]), ("eos_token_id", "1"), ("eos_token_id", 1.5), ("eos_token_id", True),
         ("eos_token_id", {}), ("eos_token_id", 10**30), ("repetition_penalty", 0), ("repetition_penalty", "1.1"),
-        ("repetition_penalty", -1), ("repetition_penalty", 10**400), ("no_repeat_ngram_size", -1),
+        ("repetition_penalty", -1), ("repetition_penalty", 10**200), ("no_repeat_ngram_size", -1),
         ("no_repeat_ngram_size", 2.5), ("min_new_tokens", [3]), ("min_length", "x"), ("suppress_tokens", ["a"]),
         ("begin_suppress_tokens", {"a": 1}), ("bad_words_ids", [1]), ("bad_words_ids", [[]]),
         ("bad_words_ids", [[128]]), ("sequence_bias", [[1, 2.0]]), ("sequence_bias", [[[1], "x"]]),
@@ -98,13 +98,29 @@ def test_a_value_that_cannot_be_is_one_sentence(tmp_path, key, value):
 
 @pytest.mark.parametrize(
     "content",
-    [b"\xef\xbb\xbf{}", b'{"eos_token_id": [1', b"[1]", b"7", b"\xff\xfe{\x00", b"[" * 100_000, b"", b"1" * 9999],
+    [
+        b'{"min_p": %d}' % 10**400,
+        b'{"min_p": 0, "min_p": 1}',
+        b'{"a": NaN}',
+        b'{"eos_token_id": [1',
+        b"[1]",
+        b"7",
+        b"\xff\xfe{\x00",
+        b"[" * 100_000,
+        b"",
+        b"1" * 9999,
+    ],
 )
 def test_a_file_that_is_no_object_is_one_sentence(tmp_path, content):
     (tmp_path / NAME).write_bytes(content)
     with pytest.raises(UserError, match="fetch the file again") as error:
         read(tmp_path, None)
     assert "\n" not in str(error.value)
+
+
+def test_a_byte_order_mark_changes_nothing(tmp_path):
+    (tmp_path / NAME).write_bytes(b'\xef\xbb\xbf{"min_p": 0.25}')
+    assert read(tmp_path, None).min_p == 0.25
 
 
 def test_a_folder_or_a_dangling_link_in_its_place_is_one_sentence(tmp_path):

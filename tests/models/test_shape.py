@@ -189,7 +189,7 @@ def test_read_shape_errors(tmp_path):
     with pytest.raises(UserError, match="as JSON"):
         read_shape(tmp_path)
     file.write_text("[]")
-    with pytest.raises(UserError, match="not an object"):
+    with pytest.raises(UserError, match="must be an object"):
         read_shape(tmp_path)
     file.write_text(json.dumps(CONFIGS["bloom-defaults"]))
     assert read_shape(tmp_path).max_positions is None

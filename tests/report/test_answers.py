@@ -46,3 +46,11 @@ def test_long_answers_are_cut_and_lines_that_are_no_rows_passed_over(tmp_path):
 def test_nothing_is_shown_where_nothing_was_answered(tmp_path):
     answered = write_rows(tmp_path / "results.jsonl", [completion("a", "")])
     assert show_answers(write_rows(tmp_path / "input.jsonl", []), answered) == ""
+
+
+def test_rows_of_another_form_are_passed_over(tmp_path):
+    asked = write_rows(tmp_path / "input.jsonl", [{"custom_id": "a", "body": {"prompt": "one"}}])
+    asked.write_text("[" * 5_000 + "\n" + "9" * 5_000 + "\n" + asked.read_text())
+    rows = [[1], {"custom_id": "x"}, {"custom_id": "x", "response": {"body": {"choices": [{"text": 5}]}}}]
+    rows += [{**completion("x", "one"), "custom_id": None}, completion("a", "1")]
+    assert show_answers(asked, write_rows(tmp_path / "results.jsonl", rows)).splitlines() == ["a: one", "    1"]

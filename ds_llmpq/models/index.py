@@ -1,0 +1,61 @@
+"""What the files of a safetensors checkpoint say they hold: an index's tensor names, a shard's header. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO
+
+from annotated_types import MaxLen
+
+from ds_llmpq.errors import UserError
+from ds_llmpq.files import parse_json, read_json
+from ds_llmpq.validation import Count, Many, Name, checked
+
+REMEDY = "fetch the checkpoint again"
+_MOST_HEADER_BYTES = 100 << 20  # safetensors' own limit
+_Names = Annotated[dict[Name, Name], MaxLen(1_000_000)]  # a mixture of experts has many tensors
+
+
+@dataclass(frozen=True)
+class _Index:
+    weight_map: _Names
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor in its file: type as safetensors calls it, shape, first byte and the one after the last, counted from
+    the header's end."""
+
+    dtype: Name
+    shape: Many[Count]
+    data_offsets: tuple[Count, Count]
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """Tensor name -> file name within the index's folder. `UserError`: no safetensors index, or one that names files
+    elsewhere: it comes with the checkpoint, which is not trusted to."""
+    what = "Safetensors index"
+    found = checked(_Index, read_json(index, what, REMEDY), f"{what} {index}", REMEDY, further=True).weight_map
+    for shard in set(found.values()):
+        if Path(shard).name != shard or len(shard) > 255:
+            raise UserError(f"{index} names the shard {shard[:80]!r}; shards must lie in the checkpoint's folder.")
+    return found
+
+
+def read_header(file: BinaryIO, where: str) -> tuple[dict[str, Any], int]:
+    """(tensor name -> what is said of it, offset of the tensors' bytes) of an open safetensors file. `UserError`: no
+    header of one."""
+    size = int.from_bytes(file.read(8), "little")
+    if size > _MOST_HEADER_BYTES:
+        raise UserError(f"{where} has a header of {size} bytes, more than {_MOST_HEADER_BYTES}; {REMEDY}.")
+    tensors = checked(dict[str, Any], parse_json(file.read(size), where, REMEDY), where, REMEDY)
+    return {name: entry for name, entry in tensors.items() if name != "__metadata__"}, 8 + size
+
+
+def stored_tensor(tensors: dict[str, Any], name: str, where: str) -> Stored:
+    """What a header says of one tensor. `UserError`: nothing, or nothing that can be."""
+    found = checked(Stored, tensors.get(name), f"{where}: {name}", REMEDY)
+    if found.data_offsets[0] > found.data_offsets[1]:
+        raise UserError(f"{where} ends the tensor {name} before its first byte; {REMEDY}.")
+    return found
