@@ -133,7 +133,8 @@ def _is_group(key: str, kind: type, conf: Path) -> bool:
     name = key.partition("@")[0].strip("/")
     if "@" in key or "/" in name or name in ("experiment", "comparison"):
         return True
-    return "." not in name and (conf / name).is_dir() and name in OmegaConf.structured(kind)
+    # the fields first: any other name may be longer than a file's can be
+    return "." not in name and name in OmegaConf.structured(kind) and (conf / name).is_dir()
 
 
 def _place(node: Any, key: str) -> str | None:

@@ -96,6 +96,7 @@ def test_the_papers_clusters_are_all_there():
         ("workload.sequences=many", "could not be converted to Integer"),
         ("quant.bits=4", "quant"),
         ("=", "'=' is no key=value"),
+        ("[" * 3000 + "=1", "is no key of `ds-llmpq plan`"),
     ],
 )
 def test_a_wrong_override_is_one_line(override, said):
