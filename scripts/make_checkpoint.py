@@ -29,8 +29,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 from ds_llmpq.errors import UserError
+from ds_llmpq.models.families import decoder_of
 
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "opt", "bloom")
+ARCHITECTURES = (
+    "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "phi3", "gemma2", "gemma3_text", "opt", "bloom",
+)  # fmt: skip
 DTYPES = ("bfloat16", "float16", "float32")
 TINY_TOKENIZER = Path(__file__).resolve().parents[1] / "tests" / "assets" / "tiny-llama"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -44,7 +47,7 @@ QUERY_KEY_STD = 2.0  # sharp attention: averages over the context would make all
 RESIDUAL_STD = 4.0  # of the weights on all residual branches together
 NORM_NOISE_STD = 0.1  # of norm weights around 1 and norm biases around 0
 BIAS_STD = 0.05  # of linears'
-RESIDUAL_OUTPUTS = re.compile(r"\.(o_proj|out_proj|dense|down_proj|fc2|dense_4h_to_h)\.weight$")
+RESIDUAL_OUTPUTS = re.compile(r"\.(o_proj|out_proj|dense|down_proj|w2|fc2|dense_4h_to_h)\.weight$")
 # Activations behind a ReLU or GELU have a positive mean, which would add the same vector at every position and make
 # the positions alike: rows that sum to zero cancel it.
 FOLLOWS_RELU = re.compile(r"\.(fc2|dense_4h_to_h)\.weight$")
@@ -107,8 +110,18 @@ def parameter_shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     config.architectures = [type(model).__name__]
+    if config.model_type in ("mixtral", "qwen3_moe"):
+        return _shapes_with_experts(config)  # which transformers holds as one tensor, and checkpoints one by one
     skipped = {"lm_head.weight"} if config.tie_word_embeddings else set()
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in skipped}
+
+
+def _shapes_with_experts(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
+    decoder = decoder_of(config)
+    with torch.device("meta"):
+        parts = [(decoder.embedding(), decoder.embedding_tensors()), (decoder.head(), decoder.head_tensors())]
+        parts += [(decoder.layer(index), decoder.layer_tensors(index)) for index in range(config.num_hidden_layers)]
+    return {theirs: tuple(part.get_parameter(ours).shape) for part, names in parts for ours, theirs in names.items()}
 
 
 def random_tensor(name: str, shape: tuple[int, ...], layers: int, dtype: torch.dtype, seed: int) -> torch.Tensor:

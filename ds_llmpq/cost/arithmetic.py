@@ -8,7 +8,9 @@ from __future__ import annotations
 from ds_llmpq.models.shape import ModelShape
 
 FLOAT32_BYTES = 4
-EAGER_ATTENTION = ("bloom",)  # its module writes the whole score matrix; the others call a fused kernel
+# Whole score matrices are written: Gemma 2's soft cap is in no fused kernel. BLOOM's bias is, since the block is ours:
+# what is counted for it is more than it takes.
+EAGER_ATTENTION = ("bloom", "gemma2")
 
 
 def linear_flops(shape: ModelShape, rows: int) -> int:

@@ -144,11 +144,13 @@ class MemoryModel:
     def _mlp_width(self) -> int:
         """Elements per row alive in the MLP: residual, normed input, outcome, and copies of the intermediate.
 
-        Gated: gate, up and their product. Plain: before and after the activation; BLOOM writes its GELU out in parts.
+        Gated: gate, up and their product. Plain: before and after the activation; for BLOOM more than it takes. An
+        expert has a copy of its tokens' inputs and outputs, these also weighted in 32 bits.
         """
         shape = self.shape
         copies = 6 if shape.architecture == "bloom" else 3 if shape.gated_mlp else 2
-        return 3 * shape.hidden + copies * shape.intermediate + self._position_width()
+        states = 7 if shape.has_experts else 3
+        return states * shape.hidden + copies * shape.intermediate + self._position_width()
 
     def _position_width(self) -> int:
         """Rotary cosines and sines, computed once a micro-batch."""

@@ -123,9 +123,7 @@ class PrefillCache:
         numbers = range(slots.start, slots.stop) if isinstance(slots, slice) else slots.tolist()
         return [(slot, 0) for slot in numbers]
 
-    def update(
-        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *args: object, **kwargs: object
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = key.shape[2]
         cached = self.store.layer(layer_idx)
         for part, fresh in zip(cached, (key, value), strict=True):
@@ -163,9 +161,7 @@ class DecodeCache:
         numbers = torch.arange(self.slots.start * heads, self.slots.stop * heads, device=self.positions.device)
         return numbers.view(-1, heads) * store.capacity + self.positions[:, None]
 
-    def update(
-        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *args: object, **kwargs: object
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
         places, cached = self._places.view(-1), self.store.layer(layer_idx)
         for part, fresh in zip(cached, (key, value), strict=True):
             part.view(-1, self.store.head_dim).index_copy_(0, places, fresh.reshape(-1, self.store.head_dim))

@@ -24,7 +24,7 @@ from ds_llmpq.engine.throttle import CpuShare
 from ds_llmpq.engine.topology import PlannedTopology
 from ds_llmpq.engine.trace import Trace
 from ds_llmpq.engine.wave import Wave, WaveRow
-from ds_llmpq.models.architecture import architecture_of
+from ds_llmpq.models.families import decoder_of
 from ds_llmpq.models.generation import generation_of
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.planner.plan import Plan
@@ -69,7 +69,7 @@ class Session:
         check_invariant(place.stage.kernel, self.options.batch_invariant)
         started = time.perf_counter()
         checkpoint = open_checkpoint(model_path, trust_remote_code)
-        architecture_of(checkpoint.config)  # what it imports belongs to the process, not to the stage
+        decoder_of(checkpoint.config)  # what it imports belongs to the process, not to the stage
         self._held_before = memory.held_bytes(place.device)
         check_model(plan, model_path)
 
@@ -96,7 +96,7 @@ class Session:
         self.engine = self.engine_type(
             module,
             self.store,
-            loader.architecture.positional(checkpoint.config),
+            loader.decoder.positions(),
             self._activation_channel(),
             self._token_channel(),
             stop_rule,

@@ -24,10 +24,17 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "swish": F.silu,
     "gelu": F.gelu,
+    "gelu_python": F.gelu,
     "gelu_new": _tanh_gelu,
     "gelu_fast": _tanh_gelu,
     "gelu_pytorch_tanh": _tanh_gelu,
+    "quick_gelu": lambda inputs: inputs * torch.sigmoid(1.702 * inputs),
     "relu": F.relu,
+    "relu2": lambda inputs: F.relu(inputs).square(),
+    "relu6": F.relu6,
+    "mish": F.mish,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
 }
 
 
@@ -45,12 +52,12 @@ def cap(values: torch.Tensor, limit: float | None) -> torch.Tensor:
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """states [R, T, heads, D] turned by their positions' angles: feature k and k + half are a point's coordinates.
-    cos, sin [R, T, features]; features behind the first `features` stay as they are."""
+    cos, sin [R, T, features], where sin is negative in its first half; features behind them stay as they are."""
     features = cos.shape[-1]
-    turned, rest = states[..., :features], states[..., features:]
-    first, second = turned.chunk(2, -1)
-    turned = turned * cos[:, :, None] + torch.cat((-second, first), -1) * sin[:, :, None]
-    return turned if features == states.shape[-1] else torch.cat((turned, rest), -1)
+    if features < states.shape[-1]:
+        return torch.cat((rotate(states[..., :features], cos, sin), states[..., features:]), -1)
+    first, second = states.chunk(2, -1)
+    return states * cos[:, :, None] + torch.cat((second, first), -1) * sin[:, :, None]
 
 
 def attend(
@@ -121,7 +128,8 @@ class Norm(nn.Module):
             return F.layer_norm(states, self.shape, self.weight, self.bias, self.spec.eps)
         if self.spec.plus_one:
             return F.rms_norm(states.float(), self.shape, 1 + self.weight.float(), self.spec.eps).to(states.dtype)
-        return F.rms_norm(states, self.shape, self.weight, self.spec.eps)
+        # rounded to the compute type before the weight, as transformers does: models were trained so
+        return F.rms_norm(states, self.shape, None, self.spec.eps) * self.weight
 
 
 class Attention(nn.Module):

@@ -11,7 +11,6 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
 
 from ds_llmpq.errors import UserError
-from ds_llmpq.models import attention
 from ds_llmpq.models.index import read_index
 from ds_llmpq.models.prequantized import refuse_foreign
 from ds_llmpq.models.shape import read_config
@@ -90,7 +89,6 @@ def _read_config(path: Path, trust_remote_code: bool) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers has a type of its own for each way in which a file can be wrong
         raise UserError(f"{path / 'config.json'} cannot be read as a model configuration: {_in_short(error)}") from None
-    attention.choose(config)
     return config
 
 

@@ -59,8 +59,8 @@ class Head(nn.Module):
 
 class Positions:
     """What all layers of a stage need of a micro-batch's positions, computed once, into `step.position_inputs`: cosines
-    and sines [rows, tokens, features] by the names of `DecoderSpec.rotary`, and `bias`, ALiBi's [rows or 1, heads,
-    tokens, kv_tokens], in which what a query may not see is the least number there is."""
+    and sines [rows, tokens, features] as `block.rotate` takes them, by the names of `DecoderSpec.rotary`, and `bias`,
+    ALiBi's [rows or 1, heads, tokens, kv_tokens], in which what a query may not see is the least number there is."""
 
     def __init__(self, spec: DecoderSpec):
         self.rotary = {name: _Angles(rotary) for name, rotary in spec.rotary}
@@ -101,9 +101,9 @@ class _Angles:
             is_long = (ends >= self.spec.original_positions)[:, None, None]
             frequencies = torch.where(is_long, self.long, frequencies)
         angles = step.positions[..., None].float() * frequencies
-        angles = torch.cat((angles, angles), -1)
         cos, sin = angles.cos() * self.spec.scaling, angles.sin() * self.spec.scaling
-        return cos.to(step.hidden.dtype), sin.to(step.hidden.dtype)
+        both = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+        return tuple(part.to(step.hidden.dtype) for part in both)
 
 
 def alibi_slopes(heads: int) -> list[float]:

@@ -20,7 +20,9 @@ NAME = "generation_config.json"
 _MOST_BYTES = 16 << 20
 _MOST_TOKEN = 2**31 - 1
 # of config.json where it names none, as transformers' configuration classes have them
-_CLASS_EOS = {"llama": 2, "mistral": 2, "opt": 2, "bloom": 2}
+_CLASS_EOS = {
+    "llama": 2, "mistral": 2, "mixtral": 2, "phi3": 32000, "gemma2": 1, "gemma3_text": 1, "opt": 2, "bloom": 2,
+}  # fmt: skip
 
 Sequence = tuple[int, ...]  # of token ids
 

@@ -65,6 +65,7 @@ class MLPSpec:
     activation: str
     gated: bool = True
     bias: bool = False
+    down_bias: bool = True  # where there are biases at all
     stacked: bool = False
 
 
@@ -155,7 +156,7 @@ def _mlp_linears(hidden: int, spec: MLPSpec | ExpertsSpec) -> list[LinearRole]:
     parts = ("gate_up",) if spec.stacked else ("gate", "up") if spec.gated else ("up",)
     out = 2 * size if spec.stacked else size
     linears = [LinearRole(f"mlp.{part}_proj", out, hidden, spec.bias, "mlp") for part in parts]
-    return [*linears, LinearRole("mlp.down_proj", hidden, size, spec.bias, "activated")]
+    return [*linears, LinearRole("mlp.down_proj", hidden, size, spec.bias and spec.down_bias, "activated")]
 
 
 def _in_expert(linear: LinearRole, expert: int) -> LinearRole:

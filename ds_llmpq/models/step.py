@@ -10,11 +10,11 @@ import torch
 
 
 class KeyValueCache(Protocol):
-    """What transformers' attention modules ask of a cache, as far as the supported decoder layers use it."""
+    """Where attention keeps the keys and values of earlier tokens."""
 
-    def update(
-        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *args: object, **kwargs: object
-    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keeps new ones, [rows, key/value heads, tokens, size], of a layer counted in the whole model; returns those
+        that attention sees."""
 
     def rows(self, start: int, stop: int) -> KeyValueCache:
         """The same for rows [start, stop) of the micro-batch alone."""

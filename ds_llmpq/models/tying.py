@@ -22,6 +22,10 @@ EMBEDDINGS = {
     "mixtral": "model.embed_tokens.weight",
     "qwen2": "model.embed_tokens.weight",
     "qwen3": "model.embed_tokens.weight",
+    "qwen3_moe": "model.embed_tokens.weight",
+    "phi3": "model.embed_tokens.weight",
+    "gemma2": "model.embed_tokens.weight",
+    "gemma3_text": "model.embed_tokens.weight",
     "opt": "model.decoder.embed_tokens.weight",
     "bloom": "transformer.word_embeddings.weight",
 }

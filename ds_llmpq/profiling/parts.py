@@ -57,7 +57,7 @@ class Parts:
             )  # fmt: skip
             self.layers[width] = [loader.decoder_layer(index) for index in range(self.chained)]
         self.embedding, self.head = loader.embedding(), loader.head()
-        self._positional = loader.architecture.positional(checkpoint.config)
+        self._positional = loader.decoder.positions()
         block = cache_block(quant.kernel)
         self.store = KVStore(
             0, self.chained, rows * rounded_up(capacity, block), shape.kv_heads, shape.head_dim, self.dtype, device,

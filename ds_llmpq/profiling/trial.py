@@ -146,7 +146,7 @@ def _engine(
     engine = InferencePipelineEngine(
         module,
         KVStore(0, 1, slots, shape.kv_heads, shape.head_dim, dtype, device),
-        clock.positional(loader.architecture.positional(checkpoint.config)),
+        clock.positional(loader.decoder.positions()),
         ActivationChannel(rank - 1 if rank else None, rank + 1 if rank < ranks[-1] else None, dtype, device),
         TokenChannel(side, ranks[-1], ranks[:-1]),
         LengthRule(),

@@ -22,7 +22,7 @@ AUTO = "auto"
 DEQUANTIZE = "dequantize"
 # Linears of a decoder layer that read the same input, by the last part of their names: where a kernel can, they are one
 # matrix product.
-SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
 CACHE_BLOCK = 32  # positions: attention inside of OpenVINO's graph knows no other size on a processor
 GRAPH_TOKENS = 128  # that run through such a graph at a time: its buffers grow with them, its speed no longer does

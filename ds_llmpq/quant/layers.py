@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,12 +16,16 @@ from hqq.core.quantize import HQQLinear
 from torch import nn
 
 from ds_llmpq.errors import UserError
-from ds_llmpq.models.architecture import Architecture, DecoderLayer, architecture_of, check_shape, fill
+from ds_llmpq.models.block import Block
 from ds_llmpq.models.checkpoint import Checkpoint
+from ds_llmpq.models.decoder import Decoder
+from ds_llmpq.models.families import decoder_of
+from ds_llmpq.models.spec import LinearRole
+from ds_llmpq.models.weights import check_shape, fill
 from ds_llmpq.quant.checkpoint import QuantizedCheckpoint
 from ds_llmpq.quant.convert import converted, output_matrix
 from ds_llmpq.quant.dense import pack_linears
-from ds_llmpq.quant.hqq import linear_names, quantize_linear, quantize_rows
+from ds_llmpq.quant.hqq import quantize_linear, quantize_rows
 from ds_llmpq.quant.kernels import (
     AUTO,
     DEQUANTIZE,
@@ -78,14 +83,14 @@ class LayerLoader:
     def config(self):
         return self.checkpoint.config
 
-    @property
-    def architecture(self) -> Architecture:
-        return architecture_of(self.config)
+    @cached_property
+    def decoder(self) -> Decoder:
+        return decoder_of(self.config)
 
     def embedding(self) -> nn.Module:
         with torch.device("meta"):
-            module = self.architecture.embedding(self.config)
-        names = self.architecture.embedding_tensors(self.config)
+            module = self.decoder.embedding()
+        names = self.decoder.embedding_tensors()
         self._fill(module, names)
         # a tied head on the same stage uses this very tensor
         for parameter, tensor_name in names.items():
@@ -94,8 +99,8 @@ class LayerLoader:
 
     def head(self) -> nn.Module:
         with torch.device("meta"):
-            module = self.architecture.head(self.config)
-        names = self.architecture.head_tensors(self.config)
+            module = self.decoder.head()
+        names = self.decoder.head_tensors()
         if isinstance(self.checkpoint, QuantizedCheckpoint):
             self.checkpoint.check_head(self.quant)
         if self.quant.head_bits < UNQUANTIZED_BITS:
@@ -108,20 +113,14 @@ class LayerLoader:
 
     def decoder_layer(self, index: int) -> nn.Module:
         with torch.device("meta"):
-            module = self.architecture.layer(self.config, index)
-        prefix = self.architecture.layer_prefix(index)
+            module = self.decoder.layer(index)
         if isinstance(self.checkpoint, QuantizedCheckpoint):
             self.checkpoint.check_layer(index, self.bits[index], self.quant)
         if is_whole_stage(self.kernel):
             return self._ready(self._in_graph(module, index), f"layer {index}")
         if self.bits[index] < UNQUANTIZED_BITS:
-            self._quantize_all(module.layer, prefix, self.bits[index])
-        names = {
-            f"layer.{name}": prefix + name
-            for name, parameter in module.layer.named_parameters()
-            if parameter.device.type == "meta"
-        }
-        self._fill(module, names)
+            self._quantize_all(module, index)
+        self._fill_layer(module, index)
         return self._ready(module, f"layer {index}", packed=self.packed)
 
     def _fill(self, module: nn.Module, names: dict[str, str]) -> None:
@@ -129,67 +128,65 @@ class LayerLoader:
         for tensor_name, tensor in self.checkpoint.tensors(list(local)):
             fill(module, {local[tensor_name]: self._converted(tensor)})
 
-    def _in_graph(self, module: DecoderLayer, index: int) -> nn.Module:
+    def _fill_layer(self, layer: Block, index: int, but: set[str] = frozenset()) -> None:
+        """Parameters that are still empty, without those named `but`."""
+        empty = [name for name, parameter in layer.named_parameters() if parameter.device.type == "meta"]
+        self._fill(layer, {name: self.decoder.tensor_name(index, name) for name in empty if name not in but})
+
+    def _in_graph(self, layer: Block, index: int) -> nn.Module:
         """Adds the layer to its stage's graph; the graph itself for the stage's last layer."""
         GraphMember, StageGraph = _graph_classes()
         if index == self.stage.start:
             self._graph = StageGraph(index)
-        layer, prefix = module.layer, self.architecture.layer_prefix(index)
-        sizes = [(name, *layer.get_submodule(name).weight.shape) for name in linear_names(layer)]
-        weights = self._constants(layer, prefix, self.bits[index], sizes)
-        kept = {f"{name}.weight" for names in weights for name in names}
-        names = {f"layer.{name}": prefix + name for name, _ in layer.named_parameters() if name not in kept}
-        self._fill(module, names)
+        weights = self._constants(index)
+        self._fill_layer(layer, index, but={f"{name}.weight" for names in weights for name in names})
+        sizes = [role[:3] for role in self.decoder.linears(index).values()]
         held = layer_linear_bytes(self.kernel, sizes, self.bits[index], groups_of(self.quant), self.dtype.itemsize)
-        self._graph.add(layer, weights, module.window, held)
+        self._graph.add(layer, weights, held)
         if index < self.stage.stop - 1:
             return GraphMember()
         self._graph.compile()
         return self._graph
 
-    def _constants(
-        self, layer: nn.Module, prefix: str, bits: int, sizes: list[tuple[str, int, int]]
-    ) -> dict[tuple[str, ...], Constants]:
-        """The layer's linears of these `sizes` (name, out, in features), those that run as one as one weight."""
+    def _constants(self, index: int) -> dict[tuple[str, ...], Constants]:
+        """The weights of a layer's linears by our names, of those that run as one as one."""
         from ds_llmpq.quant.openvino_weights import plain_constants, quantized_constants
 
-        groups, found = groups_of(self.quant), {}
-        for group in grouped(self.kernel, sizes, bits, groups):
-            names = tuple(name for name, _, _ in group)
+        bits, found = self.bits[index], {}
+        for roles in self._grouped(index):
+            names = tuple(role.name for role in roles)
             if bits < UNQUANTIZED_BITS:
-                quantized = [self._quantized(layer, name, prefix, bits, torch.float32) for name in names]
+                quantized = [self._quantized(index, role, torch.float32) for role in roles]
                 carried = KERNELS[self.kernel].carried[bits]
                 found[names] = quantized_constants(stacked([unpack(linear) for linear in quantized]), carried)
             else:
-                parts = [self._weight(layer, name, prefix) for name in names]
+                parts = [self._weight(index, role) for role in roles]
                 found[names] = plain_constants(torch.cat([self._converted(part) for part in parts]))
         return found
 
-    def _quantize_all(self, layer: nn.Module, prefix: str, bits: int) -> None:
-        kernel, groups = self.kernel, groups_of(self.quant)
-        linears = [(name, layer.get_submodule(name)) for name in linear_names(layer)]
-        sizes = [(name, linear.out_features, linear.in_features) for name, linear in linears]
-        for group in grouped(kernel, sizes, bits, groups):
-            names = [name for name, _, _ in group]
-            out, into = sum(entry[1] for entry in group), group[0][2]
+    def _grouped(self, index: int) -> list[list[LinearRole]]:
+        """The linears of a decoder layer as its kernel runs them: those of one input together."""
+        return grouped(self.kernel, self.decoder.spec.linears(index), self.bits[index], groups_of(self.quant))
+
+    def _quantize_all(self, layer: Block, index: int) -> None:
+        kernel, groups, bits = self.kernel, groups_of(self.quant), self.bits[index]
+        for group in self._grouped(index):
+            out, into = sum(role.out_features for role in group), group[0].in_features
             by_kernel = runs(kernel, out, into, bits, groups) != DEQUANTIZE
             # scales and zeros stay as exact as they are stored until the kernel has taken them
             dtype = torch.float32 if by_kernel else self.dtype
-            quantized = [self._quantized(layer, name, prefix, bits, dtype) for name in names]
+            quantized = [self._quantized(index, role, dtype) for role in group]
             modules = converted(kernel, quantized, bits, groups, self.dtype)
-            for name, module in zip(names, modules, strict=True):
-                layer.set_submodule(name, module)
+            for role, module in zip(group, modules, strict=True):
+                layer.set_submodule(role.name, module)
 
-    def _quantized(self, layer: nn.Module, name: str, prefix: str, bits: int, dtype: torch.dtype) -> HQQLinear:
-        linear, path = layer.get_submodule(name), prefix + name
-        bias = None
-        if linear.bias is not None:
-            bias = self._converted(self._tensor(f"{path}.bias"))
+    def _quantized(self, index: int, role: LinearRole, dtype: torch.dtype) -> HQQLinear:
+        path, bits = self.decoder.tensor_name(index, role.name), self.bits[index]
+        bias = self._converted(self._tensor(f"{path}.bias")) if role.bias else None
         if isinstance(self.checkpoint, QuantizedCheckpoint):
-            shape = (linear.out_features, linear.in_features)
+            shape = (role.out_features, role.in_features)
             return self.checkpoint.linear(path, shape, bias, bits, dtype, self.device)
-        weight = self._weight(layer, name, prefix)
-        return quantize_linear(weight, bias, bits, self.quant, dtype, self.device)
+        return quantize_linear(self._weight(index, role), bias, bits, self.quant, dtype, self.device)
 
     def _output_matrix(self, shape: tuple[int, int], name: str) -> nn.Module:
         """The matrix [vocabulary, features] from the checkpoint's tensor `name`."""
@@ -203,9 +200,10 @@ class LayerLoader:
             blocks = quantize_rows(weight, bits, self.quant, dtype, self.device)
         return output_matrix(kernel, blocks, bits, groups, self.dtype)
 
-    def _weight(self, layer: nn.Module, name: str, prefix: str) -> torch.Tensor:
-        weight = self._tensor(f"{prefix}{name}.weight")
-        check_shape(f"{prefix}{name}.weight", weight, layer.get_submodule(name).weight.shape)
+    def _weight(self, index: int, role: LinearRole) -> torch.Tensor:
+        name = self.decoder.tensor_name(index, role.name) + ".weight"
+        weight = self._tensor(name)
+        check_shape(name, weight, (role.out_features, role.in_features))
         return weight
 
     def _tensor(self, name: str) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""A decoder layer of the Llama family (`models.llama_like`) as nodes of an OpenVINO graph.
+"""A decoder layer of the Llama family (`models.families.llama`) as nodes of an OpenVINO graph.
 
 Tokens of all rows lie one after another, [tokens, hidden]; attention finds each row's keys and values in a cache of
 blocks of `BLOCK` positions and adds the new ones to it, so rows may be of any lengths and at any positions.
@@ -13,9 +13,9 @@ import numpy
 import openvino
 from openvino import Node, opset13
 from openvino.op import _PagedAttentionExtension
-from torch import nn
 
 from ds_llmpq.errors import UserError
+from ds_llmpq.models.block import Block, Norm
 from ds_llmpq.quant.kernels import CACHE_BLOCK
 from ds_llmpq.quant.openvino_weights import Constants, product, wide
 
@@ -54,19 +54,17 @@ class Rows:
 
 
 class LayerNodes:
-    """Builds one layer's nodes from its transformers module and its linears' weights.
+    """Builds one layer's nodes from its block and its linears' weights.
 
-    weights: by the linears' dotted names; those of one input as one, stacked. Norms and biases are the module's.
+    weights: by the linears' dotted names; those of one input as one, stacked. Norms and biases are the block's.
     """
 
-    def __init__(self, layer: nn.Module, weights: Mapping[tuple[str, ...], Constants], window: int | None):
-        attention = layer.self_attn
-        self.layer, self.weights, self.window = layer, weights, window
-        self.head_dim = attention.head_dim
-        self.scaling = attention.scaling
-        self.heads = attention.q_proj.out_features // self.head_dim
-        self.kv_heads = attention.k_proj.out_features // self.head_dim
-        name = attention.config.hidden_act
+    def __init__(self, layer: Block, weights: Mapping[tuple[str, ...], Constants]):
+        attention = layer.spec.attention
+        self.layer, self.weights, self.window = layer, weights, layer.self_attn.window
+        self.head_dim, self.scaling = attention.head_dim, attention.scale
+        self.heads, self.kv_heads = attention.heads, attention.kv_heads
+        name = layer.mlp.spec.activation
         if name not in _ACTIVATIONS:
             raise UserError(
                 f"quant.kernel=openvino_graph does not know the activation {name!r}; use quant.kernel=openvino."
@@ -75,9 +73,9 @@ class LayerNodes:
 
     def outputs(self, hidden: Node, rows: Rows, key_cache: Node, value_cache: Node) -> Node:
         """Hidden states [tokens, hidden] behind the layer."""
-        attended = self._attention(_norm(hidden, self.layer.input_layernorm), rows, key_cache, value_cache)
+        attended = self._attention(_norm(hidden, self.layer.attention_norm), rows, key_cache, value_cache)
         hidden = opset13.add(hidden, wide(self._product(attended, "self_attn.o_proj")))
-        normed = _norm(hidden, self.layer.post_attention_layernorm)
+        normed = _norm(hidden, self.layer.mlp_norm)
         # two products, not one: activation and multiplication become part of them
         gate, up = self._product(normed, "mlp.gate_proj"), self._product(normed, "mlp.up_proj")
         gated = opset13.multiply(self.activation(gate), up)
@@ -97,7 +95,7 @@ class LayerNodes:
         size = opset13.constant(numpy.array([0, self.heads * self.head_dim]))
         return opset13.reshape(attention.output(0), size, True)
 
-    def _placed(self, states: Node, heads: int, rows: Rows, norm: nn.Module | None) -> Node:
+    def _placed(self, states: Node, heads: int, rows: Rows, norm: Norm | None) -> Node:
         """Queries or keys, each head normed where the family does so, and rotated to their positions: written in the
         form that OpenVINO knows as one operation."""
         split = opset13.reshape(states, opset13.constant(numpy.array([0, heads, 1, self.head_dim])), True)
@@ -138,10 +136,10 @@ def cache_parameter(kv_heads: int, head_dim: int) -> Node:
     return opset13.parameter([-1, kv_heads, CACHE_BLOCK, head_dim], openvino.Type.bf16)
 
 
-def _norm(states: Node, norm: nn.Module) -> Node:
+def _norm(states: Node, norm: Norm) -> Node:
     """Over the last dimension, by root mean square."""
     squares = opset13.reduce_mean(opset13.power(states, _scalar(2.0)), opset13.constant(numpy.array([-1])), True)
-    root = opset13.sqrt(opset13.add(squares, _scalar(norm.variance_epsilon)))
+    root = opset13.sqrt(opset13.add(squares, _scalar(norm.spec.eps)))
     scaled = opset13.multiply(states, opset13.divide(_scalar(1.0), root))
     return opset13.multiply(scaled, opset13.constant(norm.weight.detach().float().numpy()[None]))
 

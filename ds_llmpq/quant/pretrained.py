@@ -9,11 +9,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ds_llmpq.errors import UserError
-from ds_llmpq.models import attention
-from ds_llmpq.models.architecture import architecture_of, fill
+from ds_llmpq.models.families import decoder_of
+from ds_llmpq.models.weights import fill
 from ds_llmpq.quant.checkpoint import HEAD, QuantizedCheckpoint, read_recipe
 from ds_llmpq.quant.convert import RowBlocks
-from ds_llmpq.quant.hqq import linear_names
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS
 
 
@@ -32,37 +31,41 @@ def load_quantized(
     checkpoint, device = QuantizedCheckpoint(path, recipe), torch.device(device)
     config = checkpoint.config
     del config.quantization_config
-    attention.leave_to_transformers(config)  # ours is for the pipeline's layers
     dtype = dtype or config.dtype or torch.float32
     own_head = recipe.head_bits < UNQUANTIZED_BITS
     if own_head:
         config.tie_word_embeddings = False
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    architecture = architecture_of(config)
+    decoder = decoder_of(config)
+    if any(role.expert is not None for index in range(len(recipe.bits)) for role in decoder.spec.linears(index)):
+        raise UserError(f"{path} is a mixture of experts, which transformers holds as one tensor: run it in a plan.")
     for index, bits in enumerate(recipe.bits):
-        prefix = architecture.layer_prefix(index)
-        layer = model.get_submodule(prefix.rstrip("."))
-        for name in linear_names(layer) if bits < UNQUANTIZED_BITS else ():
-            linear = layer.get_submodule(name)
-            bias = None if linear.bias is None else _tensor(checkpoint, f"{prefix}{name}.bias", dtype, device)
-            shape = (linear.out_features, linear.in_features)
-            layer.set_submodule(name, checkpoint.linear(prefix + name, shape, bias, bits, dtype, device))
+        for role in decoder.spec.linears(index) if bits < UNQUANTIZED_BITS else ():
+            name = decoder.tensor_name(index, role.name)
+            bias = _tensor(checkpoint, f"{name}.bias", dtype, device) if role.bias else None
+            shape = (role.out_features, role.in_features)
+            model.set_submodule(name, checkpoint.linear(name, shape, bias, bits, dtype, device))
     if own_head:
         shape = tuple(model.get_submodule(HEAD).weight.shape)
         model.set_submodule(HEAD, RowBlocks(checkpoint.output_matrix(shape, recipe.head_bits, dtype, device)))
-    _fill_rest(model, checkpoint, dtype, device)
+    _fill_rest(model, checkpoint, dtype, device, decoder.spec.embedding_scale)
     return model.eval()
 
 
-def _fill_rest(model: PreTrainedModel, checkpoint: QuantizedCheckpoint, dtype: torch.dtype, device: torch.device):
+def _fill_rest(
+    model: PreTrainedModel, checkpoint: QuantizedCheckpoint, dtype: torch.dtype, device: torch.device,
+    embedding_scale: float | None,
+) -> None:  # fmt: skip
     tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
     for name, parameter in list(model.named_parameters()):
         if parameter.device.type == "meta" and name not in tied:
             fill(model, {name: _tensor(checkpoint, name, dtype, device)})
     model.tie_weights()
     for name, module in list(model.named_modules()):
-        if any(buffer.device.type == "meta" for buffer in module.buffers(recurse=False)):
+        if isinstance(module, nn.Embedding) and embedding_scale is not None:
+            module.embed_scale = torch.tensor(embedding_scale, device=device)  # Gemma's, no tensor of a checkpoint
+        elif any(buffer.device.type == "meta" for buffer in module.buffers(recurse=False)):
             model.set_submodule(name, _rebuilt(module, model).to(device))
 
 

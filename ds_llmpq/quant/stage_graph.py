@@ -17,6 +17,7 @@ import torch
 from openvino import opset13
 from torch import nn
 
+from ds_llmpq.models.block import Block
 from ds_llmpq.models.step import Step
 from ds_llmpq.quant.kernels import CACHE_BLOCK, GRAPH_TOKENS
 from ds_llmpq.quant.openvino_layer import LayerNodes, Rows, cache_parameter
@@ -76,14 +77,12 @@ class StageGraph(nn.Module):
     def layers(self) -> int:
         return len(self._caches) // 2
 
-    def add(
-        self, layer: nn.Module, weights: Mapping[tuple[str, ...], Constants], window: int | None, held_bytes: int
-    ) -> None:
-        """A transformers decoder layer: its norms and biases must be filled, its linears' weights are `weights` and
-        will take `held_bytes`."""
-        nodes = LayerNodes(layer, weights, window)
+    def add(self, layer: Block, weights: Mapping[tuple[str, ...], Constants], held_bytes: int) -> None:
+        """A decoder layer: its norms and biases must be filled, its linears' weights are `weights` and will take
+        `held_bytes`."""
+        nodes = LayerNodes(layer, weights)
         if self._hidden is None:
-            self._begin(layer.input_layernorm.weight.numel(), nodes.head_dim)
+            self._begin(layer.spec.hidden, nodes.head_dim)
         caches = [cache_parameter(nodes.kv_heads, nodes.head_dim) for _ in range(2)]
         self._hidden = nodes.outputs(self._hidden, self._rows, *caches)
         self._caches += caches
@@ -120,7 +119,8 @@ class StageGraph(nn.Module):
         self._attach(step.cache.store)
         rows, tokens, features = step.hidden.shape
         lengths = [tokens] * rows if step.last is None or tokens == 1 else (step.last + 1).tolist()
-        cos, sin = (part.reshape(-1, self._head_dim) for part in step.prepared()["position_embeddings"])
+        cos, signed_sin = (part.reshape(-1, self._head_dim) for part in step.prepared()["rotary"])
+        sin = signed_sin[:, self._head_dim // 2 :].repeat(1, 2)  # the graph changes signs itself
         hidden = step.hidden.reshape(-1, features)
         outputs = torch.zeros_like(hidden) if min(lengths) < tokens else torch.empty_like(hidden)
         for chunk in chunks(lengths, step.cache.row_places()):

@@ -22,12 +22,12 @@ from safetensors.torch import save_file
 
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import write_json
-from ds_llmpq.models.architecture import architecture_of
 from ds_llmpq.models.checkpoint import QUANTIZED_INDEX, Checkpoint
+from ds_llmpq.models.families import decoder_of
 from ds_llmpq.models.fingerprint import MANIFEST, TEXT_FILES, fingerprint, read_manifest
 from ds_llmpq.models.shape import read_config, read_shape
 from ds_llmpq.quant.checkpoint import FORMAT, FORMER_INDEX, HEAD, Recipe, file_sha256
-from ds_llmpq.quant.hqq import linear_names, quantize_linear, quantize_rows, stored_parts
+from ds_llmpq.quant.hqq import quantize_linear, quantize_rows, stored_parts
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS, check_output_matrix, groups_of, row_blocks
 from ds_llmpq.schema import QuantConfig
 
@@ -57,7 +57,7 @@ class _Writer:
     reused: int = 0
 
     def __post_init__(self) -> None:
-        self.architecture = architecture_of(self.source.config)
+        self.decoder = decoder_of(self.source.config)
         layers = self.source.config.num_hidden_layers
         self.names = ["embedding", *(f"layer {index}" for index in range(layers)), "head"]
 
@@ -93,8 +93,8 @@ class _Writer:
 
     def tensors(self, number: int) -> dict[str, torch.Tensor]:
         """Name -> tensor of one pipeline layer, as stored: unquantized ones in the source's type."""
-        config, layers = self.source.config, len(self.names) - 2
-        embedding = list(self.architecture.embedding_tensors(config).values())
+        layers = len(self.names) - 2
+        embedding = list(self.decoder.embedding_tensors().values())
         if number == 0:
             return dict(self.source.tensors(embedding))
         if number > layers:
@@ -103,7 +103,7 @@ class _Writer:
 
     def _head(self, embedding: list[str]) -> dict[str, torch.Tensor]:
         """Without what is one with the embedding, unless that is quantized here."""
-        names = self.architecture.head_tensors(self.source.config)
+        names = self.decoder.head_tensors()
         stored: dict[str, torch.Tensor] = {}
         if self.recipe.head_bits < UNQUANTIZED_BITS:
             ((_, matrix),) = self.source.tensors([names.pop("lm_head.weight")])
@@ -113,12 +113,12 @@ class _Writer:
         return stored | dict(self.source.tensors([name for name in names.values() if name not in embedding]))
 
     def _layer(self, index: int) -> dict[str, torch.Tensor]:
-        with torch.device("meta"):
-            layer = self.architecture.layer(self.source.config, index).layer
-        prefix, bits = self.architecture.layer_prefix(index), self.recipe.bits[index]
-        weights = {f"{prefix}{name}.weight" for name in linear_names(layer)} if bits < UNQUANTIZED_BITS else set()
+        bits, linears = self.recipe.bits[index], self.decoder.spec.linears(index)
+        weights = set()
+        if bits < UNQUANTIZED_BITS:
+            weights = {self.decoder.tensor_name(index, f"{linear.name}.weight") for linear in linears}
         stored: dict[str, torch.Tensor] = {}
-        for name, tensor in self.source.tensors([prefix + name for name, _ in layer.named_parameters()]):
+        for name, tensor in self.source.tensors(list(self.decoder.layer_tensors(index).values())):
             if name not in weights:
                 stored[name] = tensor
                 continue

@@ -21,7 +21,7 @@ class Curvature:
     def __init__(self, model: Layerwise, layers: list[nn.Module], head: nn.Module, hidden: torch.Tensor, seed: int):
         self.model, self.layers, self.head, self.hidden = model, layers, head, hidden
         self.targets = model.targets[: len(hidden)]
-        first = layers[0].layer
+        first = layers[0]
         self.weights = {name: first.get_submodule(name).weight for name in linear_names(first)}
         self.generator = torch.Generator().manual_seed(seed)
 

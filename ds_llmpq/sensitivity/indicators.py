@@ -40,7 +40,7 @@ def variance(model: Layerwise, widths: list[int], quant: QuantConfig, progress: 
     rows, hidden = progress.resumed(model.embedded)
     for index in range(len(rows), model.layers):
         layer = model.layer(index)
-        statistics = _Statistics(layer.layer)
+        statistics = _Statistics(layer)
         hidden = model.through(layer, hidden)
         rows.append(statistics.added_variance(widths, quant))
         progress.keep(rows, hidden)
@@ -122,10 +122,10 @@ def hessian(
 
 
 def _weighted_error(model: Layerwise, index: int, layer: nn.Module, bits: int, weights: dict[str, float]) -> float:
-    quantized = model.layer(index, bits).layer
+    quantized = model.layer(index, bits)
     errors = {
-        name: (layer.layer.get_submodule(name).weight - quantized.get_submodule(name).dequantize()).square().sum()
-        for name in linear_names(layer.layer)
+        name: (layer.get_submodule(name).weight - quantized.get_submodule(name).dequantize()).square().sum()
+        for name in linear_names(layer)
     }
     return sum(float(error) * max(weights[name], 0.0) for name, error in errors.items())
 

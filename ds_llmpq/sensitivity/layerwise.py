@@ -18,7 +18,6 @@ from ds_llmpq.errors import UserError
 from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.models.step import Step
-from ds_llmpq.quant.hqq import linear_names
 from ds_llmpq.quant.layers import LayerLoader
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS
 from ds_llmpq.schema import QuantConfig
@@ -55,14 +54,12 @@ class Layerwise:
         self.rows_at_once = rows_at_once
         quant = replace(quant, head_bits=UNQUANTIZED_BITS)
         self._loader = LayerLoader(checkpoint, [UNQUANTIZED_BITS] * self.layers, quant, dtype, device)
-        self._positional = self._loader.architecture.positional(checkpoint.config)
+        self._positional = self._loader.decoder.positions()
         _check_length(checkpoint, self.inputs.shape[1])
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """[out, in] features of a decoder layer's linears by name."""
-        with torch.device("meta"):
-            layer = self._loader.architecture.layer(self._loader.config, 0).layer
-        return {name: tuple(layer.get_submodule(name).weight.shape) for name in linear_names(layer)}
+        return {role.name: (role.out_features, role.in_features) for role in self._loader.decoder.spec.linears(0)}
 
     @torch.inference_mode()
     def embedded(self) -> torch.Tensor:

@@ -32,7 +32,6 @@ from ds_llmpq.errors import UserError
 from ds_llmpq.files import read_json, write_json
 from ds_llmpq.models.fingerprint import fingerprint, text_fingerprint
 from ds_llmpq.models.notes import list_notes
-from ds_llmpq.models.shape import refuse_planned_only
 from ds_llmpq.planner import Plan
 from ds_llmpq.planner.planfile import check_model, launch_order, read_plan, write_plan
 from ds_llmpq.quant.kernels import check_invariant
@@ -225,7 +224,6 @@ def checkpoint_of(settings: RunVerb, plan: Plan) -> Path:
         raise UserError("The model is known by its shape alone, enough to plan but not to run; give model.path=DIR.")
     path = config.absolute(given or planned)
     check_model(plan, path)
-    refuse_planned_only(str((plan.model or {}).get("architecture")))
     list_notes(path)  # what ranks would refuse is refused here
     return path
 

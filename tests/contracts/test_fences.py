@@ -15,16 +15,15 @@ PACKAGE = Path(__file__).parents[2] / "ds_llmpq"
 FILES = {str(file.relative_to(PACKAGE)): ast.parse(file.read_text()) for file in sorted(PACKAGE.rglob("*.py"))}
 
 _PIPELINE = ("engine/pipeline_engine.py", "engine/pipeline_module.py", "engine/schedules.py", "engine/topology.py")
-_MODELS = ("models/attention.py", "models/bloom.py", "models/llama_like.py", "models/opt.py")
 _OPENVINO = (
     "quant/kernel_openvino.py", "quant/openvino_layer.py", "quant/openvino_weights.py", "quant/stage_graph.py",
 )  # fmt: skip
 # module, or name in one -> files that may import it or what is below it
 MODULES = {
     "deepspeed": ("engine/distributed.py", *_PIPELINE),
-    "transformers.models": _MODELS,
-    "transformers.integrations": _MODELS,
-    "transformers.AttentionInterface": ("models/attention.py",),
+    "transformers.models": (),  # our own block runs
+    "transformers.integrations": (),
+    "transformers.AttentionInterface": (),
     "hqq.core.optimize": ("quant/optimize.py",),
     "hqq.core.quantize.Quantizer": ("quant/hqq.py", "quant/optimize.py", "quant/unpacked.py"),
     "hqq.core.quantize.BaseQuantizeConfig": ("quant/hqq.py",),
@@ -53,11 +52,8 @@ NAMES = {
         "_INSTRUCTION_MAP": ("engine/pipeline_engine.py", "evaluation/scoring.py"),
     },
     "transformers": {
-        "_attn_implementation": ("models/attention.py",),
-        # a key of config.json too
-        "_remove_final_layer_norm": ("models/families/opt.py", "models/opt.py", "models/shape.py"),
+        "_remove_final_layer_norm": ("models/families/opt.py", "models/shape_readers.py"),  # a key of config.json too
         "all_tied_weights_keys": ("quant/pretrained.py",),
-        "variance_epsilon": ("quant/openvino_layer.py",),
     },
     "hqq": {
         "optimize_weights": ("quant/optimize.py",),

@@ -27,6 +27,7 @@ LAYERS = 5
 VOCABULARY = 128
 _SMALL = {"layers": LAYERS, "hidden": 64, "heads": 4, "vocab": VOCABULARY, "max_positions": 160, "dtype": "float32"}
 _OLD_LAYERS = ["full_attention", "sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
+_GEMMA = {"sliding_window": 6, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 20.0}
 VARIANTS = {
     "llama": _SMALL | {"arch": "llama", "kv_heads": 2},
     "llama-biased-tied": _SMALL
@@ -43,6 +44,14 @@ VARIANTS = {
     "opt-untied": _SMALL | {"arch": "opt", "tied": False, "dtype": "bfloat16"},
     "bloom": _SMALL | {"arch": "bloom"},
     "bloom-three-heads": _SMALL | {"arch": "bloom", "hidden": 96, "heads": 3, "tied": False},
+    "phi3-window": _SMALL | {"arch": "phi3", "kv_heads": 2, "config": {"sliding_window": 6, "pad_token_id": 0}},
+    "gemma2": _SMALL | {"arch": "gemma2", "kv_heads": 2, "head_dim": 32, "config": _GEMMA},
+    "gemma3": _SMALL
+    | {"arch": "gemma3_text", "kv_heads": 1, "head_dim": 32, "config": _GEMMA | {"layer_types": _OLD_LAYERS}},
+    "mixtral": _SMALL | {"arch": "mixtral", "kv_heads": 2, "config": {"num_local_experts": 4}},
+    "qwen3-moe": _SMALL
+    | {"arch": "qwen3_moe", "kv_heads": 2, "head_dim": 32}
+    | {"config": {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 64, "norm_topk_prob": True}},
 }
 GROUP_SIZE = 32
 QUANT = {"bits": [16], "group_size": GROUP_SIZE, "axis": 1, "optimize": False}
@@ -239,6 +248,12 @@ def quantize_with_hqq(layer: nn.Module, bits: int, dtype: torch.dtype) -> None:
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear):
                 setattr(parent, name, HQQLinear(child, config, compute_dtype=dtype, device="cpu"))
+        if isinstance(getattr(parent, "gate_up_proj", None), nn.Parameter):  # experts, [experts, out, in] each
+            for expert in range(len(parent.gate_up_proj)):
+                for weight in (*parent.gate_up_proj.data[expert].chunk(2), parent.down_proj.data[expert]):
+                    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+                    linear.weight.data = weight.clone()
+                    weight.copy_(HQQLinear(linear, config, compute_dtype=dtype, device="cpu").dequantize())
 
 
 def _cut(tokens: list[int], max_tokens: int, eos: tuple[int, ...]) -> list[int]:

@@ -35,7 +35,8 @@ def test_every_architecture_is_token_identical(ranks, checkpoint_of, stages):
 @pytest.mark.parametrize("stages", [1, 2])
 def test_mixed_bits_are_identical_to_the_same_hqq_layers(ranks, checkpoint_of, stages):
     drawn = []
-    for index, variant in enumerate(("llama", "mistral-window", "qwen3", "opt-projected-post-norm", "bloom")):
+    mixed = ("llama", "mistral-window", "qwen3", "opt-projected-post-norm", "bloom", "phi3-window", "gemma3", "mixtral")
+    for index, variant in enumerate(mixed):
         draw = Draw(seed=500 + 10 * stages + index)
         drawn.append(draw.case(checkpoint_of(variant), stages, draw.bits()))
     run_and_check(ranks, drawn)
@@ -78,7 +79,9 @@ def test_logits_agree(ranks, checkpoint_of):
     difference is under 2.5 % of the logits' standard deviation, and under what bfloat16 itself costs: 8 bits of
     mantissa round every sum, and a batch of other shape is summed in another order (measured: at most 1.3 % and, single
     logits, 10 %; bfloat16 against float32: 2 to 8 %)."""
-    cases = [logits_case(checkpoint_of(variant), dtype) for variant in VARIANTS for dtype in ("float32", "bfloat16")]
+    dense = [variant for variant in VARIANTS if variant not in ("mixtral", "qwen3-moe")]  # a rounding changes experts
+    kinds = [*((variant, "float32") for variant in VARIANTS), *((variant, "bfloat16") for variant in dense)]
+    cases = [logits_case(checkpoint_of(variant), dtype) for variant, dtype in kinds]
     for case, outcome in zip(cases, ranks.run(*cases), strict=True):
         dtype = case.plan.engine["dtype"]
         difference, rounding, exact = differences(case, outcome, dtype)

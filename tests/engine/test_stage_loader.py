@@ -77,10 +77,10 @@ def test_unquantized_parameters_are_the_checkpoint_s(checkpoint_of, variant):
 def test_only_linears_of_decoder_layers_are_quantized(checkpoint_of):
     loader = loader_of(checkpoint_of("qwen3"), bits=[4] * LAYERS)
     layer = loader.decoder_layer(2)
-    kept = {name for name, parameter in layer.layer.named_parameters() if not name.endswith("W_q")}
-    norms = {"input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"}
+    kept = {name for name, parameter in layer.named_parameters() if not name.endswith("W_q")}
+    norms = {"attention_norm", "mlp_norm", "self_attn.q_norm", "self_attn.k_norm"}
     assert kept == {f"{name}.weight" for name in norms}
-    assert linear_names(layer.layer) == []
+    assert linear_names(layer) == []
     assert linear_names(loader.head()) == ["lm_head"]
 
 

@@ -8,7 +8,7 @@ from launching import Command, write_cluster, write_rows
 pytestmark = pytest.mark.launcher
 
 FIRST, LATER = 2040, 2041  # tokens that the embedding, and a layer of the second half, do not bear
-# in every process of the run: torch's embedding and transformers' layer, where they are imported
+# in every process of the run: torch's embedding and our block, where they are imported
 SHIM = """
 import importlib.machinery, sys
 
@@ -23,14 +23,14 @@ def embedding(module):
     module.embedding = embed
 
 def layer(module):
-    whole = module.LlamaDecoderLayer.forward
-    def forward(self, hidden, *args, **kwargs):
-        if self.self_attn.layer_idx >= 6 and (hidden[..., 0] > 5e3).any():
+    whole = module.Block.forward
+    def forward(self, step):
+        if self.self_attn.index >= 6 and (step.hidden[..., 0] > 5e3).any():
             raise ArithmeticError("the layer does not bear it")
-        return whole(self, hidden, *args, **kwargs)
-    module.LlamaDecoderLayer.forward = forward
+        return whole(self, step)
+    module.Block.forward = forward
 
-CHANGES = {"torch.nn.functional": embedding, "transformers.models.llama.modeling_llama": layer}
+CHANGES = {"torch.nn.functional": embedding, "ds_llmpq.models.block": layer}
 
 class Finder:
     def find_spec(self, name, path, target=None):

@@ -7,11 +7,13 @@ import torch
 import transformers
 from tiny_models import LAYERS, MODELS, VOCABULARY, our_model, stored_tensors, transformers_model
 from torch.fx.experimental.proxy_tensor import make_fx
+from transformers.activations import ACT2FN
 
 from ds_llmpq.errors import UserError
-from ds_llmpq.models.block import Experts, activation, attend
+from ds_llmpq.models.block import ACTIVATIONS, Experts, activation, attend
 from ds_llmpq.models.families import decoder_of
 from ds_llmpq.models.rotary import rotary_spec
+from ds_llmpq.models.shape import read_shape
 from ds_llmpq.models.step import Step
 
 TOLERANCE = 2e-5  # of the largest logit
@@ -141,6 +143,28 @@ def test_roles_are_the_linears_that_there_are(models, name):
         assert all(role.expert is not None for role in roles.values() if ".experts." in role.name)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_planning_sees_the_same_model(models, name):
+    """Without torch: the linears and parameters that there are."""
+    theirs, ours, folder = models(name)
+    if name == "qwen3-moe-mixed":
+        with pytest.raises(UserError, match="layers without experts among others"):
+            read_shape(folder)
+        return
+    shape = read_shape(folder)
+    for index, layer in enumerate(ours.layers):
+        roles = ours.decoder.linears(index)
+        assert {linear.name: linear[1:3] for linear in shape.linears} == {own: role[1:3] for own, role in roles.items()}
+        assert set(shape.biased) == {own for own, role in roles.items() if role.bias}
+        assert shape.layer_parameters == sum(parameter.numel() for parameter in layer.parameters())
+    assert shape.embed_parameters == sum(parameter.numel() for parameter in ours.embedding.parameters())
+    assert shape.head_parameters == sum(parameter.numel() for parameter in ours.head.parameters())
+    assert shape.parameters == sum(parameter.numel() for parameter in theirs.parameters())
+    attention = ours.decoder.spec.attention
+    assert (shape.heads, shape.kv_heads, shape.head_dim) == (attention.heads, attention.kv_heads, attention.head_dim)
+    assert shape.tied_embeddings == ours.decoder.spec.tied
+
+
 @pytest.mark.parametrize("name", ["mixtral", "mixtral-window", "qwen3-moe", "qwen3-moe-mixed"])
 def test_experts_in_fixed_shapes_give_the_same(models, name):
     _, ours, _ = models(name)
@@ -222,6 +246,12 @@ def test_attention_is_the_softmax_of_scores(masked, tokens, groups):
         expected = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ each[1]
         found = attend(query, key, value, mask if masked else None, 0.3, limit)
         assert (found - expected).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_are_those_of_transformers(name):
+    inputs = torch.linspace(-8, 8, 101)
+    assert torch.allclose(activation(name)(inputs), ACT2FN[name](inputs), atol=1e-5)
 
 
 def test_what_is_not_supported_is_said():

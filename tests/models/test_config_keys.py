@@ -7,7 +7,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ds_llmpq.errors import UserError
-from ds_llmpq.models.architecture import architecture_of
 from ds_llmpq.models.notes import list_notes
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.models.step import Step
@@ -66,7 +65,7 @@ def our_logits(folder) -> torch.Tensor:
     loader = LayerLoader(checkpoint, [16] * layers, quant, torch.float32, torch.device("cpu"))
     step = Step(
         positions=torch.arange(TOKENS.shape[1])[None], cache=None, kv_tokens=TOKENS.shape[1], causal_only=True,
-        token_ids=TOKENS, prepare=architecture_of(checkpoint.config).positional(checkpoint.config),
+        token_ids=TOKENS, prepare=loader.decoder.positions(),
     )  # fmt: skip
     with torch.no_grad():
         step = loader.embedding()(step)

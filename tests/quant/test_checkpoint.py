@@ -35,6 +35,8 @@ VARIANTS = {
     "qwen3": {"arch": "qwen3", "kv_heads": 2, "head_dim": 32, "dtype": "bfloat16"},
     "opt": {"arch": "opt", "word_embed_proj_dim": 32, "layer_norm_before": False},
     "bloom": {"arch": "bloom"},
+    "phi3": {"arch": "phi3", "kv_heads": 2, "config": {"pad_token_id": 0}},
+    "gemma2": {"arch": "gemma2", "kv_heads": 2, "head_dim": 32, "tied": True},
 }
 
 
@@ -161,7 +163,7 @@ def test_whole_rows_rewrite_only_the_layers_at_those_widths(source, written, tmp
     again = write_quantized(source, tmp_path, BITS, ROWS, reuse=written)
     assert (again.parts, again.reused) == (8, 7)
     assert read_recipe(tmp_path).quant.whole_rows == [8]
-    layer = loader(open_checkpoint(tmp_path), torch.float32, quant=ROWS).decoder_layer(4).layer
+    layer = loader(open_checkpoint(tmp_path), torch.float32, quant=ROWS).decoder_layer(4)
     assert layer.mlp.up_proj.meta["scale"].numel() == layer.mlp.up_proj.out_features
 
 

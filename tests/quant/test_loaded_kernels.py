@@ -38,7 +38,7 @@ def outcome(of, index, tokens=5):
     hidden = torch.randn(2, tokens, 256, generator=torch.Generator().manual_seed(1)).to(of.dtype)
     step = Step(positions, None, tokens, True, hidden=hidden)
     with torch.inference_mode():
-        of.architecture.positional(of.config)(step)
+        of.decoder.positions()(step)
         return of.decoder_layer(index)(step).hidden.float()
 
 
@@ -57,14 +57,14 @@ def test_a_layer_holds_what_the_memory_model_says_and_computes_what_hqq_s_does(n
 @pytest.mark.parametrize("name", THERE)
 def test_float32_and_unable_settings_keep_hqq_s_own_forward(name):
     for options in ({"dtype": torch.float32}, {"group_size": 16}):
-        layer = loader(Checkpoint(TINY), name, **options).decoder_layer(2).layer
+        layer = loader(Checkpoint(TINY), name, **options).decoder_layer(2)
         assert isinstance(layer.mlp.up_proj, HQQLinear)
     expected = outcome(loader(Checkpoint(TINY), "dequantize", torch.float32), 2)
     assert torch.equal(outcome(loader(Checkpoint(TINY), name, torch.float32), 2), expected)
 
 
 def test_auto_that_nobody_resolved_is_hqq_s_own_forward():
-    assert isinstance(loader(Checkpoint(TINY), "auto").decoder_layer(2).layer.mlp.up_proj, HQQLinear)
+    assert isinstance(loader(Checkpoint(TINY), "auto").decoder_layer(2).mlp.up_proj, HQQLinear)
 
 
 @pytest.mark.parametrize("name", THERE)
@@ -73,7 +73,7 @@ def test_a_quantized_checkpoint_gives_the_same_layer(name, whole_rows, tmp_path)
     write_quantized(TINY, tmp_path, BITS, QuantConfig([2, 3, 4, 8, 16], 64, 1, False, whole_rows=whole_rows))
     stored = loader(open_checkpoint(tmp_path), name, whole_rows=whole_rows)
     direct = loader(Checkpoint(TINY), name, whole_rows=whole_rows)
-    assert isinstance(stored.decoder_layer(2).layer.mlp.up_proj, KernelLinear)
+    assert isinstance(stored.decoder_layer(2).mlp.up_proj, KernelLinear)
     for index in (0, 2, 3, 4):
         assert torch.equal(outcome(stored, index), outcome(direct, index))
 

@@ -70,7 +70,7 @@ class Stage:
         stage = range(LAYERS) if kernel == "openvino_graph" else range(0)
         self.loader = LayerLoader(Checkpoint(path), bits, quant, dtype, CPU, stage=stage)
         self.layers = torch.nn.ModuleList([self.loader.decoder_layer(index) for index in range(LAYERS)])
-        self.positional = self.loader.architecture.positional(self.loader.config)
+        self.positional = self.loader.decoder.positions()
         self.store = KVStore(0, LAYERS, SLOTS * CAPACITY, shape.kv_heads, shape.head_dim, dtype, CPU, block)
         self.store.shape_for(SLOTS, CAPACITY)
         self.hidden = shape.hidden
@@ -230,7 +230,7 @@ MEMORY = """
 import sys
 import torch
 from ds_llmpq.engine.memory import held_bytes, release_freed
-from ds_llmpq.models.architecture import architecture_of
+from ds_llmpq.models.families import decoder_of
 from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.cost.memory import MemoryModel
@@ -242,7 +242,7 @@ cpu, (path, bits) = torch.device("cpu"), sys.argv[1:]
 quant = QuantConfig([int(bits)], 64, 1, False, "openvino_graph")
 import ds_llmpq.quant.stage_graph
 checkpoint = Checkpoint(path)
-architecture_of(checkpoint.config)  # as in a session: what it imports belongs to the process
+decoder_of(checkpoint.config)  # as in a session: what it imports belongs to the process
 release_freed()
 before = held_bytes(cpu)
 loader = LayerLoader(checkpoint, [int(bits)] * 8, quant, torch.bfloat16, cpu, stage=range(8))

@@ -116,14 +116,14 @@ def test_variance_is_the_theorem_written_out(path, axis, whole_rows, tmp_path):
 
 def full_hessian(model, layers, head, hidden):
     """Of the mean loss with respect to the first layer's linears, entry by entry."""
-    first = layers[0].layer
+    first = layers[0]
     names = linear_names(first)
     weights = torch.cat([first.get_submodule(name).weight.detach().flatten() for name in names])
 
     def loss(flat):
         parts = flat.split([first.get_submodule(name).weight.numel() for name in names])
         state = {
-            f"layer.{name}.weight": part.reshape(first.get_submodule(name).weight.shape)
+            f"{name}.weight": part.reshape(first.get_submodule(name).weight.shape)
             for name, part in zip(names, parts, strict=True)
         }
         out = functional_call(layers[0], state, (model._step(hidden=hidden),)).hidden
@@ -149,7 +149,7 @@ def test_curvature_is_that_of_the_full_hessian(tmp_path):
     traces = [Curvature(model, layers, head, hidden, seed=seed).traces() for seed in range(24)]
     start = 0
     for name in names:
-        size = layers[0].layer.get_submodule(name).weight.numel()
+        size = layers[0].get_submodule(name).weight.numel()
         values = torch.tensor([trace[name] for trace in traces])
         exact = matrix.diagonal()[start : start + size].mean().item()
         assert abs(values.mean() - exact) < 5 * values.std() / len(values) ** 0.5 + 1e-6, name

@@ -11,13 +11,15 @@ from ds_llmpq.models.spec import AttentionSpec, DecoderSpec, LayerSpec, MLPSpec,
 def _bloom(config: PreTrainedConfig) -> DecoderSpec:
     heads, size = config.n_head, config.hidden_size // config.n_head
     norm = NormSpec("layer", config.layer_norm_epsilon)
-    mlp = MLPSpec(4 * config.hidden_size, "gelu_pytorch_tanh", gated=False, bias=True)
+    # summed in slices, as this asks for, transformers leaves out what the sums' biases would add
+    biased = not (config.pretraining_tp > 1 and config.slow_but_exact)
+    mlp = MLPSpec(4 * config.hidden_size, "gelu_pytorch_tanh", gated=False, bias=True, down_bias=biased)
     return DecoderSpec(
         config.hidden_size,
         config.vocab_size,
         norm=norm,
         attention=AttentionSpec(
-            heads, heads, size, size**-0.5, qkv="interleaved", qkv_bias=True, output_bias=True, alibi=True
+            heads, heads, size, size**-0.5, qkv="interleaved", qkv_bias=True, output_bias=biased, alibi=True
         ),
         layers=(LayerSpec(mlp),) * config.n_layer,
         residual_from_norm=config.apply_residual_connection_post_layernorm,
