@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from ds_llmpq.errors import UserError
 from ds_llmpq.models.block import Block
 from ds_llmpq.models.ends import Embedding, Head, Positions
 from ds_llmpq.models.spec import DecoderSpec, LinearRole
@@ -34,8 +35,17 @@ class Decoder:
     the checkpoint, parameter names those of the modules."""
 
     def __init__(self, family: Family, config: PreTrainedConfig):
+        """`UserError` for a configuration whose values make no specification."""
         self.family = family
-        self.spec = family.spec(config)
+        try:
+            self.spec = family.spec(config)
+        except UserError:
+            raise
+        except Exception as error:  # a value of config.json that is of another type or size than its formula takes
+            raise UserError(
+                f"config.json does not describe a {config.model_type} model ({type(error).__name__}: {error}); mend "
+                "the file, or fetch it again."
+            ) from None
 
     def embedding(self) -> Embedding:
         return Embedding(self.spec)

@@ -14,20 +14,41 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from ds_llmpq.errors import UserError
+from ds_llmpq.errors import UserError, shown
 from ds_llmpq.models.spec import RotarySpec
+
+_MOST = 1e15
+_NUMBERS = (
+    "rope_theta", "partial_rotary_factor", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow",
+    "original_max_position_embeddings", "attention_factor",
+)  # fmt: skip
 
 
 def rotary_spec(config: PreTrainedConfig, head_dim: int, parameters: Mapping[str, Any] | None = None) -> RotarySpec:
-    """Of a configuration's `rope_parameters`, or of those given. `UserError`: a kind of scaling that is not known."""
+    """Of a configuration's `rope_parameters`, or of those given. `UserError`: a kind of scaling that is not known, or a
+    number out of range."""
     rope = dict(config.rope_parameters if parameters is None else parameters)
-    features = int(head_dim * rope.get("partial_rotary_factor", 1.0))
     kind = rope.get("rope_type", "default")
     if kind not in _KINDS:
         raise UserError(f"config.json has rope_type {kind!r}; supported are {', '.join(_KINDS)}.")
+    _check_numbers(rope)
+    features = int(head_dim * rope.get("partial_rotary_factor", 1.0))
     exponents = torch.arange(0, features, 2, dtype=torch.float, device="cpu") / features
     plain = 1.0 / rope["rope_theta"] ** exponents
     return _KINDS[kind](plain, rope, config)
+
+
+def _check_numbers(rope: Mapping[str, Any]) -> None:
+    """`UserError` for a parameter that is neither a positive number nor left out."""
+    for name in _NUMBERS:
+        value = rope.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= _MOST:
+            raise UserError(
+                f"config.json has {name}={shown(value)} in rope_parameters; it must be a positive number of at most "
+                f"{_MOST:g}."
+            )
 
 
 def _spec(frequencies: torch.Tensor, scaling: float = 1.0, **options: Any) -> RotarySpec:

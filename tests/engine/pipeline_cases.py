@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from ds_llmpq.engine.sequences import Finish
 from ds_llmpq.engine.wave import Wave, WaveRow
@@ -200,7 +200,10 @@ class Reference:
     `head_bits` in that of its output matrix."""
 
     def __init__(self, path: Path, bits: tuple[int, ...] = (), dtype: str = "float32", head_bits: int = 16):
-        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
+        # Gemma 2 caps scores: there transformers 5.17 chooses SDPA and leaves the cap out
+        capped = AutoConfig.from_pretrained(path).model_type == "gemma2"
+        own = {"attn_implementation": "eager"} if capped else {}
+        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), **own).eval()
         self.model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
         for layer, width in zip(decoder_layers(self.model), bits, strict=False):
             if width < 16:

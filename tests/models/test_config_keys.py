@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ds_llmpq.errors import UserError
+from ds_llmpq.models.families import decoder_of
 from ds_llmpq.models.notes import list_notes
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.models.step import Step
@@ -106,3 +107,23 @@ def _with(folder, arch: str, keys: dict):
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | keys))
     return folder
+
+
+@pytest.mark.parametrize(
+    ("parameters", "said"),
+    [
+        ({"rope_theta": []}, "rope_theta=\\[\\] in rope_parameters"),
+        ({"rope_theta": -1.0}, "rope_theta=-1.0"),
+        ({"rope_type": "linear", "rope_theta": 1e4, "factor": 0}, "factor=0"),
+        ({"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": "x"}, "='x'"),
+        (
+            {"rope_type": "linear", "rope_theta": 1e4},
+            "does not describe a llama model \\(KeyError: 'factor'",
+        ),
+    ],
+)
+def test_rope_parameters_that_make_no_frequencies_are_one_sentence(parameters, said):
+    config = LlamaConfig(hidden_size=64, num_attention_heads=4)
+    config.rope_parameters = {"rope_type": "default", **parameters}
+    with pytest.raises(UserError, match=said):
+        decoder_of(config)
