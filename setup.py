@@ -20,18 +20,18 @@ setup(
         *find_packages(include=["ds_llmpq", "ds_llmpq.*"]),
         # top-level folders of a checkout that an installed wheel carries inside the package
         "ds_llmpq.conf",
-        "ds_llmpq.launch",
+        "ds_llmpq.assets.launch",
         "ds_llmpq.assets.tiny_llama",
     ],
     package_dir={
         "ds_llmpq.conf": "conf",
-        "ds_llmpq.launch": "launch",
+        "ds_llmpq.assets.launch": "launch",
         "ds_llmpq.assets.tiny_llama": "tests/assets/tiny-llama",
     },
     package_data={
         "ds_llmpq.cost": ["*.json"],
         "ds_llmpq.conf": ["*.yaml", "*/*.yaml", "*/*/*.yaml"],
-        "ds_llmpq.launch": ["*.jsonl"],
+        "ds_llmpq.assets.launch": ["*.jsonl"],
         "ds_llmpq.assets.tiny_llama": ["*"],
     },
     install_requires=requirement_lines(REQUIREMENTS),

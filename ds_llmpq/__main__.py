@@ -1,4 +1,4 @@
-"""`python -m ds_llmpq VERB` is `ds-llmpq VERB`."""
+"""`python -m ds_llmpq COMMAND` is `ds-llmpq COMMAND`."""
 
 from ds_llmpq.cli import main
 

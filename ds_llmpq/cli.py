@@ -1,4 +1,4 @@
-"""`ds-llmpq VERB [hydra overrides]`: hands the arguments to a verb, and says a user's mistake in one sentence."""
+"""`ds-llmpq COMMAND [hydra overrides]`: hands the arguments to a command, and says a user's mistake in one sentence."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from ds_llmpq.files import keep_open_pipe, unwritable_as_mistake
 from ds_llmpq.report import kept, sweep
 from ds_llmpq.versions import check_versions
 
-# verbs of which each rank knows its own layers, and how long its threads should wait
+# commands of which each rank knows its own layers, and how long its threads should wait
 _COMPUTED_BY_RANKS = frozenset({"run", "evaluate", "serve", "plan"})
-# Hydra's own asks a program without verbs
+# Hydra's own asks a program without commands
 _HYDRAS_COMPLETION = {"-sc", "--shell-completion", "--shell_completion"}
 _LEAST_FREE_BYTES = 32 << 10
 _READS_FAILURES = frozenset({"report"})  # may write its pages beside what they tell of
-# verbs whose first argument may be a bare word, and the key it stands for
+# commands whose first argument may be a bare word, and the key it stands for
 _WORD_KEYS = {"report": "what", "lengths": "action"}
 
-_USAGE = """usage: ds-llmpq VERB [key=value ...]     (ds-llmpq VERB --help shows a verb's keys)
+_USAGE = """usage: ds-llmpq COMMAND [key=value ...]     (ds-llmpq COMMAND --help shows a command's keys)
 
   detect       describe this machine as a cluster
   profile      time this machine's devices on the model, for `plan planner.profile=DIR`
@@ -54,25 +54,25 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point; exits with 0, or 1 (a mistake), 2 (no plan exists), 3 (some requests failed)."""
     if hasattr(signal, "SIGPIPE") and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `ds-llmpq plan | head` ends quietly
-    verb, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    if verb in ("-h", "--help", "help"):
+    command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if command in ("-h", "--help", "help"):
         sys.exit(print(_USAGE))
-    if verb == "--version":
+    if command == "--version":
         sys.exit(print(__version__))
-    if verb in _WORD_KEYS and rest and not rest[0].startswith("-") and "=" not in rest[0]:
-        rest[0] = f"{_WORD_KEYS[verb]}={rest[0]}"
+    if command in _WORD_KEYS and rest and not rest[0].startswith("-") and "=" not in rest[0]:
+        rest[0] = f"{_WORD_KEYS[command]}={rest[0]}"
     try:
         check_versions()
-        if verb == "completion" or {verb, *rest} & _HYDRAS_COMPLETION:
-            sys.exit(completion.main(rest if verb == "completion" else completion.installed(rest)))
-        if verb not in config.VERBS:
-            raise UserError(f"There is no verb {verb!r}; the verbs are {', '.join(config.VERBS)}.")
-        if verb not in _COMPUTED_BY_RANKS:
+        if command == "completion" or {command, *rest} & _HYDRAS_COMPLETION:
+            sys.exit(completion.main(rest if command == "completion" else completion.installed(rest)))
+        if command not in config.COMMANDS:
+            raise UserError(f"There is no command {command!r}; the commands are {', '.join(config.COMMANDS)}.")
+        if command not in _COMPUTED_BY_RANKS:
             wait_briefly()  # they may multiply with any kernel
-        if verb == "serve":
-            code = importlib.import_module("ds_llmpq.verbs.serve").main(rest)
+        if command == "serve":
+            code = importlib.import_module("ds_llmpq.commands.serve").main(rest)
         else:
-            code = _through_hydra(verb, rest)
+            code = _through_hydra(command, rest)
     except UserError as error:
         code = report(error)
     except KeyboardInterrupt:
@@ -85,26 +85,26 @@ def report(error: UserError) -> int:
     return error.exit_code
 
 
-def _through_hydra(verb: str, arguments: list[str]) -> int:
-    """Runs a verb once, or many times with -m; the worst exit code of all."""
+def _through_hydra(command: str, arguments: list[str]) -> int:
+    """Runs a command once, or many times with -m; the worst exit code of all."""
     config.register()
-    if verb == "run" and all(argument.startswith("out=") for argument in arguments):
+    if command == "run" and all(argument.startswith("out=") for argument in arguments):
         arguments = ["+experiment=demo", *arguments]
     flags = [argument for argument in arguments if argument.startswith("-")]
-    arguments = config.prepare(verb, arguments, sweep=bool({"-m", "--multirun"} & set(flags)))
+    arguments = config.prepare(command, arguments, sweep=bool({"-m", "--multirun"} & set(flags)))
     if not flags:
         # says a mistake in one sentence before Hydra says it in many lines
-        composed = config.composed(verb, arguments)
+        composed = config.composed(command, arguments)
         if any(argument.startswith("out=") for argument in arguments):
             _check_room(check_folder(config.absolute(composed.out)))
     codes: list[int] = []
 
     def task(composed: DictConfig) -> int:
-        codes.append(_run(verb, composed))
+        codes.append(_run(command, composed))
         return codes[-1]
 
-    sys.argv = [f"ds-llmpq {verb}", *arguments]
-    hydra.main(version_base="1.3", config_path=str(config.conf_folder()), config_name=verb)(task)()
+    sys.argv = [f"ds-llmpq {command}", *arguments]
+    hydra.main(version_base="1.3", config_path=str(config.conf_folder()), config_name=command)(task)()
     # the points of a sweep run in processes of their own; what failed there is known from what they left behind
     return max([0, *codes, *sweep.failure_codes])
 
@@ -118,20 +118,20 @@ def _check_room(folder: Path) -> None:
         )
 
 
-def _run(verb: str, composed: DictConfig) -> int:
+def _run(command: str, composed: DictConfig) -> int:
     config.register()  # a sweep's worker process starts without the resolvers
-    module = importlib.import_module(f"ds_llmpq.verbs.{verb}")
+    module = importlib.import_module(f"ds_llmpq.commands.{command}")
     out = Path(HydraConfig.get().runtime.output_dir)
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        return _point(verb, module, composed, out)
+        return _point(command, module, composed, out)
     try:
         held_work = sweep.holds_work(out)
         with unwritable_as_mistake(out):
-            settings = config.to_object(composed, config.VERBS[verb])
+            settings = config.to_object(composed, config.COMMANDS[command])
             if getattr(settings, "input", None):
                 settings.input = str(keep_open_pipe(settings.input, out))
             code = module.run(settings, out)
-        if verb not in _READS_FAILURES:
+        if command not in _READS_FAILURES:
             sweep.forget_failure(out)
         return code
     except UserError as error:
@@ -140,19 +140,19 @@ def _run(verb: str, composed: DictConfig) -> int:
         return report(error)
 
 
-def _point(verb: str, module: ModuleType, composed: DictConfig, out: Path) -> int:
+def _point(command: str, module: ModuleType, composed: DictConfig, out: Path) -> int:
     """One point of a sweep; one that is already there, from the same configuration, is kept."""
     try:
-        made = kept.digest(verb, OmegaConf.to_container(composed, resolve=True))
-        if kept.is_done(out, verb, made):
+        made = kept.digest(command, OmegaConf.to_container(composed, resolve=True))
+        if kept.is_done(out, command, made):
             print(f"kept: {out}")
             return 0
         kept.forget(out)
         sweep.forget_failure(out)
         with unwritable_as_mistake(out):
-            code = module.run(config.to_object(composed, config.VERBS[verb]), out)
+            code = module.run(config.to_object(composed, config.COMMANDS[command]), out)
         if code == 0:
-            kept.note_done(out, verb, made)
+            kept.note_done(out, command, made)
         return code
     except UserError as error:
         sweep.note_failure(out, error)

@@ -1,6 +1,6 @@
-"""`ds-llmpq completion bash|zsh|fish`: a script that completes verbs, keys, groups and their entries.
+"""`ds-llmpq completion bash|zsh|fish`: a script that completes commands, keys, groups and their entries.
 
-The script asks `ds-llmpq completion words VERB WORD` for what may follow; that loads neither Hydra's application nor
+The script asks `ds-llmpq completion words COMMAND WORD` for what may follow; that loads neither Hydra's application nor
 torch, and reads the same keys as the command line is checked against.
 """
 
@@ -19,9 +19,9 @@ _BASH = """\
 _ds_llmpq() {
     local word="${COMP_LINE:0:COMP_POINT}" IFS=$'\\n'
     local last="${word##* }"
-    local verb=""
-    [[ "$word" == *" "*" "* ]] && verb="${COMP_WORDS[1]}"
-    COMPREPLY=($(ds-llmpq completion words "$verb" "$last" 2>/dev/null))
+    local command=""
+    [[ "$word" == *" "*" "* ]] && command="${COMP_WORDS[1]}"
+    COMPREPLY=($(ds-llmpq completion words "$command" "$last" 2>/dev/null))
     # bash takes `=` and `:` for ends of words: only what follows the last one is put in
     local break="${last%"${last##*[=:]}"}"
     COMPREPLY=("${COMPREPLY[@]#"$break"}")
@@ -34,10 +34,10 @@ complete -F _ds_llmpq ds-llmpq
 _ZSH = """\
 #compdef ds-llmpq
 _ds_llmpq() {
-    local verb=""
+    local command=""
     local -a found
-    (( CURRENT > 2 )) && verb="${words[2]}"
-    found=("${(@f)$(ds-llmpq completion words "$verb" "${words[CURRENT]}" 2>/dev/null)}")
+    (( CURRENT > 2 )) && command="${words[2]}"
+    found=("${(@f)$(ds-llmpq completion words "$command" "${words[CURRENT]}" 2>/dev/null)}")
     if [[ -z "${found[*]}" ]]; then
         compset -P '*='
         _files
@@ -50,9 +50,9 @@ compdef _ds_llmpq ds-llmpq
 _FISH = """\
 function __ds_llmpq
     set -l before (commandline -opc)
-    set -l verb ""
-    test (count $before) -gt 1; and set verb $before[2]
-    ds-llmpq completion words "$verb" (commandline -ct) 2>/dev/null
+    set -l command ""
+    test (count $before) -gt 1; and set command $before[2]
+    ds-llmpq completion words "$command" (commandline -ct) 2>/dev/null
 end
 complete -c ds-llmpq -f -a "(__ds_llmpq)"
 """
@@ -60,10 +60,10 @@ SHELLS = {"bash": _BASH, "zsh": _ZSH, "fish": _FISH}
 
 
 def main(arguments: list[str]) -> int:
-    """Prints a shell's script, or (`words VERB WORD`, for the scripts) what may stand in the place of WORD."""
+    """Prints a shell's script, or (`words COMMAND WORD`, for the scripts) what may stand in the place of WORD."""
     if arguments[:1] == ["words"]:
-        verb, word = [*arguments[1:], "", ""][:2]
-        print("\n".join(complete(verb, word)))
+        command, word = [*arguments[1:], "", ""][:2]
+        print("\n".join(complete(command, word)))
         return 0
     if len(arguments) != 1 or arguments[0] not in SHELLS:
         raise UserError(
@@ -78,15 +78,15 @@ def installed(arguments: list[str]) -> list[str]:
     return [argument.removeprefix("install=") for argument in arguments if argument.startswith("install=")]
 
 
-def complete(verb: str, word: str) -> list[str]:
-    """What a word may become: a verb where none is given, else keys one level at a time, groups, entries of groups."""
-    if not verb:
-        return [name for name in (*config.VERBS, *_OTHERS) if name.startswith(word)]
-    if verb == "completion":
+def complete(command: str, word: str) -> list[str]:
+    """What a word may become: a command where none is given, else keys a level at a time, groups, their entries."""
+    if not command:
+        return [name for name in (*config.COMMANDS, *_OTHERS) if name.startswith(word)]
+    if command == "completion":
         return [name for name in SHELLS if name.startswith(word)]
-    if verb not in config.VERBS:
+    if command not in config.COMMANDS:
         return []
-    kind = config.VERBS[verb]
+    kind = config.COMMANDS[command]
     groups = overrides.groups_of(kind, config.conf_folder())
     key, equals, start = word.partition("=")
     if equals:
@@ -100,5 +100,5 @@ def complete(verb: str, word: str) -> list[str]:
         if name.count(".") == depth:
             found += [f"{name}."] if name in inner else [f"{name}="]
     if not depth and not plus:
-        found += _ACTIONS.get(verb, ())
+        found += _ACTIONS.get(command, ())
     return sorted({plus + name for name in found if name.startswith(word)})

@@ -13,30 +13,30 @@ from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
 from ds_llmpq import overrides, schema, schema_lengths
-from ds_llmpq.cluster.environment import check_environment
 from ds_llmpq.errors import UserError, shown
 from ds_llmpq.files import read_yaml
+from ds_llmpq.launch.environment import check_environment
 
-VERBS = {
-    "detect": schema.DetectVerb,
-    "plan": schema.PlanVerb,
-    "serve": schema.ServeVerb,
-    "run": schema.RunVerb,
-    "lengths": schema_lengths.LengthsVerb,
-    "simulate": schema_lengths.SimulateVerb,
-    "profile": schema.ProfileVerb,
-    "report": schema.ReportVerb,
-    "quantize": schema.QuantizeVerb,
-    "sensitivity": schema.SensitivityVerb,
-    "evaluate": schema.EvaluateVerb,
-    "export": schema.ExportVerb,
+COMMANDS = {
+    "detect": schema.DetectConfig,
+    "plan": schema.PlanConfig,
+    "serve": schema.ServeConfig,
+    "run": schema.RunConfig,
+    "lengths": schema_lengths.LengthsConfig,
+    "simulate": schema_lengths.SimulateConfig,
+    "profile": schema.ProfileConfig,
+    "report": schema.ReportConfig,
+    "quantize": schema.QuantizeConfig,
+    "sensitivity": schema.SensitivityConfig,
+    "evaluate": schema.EvaluateConfig,
+    "export": schema.ExportConfig,
 }
 
 _PACKAGE = Path(__file__).parent
 # name in `${asset:NAME}` -> place in a checkout, place in an installed wheel
 _ASSETS = {
     "tiny-llama": ("tests/assets/tiny-llama", "assets/tiny_llama"),
-    "demo_prompts.jsonl": ("launch/demo_prompts.jsonl", "launch/demo_prompts.jsonl"),
+    "demo_prompts.jsonl": ("launch/demo_prompts.jsonl", "assets/launch/demo_prompts.jsonl"),
 }
 
 T = TypeVar("T")
@@ -64,25 +64,25 @@ def register() -> None:
     OmegaConf.register_new_resolver("mib", lambda number: int(float(number) * 2**20), replace=True)
     OmegaConf.register_new_resolver("point_folder", overrides.point_folder, replace=True)
     store = ConfigStore.instance()
-    for verb, node in VERBS.items():
-        if f"{verb}_schema.yaml" not in store.repo:
-            store.store(name=f"{verb}_schema", node=node)
+    for command, node in COMMANDS.items():
+        if f"{command}_schema.yaml" not in store.repo:
+            store.store(name=f"{command}_schema", node=node)
 
 
-def composed(verb: str, arguments: list[str]) -> DictConfig:
-    """The configuration of a verb, composed without running it. `UserError` for an unknown key or a wrong value."""
+def composed(command: str, arguments: list[str]) -> DictConfig:
+    """The configuration of a command, composed without running it. `UserError` for an unknown key or a wrong value."""
     register()
-    prepared = prepare(verb, arguments)
+    prepared = prepare(command, arguments)
     try:
         with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-            return compose(config_name=verb, overrides=prepared)
+            return compose(config_name=command, overrides=prepared)
     except Exception as error:  # Hydra raises ValueError, AssertionError and others for mistakes in overrides
-        raise UserError(f"Configuration of {verb}: {_sentence(error)}") from None
+        raise UserError(f"Configuration of {command}: {_sentence(error)}") from None
 
 
-def prepare(verb: str, arguments: list[str], sweep: bool = False) -> list[str]:
-    """A verb's arguments as Hydra takes them; see `overrides.prepare`."""
-    return overrides.prepare(verb, VERBS[verb], arguments, conf_folder(), sweep)
+def prepare(command: str, arguments: list[str], sweep: bool = False) -> list[str]:
+    """A command's arguments as Hydra takes them; see `overrides.prepare`."""
+    return overrides.prepare(command, COMMANDS[command], arguments, conf_folder(), sweep)
 
 
 def to_object(config: DictConfig, kind: type[T]) -> T:
@@ -102,7 +102,7 @@ def known_device_types() -> dict[str, schema.DeviceTypeConfig]:
     return {file.stem: _typed(file, schema.DeviceTypeConfig) for file in files}
 
 
-def cluster_of(settings: schema.PlanVerb) -> schema.ClusterConfig:
+def cluster_of(settings: schema.PlanConfig) -> schema.ClusterConfig:
     """The cluster group's entry, or the file that takes its place; variables that the file sets for the ranks are held
     to a list, unless the command line asks for them too."""
     if settings.cluster_file is None:

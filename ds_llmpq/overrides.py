@@ -1,4 +1,4 @@
-"""What stands on the command line, made ready for Hydra: every key is known to the verb, paths are quoted, and free
+"""What stands on the command line, made ready for Hydra: every key is known to the command, paths are quoted, and free
 dictionaries (`planner.pins`) take any keys.
 
 Hydra's own `+key=value` adds whatever key it is given, which then has no effect; here `+` is for groups.
@@ -56,14 +56,15 @@ _CLOSED, _OPEN = "closed", "open"
 _SPECIAL = re.compile(r"([\\()\[\]{}:=,\s])")
 
 
-def prepare(verb: str, kind: type, arguments: Iterable[str], conf: Path, sweep: bool = False) -> list[str]:
-    """The arguments as Hydra takes them. `kind`: the verb's dataclass; `sweep`: values may be lists of points; `conf`:
-    the folder of groups. `UserError`: a key that the verb does not have, or two that name the output folder."""
+def prepare(command: str, kind: type, arguments: Iterable[str], conf: Path, sweep: bool = False) -> list[str]:
+    """The arguments as Hydra takes them. `kind`: the command's dataclass; `sweep`: values may be lists of points;
+    `conf`: the folder of groups. `UserError`: a key that the command does not have, or two that name the output
+    folder."""
     arguments = list(arguments)
     names = {_OVERRIDE.fullmatch(argument)[2] for argument in arguments}
     if "out" in names and (folder := next((name for name in _FOLDERS if name in names), None)):
         raise UserError(f"{folder} and out both name the folder that is written; give out=DIR alone.")
-    return [each if each.startswith("-") else _prepared(verb, kind, each, conf, sweep) for each in arguments]
+    return [each if each.startswith("-") else _prepared(command, kind, each, conf, sweep) for each in arguments]
 
 
 def point_folder(*, _root_: DictConfig) -> str:
@@ -79,12 +80,12 @@ def point_folder(*, _root_: DictConfig) -> str:
 
 
 def keys_of(kind: type) -> list[str]:
-    """Every dotted key of a verb, groups first, in the order of its dataclass."""
+    """Every dotted key of a command, groups first, in the order of its dataclass."""
     return list(_walked(OmegaConf.structured(kind)))
 
 
 def groups_of(kind: type, conf: Path) -> dict[str, list[str]]:
-    """Groups of configuration that a verb takes -> the names of their entries."""
+    """Groups of configuration that a command takes -> the names of their entries."""
     own = set(OmegaConf.structured(kind))
     found = {}
     for folder in sorted(path for path in conf.rglob("*") if path.is_dir()):
@@ -111,17 +112,17 @@ def quoted(argument: str, sweep: bool = False) -> str:
     return f"{key}='" + re.sub(r"(\\+)$", r"\1\1", escaped) + "'"
 
 
-def _prepared(verb: str, kind: type, argument: str, conf: Path, sweep: bool) -> str:
+def _prepared(command: str, kind: type, argument: str, conf: Path, sweep: bool) -> str:
     prefix, key, value = _OVERRIDE.fullmatch(argument).groups()
     if not key or (value is None and prefix != "~"):
-        raise UserError(f"{shown(argument)} is no key=value; `ds-llmpq {verb} --help` shows the keys.")
+        raise UserError(f"{shown(argument)} is no key=value; `ds-llmpq {command} --help` shows the keys.")
     if _is_group(key, kind, conf):
         return argument
     first, _, others = key.partition(".")
     is_hydra = first == "hydra"
     place = _place(OmegaConf.structured(HydraConf if is_hydra else kind), others if is_hydra else key)
     if place is None:
-        raise UserError(_unknown(verb, kind, key, conf))
+        raise UserError(_unknown(command, kind, key, conf))
     if is_hydra or place == _OPEN or prefix == "~":
         return argument
     if place == _CLOSED:
@@ -194,14 +195,14 @@ def _parsed(argument: str) -> Any:
         return None
 
 
-def _unknown(verb: str, kind: type, key: str, conf: Path) -> str:
+def _unknown(command: str, kind: type, key: str, conf: Path) -> str:
     known = [*keys_of(kind), *groups_of(kind, conf), *_FOLDERS]
     near = get_close_matches(key, known, n=1, cutoff=0.7)
     if not near:  # the right name in another group
         last = key.rpartition(".")[2]
         near = [name for name in known if name.rpartition(".")[2] == last][:1]
-    remedy = f"did you mean {near[0]}?" if near else f"`ds-llmpq {verb} --help` shows its keys."
-    return f"{shown(key)[1:-1]} is no key of `ds-llmpq {verb}`; {remedy}"
+    remedy = f"did you mean {near[0]}?" if near else f"`ds-llmpq {command} --help` shows its keys."
+    return f"{shown(key)[1:-1]} is no key of `ds-llmpq {command}`; {remedy}"
 
 
 def _walked(node: DictConfig, before: str = "") -> Iterator[str]:

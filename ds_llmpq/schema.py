@@ -193,7 +193,7 @@ class BatchConfig:
 
 
 @dataclass
-class DetectVerb:
+class DetectConfig:
     """`ds-llmpq detect`: describes this machine as a cluster."""
 
     out: str = ""
@@ -205,7 +205,7 @@ class DetectVerb:
 
 
 @dataclass
-class PlanVerb:
+class PlanConfig:
     """`ds-llmpq plan`: decides who runs what, at which widths."""
 
     out: str = ""
@@ -224,7 +224,7 @@ class PlanVerb:
 
 
 @dataclass
-class ServeVerb:
+class ServeConfig:
     """`ds-llmpq serve`: one rank of a plan's pipeline, started by the deepspeed launcher."""
 
     plan: str = ""
@@ -248,7 +248,7 @@ class SupervisionConfig:
 
 
 @dataclass
-class RunVerb(PlanVerb):
+class RunConfig(PlanConfig):
     """`ds-llmpq run`: plans if no plan is given, starts the launcher, waits, and sums up. Again with the same out=DIR,
     it goes on where it stopped."""
 
@@ -270,7 +270,7 @@ class ProfilingConfig:
 
 
 @dataclass
-class ProfileVerb(PlanVerb):
+class ProfileConfig(PlanConfig):
     """`ds-llmpq profile`: times the parts of a model on this host's device types. An interrupted one goes on."""
 
     profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
@@ -278,7 +278,7 @@ class ProfileVerb(PlanVerb):
 
 
 @dataclass
-class ReportVerb:
+class ReportConfig:
     """`ds-llmpq report run=DIR`, `sweep=DIR` or `fidelity profile=DIR`: pages, pictures and tables."""
 
     out: str = ""
@@ -289,7 +289,7 @@ class ReportVerb:
 
 
 @dataclass
-class ExportVerb:
+class ExportConfig:
     """`ds-llmpq export`: a plan as arguments and configuration of another system."""
 
     out: str = ""
@@ -298,7 +298,7 @@ class ExportVerb:
 
 
 @dataclass
-class QuantizeVerb:
+class QuantizeConfig:
     """`ds-llmpq quantize`: writes the model with each decoder layer at its width, for `run quantized=DIR`."""
 
     out: str = ""
@@ -324,7 +324,7 @@ class CalibrationConfig:
 
 
 @dataclass
-class SensitivityVerb:
+class SensitivityConfig:
     """`ds-llmpq sensitivity`: what each layer loses at each width, as omega.json. A killed one goes on (same out)."""
 
     out: str = ""
@@ -352,7 +352,7 @@ class EvaluationConfig:
 
 
 @dataclass
-class EvaluateVerb(RunVerb):
+class EvaluateConfig(RunConfig):
     """`ds-llmpq evaluate`: the quality of a plan, scored on its pipeline, predicted against measured."""
 
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

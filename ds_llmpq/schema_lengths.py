@@ -61,7 +61,7 @@ class GuardConfig:
 
 
 @dataclass
-class SimulateVerb:
+class SimulateConfig:
     """`ds-llmpq simulate`: runs one set of jobs under several policies."""
 
     out: str = ""
@@ -125,7 +125,7 @@ class ProxyConfig:
 
 
 @dataclass
-class LengthsVerb:
+class LengthsConfig:
     """`ds-llmpq lengths prepare | train | evaluate | predict | characterize`."""
 
     out: str = ""

@@ -22,12 +22,12 @@ from typing import Any
 from theta_sweep import called, measured, written_prompts
 
 from ds_llmpq import config
+from ds_llmpq.commands.plan import make_plan
 from ds_llmpq.planner import Problem
 from ds_llmpq.planner.baselines import all_baselines
 from ds_llmpq.planner.planfile import read_plan
 from ds_llmpq.report.plan_table import table
-from ds_llmpq.schema import PlanVerb
-from ds_llmpq.verbs.plan import make_plan
+from ds_llmpq.schema import PlanConfig
 
 OTHERS = ("uniform", "pipeedge", "adabits", "memory_proportional")
 
@@ -107,7 +107,7 @@ def made(overrides: list[str], folder: Path) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "plan.json"
     if not file.is_file():
-        make_plan(config.to_object(config.composed("plan", overrides), PlanVerb), folder)
+        make_plan(config.to_object(config.composed("plan", overrides), PlanConfig), folder)
     return {"thetas": [], "plan": read_plan(file), "file": file}
 
 

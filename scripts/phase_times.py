@@ -24,7 +24,7 @@ from ds_llmpq.errors import UserError
 from ds_llmpq.models.shape import ModelShape, read_shape
 from ds_llmpq.report import figures
 from ds_llmpq.report.plan_table import table
-from ds_llmpq.schema import PlanVerb
+from ds_llmpq.schema import PlanConfig
 
 BATCH = 8
 COLOURS = {16: figures.STAGES[0], 8: figures.STAGES[1], 4: figures.STAGES[2], 3: figures.STAGES[3]}
@@ -35,7 +35,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     arguments, overrides = parser.parse_known_args()
     try:
-        rows = times(config.to_object(config.composed("plan", overrides), PlanVerb))
+        rows = times(config.to_object(config.composed("plan", overrides), PlanConfig))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -51,7 +51,7 @@ def main() -> int:
     return 0
 
 
-def times(settings: PlanVerb) -> list[dict]:
+def times(settings: PlanConfig) -> list[dict]:
     """One row a source, phase, device type and width: milliseconds of one layer, BATCH sequences."""
     cluster = Cluster.from_config(config.cluster_of(settings))
     path, workload = settings.model.path, settings.workload

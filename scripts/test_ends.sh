@@ -29,7 +29,7 @@ test_end() { # test_end NAME VENV
 kept_path=$PATH
 subset=(tests/contracts tests/test_versions.py tests/engine/test_identity.py tests/engine/test_graph_pipeline.py tests/models
   tests/quant/test_loaded_kernels.py tests/quant/test_stage_graph.py tests/quant/test_hqq.py tests/profiling tests/sensitivity
-  tests/verbs/test_quality_verbs.py)
+  tests/commands/test_quality_commands.py)
 failed=0
 for end in "${@:-lowest newest}"; do
   for name in $end; do

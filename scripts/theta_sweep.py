@@ -24,12 +24,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
 from ds_llmpq import config
+from ds_llmpq.commands.plan import make_plan
 from ds_llmpq.errors import UserError
 from ds_llmpq.planner.planfile import read_plan
 from ds_llmpq.report import figures
 from ds_llmpq.report.plan_table import table
-from ds_llmpq.schema import PlanVerb
-from ds_llmpq.verbs.plan import make_plan
+from ds_llmpq.schema import PlanConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULTS = ("model=tiny", "cluster=demo_cpu2", "workload=demo", "quant.bits=[2,3,4,8,16]")
@@ -70,7 +70,7 @@ def main() -> int:
 
 def distinct_plans(thetas: list[float], overrides: list[str], out: Path) -> list[dict[str, Any]]:
     """One entry a plan: its file, and the thetas that led to it."""
-    settings = config.to_object(config.composed("plan", overrides), PlanVerb)
+    settings = config.to_object(config.composed("plan", overrides), PlanConfig)
     found: dict[str, dict[str, Any]] = {}
     for theta in sorted(thetas):
         folder = out / f"theta{theta:g}"
@@ -102,17 +102,17 @@ def written_prompts(out: Path, row: dict[str, Any]) -> Path:
     return out / "prompts.jsonl"
 
 
-def called(verb: str, arguments: list[str]) -> None:
-    """`ds-llmpq VERB` in a process of its own, unless its folder says that it ended."""
+def called(command: str, arguments: list[str]) -> None:
+    """`ds-llmpq COMMAND` in a process of its own, unless its folder says that it ended."""
     out = Path(arguments[-1].removeprefix("out="))
-    if (out / ("metrics.json" if verb == "run" else "scores.json")).is_file():
+    if (out / ("metrics.json" if command == "run" else "scores.json")).is_file():
         return
-    print(f"{verb}: {out}", flush=True)
+    print(f"{command}: {out}", flush=True)
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    line = [sys.executable, "-m", "ds_llmpq", verb, *arguments]
+    line = [sys.executable, "-m", "ds_llmpq", command, *arguments]
     done = subprocess.run(line, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, check=False)
     if done.returncode:
-        sys.exit(f"{verb} failed: {done.stderr.strip()[-2000:]}")
+        sys.exit(f"{command} failed: {done.stderr.strip()[-2000:]}")
 
 
 def measured(row: dict[str, Any], repeats: int) -> dict[str, Any]:

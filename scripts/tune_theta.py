@@ -18,9 +18,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
 from ds_llmpq import config
+from ds_llmpq.commands.plan import make_plan
 from ds_llmpq.errors import UserError
-from ds_llmpq.schema import PlanVerb
-from ds_llmpq.verbs.plan import make_plan
+from ds_llmpq.schema import PlanConfig
 
 
 def main() -> int:
@@ -37,7 +37,7 @@ def main() -> int:
         return 1
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        settings = config.to_object(config.composed("plan", overrides), PlanVerb)
+        settings = config.to_object(config.composed("plan", overrides), PlanConfig)
         found = tune(optuna, settings, arguments.target, arguments.trials, arguments.seed, arguments.out)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -49,7 +49,7 @@ def main() -> int:
     return 0
 
 
-def tune(optuna, settings: PlanVerb, target: float, trials: int, seed: int, out: Path) -> dict:
+def tune(optuna, settings: PlanConfig, target: float, trials: int, seed: int, out: Path) -> dict:
     """The fastest trial that keeps the target. `UserError`: none does."""
     tried: list[dict] = []
 

@@ -22,17 +22,17 @@ TYPED = {
 }
 
 
-@pytest.mark.parametrize("verb", sorted(config.VERBS))
-def test_every_key_can_be_reached_and_nothing_else_is_offered(verb):
-    keys = set(overrides.keys_of(config.VERBS[verb])) | set(
-        overrides.groups_of(config.VERBS[verb], config.conf_folder())
+@pytest.mark.parametrize("command", sorted(config.COMMANDS))
+def test_every_key_can_be_reached_and_nothing_else_is_offered(command):
+    keys = set(overrides.keys_of(config.COMMANDS[command])) | set(
+        overrides.groups_of(config.COMMANDS[command], config.conf_folder())
     )
     seen, words = set(), [""]
     while words:
-        for offer in completion.complete(verb, words.pop()):
+        for offer in completion.complete(command, words.pop()):
             seen.add(offer.rstrip("=."))
             words += [offer] if offer.endswith(".") else []
-    actions = set(completion._ACTIONS.get(verb, ()))
+    actions = set(completion._ACTIONS.get(command, ()))
     assert seen == keys | actions
 
 

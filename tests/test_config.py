@@ -26,7 +26,7 @@ GROUPS = {
     "task": schema_lengths.LengthTaskConfig,
     "proxy": schema_lengths.ProxyConfig,
 }
-WHOLE = {"experiment": "plan", "comparison": "simulate"}  # groups of whole configurations, and the verb they are of
+WHOLE = {"experiment": "plan", "comparison": "simulate"}  # groups of whole configurations, and the command they are of
 OTHERS = {"hydra", "cost"}  # settings of hydra's own
 
 
@@ -42,9 +42,10 @@ def test_every_folder_of_configurations_is_tested_here():
     assert folders - OTHERS == set(GROUPS) | set(WHOLE)
 
 
-@pytest.mark.parametrize("verb", sorted(config.VERBS))
-def test_a_verb_composes(verb):
-    assert isinstance(config.to_object(config.composed(verb, []), config.VERBS[verb]), config.VERBS[verb])
+@pytest.mark.parametrize("command", sorted(config.COMMANDS))
+def test_a_command_composes(command):
+    kind = config.COMMANDS[command]
+    assert isinstance(config.to_object(config.composed(command, []), kind), kind)
 
 
 @pytest.fixture
@@ -64,8 +65,8 @@ def test_a_group_entry_composes(conf, group, entry):
 @pytest.mark.parametrize(("group", "entry"), entries(*WHOLE))
 def test_an_experiment_composes_with_the_ends_of_what_it_sweeps(group, entry):
     text = (config.conf_folder() / group / f"{entry}.yaml").read_text()
-    named = re.search(r"^# Verb: (\w+)$", text, re.MULTILINE)
-    verb = named[1] if named else WHOLE[group]
+    named = re.search(r"^# CommandConfig: (\w+)$", text, re.MULTILINE)
+    command = named[1] if named else WHOLE[group]
     swept = OmegaConf.select(OmegaConf.create(text), "hydra.sweeper.params") or {}
     for end in (0, -1) if swept else (0,):
         chosen = []
@@ -73,12 +74,12 @@ def test_an_experiment_composes_with_the_ends_of_what_it_sweeps(group, entry):
             override = OverridesParser.create().parse_override(f"{key}={values}")
             assert override.is_sweep_override(), f"{key} takes one value only"
             chosen.append(f"{key}={list(override.sweep_string_iterator())[end]}")
-        made = config.composed(verb, [f"{'+' * (group == 'experiment')}{group}={entry}", *chosen])
-        assert isinstance(config.to_object(made, config.VERBS[verb]), config.VERBS[verb])
+        made = config.composed(command, [f"{'+' * (group == 'experiment')}{group}={entry}", *chosen])
+        assert isinstance(config.to_object(made, config.COMMANDS[command]), config.COMMANDS[command])
 
 
 def test_a_cluster_and_an_ablation_go_together():
-    made = config.to_object(config.composed("plan", ["+experiment=[cluster3,grouping]"]), schema.PlanVerb)
+    made = config.to_object(config.composed("plan", ["+experiment=[cluster3,grouping]"]), schema.PlanConfig)
     assert (made.cluster.name, made.planner.variant) == ("cluster3", "grouped")
 
 
@@ -113,7 +114,7 @@ def test_a_missing_group_entry_names_those_that_exist():
 
 @pytest.mark.parametrize("path", ["/a/b.json", "a=1,b=[2]/p.json", "with space/x", "it's/x", "back\\slash", "é/x"])
 def test_a_path_survives_the_command_line(path):
-    settings = config.to_object(config.composed("plan", [f"problem={path}"]), config.VERBS["plan"])
+    settings = config.to_object(config.composed("plan", [f"problem={path}"]), config.COMMANDS["plan"])
     assert settings.problem == path
 
 
@@ -123,7 +124,7 @@ def test_what_is_quoted_already_stays():
 
 
 def test_sizes_and_assets_resolve(tmp_path):
-    settings = config.to_object(config.composed("plan", ["cluster=demo_cpu2"]), config.VERBS["plan"])
+    settings = config.to_object(config.composed("plan", ["cluster=demo_cpu2"]), config.COMMANDS["plan"])
     assert all(device.memory_bytes % 2**20 == 0 for device in settings.cluster.hosts[0].devices)
     assert Path(config.asset("demo_prompts.jsonl")).is_file()
     with pytest.raises(UserError, match="asset:nothing"):
@@ -133,7 +134,7 @@ def test_sizes_and_assets_resolve(tmp_path):
 def test_a_cluster_file_takes_the_groups_place(tmp_path):
     file = tmp_path / "cluster.yaml"
     file.write_text("name: mine\nhosts:\n- {name: a, devices: [{type: t4}]}\n")
-    settings = config.to_object(config.composed("plan", [f"cluster_file={file}"]), config.VERBS["plan"])
+    settings = config.to_object(config.composed("plan", [f"cluster_file={file}"]), config.COMMANDS["plan"])
     assert config.cluster_of(settings).name == "mine"
     file.write_text("name: mine\nhosst: []\n")
     with pytest.raises(UserError, match="hosst"):
@@ -153,15 +154,15 @@ CLUSTERS = sorted((config.conf_folder() / "cluster").glob("*.yaml"))
 def test_a_copy_of_a_shipped_cluster_is_a_cluster_file(shipped, tmp_path):
     copy = tmp_path / "mine.yaml"
     copy.write_text(shipped.read_text())
-    given = config.to_object(config.composed("plan", [f"cluster_file={copy}"]), schema.PlanVerb)
-    chosen = config.to_object(config.composed("plan", [f"cluster={shipped.stem}"]), schema.PlanVerb)
+    given = config.to_object(config.composed("plan", [f"cluster_file={copy}"]), schema.PlanConfig)
+    chosen = config.to_object(config.composed("plan", [f"cluster={shipped.stem}"]), schema.PlanConfig)
     assert config.cluster_of(given) == chosen.cluster
 
 
 def cluster_from(tmp_path, text):
     file = tmp_path / "cluster.yaml"
     file.write_text(text)
-    return config.cluster_of(config.to_object(config.composed("plan", [f"cluster_file={file}"]), schema.PlanVerb))
+    return config.cluster_of(config.to_object(config.composed("plan", [f"cluster_file={file}"]), schema.PlanConfig))
 
 
 def test_keys_of_a_cluster_file_go_over_its_defaults(tmp_path):

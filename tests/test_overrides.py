@@ -7,7 +7,7 @@ from ds_llmpq.errors import UserError
 
 
 def plan(*arguments):
-    return config.to_object(config.composed("plan", list(arguments)), schema.PlanVerb)
+    return config.to_object(config.composed("plan", list(arguments)), schema.PlanConfig)
 
 
 @pytest.mark.parametrize("prefix", ["", "+", "++", "~"])
@@ -29,19 +29,19 @@ def test_an_unknown_key_is_refused_and_the_known_one_named(prefix, key, near):
         config.composed("plan", [f"{prefix}{key}{value}"])
 
 
-@pytest.mark.parametrize("verb", sorted(config.VERBS))
-def test_no_verb_takes_a_key_it_does_not_have(verb):
+@pytest.mark.parametrize("command", sorted(config.COMMANDS))
+def test_no_command_takes_a_key_it_does_not_have(command):
     for argument in ("+nonsense=1", "++nonsense.deep=1", "+hydra.nonsense=1", "nonsense"):
         with pytest.raises(UserError, match="nonsense"):
-            config.composed(verb, [argument])
+            config.composed(command, [argument])
 
 
-@pytest.mark.parametrize("verb", sorted(config.VERBS))
-def test_every_key_of_a_verb_is_known_to_it(verb):
-    keys = overrides.keys_of(config.VERBS[verb])
+@pytest.mark.parametrize("command", sorted(config.COMMANDS))
+def test_every_key_of_a_command_is_known_to_it(command):
+    keys = overrides.keys_of(config.COMMANDS[command])
     assert {"out", "output"} & set(keys)
     arguments = [f"{key}=null" for key in keys]
-    assert len(config.prepare(verb, arguments)) == len(arguments)
+    assert len(config.prepare(command, arguments)) == len(arguments)
 
 
 def test_a_plus_before_a_known_key_sets_it():

@@ -23,7 +23,7 @@ def test_a_wheel_finds_its_configuration_and_assets(tmp_path):
     zipfile.ZipFile(wheel).extractall(site)
     code = (
         "from ds_llmpq import config; from pathlib import Path; "
-        "s = config.to_object(config.composed('run', []), config.VERBS['run']); "
+        "s = config.to_object(config.composed('run', []), config.COMMANDS['run']); "
         "print(config.conf_folder()); print(s.model.path); print(s.input); "
         "print(Path(s.model.path, 'config.json').is_file(), Path(s.input).is_file())"
     )

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ds_llmpq.batch.body import check_defaults, parse_row, row_custom_id
 from ds_llmpq.batch.formats import refuse_other_formats
 from ds_llmpq.batch.parameters import show
 from ds_llmpq.batch.request import Request, RequestError, RowError
+from ds_llmpq.batch.request_validation import check_defaults, parse_row, row_custom_id
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import open_regular
 from ds_llmpq.schema import BatchConfig

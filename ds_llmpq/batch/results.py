@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ds_llmpq.batch.jsonl_file import RowFile, check_folder, finished_ids, sync_folder
 from ds_llmpq.batch.request import Request, RowError
-from ds_llmpq.batch.rowfile import RowFile, check_folder, finished_ids, sync_folder
 from ds_llmpq.errors import UserError
 
 RESULTS_NAME = "results.jsonl"

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from ds_llmpq.batch.jsonl_file import Key, error_keys
 from ds_llmpq.batch.reader import RequestFile
 from ds_llmpq.batch.results import ERRORS_NAME, read_finished
-from ds_llmpq.batch.rowfile import Key, error_keys
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,6 @@ from pathlib import Path
 import torch
 
 _PAGE_BYTES = resource.getpagesize()
-# torch's allocator, the C++ library, oneDNN
-_OUT_OF_MEMORY = ("can't allocate memory", "bad_alloc", "out_of_memory", "could not create a memory")
 
 
 def used_bytes(device: torch.device) -> int:
@@ -76,10 +74,3 @@ def release_cached(device: torch.device) -> None:
     release_freed()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def ran_out(error: BaseException) -> bool:
-    """Whether an exception says that there was no memory. On CPU, torch and its libraries say so in words alone."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)

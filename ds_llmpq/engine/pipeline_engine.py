@@ -11,12 +11,11 @@ import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
-from ds_llmpq.cost.passes import Pass, PassSizes
-from ds_llmpq.engine import memory, schedules
+from ds_llmpq.engine import schedules
 from ds_llmpq.engine.channels import ActivationChannel, TokenChannel
 from ds_llmpq.engine.faults import FaultLog, NeutralRow, Suspects
 from ds_llmpq.engine.kv_cache import KVStore
-from ds_llmpq.engine.parts import Parts
+from ds_llmpq.engine.oom_split import Parts
 from ds_llmpq.engine.pipeline_module import PlannedPipelineModule
 from ds_llmpq.engine.processors import LogitsProcessors
 from ds_llmpq.engine.sampling import GREEDY, NO_DEFAULTS, sample
@@ -25,8 +24,10 @@ from ds_llmpq.engine.stage_passes import StagePasses
 from ds_llmpq.engine.stream import OnFinished, OnTokens, Stream, StreamTimes, TakeWave
 from ds_llmpq.engine.trace import Trace
 from ds_llmpq.engine.wave import Wave, WaveRow
+from ds_llmpq.launch.failures import ran_out
 from ds_llmpq.models.generation import Generation
 from ds_llmpq.models.step import Step
+from ds_llmpq.scheduler.scheduler import Pass, PassSizes
 
 # batch sizes are all the configuration it needs; a precision key would build an optimizer and copy the weights
 _CONFIG = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "steps_per_print": 1 << 60}
@@ -167,7 +168,7 @@ class InferencePipelineEngine(PipelineEngine):
             try:
                 self._run_rows("prefill", step, batch)
             except Exception as error:
-                if longest <= self.stream.order.sizes.prefill_tokens or not memory.ran_out(error):
+                if longest <= self.stream.order.sizes.prefill_tokens or not ran_out(error):
                     raise
                 self._give_up(batch, error)
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from ds_llmpq.cluster.detect import available_memory_bytes
-from ds_llmpq.engine.distributed import Place
+from ds_llmpq.engine.rank_context import Place
 from ds_llmpq.errors import UserError
 from ds_llmpq.planner.plan import Plan
 

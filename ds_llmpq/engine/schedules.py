@@ -1,6 +1,6 @@
 """DeepSpeed schedules of inference: every stage walks through the same passes in the same order.
 
-Which pass comes next is known on every stage from the tokens alone (`cost.passes`), so no message says it.
+Which pass comes next is known on every stage from the tokens alone (`scheduler.scheduler`), so no message says it.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Protocol
 
 from deepspeed.runtime.pipe.schedule import PipeInstruction, PipeSchedule
 
-from ds_llmpq.cost.passes import Pass
 from ds_llmpq.engine.sequences import MicroBatch
+from ds_llmpq.scheduler.scheduler import Pass
 
 
 class PostReceive(PipeInstruction):

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
-from ds_llmpq.cost.passes import Pass
 from ds_llmpq.engine.wave import WaveRow
+from ds_llmpq.scheduler.scheduler import Pass
 
 
 class Finish(IntEnum):

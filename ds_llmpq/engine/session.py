@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 
-from ds_llmpq.cost.passes import PATIENCE_ROUNDS, PassSizes
 from ds_llmpq.engine import memory
 from ds_llmpq.engine.channels import ActivationChannel, TokenChannel
-from ds_llmpq.engine.distributed import Place
 from ds_llmpq.engine.faults import Fault, first_faults
 from ds_llmpq.engine.kv_cache import KVStore
 from ds_llmpq.engine.pipeline_engine import InferencePipelineEngine, StopRule
 from ds_llmpq.engine.pipeline_module import PlannedPipelineModule, pipeline_bounds, pipeline_layers
+from ds_llmpq.engine.rank_context import Place
 from ds_llmpq.engine.sequences import Finish
 from ds_llmpq.engine.stage_loader import StageLoader
 from ds_llmpq.engine.stream import OnFinished, OnTokens, TakeWave
@@ -32,6 +31,7 @@ from ds_llmpq.planner.planfile import check_model
 from ds_llmpq.quant.checkpoint import open_checkpoint
 from ds_llmpq.quant.hqq import stored_bytes
 from ds_llmpq.quant.kernels import cache_block, check_invariant, is_whole_stage, rounded_up
+from ds_llmpq.scheduler.scheduler import PATIENCE_ROUNDS, PassSizes
 from ds_llmpq.schema import EngineConfig, QuantConfig
 
 OnBroken = Callable[[WaveRow, Fault | None], None]

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ds_llmpq.engine.faults import FaultLog, NeutralRow, Suspects
-from ds_llmpq.engine.parts import Parts
+from ds_llmpq.engine.oom_split import Parts
 from ds_llmpq.models.step import Step
 
 Output = tuple[torch.Tensor, torch.Tensor | None]  # hidden states, and logits on the last stage

@@ -8,9 +8,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ds_llmpq.cost.passes import Pass, PassOrder, PassSizes
 from ds_llmpq.engine.sequences import Finish, Sequences
 from ds_llmpq.engine.wave import Wave, WaveRow
+from ds_llmpq.scheduler.scheduler import Pass, PassOrder, PassSizes
 
 TakeWave = Callable[[], Wave | None]
 OnFinished = Callable[[WaveRow, list[int], Finish], None]

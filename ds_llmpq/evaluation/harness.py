@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from ds_llmpq.batch.progress import Lines
 from ds_llmpq.errors import UserError
 from ds_llmpq.evaluation.job import ScoreJob
 from ds_llmpq.evaluation.rows import ScoredRow
 from ds_llmpq.evaluation.scoring import ScoringSession
+from ds_llmpq.launch.progress import Lines
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.models.tokenizer import load_tokenizer
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from ds_llmpq.batch.job import from_token, to_token
+from ds_llmpq.launch.job import from_token, to_token
 from ds_llmpq.planner.plan import Plan
 from ds_llmpq.schema import EngineConfig, EvaluationConfig
 

@@ -8,13 +8,13 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from ds_llmpq.batch.progress import Lines
-from ds_llmpq.engine.distributed import Place
-from ds_llmpq.engine.lifeline import Heartbeat
+from ds_llmpq.engine.rank_context import Place
 from ds_llmpq.errors import UserError
 from ds_llmpq.evaluation.job import ScoreJob
 from ds_llmpq.evaluation.rows import RowScore, ScoredRow
 from ds_llmpq.evaluation.scoring import NoStop, Reference, ScoringSession
+from ds_llmpq.launch.heartbeat import Heartbeat
+from ds_llmpq.launch.progress import Lines
 from ds_llmpq.models.corpus import EVALUATION, encode, read_text, rows_of
 from ds_llmpq.models.shape import ModelShape, read_shape
 from ds_llmpq.models.tokenizer import load_tokenizer

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ds_llmpq.engine.launcher import free_port
 from ds_llmpq.errors import UserError
+from ds_llmpq.launch.launcher import free_port
 
 _TIMEOUT_SECONDS = 240
 RANKS = 3

@@ -28,8 +28,8 @@ from ds_llmpq.cost.profile import (
     write_header,
 )
 from ds_llmpq.engine import memory
-from ds_llmpq.engine.launcher import is_local
 from ds_llmpq.errors import UserError
+from ds_llmpq.launch.launcher import is_local
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.profiling.parts import Parts
 from ds_llmpq.profiling.points import sampling_plan

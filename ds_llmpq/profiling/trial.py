@@ -18,12 +18,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ds_llmpq.cost.passes import PassSizes
 from ds_llmpq.engine.channels import ActivationChannel, DataChannel, TokenChannel
-from ds_llmpq.engine.distributed import _init_process_group
 from ds_llmpq.engine.kv_cache import KVStore
 from ds_llmpq.engine.pipeline_engine import InferencePipelineEngine
 from ds_llmpq.engine.pipeline_module import LazyLayer, PlannedPipelineModule
+from ds_llmpq.engine.rank_context import _init_process_group
 from ds_llmpq.engine.sequences import Finish, MicroBatch
 from ds_llmpq.engine.stage_loader import StageLoader
 from ds_llmpq.engine.topology import PlannedTopology
@@ -31,6 +30,7 @@ from ds_llmpq.engine.trace import Trace
 from ds_llmpq.engine.wave import Wave, WaveRow
 from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.models.shape import read_shape
+from ds_llmpq.scheduler.scheduler import PassSizes
 from ds_llmpq.schema import QuantConfig
 
 MARK = "ds-llmpq trial "

@@ -16,7 +16,7 @@ from ds_llmpq import __version__
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import read_json
 
-# what each verb leaves when it has done its work; others are always done again
+# what each command leaves when it has done its work; others are always done again
 ARTEFACTS = {
     "plan": ("plan.json", "summary.json"),  # the latter of a front
     "run": ("metrics.json",),
@@ -29,16 +29,16 @@ ARTEFACTS = {
 _FILE = "point.json"
 
 
-def digest(verb: str, settings: Mapping[str, Any]) -> str:
+def digest(command: str, settings: Mapping[str, Any]) -> str:
     """`settings`: the resolved configuration as plain containers."""
     own = {key: value for key, value in settings.items() if key != "out"}
-    record = {"verb": verb, "version": __version__, "settings": own, "files": sorted(set(_files(own)))}
+    record = {"command": command, "version": __version__, "settings": own, "files": sorted(set(_files(own)))}
     return hashlib.sha256(json.dumps(record, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def is_done(out: Path, verb: str, wanted: str) -> bool:
-    """Whether `out` holds the verb's artefact, made from this very configuration."""
-    if not any((out / name).is_file() for name in ARTEFACTS.get(verb, ())):
+def is_done(out: Path, command: str, wanted: str) -> bool:
+    """Whether `out` holds the command's artefact, made from this very configuration."""
+    if not any((out / name).is_file() for name in ARTEFACTS.get(command, ())):
         return False
     try:
         noted = read_json(out / _FILE, "Note", "remove it")
@@ -47,10 +47,10 @@ def is_done(out: Path, verb: str, wanted: str) -> bool:
     return isinstance(noted, dict) and noted.get("digest") == wanted
 
 
-def note_done(out: Path, verb: str, made: str) -> None:
+def note_done(out: Path, command: str, made: str) -> None:
     """Called once a point has succeeded."""
-    if any((out / name).is_file() for name in ARTEFACTS.get(verb, ())):
-        (out / _FILE).write_text(json.dumps({"verb": verb, "digest": made}) + "\n", encoding="utf-8")
+    if any((out / name).is_file() for name in ARTEFACTS.get(command, ())):
+        (out / _FILE).write_text(json.dumps({"command": command, "digest": made}) + "\n", encoding="utf-8")
 
 
 def forget(out: Path) -> None:

@@ -56,7 +56,7 @@ def note_failure(out: Path, error: UserError) -> None:
 
 
 def forget_failure(out: Path) -> None:
-    """Before a point is tried again, and after a verb has succeeded in a folder where it once failed."""
+    """Before a point is tried again, and after a command has succeeded in a folder where it once failed."""
     with contextlib.suppress(OSError):
         (out / _FAILURE).unlink(missing_ok=True)
 

@@ -104,7 +104,7 @@ def write_omega(path: str | Path, omega: Omega) -> None:
 
 def read_omega(path: str | Path) -> Omega:
     """UserError: unreadable, another schema, a missing or unknown key, a value out of range."""
-    where, remedy = f"omega file {path}", "make it with the sensitivity verb"
+    where, remedy = f"omega file {path}", "make it with the sensitivity command"
     record = checked(_Record, read_json(path, "omega file", remedy), where, remedy)
     head = {int(width): value for width, value in record.head.items()}
     kept = {name: getattr(record, name) for name in Omega.__dataclass_fields__ if name != "head"}

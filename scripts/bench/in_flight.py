@@ -19,12 +19,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout that is not installed
 
 from ds_llmpq import config
-from ds_llmpq.batch.in_flight import InFlight
-from ds_llmpq.engine.launcher import free_port
+from ds_llmpq.launch.launcher import free_port
 from ds_llmpq.models.fingerprint import fingerprint
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.planner.plan import MEMORY_PARTS, PREDICTED, Plan, PlanStage, SolverReport
 from ds_llmpq.planner.problem import Workload
+from ds_llmpq.serving.in_flight import InFlight
 
 WORKLOAD = Workload(sequences=32, prompt_tokens=50, generated_tokens=62)
 ENVIRONMENT = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
@@ -49,7 +49,7 @@ def plan_of(path: Path) -> Plan:
 
 def main(rounds: int) -> None:
     os.environ |= ENVIRONMENT | {"MASTER_PORT": str(free_port())}
-    from ds_llmpq.engine.distributed import join, leave
+    from ds_llmpq.engine.rank_context import join, leave
     from ds_llmpq.engine.sequences import Finish
     from ds_llmpq.engine.session import Session
     from ds_llmpq.engine.wave import Wave, WaveRow

@@ -113,16 +113,16 @@ def run_metrics(plan: Path, requests: Path, out: Path, *overrides: str) -> dict[
     return json.loads((out / "metrics.json").read_text())
 
 
-def called(verb: str, arguments: Sequence[str], folder: Path) -> None:
-    """`ds-llmpq VERB ARGUMENTS` in a process of its own. What it says goes to a log, and here if it failed."""
-    line = [sys.executable, "-m", "ds_llmpq", verb, *arguments]
+def called(command: str, arguments: Sequence[str], folder: Path) -> None:
+    """`ds-llmpq COMMAND ARGUMENTS` in a process of its own. What it says goes to a log, and here if it failed."""
+    line = [sys.executable, "-m", "ds_llmpq", command, *arguments]
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths}
     done = subprocess.run(line, env=os.environ | own, capture_output=True, text=True, check=False)
     with open(folder / "log", "a", encoding="utf-8") as log:
         log.write(f"$ {' '.join(line)}\n{done.stdout}{done.stderr}\n")
     if done.returncode:
-        sys.exit(f"{verb} failed: {done.stderr.strip()[-2000:]}")
+        sys.exit(f"{command} failed: {done.stderr.strip()[-2000:]}")
 
 
 def load_of_machine() -> str:

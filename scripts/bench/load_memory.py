@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout that is not installed
 
 from ds_llmpq.cost.memory import MemoryModel
-from ds_llmpq.engine.launcher import free_port
+from ds_llmpq.launch.launcher import free_port
 from ds_llmpq.models.fingerprint import fingerprint
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.planner.plan import MEMORY_PARTS, PREDICTED, Plan, PlanStage, SolverReport
@@ -61,7 +61,7 @@ def plan_of(options: argparse.Namespace) -> Plan:
 
 def run_rank(plan: Plan) -> dict:
     """This process's part; the launcher's variables are in the environment."""
-    from ds_llmpq.engine.distributed import join, leave
+    from ds_llmpq.engine.rank_context import join, leave
     from ds_llmpq.engine.sequences import Finish
     from ds_llmpq.engine.session import Session
     from ds_llmpq.engine.wave import Wave, WaveRow

@@ -63,8 +63,8 @@ def run(options: argparse.Namespace, bits: int, folder: Path) -> None:
     ]  # fmt: skip
     serve = ["run", model, f"plan={folder / 'plan' / 'plan.json'}", f"input={folder / 'rows.jsonl'}"]
     with (folder / "log").open("w") as log:
-        for verb in (plan, [*serve, f"out={folder / 'run'}"]):
-            line = [sys.executable, "-m", "ds_llmpq", *verb]
+        for command in (plan, [*serve, f"out={folder / 'run'}"]):
+            line = [sys.executable, "-m", "ds_llmpq", *command]
             subprocess.run(line, check=True, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 

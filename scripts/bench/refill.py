@@ -119,7 +119,7 @@ def sampled(process: subprocess.Popen) -> dict[str, list[int]]:
             break
         for child in children:
             try:
-                if "ds_llmpq.verbs.serve" in child.cmdline() and (rank := child.environ().get("RANK")) is not None:
+                if "ds_llmpq.commands.serve" in child.cmdline() and (rank := child.environ().get("RANK")) is not None:
                     found.setdefault(f"rank {rank}", []).append(child.memory_info().rss)
             except psutil.Error:
                 continue

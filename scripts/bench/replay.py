@@ -30,8 +30,8 @@ from length_runs import (
     write_lines,
 )
 
-from ds_llmpq.lengths.arrivals import arrival_times
 from ds_llmpq.report.plan_table import table
+from ds_llmpq.research.arrivals import arrival_times
 
 TRAINING_SEED = 10_000
 HEAD = ["load", "policy", "runs", "mean JCT", "p50", "p99", "mean waiting", "longest waiting", "JCT against fcfs"]

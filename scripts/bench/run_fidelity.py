@@ -30,8 +30,8 @@ from ds_llmpq.models.shape import read_shape
 from ds_llmpq.planner import Assignment, Plan, Problem, SolverReport, Stage, evaluate
 from ds_llmpq.planner.build import prepare
 from ds_llmpq.planner.planfile import deployed, write_plan
-from ds_llmpq.planner.playing import play
 from ds_llmpq.planner.profiled import profiled_costs
+from ds_llmpq.planner.simulation import play
 from ds_llmpq.report.fidelity import Pair, error_table, scatter, verdict
 from ds_llmpq.report.plan_table import bits_text, table
 
@@ -74,7 +74,7 @@ def main() -> None:
 def planning(options):
     chosen = [f"cluster={options.cluster}", "workload=demo", f"model.path={options.model}", "quant.optimize=false"]
     composed = config.composed("plan", [*chosen, f"planner.profile={options.profile}", *options.overrides])
-    settings = config.to_object(composed, config.VERBS["plan"])
+    settings = config.to_object(composed, config.COMMANDS["plan"])
     for host in settings.cluster.hosts:
         for device in host.devices:
             device.memory_bytes = ROOM

@@ -133,8 +133,8 @@ def ours(name: str, options: argparse.Namespace, batch: int, folder: Path) -> di
         f"input={folder / 'prompts.jsonl'}", f"out={folder / 'run'}", f"engine.refill={bool(options.lengths)}",
         "batch.order=arrival",
     ]  # fmt: skip
-    for verb in (plan, run):
-        if not called([sys.executable, "-m", "ds_llmpq", *verb], folder, {}):
+    for command in (plan, run):
+        if not called([sys.executable, "-m", "ds_llmpq", *command], folder, {}):
             return None
     return spans(folder / "run", -(-batch // prefill_rows))
 

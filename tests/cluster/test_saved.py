@@ -5,9 +5,9 @@ from omegaconf import OmegaConf
 
 from ds_llmpq.cluster.cluster import Cluster
 from ds_llmpq.cluster.saved import parse_saved_gpus, parse_topology, topology_links
+from ds_llmpq.commands import detect
 from ds_llmpq.errors import UserError
-from ds_llmpq.schema import ClusterConfig, DetectVerb
-from ds_llmpq.verbs import detect
+from ds_llmpq.schema import ClusterConfig, DetectConfig
 
 PLAIN = """0, 00000000:3B:00.0, Tesla V100-SXM2-32GB, 32768, 32000, 7.0
 1, 00000000:05:00.0, Tesla T4, 15360, 14900, 7.5
@@ -71,16 +71,16 @@ def test_a_wrong_topology_is_one_sentence():
         topology_links(parse_saved_gpus(PLAIN), {(0, 1): "QPI"}, "node")
 
 
-def test_the_verb_writes_a_cluster_that_is_read_back(tmp_path, capsys):
+def test_the_command_writes_a_cluster_that_is_read_back(tmp_path, capsys):
     (tmp_path / "gpus.csv").write_text(WITH_HEAD)
     (tmp_path / "topo.txt").write_text(TOPOLOGY)
-    settings = DetectVerb(host="far", gpus=str(tmp_path / "gpus.csv"), topology=str(tmp_path / "topo.txt"))
+    settings = DetectConfig(host="far", gpus=str(tmp_path / "gpus.csv"), topology=str(tmp_path / "topo.txt"))
     assert detect.run(settings, tmp_path / "out") == 0
     found = OmegaConf.merge(OmegaConf.structured(ClusterConfig), OmegaConf.load(tmp_path / "out" / "cluster.yaml"))
     cluster = Cluster.from_config(OmegaConf.to_object(found))
     assert [device.type.name for device in cluster.devices] == ["t4", "t4", "v100"]
     assert cluster.link("far:1", "far:2").bandwidth_bytes_per_second == pytest.approx(42.5e9)
     with pytest.raises(UserError, match="gpus=FILE"):
-        detect.run(DetectVerb(topology="x"), tmp_path / "out")
+        detect.run(DetectConfig(topology="x"), tmp_path / "out")
     with pytest.raises(UserError, match="cannot be read"):
-        detect.run(DetectVerb(gpus=str(tmp_path / "none")), tmp_path / "out")
+        detect.run(DetectConfig(gpus=str(tmp_path / "none")), tmp_path / "out")

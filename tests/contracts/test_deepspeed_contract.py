@@ -171,7 +171,7 @@ def test_what_the_launcher_says_of_a_dead_rank():
     died, with the rank's code, by which `run` knows of it before the launcher ends."""
     from deepspeed.launcher import launch
 
-    from ds_llmpq.engine.following import _RANK_DIED
+    from ds_llmpq.launch.process_monitor import _RANK_DIED
 
     line = "{cmd} exits with return code = {last_return_code}"
     assert line in inspect.getsource(launch)
@@ -191,7 +191,7 @@ def test_options_of_the_launcher(tmp_path):
     """`deepspeed.launcher.runner`, in engine/launcher.py: started as a module, with these options."""
     from deepspeed.launcher.runner import parse_args
 
-    from ds_llmpq.engine.launcher import Launch, command
+    from ds_llmpq.launch.launcher import Launch, command
 
     (tmp_path / "hostfile").write_text("a slots=1\n")
     for env in ({}, {"MASTER_ADDR": "10.0.0.1"}):
@@ -202,7 +202,7 @@ def test_options_of_the_launcher(tmp_path):
             found = parse_args(options)
             assert found.module
             assert (found.include, found.master_port, found.log_level) == ("a:0", 2345, "warning")
-            assert (found.user_script, found.user_args) == ("ds_llmpq.verbs.serve", ["plan=p.json"])
+            assert (found.user_script, found.user_args) == ("ds_llmpq.commands.serve", ["plan=p.json"])
 
 
 def test_file_of_variables():

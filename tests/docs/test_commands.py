@@ -65,19 +65,19 @@ def test_there_are_blocks_to_run():
     assert len(blocks(slow=True)) >= 1
 
 
-def test_every_command_names_a_verb_and_keys_that_exist():
-    """Of all blocks, runnable or not: a verb, and keys of its configuration."""
+def test_every_command_names_a_command_and_keys_that_exist():
+    """Of all blocks, runnable or not: a command, and keys of its configuration."""
     known, checked = {}, 0
     for page in PAGES:
         for block in re.findall(r"^```(?:bash|sh)[^\n]*\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL):
-            for verb, rest in _COMMAND.findall(block.replace("\\\n", " ")):
-                assert verb in config.VERBS, f"{page.name}: ds-llmpq {verb}"
-                if verb not in known:
-                    known[verb] = OmegaConf.structured(config.VERBS[verb])
+            for command, rest in _COMMAND.findall(block.replace("\\\n", " ")):
+                assert command in config.COMMANDS, f"{page.name}: ds-llmpq {command}"
+                if command not in known:
+                    known[command] = OmegaConf.structured(config.COMMANDS[command])
                 for key in re.findall(r"(?:^|\s)'?([a-z_]+(?:\.[a-z_]+)*)=", rest):
                     checked += 1
                     if key.split(".")[0] not in ("hydra", "experiment", "comparison"):
-                        assert _has(known[verb], key), f"{page.name}: ds-llmpq {verb} has no {key}"
+                        assert _has(known[command], key), f"{page.name}: ds-llmpq {command} has no {key}"
     assert checked > 60
 
 
@@ -86,22 +86,22 @@ _ARGUMENTS = {"key=", "costs_of=", "formula=", "solver=", "pins="}  # of Python 
 _OPTION = re.compile(r"^'?(\+{0,2}[a-z_]+(?:[./][a-z_]+)*=)")
 
 
-def test_every_option_in_the_text_is_one_of_some_verb():
+def test_every_option_in_the_text_is_one_of_some_command():
     """Of tables and sentences: what stands there as `key=value` is taken by a command."""
     checked, unknown = 0, []
     for page in PAGES:
         for code in _INLINE.findall(re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)):
             for key in (match[1] for word in code.split() if (match := _OPTION.match(word))):
                 checked += 1
-                if key not in _ARGUMENTS and not any(_takes(verb, f"{key}x") for verb in config.VERBS):
+                if key not in _ARGUMENTS and not any(_takes(command, f"{key}x") for command in config.COMMANDS):
                     unknown.append(f"{page.name}: `{code}`: {key}")
     assert checked > 80
     assert not unknown
 
 
-def _takes(verb, argument):
+def _takes(command, argument):
     try:
-        config.prepare(verb, [argument])
+        config.prepare(command, [argument])
     except UserError:
         return False
     return True

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from pipeline_cases import LAYERS, Case, make_plan
 from test_finish import prompts_of
-from test_parts import greedy
+from test_oom_split import greedy
 
 from ds_llmpq.engine.sampling import GREEDY, RowSampling
 from ds_llmpq.engine.wave import Wave, WaveRow

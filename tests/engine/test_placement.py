@@ -8,9 +8,9 @@ import pytest
 from pipeline_cases import make_plan
 
 from ds_llmpq.engine.pipeline_module import pipeline_bounds
-from ds_llmpq.engine.ranks import launched_rank, local_rank
 from ds_llmpq.engine.topology import PlannedTopology
 from ds_llmpq.errors import UserError
+from ds_llmpq.launch.ranks import launched_rank, local_rank
 
 
 @pytest.mark.parametrize("ranks", [[0], *map(list, list(itertools.permutations(range(4)))[::5])])

@@ -5,10 +5,10 @@ import torch
 from pipeline_cases import LAYERS, Case, make_plan
 from test_finish import prompts_of, rows_of
 from test_graph_pipeline import graph_plan, needs_openvino
-from test_parts import THREE, greedy
+from test_oom_split import THREE, greedy
 
 from ds_llmpq.engine.faults import Suspects, described, first_faults
-from ds_llmpq.engine.parts import Parts
+from ds_llmpq.engine.oom_split import Parts
 from ds_llmpq.engine.sampling import RowSampling
 from ds_llmpq.engine.sequences import Finish
 from ds_llmpq.engine.wave import Wave

@@ -6,10 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from ds_llmpq.engine import hosts, preflight
+from ds_llmpq.engine import preflight
 from ds_llmpq.engine.preflight import check_free, check_memory
-from ds_llmpq.engine.rendezvous import bound
 from ds_llmpq.errors import UserError
+from ds_llmpq.launch import hosts
+from ds_llmpq.launch.rendezvous import bound
 
 GIB = 1 << 30
 

@@ -8,12 +8,12 @@ from collections import deque
 import pytest
 
 from ds_llmpq.cost.memory import IN_FLIGHT_MESSAGES
-from ds_llmpq.cost.passes import PassSizes
 from ds_llmpq.engine import schedules
 from ds_llmpq.engine.schedules import OncePerBatch, StreamSchedule
 from ds_llmpq.engine.sequences import Finish, MicroBatch
 from ds_llmpq.engine.stream import Stream
 from ds_llmpq.engine.wave import Wave, WaveRow
+from ds_llmpq.scheduler.scheduler import PassSizes
 
 
 class Line:

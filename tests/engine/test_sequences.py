@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ds_llmpq.cost.passes import Pass
 from ds_llmpq.engine.sequences import Finish, Sequences, prefill_micro_batches
 from ds_llmpq.engine.wave import WaveRow
+from ds_llmpq.scheduler.scheduler import Pass
 
 
 def passing(slots, live=None):

@@ -13,19 +13,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ds_llmpq.batch.job import to_token
+from ds_llmpq.commands import evaluate
 from ds_llmpq.config import asset
-from ds_llmpq.engine.launcher import Launch
 from ds_llmpq.errors import UserError
 from ds_llmpq.evaluation.job import ScoreJob
+from ds_llmpq.launch.job import to_token
+from ds_llmpq.launch.launcher import Launch
 from ds_llmpq.models.fingerprint import fingerprint
 from ds_llmpq.planner.plan import MEMORY_PARTS, PREDICTED, Plan, PlanStage, SolverReport
 from ds_llmpq.planner.planfile import write_plan
 from ds_llmpq.planner.problem import Workload
 from ds_llmpq.quant.pretrained import load_quantized
 from ds_llmpq.quant.writer import write_quantized
-from ds_llmpq.schema import EngineConfig, EvaluateVerb, EvaluationConfig, QuantConfig
-from ds_llmpq.verbs import evaluate
+from ds_llmpq.schema import EngineConfig, EvaluateConfig, EvaluationConfig, QuantConfig
 
 pytestmark = [pytest.mark.slow, pytest.mark.launcher]
 TINY = Path(asset("tiny-llama"))
@@ -89,11 +89,11 @@ def rows_of_text(length):
 
 @pytest.mark.parametrize("stages", [1, 2, 3])
 def test_scores_equal_transformers(stages, quantized, text, tmp_path):
-    """Full precision against the plan's widths, the output matrix's too, as the verb does it: perplexity, KL,
+    """Full precision against the plan's widths, the output matrix's too, as the command does it: perplexity, KL,
     agreement, loss increase."""
     plan_file, evaluation = tmp_path / "plan.json", EvaluationConfig(text=str(text), row_tokens=200)
     write_plan(plan_file, make_plan(stages))
-    settings = EvaluateVerb(
+    settings = EvaluateConfig(
         plan=str(plan_file), evaluation=evaluation, quantized=str(quantized) if stages > 1 else None
     )
     assert evaluate.run(settings, tmp_path / "out") == 0
@@ -144,7 +144,7 @@ def test_harness_task_from_local_files_equals_the_harness_on_transformers(tmp_pa
     plan_file = tmp_path / "plan.json"
     write_plan(plan_file, make_plan(2, (16,) * LAYERS, head_bits=16))
     evaluation = EvaluationConfig(tasks=["local_choice"], tasks_path=str(tasks))
-    assert evaluate.run(EvaluateVerb(plan=str(plan_file), evaluation=evaluation), tmp_path / "out") == 0
+    assert evaluate.run(EvaluateConfig(plan=str(plan_file), evaluation=evaluation), tmp_path / "out") == 0
     found = json.loads((tmp_path / "out" / "scores.json").read_text())["tasks"]["local_choice"]
 
     from lm_eval import simple_evaluate
@@ -163,7 +163,7 @@ def test_a_mistake_on_a_rank_is_one_sentence(quantized, text, tmp_path):
 
     plan_file = tmp_path / "plan.json"
     write_plan(plan_file, make_plan(1, (4,) * LAYERS))
-    settings = EvaluateVerb(
+    settings = EvaluateConfig(
         plan=str(plan_file),
         quantized=str(quantized),
         evaluation=EvaluationConfig(text=str(text), reference=False),

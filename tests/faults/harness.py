@@ -116,7 +116,7 @@ def find_victim(name: str, process: subprocess.Popen, command: Command) -> psuti
             return each
         if name == "host launcher" and launching == "deepspeed.launcher.launch":
             return each
-        if launching is None and "ds_llmpq.verbs.serve" in line and name == f"rank {env.get('RANK')}":
+        if launching is None and "ds_llmpq.commands.serve" in line and name == f"rank {env.get('RANK')}":
             return each
     return None
 

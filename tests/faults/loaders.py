@@ -28,8 +28,6 @@ from mutations import (
 )
 
 from ds_llmpq import config
-from ds_llmpq.batch.job import Job
-from ds_llmpq.batch.journal import Journal
 from ds_llmpq.batch.reader import read_requests
 from ds_llmpq.batch.results import ResultWriter, read_finished
 from ds_llmpq.cluster.cluster import Cluster
@@ -38,14 +36,14 @@ from ds_llmpq.cluster.saved import parse_saved_gpus
 from ds_llmpq.cost.fit import Fit, LatencyModel, Residual, read_model
 from ds_llmpq.cost.linktable import fit_link, read_links
 from ds_llmpq.cost.profile import read_profile
-from ds_llmpq.engine.launcher import Launch, command, environment
 from ds_llmpq.errors import UserError, printable
 from ds_llmpq.evaluation.job import ScoreJob
 from ds_llmpq.files import read_json, read_text
+from ds_llmpq.launch.job import Job
+from ds_llmpq.launch.journal import Journal
+from ds_llmpq.launch.launcher import Launch, command, environment
 from ds_llmpq.lengths import dataset
-from ds_llmpq.lengths.arrivals import read_trace
 from ds_llmpq.lengths.predictor import load_predictor
-from ds_llmpq.lengths.published import read_cases, schedules
 from ds_llmpq.lengths.records import read_examples
 from ds_llmpq.models.fingerprint import fingerprint
 from ds_llmpq.models.generation import generation_of
@@ -55,6 +53,8 @@ from ds_llmpq.planner.planfile import check_model, launch_order, read_assignment
 from ds_llmpq.report.plan_table import plan_table
 from ds_llmpq.report.sweep import point_of, summary_text
 from ds_llmpq.report.traces import read_trace as read_spans
+from ds_llmpq.research.arrivals import read_trace
+from ds_llmpq.research.published_ssjf import read_cases, schedules
 from ds_llmpq.schema import BatchConfig, EngineConfig, EvaluationConfig
 from ds_llmpq.sensitivity.omega import Omega, read_omega, write_omega
 
@@ -289,7 +289,7 @@ def _report(plan: dict, file: Path) -> object:
 
 
 def _answers(file: Path) -> object:
-    from ds_llmpq.lengths.scenario import _read
+    from ds_llmpq.research.scenario import _read
     from ds_llmpq.schema_lengths import AnswersConfig
 
     return _read(AnswersConfig(kind="data", data=str(file)))
@@ -366,7 +366,7 @@ def _link_table(file: Path) -> object:
 
 
 def _cluster(file: Path) -> object:
-    settings = config.schema.PlanVerb(cluster_file=str(file))
+    settings = config.schema.PlanConfig(cluster_file=str(file))
     return Cluster.from_config(config.cluster_of(settings))
 
 
@@ -375,8 +375,8 @@ def _overrides(rng: random.Random, seed: bytes) -> bytes:
 
 
 def _compose(file: Path) -> object:
-    verb = "run"
-    return config.to_object(config.composed(verb, json.loads(file.read_bytes())), config.VERBS[verb])
+    command = "run"
+    return config.to_object(config.composed(command, json.loads(file.read_bytes())), config.COMMANDS[command])
 
 
 def _shape_of(checkpoint: Path) -> Callable[[Path], object]:
@@ -458,10 +458,10 @@ def _copied(source: Path, file: Path, names: tuple[str, ...] | None = None) -> N
 
 
 def _planned(folder: Path) -> tuple[dict, dict]:
-    from ds_llmpq.verbs.plan import make_plan
+    from ds_llmpq.commands.plan import make_plan
 
     folder.mkdir(exist_ok=True)
-    settings = config.to_object(config.composed("plan", ["workload.sequences=4"]), config.VERBS["plan"])
+    settings = config.to_object(config.composed("plan", ["workload.sequences=4"]), config.COMMANDS["plan"])
     make_plan(settings, folder)
     return tuple(json.loads((folder / name).read_text()) for name in ("plan.json", "problem.json"))
 
@@ -507,7 +507,7 @@ def _latency(file: Path) -> bytes:
 
 
 def _metrics(plan: dict) -> bytes:
-    from ds_llmpq.batch.metrics import summarize
+    from ds_llmpq.serving.metrics import summarize
 
     found = summarize(Plan.from_json(plan), {}, [], None, [], startup_seconds=0.0)
     return json.dumps(found | {"counts": {"total": 3, "completed": 2, "failed": 1}}).encode()

@@ -24,7 +24,7 @@ from launching import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ds_llmpq.engine.launcher import free_port
+from ds_llmpq.launch.launcher import free_port
 from ds_llmpq.planner.planfile import read_plan
 from ds_llmpq.quant.hqq import linear_names, quantize_linear
 from ds_llmpq.schema import QuantConfig
@@ -141,7 +141,7 @@ def finished(folder):
 
 
 def ranks(command):
-    return [process for process in command.processes() if "ds_llmpq.verbs.serve" in process.cmdline()]
+    return [process for process in command.processes() if "ds_llmpq.commands.serve" in process.cmdline()]
 
 
 def ended(process, timeout=30.0):

@@ -42,7 +42,7 @@ def on_first(hosts, checkpoint, tmp_path):
     )
     prefix = (*hosts[0].inside(), "env", "--chdir", str(ROOT))
     own = (f"model.path={checkpoint}", f"cluster_file={cluster}", *PRECISE, *WORKLOAD)
-    return lambda verb, *arguments: Command((verb, *own, *arguments), prefix=prefix)
+    return lambda command, *arguments: Command((command, *own, *arguments), prefix=prefix)
 
 
 def sorted_rows(folder):

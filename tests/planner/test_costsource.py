@@ -8,12 +8,12 @@ from ds_llmpq.cost.published import PublishedCosts
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.planner.costsource import source_of_costs
-from ds_llmpq.schema import CostConfig, PlannerConfig, PlanVerb, QuantConfig
+from ds_llmpq.schema import CostConfig, PlanConfig, PlannerConfig, QuantConfig
 
 
 @pytest.fixture(scope="module")
 def place():
-    settings = to_object(composed("plan", ["+experiment=cluster9"]), PlanVerb)
+    settings = to_object(composed("plan", ["+experiment=cluster9"]), PlanConfig)
     return Cluster.from_config(settings.cluster), ModelShape.from_config(settings.model.shape)
 
 

@@ -12,8 +12,8 @@ from ds_llmpq.errors import UserError
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.planner import Assignment, Stage, evaluate
 from ds_llmpq.planner.build import prepare
-from ds_llmpq.planner.playing import play
 from ds_llmpq.planner.profiled import profiled_costs
+from ds_llmpq.planner.simulation import play
 from ds_llmpq.quant.packing import groups_of
 from ds_llmpq.schema import (
     ClusterConfig,

@@ -4,7 +4,7 @@ import json
 
 from ds_llmpq.planner import Problem, solve
 from ds_llmpq.planner.planfile import write_plan
-from ds_llmpq.planner.playing import play
+from ds_llmpq.planner.simulation import play
 
 _SIZES = (1, 2, 4)
 _TIMES = {width: {size: seconds * size for size in _SIZES} for width, seconds in ((16, 0.004), (8, 0.003), (4, 0.005))}

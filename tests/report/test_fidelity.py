@@ -1,13 +1,13 @@
-"""Tables and verdicts on predictions; the verb on a run's and a profile's folder."""
+"""Tables and verdicts on predictions; the command on a run's and a profile's folder."""
 
 import json
 
 import pytest
 
+from ds_llmpq.commands import report
 from ds_llmpq.errors import UserError
 from ds_llmpq.report.fidelity import Pair, error_table, run_pairs, verdict
-from ds_llmpq.schema import ReportVerb
-from ds_llmpq.verbs import report
+from ds_llmpq.schema import ReportConfig
 
 
 def pairs(*errors):
@@ -62,8 +62,8 @@ def test_sampling_counts_to_the_pass(run_folder):
     assert decode.error == pytest.approx(0.012 / 0.011 - 1)
 
 
-def test_the_verb_writes_table_and_scatter(run_folder, tmp_path, capsys):
-    assert report.run(ReportVerb(what="fidelity", run=str(run_folder)), tmp_path / "out") == 0
+def test_the_command_writes_table_and_scatter(run_folder, tmp_path, capsys):
+    assert report.run(ReportConfig(what="fidelity", run=str(run_folder)), tmp_path / "out") == 0
     said = capsys.readouterr().out
     assert "latency: predicted 1.000 s, measured 2.000 s (-50.0%)" in said
     assert "peak growth" in said
@@ -74,11 +74,11 @@ def test_the_verb_writes_table_and_scatter(run_folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (ReportVerb(what="cake", run="x"), "report knows run, sweep and fidelity"),
-        (ReportVerb(), "one of run=DIR, sweep=DIR and profile=DIR"),
-        (ReportVerb(run="a", profile="b"), "one of run=DIR, sweep=DIR and profile=DIR"),
-        (ReportVerb(run="nowhere"), "is no folder"),
-        (ReportVerb(profile="nowhere"), "is no folder"),
+        (ReportConfig(what="cake", run="x"), "report knows run, sweep and fidelity"),
+        (ReportConfig(), "one of run=DIR, sweep=DIR and profile=DIR"),
+        (ReportConfig(run="a", profile="b"), "one of run=DIR, sweep=DIR and profile=DIR"),
+        (ReportConfig(run="nowhere"), "is no folder"),
+        (ReportConfig(profile="nowhere"), "is no folder"),
     ],
 )
 def test_mistakes_are_said(settings, said, tmp_path):

@@ -9,10 +9,10 @@ from html.parser import HTMLParser
 import pytest
 from report_folders import write_planned, write_run
 
+from ds_llmpq.commands import report
 from ds_llmpq.errors import UserError
 from ds_llmpq.report import run_report, sweep, sweep_report
-from ds_llmpq.schema import ReportVerb
-from ds_llmpq.verbs import report
+from ds_llmpq.schema import ReportConfig
 
 BROWSER = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
@@ -160,12 +160,12 @@ def test_a_sweep_with_no_plan_is_refused(tmp_path):
         sweep_report.write_sweep_report(tmp_path, tmp_path / "out")
 
 
-def test_the_verb_takes_the_page_from_the_key(multirun, tmp_path, capsys):
+def test_the_command_takes_the_page_from_the_key(multirun, tmp_path, capsys):
     write_run(tmp_path / "run")
-    assert report.run(ReportVerb(run=str(tmp_path / "run")), tmp_path / "a") == 0
-    assert report.run(ReportVerb(sweep=str(multirun)), tmp_path / "b") == 0
+    assert report.run(ReportConfig(run=str(tmp_path / "run")), tmp_path / "a") == 0
+    assert report.run(ReportConfig(sweep=str(multirun)), tmp_path / "b") == 0
     assert "report.html" in capsys.readouterr().out
-    for wrong in (ReportVerb(), ReportVerb(run="x", sweep="y"), ReportVerb(what="run", sweep=str(multirun))):
+    for wrong in (ReportConfig(), ReportConfig(run="x", sweep="y"), ReportConfig(what="run", sweep=str(multirun))):
         with pytest.raises(UserError):
             report.run(wrong, tmp_path / "c")
 

@@ -5,9 +5,9 @@ import json
 import pytest
 from report_folders import write_planned, write_run
 
-from ds_llmpq.batch.metrics import summarize
 from ds_llmpq.report.run_report import write_run_report
 from ds_llmpq.report.run_summary import run_summary
+from ds_llmpq.serving.metrics import summarize
 
 
 def read(folder):

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 
 from ds_llmpq import config
+from ds_llmpq.commands.plan import make_plan
 from ds_llmpq.errors import UserError
 from ds_llmpq.planner import Problem, solve
-from ds_llmpq.schema import PlanVerb
-from ds_llmpq.verbs.plan import make_plan
+from ds_llmpq.schema import PlanConfig
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -24,7 +24,7 @@ def script(name):
 
 
 def settings(*overrides):
-    return config.to_object(config.composed("plan", list(overrides)), PlanVerb)
+    return config.to_object(config.composed("plan", list(overrides)), PlanConfig)
 
 
 class Study:

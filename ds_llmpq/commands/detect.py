@@ -1,0 +1,59 @@
+"""`detect`: this machine as a cluster, written as a valid conf/cluster entry."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ds_llmpq import config
+from ds_llmpq.cluster.calibrate import measure_cpu
+from ds_llmpq.cluster.detect import detect, usable_cores, write_cluster
+from ds_llmpq.cluster.saved import parse_saved_gpus, parse_topology, topology_links
+from ds_llmpq.errors import UserError
+from ds_llmpq.files import read_text
+from ds_llmpq.report.plan_table import size, table
+from ds_llmpq.schema import DetectConfig
+
+
+def run(settings: DetectConfig, out: Path) -> int:
+    cluster = _saved(settings) if settings.gpus else _this_host(settings)
+    out.mkdir(parents=True, exist_ok=True)
+    write_cluster(out / "cluster.yaml", cluster)
+    types = cluster["device_types"]
+    rows = [
+        [
+            f"{host['name']}:{device['slot']}",
+            device["type"],
+            size(device["memory_bytes"]),
+            types[device["type"]]["source"],
+        ]
+        for host in cluster["hosts"]
+        for device in host["devices"]
+    ]
+    print(table(["device", "type", "memory", "rates"], rows))
+    print(f"links: {cluster['links']['source']}")
+    print(f"cluster: {out / 'cluster.yaml'} (use it with cluster_file={out / 'cluster.yaml'})")
+    return 0
+
+
+def _this_host(settings: DetectConfig) -> dict[str, Any]:
+    if settings.topology:
+        raise UserError("topology=FILE belongs to saved GPUs; give gpus=FILE as well.")
+    stages = settings.cpu_stages
+    rates = measure_cpu(usable_cores() if stages is None else max(stages, 1)) if settings.measure else None
+    return detect(config.known_device_types(), settings.host, stages, cpu_rates=rates)
+
+
+def _saved(settings: DetectConfig) -> dict[str, Any]:
+    """Another host, from files saved there; its CPUs are not offered."""
+    if settings.cpu_stages:
+        raise UserError("cpu_stages are of this host and cannot be told from gpus=FILE; leave one of them out.")
+    gpus = parse_saved_gpus(_read(settings.gpus))
+    cluster = detect(config.known_device_types(), settings.host, 0, gpus)
+    if settings.topology:
+        cluster["links"] = topology_links(gpus, parse_topology(_read(settings.topology)), settings.host)
+    return cluster
+
+
+def _read(name: str) -> str:
+    return read_text(config.absolute(name), "table", "give a text file saved from nvidia-smi")

@@ -1,0 +1,25 @@
+"""`export`: a plan as arguments and configuration of another system."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ds_llmpq import config
+from ds_llmpq.errors import UserError
+from ds_llmpq.planner.export import export
+from ds_llmpq.planner.planfile import read_plan
+from ds_llmpq.schema import ExportConfig
+
+
+def run(settings: ExportConfig, out: Path) -> int:
+    if not settings.plan or not settings.to:
+        raise UserError("export needs plan=FILE and to=vllm or to=llama_cpp.")
+    made = export(read_plan(config.absolute(settings.plan)), settings.to)
+    out.mkdir(parents=True, exist_ok=True)
+    record = {"schema": 1, "to": settings.to, **made.record, "commands": list(made.lines), "notes": list(made.notes)}
+    file = out / f"{settings.to}.json"
+    file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print("\n".join([*made.lines, *(f"note: {note}" for note in made.notes)]))
+    print(f"export: {file}")
+    return 0

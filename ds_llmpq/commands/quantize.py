@@ -1,0 +1,59 @@
+"""`quantize`: the model with each decoder layer at its width, as a checkpoint that a pipeline's ranks read in part."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ds_llmpq import config
+from ds_llmpq.errors import UserError
+from ds_llmpq.launch.progress import Bar
+from ds_llmpq.models.shape import read_shape
+from ds_llmpq.planner.planfile import check_model, read_plan
+from ds_llmpq.report.plan_table import size
+from ds_llmpq.schema import QuantConfig, QuantizeConfig
+
+
+def run(settings: QuantizeConfig, out: Path) -> int:
+    source, bits, quant = what_to_write(settings)
+    from ds_llmpq.quant.writer import write_quantized  # after the cheap checks: it brings torch
+
+    bar = Bar()
+    try:
+        written = write_quantized(
+            source,
+            out,
+            bits,
+            quant,
+            settings.device,
+            config.absolute(settings.reuse) if settings.reuse else None,
+            lambda done, total: bar.show("quantize", done, total),
+            settings.model.trust_remote_code,
+        )
+    finally:
+        bar.close()
+    print(
+        f"{written.parts} parts, {written.reused} of them reused; {size(written.source_bytes)} became "
+        f"{size(written.bytes)} in {written.seconds:.1f} s"
+    )
+    print(f"quantized: {out} (use it with `ds-llmpq run plan=FILE quantized={out}`)")
+    return 0
+
+
+def what_to_write(settings: QuantizeConfig) -> tuple[Path, list[int], QuantConfig]:
+    """(full-precision checkpoint, one width a layer, HQQ settings), from the plan or from `widths`."""
+    if (settings.plan is None) == (settings.widths is None):
+        raise UserError("quantize needs either plan=FILE or widths=[...], one width for all layers or one a layer.")
+    if settings.widths is not None:
+        if settings.model.path is None:
+            raise UserError("quantize needs weights; give model.path=DIR.")
+        path = config.absolute(settings.model.path)
+        layers = read_shape(path).layers
+        widths = list(settings.widths) * (layers if len(settings.widths) == 1 else 1)
+        return path, widths, settings.quant
+    plan = read_plan(config.absolute(settings.plan))
+    planned = (plan.model or {}).get("path")
+    if plan.quant is None:
+        raise UserError(f"{settings.plan} was made from plain data and names no HQQ settings; plan with model.path.")
+    path = Path(planned) if planned and Path(planned).is_dir() else config.absolute(settings.model.path or "")
+    check_model(plan, path)
+    return path, [width for stage in plan.stages for width in stage.bits], QuantConfig(**plan.quant)

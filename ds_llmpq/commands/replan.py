@@ -1,0 +1,59 @@
+"""A plan on the devices that are left, as close as it gets to the one that lost some."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from ds_llmpq import config
+from ds_llmpq.commands.plan import make_plan
+from ds_llmpq.errors import InfeasibleError, UserError
+from ds_llmpq.planner import Plan
+from ds_llmpq.schema import ClusterConfig, PlanConfig, QuantConfig, WorkloadConfig
+
+
+def plan_without(settings: PlanConfig, plan: Plan, lost: list[str], out: Path, widths_free: bool) -> Plan:
+    """Plans for the same workload, then for fewer sequences at once, with the plan's own HQQ settings. The widths of
+    layers are kept where that is possible, so that answers stay the same; `widths_free` allows others where it is not.
+
+    `UserError`: the configured cluster is not the plan's, or what is left cannot hold the model.
+    """
+    cluster = config.cluster_of(settings)
+    known = {f"{host.name}:{device.slot}" for host in cluster.hosts for device in host.devices}
+    if missing := [stage.device for stage in plan.stages if stage.device not in known]:
+        raise UserError(
+            f"run.on_loss=replan needs the cluster that the plan was made for, but {cluster.name} has no {missing[0]}; "
+            "give cluster=NAME or cluster_file=FILE."
+        )
+    left = without_devices(cluster, set(lost))
+    if not left.hosts:
+        raise UserError("No device of the cluster is left; mend one and run again.")
+    widths = [width for stage in plan.stages for width in stage.bits]
+    pinned = {"bits": {str(layer): width for layer, width in enumerate(widths)}}
+    quant = QuantConfig(**plan.quant) if plan.quant else settings.quant
+    last: InfeasibleError | None = None
+    sequences = plan.workload.sequences
+    while sequences:
+        workload = WorkloadConfig(sequences, plan.workload.prompt_tokens, plan.workload.generated_tokens)
+        for pins in [pinned, {}] if widths_free else [pinned]:
+            planner = replace(settings.planner, mode="theta", pins=pins)
+            asked = replace(
+                settings, cluster=left, cluster_file=None, planner=planner, workload=workload, quant=quant
+            )  # fmt: skip
+            try:
+                return make_plan(asked, out)
+            except InfeasibleError as error:
+                last = error
+        sequences //= 2
+    raise last
+
+
+def without_devices(cluster: ClusterConfig, lost: set[str]) -> ClusterConfig:
+    """The cluster less some devices (`host:slot`), their links and the hosts that keep none."""
+    hosts = []
+    for host in cluster.hosts:
+        devices = [device for device in host.devices if f"{host.name}:{device.slot}" not in lost]
+        if devices:
+            hosts.append(replace(host, devices=devices))
+    pairs = [pair for pair in cluster.links.pairs if not {pair.source, pair.target} & lost]
+    return replace(cluster, hosts=hosts, links=replace(cluster.links, pairs=pairs))

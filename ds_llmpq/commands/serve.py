@@ -1,0 +1,133 @@
+"""`serve`: one rank of a plan's pipeline. The deepspeed launcher starts it on every device; `run` starts the launcher.
+
+By hand: `deepspeed --hostfile PLAN/hostfile --include ... --module ds_llmpq.commands.serve plan=PLAN/plan.json
+input=FILE output=DIR`, with the line that `plan` prints.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from dataclasses import replace
+
+from ds_llmpq import config
+from ds_llmpq.engine.openmp import wait_as_stage_needs
+from ds_llmpq.errors import PortTaken, UserError
+from ds_llmpq.evaluation.job import ScoreJob
+from ds_llmpq.launch.failures import PORT, failure_of, launched_as
+from ds_llmpq.launch.heartbeat import end_with_listener, stacks_on_request
+from ds_llmpq.launch.job import Job
+from ds_llmpq.launch.progress import ERROR_MARK
+from ds_llmpq.launch.ranks import launched_rank
+from ds_llmpq.planner.plan import Plan
+from ds_llmpq.planner.planfile import read_plan
+from ds_llmpq.schema import ServeConfig
+from ds_llmpq.serving.ordering import checked
+from ds_llmpq.versions import check_versions
+
+SOME_FAILED = 3  # exit code: all rows are accounted for, some in errors.jsonl
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code of this rank; says what ended it in one line that the parent finds in the launcher's output."""
+    job: Job | ScoreJob | None = None
+    try:
+        check_versions()  # those of this host, which may be others than where `run` was started
+        given = list(sys.argv[1:] if arguments is None else arguments)
+        job = _score_job(given) if "--score" in given else _job(given)
+        return _score(job) if isinstance(job, ScoreJob) else _serve(job)
+    except PortTaken as error:
+        return _refused(error) if job.engine.master_port else _failed(job, error, PORT)
+    except UserError as error:
+        return _refused(error)
+    except (Exception, SystemExit) as error:
+        return _failed(job, error)
+
+
+def _refused(error: UserError) -> int:
+    sys.stderr.write(f"{ERROR_MARK}{error}\n")  # in one piece: the ranks share the stream
+    return error.exit_code
+
+
+def _failed(job: Job | ScoreJob | None, error: BaseException, kind: str | None = None) -> int:
+    """The traceback is for launcher.log, the line after it for `run`, or for who started this by hand."""
+    traceback.print_exception(error)
+    failure = failure_of(error, **launched_as(job.plan if job else None))
+    failure = replace(failure, kind=kind) if kind else failure
+    by_hand = isinstance(job, Job) and not job.supervised
+    sys.stderr.write(f"{ERROR_MARK}{failure.describe()}\n" if by_hand else failure.to_line())
+    return 1
+
+
+def _score_job(given: list[str]) -> ScoreJob:
+    return ScoreJob.from_token(given[given.index("--score") + 1])
+
+
+def _job(arguments: list[str]) -> Job:
+    # the launcher puts its own idea of the local rank first; the plan knows better
+    own = [argument for argument in arguments if not argument.startswith("--local_rank")]
+    if len(own) == 2 and own[0] == "--job":
+        return Job.from_token(own[1])
+    settings = config.to_object(config.composed("serve", own), ServeConfig)
+    for name in ("plan", "input", "output"):
+        if not getattr(settings, name):
+            raise UserError(f"serve needs {name}=...; give plan=FILE input=FILE output=DIR.")
+    plan = read_plan(settings.plan)
+    model_path = settings.quantized or settings.model.path or (plan.model or {}).get("path")
+    if not model_path:
+        raise UserError(f"{settings.plan} names no model; give model.path=DIR.")
+    return Job(
+        plan=plan,
+        model_path=str(config.absolute(model_path)),
+        input=str(config.absolute(settings.input)),
+        output=str(config.absolute(settings.output)),
+        engine=settings.engine,
+        batch=checked(settings.batch),
+        trust_remote_code=settings.model.trust_remote_code,
+    )
+
+
+def _score(job: ScoreJob) -> int:
+    """One rank of `evaluate`, which starts the same module."""
+    end_with_listener()
+    stacks_on_request()
+    _before_torch(job.plan)
+    from ds_llmpq.engine.rank_context import join, leave
+    from ds_llmpq.evaluation.rank import evaluate
+
+    evaluate(job, join(job.plan, job.engine.timeout_seconds))
+    leave()
+    return 0
+
+
+def _serve(job: Job) -> int:
+    if job.plan.engine is None:
+        raise UserError("The plan was made from plain data and names no devices; plan with cluster=... and model=...")
+    if job.supervised:
+        end_with_listener()
+    stacks_on_request()
+    _before_torch(job.plan)
+    from ds_llmpq.engine.rank_context import join, leave
+    from ds_llmpq.serving.driver import serve
+
+    metrics = serve(job, join(job.plan, job.engine.timeout_seconds))
+    leave()  # not after a failure: the others may be waiting, and a closed connection tells them at once
+    if metrics is None or job.supervised:
+        return 0
+    return SOME_FAILED if metrics["counts"]["failed"] else 0
+
+
+def _before_torch(plan: Plan) -> None:
+    """What must be known before torch takes its seconds, or is read when it or deepspeed is imported."""
+    rank = launched_rank(plan)
+    os.environ["DS_ACCELERATOR"] = plan.engine["stages"][0]["kind"]
+    wait_as_stage_needs(plan, rank)
+
+
+if __name__ == "__main__":
+    exit_code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # All files are closed. Taking torch apart would need seconds, and after a failure the others wait to see it.
+    os._exit(exit_code)

@@ -1,0 +1,91 @@
+"""`simulate`: one set of jobs under several scheduling policies, or the published simulator on given cases."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ds_llmpq import config
+from ds_llmpq.errors import UserError
+from ds_llmpq.planner.planfile import read_plan
+from ds_llmpq.report.plan_table import table
+from ds_llmpq.research.published_gain import published_ratios
+from ds_llmpq.research.published_ssjf import read_cases, schedules
+from ds_llmpq.research.queue_simulator import Server, simulate
+from ds_llmpq.research.scenario import make_jobs
+from ds_llmpq.research.schedule_metrics import schedule_metrics
+from ds_llmpq.scheduler.execution import ConstantCost, ExecutionCost, PlanCost
+from ds_llmpq.scheduler.policies import Guard
+from ds_llmpq.schema_lengths import ExecutionConfig, SimulateConfig
+
+MODES = ("right", "reference")
+_SHOWN = ("jct_mean", "jct_p50", "jct_p99", "waiting_mean", "makespan", "throughput_jobs_per_second", "padded_token")
+
+
+def run(settings: SimulateConfig, out: Path) -> int:
+    if settings.mode not in MODES:
+        raise UserError(f"mode is {settings.mode!r} but must be one of {', '.join(MODES)}.")
+    return _reference(settings, out) if settings.mode == "reference" else _right(settings, out)
+
+
+def _reference(settings: SimulateConfig, out: Path) -> int:
+    if settings.cases is None:
+        raise UserError("mode=reference needs cases=FILE, a JSON list of published cases.")
+    found = [schedules(case) for case in read_cases(config.absolute(settings.cases))]
+    _write(out / "completions.json", found)
+    print(f"{len(found)} cases: {out / 'completions.json'}")
+    return 0
+
+
+def _right(settings: SimulateConfig, out: Path) -> int:
+    if not settings.policies or settings.repeats < 1:
+        raise UserError("There is nothing to run; give at least one of policies and repeats=1 or more.")
+    cost = execution_cost(settings.execution)
+    runs: dict[str, list[dict[str, float]]] = {policy: [] for policy in settings.policies}
+    published = []
+    server = Server(settings.batching, settings.max_batch, settings.batch_wait_seconds)
+    guard = Guard(**asdict(settings.guard))
+    for seed in range(settings.seed, settings.seed + settings.repeats):
+        jobs, lengths = make_jobs(settings, cost, seed)
+        for policy in runs:
+            schedule = simulate(jobs, cost, policy, server, guard, settings.prediction.latency_seconds)
+            runs[policy].append(schedule_metrics(jobs, schedule))
+        if settings.published:
+            published.append(published_ratios(jobs, lengths, settings.batching, settings.max_batch))
+    metrics = {policy: _mean(rows) for policy, rows in runs.items()}
+    ratios = _mean(published) if published and published[0] else None
+    _write(out / "metrics.json", {"schema": 1, "settings": asdict(settings), "policies": metrics, "published": ratios})
+    rows = [[policy, *(f"{_value(found, name):.4g}" for name in _SHOWN)] for policy, found in metrics.items()]
+    print(table(["policy", *(name.replace("_", " ") for name in _SHOWN)], rows))
+    print(f"metrics: {out / 'metrics.json'}")
+    return 0
+
+
+def execution_cost(execution: ExecutionConfig) -> ExecutionCost:
+    if execution.kind == "constant":
+        return ConstantCost(execution.constant_seconds, execution.per_token_seconds)
+    if execution.kind != "plan":
+        raise UserError(f"execution.kind is {execution.kind!r} but must be constant or plan.")
+    if execution.plan is None:
+        raise UserError("execution.kind=plan needs execution.plan=FILE, a plan.json.")
+    return PlanCost.of(read_plan(config.absolute(execution.plan)))
+
+
+def _value(metrics: dict[str, float], name: str) -> float:
+    return next(value for key, value in metrics.items() if key.startswith(name))
+
+
+def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
+    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+
+
+def _write(path: Path, value: Any) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); give another out=DIR.") from None

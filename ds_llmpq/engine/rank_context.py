@@ -1,0 +1,100 @@
+"""Joining the job that the launcher started: ranks checked against the plan, process groups, this rank's device."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import socket
+from dataclasses import dataclass
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from ds_llmpq.engine.channels import DataChannel
+from ds_llmpq.launch import rendezvous
+from ds_llmpq.launch.ranks import launched_rank, local_rank
+from ds_llmpq.planner.plan import Plan, PlanStage
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process in the job: its stage, its device, and the gloo group beside the accelerator's communicator."""
+
+    rank: int
+    stage_index: int
+    stage: PlanStage
+    stage_ranks: list[int]
+    device: torch.device
+    side_group: dist.ProcessGroup
+    data: DataChannel
+
+    @property
+    def is_driver(self) -> bool:
+        """Rank 0 reads the input and writes the output."""
+        return self.rank == 0
+
+
+def join(plan: Plan, timeout_seconds: float) -> Place:
+    """Joins the process group; raises `UserError` where the launched ranks are not those of the plan."""
+    rank = launched_rank(plan)
+    stage_index = next(index for index, stage in enumerate(plan.stages) if stage.rank == rank)
+    stage = plan.stages[stage_index]
+    kind = stage_kind(plan, stage_index)
+    os.environ["DS_ACCELERATOR"] = kind
+    local_index = local_rank(plan, rank)
+    # DeepSpeed takes LOCAL_RANK for the device's index; the launcher's is wrong where hosts have unequal slots
+    os.environ["LOCAL_RANK"] = str(local_index)
+    threads = plan.engine["stages"][stage_index].get("threads")
+    if kind == "cpu" and threads:
+        torch.set_num_threads(threads)
+    choose_interface(os.environ.get("MASTER_ADDR", ""))
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    _init_process_group(kind, timeout)
+    side_group = dist.new_group(backend="gloo", timeout=timeout)
+    device = torch.device("cpu") if kind == "cpu" else torch.device("cuda", local_index)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    ranks = [stage.rank for stage in plan.stages]
+    return Place(rank, stage_index, stage, ranks, device, side_group, DataChannel(side_group, rank, len(plan.stages)))
+
+
+def leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def stage_kind(plan: Plan, stage_index: int) -> str:
+    return plan.engine["stages"][stage_index]["kind"]
+
+
+def choose_interface(master_address: str) -> None:
+    """Has gloo and NCCL talk over the interface that leads to rank 0, unless the environment names another.
+
+    Left alone, gloo takes the one that this host's own name resolves to, often loopback: other hosts then wait forever.
+    """
+    try:
+        family, kind, protocol, _, target = socket.getaddrinfo(master_address, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(target)  # sends nothing: only asks for the route
+            own = probe.getsockname()[0]
+    except OSError:
+        return
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(address.address == own for address in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+
+
+def _init_process_group(kind: str, timeout: datetime.timedelta) -> None:
+    import deepspeed
+
+    from ds_llmpq.engine.pipeline_engine import quiet_deepspeed
+
+    quiet_deepspeed()
+    # On CPU, DeepSpeed would compile a shared-memory all-reduce at this point (a minute, and a compiler needed); a
+    # pipeline reduces nothing.
+    compatible = deepspeed.ops.__compatible_ops__
+    compatible.update(dict.fromkeys(compatible, False))
+    backend = "gloo" if kind == "cpu" else "nccl"
+    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False, init_method=rendezvous.register())

@@ -1,0 +1,120 @@
+"""One start of the pipeline: what its lines say, how it ended, and what ended it."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import psutil
+
+from ds_llmpq.errors import printable
+from ds_llmpq.launch.failures import CONNECTION, MEMORY, Failure, Tracebacks, read_failure, root_cause
+from ds_llmpq.launch.heartbeat import ALIVE_MARK
+from ds_llmpq.launch.launcher import LOG_NAME
+from ds_llmpq.launch.process_monitor import RUN_MARK, Ended, Line, Reason
+from ds_llmpq.launch.progress import ERROR_MARK, Bar, read
+
+SERVING_PHASE = "prompts"
+MISTAKE = "mistake"  # a kind of failure: what a rank named in one sentence of its own
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one start ended. `failure`: what a rank or the launcher named as the cause; `ran_out`: for want of memory."""
+
+    ended: Ended
+    failure: Failure | None = None
+    ran_out: bool = False
+
+    @property
+    def kind(self) -> str:
+        """As failure.json has it."""
+        if self.ran_out:
+            return MEMORY
+        return self.ended.reason.value if self.failure is None else self.failure.kind
+
+    def record(self) -> dict[str, Any]:
+        """What failure.json says of it."""
+        return ({} if self.failure is None else asdict(self.failure)) | {"kind": self.kind}
+
+    def why(self, hang_seconds: float, stopped_seconds: float) -> str:
+        """In words, as the beginning of a sentence but for its capital letter."""
+        reason, code, failure = self.ended.reason, self.ended.code, self.failure
+        if self.ran_out:
+            return "the pipeline ran out of memory"
+        if reason is Reason.HUNG:
+            return f"nothing moved for {hang_seconds:g} s (stacks are in {LOG_NAME})"
+        if reason is Reason.STOPPED:
+            return f"a process was stopped, and nobody woke it for {stopped_seconds:g} s (stacks are in {LOG_NAME})"
+        if failure is not None and failure.kind != CONNECTION:
+            return failure.describe()
+        if code is not None and code < 0:
+            return f"the pipeline was ended by signal {-code}"
+        if failure is not None:
+            return failure.describe()
+        return "the launcher ended before its ranks" if not code else f"the pipeline ended with exit code {code}"
+
+
+class Listener:
+    """Hears the lines of one start, draws its progress, and passes on a wish to drain."""
+
+    def __init__(self, mark: str):
+        self.mark = mark
+        self.bar = Bar()
+        self._failures: list[Failure] = []
+        self._tracebacks = Tracebacks()
+        self._phase = ""
+        self._alive = False
+        self._driver: int | None = None
+
+    def on_line(self, line: str) -> Line:
+        if (fields := read(line)) is not None:
+            self._phase, self._driver = fields["phase"], fields["pid"]
+            self.bar.show(self._phase, fields["done"], fields["total"], fields["note"])
+            return Line.LIFE
+        if ALIVE_MARK in line:
+            self._alive = True
+            return Line.LIFE
+        failure = read_failure(line)
+        if ERROR_MARK in line:
+            failure = Failure(MISTAKE, "UserError", printable(line.partition(ERROR_MARK)[2].strip()))
+        if failure is not None:
+            self._failures.append(failure)
+            return Line.FAILURE
+        self._tracebacks.read(line)
+        return Line.TEXT
+
+    def outcome(self, ended: Ended, kernel_killed: bool = False) -> Outcome:
+        """`kernel_killed`: something on this machine, for want of memory."""
+        failure = root_cause(self._failures)
+        if failure is None and ended.reason is Reason.DIED and (ended.code or 0) > 0:
+            failure = self._tracebacks.last
+        ran_out = ended.reason is Reason.DIED and (kernel_killed or (failure is not None and failure.kind == MEMORY))
+        return Outcome(ended, failure, ran_out)
+
+    def alive(self) -> bool:
+        """Whether a rank has said so."""
+        return self._alive
+
+    def serving(self) -> bool:
+        return self._phase == SERVING_PHASE
+
+    def drain(self) -> bool:
+        """Asks rank 0 to finish what is in flight; False if nothing is, or it cannot be asked."""
+        if not self.serving() or self._driver is None:
+            return False
+        try:
+            driver = psutil.Process(self._driver)
+            if driver.environ().get(RUN_MARK) != self.mark:
+                return False
+            driver.send_signal(signal.SIGUSR2)
+        except (psutil.Error, ValueError):
+            return False
+        say("finishing what is in flight; once more to stop at once")
+        return True
+
+
+def say(text: str) -> None:
+    print(f"\nds-llmpq: {text}", file=sys.stderr, flush=True)

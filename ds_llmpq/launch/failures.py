@@ -1,0 +1,171 @@
+"""What ended a rank: said by the rank in one line of its output, read by `run`, which tells the user. Imports no torch.
+
+Several ranks end when one does: its neighbours lose their connections. The cause is the first failure of another kind.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import traceback
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from ds_llmpq.errors import UserError, printable
+from ds_llmpq.planner.plan import Plan
+
+FAILURE_MARK = "ds-llmpq failure: "
+_PACKAGE = Path(__file__).resolve().parents[1]
+_MOST_MESSAGE = 600  # characters
+_MOST_LINE = 3_500  # bytes: longer writes of two ranks may mix in one pipe
+
+# kinds
+FAULT = "fault"  # of the program, its libraries or its files: another try would meet it again
+EXCEPTION = "exception"  # any other
+MEMORY = "memory"
+# torch's allocator, the C++ library, oneDNN
+_OUT_OF_MEMORY = ("can't allocate memory", "bad_alloc", "out_of_memory", "could not create a memory")
+CONNECTION = "connection"
+PORT = "port"
+KINDS = (FAULT, EXCEPTION, MEMORY, CONNECTION, PORT)
+
+_FAULTS = (
+    ImportError, TypeError, AttributeError, NameError, SyntaxError, NotImplementedError, UserError, FileNotFoundError,
+    IsADirectoryError, NotADirectoryError, PermissionError,
+)  # fmt: skip
+_FAULT_NAMES = (
+    "ImportError", "ModuleNotFoundError", "TypeError", "AttributeError", "NameError", "UnboundLocalError",
+    "SyntaxError", "IndentationError", "NotImplementedError",
+)  # fmt: skip
+# of gloo, NCCL and torch's store, which say it in words
+_CONNECTION_WORDS = re.compile(
+    r"connection|gloo|nccl|socket|\bpeer\b|timed? ?out|timeout|broken pipe|reset by|TCPStore", re.IGNORECASE
+)
+_CONNECTION_TYPES = ("DistNetworkError", "DistStoreError", "DistBackendError")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """`kind` is one of this module's; `file`, `line`, `function` are the innermost frame of this package, else the
+    innermost of all. What is not known is None."""
+
+    kind: str
+    type: str
+    message: str
+    rank: int | None = None
+    stage: int | None = None
+    device: str | None = None
+    host: str | None = None
+    file: str | None = None
+    line: int | None = None
+    function: str | None = None
+
+    def describe(self) -> str:
+        """Who, what and where, with no full stop: `rank 1 (stage 1, b:0 on b) failed: TypeError: no (in f, g.py:1)`."""
+        who = "the launcher" if self.rank is None else f"rank {self.rank}"
+        parts = [None if self.stage is None else f"stage {self.stage}", self.device]
+        where = ", ".join(part for part in parts if part)
+        if self.host:
+            where += f" on {self.host}"
+        what = f"{self.type}: {self.message}" if self.message else self.type
+        frame = f" (in {self.function}, {self.file}:{self.line})" if self.file else ""
+        return f"{who}{f' ({where})' if where else ''} failed: {what}{frame}"
+
+    def to_line(self) -> str:
+        """One line, short enough for a pipe that ranks share."""
+        said = self
+        while len(text := FAILURE_MARK + json.dumps(asdict(said))) > _MOST_LINE:
+            said = replace(said, message=said.message[: len(said.message) // 2] + "...")
+        return text + "\n"
+
+
+def read_failure(line: str) -> Failure | None:
+    """What a line of a rank says, None if it is another line. Launchers may put the host's name before it."""
+    _, mark, text = line.partition(FAILURE_MARK)
+    if not mark:
+        return None
+    try:
+        said = json.loads(text)
+        failure = Failure(**{field.name: said.get(field.name) for field in fields(Failure)})
+        return failure if failure.kind in KINDS else None
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def failure_of(error: BaseException, **who: Any) -> Failure:
+    """`who`: rank, stage, device and host, as far as they are known."""
+    frame = _innermost(error)
+    where = {} if frame is None else {"file": frame.filename, "line": frame.lineno, "function": frame.name}
+    if frame is not None and (path := Path(frame.filename)).is_relative_to(_PACKAGE):
+        where["file"] = str(path.relative_to(_PACKAGE.parent))
+    message = printable(str(error).strip().partition("\n")[0], _MOST_MESSAGE, keep="")
+    return Failure(_kind(error), type(error).__name__, message, **who, **where)
+
+
+def root_cause(failures: Iterable[Failure]) -> Failure | None:
+    """The first that is not a lost connection; else the first."""
+    failures = list(failures)
+    return next((each for each in failures if each.kind != CONNECTION), failures[0] if failures else None)
+
+
+def launched_as(plan: Plan | None) -> dict[str, Any]:
+    """This process as a rank of a plan; what its environment does not say is left out."""
+    try:
+        rank = int(os.environ["RANK"])
+        found = {index: stage for index, stage in enumerate(plan.stages) if stage.rank == rank} if plan else {}
+    except (KeyError, ValueError):
+        return {}
+    who: dict[str, Any] = {"rank": rank, "host": socket.gethostname()}
+    for index, stage in found.items():
+        who |= {"stage": index, "device": stage.device, "host": stage.host}
+    return who
+
+
+class Tracebacks:
+    """Reads the exception at the end of a traceback out of lines: for what ended before it could say so itself."""
+
+    _FRAME = re.compile(r'\s*File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
+    _END = re.compile(r"(?P<type>[A-Za-z_][\w.]*(?:Error|Exception|Exit|Interrupt))(?:: (?P<message>.*))?$")
+
+    def __init__(self) -> None:
+        self.last: Failure | None = None
+        self._frame: re.Match[str] | None = None
+
+    def read(self, line: str) -> None:
+        if frame := self._FRAME.search(line):
+            self._frame = frame
+        elif self._frame and (end := self._END.search(line)):
+            name = end["type"].rpartition(".")[2]
+            message = printable(end["message"] or "", _MOST_MESSAGE, keep="")
+            self.last = Failure(
+                FAULT if name in _FAULT_NAMES else EXCEPTION, name, message, file=self._frame["file"],
+                line=int(self._frame["line"]), function=self._frame["function"],
+            )  # fmt: skip
+            self._frame = None
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an exception says that there was no memory. On CPU, torch and its libraries say so in words alone."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+def _kind(error: BaseException) -> str:
+    if ran_out(error):
+        return MEMORY
+    if isinstance(error, (ConnectionError, TimeoutError, EOFError)) or type(error).__name__ in _CONNECTION_TYPES:
+        return CONNECTION
+    if isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError):
+        return CONNECTION if _CONNECTION_WORDS.search(str(error)) else EXCEPTION
+    return FAULT if isinstance(error, _FAULTS) else EXCEPTION
+
+
+def _innermost(error: BaseException) -> traceback.FrameSummary | None:
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if Path(frame.filename).is_relative_to(_PACKAGE)]
+    return (ours or frames or [None])[-1]

@@ -1,0 +1,280 @@
+"""Following a started launcher to its end: its lines, its death, its silence, and the user's wish to stop.
+
+The launcher itself is only ever ended by SIGKILL (see `launch.launcher`), and with it whatever it started here: each
+of these processes carries the mark of its run in its environment, so none is missed, and no other process is hit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import select
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import BinaryIO
+
+import psutil
+
+RUN_MARK = "DS_LLMPQ_RUN"
+# what DeepSpeed's per-host launcher says when one of its ranks died (0.16 to 0.19); the number is the rank's
+_RANK_DIED = re.compile(rb"exits with return code = (-?\d+)")
+# how long the other ranks have to end by themselves, so that their messages reach the log
+_GRACE_SECONDS = 5.0
+_POLL_SECONDS = 0.25
+# the loop itself was held up for longer than this (a stopped or suspended `run`): silence then says nothing
+_HELD_UP_SECONDS = 10.0
+_STARTUP_SECONDS = 120.0
+_STACKS_SECONDS = 3.0
+
+
+class Line(Enum):
+    """What a line of a rank is to the follower: a sign of life kept out of the log, text for the log, or a rank's last
+    words, also for the log: the other ranks then have a few seconds for theirs."""
+
+    LIFE = "life"
+    TEXT = "text"
+    FAILURE = "failure"
+
+
+class Reason(Enum):
+    """Why following ended: by itself, a rank or the launcher died, nothing moved, or the user asked for
+    an end."""
+
+    ENDED = "ended"
+    DIED = "died"
+    HUNG = "hung"
+    STOPPED = "stopped"  # a process was, by a signal, and nobody woke it
+    DRAINED = "drained"
+    CUT_OFF = "cut off"  # asked to drain, but not done within the grace period
+
+
+@dataclass(frozen=True)
+class Ended:
+    """`code`: exit code of the rank that died first as its launcher said it, else of the launcher; negative: the
+    signal that ended it; None where neither was seen."""
+
+    reason: Reason
+    code: int | None
+
+
+@dataclass(frozen=True)
+class Watch:
+    """How closely to look.
+
+    `on_line` sees every line. `hang_seconds`: None never takes silence for a hang; until `started()` it counts as at
+    least two minutes, since imports say nothing. `drain()` passes on a first Ctrl-C, SIGTERM or SIGHUP, and says
+    whether anything is in flight worth waiting for; without it the first one stops everything at once.
+    `hidden` is left out of the log: a job takes thousands of characters. A process of this machine that somebody
+    stopped (SIGSTOP) for `stopped_seconds` counts as hung.
+    """
+
+    on_line: Callable[[str], Line | None]
+    hang_seconds: float | None = None
+    started: Callable[[], bool] = lambda: True
+    drain: Callable[[], bool] | None = None
+    drain_seconds: float = 60.0
+    hidden: str = ""
+    stopped_seconds: float = 30.0
+
+
+def follow(line: list[str], env: dict[str, str], log_file: Path, mark: str, watch: Watch) -> Ended:
+    """Runs a command line to its end. KeyboardInterrupt passes on after all its processes have been stopped."""
+    with open(log_file, "ab") as log, _Signals() as signals:
+        child = subprocess.Popen(
+            line, env=env | {RUN_MARK: mark}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        try:
+            return _Following(child, log, mark, watch, signals).to_the_end()
+        finally:
+            stop(child, mark)
+            child.stdout.close()
+
+
+class _Following:
+    def __init__(self, child: subprocess.Popen, log: BinaryIO, mark: str, watch: Watch, signals: _Signals):
+        self.child, self.log, self.mark, self.watch, self.signals = child, log, mark, watch, signals
+        self.life = self.looked = time.monotonic()
+        self.rest = b""
+        self.deadline: float | None = None
+        self.reason: Reason | None = None
+        self.code: int | None = None
+        self.stopped = _Stopped(mark, watch.stopped_seconds)
+
+    def to_the_end(self) -> Ended:
+        poller = select.poll()
+        poller.register(self.child.stdout, select.POLLIN)
+        while self._within_bounds():
+            if poller.poll(_POLL_SECONDS * 1e3):
+                data = os.read(self.child.stdout.fileno(), 1 << 16)
+                if not data:  # nobody is left who could write
+                    break
+                self._take(data)
+        if self.reason in (Reason.HUNG, Reason.STOPPED):
+            self._wait_for_stacks()
+        launcher = self.child.poll()
+        if launcher is None and self.reason in (None, Reason.DRAINED):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                launcher = self.child.wait(_GRACE_SECONDS)
+        code = launcher if self.code is None else self.code
+        if self.reason is None:
+            # DeepSpeed's runner ends with 0 when a signal ended what it started: its ranks then live on
+            alive = [process for process in marked(self.mark) if process.pid != self.child.pid]
+            self.reason = Reason.ENDED if code == 0 and not alive else Reason.DIED
+        return Ended(self.reason, code)
+
+    def _within_bounds(self) -> bool:
+        """False when it is time to stop; `reason` says why."""
+        now = time.monotonic()
+        if now - self.looked > _HELD_UP_SECONDS:
+            self.life = now
+        self.looked = now
+        if self.signals.count >= 2 or (self.signals.count and self.watch.drain is None):
+            raise KeyboardInterrupt
+        if self.signals.count and self.reason is not Reason.DRAINED:
+            if not self.watch.drain():
+                raise KeyboardInterrupt
+            self.reason, self.deadline = Reason.DRAINED, now + self.watch.drain_seconds
+        if self.deadline is None and self.child.poll() is not None:
+            # killed: what it started lives on, and would go on writing. Ended: its last lines are still in the pipe
+            self.deadline = now + _GRACE_SECONDS
+        if self.deadline is not None:
+            if now > self.deadline and self.reason is Reason.DRAINED:
+                self.reason = Reason.CUT_OFF
+            return now <= self.deadline
+        if self._silent(now - self.life):
+            self.reason = Reason.HUNG
+        elif self.stopped.too_long(now):
+            self.reason = Reason.STOPPED
+        return self.reason is None
+
+    def _silent(self, seconds: float) -> bool:
+        bound = self.watch.hang_seconds
+        if bound is None or seconds <= bound:
+            return False
+        return seconds > _STARTUP_SECONDS or self.watch.started()
+
+    def _take(self, data: bytes) -> None:
+        *lines, self.rest = (self.rest + data).split(b"\n")
+        for line in lines:
+            kind = self.watch.on_line(line.decode(errors="replace"))
+            if kind is Line.LIFE:
+                self.life = time.monotonic()
+                continue
+            with contextlib.suppress(OSError):  # a full disk is for the results to tell
+                hidden = self.watch.hidden.encode()
+                self.log.write((line.replace(hidden, b"...") if hidden else line) + b"\n")
+                self.log.flush()
+            if (died := _RANK_DIED.search(line)) and self.code is None:
+                self.code = int(died[1])
+            if (died or kind is Line.FAILURE) and self.reason is None and self.deadline is None:
+                self.reason, self.deadline = Reason.DIED, time.monotonic() + _GRACE_SECONDS
+
+    def _wait_for_stacks(self) -> None:
+        """Ranks write their stacks by timers of their own, on every host; here, also those that were stopped."""
+        for process in marked(self.mark):
+            with contextlib.suppress(psutil.Error):
+                if _is_stopped(process):
+                    process.send_signal(signal.SIGUSR1)
+                    process.send_signal(signal.SIGCONT)
+        end = time.monotonic() + _STACKS_SECONDS
+        poller = select.poll()
+        poller.register(self.child.stdout, select.POLLIN)
+        while (left := end - time.monotonic()) > 0:
+            if poller.poll(left * 1e3):
+                data = os.read(self.child.stdout.fileno(), 1 << 16)
+                if not data:
+                    return
+                self._take(data)
+
+
+class _Stopped:
+    """Looks now and then for processes of the run that somebody stopped."""
+
+    def __init__(self, mark: str, bound_seconds: float):
+        self._mark, self._bound = mark, bound_seconds
+        self._looked = time.monotonic()
+        self._since: dict[int, float] = {}
+
+    def too_long(self, now: float) -> bool:
+        if now - self._looked < self._bound / 6:
+            return False
+        if now - self._looked > self._bound:  # this process was stopped too
+            self._since = {}
+        self._looked = now
+        stopped = [process.pid for process in marked(self._mark) if _is_stopped(process)]
+        self._since = {pid: self._since.get(pid, now) for pid in stopped}
+        return any(now - since >= self._bound for since in self._since.values())
+
+
+def stop_all(mark: str) -> None:
+    """Ends what a run that was killed left on this machine."""
+    found = marked(mark)
+    for process in found:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(found, timeout=10)
+
+
+def stop(child: subprocess.Popen, mark: str) -> None:
+    """Ends the launcher and all it started here; ranks on other hosts end when their connection breaks."""
+    found: dict[int, psutil.Process] = {}
+    for _ in range(2):  # once more for what was started meanwhile
+        with contextlib.suppress(psutil.NoSuchProcess):
+            launcher = psutil.Process(child.pid)
+            found |= {process.pid: process for process in [launcher, *launcher.children(recursive=True)]}
+        found |= {process.pid: process for process in marked(mark)}
+        for process in found.values():
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+    child.wait()
+    # the next attempt needs their memory, their ports and the lock on the results
+    psutil.wait_procs([process for process in found.values() if process.pid != child.pid], timeout=10)
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    """The processes of a run on this machine."""
+    return [process for process in psutil.process_iter() if _mark(process) == mark]
+
+
+def _is_stopped(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_STOPPED
+    except psutil.Error:
+        return False
+
+
+def _mark(process: psutil.Process) -> str | None:
+    try:
+        return None if process.status() == psutil.STATUS_ZOMBIE else process.environ().get(RUN_MARK)
+    except psutil.Error:
+        return None
+
+
+class _Signals:
+    """Counts Ctrl-C, SIGTERM and SIGHUP instead of dying from them; those that are ignored stay ignored."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> _Signals:
+        if threading.current_thread() is threading.main_thread():
+            wanted = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+            for number in [number for number in wanted if signal.getsignal(number) != signal.SIG_IGN]:
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        self.count += 1

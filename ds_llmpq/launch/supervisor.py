@@ -1,0 +1,223 @@
+"""Keeping a batch going: starts the pipeline, follows it, and starts it again after a death or a hang.
+
+A restart goes on from the results that are there. Restarts are bounded where they bring nothing: each new result
+gives the batch its full number again, so a pipeline that fails once a day may run for weeks. After a death for want of
+memory, half as many sequences are in flight. An exception that a rank named is tried again only if the start that met
+it brought a new result. The batch is done when its files hold every row, whatever the launcher's exit code says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ds_llmpq.batch.results import RESULTS_NAME
+from ds_llmpq.batch.tally import Tally
+from ds_llmpq.cluster.detect import memory_kills
+from ds_llmpq.errors import Interrupted, RunFailed, UserError
+from ds_llmpq.launch.attempt import MISTAKE, Listener, Outcome, say
+from ds_llmpq.launch.failures import EXCEPTION, FAULT, PORT, Failure
+from ds_llmpq.launch.hosts import lost_devices
+from ds_llmpq.launch.job import Job
+from ds_llmpq.launch.journal import Journal
+from ds_llmpq.launch.launcher import LOG_NAME, Launch, followed, is_local
+from ds_llmpq.launch.process_monitor import Reason, Watch
+from ds_llmpq.planner.plan import Plan
+from ds_llmpq.schema import SupervisionConfig
+
+MEASUREMENTS = ("metrics.json", "trace.json")  # written at the end of a start
+ON_LOSS = ("stop", "replan")
+_LONGEST_PAUSE_SECONDS = 300.0
+_MEMORY_WAIT_SECONDS = 30.0  # what was started before may still be ending on another host
+_MOST_PORTS = 5  # tried in a row, where another process is quicker each time
+
+
+def checked_supervision(settings: SupervisionConfig) -> SupervisionConfig:
+    """`UserError` for a number out of range."""
+    if settings.on_loss not in ON_LOSS:
+        raise UserError(f"run.on_loss is {settings.on_loss!r} but must be one of {', '.join(ON_LOSS)}.")
+    for name, low in (("restarts", 0), ("backoff_seconds", 0), ("hang_seconds", 5), ("grace_seconds", 0)):
+        value = getattr(settings, name)
+        if not low <= value < float("inf"):
+            raise UserError(f"run.{name} is {value} but must be at least {low} and finite.")
+    return settings
+
+
+@dataclass
+class Supervisor:
+    """Runs one job to its end. `count()`: what of its rows stands in the files. `replan(lost)`: a job and its launch
+    without those devices, or `UserError`."""
+
+    job: Job
+    launch: Launch
+    settings: SupervisionConfig
+    journal: Journal
+    count: Callable[[], Tally]
+    replan: Callable[[list[str]], tuple[Job, Launch]]
+    find_lost: Callable[[Plan], list[str]] = lost_devices
+    pause: Callable[[float], None] = time.sleep
+    count_kills: Callable[[], int] = memory_kills
+    restarts: int = 0
+    replans: int = 0
+    reasons: list[str] = field(default_factory=list)
+    memory_warnings: list[dict[str, Any]] = field(default_factory=list)
+    _failures: int = 0
+    _ports: int = 0
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.job.output)
+
+    def run(self) -> Tally:
+        """Returns when the files hold every row. `Interrupted`: drained or stopped. `RunFailed`: a rank named what a
+        restart would meet again, or restarts brought nothing."""
+        tally = self.count()
+        while not (tally.complete and self.journal.attempts):
+            self._note(self.journal.begun())
+            for name in MEASUREMENTS:  # of an earlier start: they would say nothing about this one
+                (self.folder / name).unlink(missing_ok=True)
+            try:
+                outcome = self._attempt()
+            except KeyboardInterrupt:
+                self._end("stopped by the user", tally)
+                raise Interrupted(f"Interrupted; {self._kept()}") from None
+            before, tally = tally, self.count()
+            if not tally.complete:
+                self._go_on(outcome, before, tally)
+            elif outcome.ended.reason in (Reason.HUNG, Reason.STOPPED):
+                # woken for its stacks, a stopped rank may write the rest: worth knowing, though nothing is left to do
+                self.reasons.append(self._why(outcome, tally))
+        return tally
+
+    def _go_on(self, outcome: Outcome, before: Tally, tally: Tally) -> None:
+        """Returns when another start is due."""
+        failure, reason = outcome.failure, outcome.ended.reason
+        if failure is not None and failure.kind == MISTAKE:
+            with contextlib.suppress(UserError):  # on a full disk, the rank's sentence says more
+                self._end(f"mistake: {failure.message}", tally)
+            raise self._failed(failure.message, outcome)
+        if reason in (Reason.DRAINED, Reason.CUT_OFF):
+            self._end("drained" if reason is Reason.DRAINED else "stopped by the user", tally)
+            raise Interrupted(f"Interrupted; {self._kept()}")
+        why = self._why(outcome, tally)
+        self._end(why, tally)
+        new_results = tally.completed > before.completed
+        if failure is not None and not outcome.ran_out and _would_come_again(failure, new_results):
+            raise self._failed(f"{_capitalized(why)}; {self._remedy(failure)}", outcome)
+        self._failures = 1 if new_results else self._failures + 1
+        if outcome.kind == PORT and (new_results or self._ports < _MOST_PORTS):
+            self._ports = 0 if new_results else self._ports + 1
+            self._failures = 0
+            self.reasons.append(why)
+            self.restarts += 1
+            say("another process took the ranks' port; starting again on another one")
+            return
+        self._recover(why, self._fewer() if outcome.ran_out else "", outcome)
+
+    def _attempt(self) -> Outcome:
+        """One start of the launcher."""
+        listener, killed = Listener(uuid.uuid4().hex), self.count_kills()
+        # a little longer than the ranks' own bound, after which each writes its stacks
+        bound = self.settings.hang_seconds * 1.1
+        job = replace(self.job, memory_wait_seconds=_MEMORY_WAIT_SECONDS) if self.restarts else self.job
+        watch = Watch(listener.on_line, bound, listener.serving, listener.drain, self.settings.grace_seconds)
+        try:
+            ended = followed(self.launch, ["--job", job.to_token()], watch, listener.mark)
+            return listener.outcome(ended, kernel_killed=self.count_kills() > killed)
+        finally:
+            listener.bar.close()
+
+    def _recover(self, why: str, changed: str, outcome: Outcome) -> None:
+        """Waits until a restart has a chance, within the bound on restarts; plans anew where a device stays away.
+        `changed`: what the next start does otherwise."""
+        self.reasons.append(why)
+        lost: list[str] = []
+        while self._failures <= self.settings.restarts:
+            seconds = min(self.settings.backoff_seconds * 2 ** (self._failures - 1), _LONGEST_PAUSE_SECONDS)
+            gone = f", {', '.join(lost)} does not answer" if lost else ""
+            say(f"{why}{gone}; starting again{changed} in {seconds:g} s ({self._failures} of {self.settings.restarts})")
+            self._wait(seconds)
+            lost = self.find_lost(self.job.plan)
+            if not lost:
+                self.restarts += 1
+                return
+            self._failures += 1
+        lost = lost or self.find_lost(self.job.plan)
+        if lost and self.settings.on_loss == "replan":
+            say(f"{', '.join(lost)} did not come back; planning on what is left")
+            self.job, self.launch = self.replan(lost)
+            self.restarts += 1
+            self.replans += 1
+            self._failures = 0
+            return
+        gone = f", and {', '.join(lost)} did not come back" if lost else ""
+        raise self._failed(
+            f"{_capitalized(why)} and {self.settings.restarts} restarts in a row brought no result{gone}; "
+            f"{self._kept()} The reason is in {self.launch.folder / LOG_NAME}.",
+            outcome,
+        )
+
+    def _fewer(self) -> str:
+        """The job with half as many sequences in flight; says so, or nothing where it is one already."""
+        before = self.job.plan.workload.sequences
+        if before == 1:
+            return ""
+        self.job = replace(self.job, plan=self.job.plan.with_fewer_sequences())
+        now = self.job.plan.workload.sequences
+        self.memory_warnings.append({"sequences": before, "sequences_now": now})
+        return f" with {now} sequences in flight instead of {before}"
+
+    def _wait(self, seconds: float) -> None:
+        try:
+            self.pause(seconds)
+        except KeyboardInterrupt:
+            raise Interrupted(f"Interrupted; {self._kept()}") from None
+
+    def _why(self, outcome: Outcome, tally: Tally) -> str:
+        if outcome.ended.reason is not Reason.ENDED:
+            return outcome.why(self.settings.hang_seconds, Watch.stopped_seconds)
+        if not is_local(self.launch.hosts[0]) and not (self.folder / RESULTS_NAME).exists():
+            raise self._failed(
+                f"The pipeline ended well, but its files are not in {self.folder}: rank 0 wrote them on host "
+                f"{self.launch.hosts[0]}; start run there, or give out= on a file system that both hosts share.",
+                outcome,
+            )
+        return f"the pipeline ended, but {tally.lacking} of {tally.total} rows have neither a result nor an error"
+
+    def _remedy(self, failure: Failure) -> str:
+        again = (
+            "no restart would change that, so compare the installed libraries with the tested versions, or report it "
+            "with the traceback"
+            if failure.kind == FAULT
+            else "that was before any new result, so it was not tried again; see the traceback"
+        )
+        return f"{again} in {self.launch.folder / LOG_NAME}; {self._kept()}"
+
+    def _kept(self) -> str:
+        return f"what finished is kept in {self.folder}, and the same command with out={self.folder} goes on there."
+
+    def _failed(self, sentence: str, outcome: Outcome) -> RunFailed:
+        return RunFailed(sentence, outcome.record() | {"restarts": self.restarts})
+
+    def _end(self, reason: str, tally: Tally) -> None:
+        # so that the log ends with it, not with what a neighbour met afterwards
+        with contextlib.suppress(OSError), open(self.launch.folder / LOG_NAME, "a", encoding="utf-8") as log:
+            log.write(f"ds-llmpq: {reason}\n")
+        self._note(self.journal.ended(reason, tally.completed))
+
+    def _note(self, journal: Journal) -> None:
+        self.journal = journal
+        journal.write(self.folder)
+
+
+def _would_come_again(failure: Failure, new_results: bool) -> bool:
+    return failure.kind == FAULT or (failure.kind == EXCEPTION and not new_results)
+
+
+def _capitalized(text: str) -> str:
+    return text[:1].upper() + text[1:]

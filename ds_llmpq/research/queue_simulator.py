@@ -1,0 +1,215 @@
+"""Discrete-event simulation of one server that runs up to `max_batch` jobs at a time.
+
+    none        one job at a time
+    static      a batch runs to its longest job; all of it is answered then
+    dynamic     a batch runs to its shortest job, then a new one is formed of those left over and those waiting
+    continuous  a slot whose job ends is refilled before the next iteration (one token for every row)
+
+Time is in seconds. All policies see the same clock, wait equally for partial batches and never lose a job.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ds_llmpq.errors import UserError
+from ds_llmpq.scheduler.execution import ExecutionCost
+from ds_llmpq.scheduler.jobs import Jobs
+from ds_llmpq.scheduler.policies import PREDICTING, Guard, make_queue
+
+BATCHINGS = ("none", "static", "dynamic", "continuous")
+_NO_WORK = 1e-9  # steps; what is left of a job by rounding alone
+
+
+@dataclass(frozen=True)
+class Server:
+    """How jobs are batched. `batch_wait_seconds`: how long a partial batch (static, dynamic) waits to fill."""
+
+    batching: str = "none"
+    max_batch: int = 1
+    batch_wait_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.batching not in BATCHINGS:
+            raise UserError(f"batching is {self.batching!r} but must be one of {', '.join(BATCHINGS)}.")
+        if self.max_batch < 1 or not self.batch_wait_seconds >= 0:
+            raise UserError(
+                f"max_batch is {self.max_batch} and batch_wait_seconds is {self.batch_wait_seconds}, but they must be "
+                "at least 1 and 0."
+            )
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What happened. Arrays are by job, in the order of `Jobs`; slots are positions computed, padding included."""
+
+    start_seconds: np.ndarray  # first time in a batch
+    completion_seconds: np.ndarray
+    prompt_slots: int
+    generated_slots: int
+    busy_seconds: float
+
+
+def simulate(
+    jobs: Jobs,
+    cost: ExecutionCost,
+    policy: str = "fcfs",
+    server: Server = Server(),
+    guard: Guard = Guard(),  # noqa: B008 (frozen)
+    prediction_seconds: float = 0.0,
+) -> Schedule:
+    """Runs all jobs under a policy. `prediction_seconds` is charged per job, one after another, before a job may be
+    scheduled by a policy that predicts. `UserError`: unknown policy or batching."""
+    if not prediction_seconds >= 0:
+        raise UserError(f"prediction.latency_seconds is {prediction_seconds} but must not be negative.")
+    run = _Run(jobs, cost, policy, server, guard, prediction_seconds if policy in PREDICTING else 0.0)
+    if server.batching == "continuous":
+        _run_continuous(run)
+    else:
+        _run_batches(run)
+    start, end = np.array(run.start), np.array(run.end)
+    return Schedule(start, end, run.prompt_slots, run.generated_slots, run.busy_seconds)
+
+
+def ready_seconds(arrival_seconds: np.ndarray, prediction_seconds: float) -> np.ndarray:
+    """When each job's prediction is there: one predictor takes jobs as they come, `prediction_seconds` each."""
+    offset = prediction_seconds * np.arange(len(arrival_seconds))
+    return np.maximum.accumulate(arrival_seconds - offset) + offset + prediction_seconds
+
+
+@dataclass
+class _Run:
+    """State of a simulation: the clock, the queue, who has arrived, what was spent."""
+
+    jobs: Jobs
+    cost: ExecutionCost
+    policy: str
+    server: Server
+    guard: Guard
+    prediction_seconds: float
+    now: float = 0.0
+    next: int = 0  # first job that is not yet ready
+    busy_seconds: float = 0.0
+    prompt_slots: int = 0
+    generated_slots: int = 0
+    start: list[float] = field(default_factory=list)
+    end: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.queue = make_queue(self.policy, self.jobs, self.cost, self.guard)
+        self.ready = ready_seconds(self.jobs.arrival_seconds, self.prediction_seconds).tolist()
+        self.prompts = self.jobs.prompt_tokens.tolist()
+        self.work = [
+            self.cost.own_steps(prompt) + tokens
+            for prompt, tokens in zip(self.prompts, self.jobs.generated_tokens.tolist(), strict=True)
+        ]
+        self.start = [math.nan] * len(self.jobs)
+        self.end = [math.nan] * len(self.jobs)
+
+    def admit(self) -> None:
+        while self.next < len(self.ready) and self.ready[self.next] <= self.now:
+            self.queue.push(self.next)
+            self.next += 1
+
+    def wait_for_work(self) -> bool:
+        """Moves the clock until a job waits; False when none will come."""
+        self.admit()
+        if not self.queue and self.next < len(self.ready):
+            self.now = self.ready[self.next]
+            self.admit()
+        return bool(self.queue)
+
+    def begin(self, new: list[int]) -> None:
+        """Starts jobs that have not run yet; prompts are padded to the longest of those that start together."""
+        for job in new:
+            self.start[job] = self.now
+        prompts = [self.prompts[job] for job in new]
+        self.prompt_slots += len(new) * max(prompts)
+        self.spend(self.cost.stall_seconds(prompts))
+
+    def spend(self, seconds: float) -> None:
+        self.now += seconds
+        self.busy_seconds += seconds
+
+
+def _run_batches(run: _Run) -> None:
+    """No, static and dynamic batching."""
+    dynamic = run.server.batching == "dynamic"
+    rows = 1 if run.server.batching == "none" else run.server.max_batch
+    done = [0.0] * len(run.jobs)
+    served = [0.0] * len(run.jobs)
+    while run.wait_for_work():
+        _wait_to_fill(run, rows)
+        batch = [run.queue.pop(run.now) for _ in range(min(rows, len(run.queue)))]
+        began = run.now
+        new = [job for job in batch if done[job] == 0.0]
+        if new:
+            run.begin(new)
+        steps = (min if dynamic else max)(run.work[job] - done[job] for job in batch)
+        context = sum(run.prompts[job] + int(done[job]) for job in batch)
+        run.spend(run.cost.decode_seconds(len(batch), context, steps))
+        run.admit()
+        for job in batch:
+            done[job] += steps
+            served[job] += run.now - began
+            if run.work[job] - done[job] <= _NO_WORK:
+                run.end[job] = run.now
+            else:
+                run.queue.push(job, done[job], served[job])
+        if not dynamic:
+            run.generated_slots += len(batch) * int(run.jobs.generated_tokens[batch].max())
+    if dynamic:  # every row of a dynamic batch is wanted
+        run.generated_slots = int(run.jobs.generated_tokens.sum())
+
+
+def _wait_to_fill(run: _Run, rows: int) -> None:
+    missing = rows - len(run.queue)
+    if missing <= 0 or run.server.batch_wait_seconds == 0:
+        return
+    last = run.next + missing - 1
+    full_at = run.ready[last] if last < len(run.ready) else math.inf
+    run.now = min(full_at, run.now + run.server.batch_wait_seconds)
+    run.admit()
+
+
+def _run_continuous(run: _Run) -> None:
+    """Slots are refilled between iterations; nothing is computed one token at a time: the clock jumps to the next
+    iteration at which a job ends or, with a free slot, to the first one after the next arrival."""
+    active: list[tuple[int, int]] = []  # (iteration at which a job ends, job)
+    step, context = 0, 0
+    while active or run.wait_for_work():
+        run.admit()
+        while run.queue and len(active) < run.server.max_batch:
+            new = [run.queue.pop(run.now) for _ in range(min(len(run.queue), run.server.max_batch - len(active)))]
+            run.begin(new)
+            for job in new:
+                heapq.heappush(active, (step + math.ceil(run.work[job]), job))
+                context += run.prompts[job]
+            run.admit()  # those that came while the others were held up
+        steps = active[0][0] - step
+        if len(active) < run.server.max_batch and run.next < len(run.ready):
+            steps = _steps_until(run, len(active), context, run.ready[run.next], steps)
+        run.spend(run.cost.decode_seconds(len(active), context, steps))
+        step += steps
+        context += steps * len(active)
+        while active and active[0][0] == step:
+            _, job = heapq.heappop(active)
+            run.end[job] = run.now
+            context -= run.prompts[job] + math.ceil(run.work[job])
+    run.generated_slots = int(run.jobs.generated_tokens.sum())
+
+
+def _steps_until(run: _Run, rows: int, context: int, when: float, most: int) -> int:
+    """The fewest steps, at least one, after which the clock has reached `when`; at most `most`."""
+    low, high = 1, most
+    while low < high:
+        middle = (low + high) // 2
+        if run.now + run.cost.decode_seconds(rows, context, middle) >= when:
+            high = middle
+        else:
+            low = middle + 1
+    return low

@@ -1,0 +1,219 @@
+"""The engine's passes played through in time: when each stage works, waits and hands on, and how long it all takes.
+
+`simulate` follows what the engine does instruction by instruction: the passes of `scheduler.scheduler`, the next
+receive posted as soon as it is certain, sends that block only when too many are under way, tokens returned by the last
+stage to all others on their own channel, slots refilled as sequences end. Stage and link times go in, so any cost model
+can be put behind it. Every message is known before it is needed, so events can be computed in the order of passes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from ds_llmpq.cost.memory import IN_FLIGHT_MESSAGES
+from ds_llmpq.scheduler.scheduler import Pass, PassOrder, PassSizes
+
+
+class StageTimes(Protocol):
+    """Seconds of the work and the messages of a pipeline; `rows` of the micro-batch, `tokens` new ones of each row."""
+
+    stages: int
+
+    def work(self, stage: int, phase: str, rows: int, tokens: int, past: int) -> float:
+        """One pass of a micro-batch through a stage, with everything that stage does for it."""
+
+    def hop(self, stage: int, phase: str, rows: int, tokens: int) -> float:
+        """Hidden states from `stage` to the next one."""
+
+    def back(self, stage: int, rows: int) -> float:
+        """Tokens from the last stage to `stage`."""
+
+
+@dataclass(frozen=True)
+class UniformTimes:
+    """Constant times, one list entry a stage: P_j and D_j; p_j and d_j from stage j to j + 1, the last one the way
+    back (to every stage alike)."""
+
+    prefill: Sequence[float]
+    decode: Sequence[float]
+    prefill_links: Sequence[float]
+    decode_links: Sequence[float]
+
+    @property
+    def stages(self) -> int:
+        return len(self.prefill)
+
+    def work(self, stage: int, phase: str, rows: int, tokens: int, past: int) -> float:
+        return (self.prefill if phase == "prefill" else self.decode)[stage]
+
+    def hop(self, stage: int, phase: str, rows: int, tokens: int) -> float:
+        return (self.prefill_links if phase == "prefill" else self.decode_links)[stage]
+
+    def back(self, stage: int, rows: int) -> float:
+        return self.decode_links[-1]
+
+
+@dataclass(frozen=True)
+class Span:
+    """What a stage does from `start` for `seconds`, about so many rows: prefill, decode, wait_receive, wait_send or
+    wait_tokens."""
+
+    stage: int
+    name: str
+    start: float
+    seconds: float
+    rows: int
+
+
+@dataclass(frozen=True)
+class Played:
+    """latency_seconds: until the first stage knows the last token. first_tokens_seconds: until it knows the first token
+    of every sequence that was admitted at the start. last_token_seconds: of each sequence."""
+
+    latency_seconds: float
+    first_tokens_seconds: float
+    last_token_seconds: tuple[float, ...]
+    spans: tuple[Span, ...]
+
+    def busy_seconds(self, stage: int, phase: str | None = None) -> float:
+        """Work of a stage in all, or in one phase."""
+        return sum(
+            span.seconds
+            for span in self.spans
+            if span.stage == stage and (span.name == phase if phase else not span.name.startswith("wait_"))
+        )
+
+    def chrome_events(self) -> list[dict]:
+        """Complete events as in a run's trace.json: process = stage, microseconds."""
+        return [
+            {
+                "name": span.name,
+                "ph": "X",
+                "pid": span.stage,
+                "tid": 0,
+                "ts": span.start * 1e6,
+                "dur": span.seconds * 1e6,
+                "args": {"rows": span.rows},
+            }
+            for span in self.spans
+        ]
+
+
+@dataclass
+class _Clockwork:
+    """Times known so far. A message is in one direction of one link at a time, and needs a posted receive."""
+
+    times: StageTimes
+    free: list[float] = field(default_factory=list)  # when each stage has done its last instruction
+    took: list[float] = field(default_factory=list)  # when each stage took the hidden states of its last pass
+    link_free: list[float] = field(default_factory=list)
+    back_free: list[float] = field(default_factory=list)
+    sent: list[deque[float]] = field(default_factory=list)  # arrivals of a stage's last messages
+    spans: list[Span] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.free = [0.0] * self.times.stages
+        self.took = [0.0] * self.times.stages
+        self.link_free = [0.0] * self.times.stages
+        self.back_free = [0.0] * self.times.stages
+        self.sent = [deque(maxlen=IN_FLIGHT_MESSAGES) for _ in range(self.times.stages)]
+
+    def wait(self, stage: int, until: float, name: str, rows: int) -> None:
+        if until > self.free[stage]:
+            self.spans.append(Span(stage, name, self.free[stage], until - self.free[stage], rows))
+            self.free[stage] = until
+
+    def run(self, stage: int, phase: str, rows: int, tokens: int, past: int) -> None:
+        seconds = self.times.work(stage, phase, rows, tokens, past)
+        self.spans.append(Span(stage, phase, self.free[stage], seconds, rows))
+        self.free[stage] += seconds
+
+    def send(self, stage: int, phase: str, rows: int, tokens: int, posted: float) -> float:
+        """When a message that `stage` now hands over is there; `posted`: when the next stage posted for it."""
+        if len(self.sent[stage]) == IN_FLIGHT_MESSAGES:
+            self.wait(stage, self.sent[stage][0], "wait_send", rows)
+        start = max(self.free[stage], posted, self.link_free[stage])
+        self.link_free[stage] = start + self.times.hop(stage, phase, rows, tokens)
+        self.sent[stage].append(self.link_free[stage])
+        return self.link_free[stage]
+
+    def send_back(self, rows: int) -> list[float]:
+        """When the tokens just chosen are known on each stage; the last one knows them at once."""
+        last = self.times.stages - 1
+        known = []
+        for stage in range(last):
+            start = max(self.free[last], self.back_free[stage])
+            self.back_free[stage] = start + self.times.back(stage, rows)
+            known.append(self.back_free[stage])
+        return [*known, self.free[last]]
+
+
+def simulate(times: StageTimes, lengths: Sequence[tuple[int, int]], slots: int, sizes: PassSizes) -> Played:
+    """Plays a stream: `lengths` are (prompt tokens, generated tokens) of each sequence, in the order of admission."""
+    return _Stream(times, lengths, slots, sizes).play()
+
+
+class _Stream:
+    """One play: what is in each slot, and when each stage knows of it."""
+
+    def __init__(self, times: StageTimes, lengths: Sequence[tuple[int, int]], slots: int, sizes: PassSizes):
+        self.clock = _Clockwork(times)
+        self.lengths = lengths
+        self.order = PassOrder(slots, sizes)
+        self.order.add(prompt for prompt, _ in lengths)
+        self.sequence = [0] * slots
+        self.tokens = [0] * slots  # generated so far
+        self.known = [[0.0] * slots for _ in range(times.stages)]
+        self.last_token = [0.0] * len(lengths)
+        self.first_tokens = 0.0
+
+    def play(self) -> Played:
+        stages = range(self.clock.times.stages)
+        certain = [True] * len(stages)  # whether a stage knew its next pass when it took the last one
+        while self.order.upcoming() is not None:
+            slots = self.order.needed()
+            for stage in stages:
+                known = max((self.known[stage][slot] for slot in slots), default=0.0)
+                certain[stage] = certain[stage] and known <= self.clock.took[stage]
+                self.clock.wait(stage, known, "wait_tokens", len(slots))
+            admitted_before = self.order.waiting < len(self.lengths)
+            for batch in self.order.decide(self._ended):
+                self._play(batch, certain)
+                certain = [True] * len(stages)
+                if batch.phase == "prefill" and not admitted_before:
+                    self.first_tokens = max(self.first_tokens, *(self.known[0][slot] for slot in batch.slots))
+        latency = max(self.known[0], default=0.0)
+        return Played(latency, self.first_tokens, tuple(self.last_token), tuple(self.clock.spans))
+
+    def _ended(self, slot: int) -> bool:
+        return self.tokens[slot] >= self.lengths[self.sequence[slot]][1]
+
+    def _play(self, batch: Pass, certain: Sequence[bool]) -> None:
+        """One pass through all stages; where it was `certain`, its receive was posted with the pass before."""
+        clock, rows = self.clock, batch.size
+        for slot, sequence in zip(batch.slots, batch.sequences, strict=False):
+            self.sequence[slot], self.tokens[slot] = sequence, 0
+        prompts = [self.lengths[self.sequence[slot]][0] for slot in batch.live]
+        prefill = batch.phase == "prefill"
+        tokens = max(prompts) if prefill else 1
+        grown = [prompt + self.tokens[slot] - 1 for prompt, slot in zip(prompts, batch.live, strict=True)]
+        past = 0 if prefill else max(grown)
+        stages = clock.times.stages
+        posted = [clock.took[stage] if certain[stage] else clock.free[stage] for stage in range(stages)]
+        arrived = 0.0
+        for stage in range(stages):
+            if stage:
+                clock.wait(stage, arrived, "wait_receive", rows)
+            clock.took[stage] = clock.free[stage]
+            clock.run(stage, batch.phase, rows, tokens, past)
+            if stage + 1 < stages:
+                arrived = clock.send(stage, batch.phase, rows, tokens, posted[stage + 1])
+        for stage, when in enumerate(clock.send_back(rows)):
+            for slot in batch.live:
+                self.known[stage][slot] = when
+        for slot in batch.live:
+            self.tokens[slot] += 1
+            self.last_token[self.sequence[slot]] = self.known[0][slot]

@@ -1,0 +1,329 @@
+"""Serving a job on one rank. Follow a request: read -> encode -> wave -> pipeline -> text -> results.jsonl.
+
+Rank 0, the driver, does all but the pipeline; the other ranks only run their stage.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, nullcontext
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from ds_llmpq.batch.prompts import PreparedRequest, prepare
+from ds_llmpq.batch.reader import RequestFile, read_requests
+from ds_llmpq.batch.request import RowError
+from ds_llmpq.batch.results import Result, ResultWriter
+from ds_llmpq.engine.faults import Fault, described
+from ds_llmpq.engine.preflight import check_memory
+from ds_llmpq.engine.rank_context import Place
+from ds_llmpq.engine.sequences import Finish
+from ds_llmpq.engine.session import Session, cache_positions, plan_block, row_positions
+from ds_llmpq.engine.stream import OnTokens
+from ds_llmpq.engine.trace import chrome_events
+from ds_llmpq.engine.wave import WaveRow
+from ds_llmpq.files import write_json, write_whole
+from ds_llmpq.launch.heartbeat import Heartbeat, drain_on_request
+from ds_llmpq.launch.job import Job, check_input
+from ds_llmpq.launch.progress import Bar, Lines
+from ds_llmpq.models.shape import read_shape
+from ds_llmpq.models.tokenizer import load_tokenizer
+from ds_llmpq.planner.planfile import check_model
+from ds_llmpq.serving import metrics
+from ds_llmpq.serving.admission import Feed
+from ds_llmpq.serving.in_flight import InFlight, identity_of, read_in_flight
+from ds_llmpq.serving.ordering import expected, order_of
+from ds_llmpq.serving.prediction import MOST_PASSES, decode_passes
+from ds_llmpq.serving.replay import Replay, replay_shape
+from ds_llmpq.serving.stop_rule import TextStopRule, stop_rule_of
+
+_REASON = {Finish.STOP: "stop", Finish.LENGTH: "length"}
+
+
+def serve(job: Job, place: Place) -> dict[str, Any] | None:
+    """Runs a job to its end; the driver writes all files and returns the metrics, the others return None.
+
+    Raises `UserError` on the rank that meets a mistake; the launcher ends the others.
+    """
+    check_model(job.plan, job.model_path)
+    tokenizer = load_tokenizer(job.model_path, job.trust_remote_code, job.template_time)
+    rule = stop_rule_of(job.model_path, tokenizer)
+    heartbeat = Heartbeat(job.hang_seconds, None if job.supervised else lambda: None)
+    driver = Driver(job, rule, heartbeat) if place.is_driver else None
+    with driver or nullcontext(), closing(heartbeat):
+        if job.engine.check_memory:
+            check_memory(job.plan, place, job.memory_wait_seconds)
+        session = Session(
+            job.plan,
+            place,
+            job.model_path,
+            rule,
+            driver.loading if driver else heartbeat.beat,
+            job.trust_remote_code,
+            job.engine,
+        )
+        heartbeat.watch(lambda: session.trace.spans)
+        if driver:
+            driver.loaded()
+        take = driver.source(session).take if driver else _no_requests
+        if driver:
+            session.run_all(take, driver.finished, driver.broken, driver.on_tokens)
+        else:
+            session.run_all(take, _not_written)
+        reports = place.data.gather(session.report() | {"trace": session.trace.spans_seen()})
+        return driver.conclude(session, reports) if driver else None
+
+
+def _no_requests() -> None:
+    """Only the driver has requests."""
+
+
+def _not_written(row: WaveRow, tokens: list[int], finish: Finish) -> None:
+    """Only the driver writes."""
+
+
+class Driver:
+    """Rank 0's side of a job: requests in, rows out as they finish, counts and times."""
+
+    def __init__(self, job: Job, rule: TextStopRule, heartbeat: Heartbeat):
+        self.job = job
+        self.heartbeat = heartbeat
+        self.rule = rule
+        self.progress = Lines() if job.supervised else Bar()
+        self.started = time.perf_counter()
+        file = read_requests(job.input, job.batch)
+        check_input(job, file.sha256)
+        self.total = file.total
+        name, ids = Path(job.model_path).name, {request.custom_id for request in file.requests}
+        # started by hand it has no journal that would say of what the results are
+        self.writer = ResultWriter(job.output, model=name, total=file.total, resume=job.supervised, among=ids)
+        self.prepared, errors = self._prepare(file)
+        identity = identity_of(file.sha256, job.plan, job.batch)
+        begun = self._begun_before(identity)
+        bounds = self._order(begun)
+        self.in_flight = InFlight(Path(job.output), identity, begun) if self._keeps_tokens() else None
+        # by place, as the feed knows them
+        self._begun = {
+            place: begun[each.request.index] for place, each in enumerate(self.prepared) if each.request.index in begun
+        }
+        self.feed = self._feed(bounds)
+        self.replay: Replay | None = None
+        drain_on_request(self.stop)
+        for error in chain(file.errors, errors):
+            self.writer.write_error(error)
+        self.tokens = 0
+        self._loaded_layers = 0
+        self._answer_tokens = [0] * len(self.prepared)
+
+    def __enter__(self) -> Driver:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.progress.close()
+        self.writer.close()
+        if self.in_flight is not None:
+            self.in_flight.close()
+
+    def stop(self) -> None:
+        """Begins nothing new; called by a signal, so it only sets what is looked at later."""
+        self.feed.stop()
+        if self.replay is not None:
+            self.replay.stop()
+
+    def loading(self, name: str) -> None:
+        self.heartbeat.beat()
+        self._loaded_layers += 1
+        first, last = self.job.plan.stages[0].layers
+        self.progress.show("load", self._loaded_layers, max(self._loaded_layers, last - first + 1))
+
+    def loaded(self) -> None:
+        self.serving_started = time.perf_counter()
+        self.progress.show("prompts", self._done(), self.total)
+
+    @property
+    def on_tokens(self) -> OnTokens | None:
+        """Keeps the tokens of rows that go on; None where nobody would go on from them."""
+        if self.in_flight is None:
+            return None
+        add, indices = self.in_flight.add, [each.request.index for each in self.prepared]
+        return lambda keys, tokens: add([indices[key] for key in keys], tokens)
+
+    def finished(self, row: WaveRow, tokens: list[int], finish: Finish) -> None:
+        """Writes one request's result: called when its last token is known."""
+        if finish is Finish.OVERRUN:
+            self.feed.requeue(row, tokens)
+            return
+        request = self.prepared[row.key]
+        self.tokens += len(tokens) - len(self._begun.get(row.key, ()))
+        self._answer_tokens[row.key] = len(tokens)
+        if self.replay is not None:
+            self.replay.ended(row.key)
+        if finish is Finish.BROKEN:
+            return
+        try:
+            text = self.rule.text(row, tokens)
+        except Exception as error:
+            self.broken(row, Fault(0, "decoding its tokens", type(error).__name__, described(error)))
+            return
+        self.writer.write_result(Result(request.request, request.prompt_tokens, len(tokens), text, _REASON[finish]))
+        if self.in_flight is not None:
+            self.in_flight.end(request.request.index)
+        self._show()
+
+    def broken(self, row: WaveRow, fault: Fault | None) -> None:
+        """Writes one request's error: called when it is known why it was given up, after it has finished."""
+        request = self.prepared[row.key].request
+        if self.in_flight is not None:
+            self.in_flight.begin_anew(request.index)
+        if fault is not None and fault.out_of_memory and self._begun.pop(row.key, None):
+            self.feed.requeue(row, ())  # its prompt alone is shorter
+            return
+        self.writer.write_error(RowError(request.line, request.custom_id, *_reason(fault)))
+        self._show()
+
+    def _show(self) -> None:
+        seconds = time.perf_counter() - self.serving_started
+        self.progress.show("prompts", self._done(), self.total, f"{self.tokens / seconds:.0f} tokens/s")
+
+    def conclude(self, session: Session, reports: list[dict[str, Any]]) -> dict[str, Any]:
+        """Writes metrics.json and trace.json."""
+        self.writer.sync()  # or says that the results are gone
+        folder = Path(self.job.output)
+        events = chain.from_iterable([chrome_events(report.pop("trace")) for report in reports])
+        summary = metrics.summarize(
+            self.job.plan,
+            self.writer.counts,
+            session.engine.stream_times,
+            session.sizes,
+            reports,
+            startup_seconds=self.serving_started - self.started,
+        )
+        kept = {"rows": len(self._begun), "tokens": sum(map(len, self._begun.values()))}
+        summary["gone_on_from"] = kept | {"source": "counted"}
+        if self.replay is None:
+            summary["order"] = self._order_report(session)
+        else:
+            summary["replay"] = self.replay.report()
+        write_json(folder / "metrics.json", summary)
+        write_whole(folder / "trace.json", trace_text(events))
+        return summary
+
+    def _prepare(self, file: RequestFile) -> tuple[list[PreparedRequest], list[RowError]]:
+        shape, positions = read_shape(self.job.model_path), cache_positions(self.job.plan)
+        return prepare(
+            (request for request in file.requests if request.custom_id not in self.writer.finished),
+            self.rule.tokenizer,
+            context_tokens=shape.max_positions or positions,
+            capacity_tokens=positions,
+            vocabulary_size=shape.vocab,
+            progress=self.heartbeat.beat,
+        )
+
+    def _keeps_tokens(self) -> bool:
+        """What a row goes on from is computed by prefill instead of decode, in other shapes; and only a run with a
+        journal is gone on with."""
+        return self.job.supervised and not self.job.engine.batch_invariant
+
+    def _begun_before(self, identity: str) -> dict[int, list[int]]:
+        """Tokens that a former attempt left of requests without a result, by their number in the input."""
+        if not self._keeps_tokens():
+            return {}
+        found, vocabulary = read_in_flight(Path(self.job.output), identity), read_shape(self.job.model_path).vocab
+        most = {each.request.index: each.max_tokens for each in self.prepared}
+        return {
+            index: tokens
+            for index, tokens in found.items()
+            if len(tokens) < most.get(index, 0) and max(tokens) < vocabulary
+        }
+
+    def _order(self, begun: Mapping[int, Sequence[int]]) -> list[int]:
+        """Sorts the prepared requests, those that have begun first; returns the cache positions reserved for each one's
+        answer."""
+        batch = self.job.batch
+        believed = expected(self.prepared, batch, Path(self.job.model_path).name)
+        order = order_of(self.prepared, batch.order, believed.tokens)
+        order = sorted(order, key=lambda place: self.prepared[place].request.index not in begun)
+        self.prepared = [self.prepared[place] for place in order]
+        self._expected_tokens = [believed.tokens[place] for place in order]
+        return [believed.bounds[place] for place in order]
+
+    def _feed(self, bounds: list[int]) -> Feed:
+        plan, engine = self.job.plan, self.job.engine
+        return Feed(
+            self.prepared,
+            bounds,
+            plan.workload.sequences,
+            row_positions(plan),
+            engine.refill,
+            plan.micro_batch["decode"] if engine.batch_invariant else 1,
+            plan_block(plan),
+            self._begun,
+        )
+
+    def source(self, session: Session) -> Feed | Replay:
+        """Where the engine's waves come from: all requests at once, or a replay of when they came."""
+        if self.job.batch.replay is None:
+            return self.feed
+
+        def room() -> int | None:
+            stream = session.engine.stream
+            return None if stream is None else stream.shape[0] - stream.order.occupied
+
+        self.replay = Replay(
+            self.prepared,
+            replay_shape(self.feed, self.prepared),
+            self.job.plan,
+            self.job.batch.policy,
+            self._expected_tokens,
+            room,
+            self.heartbeat.beat,
+            begun=self._begun,
+        )
+        return self.replay
+
+    def _order_report(self, session: Session) -> dict[str, Any]:
+        """Decode passes that this order led to, and what the same answers would have needed in arrival order. Both are
+        counted from the answers, not timed."""
+        came = sorted(range(len(self.prepared)), key=lambda place: self.prepared[place].request.index)
+        return {
+            "order": self.job.batch.order,
+            "admission": self.job.batch.admission,
+            "requeued": self.feed.requeued,
+            "decode_passes": self._passes(session, range(len(self.prepared))),
+            "decode_passes_in_arrival_order": self._passes(session, came),
+            "source": "counted",
+        }
+
+    def _passes(self, session: Session, order: Sequence[int]) -> int | None:
+        """None where counting them would take long."""
+        lengths = [(self.prepared[i].prompt_tokens, self._answer_tokens[i]) for i in range(len(self.prepared))]
+        if sum(answer for _, answer in lengths) / session.sizes.decode_rows > MOST_PASSES:
+            return None
+        streams = self.feed.streams(order)
+        return sum(decode_passes([lengths[i] for i in part], slots, session.sizes) for slots, part in streams)
+
+    def _done(self) -> int:
+        return self.writer.counts["completed"] + self.writer.counts["failed"]
+
+
+def _reason(fault: Fault | None) -> tuple[str, str]:
+    """Code and message of the error row."""
+    if fault is None:
+        return "nan_logits", (
+            "the model's logits were not numbers for this prompt; try another compute type or bit width."
+        )
+    where = f"stage {fault.stage}, {fault.phase}: {fault.kind}: {fault.message}"
+    if fault.out_of_memory:
+        return "out_of_memory", f"no memory for a prompt of this length ({where}); plan for longer prompts."
+    return "execution_error", f"the model could not run this row ({where}); the other rows were not harmed."
+
+
+def trace_text(events: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """A Chrome trace, an event at a time: all of them together would take more memory than the batch."""
+    yield '{"displayTimeUnit": "ms", "traceEvents": ['
+    for index, event in enumerate(events):
+        yield f"{',' if index else ''}\n{json.dumps(event)}"
+    yield "\n]}\n"

@@ -1,0 +1,173 @@
+"""in_flight.jsonl: the tokens of sequences that have not ended, so that after a death they go on where they were.
+
+Appended once a pass and not synced: it survives the death of any process, and of a power cut it loses the tail or all,
+which costs no more than the work. It is written anew when most of it is of sequences that have ended since, so its size
+is bounded by what is in flight. `results.jsonl` alone says what is done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ds_llmpq.errors import UserError
+from ds_llmpq.files import open_regular
+from ds_llmpq.launch.journal import plan_fingerprint, sampling_of
+from ds_llmpq.planner.plan import Plan
+from ds_llmpq.schema import BatchConfig
+
+NAME = "in_flight.jsonl"
+SCHEMA = 1
+_SLACK_BYTES = 1 << 20  # of ended sequences, before the file is written anew
+_TOKEN_BYTES = 24  # in flight, for which as much may stand there as was written
+_MOST_LINE_BYTES = 16 << 20
+_MOST_TOKEN = 1 << 31
+
+
+def identity_of(input_sha256: str, plan: Plan, batch: BatchConfig) -> str:
+    """What tokens depend on, as results do: they are of no use to a run with another."""
+    decided = [input_sha256, plan_fingerprint(plan), sampling_of(batch)]
+    return hashlib.sha256(json.dumps(decided, sort_keys=True, default=str).encode()).hexdigest()
+
+
+class InFlight:
+    """The file of one run, open for writing. Rows are known by their number in the input.
+
+    `tokens`: what is in flight, by row. Once a write fails no more is kept, and the batch goes on without it.
+    """
+
+    def __init__(self, folder: Path, identity: str, tokens: Mapping[int, Sequence[int]]):
+        self.path = folder / NAME
+        self.tokens = {row: array("i", of_row) for row, of_row in tokens.items()}
+        self._identity = identity
+        self._live = sum(map(len, self.tokens.values()))
+        self._descriptor = -1
+        self._bytes = 0
+        self._attempt(self._rewrite)
+
+    def add(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
+        """The next token of each row, of sequences that go on after it."""
+        for row, token in zip(rows, tokens, strict=True):
+            self.tokens.setdefault(row, array("i")).append(token)
+        self._live += len(rows)
+        if rows:
+            self._append(f'{{"rows": {list(rows)}, "tokens": {list(tokens)}}}\n')
+
+    def end(self, row: int) -> None:
+        """The row's result is written."""
+        self._live -= len(self.tokens.pop(row, ()))
+
+    def begin_anew(self, row: int) -> None:
+        """The row was given up: its tokens shall not be gone on from."""
+        if row in self.tokens:
+            self.end(row)
+            self._append(f'{{"row": {row}, "tokens": []}}\n')
+
+    def close(self) -> None:
+        """Drops the file if nothing is in flight."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+        if not self.tokens:
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+
+    def _append(self, line: str) -> None:
+        if self._descriptor < 0:
+            return
+        data = line.encode()
+        self._attempt(lambda: self._write(data))
+        if self._bytes > _SLACK_BYTES + _TOKEN_BYTES * self._live:
+            self._attempt(self._rewrite)
+
+    def _write(self, data: bytes) -> None:
+        if os.write(self._descriptor, data) != len(data):
+            raise OSError(0, "it does not fit")
+        self._bytes += len(data)
+
+    def _rewrite(self) -> None:
+        """Replaces the file by one of what is in flight."""
+        whole = self.path.with_suffix(".tmp")
+        lines = [json.dumps({"schema": SCHEMA, "identity": self._identity})]
+        lines += (json.dumps({"row": row, "tokens": of_row.tolist()}) for row, of_row in self.tokens.items())
+        data = "".join(f"{line}\n" for line in lines).encode()
+        descriptor = os.open(whole, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
+            with open(descriptor, "wb", buffering=0, closefd=False) as file:
+                if file.write(data) != len(data):
+                    raise OSError(0, "it does not fit")
+            os.replace(whole, self.path)
+        except OSError:
+            os.close(descriptor)
+            raise
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+        self._descriptor, self._bytes = descriptor, len(data)
+
+    def _attempt(self, write: Any) -> None:
+        try:
+            write()
+        except OSError as error:
+            if self._descriptor >= 0:
+                os.close(self._descriptor)
+                self._descriptor = -1
+            for path in (self.path, self.path.with_suffix(".tmp")):  # what is torn in its middle helps nobody
+                with contextlib.suppress(OSError):
+                    path.unlink()
+            sys.stderr.write(
+                f"ds-llmpq: cannot write {self.path} ({error.strerror}); after a death, rows in flight begin anew\n"
+            )
+
+
+def read_in_flight(folder: Path, identity: str) -> dict[int, list[int]]:
+    """Tokens by row, as far as the file is whole; none if there is no such file, or it is another run's."""
+    path = folder / NAME
+    found: dict[int, list[int]] = {}
+    if path.is_symlink() or not path.exists():
+        return found
+    with contextlib.suppress(UserError, OSError), open_regular(path, "tokens in flight", "remove it") as file:
+        for number, fields in enumerate(_lines(iter(lambda: file.readline(_MOST_LINE_BYTES), b""))):
+            if number == 0:
+                if fields != {"schema": SCHEMA, "identity": identity}:
+                    break
+            elif not _take(found, fields):
+                break
+    return {row: tokens for row, tokens in found.items() if tokens}
+
+
+def _lines(raw: Iterable[bytes]) -> Iterable[Any]:
+    """Up to the first that is torn."""
+    for line in raw:
+        if not line.endswith(b"\n"):
+            return
+        try:
+            yield json.loads(line)
+        except (ValueError, RecursionError):
+            return
+
+
+def _take(found: dict[int, list[int]], fields: Any) -> bool:
+    """One line; False if it is none of ours."""
+    tokens = fields.get("tokens") if isinstance(fields, dict) else None
+    if not _are_numbers(tokens):
+        return False
+    if _are_numbers([fields.get("row")]):
+        found[fields["row"]] = tokens
+        return True
+    rows = fields.get("rows")
+    if not _are_numbers(rows) or len(rows) != len(tokens):
+        return False
+    for row, token in zip(rows, tokens, strict=True):
+        found.setdefault(row, []).append(token)
+    return True
+
+
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < _MOST_TOKEN for value in values)

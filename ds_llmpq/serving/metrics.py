@@ -1,0 +1,110 @@
+"""metrics.json: what a run did and how that compares with its plan. Every number says where it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from ds_llmpq.planner.plan import Plan
+from ds_llmpq.scheduler.scheduler import PassSizes
+from ds_llmpq.serving.prediction import play_lengths
+
+if TYPE_CHECKING:
+    from ds_llmpq.engine.stream import StreamTimes  # which imports torch
+
+SCHEMA = 2
+PHASES = ("prefill", "decode")
+
+
+def summarize(
+    plan: Plan,
+    counts: dict[str, int],
+    streams: Sequence[StreamTimes],
+    sizes: PassSizes | None,
+    reports: list[dict[str, Any]],
+    startup_seconds: float,
+) -> dict[str, Any]:
+    """`streams` as timed on the driver, `reports` one a rank; none of either where nothing ran, or nobody told.
+
+    Prefill and decode overlap, so a phase's seconds are the work of the stage that spent the most on it: prefill
+    tokens/s counts prompt tokens, decode tokens/s all generated tokens but the first of each sequence.
+    """
+    prompt_tokens = sum(stream.prompt_tokens for stream in streams)
+    generated_tokens = sum(stream.generated_tokens for stream in streams)
+    rows = sum(len(stream.lengths) for stream in streams)
+    seconds = sum(stream.seconds for stream in streams)
+    phases = {phase: max((report["seconds"].get(phase, 0.0) for report in reports), default=0.0) for phase in PHASES}
+    first = streams[0].first_token_seconds if streams else None
+    return {
+        "schema": SCHEMA,
+        "counts": counts,
+        "measured": {
+            "startup_seconds": startup_seconds,
+            "serving_seconds": seconds,
+            "time_to_first_token_seconds": None if first is None else startup_seconds + first,
+            "rows": rows,
+            "prompt_tokens": prompt_tokens,
+            "generated_tokens": generated_tokens,
+            **{f"{phase}_seconds": work for phase, work in phases.items()},
+            "prefill_tokens_per_second": _rate(prompt_tokens, phases["prefill"]),
+            "decode_tokens_per_second": _rate(generated_tokens - rows, phases["decode"]),
+            "throughput_tokens_per_second": _rate(generated_tokens, seconds),
+        },
+        "predicted_against_measured": _fidelity(plan, streams, sizes, seconds, phases),
+        "stages": [_stage(plan, report) for report in sorted(reports, key=lambda report: report["stage"])],
+        "memory_warnings": [warning for report in reports for warning in report["memory_warnings"]],
+        "provenance": dict(plan.provenance),
+    }
+
+
+def _fidelity(
+    plan: Plan, streams: Sequence[StreamTimes], sizes: PassSizes, seconds: float, phases: dict[str, float]
+) -> dict[str, Any] | None:
+    """The plan's times for these very requests and answers beside what was measured; None where nothing ran, or too
+    much to play it through."""
+    played = [play_lengths(plan, stream.lengths, stream.slots, sizes) for stream in streams]
+    if not played or None in played:
+        return None
+    stages = range(len(plan.stages))
+    predicted = {"latency_seconds": sum(play.latency_seconds for play in played)} | {
+        f"{phase}_seconds": max(sum(play.busy_seconds(stage, phase) for play in played) for stage in stages)
+        for phase in PHASES
+    }
+    measured = {"latency_seconds": seconds} | {f"{phase}_seconds": work for phase, work in phases.items()}
+    return {
+        "planned_workload": asdict(plan.workload),
+        "planned_throughput_tokens_per_second": plan.predicted["throughput_tokens_per_second"],
+        "lengths": "of the requests and answers of this run",
+        **{
+            name: {"predicted": predicted[name], "measured": value, "ratio": _rate(value, predicted[name])}
+            for name, value in measured.items()
+        },
+    }
+
+
+def _stage(plan: Plan, report: dict[str, Any]) -> dict[str, Any]:
+    stage = plan.stages[report["stage"]]
+    predicted = dict(stage.memory_bytes)
+    measured = report["memory_bytes"]
+    return {
+        **{name: report[name] for name in ("stage", "rank", "load_seconds", "seconds", "passes", "tokens")},
+        "device": stage.device,
+        "layers": list(stage.layers),
+        "memory_bytes": {
+            "predicted": predicted | {"total": sum(predicted.values())},
+            "measured": measured,
+            "budget": stage.memory_budget_bytes,
+        },
+        "pass_seconds": {
+            phase: {
+                "predicted": getattr(stage, f"{phase}_seconds"),
+                "measured": _rate(report["seconds"].get(phase, 0.0), report["passes"].get(phase, 0)),
+            }
+            for phase in PHASES
+        },
+    }
+
+
+def _rate(amount: float, seconds: float) -> float | None:
+    return amount / seconds if seconds else None

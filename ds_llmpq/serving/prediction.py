@@ -1,0 +1,66 @@
+"""What the plan's own times say of the requests as they turned out: the same passes, with the answers' real lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ds_llmpq.planner.plan import Plan
+from ds_llmpq.scheduler.scheduler import PassOrder, PassSizes
+from ds_llmpq.scheduler.simulator import Played, simulate
+
+MOST_PASSES = 50_000  # about two seconds of playing
+
+
+@dataclass(frozen=True)
+class PlanTimes:
+    """`StageTimes` from plan.json. A prefill pass counts by its padded tokens, in proportion to the planned one; a
+    decode pass counts as planned however many rows are left in it, since it reads the same weights."""
+
+    plan: Plan
+
+    @property
+    def stages(self) -> int:
+        return len(self.plan.stages)
+
+    def work(self, stage: int, phase: str, rows: int, tokens: int, past: int) -> float:
+        planned = self.plan.stages[stage]
+        if phase == "decode":
+            return planned.decode_seconds
+        return planned.prefill_seconds * self._share(rows, tokens)
+
+    def hop(self, stage: int, phase: str, rows: int, tokens: int) -> float:
+        return self._link(phase, stage) * (self._share(rows, tokens) if phase == "prefill" else 1.0)
+
+    def back(self, stage: int, rows: int) -> float:
+        return self._link("decode", -1)
+
+    def _share(self, rows: int, tokens: int) -> float:
+        return rows * tokens / (self.plan.micro_batch["prefill"] * self.plan.workload.prompt_tokens)
+
+    def _link(self, phase: str, index: int) -> float:
+        links = (self.plan.engine or {}).get("link_seconds")
+        return links[phase][index] if links else 0.0
+
+
+def play_lengths(plan: Plan, lengths: Sequence[tuple[int, int]], slots: int, sizes: PassSizes) -> Played | None:
+    """The plan played with these (prompt, generated) tokens; None where that is too many passes to be worth it."""
+    tokens = sum(generated for _, generated in lengths)
+    if (len(lengths) + tokens / min(slots, sizes.decode_rows)) * len(plan.stages) > MOST_PASSES:
+        return None
+    return simulate(PlanTimes(plan), lengths, slots, sizes)
+
+
+def decode_passes(lengths: Sequence[tuple[int, int]], slots: int, sizes: PassSizes) -> int:
+    """How many decode passes a stream of these (prompt, generated) tokens takes."""
+    order, count = PassOrder(slots, sizes), 0
+    order.add(prompt for prompt, _ in lengths)
+    left = [0] * slots  # tokens that each slot's sequence has yet to generate
+    while order.upcoming() is not None:
+        for batch in order.decide(lambda slot: left[slot] <= 0):
+            count += batch.phase == "decode"
+            for slot, sequence in zip(batch.slots, batch.sequences, strict=False):
+                left[slot] = lengths[sequence][1]
+            for slot in batch.live:
+                left[slot] -= 1
+    return count

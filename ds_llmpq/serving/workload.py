@@ -1,0 +1,103 @@
+"""The workload a plan is made for, where the user left it open: measured on the input file, with a predictor's help.
+
+A plan has one n, which counts for its cache (B * (s + n) positions, all that the engine ever allocates) and for its
+times. Without a predictor n is the longest limit, so every request fits a slot. With one, n is what the requests'
+reserves leave beside the prompt: the admission's own quantile of them where slots refill, the expected longest of a
+wave where they do not; but never less than the answers' expected length. What is longer runs in fewer, longer slots of
+the same cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import islice
+from math import ceil
+from pathlib import Path
+
+import numpy as np
+
+from ds_llmpq.batch.prompts import PreparedRequest, prepare
+from ds_llmpq.batch.reader import read_requests
+from ds_llmpq.lengths.characterize import expected_maximum
+from ds_llmpq.models.shape import ModelShape
+from ds_llmpq.models.tokenizer import load_tokenizer
+from ds_llmpq.schema import BatchConfig, ModelConfig, WorkloadConfig
+from ds_llmpq.serving.ordering import checked, expected
+
+DEFAULT = WorkloadConfig(sequences=32, prompt_tokens=512, generated_tokens=100)
+_LOOKED_AT = 2000  # requests; a longer file is taken to go on like its beginning
+_FITTING = {"worst_case": 1.0, "q95": 0.95, "q90": 0.9}  # share of the requests that fit a slot as planned
+
+
+def sized_workload(
+    workload: WorkloadConfig,
+    model: ModelConfig,
+    path: str | None,
+    batch: BatchConfig,
+    shape: ModelShape,
+    refill: bool = True,
+) -> WorkloadConfig:
+    """`workload` with its open numbers filled in: from the first requests of the input file (their number, the longest
+    prompt, the longest answer they allow, or with `batch.predictor` the answers it expects), or the defaults where
+    there is no input or no tokenizer. `refill`: whether the engine refills slots. `UserError`: a predictor of no use.
+    """
+    fields = ("sequences", "prompt_tokens", "generated_tokens")
+    open_fields = [name for name in fields if getattr(workload, name) is None]
+    if not open_fields:
+        return workload
+    measured = _measured(path, model, batch, shape, workload.sequences, refill) if path and model.path else DEFAULT
+    filled = replace(workload, **{name: getattr(measured, name) for name in open_fields})
+    return _within(filled, open_fields, shape)
+
+
+def _measured(
+    path: str, model: ModelConfig, batch: BatchConfig, shape: ModelShape, sequences: int | None, refill: bool
+) -> WorkloadConfig:
+    file = read_requests(path, replace(batch, limit=min(batch.limit or _LOOKED_AT, _LOOKED_AT)))
+    tokenizer = load_tokenizer(model.path, model.trust_remote_code)
+    prepared, _ = prepare(
+        islice(file.requests, _LOOKED_AT),
+        tokenizer,
+        context_tokens=shape.max_positions or 1 << 20,
+        vocabulary_size=shape.vocab,
+    )
+    if not prepared:
+        return DEFAULT  # every row is an error row, which needs no plan in particular
+    prompt_tokens = max(request.prompt_tokens for request in prepared)
+    sequences = sequences or min(len(prepared), DEFAULT.sequences)
+    if batch.predictor is None:
+        generated_tokens = max(request.max_tokens for request in prepared)
+    else:
+        generated_tokens = _expected_tokens(prepared, checked(batch), model, prompt_tokens, sequences, refill)
+    return WorkloadConfig(sequences, prompt_tokens, generated_tokens)
+
+
+def _expected_tokens(
+    prepared: list[PreparedRequest],
+    batch: BatchConfig,
+    model: ModelConfig,
+    prompt_tokens: int,
+    sequences: int,
+    refill: bool,
+) -> int:
+    """n by what the predictor says of the requests' answers."""
+    believed = expected(prepared, batch, Path(model.path).name)
+    reserves = np.array([each.prompt_tokens for each in prepared]) + believed.bounds
+    answers = np.array(believed.tokens)
+    if refill:
+        capacity, length = np.quantile(reserves, _FITTING[batch.admission], method="higher"), answers.mean()
+    else:
+        capacity, length = expected_maximum(reserves, sequences), expected_maximum(answers, sequences)
+    return max(1, ceil(length), ceil(capacity) - prompt_tokens)
+
+
+def _within(workload: WorkloadConfig, open_fields: list[str], shape: ModelShape) -> WorkloadConfig:
+    """Open lengths are cut to the model's positions; lengths the user gave are left to be refused."""
+    limit = shape.max_positions
+    if limit is None or workload.prompt_tokens + workload.generated_tokens <= limit:
+        return workload
+    if "generated_tokens" in open_fields and workload.prompt_tokens < limit:
+        return replace(workload, generated_tokens=limit - workload.prompt_tokens)
+    if "prompt_tokens" in open_fields and workload.generated_tokens < limit:
+        return replace(workload, prompt_tokens=limit - workload.generated_tokens)
+    return workload

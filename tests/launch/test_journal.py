@@ -1,0 +1,103 @@
+"""What a folder's results were made from: kept whole, compared in words, locked against a second run."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from ds_llmpq.errors import UserError
+from ds_llmpq.launch.journal import FINISHED, JOURNAL_NAME, Identity, Journal, flattened, locked, sampling_of
+from ds_llmpq.schema import BatchConfig
+
+IDENTITY = Identity(
+    "a" * 64, "b" * 64, "c" * 64, {"temperature": 0.0, "seed": 0}, {"quant.bits": (4, 8), "model": "x"}, "e" * 64
+)
+
+
+def test_it_reads_back(tmp_path):
+    assert Journal.read(tmp_path) is None
+    journal = Journal(IDENTITY).begun().ended("the pipeline was ended by signal 9", 7).begun()
+    journal.write(tmp_path)
+    back = Journal.read(tmp_path)
+    assert back.attempts == journal.attempts
+    assert [attempt.results for attempt in back.attempts] == [7, 0]
+    back.check(IDENTITY, tmp_path)  # what was a tuple is a list now, and still the same
+    done = back.ended("finished", 9, {"total": 9, "completed": 9, "failed": 0})
+    done.write(tmp_path)
+    assert Journal.read(tmp_path).state == FINISHED
+    assert Journal.read(tmp_path).counts["completed"] == 9
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"input": "d" * 64}, "the input"),
+        ({"model": "d" * 64}, "the model"),
+        ({"plan": "d" * 64}, "the plan"),
+        ({"texts": "d" * 64}, "tokenizer, chat template or generation_config.json"),
+        ({"sampling": {"temperature": 0.5, "seed": 0}}, r"batch.temperature \(0.0, now 0.5\)"),
+        ({"settings": {"quant.bits": [4], "model": "x"}}, r"quant.bits \(\[4, 8\], now \[4\]\)"),
+        ({"settings": {"quant.bits": [4, 8]}}, r'model \("x", now null\)'),
+    ],
+)
+def test_what_changed_is_named_and_the_rest_is_not(tmp_path, change, said):
+    journal = Journal(IDENTITY)
+    journal.write(tmp_path)
+    with pytest.raises(UserError, match=said) as refused:
+        Journal.read(tmp_path).check(replace(IDENTITY, **change), tmp_path)
+    assert str(refused.value).count("now") == (0 if "texts" in change else 1)
+
+
+def test_what_is_not_known_yet_is_let_pass(tmp_path):
+    Journal(IDENTITY).check(replace(IDENTITY, plan=None, model=None, settings={}), tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 1}', '{"schema": 2}', "[" * 100_000])
+def test_a_damaged_journal_is_one_sentence(tmp_path, text):
+    (tmp_path / JOURNAL_NAME).write_text(text)
+    with pytest.raises(UserError, match=r"run\.json"):
+        Journal.read(tmp_path)
+
+
+def test_order_and_predictor_change_no_result():
+    assert sampling_of(BatchConfig()) == sampling_of(BatchConfig(order="bucketed", predictor="p"))
+    assert sampling_of(BatchConfig()) != sampling_of(BatchConfig(seed=1))
+
+
+def test_settings_are_named_by_dotted_keys():
+    assert flattened("", {"a": {"b": 1, "c": {}}, "d": [1]}) == {"a.b": 1, "a.c": {}, "d": [1]}
+
+
+def test_a_second_run_is_kept_out(tmp_path):
+    with locked(tmp_path), pytest.raises(UserError, match="in use"), locked(tmp_path):
+        pass
+    with locked(tmp_path):
+        pass
+
+
+def test_a_crash_while_writing_leaves_the_old_one(tmp_path, monkeypatch):
+    Journal(IDENTITY).write(tmp_path)
+    before = (tmp_path / JOURNAL_NAME).read_bytes()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(UserError, match="No space left"):
+        Journal(IDENTITY).begun().write(tmp_path)
+    assert (tmp_path / JOURNAL_NAME).read_bytes() == before
+    assert json.loads(before)["schema"] == 1
+    assert [file.name for file in tmp_path.iterdir()] == [JOURNAL_NAME]
+
+
+def test_the_time_that_templates_are_told_is_kept(tmp_path):
+    journal = Journal(IDENTITY, template_time="2026-07-14T10:20:30").begun()
+    journal.write(tmp_path)
+    assert Journal.read(tmp_path).begun().template_time == "2026-07-14T10:20:30"
+    fields = json.loads((tmp_path / JOURNAL_NAME).read_text())
+    (tmp_path / JOURNAL_NAME).write_text(json.dumps(fields | {"template_time": "noon"}))
+    with pytest.raises(UserError, match=r"run\.json"):
+        Journal.read(tmp_path)
+    del fields["template_time"]  # of an earlier version
+    (tmp_path / JOURNAL_NAME).write_text(json.dumps(fields))
+    assert Journal.read(tmp_path).template_time

@@ -1,0 +1,196 @@
+"""Following a started program: its lines, its death, its silence, signals, and what it leaves behind. All stand-ins."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import uuid
+
+import psutil
+import pytest
+
+from ds_llmpq.launch import process_monitor
+from ds_llmpq.launch.process_monitor import RUN_MARK, Line, Reason, Watch, follow, marked
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    for name, seconds in (("_GRACE_SECONDS", 0.5), ("_STARTUP_SECONDS", 0.5), ("_STACKS_SECONDS", 0.5)):
+        monkeypatch.setattr(process_monitor, name, seconds)
+
+
+@pytest.fixture
+def program(tmp_path):
+    """Follows a Python program; returns what came of it and its log."""
+
+    def run(text, **watch):
+        mark = uuid.uuid4().hex
+        line = [sys.executable, "-u", "-c", textwrap.dedent(text)]
+        watch = {"on_line": lambda text: Line.LIFE if text == "alive" else Line.TEXT} | watch
+        ended = follow(line, dict(os.environ), tmp_path / "log", mark, Watch(**watch))
+        assert not marked(mark), "a process was left behind"
+        return ended, (tmp_path / "log").read_text()
+
+    return run
+
+
+def test_lines_reach_the_log_but_signs_of_life_do_not(program):
+    ended, log = program("print('one'); print('alive'); print('two')")
+    assert (ended.reason, ended.code) == (Reason.ENDED, 0)
+    assert log == "one\ntwo\n"
+
+
+def test_a_death_is_seen_and_orphans_are_ended(program):
+    """What a killed launcher leaves: its children hold the pipe open, and would go on for ever."""
+    ended, _ = program(
+        """
+        import os, signal, subprocess, sys
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+        """
+    )
+    assert (ended.reason, ended.code) == (Reason.DIED, -signal.SIGKILL)
+
+
+def test_the_others_get_a_moment_when_one_rank_has_died(program):
+    ended, log = program(
+        """
+        import time
+        print("exits with return code = -9"); time.sleep(0.1); print("peer is gone"); time.sleep(600)
+        """
+    )
+    assert ended.reason is Reason.DIED
+    assert "peer is gone" in log
+
+
+def test_an_exit_code_of_zero_is_no_end_while_ranks_live(program):
+    """As DeepSpeed's runner has it when its per-host launcher was killed."""
+    ended, _ = program(
+        """
+        import os, subprocess, sys
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+        os._exit(0)
+        """
+    )
+    assert (ended.reason, ended.code) == (Reason.DIED, 0)
+
+
+def test_the_code_is_that_of_the_rank(program):
+    assert program('print("exits with return code = 7"); import sys; sys.exit(1)')[0].code == 7
+
+
+def test_last_words_are_a_death_and_no_signal(program):
+    """The launcher may need longer to end than it is given; that is not why."""
+    ended, log = program(
+        "import time; print('failed'); time.sleep(0.1); print('peer is gone'); time.sleep(600)",
+        on_line=lambda text: Line.FAILURE if text == "failed" else Line.TEXT,
+    )
+    assert (ended.reason, ended.code) == (Reason.DIED, None)
+    assert log == "failed\npeer is gone\n"
+
+
+def test_what_is_to_be_hidden_is(program):
+    assert program("print('--job', 'x' * 5000, 'end')", hidden="x" * 5000)[1] == "--job ... end\n"
+
+
+def test_a_process_that_stays_stopped_is_noticed(program):
+    text = """
+        import os, signal, subprocess, sys, time
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        os.kill(child.pid, signal.SIGSTOP)
+        while True: print('alive'); time.sleep(0.1)
+        """
+    assert program(text, hang_seconds=60, stopped_seconds=1.0)[0].reason is Reason.STOPPED
+
+
+def test_silence_is_a_hang_and_life_is_none(program):
+    ended, _ = program("import time; print('alive'); time.sleep(600)", hang_seconds=0.6)
+    assert ended.reason is Reason.HUNG
+    text = "import time\nfor _ in range(8): print('alive'); time.sleep(0.2)"
+    assert program(text, hang_seconds=0.8)[0].reason is Reason.ENDED
+
+
+def test_chatter_is_no_sign_of_life(program):
+    ended, _ = program("import time\nwhile True: print('warning'); time.sleep(0.1)", hang_seconds=0.6)
+    assert ended.reason is Reason.HUNG
+
+
+def test_a_stopped_rank_shows_its_stacks(program):
+    ended, log = program(
+        """
+        import faulthandler, os, signal
+        faulthandler.register(signal.SIGUSR1, all_threads=True)
+        def stuck_here(): os.kill(os.getpid(), signal.SIGSTOP)
+        stuck_here()
+        """,
+        hang_seconds=0.6,
+    )
+    assert ended.reason is Reason.HUNG
+    assert "stuck_here" in log
+
+
+def send_after(seconds, *numbers):
+    def send():
+        for number in numbers:
+            time.sleep(seconds)
+            os.kill(os.getpid(), number)
+
+    threading.Thread(target=send).start()
+
+
+def test_the_first_signal_drains_and_the_run_ends_by_itself(program):
+    asked = []
+    send_after(0.5, signal.SIGTERM)
+    ended, _ = program("import time; time.sleep(1.5)", drain=lambda: asked.append(1) or True, drain_seconds=30)
+    assert (ended.reason, ended.code) == (Reason.DRAINED, 0)
+    assert asked == [1]
+
+
+def test_what_does_not_drain_in_time_is_cut_off(program):
+    send_after(0.5, signal.SIGINT)
+    started = time.monotonic()
+    assert program("import time; time.sleep(60)", drain=lambda: True, drain_seconds=0.5)[0].reason is Reason.CUT_OFF
+    assert time.monotonic() - started < 30
+
+
+@pytest.mark.parametrize("drain", [None, lambda: False])
+def test_without_anything_to_drain_the_first_signal_ends_it(program, drain):
+    send_after(0.5, signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        program("import time; time.sleep(60)", drain=drain)
+
+
+def test_a_second_signal_ends_it_at_once(program):
+    send_after(0.5, signal.SIGTERM, signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        program("import time; time.sleep(60)", drain=lambda: True, drain_seconds=60)
+
+
+def test_a_clock_that_jumps_changes_nothing(program, monkeypatch):
+    """Bounds are on the clock that only goes forward."""
+    monkeypatch.setattr(time, "time", lambda: 4e9)
+    assert program("import time; print('alive'); time.sleep(0.3)", hang_seconds=60)[0].reason is Reason.ENDED
+
+
+def test_a_log_on_a_full_disk_does_not_end_the_run(tmp_path):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("needs /dev/full")
+    (tmp_path / "log").symlink_to("/dev/full")
+    line = [sys.executable, "-c", "print('x' * 100000)"]
+    ended = follow(line, dict(os.environ), tmp_path / "log", "m", Watch(lambda text: Line.TEXT))
+    assert ended.reason is Reason.ENDED
+
+
+def test_only_marked_processes_are_found():
+    mark = uuid.uuid4().hex
+    line = [sys.executable, "-c", "import time; time.sleep(60)"]
+    with subprocess.Popen(line, env=os.environ | {RUN_MARK: mark}) as mine, subprocess.Popen(line) as other:
+        try:
+            assert [process.pid for process in marked(mark)] == [mine.pid]
+            assert psutil.pid_exists(other.pid)
+        finally:
+            mine.kill()
+            other.kill()

@@ -1,0 +1,110 @@
+"""Every request runs once, in the order asked for, with what a predictor believes of it."""
+
+from array import array
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ds_llmpq.batch.prompts import PreparedRequest
+from ds_llmpq.batch.request import CHAT_URL, COMPLETIONS_URL, Request
+from ds_llmpq.errors import UserError
+from ds_llmpq.lengths.dataset import split
+from ds_llmpq.lengths.predictor import train
+from ds_llmpq.lengths.records import Example
+from ds_llmpq.lengths.synthetic import answers
+from ds_llmpq.schema import BatchConfig
+from ds_llmpq.schema_lengths import LengthDataConfig, LengthTaskConfig, ProxyConfig
+from ds_llmpq.serving.ordering import ORDERINGS, checked, expected, order_of
+
+
+def prepared(lengths):
+    return [PreparedRequest(place, array("i", [0] * length), 1) for place, length in enumerate(lengths)]
+
+
+@given(st.lists(st.integers(1, 9), max_size=20), st.sampled_from(ORDERINGS))
+def test_every_request_runs_once(lengths, ordering):
+    order = order_of(prepared(lengths), ordering)
+    assert sorted(order) == list(range(len(lengths)))
+    if ordering == "arrival":
+        assert order == list(range(len(lengths)))
+    elif ordering == "prompt_length":
+        assert order == sorted(order, key=lambda place: (-lengths[place], place))
+
+
+def test_an_order_that_is_not_known():
+    with pytest.raises(UserError, match="arrival, prompt_length"):
+        order_of([], "random")
+
+
+def test_the_longest_answers_go_first_within_prompts_of_like_length_if_bucketed():
+    rows = prepared([3, 100, 2, 120, 70])
+    tokens = [50.0, 10.0, 60.0, 20.0, 15.0]
+    assert order_of(rows, "predicted_length", tokens) == [2, 0, 3, 4, 1]
+    assert order_of(rows, "bucketed", tokens) == [3, 4, 1, 2, 0]
+
+
+def test_without_a_predictor_a_requests_own_limit_stands_for_its_length():
+    rows = [PreparedRequest(place, array("i", [0]), limit) for place, limit in enumerate([5, 30, 5, 9])]
+    assert order_of(rows, "predicted_length") == [1, 3, 0, 2]
+    believed = expected(rows, BatchConfig())
+    assert (believed.tokens, believed.bounds) == ([5.0, 30.0, 5.0, 9.0], [5, 30, 5, 9])
+
+
+@pytest.fixture(scope="module")
+def predictor(tmp_path_factory):
+    config = LengthDataConfig()
+    rows = [Example(a.text, a.output_tokens, a.model, 9, str(n)) for n, a in enumerate(answers(300))]
+    folder = tmp_path_factory.mktemp("predictor")
+    train(split(rows, config), LengthTaskConfig(), ProxyConfig(features=2048), config).save(folder)
+    return folder
+
+
+def test_a_predictor_reads_prompts_of_every_kind_and_keeps_to_limits(predictor):
+    prompts = ["Write an essay about rain.", (("user", "Answer with yes or no: is rain a good idea?"),), (5, 6, 7)]
+    urls = [COMPLETIONS_URL, CHAT_URL, COMPLETIONS_URL]
+    rows = [
+        PreparedRequest(Request(n, n, str(n), urls[n], None, prompt, None), array("i", [0] * 9), 500)
+        for n, prompt in enumerate(prompts)
+    ]
+    batch = BatchConfig(predictor=str(predictor), admission="q90")
+    believed = expected(rows, batch, "plain-13b")
+    essay, yes, ids = believed.tokens
+    assert yes < 20 < essay <= 500
+    assert 1 <= ids <= 500
+    assert all(tokens <= bound <= 500 for tokens, bound in zip(believed.tokens, believed.bounds, strict=True))
+    wider = expected(rows, replace(batch, admission="q95"), "plain-13b").bounds
+    assert sum(wider) > sum(believed.bounds)
+    assert expected(rows, replace(batch, admission="worst_case")).bounds == [500] * 3
+    short = [PreparedRequest(each.request, each.prompt_ids, 2) for each in rows]
+    assert max(expected(short, batch).tokens) == max(expected(short, batch).bounds) == 2
+    # a trace's limits are the lengths its answers had
+    replayed = expected(short, replace(batch, replay="trace"), "plain-13b")
+    assert (replayed.tokens, max(replayed.bounds)) == (believed.tokens, 2)
+
+
+def test_order_and_predictor_are_checked_before_anything_starts(predictor, tmp_path):
+    assert checked(BatchConfig()).order == checked(BatchConfig(predictor=str(predictor))).order == "predicted_length"
+    assert checked(BatchConfig(order="arrival")).order == checked(BatchConfig(replay="trace")).order == "arrival"
+    assert checked(BatchConfig(order="bucketed", predictor=str(predictor))).predictor == str(predictor)
+    for batch in (
+        BatchConfig(admission="q95", predictor=str(predictor)),
+        BatchConfig(replay="trace", policy="ssjf", predictor=str(predictor)),
+        BatchConfig(replay="trace", policy="sjf"),
+    ):
+        assert checked(batch).predictor == batch.predictor
+    for batch, said in (
+        (BatchConfig(admission="q99"), "batch.admission is 'q99'"),
+        (BatchConfig(admission="q95"), "batch.admission=q95 needs batch.predictor"),
+        (BatchConfig(policy="random"), "batch.policy is 'random'"),
+        (BatchConfig(replay="live"), "batch.replay is 'live'"),
+        (BatchConfig(replay="trace", policy="ssjf"), "batch.policy=ssjf needs batch.predictor"),
+        (BatchConfig(replay="trace", order="bucketed"), "give batch.policy"),
+        (BatchConfig(replay="trace", admission="q95", predictor=str(predictor)), "reserves each answer's own limit"),
+        (BatchConfig(order="random"), "batch.order is 'random'"),
+        (BatchConfig(order="arrival", predictor=str(predictor)), "of no use"),
+        (BatchConfig(order="bucketed", predictor=str(tmp_path)), r"predictor\.json cannot be read"),
+    ):
+        with pytest.raises(UserError, match=said):
+            checked(batch)

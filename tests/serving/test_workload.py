@@ -1,0 +1,117 @@
+"""What a plan is sized for: the longest answer allowed, or with a predictor what is reserved for most answers."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from ds_llmpq.batch.prompts import prepare
+from ds_llmpq.batch.reader import read_requests
+from ds_llmpq.errors import UserError
+from ds_llmpq.lengths.dataset import split
+from ds_llmpq.lengths.predictor import train
+from ds_llmpq.lengths.records import Example
+from ds_llmpq.lengths.synthetic import answers
+from ds_llmpq.models.shape import read_shape
+from ds_llmpq.models.tokenizer import load_tokenizer
+from ds_llmpq.schema import BatchConfig, ModelConfig, WorkloadConfig
+from ds_llmpq.schema_lengths import LengthDataConfig, LengthTaskConfig, ProxyConfig
+from ds_llmpq.serving.admission import Feed
+from ds_llmpq.serving.ordering import expected
+from ds_llmpq.serving.workload import sized_workload
+
+TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
+LIMIT = 400
+SHORTER = 6  # answers are so many times shorter than drawn
+
+
+@pytest.fixture(scope="module")
+def predictor(tmp_path_factory):
+    config = LengthDataConfig()
+    rows = [
+        Example(a.text, max(1, a.output_tokens // SHORTER), a.model, 9, str(n)) for n, a in enumerate(answers(600, 1))
+    ]
+    folder = tmp_path_factory.mktemp("predictor")
+    train(split(rows, config), LengthTaskConfig(), ProxyConfig(features=2048), config).save(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    """Requests that all allow the same long answer."""
+    rows = [
+        {
+            "custom_id": str(n),
+            "method": "POST",
+            "url": "/v1/completions",
+            "body": {"model": a.model, "prompt": a.text, "max_tokens": LIMIT},
+        }
+        for n, a in enumerate(answers(120))
+    ]
+    path = tmp_path_factory.mktemp("input") / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def sized(file, batch, refill=True, **given):
+    return sized_workload(
+        WorkloadConfig(**given), ModelConfig(path=str(TINY)), file, batch, read_shape(str(TINY)), refill
+    )
+
+
+def prepared_of(file):
+    requests = read_requests(file, BatchConfig()).requests
+    return prepare(requests, load_tokenizer(str(TINY), False), context_tokens=1024)[0]
+
+
+def test_without_a_predictor_every_request_fits_a_slot(file):
+    found = sized(file, BatchConfig())
+    assert found == WorkloadConfig(32, max(each.prompt_tokens for each in prepared_of(file)), LIMIT)
+
+
+@pytest.mark.parametrize(("admission", "most_longer"), [("q95", 0.05), ("q90", 0.1)])
+def test_with_a_predictor_all_but_the_admission_s_share_fit(file, predictor, admission, most_longer):
+    batch = BatchConfig(predictor=predictor, admission=admission)
+    found, rows = sized(file, batch), prepared_of(file)
+    believed = expected(rows, batch)
+    assert found.generated_tokens < 0.7 * LIMIT
+    feed = Feed(rows, believed.bounds, found.sequences, found.prompt_tokens + found.generated_tokens, refill=True)
+    longer = [
+        each.prompt_tokens + bound > feed.row_positions for each, bound in zip(rows, believed.bounds, strict=True)
+    ]
+    assert np.mean(longer) <= most_longer
+    assert found.generated_tokens >= np.mean(believed.tokens)
+    # and whatever is longer runs in the same memory
+    for slots, capacity in {feed.shape_of(each.prompt_tokens + LIMIT) for each in rows}:
+        assert slots * capacity <= feed.positions
+
+
+def test_worst_case_admission_reserves_the_limits(file, predictor):
+    batch = BatchConfig(predictor=predictor, order="predicted_length")
+    longest = max(each.sequence_tokens for each in prepared_of(file))
+    found = sized(file, batch)
+    assert found.prompt_tokens + found.generated_tokens == longest
+
+
+def test_without_refill_a_wave_lasts_as_long_as_its_longest(file, predictor):
+    batch = BatchConfig(predictor=predictor, admission="q90")
+    by_sequences = [sized(file, batch, refill=False, sequences=count).generated_tokens for count in (1, 4, 16, 64)]
+    assert by_sequences == sorted(by_sequences)
+    assert by_sequences[-1] > sized(file, batch).generated_tokens > by_sequences[0]
+
+
+def test_given_numbers_stay(file, predictor):
+    batch = BatchConfig(predictor=predictor, admission="q95")
+    assert sized(file, batch, sequences=3, prompt_tokens=50, generated_tokens=60) == WorkloadConfig(3, 50, 60)
+    assert sized(file, batch, sequences=3).sequences == 3
+
+
+def test_a_predictor_that_would_not_be_used_is_named(file, predictor):
+    with pytest.raises(UserError, match=r"batch\.predictor is of no use"):
+        sized(file, BatchConfig(predictor=predictor, order="arrival"))
+    with pytest.raises(UserError, match=r"predictor\.json cannot be read"):
+        sized(file, replace(BatchConfig(), predictor=str(TINY), admission="q95"))
