@@ -20,7 +20,7 @@ from ds_llmpq.batch.results import check_folder
 from ds_llmpq.engine.openmp import wait_briefly
 from ds_llmpq.errors import Interrupted, RunFailed, UserError
 from ds_llmpq.files import keep_open_pipe, unwritable_as_mistake
-from ds_llmpq.report import kept, sweep
+from ds_llmpq.report import sweep, sweep_cache
 from ds_llmpq.versions import check_versions
 
 # commands of which each rank knows its own layers, and how long its threads should wait
@@ -143,16 +143,16 @@ def _run(command: str, composed: DictConfig) -> int:
 def _point(command: str, module: ModuleType, composed: DictConfig, out: Path) -> int:
     """One point of a sweep; one that is already there, from the same configuration, is kept."""
     try:
-        made = kept.digest(command, OmegaConf.to_container(composed, resolve=True))
-        if kept.is_done(out, command, made):
+        made = sweep_cache.digest(command, OmegaConf.to_container(composed, resolve=True))
+        if sweep_cache.is_done(out, command, made):
             print(f"kept: {out}")
             return 0
-        kept.forget(out)
+        sweep_cache.forget(out)
         sweep.forget_failure(out)
         with unwritable_as_mistake(out):
             code = module.run(config.to_object(composed, config.COMMANDS[command]), out)
         if code == 0:
-            kept.note_done(out, command, made)
+            sweep_cache.note_done(out, command, made)
         return code
     except UserError as error:
         sweep.note_failure(out, error)

@@ -28,7 +28,7 @@ ORDER = [
     "models",
     "cluster",
 ]
-SHARED = {"schema", "errors", "files", "validation", "versions"}  # importable by all
+SHARED = {"schema", "errors", "files", "validation", "versions", "wording"}  # importable by all
 BORDER = {"cli", "config", "__main__"}  # only commands and the command line know configuration
 
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 
 from ds_llmpq.planner.arrays import PairArrays, pair_arrays
-from ds_llmpq.planner.figures import counted, plain
 from ds_llmpq.planner.objective import Assignment, Prediction, evaluate, objective_value
 from ds_llmpq.planner.plan import Plan, PlanStage
 from ds_llmpq.planner.problem import Problem
+from ds_llmpq.wording import counted, plain
 
 GIGABYTE = 1e9
 

@@ -11,12 +11,12 @@ from typing import Any
 from ds_llmpq.cluster.devices import COMPUTE_DTYPES, KINDS
 from ds_llmpq.errors import UserError
 from ds_llmpq.planner import reading
-from ds_llmpq.planner.figures import plain
 from ds_llmpq.planner.incumbent import relative_gap
 from ds_llmpq.planner.objective import Assignment, Prediction, Stage
 from ds_llmpq.planner.problem import Problem, Workload
 from ds_llmpq.schema import QuantConfig
 from ds_llmpq.validation import checked
+from ds_llmpq.wording import plain
 
 SCHEMA = 1
 MEMORY_PARTS = ("weights", "kv", "embed", "head", "workspace")

@@ -8,19 +8,19 @@ from typing import Any
 
 from ds_llmpq.errors import InfeasibleError, UserError
 from ds_llmpq.planner.baselines import Baseline, all_baselines, each_baseline
-from ds_llmpq.planner.bounded import price_of_limit
-from ds_llmpq.planner.exact import solve_exact
 from ds_llmpq.planner.explain import explain_plan
 from ds_llmpq.planner.feasibility import explain_memory, memory_feasible, pairs
-from ds_llmpq.planner.firstplans import offer_first_plans
-from ds_llmpq.planner.fractional import Fractionals, first_bounds, simple_bound
 from ds_llmpq.planner.incumbent import Incumbent, ProgressEvent
+from ds_llmpq.planner.milp.exact import solve_exact
+from ds_llmpq.planner.milp.polish import polish
 from ds_llmpq.planner.objective import FORMULAS, Assignment, evaluate, objective_value, violations
 from ds_llmpq.planner.pins import Pins
 from ds_llmpq.planner.plan import Plan, SolverReport
-from ds_llmpq.planner.polish import polish
 from ds_llmpq.planner.problem import Objective, Problem
-from ds_llmpq.planner.search import Search
+from ds_llmpq.planner.search.branch_and_bound import Search
+from ds_llmpq.planner.search.constrained import price_of_limit
+from ds_llmpq.planner.search.first_plans import offer_first_plans
+from ds_llmpq.planner.search.fractional import Fractionals, first_bounds, simple_bound
 
 SOLVERS = ("auto", "gurobi", "highs", "search")
 EXACT_COLUMNS = 1200  # layers x devices x widths up to which the whole-problem model is tried when the search stalls

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
-from ds_llmpq.planner.figures import plain
 from ds_llmpq.planner.plan import Plan, PlanStage
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS
+from ds_llmpq.wording import plain
 
 _UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 

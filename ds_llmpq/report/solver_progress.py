@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TextIO
 
 from ds_llmpq.planner import ProgressEvent
-from ds_llmpq.planner.figures import plain
+from ds_llmpq.wording import plain
 
 _PATIENCE_SECONDS = 2.0
 _SECONDS_BETWEEN = 1.0

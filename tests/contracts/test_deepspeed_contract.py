@@ -146,7 +146,7 @@ def test_place_of_an_engine():
 
 
 def test_operators_marked_incompatible_are_not_built(monkeypatch):
-    """`deepspeed.ops.__compatible_ops__`, in engine/distributed.py: {operator: whether it can be built}; where it says
+    """`deepspeed.ops.__compatible_ops__`, in engine/rank_context.py: {operator: whether it can be built}; where it says
     False for the shared-memory all-reduce, none is compiled at `init_distributed`."""
     import deepspeed
     from deepspeed.comm.torch import build_shm_op
@@ -167,7 +167,7 @@ def test_log_names():
 
 
 def test_what_the_launcher_says_of_a_dead_rank():
-    """`exits with return code =`, in engine/following.py: the text of the per-host launcher's line when a rank has
+    """`exits with return code =`, in launch/process_monitor.py: the launcher's line on a host when a rank has
     died, with the rank's code, by which `run` knows of it before the launcher ends."""
     from deepspeed.launcher import launch
 
@@ -179,7 +179,7 @@ def test_what_the_launcher_says_of_a_dead_rank():
 
 
 def test_variables_of_a_rank():
-    """`LOCAL_SIZE`, in engine/ranks.py: beside torch's RANK, WORLD_SIZE and LOCAL_RANK, how many ranks the per-host
+    """`LOCAL_SIZE`, in launch/ranks.py: beside torch's RANK, WORLD_SIZE and LOCAL_RANK, how many ranks the per-host
     launcher has started."""
     from deepspeed.launcher import launch
 
@@ -188,7 +188,7 @@ def test_variables_of_a_rank():
 
 
 def test_options_of_the_launcher(tmp_path):
-    """`deepspeed.launcher.runner`, in engine/launcher.py: started as a module, with these options."""
+    """`deepspeed.launcher.runner`, in launch/launcher.py: started as a module, with these options."""
     from deepspeed.launcher.runner import parse_args
 
     from ds_llmpq.launch.launcher import Launch, command
@@ -206,7 +206,7 @@ def test_options_of_the_launcher(tmp_path):
 
 
 def test_file_of_variables():
-    """`DS_ENV_FILE`, in engine/launcher.py: names the file whose NAME=VALUE lines are exported on every host; an
+    """`DS_ENV_FILE`, in launch/launcher.py: names the file whose NAME=VALUE lines are exported on every host; an
     absolute path is taken as it is."""
     from deepspeed.launcher import runner
 

@@ -20,7 +20,7 @@ _OPENVINO = (
 )  # fmt: skip
 # module, or name in one -> files that may import it or what is below it
 MODULES = {
-    "deepspeed": ("engine/distributed.py", *_PIPELINE),
+    "deepspeed": ("engine/rank_context.py", *_PIPELINE),
     "transformers.models": (),  # our own block runs
     "transformers.integrations": (),
     "transformers.AttentionInterface": (),
@@ -31,8 +31,8 @@ MODULES = {
     "openvino.op": ("quant/openvino_layer.py",),
     "gemlite": ("quant/kernel_gemlite.py",),
     "lm_eval": ("evaluation/harness.py",),
-    "highspy": ("planner/linear.py", "planner/milp.py"),
-    "torch.distributed.rendezvous": ("engine/rendezvous.py",),
+    "highspy": ("planner/linear.py", "planner/milp/model.py"),
+    "torch.distributed.rendezvous": ("launch/rendezvous.py",),
 }
 # what a library has beside those, which all may import
 PUBLIC = {
@@ -43,7 +43,7 @@ PUBLIC = {
 # library -> attribute or keyword -> files that may use it
 NAMES = {
     "deepspeed": {
-        "__compatible_ops__": ("engine/distributed.py",),
+        "__compatible_ops__": ("engine/rank_context.py",),
         "_partition_layers": ("engine/pipeline_module.py",),
         "_set_bounds": ("engine/pipeline_module.py",),
         "_topo": ("engine/pipeline_module.py",),
@@ -73,12 +73,12 @@ NAMES = {
         "_is_mkldnn_bf16_supported": ("quant/torch_cpu.py",),
         "_convert_weight_to_int4pack_for_cpu": ("quant/torch_cpu.py",),
         "_weight_int4pack_mm_for_cpu": ("quant/torch_cpu.py",),
-        "master_listen_fd": ("engine/rendezvous.py",),
+        "master_listen_fd": ("launch/rendezvous.py",),
     },
     "lm_eval": {"_loglikelihood_tokens": ("evaluation/harness.py",)},
     "highspy": {
-        "HandleKeyboardInterrupt": ("planner/milp.py",),
-        "cbMipLogging": ("planner/milp.py",),
+        "HandleKeyboardInterrupt": ("planner/milp/model.py",),
+        "cbMipLogging": ("planner/milp/model.py",),
         "enableCallbacks": ("planner/linear.py",),
     },
 }

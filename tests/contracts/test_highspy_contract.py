@@ -8,7 +8,7 @@ SEEN = ("1.12.0", "1.16.0")
 
 
 def test_ctrl_c_ends_a_solve():
-    """`Highs.HandleKeyboardInterrupt`, in planner/milp.py: set to True, solves in a thread, so that Ctrl-C is seen."""
+    """`Highs.HandleKeyboardInterrupt`, in planner/milp/model.py: solves in a thread, so that Ctrl-C is seen."""
     import highspy
 
     highs = highspy.Highs()
@@ -18,7 +18,7 @@ def test_ctrl_c_ends_a_solve():
 
 
 def test_progress_of_a_solve():
-    """`Highs.cbMipLogging`, in planner/milp.py: `+=` adds a callback, whose event's `data_out` has `mip_primal_bound`
+    """`Highs.cbMipLogging`, in planner/milp/model.py: `+=` adds a callback; its `data_out` has `mip_primal_bound`
     and `mip_dual_bound`."""
     import highspy
 
@@ -30,9 +30,9 @@ def test_progress_of_a_solve():
 
 
 def test_model_handed_over_as_arrays():
-    """`highs.passModel(HighsLp)`, in planner/milp.py: a model given by its arrays, rows first; solved with our options,
+    """`highs.passModel(HighsLp)`, in planner/milp/model.py: a model as arrays, rows first; solved with our options,
     and read back."""
-    from ds_llmpq.planner.milp import Model, solve_model
+    from ds_llmpq.planner.milp.model import Model, solve_model
 
     model = Model()
     x, y = (model.column(cost, 0, 10, integer=True) for cost in (-2.0, -3.0))

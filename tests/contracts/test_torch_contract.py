@@ -64,7 +64,7 @@ def test_products_with_packed_codes():
 
 
 def test_rendezvous_of_our_own():
-    """`register_rendezvous_handler(scheme, handler)`, in engine/rendezvous.py: chosen by the URL's scheme, called with
+    """`register_rendezvous_handler(scheme, handler)`, in launch/rendezvous.py: chosen by the URL's scheme, called with
     the URL and keywords; a scheme that is known already is a RuntimeError."""
     from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
@@ -84,7 +84,7 @@ def test_rendezvous_of_our_own():
 
 
 def test_store_on_a_socket_of_ours():
-    """`TCPStore(master_listen_fd=...)`, in engine/rendezvous.py: the store listens on a socket that is bound already,
+    """`TCPStore(master_listen_fd=...)`, in launch/rendezvous.py: the store listens on a socket that is bound already,
     and closes it."""
     import torch.distributed as dist
 

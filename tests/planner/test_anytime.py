@@ -12,12 +12,12 @@ from ds_llmpq.errors import UserError
 from ds_llmpq.planner import Pins, Problem, evaluate, solve, violations
 from ds_llmpq.planner.baselines import all_baselines
 from ds_llmpq.planner.feasibility import pairs
-from ds_llmpq.planner.figures import plain
-from ds_llmpq.planner.fractional import first_bounds, simple_bound
 from ds_llmpq.planner.incumbent import relative_gap
 from ds_llmpq.planner.linear import Infeasible, _by_scipy, minimise
 from ds_llmpq.planner.objective import objective_value
 from ds_llmpq.planner.plan import SolverReport
+from ds_llmpq.planner.search.fractional import first_bounds, simple_bound
+from ds_llmpq.wording import plain
 
 
 def first_bounds_hold(seed, mode, formula="pipeline"):

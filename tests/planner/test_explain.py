@@ -6,7 +6,7 @@ from random_problems import random_problem
 
 from ds_llmpq.errors import InfeasibleError
 from ds_llmpq.planner import solve
-from ds_llmpq.planner.figures import counted
+from ds_llmpq.wording import counted
 
 WORTH = re.compile(r"objective of [^ ]+ by at least \(the same stages, other widths\): (.*)\.$")
 

@@ -3,7 +3,7 @@
 import pytest
 
 from ds_llmpq.errors import UserError
-from ds_llmpq.planner import milp
+from ds_llmpq.planner.milp import model
 
 
 @pytest.mark.parametrize(
@@ -11,11 +11,11 @@ from ds_llmpq.planner import milp
 )
 def test_without_a_licence_the_installed_solver_is_named(monkeypatch, installed, says):
     def refuse(*_):
-        raise milp.SolverUnavailable("its licence has expired")
+        raise model.SolverUnavailable("its licence has expired")
 
-    monkeypatch.setattr(milp, "_gurobi", refuse)
-    monkeypatch.setattr(milp, "find_spec", lambda name: object() if installed else None)
+    monkeypatch.setattr(model, "_gurobi", refuse)
+    monkeypatch.setattr(model, "find_spec", lambda name: object() if installed else None)
     with pytest.raises(UserError, match=says) as caught:
-        milp.solve_model(None, "gurobi")
+        model.solve_model(None, "gurobi")
     assert "its licence has expired" in str(caught.value)
     assert ("install highspy" in str(caught.value)) is not installed

@@ -9,7 +9,7 @@ import itertools
 import numpy as np
 
 from ds_llmpq.planner.linear import minimise
-from ds_llmpq.planner.stages import NEVER, Box, StageBounds
+from ds_llmpq.planner.search.stage_bounds import NEVER, Box, StageBounds
 
 STEPS = np.array(list(itertools.product((-1.0, 0.0, 1.0), repeat=3)))
 DROPS = np.array(list(itertools.product((0.0, 1.0), repeat=3)))

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ds_llmpq.planner.arrays import PairArrays
-from ds_llmpq.planner.milp import Model
+from ds_llmpq.planner.milp.model import Model
 from ds_llmpq.planner.objective import Assignment, Stage
 from ds_llmpq.planner.problem import Objective, Problem
 

@@ -12,15 +12,15 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from ds_llmpq.planner.enumeration import Enumeration
-from ds_llmpq.planner.fractional import Fractional, Fractionals, first_bounds
 from ds_llmpq.planner.incumbent import Incumbent, sufficient_bound
 from ds_llmpq.planner.objective import Prediction, evaluate
-from ds_llmpq.planner.paths import Step
 from ds_llmpq.planner.pins import Pins
 from ds_llmpq.planner.problem import Problem
-from ds_llmpq.planner.relaxation import Duals, Node, Pair, Relaxation, round_weights
-from ds_llmpq.planner.stages import Box
+from ds_llmpq.planner.search.enumeration import Enumeration
+from ds_llmpq.planner.search.fractional import Fractional, Fractionals, first_bounds
+from ds_llmpq.planner.search.relaxation import Duals, Node, Pair, Relaxation, round_weights
+from ds_llmpq.planner.search.shortest_path import Step
+from ds_llmpq.planner.search.stage_bounds import Box
 
 EXACT_DEPTH = 6  # splits after which long stages on the path are costed exactly
 SMALL = 150  # layers x devices x widths, up to which boxes are enumerated on the way

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ds_llmpq.planner.arrays import PairArrays
-from ds_llmpq.planner.compositions import Compositions, StageCosts
+from ds_llmpq.planner.search.compositions import Compositions, StageCosts
 
 NEVER = 1e30  # an absent width; finite, so that zero weights stay harmless
 

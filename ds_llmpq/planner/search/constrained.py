@@ -18,7 +18,7 @@ from ds_llmpq.planner.incumbent import Incumbent
 from ds_llmpq.planner.objective import Assignment
 from ds_llmpq.planner.pins import Pins
 from ds_llmpq.planner.problem import Objective, Problem
-from ds_llmpq.planner.search import Search
+from ds_llmpq.planner.search.branch_and_bound import Search
 
 ROUNDS = 9
 STEP, NEAR_STEP = 4.0, 1.6  # while only one side of the bracket is known: from a guess, from the first bound's price

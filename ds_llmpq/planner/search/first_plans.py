@@ -6,9 +6,9 @@ little more, so a few boxes that end just above are tried, each a shortest path 
 
 import time
 
-from ds_llmpq.planner.relaxation import Duals, Node
-from ds_llmpq.planner.search import Search
-from ds_llmpq.planner.stages import Box
+from ds_llmpq.planner.search.branch_and_bound import Search
+from ds_llmpq.planner.search.relaxation import Duals, Node
+from ds_llmpq.planner.search.stage_bounds import Box
 
 PAIRS = 3  # the most promising ones
 FACTORS = (1.05, 1.15, 1.4, 2.0)  # of the fractional optimum's slowest resources

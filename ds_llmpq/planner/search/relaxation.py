@@ -15,16 +15,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ds_llmpq.planner.arrays import PairArrays, pair_arrays
-from ds_llmpq.planner.classes import Classes, class_links, group
-from ds_llmpq.planner.compositions import Compositions
 from ds_llmpq.planner.feasibility import furthest_layer, pairs
 from ds_llmpq.planner.objective import Assignment, Prediction, Stage
-from ds_llmpq.planner.paths import PathSpace, Step
 from ds_llmpq.planner.pins import Pins
-from ds_llmpq.planner.prices import best_prices
 from ds_llmpq.planner.problem import Problem
-from ds_llmpq.planner.rounding import choose_widths, refine
-from ds_llmpq.planner.stages import NEVER, Box, StageBounds
+from ds_llmpq.planner.search.compositions import Compositions
+from ds_llmpq.planner.search.device_classes import Classes, class_links, group
+from ds_llmpq.planner.search.dual_prices import best_prices
+from ds_llmpq.planner.search.rounding import choose_widths, refine
+from ds_llmpq.planner.search.shortest_path import PathSpace, Step
+from ds_llmpq.planner.search.stage_bounds import NEVER, Box, StageBounds
 
 STATE_LIMIT = 3000  # count states times classes beyond which device limits are priced instead of counted
 POOL_LIMIT = 90

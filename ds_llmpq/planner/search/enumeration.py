@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ds_llmpq.planner.objective import Assignment, Stage
-from ds_llmpq.planner.stages import NEVER
+from ds_llmpq.planner.search.stage_bounds import NEVER
 
 if TYPE_CHECKING:
-    from ds_llmpq.planner.relaxation import Node
-    from ds_llmpq.planner.search import Search
+    from ds_llmpq.planner.search.branch_and_bound import Search
+    from ds_llmpq.planner.search.relaxation import Node
 
 OPTION_LIMIT = 4000
 
