@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import is_dataclass
 from difflib import get_close_matches
@@ -48,6 +49,9 @@ PATH_KEYS = schema_lengths.PATH_KEYS | {
     "sweep",
     "topology",
 }
+# Keys that were renamed: former -> present name. To rename a key, add an entry here: the former one is then taken for
+# one more version, and a line on the screen names the new word. An entry also covers the keys below it.
+FORMER_KEYS: dict[str, str] = {}
 _OVERRIDE = re.compile(r"(\+\+|\+|~)?([^=]*)(?:=(.*))?", re.DOTALL)
 _LONGEST_NAME = 120  # bytes; file systems take 255, some encrypted ones 143
 _DIGEST_CHARACTERS = 10
@@ -60,11 +64,25 @@ def prepare(command: str, kind: type, arguments: Iterable[str], conf: Path, swee
     """The arguments as Hydra takes them. `kind`: the command's dataclass; `sweep`: values may be lists of points;
     `conf`: the folder of groups. `UserError`: a key that the command does not have, or two that name the output
     folder."""
-    arguments = list(arguments)
+    arguments = [rename_former(argument) for argument in arguments]
     names = {_OVERRIDE.fullmatch(argument)[2] for argument in arguments}
     if "out" in names and (folder := next((name for name in _FOLDERS if name in names), None)):
         raise UserError(f"{folder} and out both name the folder that is written; give out=DIR alone.")
     return [each if each.startswith("-") else _prepared(command, kind, each, conf, sweep) for each in arguments]
+
+
+def rename_former(argument: str) -> str:
+    """The override under its key's present name, if it has a former one, and a line on stderr that says so.
+
+    `FORMER_KEYS` is all there is to edit when a key is renamed (`{"planner.omega": "planner.sensitivity"}`).
+    """
+    prefix, key, value = _OVERRIDE.fullmatch(argument).groups()
+    former = next((name for name in FORMER_KEYS if key == name or key.startswith(f"{name}.")), None)
+    if former is None:
+        return argument
+    present = FORMER_KEYS[former] + key[len(former) :]
+    print(f"note: {key} is now called {present}; the former name will go with the next version.", file=sys.stderr)
+    return f"{prefix or ''}{present}" + ("" if value is None else f"={value}")
 
 
 def point_folder(*, _root_: DictConfig) -> str:

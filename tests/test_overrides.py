@@ -99,3 +99,32 @@ def test_points_of_a_sweep_over_paths_stay_points():
     assert config.prepare("plan", ["problem=a.json,b.json"], sweep=True) == ["problem=a.json,b.json"]
     assert config.prepare("plan", ["problem=~/a.json"], sweep=True) == ["problem='~/a.json'"]
     assert config.prepare("plan", ["problem=a.json,b.json"]) == ["problem='a.json,b.json'"]
+
+
+@pytest.mark.parametrize(
+    ("former", "present"),
+    [
+        ("planner.seed_of=7", "planner.seed=7"),
+        ("++planner.seed_of=7", "++planner.seed=7"),
+        ("~planner.seed_of", "~planner.seed"),
+        ("pinned.order=[a]", "planner.pins.order=[a]"),
+    ],
+)
+def test_a_former_key_is_taken_and_the_present_one_named(monkeypatch, capsys, former, present):
+    monkeypatch.setattr(overrides, "FORMER_KEYS", {"planner.seed_of": "planner.seed", "pinned": "planner.pins"})
+    assert overrides.rename_former(former) == present
+    assert f"is now called {present.lstrip('+~').partition('=')[0]}" in capsys.readouterr().err
+
+
+def test_a_former_key_sets_the_present_one_with_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(overrides, "FORMER_KEYS", {"planner.omega": "planner.profile"})
+    assert plan("planner.omega=a=b.json").planner.profile == "a=b.json"
+    assert capsys.readouterr().err.count("planner.profile") == 1
+    assert plan("planner.theta=7").planner.theta == 7
+    assert capsys.readouterr().err == ""
+
+
+def test_every_former_key_names_a_present_one():
+    known = {key for kind in config.COMMANDS.values() for key in overrides.keys_of(kind)}
+    assert set(overrides.FORMER_KEYS.values()) <= known
+    assert not set(overrides.FORMER_KEYS) & known
