@@ -17,9 +17,9 @@ from ds_llmpq.planner.objective import FORMULAS, Assignment, evaluate, objective
 from ds_llmpq.planner.pins import Pins
 from ds_llmpq.planner.plan import Plan, SolverReport
 from ds_llmpq.planner.problem import Objective, Problem
-from ds_llmpq.planner.search.branch_and_bound import Search
-from ds_llmpq.planner.search.constrained import price_of_limit
-from ds_llmpq.planner.search.first_plans import offer_first_plans
+from ds_llmpq.planner.search.branch_and_bound import Search, is_small
+from ds_llmpq.planner.search.constrained import find_price_of_limit
+from ds_llmpq.planner.search.first_plans import PAIRS, offer_first_plans
 from ds_llmpq.planner.search.fractional import Fractionals, first_bounds, simple_bound
 
 SOLVERS = ("auto", "gurobi", "highs", "search")
@@ -201,8 +201,12 @@ def _optimise(run: _Run) -> None:
     run.used("search")
     options = {"gap": run.gap, "deadline": run.deadline, "improve": improve, "first": run.first}
     search = Search(run.problem, run.best, run.pins, **options)
-    offer_first_plans(search)
-    theta = price_of_limit(run.problem, run.best, run.pins, run.gap, run.deadline, improve, search)
+    offer_first_plans(search.relaxed, search.roots(PAIRS), search.goal, bound=search.bound, deadline=run.deadline)
+    guess = None if is_small(run.problem) else search.guess_theta()
+    theta = None
+    if guess is not None:
+        limits = {"gap": run.gap, "deadline": run.deadline, "improve": improve}
+        theta = find_price_of_limit(run.problem, run.best, run.pins, guess, **limits)
     if run.best.gap <= run.gap and run.best.assignment is not None:
         return
     if theta is not None:

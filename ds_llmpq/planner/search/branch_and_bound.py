@@ -18,9 +18,11 @@ from ds_llmpq.planner.pins import Pins
 from ds_llmpq.planner.problem import Problem
 from ds_llmpq.planner.search.enumeration import Enumeration
 from ds_llmpq.planner.search.fractional import Fractional, Fractionals, first_bounds
-from ds_llmpq.planner.search.relaxation import Duals, Node, Pair, Relaxation, round_weights
+from ds_llmpq.planner.search.node import Duals, Guess, Node, Pair, round_weights
+from ds_llmpq.planner.search.relaxation import Relaxation
 from ds_llmpq.planner.search.shortest_path import Step
 from ds_llmpq.planner.search.stage_bounds import Box
+from ds_llmpq.planner.search.target import Target
 
 EXACT_DEPTH = 6  # splits after which long stages on the path are costed exactly
 SMALL = 150  # layers x devices x widths, up to which boxes are enumerated on the way
@@ -53,9 +55,8 @@ class Search:
         chosen = [pair for pair, known in self.first.items() if known.bound < worth]
         self.relaxed = Relaxation(problem, pins, best.formula, chosen, deadline)
         self.pairs, self.classes, self.priced = self.relaxed.pairs, self.relaxed.classes, self.relaxed.priced
-        self.best.accepts = pins.respected
-        self.small = problem.layers * len(problem.devices) * len(problem.bits) <= SMALL
-        self.ceiling = self.relaxed.ceiling()
+        self.goal = Target(best, gap, self.relaxed.ceiling())
+        self.small = is_small(problem)
         self.active: list[Node] = []
         # The least bound of what was pruned or could not be split further.
         self.closed = min((known.bound for known in self.first.values() if known.bound >= worth), default=math.inf)
@@ -69,10 +70,12 @@ class Search:
 
     @property
     def target(self) -> float:
-        """What has at least this bound need not be looked at; without a plan, what no plan can reach."""
-        if math.isfinite(self.best.value):
-            return sufficient_bound(self.best.value, self.gap)
-        return self.ceiling
+        """What has at least this bound need not be looked at."""
+        return self.goal.value
+
+    def roots(self, most: int) -> list[tuple[Node, Fractional]]:
+        """The most promising boxes in the queue, each with what the first bounds say of its pair."""
+        return [(node, self.known(node.pair)) for _, _, node in sorted(self.open)[:most]]
 
     @property
     def bound(self) -> float:
@@ -88,7 +91,7 @@ class Search:
         self.best.raise_bound(self.bound)
 
     def done(self) -> bool:
-        return self.best.value <= self.bound or self.best.gap <= self.gap
+        return self.goal.met_by(self.bound)
 
     def _improve(self) -> None:
         """Hand a new incumbent to the polish, at growing intervals."""
@@ -269,7 +272,7 @@ class Search:
         """Enumerate what is left of a box; false when that is too much, or more than its share of the work so far."""
         if not self.classes.exact or self.priced or self.enumerated > SHARE_STEPS * (self.relaxed.evaluated + 100):
             return False
-        enumeration = Enumeration(self, node, steps)
+        enumeration = Enumeration(self.relaxed, node, self.goal, self.deadline, steps)
         done = enumeration.run()
         self.enumerated += steps - max(enumeration.steps, 0)
         if done:
@@ -298,6 +301,13 @@ class Search:
         share = 0.5 if known.share is None else known.share
         return Node(i, self.pairs[i].root, Duals(self._first_theta(i), share, self.last_prices), known.bound)
 
+    def guess_theta(self) -> Guess | None:
+        """What a search for the price of the limit begins with; None where there is no limit, or no pair to look at."""
+        if self.mode == "theta" or not self.open:
+            return None
+        root = self.open[0][2]
+        return Guess(root.duals.theta, near=self.knows_theta(root.pair))
+
     def known(self, pair: int) -> Fractional:
         arrays = self.pairs[pair].arrays
         return self.first[arrays.prefill_micro_batch, arrays.decode_micro_batch]
@@ -312,6 +322,11 @@ class Search:
             return self.problem.objective.theta
         seconds = self.problem.objective.limit if self.mode == "max_latency" else 0.0
         return self.start_theta or self.known(pair).theta or plausible_theta(self.pairs[pair], seconds)
+
+
+def is_small(problem: Problem) -> bool:
+    """Whether boxes are enumerated on the way: such a problem needs no good prices."""
+    return problem.layers * len(problem.devices) * len(problem.bits) <= SMALL
 
 
 def plausible_theta(pair: Pair, seconds: float = 0.0) -> float:

@@ -19,6 +19,7 @@ from ds_llmpq.planner.objective import Assignment
 from ds_llmpq.planner.pins import Pins
 from ds_llmpq.planner.problem import Objective, Problem
 from ds_llmpq.planner.search.branch_and_bound import Search
+from ds_llmpq.planner.search.node import Guess
 
 ROUNDS = 9
 STEP, NEAR_STEP = 4.0, 1.6  # while only one side of the bracket is known: from a guess, from the first bound's price
@@ -26,23 +27,19 @@ NARROW = 1.25  # ratio of the bracket's ends at which it is not worth going on
 COARSE_GAP = 0.03  # a rough plan is enough to see on which side of the limit a theta lies
 
 
-def price_of_limit(
+def find_price_of_limit(
     problem: Problem,
     best: Incumbent,
     pins: Pins,
+    guess: Guess,
+    *,
     gap: float,
     deadline: float,
     improve: Callable[[Assignment | None], None] | None,
-    probe: Search,
-) -> float | None:
-    """The best theta found (None where none is needed); offers plans to `best` and raises its bound on the way.
-
-    `probe`: a search of the problem itself, not yet run.
-    """
+) -> float:
+    """The best theta found for the problem's limit; offers plans to `best` and raises its bound on the way."""
     objective = problem.objective
-    if objective.mode == "theta" or probe.small or not probe.pairs:
-        return None
-    theta, step = probe.open[0][2].duals.theta, NEAR_STEP if probe.knows_theta(0) else STEP
+    theta, step = guess.theta, NEAR_STEP if guess.near else STEP
     low, high = 0.0, math.inf
     reached, best_theta = -math.inf, theta
     share = 0.1 * (deadline - time.monotonic())

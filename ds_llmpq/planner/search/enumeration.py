@@ -1,22 +1,20 @@
 """Close a box exactly: every plan in it that could beat the target, depth first, pruned by the costs to go.
 
-Used where splitting the box no longer helps: what is left is the gap between whole-number and priced widths, between
-the two sides of a decode round, or between a hard limit and its price. Works for small or nearly closed boxes; a step
-limit tells when it is not.
+Used where splitting the box no longer helps: what is left is the gap between whole-number and priced bit widths,
+between the two sides of a decode round, or between a hard limit and its price. Works for small or nearly closed boxes;
+a step limit tells when it is not.
 """
 
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ds_llmpq.planner.objective import Assignment, Stage
+from ds_llmpq.planner.search.node import Node
+from ds_llmpq.planner.search.relaxation import Relaxation
 from ds_llmpq.planner.search.stage_bounds import NEVER
-
-if TYPE_CHECKING:
-    from ds_llmpq.planner.search.branch_and_bound import Search
-    from ds_llmpq.planner.search.relaxation import Node
+from ds_llmpq.planner.search.target import Target
 
 OPTION_LIMIT = 4000
 
@@ -27,16 +25,20 @@ class TooMany(Exception):
 
 @dataclass
 class Enumeration:
-    """Depth-first enumeration of one node's box; `run` is true when nothing below the target was left out."""
+    """Depth-first enumeration of one node's box; `run` is true when nothing below the target was left out.
 
-    search: "Search"
-    node: "Node"
+    Plans go to the target's incumbent. `steps`: what is left of the step limit.
+    """
+
+    relaxed: Relaxation
+    node: Node
+    target: Target
+    deadline: float
     steps: int
     options: dict[tuple[int, int, int], list[tuple[float, float, float, tuple[int, ...]]]] = field(default_factory=dict)
 
     def run(self) -> bool:
-        search, node = self.search, self.node
-        self.relaxed = search.relaxed
+        node = self.node
         self.pair = self.relaxed.pairs[node.pair]
         self.stage, self.link, self.final = self.relaxed.tables(node)
         self.after = self.relaxed.space.costs_to_go(self.stage[None], self.link[None], self.final[None]).after[0]
@@ -50,11 +52,11 @@ class Enumeration:
 
     def _hopeless(self, value: float) -> bool:
         units = self.relaxed.in_objective_units(value - 1e-9 * abs(value), self.node.duals.theta)
-        return units >= self.search.target
+        return units >= self.target.value
 
     def _extend(self, first: int, state: int, last: int, cost: float, placed: list) -> None:
         """Try all next stages, the most promising first."""
-        search, layers = self.search, self.stage.shape[1]
+        layers = self.stage.shape[1]
         if first == layers:
             self._offer(placed)
             return
@@ -69,32 +71,30 @@ class Enumeration:
                 break
             onward = self.after[first + k, state, c]
             whole = self.final[c] if first == 0 and k == layers else 0.0  # a single stage has no way back
-            for prefill, decode, omega, widths in self._stage_options(search.classes.kind[c], first, k):
+            for prefill, decode, omega, bits in self._stage_options(self.relaxed.classes.kind[c], first, k):
                 total = arrive + prefill + self.ring * decode + self.node.duals.theta * omega
                 total += self.node.duals.prices[c] - whole
                 self._count()
                 if not self._hopeless(total + onward):
                     used = int(self.relaxed.space.next[state, c])
-                    self._extend(first + k, used, c, total, [*placed, (c, first, first + k, widths)])
+                    self._extend(first + k, used, c, total, [*placed, (c, first, first + k, bits)])
 
     def _count(self, steps: int = 1) -> None:
         self.steps -= steps
-        if self.steps < 0 or time.monotonic() > self.search.deadline:
+        if self.steps < 0 or time.monotonic() > self.deadline:
             raise TooMany
 
     def _offer(self, placed: list) -> None:
-        search, arrays = self.search, self.pair.arrays
-        free = [list(devices) for devices in search.classes.members]
+        problem, arrays = self.relaxed.problem, self.pair.arrays
+        free = [list(devices) for devices in self.relaxed.classes.members]
         stages = tuple(
-            Stage(
-                search.problem.devices[free[c].pop(0)].name, first, last, tuple(search.problem.bits[b] for b in widths)
-            )
-            for c, first, last, widths in placed
+            Stage(problem.devices[free[c].pop(0)].name, first, last, tuple(problem.bits[b] for b in bits))
+            for c, first, last, bits in placed
         )
-        search.best.offer(Assignment(stages, arrays.prefill_micro_batch, arrays.decode_micro_batch))
+        self.target.best.offer(Assignment(stages, arrays.prefill_micro_batch, arrays.decode_micro_batch))
 
     def _stage_options(self, q: int, first: int, k: int) -> list[tuple[float, float, float, tuple[int, ...]]]:
-        """(P, D, omega, widths) of the undominated width choices within the box."""
+        """(P, D, omega, bits) of the undominated choices of bit widths within the box."""
         key = (q, first, k)
         if key not in self.options:
             stages, box = self.pair.stages, self.node.box
@@ -105,7 +105,7 @@ class Enumeration:
             for layer in range(first, first + k):
                 found = self._with_layer(found, q, layer, limits)
             ends = [int(at_start) * stages.embed[p, q] + int(at_end) * stages.head[p, q] for p in (0, 1)]
-            options = [(p + ends[0], d + ends[1], omega, widths) for p, d, _, omega, widths in found.values()]
+            options = [(p + ends[0], d + ends[1], omega, bits) for p, d, _, omega, bits in found.values()]
             self.options[key] = _undominated(options)
         return self.options[key]
 
@@ -113,15 +113,15 @@ class Enumeration:
         """All choices with one more layer; among equal compositions of like layers the least omega is enough."""
         stages, grown = self.pair.stages, {}
         alike = stages.costs[q].same_bytes
-        for key, (p, d, m, omega, widths) in found.items():
+        for key, (p, d, m, omega, bits) in found.items():
             for b in np.flatnonzero(stages.usable[q] & stages.allowed[layer]):
                 use = (p + stages.prefill[q, b], d + stages.decode[q, b], m + stages.bytes[layer, b])
                 if any(u > limit for u, limit in zip(use, limits, strict=True)):
                     continue
-                name = (*key[:b], key[b] + 1, *key[b + 1 :]) if alike else (*widths, int(b))
+                name = (*key[:b], key[b] + 1, *key[b + 1 :]) if alike else (*bits, int(b))
                 loss = omega + stages.arrays.omega[layer, b]
                 if name not in grown or loss < grown[name][3]:
-                    grown[name] = (*use, loss, (*widths, int(b)))
+                    grown[name] = (*use, loss, (*bits, int(b)))
             if len(grown) > OPTION_LIMIT:
                 raise TooMany
         self._count(len(grown))

@@ -5,10 +5,13 @@ little more, so a few boxes that end just above are tried, each a shortest path 
 """
 
 import time
+from collections.abc import Sequence
 
-from ds_llmpq.planner.search.branch_and_bound import Search
-from ds_llmpq.planner.search.relaxation import Duals, Node
+from ds_llmpq.planner.search.fractional import Fractional
+from ds_llmpq.planner.search.node import Duals, Node
+from ds_llmpq.planner.search.relaxation import Relaxation
 from ds_llmpq.planner.search.stage_bounds import Box
+from ds_llmpq.planner.search.target import Target
 
 PAIRS = 3  # the most promising ones
 FACTORS = (1.05, 1.15, 1.4, 2.0)  # of the fractional optimum's slowest resources
@@ -16,32 +19,46 @@ PRICE_FACTORS = (1.0, 1.5, 4.0)  # of its price of quality, where rounding may b
 PRICE_ROUNDS = 6  # of device classes, where they are priced
 
 
-def offer_first_plans(search: Search) -> None:
-    """Offer what is found to the incumbent, until the deadline."""
-    thetas = (1.0,) if search.mode == "theta" else PRICE_FACTORS
-    roots = [entry[2] for entry in sorted(search.open)[:PAIRS]]
+def offer_first_plans(
+    relaxed: Relaxation,
+    roots: Sequence[tuple[Node, Fractional]],
+    target: Target,
+    *,
+    bound: float,
+    deadline: float,
+) -> None:
+    """Offer what is found to the target's incumbent, until the deadline or until `bound`, proven already, is reached.
+
+    `roots`: the whole boxes of the most promising micro-batch pairs.
+    """
+    thetas = (1.0,) if relaxed.mode == "theta" else PRICE_FACTORS
     for factor in FACTORS:
-        for root in roots:
+        for root, known in roots:
             for theta in thetas:
-                if time.monotonic() > search.deadline or search.done():
+                if time.monotonic() > deadline or target.met_by(bound):
                     return
-                _offer(search, root, factor, theta if search.mode != "max_latency" else 1 / theta)
+                node = _aim(root, known, factor, theta if relaxed.mode != "max_latency" else 1 / theta)
+                if node is not None:
+                    _offer(relaxed, node, target)
 
 
-def _offer(search: Search, root: Node, factor: float, theta: float) -> None:
-    relaxed, known = search.relaxed, search.known(root.pair)
+def _aim(root: Node, known: Fractional, factor: float, theta: float) -> Node | None:
+    """The root's box cut at `factor` times the fractional optimum's slowest resources; None where these are unknown."""
     if known.slowest_prefill is None or known.slowest_decode is None:
-        return
+        return None
     box = Box(
         root.box.p_low,
         max(root.box.p_low, factor * known.slowest_prefill),
         root.box.d_low,
         max(root.box.d_low, factor * known.slowest_decode),
     )
-    node = Node(root.pair, box, Duals(theta * root.duals.theta, root.duals.w, root.duals.prices))
-    if search.priced:
-        node = relaxed.with_better_prices(node, PRICE_ROUNDS, search.target)
+    return Node(root.pair, box, Duals(theta * root.duals.theta, root.duals.w, root.duals.prices))
+
+
+def _offer(relaxed: Relaxation, node: Node, target: Target) -> None:
+    if relaxed.priced:
+        node = relaxed.with_better_prices(node, PRICE_ROUNDS, target.value)
     ((_, path),) = relaxed.evaluate([node])
     assignment = relaxed.rounded(node, path) if path else None
     if assignment is not None:
-        search.best.offer(assignment)
+        target.best.offer(assignment)

@@ -1,79 +1,42 @@
 """What a box of thresholds costs at least: one shortest path over priced stages, whatever the order of the devices.
 
 For thresholds in a box [p_low, p_high] x [d_low, d_high] the problem separates by stages, and one shortest path covers
-all device orders, subsets and interleavings (`paths.py`); stages are bounded by Lagrangian prices (`stages.py`). The
-decode round max(m_d * slowest, ring) is bounded by w * m_d * slowest + (1 - w) * ring for any w in [0, 1]; a limit on
-quality loss (or on latency) is priced by theta: min latency + theta * (omega - limit) is a bound for every theta.
+all device orders, subsets and interleavings (`shortest_path.py`); stages are bounded by Lagrangian prices
+(`stage_bounds.py`). The decode round max(m_d * slowest, ring) is bounded by w * m_d * slowest + (1 - w) * ring for any
+w in [0, 1]; a limit on quality loss (or on latency) is priced by theta: min latency + theta * (omega - limit) is a
+bound for every theta.
 Where devices are too many to count, each use of a class is priced. Every path rounds to a plan.
 """
 
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
 from ds_llmpq.planner.arrays import PairArrays, pair_arrays
 from ds_llmpq.planner.feasibility import furthest_layer, pairs
-from ds_llmpq.planner.objective import Assignment, Prediction, Stage
+from ds_llmpq.planner.objective import Assignment, Stage
 from ds_llmpq.planner.pins import Pins
 from ds_llmpq.planner.problem import Problem
 from ds_llmpq.planner.search.compositions import Compositions
 from ds_llmpq.planner.search.device_classes import Classes, class_links, group
 from ds_llmpq.planner.search.dual_prices import best_prices
-from ds_llmpq.planner.search.rounding import choose_widths, refine
+from ds_llmpq.planner.search.multipliers import Multipliers
+from ds_llmpq.planner.search.node import Node, Pair, round_weights
+from ds_llmpq.planner.search.rounding import Place, choose_bits, find_multipliers
 from ds_llmpq.planner.search.shortest_path import PathSpace, Step
-from ds_llmpq.planner.search.stage_bounds import NEVER, Box, StageBounds
+from ds_llmpq.planner.search.stage_bounds import NEVER, Box, Prices, StageBounds
 
 STATE_LIMIT = 3000  # count states times classes beyond which device limits are priced instead of counted
 POOL_LIMIT = 90
 BATCH_ENTRIES = 40_000
 
 
-@dataclass(frozen=True)
-class Duals:
-    """theta: price of quality loss; w: share of the slowest resource in a decode round; prices: of device classes."""
-
-    theta: float
-    w: float
-    prices: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Node:
-    """A box of one micro-batch pair with its proven bound and what its best path looked like."""
-
-    pair: int
-    box: Box
-    duals: Duals
-    bound: float = 0.0
-    own: float = -math.inf  # the bound that these duals give in this box; `bound` may come from others
-    prediction: Prediction | None = None
-    used: tuple[int, ...] = ()
-    depth: int = 0
-    exact: frozenset[tuple[int, int]] = frozenset()  # (kind, length) of stages to cost exactly
-    settled: bool = False  # its duals have been improved
-    again: bool = False  # nothing is left to split: settled once more with a thorough search for theta
-
-
-@dataclass
-class Pair:
-    """What the search keeps for one micro-batch pair."""
-
-    arrays: PairArrays
-    stages: StageBounds
-    link: np.ndarray  # [2, C, C]
-    back: np.ndarray  # [2, C, C]
-    slow: float  # weight of the slowest prefill resource, m_p - 1
-    ring: float  # weight of a decode pass
-    slowest: float  # weight of the slowest decode resource
-    split_round: bool  # the contract's max of the two (else the reference formula adds them)
-    root: Box
-
-
 class Relaxation:
-    """Bounds and paths of boxes, for all micro-batch pairs; its pools of multipliers grow as paths are rounded."""
+    """Bounds and paths of boxes, for all micro-batch pairs. `rounded` adds to the pairs' multipliers, and nothing else
+    changes what a node's bound is."""
 
     def __init__(
         self,
@@ -113,6 +76,7 @@ class Relaxation:
         return Pair(
             arrays,
             stages,
+            Multipliers(stages),
             link,
             back,
             slow=arrays.prefill_rounds - 1.0,
@@ -163,8 +127,8 @@ class Relaxation:
         """Stage costs [C, L, K], links [C, C] and what follows the last stage [C] for one node."""
         pair, box, duals = self.pairs[node.pair], node.box, node.duals
         ring, _ = round_weights(pair, duals.w)
-        pair.stages.set_theta(duals.theta)
-        stage = pair.stages.bounds(box, ring, node.exact)[self.classes.kind] + np.array(duals.prices)[:, None, None]
+        bounds = pair.stages.bounds(box, Prices(duals.theta, ring), pair.multipliers.at(duals.theta), node.exact)
+        stage = bounds[self.classes.kind] + np.array(duals.prices)[:, None, None]
         link = pair.link[0] + ring * pair.link[1] + self.order_links
         slack = 1 + 1e-9
         link = np.where((pair.link[0] > box.p_high * slack) | (pair.link[1] > box.d_high * slack), np.inf, link)
@@ -208,28 +172,29 @@ class Relaxation:
         return replace(node, duals=replace(node.duals, prices=tuple(prices.tolist())))
 
     def rounded(self, node: Node, path: list[Step]) -> Assignment | None:
-        """The path as a plan, None where it makes none; feeds the pools of multipliers."""
+        """The path as a plan, None where it makes none; adds to the pair's multipliers."""
         pair, duals = self.pairs[node.pair], node.duals
         if self.priced:
             path = self._within_counts(node, path)
         ring, _ = round_weights(pair, duals.w)
-        pair.stages.set_theta(duals.theta)
-        widths = []
+        bits, pools = [], pair.multipliers.pools
         for step in path:
             q = self.classes.kind[step.kind]
-            place = (pair.stages, q, step.first, step.last, node.box, ring)
-            chosen, cost = choose_widths(*place)
-            if step.last - step.first > pair.stages.compositions.short and len(pair.stages.pools[q]) < POOL_LIMIT:
-                refine(*place, cost)
-            widths.append(chosen)
-        if any(chosen is None for chosen in widths):
+            place = Place(pair.stages, q, step.first, step.last, node.box, Prices(duals.theta, ring))
+            chosen, cost = choose_bits(place, pools[q])
+            if step.last - step.first > pair.stages.compositions.short and len(pools[q]) < POOL_LIMIT:
+                found = find_multipliers(place, pools[q], cost)
+                if found is not None:
+                    pair.multipliers.add(q, found[None])
+            bits.append(chosen)
+        if any(chosen is None for chosen in bits):
             return None
         devices = self._devices(pair, path)
         if devices is None:
             return None
         stages = tuple(
             Stage(self.problem.devices[d].name, s.first, s.last, tuple(self.problem.bits[b] for b in chosen))
-            for d, s, chosen in zip(devices, path, widths, strict=True)
+            for d, s, chosen in zip(devices, path, bits, strict=True)
         )
         return Assignment(stages, pair.arrays.prefill_micro_batch, pair.arrays.decode_micro_batch)
 
@@ -289,11 +254,6 @@ def _state_space(problem: Problem, pins: Pins, fixed: bool) -> tuple[Classes, Pa
         if classes.states * len(classes.members) <= STATE_LIMIT:
             return classes, PathSpace(len(classes.members), classes.counts), False
     return classes, PathSpace(len(classes.members), None), True
-
-
-def round_weights(pair: Pair, w: float) -> tuple[float, float]:
-    """Weights of (ring, slowest decode resource) under the share w."""
-    return ((1 - w) * pair.ring, w * pair.slowest) if pair.split_round else (pair.ring, pair.slowest)
 
 
 def _weighted_links(table: np.ndarray, counted: bool) -> np.ndarray:

@@ -1,15 +1,16 @@
 """From a path to a plan: better multipliers and whole-number widths for the stages on it.
 
-`refine` climbs the Lagrangian dual of one stage and feeds the pool of `StageBounds`; `choose_widths` takes the best
-feasible minimiser over the pool and improves it by exchanging single layers.
+`find_multipliers` climbs the Lagrangian dual of one stage; `choose_bits` takes the best feasible minimiser over the
+multipliers known and improves it by exchanging single layers.
 """
 
 import itertools
+from dataclasses import dataclass
 
 import numpy as np
 
 from ds_llmpq.planner.linear import minimise
-from ds_llmpq.planner.search.stage_bounds import NEVER, Box, StageBounds
+from ds_llmpq.planner.search.stage_bounds import NEVER, Box, Prices, StageBounds
 
 STEPS = np.array(list(itertools.product((-1.0, 0.0, 1.0), repeat=3)))
 DROPS = np.array(list(itertools.product((0.0, 1.0), repeat=3)))
@@ -17,26 +18,43 @@ FACTORS = (4.0, 2.0, 1.4, 1.15, 1.05)
 _EXCESS = 1000.0
 
 
-def refine(stages: StageBounds, q: int, first: int, last: int, box: Box, pass_weight: float, cost: float) -> bool:
-    """Add the best multipliers found for layers [first, last) on kind q, if they raise its bound noticeably.
+@dataclass(frozen=True)
+class Place:
+    """Layers [first, last) on kind q of device, within a box and at the prices of its node."""
 
-    `cost` is what whole-number widths cost; when the bound is near it already, nothing is tried.
+    stages: StageBounds
+    q: int
+    first: int
+    last: int
+    box: Box
+    prices: Prices
+
+    @property
+    def limits(self) -> np.ndarray:
+        """[3]: what P, D and memory the layers may take."""
+        return self.stages.limits(self.q, self.box, self.first == 0, self.last == self.stages.layers)
+
+
+def find_multipliers(place: Place, pool: np.ndarray, cost: float) -> np.ndarray | None:
+    """The best multipliers [3] found, if they raise the bound of the stage noticeably above that of `pool` [M, 3].
+
+    `cost` is what whole-number bit widths cost; when the bound is near it already, nothing is tried.
     """
-    base = np.array([1.0, pass_weight, 0.0])
-    limits = stages.limits(q, box, first == 0, last == stages.layers)
-    prices = _Prices(stages, q, first, last)
+    base = np.array([1.0, place.prices.pass_weight, 0.0])
+    limits = place.limits
+    layers = _Layers(place)
 
     def values(surplus: np.ndarray) -> np.ndarray:
-        return prices.minima(surplus + base).sum(axis=1) - surplus @ limits
+        return layers.minima(surplus + base).sum(axis=1) - surplus @ limits
 
-    usable = stages.pools[q] - base
+    usable = pool - base
     usable = usable[(usable >= -1e-12).all(axis=1)]
     known = values(usable)
     best, value = usable[np.argmax(known)], known.max()
     before = value
     if cost - value < 2e-3 * abs(cost):
-        return False
-    floor = np.abs(stages.pools[q]).max(axis=0) * 1e-3 + 1e-12
+        return None
+    floor = np.abs(pool).max(axis=0) * 1e-3 + 1e-12
     for factor in FACTORS:
         for _ in range(2):
             tried = np.maximum(best, floor) * factor**STEPS
@@ -48,22 +66,21 @@ def refine(stages: StageBounds, q: int, first: int, last: int, box: Box, pass_we
             best, value = tried[np.argmax(found)], found.max()
     if value <= before + 5e-4 * abs(before) and not np.isfinite(cost):
         # no widths fit: two constraints exclude one another, and only both multipliers together raise the bound
-        best = prices.excluding(base, limits, abs(before))
+        best = layers.excluding(base, limits, abs(before))
         value = values(best[None])[0] if best is not None else before
     if value <= before + 5e-4 * abs(before):
-        return False
-    stages.add(q, (best + base)[None])
-    return True
+        return None
+    return best + base
 
 
-class _Prices:
+class _Layers:
     """Priced minima of the layers of one stage, for many multipliers at once."""
 
-    def __init__(self, stages: StageBounds, q: int, first: int, last: int):
-        rows = slice(first, last)
+    def __init__(self, place: Place):
+        stages, q, rows = place.stages, place.q, slice(place.first, place.last)
         self.prefill, self.decode = stages.prefill[q], stages.decode[q]
         self.bytes = stages.bytes[rows]
-        self.fixed = stages.theta * stages.arrays.omega[rows] + stages.blocked[rows] + stages.absent[q]
+        self.fixed = place.prices.theta * stages.arrays.omega[rows] + stages.blocked[rows] + stages.absent[q]
 
     def all(self, multipliers: np.ndarray) -> np.ndarray:
         """[M, k, B]."""
@@ -95,42 +112,41 @@ class _Prices:
         return None if found is None else np.maximum(-found.upper_prices, 0.0)
 
 
-def choose_widths(
-    stages: StageBounds, q: int, first: int, last: int, box: Box, pass_weight: float
-) -> tuple[np.ndarray | None, float]:
-    """Width indices [k] of a good feasible choice (or None) and what they cost."""
-    limits = stages.limits(q, box, first == 0, last == stages.layers)
-    if last - first <= stages.compositions.long and stages.costs[q].same_bytes:
-        return stages.costs[q].choose(limits, pass_weight, stages.theta, first, last - first)
-    prices = _Prices(stages, q, first, last)
+def choose_bits(place: Place, pool: np.ndarray) -> tuple[np.ndarray | None, float]:
+    """Bit-width indices [k] of a good feasible choice (or None) and what they cost; tries the multipliers `pool`."""
+    stages, limits, length = place.stages, place.limits, place.last - place.first
+    if length <= stages.compositions.long and stages.costs[place.q].same_bytes:
+        costs, prices = stages.costs[place.q], place.prices
+        return costs.choose(limits, prices.pass_weight, prices.theta, place.first, length)
+    layers = _Layers(place)
     limits = limits + 1e-12 * np.abs(limits)
-    chosen = prices.all(stages.pools[q]).argmin(axis=2)  # [M, k]
+    chosen = layers.all(pool).argmin(axis=2)  # [M, k]
     chosen = np.unique(chosen, axis=0)
-    use = np.stack([prices.prefill[chosen].sum(1), prices.decode[chosen].sum(1), _bytes(prices, chosen)], axis=1)
-    rows = np.arange(last - first)
-    cost_of = prices.prefill + pass_weight * prices.decode + prices.fixed  # [k, B]
+    use = np.stack([layers.prefill[chosen].sum(1), layers.decode[chosen].sum(1), _bytes(layers, chosen)], axis=1)
+    rows = np.arange(length)
+    cost_of = layers.prefill + place.prices.pass_weight * layers.decode + layers.fixed  # [k, B]
     cost = cost_of[rows, chosen].sum(axis=1)
     excess = np.clip((use - limits) / np.maximum(np.abs(limits), 1e-12), 0, None).sum(axis=1)
     fits = excess <= 0
     m = int(np.argmin(np.where(fits, cost, np.inf))) if fits.any() else int(np.argmin(excess))
-    widths = _exchange(prices, chosen[m].copy(), limits, cost_of)
-    return widths, float(cost_of[rows, widths].sum()) if widths is not None else np.inf
+    bits = _exchange(layers, chosen[m].copy(), limits, cost_of)
+    return bits, float(cost_of[rows, bits].sum()) if bits is not None else np.inf
 
 
-def _bytes(prices: _Prices, chosen: np.ndarray) -> np.ndarray:
-    return np.take_along_axis(prices.bytes[None], chosen[:, :, None], axis=2)[:, :, 0].sum(axis=1)
+def _bytes(layers: _Layers, chosen: np.ndarray) -> np.ndarray:
+    return np.take_along_axis(layers.bytes[None], chosen[:, :, None], axis=2)[:, :, 0].sum(axis=1)
 
 
-def _exchange(prices: _Prices, widths: np.ndarray, limits: np.ndarray, cost_of: np.ndarray) -> np.ndarray | None:
+def _exchange(layers: _Layers, bits: np.ndarray, limits: np.ndarray, cost_of: np.ndarray) -> np.ndarray | None:
     """Change one layer at a time: first towards feasibility, then towards lower cost."""
-    rows = np.arange(len(widths))
-    parts = np.stack(np.broadcast_arrays(prices.prefill[None], prices.decode[None], prices.bytes), axis=2)  # [k, B, 3]
+    rows = np.arange(len(bits))
+    parts = np.stack(np.broadcast_arrays(layers.prefill[None], layers.decode[None], layers.bytes), axis=2)  # [k, B, 3]
     unit = np.maximum(np.abs(limits), 1e-12)
-    for _ in range(4 * len(widths) + 4):
-        now = parts[rows, widths]
+    for _ in range(4 * len(bits) + 4):
+        now = parts[rows, bits]
         use = now.sum(axis=0)
         after = use + parts - now[:, None, :]  # [k, B, 3]
-        rise = cost_of - cost_of[rows, widths][:, None]
+        rise = cost_of - cost_of[rows, bits][:, None]
         excess = np.clip((use - limits) / unit, 0, None).sum()
         later = np.clip((after - limits) / unit, 0, None).sum(axis=2)
         if excess > 0:
@@ -141,7 +157,7 @@ def _exchange(prices: _Prices, widths: np.ndarray, limits: np.ndarray, cost_of: 
         else:
             score = np.where((later <= 0) & (rise < -1e-12 * np.abs(cost_of).min()), -rise, -np.inf)
             if not np.isfinite(score).any():
-                return widths
+                return bits
         i, b = np.unravel_index(int(np.argmax(score)), score.shape)
-        widths[i] = b
-    return widths if (parts[rows, widths].sum(axis=0) <= limits).all() else None
+        bits[i] = b
+    return bits if (parts[rows, bits].sum(axis=0) <= limits).all() else None

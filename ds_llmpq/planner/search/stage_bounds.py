@@ -7,11 +7,12 @@ one minimum a layer, so prefix sums give the Lagrangian bound of every interval:
     bound(a, k) = max over (l_P, l_D, l_M) of  S[a + k] - S[a] - (l_P - 1) P_high - (l_D - a_D) D_high - l_M capacity,
     S[i + 1] - S[i] = min over widths b of  l_P P_b + l_D D_b + l_M bytes[i, b] + theta omega[i, b].
 
-The multipliers are a pool per device kind that grows where the search needs them (`refine`); S does not depend on the
-box, only the constants do. A "kind" is a set of devices with equal times and capacity.
+The multipliers are a pool per device kind that grows where the search needs them (`multipliers.py`); S does not depend
+on the box, only the constants do. A "kind" is a set of devices with equal times and capacity.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -31,25 +32,31 @@ class Box:
     d_high: float
 
 
-@dataclass
-class StageBounds:
-    """The bounds of one micro-batch pair. `representatives[q]` is a device index of kind q.
+@dataclass(frozen=True)
+class Prices:
+    """Under which prices a stage is bounded: theta of quality loss, `pass_weight` a_D of a decode pass."""
 
-    `allowed[L, B]` removes widths, `intervals(kind) -> [L, L] bool or None` removes stages (a, k - 1): both from pins.
+    theta: float
+    pass_weight: float
+
+
+class StageBounds:
+    """The bounds of one micro-batch pair, which do not change. `representatives[q]` is a device index of kind q.
+
+    `allowed[L, B]` removes bit widths, `masks[q]` ([L, L] bool or None) removes stages (a, k - 1): both from pins.
     """
 
-    arrays: PairArrays
-    representatives: list[int]
-    allowed: np.ndarray
-    masks: list[np.ndarray | None]
-    compositions: Compositions
-    pools: list[np.ndarray] = field(init=False)  # [M, 3] per kind
-    theta: float = field(init=False, default=-1.0)
-    tables: dict[int, np.ndarray] = field(init=False, default_factory=dict)  # kind -> [M, L, K]: S[a + k] - S[a]
-
-    def __post_init__(self) -> None:
-        a = self.arrays
-        reps = self.representatives
+    def __init__(
+        self,
+        arrays: PairArrays,
+        representatives: list[int],
+        allowed: np.ndarray,
+        masks: list[np.ndarray | None],
+        compositions: Compositions,
+    ):
+        self.arrays, self.allowed, self.masks, self.compositions = arrays, allowed, masks, compositions
+        self.kinds = len(representatives)
+        a, reps = arrays, representatives
         self.layers, self.widths = a.omega.shape
         self.unit = max(float(a.capacity.max()), 1.0)  # bytes in one unit of l_M's constraint
         self.bytes = a.layer_bytes / self.unit
@@ -63,7 +70,6 @@ class StageBounds:
         self.embed = np.where(np.isfinite(a.embed[:, reps]), a.embed[:, reps], NEVER)
         self.head = np.where(np.isfinite(a.head[:, reps]), a.head[:, reps], NEVER)
         self.embed_bytes, self.head_bytes = a.embed_bytes / self.unit, a.head_bytes / self.unit
-        self.pools = [self._first_pool(q) for q in range(len(reps))]
         self.costs = [
             StageCosts(self.compositions, self.prefill[q] + self.absent[q], self.decode[q] + self.absent[q], self.bytes)
             for q in range(len(reps))
@@ -72,8 +78,8 @@ class StageBounds:
         self.end = np.minimum(np.arange(self.layers)[:, None] + np.arange(1, self.longest + 1), self.layers)
         self.least = [self._least(q) for q in range(len(reps))]
 
-    def _first_pool(self, q: int) -> np.ndarray:
-        """A coarse grid around the plausible prices: of a second of the slowest stage, and of the whole memory."""
+    def first_multipliers(self, q: int) -> np.ndarray:
+        """[M, 3]: a coarse grid around the plausible prices: of a second of the slowest stage, and of all memory."""
         a = self.arrays
         slow = a.prefill_rounds - 1.0
         passes = max(a.generated_tokens - 1.0, 1.0)
@@ -104,22 +110,13 @@ class StageBounds:
         parts = np.stack([self.prefill[q] + penalty, self.decode[q] + penalty, self.bytes + penalty])
         return self._differences(_prefix_sums(parts.min(axis=2)))
 
-    def set_theta(self, theta: float) -> None:
-        if theta != self.theta:
-            self.theta = theta
-            self.tables = {q: self._table(q, self.pools[q]) for q in range(len(self.pools))}
-
-    def layer_prices(self, q: int, pool: np.ndarray) -> np.ndarray:
-        """[M, L, B]: l_P P + l_D D + l_M bytes + theta omega."""
+    def price_layers(self, q: int, pool: np.ndarray, theta: float) -> np.ndarray:
+        """[M, L, K] at (a, k - 1): S[a + k] - S[a], the least l_P P + l_D D + l_M bytes + theta omega of the layers."""
         base = pool[:, :1] * self.prefill[q] + pool[:, 1:2] * self.decode[q] + self.absent[q]
-        return (
-            base[:, None, :]
-            + pool[:, 2, None, None] * self.bytes
-            + (self.theta * self.arrays.omega + self.blocked)[None]
+        by_bits = (  # [M, L, B]
+            base[:, None, :] + pool[:, 2, None, None] * self.bytes + (theta * self.arrays.omega + self.blocked)[None]
         )
-
-    def _table(self, q: int, pool: np.ndarray) -> np.ndarray:
-        return self._differences(_prefix_sums(self.layer_prices(q, pool).min(axis=2)))
+        return self._differences(_prefix_sums(by_bits.min(axis=2)))
 
     def _differences(self, sums: np.ndarray) -> np.ndarray:
         """[M, L, K]: sums[a + k] - sums[a] at (a, k - 1), cut at the last layer."""
@@ -141,16 +138,32 @@ class StageBounds:
         cost = first * (self.embed[0, q] + pass_weight * self.embed[1, q])
         return cost + last * (self.head[0, q] + pass_weight * self.head[1, q])
 
-    def bounds(self, box: Box, pass_weight: float, exact: frozenset[tuple[int, int]] = frozenset()) -> np.ndarray:
+    def bounds(
+        self,
+        box: Box,
+        prices: Prices,
+        multipliers: Sequence[tuple[np.ndarray, np.ndarray]],
+        exact: frozenset[tuple[int, int]] = frozenset(),
+    ) -> np.ndarray:
         """[Q, L, K]: lower bounds of stages [a, a + k) at index (a, k - 1); infinite where impossible.
 
-        `exact` holds (kind, length) whose costs are to be exact beyond the short lengths.
+        `multipliers`: per kind the pool [M, 3] and its `price_layers` at the same theta. `exact` holds (kind, length)
+        whose costs are to be exact beyond the short lengths.
         """
-        lengths = [[length for kind, length in exact if kind == q] for q in range(len(self.pools))]
-        return np.stack([self._kind_bounds(q, box, pass_weight, lengths[q]) for q in range(len(self.pools))])
+        found = []
+        for q, (pool, table) in enumerate(multipliers):
+            bound = self._lagrangian(q, box, prices.pass_weight, pool, table)
+            self._raise_short(q, box, prices, bound)
+            for length in (length for kind, length in exact if kind == q):
+                self._raise_long(q, length, box, prices, bound)
+            bound[self._impossible(q, box)] = np.inf
+            if self.masks[q] is not None:
+                bound[~self.masks[q][:, : self.longest]] = np.inf
+            found.append(bound)
+        return np.stack(found)
 
-    def _kind_bounds(self, q: int, box: Box, pass_weight: float, exact: list[int]) -> np.ndarray:
-        pool, table = self.pools[q], self.tables[q]
+    def _lagrangian(self, q: int, box: Box, pass_weight: float, pool: np.ndarray, table: np.ndarray) -> np.ndarray:
+        """[L, K]: the best bound that the multipliers `pool` with their priced layers `table` give."""
         base = np.array([1.0, pass_weight, 0.0])
         surplus = pool - base
         keep = (surplus >= -1e-12).all(axis=1)
@@ -168,12 +181,6 @@ class StageBounds:
         bound[first, length - 1] = worst(table[:, first, length - 1], False, True)
         if self.longest == self.layers:
             bound[0, -1] = worst(table[:, 0, -1], True, True)
-        self._raise_short(q, box, pass_weight, bound)
-        for length in exact:
-            self._raise_long(q, length, box, pass_weight, bound)
-        bound[self._impossible(q, box)] = np.inf
-        if self.masks[q] is not None:
-            bound[~self.masks[q][:, : self.longest]] = np.inf
         return bound
 
     def _last_stages(self) -> tuple[np.ndarray, np.ndarray]:
@@ -181,12 +188,13 @@ class StageBounds:
         length = np.arange(1, self.longest + 1)
         return self.layers - length, length
 
-    def _raise_short(self, q: int, box: Box, pass_weight: float, bound: np.ndarray) -> None:
+    def _raise_short(self, q: int, box: Box, prices: Prices, bound: np.ndarray) -> None:
         """Put the exact costs of short stages in place."""
         costs, short = self.costs[q], min(self.compositions.short, self.longest)
         if not short:
             return
-        place = (pass_weight, self.theta)
+        pass_weight = prices.pass_weight
+        place = (pass_weight, prices.theta)
         found = costs.least_short(self.limits(q, box, False, False), *place)
         zeros = np.zeros(self.compositions.short, dtype=np.int64)
         found[:, 0] = costs.least_short_at(self.limits(q, box, True, False), *place, zeros)
@@ -200,14 +208,14 @@ class StageBounds:
             found[-1, 0] = whole + self.ends_cost(q, pass_weight, True, True)
         np.maximum(bound[:, :short], found[:short].T, out=bound[:, :short])
 
-    def _raise_long(self, q: int, length: int, box: Box, pass_weight: float, bound: np.ndarray) -> None:
+    def _raise_long(self, q: int, length: int, box: Box, prices: Prices, bound: np.ndarray) -> None:
         """Put the exact costs of one longer length in place."""
-        costs, ends = self.costs[q], self.layers - length
-        found = costs.least(length, self.limits(q, box, False, False), pass_weight, self.theta)
+        costs, ends, pass_weight = self.costs[q], self.layers - length, prices.pass_weight
+        found = costs.least(length, self.limits(q, box, False, False), pass_weight, prices.theta)
         for first in {0, ends}:
             at_start, at_end = first == 0, first == ends
             limits = self.limits(q, box, at_start, at_end)
-            found[first] = costs.least(length, limits, pass_weight, self.theta)[first]
+            found[first] = costs.least(length, limits, pass_weight, prices.theta)[first]
             found[first] += self.ends_cost(q, pass_weight, at_start, at_end)
         bound[:, length - 1] = np.maximum(bound[:, length - 1], found)
 
@@ -228,11 +236,6 @@ class StageBounds:
             bad[0, -1] = over(least[:, 0, -1], True, True)
         bad[np.arange(self.layers)[:, None] + np.arange(self.longest) >= self.layers] = True
         return bad
-
-    def add(self, q: int, multipliers: np.ndarray) -> None:
-        """Put multipliers [m, 3] into the pool of a kind."""
-        self.pools[q] = np.concatenate([self.pools[q], multipliers])
-        self.tables[q] = np.concatenate([self.tables[q], self._table(q, multipliers)])
 
 
 def _prefix_sums(rows: np.ndarray) -> np.ndarray:
