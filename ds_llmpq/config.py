@@ -12,24 +12,39 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
-from ds_llmpq import overrides, schema, schema_lengths
+from ds_llmpq import overrides
+from ds_llmpq.cluster.config import ClusterConfig, DeviceTypeConfig
+from ds_llmpq.commands.config import (
+    DetectConfig,
+    EvaluateConfig,
+    ExportConfig,
+    LengthsConfig,
+    PlanConfig,
+    ProfileConfig,
+    QuantizeConfig,
+    ReportConfig,
+    RunConfig,
+    SensitivityConfig,
+    ServeConfig,
+)
 from ds_llmpq.errors import UserError, shown
 from ds_llmpq.files import read_yaml
 from ds_llmpq.launch.environment import check_environment
+from ds_llmpq.research.config import SimulateConfig
 
 COMMANDS = {
-    "detect": schema.DetectConfig,
-    "plan": schema.PlanConfig,
-    "serve": schema.ServeConfig,
-    "run": schema.RunConfig,
-    "lengths": schema_lengths.LengthsConfig,
-    "simulate": schema_lengths.SimulateConfig,
-    "profile": schema.ProfileConfig,
-    "report": schema.ReportConfig,
-    "quantize": schema.QuantizeConfig,
-    "sensitivity": schema.SensitivityConfig,
-    "evaluate": schema.EvaluateConfig,
-    "export": schema.ExportConfig,
+    "detect": DetectConfig,
+    "plan": PlanConfig,
+    "serve": ServeConfig,
+    "run": RunConfig,
+    "lengths": LengthsConfig,
+    "simulate": SimulateConfig,
+    "profile": ProfileConfig,
+    "report": ReportConfig,
+    "quantize": QuantizeConfig,
+    "sensitivity": SensitivityConfig,
+    "evaluate": EvaluateConfig,
+    "export": ExportConfig,
 }
 
 _PACKAGE = Path(__file__).parent
@@ -96,19 +111,19 @@ def to_object(config: DictConfig, kind: type[T]) -> T:
     return result
 
 
-def known_device_types() -> dict[str, schema.DeviceTypeConfig]:
+def known_device_types() -> dict[str, DeviceTypeConfig]:
     """The device types of conf/device by name."""
     files = sorted((conf_folder() / "device").glob("*.yaml"))
-    return {file.stem: _typed(file, schema.DeviceTypeConfig) for file in files}
+    return {file.stem: _typed(file, DeviceTypeConfig) for file in files}
 
 
-def cluster_of(settings: schema.PlanConfig) -> schema.ClusterConfig:
+def cluster_of(settings: PlanConfig) -> ClusterConfig:
     """The cluster group's entry, or the file that takes its place; variables that the file sets for the ranks are held
     to a list, unless the command line asks for them too."""
     if settings.cluster_file is None:
         return settings.cluster
     file = absolute(settings.cluster_file)
-    found = _typed(file, schema.ClusterConfig)
+    found = _typed(file, ClusterConfig)
     check_environment(found.env, settings.cluster.env, f"cluster_file={file}")
     return found
 
@@ -117,7 +132,7 @@ def _typed(file: Path, kind: type[T]) -> T:
     """A YAML file as an object of `kind`. `UserError`: unreadable, unknown key, wrong type."""
     register()
     values = _integral(read_yaml(file, "YAML file", "give a YAML file as `detect` writes it"))
-    if kind is schema.ClusterConfig and isinstance(values, dict) and "defaults" in values:
+    if kind is ClusterConfig and isinstance(values, dict) and "defaults" in values:
         values = _with_defaults(values, file)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(kind), values)

@@ -22,11 +22,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from ds_llmpq import schema_lengths
 from ds_llmpq.errors import UserError, shown
 
 # overrides whose values are paths
-PATH_KEYS = schema_lengths.PATH_KEYS | {
+PATH_KEYS = {
+    "answers.data",
+    "arrivals.trace",
+    "batch.predictor",
     "calibration.text",
     "check",
     "cluster_file",
@@ -47,6 +49,13 @@ PATH_KEYS = schema_lengths.PATH_KEYS | {
     "reuse",
     "run",
     "sweep",
+    "cases",
+    "data",
+    "predictor",
+    "execution.plan",
+    "lengths.input",
+    "lengths.tokenizer",
+    "proxy.path",
     "topology",
 }
 # Keys that were renamed: former -> present name. To rename a key, add an entry here: the former one is then taken for

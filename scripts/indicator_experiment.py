@@ -27,8 +27,8 @@ from ds_llmpq.config import asset
 from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.models.corpus import EVALUATION, calibration_rows, read_text
 from ds_llmpq.models.tokenizer import load_tokenizer
+from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.report.plan_table import table
-from ds_llmpq.schema import QuantConfig
 from ds_llmpq.sensitivity.indicators import random_table
 from ds_llmpq.sensitivity.layerwise import Layerwise, Measured, measure
 from ds_llmpq.sensitivity.omega import Omega, read_omega

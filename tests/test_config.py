@@ -8,23 +8,32 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from ds_llmpq import config, overrides, schema, schema_lengths
+from ds_llmpq import config, overrides
+from ds_llmpq.batch.config import BatchConfig
+from ds_llmpq.cluster.config import ClusterConfig, DeviceTypeConfig
+from ds_llmpq.commands.config import PlanConfig
+from ds_llmpq.engine.config import EngineConfig
 from ds_llmpq.errors import UserError
+from ds_llmpq.lengths.config import LengthDataConfig, LengthTaskConfig, ProxyConfig
+from ds_llmpq.models.config import ModelConfig
+from ds_llmpq.planner.config import PlannerConfig, WorkloadConfig
+from ds_llmpq.quant.config import QuantConfig
+from ds_llmpq.research.config import ArrivalsConfig, PredictionConfig
 
 GROUPS = {
-    "model": schema.ModelConfig,
-    "cluster": schema.ClusterConfig,
-    "device": schema.DeviceTypeConfig,
-    "workload": schema.WorkloadConfig,
-    "quant": schema.QuantConfig,
-    "planner": schema.PlannerConfig,
-    "engine": schema.EngineConfig,
-    "batch": schema.BatchConfig,
-    "arrivals": schema_lengths.ArrivalsConfig,
-    "prediction": schema_lengths.PredictionConfig,
-    "lengths": schema_lengths.LengthDataConfig,
-    "task": schema_lengths.LengthTaskConfig,
-    "proxy": schema_lengths.ProxyConfig,
+    "model": ModelConfig,
+    "cluster": ClusterConfig,
+    "device": DeviceTypeConfig,
+    "workload": WorkloadConfig,
+    "quant": QuantConfig,
+    "planner": PlannerConfig,
+    "engine": EngineConfig,
+    "batch": BatchConfig,
+    "arrivals": ArrivalsConfig,
+    "prediction": PredictionConfig,
+    "lengths": LengthDataConfig,
+    "task": LengthTaskConfig,
+    "proxy": ProxyConfig,
 }
 WHOLE = {"experiment": "plan", "comparison": "simulate"}  # groups of whole configurations, and the command they are of
 OTHERS = {"hydra", "cost"}  # settings of hydra's own
@@ -79,7 +88,7 @@ def test_an_experiment_composes_with_the_ends_of_what_it_sweeps(group, entry):
 
 
 def test_a_cluster_and_an_ablation_go_together():
-    made = config.to_object(config.composed("plan", ["+experiment=[cluster3,grouping]"]), schema.PlanConfig)
+    made = config.to_object(config.composed("plan", ["+experiment=[cluster3,grouping]"]), PlanConfig)
     assert (made.cluster.name, made.planner.variant) == ("cluster3", "grouped")
 
 
@@ -154,15 +163,15 @@ CLUSTERS = sorted((config.conf_folder() / "cluster").glob("*.yaml"))
 def test_a_copy_of_a_shipped_cluster_is_a_cluster_file(shipped, tmp_path):
     copy = tmp_path / "mine.yaml"
     copy.write_text(shipped.read_text())
-    given = config.to_object(config.composed("plan", [f"cluster_file={copy}"]), schema.PlanConfig)
-    chosen = config.to_object(config.composed("plan", [f"cluster={shipped.stem}"]), schema.PlanConfig)
+    given = config.to_object(config.composed("plan", [f"cluster_file={copy}"]), PlanConfig)
+    chosen = config.to_object(config.composed("plan", [f"cluster={shipped.stem}"]), PlanConfig)
     assert config.cluster_of(given) == chosen.cluster
 
 
 def cluster_from(tmp_path, text):
     file = tmp_path / "cluster.yaml"
     file.write_text(text)
-    return config.cluster_of(config.to_object(config.composed("plan", [f"cluster_file={file}"]), schema.PlanConfig))
+    return config.cluster_of(config.to_object(config.composed("plan", [f"cluster_file={file}"]), PlanConfig))
 
 
 def test_keys_of_a_cluster_file_go_over_its_defaults(tmp_path):

@@ -28,7 +28,7 @@ ORDER = [
     "models",
     "cluster",
 ]
-SHARED = {"schema", "errors", "files", "validation", "versions", "wording"}  # importable by all
+SHARED = {"errors", "files", "validation", "versions", "wording"}  # importable by all
 BORDER = {"cli", "config", "__main__"}  # only commands and the command line know configuration
 
 
@@ -45,7 +45,10 @@ def imported_rooms(file: Path) -> set[str]:
     return rooms
 
 
-KNOWN_DEBT = {"scheduler/execution.py": {"planner"}}  # until plans are a room of their own
+KNOWN_DEBT = {
+    "scheduler/execution.py": {"planner"},  # until plans are a room of their own
+    "launch/job.py": {"engine"},  # the job carries the engine's configuration
+}
 
 
 def forbidden(room: str) -> set[str]:

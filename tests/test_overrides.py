@@ -2,12 +2,13 @@
 
 import pytest
 
-from ds_llmpq import config, overrides, schema
+from ds_llmpq import config, overrides
+from ds_llmpq.commands.config import PlanConfig
 from ds_llmpq.errors import UserError
 
 
 def plan(*arguments):
-    return config.to_object(config.composed("plan", list(arguments)), schema.PlanConfig)
+    return config.to_object(config.composed("plan", list(arguments)), PlanConfig)
 
 
 @pytest.mark.parametrize("prefix", ["", "+", "++", "~"])

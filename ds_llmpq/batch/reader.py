@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ds_llmpq.batch.config import BatchConfig
 from ds_llmpq.batch.formats import refuse_other_formats
 from ds_llmpq.batch.parameters import show
 from ds_llmpq.batch.request import Request, RequestError, RowError
 from ds_llmpq.batch.request_validation import check_defaults, parse_row, row_custom_id
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import open_regular
-from ds_llmpq.schema import BatchConfig
 
 MAX_NESTING = 32  # a valid row needs 6
 _NO_JSON = ("invalid_json", "invalid_encoding")

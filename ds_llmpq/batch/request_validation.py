@@ -5,10 +5,10 @@ from __future__ import annotations
 from difflib import get_close_matches
 from typing import Any
 
+from ds_llmpq.batch.config import BatchConfig
 from ds_llmpq.batch.parameters import PARAMETERS, show
 from ds_llmpq.batch.request import CHAT_URL, COMPLETIONS_URL, Prompt, Request, RequestError, SamplingParams, derive_seed
 from ds_llmpq.errors import UserError
-from ds_llmpq.schema import BatchConfig
 
 ROW_FIELDS = frozenset({"custom_id", "method", "url", "body", "arrival_seconds"})
 MESSAGE_FIELDS = frozenset({"role", "content"})

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ds_llmpq.cluster.config import ClusterConfig, DeviceTypeConfig, LinkConfig, LinksConfig
 from ds_llmpq.cluster.devices import BIT_WIDTHS, COMPUTE_DTYPES, KINDS, RATE_DTYPES, Device, DeviceType, Link, Links
 from ds_llmpq.cluster.hostfile import check_host_name
 from ds_llmpq.errors import UserError, printable, shown
-from ds_llmpq.schema import ClusterConfig, DeviceTypeConfig, LinkConfig, LinksConfig
 from ds_llmpq.validation import checked
 
 MOST_DEVICES = 4096

@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ds_llmpq.cluster.config import DeviceTypeConfig
 from ds_llmpq.errors import UserError, shown
-from ds_llmpq.schema import DeviceTypeConfig
 
 MIB = 1 << 20
 GPU_FIELDS = ("index", "pci.bus_id", "name", "memory.total", "memory.free", "compute_cap")

@@ -9,10 +9,10 @@ from ds_llmpq import config
 from ds_llmpq.cluster.calibrate import measure_cpu
 from ds_llmpq.cluster.detect import detect, usable_cores, write_cluster
 from ds_llmpq.cluster.saved import parse_saved_gpus, parse_topology, topology_links
+from ds_llmpq.commands.config import DetectConfig
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import read_text
 from ds_llmpq.report.plan_table import size, table
-from ds_llmpq.schema import DetectConfig
 
 
 def run(settings: DetectConfig, out: Path) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 
 from ds_llmpq import config
 from ds_llmpq.cluster.hostfile import write_hostfile
+from ds_llmpq.commands.config import EvaluateConfig
 from ds_llmpq.commands.run import checkpoint_of, plan_of
 from ds_llmpq.errors import Interrupted, RunFailed
 from ds_llmpq.evaluation.job import ScoreJob
@@ -23,7 +24,6 @@ from ds_llmpq.launch.supervisor import checked_supervision
 from ds_llmpq.planner import Plan
 from ds_llmpq.planner.planfile import launch_order, write_plan
 from ds_llmpq.report.plan_table import table
-from ds_llmpq.schema import EvaluateConfig
 
 _MOST_PORTS = 5  # tried, where another process is quicker each time
 

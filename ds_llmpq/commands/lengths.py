@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_llmpq import config
+from ds_llmpq.commands.config import LengthsConfig
 from ds_llmpq.errors import UserError
 from ds_llmpq.lengths import dataset
 from ds_llmpq.lengths.characterize import distribution, lengths_by_model
@@ -15,7 +16,6 @@ from ds_llmpq.lengths.predictor import Predictor, evaluate, load_predictor, trai
 from ds_llmpq.lengths.records import Example, batch_examples, read_examples, tokenizer_counter
 from ds_llmpq.report.plan_table import table
 from ds_llmpq.research.schedule_plots import plot_lengths
-from ds_llmpq.schema_lengths import LengthsConfig
 
 _COLUMNS = ("answers", "mean", "p50", "p90", "p95", "p99", "max", "tail_ratio", "longest_of_8", "longest_of_32")
 

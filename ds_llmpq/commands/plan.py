@@ -11,26 +11,29 @@ from ds_llmpq.batch.request_validation import check_defaults
 from ds_llmpq.cluster.cluster import Cluster
 from ds_llmpq.cluster.gates import common_dtype
 from ds_llmpq.cluster.hostfile import write_hostfile
+from ds_llmpq.commands.config import PlanConfig
 from ds_llmpq.cost.fitted import profiled_kernel
 from ds_llmpq.errors import UserError, printable
 from ds_llmpq.files import read_json, write_json
 from ds_llmpq.launch.launcher import Launch, by_hand, write_environment
+from ds_llmpq.models.config import ModelConfig
 from ds_llmpq.models.fingerprint import fingerprint
 from ds_llmpq.models.notes import list_notes
 from ds_llmpq.models.prequantized import refuse_foreign
 from ds_llmpq.models.shape import ModelShape, read_shape
 from ds_llmpq.planner import Plan, Problem, check_plan, pareto
 from ds_llmpq.planner.build import prepare
+from ds_llmpq.planner.config import PlannerConfig
 from ds_llmpq.planner.costsource import source_of_costs
 from ds_llmpq.planner.planfile import deployed, launch_order, read_assignment, write_plan
 from ds_llmpq.planner.simulation import play
 from ds_llmpq.planner.variants import solve_variant
+from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.kernels import resolved
 from ds_llmpq.quant.packing import check_output_matrix
 from ds_llmpq.report import sweep
 from ds_llmpq.report.plan_table import plan_table
 from ds_llmpq.report.solver_progress import progress_line
-from ds_llmpq.schema import ModelConfig, PlanConfig, PlannerConfig, QuantConfig
 from ds_llmpq.sensitivity.omega import read_omega
 from ds_llmpq.serving.workload import sized_workload
 

@@ -9,6 +9,7 @@ from typing import Any
 from ds_llmpq import config
 from ds_llmpq.cluster.cluster import Cluster
 from ds_llmpq.cluster.gates import common_dtype
+from ds_llmpq.commands.config import ProfileConfig
 from ds_llmpq.cost.fit import LatencyModel, fit_profile
 from ds_llmpq.cost.fitted import profiled_kernel
 from ds_llmpq.cost.profile import current_setup, read_profile
@@ -16,10 +17,10 @@ from ds_llmpq.errors import UserError
 from ds_llmpq.launch.progress import Bar
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.planner.build import check_workload, micro_batches, usable_bits
+from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.kernels import AUTO, label, resolved
 from ds_llmpq.quant.packing import check_output_matrix, groups_of
 from ds_llmpq.report.fidelity import profile_table
-from ds_llmpq.schema import ProfileConfig, QuantConfig
 from ds_llmpq.serving.workload import sized_workload
 
 

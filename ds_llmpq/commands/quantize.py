@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from ds_llmpq import config
+from ds_llmpq.commands.config import QuantizeConfig
 from ds_llmpq.errors import UserError
 from ds_llmpq.launch.progress import Bar
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.planner.planfile import check_model, read_plan
+from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.report.plan_table import size
-from ds_llmpq.schema import QuantConfig, QuantizeConfig
 
 
 def run(settings: QuantizeConfig, out: Path) -> int:

@@ -6,10 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from ds_llmpq import config
+from ds_llmpq.cluster.config import ClusterConfig
+from ds_llmpq.commands.config import PlanConfig
 from ds_llmpq.commands.plan import make_plan
 from ds_llmpq.errors import InfeasibleError, UserError
 from ds_llmpq.planner import Plan
-from ds_llmpq.schema import ClusterConfig, PlanConfig, QuantConfig, WorkloadConfig
+from ds_llmpq.planner.config import WorkloadConfig
+from ds_llmpq.quant.config import QuantConfig
 
 
 def plan_without(settings: PlanConfig, plan: Plan, lost: list[str], out: Path, widths_free: bool) -> Plan:

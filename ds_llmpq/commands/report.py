@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from ds_llmpq import config
+from ds_llmpq.commands.config import ReportConfig
 from ds_llmpq.cost.fit import read_model
 from ds_llmpq.errors import UserError
 from ds_llmpq.report import fidelity
 from ds_llmpq.report.run_report import write_run_report
 from ds_llmpq.report.sweep_report import write_sweep_report
-from ds_llmpq.schema import ReportConfig
 
 _SOURCES = {"run": ("run",), "sweep": ("sweep",), "fidelity": ("run", "profile")}
 

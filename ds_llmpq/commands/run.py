@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from ds_llmpq import config, validation
+from ds_llmpq.batch.config import BatchConfig
 from ds_llmpq.batch.reader import read_requests
 from ds_llmpq.batch.results import check_folder, read_finished
 from ds_llmpq.batch.tally import InputRows, Tally
 from ds_llmpq.cluster.hostfile import hostfile_disagreements, parse_hostfile, write_hostfile
+from ds_llmpq.commands.config import RunConfig
 from ds_llmpq.commands.plan import make_plan, print_notes
 from ds_llmpq.commands.replan import plan_without
 from ds_llmpq.commands.serve import SOME_FAILED
@@ -39,7 +41,6 @@ from ds_llmpq.quant.kernels import check_invariant
 from ds_llmpq.report.answers import show_answers
 from ds_llmpq.report.plan_table import plan_table
 from ds_llmpq.report.run_summary import run_summary
-from ds_llmpq.schema import BatchConfig, RunConfig
 from ds_llmpq.serving.metrics import summarize
 from ds_llmpq.serving.ordering import checked
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from ds_llmpq import config
+from ds_llmpq.commands.config import SensitivityConfig
 from ds_llmpq.errors import UserError
 from ds_llmpq.launch.progress import Bar
 from ds_llmpq.report.plan_table import size, table
-from ds_llmpq.schema import SensitivityConfig
 from ds_llmpq.sensitivity.omega import Omega, write_omega
 
 

@@ -12,6 +12,7 @@ import traceback
 from dataclasses import replace
 
 from ds_llmpq import config
+from ds_llmpq.commands.config import ServeConfig
 from ds_llmpq.engine.openmp import wait_as_stage_needs
 from ds_llmpq.errors import PortTaken, UserError
 from ds_llmpq.evaluation.job import ScoreJob
@@ -22,7 +23,6 @@ from ds_llmpq.launch.progress import ERROR_MARK
 from ds_llmpq.launch.ranks import launched_rank
 from ds_llmpq.planner.plan import Plan
 from ds_llmpq.planner.planfile import read_plan
-from ds_llmpq.schema import ServeConfig
 from ds_llmpq.serving.ordering import checked
 from ds_llmpq.versions import check_versions
 

@@ -13,6 +13,7 @@ from ds_llmpq import config
 from ds_llmpq.errors import UserError
 from ds_llmpq.planner.planfile import read_plan
 from ds_llmpq.report.plan_table import table
+from ds_llmpq.research.config import ExecutionConfig, SimulateConfig
 from ds_llmpq.research.published_gain import published_ratios
 from ds_llmpq.research.published_ssjf import read_cases, schedules
 from ds_llmpq.research.queue_simulator import Server, simulate
@@ -20,7 +21,6 @@ from ds_llmpq.research.scenario import make_jobs
 from ds_llmpq.research.schedule_metrics import schedule_metrics
 from ds_llmpq.scheduler.execution import ConstantCost, ExecutionCost, PlanCost
 from ds_llmpq.scheduler.policies import Guard
-from ds_llmpq.schema_lengths import ExecutionConfig, SimulateConfig
 
 MODES = ("right", "reference")
 _SHOWN = ("jct_mean", "jct_p50", "jct_p99", "waiting_mean", "makespan", "throughput_jobs_per_second", "padded_token")

@@ -24,9 +24,9 @@ from ds_llmpq.cluster.devices import BIT_WIDTHS, COMPUTE_DTYPES
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import parse_json, read_csv, read_text
 from ds_llmpq.models.shape import ModelShape
+from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.kernels import KERNELS
 from ds_llmpq.quant.packing import PACKED_BITS, UNQUANTIZED_BITS, Groups, groups_of
-from ds_llmpq.schema import QuantConfig
 from ds_llmpq.validation import (
     Amount,
     Count,

@@ -11,6 +11,7 @@ import torch
 
 from ds_llmpq.engine import memory
 from ds_llmpq.engine.channels import ActivationChannel, TokenChannel
+from ds_llmpq.engine.config import EngineConfig
 from ds_llmpq.engine.faults import Fault, first_faults
 from ds_llmpq.engine.kv_cache import KVStore
 from ds_llmpq.engine.pipeline_engine import InferencePipelineEngine, StopRule
@@ -29,10 +30,10 @@ from ds_llmpq.models.shape import read_shape
 from ds_llmpq.planner.plan import Plan
 from ds_llmpq.planner.planfile import check_model
 from ds_llmpq.quant.checkpoint import open_checkpoint
+from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.hqq import stored_bytes
 from ds_llmpq.quant.kernels import cache_block, check_invariant, is_whole_stage, rounded_up
 from ds_llmpq.scheduler.scheduler import PATIENCE_ROUNDS, PassSizes
-from ds_llmpq.schema import EngineConfig, QuantConfig
 
 OnBroken = Callable[[WaveRow, Fault | None], None]
 

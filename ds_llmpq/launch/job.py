@@ -13,10 +13,11 @@ import zlib
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar, get_type_hints
 
+from ds_llmpq.batch.config import BatchConfig
+from ds_llmpq.engine.config import EngineConfig
 from ds_llmpq.errors import UserError, shown
 from ds_llmpq.files import parse_json
 from ds_llmpq.planner.plan import Plan
-from ds_llmpq.schema import BatchConfig, EngineConfig
 from ds_llmpq.validation import checked
 
 T = TypeVar("T")

@@ -21,6 +21,7 @@ from ds_llmpq.batch.tally import Tally
 from ds_llmpq.cluster.detect import memory_kills
 from ds_llmpq.errors import Interrupted, RunFailed, UserError
 from ds_llmpq.launch.attempt import MISTAKE, Listener, Outcome, say
+from ds_llmpq.launch.config import SupervisionConfig
 from ds_llmpq.launch.failures import EXCEPTION, FAULT, PORT, Failure
 from ds_llmpq.launch.hosts import lost_devices
 from ds_llmpq.launch.job import Job
@@ -28,7 +29,6 @@ from ds_llmpq.launch.journal import Journal
 from ds_llmpq.launch.launcher import LOG_NAME, Launch, followed, is_local
 from ds_llmpq.launch.process_monitor import Reason, Watch
 from ds_llmpq.planner.plan import Plan
-from ds_llmpq.schema import SupervisionConfig
 
 MEASUREMENTS = ("metrics.json", "trace.json")  # written at the end of a start
 ON_LOSS = ("stop", "replan")

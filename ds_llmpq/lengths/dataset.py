@@ -12,8 +12,8 @@ import numpy as np
 
 from ds_llmpq.errors import UserError, shown
 from ds_llmpq.files import read_json, read_json_lines
+from ds_llmpq.lengths.config import LengthDataConfig
 from ds_llmpq.lengths.records import Example, read_examples, tokenizer_counter
-from ds_llmpq.schema_lengths import LengthDataConfig
 from ds_llmpq.validation import Plain, checked
 
 SPLITS = ("train", "validation", "test")

@@ -21,11 +21,11 @@ from transformers import AutoModel, AutoTokenizer
 
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import check_files
+from ds_llmpq.lengths.config import ProxyConfig
 from ds_llmpq.lengths.dataset import TRUNCATIONS, fingerprint, lengths_of, truncated
 from ds_llmpq.lengths.records import MOST_TOKENS, Example
 from ds_llmpq.lengths.tasks import Task
 from ds_llmpq.lengths.training_state import TrainingState
-from ds_llmpq.schema_lengths import ProxyConfig
 from ds_llmpq.validation import Label, Many, checked, one_of
 
 

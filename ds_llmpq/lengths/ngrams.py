@@ -20,10 +20,10 @@ from scipy import sparse
 
 from ds_llmpq.errors import UserError, shown
 from ds_llmpq.files import open_regular
+from ds_llmpq.lengths.config import ProxyConfig
 from ds_llmpq.lengths.dataset import TRUNCATIONS, lengths_of, truncated
 from ds_llmpq.lengths.records import MOST_TOKENS, Example
 from ds_llmpq.lengths.tasks import Task
-from ds_llmpq.schema_lengths import ProxyConfig
 from ds_llmpq.validation import AboveZero, Label, Many, Number, checked, one_of
 
 if TYPE_CHECKING:

@@ -15,12 +15,12 @@ import numpy as np
 from ds_llmpq.errors import UserError, printable
 from ds_llmpq.files import check_files, read_json
 from ds_llmpq.lengths.calibration import Calibration, classes_of, level_name
+from ds_llmpq.lengths.config import LengthDataConfig, LengthTaskConfig, ProxyConfig
 from ds_llmpq.lengths.dataset import Dataset, fingerprint, lengths_of, unanswered
 from ds_llmpq.lengths.length_metrics import bound_metrics, class_metrics, regression_metrics
 from ds_llmpq.lengths.ngrams import Features, NgramModel
 from ds_llmpq.lengths.records import Example
 from ds_llmpq.lengths.tasks import Task
-from ds_llmpq.schema_lengths import LengthDataConfig, LengthTaskConfig, ProxyConfig
 from ds_llmpq.validation import Amount, Label, Plain, checked, one_of
 
 SCHEMA = 1

@@ -15,7 +15,7 @@ import numpy as np
 from annotated_types import MaxLen
 
 from ds_llmpq.errors import UserError
-from ds_llmpq.schema_lengths import LengthTaskConfig
+from ds_llmpq.lengths.config import LengthTaskConfig
 from ds_llmpq.validation import AboveZero, Amount, Many, Number, Share, Some, one_of
 
 KINDS = ("regression", "binary", "multiclass", "multiclass_ordinal", "binary_ordinal", "pairwise")

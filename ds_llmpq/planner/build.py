@@ -18,9 +18,10 @@ from ds_llmpq.cost.links import link_table
 from ds_llmpq.cost.memory import MemoryModel
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.shape import ModelShape
+from ds_llmpq.planner.config import PlannerConfig, WorkloadConfig
 from ds_llmpq.planner.problem import SCHEMA, Problem
+from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS, check_output_matrix, groups_of, quantization_problem
-from ds_llmpq.schema import PlannerConfig, QuantConfig, WorkloadConfig
 from ds_llmpq.sensitivity.omega import Omega
 from ds_llmpq.sensitivity.prior import prior_omega
 

@@ -10,8 +10,9 @@ from ds_llmpq.cost.kernels import check_kernel
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.planner.build import CostsOf
+from ds_llmpq.planner.config import CostConfig, PlannerConfig
 from ds_llmpq.planner.profiled import profiled_costs
-from ds_llmpq.schema import CostConfig, PlannerConfig, QuantConfig
+from ds_llmpq.quant.config import QuantConfig
 
 SOURCES = ("auto", "roofline", "published")
 

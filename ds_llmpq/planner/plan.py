@@ -14,7 +14,7 @@ from ds_llmpq.planner import reading
 from ds_llmpq.planner.incumbent import relative_gap
 from ds_llmpq.planner.objective import Assignment, Prediction, Stage
 from ds_llmpq.planner.problem import Problem, Workload
-from ds_llmpq.schema import QuantConfig
+from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.validation import checked
 from ds_llmpq.wording import plain
 

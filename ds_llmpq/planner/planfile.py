@@ -18,7 +18,7 @@ from ds_llmpq.planner import reading
 from ds_llmpq.planner.build import Prepared
 from ds_llmpq.planner.objective import Assignment, Stage, link_seconds
 from ds_llmpq.planner.plan import Plan
-from ds_llmpq.schema import QuantConfig
+from ds_llmpq.quant.config import QuantConfig
 
 _MOST_LAYERS = 10_000
 

@@ -14,8 +14,9 @@ from ds_llmpq.cost.linktable import fit_link, read_links
 from ds_llmpq.cost.profile import current_setup
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.planner.build import CostsOf
+from ds_llmpq.planner.config import PlannerConfig
+from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.packing import groups_of
-from ds_llmpq.schema import PlannerConfig, QuantConfig
 
 
 def profiled_costs(

@@ -16,9 +16,9 @@ from ds_llmpq.engine.throttle import CpuShare
 from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.models.step import Step
+from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.kernels import cache_block, rounded_up
 from ds_llmpq.quant.packing import groups_of
-from ds_llmpq.schema import QuantConfig
 
 _MOST_CHAIN_BYTES = 1 << 30  # of the layers timed together at one width
 

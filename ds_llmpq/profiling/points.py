@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ds_llmpq.cost.profile import Point
-from ds_llmpq.schema import WorkloadConfig
+from ds_llmpq.planner.config import WorkloadConfig
 
 
 def sampling_plan(

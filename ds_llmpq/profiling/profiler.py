@@ -31,11 +31,13 @@ from ds_llmpq.engine import memory
 from ds_llmpq.errors import UserError
 from ds_llmpq.launch.launcher import is_local
 from ds_llmpq.models.shape import ModelShape
+from ds_llmpq.planner.config import WorkloadConfig
+from ds_llmpq.profiling.config import ProfilingConfig
 from ds_llmpq.profiling.parts import Parts
 from ds_llmpq.profiling.points import sampling_plan
 from ds_llmpq.profiling.processes import run_trial
 from ds_llmpq.profiling.timer import Timer
-from ds_llmpq.schema import ProfilingConfig, QuantConfig, WorkloadConfig
+from ds_llmpq.quant.config import QuantConfig
 
 Show = Callable[[str, int, int, str], None]
 _RESTLESS = 0.25  # spread of a point's repeats from which on it is timed once more

@@ -30,8 +30,8 @@ from ds_llmpq.engine.trace import Trace
 from ds_llmpq.engine.wave import Wave, WaveRow
 from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.models.shape import read_shape
+from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.scheduler.scheduler import PassSizes
-from ds_llmpq.schema import QuantConfig
 
 MARK = "ds-llmpq trial "
 STAGES = ("first", "middle", "last")

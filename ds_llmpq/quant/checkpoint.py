@@ -22,9 +22,9 @@ from ds_llmpq.files import check_files, read_json
 from ds_llmpq.models.checkpoint import QUANTIZED_INDEX, Checkpoint
 from ds_llmpq.models.fingerprint import MANIFEST, read_manifest
 from ds_llmpq.models.prequantized import QUANT_METHOD
+from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.hqq import STORED_PARTS, restored_linear
 from ds_llmpq.quant.packing import PACKED_BITS, UNQUANTIZED_BITS, Groups, groups_of
-from ds_llmpq.schema import QuantConfig
 from ds_llmpq.validation import Digest, Many, Name, Positive, Some, checked, one_of
 
 HEAD = "lm_head"

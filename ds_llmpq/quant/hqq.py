@@ -10,9 +10,9 @@ from hqq.core.quantize import BaseQuantizeConfig, HQQLinear, Quantizer
 from torch import nn
 
 from ds_llmpq.errors import UserError
+from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.optimize import fast_optimizer
 from ds_llmpq.quant.packing import groups_of, quantization_problem, row_blocks
-from ds_llmpq.schema import QuantConfig
 
 STORED_PARTS = ("W_q", "scale", "zero")
 

@@ -15,8 +15,8 @@ from importlib import metadata
 from pathlib import Path
 
 from ds_llmpq.errors import UserError
+from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS, Groups, packed_linear_bytes, row_blocks
-from ds_llmpq.schema import QuantConfig
 
 AUTO = "auto"
 DEQUANTIZE = "dequantize"

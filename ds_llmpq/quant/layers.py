@@ -23,6 +23,7 @@ from ds_llmpq.models.families import decoder_of
 from ds_llmpq.models.spec import LinearRole
 from ds_llmpq.models.weights import check_shape, fill
 from ds_llmpq.quant.checkpoint import QuantizedCheckpoint
+from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.convert import converted, output_matrix
 from ds_llmpq.quant.dense import pack_linears
 from ds_llmpq.quant.hqq import quantize_linear, quantize_rows
@@ -41,7 +42,6 @@ from ds_llmpq.quant.kernels import (
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS, groups_of
 from ds_llmpq.quant.torch_cpu import computes_in_bfloat16
 from ds_llmpq.quant.unpacked import stacked, unpack
-from ds_llmpq.schema import QuantConfig
 from ds_llmpq.versions import EXTRAS
 
 if TYPE_CHECKING:

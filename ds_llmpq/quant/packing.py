@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ds_llmpq.errors import UserError
-from ds_llmpq.schema import QuantConfig
+from ds_llmpq.quant.config import QuantConfig
 
 UNQUANTIZED_BITS = 16  # stands for the compute type, whatever its width
 PACKED_BITS = (1, 2, 3, 4, 8)

@@ -27,9 +27,9 @@ from ds_llmpq.models.families import decoder_of
 from ds_llmpq.models.fingerprint import MANIFEST, TEXT_FILES, fingerprint, read_manifest
 from ds_llmpq.models.shape import read_config, read_shape
 from ds_llmpq.quant.checkpoint import FORMAT, FORMER_INDEX, HEAD, Recipe, file_sha256
+from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.hqq import quantize_linear, quantize_rows, stored_parts
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS, check_output_matrix, groups_of, row_blocks
-from ds_llmpq.schema import QuantConfig
 
 _RECIPE_VERSION = 1  # raised when the same settings give other weights
 _COPIED = (*TEXT_FILES, "LICENSE*")

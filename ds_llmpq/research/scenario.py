@@ -11,9 +11,9 @@ from ds_llmpq.errors import UserError
 from ds_llmpq.files import read_json_lines
 from ds_llmpq.lengths.records import Tokens
 from ds_llmpq.research.arrivals import arrival_times, read_trace
+from ds_llmpq.research.config import AnswersConfig, ArrivalsConfig, PredictionConfig, SimulateConfig
 from ds_llmpq.scheduler.execution import ExecutionCost, alone_seconds
 from ds_llmpq.scheduler.jobs import Jobs
-from ds_llmpq.schema_lengths import AnswersConfig, ArrivalsConfig, PredictionConfig, SimulateConfig
 from ds_llmpq.validation import Amount, checked
 
 ANSWERS = ("lognormal", "data", "trace")

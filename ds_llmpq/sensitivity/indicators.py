@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.hqq import linear_names
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS, groups_of
-from ds_llmpq.schema import QuantConfig
 from ds_llmpq.sensitivity.layerwise import Layerwise, measure
 from ds_llmpq.sensitivity.progress import Progress
 

@@ -18,9 +18,9 @@ from ds_llmpq.errors import UserError
 from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.models.step import Step
+from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.layers import LayerLoader
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS
-from ds_llmpq.schema import QuantConfig
 
 Bits = tuple[int, ...]
 

@@ -16,6 +16,7 @@ from ds_llmpq.models.corpus import CALIBRATION, calibration_rows, read_text
 from ds_llmpq.models.fingerprint import fingerprint
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.models.tokenizer import load_tokenizer
+from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.packing import (
     UNQUANTIZED_BITS,
     check_output_matrix,
@@ -23,9 +24,9 @@ from ds_llmpq.quant.packing import (
     output_matrix_problem,
     quantization_problem,
 )
-from ds_llmpq.schema import CalibrationConfig, QuantConfig
 from ds_llmpq.sensitivity import indicators
 from ds_llmpq.sensitivity.calibrate import calibrated, loss_per_kl
+from ds_llmpq.sensitivity.config import CalibrationConfig
 from ds_llmpq.sensitivity.layerwise import Layerwise, Measured, measure, peak_memory_bytes
 from ds_llmpq.sensitivity.omega import Omega
 from ds_llmpq.sensitivity.progress import Progress

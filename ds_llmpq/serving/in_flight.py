@@ -17,11 +17,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ds_llmpq.batch.config import BatchConfig
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import open_regular
 from ds_llmpq.launch.journal import plan_fingerprint, sampling_of
 from ds_llmpq.planner.plan import Plan
-from ds_llmpq.schema import BatchConfig
 
 NAME = "in_flight.jsonl"
 SCHEMA = 1

@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 
+from ds_llmpq.batch.config import BatchConfig
 from ds_llmpq.batch.prompts import PreparedRequest
 from ds_llmpq.errors import UserError
 from ds_llmpq.lengths.predictor import load_predictor
 from ds_llmpq.lengths.records import Example, conversation_text
 from ds_llmpq.scheduler.policies import POLICIES
 from ds_llmpq.scheduler.policies import PREDICTING as REPLAYED_BY_PREDICTION
-from ds_llmpq.schema import BatchConfig
 
 ORDERINGS = ("arrival", "prompt_length", "predicted_length", "bucketed")
 PREDICTING = frozenset({"predicted_length", "bucketed"})

@@ -16,12 +16,14 @@ from pathlib import Path
 
 import numpy as np
 
+from ds_llmpq.batch.config import BatchConfig
 from ds_llmpq.batch.prompts import PreparedRequest, prepare
 from ds_llmpq.batch.reader import read_requests
 from ds_llmpq.lengths.characterize import expected_maximum
+from ds_llmpq.models.config import ModelConfig
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.models.tokenizer import load_tokenizer
-from ds_llmpq.schema import BatchConfig, ModelConfig, WorkloadConfig
+from ds_llmpq.planner.config import WorkloadConfig
 from ds_llmpq.serving.ordering import checked, expected
 
 DEFAULT = WorkloadConfig(sequences=32, prompt_tokens=512, generated_tokens=100)

@@ -22,8 +22,8 @@ import torch
 from ds_llmpq.cost.profile import Point
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.profiling.parts import Parts
+from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.report.plan_table import table
-from ds_llmpq.schema import QuantConfig
 
 
 def main() -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import yaml
 
+from ds_llmpq.batch.config import BatchConfig
 from ds_llmpq.batch.reader import read_requests
-from ds_llmpq.schema import BatchConfig
 
 ROOT = Path(__file__).parents[2]
 

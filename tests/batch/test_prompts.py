@@ -5,6 +5,7 @@ from array import array
 import pytest
 from batch_helpers import byte_level, chat_row, completion_row, write_rows
 
+from ds_llmpq.batch.config import BatchConfig
 from ds_llmpq.batch.prompts import (
     CHUNK_REQUESTS,
     effective_max_tokens,
@@ -16,7 +17,6 @@ from ds_llmpq.batch.prompts import (
 from ds_llmpq.batch.reader import read_requests
 from ds_llmpq.batch.request import CHAT_URL, Request, RequestError
 from ds_llmpq.errors import UserError
-from ds_llmpq.schema import BatchConfig
 
 
 @pytest.fixture

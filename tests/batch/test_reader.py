@@ -12,9 +12,9 @@ from batch_helpers import chat_row, completion_row, write_rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ds_llmpq.batch.config import BatchConfig
 from ds_llmpq.batch.reader import MAX_NESTING, read_requests
 from ds_llmpq.errors import UserError
-from ds_llmpq.schema import BatchConfig
 
 
 def read(path, **defaults):

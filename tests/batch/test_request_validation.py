@@ -3,10 +3,10 @@
 import pytest
 from batch_helpers import chat_row, completion_row
 
+from ds_llmpq.batch.config import BatchConfig
 from ds_llmpq.batch.request import COMPLETIONS_URL, RequestError, derive_seed
 from ds_llmpq.batch.request_validation import check_defaults, parse_row, row_custom_id
 from ds_llmpq.errors import UserError
-from ds_llmpq.schema import BatchConfig
 
 DEFAULTS = BatchConfig()
 

@@ -14,12 +14,12 @@ from batch_helpers import chat_row, completion_row, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ds_llmpq.batch.config import BatchConfig
 from ds_llmpq.batch.jsonl_file import row_bytes
 from ds_llmpq.batch.reader import read_requests
 from ds_llmpq.batch.request import RowError
 from ds_llmpq.batch.results import Result, ResultWriter, error_row, read_finished, result_row
 from ds_llmpq.errors import UserError
-from ds_llmpq.schema import BatchConfig
 
 
 @pytest.fixture

@@ -5,9 +5,16 @@ import copy
 import pytest
 
 from ds_llmpq.cluster.cluster import Cluster
+from ds_llmpq.cluster.config import (
+    ClusterConfig,
+    DeviceConfig,
+    DeviceTypeConfig,
+    HostConfig,
+    LinkConfig,
+    LinkPairConfig,
+)
 from ds_llmpq.cluster.gates import common_dtype, feasible_bits, gate
 from ds_llmpq.errors import UserError
-from ds_llmpq.schema import ClusterConfig, DeviceConfig, DeviceTypeConfig, HostConfig, LinkConfig, LinkPairConfig
 
 GIB = 1 << 30
 

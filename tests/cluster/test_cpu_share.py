@@ -3,8 +3,8 @@
 import pytest
 
 from ds_llmpq.cluster.cluster import Cluster
+from ds_llmpq.cluster.config import ClusterConfig, DeviceConfig, DeviceTypeConfig, HostConfig, LinkConfig
 from ds_llmpq.errors import UserError
-from ds_llmpq.schema import ClusterConfig, DeviceConfig, DeviceTypeConfig, HostConfig, LinkConfig
 
 
 def cluster(*devices, kind="cpu"):

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from ds_llmpq.cluster import detect as detecting
 from ds_llmpq.cluster.calibrate import best_seconds, measure_cpu
 from ds_llmpq.cluster.cluster import Cluster
+from ds_llmpq.cluster.config import ClusterConfig, DeviceTypeConfig
 from ds_llmpq.cluster.detect import (
     MIB,
     available_memory_bytes,
@@ -21,7 +22,6 @@ from ds_llmpq.cluster.detect import (
     query_gpus,
 )
 from ds_llmpq.errors import UserError
-from ds_llmpq.schema import ClusterConfig, DeviceTypeConfig
 
 ANSWER = """0, 00000000:3B:00.0, Tesla T4, 15360, 14900, 7.5
 1, 00000000:05:00.0, NVIDIA A100-SXM4-40GB, 40960, 40400, 8.0

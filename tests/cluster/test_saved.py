@@ -4,10 +4,11 @@ import pytest
 from omegaconf import OmegaConf
 
 from ds_llmpq.cluster.cluster import Cluster
+from ds_llmpq.cluster.config import ClusterConfig
 from ds_llmpq.cluster.saved import parse_saved_gpus, parse_topology, topology_links
 from ds_llmpq.commands import detect
+from ds_llmpq.commands.config import DetectConfig
 from ds_llmpq.errors import UserError
-from ds_llmpq.schema import ClusterConfig, DetectConfig
 
 PLAIN = """0, 00000000:3B:00.0, Tesla V100-SXM2-32GB, 32768, 32000, 7.0
 1, 00000000:05:00.0, Tesla T4, 15360, 14900, 7.5

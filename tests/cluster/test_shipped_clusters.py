@@ -7,11 +7,14 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from ds_llmpq.cluster.cluster import Cluster
+from ds_llmpq.cluster.config import ClusterConfig
 from ds_llmpq.cluster.detect import KNOWN_GPUS, detect, parse_gpus
 from ds_llmpq.config import known_device_types, register
+from ds_llmpq.models.config import ModelConfig
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.planner.build import prepare
-from ds_llmpq.schema import ClusterConfig, ModelConfig, PlannerConfig, QuantConfig, WorkloadConfig
+from ds_llmpq.planner.config import PlannerConfig, WorkloadConfig
+from ds_llmpq.quant.config import QuantConfig
 
 CONF = Path(__file__).parents[2] / "conf"
 PUBLISHED = {1: 1, 2: 1, 3: 4, 4: 4, 5: 6, 6: 4, 7: 8, 8: 6, 9: 4, 10: 4, 11: 4}  # cluster -> devices

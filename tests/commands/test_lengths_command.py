@@ -6,8 +6,8 @@ import sys
 
 from ds_llmpq import config
 from ds_llmpq.commands import lengths
+from ds_llmpq.commands.config import LengthsConfig
 from ds_llmpq.lengths.synthetic import answers, rows
-from ds_llmpq.schema_lengths import LengthsConfig
 
 
 def command(out, *overrides):

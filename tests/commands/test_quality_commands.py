@@ -12,9 +12,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from ds_llmpq import config
 from ds_llmpq.commands import plan as plan_command
 from ds_llmpq.commands import quantize, sensitivity
+from ds_llmpq.commands.config import QuantizeConfig, SensitivityConfig
 from ds_llmpq.errors import UserError
 from ds_llmpq.quant.checkpoint import read_recipe
-from ds_llmpq.schema import QuantizeConfig, SensitivityConfig
 from ds_llmpq.sensitivity.omega import read_omega
 from scripts.make_checkpoint import make_checkpoint
 

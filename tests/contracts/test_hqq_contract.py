@@ -90,8 +90,8 @@ def test_layers_put_together_from_stored_parts(bits):
     an `HQQLinear` holds; one put together from stored parts is as one that HQQ quantized."""
     from hqq.core.quantize import HQQLinear
 
+    from ds_llmpq.quant.config import QuantConfig
     from ds_llmpq.quant.hqq import quantize_linear, restored_linear, stored_parts
-    from ds_llmpq.schema import QuantConfig
 
     quant, cpu = QuantConfig([3, 4, 8, 16], 32, 1, False), torch.device("cpu")
     bias = torch.randn(80)

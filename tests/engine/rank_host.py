@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from ds_llmpq.engine.config import EngineConfig
 from ds_llmpq.engine.faults import Fault
 from ds_llmpq.engine.rank_context import Place, join, leave
 from ds_llmpq.engine.sequences import Finish
@@ -32,7 +33,6 @@ from ds_llmpq.engine.session import Session
 from ds_llmpq.engine.wave import Wave, WaveRow
 from ds_llmpq.launch.launcher import free_port
 from ds_llmpq.planner.plan import Plan
-from ds_llmpq.schema import EngineConfig
 
 TIMEOUT_SECONDS = 120.0
 

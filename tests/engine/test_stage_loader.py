@@ -14,9 +14,9 @@ from ds_llmpq.engine.stage_loader import StageLoader
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.models.shape import read_shape
+from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.hqq import linear_names, stored_bytes
 from ds_llmpq.quant.packing import groups_of
-from ds_llmpq.schema import QuantConfig
 
 WIDTHS = [16, 8, 4, 3, 2]
 QUANT = QuantConfig(bits=WIDTHS, group_size=GROUP_SIZE, axis=1, optimize=False)

@@ -14,8 +14,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ds_llmpq.commands import evaluate
+from ds_llmpq.commands.config import EvaluateConfig
 from ds_llmpq.config import asset
+from ds_llmpq.engine.config import EngineConfig
 from ds_llmpq.errors import UserError
+from ds_llmpq.evaluation.config import EvaluationConfig
 from ds_llmpq.evaluation.job import ScoreJob
 from ds_llmpq.launch.job import to_token
 from ds_llmpq.launch.launcher import Launch
@@ -23,9 +26,9 @@ from ds_llmpq.models.fingerprint import fingerprint
 from ds_llmpq.planner.plan import MEMORY_PARTS, PREDICTED, Plan, PlanStage, SolverReport
 from ds_llmpq.planner.planfile import write_plan
 from ds_llmpq.planner.problem import Workload
+from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.pretrained import load_quantized
 from ds_llmpq.quant.writer import write_quantized
-from ds_llmpq.schema import EngineConfig, EvaluateConfig, EvaluationConfig, QuantConfig
 
 pytestmark = [pytest.mark.slow, pytest.mark.launcher]
 TINY = Path(asset("tiny-llama"))

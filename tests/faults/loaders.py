@@ -28,6 +28,7 @@ from mutations import (
 )
 
 from ds_llmpq import config
+from ds_llmpq.batch.config import BatchConfig
 from ds_llmpq.batch.reader import read_requests
 from ds_llmpq.batch.results import ResultWriter, read_finished
 from ds_llmpq.cluster.cluster import Cluster
@@ -36,7 +37,9 @@ from ds_llmpq.cluster.saved import parse_saved_gpus
 from ds_llmpq.cost.fit import Fit, LatencyModel, Residual, read_model
 from ds_llmpq.cost.linktable import fit_link, read_links
 from ds_llmpq.cost.profile import read_profile
+from ds_llmpq.engine.config import EngineConfig
 from ds_llmpq.errors import UserError, printable
+from ds_llmpq.evaluation.config import EvaluationConfig
 from ds_llmpq.evaluation.job import ScoreJob
 from ds_llmpq.files import read_json, read_text
 from ds_llmpq.launch.job import Job
@@ -55,7 +58,6 @@ from ds_llmpq.report.sweep import point_of, summary_text
 from ds_llmpq.report.traces import read_trace as read_spans
 from ds_llmpq.research.arrivals import read_trace
 from ds_llmpq.research.published_ssjf import read_cases, schedules
-from ds_llmpq.schema import BatchConfig, EngineConfig, EvaluationConfig
 from ds_llmpq.sensitivity.omega import Omega, read_omega, write_omega
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
@@ -289,8 +291,8 @@ def _report(plan: dict, file: Path) -> object:
 
 
 def _answers(file: Path) -> object:
+    from ds_llmpq.research.config import AnswersConfig
     from ds_llmpq.research.scenario import _read
-    from ds_llmpq.schema_lengths import AnswersConfig
 
     return _read(AnswersConfig(kind="data", data=str(file)))
 
@@ -366,7 +368,9 @@ def _link_table(file: Path) -> object:
 
 
 def _cluster(file: Path) -> object:
-    settings = config.schema.PlanConfig(cluster_file=str(file))
+    from ds_llmpq.commands.config import PlanConfig
+
+    settings = PlanConfig(cluster_file=str(file))
     return Cluster.from_config(config.cluster_of(settings))
 
 
@@ -514,8 +518,8 @@ def _metrics(plan: dict) -> bytes:
 
 
 def _dataset(folder: Path) -> bytes:
+    from ds_llmpq.lengths.config import LengthDataConfig
     from ds_llmpq.lengths.records import Example
-    from ds_llmpq.schema_lengths import LengthDataConfig
 
     options = LengthDataConfig()
     examples = [Example(f"word {n}", n + 1, "m", 2, str(n)) for n in range(12)]
@@ -603,10 +607,10 @@ def _journal() -> bytes:
 
 
 def _predictor(folder: Path) -> bytes:
+    from ds_llmpq.lengths.config import LengthDataConfig, LengthTaskConfig, ProxyConfig
     from ds_llmpq.lengths.predictor import train
     from ds_llmpq.lengths.records import Example
     from ds_llmpq.lengths.synthetic import answers
-    from ds_llmpq.schema_lengths import LengthDataConfig, LengthTaskConfig, ProxyConfig
 
     found = answers(200, 0)
     examples = [Example(a.text, a.output_tokens, a.model, len(a.text.split()), str(n)) for n, a in enumerate(found)]

@@ -5,11 +5,11 @@ import json
 import pytest
 from launching import PRECISE, completion, run, write_cluster, write_rows
 
+from ds_llmpq.lengths.config import LengthDataConfig, LengthTaskConfig, ProxyConfig
 from ds_llmpq.lengths.dataset import split
 from ds_llmpq.lengths.predictor import train
 from ds_llmpq.lengths.records import Example
 from ds_llmpq.lengths.synthetic import answers
-from ds_llmpq.schema_lengths import LengthDataConfig, LengthTaskConfig, ProxyConfig
 
 pytestmark = pytest.mark.launcher
 TEXT = "The quick brown fox jumps over the lazy dog."

@@ -26,8 +26,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ds_llmpq.launch.launcher import free_port
 from ds_llmpq.planner.planfile import read_plan
+from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.hqq import linear_names, quantize_linear
-from ds_llmpq.schema import QuantConfig
 
 pytestmark = pytest.mark.launcher
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
+from ds_llmpq.batch.config import BatchConfig
 from ds_llmpq.errors import UserError
 from ds_llmpq.launch.journal import FINISHED, JOURNAL_NAME, Identity, Journal, flattened, locked, sampling_of
-from ds_llmpq.schema import BatchConfig
 
 IDENTITY = Identity(
     "a" * 64, "b" * 64, "c" * 64, {"temperature": 0.0, "seed": 0}, {"quant.bits": (4, 8), "model": "x"}, "e" * 64

@@ -5,10 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from ds_llmpq.batch.config import BatchConfig
 from ds_llmpq.batch.tally import Tally
+from ds_llmpq.engine.config import EngineConfig
 from ds_llmpq.errors import Interrupted, RunFailed, UserError
 from ds_llmpq.launch import supervisor
 from ds_llmpq.launch.attempt import MISTAKE, Outcome
+from ds_llmpq.launch.config import SupervisionConfig
 from ds_llmpq.launch.failures import CONNECTION, EXCEPTION, FAULT, MEMORY, PORT, Failure
 from ds_llmpq.launch.job import Job
 from ds_llmpq.launch.journal import Identity, Journal
@@ -17,7 +20,6 @@ from ds_llmpq.launch.progress import ERROR_MARK
 from ds_llmpq.launch.supervisor import Supervisor, checked_supervision
 from ds_llmpq.planner.plan import Plan
 from ds_llmpq.planner.problem import Workload
-from ds_llmpq.schema import BatchConfig, EngineConfig, SupervisionConfig
 
 DIED, HUNG, ENDED = Ended(Reason.DIED, -9), Ended(Reason.HUNG, None), Ended(Reason.ENDED, 0)
 DRAINED = Ended(Reason.DRAINED, 0)

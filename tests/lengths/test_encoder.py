@@ -3,11 +3,11 @@
 import pytest
 
 from ds_llmpq.lengths import dataset
+from ds_llmpq.lengths.config import LengthDataConfig, LengthTaskConfig, ProxyConfig
 from ds_llmpq.lengths.predictor import load_predictor, train
 from ds_llmpq.lengths.records import Example
 from ds_llmpq.lengths.synthetic import answers
 from ds_llmpq.lengths.tasks import KINDS
-from ds_llmpq.schema_lengths import LengthDataConfig, LengthTaskConfig, ProxyConfig
 
 torch = pytest.importorskip("torch")
 CONFIG = LengthDataConfig(max_tokens=32, truncation="head_tail")

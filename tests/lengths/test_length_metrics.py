@@ -6,9 +6,9 @@ import pytest
 from ds_llmpq.errors import UserError
 from ds_llmpq.lengths.calibration import Calibration, conformal_quantile
 from ds_llmpq.lengths.characterize import distribution, expected_maximum
+from ds_llmpq.lengths.config import LengthTaskConfig
 from ds_llmpq.lengths.length_metrics import bound_metrics, class_metrics, pairwise_accuracy, regression_metrics
 from ds_llmpq.lengths.tasks import Task
-from ds_llmpq.schema_lengths import LengthTaskConfig
 from ds_llmpq.validation import checked
 
 TOKENS = np.array([1.0, 2.0, 3.0, 4.0, 100.0, 200.0, 300.0, 400.0])

@@ -8,12 +8,12 @@ import pytest
 
 from ds_llmpq.errors import UserError
 from ds_llmpq.lengths import dataset
+from ds_llmpq.lengths.config import LengthDataConfig, LengthTaskConfig, ProxyConfig
 from ds_llmpq.lengths.length_metrics import regression_metrics
 from ds_llmpq.lengths.predictor import evaluate, load_predictor, train
 from ds_llmpq.lengths.records import Example
 from ds_llmpq.lengths.synthetic import answers
 from ds_llmpq.lengths.tasks import KINDS
-from ds_llmpq.schema_lengths import LengthDataConfig, LengthTaskConfig, ProxyConfig
 
 CONFIG = LengthDataConfig()
 

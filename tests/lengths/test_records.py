@@ -7,8 +7,8 @@ import pytest
 
 from ds_llmpq.errors import UserError
 from ds_llmpq.lengths import dataset
+from ds_llmpq.lengths.config import LengthDataConfig
 from ds_llmpq.lengths.records import Example, batch_examples, count_words, read_examples
-from ds_llmpq.schema_lengths import LengthDataConfig
 
 CONVERSATION = [
     {"role": "user", "content": "Hi, who are you?"},

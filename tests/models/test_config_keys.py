@@ -12,8 +12,8 @@ from ds_llmpq.models.notes import list_notes
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.models.step import Step
 from ds_llmpq.quant.checkpoint import open_checkpoint
+from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.layers import LayerLoader
-from ds_llmpq.schema import QuantConfig
 from scripts.make_checkpoint import make_checkpoint
 
 SMALL = {"layers": 3, "hidden": 48, "heads": 4, "vocab": 96, "max_positions": 64, "dtype": "float32"}

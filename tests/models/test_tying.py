@@ -11,10 +11,10 @@ from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.models.tying import EMBEDDINGS
 from ds_llmpq.quant.checkpoint import open_checkpoint
+from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.layers import LayerLoader
 from ds_llmpq.quant.pretrained import load_quantized
 from ds_llmpq.quant.writer import write_quantized
-from ds_llmpq.schema import QuantConfig
 from scripts.make_checkpoint import make_checkpoint
 
 SMALL = {"layers": 2, "hidden": 64, "heads": 4, "vocab": 128, "max_positions": 64, "dtype": "float32"}

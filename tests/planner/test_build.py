@@ -5,23 +5,21 @@ import dataclasses
 import pytest
 
 from ds_llmpq.cluster.cluster import Cluster
-from ds_llmpq.cost.latency import PassOverhead
-from ds_llmpq.errors import UserError
-from ds_llmpq.models.shape import ModelShape
-from ds_llmpq.planner.build import build_problem, prepare, usable_bits
-from ds_llmpq.planner.problem import Problem
-from ds_llmpq.schema import (
+from ds_llmpq.cluster.config import (
     ClusterConfig,
     DeviceConfig,
     DeviceTypeConfig,
     HostConfig,
     LinkConfig,
     LinkPairConfig,
-    MicroBatchesConfig,
-    PlannerConfig,
-    QuantConfig,
-    WorkloadConfig,
 )
+from ds_llmpq.cost.latency import PassOverhead
+from ds_llmpq.errors import UserError
+from ds_llmpq.models.shape import ModelShape
+from ds_llmpq.planner.build import build_problem, prepare, usable_bits
+from ds_llmpq.planner.config import MicroBatchesConfig, PlannerConfig, WorkloadConfig
+from ds_llmpq.planner.problem import Problem
+from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.sensitivity.omega import Omega
 
 LLAMA = {

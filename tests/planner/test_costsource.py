@@ -3,12 +3,14 @@
 import pytest
 
 from ds_llmpq.cluster.cluster import Cluster
+from ds_llmpq.commands.config import PlanConfig
 from ds_llmpq.config import composed, to_object
 from ds_llmpq.cost.published import PublishedCosts
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.shape import ModelShape
+from ds_llmpq.planner.config import CostConfig, PlannerConfig
 from ds_llmpq.planner.costsource import source_of_costs
-from ds_llmpq.schema import CostConfig, PlanConfig, PlannerConfig, QuantConfig
+from ds_llmpq.quant.config import QuantConfig
 
 
 @pytest.fixture(scope="module")

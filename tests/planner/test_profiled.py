@@ -6,25 +6,18 @@ import random
 import pytest
 
 from ds_llmpq.cluster.cluster import Cluster
+from ds_llmpq.cluster.config import ClusterConfig, DeviceConfig, DeviceTypeConfig, HostConfig, LinkConfig
 from ds_llmpq.cost.linktable import Message, write_links
 from ds_llmpq.cost.profile import Point, Sample, append, current_setup, write_header
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.planner import Assignment, Stage, evaluate
 from ds_llmpq.planner.build import prepare
+from ds_llmpq.planner.config import PlannerConfig, WorkloadConfig
 from ds_llmpq.planner.profiled import profiled_costs
 from ds_llmpq.planner.simulation import play
+from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.packing import groups_of
-from ds_llmpq.schema import (
-    ClusterConfig,
-    DeviceConfig,
-    DeviceTypeConfig,
-    HostConfig,
-    LinkConfig,
-    PlannerConfig,
-    QuantConfig,
-    WorkloadConfig,
-)
 
 SHAPE = ModelShape.from_config(
     {

@@ -5,11 +5,12 @@ import torch
 
 from ds_llmpq.commands.profile import kernel_table
 from ds_llmpq.models.shape import ModelShape
+from ds_llmpq.planner.config import WorkloadConfig
 from ds_llmpq.profiling import kernel_choice
 from ds_llmpq.profiling.kernel_choice import KernelTime, choose_kernel
 from ds_llmpq.profiling.timer import Timer
 from ds_llmpq.quant import kernels
-from ds_llmpq.schema import QuantConfig, WorkloadConfig
+from ds_llmpq.quant.config import QuantConfig
 
 SHAPE = ModelShape.from_config(
     {

@@ -1,7 +1,7 @@
 """Which points are timed."""
 
+from ds_llmpq.planner.config import WorkloadConfig
 from ds_llmpq.profiling.points import sampling_plan
-from ds_llmpq.schema import WorkloadConfig
 
 SIZES = {"prefill": [1, 4], "decode": [2, 8]}
 

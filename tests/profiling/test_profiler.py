@@ -11,29 +11,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 from make_checkpoint import make_checkpoint
 
 from ds_llmpq.cluster.cluster import Cluster
+from ds_llmpq.cluster.config import ClusterConfig, DeviceConfig, DeviceTypeConfig, HostConfig, LinkConfig
 from ds_llmpq.cost.fit import fit_profile
 from ds_llmpq.cost.memory import MemoryModel
 from ds_llmpq.cost.profile import current_setup, read_profile
 from ds_llmpq.engine.throttle import CpuShare
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.shape import read_shape
+from ds_llmpq.planner.config import WorkloadConfig
 from ds_llmpq.profiling import profiler
+from ds_llmpq.profiling.config import ProfilingConfig
 from ds_llmpq.profiling.parts import Parts
 from ds_llmpq.profiling.points import sampling_plan
 from ds_llmpq.profiling.processes import run_trial
 from ds_llmpq.profiling.timer import Timer
+from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.hqq import stored_bytes
 from ds_llmpq.quant.packing import groups_of
-from ds_llmpq.schema import (
-    ClusterConfig,
-    DeviceConfig,
-    DeviceTypeConfig,
-    HostConfig,
-    LinkConfig,
-    ProfilingConfig,
-    QuantConfig,
-    WorkloadConfig,
-)
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "opt", "bloom")
 WORKLOAD = WorkloadConfig(4, 12, 6)

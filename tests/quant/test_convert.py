@@ -10,12 +10,12 @@ import torch
 from hqq.core.quantize import HQQLinear
 
 from ds_llmpq.errors import UserError
+from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.convert import KernelLinear, converted, product_of
 from ds_llmpq.quant.hqq import quantize_linear, stored_bytes
 from ds_llmpq.quant.kernels import KERNELS, runs
 from ds_llmpq.quant.packing import Groups
 from ds_llmpq.quant.unpacked import stacked, unpack
-from ds_llmpq.schema import QuantConfig
 
 CPU = torch.device("cpu")
 THERE = [name for name in ("openvino", "torch_int4") if importlib.util.find_spec(KERNELS[name].library)]

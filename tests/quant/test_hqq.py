@@ -8,9 +8,9 @@ from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 from torch import nn
 
 from ds_llmpq.errors import UserError
+from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.hqq import linear_names, quantize_linear, stored_bytes
 from ds_llmpq.quant.packing import Groups, packed_linear_bytes
-from ds_llmpq.schema import QuantConfig
 
 CPU = torch.device("cpu")
 

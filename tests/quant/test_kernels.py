@@ -7,8 +7,8 @@ from ds_llmpq.cost.memory import MemoryModel
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.quant import kernels
+from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.packing import Groups
-from ds_llmpq.schema import QuantConfig
 
 SHAPE = ModelShape.from_config(
     {

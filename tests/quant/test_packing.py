@@ -5,6 +5,7 @@ import random
 import pytest
 
 from ds_llmpq.errors import UserError
+from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.packing import (
     PACKED_BITS,
     Groups,
@@ -14,7 +15,6 @@ from ds_llmpq.quant.packing import (
     packing_problem,
     quantization_problem,
 )
-from ds_llmpq.schema import QuantConfig
 
 
 def real_linear(out_features, in_features, bits, group_size, axis, dtype="float32"):

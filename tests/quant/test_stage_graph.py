@@ -16,12 +16,12 @@ from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.models.step import Step
 from ds_llmpq.quant import layers
+from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.hqq import stored_bytes
 from ds_llmpq.quant.kernels import CACHE_BLOCK, GRAPH_TOKENS, runs_here
 from ds_llmpq.quant.layers import LayerLoader
 from ds_llmpq.quant.packing import Groups
 from ds_llmpq.quant.torch_cpu import computes_in_bfloat16
-from ds_llmpq.schema import QuantConfig
 
 if not importlib.util.find_spec("openvino") or not computes_in_bfloat16():
     pytest.skip("needs OpenVINO, and a processor with bfloat16 arithmetic", allow_module_level=True)
@@ -236,7 +236,7 @@ from ds_llmpq.models.shape import read_shape
 from ds_llmpq.cost.memory import MemoryModel
 from ds_llmpq.quant.layers import LayerLoader
 from ds_llmpq.quant.packing import Groups
-from ds_llmpq.schema import QuantConfig
+from ds_llmpq.quant.config import QuantConfig
 
 cpu, (path, bits) = torch.device("cpu"), sys.argv[1:]
 quant = QuantConfig([int(bits)], 64, 1, False, "openvino_graph")

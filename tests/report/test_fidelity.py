@@ -5,9 +5,9 @@ import json
 import pytest
 
 from ds_llmpq.commands import report
+from ds_llmpq.commands.config import ReportConfig
 from ds_llmpq.errors import UserError
 from ds_llmpq.report.fidelity import Pair, error_table, run_pairs, verdict
-from ds_llmpq.schema import ReportConfig
 
 
 def pairs(*errors):

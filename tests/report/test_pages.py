@@ -10,9 +10,9 @@ import pytest
 from report_folders import write_planned, write_run
 
 from ds_llmpq.commands import report
+from ds_llmpq.commands.config import ReportConfig
 from ds_llmpq.errors import UserError
 from ds_llmpq.report import run_report, sweep, sweep_report
-from ds_llmpq.schema import ReportConfig
 
 BROWSER = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None

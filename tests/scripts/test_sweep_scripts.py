@@ -15,9 +15,9 @@ import order
 import replay
 import theta_sweep
 
+from ds_llmpq.batch.config import BatchConfig
 from ds_llmpq.batch.reader import read_requests
 from ds_llmpq.planner.planfile import read_plan
-from ds_llmpq.schema import BatchConfig
 
 
 def test_requests_are_valid_and_of_the_lengths_asked_for(tmp_path):

@@ -17,8 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM
 
 from ds_llmpq.models.checkpoint import Checkpoint
+from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.hqq import linear_names, quantize_linear
-from ds_llmpq.schema import QuantConfig
 from ds_llmpq.sensitivity import indicators
 from ds_llmpq.sensitivity.curvature import Curvature
 from ds_llmpq.sensitivity.layerwise import Layerwise, measure

@@ -15,9 +15,10 @@ from ds_llmpq.errors import UserError
 from ds_llmpq.models.corpus import CALIBRATION, calibration_rows, read_text
 from ds_llmpq.models.fingerprint import fingerprint
 from ds_llmpq.models.tokenizer import load_tokenizer
+from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.hqq import quantize_linear
-from ds_llmpq.schema import CalibrationConfig, QuantConfig
 from ds_llmpq.sensitivity.calibrate import calibrated, loss_per_kl
+from ds_llmpq.sensitivity.config import CalibrationConfig
 from ds_llmpq.sensitivity.layerwise import Measured
 from ds_llmpq.sensitivity.make import METHODS, Request, make_omega
 from ds_llmpq.sensitivity.omega import read_omega, write_omega

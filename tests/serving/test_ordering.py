@@ -7,15 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ds_llmpq.batch.config import BatchConfig
 from ds_llmpq.batch.prompts import PreparedRequest
 from ds_llmpq.batch.request import CHAT_URL, COMPLETIONS_URL, Request
 from ds_llmpq.errors import UserError
+from ds_llmpq.lengths.config import LengthDataConfig, LengthTaskConfig, ProxyConfig
 from ds_llmpq.lengths.dataset import split
 from ds_llmpq.lengths.predictor import train
 from ds_llmpq.lengths.records import Example
 from ds_llmpq.lengths.synthetic import answers
-from ds_llmpq.schema import BatchConfig
-from ds_llmpq.schema_lengths import LengthDataConfig, LengthTaskConfig, ProxyConfig
 from ds_llmpq.serving.ordering import ORDERINGS, checked, expected, order_of
 
 

@@ -9,17 +9,19 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from ds_llmpq.batch.config import BatchConfig
 from ds_llmpq.batch.prompts import prepare
 from ds_llmpq.batch.reader import read_requests
 from ds_llmpq.errors import UserError
+from ds_llmpq.lengths.config import LengthDataConfig, LengthTaskConfig, ProxyConfig
 from ds_llmpq.lengths.dataset import split
 from ds_llmpq.lengths.predictor import train
 from ds_llmpq.lengths.records import Example
 from ds_llmpq.lengths.synthetic import answers
+from ds_llmpq.models.config import ModelConfig
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.models.tokenizer import load_tokenizer
-from ds_llmpq.schema import BatchConfig, ModelConfig, WorkloadConfig
-from ds_llmpq.schema_lengths import LengthDataConfig, LengthTaskConfig, ProxyConfig
+from ds_llmpq.planner.config import WorkloadConfig
 from ds_llmpq.serving.admission import Feed
 from ds_llmpq.serving.ordering import expected
 from ds_llmpq.serving.workload import sized_workload

@@ -1,4 +1,4 @@
-"""The shape of the configuration of `ds-llmpq lengths` and `ds-llmpq simulate`; see `schema`."""
+"""Configuration of `ds-llmpq simulate` and its groups."""
 
 from __future__ import annotations
 
@@ -80,68 +80,3 @@ class SimulateConfig:
     prediction: PredictionConfig = field(default_factory=PredictionConfig)
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
-
-
-@dataclass
-class LengthDataConfig:
-    """How answers of the past become training data."""
-
-    layout: str = "auto"  # auto | rows | lmsys | results
-    input: str | None = None  # the batch file that a results.jsonl answers (layout results)
-    model: str | None = None  # only this model's answers; null: all
-    rounds: str = "single"  # single: the first turn of a conversation | multi: every turn, its history as text
-    limit: int | None = None  # data size: so many examples, drawn with the seed
-    truncation: str = "tail"  # which part of a long prompt is kept: tail | head_tail
-    max_tokens: int = 512  # of a prompt, for the predictor
-    tokenizer: str | None = None  # local folder: counts tokens of answers given as text; null: words and marks
-    test_share: float = 0.2
-    validation_share: float = 0.2
-    seed: int = 0
-
-
-@dataclass
-class LengthTaskConfig:
-    """What is predicted, and what it is trained for."""
-
-    # regression | binary | multiclass | multiclass_ordinal | binary_ordinal | pairwise
-    kind: str = "regression"
-    loss: str = "l1"  # regression, ordinal: l1 | mse | quantile
-    percentiles: list[float] | None = None  # class boundaries; null: 50 (binary), 25 50 75 99 (multi-class)
-    quantiles: list[float] = field(default_factory=lambda: [0.9, 0.95])  # upper bounds, calibrated on validation data
-
-
-@dataclass
-class ProxyConfig:
-    """What predicts."""
-
-    kind: str = "ngrams"  # ngrams: hashed n-grams and prompt length, linear | encoder: a Hugging Face encoder
-    features: int = 16384  # ngrams: columns
-    alpha: float | None = None  # ngrams: ridge; null: chosen on validation data
-    path: str | None = None  # encoder: local folder
-    epochs: int = 6  # encoder: the first half trains all layers, the second the head alone
-    batch_size: int = 16
-    learning_rate: float = 1e-5
-    hidden: int = 128  # of the head
-
-
-@dataclass
-class LengthsConfig:
-    """`ds-llmpq lengths prepare | train | evaluate | predict | characterize`."""
-
-    out: str = ""
-    action: str = ""
-    data: str | None = None  # answers of the past (JSON lines, CSV, parquet), or a folder that `prepare` wrote
-    input: str | None = None  # predict: prompts, an OpenAI batch file or rows like data's
-    predictor: str | None = None  # evaluate, predict: a folder that `train` wrote
-    lengths: LengthDataConfig = field(default_factory=LengthDataConfig)
-    task: LengthTaskConfig = field(default_factory=LengthTaskConfig)
-    proxy: ProxyConfig = field(default_factory=ProxyConfig)
-
-
-# overrides whose values are paths
-PATH_KEYS = frozenset(
-    (
-        *("cases", "data", "predictor", "arrivals.trace", "answers.data", "execution.plan"),
-        *("lengths.input", "lengths.tokenizer", "proxy.path", "batch.predictor"),
-    )
-)

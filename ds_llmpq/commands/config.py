@@ -1,0 +1,153 @@
+"""The configuration of each command: the groups it reads, and keys of its own.
+
+Hydra composes YAML into these dataclasses; `OmegaConf.to_object` turns the result into plain objects once, at the
+border (`ds_llmpq.config`), and nothing inside the package sees an OmegaConf node. The dataclass of a group lies in
+the package that reads it, as its `config.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ds_llmpq.batch.config import BatchConfig
+from ds_llmpq.cluster.config import ClusterConfig
+from ds_llmpq.engine.config import EngineConfig
+from ds_llmpq.evaluation.config import EvaluationConfig
+from ds_llmpq.launch.config import SupervisionConfig
+from ds_llmpq.lengths.config import LengthDataConfig, LengthTaskConfig, ProxyConfig
+from ds_llmpq.models.config import ModelConfig
+from ds_llmpq.planner.config import CostConfig, PlannerConfig, WorkloadConfig
+from ds_llmpq.profiling.config import ProfilingConfig
+from ds_llmpq.quant.config import QuantConfig
+from ds_llmpq.sensitivity.config import CalibrationConfig
+
+
+@dataclass
+class DetectConfig:
+    """`ds-llmpq detect`: describes this machine as a cluster."""
+
+    out: str = ""
+    host: str = "localhost"  # the name other hosts and the hostfile use for this one
+    cpu_stages: int | None = None  # CPU devices to offer; null: one if there is no GPU
+    measure: bool = True  # measure memory bandwidth and matrix rates of the CPU, about two seconds
+    gpus: str | None = None  # another host's GPUs: a saved `nvidia-smi --query-gpu=... --format=csv` (docs/guide.md)
+    topology: str | None = None  # its links: a saved `nvidia-smi topo -m`
+
+
+@dataclass
+class PlanConfig:
+    """`ds-llmpq plan`: decides who runs what, at which widths."""
+
+    out: str = ""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    cluster_file: str | None = None  # a cluster.yaml, as `detect` writes it, instead of the group's entry
+    workload: WorkloadConfig = field(default_factory=WorkloadConfig)
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    planner: PlannerConfig = field(default_factory=PlannerConfig)
+    cost: CostConfig = field(default_factory=CostConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    input: str | None = None  # sizes the workload where it is not given
+    problem: str | None = None  # solve this problem.json instead of building one
+    check: str | None = None  # validate and cost this plan.json instead of solving
+
+
+@dataclass
+class ServeConfig:
+    """`ds-llmpq serve`: one rank of a plan's pipeline, started by the deepspeed launcher."""
+
+    plan: str = ""
+    input: str = ""
+    output: str = ""  # folder of results.jsonl, errors.jsonl, metrics.json and trace.json
+    quantized: str | None = None  # folder of `ds-llmpq quantize` on this host, instead of the model's
+    model: ModelConfig = field(default_factory=ModelConfig)  # path: where the model lies on this host, if elsewhere
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+
+
+@dataclass
+class RunConfig(PlanConfig):
+    """`ds-llmpq run`: plans if no plan is given, starts the launcher, waits, and sums up. Again with the same out=DIR,
+    it goes on where it stopped."""
+
+    plan: str | None = None
+    quantized: str | None = None  # folder of `ds-llmpq quantize` for this plan: layers are read as stored there
+    hostfile: str | None = None  # null: written from the plan
+    resume: str = "auto"  # auto: refused if what results depend on has changed | force: go on whatever changed
+    run: SupervisionConfig = field(default_factory=SupervisionConfig)
+
+
+@dataclass
+class ProfileConfig(PlanConfig):
+    """`ds-llmpq profile`: times the parts of a model on this host's device types. An interrupted one goes on."""
+
+    profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
+    force: bool = False  # start over where out=DIR holds a profile made with another version or setting
+
+
+@dataclass
+class ReportConfig:
+    """`ds-llmpq report run=DIR`, `sweep=DIR` or `fidelity profile=DIR`: pages, pictures and tables."""
+
+    out: str = ""
+    what: str | None = None  # run | sweep | fidelity; null: what the folder's key says
+    run: str | None = None  # folder of a run, or of a plan
+    sweep: str | None = None  # folder of a multirun
+    profile: str | None = None  # folder of a profile
+
+
+@dataclass
+class ExportConfig:
+    """`ds-llmpq export`: a plan as arguments and configuration of another system."""
+
+    out: str = ""
+    plan: str = ""
+    to: str = ""  # vllm | llama_cpp
+
+
+@dataclass
+class QuantizeConfig:
+    """`ds-llmpq quantize`: writes the model with each decoder layer at its width, for `run quantized=DIR`."""
+
+    out: str = ""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    plan: str | None = None  # plan.json: its widths, HQQ settings and model
+    widths: list[int] | None = None  # instead of a plan: one width for all layers, or one a layer
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    reuse: str | None = None  # another folder of quantize whose equal layers are taken
+    device: str = "cpu"  # where layers are quantized: cpu, cuda, cuda:1
+
+
+@dataclass
+class SensitivityConfig:
+    """`ds-llmpq sensitivity`: what each layer loses at each width, as omega.json. A killed one goes on (same out)."""
+
+    out: str = ""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: str = "variance"  # variance | hessian | random | measured
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    seed: int = 0
+    device: str = "cpu"  # cpu, cuda, cuda:1
+
+
+@dataclass
+class EvaluateConfig(RunConfig):
+    """`ds-llmpq evaluate`: the quality of a plan, scored on its pipeline, predicted against measured."""
+
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+@dataclass
+class LengthsConfig:
+    """`ds-llmpq lengths prepare | train | evaluate | predict | characterize`."""
+
+    out: str = ""
+    action: str = ""
+    data: str | None = None  # answers of the past (JSON lines, CSV, parquet), or a folder that `prepare` wrote
+    input: str | None = None  # predict: prompts, an OpenAI batch file or rows like data's
+    predictor: str | None = None  # evaluate, predict: a folder that `train` wrote
+    lengths: LengthDataConfig = field(default_factory=LengthDataConfig)
+    task: LengthTaskConfig = field(default_factory=LengthTaskConfig)
+    proxy: ProxyConfig = field(default_factory=ProxyConfig)

@@ -1,0 +1,18 @@
+"""Configuration group `model`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class ModelConfig:
+    """Where the checkpoint is: a local folder in Hugging Face format (config.json, safetensors, tokenizer).
+
+    `shape` describes a model without weights (Hugging Face config.json keys), enough to plan but not to run.
+    """
+
+    path: str | None = None
+    shape: dict[str, Any] = field(default_factory=dict)
+    trust_remote_code: bool = False

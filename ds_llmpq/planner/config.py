@@ -1,0 +1,57 @@
+"""Configuration groups `workload`, `planner` and `cost`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class WorkloadConfig:
+    """What the plan is made for: B sequences in flight, s prompt tokens, n generated tokens each."""
+
+    # null: from the first rows of the input file (longest prompt; longest answer, or what batch.predictor expects),
+    # else 32, 512 and 100
+    sequences: int | None = None
+    prompt_tokens: int | None = None
+    generated_tokens: int | None = None
+
+
+@dataclass
+class MicroBatchesConfig:
+    """Candidate micro-batch sizes; null: powers of two up to the workload's sequences."""
+
+    prefill: list[int] | None = None
+    decode: list[int] | None = None
+
+
+@dataclass
+class PlannerConfig:
+    mode: str = "theta"  # theta | max_quality_loss | max_latency | pareto (the front of both)
+    theta: float = 1.0  # seconds per nat of predicted loss increase
+    max_quality_loss: float | None = None
+    max_latency_seconds: float | None = None
+    objective: str = "pipeline"  # pipeline | reference
+    solver: str = "auto"  # auto | gurobi | highs | search
+    time_limit_seconds: float = 30.0
+    gap: float = 0.01
+    seed: int = 0
+    device_order: str = "free"  # free | fixed
+    # decisions made already, for the solver to respect: order [device, ...], layers {device: [first, last)},
+    # bits {layer: width}, micro_batch {phase: size}
+    pins: dict[str, Any] = field(default_factory=dict)
+    micro_batches: MicroBatchesConfig = field(default_factory=MicroBatchesConfig)
+    omega: str | None = None  # omega.json; null: a prior from published perplexities
+    profile: str | None = None  # folder of `ds-llmpq profile` (or its profile.csv); null: roofline times
+    profile_force: bool = False  # use it even where it was made with other library versions or settings
+    variant: str = "full"  # full | phase_blind | equal_micro_batches | grouped | heuristic: lesser planners to compare
+    group_layers: int = 1  # of variant=grouped: so many layers are decided at once
+
+
+@dataclass
+class CostConfig:
+    """Where layer times come from."""
+
+    source: str = "auto"  # auto (planner.profile, else roofline) | roofline | published (the paper's GPUs and kernels)
+    # with source=roofline: plan for this kernel, also where it is not installed (gemlite, fused); null: quant.kernel
+    kernel: str | None = None

@@ -1,0 +1,18 @@
+"""Configuration group `calibration`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class CalibrationConfig:
+    """Text and effort of `sensitivity`. Memory: one layer, and rows x tokens x hidden size x 4 bytes a variant."""
+
+    text: str | None = None  # a UTF-8 file; null: held-out source files of Python's standard library
+    rows: int = 16
+    tokens: int = 512  # a row
+    rows_at_once: int = 4
+    state_bytes: int = 1 << 30  # hidden states that may be held while variants of the model are measured
+    hessian_rows: int = 4
+    hessian_estimate: str = "eigenvalue"  # eigenvalue | trace
