@@ -24,9 +24,9 @@ from theta_sweep import called, measured, written_prompts
 from ds_llmpq import config
 from ds_llmpq.commands.config import PlanConfig
 from ds_llmpq.commands.plan import make_plan
+from ds_llmpq.plan import read_plan
 from ds_llmpq.planner import Problem
 from ds_llmpq.planner.baselines import all_baselines
-from ds_llmpq.planner.planfile import read_plan
 from ds_llmpq.report.plan_table import table
 
 OTHERS = ("uniform", "pipeedge", "adabits", "memory_proportional")

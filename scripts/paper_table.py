@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 
 from ds_llmpq.planner import Problem
 from ds_llmpq.planner.baselines import all_baselines
-from ds_llmpq.planner.problem import MicroBatches
+from ds_llmpq.planner.problem import MicroBatchCandidates
 from ds_llmpq.report import sweep
 
 # experiment -> published tokens/s of PipeEdge, Uniform, adabits, LLM-PQ; None: it crashed or was not shown
@@ -73,7 +73,7 @@ def at_fixed_micro_batch(problem: Problem) -> dict[str, float | None]:
     """tokens/s of the baselines with ceil(B / N) sequences, or the next larger candidate, in both phases."""
     wanted = -(-problem.workload.sequences // len(problem.devices))
     size = min(s for s in problem.micro_batches.decode if s >= wanted)
-    found = all_baselines(replace(problem, micro_batches=MicroBatches((size,), (size,))))
+    found = all_baselines(replace(problem, micro_batches=MicroBatchCandidates((size,), (size,))))
     return {name: _speed(found[name].to_json()) for name in NAMES}
 
 

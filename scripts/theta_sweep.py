@@ -27,7 +27,7 @@ from ds_llmpq import config
 from ds_llmpq.commands.config import PlanConfig
 from ds_llmpq.commands.plan import make_plan
 from ds_llmpq.errors import UserError
-from ds_llmpq.planner.planfile import read_plan
+from ds_llmpq.plan import read_plan
 from ds_llmpq.report import figures
 from ds_llmpq.report.plan_table import table
 

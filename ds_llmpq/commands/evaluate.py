@@ -21,8 +21,7 @@ from ds_llmpq.launch.failures import PORT
 from ds_llmpq.launch.launcher import LOG_NAME, Launch, followed
 from ds_llmpq.launch.process_monitor import Reason, Watch
 from ds_llmpq.launch.supervisor import checked_supervision
-from ds_llmpq.planner import Plan
-from ds_llmpq.planner.planfile import launch_order, write_plan
+from ds_llmpq.plan import Plan, launch_order, write_plan
 from ds_llmpq.report.plan_table import table
 
 _MOST_PORTS = 5  # tried, where another process is quicker each time

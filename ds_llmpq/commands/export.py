@@ -8,8 +8,8 @@ from pathlib import Path
 from ds_llmpq import config
 from ds_llmpq.commands.config import ExportConfig
 from ds_llmpq.errors import UserError
+from ds_llmpq.plan import read_plan
 from ds_llmpq.planner.export import export
-from ds_llmpq.planner.planfile import read_plan
 
 
 def run(settings: ExportConfig, out: Path) -> int:

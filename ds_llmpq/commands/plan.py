@@ -21,11 +21,12 @@ from ds_llmpq.models.fingerprint import fingerprint
 from ds_llmpq.models.notes import list_notes
 from ds_llmpq.models.prequantized import refuse_foreign
 from ds_llmpq.models.shape import ModelShape, read_shape
-from ds_llmpq.planner import Plan, Problem, check_plan, pareto
+from ds_llmpq.plan import Plan, launch_order, read_assignment, write_plan
+from ds_llmpq.planner import Problem, check_plan, pareto
 from ds_llmpq.planner.build import prepare
 from ds_llmpq.planner.config import PlannerConfig
 from ds_llmpq.planner.costsource import source_of_costs
-from ds_llmpq.planner.planfile import deployed, launch_order, read_assignment, write_plan
+from ds_llmpq.planner.deploy import deploy
 from ds_llmpq.planner.simulation import play
 from ds_llmpq.planner.variants import solve_variant
 from ds_llmpq.quant.config import QuantConfig
@@ -91,7 +92,7 @@ def _problem(settings: PlanConfig) -> tuple[Problem, Callable[[Plan], Plan]]:
     dtype, quant = settings.engine.dtype, _with_kernel(settings, cluster, shape)
     costs_of, cluster, kernel = source_of_costs(settings.cost, planner, quant, cluster, shape, dtype, quant.kernel)
     prepared = prepare(cluster, shape, workload, quant, planner, omega, dtype, kernel, costs_of)
-    return prepared.problem, lambda plan: deployed(plan, cluster, prepared, model, quant, kernel)
+    return prepared.problem, lambda plan: deploy(plan, cluster, prepared, model, quant, kernel)
 
 
 def _with_kernel(settings: PlanConfig, cluster: Cluster, shape: ModelShape) -> QuantConfig:

@@ -9,7 +9,7 @@ from ds_llmpq.commands.config import QuantizeConfig
 from ds_llmpq.errors import UserError
 from ds_llmpq.launch.progress import Bar
 from ds_llmpq.models.shape import read_shape
-from ds_llmpq.planner.planfile import check_model, read_plan
+from ds_llmpq.plan import check_model, read_plan
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.report.plan_table import size
 

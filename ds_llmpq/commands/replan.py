@@ -10,7 +10,7 @@ from ds_llmpq.cluster.config import ClusterConfig
 from ds_llmpq.commands.config import PlanConfig
 from ds_llmpq.commands.plan import make_plan
 from ds_llmpq.errors import InfeasibleError, UserError
-from ds_llmpq.planner import Plan
+from ds_llmpq.plan import Plan
 from ds_llmpq.planner.config import WorkloadConfig
 from ds_llmpq.quant.config import QuantConfig
 

@@ -35,8 +35,7 @@ from ds_llmpq.launch.launcher import Launch, end_leftovers
 from ds_llmpq.launch.supervisor import Supervisor, checked_supervision
 from ds_llmpq.models.fingerprint import fingerprint, text_fingerprint
 from ds_llmpq.models.notes import list_notes
-from ds_llmpq.planner import Plan
-from ds_llmpq.planner.planfile import check_model, launch_order, read_plan, write_plan
+from ds_llmpq.plan import Plan, check_model, launch_order, read_plan, write_plan
 from ds_llmpq.quant.kernels import check_invariant
 from ds_llmpq.report.answers import show_answers
 from ds_llmpq.report.plan_table import plan_table

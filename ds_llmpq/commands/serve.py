@@ -21,8 +21,7 @@ from ds_llmpq.launch.heartbeat import end_with_listener, stacks_on_request
 from ds_llmpq.launch.job import Job
 from ds_llmpq.launch.progress import ERROR_MARK
 from ds_llmpq.launch.ranks import launched_rank
-from ds_llmpq.planner.plan import Plan
-from ds_llmpq.planner.planfile import read_plan
+from ds_llmpq.plan import Plan, read_plan
 from ds_llmpq.serving.ordering import checked
 from ds_llmpq.versions import check_versions
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from ds_llmpq import config
 from ds_llmpq.errors import UserError
-from ds_llmpq.planner.planfile import read_plan
+from ds_llmpq.plan import read_plan
 from ds_llmpq.report.plan_table import table
 from ds_llmpq.research.config import ExecutionConfig, SimulateConfig
 from ds_llmpq.research.published_gain import published_ratios

@@ -11,7 +11,7 @@ import torch
 from ds_llmpq.cluster.detect import available_memory_bytes
 from ds_llmpq.engine.rank_context import Place
 from ds_llmpq.errors import UserError
-from ds_llmpq.planner.plan import Plan
+from ds_llmpq.plan import Plan
 
 _GIB = 1 << 30
 _GO, _AGAIN = b"go", b"again"

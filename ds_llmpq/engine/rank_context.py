@@ -14,7 +14,7 @@ import torch.distributed as dist
 from ds_llmpq.engine.channels import DataChannel
 from ds_llmpq.launch import rendezvous
 from ds_llmpq.launch.ranks import launched_rank, local_rank
-from ds_llmpq.planner.plan import Plan, PlanStage
+from ds_llmpq.plan import Plan, Stage
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Place:
 
     rank: int
     stage_index: int
-    stage: PlanStage
+    stage: Stage
     stage_ranks: list[int]
     device: torch.device
     side_group: dist.ProcessGroup

@@ -27,8 +27,7 @@ from ds_llmpq.engine.wave import Wave, WaveRow
 from ds_llmpq.models.families import decoder_of
 from ds_llmpq.models.generation import generation_of
 from ds_llmpq.models.shape import read_shape
-from ds_llmpq.planner.plan import Plan
-from ds_llmpq.planner.planfile import check_model
+from ds_llmpq.plan import Plan, check_model
 from ds_llmpq.quant.checkpoint import open_checkpoint
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.hqq import stored_bytes

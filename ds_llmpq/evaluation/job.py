@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from ds_llmpq.engine.config import EngineConfig
 from ds_llmpq.evaluation.config import EvaluationConfig
 from ds_llmpq.launch.job import from_token, to_token
-from ds_llmpq.planner.plan import Plan
+from ds_llmpq.plan import Plan
 
 _PLAIN = ("model_path", "output", "reference", "keeps_reference", "trust_remote_code", "hang_seconds")
 

@@ -18,7 +18,7 @@ from ds_llmpq.launch.progress import Lines
 from ds_llmpq.models.corpus import EVALUATION, encode, read_text, rows_of
 from ds_llmpq.models.shape import ModelShape, read_shape
 from ds_llmpq.models.tokenizer import load_tokenizer
-from ds_llmpq.planner.planfile import check_model
+from ds_llmpq.plan import check_model
 
 SCORES_NAME = "scores.json"
 

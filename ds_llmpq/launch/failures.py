@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_llmpq.errors import UserError, printable
-from ds_llmpq.planner.plan import Plan
+from ds_llmpq.plan import Plan
 
 FAILURE_MARK = "ds-llmpq failure: "
 _PACKAGE = Path(__file__).resolve().parents[1]

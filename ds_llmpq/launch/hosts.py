@@ -6,8 +6,7 @@ import subprocess
 from collections.abc import Callable
 
 from ds_llmpq.launch.launcher import is_local
-from ds_llmpq.planner.plan import Plan
-from ds_llmpq.planner.planfile import placements
+from ds_llmpq.plan import Plan, placements
 
 _CONNECT_SECONDS = 5
 _ANSWER_SECONDS = 20.0

@@ -17,7 +17,7 @@ from ds_llmpq.batch.config import BatchConfig
 from ds_llmpq.engine.config import EngineConfig
 from ds_llmpq.errors import UserError, shown
 from ds_llmpq.files import parse_json
-from ds_llmpq.planner.plan import Plan
+from ds_llmpq.plan import Plan
 from ds_llmpq.validation import checked
 
 T = TypeVar("T")

@@ -22,7 +22,7 @@ from pydantic import AfterValidator
 from ds_llmpq.batch.config import BatchConfig
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import lock, read_json, write_json
-from ds_llmpq.planner.plan import Plan
+from ds_llmpq.plan import Plan
 from ds_llmpq.validation import Count, Label, Many, Note, Plain, Table, checked, one_of
 
 SCHEMA = 1

@@ -21,8 +21,7 @@ from ds_llmpq.cluster.hostfile import include_string
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import write_whole
 from ds_llmpq.launch.process_monitor import RUN_MARK, Ended, Watch, follow, stop_all
-from ds_llmpq.planner.plan import Plan
-from ds_llmpq.planner.planfile import launch_order
+from ds_llmpq.plan import Plan, launch_order
 
 ENVIRONMENT_NAME = "deepspeed_env"
 LOG_NAME = "launcher.log"

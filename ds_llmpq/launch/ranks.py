@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from ds_llmpq.errors import UserError
-from ds_llmpq.planner.plan import Plan
+from ds_llmpq.plan import Plan
 
 
 def launched_rank(plan: Plan) -> int:

@@ -28,7 +28,7 @@ from ds_llmpq.launch.job import Job
 from ds_llmpq.launch.journal import Journal
 from ds_llmpq.launch.launcher import LOG_NAME, Launch, followed, is_local
 from ds_llmpq.launch.process_monitor import Reason, Watch
-from ds_llmpq.planner.plan import Plan
+from ds_llmpq.plan import Plan
 
 MEASUREMENTS = ("metrics.json", "trace.json")  # written at the end of a start
 ON_LOSS = ("stop", "replan")

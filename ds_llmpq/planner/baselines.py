@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ds_llmpq.plan import Assignment, StageAssignment
 from ds_llmpq.planner.arrays import PairArrays, pair_arrays
 from ds_llmpq.planner.feasibility import pairs, path_finder
-from ds_llmpq.planner.objective import Assignment, Prediction, Stage, evaluate, violations
+from ds_llmpq.planner.objective import Prediction, evaluate, violations
 from ds_llmpq.planner.problem import Objective, Problem
 
 OFFLOAD_BYTES_PER_SECOND = 12e9  # host to device, assumed: PCIe 3 x16 in practice
@@ -82,7 +83,7 @@ def _cut(problem: Problem, sizes: list[int], width: int, eta: int, xi: int) -> A
     """Stages of the given sizes on the devices in listed order, devices of size zero left out."""
     edges = np.concatenate([[0], np.cumsum(sizes)])
     stages = tuple(
-        Stage(device.name, int(edges[d]), int(edges[d + 1]), (width,) * sizes[d])
+        StageAssignment(device.name, int(edges[d]), int(edges[d + 1]), (width,) * sizes[d])
         for d, device in enumerate(problem.devices)
         if sizes[d]
     )
@@ -119,7 +120,7 @@ def single_device(problem: Problem) -> Iterable[Assignment]:
     for device in {(d.type, d.memory_bytes): d for d in reversed(problem.devices)}.values():
         for width in problem.bits:
             for eta, xi in pairs(problem):
-                stage = Stage(device.name, 0, problem.layers, (width,) * problem.layers)
+                stage = StageAssignment(device.name, 0, problem.layers, (width,) * problem.layers)
                 yield Assignment((stage,), eta, xi)
 
 
@@ -142,7 +143,7 @@ def adabits(problem: Problem) -> Iterable[Assignment]:
             bits = _best_quality(arrays.layer_bytes[first:last], arrays.omega[first:last], arrays.available[d], room)
             if bits is None:
                 break
-            stages.append(Stage(device.name, first, last, tuple(problem.bits[b] for b in bits)))
+            stages.append(StageAssignment(device.name, first, last, tuple(problem.bits[b] for b in bits)))
         else:
             yield Assignment(tuple(stages), eta, xi)
 
@@ -201,7 +202,8 @@ def _min_max(problem: Problem, width: int, eta: int, xi: int) -> Assignment | No
         middle = (low + high) / 2
         low, high = (low, middle) if cover(middle) is not None else (middle, high)
     stages = tuple(
-        Stage(problem.devices[d].name, first, last, (width,) * (last - first)) for d, first, last in cover(high)
+        StageAssignment(problem.devices[d].name, first, last, (width,) * (last - first))
+        for d, first, last in cover(high)
     )
     return Assignment(stages, eta, xi)
 

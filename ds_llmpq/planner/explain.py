@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from ds_llmpq.plan import Assignment, Plan, Stage
 from ds_llmpq.planner.arrays import PairArrays, pair_arrays
-from ds_llmpq.planner.objective import Assignment, Prediction, evaluate, objective_value
-from ds_llmpq.planner.plan import Plan, PlanStage
+from ds_llmpq.planner.objective import Prediction, evaluate, objective_value
 from ds_llmpq.planner.problem import Problem
 from ds_llmpq.wording import counted, plain
 
@@ -58,12 +58,12 @@ def _bottleneck(problem: Problem, plan: Plan, seen: Prediction, phase: str) -> s
     )
 
 
-def _widths(stage: PlanStage) -> str:
+def _widths(stage: Stage) -> str:
     counts = {bits: stage.bits.count(bits) for bits in sorted(set(stage.bits))}
     return ", ".join(f"{count} x {bits} bits" for bits, count in counts.items())
 
 
-def _limit(problem: Problem, plan: Plan, stage: PlanStage, phase: str) -> str:
+def _limit(problem: Problem, plan: Plan, stage: Stage, phase: str) -> str:
     """Memory, if a faster width of this stage or one layer more elsewhere does not fit; else compute."""
     kind = problem.device_types[stage.device_type]
     size = plan.micro_batch[phase]

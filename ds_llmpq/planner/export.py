@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from ds_llmpq.errors import UserError
-from ds_llmpq.planner.plan import Plan, PlanStage
+from ds_llmpq.plan import Plan, Stage
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS
 
 TARGETS = ("vllm", "llama_cpp")
@@ -147,7 +147,7 @@ def _blocks(layers: Iterable[int]) -> str:
     return rf"blk\.({'|'.join(map(str, layers))})\.(attn|ffn)_.*"
 
 
-def _device(stage: PlanStage, index: int, plan: Plan) -> str:
+def _device(stage: Stage, index: int, plan: Plan) -> str:
     """llama.cpp's name: CUDA<slot> on the first stage's host, RPC<k> (a llama rpc-server) elsewhere."""
     if plan.engine is None:
         return f"CUDA{index}"

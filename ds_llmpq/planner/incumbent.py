@@ -5,14 +5,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ds_llmpq.planner.objective import (
-    Assignment,
-    Prediction,
-    evaluate,
-    objective_value,
-    tie_value,
-    violations,
-)
+from ds_llmpq.plan import Assignment
+from ds_llmpq.planner.objective import Prediction, evaluate, objective_value, tie_value, violations
 from ds_llmpq.planner.problem import Problem
 
 

@@ -11,30 +11,12 @@ import itertools
 import math
 from dataclasses import dataclass
 
+from ds_llmpq.plan.assignment import Assignment, StageAssignment
 from ds_llmpq.planner.problem import Problem
 
 FORMULAS = ("pipeline", "reference")
 # Decoded solver output may exceed a hard limit by rounding only.
 RELATIVE_TOLERANCE = 1e-9
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Layers [first, last) on one device, with one bit width a layer."""
-
-    device: str
-    first: int
-    last: int
-    bits: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """The decisions: stages in pipeline order, micro-batch sizes eta (prefill) and xi (decode)."""
-
-    stages: tuple[Stage, ...]
-    prefill_micro_batch: int
-    decode_micro_batch: int
 
 
 @dataclass(frozen=True)
@@ -65,7 +47,7 @@ def rounds(problem: Problem, prefill_micro_batch: int, decode_micro_batch: int) 
     return -(-sequences // prefill_micro_batch), -(-sequences // decode_micro_batch)
 
 
-def stage_seconds(problem: Problem, stage: Stage, phase: str, size: int) -> float:
+def stage_seconds(problem: Problem, stage: StageAssignment, phase: str, size: int) -> float:
     """P_j or D_j: one micro-batch through the stage's layers, plus embedding and head where it holds them."""
     entry = problem.device_types[_device(problem, stage).type]
     table = getattr(entry, f"{phase}_layer_seconds")
@@ -79,7 +61,7 @@ def stage_seconds(problem: Problem, stage: Stage, phase: str, size: int) -> floa
     return math.fsum(seconds) if all(map(math.isfinite, seconds)) else math.inf
 
 
-def link_seconds(problem: Problem, stages: tuple[Stage, ...], phase: str, size: int) -> tuple[float, ...]:
+def link_seconds(problem: Problem, stages: tuple[StageAssignment, ...], phase: str, size: int) -> tuple[float, ...]:
     """p_j or d_j, j = 1..K: hidden states from stage to stage, then the tokens back to the first stage."""
     if len(stages) == 1:
         return (0.0,)
@@ -94,7 +76,7 @@ def link_seconds(problem: Problem, stages: tuple[Stage, ...], phase: str, size: 
     return tuple(seconds)
 
 
-def stage_memory(problem: Problem, assignment: Assignment, stage: Stage) -> dict[str, float]:
+def stage_memory(problem: Problem, assignment: Assignment, stage: StageAssignment) -> dict[str, float]:
     """Bytes by part: weights, kv, embed, head, workspace."""
     memory = problem.memory
     layers = range(stage.first, stage.last)
@@ -258,5 +240,5 @@ def _limits(problem: Problem, prediction: Prediction) -> list[str]:
     return []
 
 
-def _device(problem: Problem, stage: Stage):
+def _device(problem: Problem, stage: StageAssignment):
     return next(device for device in problem.devices if device.name == stage.device)

@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 
 from ds_llmpq.errors import UserError
-from ds_llmpq.planner import reading
-from ds_llmpq.planner.objective import Assignment
-from ds_llmpq.planner.problem import MicroBatches, Problem
+from ds_llmpq.plan import Assignment, reading
+from ds_llmpq.planner.problem import MicroBatchCandidates, Problem
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ class Pins:
             phase: (self.micro_batch[phase],) if phase in self.micro_batch else getattr(sizes, phase)
             for phase in ("prefill", "decode")
         }
-        return replace(problem, micro_batches=MicroBatches(**kept))
+        return replace(problem, micro_batches=MicroBatchCandidates(**kept))
 
     def device_indices(self, problem: Problem) -> dict[int, tuple[int, int]]:
         """Pinned devices by index."""

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ds_llmpq.errors import UserError
-from ds_llmpq.planner import reading
+from ds_llmpq.plan import reading
+from ds_llmpq.plan.plan import Workload
 
 SCHEMA = 1
 MOST_LAYERS = 10_000
@@ -17,16 +18,7 @@ MODES = ("theta", "max_quality_loss", "max_latency")
 
 
 @dataclass(frozen=True)
-class Workload:
-    """A batch of B = `sequences`, each with s prompt tokens and n generated tokens."""
-
-    sequences: int
-    prompt_tokens: int
-    generated_tokens: int
-
-
-@dataclass(frozen=True)
-class MicroBatches:
+class MicroBatchCandidates:
     """Candidate micro-batch sizes, in sequences: eta for prefill, xi for decode."""
 
     prefill: tuple[int, ...]
@@ -105,7 +97,7 @@ class Problem:
     layers: int
     bits: tuple[int, ...]
     workload: Workload
-    micro_batches: MicroBatches
+    micro_batches: MicroBatchCandidates
     device_types: Mapping[str, DeviceType]
     devices: tuple[Device, ...]
     device_order: str
@@ -182,21 +174,21 @@ def _workload(obj: Any) -> Workload:
     return Workload(*(reading.integer(obj[name], f"problem.workload.{name}") for name in names))
 
 
-def _micro_batches(obj: Any) -> MicroBatches:
+def _micro_batches(obj: Any) -> MicroBatchCandidates:
     reading.keys(obj, "problem.micro_batches", ("prefill", "decode"))
-    return MicroBatches(
+    return MicroBatchCandidates(
         reading.distinct_integers(obj["prefill"], "problem.micro_batches.prefill"),
         reading.distinct_integers(obj["decode"], "problem.micro_batches.decode"),
     )
 
 
-def _device_types(obj: Any, bits: tuple[int, ...], sizes: MicroBatches) -> dict[str, DeviceType]:
+def _device_types(obj: Any, bits: tuple[int, ...], sizes: MicroBatchCandidates) -> dict[str, DeviceType]:
     if not isinstance(obj, Mapping) or not obj:
         raise UserError(f"problem.device_types is {reading.shown(obj)}, but must be an object with at least one type.")
     return {name: _device_type(entry, f"problem.device_types.{name}", bits, sizes) for name, entry in obj.items()}
 
 
-def _device_type(obj: Any, path: str, bits: tuple[int, ...], sizes: MicroBatches) -> DeviceType:
+def _device_type(obj: Any, path: str, bits: tuple[int, ...], sizes: MicroBatchCandidates) -> DeviceType:
     tables = {"prefill_layer_seconds": sizes.prefill, "decode_layer_seconds": sizes.decode}
     parts = {
         "prefill_embed_seconds": sizes.prefill,
@@ -245,7 +237,7 @@ def _devices(obj: Any, types: Mapping[str, DeviceType]) -> tuple[Device, ...]:
     return tuple(devices)
 
 
-def _memory(obj: Any, layers: int, bits: tuple[int, ...], sizes: MicroBatches) -> Memory:
+def _memory(obj: Any, layers: int, bits: tuple[int, ...], sizes: MicroBatchCandidates) -> Memory:
     path = "problem.memory"
     names = "layer_bytes kv_bytes_per_sequence_layer embed_bytes head_bytes workspace_bytes"
     reading.keys(obj, path, names.split(), ["tied_head"])

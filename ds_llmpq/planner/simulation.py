@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ds_llmpq.planner.objective import Assignment, link_seconds, stage_seconds
+from ds_llmpq.plan import Assignment
+from ds_llmpq.planner.objective import link_seconds, stage_seconds
 from ds_llmpq.planner.problem import Problem
 from ds_llmpq.scheduler.scheduler import PassSizes
 from ds_llmpq.scheduler.simulator import Played, simulate

@@ -7,15 +7,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ds_llmpq.errors import InfeasibleError, UserError
+from ds_llmpq.plan import Assignment, Plan, SolverReport
 from ds_llmpq.planner.baselines import Baseline, all_baselines, each_baseline
+from ds_llmpq.planner.deploy import compose_plan
 from ds_llmpq.planner.explain import explain_plan
 from ds_llmpq.planner.feasibility import explain_memory, memory_feasible, pairs
 from ds_llmpq.planner.incumbent import Incumbent, ProgressEvent
 from ds_llmpq.planner.milp.exact import solve_exact
 from ds_llmpq.planner.milp.polish import polish
-from ds_llmpq.planner.objective import FORMULAS, Assignment, evaluate, objective_value, violations
+from ds_llmpq.planner.objective import FORMULAS, evaluate, objective_value, violations
 from ds_llmpq.planner.pins import Pins
-from ds_llmpq.planner.plan import Plan, SolverReport
 from ds_llmpq.planner.problem import Objective, Problem
 from ds_llmpq.planner.search.branch_and_bound import Search, is_small
 from ds_llmpq.planner.search.constrained import find_price_of_limit
@@ -95,7 +96,7 @@ def solve(
     report = SolverReport(
         "+".join(run.names) or solver, best.value, best.bound, _finite(best.gap), time.monotonic() - started, status
     )
-    plan = Plan.build(problem, best.assignment, best.prediction, report)
+    plan = compose_plan(problem, best.assignment, best.prediction, report)
     reported = {name: b.to_json() for name, b in found.items()} if baselines else {}
     plan = replace(plan, baselines=reported, provenance=PROVENANCE)
     return replace(plan, explanation=tuple(explain_plan(problem, plan, formula)))
@@ -115,7 +116,7 @@ def check_plan(problem: Problem | Mapping[str, Any], plan: Plan | Assignment | M
         raise UserError("The plan cannot be used: " + " ".join(broken))
     prediction = evaluate(problem, assignment)
     report = SolverReport("check", objective_value(problem, prediction), None, None, 0.0, "checked")
-    checked = Plan.build(problem, assignment, prediction, report)
+    checked = compose_plan(problem, assignment, prediction, report)
     if isinstance(plan, Plan):
         kept = {(s.device, s.layers): s for s in plan.stages}
         stages = tuple(

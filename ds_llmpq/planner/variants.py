@@ -14,9 +14,9 @@ from itertools import pairwise
 from typing import Any
 
 from ds_llmpq.errors import InfeasibleError, UserError
+from ds_llmpq.plan import Assignment, Plan, StageAssignment
 from ds_llmpq.planner.baselines import adabits, memory_proportional, pipeedge, uniform
-from ds_llmpq.planner.objective import Assignment, Stage, evaluate, objective_value, violations
-from ds_llmpq.planner.plan import Plan
+from ds_llmpq.planner.objective import evaluate, objective_value, violations
 from ds_llmpq.planner.problem import Problem
 from ds_llmpq.planner.solve import check_plan, solve
 
@@ -80,7 +80,9 @@ def _grouped(problem: Problem, group: int, options: Mapping[str, Any]) -> Assign
     """Solves the problem of L / g super-layers and gives each layer its group's width and device."""
     found = solve(grouped_problem(problem, group), **{**options, "baselines": False}).assignment()
     stages = tuple(
-        Stage(s.device, s.first * group, s.last * group, tuple(width for width in s.bits for _ in range(group)))
+        StageAssignment(
+            s.device, s.first * group, s.last * group, tuple(width for width in s.bits for _ in range(group))
+        )
         for s in found.stages
     )
     return replace(found, stages=stages)
@@ -151,11 +153,11 @@ def _moves(problem: Problem, assignment: Assignment) -> Iterator[Assignment]:
                 yield _with(assignment, {j: replace(left, last=left.last - 1, bits=left.bits[:-1]), j + 1: grown})
 
 
-def _first_of_each_width(stage: Stage) -> list[int]:
+def _first_of_each_width(stage: StageAssignment) -> list[int]:
     """Layers differ little within a stage: one of each width stands for all."""
     return [stage.bits.index(width) for width in sorted(set(stage.bits))]
 
 
-def _with(assignment: Assignment, changed: Mapping[int, Stage]) -> Assignment:
+def _with(assignment: Assignment, changed: Mapping[int, StageAssignment]) -> Assignment:
     stages = tuple(changed.get(j, stage) for j, stage in enumerate(assignment.stages))
     return replace(assignment, stages=stages)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
-from ds_llmpq.planner.plan import Plan, PlanStage
+from ds_llmpq.plan import Plan, Stage
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS
 from ds_llmpq.wording import plain
 
@@ -99,6 +99,6 @@ def _baseline(plan: Plan, entry: object) -> str:
     return f"{plain(theirs, 4)} tokens/s (ours {ratio}), loss {plain(entry['quality_loss'])}"
 
 
-def layer_bits(stages: Iterable[PlanStage]) -> list[int]:
+def layer_bits(stages: Iterable[Stage]) -> list[int]:
     """Width of every decoder layer of a plan."""
     return [width for stage in stages for width in stage.bits]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ds_llmpq.planner.plan import MEMORY_PARTS, Plan
+from ds_llmpq.plan import MEMORY_PARTS, Plan
 from ds_llmpq.report import figures
 
 GIB, MIB = 2**30, 2**20

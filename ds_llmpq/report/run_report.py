@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_llmpq.errors import UserError
-from ds_llmpq.planner.plan import Plan
-from ds_llmpq.planner.planfile import read_plan
+from ds_llmpq.plan import Plan, read_plan
 from ds_llmpq.report import fidelity, run_figures
 from ds_llmpq.report.measured import of_this_form, read_measured
 from ds_llmpq.report.page import Section, page

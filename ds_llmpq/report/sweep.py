@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from ds_llmpq.errors import RunFailed, UserError
 from ds_llmpq.files import csv_cell, read_yaml, write_json
-from ds_llmpq.planner.planfile import read_plan
+from ds_llmpq.plan import read_plan
 from ds_llmpq.report import figures
 from ds_llmpq.report.measured import REMEDY, read_measured
 from ds_llmpq.report.plan_table import table

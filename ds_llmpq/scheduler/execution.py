@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ds_llmpq.errors import UserError
-from ds_llmpq.planner.plan import Plan
+from ds_llmpq.plan import Plan
 
 
 class ExecutionCost(Protocol):

@@ -31,7 +31,7 @@ from ds_llmpq.launch.job import Job, check_input
 from ds_llmpq.launch.progress import Bar, Lines
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.models.tokenizer import load_tokenizer
-from ds_llmpq.planner.planfile import check_model
+from ds_llmpq.plan import check_model
 from ds_llmpq.serving import metrics
 from ds_llmpq.serving.admission import Feed
 from ds_llmpq.serving.in_flight import InFlight, identity_of, read_in_flight

@@ -21,7 +21,7 @@ from ds_llmpq.batch.config import BatchConfig
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import open_regular
 from ds_llmpq.launch.journal import plan_fingerprint, sampling_of
-from ds_llmpq.planner.plan import Plan
+from ds_llmpq.plan import Plan
 
 NAME = "in_flight.jsonl"
 SCHEMA = 1

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from ds_llmpq.planner.plan import Plan
+from ds_llmpq.plan import Plan
 from ds_llmpq.scheduler.scheduler import PassSizes
 from ds_llmpq.serving.prediction import play_lengths
 

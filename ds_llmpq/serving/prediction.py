@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ds_llmpq.planner.plan import Plan
+from ds_llmpq.plan import Plan
 from ds_llmpq.scheduler.scheduler import PassOrder, PassSizes
 from ds_llmpq.scheduler.simulator import Played, simulate
 

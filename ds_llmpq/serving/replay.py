@@ -12,7 +12,7 @@ import numpy as np
 
 from ds_llmpq.batch.prompts import PreparedRequest
 from ds_llmpq.engine.wave import Wave
-from ds_llmpq.planner.plan import Plan
+from ds_llmpq.plan import Plan
 from ds_llmpq.scheduler.execution import PlanCost
 from ds_llmpq.scheduler.jobs import Jobs
 from ds_llmpq.scheduler.policies import Guard, make_queue

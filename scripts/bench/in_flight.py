@@ -22,8 +22,7 @@ from ds_llmpq import config
 from ds_llmpq.launch.launcher import free_port
 from ds_llmpq.models.fingerprint import fingerprint
 from ds_llmpq.models.shape import read_shape
-from ds_llmpq.planner.plan import MEMORY_PARTS, PREDICTED, Plan, PlanStage, SolverReport
-from ds_llmpq.planner.problem import Workload
+from ds_llmpq.plan import MEMORY_PARTS, PREDICTED, Plan, SolverReport, Stage, Workload
 from ds_llmpq.serving.in_flight import InFlight
 
 WORKLOAD = Workload(sequences=32, prompt_tokens=50, generated_tokens=62)
@@ -34,7 +33,7 @@ ENVIRONMENT |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IF
 def plan_of(path: Path) -> Plan:
     layers = read_shape(path).layers
     parts = dict.fromkeys(MEMORY_PARTS, 0.0)
-    stage = PlanStage(0, "localhost", "localhost:0", "cpu", (0, layers), (16,) * layers, None, parts, 0.0, 0.0, 0.0)
+    stage = Stage(0, "localhost", "localhost:0", "cpu", (0, layers), (16,) * layers, None, parts, 0.0, 0.0, 0.0)
     return Plan(
         model={"path": str(path), "fingerprint": fingerprint(path)},
         workload=WORKLOAD,

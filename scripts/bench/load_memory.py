@@ -22,8 +22,7 @@ from ds_llmpq.cost.memory import MemoryModel
 from ds_llmpq.launch.launcher import free_port
 from ds_llmpq.models.fingerprint import fingerprint
 from ds_llmpq.models.shape import read_shape
-from ds_llmpq.planner.plan import MEMORY_PARTS, PREDICTED, Plan, PlanStage, SolverReport
-from ds_llmpq.planner.problem import Workload
+from ds_llmpq.plan import MEMORY_PARTS, PREDICTED, Plan, SolverReport, Stage, Workload
 from ds_llmpq.quant.packing import Groups
 
 GROUP_SIZE = 64
@@ -40,9 +39,7 @@ def plan_of(options: argparse.Namespace) -> Plan:
         bits = (options.bits,) * (last - first)
         parts = memory.stage_bytes(bits, WORKLOAD.sequences, capacity, rank == 0, rank == 1)
         sizes = {name: float(parts.get(name, 0)) for name in MEMORY_PARTS}
-        stages.append(
-            PlanStage(rank, "localhost", f"cpu:{rank}", "cpu", (first, last), bits, None, sizes, 0.0, 0.0, 0.0)
-        )
+        stages.append(Stage(rank, "localhost", f"cpu:{rank}", "cpu", (first, last), bits, None, sizes, 0.0, 0.0, 0.0))
     return Plan(
         model={"path": str(options.checkpoint), "fingerprint": fingerprint(options.checkpoint)},
         workload=WORKLOAD,

@@ -27,9 +27,10 @@ from ds_llmpq.cluster.cluster import Cluster
 from ds_llmpq.cost.fitted import profiled_kernel
 from ds_llmpq.models.fingerprint import fingerprint
 from ds_llmpq.models.shape import read_shape
-from ds_llmpq.planner import Assignment, Plan, Problem, SolverReport, Stage, evaluate
+from ds_llmpq.plan import Assignment, Plan, SolverReport, StageAssignment, write_plan
+from ds_llmpq.planner import Problem, evaluate
 from ds_llmpq.planner.build import prepare
-from ds_llmpq.planner.planfile import deployed, write_plan
+from ds_llmpq.planner.deploy import compose_plan, deploy
 from ds_llmpq.planner.profiled import profiled_costs
 from ds_llmpq.planner.simulation import play
 from ds_llmpq.report.fidelity import Pair, error_table, scatter, verdict
@@ -100,7 +101,9 @@ def random_assignments(problem: Problem, count: int, seed: int) -> list[Assignme
         for device, first, last in zip(devices, cuts, cuts[1:], strict=False):
             widths = sorted(generator.choices(problem.bits, k=2))
             turn = generator.randint(0, last - first)
-            parts.append(Stage(device, first, last, (widths[0],) * turn + (widths[1],) * (last - first - turn)))
+            parts.append(
+                StageAssignment(device, first, last, (widths[0],) * turn + (widths[1],) * (last - first - turn))
+            )
         eta, xi = generator.choice(problem.micro_batches.prefill), generator.choice(problem.micro_batches.decode[1:])
         found.append(Assignment(tuple(parts), eta, xi))
     return found
@@ -108,11 +111,11 @@ def random_assignments(problem: Problem, count: int, seed: int) -> list[Assignme
 
 def plan_of(prepared, cluster, assignment, prediction, settings, model) -> Plan:
     report = SolverReport("by hand", prediction.latency_seconds, None, None, 0.0, "checked")
-    plan = Plan.build(prepared.problem, assignment, prediction, report)
+    plan = compose_plan(prepared.problem, assignment, prediction, report)
     shape = read_shape(model)
     described = {"path": str(Path(model).absolute()), "architecture": shape.architecture}
     described["fingerprint"] = fingerprint(model)
-    plan = deployed(plan, cluster, prepared, described, settings.quant, settings.quant.kernel)
+    plan = deploy(plan, cluster, prepared, described, settings.quant, settings.quant.kernel)
     return replace(plan, baselines={})
 
 

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ds_llmpq.planner import Plan
-from ds_llmpq.planner.planfile import launch_order, read_plan
+from ds_llmpq.plan import Plan, launch_order, read_plan
 from ds_llmpq.report import sweep
 from ds_llmpq.sensitivity.prior import prior_omega
 

@@ -20,8 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from ds_llmpq.engine.sequences import Finish
 from ds_llmpq.engine.wave import Wave, WaveRow
 from ds_llmpq.models.fingerprint import fingerprint
-from ds_llmpq.planner.plan import MEMORY_PARTS, PREDICTED, Plan, PlanStage, SolverReport
-from ds_llmpq.planner.problem import Workload
+from ds_llmpq.plan import MEMORY_PARTS, PREDICTED, Plan, SolverReport, Stage, Workload
 
 LAYERS = 5
 VOCABULARY = 128
@@ -78,7 +77,7 @@ def make_plan(
         model={"path": str(path), "fingerprint": fingerprint(path)},
         workload=Workload(*workload),
         stages=tuple(
-            PlanStage(rank, "localhost", f"localhost:{rank}", "cpu", layers, tuple(bits[slice(*layers)]), None, parts,
+            Stage(rank, "localhost", f"localhost:{rank}", "cpu", layers, tuple(bits[slice(*layers)]), None, parts,
                       0.0, 0.0, 0.0)
             for rank, layers in zip(ranks, stages, strict=True)
         ),

@@ -32,7 +32,7 @@ from ds_llmpq.engine.sequences import Finish
 from ds_llmpq.engine.session import Session
 from ds_llmpq.engine.wave import Wave, WaveRow
 from ds_llmpq.launch.launcher import free_port
-from ds_llmpq.planner.plan import Plan
+from ds_llmpq.plan import Plan
 
 TIMEOUT_SECONDS = 120.0
 

@@ -23,9 +23,7 @@ from ds_llmpq.evaluation.job import ScoreJob
 from ds_llmpq.launch.job import to_token
 from ds_llmpq.launch.launcher import Launch
 from ds_llmpq.models.fingerprint import fingerprint
-from ds_llmpq.planner.plan import MEMORY_PARTS, PREDICTED, Plan, PlanStage, SolverReport
-from ds_llmpq.planner.planfile import write_plan
-from ds_llmpq.planner.problem import Workload
+from ds_llmpq.plan import MEMORY_PARTS, PREDICTED, Plan, SolverReport, Stage, Workload, write_plan
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.pretrained import load_quantized
 from ds_llmpq.quant.writer import write_quantized
@@ -46,7 +44,7 @@ def make_plan(stages, bits=BITS, head_bits=HEAD_BITS):
         model={"path": str(TINY), "fingerprint": fingerprint(TINY)},
         workload=Workload(4, 64, 8),
         stages=tuple(
-            PlanStage(rank, "localhost", f"localhost:{rank}", "cpu", layers, bits[slice(*layers)], None, zero, 0, 0, 0)
+            Stage(rank, "localhost", f"localhost:{rank}", "cpu", layers, bits[slice(*layers)], None, zero, 0, 0, 0)
             for rank, layers in enumerate(CUTS[stages])
         ),
         micro_batch={"prefill": 2, "decode": 2},

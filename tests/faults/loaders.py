@@ -51,8 +51,8 @@ from ds_llmpq.lengths.records import read_examples
 from ds_llmpq.models.fingerprint import fingerprint
 from ds_llmpq.models.generation import generation_of
 from ds_llmpq.models.shape import read_shape
-from ds_llmpq.planner import Plan, Problem
-from ds_llmpq.planner.planfile import check_model, launch_order, read_assignment, read_plan
+from ds_llmpq.plan import Plan, check_model, launch_order, read_assignment, read_plan
+from ds_llmpq.planner import Problem
 from ds_llmpq.report.plan_table import plan_table
 from ds_llmpq.report.sweep import point_of, summary_text
 from ds_llmpq.report.traces import read_trace as read_spans

@@ -6,7 +6,7 @@ import json
 import pytest
 from launching import WORKLOAD, completion, error_sentence, read_rows, run, write_cluster, write_rows
 
-from ds_llmpq.planner.planfile import read_plan
+from ds_llmpq.plan import read_plan
 from ds_llmpq.quant.torch_cpu import computes_in_bfloat16
 
 pytestmark = [

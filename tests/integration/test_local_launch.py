@@ -25,7 +25,7 @@ from launching import (
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ds_llmpq.launch.launcher import free_port
-from ds_llmpq.planner.planfile import read_plan
+from ds_llmpq.plan import read_plan
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.hqq import linear_names, quantize_linear
 

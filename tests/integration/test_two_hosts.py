@@ -21,7 +21,7 @@ from launching import (
 )
 from simulated_hosts import reason_to_skip, two_hosts
 
-from ds_llmpq.planner.planfile import read_plan
+from ds_llmpq.plan import read_plan
 
 pytestmark = [pytest.mark.netns, pytest.mark.launcher]
 

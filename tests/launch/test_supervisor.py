@@ -18,8 +18,7 @@ from ds_llmpq.launch.journal import Identity, Journal
 from ds_llmpq.launch.process_monitor import Ended, Reason
 from ds_llmpq.launch.progress import ERROR_MARK
 from ds_llmpq.launch.supervisor import Supervisor, checked_supervision
-from ds_llmpq.planner.plan import Plan
-from ds_llmpq.planner.problem import Workload
+from ds_llmpq.plan import Plan, Workload
 
 DIED, HUNG, ENDED = Ended(Reason.DIED, -9), Ended(Reason.HUNG, None), Ended(Reason.ENDED, 0)
 DRAINED = Ended(Reason.DRAINED, 0)

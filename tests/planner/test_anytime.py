@@ -9,13 +9,13 @@ from brute_force import brute_force
 from random_problems import random_problem
 
 from ds_llmpq.errors import UserError
+from ds_llmpq.plan import SolverReport
 from ds_llmpq.planner import Pins, Problem, evaluate, solve, violations
 from ds_llmpq.planner.baselines import all_baselines
 from ds_llmpq.planner.feasibility import pairs
 from ds_llmpq.planner.incumbent import relative_gap
 from ds_llmpq.planner.linear import Infeasible, _by_scipy, minimise
 from ds_llmpq.planner.objective import objective_value
-from ds_llmpq.planner.plan import SolverReport
 from ds_llmpq.planner.search.fractional import first_bounds, simple_bound
 from ds_llmpq.wording import plain
 

@@ -6,9 +6,8 @@ from dataclasses import replace
 import pytest
 
 from ds_llmpq.errors import UserError
+from ds_llmpq.plan import Plan, SolverReport, Stage, Workload
 from ds_llmpq.planner.export import export, layers_by_width
-from ds_llmpq.planner.plan import Plan, PlanStage, SolverReport
-from ds_llmpq.planner.problem import Workload
 
 _MEMORY = dict.fromkeys(("weights", "kv", "embed", "head", "workspace"), 1.0)
 _PREDICTED = dict.fromkeys(
@@ -17,7 +16,7 @@ _PREDICTED = dict.fromkeys(
 
 
 def stage(rank, host, slot, layers, bits):
-    return PlanStage(rank, host, f"{host}:{slot}", "t4", layers, tuple(bits), "fused", _MEMORY, 9.0, 1.0, 1.0)
+    return Stage(rank, host, f"{host}:{slot}", "t4", layers, tuple(bits), "fused", _MEMORY, 9.0, 1.0, 1.0)
 
 
 def plan(kind="cuda", architecture="llama"):

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 from random_problems import random_problem
 
-from ds_llmpq.planner import Assignment, Problem, Stage, evaluate, violations
+from ds_llmpq.plan import Assignment, StageAssignment
+from ds_llmpq.planner import Problem, evaluate, violations
 from ds_llmpq.planner.objective import objective_value, tie_value
 
 
@@ -51,7 +52,7 @@ def by_hand() -> Problem:
 
 
 def two_stages() -> Assignment:
-    return Assignment((Stage("a", 0, 1, (4,)), Stage("b", 1, 2, (8,))), 2, 4)
+    return Assignment((StageAssignment("a", 0, 1, (4,)), StageAssignment("b", 1, 2, (8,))), 2, 4)
 
 
 def test_two_stages_by_hand():
@@ -72,7 +73,7 @@ def test_two_stages_by_hand():
 
 
 def test_single_stage_has_no_link_and_shares_the_tied_head():
-    seen = evaluate(by_hand(), Assignment((Stage("a", 0, 2, (4, 4)),), 2, 4))
+    seen = evaluate(by_hand(), Assignment((StageAssignment("a", 0, 2, (4, 4)),), 2, 4))
     assert seen.link_prefill_seconds == (0.0,)
     assert seen.stage_memory_bytes[0]["head"] == 0
     assert seen.decode_seconds == pytest.approx(2 * 2 * (0.1 + 0.1 + 0.05 + 0.02))
@@ -85,14 +86,14 @@ def test_reference_formula_by_hand():
 
 
 BROKEN = [
-    (Assignment((Stage("a", 0, 1, (4,)),), 2, 4), "end at layer 1"),
-    (Assignment((Stage("a", 0, 1, (4,)), Stage("a", 1, 2, (4,))), 2, 4), "already uses"),
-    (Assignment((Stage("a", 0, 2, (4, 4)), Stage("b", 2, 2, ())), 2, 4), "not be empty"),
-    (Assignment((Stage("a", 1, 2, (4,)), Stage("b", 0, 1, (4,))), 2, 4), "must begin at 0"),
-    (Assignment((Stage("c", 0, 2, (4, 4)),), 2, 4), "no device"),
-    (Assignment((Stage("a", 0, 2, (4, 5)),), 2, 4), "bit widths"),
-    (Assignment((Stage("a", 0, 2, (4,)),), 2, 4), "for each of its layers"),
-    (Assignment((Stage("a", 0, 2, (4, 4)),), 3, 4), "prefill micro-batch is 3"),
+    (Assignment((StageAssignment("a", 0, 1, (4,)),), 2, 4), "end at layer 1"),
+    (Assignment((StageAssignment("a", 0, 1, (4,)), StageAssignment("a", 1, 2, (4,))), 2, 4), "already uses"),
+    (Assignment((StageAssignment("a", 0, 2, (4, 4)), StageAssignment("b", 2, 2, ())), 2, 4), "not be empty"),
+    (Assignment((StageAssignment("a", 1, 2, (4,)), StageAssignment("b", 0, 1, (4,))), 2, 4), "must begin at 0"),
+    (Assignment((StageAssignment("c", 0, 2, (4, 4)),), 2, 4), "no device"),
+    (Assignment((StageAssignment("a", 0, 2, (4, 5)),), 2, 4), "bit widths"),
+    (Assignment((StageAssignment("a", 0, 2, (4,)),), 2, 4), "for each of its layers"),
+    (Assignment((StageAssignment("a", 0, 2, (4, 4)),), 3, 4), "prefill micro-batch is 3"),
 ]
 
 
@@ -108,7 +109,7 @@ def test_checker_sees_memory_limits_and_order():
     assert ["bytes" in text for text in violations(small, two_stages())] == [True]
     exact = replace(problem, devices=tuple(replace(d, memory_bytes=45) for d in problem.devices))
     assert violations(exact, two_stages()) == []
-    turned = Assignment((Stage("b", 0, 1, (4,)), Stage("a", 1, 2, (8,))), 2, 4)
+    turned = Assignment((StageAssignment("b", 0, 1, (4,)), StageAssignment("a", 1, 2, (8,))), 2, 4)
     assert violations(replace(problem, device_order="fixed"), turned) == [
         "The stages do not follow the fixed device order."
     ]

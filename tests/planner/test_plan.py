@@ -7,7 +7,8 @@ import pytest
 from random_problems import random_problem
 
 from ds_llmpq.errors import UserError
-from ds_llmpq.planner import Assignment, Plan, Stage, check_plan, solve
+from ds_llmpq.plan import Assignment, Plan, StageAssignment
+from ds_llmpq.planner import check_plan, solve
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +81,6 @@ def test_check_costs_a_plan_as_the_solver_does(solved):
 def test_check_refuses_and_says_why(solved):
     obj, plan = solved
     sizes = (plan.micro_batch["prefill"], plan.micro_batch["decode"])
-    broken = Assignment((Stage(plan.stages[0].device, 0, 3, (obj["bits"][0],) * 3),), *sizes)
+    broken = Assignment((StageAssignment(plan.stages[0].device, 0, 3, (obj["bits"][0],) * 3),), *sizes)
     with pytest.raises(UserError, match="end at layer 3"):
         check_plan(obj, broken)

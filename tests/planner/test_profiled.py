@@ -11,7 +11,8 @@ from ds_llmpq.cost.linktable import Message, write_links
 from ds_llmpq.cost.profile import Point, Sample, append, current_setup, write_header
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.shape import ModelShape
-from ds_llmpq.planner import Assignment, Stage, evaluate
+from ds_llmpq.plan import Assignment, StageAssignment
+from ds_llmpq.planner import evaluate
 from ds_llmpq.planner.build import prepare
 from ds_llmpq.planner.config import PlannerConfig, WorkloadConfig
 from ds_llmpq.planner.profiled import profiled_costs
@@ -111,7 +112,9 @@ def test_a_played_plan_is_close_to_its_formula(folder):
     for _ in range(20):
         cuts = [0, *sorted(generator.sample(range(1, 6), 1)), 6]
         devices = generator.sample(["localhost:1", "localhost:2"], 2)
-        stages = tuple(Stage(d, a, b, (16,) * (b - a)) for d, a, b in zip(devices, cuts, cuts[1:], strict=False))
+        stages = tuple(
+            StageAssignment(d, a, b, (16,) * (b - a)) for d, a, b in zip(devices, cuts, cuts[1:], strict=False)
+        )
         assignment = Assignment(stages, generator.choice([1, 2, 4, 8]), generator.choice([1, 2, 4, 8]))
         prediction, played = evaluate(problem, assignment), play(problem, assignment)
         fill = sum(prediction.stage_prefill_seconds) + sum(prediction.stage_decode_seconds)
@@ -124,7 +127,7 @@ def test_a_partial_micro_batch_counts_as_the_next_larger_candidate(folder):
     planner.micro_batches.prefill, planner.micro_batches.decode = [3, 8], [8]
     costs_of, here = profiled_costs(planner, QUANT, cluster(2), SHAPE, "auto", "dequantize")
     problem = prepare(here, SHAPE, WORKLOAD, QUANT, planner, costs_of=costs_of).problem
-    played = play(problem, Assignment((Stage("localhost:0", 0, 6, (16,) * 6),), 3, 8))
+    played = play(problem, Assignment((StageAssignment("localhost:0", 0, 6, (16,) * 6),), 3, 8))
     prefill = [span.seconds for span in played.spans if span.name == "prefill"]
     assert len(prefill) == 3  # 3 + 3 + 2 rows
     assert prefill[0] == prefill[2]

@@ -5,7 +5,8 @@ from brute_force import brute_force
 from random_problems import random_problem
 
 from ds_llmpq.errors import InfeasibleError
-from ds_llmpq.planner import Plan, Problem, solve
+from ds_llmpq.plan import Plan
+from ds_llmpq.planner import Problem, solve
 
 
 @pytest.mark.parametrize("seed", range(30))

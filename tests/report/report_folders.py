@@ -2,8 +2,8 @@
 
 import json
 
+from ds_llmpq.plan import write_plan
 from ds_llmpq.planner import Problem, solve
-from ds_llmpq.planner.planfile import write_plan
 from ds_llmpq.planner.simulation import play
 
 _SIZES = (1, 2, 4)

@@ -17,7 +17,7 @@ import theta_sweep
 
 from ds_llmpq.batch.config import BatchConfig
 from ds_llmpq.batch.reader import read_requests
-from ds_llmpq.planner.planfile import read_plan
+from ds_llmpq.plan import read_plan
 
 
 def test_requests_are_valid_and_of_the_lengths_asked_for(tmp_path):

@@ -5,14 +5,13 @@ from dataclasses import replace
 import pytest
 from test_admission import prepared
 
-from ds_llmpq.planner.plan import MEMORY_PARTS, PREDICTED, Plan, PlanStage, SolverReport
-from ds_llmpq.planner.problem import Workload
+from ds_llmpq.plan import MEMORY_PARTS, PREDICTED, Plan, SolverReport, Stage, Workload
 from ds_llmpq.serving.replay import Replay
 
 
 def plan():
     parts = dict.fromkeys(MEMORY_PARTS, 0.0)
-    stage = PlanStage(0, "h", "h:0", "cpu", (0, 4), (16,) * 4, None, parts, 0.0, 0.1, 0.01)
+    stage = Stage(0, "h", "h:0", "cpu", (0, 4), (16,) * 4, None, parts, 0.0, 0.1, 0.01)
     return Plan(
         model=None,
         workload=Workload(4, 8, 8),

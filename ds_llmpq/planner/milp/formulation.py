@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ds_llmpq.plan import Assignment, StageAssignment
 from ds_llmpq.planner.arrays import PairArrays
 from ds_llmpq.planner.milp.model import Model
-from ds_llmpq.planner.objective import Assignment, Stage
 from ds_llmpq.planner.problem import Objective, Problem
 
 
@@ -43,7 +43,7 @@ class Formulation:
         for i in range(1, problem.layers + 1):
             if i == problem.layers or placed[i][0] != placed[first][0]:
                 bits = tuple(problem.bits[width] for _, width in placed[first:i])
-                stages.append(Stage(problem.devices[placed[first][0]].name, first, i, bits))
+                stages.append(StageAssignment(problem.devices[placed[first][0]].name, first, i, bits))
                 first = i
         return Assignment(tuple(stages), self.arrays.prefill_micro_batch, self.arrays.decode_micro_batch)
 

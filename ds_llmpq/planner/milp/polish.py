@@ -7,11 +7,11 @@ import time
 
 import numpy as np
 
+from ds_llmpq.plan import Assignment
 from ds_llmpq.planner.arrays import pair_arrays
 from ds_llmpq.planner.incumbent import Incumbent
 from ds_llmpq.planner.milp.formulation import formulate, typical_scale
 from ds_llmpq.planner.milp.model import solve_model
-from ds_llmpq.planner.objective import Assignment
 from ds_llmpq.planner.pins import Pins
 from ds_llmpq.planner.problem import Problem
 

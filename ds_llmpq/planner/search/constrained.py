@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
+from ds_llmpq.plan import Assignment
 from ds_llmpq.planner.incumbent import Incumbent
-from ds_llmpq.planner.objective import Assignment
 from ds_llmpq.planner.pins import Pins
 from ds_llmpq.planner.problem import Objective, Problem
 from ds_llmpq.planner.search.branch_and_bound import Search

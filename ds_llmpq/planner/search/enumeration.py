@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ds_llmpq.planner.objective import Assignment, Stage
+from ds_llmpq.plan import Assignment, StageAssignment
 from ds_llmpq.planner.search.node import Node
 from ds_llmpq.planner.search.relaxation import Relaxation
 from ds_llmpq.planner.search.stage_bounds import NEVER
@@ -88,7 +88,7 @@ class Enumeration:
         problem, arrays = self.relaxed.problem, self.pair.arrays
         free = [list(devices) for devices in self.relaxed.classes.members]
         stages = tuple(
-            Stage(problem.devices[free[c].pop(0)].name, first, last, tuple(problem.bits[b] for b in bits))
+            StageAssignment(problem.devices[free[c].pop(0)].name, first, last, tuple(problem.bits[b] for b in bits))
             for c, first, last, bits in placed
         )
         self.target.best.offer(Assignment(stages, arrays.prefill_micro_batch, arrays.decode_micro_batch))

@@ -15,9 +15,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from ds_llmpq.plan import Assignment, StageAssignment
 from ds_llmpq.planner.arrays import PairArrays, pair_arrays
 from ds_llmpq.planner.feasibility import furthest_layer, pairs
-from ds_llmpq.planner.objective import Assignment, Stage
 from ds_llmpq.planner.pins import Pins
 from ds_llmpq.planner.problem import Problem
 from ds_llmpq.planner.search.compositions import Compositions
@@ -193,7 +193,7 @@ class Relaxation:
         if devices is None:
             return None
         stages = tuple(
-            Stage(self.problem.devices[d].name, s.first, s.last, tuple(self.problem.bits[b] for b in chosen))
+            StageAssignment(self.problem.devices[d].name, s.first, s.last, tuple(self.problem.bits[b] for b in chosen))
             for d, s, chosen in zip(devices, path, bits, strict=True)
         )
         return Assignment(stages, pair.arrays.prefill_micro_batch, pair.arrays.decode_micro_batch)

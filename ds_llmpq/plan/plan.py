@@ -3,17 +3,14 @@
 `Plan.to_json` and `Plan.from_json` are inverse to each other; `from_json` raises a `UserError` for each mistake.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ds_llmpq.cluster.devices import COMPUTE_DTYPES, KINDS
 from ds_llmpq.errors import UserError
-from ds_llmpq.planner import reading
-from ds_llmpq.planner.incumbent import relative_gap
-from ds_llmpq.planner.objective import Assignment, Prediction, Stage
-from ds_llmpq.planner.problem import Problem, Workload
+from ds_llmpq.plan import reading
+from ds_llmpq.plan.assignment import Assignment, StageAssignment
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.validation import checked
 from ds_llmpq.wording import plain
@@ -24,7 +21,16 @@ PREDICTED = ("latency_seconds", "prefill_seconds", "decode_seconds", "throughput
 
 
 @dataclass(frozen=True)
-class PlanStage:
+class Workload:
+    """A batch of B = `sequences`, each with s prompt tokens and n generated tokens."""
+
+    sequences: int
+    prompt_tokens: int
+    generated_tokens: int
+
+
+@dataclass(frozen=True)
+class Stage:
     """One pipeline stage: layers [first, last) with one bit width each, on one device.
 
     `prefill_seconds` and `decode_seconds` are P_j and D_j, for one micro-batch. `host` and `kernel` stay null for a
@@ -64,8 +70,7 @@ class SolverReport:
         """How far above the optimum the objective can be, in words; empty for a plan without a bound."""
         if self.bound is None:
             return ""
-        gap = relative_gap(self.objective, self.bound)
-        return f"at most {plain(100 * gap, 2)} % above the optimum" if math.isfinite(gap) else "nothing proven yet"
+        return "nothing proven yet" if self.gap is None else f"at most {plain(100 * self.gap, 2)} % above the optimum"
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ class Plan:
 
     model: Mapping[str, Any] | None
     workload: Workload
-    stages: tuple[PlanStage, ...]
+    stages: tuple[Stage, ...]
     micro_batch: Mapping[str, int]
     predicted: Mapping[str, float]
     solver: SolverReport
@@ -91,32 +96,9 @@ class Plan:
         rows = {phase: max(1, min(size // 2, sequences)) for phase, size in self.micro_batch.items()}
         return replace(self, workload=replace(self.workload, sequences=sequences), micro_batch=rows)
 
-    @classmethod
-    def build(cls, problem: Problem, assignment: Assignment, prediction: Prediction, solver: SolverReport) -> "Plan":
-        """The plan of an evaluated assignment, without baselines and explanation."""
-        devices = {device.name: device for device in problem.devices}
-        stages = tuple(
-            PlanStage(
-                rank=rank,
-                host=None,
-                device=stage.device,
-                device_type=devices[stage.device].type,
-                layers=(stage.first, stage.last),
-                bits=stage.bits,
-                kernel=None,
-                memory_bytes=prediction.stage_memory_bytes[rank],
-                memory_budget_bytes=devices[stage.device].memory_bytes,
-                prefill_seconds=prediction.stage_prefill_seconds[rank],
-                decode_seconds=prediction.stage_decode_seconds[rank],
-            )
-            for rank, stage in enumerate(assignment.stages)
-        )
-        sizes = {"prefill": assignment.prefill_micro_batch, "decode": assignment.decode_micro_batch}
-        return cls(None, problem.workload, stages, sizes, prediction.summary(), solver)
-
     def assignment(self) -> Assignment:
         """The decisions alone."""
-        stages = tuple(Stage(stage.device, *stage.layers, stage.bits) for stage in self.stages)
+        stages = tuple(StageAssignment(stage.device, *stage.layers, stage.bits) for stage in self.stages)
         return Assignment(stages, self.micro_batch["prefill"], self.micro_batch["decode"])
 
     def to_json(self) -> dict[str, Any]:
@@ -232,8 +214,8 @@ def _solver(obj: Any) -> SolverReport:
     )
 
 
-def _stages(entries: Sequence[Any]) -> tuple[PlanStage, ...]:
-    stages: list[PlanStage] = []
+def _stages(entries: Sequence[Any]) -> tuple[Stage, ...]:
+    stages: list[Stage] = []
     for i, entry in enumerate(entries):
         stage = _stage(entry, f"plan.stages[{i}]")
         expected = stages[-1].layers[1] if stages else 0
@@ -243,8 +225,8 @@ def _stages(entries: Sequence[Any]) -> tuple[PlanStage, ...]:
     return tuple(stages)
 
 
-def _stage(obj: Any, path: str) -> PlanStage:
-    reading.keys(obj, path, _names(PlanStage))
+def _stage(obj: Any, path: str) -> Stage:
+    reading.keys(obj, path, _names(Stage))
     first, last = (
         reading.integer(value, f"{path}.layers[{i}]", low=0)
         for i, value in enumerate(reading.items(obj["layers"], f"{path}.layers", length=2))
@@ -253,7 +235,7 @@ def _stage(obj: Any, path: str) -> PlanStage:
         raise UserError(f"{path}.layers is [{first}, {last}], but must hold at least one layer; leave the stage out.")
     widths = reading.items(obj["bits"], f"{path}.bits", length=last - first)
     parts = reading.keys(obj["memory_bytes"], f"{path}.memory_bytes", MEMORY_PARTS)
-    return PlanStage(
+    return Stage(
         rank=reading.integer(obj["rank"], f"{path}.rank", low=0),
         host=_text_or_null(obj["host"], f"{path}.host"),
         device=reading.text(obj["device"], f"{path}.device"),

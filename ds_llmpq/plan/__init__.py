@@ -1,0 +1,24 @@
+"""Plans as typed data: what the engine needs of one, on disk and in memory. No solver, and no torch."""
+
+from ds_llmpq.plan.assignment import Assignment, StageAssignment
+from ds_llmpq.plan.check_model import check_model
+from ds_llmpq.plan.placement import launch_order, placements
+from ds_llmpq.plan.plan import MEMORY_PARTS, PREDICTED, Plan, SolverReport, Stage, Workload
+from ds_llmpq.plan.planfile import read_assignment, read_plan, write_plan
+
+__all__ = [
+    "MEMORY_PARTS",
+    "PREDICTED",
+    "Assignment",
+    "Plan",
+    "SolverReport",
+    "Stage",
+    "StageAssignment",
+    "Workload",
+    "check_model",
+    "launch_order",
+    "placements",
+    "read_assignment",
+    "read_plan",
+    "write_plan",
+]

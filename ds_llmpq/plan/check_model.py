@@ -1,0 +1,23 @@
+"""Whether a checkpoint is the one that a plan was made for."""
+
+from pathlib import Path
+
+from ds_llmpq.errors import UserError
+from ds_llmpq.models.fingerprint import fingerprint
+from ds_llmpq.models.prequantized import refuse_foreign
+from ds_llmpq.plan.plan import Plan
+
+
+def check_model(plan: Plan, model_path: str | Path) -> None:
+    """`UserError` if the checkpoint is not the one the plan was made for, or quantized by another method."""
+    refuse_foreign(model_path)
+    planned = (plan.model or {}).get("fingerprint")
+    try:
+        found = fingerprint(model_path)
+    except OSError as error:
+        raise UserError(f"Model {model_path} cannot be read ({error.strerror}); give model.path=DIR.") from None
+    if planned != found:
+        raise UserError(
+            f"The plan was made for a model with fingerprint {str(planned)[:12]}, but {model_path} has {found[:12]}; "
+            "plan again for this model, or give the planned one as model.path."
+        )
