@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,6 +56,7 @@ _ASSETS = {
 }
 
 T = TypeVar("T")
+P = TypeVar("P", bound=schema.PlanConfig)
 
 
 def conf_folder() -> Path:
@@ -126,6 +128,14 @@ def cluster_of(settings: PlanConfig) -> ClusterConfig:
     found = _typed(file, ClusterConfig)
     check_environment(found.env, settings.cluster.env, f"cluster_file={file}")
     return found
+
+
+def load_cluster(settings: P) -> P:
+    """`settings` with the cluster that its file describes; variables of the command line go to the ranks too."""
+    if settings.cluster_file is None:
+        return settings
+    found = cluster_of(settings)
+    return replace(settings, cluster=replace(found, env=found.env | settings.cluster.env), cluster_file=None)
 
 
 def _typed(file: Path, kind: type[T]) -> T:

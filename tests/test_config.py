@@ -156,6 +156,16 @@ def test_a_cluster_file_takes_the_groups_place(tmp_path):
         config.cluster_of(settings)
 
 
+def test_variables_of_the_command_line_go_with_a_cluster_file(tmp_path):
+    file = tmp_path / "cluster.yaml"
+    file.write_text("name: mine\nenv: {NCCL_DEBUG: INFO}\n")
+    composed = config.composed("plan", [f"cluster_file={file}", "+cluster.env.OWN=1"])
+    loaded = config.load_cluster(config.to_object(composed, schema.PlanConfig))
+    assert loaded.cluster.name == "mine"
+    assert loaded.cluster.env == {"NCCL_DEBUG": "INFO", "OWN": "1"}
+    assert loaded.cluster_file is None
+
+
 CLUSTERS = sorted((config.conf_folder() / "cluster").glob("*.yaml"))
 
 

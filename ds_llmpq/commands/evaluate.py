@@ -28,6 +28,7 @@ _MOST_PORTS = 5  # tried, where another process is quicker each time
 
 
 def run(settings: EvaluateConfig, out: Path) -> int:
+    settings = config.load_cluster(settings)
     evaluation = settings.evaluation
     checked_supervision(settings.run)
     for name in ("text", "tasks_path"):

@@ -40,6 +40,7 @@ from ds_llmpq.serving.workload import sized_workload
 
 
 def run(settings: PlanConfig, out: Path) -> int:
+    settings = config.load_cluster(settings)
     if settings.planner.mode == "pareto":
         return _front(settings, out)
     plan = make_plan(settings, out)

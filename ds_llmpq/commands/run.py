@@ -45,6 +45,7 @@ from ds_llmpq.serving.ordering import checked
 
 
 def run(settings: RunConfig, out: Path) -> int:
+    settings = config.load_cluster(settings)
     if not settings.input:
         raise UserError("run needs input=FILE, a batch file in JSON lines.")
     if settings.resume not in RESUMES:
