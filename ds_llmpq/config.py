@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -29,9 +28,10 @@ from ds_llmpq.commands.config import (
     ServeConfig,
 )
 from ds_llmpq.errors import UserError, shown
-from ds_llmpq.files import read_yaml
+from ds_llmpq.files import absolute, given, read_yaml
 from ds_llmpq.launch.environment import check_environment
 from ds_llmpq.research.config import SimulateConfig
+from ds_llmpq.shipped import asset, conf_folder
 
 COMMANDS = {
     "detect": DetectConfig,
@@ -48,30 +48,10 @@ COMMANDS = {
     "export": ExportConfig,
 }
 
-_PACKAGE = Path(__file__).parent
-# name in `${asset:NAME}` -> place in a checkout, place in an installed wheel
-_ASSETS = {
-    "tiny-llama": ("tests/assets/tiny-llama", "assets/tiny_llama"),
-    "demo_prompts.jsonl": ("launch/demo_prompts.jsonl", "assets/launch/demo_prompts.jsonl"),
-}
+__all__ = ["absolute", "asset", "conf_folder", "given"]  # beside what is defined here
 
 T = TypeVar("T")
-P = TypeVar("P", bound=schema.PlanConfig)
-
-
-def conf_folder() -> Path:
-    """The configuration folder: beside the package in a checkout, inside it in an installed wheel."""
-    checkout = _PACKAGE.parent / "conf"
-    return checkout if checkout.is_dir() else _PACKAGE / "conf"
-
-
-def asset(name: str) -> str:
-    """Path of a file or folder that the project ships."""
-    if name not in _ASSETS:
-        raise UserError(f"${{asset:{name}}} is unknown; known are {', '.join(sorted(_ASSETS))}.")
-    checkout, installed = _ASSETS[name]
-    found = _PACKAGE.parent / checkout
-    return str(found if found.exists() else _PACKAGE / installed)
+P = TypeVar("P", bound=PlanConfig)
 
 
 def register() -> None:
@@ -199,15 +179,6 @@ def _named(error: Exception) -> str:
 
 def _first(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def given(path: str | None) -> str | None:
-    """`absolute` of a path that may be left out."""
-    return None if path is None else str(absolute(path))
-
-
-def absolute(path: str | os.PathLike[str]) -> Path:
-    return Path(path).expanduser().absolute()
 
 
 def _sentence(error: Exception) -> str:

@@ -38,6 +38,16 @@ _KINDS = (
 )  # fmt: skip
 
 
+def absolute(path: str | os.PathLike[str]) -> Path:
+    """`path` from the current folder, `~` being the user's home."""
+    return Path(path).expanduser().absolute()
+
+
+def given(path: str | None) -> str | None:
+    """`absolute` of a path that may be left out."""
+    return None if path is None else str(absolute(path))
+
+
 def write_whole(path: str | Path, text: str | Iterable[str], mode: int = 0o666) -> None:
     """Replaces a file in one step: after a crash or power cut it holds the old text or the new one, never a part.
 

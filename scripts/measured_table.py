@@ -22,12 +22,12 @@ from typing import Any
 from theta_sweep import called, measured, written_prompts
 
 from ds_llmpq import config
-from ds_llmpq.commands.config import PlanConfig
-from ds_llmpq.commands.plan import make_plan
 from ds_llmpq.plan import read_plan
 from ds_llmpq.planner import Problem
 from ds_llmpq.planner.baselines import all_baselines
 from ds_llmpq.report.plan_table import table
+from ds_llmpq.serving.config import PlanConfig
+from ds_llmpq.serving.planning import make_plan
 
 OTHERS = ("uniform", "pipeedge", "adabits", "memory_proportional")
 

@@ -18,13 +18,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 from ds_llmpq import config
 from ds_llmpq.cluster.cluster import Cluster
 from ds_llmpq.cluster.gates import common_dtype
-from ds_llmpq.commands.config import PlanConfig
 from ds_llmpq.cost.latency import RooflineCosts
 from ds_llmpq.cost.published import PublishedCosts
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.shape import ModelShape, read_shape
 from ds_llmpq.report import figures
 from ds_llmpq.report.plan_table import table
+from ds_llmpq.serving.config import PlanConfig
 
 BATCH = 8
 COLOURS = {16: figures.STAGES[0], 8: figures.STAGES[1], 4: figures.STAGES[2], 3: figures.STAGES[3]}

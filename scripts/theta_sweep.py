@@ -24,12 +24,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
 from ds_llmpq import config
-from ds_llmpq.commands.config import PlanConfig
-from ds_llmpq.commands.plan import make_plan
 from ds_llmpq.errors import UserError
 from ds_llmpq.plan import read_plan
 from ds_llmpq.report import figures
 from ds_llmpq.report.plan_table import table
+from ds_llmpq.serving.config import PlanConfig
+from ds_llmpq.serving.planning import make_plan
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULTS = ("model=tiny", "cluster=demo_cpu2", "workload=demo", "quant.bits=[2,3,4,8,16]")

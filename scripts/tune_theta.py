@@ -18,9 +18,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
 from ds_llmpq import config
-from ds_llmpq.commands.config import PlanConfig
-from ds_llmpq.commands.plan import make_plan
 from ds_llmpq.errors import UserError
+from ds_llmpq.serving.config import PlanConfig
+from ds_llmpq.serving.planning import make_plan
 
 
 def main() -> int:

@@ -11,7 +11,6 @@ from omegaconf import OmegaConf
 from ds_llmpq import config, overrides
 from ds_llmpq.batch.config import BatchConfig
 from ds_llmpq.cluster.config import ClusterConfig, DeviceTypeConfig
-from ds_llmpq.commands.config import PlanConfig
 from ds_llmpq.engine.config import EngineConfig
 from ds_llmpq.errors import UserError
 from ds_llmpq.lengths.config import LengthDataConfig, LengthTaskConfig, ProxyConfig
@@ -19,6 +18,7 @@ from ds_llmpq.models.config import ModelConfig
 from ds_llmpq.planner.config import PlannerConfig, WorkloadConfig
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.research.config import ArrivalsConfig, PredictionConfig
+from ds_llmpq.serving.config import PlanConfig
 
 GROUPS = {
     "model": ModelConfig,
@@ -160,7 +160,7 @@ def test_variables_of_the_command_line_go_with_a_cluster_file(tmp_path):
     file = tmp_path / "cluster.yaml"
     file.write_text("name: mine\nenv: {NCCL_DEBUG: INFO}\n")
     composed = config.composed("plan", [f"cluster_file={file}", "+cluster.env.OWN=1"])
-    loaded = config.load_cluster(config.to_object(composed, schema.PlanConfig))
+    loaded = config.load_cluster(config.to_object(composed, PlanConfig))
     assert loaded.cluster.name == "mine"
     assert loaded.cluster.env == {"NCCL_DEBUG": "INFO", "OWN": "1"}
     assert loaded.cluster_file is None

@@ -3,8 +3,8 @@
 import pytest
 
 from ds_llmpq import config, overrides
-from ds_llmpq.commands.config import PlanConfig
 from ds_llmpq.errors import UserError
+from ds_llmpq.serving.config import PlanConfig
 
 
 def plan(*arguments):

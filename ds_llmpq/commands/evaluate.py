@@ -12,7 +12,6 @@ from typing import Any
 from ds_llmpq import config
 from ds_llmpq.cluster.hostfile import write_hostfile
 from ds_llmpq.commands.config import EvaluateConfig
-from ds_llmpq.commands.run import checkpoint_of, plan_of
 from ds_llmpq.errors import Interrupted, RunFailed
 from ds_llmpq.evaluation.job import ScoreJob
 from ds_llmpq.files import open_regular, read_json
@@ -23,6 +22,8 @@ from ds_llmpq.launch.process_monitor import Reason, Watch
 from ds_llmpq.launch.supervisor import checked_supervision
 from ds_llmpq.plan import Plan, launch_order, write_plan
 from ds_llmpq.report.plan_table import table
+from ds_llmpq.report.solver_progress import progress_line
+from ds_llmpq.serving.batch_run import checkpoint_of, plan_of
 
 _MOST_PORTS = 5  # tried, where another process is quicker each time
 
@@ -37,7 +38,7 @@ def run(settings: EvaluateConfig, out: Path) -> int:
     if evaluation.text is not None:  # ranks read it: said here before they start
         open_regular(evaluation.text, "text", "give a plain text file in UTF-8").close()
     out.mkdir(parents=True, exist_ok=True)
-    plan = plan_of(settings, out)
+    plan = plan_of(settings, out, progress_line())
     job = ScoreJob(
         plan=plan,
         model_path=str(checkpoint_of(settings, plan)),

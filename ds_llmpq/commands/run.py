@@ -2,239 +2,43 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
-from ds_llmpq import config, validation
-from ds_llmpq.batch.config import BatchConfig
-from ds_llmpq.batch.reader import read_requests
-from ds_llmpq.batch.results import check_folder, read_finished
-from ds_llmpq.batch.tally import InputRows, Tally
-from ds_llmpq.cluster.hostfile import hostfile_disagreements, parse_hostfile, write_hostfile
-from ds_llmpq.commands.config import RunConfig
-from ds_llmpq.commands.plan import make_plan, print_notes
-from ds_llmpq.commands.replan import plan_without
+from ds_llmpq import config
+from ds_llmpq.batch.tally import Tally
 from ds_llmpq.commands.serve import SOME_FAILED
-from ds_llmpq.errors import UserError
-from ds_llmpq.files import read_json, write_json
-from ds_llmpq.launch.environment import check_environment
-from ds_llmpq.launch.job import Job
-from ds_llmpq.launch.journal import (
-    FINISHED,
-    JOURNAL_NAME,
-    RESUMES,
-    Identity,
-    Journal,
-    flattened,
-    locked,
-    plan_fingerprint,
-    sampling_of,
-)
-from ds_llmpq.launch.launcher import Launch, end_leftovers
-from ds_llmpq.launch.supervisor import Supervisor, checked_supervision
-from ds_llmpq.models.fingerprint import fingerprint, text_fingerprint
-from ds_llmpq.models.notes import list_notes
-from ds_llmpq.plan import Plan, check_model, launch_order, read_plan, write_plan
-from ds_llmpq.quant.kernels import check_invariant
+from ds_llmpq.plan import Plan
 from ds_llmpq.report.answers import show_answers
 from ds_llmpq.report.plan_table import plan_table
 from ds_llmpq.report.run_summary import run_summary
-from ds_llmpq.serving.metrics import summarize
-from ds_llmpq.serving.ordering import checked
+from ds_llmpq.report.solver_progress import progress_line
+from ds_llmpq.serving.batch_run import BatchRun, Screen, run_batch
+from ds_llmpq.serving.config import RunConfig
 
 
 def run(settings: RunConfig, out: Path) -> int:
-    settings = config.load_cluster(settings)
-    if not settings.input:
-        raise UserError("run needs input=FILE, a batch file in JSON lines.")
-    if settings.resume not in RESUMES:
-        raise UserError(f"resume is {settings.resume!r} but must be one of {', '.join(RESUMES)}.")
-    checked_supervision(settings.run)
-    batch = checked(settings.batch)
-    # what rank 0 would refuse is said at once
-    rows = InputRows.of(read_requests(config.absolute(settings.input), batch))
-    with locked(check_folder(out)):
-        end_leftovers(out)
-        return _run(settings, out, batch, rows)
+    done = run_batch(config.load_cluster(settings), out, Screen(print, _print_plan, progress_line()))
+    _print_end(done, config.absolute(settings.input), out)
+    return SOME_FAILED if done.tally.failed else 0
 
 
-def _run(settings: RunConfig, out: Path, batch: BatchConfig, rows: InputRows) -> int:
-    settings = replace(settings, batch=batch)
-    tally = rows.count(out)
-    journal, plan = _begun(settings, out, rows, tally)
-    if plan is None:
-        print(f"{out} is finished: {_counted(tally)}; nothing is left to do.")
-        return _code(tally)
-    if journal.state == FINISHED:
-        print(f"{out} was finished, but {tally.lacking} of its {tally.total} rows are gone; serving what is missing")
-    elif tally.completed:
-        print(f"going on after {tally.completed} of {tally.total} requests, in {out}")
-    _check_hostfile(settings, plan)
-    for stage in plan.stages:
-        check_invariant(stage.kernel, settings.engine.batch_invariant)
-    job = Job(
-        plan=plan,
-        model_path=str(checkpoint_of(settings, plan)),
-        input=str(config.absolute(settings.input)),
-        output=str(out),
-        engine=settings.engine,
-        batch=batch,
-        trust_remote_code=settings.model.trust_remote_code,
-        supervised=True,
-        input_sha256=rows.sha256,
-        hang_seconds=settings.run.hang_seconds,
-        template_time=journal.template_time,
-    )
-    print_notes(job.model_path)
+def _print_plan(plan: Plan) -> None:
     print(plan_table(plan), flush=True)
-    supervisor = Supervisor(
-        job,
-        _launch(settings, plan, out),
-        settings.run,
-        journal,
-        lambda: rows.count(out),
-        lambda lost: _replanned(settings, out, supervisor, lost),
-    )
-    return _concluded(supervisor, supervisor.run(), out, tally.completed)
 
 
-def _begun(settings: RunConfig, out: Path, rows: InputRows, tally: Tally) -> tuple[Journal, Plan | None]:
-    """The folder's journal and plan: those of the run to go on with, after its check, or new ones. No plan where the
-    run is finished, and its files hold all of it."""
-    asked = Identity(rows.sha256, None, None, sampling_of(settings.batch), _planned_with(settings))
-    journal = None if settings.resume == "force" else Journal.read(out)
-    if journal is None:
-        results = len(read_finished(out))  # also of another input
-        if results and settings.resume != "force":
-            raise UserError(
-                f"{out} already holds {results} results, but no {JOURNAL_NAME} that says of what; give another "
-                "out=DIR, or resume=force to keep them and go on."
-            )
-        plan = plan_of(settings, out)
-    else:
-        journal.check(asked, out)
-        if journal.state == FINISHED and tally.complete:
-            return journal, None
-        # without its plan, the same settings make it again, or the check below says what differs
-        known = (out / "plan.json").exists()
-        plan = _launchable(settings, out / "plan.json") if known else plan_of(settings, out)
-        write_hostfile(out / "hostfile", launch_order(plan))
-    checkpoint = checkpoint_of(settings, plan)
-    asked = replace(
-        asked, model=fingerprint(checkpoint), texts=text_fingerprint(checkpoint), plan=plan_fingerprint(plan)
-    )
-    if journal is None:
-        journal = Journal(asked)
-    journal.check(asked, out)
-    return journal, plan
-
-
-def _planned_with(settings: RunConfig) -> dict[str, Any]:
-    """What decides on the plan, by dotted keys: the plan that is given, or all that one is made from."""
-    if settings.plan is not None:
-        return {"plan": plan_fingerprint(read_plan(config.absolute(settings.plan))), "quantized": settings.quantized}
-    groups = {name: asdict(getattr(settings, name)) for name in ("model", "workload", "quant", "planner")}
-    groups |= {"cluster": asdict(config.cluster_of(settings)), "engine": {"dtype": settings.engine.dtype}}
-    settings_of = flattened("", groups) | {"quantized": settings.quantized}
-    # variables change no result, and may be nobody else's business
-    return {name: value for name, value in settings_of.items() if not name.startswith("cluster.env")}
-
-
-def _launch(settings: RunConfig, plan: Plan, out: Path) -> Launch:
-    return Launch.of_plan(plan, out, settings.engine.master_port)
-
-
-def _replanned(settings: RunConfig, out: Path, supervisor: Supervisor, lost: list[str]) -> tuple[Job, Launch]:
-    """What goes on after devices were lost for good. The journal then names the new plan."""
-    before = supervisor.job.plan
-    plan = plan_without(settings, before, lost, out, widths_free=settings.quantized is None)
-    print(plan_table(plan), flush=True)
-    identity = replace(supervisor.journal.identity, plan=plan_fingerprint(plan))
-    supervisor.journal = replace(supervisor.journal, identity=identity)
-    return replace(supervisor.job, plan=plan), _launch(settings, plan, out)
-
-
-def _concluded(supervisor: Supervisor, tally: Tally, out: Path, results_before: int) -> int:
-    """Marks the run as finished and sums up."""
-    metrics = _metrics(supervisor.job.plan, tally, out)
-    metrics["restarts"] = {
-        "restarts": supervisor.restarts,
-        "replans": supervisor.replans,
-        "reasons": supervisor.reasons,
-        "results_before": results_before,
-        "source": "counted",
-    }
-    metrics["memory_warnings"] = [*supervisor.memory_warnings, *metrics["memory_warnings"]]
-    write_json(out / "metrics.json", metrics)
-    supervisor.journal.ended("finished", tally.completed, tally.counts).write(out)
-    print(run_summary(metrics))
-    if supervisor.restarts:
-        print(f"the pipeline was started again {supervisor.restarts} times ({'; '.join(supervisor.reasons)})")
-    if answers := show_answers(Path(supervisor.job.input), out / "results.jsonl"):
+def _print_end(done: BatchRun, input_file: Path, out: Path) -> None:
+    if done.metrics is None:
+        print(f"{out} is finished: {_counted(done.tally)}; nothing is left to do.")
+        return
+    print(run_summary(done.metrics))
+    if done.restarts:
+        print(f"the pipeline was started again {done.restarts} times ({'; '.join(done.reasons)})")
+    if answers := show_answers(input_file, out / "results.jsonl"):
         print(f"the first answers:\n{answers}")
     print(f"results: {out / 'results.jsonl'}")
-    if tally.failed:
-        print(f"{tally.failed} requests failed; the reasons are in {out / 'errors.jsonl'}")
-    return _code(tally)
+    if done.tally.failed:
+        print(f"{done.tally.failed} requests failed; the reasons are in {out / 'errors.jsonl'}")
 
 
 def _counted(tally: Tally) -> str:
     return f"{tally.total} requests, {tally.completed} completed, {tally.failed} failed"
-
-
-def _code(tally: Tally) -> int:
-    return SOME_FAILED if tally.failed else 0
-
-
-def _metrics(plan: Plan, tally: Tally, out: Path) -> dict[str, Any]:
-    """What the last start measured, with what the files hold; nothing measured where it ended before it wrote that."""
-    file, remedy = out / "metrics.json", "remove it, and go on with resume=true"
-    if file.exists():
-        measured = validation.checked(validation.Plain, read_json(file, "Metrics", remedy), f"Metrics {file}", remedy)
-    else:
-        measured = summarize(plan, {}, [], None, [], startup_seconds=0.0)
-    return measured | {"counts": tally.counts}
-
-
-def plan_of(settings: RunConfig, out: Path) -> Plan:
-    if settings.plan is None:
-        return make_plan(settings, out)
-    plan = _launchable(settings, config.absolute(settings.plan))
-    write_plan(out / "plan.json", plan)
-    write_hostfile(out / "hostfile", launch_order(plan))
-    return plan
-
-
-def _launchable(settings: RunConfig, file: Path) -> Plan:
-    """A plan whose variables for the ranks may come from a file, or are the user's own. `UserError` for others."""
-    plan = read_plan(file)
-    asked = settings.cluster.env if settings.cluster_file is None else config.cluster_of(settings).env
-    check_environment((plan.engine or {}).get("env", {}), dict(asked) | dict(settings.cluster.env), str(file))
-    return plan
-
-
-def checkpoint_of(settings: RunConfig, plan: Plan) -> Path:
-    """Where the weights are: quantized ones, else where the user says, else where they were planned for."""
-    given, planned = settings.model.path, (plan.model or {}).get("path")
-    if settings.quantized is not None:
-        given = settings.quantized
-    elif given == config.asset("tiny-llama"):  # model=tiny is only the default
-        given = planned
-    if given is None and planned is None:
-        raise UserError("The model is known by its shape alone, enough to plan but not to run; give model.path=DIR.")
-    path = config.absolute(given or planned)
-    check_model(plan, path)
-    list_notes(path)  # what ranks would refuse is refused here
-    return path
-
-
-def _check_hostfile(settings: RunConfig, plan: Plan) -> None:
-    """The user's hostfile only confirms that the plan's devices may be used: ranks follow the order of the hosts, so
-    the launcher gets the one written from the plan."""
-    if settings.hostfile is None:
-        return
-    hostfile = config.absolute(settings.hostfile)
-    wrong = hostfile_disagreements(parse_hostfile(hostfile), launch_order(plan))
-    if wrong:
-        raise UserError(f"Hostfile {hostfile} disagrees with the plan: {wrong[0]}; plan again or change the file.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ds_llmpq.errors import shown
+from ds_llmpq.errors import printable, shown
 from ds_llmpq.models.generation import read_generation
 from ds_llmpq.models.shape import read_config, read_shape
 
@@ -28,3 +28,8 @@ def list_notes(path: str | Path) -> list[str]:
             " from there on, where generate computes its first tokens again"
         )
     return notes + read_generation(path, config, shape.vocab).lines()
+
+
+def describe_notes(path: str | Path) -> list[str]:
+    """`list_notes` as lines for a screen."""
+    return [f"model: {printable(note, keep='')}" for note in list_notes(path)]

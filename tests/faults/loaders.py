@@ -368,7 +368,7 @@ def _link_table(file: Path) -> object:
 
 
 def _cluster(file: Path) -> object:
-    from ds_llmpq.commands.config import PlanConfig
+    from ds_llmpq.serving.config import PlanConfig
 
     settings = PlanConfig(cluster_file=str(file))
     return Cluster.from_config(config.cluster_of(settings))
@@ -462,7 +462,7 @@ def _copied(source: Path, file: Path, names: tuple[str, ...] | None = None) -> N
 
 
 def _planned(folder: Path) -> tuple[dict, dict]:
-    from ds_llmpq.commands.plan import make_plan
+    from ds_llmpq.serving.planning import make_plan
 
     folder.mkdir(exist_ok=True)
     settings = config.to_object(config.composed("plan", ["workload.sequences=4"]), config.COMMANDS["plan"])

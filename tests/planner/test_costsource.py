@@ -3,7 +3,6 @@
 import pytest
 
 from ds_llmpq.cluster.cluster import Cluster
-from ds_llmpq.commands.config import PlanConfig
 from ds_llmpq.config import composed, to_object
 from ds_llmpq.cost.published import PublishedCosts
 from ds_llmpq.errors import UserError
@@ -11,6 +10,7 @@ from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.planner.config import CostConfig, PlannerConfig
 from ds_llmpq.planner.costsource import source_of_costs
 from ds_llmpq.quant.config import QuantConfig
+from ds_llmpq.serving.config import PlanConfig
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 
 from ds_llmpq import config
-from ds_llmpq.commands.config import PlanConfig
-from ds_llmpq.commands.plan import make_plan
 from ds_llmpq.errors import UserError
 from ds_llmpq.planner import Problem, solve
+from ds_llmpq.serving.config import PlanConfig
+from ds_llmpq.serving.planning import make_plan
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 

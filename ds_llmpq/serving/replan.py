@@ -5,23 +5,24 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from ds_llmpq import config
 from ds_llmpq.cluster.config import ClusterConfig
-from ds_llmpq.commands.config import PlanConfig
-from ds_llmpq.commands.plan import make_plan
 from ds_llmpq.errors import InfeasibleError, UserError
 from ds_llmpq.plan import Plan
 from ds_llmpq.planner.config import WorkloadConfig
 from ds_llmpq.quant.config import QuantConfig
+from ds_llmpq.serving.config import PlanConfig
+from ds_llmpq.serving.planning import Progress, make_plan
 
 
-def plan_without(settings: PlanConfig, plan: Plan, lost: list[str], out: Path, widths_free: bool) -> Plan:
+def plan_without(
+    settings: PlanConfig, plan: Plan, lost: list[str], out: Path, widths_free: bool, progress: Progress | None = None
+) -> Plan:
     """Plans for the same workload, then for fewer sequences at once, with the plan's own HQQ settings. The widths of
     layers are kept where that is possible, so that answers stay the same; `widths_free` allows others where it is not.
 
     `UserError`: the configured cluster is not the plan's, or what is left cannot hold the model.
     """
-    cluster = config.cluster_of(settings)
+    cluster = settings.cluster
     known = {f"{host.name}:{device.slot}" for host in cluster.hosts for device in host.devices}
     if missing := [stage.device for stage in plan.stages if stage.device not in known]:
         raise UserError(
@@ -40,11 +41,9 @@ def plan_without(settings: PlanConfig, plan: Plan, lost: list[str], out: Path, w
         workload = WorkloadConfig(sequences, plan.workload.prompt_tokens, plan.workload.generated_tokens)
         for pins in [pinned, {}] if widths_free else [pinned]:
             planner = replace(settings.planner, mode="theta", pins=pins)
-            asked = replace(
-                settings, cluster=left, cluster_file=None, planner=planner, workload=workload, quant=quant
-            )  # fmt: skip
+            asked = replace(settings, cluster=left, planner=planner, workload=workload, quant=quant)
             try:
-                return make_plan(asked, out)
+                return make_plan(asked, out, progress)
             except InfeasibleError as error:
                 last = error
         sequences //= 2

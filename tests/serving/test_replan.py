@@ -3,9 +3,9 @@
 import pytest
 
 from ds_llmpq import config
-from ds_llmpq.commands.plan import make_plan
-from ds_llmpq.commands.replan import plan_without, without_devices
 from ds_llmpq.errors import UserError
+from ds_llmpq.serving.planning import make_plan
+from ds_llmpq.serving.replan import plan_without, without_devices
 
 
 def planned(folder, *overrides):

@@ -1,0 +1,120 @@
+"""From a command's settings to a plan: the problem, its solution, and the artefacts in a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ds_llmpq.batch.request_validation import check_defaults
+from ds_llmpq.cluster.cluster import Cluster
+from ds_llmpq.cluster.gates import common_dtype
+from ds_llmpq.cluster.hostfile import write_hostfile
+from ds_llmpq.cost.fitted import profiled_kernel
+from ds_llmpq.errors import UserError
+from ds_llmpq.files import absolute, given, read_json, write_json
+from ds_llmpq.models.config import ModelConfig
+from ds_llmpq.models.fingerprint import fingerprint
+from ds_llmpq.models.notes import list_notes
+from ds_llmpq.models.prequantized import refuse_foreign
+from ds_llmpq.models.shape import ModelShape, read_shape
+from ds_llmpq.plan import Plan, launch_order, read_assignment, write_plan
+from ds_llmpq.planner import Problem, ProgressEvent, check_plan
+from ds_llmpq.planner.build import prepare
+from ds_llmpq.planner.config import PlannerConfig
+from ds_llmpq.planner.costsource import source_of_costs
+from ds_llmpq.planner.deploy import deploy
+from ds_llmpq.planner.simulation import play
+from ds_llmpq.planner.variants import solve_variant
+from ds_llmpq.quant.config import QuantConfig
+from ds_llmpq.quant.kernels import resolved
+from ds_llmpq.quant.packing import check_output_matrix
+from ds_llmpq.sensitivity.omega import read_omega
+from ds_llmpq.serving.config import PlanConfig
+from ds_llmpq.serving.workload import sized_workload
+
+Progress = Callable[[ProgressEvent], None]
+
+
+def make_plan(settings: PlanConfig, out: Path, progress: Progress | None = None) -> Plan:
+    """Plans, or checks the plan that is given, and writes the artefacts into `out`. Reads no `cluster_file`: the
+    cluster is there already (`config.load_cluster`)."""
+    check_defaults(settings.batch)
+    problem, finish = build_problem(settings)
+    write_json(out / "problem.json", problem.to_json())
+    if settings.check:
+        solved = check_plan(problem, read_assignment(absolute(settings.check)))
+    else:
+        planner = settings.planner
+        solved = solve_variant(
+            problem, planner.variant, planner.group_layers, progress=progress, **solver_options(planner)
+        )  # fmt: skip
+    plan = finish(solved)
+    write_artefacts(plan, out)
+    if (played := play(problem, solved.assignment())) is not None:
+        events = {"traceEvents": played.chrome_events(), "displayTimeUnit": "ms"}
+        write_json(out / "predicted_trace.json", events)  # to lay beside a run's trace.json
+    return plan
+
+
+def build_problem(settings: PlanConfig) -> tuple[Problem, Callable[[Plan], Plan]]:
+    """The problem to solve, and what makes its plan ready to launch. A problem.json from anywhere needs no model and no
+    cluster, and its plan names none."""
+    if settings.problem:
+        return Problem.from_json(
+            read_json(absolute(settings.problem), "Problem", "give a problem.json", infinity=True)
+        ), lambda plan: plan
+    planner = settings.planner
+    shape, model = _model(settings.model)
+    check_output_matrix(shape.vocab, shape.embed_dim, settings.quant)
+    cluster = Cluster.from_config(settings.cluster)
+    workload = sized_workload(
+        settings.workload, settings.model, given(settings.input), settings.batch, shape, settings.engine.refill
+    )
+    omega = read_omega(planner.omega) if planner.omega else None
+    if omega is not None:
+        omega.check_model(shape.layers, model["fingerprint"])
+    dtype, quant = settings.engine.dtype, _with_kernel(settings, cluster, shape)
+    costs_of, cluster, kernel = source_of_costs(settings.cost, planner, quant, cluster, shape, dtype, quant.kernel)
+    prepared = prepare(cluster, shape, workload, quant, planner, omega, dtype, kernel, costs_of)
+    return prepared.problem, lambda plan: deploy(plan, cluster, prepared, model, quant, kernel)
+
+
+def _with_kernel(settings: PlanConfig, cluster: Cluster, shape: ModelShape) -> QuantConfig:
+    """The HQQ settings with the kernel that ranks will run: the one asked for, a profile's, or what is installed."""
+    kinds = sorted({device_type.kind for device_type in cluster.device_types.values()})
+    dtype = common_dtype(cluster, settings.engine.dtype)
+    measured = profiled_kernel(settings.planner.profile) if settings.planner.profile else None
+    return resolved(
+        settings.quant, kinds, dtype, shape.linears, measured, shape.architecture, settings.engine.batch_invariant
+    )
+
+
+def solver_options(planner: PlannerConfig) -> dict[str, Any]:
+    return {
+        "time_limit_seconds": planner.time_limit_seconds,
+        "gap": planner.gap,
+        "solver": planner.solver,
+        "seed": planner.seed,
+        "formula": planner.objective,
+        "pins": planner.pins or None,
+    }
+
+
+def write_artefacts(plan: Plan, out: Path) -> None:
+    write_plan(out / "plan.json", plan)
+    if plan.engine is not None:
+        write_hostfile(out / "hostfile", launch_order(plan))
+
+
+def _model(model: ModelConfig) -> tuple[ModelShape, dict[str, str | None]]:
+    if model.path is not None:
+        path = absolute(model.path)
+        refuse_foreign(path)
+        shape = read_shape(path)
+        list_notes(path)  # what ranks would refuse is refused here
+        return shape, {"path": str(path), "architecture": shape.architecture, "fingerprint": fingerprint(path)}
+    if not model.shape:
+        raise UserError("No model is given; set model.path=DIR, or model=NAME of a shipped shape to plan only.")
+    shape = ModelShape.from_config(model.shape)
+    return shape, {"path": None, "architecture": shape.architecture, "fingerprint": shape.fingerprint}
