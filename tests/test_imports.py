@@ -29,7 +29,7 @@ ORDER = [
     "models",
     "cluster",
 ]
-SHARED = {"errors", "files", "shipped", "validation", "versions", "wording"}  # importable by all
+SHARED = {"errors", "files", "integers", "shipped", "validation", "versions", "wording"}  # importable by all
 BORDER = {"cli", "config", "__main__"}  # only commands and the command line know configuration
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections import abc
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -10,6 +11,8 @@ from typing import Any
 
 from ds_llmpq.batch.request import Request, RequestError, RowError
 from ds_llmpq.errors import UserError
+from ds_llmpq.scheduler.request_group import Sequence
+from ds_llmpq.scheduler.sampling_params import RowSampling
 
 CHUNK_REQUESTS = 256  # texts handed to the tokenizer at once: fast tokenizers encode them in parallel
 
@@ -30,6 +33,16 @@ class PreparedRequest:
     def sequence_tokens(self) -> int:
         """KV positions it may need: prompt and all generated tokens."""
         return len(self.prompt_ids) + self.max_tokens
+
+    def sequence(self, key: int, generated: abc.Sequence[int] = ()) -> Sequence:
+        """What the engine runs, under the driver's own `key`; `generated`: its tokens so far."""
+        params = self.request.params
+        sampling = RowSampling(
+            params.temperature, params.top_p, params.top_k, params.seed, params.min_p, params.repetition_penalty,
+            params.presence_penalty, params.frequency_penalty, params.min_tokens,
+        )  # fmt: skip
+        prompt, stop = tuple(self.prompt_ids), params.stop
+        return Sequence(key, prompt, self.max_tokens, sampling, stop, params.ignore_eos, tuple(generated))
 
 
 def prepare(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ds_llmpq.cost import kernels
 from ds_llmpq.cost.arithmetic import EAGER_ATTENTION, FLOAT32_BYTES, kv_bytes, score_entries
 from ds_llmpq.cost.kernels import DEQUANTIZE_COPIES
+from ds_llmpq.integers import round_up
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.quant.kernels import (
     OPENVINO_ROWS,
@@ -16,7 +17,6 @@ from ds_llmpq.quant.kernels import (
     graph_workspace_bytes,
     grouped,
     is_whole_stage,
-    rounded_up,
 )
 from ds_llmpq.quant.packing import PACKED_BITS, UNQUANTIZED_BITS, Groups, row_blocks
 
@@ -44,7 +44,7 @@ class MemoryModel:
 
     def kv_bytes_per_sequence_layer(self, capacity_tokens: int) -> int:
         """Static cache of one layer for one sequence of prompt + generated tokens, in the kernel's whole blocks."""
-        positions = rounded_up(capacity_tokens, cache_block(self.kernel))
+        positions = round_up(capacity_tokens, cache_block(self.kernel))
         return kv_bytes(self.shape, 1, positions, self.dtype_bytes)
 
     def embed_bytes(self) -> int:

@@ -33,7 +33,7 @@ class Batch(Protocol):
 class _Sends:
     """Messages on their way out, at most `limit` of them: the next one waits until the oldest has arrived.
 
-    gloo does not say that a send is complete until it is waited for, so without a limit a whole wave would pile up.
+    gloo does not say that a send is complete until it is waited for, so without a limit they would pile up.
     """
 
     def __init__(self, limit: int):
@@ -62,18 +62,19 @@ class ActivationChannel:
         self._posted: dict[Batch, tuple[dist.Work, torch.Tensor]] = {}
         self._sends = _Sends(IN_FLIGHT_MESSAGES)
 
-    def post(self, batch: Batch, shape: tuple[int, int, int]) -> None:
-        """Starts to receive [rows, tokens, hidden]; posting again before `take` changes nothing."""
+    def post_receive(self, batch: Batch, shape: tuple[int, int, int]) -> None:
+        """Starts to receive [rows, tokens, hidden]; posting again before `wait` changes nothing."""
         if batch not in self._posted:
             buffer = torch.empty(shape, dtype=self._dtype, device=self._device)
             self._posted[batch] = (dist.irecv(buffer, src=self._previous), buffer)
 
-    def take(self, batch: Batch) -> torch.Tensor:
+    def wait(self, batch: Batch) -> torch.Tensor:
+        """The hidden states, once they are here."""
         work, buffer = self._posted.pop(batch)
         work.wait()
         return buffer
 
-    def give(self, hidden: torch.Tensor) -> None:
+    def send(self, hidden: torch.Tensor) -> None:
         self._sends.send(hidden.contiguous(), self._following)
 
     def flush(self) -> None:
@@ -81,7 +82,7 @@ class ActivationChannel:
 
 
 class TokenChannel:
-    """Tokens and finish codes from the last stage to every other one, in the order of the passes.
+    """Tokens and finish codes from the last stage to every other one, in the order of the micro-batches.
 
     A thread waits for the messages, since gloo tells only those who wait that one has come. It lives until `flush`.
     """
@@ -90,38 +91,38 @@ class TokenChannel:
         self._group = group
         self._source = source
         self._others = others
-        self._expected: deque[tuple[Batch, Future, torch.Tensor]] = deque()
+        self._posted: deque[tuple[Batch, Future, torch.Tensor]] = deque()
         self._awaited: SimpleQueue[tuple[dist.Work, Future] | None] = SimpleQueue()
         self._waiting: threading.Thread | None = None
         self._sends = _Sends(_TOKEN_MESSAGES * len(others))
 
-    def give(self, tokens: torch.Tensor, finish: torch.Tensor) -> None:
+    def send(self, tokens: torch.Tensor, finish: torch.Tensor) -> None:
         """Last stage: sends [rows] tokens and finish codes to all."""
         message = torch.stack([tokens, finish]).to(torch.int32)
         for rank in self._others:
             self._sends.send(message, rank, self._group)
 
-    def expect(self, batch: Batch) -> None:
-        """Other stages: posts the receive for a pass just started."""
+    def post_receive(self, batch: Batch) -> None:
+        """Other stages: starts to receive the tokens of a micro-batch that has just started."""
         buffer = torch.empty(2, batch.size, dtype=torch.int32)
         work, arrived = dist.irecv(buffer, src=self._source, group=self._group), Future()
-        self._expected.append((batch, arrived, buffer))
+        self._posted.append((batch, arrived, buffer))
         self._awaited.put((work, arrived))
         if self._waiting is None:
             # a daemon: a rank that fails must not stay for messages that will not come
             self._waiting = threading.Thread(target=self._wait, name="tokens", daemon=True)
             self._waiting.start()
 
-    def take(self, wait: bool) -> tuple[Batch, list[int], list[int]] | None:
-        """The oldest expected message: (micro-batch, tokens, finish codes); None if none is there and `wait` is off."""
-        if not self._expected or not (wait or self._expected[0][1].done()):
+    def receive(self, wait: bool) -> tuple[Batch, list[int], list[int]] | None:
+        """The oldest message: (micro-batch, tokens, finish codes); None if none is there and `wait` is off."""
+        if not self._posted or not (wait or self._posted[0][1].done()):
             return None
-        batch, arrived, buffer = self._expected.popleft()
+        batch, arrived, buffer = self._posted.popleft()
         arrived.result()
         return batch, buffer[0].tolist(), buffer[1].tolist()
 
     def flush(self) -> None:
-        """To be called when all messages that were expected have been taken."""
+        """To be called when all messages that were posted have been received."""
         self._sends.flush()
         if self._waiting is not None:
             self._awaited.put(None)
@@ -129,11 +130,11 @@ class TokenChannel:
             self._waiting = None
 
     def _wait(self) -> None:
-        while (expected := self._awaited.get()) is not None:
-            work, arrived = expected
+        while (posted := self._awaited.get()) is not None:
+            work, arrived = posted
             try:
                 work.wait()
-            except RuntimeError as error:  # the connection is gone; said where the tokens are taken
+            except RuntimeError as error:  # the connection is gone; raised where the tokens are received
                 arrived.set_exception(error)
             else:
                 arrived.set_result(None)

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 
 from ds_llmpq.errors import UserError
-from ds_llmpq.quant.kernels import rounded_up
+from ds_llmpq.integers import round_up
 
 
 class KVStore:
@@ -54,14 +54,14 @@ class KVStore:
     def like(self, positions: int) -> KVStore:
         """A store of the same layers for one sequence of `positions` tokens, in whole blocks."""
         return KVStore(
-            self.first_layer, len(self._memory), rounded_up(positions, self.block), self.kv_heads, self.head_dim,
+            self.first_layer, len(self._memory), round_up(positions, self.block), self.kv_heads, self.head_dim,
             self._memory.dtype, self.device, self.block,
         )  # fmt: skip
 
     def shape_for(self, slots: int, capacity: int) -> None:
         """Views the store as `slots` sequences of up to `capacity` tokens, in whole blocks; earlier contents become
         meaningless."""
-        capacity = rounded_up(capacity, self.block)
+        capacity = round_up(capacity, self.block)
         if slots * capacity > self.positions:
             raise UserError(
                 f"{slots} sequences of {capacity} tokens need {slots * capacity} cache positions, but the plan has "

@@ -1,9 +1,10 @@
-"""DeepSpeed's pipeline engine for inference only: passes of prefill and decode as instructions of their own."""
+"""DeepSpeed's pipeline engine for inference only: prefill and decode as instructions of their own."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections import abc
+from collections.abc import Callable
 from typing import Protocol
 
 import deepspeed
@@ -18,16 +19,17 @@ from ds_llmpq.engine.kv_cache import KVStore
 from ds_llmpq.engine.oom_split import Parts
 from ds_llmpq.engine.pipeline_module import PlannedPipelineModule
 from ds_llmpq.engine.processors import LogitsProcessors
-from ds_llmpq.engine.sampling import GREEDY, NO_DEFAULTS, sample
-from ds_llmpq.engine.sequences import Finish
+from ds_llmpq.engine.sampling import NO_DEFAULTS, sample
 from ds_llmpq.engine.stage_passes import StagePasses
-from ds_llmpq.engine.stream import OnFinished, OnTokens, Stream, StreamTimes, TakeWave
 from ds_llmpq.engine.trace import Trace
-from ds_llmpq.engine.wave import Wave, WaveRow
 from ds_llmpq.launch.failures import ran_out
 from ds_llmpq.models.generation import Generation
 from ds_llmpq.models.step import Step
-from ds_llmpq.scheduler.scheduler import Pass, PassSizes
+from ds_llmpq.scheduler.micro_batch import MicroBatch, MicroBatchLimits
+from ds_llmpq.scheduler.request_group import RequestGroup, Sequence
+from ds_llmpq.scheduler.sampling_params import GREEDY
+from ds_llmpq.scheduler.slot_table import Finish
+from ds_llmpq.scheduler.stream import OnFinished, OnTokens, Stream, StreamTimes, TakeGroup
 
 # batch sizes are all the configuration it needs; a precision key would build an optimizer and copy the weights
 _CONFIG = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "steps_per_print": 1 << 60}
@@ -36,7 +38,7 @@ _CONFIG = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1
 class StopRule(Protocol):
     """Decides on the last stage whether a row ends with this token."""
 
-    def begin(self, slot: int, row: WaveRow) -> None:
+    def begin(self, slot: int, row: Sequence) -> None:
         """A request takes a slot, with the tokens it has generated before."""
 
     def __call__(self, slot: int, token: int, generated: int) -> Finish:
@@ -46,7 +48,7 @@ class StopRule(Protocol):
 class InferencePipelineEngine(PipelineEngine):
     """Runs streams of sequences through one stage of the pipeline.
 
-    All stages execute the same passes in the same order. `hidden_size` is the width of the hidden states between
+    All stages run the same micro-batches in the same order. `hidden_size` is the width of the hidden states between
     stages. A stream's state is kept in `stream`, None between streams. `neutral_tokens`: tokens that any model of the
     kind bears, should a pass raise and the question be whose fault that is; `faults` says why rows were given up.
     `defaults`: the checkpoint's, of generation.
@@ -63,7 +65,7 @@ class InferencePipelineEngine(PipelineEngine):
         trace: Trace,
         dtype: torch.dtype,
         hidden_size: int,
-        neutral_tokens: Sequence[int] = (0, 1),
+        neutral_tokens: abc.Sequence[int] = (0, 1),
         defaults: Generation = NO_DEFAULTS,
     ):
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -100,95 +102,95 @@ class InferencePipelineEngine(PipelineEngine):
     @torch.inference_mode()
     def run_stream(
         self,
-        first: Wave,
-        sizes: PassSizes,
-        following: TakeWave,
+        first: RequestGroup,
+        limits: MicroBatchLimits,
+        take_group: TakeGroup,
         on_finished: OnFinished,
         on_tokens: OnTokens | None = None,
-    ) -> Wave | None:
-        """Generates for all rows of `first` and of the waves that join it. `following()` takes the driver's next wave
-        on all ranks together, None at their end; one that does not join is returned, for the next stream.
+    ) -> RequestGroup | None:
+        """Generates for all sequences of `first` and of the groups that join it. `take_group()` takes the driver's next
+        group on all ranks together, None at their end; one that does not join is returned, for the next stream.
 
         `on_finished(row, tokens, finish)` is called on every rank when a row's last token is known there; before it,
         `on_tokens(keys, tokens)` with each pass's tokens of rows that go on, where it is given.
         """
         self.store.shape_for(*first.shape)
         self.stream = stream = Stream(
-            first, sizes, following, on_finished, self._poll_tokens, self._admitted, on_tokens
+            first, limits, take_group, on_finished, self._poll_tokens, self._admitted, on_tokens
         )
         self._exec_schedule(schedules.StreamSchedule(stream, stages=self.num_stages, stage_id=self.stage_id))
         self.activations.flush()
         self.tokens.flush()
-        if stream.broken:
+        if stream.nan_slots:
             self.store.clear()
         self.stream_times.append(stream.times())
         self.stream = None
         return stream.held_back
 
-    def _admitted(self, slot: int, row: WaveRow) -> None:
+    def _admitted(self, slot: int, row: Sequence) -> None:
         if self.is_last_stage():
             self.stop_rule.begin(slot, row)
             self.processors.begin(slot, row)
 
     # Instructions. Each is called by DeepSpeed's `_exec_schedule` with the instruction's arguments.
 
-    def _post_receive(self, batch: Pass) -> None:
-        self.activations.post(batch, (batch.size, self._tokens_of(batch), self.hidden_size))
+    def _post_receive(self, batch: MicroBatch) -> None:
+        self.activations.post_receive(batch, (batch.size, self._tokens_of(batch), self.hidden_size))
 
-    def _take_activation(self, batch: Pass) -> None:
+    def _wait_activation(self, batch: MicroBatch) -> None:
         with self.trace.waiting("receive", batch.size):
             self._post_receive(batch)
-            self._hidden = self.activations.take(batch)
+            self._hidden = self.activations.wait(batch)
 
-    def _give_activation(self, batch: Pass) -> None:
+    def _send_activation(self, batch: MicroBatch) -> None:
         with self.trace.waiting("send", batch.size):
-            self.activations.give(self._hidden)
+            self.activations.send(self._hidden)
         self._hidden = None
-        self.tokens.expect(batch)
+        self.tokens.post_receive(batch)
 
-    def _prefill_pass(self, batch: Pass) -> None:
-        known = [self.stream.sequences.rows[slot].known for slot in batch.slots]
+    def _prefill_pass(self, batch: MicroBatch) -> None:
+        prompts = [self.stream.slots.sequences[slot].prefill_tokens for slot in batch.slots]
         longest = self._tokens_of(batch)
         for slot in batch.slots:
-            if slot in self.stream.broken:
+            if slot in self.stream.nan_slots:
                 self.store.clear(slot)
-                self.stream.broken.discard(slot)
+                self.stream.nan_slots.discard(slot)
         step = Step(
             positions=torch.arange(longest, device=self.device).expand(batch.size, longest),
             cache=self.store.prefill(batch.slots),
             kv_tokens=longest,
             causal_only=True,
-            last=torch.tensor([len(tokens) - 1 for tokens in known], device=self.device),
+            last=torch.tensor([len(tokens) - 1 for tokens in prompts], device=self.device),
         )
         if self.is_first_stage():
-            # padding is of the row's own, so that a token the model cannot bear harms only rows that hold it
-            padded = [tokens + tokens[-1:] * (longest - len(tokens)) for tokens in known]
+            # padding repeats the row's own token, so a token id that yields NaN affects only rows that contain it
+            padded = [tokens + tokens[-1:] * (longest - len(tokens)) for tokens in prompts]
             step.token_ids = torch.tensor(padded, device=self.device)
-        with self.trace.working("prefill", batch.size, tokens=sum(map(len, known))):
+        with self.trace.working("prefill", batch.size, tokens=sum(map(len, prompts))):
             try:
                 self._run_rows("prefill", step, batch)
             except Exception as error:
-                if longest <= self.stream.order.sizes.prefill_tokens or not ran_out(error):
+                if longest <= self.stream.scheduler.limits.prefill_tokens or not ran_out(error):
                     raise
                 self._give_up(batch, error)
 
-    def _decode_pass(self, batch: Pass) -> None:
-        live, sequences = set(batch.live), self.stream.sequences
-        positions = [sequences.position(slot) for slot in batch.live]
+    def _decode_pass(self, batch: MicroBatch) -> None:
+        live, table = set(batch.live), self.stream.slots
+        positions = [table.position(slot) for slot in batch.live]
         # how sums over the cache are grouped depends on how much of it is read
-        kv_tokens = self.store.capacity if self.stream.fixed else max(positions) + 1
-        places = [sequences.position(slot) if slot in live else self._aside(slot) for slot in batch.slots]
+        kv_tokens = self.store.capacity if self.stream.batch_invariant else max(positions) + 1
+        places = [table.position(slot) if slot in live else self._aside(slot) for slot in batch.slots]
         at = torch.tensor(places, device=self.device)
         step = Step(
             positions=at[:, None],
             cache=self.store.decode(batch.slots[0], batch.slots[-1] + 1, at, kv_tokens),
             kv_tokens=kv_tokens,
-            causal_only=not self.stream.fixed and min(positions) + 1 == kv_tokens,
+            causal_only=not self.stream.batch_invariant and min(positions) + 1 == kv_tokens,
         )
         if self.is_first_stage():
             # slots that go along bring a running row's token, which the model can bear or that row is given up
-            along = sequences.generated[batch.live[0]][-1]
-            tokens = [sequences.generated[slot][-1] if slot in live else along for slot in batch.slots]
+            along = table.generated[batch.live[0]][-1]
+            tokens = [table.generated[slot][-1] if slot in live else along for slot in batch.slots]
             step.token_ids = torch.tensor(tokens, device=self.device)[:, None]
         with self.trace.working("decode", batch.size, tokens=len(live)):
             self._run_rows("decode", step, batch)
@@ -196,18 +198,18 @@ class InferencePipelineEngine(PipelineEngine):
     def _aside(self, slot: int) -> int:
         """Where a slot that goes along may write: behind what its sequence's prefill has stored, where the sequence
         itself writes before it reads; what an ended one left is read by none. The same on every stage."""
-        row = self.stream.sequences.rows[slot]
-        return 0 if row is None else min(len(row.known), self.store.capacity - 1)
+        row = self.stream.slots.sequences[slot]
+        return 0 if row is None else min(len(row.prefill_tokens), self.store.capacity - 1)
 
     def _run(self, phase: str, step: Step) -> None:
         """Any exception ends it."""
         self._begin(step)
         self._hidden, self._logits = self.passes.run(phase, step)
 
-    def _run_rows(self, phase: str, step: Step, batch: Pass) -> None:
+    def _run_rows(self, phase: str, step: Step, batch: MicroBatch) -> None:
         """Rows whose pass raises are given up; the others pass as if those had been sound."""
         self._begin(step)
-        live, rows = set(batch.live), self.stream.sequences.rows
+        live, rows = set(batch.live), self.stream.slots.sequences
         keys = [rows[slot].key if slot in live else None for slot in batch.slots]
         self._hidden, self._logits = self.passes.run_rows(phase, step, keys)
 
@@ -215,14 +217,14 @@ class InferencePipelineEngine(PipelineEngine):
         step.prepare = self.positional
         step.hidden = self._hidden
 
-    def _give_up(self, batch: Pass, error: Exception) -> None:
+    def _give_up(self, batch: MicroBatch, error: Exception) -> None:
         """One row, longer than was planned for, and no memory for it."""
         tokens = self._tokens_of(batch)
         self.parts.unfit("prefill", tokens)
-        self.faults.note(self.stream.sequences.rows[batch.slots[0]].key, "prefill", error, out_of_memory=True)
+        self.faults.note(self.stream.slots.sequences[batch.slots[0]].key, "prefill", error, out_of_memory=True)
         self._hidden, self._logits = self.passes.nothing(1, tokens)
 
-    def _sample(self, batch: Pass) -> None:
+    def _sample(self, batch: MicroBatch) -> None:
         with self.trace.working("sample", batch.size):
             logits = self._logits.reshape(batch.size, -1)
             places = [batch.slots.index(slot) for slot in batch.live]
@@ -237,7 +239,7 @@ class InferencePipelineEngine(PipelineEngine):
                 suspects,
             )
             for place, error in suspects.failed.items():
-                self.faults.note(self.stream.sequences.rows[batch.live[place]].key, "sampling", error)
+                self.faults.note(self.stream.slots.sequences[batch.live[place]].key, "sampling", error)
             # a head of few bits may make numbers of what is none
             given_up = self._hidden[:, 0, 0].isnan().tolist()
             chosen = [choice for part in found for choice in part]
@@ -245,14 +247,14 @@ class InferencePipelineEngine(PipelineEngine):
         tokens, finish = [0] * batch.size, [int(Finish.RUNNING)] * batch.size
         for slot, place, (token, sound) in zip(batch.live, places, chosen, strict=True):
             tokens[place] = token
-            finish[place] = int(self._finish(slot, token) if sound and not given_up[place] else Finish.BROKEN)
-        self.tokens.give(torch.tensor(tokens), torch.tensor(finish))
+            finish[place] = int(self._finish(slot, token) if sound and not given_up[place] else Finish.NAN_LOGITS)
+        self.tokens.send(torch.tensor(tokens), torch.tensor(finish))
         self.stream.record(batch, tokens, finish)
 
     def _choose(self, slots: tuple[int, ...], logits: torch.Tensor) -> list[tuple[int, bool]]:
         """The next token of each slot, and whether its logits are numbers; logits [slots, vocabulary]."""
-        rows = [self.stream.sequences.rows[slot] for slot in slots]
-        before = [self.stream.sequences.generated[slot] for slot in slots]
+        rows = [self.stream.slots.sequences[slot] for slot in slots]
+        before = [self.stream.slots.generated[slot] for slot in slots]
         generated = [len(tokens) for tokens in before]
         processed = self.processors(logits, slots, before)
         tokens = sample(processed, [row.sampling for row in rows], generated, self.defaults)
@@ -263,49 +265,49 @@ class InferencePipelineEngine(PipelineEngine):
     def _finish(self, slot: int, token: int) -> Finish:
         """Whether the slot's sequence ends with this token. A stop rule that raises ends it as broken, but for the very
         first token it is asked about."""
-        row, generated = self.stream.sequences.rows[slot], len(self.stream.sequences.generated[slot]) + 1
+        row, generated = self.stream.slots.sequences[slot], len(self.stream.slots.generated[slot]) + 1
         try:
             finish = self.stop_rule(slot, token, generated)
         except Exception as error:
             if not self._rule_holds:
                 raise
             self.faults.note(row.key, "stop rule", error)
-            return Finish.BROKEN
+            return Finish.NAN_LOGITS
         self._rule_holds = True
         if finish is Finish.RUNNING and len(row.prompt) + generated >= self.store.capacity:
-            return Finish.OVERRUN
+            return Finish.PREEMPTED
         return finish
 
-    def _take_tokens(self, slots: list[int]) -> None:
-        if self.stream.sequences.awaited(slots):
+    def _wait_tokens(self, slots: list[int]) -> None:
+        if self.stream.slots.are_awaited(slots):
             with self.trace.waiting("tokens", len(slots)):
-                while self.stream.sequences.awaited(slots):
-                    self.stream.record(*self.tokens.take(wait=True))
+                while self.stream.slots.are_awaited(slots):
+                    self.stream.record(*self.tokens.receive(wait=True))
 
-    def _take_requests(self) -> None:
+    def _receive_requests(self) -> None:
         with self.trace.waiting("requests", 0):
             self.stream.take_requests()
 
     _INSTRUCTION_MAP = {  # noqa: RUF012 -- the name and the form are DeepSpeed's
         schedules.PostReceive: _post_receive,
-        schedules.TakeActivation: _take_activation,
-        schedules.GiveActivation: _give_activation,
+        schedules.WaitActivation: _wait_activation,
+        schedules.SendActivation: _send_activation,
         schedules.PrefillPass: _prefill_pass,
         schedules.DecodePass: _decode_pass,
         schedules.Sample: _sample,
-        schedules.TakeTokens: _take_tokens,
-        schedules.TakeRequests: _take_requests,
+        schedules.WaitTokens: _wait_tokens,
+        schedules.ReceiveRequests: _receive_requests,
     }
 
     def _poll_tokens(self) -> None:
-        while (message := self.tokens.take(wait=False)) is not None:
+        while (message := self.tokens.receive(wait=False)) is not None:
             self.stream.record(*message)
 
-    def _tokens_of(self, batch: Pass) -> int:
-        """Tokens of each row in the pass, with padding."""
+    def _tokens_of(self, batch: MicroBatch) -> int:
+        """Tokens of each row in the micro-batch, with padding."""
         if batch.phase == "decode":
             return 1
-        return max(len(self.stream.sequences.rows[slot].known) for slot in batch.slots)
+        return max(len(self.stream.slots.sequences[slot].prefill_tokens) for slot in batch.slots)
 
 
 def _sample_neutral(logits: torch.Tensor) -> None:

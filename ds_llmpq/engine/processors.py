@@ -5,15 +5,14 @@ Names, formulas and their order are those of transformers' `generate`. Presence 
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import abc, defaultdict
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from ds_llmpq.engine.wave import WaveRow
 from ds_llmpq.models.generation import Generation
+from ds_llmpq.scheduler.request_group import Sequence
 
 _NEVER = -torch.inf
 
@@ -23,19 +22,19 @@ class _Known:
     """The tokens of one sequence, prompt and generated, in an array that grows; `followers`: what came after each
     (n - 1)-gram."""
 
-    row: WaveRow
+    row: Sequence
     tokens: np.ndarray
     size: int
     followers: dict[tuple[int, ...], list[int]] = field(default_factory=lambda: defaultdict(list))
     counted: int = 0  # tokens whose n-gram is in `followers`
 
     @classmethod
-    def of(cls, row: WaveRow) -> _Known:
-        tokens = np.empty(row.positions + 1, dtype=np.int64)
+    def of(cls, row: Sequence) -> _Known:
+        tokens = np.empty(row.max_kv_tokens + 1, dtype=np.int64)
         tokens[: len(row.prompt)] = row.prompt
         return cls(row, tokens, len(row.prompt))
 
-    def take(self, generated: Sequence[int]) -> None:
+    def take(self, generated: abc.Sequence[int]) -> None:
         """All that it has generated; only what is new is copied."""
         size = len(self.row.prompt) + len(generated)
         self.tokens[self.size : size] = generated[self.size - len(self.row.prompt) :]
@@ -68,13 +67,15 @@ class LogitsProcessors:
         self._biases = (defaults.sequence_bias, words)
         self._known: dict[int, _Known] = {}
 
-    def begin(self, slot: int, row: WaveRow) -> None:
+    def begin(self, slot: int, row: Sequence) -> None:
         """A row takes a slot."""
         self._known.pop(slot, None)
         if self._any(row):
             self._known[slot] = _Known.of(row)
 
-    def __call__(self, logits: torch.Tensor, slots: Sequence[int], generated: Sequence[Sequence[int]]) -> torch.Tensor:
+    def __call__(
+        self, logits: torch.Tensor, slots: abc.Sequence[int], generated: abc.Sequence[abc.Sequence[int]]
+    ) -> torch.Tensor:
         """[slots, vocabulary] in float32, processed; the same tensor where no slot asks for anything. `generated`: of
         each slot, all that it has generated."""
         if not self._known or logits.shape[-1] == 1:  # of a pass that was given up
@@ -91,7 +92,7 @@ class LogitsProcessors:
             self._forbid(logits[place], known)
         return logits
 
-    def _any(self, row: WaveRow) -> bool:
+    def _any(self, row: Sequence) -> bool:
         sampling, defaults = row.sampling, self.defaults
         own = (self._repetition_penalty(row) != 1, sampling.presence_penalty, sampling.frequency_penalty)
         everywhere = (
@@ -101,11 +102,11 @@ class LogitsProcessors:
         ending = not row.ignore_eos and (self._min_tokens(row) or defaults.exponential_decay_length_penalty is not None)
         return any((*own, *everywhere, ending))
 
-    def _repetition_penalty(self, row: WaveRow) -> float:
+    def _repetition_penalty(self, row: Sequence) -> float:
         own = row.sampling.repetition_penalty
         return self.defaults.repetition_penalty if own is None else own
 
-    def _min_tokens(self, row: WaveRow) -> int:
+    def _min_tokens(self, row: Sequence) -> int:
         """Tokens to generate before the sequence may end."""
         if row.sampling.min_tokens is not None:
             return row.sampling.min_tokens
@@ -156,7 +157,7 @@ class LogitsProcessors:
             logits[list(defaults.begin_suppress_tokens)] = _NEVER
 
     @staticmethod
-    def _add_biases(logits: torch.Tensor, known: _Known, biases: Sequence[tuple[tuple[int, ...], float]]) -> None:
+    def _add_biases(logits: torch.Tensor, known: _Known, biases: abc.Sequence[tuple[tuple[int, ...], float]]) -> None:
         if not biases:
             return
         total = torch.zeros_like(logits)
@@ -166,7 +167,7 @@ class LogitsProcessors:
         logits += total
 
 
-def _force(logits: torch.Tensor, tokens: Sequence[int]) -> None:
+def _force(logits: torch.Tensor, tokens: abc.Sequence[int]) -> None:
     logits.fill_(_NEVER)
     logits[list(tokens)] = 0.0
 

@@ -6,31 +6,13 @@ A checkpoint's defaults may truncate the distribution further (min-p, typical an
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from ds_llmpq.models.generation import Generation
+from ds_llmpq.scheduler.sampling_params import RowSampling
 
-
-@dataclass(frozen=True)
-class RowSampling:
-    """How one request samples. temperature 0 is greedy; top_k 0 and top_p 1 leave all tokens in. None: as the
-    checkpoint has it. Penalties and `min_tokens` are `engine.processors`' subject."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    min_tokens: int | None = None
-
-
-GREEDY = RowSampling()
 NO_DEFAULTS = Generation()
 
 

@@ -1,6 +1,7 @@
-"""DeepSpeed schedules of inference: every stage walks through the same passes in the same order.
+"""DeepSpeed schedules of inference: every stage runs the same micro-batches in the same order.
 
-Which pass comes next is known on every stage from the tokens alone (`scheduler.scheduler`), so no message says it.
+Which micro-batch comes next is known on every stage from the tokens alone (`scheduler.scheduler`), so no message says
+it.
 """
 
 from __future__ import annotations
@@ -11,19 +12,18 @@ from typing import Protocol
 
 from deepspeed.runtime.pipe.schedule import PipeInstruction, PipeSchedule
 
-from ds_llmpq.engine.sequences import MicroBatch
-from ds_llmpq.scheduler.scheduler import Pass
+from ds_llmpq.scheduler.micro_batch import MicroBatch
 
 
 class PostReceive(PipeInstruction):
     """Start receiving a micro-batch's hidden states, before they are needed."""
 
 
-class TakeActivation(PipeInstruction):
+class WaitActivation(PipeInstruction):
     """Wait for a micro-batch's hidden states from the previous stage."""
 
 
-class GiveActivation(PipeInstruction):
+class SendActivation(PipeInstruction):
     """Start sending a micro-batch's hidden states to the next stage."""
 
 
@@ -36,19 +36,19 @@ class DecodePass(PipeInstruction):
 
 
 class Sample(PipeInstruction):
-    """Last stage: choose each row's next token and give it to all other stages."""
+    """Last stage: choose each row's next token and send it to all other stages."""
 
 
-class TakeTokens(PipeInstruction):
+class WaitTokens(PipeInstruction):
     """Wait until the last tokens of these slots are known here."""
 
 
-class TakeRequests(PipeInstruction):
-    """All stages together: take the driver's next wave, or hear that there is none."""
+class ReceiveRequests(PipeInstruction):
+    """All stages together: take the driver's next request group, or hear that there is none."""
 
 
 class OncePerBatch(PipeSchedule):
-    """Each micro-batch passes once; the receive of the next is posted before the work on this one begins."""
+    """Each micro-batch goes through once; the receive of the next is posted before the work on this one begins."""
 
     def __init__(self, micro_batches: list[MicroBatch], stages: int, stage_id: int):
         super().__init__(len(micro_batches), stages, stage_id)
@@ -58,72 +58,72 @@ class OncePerBatch(PipeSchedule):
         for index, batch in enumerate(self.batches):
             commands: list[PipeInstruction] = []
             if not self.is_first_stage:
-                commands.append(TakeActivation(batch=batch))
+                commands.append(WaitActivation(batch=batch))
                 if index + 1 < len(self.batches):
                     commands.append(PostReceive(batch=self.batches[index + 1]))
             commands.append(PrefillPass(batch=batch))
-            commands.append(_hand_on(self, batch))
+            commands.append(_send_on(self, batch))
             yield commands
 
 
-class Decisions(Protocol):
-    """Where a stage's passes come from."""
+class MicroBatchSource(Protocol):
+    """Where a stage's micro-batches come from."""
 
     def wants_requests(self) -> bool:
-        """Whether a wave must be taken before the next passes are decided."""
+        """Whether a request group must be taken before the next micro-batches are scheduled."""
 
-    def needed(self) -> list[int] | None:
-        """Slots whose tokens the next decision needs; None when all is done."""
+    def pending_slots(self) -> list[int] | None:
+        """Slots whose tokens must be known before the next micro-batches are scheduled; None when all is done."""
 
-    def known(self, slots: list[int]) -> bool:
-        """Whether they are known by now, without waiting."""
+    def has_tokens(self, slots: list[int]) -> bool:
+        """Whether the tokens of these slots are known by now, without waiting."""
 
-    def decide(self) -> list[Pass]:
-        """The next passes; possibly none."""
+    def schedule(self) -> list[MicroBatch]:
+        """The next micro-batches; possibly none."""
 
 
 class StreamSchedule(PipeSchedule):
-    """Passes over the slots until all sequences have ended.
+    """Micro-batches over the slots until all sequences have ended.
 
-    While a stage works on a pass, the receive of the next one is posted if it is already certain which that is.
+    While a stage works on one, the receive of the next one is posted if it is already certain which that is.
     """
 
-    def __init__(self, decisions: Decisions, stages: int, stage_id: int):
+    def __init__(self, source: MicroBatchSource, stages: int, stage_id: int):
         super().__init__(1, stages, stage_id)
-        self.decisions = decisions
-        self.decided: deque[Pass] = deque()
+        self.source = source
+        self.scheduled: deque[MicroBatch] = deque()
 
     def steps(self) -> Iterator[list[PipeInstruction]]:
         while True:
-            if not self.decided:
-                while self.decisions.wants_requests():
-                    yield [TakeRequests()]
-                needed = self.decisions.needed()
-                if needed is None:
+            if not self.scheduled:
+                while self.source.wants_requests():
+                    yield [ReceiveRequests()]
+                pending = self.source.pending_slots()
+                if pending is None:
                     return
-                if needed:
-                    yield [TakeTokens(slots=needed)]
-                self.decided.extend(self.decisions.decide())
+                if pending:
+                    yield [WaitTokens(slots=pending)]
+                self.scheduled.extend(self.source.schedule())
                 continue
-            batch = self.decided.popleft()
+            batch = self.scheduled.popleft()
             if not self.is_first_stage:
-                yield [TakeActivation(batch=batch)]
-                self._decide_ahead()
-                if self.decided:
-                    yield [PostReceive(batch=self.decided[0])]
+                yield [WaitActivation(batch=batch)]
+                self._schedule_ahead()
+                if self.scheduled:
+                    yield [PostReceive(batch=self.scheduled[0])]
             work = PrefillPass if batch.phase == "prefill" else DecodePass
-            yield [work(batch=batch), _hand_on(self, batch)]
+            yield [work(batch=batch), _send_on(self, batch)]
 
-    def _decide_ahead(self) -> None:
-        """The next passes, if nothing has to be waited for. Deciding early changes nothing about the order: decisions
-        follow one another, and each depends on tokens alone. Taking requests is left to when this pass is handed on,
-        since the driver may need it to get there."""
-        while not self.decided and not self.decisions.wants_requests():
-            needed = self.decisions.needed()
-            if needed is None or not self.decisions.known(needed):
+    def _schedule_ahead(self) -> None:
+        """The next micro-batches, if nothing has to be waited for. Scheduling early changes nothing about the order:
+        decisions follow one another, and each depends on tokens alone. Requests are taken once this micro-batch has
+        been sent on, since the driver may need it to get there."""
+        while not self.scheduled and not self.source.wants_requests():
+            pending = self.source.pending_slots()
+            if pending is None or not self.source.has_tokens(pending):
                 return
-            self.decided.extend(self.decisions.decide())
+            self.scheduled.extend(self.source.schedule())
 
 
-def _hand_on(schedule: PipeSchedule, batch: Pass | MicroBatch) -> PipeInstruction:
-    return Sample(batch=batch) if schedule.is_last_stage else GiveActivation(batch=batch)
+def _send_on(schedule: PipeSchedule, batch: MicroBatch) -> PipeInstruction:
+    return Sample(batch=batch) if schedule.is_last_stage else SendActivation(batch=batch)

@@ -1,4 +1,4 @@
-"""One rank's part in serving a plan: load the stage, run waves, report what was measured."""
+"""One rank's part in serving a plan: load the stage, run request groups, report what was measured."""
 
 from __future__ import annotations
 
@@ -17,13 +17,11 @@ from ds_llmpq.engine.kv_cache import KVStore
 from ds_llmpq.engine.pipeline_engine import InferencePipelineEngine, StopRule
 from ds_llmpq.engine.pipeline_module import PlannedPipelineModule, pipeline_bounds, pipeline_layers
 from ds_llmpq.engine.rank_context import Place
-from ds_llmpq.engine.sequences import Finish
 from ds_llmpq.engine.stage_loader import StageLoader
-from ds_llmpq.engine.stream import OnFinished, OnTokens, TakeWave
 from ds_llmpq.engine.throttle import CpuShare
 from ds_llmpq.engine.topology import PlannedTopology
 from ds_llmpq.engine.trace import Trace
-from ds_llmpq.engine.wave import Wave, WaveRow
+from ds_llmpq.integers import round_up
 from ds_llmpq.models.families import decoder_of
 from ds_llmpq.models.generation import generation_of
 from ds_llmpq.models.shape import read_shape
@@ -31,20 +29,23 @@ from ds_llmpq.plan import Plan, check_model
 from ds_llmpq.quant.checkpoint import open_checkpoint
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.hqq import stored_bytes
-from ds_llmpq.quant.kernels import cache_block, check_invariant, is_whole_stage, rounded_up
-from ds_llmpq.scheduler.scheduler import PATIENCE_ROUNDS, PassSizes
+from ds_llmpq.quant.kernels import cache_block, check_invariant, is_whole_stage
+from ds_llmpq.scheduler.micro_batch import PATIENCE_ROUNDS, MicroBatchLimits
+from ds_llmpq.scheduler.request_group import RequestGroup, Sequence
+from ds_llmpq.scheduler.slot_table import Finish
+from ds_llmpq.scheduler.stream import OnFinished, OnTokens, TakeGroup
 
-OnBroken = Callable[[WaveRow, Fault | None], None]
+OnBroken = Callable[[Sequence, Fault | None], None]
 
-_WHY = b"?"  # the driver asks all ranks why rows were given up; no wave is so short
+_WHY = b"?"  # the driver asks all ranks why rows were given up; no request group is so short
 
 
-def _not_told(row: WaveRow, fault: Fault | None) -> None:
+def _not_told(row: Sequence, fault: Fault | None) -> None:
     """Where nobody wants to know."""
 
 
 class Session:
-    """A loaded stage of `plan`, ready for waves. Every rank makes one with the same arguments.
+    """A loaded stage of `plan`, ready for request groups. Every rank makes one with the same arguments.
 
     `stop_rule` decides on the last stage when a row ends; `on_loaded(name)` is called for each layer read.
     """
@@ -112,15 +113,15 @@ class Session:
         memory.restart_peak(place.device)
 
     @property
-    def sizes(self) -> PassSizes:
-        """Bounds of the passes, as planned."""
+    def limits(self) -> MicroBatchLimits:
+        """Bounds of the micro-batches, as planned."""
         micro_batch, options = self.plan.micro_batch, self.options
-        return PassSizes(
+        return MicroBatchLimits(
             prefill_rows=micro_batch["prefill"],
             prefill_tokens=micro_batch["prefill"] * self.plan.workload.prompt_tokens,
             decode_rows=micro_batch["decode"],
             patience_rounds=self._patience_rounds(),
-            fixed=options.batch_invariant,
+            batch_invariant=options.batch_invariant,
         )
 
     def _patience_rounds(self) -> int:
@@ -131,32 +132,32 @@ class Session:
 
     def run_all(
         self,
-        take: TakeWave,
+        take: TakeGroup,
         on_finished: OnFinished,
         on_broken: OnBroken = _not_told,
         on_tokens: OnTokens | None = None,
     ) -> None:
-        """Runs the driver's waves. `take` is called on the driver only, when the slots run short of requests, and once
-        more when all have ended: None then is the end. `on_finished(row, tokens, finish)` is called on every rank;
-        `on_broken(row, fault)` on the driver, soon after a row has finished as broken: with why it was given up, None
-        if its logits were no numbers. `on_tokens`: as `run_stream` has it, where it is given."""
-        unexplained: list[WaveRow] = []  # on the driver
+        """Runs the driver's request groups. `take` is called on the driver only, when the slots run short of requests,
+        and once more when all have ended: None then is the end. `on_finished(row, tokens, finish)` is called on every
+        rank; `on_broken(row, fault)` on the driver, soon after a row finished with NAN_LOGITS: with why it was given
+        up, None if its logits were no numbers. `on_tokens`: as `run_stream` has it, where it is given."""
+        unexplained: list[Sequence] = []  # on the driver
 
-        def finished(row: WaveRow, tokens: list[int], finish: Finish) -> None:
-            if finish is Finish.BROKEN and self.place.is_driver:
+        def finished(row: Sequence, tokens: list[int], finish: Finish) -> None:
+            if finish is Finish.NAN_LOGITS and self.place.is_driver:
                 unexplained.append(row)
             on_finished(row, tokens, finish)
 
-        def together() -> Wave | None:
+        def together() -> RequestGroup | None:
             if unexplained:
                 self.place.data.broadcast(_WHY)
                 explain()
-            wave = take() if self.place.is_driver else None
-            data = self.place.data.broadcast(wave.to_bytes() if wave else None)
+            group = take() if self.place.is_driver else None
+            data = self.place.data.broadcast(group.to_bytes() if group else None)
             if not self.place.is_driver and data == _WHY:
                 explain()
                 data = self.place.data.broadcast(None)
-            return Wave.from_bytes(data) if data else None
+            return RequestGroup.from_bytes(data) if data else None
 
         def explain() -> None:
             reports = self.place.data.gather(self.engine.faults.take())
@@ -167,8 +168,8 @@ class Session:
                 unexplained.clear()
 
         held_back = None
-        while (wave := held_back or together()) is not None:
-            held_back = self.engine.run_stream(wave, self.sizes, together, finished, on_tokens)
+        while (group := held_back or together()) is not None:
+            held_back = self.engine.run_stream(group, self.limits, together, finished, on_tokens)
 
     def report(self) -> dict:
         """What this rank measured, as plain data: seconds by kind of work, memory by part.
@@ -227,7 +228,7 @@ def cache_positions(plan: Plan) -> int:
 
 def row_positions(plan: Plan) -> int:
     """s + n, in whole blocks."""
-    return rounded_up(plan.workload.prompt_tokens + plan.workload.generated_tokens, plan_block(plan))
+    return round_up(plan.workload.prompt_tokens + plan.workload.generated_tokens, plan_block(plan))
 
 
 def plan_block(plan: Plan) -> int:

@@ -15,11 +15,12 @@ import torch
 from ds_llmpq.engine import schedules
 from ds_llmpq.engine.kv_cache import KVStore
 from ds_llmpq.engine.pipeline_engine import InferencePipelineEngine
-from ds_llmpq.engine.sequences import Finish, MicroBatch, prefill_micro_batches
 from ds_llmpq.engine.session import Session
 from ds_llmpq.evaluation.rows import RowBatch, RowScore, ScoredRow
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.models.step import Step
+from ds_llmpq.scheduler.micro_batch import MicroBatch, cut_prefill
+from ds_llmpq.scheduler.slot_table import Finish
 
 _LOGIT_BYTES = 256 << 20  # of one micro-batch, in float32
 _ROWS_AT_ONCE = 64  # handed to the pipeline together
@@ -59,7 +60,7 @@ class ScoringEngine(InferencePipelineEngine):
         return [self.scores[row] for row in range(len(batch.rows))] if self.is_last_stage() else None
 
     def _pass(self, batch: MicroBatch) -> None:
-        rows, longest = self.asked[batch.start : batch.stop], self._tokens_of(batch)
+        rows, longest = [self.asked[slot] for slot in batch.slots], self._tokens_of(batch)
         step = Step(
             positions=torch.arange(longest, device=self.device).expand(batch.size, longest),
             cache=None,
@@ -73,14 +74,14 @@ class ScoringEngine(InferencePipelineEngine):
             self._run("prefill", step)
 
     def _tokens_of(self, batch: MicroBatch) -> int:
-        return max(len(row.prompt) for row in self.asked[batch.start : batch.stop])
+        return max(len(self.asked[slot].prompt) for slot in batch.slots)
 
     def _give(self, batch: MicroBatch) -> None:
-        self.activations.give(self._hidden)
+        self.activations.send(self._hidden)
         self._hidden = None
 
     def _look(self, batch: MicroBatch) -> None:
-        for place, row in enumerate(batch.rows()):
+        for place, row in enumerate(batch.slots):
             asked = self.asked[row]
             stop = len(asked.prompt)
             logits = self._logits[place, stop - len(asked.targets) : stop].float()
@@ -104,7 +105,7 @@ class ScoringEngine(InferencePipelineEngine):
     _INSTRUCTION_MAP = {  # noqa: RUF012 -- the name and the form are DeepSpeed's
         **InferencePipelineEngine._INSTRUCTION_MAP,
         schedules.PrefillPass: _pass,
-        schedules.GiveActivation: _give,
+        schedules.SendActivation: _give,
         schedules.Sample: _look,
     }
 
@@ -133,7 +134,7 @@ class ScoringSession(Session):
     def _together(self, batch: RowBatch) -> list[dict] | None:
         lengths = [len(row.prompt) for row in batch.rows]
         tokens = max(1, _LOGIT_BYTES // (4 * self._vocabulary))
-        own = self.engine.score(batch, prefill_micro_batches(lengths, self.plan.micro_batch["prefill"], tokens))
+        own = self.engine.score(batch, cut_prefill(lengths, self.plan.micro_batch["prefill"], tokens))
         gathered = self.place.data.gather([score.to_json() for score in own] if own is not None else None)
         return next(scores for scores in gathered if scores is not None) if gathered is not None else None
 

@@ -1,14 +1,14 @@
-"""A plan played through the engine's schedule (`scheduler.simulator`): event by event what the formula says at once."""
+"""A plan simulated with the engine's schedule (`scheduler.simulator`): event by event what the formula says at once."""
 
 from __future__ import annotations
 
 from ds_llmpq.plan import Assignment
 from ds_llmpq.planner.objective import link_seconds, stage_seconds
 from ds_llmpq.planner.problem import Problem
-from ds_llmpq.scheduler.scheduler import PassSizes
-from ds_llmpq.scheduler.simulator import Played, simulate
+from ds_llmpq.scheduler.micro_batch import MicroBatchLimits
+from ds_llmpq.scheduler.simulator import SimulatedRun, simulate
 
-MOST_PASSES = 20_000  # a second of playing, and what a trace viewer still opens with ease
+MOST_PASSES = 20_000  # a second of simulation, and what a trace viewer still opens with ease
 
 
 class PlannedTimes:
@@ -44,13 +44,13 @@ class PlannedTimes:
         return min((size for size in sizes if size >= rows), default=max(sizes))
 
 
-def play(problem: Problem, assignment: Assignment) -> Played | None:
+def simulate_plan(problem: Problem, assignment: Assignment) -> SimulatedRun | None:
     """The plan's own workload, all rows alike; None where that is too many passes to be worth it."""
     workload, rows = problem.workload, problem.workload.sequences
     eta, xi = assignment.prefill_micro_batch, assignment.decode_micro_batch
     passes = -(-rows // eta) + -(-rows // xi) * (workload.generated_tokens - 1)
     if passes * len(assignment.stages) > MOST_PASSES:
         return None
-    sizes = PassSizes(eta, eta * workload.prompt_tokens, xi)
+    limits = MicroBatchLimits(eta, eta * workload.prompt_tokens, xi)
     lengths = [(workload.prompt_tokens, workload.generated_tokens)] * rows
-    return simulate(PlannedTimes(problem, assignment), lengths, rows, sizes)
+    return simulate(PlannedTimes(problem, assignment), lengths, rows, limits)

@@ -13,11 +13,12 @@ from ds_llmpq.cost.profile import Point
 from ds_llmpq.engine.kv_cache import KVStore
 from ds_llmpq.engine.stage_loader import StageLoader
 from ds_llmpq.engine.throttle import CpuShare
+from ds_llmpq.integers import round_up
 from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.models.step import Step
 from ds_llmpq.quant.config import QuantConfig
-from ds_llmpq.quant.kernels import cache_block, rounded_up
+from ds_llmpq.quant.kernels import cache_block
 from ds_llmpq.quant.packing import groups_of
 
 _MOST_CHAIN_BYTES = 1 << 30  # of the layers timed together at one width
@@ -60,7 +61,7 @@ class Parts:
         self._positional = loader.decoder.positions()
         block = cache_block(quant.kernel)
         self.store = KVStore(
-            0, self.chained, rows * rounded_up(capacity, block), shape.kv_heads, shape.head_dim, self.dtype, device,
+            0, self.chained, rows * round_up(capacity, block), shape.kv_heads, shape.head_dim, self.dtype, device,
             block,
         )  # fmt: skip
         self.store.shape_for(rows, capacity)

@@ -23,15 +23,15 @@ from ds_llmpq.engine.kv_cache import KVStore
 from ds_llmpq.engine.pipeline_engine import InferencePipelineEngine
 from ds_llmpq.engine.pipeline_module import LazyLayer, PlannedPipelineModule
 from ds_llmpq.engine.rank_context import _init_process_group
-from ds_llmpq.engine.sequences import Finish, MicroBatch
 from ds_llmpq.engine.stage_loader import StageLoader
 from ds_llmpq.engine.topology import PlannedTopology
 from ds_llmpq.engine.trace import Trace
-from ds_llmpq.engine.wave import Wave, WaveRow
 from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.quant.config import QuantConfig
-from ds_llmpq.scheduler.scheduler import PassSizes
+from ds_llmpq.scheduler.micro_batch import MicroBatch, MicroBatchLimits
+from ds_llmpq.scheduler.request_group import RequestGroup, Sequence
+from ds_llmpq.scheduler.slot_table import Finish
 
 MARK = "ds-llmpq trial "
 STAGES = ("first", "middle", "last")
@@ -46,7 +46,7 @@ class LengthRule:
     def __init__(self) -> None:
         self._most: dict[int, int] = {}
 
-    def begin(self, slot: int, row: WaveRow) -> None:
+    def begin(self, slot: int, row: Sequence) -> None:
         self._most[slot] = row.max_tokens
 
     def __call__(self, slot: int, token: int, generated: int) -> Finish:
@@ -117,13 +117,13 @@ def _passes(spec: dict[str, Any], rank: int, device: torch.device, side: dist.Pr
 
 
 def _overhead(engine: InferencePipelineEngine, clock: PartClock, size: int, prompt: int, generated: int) -> float:
-    """Processor seconds of a wave of two micro-batches on this rank, but for those inside pipeline layers."""
+    """Processor seconds of a request group of two micro-batches on this rank, but for those inside pipeline layers."""
     vocabulary = 7
-    rows = tuple(WaveRow(i, tuple((i + k) % vocabulary for k in range(prompt)), generated) for i in range(2 * size))
-    sizes = PassSizes(size, size * prompt, size)
+    rows = tuple(Sequence(i, tuple((i + k) % vocabulary for k in range(prompt)), generated) for i in range(2 * size))
+    limits = MicroBatchLimits(size, size * prompt, size)
     clock.seconds = 0.0
     start = time.thread_time()
-    engine.run_stream(Wave(rows), sizes, lambda: None, lambda *finished: None)
+    engine.run_stream(RequestGroup(rows), limits, lambda: None, lambda *finished: None)
     return time.thread_time() - start - clock.seconds
 
 
@@ -178,17 +178,22 @@ def _links(rank: int, device: torch.device, side: dist.ProcessGroup) -> list[dic
     return [{"channel": channel, "bytes": size, "seconds": sorted(found)} for (channel, size), found in times.items()]
 
 
+def _message(number: int) -> MicroBatch:
+    """A micro-batch of one row."""
+    return MicroBatch(number, "decode", (0,), (0,))
+
+
 def _ping(rank: int, channel: ActivationChannel, size: int, device: torch.device, number: int) -> float:
-    there, back = MicroBatch(number, number + 1), MicroBatch(number + 1, number + 2)
+    there, back = _message(number), _message(number + 1)
     message = torch.zeros(1, 1, size, dtype=torch.uint8, device=device)
     mine = back if rank == 0 else there
-    channel.post(mine, (1, 1, size))
+    channel.post_receive(mine, (1, 1, size))
     start = time.perf_counter()
     if rank == 0:
-        channel.give(message)
-    channel.take(mine)
+        channel.send(message)
+    channel.wait(mine)
     if rank == 1:
-        channel.give(message)
+        channel.send(message)
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # NCCL's wait holds up the stream, not this thread
     seconds = (time.perf_counter() - start) / 2
@@ -197,15 +202,15 @@ def _ping(rank: int, channel: ActivationChannel, size: int, device: torch.device
 
 
 def _token_ping(rank: int, out: TokenChannel, back: TokenChannel) -> float:
-    batch, token = MicroBatch(0, 1), torch.zeros(1, dtype=torch.int64)
-    (back if rank == 0 else out).expect(batch)
+    batch, token = _message(0), torch.zeros(1, dtype=torch.int64)
+    (back if rank == 0 else out).post_receive(batch)
     start = time.perf_counter()
     if rank == 0:
-        out.give(token, token)
-        back.take(wait=True)
+        out.send(token, token)
+        back.receive(wait=True)
     else:
-        out.take(wait=True)
-        back.give(token, token)
+        out.receive(wait=True)
+        back.send(token, token)
     seconds = (time.perf_counter() - start) / 2
     out.flush()
     back.flush()

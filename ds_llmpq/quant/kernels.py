@@ -172,11 +172,6 @@ def cache_block(name: str | None) -> int:
     return CACHE_BLOCK if is_whole_stage(name) else 1
 
 
-def rounded_up(positions: int, block: int) -> int:
-    """Cache positions in whole blocks."""
-    return -(-positions // block) * block
-
-
 def check_invariant(name: str | None, batch_invariant: bool) -> None:
     """`UserError` for a kernel whose sums depend on which rows run together."""
     if batch_invariant and is_whole_stage(name):

@@ -111,7 +111,7 @@ def _gantt(folder: Path, out: Path) -> Section:
     section = Section(
         "gantt",
         "Stages in time",
-        "What each stage did when: the engine's schedule played with planned times, and the run's own trace.",
+        "What each stage did when: the engine's schedule simulated with planned times, and the run's own trace.",
     )
     if not found:
         return section.text("no trace: neither predicted_trace.json nor trace.json is here")

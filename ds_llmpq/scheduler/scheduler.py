@@ -1,56 +1,21 @@
-"""Which passes a pipeline makes, in which order, as sequences end and others take their slots.
+"""Which micro-batches a pipeline runs, in which order, as sequences end and others take their slots.
 
 The order follows from the sequences' prompts and from when each ends, from nothing else: so every stage works it out
-alone, and the simulation of a pipeline plays the very same passes as the engine. Pure state, no clock.
+alone, and the simulation of a pipeline runs the very same micro-batches as the engine. Pure state, no clock.
 
 Slots are cut into decode groups of `decode_rows`, visited in turn. A visit first frees the slots whose sequence has
-ended, then admits waiting sequences to free slots (of any group) in prefill passes, then lets the group's running
-sequences take a decode pass together. A sequence joins its group's decode passes once each group has been visited
-since its prefill was decided; until then no stage waits for its first token.
+ended, then admits waiting sequences to free slots (of any group) in prefill micro-batches, then lets the group's
+running sequences decode together. A sequence joins its group's decode micro-batches once each group has been visited
+since its prefill was scheduled; until then no stage waits for its first token.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from enum import Enum
 
-# A free slot waits for company, where prefill of more rows is cheaper a row; but not for more rounds than this.
-PATIENCE_ROUNDS = 8
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One micro-batch's way through the pipeline. `slots` in ascending order; those not in `live` go along unread.
-
-    `sequences`: the numbers of the sequences that prefill brings in, in the order they were added; () in decode.
-    """
-
-    number: int
-    phase: str
-    slots: tuple[int, ...]
-    live: tuple[int, ...]
-    sequences: tuple[int, ...] = ()
-
-    @property
-    def size(self) -> int:
-        return len(self.slots)
-
-
-@dataclass(frozen=True)
-class PassSizes:
-    """Bounds of passes: rows of each phase; `prefill_tokens` padded tokens (but at least one row).
-
-    `fixed`: decode passes take their whole group, live or not, and prefill passes one row, so that a row's arithmetic
-    does not depend on who else is there.
-    """
-
-    prefill_rows: int
-    prefill_tokens: int
-    decode_rows: int
-    patience_rounds: int = PATIENCE_ROUNDS
-    fixed: bool = False
+from ds_llmpq.scheduler.micro_batch import MicroBatch, MicroBatchLimits
 
 
 class _Slot(Enum):
@@ -59,18 +24,18 @@ class _Slot(Enum):
     RUNNING = 2
 
 
-class PassOrder:
-    """The passes over `slots` slots. Sequences are numbered as they are added."""
+class Scheduler:
+    """The micro-batches over `slots` slots. Sequences are numbered as they are added."""
 
-    def __init__(self, slots: int, sizes: PassSizes):
-        self.sizes = sizes
-        starts = range(0, slots, sizes.decode_rows)
-        self.groups = [range(start, min(start + sizes.decode_rows, slots)) for start in starts]
+    def __init__(self, slots: int, limits: MicroBatchLimits):
+        self.limits = limits
+        starts = range(0, slots, limits.decode_rows)
+        self.groups = [range(start, min(start + limits.decode_rows, slots)) for start in starts]
         self._state = [_Slot.FREE] * slots
         self._since = [0] * slots  # the visit at which a slot came into its state
         self._waiting: deque[tuple[int, int]] = deque()  # (number, prompt tokens)
         self._added = 0
-        self._passes = 0
+        self._count = 0
         self._visit = 0
         self._turn = len(self.groups) - 1  # the group visited last
 
@@ -89,32 +54,32 @@ class PassOrder:
             self._waiting.append((self._added, tokens))
             self._added += 1
 
-    def upcoming(self) -> range | None:
+    def next_group(self) -> range | None:
         """The slots of the group whose visit is next; None when all is done."""
-        index = self._next_group()
+        index = self._next_index()
         return None if index is None else self.groups[index]
 
-    def needed(self) -> list[int]:
-        """Slots whose last pass's token must be known before the next visit is decided."""
-        index = self._next_group()
+    def pending_slots(self) -> list[int]:
+        """Slots whose last token must be known before the next visit can be scheduled."""
+        index = self._next_index()
         return [] if index is None else [slot for slot in self.groups[index] if self._joins(slot, self._visit + 1)]
 
-    def decide(self, ended: Callable[[int], bool]) -> list[Pass]:
-        """Makes the next visit: the passes it leads to. `ended(slot)`: whether the sequence there has its last token;
-        asked only for the slots that were `needed`."""
-        joining = self.needed()
-        self._turn = self._next_group()
+    def schedule(self, ended: Callable[[int], bool]) -> list[MicroBatch]:
+        """Makes the next visit: the micro-batches it leads to. `ended(slot)`: whether the sequence there has its last
+        token; asked only for the `pending_slots`."""
+        joining = self.pending_slots()
+        self._turn = self._next_index()
         self._visit += 1
         for slot in joining:
             self._to(slot, _Slot.FREE if ended(slot) else _Slot.RUNNING)
         group = self.groups[self._turn]
         running = [slot for slot in group if self._state[slot] is _Slot.RUNNING]
-        passes = list(self._admitted()) if self._waiting and self._worth_admitting() else []
+        batches = list(self._admitted()) if self._waiting and self._worth_admitting() else []
         if running:
-            passes.append(self._decode(group, running))
-        return passes
+            batches.append(self._decode(group, running))
+        return batches
 
-    def _next_group(self) -> int | None:
+    def _next_index(self) -> int | None:
         count = len(self.groups)
         for step in range(1, count + 1):
             index = (self._turn + step) % count
@@ -123,7 +88,7 @@ class PassOrder:
         return (self._turn + 1) % count if self._waiting else None
 
     def _joins(self, slot: int, visit: int) -> bool:
-        """Whether the slot takes part in the visit: it runs, or its prefill was decided a round ago."""
+        """Whether the slot takes part in the visit: it runs, or its prefill was scheduled a round ago."""
         if self._state[slot] is _Slot.PREFILLED:
             return visit - self._since[slot] >= self._round()
         return self._state[slot] is _Slot.RUNNING
@@ -139,12 +104,12 @@ class PassOrder:
 
     def _worth_admitting(self) -> bool:
         free = [slot for slot, state in enumerate(self._state) if state is _Slot.FREE]
-        if len(free) == len(self._state) or len(free) >= self.sizes.prefill_rows:
+        if len(free) == len(self._state) or len(free) >= self.limits.prefill_rows:
             return True
         oldest = min((self._since[slot] for slot in free), default=self._visit)
-        return bool(free) and self._visit - oldest >= self.sizes.patience_rounds * self._round()
+        return bool(free) and self._visit - oldest >= self.limits.patience_rounds * self._round()
 
-    def _admitted(self) -> Iterable[Pass]:
+    def _admitted(self) -> Iterable[MicroBatch]:
         free = deque(slot for slot, state in enumerate(self._state) if state is _Slot.FREE)
         while free and self._waiting:
             taken, longest = [], 0
@@ -155,16 +120,18 @@ class PassOrder:
             slots = tuple(slot for slot, _ in taken)
             for slot in slots:
                 self._to(slot, _Slot.PREFILLED)
-            yield self._pass("prefill", slots, slots, tuple(number for _, number in taken))
+            yield self._micro_batch("prefill", slots, slots, tuple(number for _, number in taken))
 
     def _fits(self, rows: int, longest: int) -> bool:
-        most = 1 if self.sizes.fixed else self.sizes.prefill_rows
-        return rows == 1 or (rows <= most and rows * longest <= self.sizes.prefill_tokens)
+        most = 1 if self.limits.batch_invariant else self.limits.prefill_rows
+        return rows == 1 or (rows <= most and rows * longest <= self.limits.prefill_tokens)
 
-    def _decode(self, group: range, running: Sequence[int]) -> Pass:
-        slots = group if self.sizes.fixed else range(running[0], running[-1] + 1)
-        return self._pass("decode", tuple(slots), tuple(running))
+    def _decode(self, group: range, running: Sequence[int]) -> MicroBatch:
+        slots = group if self.limits.batch_invariant else range(running[0], running[-1] + 1)
+        return self._micro_batch("decode", tuple(slots), tuple(running))
 
-    def _pass(self, phase: str, slots: tuple[int, ...], live: tuple[int, ...], sequences: tuple[int, ...] = ()) -> Pass:
-        self._passes += 1
-        return Pass(self._passes, phase, slots, live, sequences)
+    def _micro_batch(
+        self, phase: str, slots: tuple[int, ...], live: tuple[int, ...], sequences: tuple[int, ...] = ()
+    ) -> MicroBatch:
+        self._count += 1
+        return MicroBatch(self._count, phase, slots, live, sequences)

@@ -1,9 +1,9 @@
-"""The engine's passes played through in time: when each stage works, waits and hands on, and how long it all takes.
+"""The engine's micro-batches simulated in time: when each stage works, waits and sends, and how long it all takes.
 
-`simulate` follows what the engine does instruction by instruction: the passes of `scheduler.scheduler`, the next
+`simulate` follows what the engine does instruction by instruction: the micro-batches of `scheduler.scheduler`, the next
 receive posted as soon as it is certain, sends that block only when too many are under way, tokens returned by the last
 stage to all others on their own channel, slots refilled as sequences end. Stage and link times go in, so any cost model
-can be put behind it. Every message is known before it is needed, so events can be computed in the order of passes.
+can be put behind it. Every message is known before it is needed, so events can be computed batch by batch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from ds_llmpq.cost.memory import IN_FLIGHT_MESSAGES
-from ds_llmpq.scheduler.scheduler import Pass, PassOrder, PassSizes
+from ds_llmpq.scheduler.micro_batch import MicroBatch, MicroBatchLimits
+from ds_llmpq.scheduler.scheduler import Scheduler
 
 
 class StageTimes(Protocol):
@@ -23,7 +24,7 @@ class StageTimes(Protocol):
     stages: int
 
     def work(self, stage: int, phase: str, rows: int, tokens: int, past: int) -> float:
-        """One pass of a micro-batch through a stage, with everything that stage does for it."""
+        """A micro-batch through a stage, with everything that stage does for it."""
 
     def hop(self, stage: int, phase: str, rows: int, tokens: int) -> float:
         """Hidden states from `stage` to the next one."""
@@ -69,7 +70,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Played:
+class SimulatedRun:
     """latency_seconds: until the first stage knows the last token. first_tokens_seconds: until it knows the first token
     of every sequence that was admitted at the start. last_token_seconds: of each sequence."""
 
@@ -103,12 +104,12 @@ class Played:
 
 
 @dataclass
-class _Clockwork:
+class _Clock:
     """Times known so far. A message is in one direction of one link at a time, and needs a posted receive."""
 
     times: StageTimes
     free: list[float] = field(default_factory=list)  # when each stage has done its last instruction
-    took: list[float] = field(default_factory=list)  # when each stage took the hidden states of its last pass
+    took: list[float] = field(default_factory=list)  # when each stage took the hidden states of its last micro-batch
     link_free: list[float] = field(default_factory=list)
     back_free: list[float] = field(default_factory=list)
     sent: list[deque[float]] = field(default_factory=list)  # arrivals of a stage's last messages
@@ -151,48 +152,50 @@ class _Clockwork:
         return [*known, self.free[last]]
 
 
-def simulate(times: StageTimes, lengths: Sequence[tuple[int, int]], slots: int, sizes: PassSizes) -> Played:
-    """Plays a stream: `lengths` are (prompt tokens, generated tokens) of each sequence, in the order of admission."""
-    return _Stream(times, lengths, slots, sizes).play()
+def simulate(
+    times: StageTimes, lengths: Sequence[tuple[int, int]], slots: int, limits: MicroBatchLimits
+) -> SimulatedRun:
+    """One stream; `lengths` are (prompt tokens, generated tokens) of each sequence, in the order of admission."""
+    return _Simulation(times, lengths, slots, limits).run()
 
 
-class _Stream:
-    """One play: what is in each slot, and when each stage knows of it."""
+class _Simulation:
+    """One simulated stream: what is in each slot, and when each stage knows of it."""
 
-    def __init__(self, times: StageTimes, lengths: Sequence[tuple[int, int]], slots: int, sizes: PassSizes):
-        self.clock = _Clockwork(times)
+    def __init__(self, times: StageTimes, lengths: Sequence[tuple[int, int]], slots: int, limits: MicroBatchLimits):
+        self.clock = _Clock(times)
         self.lengths = lengths
-        self.order = PassOrder(slots, sizes)
-        self.order.add(prompt for prompt, _ in lengths)
+        self.scheduler = Scheduler(slots, limits)
+        self.scheduler.add(prompt for prompt, _ in lengths)
         self.sequence = [0] * slots
         self.tokens = [0] * slots  # generated so far
         self.known = [[0.0] * slots for _ in range(times.stages)]
         self.last_token = [0.0] * len(lengths)
         self.first_tokens = 0.0
 
-    def play(self) -> Played:
+    def run(self) -> SimulatedRun:
         stages = range(self.clock.times.stages)
-        certain = [True] * len(stages)  # whether a stage knew its next pass when it took the last one
-        while self.order.upcoming() is not None:
-            slots = self.order.needed()
+        certain = [True] * len(stages)  # whether a stage knew its next micro-batch when it took the last one
+        while self.scheduler.next_group() is not None:
+            slots = self.scheduler.pending_slots()
             for stage in stages:
                 known = max((self.known[stage][slot] for slot in slots), default=0.0)
                 certain[stage] = certain[stage] and known <= self.clock.took[stage]
                 self.clock.wait(stage, known, "wait_tokens", len(slots))
-            admitted_before = self.order.waiting < len(self.lengths)
-            for batch in self.order.decide(self._ended):
-                self._play(batch, certain)
+            admitted_before = self.scheduler.waiting < len(self.lengths)
+            for batch in self.scheduler.schedule(self._ended):
+                self._run(batch, certain)
                 certain = [True] * len(stages)
                 if batch.phase == "prefill" and not admitted_before:
                     self.first_tokens = max(self.first_tokens, *(self.known[0][slot] for slot in batch.slots))
         latency = max(self.known[0], default=0.0)
-        return Played(latency, self.first_tokens, tuple(self.last_token), tuple(self.clock.spans))
+        return SimulatedRun(latency, self.first_tokens, tuple(self.last_token), tuple(self.clock.spans))
 
     def _ended(self, slot: int) -> bool:
         return self.tokens[slot] >= self.lengths[self.sequence[slot]][1]
 
-    def _play(self, batch: Pass, certain: Sequence[bool]) -> None:
-        """One pass through all stages; where it was `certain`, its receive was posted with the pass before."""
+    def _run(self, batch: MicroBatch, certain: Sequence[bool]) -> None:
+        """A micro-batch through all stages; where it was `certain`, its receive was posted with the one before."""
         clock, rows = self.clock, batch.size
         for slot, sequence in zip(batch.slots, batch.sequences, strict=False):
             self.sequence[slot], self.tokens[slot] = sequence, 0

@@ -1,4 +1,4 @@
-"""Serving a job on one rank. Follow a request: read -> encode -> wave -> pipeline -> text -> results.jsonl.
+"""Serving a job on one rank. Follow a request: read -> encode -> group -> pipeline -> text -> results.jsonl.
 
 Rank 0, the driver, does all but the pipeline; the other ranks only run their stage.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import abc
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, nullcontext
 from itertools import chain
 from pathlib import Path
@@ -20,11 +21,8 @@ from ds_llmpq.batch.results import Result, ResultWriter
 from ds_llmpq.engine.faults import Fault, described
 from ds_llmpq.engine.preflight import check_memory
 from ds_llmpq.engine.rank_context import Place
-from ds_llmpq.engine.sequences import Finish
 from ds_llmpq.engine.session import Session, cache_positions, plan_block, row_positions
-from ds_llmpq.engine.stream import OnTokens
 from ds_llmpq.engine.trace import chrome_events
-from ds_llmpq.engine.wave import WaveRow
 from ds_llmpq.files import write_json, write_whole
 from ds_llmpq.launch.heartbeat import Heartbeat, drain_on_request
 from ds_llmpq.launch.job import Job, check_input
@@ -32,8 +30,11 @@ from ds_llmpq.launch.progress import Bar, Lines
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.models.tokenizer import load_tokenizer
 from ds_llmpq.plan import check_model
+from ds_llmpq.scheduler.admission import AdmissionQueue
+from ds_llmpq.scheduler.request_group import Sequence
+from ds_llmpq.scheduler.slot_table import Finish
+from ds_llmpq.scheduler.stream import OnTokens
 from ds_llmpq.serving import metrics
-from ds_llmpq.serving.admission import Feed
 from ds_llmpq.serving.in_flight import InFlight, identity_of, read_in_flight
 from ds_llmpq.serving.ordering import expected, order_of
 from ds_llmpq.serving.prediction import MOST_PASSES, decode_passes
@@ -81,7 +82,7 @@ def _no_requests() -> None:
     """Only the driver has requests."""
 
 
-def _not_written(row: WaveRow, tokens: list[int], finish: Finish) -> None:
+def _not_written(row: Sequence, tokens: list[int], finish: Finish) -> None:
     """Only the driver writes."""
 
 
@@ -151,9 +152,9 @@ class Driver:
         add, indices = self.in_flight.add, [each.request.index for each in self.prepared]
         return lambda keys, tokens: add([indices[key] for key in keys], tokens)
 
-    def finished(self, row: WaveRow, tokens: list[int], finish: Finish) -> None:
+    def finished(self, row: Sequence, tokens: list[int], finish: Finish) -> None:
         """Writes one request's result: called when its last token is known."""
-        if finish is Finish.OVERRUN:
+        if finish is Finish.PREEMPTED:
             self.feed.requeue(row, tokens)
             return
         request = self.prepared[row.key]
@@ -161,7 +162,7 @@ class Driver:
         self._answer_tokens[row.key] = len(tokens)
         if self.replay is not None:
             self.replay.ended(row.key)
-        if finish is Finish.BROKEN:
+        if finish is Finish.NAN_LOGITS:
             return
         try:
             text = self.rule.text(row, tokens)
@@ -173,7 +174,7 @@ class Driver:
             self.in_flight.end(request.request.index)
         self._show()
 
-    def broken(self, row: WaveRow, fault: Fault | None) -> None:
+    def broken(self, row: Sequence, fault: Fault | None) -> None:
         """Writes one request's error: called when it is known why it was given up, after it has finished."""
         request = self.prepared[row.key].request
         if self.in_flight is not None:
@@ -197,7 +198,7 @@ class Driver:
             self.job.plan,
             self.writer.counts,
             session.engine.stream_times,
-            session.sizes,
+            session.limits,
             reports,
             startup_seconds=self.serving_started - self.started,
         )
@@ -239,7 +240,7 @@ class Driver:
             if len(tokens) < most.get(index, 0) and max(tokens) < vocabulary
         }
 
-    def _order(self, begun: Mapping[int, Sequence[int]]) -> list[int]:
+    def _order(self, begun: Mapping[int, abc.Sequence[int]]) -> list[int]:
         """Sorts the prepared requests, those that have begun first; returns the cache positions reserved for each one's
         answer."""
         batch = self.job.batch
@@ -250,9 +251,9 @@ class Driver:
         self._expected_tokens = [believed.tokens[place] for place in order]
         return [believed.bounds[place] for place in order]
 
-    def _feed(self, bounds: list[int]) -> Feed:
+    def _feed(self, bounds: list[int]) -> AdmissionQueue:
         plan, engine = self.job.plan, self.job.engine
-        return Feed(
+        return AdmissionQueue(
             self.prepared,
             bounds,
             plan.workload.sequences,
@@ -263,14 +264,14 @@ class Driver:
             self._begun,
         )
 
-    def source(self, session: Session) -> Feed | Replay:
-        """Where the engine's waves come from: all requests at once, or a replay of when they came."""
+    def source(self, session: Session) -> AdmissionQueue | Replay:
+        """Where the engine's groups come from: all requests at once, or a replay of when they came."""
         if self.job.batch.replay is None:
             return self.feed
 
         def room() -> int | None:
             stream = session.engine.stream
-            return None if stream is None else stream.shape[0] - stream.order.occupied
+            return None if stream is None else stream.shape[0] - stream.scheduler.occupied
 
         self.replay = Replay(
             self.prepared,
@@ -297,13 +298,13 @@ class Driver:
             "source": "counted",
         }
 
-    def _passes(self, session: Session, order: Sequence[int]) -> int | None:
+    def _passes(self, session: Session, order: abc.Sequence[int]) -> int | None:
         """None where counting them would take long."""
         lengths = [(self.prepared[i].prompt_tokens, self._answer_tokens[i]) for i in range(len(self.prepared))]
-        if sum(answer for _, answer in lengths) / session.sizes.decode_rows > MOST_PASSES:
+        if sum(answer for _, answer in lengths) / session.limits.decode_rows > MOST_PASSES:
             return None
         streams = self.feed.streams(order)
-        return sum(decode_passes([lengths[i] for i in part], slots, session.sizes) for slots, part in streams)
+        return sum(decode_passes([lengths[i] for i in part], slots, session.limits) for slots, part in streams)
 
     def _done(self) -> int:
         return self.writer.counts["completed"] + self.writer.counts["failed"]

@@ -7,11 +7,11 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ds_llmpq.plan import Plan
-from ds_llmpq.scheduler.scheduler import PassSizes
-from ds_llmpq.serving.prediction import play_lengths
+from ds_llmpq.scheduler.micro_batch import MicroBatchLimits
+from ds_llmpq.serving.prediction import simulate_lengths
 
 if TYPE_CHECKING:
-    from ds_llmpq.engine.stream import StreamTimes  # which imports torch
+    from ds_llmpq.scheduler.stream import StreamTimes  # which imports torch
 
 SCHEMA = 2
 PHASES = ("prefill", "decode")
@@ -21,7 +21,7 @@ def summarize(
     plan: Plan,
     counts: dict[str, int],
     streams: Sequence[StreamTimes],
-    sizes: PassSizes | None,
+    limits: MicroBatchLimits | None,
     reports: list[dict[str, Any]],
     startup_seconds: float,
 ) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def summarize(
             "decode_tokens_per_second": _rate(generated_tokens - rows, phases["decode"]),
             "throughput_tokens_per_second": _rate(generated_tokens, seconds),
         },
-        "predicted_against_measured": _fidelity(plan, streams, sizes, seconds, phases),
+        "predicted_against_measured": _fidelity(plan, streams, limits, seconds, phases),
         "stages": [_stage(plan, report) for report in sorted(reports, key=lambda report: report["stage"])],
         "memory_warnings": [warning for report in reports for warning in report["memory_warnings"]],
         "provenance": dict(plan.provenance),
@@ -59,16 +59,16 @@ def summarize(
 
 
 def _fidelity(
-    plan: Plan, streams: Sequence[StreamTimes], sizes: PassSizes, seconds: float, phases: dict[str, float]
+    plan: Plan, streams: Sequence[StreamTimes], limits: MicroBatchLimits, seconds: float, phases: dict[str, float]
 ) -> dict[str, Any] | None:
     """The plan's times for these very requests and answers beside what was measured; None where nothing ran, or too
-    much to play it through."""
-    played = [play_lengths(plan, stream.lengths, stream.slots, sizes) for stream in streams]
-    if not played or None in played:
+    much to simulate."""
+    simulated = [simulate_lengths(plan, stream.lengths, stream.slots, limits) for stream in streams]
+    if not simulated or None in simulated:
         return None
     stages = range(len(plan.stages))
-    predicted = {"latency_seconds": sum(play.latency_seconds for play in played)} | {
-        f"{phase}_seconds": max(sum(play.busy_seconds(stage, phase) for play in played) for stage in stages)
+    predicted = {"latency_seconds": sum(run.latency_seconds for run in simulated)} | {
+        f"{phase}_seconds": max(sum(run.busy_seconds(stage, phase) for run in simulated) for stage in stages)
         for phase in PHASES
     }
     measured = {"latency_seconds": seconds} | {f"{phase}_seconds": work for phase, work in phases.items()}

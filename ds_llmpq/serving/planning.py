@@ -24,7 +24,7 @@ from ds_llmpq.planner.build import prepare
 from ds_llmpq.planner.config import PlannerConfig
 from ds_llmpq.planner.costsource import source_of_costs
 from ds_llmpq.planner.deploy import deploy
-from ds_llmpq.planner.simulation import play
+from ds_llmpq.planner.simulation import simulate_plan
 from ds_llmpq.planner.variants import solve_variant
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.kernels import resolved
@@ -51,8 +51,8 @@ def make_plan(settings: PlanConfig, out: Path, progress: Progress | None = None)
         )  # fmt: skip
     plan = finish(solved)
     write_artefacts(plan, out)
-    if (played := play(problem, solved.assignment())) is not None:
-        events = {"traceEvents": played.chrome_events(), "displayTimeUnit": "ms"}
+    if (simulated := simulate_plan(problem, solved.assignment())) is not None:
+        events = {"traceEvents": simulated.chrome_events(), "displayTimeUnit": "ms"}
         write_json(out / "predicted_trace.json", events)  # to lay beside a run's trace.json
     return plan
 

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ds_llmpq.plan import Plan
-from ds_llmpq.scheduler.scheduler import PassOrder, PassSizes
-from ds_llmpq.scheduler.simulator import Played, simulate
+from ds_llmpq.scheduler.micro_batch import MicroBatchLimits
+from ds_llmpq.scheduler.scheduler import Scheduler
+from ds_llmpq.scheduler.simulator import SimulatedRun, simulate
 
-MOST_PASSES = 50_000  # about two seconds of playing
+MOST_PASSES = 50_000  # about two seconds of simulation
 
 
 @dataclass(frozen=True)
@@ -43,21 +44,23 @@ class PlanTimes:
         return links[phase][index] if links else 0.0
 
 
-def play_lengths(plan: Plan, lengths: Sequence[tuple[int, int]], slots: int, sizes: PassSizes) -> Played | None:
-    """The plan played with these (prompt, generated) tokens; None where that is too many passes to be worth it."""
+def simulate_lengths(
+    plan: Plan, lengths: Sequence[tuple[int, int]], slots: int, limits: MicroBatchLimits
+) -> SimulatedRun | None:
+    """The plan simulated with these (prompt, generated) tokens; None where that is too many passes to be worth it."""
     tokens = sum(generated for _, generated in lengths)
-    if (len(lengths) + tokens / min(slots, sizes.decode_rows)) * len(plan.stages) > MOST_PASSES:
+    if (len(lengths) + tokens / min(slots, limits.decode_rows)) * len(plan.stages) > MOST_PASSES:
         return None
-    return simulate(PlanTimes(plan), lengths, slots, sizes)
+    return simulate(PlanTimes(plan), lengths, slots, limits)
 
 
-def decode_passes(lengths: Sequence[tuple[int, int]], slots: int, sizes: PassSizes) -> int:
+def decode_passes(lengths: Sequence[tuple[int, int]], slots: int, limits: MicroBatchLimits) -> int:
     """How many decode passes a stream of these (prompt, generated) tokens takes."""
-    order, count = PassOrder(slots, sizes), 0
-    order.add(prompt for prompt, _ in lengths)
+    scheduler, count = Scheduler(slots, limits), 0
+    scheduler.add(prompt for prompt, _ in lengths)
     left = [0] * slots  # tokens that each slot's sequence has yet to generate
-    while order.upcoming() is not None:
-        for batch in order.decide(lambda slot: left[slot] <= 0):
+    while scheduler.next_group() is not None:
+        for batch in scheduler.schedule(lambda slot: left[slot] <= 0):
             count += batch.phase == "decode"
             for slot, sequence in zip(batch.slots, batch.sequences, strict=False):
                 left[slot] = lengths[sequence][1]

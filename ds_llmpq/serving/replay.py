@@ -11,20 +11,20 @@ from typing import Any
 import numpy as np
 
 from ds_llmpq.batch.prompts import PreparedRequest
-from ds_llmpq.engine.wave import Wave
 from ds_llmpq.plan import Plan
+from ds_llmpq.scheduler.admission import AdmissionQueue
 from ds_llmpq.scheduler.execution import PlanCost
 from ds_llmpq.scheduler.jobs import Jobs
 from ds_llmpq.scheduler.policies import Guard, make_queue
-from ds_llmpq.serving.admission import Feed, wave_row
+from ds_llmpq.scheduler.request_group import RequestGroup
 
 _LONGEST_SLEEP_SECONDS = 0.5
 
 
 @dataclass
 class Replay:
-    """A feed of requests as they arrive. Its clock starts when the first wave is asked for. Every slot has room for the
-    worst case, so no answer outgrows its slot.
+    """Hands out requests as they arrive. Its clock starts when the first group is asked for. Every slot has room for
+    the worst case, so no answer outgrows its slot.
 
     `room()`: slots of the engine that are free now, None between streams. `alive()` is called while nothing happens.
     `begun`: tokens that requests have generated already, by index.
@@ -57,14 +57,14 @@ class Replay:
             jobs = Jobs.of(arrivals, limits, prompts, np.array(self.expected_tokens))
             self._queue = make_queue(self.policy, jobs, PlanCost.of(self.plan), Guard())
 
-    def take(self) -> Wave | None:
-        """The requests to run next, no more than there are free slots; an empty wave: none has come; None: the end."""
+    def take(self) -> RequestGroup | None:
+        """The requests to run next, no more than there are free slots; an empty group: none has come; None: the end."""
         now = self._now()
         self._arrive(now)
         room = self.room()
         while not self.stopped and not self._waiting() and self._come < len(self._index):
             if room is not None:
-                return Wave((), *self.shape, joins=True, live=True)
+                return RequestGroup((), *self.shape, joins=True, live=True)
             self._sleep_until(self._arrival[self._index[self._come]])
             now = self._now()
             self._arrive(now)
@@ -74,8 +74,8 @@ class Replay:
         while self._waiting() and len(rows) < (self.shape[0] if room is None else max(1, room)):
             index = self._index[self._queue.pop(now)]
             self._began.setdefault(index, now)
-            rows.append(wave_row(index, self.prepared[index], self.begun.get(index, ())))
-        return Wave(tuple(rows), *self.shape, joins=True, live=True)
+            rows.append(self.prepared[index].sequence(index, self.begun.get(index, ())))
+        return RequestGroup(tuple(rows), *self.shape, joins=True, live=True)
 
     def ended(self, key: int) -> None:
         """The request's last token is known."""
@@ -118,6 +118,6 @@ class Replay:
             self.alive()
 
 
-def replay_shape(feed: Feed, prepared: Sequence[PreparedRequest]) -> tuple[int, int]:
+def replay_shape(feed: AdmissionQueue, prepared: Sequence[PreparedRequest]) -> tuple[int, int]:
     """(slots, capacity) that every request fits."""
     return feed.shape_of(max((each.sequence_tokens for each in prepared), default=1))

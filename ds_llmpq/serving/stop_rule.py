@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import abc
 from pathlib import Path
 from typing import Any
 
 from ds_llmpq.batch.text import GenerationState
-from ds_llmpq.engine.sequences import Finish
-from ds_llmpq.engine.wave import WaveRow
 from ds_llmpq.models.generation import generation_of
+from ds_llmpq.scheduler.request_group import Sequence
+from ds_llmpq.scheduler.slot_table import Finish
 
 _FINISH = {None: Finish.RUNNING, "stop": Finish.STOP, "length": Finish.LENGTH}
 
@@ -18,13 +18,13 @@ class TextStopRule:
     """Implements the engine's `StopRule` with one `GenerationState` a slot. `stops`: strings that end every row, beside
     its own."""
 
-    def __init__(self, tokenizer: Any, eos_token_ids: frozenset[int], stops: Sequence[str] = ()):
+    def __init__(self, tokenizer: Any, eos_token_ids: frozenset[int], stops: abc.Sequence[str] = ()):
         self.tokenizer = tokenizer
         self.eos_token_ids = eos_token_ids
         self.stops = tuple(stops)
         self._states: dict[int, GenerationState] = {}
 
-    def begin(self, slot: int, row: WaveRow) -> None:
+    def begin(self, slot: int, row: Sequence) -> None:
         self._states[slot] = self.state(row)
         for token in row.generated:
             self._states[slot].push(token)
@@ -32,7 +32,7 @@ class TextStopRule:
     def __call__(self, slot: int, token: int, generated: int) -> Finish:
         return _FINISH[self._states[slot].push(token)]
 
-    def state(self, row: WaveRow) -> GenerationState:
+    def state(self, row: Sequence) -> GenerationState:
         return GenerationState(
             self.tokenizer,
             max_tokens=row.max_tokens,
@@ -41,7 +41,7 @@ class TextStopRule:
             ignore_eos=row.ignore_eos,
         )
 
-    def text(self, row: WaveRow, tokens: list[int]) -> str:
+    def text(self, row: Sequence, tokens: list[int]) -> str:
         """The text of a finished row: without the end-of-sequence token, cut before a stop string."""
         state = self.state(row)
         for token in tokens:

@@ -3,7 +3,7 @@
 A plan has one n, which counts for its cache (B * (s + n) positions, all that the engine ever allocates) and for its
 times. Without a predictor n is the longest limit, so every request fits a slot. With one, n is what the requests'
 reserves leave beside the prompt: the admission's own quantile of them where slots refill, the expected longest of a
-wave where they do not; but never less than the answers' expected length. What is longer runs in fewer, longer slots of
+group where they do not; but never less than the answers' expected length. What is longer runs in fewer, longer slots of
 the same cache.
 """
 

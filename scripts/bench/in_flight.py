@@ -49,12 +49,12 @@ def plan_of(path: Path) -> Plan:
 def main(rounds: int) -> None:
     os.environ |= ENVIRONMENT | {"MASTER_PORT": str(free_port())}
     from ds_llmpq.engine.rank_context import join, leave
-    from ds_llmpq.engine.sequences import Finish
     from ds_llmpq.engine.session import Session
-    from ds_llmpq.engine.wave import Wave, WaveRow
+    from ds_llmpq.scheduler.request_group import RequestGroup, Sequence
+    from ds_llmpq.scheduler.slot_table import Finish
 
     class Length:
-        def begin(self, slot: int, row: WaveRow) -> None: ...
+        def begin(self, slot: int, row: Sequence) -> None: ...
 
         def __call__(self, slot: int, token: int, generated: int) -> Finish:
             return Finish.LENGTH if generated >= WORKLOAD.generated_tokens else Finish.RUNNING
@@ -62,15 +62,15 @@ def main(rounds: int) -> None:
     plan = plan_of(Path(config.asset("tiny-llama")))
     session = Session(plan, join(plan, 600.0), plan.model["path"], Length())
     prompt = tuple(range(3, 3 + WORKLOAD.prompt_tokens))
-    rows = tuple(WaveRow(key, prompt, WORKLOAD.generated_tokens) for key in range(WORKLOAD.sequences))
+    rows = tuple(Sequence(key, prompt, WORKLOAD.generated_tokens) for key in range(WORKLOAD.sequences))
 
     def served(kept: InFlight | None) -> tuple[float, float]:
-        def finished(row: WaveRow, *rest: object) -> None:
+        def finished(row: Sequence, *rest: object) -> None:
             if kept is not None:
                 kept.end(row.key)
 
-        waves, seconds, busy = iter((Wave(rows),)), time.perf_counter(), time.thread_time()
-        session.run_all(lambda: next(waves, None), finished, on_tokens=None if kept is None else kept.add)
+        groups, seconds, busy = iter((RequestGroup(rows),)), time.perf_counter(), time.thread_time()
+        session.run_all(lambda: next(groups, None), finished, on_tokens=None if kept is None else kept.add)
         return time.perf_counter() - seconds, time.thread_time() - busy
 
     served(None)  # what comes first is slower

@@ -59,12 +59,12 @@ def plan_of(options: argparse.Namespace) -> Plan:
 def run_rank(plan: Plan) -> dict:
     """This process's part; the launcher's variables are in the environment."""
     from ds_llmpq.engine.rank_context import join, leave
-    from ds_llmpq.engine.sequences import Finish
     from ds_llmpq.engine.session import Session
-    from ds_llmpq.engine.wave import Wave, WaveRow
+    from ds_llmpq.scheduler.request_group import RequestGroup, Sequence
+    from ds_llmpq.scheduler.slot_table import Finish
 
     class Length:
-        def begin(self, slot: int, row: WaveRow) -> None: ...
+        def begin(self, slot: int, row: Sequence) -> None: ...
 
         def __call__(self, slot: int, token: int, generated: int) -> Finish:
             return Finish.LENGTH if generated >= WORKLOAD.generated_tokens else Finish.RUNNING
@@ -73,9 +73,9 @@ def run_rank(plan: Plan) -> dict:
     session = Session(plan, place, plan.model["path"], Length())
     loaded = session.report()["memory_bytes"]["peak"]
     prompt = tuple(range(3, 3 + WORKLOAD.prompt_tokens))
-    rows = tuple(WaveRow(key, prompt, WORKLOAD.generated_tokens) for key in range(WORKLOAD.sequences))
-    waves = iter((Wave(rows),))
-    session.run_all(lambda: next(waves, None), lambda *finished: None)
+    rows = tuple(Sequence(key, prompt, WORKLOAD.generated_tokens) for key in range(WORKLOAD.sequences))
+    groups = iter((RequestGroup(rows),))
+    session.run_all(lambda: next(groups, None), lambda *finished: None)
     measured = session.report()["memory_bytes"]
     leave()
     share = sum(place.stage.memory_bytes.values())

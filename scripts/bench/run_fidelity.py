@@ -32,7 +32,7 @@ from ds_llmpq.planner import Problem, evaluate
 from ds_llmpq.planner.build import prepare
 from ds_llmpq.planner.deploy import compose_plan, deploy
 from ds_llmpq.planner.profiled import profiled_costs
-from ds_llmpq.planner.simulation import play
+from ds_llmpq.planner.simulation import simulate_plan
 from ds_llmpq.report.fidelity import Pair, error_table, scatter, verdict
 from ds_llmpq.report.plan_table import bits_text, table
 
@@ -57,11 +57,11 @@ def main() -> None:
     for index, assignment in enumerate(random_assignments(prepared.problem, options.plans, options.seed)):
         folder = out / f"plan{index:02}"
         prediction = evaluate(prepared.problem, assignment)
-        played = play(prepared.problem, assignment)
+        simulated = simulate_plan(prepared.problem, assignment)
         if not (folder / "metrics.json").is_file():
             run(plan_of(prepared, cluster, assignment, prediction, settings, options.model), folder, requests)
         rows.append(
-            (assignment, prediction.latency_seconds, played.latency_seconds, measured_seconds(folder, options.waves))
+            (assignment, prediction.latency_seconds, simulated.latency_seconds, measured_seconds(folder, options.waves))
         )
         print(describe(*rows[-1]), flush=True)
     report(rows, out)
@@ -172,11 +172,11 @@ def lower_quartile(times: list[float]) -> float:
     return sorted(times)[len(times) // 4]
 
 
-def describe(assignment: Assignment, formula: float, played: float, measured: float) -> str:
+def describe(assignment: Assignment, formula: float, simulated: float, measured: float) -> str:
     stages = " | ".join(f"{stage.device} {bits_text(stage.bits)}" for stage in assignment.stages)
     return (
-        f"{formula:.3f} s by formula, {played:.3f} s played, {measured:.3f} s measured "
-        f"({formula / measured - 1:+.1%}, {played / measured - 1:+.1%}): {stages}, micro-batches "
+        f"{formula:.3f} s by formula, {simulated:.3f} s simulated, {measured:.3f} s measured "
+        f"({formula / measured - 1:+.1%}, {simulated / measured - 1:+.1%}): {stages}, micro-batches "
         f"{assignment.prefill_micro_batch} and {assignment.decode_micro_batch}"
     )
 

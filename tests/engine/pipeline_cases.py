@@ -17,10 +17,10 @@ from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from ds_llmpq.engine.sequences import Finish
-from ds_llmpq.engine.wave import Wave, WaveRow
 from ds_llmpq.models.fingerprint import fingerprint
 from ds_llmpq.plan import MEMORY_PARTS, PREDICTED, Plan, SolverReport, Stage, Workload
+from ds_llmpq.scheduler.request_group import RequestGroup, Sequence
+from ds_llmpq.scheduler.slot_table import Finish
 
 LAYERS = 5
 VOCABULARY = 128
@@ -56,7 +56,7 @@ GROUP_SIZE = 32
 QUANT = {"bits": [16], "group_size": GROUP_SIZE, "axis": 1, "optimize": False}
 # a pair of logits closer than this may be ordered otherwise by another order of summation
 CLEAR_GAP = 1e-3
-_WAVE = 1000  # more rows than any wave has
+_WAVE = 1000  # more rows than any group has
 
 
 def make_plan(
@@ -93,11 +93,11 @@ def make_plan(
 class Case:
     """What the ranks shall run. `every`: the stop rule also ends each row at that many tokens. `options`: the engine's.
     `room`: by stage, the most tokens that a pass has memory for. `poison`: what raises where, as `rank_host` takes it.
-    Rows are known by their wave and their place in it."""
+    Rows are known by their group and their place in it."""
 
     path: Path
     plan: Plan
-    waves: tuple[Wave, ...]
+    groups: tuple[RequestGroup, ...]
     eos: tuple[int, ...] = ()
     every: int | None = None
     logits: bool = False
@@ -109,12 +109,12 @@ class Case:
 
     def to_json(self) -> dict:
         plain = {"path": str(self.path), "plan": self.plan.to_json(), "eos": self.eos, "every": self.every}
-        waves = []
-        for index, wave in enumerate(self.waves):
-            rows = [dataclasses.replace(row, key=index * _WAVE + place) for place, row in enumerate(wave.rows)]
-            waves.append(dataclasses.replace(wave, rows=tuple(rows)).to_bytes().hex())
+        groups = []
+        for index, group in enumerate(self.groups):
+            rows = [dataclasses.replace(row, key=index * _WAVE + place) for place, row in enumerate(group.sequences)]
+            groups.append(dataclasses.replace(group, sequences=tuple(rows)).to_bytes().hex())
         return plain | {
-            "waves": waves,
+            "groups": groups,
             "logits": self.logits,
             "dies": self.dies,
             "options": self.options,
@@ -136,24 +136,24 @@ class Outcome:
         keys = [key for key, _, _ in self.ranks[0]["outcomes"]]
         assert len(set(keys)) == len(keys), "a row ended twice"
 
-    def tokens(self, wave: int = 0) -> list[list[int]]:
-        """Of the wave's rows, in their order."""
-        return [tokens for _, tokens, _ in sorted(self._of(wave))]
+    def tokens(self, group: int = 0) -> list[list[int]]:
+        """Of the group's rows, in their order."""
+        return [tokens for _, tokens, _ in sorted(self._of(group))]
 
-    def finish(self, wave: int = 0) -> list[Finish]:
-        return [Finish(code) for _, _, code in sorted(self._of(wave))]
+    def finish(self, group: int = 0) -> list[Finish]:
+        return [Finish(code) for _, _, code in sorted(self._of(group))]
 
     def faults(self) -> dict[int, dict]:
-        """Why rows were given up, by their place in the first wave, as the driver was told."""
+        """Why rows were given up, by their place in the first group, as the driver was told."""
         driver = next(rank for rank in self.ranks if rank["faults"] is not None)
         return dict(driver["faults"])
 
-    def order(self, wave: int = 0) -> list[int]:
-        """Places in the wave in the order in which rows ended."""
-        return [key % _WAVE for key, _, _ in self._of(wave)]
+    def order(self, group: int = 0) -> list[int]:
+        """Places in the group in the order in which rows ended."""
+        return [key % _WAVE for key, _, _ in self._of(group)]
 
-    def _of(self, wave: int) -> list:
-        return [outcome for outcome in self.ranks[0]["outcomes"] if outcome[0] // _WAVE == wave]
+    def _of(self, group: int) -> list:
+        return [outcome for outcome in self.ranks[0]["outcomes"] if outcome[0] // _WAVE == group]
 
     def stage(self, index: int) -> dict:
         return next(rank for rank in self.ranks if rank["stage"] == index)
@@ -289,18 +289,18 @@ class Draw:
     def prompt(self, longest: int) -> tuple[int, ...]:
         return tuple(self.random.randrange(VOCABULARY) for _ in range(self.random.randint(1, longest)))
 
-    def row(self, key: int, model: Reference, longest: int, most: int) -> WaveRow:
+    def row(self, key: int, model: Reference, longest: int, most: int) -> Sequence:
         """A request whose greedy tokens do not hang on rounding."""
         for _ in range(50):
             prompt, max_tokens = self.prompt(longest), self.random.randint(1, most)
             if model.has_clear_gaps(prompt, model.generate([prompt], max_tokens)[0]):
-                return WaveRow(key, prompt, max_tokens)
+                return Sequence(key, prompt, max_tokens)
         raise AssertionError(f"seed {self.seed}: no prompt with clear gaps")
 
     def case(
         self, path: Path, stages: int, bits: tuple[int, ...] = (), head_bits: int = 16
     ) -> tuple[Case, list[list[int]]]:
-        """A random case of up to 7 rows in one or two waves, and the tokens it must give, wave after wave."""
+        """A random case of up to 7 rows in one or two groups, and the tokens it must give, group after group."""
         model = reference(path, bits, head_bits=head_bits)
         rows = [self.row(key, model, longest=12, most=12) for key in range(self.random.randint(2, 7))]
         free = [model.generate([row.prompt], row.max_tokens)[0] for row in rows]
@@ -310,7 +310,7 @@ class Draw:
             rows = [dataclasses.replace(row, ignore_eos=self.random.random() < 0.2) for row in rows]
         expected = self._expected(model, rows, eos)
         middle = self.random.choice([len(rows), self.random.randint(1, len(rows))])
-        waves = tuple(Wave(tuple(part)) for part in (rows[:middle], rows[middle:]) if part)
+        groups = tuple(RequestGroup(tuple(part)) for part in (rows[:middle], rows[middle:]) if part)
         plan = make_plan(
             path,
             self.cuts(stages),
@@ -320,9 +320,9 @@ class Draw:
             workload=(8, self.random.choice((12, 20)), 12),
             quant=QUANT | {"head_bits": head_bits},
         )
-        return Case(path, plan, waves, eos, label=f"seed {self.seed} {path.name} {plan.micro_batch}"), expected
+        return Case(path, plan, groups, eos, label=f"seed {self.seed} {path.name} {plan.micro_batch}"), expected
 
-    def _expected(self, model: Reference, rows: list[WaveRow], eos: tuple[int, ...]) -> list[list[int]]:
+    def _expected(self, model: Reference, rows: list[Sequence], eos: tuple[int, ...]) -> list[list[int]]:
         """One at a time or, by chance, as left-padded batches of the rows that heed the end-of-sequence token."""
         expected: dict[int, list[int]] = {}
         for heeding in (True, False):

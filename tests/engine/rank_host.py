@@ -28,11 +28,11 @@ from torch.distributed import distributed_c10d
 from ds_llmpq.engine.config import EngineConfig
 from ds_llmpq.engine.faults import Fault
 from ds_llmpq.engine.rank_context import Place, join, leave
-from ds_llmpq.engine.sequences import Finish
 from ds_llmpq.engine.session import Session
-from ds_llmpq.engine.wave import Wave, WaveRow
 from ds_llmpq.launch.launcher import free_port
 from ds_llmpq.plan import Plan
+from ds_llmpq.scheduler.request_group import RequestGroup, Sequence
+from ds_llmpq.scheduler.slot_table import Finish
 
 TIMEOUT_SECONDS = 120.0
 
@@ -48,10 +48,10 @@ class TokenRule:
         self.every = every
         self.last = last
 
-        self.rows: dict[int, WaveRow] = {}
+        self.rows: dict[int, Sequence] = {}
         self.seen: dict[int, int] = {}
 
-    def begin(self, slot: int, row: WaveRow) -> None:
+    def begin(self, slot: int, row: Sequence) -> None:
         self._assert_last()
         self.rows[slot], self.seen[slot] = row, len(row.generated)
 
@@ -70,7 +70,7 @@ class TokenRule:
 
 
 def run_case(case: dict, joined: Place) -> dict:
-    """One session on this rank: loads its stage, runs the case's waves, says what it knows of every row."""
+    """One session on this rank: loads its stage, runs the case's groups, says what it knows of every row."""
     plan = Plan.from_json(case["plan"])
     index = next(i for i, stage in enumerate(plan.stages) if stage.rank == joined.rank)
     place = dataclasses.replace(
@@ -88,23 +88,23 @@ def run_case(case: dict, joined: Place) -> dict:
     logits: list[list] = []
     if case["logits"]:
         _record_logits(session, logits)
-    waves = [Wave.from_bytes(bytes.fromhex(wave)) for wave in case["waves"]]
-    waiting, again = deque(waves), []
+    groups = [RequestGroup.from_bytes(bytes.fromhex(group)) for group in case["groups"]]
+    waiting, again = deque(groups), []
     outcomes, faults = [], []
 
-    def finished(row: WaveRow, tokens: list[int], finish: Finish) -> None:
-        if finish is Finish.OVERRUN:
+    def finished(row: Sequence, tokens: list[int], finish: Finish) -> None:
+        if finish is Finish.PREEMPTED:
             again.append(dataclasses.replace(row, generated=tuple(tokens)))
         else:
             outcomes.append([row.key, list(tokens), int(finish)])
 
-    def take() -> Wave | None:
+    def take() -> RequestGroup | None:
         if waiting:
             return waiting.popleft()
         rows, again[:] = tuple(again), []
-        return Wave(rows) if rows else None
+        return RequestGroup(rows) if rows else None
 
-    def broken(row: WaveRow, fault: Fault | None) -> None:
+    def broken(row: Sequence, fault: Fault | None) -> None:
         if fault is not None:
             faults.append([row.key, dataclasses.asdict(fault)])
 
@@ -130,8 +130,8 @@ def _record_logits(session: Session, into: list[list]) -> None:
 
     def recording(slots, logits):
         for slot, values in zip(slots, logits.tolist(), strict=True):
-            sequences = engine.stream.sequences
-            into.append([sequences.rows[slot].key, len(sequences.generated[slot]), values])
+            sequences = engine.stream.slots
+            into.append([slots.sequences[slot].key, len(sequences.generated[slot]), values])
         return choose(slots, logits)
 
     engine._choose = recording
@@ -146,8 +146,8 @@ def _poison(
     engine = session.engine
 
     def bad(slot: int) -> bool:
-        row = engine.stream.sequences.rows[slot]
-        return row.key in keys and len(engine.stream.sequences.generated[slot]) >= generated
+        row = engine.stream.slots.sequences[slot]
+        return row.key in keys and len(engine.stream.slots.generated[slot]) >= generated
 
     def in_layer(layer, inputs):
         cache = inputs[0].cache

@@ -12,9 +12,13 @@ import torch.distributed as dist
 from ds_llmpq.cost.memory import IN_FLIGHT_MESSAGES
 from ds_llmpq.engine import channels
 from ds_llmpq.engine.channels import ActivationChannel, TokenChannel
-from ds_llmpq.engine.sequences import MicroBatch
+from ds_llmpq.scheduler.micro_batch import MicroBatch
 
 PATIENCE_SECONDS = 20.0
+
+
+def micro_batch(number, rows):
+    return MicroBatch(number, "prefill", tuple(range(rows)), tuple(range(rows)))
 
 
 class Gloo:
@@ -63,24 +67,24 @@ def eventually(condition):
 def test_tokens_that_have_come_are_seen_without_waiting(pair):
     last = TokenChannel(pair[1], source=1, others=[0])
     first = TokenChannel(pair[0], source=1, others=[])
-    batches = [MicroBatch(0, 2), MicroBatch(2, 5)]
+    batches = [micro_batch(0, 2), micro_batch(1, 3)]
     for batch in batches:
-        first.expect(batch)
-    assert first.take(wait=False) is None
-    last.give(torch.tensor([5, 6]), torch.tensor([0, 1]))
+        first.post_receive(batch)
+    assert first.receive(wait=False) is None
+    last.send(torch.tensor([5, 6]), torch.tensor([0, 1]))
     taken = []
-    eventually(lambda: taken.append(first.take(wait=False)) or taken[-1])
+    eventually(lambda: taken.append(first.receive(wait=False)) or taken[-1])
     assert taken[-1] == (batches[0], [5, 6], [0, 1])
-    assert first.take(wait=False) is None
-    last.give(torch.tensor([7, 8, 9]), torch.tensor([2, 0, 3]))
-    assert first.take(wait=True) == (batches[1], [7, 8, 9], [2, 0, 3])
-    assert first.take(wait=True) is None, "nothing more was expected"
+    assert first.receive(wait=False) is None
+    last.send(torch.tensor([7, 8, 9]), torch.tensor([2, 0, 3]))
+    assert first.receive(wait=True) == (batches[1], [7, 8, 9], [2, 0, 3])
+    assert first.receive(wait=True) is None, "nothing more was expected"
     last.flush()
     first.flush()
     assert "tokens" not in {thread.name for thread in threading.enumerate()}
-    first.expect(batches[0])  # a further wave
-    last.give(torch.tensor([1, 2]), torch.tensor([0, 0]))
-    assert first.take(wait=True) == (batches[0], [1, 2], [0, 0])
+    first.post_receive(batches[0])  # a further group
+    last.send(torch.tensor([1, 2]), torch.tensor([0, 0]))
+    assert first.receive(wait=True) == (batches[0], [1, 2], [0, 0])
     first.flush()
     last.flush()
 
@@ -92,9 +96,9 @@ def test_a_lost_connection_is_said_where_tokens_are_taken(monkeypatch):
 
     monkeypatch.setattr(channels, "dist", types.SimpleNamespace(irecv=lambda *args, **kwargs: Broken()))
     channel = TokenChannel(None, source=1, others=[])
-    channel.expect(MicroBatch(0, 1))
+    channel.post_receive(micro_batch(0, 1))
     with pytest.raises(RuntimeError, match="Connection closed"):
-        channel.take(wait=True)
+        channel.receive(wait=True)
 
 
 def test_hidden_states_arrive_as_posted(pair, monkeypatch):
@@ -103,14 +107,14 @@ def test_hidden_states_arrive_as_posted(pair, monkeypatch):
     receiver = ActivationChannel(0, None, torch.float32, torch.device("cpu"))
     sent = [torch.randn(2, 3, 4), torch.randn(3, 1, 4).transpose(0, 1)]
     for hidden in sent:
-        sender.give(hidden)
+        sender.send(hidden)
     monkeypatch.setattr(Gloo, "default", pair[1])
-    batches = [MicroBatch(0, 2), MicroBatch(2, 5)]
+    batches = [micro_batch(0, 2), micro_batch(1, 3)]
     for batch, hidden in zip(batches, sent, strict=True):
-        receiver.post(batch, tuple(hidden.shape))
-        receiver.post(batch, tuple(hidden.shape))  # a second time changes nothing
+        receiver.post_receive(batch, tuple(hidden.shape))
+        receiver.post_receive(batch, tuple(hidden.shape))  # a second time changes nothing
     for batch, hidden in zip(batches, sent, strict=True):
-        assert torch.equal(receiver.take(batch), hidden)
+        assert torch.equal(receiver.wait(batch), hidden)
     sender.flush()
 
 
@@ -134,7 +138,7 @@ def test_no_more_messages_are_under_way_than_the_cost_model_reserves(monkeypatch
     monkeypatch.setattr(channels, "dist", fake)
     channel = ActivationChannel(None, 1, torch.float32, torch.device("cpu"))
     for index in range(10):
-        channel.give(torch.tensor(index))
+        channel.send(torch.tensor(index))
     under_way = 0
     for kind, _ in log:
         under_way += 1 if kind == "send" else -1

@@ -8,8 +8,8 @@ from pipeline_cases import LAYERS, Case, make_plan
 from test_finish import prompts_of
 from test_oom_split import greedy
 
-from ds_llmpq.engine.sampling import GREEDY, RowSampling
-from ds_llmpq.engine.wave import Wave, WaveRow
+from ds_llmpq.scheduler.request_group import RequestGroup, Sequence
+from ds_llmpq.scheduler.sampling_params import GREEDY, RowSampling
 
 LIMIT = 12
 
@@ -20,13 +20,13 @@ def test_from_any_of_their_tokens(ranks, checkpoint_of, stages):
     path, rng = checkpoint_of("llama"), random.Random(5)
     prompts = prompts_of([6, 3, 9, 4, 2, 7, 5, 8])
     rows = [
-        WaveRow(key, prompt, LIMIT, RowSampling(0.9, 0.95, 20, seed=40 + key) if key % 2 else GREEDY)
+        Sequence(key, prompt, LIMIT, RowSampling(0.9, 0.95, 20, seed=40 + key) if key % 2 else GREEDY)
         for key, prompt in enumerate(prompts)
     ]
     plan = make_plan(path, stages, micro_batch=(3, 2), workload=(4, 9, LIMIT))
 
     def served(rows):
-        [out] = ranks.run(Case(path, plan, (Wave(tuple(rows), 4, 9 + LIMIT, joins=True),)))
+        [out] = ranks.run(Case(path, plan, (RequestGroup(tuple(rows), 4, 9 + LIMIT, joins=True),)))
         return out
 
     quiet = served(rows).tokens()
@@ -47,8 +47,8 @@ def test_the_driver_is_told_of_each_token_of_rows_that_go_on(ranks, checkpoint_o
     path = checkpoint_of("llama")
     prompts = prompts_of([3, 5, 4])
     plan = make_plan(path, [(0, 2), (2, LAYERS)], micro_batch=(3, 2), workload=(2, 9, LIMIT))
-    rows = tuple(WaveRow(key, prompt, (1, 4, LIMIT)[key]) for key, prompt in enumerate(prompts))
-    [out] = ranks.run(Case(path, plan, (Wave(rows, 2, 9 + LIMIT, joins=True),)))
+    rows = tuple(Sequence(key, prompt, (1, 4, LIMIT)[key]) for key, prompt in enumerate(prompts))
+    [out] = ranks.run(Case(path, plan, (RequestGroup(rows, 2, 9 + LIMIT, joins=True),)))
     told = next(rank["told"] for rank in out.ranks if rank["told"] is not None)
     for key, tokens in enumerate(out.tokens()):
         assert [token for row, token in told if row == key] == tokens[:-1]

@@ -7,10 +7,11 @@ import pytest
 import torch
 from pipeline_cases import LAYERS, QUANT, VARIANTS, Case, Draw, make_plan, reference
 
-from ds_llmpq.engine.sequences import Finish
-from ds_llmpq.engine.wave import Wave, WaveRow
-from ds_llmpq.quant.kernels import CACHE_BLOCK, KERNELS, rounded_up
+from ds_llmpq.integers import round_up
+from ds_llmpq.quant.kernels import CACHE_BLOCK, KERNELS
 from ds_llmpq.quant.torch_cpu import computes_in_bfloat16
+from ds_llmpq.scheduler.request_group import RequestGroup, Sequence
+from ds_llmpq.scheduler.slot_table import Finish
 
 needs_openvino = pytest.mark.skipif(
     not importlib.util.find_spec("openvino") or not computes_in_bfloat16(),
@@ -31,21 +32,21 @@ def refilled(path, stages, bits=None):
     draw = Draw(seed=len(str(path.name)))
     answers = [1, 40, 3, 17, 9, 30, 2, 5, 21, 12, 7]
     rows = tuple(
-        WaveRow(key, draw.prompt(1 + 7 * key % PROMPT), answer, ignore_eos=True) for key, answer in enumerate(answers)
+        Sequence(key, draw.prompt(1 + 7 * key % PROMPT), answer, ignore_eos=True) for key, answer in enumerate(answers)
     )
-    capacity = rounded_up(PROMPT + GENERATED, CACHE_BLOCK)
-    wave = Wave(rows, SLOTS, capacity, joins=True)
-    return Case(path, graph_plan(path, stages, bits), (wave,), logits=True, label=path.name)
+    capacity = round_up(PROMPT + GENERATED, CACHE_BLOCK)
+    group = RequestGroup(rows, SLOTS, capacity, joins=True)
+    return Case(path, graph_plan(path, stages, bits), (group,), logits=True, label=path.name)
 
 
 def errors(case, outcome, bits=()):
     """Root mean squares of what the pipeline's logits, and those of transformers in bfloat16, are off from float32."""
     ours, theirs = [], []
-    texts = [row.prompt + tuple(tokens) for row, tokens in zip(case.waves[0].rows, outcome.tokens(), strict=True)]
+    texts = [row.prompt + tuple(tokens) for row, tokens in zip(case.groups[0].sequences, outcome.tokens(), strict=True)]
     rounded = [reference(case.path, bits, "bfloat16").logits(text) for text in texts]
     exact = [reference(case.path, bits).logits(text) for text in texts]
     for row, generated, values in outcome.stage(len(case.plan.stages) - 1)["logits"]:
-        at = len(case.waves[0].rows[row].prompt) - 1 + generated
+        at = len(case.groups[0].sequences[row].prompt) - 1 + generated
         ours.append(torch.tensor(values) - exact[row][at])
         theirs.append(rounded[row][at] - exact[row][at])
     assert len(ours) == sum(map(len, outcome.tokens()))
@@ -58,7 +59,7 @@ def test_logits_are_as_near_to_float32_as_transformers_own(ranks, checkpoint_of,
     """Measured: 0.80 to 1.07 times the error of transformers in bfloat16."""
     cases = [refilled(checkpoint_of(variant), stages) for variant in FAMILY]
     for case, outcome in zip(cases, ranks.run(*cases), strict=True):
-        assert [len(tokens) for tokens in outcome.tokens()] == [row.max_tokens for row in case.waves[0].rows]
+        assert [len(tokens) for tokens in outcome.tokens()] == [row.max_tokens for row in case.groups[0].sequences]
         assert set(outcome.finish()) == {Finish.LENGTH}
         ours, theirs = errors(case, outcome)
         assert ours < 1.4 * theirs, case.label
@@ -80,8 +81,8 @@ def test_answers_that_outgrow_their_blocks_come_again(ranks, checkpoint_of):
     """Slots of 40 positions are two blocks; the answers need four."""
     path = checkpoint_of("llama")
     draw = Draw(seed=1)
-    rows = tuple(WaveRow(key, draw.prompt(20), 100, ignore_eos=True) for key in range(2))
-    case = Case(path, graph_plan(path, [(0, LAYERS)]), (Wave(rows, 2, 40),), logits=True, label="overrun")
+    rows = tuple(Sequence(key, draw.prompt(20), 100, ignore_eos=True) for key in range(2))
+    case = Case(path, graph_plan(path, [(0, LAYERS)]), (RequestGroup(rows, 2, 40),), logits=True, label="overrun")
     [outcome] = ranks.run(case)
     assert [len(tokens) for tokens in outcome.tokens()] == [100, 100]
     ours, theirs = errors(case, outcome)

@@ -4,14 +4,14 @@ import pytest
 import torch
 from pipeline_cases import CLEAR_GAP, VARIANTS, Case, Draw, Outcome, make_plan, reference
 
-from ds_llmpq.engine.sequences import Finish
-from ds_llmpq.engine.wave import Wave, WaveRow
+from ds_llmpq.scheduler.request_group import RequestGroup, Sequence
+from ds_llmpq.scheduler.slot_table import Finish
 
 
 def check(case: Case, expected: list[list[int]], outcome: Outcome) -> None:
-    rows = [row for wave in case.waves for row in wave.rows]
-    found = [tokens for index in range(len(case.waves)) for tokens in outcome.tokens(index)]
-    finish = [code for index in range(len(case.waves)) for code in outcome.finish(index)]
+    rows = [row for group in case.groups for row in group.sequences]
+    found = [tokens for index in range(len(case.groups)) for tokens in outcome.tokens(index)]
+    finish = [code for index in range(len(case.groups)) for code in outcome.finish(index)]
     for row, tokens, code, wanted in zip(rows, found, finish, expected, strict=True):
         assert tokens == wanted, f"{case.label}, row {row.key}"
         stopped = wanted[-1] in case.eos and not row.ignore_eos
@@ -55,20 +55,20 @@ def test_a_low_bit_output_matrix_is_identical_to_hqq_s(ranks, checkpoint_of, sta
 
 def logits_case(path, dtype: str) -> Case:
     draw = Draw(seed=5)
-    wave = Wave(tuple(WaveRow(key, draw.prompt(30), 12) for key in range(4)))
+    group = RequestGroup(tuple(Sequence(key, draw.prompt(30), 12) for key in range(4)))
     plan = make_plan(path, [(0, 2), (2, 5)], micro_batch=(3, 4), workload=(4, 30, 12), dtype=dtype)
-    return Case(path, plan, (wave,), logits=True, label=f"{path.name} {dtype}")
+    return Case(path, plan, (group,), logits=True, label=f"{path.name} {dtype}")
 
 
 def differences(case: Case, outcome: Outcome, dtype: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """[samples, vocabulary] each: pipeline minus transformers in `dtype`, that minus transformers in float32, and the
     latter; transformers sees each row's prompt and the tokens that the pipeline generated, in one unpadded pass."""
     parts = []
-    texts = [row.prompt + tuple(tokens) for row, tokens in zip(case.waves[0].rows, outcome.tokens(), strict=True)]
+    texts = [row.prompt + tuple(tokens) for row, tokens in zip(case.groups[0].sequences, outcome.tokens(), strict=True)]
     rounded = [reference(case.path, (), dtype).logits(text) for text in texts]
     exact = [reference(case.path).logits(text) for text in texts]
     for row, generated, values in outcome.stage(1)["logits"]:
-        at = len(case.waves[0].rows[row].prompt) - 1 + generated
+        at = len(case.groups[0].sequences[row].prompt) - 1 + generated
         parts.append((torch.tensor(values) - rounded[row][at], rounded[row][at] - exact[row][at], exact[row][at]))
     assert len(parts) == sum(map(len, outcome.tokens()))
     return tuple(torch.stack(part) for part in zip(*parts, strict=True))

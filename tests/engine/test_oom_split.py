@@ -9,10 +9,10 @@ from pipeline_cases import LAYERS, Case, make_plan, reference
 from test_finish import prompts_of, rows_of
 
 from ds_llmpq.engine.oom_split import Parts
-from ds_llmpq.engine.sequences import Finish
-from ds_llmpq.engine.wave import Wave
 from ds_llmpq.launch.failures import ran_out
 from ds_llmpq.models.step import Step
+from ds_llmpq.scheduler.request_group import RequestGroup
+from ds_llmpq.scheduler.slot_table import Finish
 
 THREE = [(0, 2), (2, 3), (3, LAYERS)]
 
@@ -107,7 +107,7 @@ def test_the_same_tokens_with_less_memory(ranks, llama, short):
     """Any stage, or all of them to different degrees: in prefill, decode and with the head."""
     prompts = prompts_of([9, 4, 2, 7, 8, 1])
     plan = make_plan(llama, THREE, micro_batch=(6, 6), workload=(6, 9, 8))
-    [out] = ranks.run(Case(llama, plan, (Wave(rows_of(prompts, 8)),), room=short))
+    [out] = ranks.run(Case(llama, plan, (RequestGroup(rows_of(prompts, 8)),), room=short))
     assert out.tokens() == greedy(llama, prompts, 8)
     for stage in range(3):
         warned = out.stage(stage)["report"]["memory_warnings"]
@@ -118,7 +118,7 @@ def test_the_same_tokens_with_less_memory(ranks, llama, short):
 def test_decode_in_parts(ranks, llama):
     prompts = prompts_of([3, 2, 3, 1, 2])
     plan = make_plan(llama, THREE, micro_batch=(1, 5), workload=(5, 3, 9))
-    [out] = ranks.run(Case(llama, plan, (Wave(rows_of(prompts, 9)),), room={1: 3}))
+    [out] = ranks.run(Case(llama, plan, (RequestGroup(rows_of(prompts, 9)),), room={1: 3}))
     assert out.tokens() == greedy(llama, prompts, 9)
     [warning] = out.stage(1)["report"]["memory_warnings"]
     assert (warning["phase"], warning["rows"], warning["rows_now"]) == ("decode", 5, 2)
@@ -126,12 +126,12 @@ def test_decode_in_parts(ranks, llama):
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_a_prompt_longer_than_planned_harms_no_other(ranks, llama, stage):
-    """It ends as broken; a later wave in its slot is untouched."""
+    """It ends as broken; a later group in its slot is untouched."""
     prompts, later = prompts_of([4, 23, 3]), prompts_of([2, 5, 4], seed=3)
     plan = make_plan(llama, THREE, micro_batch=(3, 3), workload=(3, 5, 26))
-    case = Case(llama, plan, (Wave(rows_of(prompts, 6)), Wave(rows_of(later, 6))), room={stage: 20})
+    case = Case(llama, plan, (RequestGroup(rows_of(prompts, 6)), RequestGroup(rows_of(later, 6))), room={stage: 20})
     [out] = ranks.run(case)
-    assert out.finish(0) == [Finish.LENGTH, Finish.BROKEN, Finish.LENGTH]
+    assert out.finish(0) == [Finish.LENGTH, Finish.NAN_LOGITS, Finish.LENGTH]
     assert [out.tokens(0)[row] for row in (0, 2)] == greedy(llama, [prompts[0], prompts[2]], 6)
     assert out.tokens(1) == greedy(llama, later, 6)
     assert [warning["rows_now"] for warning in out.stage(stage)["report"]["memory_warnings"]] == [0]

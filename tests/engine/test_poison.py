@@ -9,9 +9,9 @@ from test_oom_split import THREE, greedy
 
 from ds_llmpq.engine.faults import Suspects, described, first_faults
 from ds_llmpq.engine.oom_split import Parts
-from ds_llmpq.engine.sampling import RowSampling
-from ds_llmpq.engine.sequences import Finish
-from ds_llmpq.engine.wave import Wave
+from ds_llmpq.scheduler.request_group import RequestGroup
+from ds_llmpq.scheduler.sampling_params import RowSampling
+from ds_llmpq.scheduler.slot_table import Finish
 
 ONE, TWO = [(0, LAYERS)], [(0, 2), (2, LAYERS)]
 PROMPTS = [6, 3, 9, 4, 2, 7, 5, 8]
@@ -30,14 +30,14 @@ def poisoned(path, stages, keys, poison, micro_batch=(4, 4), **case):
     entries = tuple(
         {"stage": stage, "keys": keys, "generated": after, "where": where} for stage, after, where in poison
     )
-    return Case(path, plan, (Wave(rows),), poison=entries, label=f"{len(stages)} {poison}", **case)
+    return Case(path, plan, (RequestGroup(rows),), poison=entries, label=f"{len(stages)} {poison}", **case)
 
 
 def check(out, path, keys, stage, phase, generated):
     wanted = greedy(path, prompts_of(PROMPTS), LIMIT)
     for row, (tokens, finish) in enumerate(zip(out.tokens(), out.finish(), strict=True)):
         if row in keys:
-            assert finish is Finish.BROKEN
+            assert finish is Finish.NAN_LOGITS
             assert tokens[:-1] == wanted[row][:generated]
         else:
             assert (finish, tokens) == (Finish.LENGTH, wanted[row])
@@ -84,13 +84,13 @@ def test_rows_that_come_later_are_served_from_the_same_slots(ranks, llama):
     """Twenty rows through four slots; the slots of the poisoned ones are used again."""
     prompts, bad = prompts_of([3 + key % 7 for key in range(20)]), [0, 1, 9]
     plan = make_plan(llama, TWO, micro_batch=(2, 2), workload=(4, 9, LIMIT))
-    wave = Wave(rows_of(prompts, LIMIT), 4, 9 + LIMIT, joins=True)
+    group = RequestGroup(rows_of(prompts, LIMIT), 4, 9 + LIMIT, joins=True)
     poison = ({"stage": 1, "keys": bad, "generated": 1},)
-    [out] = ranks.run(Case(llama, plan, (wave,), poison=poison))
+    [out] = ranks.run(Case(llama, plan, (group,), poison=poison))
     wanted = greedy(llama, prompts, LIMIT)
     for row, tokens in enumerate(out.tokens()):
         assert (row in bad) or tokens == wanted[row]
-    assert [row for row, finish in enumerate(out.finish()) if finish is Finish.BROKEN] == bad
+    assert [row for row, finish in enumerate(out.finish()) if finish is Finish.NAN_LOGITS] == bad
     assert sorted(out.faults()) == bad
 
 
@@ -117,9 +117,9 @@ def test_sound_rows_have_the_logits_of_a_quiet_run(ranks, llama, options):
 def test_sampled_rows(ranks, llama):
     sampling = RowSampling(0.9, top_p=0.9, seed=11)
     plan = make_plan(llama, TWO, micro_batch=(4, 4), workload=(8, 9, LIMIT))
-    wave = Wave(rows_of(prompts_of(PROMPTS), LIMIT, sampling=sampling))
+    group = RequestGroup(rows_of(prompts_of(PROMPTS), LIMIT, sampling=sampling))
     poison = ({"stage": 0, "keys": [4], "generated": LIMIT - 1},)
-    quiet, loud = ranks.run(Case(llama, plan, (wave,)), Case(llama, plan, (wave,), poison=poison))
+    quiet, loud = ranks.run(Case(llama, plan, (group,)), Case(llama, plan, (group,), poison=poison))
     assert quiet.tokens()[:4] + quiet.tokens()[5:] == loud.tokens()[:4] + loud.tokens()[5:]
 
 
@@ -135,12 +135,12 @@ def test_what_raises_for_every_row_is_not_blamed_on_rows(ranks, llama, stages, s
 @pytest.mark.parametrize("stages", [ONE, TWO])
 @pytest.mark.parametrize("generated", [0, 3])
 def test_stages_that_are_graphs(ranks, llama, stages, generated):
-    wave = Wave(rows_of(prompts_of(PROMPTS), LIMIT))
+    group = RequestGroup(rows_of(prompts_of(PROMPTS), LIMIT))
     plan = graph_plan(llama, stages, workload=(8, 9, LIMIT))
     for stage in range(len(stages)):
         poison = ({"stage": stage, "keys": [1, 4], "generated": generated, "where": "last layer"},)
-        quiet, out = ranks.run(Case(llama, plan, (wave,)), Case(llama, plan, (wave,), poison=poison))
-        assert [row for row, finish in enumerate(out.finish()) if finish is Finish.BROKEN] == [1, 4]
+        quiet, out = ranks.run(Case(llama, plan, (group,)), Case(llama, plan, (group,), poison=poison))
+        assert [row for row, finish in enumerate(out.finish()) if finish is Finish.NAN_LOGITS] == [1, 4]
         assert sorted(out.faults()) == [1, 4]
         for row in (0, 2, 3, 5, 6, 7):
             assert len(out.tokens()[row]) == LIMIT

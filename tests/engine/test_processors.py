@@ -10,10 +10,11 @@ from pipeline_cases import Case, make_plan
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from ds_llmpq.engine.processors import LogitsProcessors
-from ds_llmpq.engine.sampling import GREEDY, RowSampling, sample, uniform_draw
-from ds_llmpq.engine.sequences import Finish
-from ds_llmpq.engine.wave import Wave, WaveRow
+from ds_llmpq.engine.sampling import sample, uniform_draw
 from ds_llmpq.models.generation import Generation, generation_of
+from ds_llmpq.scheduler.request_group import RequestGroup, Sequence
+from ds_llmpq.scheduler.sampling_params import GREEDY, RowSampling
+from ds_llmpq.scheduler.slot_table import Finish
 
 PROMPTS = [(5, 9, 3, 5, 9), (17,), tuple(range(20, 32))]
 TOKENS = 14
@@ -68,7 +69,7 @@ def reference(folder, prompts=PROMPTS, tokens=TOKENS, **options) -> list[list[in
     return found
 
 
-def generated(folder, rows: list[WaveRow]) -> list[list[int]]:
+def generated(folder, rows: list[Sequence]) -> list[list[int]]:
     """The same with our processors and sampler on transformers' logits, all rows together."""
     model, defaults = loaded(folder), generation_of(folder)
     processors = LogitsProcessors(defaults)
@@ -90,8 +91,8 @@ def generated(folder, rows: list[WaveRow]) -> list[list[int]]:
     return tokens
 
 
-def rows_of(sampling=GREEDY, tokens=TOKENS) -> list[WaveRow]:
-    return [WaveRow(key, prompt, tokens, sampling) for key, prompt in enumerate(PROMPTS)]
+def rows_of(sampling=GREEDY, tokens=TOKENS) -> list[Sequence]:
+    return [Sequence(key, prompt, tokens, sampling) for key, prompt in enumerate(PROMPTS)]
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +151,7 @@ def test_a_row_admitted_again_goes_on_as_if_it_had_not_left(ending, tmp_path):
 
 
 def test_presence_and_frequency_penalties_count_generated_tokens():
-    row = WaveRow(0, (4, 4, 4), 9, RowSampling(presence_penalty=0.5, frequency_penalty=0.25))
+    row = Sequence(0, (4, 4, 4), 9, RowSampling(presence_penalty=0.5, frequency_penalty=0.25))
     processors = LogitsProcessors(Generation())
     processors.begin(0, row)
     logits = torch.zeros(1, 6)
@@ -161,15 +162,15 @@ def test_presence_and_frequency_penalties_count_generated_tokens():
 
 def test_rows_that_ask_for_nothing_are_left_alone():
     processors = LogitsProcessors(Generation())
-    processors.begin(0, WaveRow(0, (1, 2), 5))
+    processors.begin(0, Sequence(0, (1, 2), 5))
     logits = torch.randn(1, 8)
     assert processors(logits, [0], [[3]]) is logits
-    processors.begin(1, WaveRow(1, (1, 2), 5, RowSampling(repetition_penalty=2.0)))
+    processors.begin(1, Sequence(1, (1, 2), 5, RowSampling(repetition_penalty=2.0)))
     both = torch.randn(2, 8)
     found = processors(both, [0, 1], [[3], [3]])
     assert torch.equal(found[0], both[0])
     assert not torch.equal(found[1], both[1])
-    processors.begin(1, WaveRow(2, (1, 2), 5))  # the slot's next row
+    processors.begin(1, Sequence(2, (1, 2), 5))  # the slot's next row
     assert processors(both, [0, 1], [[3], [3]]) is both
 
 
@@ -206,11 +207,13 @@ def test_the_pipeline_penalizes_rows_of_any_micro_batch_and_slot(ranks, ending, 
     wanted, eos = reference(folder), generation_of(folder).eos_token_ids
     plan = make_plan(folder, [(0, 2), (2, 3), (3, 5)], micro_batch=(2, 2), workload=(3, 16, 16))
     rows = tuple(rows_of())
-    whole = Case(folder, plan, (Wave(rows),), eos)
-    joined = Case(folder, plan, (Wave(rows[:2], 2, 30, joins=True), Wave(rows[2:], 2, 30, joins=True)), eos)
-    short = Case(folder, plan, (Wave(rows, 3, 18),), eos)
+    whole = Case(folder, plan, (RequestGroup(rows),), eos)
+    joined = Case(
+        folder, plan, (RequestGroup(rows[:2], 2, 30, joins=True), RequestGroup(rows[2:], 2, 30, joins=True)), eos
+    )
+    short = Case(folder, plan, (RequestGroup(rows, 3, 18),), eos)
     for outcome in ranks.run(whole, joined, short):
-        found = [tokens for wave in range(2) for tokens in outcome.tokens(wave)]
+        found = [tokens for group in range(2) for tokens in outcome.tokens(group)]
         again = [tokens for tokens in found if tokens]
         assert sorted(again) == sorted(wanted)
-        assert Finish.BROKEN not in outcome.finish()
+        assert Finish.NAN_LOGITS not in outcome.finish()

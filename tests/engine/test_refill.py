@@ -7,8 +7,8 @@ import pytest
 from pipeline_cases import LAYERS, Case, Draw, make_plan, reference
 from test_finish import POISON, greedy, poisoned, prompts_of, rows_of  # noqa: F401 -- a fixture
 
-from ds_llmpq.engine.sequences import Finish
-from ds_llmpq.engine.wave import Wave
+from ds_llmpq.scheduler.request_group import RequestGroup
+from ds_llmpq.scheduler.slot_table import Finish
 
 THREE = [(0, 2), (2, 3), (3, LAYERS)]
 
@@ -19,17 +19,17 @@ def llama(checkpoint_of):
 
 
 def joining(rows, count, slots, capacity):
-    """Waves of `count` rows of one shape, each joining the one before."""
+    """Groups of `count` rows of one shape, each joining the one before."""
     parts = (rows[start : start + count] for start in range(0, len(rows), count))
-    return tuple(Wave(part, slots, capacity, joins=True) for part in parts)
+    return tuple(RequestGroup(part, slots, capacity, joins=True) for part in parts)
 
 
-def flat(outcome, waves):
-    return [tokens for index in range(len(waves)) for tokens in outcome.tokens(index)]
+def flat(outcome, groups):
+    return [tokens for index in range(len(groups)) for tokens in outcome.tokens(index)]
 
 
 def test_random_streams_answer_as_one_at_a_time(ranks, llama):
-    """20 requests through few slots on 1 to 3 stages: cuts, ranks, micro-batches, patience and waves at random."""
+    """20 requests through few slots on 1 to 3 stages: cuts, ranks, micro-batches, patience and groups at random."""
     model, draw = reference(llama), Draw(7)
     rows = tuple(draw.row(key, model, longest=12, most=9) for key in range(20))
     wanted = [model.generate([row.prompt], row.max_tokens)[0] for row in rows]
@@ -44,11 +44,11 @@ def test_random_streams_answer_as_one_at_a_time(ranks, llama):
                 llama, draw.cuts(stages), None, draw.permutation(stages), (dice.randint(1, 4), dice.randint(1, 4)),
                 workload=(slots, 12, 12),
             )  # fmt: skip
-            waves = joining(rows, dice.randint(1, 9), slots, 24)
+            groups = joining(rows, dice.randint(1, 9), slots, 24)
             options = {"patience_rounds": dice.randint(0, 3), "batch_invariant": dice.random() < 0.3}
-            cases.append(Case(llama, plan, waves, eos, label=f"{stages} stages, seed {seed}", options=options))
+            cases.append(Case(llama, plan, groups, eos, label=f"{stages} stages, seed {seed}", options=options))
         for case, outcome in zip(cases, ranks.run(*cases), strict=True):
-            assert flat(outcome, case.waves) == wanted, case.label
+            assert flat(outcome, case.groups) == wanted, case.label
             [lengths] = outcome.ranks[0]["lengths"]
             assert sorted(map(tuple, lengths)) == sorted(
                 (len(row.prompt), len(tokens)) for row, tokens in zip(rows, wanted, strict=True)
@@ -58,10 +58,14 @@ def test_random_streams_answer_as_one_at_a_time(ranks, llama):
 def test_a_wave_of_another_shape_waits_for_the_end(ranks, llama):
     prompts = prompts_of([3, 4, 2, 9, 5])
     rows = rows_of(prompts, 5)
-    waves = (Wave(rows[:2], 2, 12, joins=True), Wave(rows[2:3], 2, 12, joins=True), Wave(rows[3:], 1, 24, joins=True))
+    groups = (
+        RequestGroup(rows[:2], 2, 12, joins=True),
+        RequestGroup(rows[2:3], 2, 12, joins=True),
+        RequestGroup(rows[3:], 1, 24, joins=True),
+    )
     plan = make_plan(llama, THREE, workload=(2, 6, 6))
-    [out] = ranks.run(Case(llama, plan, waves))
-    assert flat(out, waves) == greedy(llama, prompts, 5)
+    [out] = ranks.run(Case(llama, plan, groups))
+    assert flat(out, groups) == greedy(llama, prompts, 5)
     assert [len(lengths) for lengths in out.ranks[0]["lengths"]] == [3, 2]
 
 
@@ -70,9 +74,9 @@ def test_a_full_slot_hands_its_sequence_back(ranks, llama):
     model, draw = reference(llama), Draw(11)
     rows = tuple(draw.row(key, model, longest=5, most=10) for key in range(6))
     wanted = [model.generate([row.prompt], row.max_tokens)[0] for row in rows]
-    waves = joining(rows, 6, 3, 8)
-    assert any(row.positions > 9 for row in rows)
-    [out] = ranks.run(Case(llama, make_plan(llama, THREE, workload=(6, 8, 8)), waves))
+    groups = joining(rows, 6, 3, 8)
+    assert any(row.max_kv_tokens > 9 for row in rows)
+    [out] = ranks.run(Case(llama, make_plan(llama, THREE, workload=(6, 8, 8)), groups))
     assert out.tokens() == wanted
     assert sum(map(len, out.ranks[0]["lengths"])) > 6, "none came back"
 
@@ -83,10 +87,10 @@ def test_the_next_sequence_of_a_broken_one_s_slot_is_sound(ranks, poisoned):  # 
         path, prompts = poisoned[name], prompts_of([6, 3, 9, 4, 2, 7, 5, 8])
         rows = rows_of(prompts, [8, 3, 8, 2, 6, 3, 7, 5])
         bad = dataclasses.replace(rows[1], prompt=(POISON, *rows[1].prompt))
-        waves = joining((rows[0], bad, *rows[2:]), 8, 3, 20)
+        groups = joining((rows[0], bad, *rows[2:]), 8, 3, 20)
         plan = make_plan(path, THREE, micro_batch=(2, 3), workload=(3, 10, 10))
-        [out] = ranks.run(Case(path, plan, waves, options={"patience_rounds": 2}))
-        assert out.finish() == [Finish.LENGTH, Finish.BROKEN, *[Finish.LENGTH] * 6]
+        [out] = ranks.run(Case(path, plan, groups, options={"patience_rounds": 2}))
+        assert out.finish() == [Finish.LENGTH, Finish.NAN_LOGITS, *[Finish.LENGTH] * 6]
         for place, row in enumerate(rows):
             if place != 1:
                 assert out.tokens()[place] == greedy(path, [row.prompt], row.max_tokens)[0], f"{name} row {place}"

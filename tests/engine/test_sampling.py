@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from ds_llmpq.engine.sampling import GREEDY, RowSampling, sample, uniform_draw
+from ds_llmpq.engine.sampling import sample, uniform_draw
+from ds_llmpq.scheduler.sampling_params import GREEDY, RowSampling
 
 
 def allowed_probabilities(logits: list[float], row: RowSampling) -> dict[int, float]:

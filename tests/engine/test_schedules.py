@@ -10,10 +10,10 @@ import pytest
 from ds_llmpq.cost.memory import IN_FLIGHT_MESSAGES
 from ds_llmpq.engine import schedules
 from ds_llmpq.engine.schedules import OncePerBatch, StreamSchedule
-from ds_llmpq.engine.sequences import Finish, MicroBatch
-from ds_llmpq.engine.stream import Stream
-from ds_llmpq.engine.wave import Wave, WaveRow
-from ds_llmpq.scheduler.scheduler import PassSizes
+from ds_llmpq.scheduler.micro_batch import MicroBatch, MicroBatchLimits
+from ds_llmpq.scheduler.request_group import RequestGroup, Sequence
+from ds_llmpq.scheduler.slot_table import Finish
+from ds_llmpq.scheduler.stream import Stream
 
 
 class Line:
@@ -55,10 +55,12 @@ class Stage:
 
     def steps(self):
         """Yields before every instruction and, while one cannot go on, again and again."""
-        held_back = self.run.waves[0]
+        held_back = self.run.groups[0]
         self.asked = 1
         while held_back is not None:
-            self.stream = Stream(held_back, self.run.sizes, self.following, self.finished, self.poll, lambda *row: None)
+            self.stream = Stream(
+                held_back, self.run.limits, self.next_group, self.finished, self.poll, lambda *row: None
+            )
             for commands in StreamSchedule(self.stream, **self.place).steps():
                 for command in commands:
                     yield True
@@ -67,9 +69,9 @@ class Stage:
             held_back = self.stream.held_back
         self.done = True
 
-    def following(self):
+    def next_group(self):
         self.asked += 1
-        return self.run.waves[self.asked - 1] if self.asked <= len(self.run.waves) else None
+        return self.run.groups[self.asked - 1] if self.asked <= len(self.run.groups) else None
 
     def finished(self, row, tokens, finish):
         self.ended.append((row.key, len(tokens)))
@@ -77,7 +79,7 @@ class Stage:
     def execute(self, command) -> bool:
         return getattr(self, f"do_{type(command).__name__}")(**command.kwargs)
 
-    def do_TakeRequests(self):
+    def do_ReceiveRequests(self):
         """All together: nobody goes on before everybody has come."""
         if self.run.asking[self.index] < self.asked:
             self.run.asking[self.index] = self.asked
@@ -91,7 +93,7 @@ class Stage:
         self.early_posts += 1
         return True
 
-    def do_TakeActivation(self, batch):
+    def do_WaitActivation(self, batch):
         self.post(batch)
         message = self.run.activations[self.index - 1].take()
         if message is None:
@@ -107,7 +109,7 @@ class Stage:
     def do_DecodePass(self, batch):
         return self.compute("decode", batch)
 
-    def do_GiveActivation(self, batch):
+    def do_SendActivation(self, batch):
         line = self.run.activations[self.index]
         if len(line.sent) - line.delivered >= IN_FLIGHT_MESSAGES:
             return False
@@ -116,21 +118,21 @@ class Stage:
         return True
 
     def do_Sample(self, batch):
-        sequences = self.stream.sequences
+        table = self.stream.slots
         tokens, finish = [], []
         for slot in batch.slots:
             live = slot in batch.live
-            generated = len(sequences.generated[slot]) + 1 if live else 0
+            generated = len(table.generated[slot]) + 1 if live else 0
             tokens.append(generated)
-            finish.append(self.run.finish(sequences.rows[slot].key, generated) if live else Finish.RUNNING)
+            finish.append(self.run.finish(table.sequences[slot].key, generated) if live else Finish.RUNNING)
         for line in self.run.tokens:
             line.sent.append((tokens, finish))
             line.posted.append(None)
         self.stream.record(batch, tokens, finish)
         return True
 
-    def do_TakeTokens(self, slots):
-        while self.stream.sequences.awaited(slots):
+    def do_WaitTokens(self, slots):
+        while self.stream.slots.are_awaited(slots):
             if not self.take_tokens():
                 return False
         return True
@@ -165,27 +167,27 @@ class Run:
     def __init__(self, seed: int, stages: int):
         draw = self.random = random.Random(seed)
         self.ends = [draw.choice((1, 1, 2, draw.randint(1, 9))) for _ in range(draw.randint(1, 30))]
-        self.sizes = PassSizes(
+        self.limits = MicroBatchLimits(
             draw.randint(1, 5), draw.randint(1, 60), draw.randint(1, 4), draw.randint(0, 3), draw.random() < 0.2
         )
-        self.waves = self.cut(draw)
+        self.groups = self.cut(draw)
         self.asking = [0] * stages
         self.activations = [Line() for _ in range(stages - 1)]
         self.tokens = [Line() for _ in range(stages - 1)]
         self.stages = [Stage(index, stages, self) for index in range(stages)]
         self.speeds = [draw.choice((0.05, 1.0)) for _ in range(stages + 2 * len(self.tokens))]
 
-    def cut(self, draw) -> list[Wave]:
-        """Waves of some shapes, most of which join the one before."""
-        rows = [WaveRow(key, (1,) * draw.randint(1, 20), 9) for key in range(len(self.ends))]
-        waves, shape = [], (draw.randint(1, 7), 99)
+    def cut(self, draw) -> list[RequestGroup]:
+        """Groups of some shapes, most of which join the one before."""
+        rows = [Sequence(key, (1,) * draw.randint(1, 20), 9) for key in range(len(self.ends))]
+        groups, shape = [], (draw.randint(1, 7), 99)
         while rows:
             if draw.random() < 0.3:
                 shape = (draw.randint(1, 7), draw.choice((50, 99)))
             count = draw.randint(1, 9)
-            waves.append(Wave(tuple(rows[:count]), *shape, joins=draw.random() < 0.8))
+            groups.append(RequestGroup(tuple(rows[:count]), *shape, joins=draw.random() < 0.8))
             rows = rows[count:]
-        return waves
+        return groups
 
     def finish(self, key: int, generated: int) -> Finish:
         return Finish.LENGTH if generated >= self.ends[key] else Finish.RUNNING
@@ -224,36 +226,36 @@ def commands_of(schedule):
 
 
 def test_the_receive_of_the_next_prompts_is_posted_before_the_work_on_these():
-    batches = [MicroBatch(0, 2), MicroBatch(2, 3)]
+    batches = [MicroBatch(0, "prefill", (0, 1), (0, 1)), MicroBatch(1, "prefill", (2,), (2,))]
     first, second = commands_of(OncePerBatch(batches, stages=3, stage_id=1))
     assert first == [
-        schedules.TakeActivation, schedules.PostReceive, schedules.PrefillPass, schedules.GiveActivation
+        schedules.WaitActivation, schedules.PostReceive, schedules.PrefillPass, schedules.SendActivation
     ]  # fmt: skip
-    assert second == [schedules.TakeActivation, schedules.PrefillPass, schedules.GiveActivation]
+    assert second == [schedules.WaitActivation, schedules.PrefillPass, schedules.SendActivation]
     assert commands_of(OncePerBatch(batches, stages=3, stage_id=0))[0] == [
-        schedules.PrefillPass, schedules.GiveActivation
+        schedules.PrefillPass, schedules.SendActivation
     ]  # fmt: skip
     assert commands_of(OncePerBatch(batches, stages=3, stage_id=2))[1] == [
-        schedules.TakeActivation, schedules.PrefillPass, schedules.Sample
+        schedules.WaitActivation, schedules.PrefillPass, schedules.Sample
     ]  # fmt: skip
 
 
 def stream_of(rows, slots, sizes, poll=lambda: None):
-    wave = Wave(tuple(WaveRow(key, (1,), 9) for key in range(rows)), slots, 20)
-    return Stream(wave, sizes, lambda: None, lambda *ended: None, poll, lambda *row: None)
+    group = RequestGroup(tuple(Sequence(key, (1,), 9) for key in range(rows)), slots, 20)
+    return Stream(group, sizes, lambda: None, lambda *ended: None, poll, lambda *row: None)
 
 
 @pytest.mark.parametrize("known", [True, False])
 def test_a_receive_is_posted_ahead_only_for_a_pass_that_is_certain(known):
     """Two groups of one slot, both prefilled; the second one's token is known or not at the first one's pass."""
-    stream = stream_of(2, 2, PassSizes(2, 2, 1))
+    stream = stream_of(2, 2, MicroBatchLimits(2, 2, 1))
     stream.take_requests()
     steps = StreamSchedule(stream, stages=2, stage_id=1).steps()
     prefill = next(command for step in steps for command in step if isinstance(command, schedules.PrefillPass))
     slots = prefill.kwargs["batch"].slots
     stream.record(prefill.kwargs["batch"], [5] * 2, [0] * 2)
     if not known:
-        stream.sequences._awaited[slots[1]] = True
+        stream.slots._awaited[slots[1]] = True
     kinds = []
     for step in steps:
         kinds += [type(command) for command in step]

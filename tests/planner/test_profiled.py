@@ -1,4 +1,4 @@
-"""A profile in planning: its times and links reach the problem, and a plan can be played through."""
+"""A profile in planning: its times and links reach the problem, and a plan can be simulated through."""
 
 import dataclasses
 import random
@@ -16,7 +16,7 @@ from ds_llmpq.planner import evaluate
 from ds_llmpq.planner.build import prepare
 from ds_llmpq.planner.config import PlannerConfig, WorkloadConfig
 from ds_llmpq.planner.profiled import profiled_costs
-from ds_llmpq.planner.simulation import play
+from ds_llmpq.planner.simulation import simulate_plan
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.packing import groups_of
 
@@ -116,10 +116,10 @@ def test_a_played_plan_is_close_to_its_formula(folder):
             StageAssignment(d, a, b, (16,) * (b - a)) for d, a, b in zip(devices, cuts, cuts[1:], strict=False)
         )
         assignment = Assignment(stages, generator.choice([1, 2, 4, 8]), generator.choice([1, 2, 4, 8]))
-        prediction, played = evaluate(problem, assignment), play(problem, assignment)
+        prediction, simulated = evaluate(problem, assignment), simulate_plan(problem, assignment)
         fill = sum(prediction.stage_prefill_seconds) + sum(prediction.stage_decode_seconds)
-        assert abs(played.latency_seconds - prediction.latency_seconds) <= 1.01 * fill
-        assert {event["name"] for event in played.chrome_events()} >= {"prefill", "decode"}
+        assert abs(simulated.latency_seconds - prediction.latency_seconds) <= 1.01 * fill
+        assert {event["name"] for event in simulated.chrome_events()} >= {"prefill", "decode"}
 
 
 def test_a_partial_micro_batch_counts_as_the_next_larger_candidate(folder):
@@ -127,7 +127,7 @@ def test_a_partial_micro_batch_counts_as_the_next_larger_candidate(folder):
     planner.micro_batches.prefill, planner.micro_batches.decode = [3, 8], [8]
     costs_of, here = profiled_costs(planner, QUANT, cluster(2), SHAPE, "auto", "dequantize")
     problem = prepare(here, SHAPE, WORKLOAD, QUANT, planner, costs_of=costs_of).problem
-    played = play(problem, Assignment((StageAssignment("localhost:0", 0, 6, (16,) * 6),), 3, 8))
-    prefill = [span.seconds for span in played.spans if span.name == "prefill"]
+    simulated = simulate_plan(problem, Assignment((StageAssignment("localhost:0", 0, 6, (16,) * 6),), 3, 8))
+    prefill = [span.seconds for span in simulated.spans if span.name == "prefill"]
     assert len(prefill) == 3  # 3 + 3 + 2 rows
     assert prefill[0] == prefill[2]

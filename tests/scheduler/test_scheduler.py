@@ -1,34 +1,39 @@
-"""The order of passes against what it promises, on random sequences."""
+"""The order of micro-batches against what it promises, on random sequences."""
 
 from collections import Counter
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ds_llmpq.scheduler.scheduler import PassOrder, PassSizes
+from ds_llmpq.scheduler.micro_batch import MicroBatchLimits
+from ds_llmpq.scheduler.scheduler import Scheduler
 
 LENGTHS = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 8)), max_size=25)
-SIZES = st.builds(PassSizes, st.integers(1, 5), st.integers(1, 60), st.integers(1, 4), st.integers(0, 4), st.booleans())
+LIMITS = st.builds(
+    MicroBatchLimits, st.integers(1, 5), st.integers(1, 60), st.integers(1, 4), st.integers(0, 4), st.booleans()
+)
 
 
 class Player:
-    """Runs an order to its end; a pass's tokens are known at once. Notes each visit's passes."""
+    """Runs a scheduler to its end; a micro-batch's tokens are known at once. Notes what each visit leads to."""
 
-    def __init__(self, lengths, slots, sizes, added=None):
-        self.order, self.lengths = PassOrder(slots, sizes), lengths
+    def __init__(self, lengths, slots, limits, added=None):
+        self.scheduler, self.lengths = Scheduler(slots, limits), lengths
         self.holds, self.tokens = {}, Counter()
         self.visits = []
         for start, stop in added or [(0, len(lengths))]:
-            self.order.add(prompt for prompt, _ in lengths[start:stop])
-            most_waiting = 0 if stop == len(lengths) else self.order.waiting // 2
-            while self.order.upcoming() is not None and (stop == len(lengths) or self.order.waiting > most_waiting):
+            self.scheduler.add(prompt for prompt, _ in lengths[start:stop])
+            most_waiting = 0 if stop == len(lengths) else self.scheduler.waiting // 2
+            while self.scheduler.next_group() is not None and (
+                stop == len(lengths) or self.scheduler.waiting > most_waiting
+            ):
                 self.visit()
 
     def visit(self):
-        group, needed = self.order.upcoming(), self.order.needed()
-        assert set(needed) <= set(group)
-        ended = [slot for slot in needed if self.ended(slot)]
-        passes = self.order.decide(self.ended)
+        group, pending = self.scheduler.next_group(), self.scheduler.pending_slots()
+        assert set(pending) <= set(group)
+        ended = [slot for slot in pending if self.ended(slot)]
+        passes = self.scheduler.schedule(self.ended)
         for slot in ended:
             if slot not in {s for batch in passes for s in batch.slots if batch.phase == "prefill"}:
                 del self.holds[slot]
@@ -51,61 +56,61 @@ class Player:
         return [batch for _, passes in self.visits for batch in passes if batch.phase == phase]
 
 
-@given(LENGTHS, st.integers(1, 9), SIZES, st.integers(0, 25))
-def test_every_sequence_is_admitted_once_in_order_and_runs_to_its_end(lengths, slots, sizes, cut):
+@given(LENGTHS, st.integers(1, 9), LIMITS, st.integers(0, 25))
+def test_every_sequence_is_admitted_once_in_order_and_runs_to_its_end(lengths, slots, limits, cut):
     cut = min(cut, len(lengths))
-    player = Player(lengths, slots, sizes, [(0, cut), (cut, len(lengths))])
+    player = Player(lengths, slots, limits, [(0, cut), (cut, len(lengths))])
     assert [number for batch in player.passes("prefill") for number in batch.sequences] == list(range(len(lengths)))
     assert [player.tokens[number] for number in range(len(lengths))] == [generated for _, generated in lengths]
-    assert player.order.waiting == player.order.occupied == 0
+    assert player.scheduler.waiting == player.scheduler.occupied == 0
     numbers = [batch.number for _, passes in player.visits for batch in passes]
     assert numbers == list(range(1, len(numbers) + 1))
 
 
-@given(LENGTHS, st.integers(1, 9), SIZES)
-def test_passes_keep_their_bounds(lengths, slots, sizes):
-    player = Player(lengths, slots, sizes)
+@given(LENGTHS, st.integers(1, 9), LIMITS)
+def test_passes_keep_their_bounds(lengths, slots, limits):
+    player = Player(lengths, slots, limits)
     for batch in player.passes("prefill"):
         longest = max(lengths[number][0] for number in batch.sequences)
-        assert batch.size == 1 or (batch.size <= sizes.prefill_rows and batch.size * longest <= sizes.prefill_tokens)
-        assert batch.size == 1 or not sizes.fixed
+        assert batch.size == 1 or (batch.size <= limits.prefill_rows and batch.size * longest <= limits.prefill_tokens)
+        assert batch.size == 1 or not limits.batch_invariant
     for group, passes in player.visits:
         decode = [batch for batch in passes if batch.phase == "decode"]
         assert len(decode) <= 1
         for batch in decode:
             assert set(batch.live) <= set(batch.slots) <= set(group)
             assert batch.slots == tuple(range(batch.slots[0], batch.slots[-1] + 1)), "a slice of the cache"
-            if sizes.fixed:
+            if limits.batch_invariant:
                 assert batch.slots == tuple(group)
             else:
                 assert {batch.slots[0], batch.slots[-1]} <= set(batch.live)
 
 
-@given(LENGTHS, st.integers(1, 9), SIZES)
-def test_no_slot_stays_free_for_long_while_sequences_wait(lengths, slots, sizes):
+@given(LENGTHS, st.integers(1, 9), LIMITS)
+def test_no_slot_stays_free_for_long_while_sequences_wait(lengths, slots, limits):
     """From a slot's becoming free to its next prefill: at most so many visits of each group, and one that frees it."""
-    order, tokens = PassOrder(slots, sizes), Counter()
-    order.add(prompt for prompt, _ in lengths)
+    scheduler, tokens = Scheduler(slots, limits), Counter()
+    scheduler.add(prompt for prompt, _ in lengths)
     holds, free_since, visit = {}, dict.fromkeys(range(slots), 0), 0
-    while order.upcoming() is not None:
+    while scheduler.next_group() is not None:
         visit += 1
-        ended = [slot for slot in order.needed() if tokens[holds[slot]] >= lengths[holds[slot]][1]]
-        passes = order.decide(ended.__contains__)
+        ended = [slot for slot in scheduler.pending_slots() if tokens[holds[slot]] >= lengths[holds[slot]][1]]
+        passes = scheduler.schedule(ended.__contains__)
         free_since |= dict.fromkeys(ended, visit)
         for batch in passes:
             for slot, sequence in zip(batch.slots, batch.sequences, strict=False):
                 holds[slot] = sequence
                 free_since.pop(slot)
             tokens.update(holds[slot] for slot in batch.live)
-        if order.waiting:
+        if scheduler.waiting:
             for since in free_since.values():
-                assert visit - since <= sizes.patience_rounds * len(order.groups)
+                assert visit - since <= limits.patience_rounds * len(scheduler.groups)
 
 
 def test_a_sequence_joins_its_group_a_round_after_its_prefill():
     """Three groups of one slot. The slot of group 0 is refilled at its visit; groups 1 and 2 have their passes before
     anybody waits for its first token."""
-    player = Player([(1, 2), (1, 9), (1, 9), (1, 9)], 3, PassSizes(3, 3, 1, patience_rounds=0))
+    player = Player([(1, 2), (1, 9), (1, 9), (1, 9)], 3, MicroBatchLimits(3, 3, 1, patience_rounds=0))
     seen = [[(batch.phase, batch.slots) for batch in passes] for _, passes in player.visits]
     refill = next(i for i, passes in enumerate(seen) if ("prefill", (0,)) in passes and i > 0)
     assert seen[refill : refill + 4] == [

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from ds_llmpq.cost.memory import IN_FLIGHT_MESSAGES
 from ds_llmpq.planner.objective import decode_time, prefill_time
-from ds_llmpq.scheduler.scheduler import PassOrder, PassSizes
+from ds_llmpq.scheduler.micro_batch import MicroBatchLimits
+from ds_llmpq.scheduler.scheduler import Scheduler
 from ds_llmpq.scheduler.simulator import UniformTimes, simulate
 
 SECONDS = st.floats(0.001, 1.0)
@@ -152,19 +153,19 @@ class Decider:
     """One stage's own view: its passes with their new tokens and cached tokens."""
 
     def __init__(self, lengths, slots, sizes):
-        self.lengths, self.order = lengths, PassOrder(slots, sizes)
-        self.order.add(prompt for prompt, _ in lengths)
+        self.lengths, self.scheduler = lengths, Scheduler(slots, sizes)
+        self.scheduler.add(prompt for prompt, _ in lengths)
         self.sequence, self.began, self.passed = [0] * slots, [0] * slots, [0] * slots
 
     def needed(self):
-        return None if self.order.upcoming() is None else self.order.needed()
+        return None if self.scheduler.next_group() is None else self.scheduler.pending_slots()
 
     def knows(self, known, slots):
         return all(known[slot] == self.passed[slot] for slot in slots)
 
     def decide(self):
         found = []
-        for batch in self.order.decide(lambda slot: self.tokens(slot) == self.lengths[self.sequence[slot]][1]):
+        for batch in self.scheduler.schedule(lambda slot: self.tokens(slot) == self.lengths[self.sequence[slot]][1]):
             for slot, sequence in zip(batch.slots, batch.sequences, strict=False):
                 self.sequence[slot], self.began[slot] = sequence, self.passed[slot]
             prompts = [self.lengths[self.sequence[slot]][0] for slot in batch.live]
@@ -191,12 +192,12 @@ class Decider:
 )
 def test_simulation_is_the_step_by_step_reference(stages, seed, lengths, slots, eta, xi, patience, fixed):
     times = VariedTimes(stages, seed)
-    sizes = PassSizes(eta, 9 * eta, xi, patience, fixed)
-    played = simulate(times, lengths, slots, sizes)
+    sizes = MicroBatchLimits(eta, 9 * eta, xi, patience, fixed)
+    simulated = simulate(times, lengths, slots, sizes)
     # the reference notes the last tokens; a first stage with nothing more to hear ends there too
-    assert played.latency_seconds == pytest.approx(Reference(times, lengths, slots, sizes).run())
-    assert max(played.last_token_seconds) == played.latency_seconds
-    assert min(played.last_token_seconds) > 0
+    assert simulated.latency_seconds == pytest.approx(Reference(times, lengths, slots, sizes).run())
+    assert max(simulated.last_token_seconds) == simulated.latency_seconds
+    assert min(simulated.last_token_seconds) > 0
 
 
 def formula(times, eta_count, xi_count, generated):
@@ -221,48 +222,50 @@ def test_simulation_and_formula_agree_on_uniform_workloads(stages, data, m_p, m_
         links = [[0.0], [0.0]]
     times = UniformTimes(prefill, decode, links[0], links[1])
     rows = 12 * m_p * m_d
-    played = simulate(times, [(3, generated)] * rows, rows, PassSizes(rows // m_p, 3 * rows, rows // m_d))
+    simulated = simulate(times, [(3, generated)] * rows, rows, MicroBatchLimits(rows // m_p, 3 * rows, rows // m_d))
     expected_prefill, expected_decode = formula(times, m_p, m_d, generated)
     expected = expected_prefill + expected_decode
     trip = sum(decode) + sum(links[1])
     drain = sum(prefill) + sum(links[0])
     first_round = max(trip, m_d * max(*decode, *links[1]))
     held_up = (generated - 1) * m_d * links[1][0] if m_d <= stages else 0.0
-    assert expected - drain - first_round <= played.latency_seconds <= expected + trip + held_up + 1e-9
+    assert expected - drain - first_round <= simulated.latency_seconds <= expected + trip + held_up + 1e-9
 
 
 def test_one_micro_batch_is_the_formula_exactly():
     times = UniformTimes([0.2, 0.5, 0.3], [0.02, 0.05, 0.03], [0.01] * 3, [0.004] * 3)
     # prefill's tokens go back as decode's do
-    played = simulate(times, [(4, 9)] * 6, 6, PassSizes(6, 24, 6))
-    assert played.first_tokens_seconds == pytest.approx(1.0 + 0.02 + 0.004)
-    assert played.latency_seconds == pytest.approx(1.024 + 8 * (0.1 + 0.012))
+    simulated = simulate(times, [(4, 9)] * 6, 6, MicroBatchLimits(6, 24, 6))
+    assert simulated.first_tokens_seconds == pytest.approx(1.0 + 0.02 + 0.004)
+    assert simulated.latency_seconds == pytest.approx(1.024 + 8 * (0.1 + 0.012))
 
 
 def test_groups_drop_out():
     times = UniformTimes([1.0], [1.0], [0.0], [0.0])
-    played = simulate(times, [(1, 1), (1, 3), (1, 5)], 3, PassSizes(3, 3, 1))
-    assert played.latency_seconds == pytest.approx(1 + 0 + 2 + 4)
-    assert (played.busy_seconds(0), played.busy_seconds(0, "prefill")) == (7.0, 1.0)
+    simulated = simulate(times, [(1, 1), (1, 3), (1, 5)], 3, MicroBatchLimits(3, 3, 1))
+    assert simulated.latency_seconds == pytest.approx(1 + 0 + 2 + 4)
+    assert (simulated.busy_seconds(0), simulated.busy_seconds(0, "prefill")) == (7.0, 1.0)
 
 
 def test_a_freed_slot_takes_the_next_sequence():
     """Two slots in groups of their own; one long sequence, and short ones that follow each other beside it."""
     times = UniformTimes([1.0], [1.0], [0.0], [0.0])
     lengths = [(1, 9), (1, 3), (1, 3), (1, 3)]
-    played = simulate(times, lengths, 2, PassSizes(1, 1, 1))
-    assert played.latency_seconds == 4 + (9 - 1) + 3 * (3 - 1), "a stage of its own is never idle"
-    static = [simulate(times, part, 2, PassSizes(1, 1, 1)).latency_seconds for part in (lengths[:2], lengths[2:])]
-    assert sum(static) == played.latency_seconds, "one stage gains nothing but full micro-batches"
-    together = simulate(times, lengths, 2, PassSizes(1, 1, 2, patience_rounds=0))
+    simulated = simulate(times, lengths, 2, MicroBatchLimits(1, 1, 1))
+    assert simulated.latency_seconds == 4 + (9 - 1) + 3 * (3 - 1), "a stage of its own is never idle"
+    static = [
+        simulate(times, part, 2, MicroBatchLimits(1, 1, 1)).latency_seconds for part in (lengths[:2], lengths[2:])
+    ]
+    assert sum(static) == simulated.latency_seconds, "one stage gains nothing but full micro-batches"
+    together = simulate(times, lengths, 2, MicroBatchLimits(1, 1, 2, patience_rounds=0))
     assert together.latency_seconds < sum(static)
 
 
 def test_chrome_events_do_not_overlap_on_a_stage():
     times = VariedTimes(3, 5)
     lengths = list(zip([3] * 6, [4, 2, 6, 1, 3, 5], strict=True))
-    played = simulate(times, lengths, 4, PassSizes(2, 6, 3))
+    simulated = simulate(times, lengths, 4, MicroBatchLimits(2, 6, 3))
     for stage in range(3):
-        events = sorted((e["ts"], e["dur"]) for e in played.chrome_events() if e["pid"] == stage)
+        events = sorted((e["ts"], e["dur"]) for e in simulated.chrome_events() if e["pid"] == stage)
         for (start, seconds), (following, _) in itertools.pairwise(events):
             assert start + seconds <= following + 1e-6

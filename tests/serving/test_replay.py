@@ -46,8 +46,8 @@ def replay_of(arrivals, answers, policy, tokens=None):
     return found, clock
 
 
-def keys(wave):
-    return [row.key for row in wave.rows]
+def keys(group):
+    return [row.key for row in group.sequences]
 
 
 @pytest.mark.parametrize(
@@ -56,14 +56,14 @@ def keys(wave):
 )
 def test_the_policy_picks_among_those_that_have_come(policy, tokens, first):
     replay, clock = replay_of([0.0, 0.0, 0.0, 0.0, 50.0], [12, 4, 8, 2, 1], policy, [*tokens, 1] if tokens else None)
-    wave = replay.take()
-    assert keys(wave) == first
-    assert (wave.shape, wave.joins, wave.live) == ((2, 16), True, True)
+    group = replay.take()
+    assert keys(group) == first
+    assert (group.shape, group.joins, group.live) == ((2, 16), True, True)
     clock.room = 1
     assert len(keys(replay.take())) == 1
     assert len(keys(replay.take())) == 1
     empty = replay.take()
-    assert (empty.rows, empty.live, empty.shape) == ((), True, (2, 16)), "the last one has not come"
+    assert (empty.sequences, empty.live, empty.shape) == ((), True, (2, 16)), "the last one has not come"
     clock.now += 60
     assert keys(replay.take()) == [4]
     assert replay.take() is None

@@ -22,7 +22,7 @@ from ds_llmpq.models.config import ModelConfig
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.models.tokenizer import load_tokenizer
 from ds_llmpq.planner.config import WorkloadConfig
-from ds_llmpq.serving.admission import Feed
+from ds_llmpq.scheduler.admission import AdmissionQueue
 from ds_llmpq.serving.ordering import expected
 from ds_llmpq.serving.workload import sized_workload
 
@@ -81,7 +81,9 @@ def test_with_a_predictor_all_but_the_admission_s_share_fit(file, predictor, adm
     found, rows = sized(file, batch), prepared_of(file)
     believed = expected(rows, batch)
     assert found.generated_tokens < 0.7 * LIMIT
-    feed = Feed(rows, believed.bounds, found.sequences, found.prompt_tokens + found.generated_tokens, refill=True)
+    feed = AdmissionQueue(
+        rows, believed.bounds, found.sequences, found.prompt_tokens + found.generated_tokens, refill=True
+    )
     longer = [
         each.prompt_tokens + bound > feed.row_positions for each, bound in zip(rows, believed.bounds, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""A wave: requests that the driver hands to every stage together."""
+"""A sequence, and a request group: sequences that the driver hands to every stage together."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from ds_llmpq.engine.sampling import GREEDY, RowSampling
+from ds_llmpq.scheduler.sampling_params import GREEDY, RowSampling
 
 
 @dataclass(frozen=True)
-class WaveRow:
+class Sequence:
     """One request as the engine sees it; `key` is the driver's own name for it.
 
     `generated`: tokens it has already, from an earlier admission that its slot was too short for.
@@ -26,33 +26,33 @@ class WaveRow:
     generated: tuple[int, ...] = ()
 
     @property
-    def known(self) -> tuple[int, ...]:
-        """The tokens that prefill runs over."""
+    def prefill_tokens(self) -> tuple[int, ...]:
+        """The tokens that prefill runs over: the prompt, and what was generated before."""
         return self.prompt + self.generated
 
     @property
-    def positions(self) -> int:
-        """Cache positions it needs at most; its last token's is never read."""
+    def max_kv_tokens(self) -> int:
+        """Positions of the KV cache it needs at most; its last token's is never read."""
         return len(self.prompt) + self.max_tokens
 
 
 @dataclass(frozen=True)
-class Wave:
-    """`slots` (0: one a row) of `capacity` cache positions (0: as many as the longest row needs) that the rows pass
-    through. A wave that `joins` follows one of the same shape without a gap, its rows taking slots as they become free;
-    else it starts when the wave before has ended. `live`: requests may come at any time, so the driver is asked when a
-    slot is free; a wave without rows then means that none has come.
+class RequestGroup:
+    """`slots` (0: one a sequence) of `capacity` cache positions (0: as many as the longest needs) that the sequences
+    pass through. A group that `joins` follows one of the same shape without a gap, its sequences taking slots as they
+    become free; else it starts when the group before has ended. `live`: requests may come at any time, so the driver is
+    asked when a slot is free; a group without sequences then means that none has come.
     """
 
-    rows: tuple[WaveRow, ...]
+    sequences: tuple[Sequence, ...]
     slots: int = 0
     capacity: int = 0
     joins: bool = False
     live: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "slots", self.slots or len(self.rows))
-        longest = max((row.positions for row in self.rows), default=0)
+        object.__setattr__(self, "slots", self.slots or len(self.sequences))
+        longest = max((each.max_kv_tokens for each in self.sequences), default=0)
         object.__setattr__(self, "capacity", self.capacity or longest)
 
     @property
@@ -61,24 +61,24 @@ class Wave:
 
     def to_bytes(self) -> bytes:
         """A JSON header's length, the header, then all prompts as 32-bit integers."""
-        rows = [asdict(row) | {"prompt": len(row.prompt)} for row in self.rows]
+        rows = [asdict(each) | {"prompt": len(each.prompt)} for each in self.sequences]
         fields = {"rows": rows, "slots": self.slots, "capacity": self.capacity, "joins": self.joins}
         fields["live"] = self.live
         header = json.dumps(fields).encode()
-        prompts = np.array([token for row in self.rows for token in row.prompt], dtype="<i4")
+        prompts = np.array([token for each in self.sequences for token in each.prompt], dtype="<i4")
         return len(header).to_bytes(8, "little") + header + prompts.tobytes()
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Wave:
+    def from_bytes(cls, data: bytes) -> RequestGroup:
         end = 8 + int.from_bytes(data[:8], "little")
-        wave = json.loads(data[8:end])
+        group = json.loads(data[8:end])
         prompts = np.frombuffer(data[end:], dtype="<i4").tolist()
         rows, start = [], 0
-        for fields in wave["rows"]:
+        for fields in group["rows"]:
             stop = start + fields["prompt"]
             fields["prompt"] = tuple(prompts[start:stop])
             fields["sampling"] = RowSampling(**fields["sampling"])
             fields["stop"], fields["generated"] = tuple(fields["stop"]), tuple(fields["generated"])
-            rows.append(WaveRow(**fields))
+            rows.append(Sequence(**fields))
             start = stop
-        return cls(tuple(rows), wave["slots"], wave["capacity"], wave["joins"], wave["live"])
+        return cls(tuple(rows), group["slots"], group["capacity"], group["joins"], group["live"])

@@ -4,20 +4,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ds_llmpq.engine.sequences import Finish, Sequences, prefill_micro_batches
-from ds_llmpq.engine.wave import WaveRow
-from ds_llmpq.scheduler.scheduler import Pass
+from ds_llmpq.scheduler.micro_batch import MicroBatch, cut_prefill
+from ds_llmpq.scheduler.request_group import Sequence
+from ds_llmpq.scheduler.slot_table import Finish, SlotTable
 
 
 def passing(slots, live=None):
-    return Pass(1, "decode", tuple(slots), tuple(live or slots))
+    return MicroBatch(1, "decode", tuple(slots), tuple(live or slots))
 
 
 def of_rows(*prompt_tokens):
-    sequences = Sequences(len(prompt_tokens))
+    table = SlotTable(len(prompt_tokens))
     for slot, tokens in enumerate(prompt_tokens):
-        sequences.place(slot, WaveRow(slot, (1,) * tokens, 9))
-    return sequences
+        table.admit(slot, Sequence(slot, (1,) * tokens, 9))
+    return table
 
 
 def test_tokens_positions_and_finish():
@@ -28,14 +28,14 @@ def test_tokens_positions_and_finish():
     assert found.record(passing(range(3), [0, 2]), [20, 21, 22], [0, 2, 2]) == [2], "slot 1 only went along"
     assert found.generated == [[10, 20], [11], [12, 22]]
     assert found.finish == [Finish.RUNNING, Finish.STOP, Finish.LENGTH]
-    assert [found.ended(slot) for slot in range(3)] == [False, True, True]
+    assert [found.has_ended(slot) for slot in range(3)] == [False, True, True]
 
 
 def test_a_slot_s_next_sequence_starts_anew():
     found = of_rows(4, 1)
     found.record(passing([0, 1]), [10, 11], [1, 0])
-    found.place(0, WaveRow(7, (1, 2), 9, generated=(3, 4)))
-    assert (found.generated[0], found.ended(0), found.position(0)) == ([3, 4], False, 3)
+    found.admit(0, Sequence(7, (1, 2), 9, generated=(3, 4)))
+    assert (found.generated[0], found.has_ended(0), found.position(0)) == ([3, 4], False, 3)
     found.record(passing([0]), [5], [0])
     assert (found.generated[0], found.position(0)) == ([3, 4, 5], 4)
     assert found.generated[1] == [11]
@@ -43,13 +43,13 @@ def test_a_slot_s_next_sequence_starts_anew():
 
 def test_awaited_until_every_slot_s_token_is_there():
     found = of_rows(1, 1, 1, 1)
-    found.started(passing(range(4), [0, 2, 3]))
-    assert not found.awaited([1]), "no token comes for a slot that only goes along"
+    found.start(passing(range(4), [0, 2, 3]))
+    assert not found.are_awaited([1]), "no token comes for a slot that only goes along"
     found.record(passing([0]), [5], [0])
-    assert not found.awaited([0, 1])
-    assert found.awaited([1, 2])
+    assert not found.are_awaited([0, 1])
+    assert found.are_awaited([1, 2])
     found.record(passing([2, 3]), [5, 5], [0, 0])
-    assert not found.awaited(range(4))
+    assert not found.are_awaited(range(4))
 
 
 def test_a_message_of_another_size_is_refused():
@@ -62,12 +62,12 @@ LENGTHS = st.lists(st.integers(1, 200), max_size=40)
 
 @given(LENGTHS, st.integers(1, 9), st.integers(1, 600))
 def test_prefill_micro_batches_cover_the_rows_and_keep_both_bounds(lengths, rows, tokens):
-    batches = prefill_micro_batches(lengths, rows, tokens)
-    assert [row for batch in batches for row in batch.rows()] == list(range(len(lengths)))
+    batches = cut_prefill(lengths, rows, tokens)
+    assert [row for batch in batches for row in batch.slots] == list(range(len(lengths)))
     for index, batch in enumerate(batches):
-        padded = [size * max(lengths[batch.start : batch.start + size]) for size in range(1, batch.size + 1)]
+        start, stop = batch.slots[0], batch.slots[-1] + 1
         assert 1 <= batch.size <= rows
-        assert batch.size == 1 or padded[-1] <= tokens
+        assert batch.size == 1 or batch.size * max(lengths[start:stop]) <= tokens
         if index + 1 < len(batches):  # as large as the bounds allow
-            larger = (batch.size + 1) * max(lengths[batch.start : batch.stop + 1])
+            larger = (batch.size + 1) * max(lengths[start : stop + 1])
             assert batch.size == rows or larger > tokens

@@ -1,0 +1,167 @@
+"""A stream on one stage: request groups of one shape, one joining another, and the state that decides which micro-batch
+comes next."""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections import abc, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ds_llmpq.scheduler.micro_batch import MicroBatch, MicroBatchLimits
+from ds_llmpq.scheduler.request_group import RequestGroup, Sequence
+from ds_llmpq.scheduler.scheduler import Scheduler
+from ds_llmpq.scheduler.slot_table import Finish, SlotTable
+
+TakeGroup = Callable[[], RequestGroup | None]
+OnFinished = Callable[[Sequence, list[int], Finish], None]
+OnTokens = Callable[[list[int], list[int]], None]  # keys of sequences that go on, and the next token of each
+
+
+class SequenceLengths(abc.Sequence):
+    """(prompt tokens, generated tokens) of each sequence; eight bytes each, for there may be millions."""
+
+    def __init__(self) -> None:
+        self._prompt, self._generated = array("i"), array("i")
+
+    def __len__(self) -> int:
+        return len(self._prompt)
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        return self._prompt[index], self._generated[index]
+
+    def admit(self, prompt_tokens: int) -> int:
+        """A sequence is admitted; its index."""
+        self._prompt.append(prompt_tokens)
+        self._generated.append(0)
+        return len(self._prompt) - 1
+
+    def end(self, index: int, generated_tokens: int) -> None:
+        self._generated[index] = generated_tokens
+
+
+@dataclass(frozen=True)
+class StreamTimes:
+    """A stream as this rank saw it: from its first group's arrival until the last token of all joined groups is known.
+
+    `lengths`: prompt tokens and generated tokens of every sequence, in the order of admission. `first_token_seconds`:
+    until the first token of any of them was known.
+    """
+
+    slots: int
+    seconds: float
+    first_token_seconds: float
+    lengths: SequenceLengths
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(prompt for prompt, _ in self.lengths)
+
+    @property
+    def generated_tokens(self) -> int:
+        return sum(generated for _, generated in self.lengths)
+
+
+class Stream:
+    """Implements the schedule's `MicroBatchSource`. `poll` records tokens that have come meanwhile;
+    `on_admitted(slot, sequence)` is called when a sequence takes a slot, `on_tokens(keys, tokens)` when tokens are
+    known of sequences that go on.
+
+    `held_back`: a group that was taken but does not join. `nan_slots`: slots whose cache may hold NaN.
+    """
+
+    def __init__(
+        self,
+        first: RequestGroup,
+        limits: MicroBatchLimits,
+        take_group: TakeGroup,
+        on_finished: OnFinished,
+        poll: Callable[[], None],
+        on_admitted: Callable[[int, Sequence], None],
+        on_tokens: OnTokens | None = None,
+    ):
+        self.shape = first.shape
+        self.batch_invariant = limits.batch_invariant
+        self.scheduler = Scheduler(first.slots, limits)
+        self.slots = SlotTable(first.slots)
+        self.held_back: RequestGroup | None = None
+        self.nan_slots: set[int] = set()
+        self._take_group = take_group
+        self._on_finished = on_finished
+        self._poll = poll
+        self._on_admitted = on_admitted
+        self._on_tokens = on_tokens
+        self._no_more = False
+        self._live = first.live
+        self._asked = False  # since the last decision
+        self._waiting: deque[Sequence] = deque()
+        self._index = [0] * first.slots  # of a slot's sequence in `_lengths`
+        self._lengths = SequenceLengths()
+        self._started, self._ended = time.perf_counter(), 0.0
+        self._first_token = 0.0
+        self._add(first)
+
+    def wants_requests(self) -> bool:
+        if self._no_more:
+            return False
+        if self._live:
+            return not self._asked and self.scheduler.waiting == 0 and self.scheduler.occupied < self.shape[0]
+        # enough to fill every slot, so that a group is asked for once in so many requests and none waits for it
+        return self.scheduler.waiting < self.shape[0]
+
+    def take_requests(self) -> None:
+        group, self._asked = self._take_group(), True
+        if group is not None and group.joins and group.shape == self.shape:
+            self._add(group)
+        else:
+            self.held_back, self._no_more = group, True
+
+    def pending_slots(self) -> list[int] | None:
+        return None if self.scheduler.next_group() is None else self.scheduler.pending_slots()
+
+    def has_tokens(self, slots: list[int]) -> bool:
+        self._poll()
+        return not self.slots.are_awaited(slots)
+
+    def schedule(self) -> list[MicroBatch]:
+        batches, self._asked = self.scheduler.schedule(self.slots.has_ended), False
+        for batch in batches:
+            if batch.phase == "prefill":
+                for slot in batch.slots:
+                    self._admit(slot, self._waiting.popleft())
+            self.slots.start(batch)
+        return batches
+
+    def record(self, batch: MicroBatch, tokens: abc.Sequence[int], finish: abc.Sequence[int]) -> None:
+        """Takes the tokens of a micro-batch."""
+        self._ended = time.perf_counter()
+        self._first_token = self._first_token or self._ended
+        ended = self.slots.record(batch, tokens, finish)
+        sequences, generated, found = self.slots.sequences, self.slots.generated, self.slots.finish
+        if self._on_tokens is not None:
+            going = [slot for slot in batch.live if found[slot] in (Finish.RUNNING, Finish.PREEMPTED)]
+            self._on_tokens([sequences[slot].key for slot in going], [generated[slot][-1] for slot in going])
+        for slot in ended:
+            if found[slot] is Finish.NAN_LOGITS:
+                self.nan_slots.add(slot)
+            self._lengths.end(self._index[slot], len(generated[slot]) - len(sequences[slot].generated))
+            self._on_finished(sequences[slot], generated[slot], found[slot])
+
+    def times(self) -> StreamTimes:
+        """To be asked when the stream has ended."""
+        return StreamTimes(
+            slots=self.shape[0],
+            seconds=self._ended - self._started,
+            first_token_seconds=self._first_token - self._started,
+            lengths=self._lengths,
+        )
+
+    def _add(self, group: RequestGroup) -> None:
+        self._waiting.extend(group.sequences)
+        self.scheduler.add(len(sequence.prefill_tokens) for sequence in group.sequences)
+
+    def _admit(self, slot: int, sequence: Sequence) -> None:
+        self.slots.admit(slot, sequence)
+        self._index[slot] = self._lengths.admit(len(sequence.prefill_tokens))
+        self._on_admitted(slot, sequence)
