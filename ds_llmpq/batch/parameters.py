@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from ds_llmpq.batch.request import CHAT_URL, COMPLETIONS_URL, RequestError
+from ds_llmpq.scheduler.sampling_params import Bound, SamplingParams
 
 MAX_STOPS = 4  # as the OpenAI interface has it
 MAX_STOP_CHARACTERS = 1024  # a stop string is searched for at every token
-SEED_BOUND = 2**63
 
 Check = Callable[[str, Any], Any]
 
@@ -46,16 +46,16 @@ def show(value: Any) -> str:
 # --- checks: each returns the value, or raises with value, bound and remedy ---
 
 
-def _number(low: float, high: float, bound: str, *, whole: bool, above_low: bool = False) -> Check:
-    kinds = (int,) if whole else (int, float)
+def _number(bound: Bound) -> Check:
+    kinds = (int,) if bound.whole else (int, float)
 
     def check(field: str, value: Any) -> Any:
         if type(value) not in kinds:
-            kind = "a whole number" if whole else "a number"
-            raise RequestError("invalid_type", f"{field} must be {kind} {bound}, not {show(value)}.")
-        if not low <= value <= high or (above_low and value == low):
-            raise RequestError("invalid_value", f"{field} is {show(value)} but must be {bound}.")
-        return value if whole else float(value)
+            kind = "a whole number" if bound.whole else "a number"
+            raise RequestError("invalid_type", f"{field} must be {kind} {bound.text}, not {show(value)}.")
+        if not bound.low <= value <= bound.high or (bound.exclusive and value == bound.low):
+            raise RequestError("invalid_value", f"{field} is {show(value)} but must be {bound.text}.")
+        return value if bound.whole else float(value)
 
     return check
 
@@ -131,22 +131,15 @@ def _read_elsewhere(field: str, value: Any) -> Any:
     return value
 
 
+_SAMPLING = {each.name: _number(each.metadata["bound"]) for each in fields(SamplingParams) if each.metadata}
+
 PARAMETERS: dict[str, Parameter] = {
     # read by `body`
     "messages": _chat(_read_elsewhere),
     "prompt": _completion(_read_elsewhere),
     # how tokens are chosen, and when to stop
-    "max_tokens": Parameter(_number(1, SEED_BOUND, "at least 1", whole=True)),
-    "max_completion_tokens": _chat(_number(1, SEED_BOUND, "at least 1", whole=True)),
-    "temperature": Parameter(_number(0, 2, "from 0 (greedy) to 2", whole=False)),
-    "top_p": Parameter(_number(0, 1, "above 0 and at most 1", whole=False, above_low=True)),
-    "top_k": Parameter(_number(0, SEED_BOUND, "0 (off) or more", whole=True)),
-    "min_p": Parameter(_number(0, 1, "from 0 (off) to 1", whole=False)),
-    "repetition_penalty": Parameter(_number(0, 10, "above 0 and at most 10", whole=False, above_low=True)),
-    "presence_penalty": Parameter(_number(-2, 2, "from -2 to 2", whole=False)),
-    "frequency_penalty": Parameter(_number(-2, 2, "from -2 to 2", whole=False)),
-    "min_tokens": Parameter(_number(0, SEED_BOUND, "0 (off) or more", whole=True)),
-    "seed": Parameter(_number(-SEED_BOUND, SEED_BOUND - 1, "from -2**63 to 2**63 - 1", whole=True)),
+    **{name: Parameter(check) for name, check in _SAMPLING.items()},
+    "max_completion_tokens": _chat(_SAMPLING["max_tokens"]),
     "stop": Parameter(_stop),
     "ignore_eos": Parameter(_boolean),
     # without effect on the text

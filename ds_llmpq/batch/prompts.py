@@ -12,7 +12,6 @@ from typing import Any
 from ds_llmpq.batch.request import Request, RequestError, RowError
 from ds_llmpq.errors import UserError
 from ds_llmpq.scheduler.request_group import Sequence
-from ds_llmpq.scheduler.sampling_params import RowSampling
 
 CHUNK_REQUESTS = 256  # texts handed to the tokenizer at once: fast tokenizers encode them in parallel
 
@@ -36,13 +35,8 @@ class PreparedRequest:
 
     def sequence(self, key: int, generated: abc.Sequence[int] = ()) -> Sequence:
         """What the engine runs, under the driver's own `key`; `generated`: its tokens so far."""
-        params = self.request.params
-        sampling = RowSampling(
-            params.temperature, params.top_p, params.top_k, params.seed, params.min_p, params.repetition_penalty,
-            params.presence_penalty, params.frequency_penalty, params.min_tokens,
-        )  # fmt: skip
-        prompt, stop = tuple(self.prompt_ids), params.stop
-        return Sequence(key, prompt, self.max_tokens, sampling, stop, params.ignore_eos, tuple(generated))
+        prompt = tuple(self.prompt_ids)
+        return Sequence(key, prompt, self.max_tokens, self.request.params, tuple(generated))
 
 
 def prepare(

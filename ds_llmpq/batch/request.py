@@ -6,34 +6,13 @@ import hashlib
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from ds_llmpq.scheduler.sampling_params import SamplingParams
+
 CHAT_URL = "/v1/chat/completions"
 COMPLETIONS_URL = "/v1/completions"
 
 # chat: ((role, text), ...); completions: the text, or its token ids
 Prompt: TypeAlias = "str | tuple[int, ...] | tuple[tuple[str, str], ...]"
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """How tokens are chosen and when to stop. `temperature` 0 is greedy; `top_p` 1 and `top_k` 0 are off. None: the
-    checkpoint's default."""
-
-    max_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int
-    seed: int  # in [-2**63, 2**63)
-    stop: tuple[str, ...]
-    ignore_eos: bool
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    min_tokens: int | None = None
-
-    @property
-    def greedy(self) -> bool:
-        return self.temperature == 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any
 
 from ds_llmpq.batch.config import BatchConfig
 from ds_llmpq.batch.parameters import PARAMETERS, show
-from ds_llmpq.batch.request import CHAT_URL, COMPLETIONS_URL, Prompt, Request, RequestError, SamplingParams, derive_seed
+from ds_llmpq.batch.request import CHAT_URL, COMPLETIONS_URL, Prompt, Request, RequestError, derive_seed
 from ds_llmpq.errors import UserError
+from ds_llmpq.scheduler.sampling_params import SamplingParams
 
 ROW_FIELDS = frozenset({"custom_id", "method", "url", "body", "arrival_seconds"})
 MESSAGE_FIELDS = frozenset({"role", "content"})
@@ -26,8 +28,7 @@ NEUTRAL_MESSAGE_FIELDS = {
 }
 PART_FIELDS = frozenset({"type", "text"})
 ROLES = ("system", "user", "assistant")
-# what a row leaves out of these is the checkpoint's to say
-_CHECKPOINT_FIELDS = ("min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens")
+_SAMPLING_FIELDS = [field.name for field in fields(SamplingParams)]
 MOST_ARRIVAL_SECONDS = 1e9
 _FEW = 12  # names that a message may list
 _BODY_FIELDS = {
@@ -97,17 +98,17 @@ def check_defaults(defaults: BatchConfig) -> None:
 
 
 def _params(given: dict, custom_id: str, defaults: BatchConfig) -> SamplingParams:
-    """From checked values; `defaults` stand for what the row leaves out."""
-    fields = ("temperature", "top_p", "top_k", "ignore_eos")
-    chosen = {field: given.get(field, getattr(defaults, field)) for field in fields}
-    chosen |= {field: given[field] for field in _CHECKPOINT_FIELDS if field in given}
-    seed = given["seed"] if "seed" in given else derive_seed(defaults.seed, custom_id)
-    max_tokens = _max_tokens(given, defaults)
-    if given.get("min_tokens", 0) > max_tokens:
+    """From checked values; `defaults` stand for what the row leaves out, and the checkpoint's for the rest."""
+    chosen = {name: getattr(defaults, name) for name in _SAMPLING_FIELDS if hasattr(defaults, name)}
+    chosen["seed"] = derive_seed(defaults.seed, custom_id)
+    chosen |= {name: given[name] for name in _SAMPLING_FIELDS if name in given}
+    params = SamplingParams(**chosen | {"max_tokens": _max_tokens(given, defaults)})
+    if params.min_tokens is not None and params.min_tokens > params.max_tokens:
         raise RequestError(
-            "invalid_value", f"min_tokens is {show(given['min_tokens'])} but max_tokens is {max_tokens}; lower it."
+            "invalid_value",
+            f"min_tokens is {show(params.min_tokens)} but max_tokens is {params.max_tokens}; lower it.",
         )
-    return SamplingParams(max_tokens=max_tokens, seed=seed, stop=given.get("stop", ()), **chosen)
+    return params
 
 
 def _max_tokens(given: dict, defaults: BatchConfig) -> int:

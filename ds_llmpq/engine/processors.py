@@ -99,7 +99,9 @@ class LogitsProcessors:
             defaults.no_repeat_ngram_size, *self._biases, defaults.forced_bos_token_id is not None,
             defaults.forced_eos_token_id, defaults.suppress_tokens, defaults.begin_suppress_tokens,
         )  # fmt: skip
-        ending = not row.ignore_eos and (self._min_tokens(row) or defaults.exponential_decay_length_penalty is not None)
+        ending = not row.sampling.ignore_eos and (
+            self._min_tokens(row) or defaults.exponential_decay_length_penalty is not None
+        )
         return any((*own, *everywhere, ending))
 
     def _repetition_penalty(self, row: Sequence) -> float:
@@ -139,13 +141,13 @@ class LogitsProcessors:
             logits[known.banned(defaults.no_repeat_ngram_size)] = _NEVER
         self._add_biases(logits, known, self._biases[1])
         eos = [token for token in defaults.eos_token_ids if 0 <= token < logits.shape[0]]
-        if not row.ignore_eos and known.generated < self._min_tokens(row):
+        if not row.sampling.ignore_eos and known.generated < self._min_tokens(row):
             logits[eos] = _NEVER
         if known.size == 1 and defaults.forced_bos_token_id is not None:
             _force(logits, (defaults.forced_bos_token_id,))
         if known.generated + 1 == row.max_tokens and defaults.forced_eos_token_id:
             _force(logits, defaults.forced_eos_token_id)
-        if defaults.exponential_decay_length_penalty is not None and eos and not row.ignore_eos:
+        if defaults.exponential_decay_length_penalty is not None and eos and not row.sampling.ignore_eos:
             start, factor = defaults.exponential_decay_length_penalty
             if known.generated > start:
                 found = logits[eos]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ds_llmpq.models.generation import Generation
-from ds_llmpq.scheduler.sampling_params import RowSampling
+from ds_llmpq.scheduler.sampling_params import SamplingParams
 
 NO_DEFAULTS = Generation()
 
@@ -23,7 +23,7 @@ def uniform_draw(seed: int, step: int) -> float:
 
 
 def sample(
-    logits: torch.Tensor, rows: Sequence[RowSampling], steps: Sequence[int], defaults: Generation = NO_DEFAULTS
+    logits: torch.Tensor, rows: Sequence[SamplingParams], steps: Sequence[int], defaults: Generation = NO_DEFAULTS
 ) -> torch.Tensor:
     """Next token of each row, [rows] int64 on the logits' device.
 
@@ -60,7 +60,7 @@ def sample(
     return tokens
 
 
-def _truncated(probability: torch.Tensor, rows: Sequence[RowSampling], defaults: Generation) -> torch.Tensor:
+def _truncated(probability: torch.Tensor, rows: Sequence[SamplingParams], defaults: Generation) -> torch.Tensor:
     """[rows, vocabulary], the likeliest token first, without those that the further truncations leave out; each acts on
     what the one before has left, and the first token always stays."""
     min_p = [defaults.min_p if row.min_p is None else row.min_p for row in rows]

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from ds_llmpq.scheduler.sampling_params import GREEDY, RowSampling
+from ds_llmpq.scheduler.sampling_params import GREEDY, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,7 @@ class Sequence:
     key: int
     prompt: tuple[int, ...]
     max_tokens: int
-    sampling: RowSampling = GREEDY
-    stop: tuple[str, ...] = ()
-    ignore_eos: bool = False
+    sampling: SamplingParams = GREEDY
     generated: tuple[int, ...] = ()
 
     @property
@@ -77,8 +75,9 @@ class RequestGroup:
         for fields in group["rows"]:
             stop = start + fields["prompt"]
             fields["prompt"] = tuple(prompts[start:stop])
-            fields["sampling"] = RowSampling(**fields["sampling"])
-            fields["stop"], fields["generated"] = tuple(fields["stop"]), tuple(fields["generated"])
+            sampling = fields["sampling"]
+            fields["sampling"] = SamplingParams(**sampling | {"stop": tuple(sampling["stop"])})
+            fields["generated"] = tuple(fields["generated"])
             rows.append(Sequence(**fields))
             start = stop
         return cls(tuple(rows), group["slots"], group["capacity"], group["joins"], group["live"])

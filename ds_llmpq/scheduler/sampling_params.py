@@ -1,24 +1,53 @@
-"""How a sequence's tokens are chosen."""
+"""How a request's tokens are chosen and when it ends: one dataclass, from the row of the batch file to the sampler.
+
+A field with a `Bound` is a parameter that a row's body may hold, and `batch` checks it against that bound.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
+
+_MOST = 2**63
 
 
 @dataclass(frozen=True)
-class RowSampling:
-    """How one request samples. temperature 0 is greedy; top_k 0 and top_p 1 leave all tokens in. None: as the
-    checkpoint has it. Penalties and `min_tokens` are `engine.processors`' subject."""
+class Bound:
+    """From `low` (exclusive: above it) to `high`; `text` says so in a sentence: "must be " + text. `whole`: integers
+    alone."""
 
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    min_tokens: int | None = None
+    low: float
+    high: float
+    text: str
+    whole: bool = False
+    exclusive: bool = False
 
 
-GREEDY = RowSampling()
+def _bounded(default: Any, *bound: Any, **options: bool) -> Any:
+    return field(default=default, metadata={"bound": Bound(*bound, **options)})
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """None: as the checkpoint has it. Penalties and `min_tokens` are the subject of `engine.processors`, the end of an
+    answer that of `serving.stop_rule`, the rest of `engine.sampling`."""
+
+    temperature: float = _bounded(0.0, 0, 2, "from 0 (greedy) to 2")
+    top_p: float = _bounded(1.0, 0, 1, "above 0 and at most 1", exclusive=True)  # 1: off
+    top_k: int = _bounded(0, 0, _MOST, "0 (off) or more", whole=True)
+    seed: int = _bounded(0, -_MOST, _MOST - 1, "from -2**63 to 2**63 - 1", whole=True)
+    min_p: float | None = _bounded(None, 0, 1, "from 0 (off) to 1")
+    repetition_penalty: float | None = _bounded(None, 0, 10, "above 0 and at most 10", exclusive=True)  # 1: off
+    presence_penalty: float = _bounded(0.0, -2, 2, "from -2 to 2")
+    frequency_penalty: float = _bounded(0.0, -2, 2, "from -2 to 2")
+    min_tokens: int | None = _bounded(None, 0, _MOST, "0 (off) or more", whole=True)
+    max_tokens: int = _bounded(128, 1, _MOST, "at least 1", whole=True)
+    stop: tuple[str, ...] = ()  # the answer ends before any of these strings
+    ignore_eos: bool = False
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+
+GREEDY = SamplingParams()

@@ -36,9 +36,9 @@ class TextStopRule:
         return GenerationState(
             self.tokenizer,
             max_tokens=row.max_tokens,
-            stops=(*row.stop, *self.stops),
+            stops=(*row.sampling.stop, *self.stops),
             eos_token_ids=self.eos_token_ids,
-            ignore_eos=row.ignore_eos,
+            ignore_eos=row.sampling.ignore_eos,
         )
 
     def text(self, row: Sequence, tokens: list[int]) -> str:

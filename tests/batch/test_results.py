@@ -227,9 +227,10 @@ def test_an_interrupted_write_leaves_no_torn_row(tmp_path, results_of, monkeypat
 def test_rows_survive_kill_9(tmp_path):
     program = f"""
 import os, signal
-from ds_llmpq.batch.request import Request, SamplingParams
+from ds_llmpq.batch.request import Request
+from ds_llmpq.scheduler.sampling_params import SamplingParams
 from ds_llmpq.batch.results import Result, ResultWriter
-params = SamplingParams(1, 0.0, 1.0, 0, 0, (), False)
+params = SamplingParams(max_tokens=1)
 writer = ResultWriter({str(tmp_path)!r})
 for i in range(20):
     writer.write_result(Result(Request(i, i + 1, str(i), "/v1/completions", None, "x", params), 1, 1, "y", "length"))

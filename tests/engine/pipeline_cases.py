@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from ds_llmpq.models.fingerprint import fingerprint
 from ds_llmpq.plan import MEMORY_PARTS, PREDICTED, Plan, SolverReport, Stage, Workload
 from ds_llmpq.scheduler.request_group import RequestGroup, Sequence
+from ds_llmpq.scheduler.sampling_params import SamplingParams
 from ds_llmpq.scheduler.slot_table import Finish
 
 LAYERS = 5
@@ -307,7 +308,9 @@ class Draw:
         eos: tuple[int, ...] = ()
         if self.random.random() < 0.6:
             eos = tuple(self.random.sample(sorted({token for tokens in free for token in tokens}), 1))
-            rows = [dataclasses.replace(row, ignore_eos=self.random.random() < 0.2) for row in rows]
+            rows = [
+                dataclasses.replace(row, sampling=SamplingParams(ignore_eos=self.random.random() < 0.2)) for row in rows
+            ]
         expected = self._expected(model, rows, eos)
         middle = self.random.choice([len(rows), self.random.randint(1, len(rows))])
         groups = tuple(RequestGroup(tuple(part)) for part in (rows[:middle], rows[middle:]) if part)
@@ -326,7 +329,7 @@ class Draw:
         """One at a time or, by chance, as left-padded batches of the rows that heed the end-of-sequence token."""
         expected: dict[int, list[int]] = {}
         for heeding in (True, False):
-            part = [row for row in rows if row.ignore_eos is not heeding]
+            part = [row for row in rows if row.sampling.ignore_eos is not heeding]
             size = self.random.choice((1, len(part) or 1))
             for start in range(0, len(part), size):
                 batch = part[start : start + size]

@@ -60,7 +60,7 @@ class TokenRule:
         self.seen[slot] += 1
         if self.seen[slot] != generated:
             raise AssertionError(f"slot {slot}: asked {self.seen[slot]} times for {generated} tokens")
-        if (token in self.eos and not self.rows[slot].ignore_eos) or generated == self.every:
+        if (token in self.eos and not self.rows[slot].sampling.ignore_eos) or generated == self.every:
             return Finish.STOP
         return Finish.LENGTH if generated >= self.rows[slot].max_tokens else Finish.RUNNING
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from ds_llmpq.engine.sampling import sample
 from ds_llmpq.scheduler.request_group import RequestGroup, Sequence
-from ds_llmpq.scheduler.sampling_params import RowSampling
+from ds_llmpq.scheduler.sampling_params import SamplingParams
 from ds_llmpq.scheduler.slot_table import Finish
 
 THREE = [(0, 2), (2, 3), (3, LAYERS)]
@@ -154,7 +154,7 @@ def test_infinite_logits_are_broken_too(ranks, llama, tmp_path):
     tensors = load_file(path / "model.safetensors")
     tensors["lm_head.weight"][5, 0], tensors["lm_head.weight"][6, 0] = torch.inf, -torch.inf  # one of them is +inf
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    rows = rows_of(prompts_of([5, 8]), 3, sampling=RowSampling(1.0, seed=3))
+    rows = rows_of(prompts_of([5, 8]), 3, sampling=SamplingParams(1.0, seed=3))
     [out] = ranks.run(Case(path, make_plan(path, THREE), (RequestGroup(rows),)))
     assert out.finish() == [Finish.NAN_LOGITS] * 2
 
@@ -180,7 +180,7 @@ def test_seeded_sampling_depends_on_the_request_alone(ranks, llama):
     """Not on cut, micro-batches or neighbours; and it is what sampling from transformers' logits gives."""
     prompts = prompts_of([4, 9, 2, 6])
     rows = tuple(
-        dataclasses.replace(row, sampling=RowSampling(0.9, top_p=0.9, top_k=30, seed=50 + row.key))
+        dataclasses.replace(row, sampling=SamplingParams(0.9, top_p=0.9, top_k=30, seed=50 + row.key))
         for row in rows_of(prompts, 7)
     )
     one = Case(llama, make_plan(llama, THREE, micro_batch=(4, 4)), (RequestGroup(rows),))

@@ -9,7 +9,7 @@ from test_finish import prompts_of
 from test_oom_split import greedy
 
 from ds_llmpq.scheduler.request_group import RequestGroup, Sequence
-from ds_llmpq.scheduler.sampling_params import GREEDY, RowSampling
+from ds_llmpq.scheduler.sampling_params import GREEDY, SamplingParams
 
 LIMIT = 12
 
@@ -20,7 +20,7 @@ def test_from_any_of_their_tokens(ranks, checkpoint_of, stages):
     path, rng = checkpoint_of("llama"), random.Random(5)
     prompts = prompts_of([6, 3, 9, 4, 2, 7, 5, 8])
     rows = [
-        Sequence(key, prompt, LIMIT, RowSampling(0.9, 0.95, 20, seed=40 + key) if key % 2 else GREEDY)
+        Sequence(key, prompt, LIMIT, SamplingParams(0.9, 0.95, 20, seed=40 + key) if key % 2 else GREEDY)
         for key, prompt in enumerate(prompts)
     ]
     plan = make_plan(path, stages, micro_batch=(3, 2), workload=(4, 9, LIMIT))

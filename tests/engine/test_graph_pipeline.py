@@ -11,6 +11,7 @@ from ds_llmpq.integers import round_up
 from ds_llmpq.quant.kernels import CACHE_BLOCK, KERNELS
 from ds_llmpq.quant.torch_cpu import computes_in_bfloat16
 from ds_llmpq.scheduler.request_group import RequestGroup, Sequence
+from ds_llmpq.scheduler.sampling_params import SamplingParams
 from ds_llmpq.scheduler.slot_table import Finish
 
 needs_openvino = pytest.mark.skipif(
@@ -32,7 +33,8 @@ def refilled(path, stages, bits=None):
     draw = Draw(seed=len(str(path.name)))
     answers = [1, 40, 3, 17, 9, 30, 2, 5, 21, 12, 7]
     rows = tuple(
-        Sequence(key, draw.prompt(1 + 7 * key % PROMPT), answer, ignore_eos=True) for key, answer in enumerate(answers)
+        Sequence(key, draw.prompt(1 + 7 * key % PROMPT), answer, sampling=SamplingParams(ignore_eos=True))
+        for key, answer in enumerate(answers)
     )
     capacity = round_up(PROMPT + GENERATED, CACHE_BLOCK)
     group = RequestGroup(rows, SLOTS, capacity, joins=True)
@@ -81,7 +83,7 @@ def test_answers_that_outgrow_their_blocks_come_again(ranks, checkpoint_of):
     """Slots of 40 positions are two blocks; the answers need four."""
     path = checkpoint_of("llama")
     draw = Draw(seed=1)
-    rows = tuple(Sequence(key, draw.prompt(20), 100, ignore_eos=True) for key in range(2))
+    rows = tuple(Sequence(key, draw.prompt(20), 100, sampling=SamplingParams(ignore_eos=True)) for key in range(2))
     case = Case(path, graph_plan(path, [(0, LAYERS)]), (RequestGroup(rows, 2, 40),), logits=True, label="overrun")
     [outcome] = ranks.run(case)
     assert [len(tokens) for tokens in outcome.tokens()] == [100, 100]

@@ -14,7 +14,7 @@ def check(case: Case, expected: list[list[int]], outcome: Outcome) -> None:
     finish = [code for index in range(len(case.groups)) for code in outcome.finish(index)]
     for row, tokens, code, wanted in zip(rows, found, finish, expected, strict=True):
         assert tokens == wanted, f"{case.label}, row {row.key}"
-        stopped = wanted[-1] in case.eos and not row.ignore_eos
+        stopped = wanted[-1] in case.eos and not row.sampling.ignore_eos
         assert code is (Finish.STOP if stopped else Finish.LENGTH), f"{case.label}, row {row.key}"
 
 

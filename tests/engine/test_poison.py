@@ -10,7 +10,7 @@ from test_oom_split import THREE, greedy
 from ds_llmpq.engine.faults import Suspects, described, first_faults
 from ds_llmpq.engine.oom_split import Parts
 from ds_llmpq.scheduler.request_group import RequestGroup
-from ds_llmpq.scheduler.sampling_params import RowSampling
+from ds_llmpq.scheduler.sampling_params import SamplingParams
 from ds_llmpq.scheduler.slot_table import Finish
 
 ONE, TWO = [(0, LAYERS)], [(0, 2), (2, LAYERS)]
@@ -115,7 +115,7 @@ def test_sound_rows_have_the_logits_of_a_quiet_run(ranks, llama, options):
 
 
 def test_sampled_rows(ranks, llama):
-    sampling = RowSampling(0.9, top_p=0.9, seed=11)
+    sampling = SamplingParams(0.9, top_p=0.9, seed=11)
     plan = make_plan(llama, TWO, micro_batch=(4, 4), workload=(8, 9, LIMIT))
     group = RequestGroup(rows_of(prompts_of(PROMPTS), LIMIT, sampling=sampling))
     poison = ({"stage": 0, "keys": [4], "generated": LIMIT - 1},)

@@ -13,7 +13,7 @@ from ds_llmpq.engine.processors import LogitsProcessors
 from ds_llmpq.engine.sampling import sample, uniform_draw
 from ds_llmpq.models.generation import Generation, generation_of
 from ds_llmpq.scheduler.request_group import RequestGroup, Sequence
-from ds_llmpq.scheduler.sampling_params import GREEDY, RowSampling
+from ds_llmpq.scheduler.sampling_params import GREEDY, SamplingParams
 from ds_llmpq.scheduler.slot_table import Finish
 
 PROMPTS = [(5, 9, 3, 5, 9), (17,), tuple(range(20, 32))]
@@ -85,7 +85,7 @@ def generated(folder, rows: list[Sequence]) -> list[list[int]]:
         samplings, steps = [rows[slot].sampling for slot in running], [len(tokens[slot]) for slot in running]
         for slot, token in zip(list(running), sample(logits, samplings, steps, defaults).tolist(), strict=True):
             tokens[slot].append(token)
-            ended = token in defaults.eos_token_ids and not rows[slot].ignore_eos
+            ended = token in defaults.eos_token_ids and not rows[slot].sampling.ignore_eos
             if ended or len(tokens[slot]) == rows[slot].max_tokens:
                 running.remove(slot)
     return tokens
@@ -136,22 +136,22 @@ def test_all_keys_together(ending, tmp_path):
 
 def test_a_row_s_own_values_win(ending, tmp_path):
     folder = with_defaults(ending, tmp_path / "model", {"repetition_penalty": 1.4, "min_new_tokens": 3})
-    sampling = RowSampling(repetition_penalty=1.15, min_tokens=7)
+    sampling = SamplingParams(repetition_penalty=1.15, min_tokens=7)
     assert generated(folder, rows_of(sampling)) == reference(folder, repetition_penalty=1.15, min_new_tokens=7)
-    off = RowSampling(repetition_penalty=1.0, min_tokens=0)
+    off = SamplingParams(repetition_penalty=1.0, min_tokens=0)
     assert generated(folder, rows_of(off)) == reference(ending)
 
 
 def test_a_row_admitted_again_goes_on_as_if_it_had_not_left(ending, tmp_path):
     folder = with_defaults(ending, tmp_path / "model", {"repetition_penalty": 1.3, "min_new_tokens": 9})
-    wanted = generated(folder, rows_of(RowSampling(frequency_penalty=0.4)))
-    for row, tokens in zip(rows_of(RowSampling(frequency_penalty=0.4)), wanted, strict=True):
+    wanted = generated(folder, rows_of(SamplingParams(frequency_penalty=0.4)))
+    for row, tokens in zip(rows_of(SamplingParams(frequency_penalty=0.4)), wanted, strict=True):
         again = dataclasses.replace(row, generated=tuple(tokens[:5]))
         assert generated(folder, [again]) == [tokens]
 
 
 def test_presence_and_frequency_penalties_count_generated_tokens():
-    row = Sequence(0, (4, 4, 4), 9, RowSampling(presence_penalty=0.5, frequency_penalty=0.25))
+    row = Sequence(0, (4, 4, 4), 9, SamplingParams(presence_penalty=0.5, frequency_penalty=0.25))
     processors = LogitsProcessors(Generation())
     processors.begin(0, row)
     logits = torch.zeros(1, 6)
@@ -165,7 +165,7 @@ def test_rows_that_ask_for_nothing_are_left_alone():
     processors.begin(0, Sequence(0, (1, 2), 5))
     logits = torch.randn(1, 8)
     assert processors(logits, [0], [[3]]) is logits
-    processors.begin(1, Sequence(1, (1, 2), 5, RowSampling(repetition_penalty=2.0)))
+    processors.begin(1, Sequence(1, (1, 2), 5, SamplingParams(repetition_penalty=2.0)))
     both = torch.randn(2, 8)
     found = processors(both, [0, 1], [[3], [3]])
     assert torch.equal(found[0], both[0])
@@ -192,11 +192,11 @@ def test_a_truncation_leaves_what_generate_leaves(checkpoint_of, tmp_path, value
     shares, order = kept.double().softmax(-1).sort(descending=True, stable=True)
     assert (kept.isfinite().sum(-1) < 40).all()
     for seed in range(60):
-        rows = [RowSampling(0.8, 0.95, 40, seed=seed)] * 7
+        rows = [SamplingParams(0.8, 0.95, 40, seed=seed)] * 7
         draws = torch.full((7, 1), uniform_draw(seed, 0), dtype=torch.float64)
         wanted = order.gather(-1, torch.searchsorted(shares.cumsum(-1), draws, right=True))[:, 0]
         assert sample(logits, rows, [0] * 7, defaults).tolist() == wanted.tolist()
-    row = RowSampling(0.8, 0.95, 40, seed=1, min_p=1.0)
+    row = SamplingParams(0.8, 0.95, 40, seed=1, min_p=1.0)
     assert torch.equal(sample(logits, [row] * 7, [0] * 7, defaults), logits.argmax(-1))
     assert torch.equal(sample(logits, [GREEDY] * 7, [0] * 7, defaults), logits.argmax(-1))
 

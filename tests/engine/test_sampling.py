@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from ds_llmpq.engine.sampling import sample, uniform_draw
-from ds_llmpq.scheduler.sampling_params import GREEDY, RowSampling
+from ds_llmpq.scheduler.sampling_params import GREEDY, SamplingParams
 
 
-def allowed_probabilities(logits: list[float], row: RowSampling) -> dict[int, float]:
+def allowed_probabilities(logits: list[float], row: SamplingParams) -> dict[int, float]:
     """Token -> probability, by the definitions: softmax at the temperature, the top_k best, the fewest best that
     together reach top_p."""
     top = max(logits)
@@ -29,7 +29,7 @@ def allowed_probabilities(logits: list[float], row: RowSampling) -> dict[int, fl
     return {token: weight / total for token, weight in kept.items()}
 
 
-def inverse_distribution(logits: list[float], row: RowSampling, step: int) -> int:
+def inverse_distribution(logits: list[float], row: SamplingParams, step: int) -> int:
     """The token whose part of the cumulative distribution, best token first, holds the draw."""
     draw, reached = uniform_draw(row.seed, step), 0.0
     probabilities = allowed_probabilities(logits, row)
@@ -40,8 +40,8 @@ def inverse_distribution(logits: list[float], row: RowSampling, step: int) -> in
     return list(probabilities)[-1]
 
 
-def random_row(generator: random.Random) -> RowSampling:
-    return RowSampling(
+def random_row(generator: random.Random) -> SamplingParams:
+    return SamplingParams(
         temperature=generator.choice((0.2, 0.7, 1.0, 1.9)),
         top_p=generator.choice((1.0, 0.95, 0.5, 0.05)),
         top_k=generator.choice((0, 1, 3, 20, 10_000)),
@@ -70,10 +70,10 @@ def test_every_draw_is_the_reference_s():
 @pytest.mark.parametrize(
     "row",
     [
-        RowSampling(1.0),
-        RowSampling(0.5, top_k=4),
-        RowSampling(1.5, top_p=0.7),
-        RowSampling(0.8, top_p=0.9, top_k=5),
+        SamplingParams(1.0),
+        SamplingParams(0.5, top_k=4),
+        SamplingParams(1.5, top_p=0.7),
+        SamplingParams(0.8, top_p=0.9, top_k=5),
     ],
 )
 def test_frequencies_are_the_distribution_s(row):
@@ -112,8 +112,8 @@ def test_a_row_depends_on_itself_alone():
 
 def test_seed_and_step_matter():
     logits = torch.zeros(30, 1000)
-    by_seed = sample(logits, [RowSampling(1.0, seed=seed) for seed in range(30)], [0] * 30)
-    by_step = sample(logits, [RowSampling(1.0, seed=7)] * 30, list(range(30)))
+    by_seed = sample(logits, [SamplingParams(1.0, seed=seed) for seed in range(30)], [0] * 30)
+    by_step = sample(logits, [SamplingParams(1.0, seed=7)] * 30, list(range(30)))
     assert len(set(by_seed.tolist())) > 25
     assert len(set(by_step.tolist())) > 25
 
@@ -122,12 +122,14 @@ def test_seed_and_step_matter():
 def test_tiny_temperatures_are_greedy(temperature):
     logits = torch.randn(20, 500, generator=torch.Generator().manual_seed(3)) * 10
     logits[0] *= 5e36  # near the largest float32 numbers
-    rows = [RowSampling(temperature, top_p=0.9 if index % 2 else 1.0, seed=index) for index in range(20)]
+    rows = [SamplingParams(temperature, top_p=0.9 if index % 2 else 1.0, seed=index) for index in range(20)]
     found = sample(logits, rows, [0] * 20)
     assert logits.gather(1, found[:, None])[:, 0].tolist() == logits.amax(1).tolist()
 
 
-@pytest.mark.parametrize("row", [RowSampling(2.0, top_p=0.0), RowSampling(2.0, top_k=1), RowSampling(9.0, top_p=1e-9)])
+@pytest.mark.parametrize(
+    "row", [SamplingParams(2.0, top_p=0.0), SamplingParams(2.0, top_k=1), SamplingParams(9.0, top_p=1e-9)]
+)
 def test_the_narrowest_choice_is_the_best_token(row):
     logits = torch.randn(64, 33, generator=torch.Generator().manual_seed(4))
     rows = [dataclasses.replace(row, seed=seed) for seed in range(64)]
@@ -135,7 +137,7 @@ def test_the_narrowest_choice_is_the_best_token(row):
 
 
 def test_ties_share_the_mass_that_top_p_leaves():
-    rows = [RowSampling(1.0, top_p=0.5, seed=seed) for seed in range(500)]
+    rows = [SamplingParams(1.0, top_p=0.5, seed=seed) for seed in range(500)]
     assert set(sample(torch.zeros(500, 8), rows, [0] * 500).tolist()) == {0, 1, 2, 3}
 
 
@@ -145,11 +147,11 @@ def test_top_p_of_one_keeps_the_whole_tail():
     logits = torch.full((1, count), math.log(1e-5 / count))
     logits[0, 0] = 0.0
     seed = next(seed for seed in range(10**7) if uniform_draw(seed, 0) > 1 - 0.5e-5)
-    assert int(sample(logits, [RowSampling(1.0, top_p=1.0, seed=seed)], [0])) > 0
+    assert int(sample(logits, [SamplingParams(1.0, top_p=1.0, seed=seed)], [0])) > 0
 
 
 def test_broken_logits_still_give_tokens_of_the_vocabulary():
     logits = torch.zeros(3, 10)
     logits[0], logits[1, 4], logits[2, 3] = torch.nan, torch.nan, torch.inf
-    for row in (GREEDY, RowSampling(1.0), RowSampling(0.5, top_p=0.5, top_k=3)):
+    for row in (GREEDY, SamplingParams(1.0), SamplingParams(0.5, top_p=0.5, top_k=3)):
         assert all(0 <= token < 10 for token in sample(logits, [row] * 3, [0] * 3).tolist())

@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_llmpq.batch.prompts import PreparedRequest
-from ds_llmpq.batch.request import COMPLETIONS_URL, Request, SamplingParams
+from ds_llmpq.batch.request import COMPLETIONS_URL, Request
 from ds_llmpq.scheduler.admission import AdmissionQueue
+from ds_llmpq.scheduler.sampling_params import SamplingParams
 
-PARAMS = SamplingParams(temperature=0.5, top_p=0.9, top_k=7, seed=3, max_tokens=None, stop=("x",), ignore_eos=True)
+PARAMS = SamplingParams(temperature=0.5, top_p=0.9, top_k=7, seed=3, stop=("x",), ignore_eos=True)
 
 
 def prepared(sizes):
@@ -77,8 +78,7 @@ def test_slots_take_whole_blocks(refill):
 def test_a_row_is_the_request():
     [request] = prepared([(3, 5)])
     row = request.sequence(9)
-    assert (row.key, row.prompt, row.max_tokens, row.stop, row.ignore_eos) == (9, (0, 1, 2), 5, ("x",), True)
-    assert (row.sampling.temperature, row.sampling.top_p, row.sampling.top_k, row.sampling.seed) == (0.5, 0.9, 7, 3)
+    assert (row.key, row.prompt, row.max_tokens, row.sampling) == (9, (0, 1, 2), 5, PARAMS)
 
 
 @pytest.mark.parametrize("refill", [True, False])

@@ -4,14 +4,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_llmpq.scheduler.request_group import RequestGroup, Sequence
-from ds_llmpq.scheduler.sampling_params import RowSampling
+from ds_llmpq.scheduler.sampling_params import SamplingParams
 
 SAMPLING = st.builds(
-    RowSampling,
+    SamplingParams,
     temperature=st.floats(0, 2),
     top_p=st.floats(0, 1),
     top_k=st.integers(0, 2**31),
     seed=st.integers(-(2**63), 2**64),
+    stop=st.lists(st.text(), max_size=3).map(tuple),
+    ignore_eos=st.booleans(),
 )
 ROW = st.builds(
     Sequence,
@@ -19,8 +21,6 @@ ROW = st.builds(
     prompt=st.lists(st.integers(0, 2**31 - 1), max_size=9).map(tuple),
     max_tokens=st.integers(0, 2**31),
     sampling=SAMPLING,
-    stop=st.lists(st.text(), max_size=3).map(tuple),
-    ignore_eos=st.booleans(),
     generated=st.lists(st.integers(0, 2**31 - 1), max_size=4).map(tuple),
 )
 
@@ -30,11 +30,13 @@ def test_bytes_round_trip(rows, slots, capacity, joins):
     group = RequestGroup(rows, slots, capacity, joins)
     again = RequestGroup.from_bytes(group.to_bytes())
     assert again == group
-    assert all(isinstance(row.sampling, RowSampling) and isinstance(row.stop, tuple) for row in again.sequences)
+    assert all(
+        isinstance(row.sampling, SamplingParams) and isinstance(row.sampling.stop, tuple) for row in again.sequences
+    )
 
 
 def test_half_a_surrogate_pair_in_a_stop_string():
-    group = RequestGroup((Sequence(0, (1,), 1, stop=("\ud83d", "é\0")),))
+    group = RequestGroup((Sequence(0, (1,), 1, SamplingParams(stop=("\ud83d", "é\0"))),))
     assert RequestGroup.from_bytes(group.to_bytes()) == group
 
 
