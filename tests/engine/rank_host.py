@@ -130,8 +130,8 @@ def _record_logits(session: Session, into: list[list]) -> None:
 
     def recording(slots, logits):
         for slot, values in zip(slots, logits.tolist(), strict=True):
-            sequences = engine.stream.slots
-            into.append([slots.sequences[slot].key, len(sequences.generated[slot]), values])
+            table = engine.stream.slots
+            into.append([table.sequences[slot].key, len(table.generated[slot]), values])
         return choose(slots, logits)
 
     engine._choose = recording
