@@ -92,11 +92,11 @@ def _score(job: ScoreJob) -> int:
     end_with_listener()
     stacks_on_request()
     _before_torch(job.plan)
-    from ds_llmpq.engine.rank_context import join, leave
+    from ds_llmpq.engine.rank_context import init_rank, shutdown
     from ds_llmpq.evaluation.rank import evaluate
 
-    evaluate(job, join(job.plan, job.engine.timeout_seconds))
-    leave()
+    evaluate(job, init_rank(job.plan, job.engine.timeout_seconds))
+    shutdown()
     return 0
 
 
@@ -107,11 +107,11 @@ def _serve(job: Job) -> int:
         end_with_listener()
     stacks_on_request()
     _before_torch(job.plan)
-    from ds_llmpq.engine.rank_context import join, leave
+    from ds_llmpq.engine.rank_context import init_rank, shutdown
     from ds_llmpq.serving.driver import serve
 
-    metrics = serve(job, join(job.plan, job.engine.timeout_seconds))
-    leave()  # not after a failure: the others may be waiting, and a closed connection tells them at once
+    metrics = serve(job, init_rank(job.plan, job.engine.timeout_seconds))
+    shutdown()  # not after a failure: the others may be waiting, and a closed connection tells them at once
     if metrics is None or job.supervised:
         return 0
     return SOME_FAILED if metrics["counts"]["failed"] else 0

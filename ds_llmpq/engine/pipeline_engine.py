@@ -14,13 +14,13 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from ds_llmpq.engine import schedules
 from ds_llmpq.engine.channels import ActivationChannel, TokenChannel
-from ds_llmpq.engine.faults import FaultLog, NeutralRow, Suspects
 from ds_llmpq.engine.kv_cache import KVStore
-from ds_llmpq.engine.oom_split import Parts
 from ds_llmpq.engine.pipeline_module import PlannedPipelineModule
 from ds_llmpq.engine.processors import LogitsProcessors
 from ds_llmpq.engine.sampling import NO_DEFAULTS, sample
-from ds_llmpq.engine.stage_passes import StagePasses
+from ds_llmpq.engine.stage_run.faults import FaultLog, NeutralRow, Suspects
+from ds_llmpq.engine.stage_run.oom_split import MicroBatchSplitter
+from ds_llmpq.engine.stage_run.stage_runner import StageRunner
 from ds_llmpq.engine.trace import Trace
 from ds_llmpq.launch.failures import ran_out
 from ds_llmpq.models.generation import Generation
@@ -83,11 +83,11 @@ class InferencePipelineEngine(PipelineEngine):
         self.hidden_size = hidden_size
         self.defaults = defaults
         self.processors = LogitsProcessors(defaults)
-        self.parts = Parts(self.stage_id, self.device)
+        self.splitter = MicroBatchSplitter(self.stage_id, self.device)
         self.faults = FaultLog(self.stage_id)
         zeros = None if self.is_first_stage() else torch.zeros(1, 1, hidden_size, dtype=dtype, device=self.device)
-        self.passes = StagePasses(
-            self.module, self.parts, self.faults, NeutralRow(self.module, store, positional, zeros, neutral_tokens),
+        self.passes = StageRunner(
+            self.module, self.splitter, self.faults, NeutralRow(self.module, store, positional, zeros, neutral_tokens),
             dtype, hidden_size, self.is_last_stage(),
         )  # fmt: skip
         self._rule_holds = False  # whether the stop rule has judged a token
@@ -220,7 +220,7 @@ class InferencePipelineEngine(PipelineEngine):
     def _give_up(self, batch: MicroBatch, error: Exception) -> None:
         """One row, longer than was planned for, and no memory for it."""
         tokens = self._tokens_of(batch)
-        self.parts.unfit("prefill", tokens)
+        self.splitter.drop_row("prefill", tokens)
         self.faults.note(self.stream.slots.sequences[batch.slots[0]].key, "prefill", error, out_of_memory=True)
         self._hidden, self._logits = self.passes.nothing(1, tokens)
 
@@ -231,7 +231,7 @@ class InferencePipelineEngine(PipelineEngine):
             if len(places) < batch.size:
                 logits = logits[places]
             suspects = Suspects(lambda: _sample_neutral(logits), lambda: [(0, False)])
-            found = self.parts.run(
+            found = self.splitter.run(
                 "sample",
                 len(places),
                 1,

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from deepspeed.runtime.pipe.module import LayerSpec, PipelineModule
 from torch import nn
 
-from ds_llmpq.engine.stage_loader import StageLoader
 from ds_llmpq.engine.topology import PlannedTopology
+from ds_llmpq.quant.layers import LayerLoader
 
 
 class LazyLayer(LayerSpec):
@@ -28,7 +28,7 @@ class LazyLayer(LayerSpec):
         return self.load()
 
 
-def pipeline_layers(loader: StageLoader) -> list[LazyLayer]:
+def pipeline_layers(loader: LayerLoader) -> list[LazyLayer]:
     """All layers in order; pipeline layer 0 is the embedding, i + 1 decoder layer i, and the last the head."""
     decoder = [
         LazyLayer(f"layer {index}", lambda index=index: loader.decoder_layer(index))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from ds_llmpq.cluster.detect import available_memory_bytes
-from ds_llmpq.engine.rank_context import Place
+from ds_llmpq.engine.rank_context import RankContext
 from ds_llmpq.errors import UserError
 from ds_llmpq.plan import Plan
 
@@ -18,7 +18,7 @@ _GO, _AGAIN = b"go", b"again"
 _PAUSE_SECONDS = 1.0
 
 
-def check_memory(plan: Plan, place: Place, wait_seconds: float = 0.0) -> None:
+def check_memory(plan: Plan, context: RankContext, wait_seconds: float = 0.0) -> None:
     """Every rank says what is free on its device, before any of them takes something; the driver raises `UserError`
     where that is less than planned, and the others wait for its word. `wait_seconds`: so long it may become free, since
     a process that has just died may still hold it."""
@@ -27,8 +27,8 @@ def check_memory(plan: Plan, place: Place, wait_seconds: float = 0.0) -> None:
     while word != _GO:
         if word is not None:
             time.sleep(_PAUSE_SECONDS)
-        reports = place.data.gather({"stage": place.stage_index, "free_bytes": free_bytes(place.device)})
-        word = place.data.broadcast(None if reports is None else _decided(plan, reports, end))
+        reports = context.data.gather({"stage": context.stage_index, "free_bytes": free_bytes(context.device)})
+        word = context.data.broadcast(None if reports is None else _decided(plan, reports, end))
 
 
 def _decided(plan: Plan, reports: Sequence[dict], end: float) -> bytes:

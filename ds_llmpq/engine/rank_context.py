@@ -18,7 +18,7 @@ from ds_llmpq.plan import Plan, Stage
 
 
 @dataclass(frozen=True)
-class Place:
+class RankContext:
     """This process in the job: its stage, its device, and the gloo group beside the accelerator's communicator."""
 
     rank: int
@@ -35,7 +35,7 @@ class Place:
         return self.rank == 0
 
 
-def join(plan: Plan, timeout_seconds: float) -> Place:
+def init_rank(plan: Plan, timeout_seconds: float) -> RankContext:
     """Joins the process group; raises `UserError` where the launched ranks are not those of the plan."""
     rank = launched_rank(plan)
     stage_index = next(index for index, stage in enumerate(plan.stages) if stage.rank == rank)
@@ -56,10 +56,12 @@ def join(plan: Plan, timeout_seconds: float) -> Place:
     if kind == "cuda":
         torch.cuda.set_device(device)
     ranks = [stage.rank for stage in plan.stages]
-    return Place(rank, stage_index, stage, ranks, device, side_group, DataChannel(side_group, rank, len(plan.stages)))
+    return RankContext(
+        rank, stage_index, stage, ranks, device, side_group, DataChannel(side_group, rank, len(plan.stages))
+    )
 
 
-def leave() -> None:
+def shutdown() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
 

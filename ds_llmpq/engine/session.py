@@ -12,12 +12,11 @@ import torch
 from ds_llmpq.engine import memory
 from ds_llmpq.engine.channels import ActivationChannel, TokenChannel
 from ds_llmpq.engine.config import EngineConfig
-from ds_llmpq.engine.faults import Fault, first_faults
 from ds_llmpq.engine.kv_cache import KVStore
 from ds_llmpq.engine.pipeline_engine import InferencePipelineEngine, StopRule
 from ds_llmpq.engine.pipeline_module import PlannedPipelineModule, pipeline_bounds, pipeline_layers
-from ds_llmpq.engine.rank_context import Place
-from ds_llmpq.engine.stage_loader import StageLoader
+from ds_llmpq.engine.rank_context import RankContext
+from ds_llmpq.engine.stage_run.faults import Fault, first_faults
 from ds_llmpq.engine.throttle import CpuShare
 from ds_llmpq.engine.topology import PlannedTopology
 from ds_llmpq.engine.trace import Trace
@@ -30,6 +29,7 @@ from ds_llmpq.quant.checkpoint import open_checkpoint
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.hqq import stored_bytes
 from ds_llmpq.quant.kernels import cache_block, check_invariant, is_whole_stage
+from ds_llmpq.quant.layers import LayerLoader
 from ds_llmpq.scheduler.micro_batch import PATIENCE_ROUNDS, MicroBatchLimits
 from ds_llmpq.scheduler.request_group import RequestGroup, Sequence
 from ds_llmpq.scheduler.slot_table import Finish
@@ -56,7 +56,7 @@ class Session:
     def __init__(
         self,
         plan: Plan,
-        place: Place,
+        context: RankContext,
         model_path: str | Path,
         stop_rule: StopRule,
         on_loaded: Callable[[str], None] = lambda name: None,
@@ -65,13 +65,13 @@ class Session:
     ):
         self.plan = plan
         self.options = options or EngineConfig()
-        self.place = place
+        self.context = context
         self.dtype = getattr(torch, plan.engine["dtype"])
-        check_invariant(place.stage.kernel, self.options.batch_invariant)
+        check_invariant(context.stage.kernel, self.options.batch_invariant)
         started = time.perf_counter()
         checkpoint = open_checkpoint(model_path, trust_remote_code)
         decoder_of(checkpoint.config)  # what it imports belongs to the process, not to the stage
-        self._held_before = memory.held_bytes(place.device)
+        self._held_before = memory.held_bytes(context.device)
         check_model(plan, model_path)
 
         def loaded(name: str) -> None:
@@ -79,20 +79,20 @@ class Session:
             memory.release_freed()
             on_loaded(name)
 
-        loader = StageLoader(
+        loader = LayerLoader(
             checkpoint, [b for stage in plan.stages for b in stage.bits], QuantConfig(**plan.quant), self.dtype,
-            place.device, loaded, packed=True, stage=range(*place.stage.layers) if self.compiled else range(0),
+            context.device, loaded, packed=True, stage=range(*context.stage.layers) if self.compiled else range(0),
         )  # fmt: skip
         module = PlannedPipelineModule(
             pipeline_layers(loader),
             pipeline_bounds([stage.layers for stage in plan.stages], checkpoint.config.num_hidden_layers),
-            PlannedTopology(place.stage_ranks),
+            PlannedTopology(context.stage_ranks),
         )
-        share = plan.engine["stages"][place.stage_index].get("cpu_share")
+        share = plan.engine["stages"][context.stage_index].get("cpu_share")
         if share:
             CpuShare(share).attach(module)
         self.load_seconds = time.perf_counter() - started
-        self.trace = Trace(place.stage_index, place.device)
+        self.trace = Trace(context.stage_index, context.device)
         self.store = self._kv_store(model_path)
         self.engine = self.engine_type(
             module,
@@ -108,9 +108,9 @@ class Session:
             generation_of(model_path),
         )
         memory.release_freed()
-        self._growth_of_loading = memory.held_bytes(place.device) - self._held_before
-        self._peak_of_loading = memory.peak_bytes(place.device)
-        memory.restart_peak(place.device)
+        self._growth_of_loading = memory.held_bytes(context.device) - self._held_before
+        self._peak_of_loading = memory.peak_bytes(context.device)
+        memory.restart_peak(context.device)
 
     @property
     def limits(self) -> MicroBatchLimits:
@@ -144,23 +144,23 @@ class Session:
         unexplained: list[Sequence] = []  # on the driver
 
         def finished(row: Sequence, tokens: list[int], finish: Finish) -> None:
-            if finish is Finish.NAN_LOGITS and self.place.is_driver:
+            if finish is Finish.NAN_LOGITS and self.context.is_driver:
                 unexplained.append(row)
             on_finished(row, tokens, finish)
 
         def together() -> RequestGroup | None:
             if unexplained:
-                self.place.data.broadcast(_WHY)
+                self.context.data.broadcast(_WHY)
                 explain()
-            group = take() if self.place.is_driver else None
-            data = self.place.data.broadcast(group.to_bytes() if group else None)
-            if not self.place.is_driver and data == _WHY:
+            group = take() if self.context.is_driver else None
+            data = self.context.data.broadcast(group.to_bytes() if group else None)
+            if not self.context.is_driver and data == _WHY:
                 explain()
-                data = self.place.data.broadcast(None)
+                data = self.context.data.broadcast(None)
             return RequestGroup.from_bytes(data) if data else None
 
         def explain() -> None:
-            reports = self.place.data.gather(self.engine.faults.take())
+            reports = self.context.data.gather(self.engine.faults.take())
             if reports is not None:
                 faults = first_faults(reports)
                 for row in unexplained:
@@ -177,13 +177,13 @@ class Session:
         Its memory is weights and cache as allocated, what the process held before loading, its peak with loading, how
         far it had grown when loaded, and how far at most while serving.
         """
-        device = self.place.device
+        device = self.context.device
         return {
-            "rank": self.place.rank,
-            "stage": self.place.stage_index,
+            "rank": self.context.rank,
+            "stage": self.context.stage_index,
             "load_seconds": self.load_seconds,
             **self.trace.summary(),
-            "memory_warnings": self.engine.parts.warnings,
+            "memory_warnings": self.engine.splitter.warnings,
             "memory_bytes": {
                 "weights": stored_bytes(self.engine.module),
                 "kv": self.store.allocated_bytes,
@@ -196,22 +196,22 @@ class Session:
 
     def _kv_store(self, model_path: str | Path) -> KVStore:
         shape = read_shape(model_path)
-        first, last = self.place.stage.layers
+        first, last = self.context.stage.layers
         positions = cache_positions(self.plan)
         return KVStore(
-            first, last - first, positions, shape.kv_heads, shape.head_dim, self.dtype, self.place.device,
+            first, last - first, positions, shape.kv_heads, shape.head_dim, self.dtype, self.context.device,
             plan_block(self.plan),
         )  # fmt: skip
 
     def _activation_channel(self) -> ActivationChannel:
-        index, ranks = self.place.stage_index, self.place.stage_ranks
+        index, ranks = self.context.stage_index, self.context.stage_ranks
         previous = ranks[index - 1] if index > 0 else None
         following = ranks[index + 1] if index + 1 < len(ranks) else None
-        return ActivationChannel(previous, following, self.dtype, self.place.device)
+        return ActivationChannel(previous, following, self.dtype, self.context.device)
 
     def _token_channel(self) -> TokenChannel:
-        *others, source = self.place.stage_ranks
-        return TokenChannel(self.place.side_group, source, others)
+        *others, source = self.context.stage_ranks
+        return TokenChannel(self.context.side_group, source, others)
 
 
 def _neutral_tokens(config: Any) -> list[int]:

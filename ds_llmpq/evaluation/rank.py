@@ -8,7 +8,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from ds_llmpq.engine.rank_context import Place
+from ds_llmpq.engine.rank_context import RankContext
 from ds_llmpq.errors import UserError
 from ds_llmpq.evaluation.job import ScoreJob
 from ds_llmpq.evaluation.rows import RowScore, ScoredRow
@@ -23,24 +23,24 @@ from ds_llmpq.plan import check_model
 SCORES_NAME = "scores.json"
 
 
-def evaluate(job: ScoreJob, place: Place) -> None:
+def evaluate(job: ScoreJob, context: RankContext) -> None:
     """Raises `UserError` on the rank that meets a mistake; the launcher ends the others."""
     with closing(Heartbeat(job.hang_seconds)) as heartbeat:
-        _evaluate(job, place, heartbeat)
+        _evaluate(job, context, heartbeat)
 
 
-def _evaluate(job: ScoreJob, place: Place, heartbeat: Heartbeat) -> None:
+def _evaluate(job: ScoreJob, context: RankContext, heartbeat: Heartbeat) -> None:
     check_model(job.plan, job.model_path)
-    driver = TextScores(job) if place.is_driver and not job.evaluation.tasks else None
+    driver = TextScores(job) if context.is_driver and not job.evaluation.tasks else None
     session = ScoringSession(
-        job.plan, place, job.model_path, NoStop(), heartbeat.beat, trust_remote_code=job.trust_remote_code
+        job.plan, context, job.model_path, NoStop(), heartbeat.beat, trust_remote_code=job.trust_remote_code
     )
     heartbeat.watch(lambda: session.trace.spans)
-    targets = place.data.broadcast(str(driver.compared).encode() if driver else None)
+    targets = context.data.broadcast(str(driver.compared).encode() if driver else None)
     if job.reference and session.engine.is_last_stage() and int(targets or 0):
         vocabulary = read_shape(job.model_path).vocab
         session.engine.reference = Reference(Path(job.reference), int(targets), vocabulary, job.keeps_reference)
-    if not place.is_driver:
+    if not context.is_driver:
         session.follow()
     else:
         found = driver.run(session) if driver else _harness(job, session)

@@ -119,23 +119,23 @@ class ScoringSession(Session):
         """Driver: the scores of `rows`, in order, as they come."""
         for start in range(0, len(rows), _ROWS_AT_ONCE):
             batch = RowBatch(tuple(rows[start : start + _ROWS_AT_ONCE]))
-            self.place.data.broadcast(batch.to_bytes())
+            self.context.data.broadcast(batch.to_bytes())
             found = self._together(batch)
             yield from (RowScore(**score) for score in found)
 
     def follow(self) -> None:
-        while data := self.place.data.broadcast(None):
+        while data := self.context.data.broadcast(None):
             self._together(RowBatch.from_bytes(data))
 
     def done(self) -> None:
         """Driver: lets the others go."""
-        self.place.data.broadcast(None)
+        self.context.data.broadcast(None)
 
     def _together(self, batch: RowBatch) -> list[dict] | None:
         lengths = [len(row.prompt) for row in batch.rows]
         tokens = max(1, _LOGIT_BYTES // (4 * self._vocabulary))
         own = self.engine.score(batch, cut_prefill(lengths, self.plan.micro_batch["prefill"], tokens))
-        gathered = self.place.data.gather([score.to_json() for score in own] if own is not None else None)
+        gathered = self.context.data.gather([score.to_json() for score in own] if own is not None else None)
         return next(scores for scores in gathered if scores is not None) if gathered is not None else None
 
     compiled = False  # a graph wants a cache of whole rows
@@ -144,8 +144,8 @@ class ScoringSession(Session):
         """Nothing is cached, so the least that can be allocated."""
         shape = read_shape(model_path)
         self._vocabulary = shape.vocab
-        first, last = self.place.stage.layers
-        return KVStore(first, last - first, 1, shape.kv_heads, shape.head_dim, self.dtype, self.place.device)
+        first, last = self.context.stage.layers
+        return KVStore(first, last - first, 1, shape.kv_heads, shape.head_dim, self.dtype, self.context.device)
 
 
 class NoStop:

@@ -11,7 +11,6 @@ import torch
 from ds_llmpq.cost.memory import MemoryModel
 from ds_llmpq.cost.profile import Point
 from ds_llmpq.engine.kv_cache import KVStore
-from ds_llmpq.engine.stage_loader import StageLoader
 from ds_llmpq.engine.throttle import CpuShare
 from ds_llmpq.integers import round_up
 from ds_llmpq.models.checkpoint import Checkpoint
@@ -19,6 +18,7 @@ from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.models.step import Step
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.kernels import cache_block
+from ds_llmpq.quant.layers import LayerLoader
 from ds_llmpq.quant.packing import groups_of
 
 _MOST_CHAIN_BYTES = 1 << 30  # of the layers timed together at one width
@@ -52,7 +52,7 @@ class Parts:
         quick = replace(quant, optimize=False)
         self.layers = {}
         for width in bits:
-            loader = StageLoader(
+            loader = LayerLoader(
                 checkpoint, [width] * shape.layers, quick, self.dtype, device, on_loaded, packed=True,
                 stage=range(self.chained),
             )  # fmt: skip

@@ -23,12 +23,12 @@ from ds_llmpq.engine.kv_cache import KVStore
 from ds_llmpq.engine.pipeline_engine import InferencePipelineEngine
 from ds_llmpq.engine.pipeline_module import LazyLayer, PlannedPipelineModule
 from ds_llmpq.engine.rank_context import _init_process_group
-from ds_llmpq.engine.stage_loader import StageLoader
 from ds_llmpq.engine.topology import PlannedTopology
 from ds_llmpq.engine.trace import Trace
 from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.quant.config import QuantConfig
+from ds_llmpq.quant.layers import LayerLoader
 from ds_llmpq.scheduler.micro_batch import MicroBatch, MicroBatchLimits
 from ds_llmpq.scheduler.request_group import RequestGroup, Sequence
 from ds_llmpq.scheduler.slot_table import Finish
@@ -132,7 +132,7 @@ def _engine(
 ) -> tuple[InferencePipelineEngine, PartClock]:
     path, dtype = spec["path"], getattr(torch, spec["dtype"])
     shape, checkpoint = read_shape(path), Checkpoint(path)
-    loader = StageLoader(checkpoint, [16] * shape.layers, QuantConfig(), dtype, device, packed=True)
+    loader = LayerLoader(checkpoint, [16] * shape.layers, QuantConfig(), dtype, device, packed=True)
     ranks = list(range(len(STAGES)))
     layers = [
         LazyLayer("embedding", loader.embedding),

@@ -18,10 +18,10 @@ from ds_llmpq.batch.prompts import PreparedRequest, prepare
 from ds_llmpq.batch.reader import RequestFile, read_requests
 from ds_llmpq.batch.request import RowError
 from ds_llmpq.batch.results import Result, ResultWriter
-from ds_llmpq.engine.faults import Fault, described
 from ds_llmpq.engine.preflight import check_memory
-from ds_llmpq.engine.rank_context import Place
+from ds_llmpq.engine.rank_context import RankContext
 from ds_llmpq.engine.session import Session, cache_positions, plan_block, row_positions
+from ds_llmpq.engine.stage_run.faults import Fault, described
 from ds_llmpq.engine.trace import chrome_events
 from ds_llmpq.files import write_json, write_whole
 from ds_llmpq.launch.heartbeat import Heartbeat, drain_on_request
@@ -44,7 +44,7 @@ from ds_llmpq.serving.stop_rule import TextStopRule, stop_rule_of
 _REASON = {Finish.STOP: "stop", Finish.LENGTH: "length"}
 
 
-def serve(job: Job, place: Place) -> dict[str, Any] | None:
+def serve(job: Job, context: RankContext) -> dict[str, Any] | None:
     """Runs a job to its end; the driver writes all files and returns the metrics, the others return None.
 
     Raises `UserError` on the rank that meets a mistake; the launcher ends the others.
@@ -53,13 +53,13 @@ def serve(job: Job, place: Place) -> dict[str, Any] | None:
     tokenizer = load_tokenizer(job.model_path, job.trust_remote_code, job.template_time)
     rule = stop_rule_of(job.model_path, tokenizer)
     heartbeat = Heartbeat(job.hang_seconds, None if job.supervised else lambda: None)
-    driver = Driver(job, rule, heartbeat) if place.is_driver else None
+    driver = Driver(job, rule, heartbeat) if context.is_driver else None
     with driver or nullcontext(), closing(heartbeat):
         if job.engine.check_memory:
-            check_memory(job.plan, place, job.memory_wait_seconds)
+            check_memory(job.plan, context, job.memory_wait_seconds)
         session = Session(
             job.plan,
-            place,
+            context,
             job.model_path,
             rule,
             driver.loading if driver else heartbeat.beat,
@@ -74,7 +74,7 @@ def serve(job: Job, place: Place) -> dict[str, Any] | None:
             session.run_all(take, driver.finished, driver.broken, driver.on_tokens)
         else:
             session.run_all(take, _not_written)
-        reports = place.data.gather(session.report() | {"trace": session.trace.spans_seen()})
+        reports = context.data.gather(session.report() | {"trace": session.trace.spans_seen()})
         return driver.conclude(session, reports) if driver else None
 
 

@@ -48,7 +48,7 @@ def plan_of(path: Path) -> Plan:
 
 def main(rounds: int) -> None:
     os.environ |= ENVIRONMENT | {"MASTER_PORT": str(free_port())}
-    from ds_llmpq.engine.rank_context import join, leave
+    from ds_llmpq.engine.rank_context import init_rank, shutdown
     from ds_llmpq.engine.session import Session
     from ds_llmpq.scheduler.request_group import RequestGroup, Sequence
     from ds_llmpq.scheduler.slot_table import Finish
@@ -60,7 +60,7 @@ def main(rounds: int) -> None:
             return Finish.LENGTH if generated >= WORKLOAD.generated_tokens else Finish.RUNNING
 
     plan = plan_of(Path(config.asset("tiny-llama")))
-    session = Session(plan, join(plan, 600.0), plan.model["path"], Length())
+    session = Session(plan, init_rank(plan, 600.0), plan.model["path"], Length())
     prompt = tuple(range(3, 3 + WORKLOAD.prompt_tokens))
     rows = tuple(Sequence(key, prompt, WORKLOAD.generated_tokens) for key in range(WORKLOAD.sequences))
 
@@ -82,7 +82,7 @@ def main(rounds: int) -> None:
                 found[keeps].append(served(kept))
                 if kept is not None:
                     kept.close()
-    leave()
+    shutdown()
     medians = {
         keeps: [statistics.median(column) for column in zip(*pairs, strict=True)] for keeps, pairs in found.items()
     }

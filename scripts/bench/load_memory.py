@@ -58,7 +58,7 @@ def plan_of(options: argparse.Namespace) -> Plan:
 
 def run_rank(plan: Plan) -> dict:
     """This process's part; the launcher's variables are in the environment."""
-    from ds_llmpq.engine.rank_context import join, leave
+    from ds_llmpq.engine.rank_context import init_rank, shutdown
     from ds_llmpq.engine.session import Session
     from ds_llmpq.scheduler.request_group import RequestGroup, Sequence
     from ds_llmpq.scheduler.slot_table import Finish
@@ -69,19 +69,19 @@ def run_rank(plan: Plan) -> dict:
         def __call__(self, slot: int, token: int, generated: int) -> Finish:
             return Finish.LENGTH if generated >= WORKLOAD.generated_tokens else Finish.RUNNING
 
-    place = join(plan, timeout_seconds=600)
-    session = Session(plan, place, plan.model["path"], Length())
+    context = init_rank(plan, timeout_seconds=600)
+    session = Session(plan, context, plan.model["path"], Length())
     loaded = session.report()["memory_bytes"]["peak"]
     prompt = tuple(range(3, 3 + WORKLOAD.prompt_tokens))
     rows = tuple(Sequence(key, prompt, WORKLOAD.generated_tokens) for key in range(WORKLOAD.sequences))
     groups = iter((RequestGroup(rows),))
     session.run_all(lambda: next(groups, None), lambda *finished: None)
     measured = session.report()["memory_bytes"]
-    leave()
-    share = sum(place.stage.memory_bytes.values())
+    shutdown()
+    share = sum(context.stage.memory_bytes.values())
     return {
-        "rank": place.rank,
-        "layers": list(place.stage.layers),
+        "rank": context.rank,
+        "layers": list(context.stage.layers),
         "share_bytes": int(share),
         "held_bytes": measured["weights"] + measured["kv"],
         "before_loading_bytes": measured["before_loading"],

@@ -26,9 +26,9 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from ds_llmpq.engine.config import EngineConfig
-from ds_llmpq.engine.faults import Fault
-from ds_llmpq.engine.rank_context import Place, join, leave
+from ds_llmpq.engine.rank_context import RankContext, init_rank, shutdown
 from ds_llmpq.engine.session import Session
+from ds_llmpq.engine.stage_run.faults import Fault
 from ds_llmpq.launch.launcher import free_port
 from ds_llmpq.plan import Plan
 from ds_llmpq.scheduler.request_group import RequestGroup, Sequence
@@ -69,16 +69,16 @@ class TokenRule:
             raise AssertionError("the stop rule was asked on a stage that is not the last")
 
 
-def run_case(case: dict, joined: Place) -> dict:
+def run_case(case: dict, joined: RankContext) -> dict:
     """One session on this rank: loads its stage, runs the case's groups, says what it knows of every row."""
     plan = Plan.from_json(case["plan"])
     index = next(i for i, stage in enumerate(plan.stages) if stage.rank == joined.rank)
-    place = dataclasses.replace(
+    context = dataclasses.replace(
         joined, stage_index=index, stage=plan.stages[index], stage_ranks=[stage.rank for stage in plan.stages]
     )
     last = index + 1 == len(plan.stages)
     options = EngineConfig(**case["options"])
-    session = Session(plan, place, case["path"], TokenRule(case["eos"], case["every"], last), options=options)
+    session = Session(plan, context, case["path"], TokenRule(case["eos"], case["every"], last), options=options)
     _break_rank(case, joined.rank)
     for poison in case["poison"]:
         if poison["stage"] == index:
@@ -110,13 +110,13 @@ def run_case(case: dict, joined: Place) -> dict:
 
     told: list[tuple[int, int]] = []
     session.run_all(
-        take, finished, broken, (lambda *rows: told.extend(zip(*rows, strict=True))) if place.is_driver else None
+        take, finished, broken, (lambda *rows: told.extend(zip(*rows, strict=True))) if context.is_driver else None
     )
     return {
         "stage": index,
         "outcomes": outcomes,
-        "told": told if place.is_driver else None,
-        "faults": faults if place.is_driver else None,
+        "told": told if context.is_driver else None,
+        "faults": faults if context.is_driver else None,
         "lengths": [list(times.lengths) for times in session.engine.stream_times],
         "logits": logits,
         "report": session.report(),
@@ -193,21 +193,21 @@ def rank_main(rank: int, world: int, port: int, requests) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.dup2(2, 1)  # whatever prints must not disturb the answers
     torch.set_num_threads(1)
-    place, index = None, 0
+    context, index = None, 0
     while cases := requests.recv():
         try:
-            place = place or join(Plan.from_json(cases[0]["plan"]), TIMEOUT_SECONDS)
+            context = context or init_rank(Plan.from_json(cases[0]["plan"]), TIMEOUT_SECONDS)
             results = []
             for index, case in enumerate(cases):  # noqa: B007 -- the failing case is named below
                 before = set(distributed_c10d._world.pg_map)
-                results.append(run_case(case, place))
+                results.append(run_case(case, context))
                 _close_groups(before)
             requests.send((results, None))
         except BaseException as error:
             kind = f"case {index}, rank {rank}: {type(error).__name__}"
             requests.send((None, f"{kind}: {error}\n{traceback.format_exc()}"))
             sys.exit(1)
-    leave()
+    shutdown()
 
 
 def _close_groups(before: set) -> None:

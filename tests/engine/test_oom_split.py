@@ -8,7 +8,7 @@ import torch
 from pipeline_cases import LAYERS, Case, make_plan, reference
 from test_finish import prompts_of, rows_of
 
-from ds_llmpq.engine.oom_split import Parts
+from ds_llmpq.engine.stage_run.oom_split import MicroBatchSplitter
 from ds_llmpq.launch.failures import ran_out
 from ds_llmpq.models.step import Step
 from ds_llmpq.scheduler.request_group import RequestGroup
@@ -27,7 +27,7 @@ def greedy(path, prompts, limit):
 
 
 def worked(room, rows, tokens=1):
-    """What `Parts` asks for, with room for so many tokens: spans that were done, and the warnings."""
+    """What `MicroBatchSplitter` asks for, with room for so many tokens: spans that were done, and the warnings."""
     done = []
 
     def work(start, stop):
@@ -36,7 +36,7 @@ def worked(room, rows, tokens=1):
         done.append((start, stop))
         return start
 
-    parts = Parts(1, torch.device("cpu"))
+    parts = MicroBatchSplitter(1, torch.device("cpu"))
     assert parts.run("decode", rows, tokens, work) == [start for start, _ in done]
     return parts, done
 
@@ -68,7 +68,7 @@ def test_it_does_not_try_again_what_failed():
 
 
 def test_other_errors_and_single_rows_pass_on():
-    parts = Parts(0, torch.device("cpu"))
+    parts = MicroBatchSplitter(0, torch.device("cpu"))
 
     def failing(error):
         def work(start, stop):
@@ -139,7 +139,7 @@ def test_a_prompt_longer_than_planned_harms_no_other(ranks, llama, stage):
 
 REAL = """
 import resource, sys, torch
-from ds_llmpq.engine.oom_split import Parts
+from ds_llmpq.engine.stage_run.oom_split import MicroBatchSplitter
 from ds_llmpq.engine import memory
 torch.set_num_threads(1)
 weight = torch.randn(64, 64)
@@ -153,7 +153,7 @@ wanted = torch.cat([work(start, start + 64) for start in range(0, 1024, 64)])
 memory.release_freed()
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (60 << 20), resource.RLIM_INFINITY))
-parts = Parts(0, torch.device("cpu"))
+parts = MicroBatchSplitter(0, torch.device("cpu"))
 found = torch.cat(parts.run("prefill", 1024, 1, work))
 assert parts.warnings, "there was room"
 assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-3)

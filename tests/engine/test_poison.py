@@ -7,8 +7,8 @@ from test_finish import prompts_of, rows_of
 from test_graph_pipeline import graph_plan, needs_openvino
 from test_oom_split import THREE, greedy
 
-from ds_llmpq.engine.faults import Suspects, described, first_faults
-from ds_llmpq.engine.oom_split import Parts
+from ds_llmpq.engine.stage_run.faults import Suspects, described, first_faults
+from ds_llmpq.engine.stage_run.oom_split import MicroBatchSplitter
 from ds_llmpq.scheduler.request_group import RequestGroup
 from ds_llmpq.scheduler.sampling_params import SamplingParams
 from ds_llmpq.scheduler.slot_table import Finish
@@ -168,7 +168,7 @@ class Rows:
 def test_halves(bad):
     rows = Rows(bad)
     suspects = Suspects(rows.neutral, lambda: ["none"])
-    found = Parts(0, torch.device("cpu")).run("decode", 7, 1, rows.work, suspects)
+    found = MicroBatchSplitter(0, torch.device("cpu")).run("decode", 7, 1, rows.work, suspects)
     flat = [row for part in found for row in part]
     assert flat == ["none" if row in set(bad) else row for row in range(7)]
     assert sorted(suspects.failed) == sorted(bad)
@@ -184,7 +184,7 @@ def test_memory_and_poison_together():
         return Rows([3]).work(start, stop)
 
     suspects = Suspects(lambda: None, lambda: ["none"])
-    parts = Parts(0, torch.device("cpu"))
+    parts = MicroBatchSplitter(0, torch.device("cpu"))
     found = parts.run("decode", 5, 1, work, suspects)
     assert [row for part in found for row in part] == [0, 1, 2, "none", 4]
     assert [warning["rows_now"] for warning in parts.warnings] == [2]
@@ -193,7 +193,7 @@ def test_memory_and_poison_together():
 def test_the_exception_itself_ends_a_stage_that_runs_no_row():
     rows = Rows([], always=True)
     with pytest.raises(KeyError, match="bad"):
-        Parts(0, torch.device("cpu")).run("decode", 64, 1, rows.work, Suspects(rows.neutral, list))
+        MicroBatchSplitter(0, torch.device("cpu")).run("decode", 64, 1, rows.work, Suspects(rows.neutral, list))
     assert rows.calls == 1  # it is not tried row by row
 
 

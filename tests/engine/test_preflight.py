@@ -15,13 +15,13 @@ from ds_llmpq.launch.rendezvous import bound
 GIB = 1 << 30
 
 
-def plan_of(*places, kind="cpu"):
+def plan_of(*contexts, kind="cpu"):
     """(host, slot, GiB needed) of each stage."""
     stages = [
         SimpleNamespace(host=host, device=f"{host}:{slot}", rank=rank, memory_bytes={"weights": need * GIB, "kv": 0})
-        for rank, (host, slot, need) in enumerate(places)
+        for rank, (host, slot, need) in enumerate(contexts)
     ]
-    return SimpleNamespace(stages=stages, engine={"stages": [{"kind": kind, "slot": slot} for _, slot, _ in places]})
+    return SimpleNamespace(stages=stages, engine={"stages": [{"kind": kind, "slot": slot} for _, slot, _ in contexts]})
 
 
 def test_stages_of_one_processor_share_its_memory():
@@ -49,12 +49,12 @@ def test_memory_of_those_who_just_died_is_waited_for(monkeypatch, wait):
     monkeypatch.setattr(preflight.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
     monkeypatch.setattr(preflight, "free_bytes", lambda device: next(free))
     data = SimpleNamespace(gather=lambda report: [report], broadcast=lambda word: seen.append(word) or word)
-    place = SimpleNamespace(data=data, stage_index=0, device=None)
+    context = SimpleNamespace(data=data, stage_index=0, device=None)
     if not wait:
         with pytest.raises(UserError, match=r"3\.00 GiB"):
-            check_memory(plan_of(("a", 0, 3)), place, wait)
+            check_memory(plan_of(("a", 0, 3)), context, wait)
     else:
-        check_memory(plan_of(("a", 0, 3)), place, wait)
+        check_memory(plan_of(("a", 0, 3)), context, wait)
         assert seen == [b"again", b"again", b"go"]
 
 

@@ -1,4 +1,4 @@
-"""A pass through the layers of one stage: in as few parts as can be, and without the rows that it cannot run."""
+"""A micro-batch through the layers of one stage: in as few parts as can be, without the rows that it cannot run."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ds_llmpq.engine.faults import FaultLog, NeutralRow, Suspects
-from ds_llmpq.engine.oom_split import Parts
+from ds_llmpq.engine.stage_run.faults import FaultLog, NeutralRow, Suspects
+from ds_llmpq.engine.stage_run.oom_split import MicroBatchSplitter
 from ds_llmpq.models.step import Step
 
 Output = tuple[torch.Tensor, torch.Tensor | None]  # hidden states, and logits on the last stage
 
 
-class StagePasses:
+class StageRunner:
     """`hidden_size`: the width of hidden states between stages, which are of `dtype`."""
 
     def __init__(
-        self, module: nn.Module, parts: Parts, faults: FaultLog, neutral: NeutralRow, dtype: torch.dtype,
-        hidden_size: int, is_last: bool,
+        self, module: nn.Module, splitter: MicroBatchSplitter, faults: FaultLog, neutral: NeutralRow,
+        dtype: torch.dtype, hidden_size: int, is_last: bool,
     ):  # fmt: skip
         self.module = module
-        self.parts = parts
+        self.splitter = splitter
         self.faults = faults
         self.neutral = neutral
         self.dtype = dtype
@@ -57,7 +57,7 @@ class StagePasses:
             part = self.module(step.rows(start, stop))
             return part.hidden, part.logits
 
-        return self.parts.run(phase, *step.positions.shape, work, suspects)
+        return self.splitter.run(phase, *step.positions.shape, work, suspects)
 
     def _without(self, phase: str, step: Step, failed: list[int]) -> Output | None:
         """The pass once more, in the shape it would have had: what a row yields may hang on how many pass together. A

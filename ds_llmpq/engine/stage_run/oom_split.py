@@ -1,4 +1,4 @@
-"""A pass that memory has no room for, or that raises for one of its rows, made in parts of fewer rows.
+"""Splits a micro-batch that memory has no room for, or that raises for one of its rows, into parts of fewer rows.
 
 Rows do not depend on one another, so a stage may cut its own work without telling the others: it takes the whole
 micro-batch's hidden states and gives the whole micro-batch's. What is spared is the workspace between them.
@@ -28,7 +28,7 @@ class Blame(Protocol):
         """The result in the place of a row that raised alone."""
 
 
-class Parts:
+class MicroBatchSplitter:
     """How many tokens a pass of each phase may hold on one stage: all, until memory ran out, then half as many as there
     were. It stays so as long as the process lives, since what took the memory is not known.
 
@@ -74,8 +74,8 @@ class Parts:
             failure = None
         return results
 
-    def unfit(self, phase: str, tokens: int) -> None:
-        """A single row had no room, and is given up."""
+    def drop_row(self, phase: str, tokens: int) -> None:
+        """A single row had no room, and is dropped."""
         self._warn({"stage": self.stage, "phase": phase, "rows": 1, "tokens": tokens, "rows_now": 0})
 
     def _most_rows(self, phase: str, rows: int, tokens: int) -> int:

@@ -10,12 +10,12 @@ from pipeline_cases import GROUP_SIZE, LAYERS, VARIANTS, reference
 from safetensors.torch import load_file, save_file
 
 from ds_llmpq.cost.memory import MemoryModel
-from ds_llmpq.engine.stage_loader import StageLoader
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.hqq import linear_names, stored_bytes
+from ds_llmpq.quant.layers import LayerLoader
 from ds_llmpq.quant.packing import groups_of
 
 WIDTHS = [16, 8, 4, 3, 2]
@@ -23,7 +23,7 @@ QUANT = QuantConfig(bits=WIDTHS, group_size=GROUP_SIZE, axis=1, optimize=False)
 
 
 def loader_of(path, dtype=torch.float32, bits=WIDTHS, quant=QUANT, on_loaded=lambda name: None):
-    return StageLoader(Checkpoint(path), bits, quant, dtype, torch.device("cpu"), on_loaded)
+    return LayerLoader(Checkpoint(path), bits, quant, dtype, torch.device("cpu"), on_loaded)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
