@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
+from itertools import chain
 
-import numpy as np
+from ds_llmpq.scheduler import message
 
 
 @dataclass(frozen=True)
@@ -34,21 +34,14 @@ class RowBatch:
     rows: tuple[ScoredRow, ...]
 
     def to_bytes(self) -> bytes:
-        """A JSON header's length, the header, then all tokens as 32-bit integers."""
-        header = json.dumps([[len(row.prompt), len(row.targets), row.offset] for row in self.rows]).encode()
-        tokens = np.array([token for row in self.rows for token in row.prompt + row.targets], dtype="<i4")
-        return len(header).to_bytes(8, "little") + header + tokens.tobytes()
+        tokens = chain.from_iterable((row.prompt, row.targets) for row in self.rows)
+        return message.pack([row.offset for row in self.rows], tokens)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> RowBatch:
-        end = 8 + int.from_bytes(data[:8], "little")
-        tokens = tuple(np.frombuffer(data[end:], dtype="<i4").tolist())
-        rows, start = [], 0
-        for prompt, targets, offset in json.loads(data[8:end]):
-            middle = start + prompt
-            rows.append(ScoredRow(tokens[start:middle], tokens[middle : middle + targets], offset))
-            start = middle + targets
-        return cls(tuple(rows))
+        """`ValueError` for bytes that `to_bytes` has not made."""
+        offsets, tokens = message.unpack(data)
+        return cls(tuple(map(ScoredRow, tokens[::2], tokens[1::2], offsets)))
 
 
 @dataclass(frozen=True)

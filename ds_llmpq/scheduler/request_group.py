@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
+from itertools import chain
 
-import numpy as np
-
+from ds_llmpq.scheduler import message
 from ds_llmpq.scheduler.sampling_params import GREEDY, SamplingParams
 
 
@@ -58,26 +57,17 @@ class RequestGroup:
         return self.slots, self.capacity
 
     def to_bytes(self) -> bytes:
-        """A JSON header's length, the header, then all prompts as 32-bit integers."""
-        rows = [asdict(each) | {"prompt": len(each.prompt)} for each in self.sequences]
-        fields = {"rows": rows, "slots": self.slots, "capacity": self.capacity, "joins": self.joins}
-        fields["live"] = self.live
-        header = json.dumps(fields).encode()
-        prompts = np.array([token for each in self.sequences for token in each.prompt], dtype="<i4")
-        return len(header).to_bytes(8, "little") + header + prompts.tobytes()
+        rows = [[each.key, each.max_tokens, asdict(each.sampling)] for each in self.sequences]
+        shape = {"slots": self.slots, "capacity": self.capacity, "joins": self.joins, "live": self.live}
+        tokens = chain.from_iterable((each.prompt, each.generated) for each in self.sequences)
+        return message.pack([rows, shape], tokens)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> RequestGroup:
-        end = 8 + int.from_bytes(data[:8], "little")
-        group = json.loads(data[8:end])
-        prompts = np.frombuffer(data[end:], dtype="<i4").tolist()
-        rows, start = [], 0
-        for fields in group["rows"]:
-            stop = start + fields["prompt"]
-            fields["prompt"] = tuple(prompts[start:stop])
-            sampling = fields["sampling"]
-            fields["sampling"] = SamplingParams(**sampling | {"stop": tuple(sampling["stop"])})
-            fields["generated"] = tuple(fields["generated"])
-            rows.append(Sequence(**fields))
-            start = stop
-        return cls(tuple(rows), group["slots"], group["capacity"], group["joins"], group["live"])
+        """`ValueError` or `TypeError` for bytes that `to_bytes` has not made."""
+        (rows, shape), tokens = message.unpack(data)
+        sequences = tuple(
+            Sequence(key, prompt, max_tokens, SamplingParams(**sampling | {"stop": tuple(sampling["stop"])}), generated)
+            for (key, max_tokens, sampling), prompt, generated in zip(rows, tokens[::2], tokens[1::2], strict=True)
+        )
+        return cls(sequences, **shape)
