@@ -17,9 +17,9 @@ from ds_llmpq.evaluation.job import ScoreJob
 from ds_llmpq.files import open_regular, read_json
 from ds_llmpq.launch.attempt import MISTAKE, Listener, Outcome
 from ds_llmpq.launch.failures import PORT
-from ds_llmpq.launch.launcher import LOG_NAME, Launch, followed
-from ds_llmpq.launch.process_monitor import Reason, Watch
-from ds_llmpq.launch.supervisor import checked_supervision
+from ds_llmpq.launch.launcher import LOG_NAME, Launch, run_launcher
+from ds_llmpq.launch.process_monitor import ExitReason, MonitorOptions
+from ds_llmpq.launch.supervisor import validate_supervision
 from ds_llmpq.plan import Plan, launch_order, write_plan
 from ds_llmpq.report.plan_table import table
 from ds_llmpq.report.solver_progress import progress_line
@@ -31,7 +31,7 @@ _MOST_PORTS = 5  # tried, where another process is quicker each time
 def run(settings: EvaluateConfig, out: Path) -> int:
     settings = config.load_cluster(settings)
     evaluation = settings.evaluation
-    checked_supervision(settings.run)
+    validate_supervision(settings.run)
     for name in ("text", "tasks_path"):
         if getattr(evaluation, name) is not None:
             setattr(evaluation, name, str(config.absolute(getattr(evaluation, name))))
@@ -102,12 +102,12 @@ def _score(job: ScoreJob, settings: EvaluateConfig, folder: Path) -> dict[str, A
         outcome = _attempt(job, settings, folder)
         if outcome.kind != PORT:
             break
-    if outcome.ended.reason is Reason.ENDED and (folder / "scores.json").exists():
+    if outcome.exit.reason is ExitReason.ENDED and (folder / "scores.json").exists():
         return read_json(folder / "scores.json", "Scores", "evaluate again", infinity=True)
     if outcome.kind == MISTAKE:
         sentence = outcome.failure.message
     else:
-        why = outcome.why(settings.run.hang_seconds, Watch.stopped_seconds)
+        why = outcome.explain(settings.run.hang_seconds, MonitorOptions.stopped_seconds)
         sentence = f"{why[:1].upper()}{why[1:]}; what the ranks said is in {folder / LOG_NAME}."
     raise RunFailed(sentence, outcome.record())
 
@@ -115,10 +115,10 @@ def _score(job: ScoreJob, settings: EvaluateConfig, folder: Path) -> dict[str, A
 def _attempt(job: ScoreJob, settings: EvaluateConfig, folder: Path) -> Outcome:
     listener = Listener(uuid.uuid4().hex)
     # a little longer than the ranks' own bound, after which each writes its stacks
-    watch = Watch(listener.on_line, 1.1 * settings.run.hang_seconds, listener.alive)
+    watch = MonitorOptions(listener.on_line, 1.1 * settings.run.hang_seconds, listener.alive)
     try:
-        start = Launch.of_plan(job.plan, folder, settings.engine.master_port)
-        return listener.outcome(followed(start, ["--score", job.to_token()], watch, listener.mark))
+        start = Launch.from_plan(job.plan, folder, settings.engine.master_port)
+        return listener.outcome(run_launcher(start, ["--score", job.to_token()], watch, listener.mark))
     except KeyboardInterrupt:
         raise Interrupted("Interrupted.") from None
     finally:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ds_llmpq import config
 from ds_llmpq.files import write_json
-from ds_llmpq.launch.launcher import Launch, by_hand, write_environment
+from ds_llmpq.launch.launcher import Launch, format_manual_command, write_environment
 from ds_llmpq.models.notes import describe_notes
 from ds_llmpq.plan import Plan
 from ds_llmpq.planner import pareto
@@ -51,6 +51,6 @@ def _front(settings: PlanConfig, out: Path) -> int:
 
 def launch_line(plan: Plan, out: Path) -> str:
     """A shell's line that starts this plan; `run` does the same and watches over it. Writes the hosts' variables."""
-    launch = Launch.of_plan(plan, out)
+    launch = Launch.from_plan(plan, out)
     write_environment(launch)
-    return by_hand(launch, [f"plan={out / 'plan.json'}", "input=FILE", "output=DIR"])
+    return format_manual_command(launch, [f"plan={out / 'plan.json'}", "input=FILE", "output=DIR"])

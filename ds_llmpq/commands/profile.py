@@ -14,7 +14,7 @@ from ds_llmpq.cost.fit import LatencyModel, fit_profile
 from ds_llmpq.cost.fitted import profiled_kernel
 from ds_llmpq.cost.profile import current_setup, read_profile
 from ds_llmpq.errors import UserError
-from ds_llmpq.launch.progress import Bar
+from ds_llmpq.launch.progress import ProgressBar
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.planner.build import check_workload, micro_batches, usable_bits
 from ds_llmpq.quant.config import QuantConfig
@@ -49,7 +49,7 @@ def run(settings: ProfileConfig, out: Path) -> int:
     quant, note = _with_kernel(settings, cluster, out, (shape, settings.quant, bits, dtype), (sizes, workload))
     setup = current_setup(shape, dtype, quant.kernel, groups_of(quant), quant.head_bits)
     task = Task(path, shape, workload, quant, dtype, tuple(bits), sizes, setup, settings.profiling, note)
-    bar = Bar()
+    bar = ProgressBar()
     try:
         profile(task, cluster, out, settings.force, bar.show)
     finally:

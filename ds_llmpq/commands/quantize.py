@@ -7,7 +7,7 @@ from pathlib import Path
 from ds_llmpq import config
 from ds_llmpq.commands.config import QuantizeConfig
 from ds_llmpq.errors import UserError
-from ds_llmpq.launch.progress import Bar
+from ds_llmpq.launch.progress import ProgressBar
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.plan import check_model, read_plan
 from ds_llmpq.quant.config import QuantConfig
@@ -18,7 +18,7 @@ def run(settings: QuantizeConfig, out: Path) -> int:
     source, bits, quant = what_to_write(settings)
     from ds_llmpq.quant.writer import write_quantized  # after the cheap checks: it brings torch
 
-    bar = Bar()
+    bar = ProgressBar()
     try:
         written = write_quantized(
             source,

@@ -7,7 +7,7 @@ from pathlib import Path
 from ds_llmpq import config
 from ds_llmpq.commands.config import SensitivityConfig
 from ds_llmpq.errors import UserError
-from ds_llmpq.launch.progress import Bar
+from ds_llmpq.launch.progress import ProgressBar
 from ds_llmpq.report.plan_table import size, table
 from ds_llmpq.sensitivity.omega import Omega, write_omega
 
@@ -22,7 +22,7 @@ def run(settings: SensitivityConfig, out: Path) -> int:
     out.mkdir(parents=True, exist_ok=True)
     if settings.calibration.text is not None:
         settings.calibration.text = str(config.absolute(settings.calibration.text))
-    bar = Bar()
+    bar = ProgressBar()
     try:
         omega = make_omega(
             Request(

@@ -16,11 +16,11 @@ from ds_llmpq.commands.config import ServeConfig
 from ds_llmpq.engine.openmp import wait_as_stage_needs
 from ds_llmpq.errors import PortTaken, UserError
 from ds_llmpq.evaluation.job import ScoreJob
-from ds_llmpq.launch.failures import PORT, failure_of, launched_as
-from ds_llmpq.launch.heartbeat import end_with_listener, stacks_on_request
+from ds_llmpq.launch.failures import PORT, build_failure, identify_rank
+from ds_llmpq.launch.heartbeat import dump_stacks_on_signal, exit_if_parent_dies
 from ds_llmpq.launch.job import Job
 from ds_llmpq.launch.progress import ERROR_MARK
-from ds_llmpq.launch.ranks import launched_rank
+from ds_llmpq.launch.ranks import read_rank
 from ds_llmpq.plan import Plan, read_plan
 from ds_llmpq.serving.ordering import checked
 from ds_llmpq.versions import check_versions
@@ -52,7 +52,7 @@ def _refused(error: UserError) -> int:
 def _failed(job: Job | ScoreJob | None, error: BaseException, kind: str | None = None) -> int:
     """The traceback is for launcher.log, the line after it for `run`, or for who started this by hand."""
     traceback.print_exception(error)
-    failure = failure_of(error, **launched_as(job.plan if job else None))
+    failure = build_failure(error, **identify_rank(job.plan if job else None))
     failure = replace(failure, kind=kind) if kind else failure
     by_hand = isinstance(job, Job) and not job.supervised
     sys.stderr.write(f"{ERROR_MARK}{failure.describe()}\n" if by_hand else failure.to_line())
@@ -89,8 +89,8 @@ def _job(arguments: list[str]) -> Job:
 
 def _score(job: ScoreJob) -> int:
     """One rank of `evaluate`, which starts the same module."""
-    end_with_listener()
-    stacks_on_request()
+    exit_if_parent_dies()
+    dump_stacks_on_signal()
     _before_torch(job.plan)
     from ds_llmpq.engine.rank_context import init_rank, shutdown
     from ds_llmpq.evaluation.rank import evaluate
@@ -104,8 +104,8 @@ def _serve(job: Job) -> int:
     if job.plan.engine is None:
         raise UserError("The plan was made from plain data and names no devices; plan with cluster=... and model=...")
     if job.supervised:
-        end_with_listener()
-    stacks_on_request()
+        exit_if_parent_dies()
+    dump_stacks_on_signal()
     _before_torch(job.plan)
     from ds_llmpq.engine.rank_context import init_rank, shutdown
     from ds_llmpq.serving.driver import serve
@@ -119,7 +119,7 @@ def _serve(job: Job) -> int:
 
 def _before_torch(plan: Plan) -> None:
     """What must be known before torch takes its seconds, or is read when it or deepspeed is imported."""
-    rank = launched_rank(plan)
+    rank = read_rank(plan)
     os.environ["DS_ACCELERATOR"] = plan.engine["stages"][0]["kind"]
     wait_as_stage_needs(plan, rank)
 

@@ -22,7 +22,7 @@ from ds_llmpq.engine.stage_run.faults import FaultLog, NeutralRow, Suspects
 from ds_llmpq.engine.stage_run.oom_split import MicroBatchSplitter
 from ds_llmpq.engine.stage_run.stage_runner import StageRunner
 from ds_llmpq.engine.trace import Trace
-from ds_llmpq.launch.failures import ran_out
+from ds_llmpq.launch.failures import is_out_of_memory
 from ds_llmpq.models.generation import Generation
 from ds_llmpq.models.step import Step
 from ds_llmpq.scheduler.micro_batch import MicroBatch, MicroBatchLimits
@@ -170,7 +170,7 @@ class InferencePipelineEngine(PipelineEngine):
             try:
                 self._run_rows("prefill", step, batch)
             except Exception as error:
-                if longest <= self.stream.scheduler.limits.prefill_tokens or not ran_out(error):
+                if longest <= self.stream.scheduler.limits.prefill_tokens or not is_out_of_memory(error):
                     raise
                 self._give_up(batch, error)
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from ds_llmpq.engine.channels import DataChannel
 from ds_llmpq.launch import rendezvous
-from ds_llmpq.launch.ranks import launched_rank, local_rank
+from ds_llmpq.launch.ranks import find_local_rank, read_rank
 from ds_llmpq.plan import Plan, Stage
 
 
@@ -37,12 +37,12 @@ class RankContext:
 
 def init_rank(plan: Plan, timeout_seconds: float) -> RankContext:
     """Joins the process group; raises `UserError` where the launched ranks are not those of the plan."""
-    rank = launched_rank(plan)
+    rank = read_rank(plan)
     stage_index = next(index for index, stage in enumerate(plan.stages) if stage.rank == rank)
     stage = plan.stages[stage_index]
     kind = stage_kind(plan, stage_index)
     os.environ["DS_ACCELERATOR"] = kind
-    local_index = local_rank(plan, rank)
+    local_index = find_local_rank(plan, rank)
     # DeepSpeed takes LOCAL_RANK for the device's index; the launcher's is wrong where hosts have unequal slots
     os.environ["LOCAL_RANK"] = str(local_index)
     threads = plan.engine["stages"][stage_index].get("threads")

@@ -11,7 +11,7 @@ from ds_llmpq.errors import UserError
 from ds_llmpq.evaluation.job import ScoreJob
 from ds_llmpq.evaluation.rows import ScoredRow
 from ds_llmpq.evaluation.scoring import ScoringSession
-from ds_llmpq.launch.progress import Lines
+from ds_llmpq.launch.progress import ProgressLines
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.models.tokenizer import load_tokenizer
 
@@ -70,7 +70,7 @@ class PipelineLM(TemplateLM):
         # rows of like length share micro-batches without padding
         order = sorted(range(len(rows)), key=lambda index: len(rows[index].prompt))
         found: list[tuple[float, bool]] = [(0.0, False)] * len(rows)
-        progress = Lines()
+        progress = ProgressLines()
         for done, score in enumerate(self.session.scores([rows[index] for index in order])):
             found[order[done]] = (sum(score.logprobs), all(score.greedy))
             progress.show("score", done + 1, len(rows))

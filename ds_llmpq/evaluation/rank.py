@@ -14,7 +14,7 @@ from ds_llmpq.evaluation.job import ScoreJob
 from ds_llmpq.evaluation.rows import RowScore, ScoredRow
 from ds_llmpq.evaluation.scoring import NoStop, Reference, ScoringSession
 from ds_llmpq.launch.heartbeat import Heartbeat
-from ds_llmpq.launch.progress import Lines
+from ds_llmpq.launch.progress import ProgressLines
 from ds_llmpq.models.corpus import EVALUATION, encode, read_text, rows_of
 from ds_llmpq.models.shape import ModelShape, read_shape
 from ds_llmpq.models.tokenizer import load_tokenizer
@@ -72,7 +72,7 @@ class TextScores:
         self.rows, self.compared = scored_rows(kept, most)
 
     def run(self, session: ScoringSession) -> dict[str, Any]:
-        progress = Lines()
+        progress = ProgressLines()
         scores: list[RowScore] = []
         for score in session.scores(self.rows):
             scores.append(score)

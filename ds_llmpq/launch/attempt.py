@@ -10,11 +10,11 @@ from typing import Any
 import psutil
 
 from ds_llmpq.errors import printable
-from ds_llmpq.launch.failures import CONNECTION, MEMORY, Failure, Tracebacks, read_failure, root_cause
+from ds_llmpq.launch.failures import CONNECTION, MEMORY, Failure, Tracebacks, find_root_cause, read_failure
 from ds_llmpq.launch.heartbeat import ALIVE_MARK
 from ds_llmpq.launch.launcher import LOG_NAME
-from ds_llmpq.launch.process_monitor import RUN_MARK, Ended, Line, Reason
-from ds_llmpq.launch.progress import ERROR_MARK, Bar, read
+from ds_llmpq.launch.process_monitor import RUN_MARK, Exit, ExitReason, Line
+from ds_llmpq.launch.progress import ERROR_MARK, ProgressBar, parse_progress
 
 SERVING_PHASE = "prompts"
 MISTAKE = "mistake"  # a kind of failure: what a rank named in one sentence of its own
@@ -24,7 +24,7 @@ MISTAKE = "mistake"  # a kind of failure: what a rank named in one sentence of i
 class Outcome:
     """How one start ended. `failure`: what a rank or the launcher named as the cause; `ran_out`: for want of memory."""
 
-    ended: Ended
+    exit: Exit
     failure: Failure | None = None
     ran_out: bool = False
 
@@ -33,20 +33,20 @@ class Outcome:
         """As failure.json has it."""
         if self.ran_out:
             return MEMORY
-        return self.ended.reason.value if self.failure is None else self.failure.kind
+        return self.exit.reason.value if self.failure is None else self.failure.kind
 
     def record(self) -> dict[str, Any]:
         """What failure.json says of it."""
         return ({} if self.failure is None else asdict(self.failure)) | {"kind": self.kind}
 
-    def why(self, hang_seconds: float, stopped_seconds: float) -> str:
+    def explain(self, hang_seconds: float, stopped_seconds: float) -> str:
         """In words, as the beginning of a sentence but for its capital letter."""
-        reason, code, failure = self.ended.reason, self.ended.code, self.failure
+        reason, code, failure = self.exit.reason, self.exit.code, self.failure
         if self.ran_out:
             return "the pipeline ran out of memory"
-        if reason is Reason.HUNG:
+        if reason is ExitReason.HUNG:
             return f"nothing moved for {hang_seconds:g} s (stacks are in {LOG_NAME})"
-        if reason is Reason.STOPPED:
+        if reason is ExitReason.STOPPED:
             return f"a process was stopped, and nobody woke it for {stopped_seconds:g} s (stacks are in {LOG_NAME})"
         if failure is not None and failure.kind != CONNECTION:
             return failure.describe()
@@ -62,7 +62,7 @@ class Listener:
 
     def __init__(self, mark: str):
         self.mark = mark
-        self.bar = Bar()
+        self.bar = ProgressBar()
         self._failures: list[Failure] = []
         self._tracebacks = Tracebacks()
         self._phase = ""
@@ -70,13 +70,13 @@ class Listener:
         self._driver: int | None = None
 
     def on_line(self, line: str) -> Line:
-        if (fields := read(line)) is not None:
+        if (fields := parse_progress(line)) is not None:
             self._phase, self._driver = fields["phase"], fields["pid"]
             self.bar.show(self._phase, fields["done"], fields["total"], fields["note"])
-            return Line.LIFE
+            return Line.HEARTBEAT
         if ALIVE_MARK in line:
             self._alive = True
-            return Line.LIFE
+            return Line.HEARTBEAT
         failure = read_failure(line)
         if ERROR_MARK in line:
             failure = Failure(MISTAKE, "UserError", printable(line.partition(ERROR_MARK)[2].strip()))
@@ -86,12 +86,14 @@ class Listener:
         self._tracebacks.read(line)
         return Line.TEXT
 
-    def outcome(self, ended: Ended, kernel_killed: bool = False) -> Outcome:
+    def outcome(self, ended: Exit, kernel_killed: bool = False) -> Outcome:
         """`kernel_killed`: something on this machine, for want of memory."""
-        failure = root_cause(self._failures)
-        if failure is None and ended.reason is Reason.DIED and (ended.code or 0) > 0:
+        failure = find_root_cause(self._failures)
+        if failure is None and ended.reason is ExitReason.DIED and (ended.code or 0) > 0:
             failure = self._tracebacks.last
-        ran_out = ended.reason is Reason.DIED and (kernel_killed or (failure is not None and failure.kind == MEMORY))
+        ran_out = ended.reason is ExitReason.DIED and (
+            kernel_killed or (failure is not None and failure.kind == MEMORY)
+        )
         return Outcome(ended, failure, ran_out)
 
     def alive(self) -> bool:

@@ -96,23 +96,23 @@ def read_failure(line: str) -> Failure | None:
         return None
 
 
-def failure_of(error: BaseException, **who: Any) -> Failure:
+def build_failure(error: BaseException, **who: Any) -> Failure:
     """`who`: rank, stage, device and host, as far as they are known."""
-    frame = _innermost(error)
+    frame = _find_frame(error)
     where = {} if frame is None else {"file": frame.filename, "line": frame.lineno, "function": frame.name}
     if frame is not None and (path := Path(frame.filename)).is_relative_to(_PACKAGE):
         where["file"] = str(path.relative_to(_PACKAGE.parent))
     message = printable(str(error).strip().partition("\n")[0], _MOST_MESSAGE, keep="")
-    return Failure(_kind(error), type(error).__name__, message, **who, **where)
+    return Failure(_classify(error), type(error).__name__, message, **who, **where)
 
 
-def root_cause(failures: Iterable[Failure]) -> Failure | None:
+def find_root_cause(failures: Iterable[Failure]) -> Failure | None:
     """The first that is not a lost connection; else the first."""
     failures = list(failures)
     return next((each for each in failures if each.kind != CONNECTION), failures[0] if failures else None)
 
 
-def launched_as(plan: Plan | None) -> dict[str, Any]:
+def identify_rank(plan: Plan | None) -> dict[str, Any]:
     """This process as a rank of a plan; what its environment does not say is left out."""
     try:
         rank = int(os.environ["RANK"])
@@ -148,15 +148,15 @@ class Tracebacks:
             self._frame = None
 
 
-def ran_out(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that there was no memory. On CPU, torch and its libraries say so in words alone."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
-def _kind(error: BaseException) -> str:
-    if ran_out(error):
+def _classify(error: BaseException) -> str:
+    if is_out_of_memory(error):
         return MEMORY
     if isinstance(error, (ConnectionError, TimeoutError, EOFError)) or type(error).__name__ in _CONNECTION_TYPES:
         return CONNECTION
@@ -165,7 +165,7 @@ def _kind(error: BaseException) -> str:
     return FAULT if isinstance(error, _FAULTS) else EXCEPTION
 
 
-def _innermost(error: BaseException) -> traceback.FrameSummary | None:
+def _find_frame(error: BaseException) -> traceback.FrameSummary | None:
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if Path(frame.filename).is_relative_to(_PACKAGE)]
     return (ours or frames or [None])[-1]

@@ -1,4 +1,4 @@
-"""What a rank does so that it can be watched over: signs of life, stacks on request, draining, and ending with `run`.
+"""The rank's side of monitoring: heartbeats, stacks on a signal, draining, and exiting when `run` dies.
 
 Imports no torch. The other side is `launch.process_monitor`.
 """
@@ -15,11 +15,11 @@ from collections.abc import Callable
 from types import FrameType
 
 ALIVE_MARK = "ds-llmpq alive"
-_SECONDS_BETWEEN_LOOKS = 1.0
+_POLL_SECONDS = 1.0
 
 
-def end_with_listener(descriptor: int = 2) -> None:
-    """Ends this process, without further ado, as soon as nobody reads what it writes to `descriptor`.
+def exit_if_parent_dies(descriptor: int = 2) -> None:
+    """Exit at once when nobody reads what this process writes to `descriptor` any more.
 
     That is how a rank learns that `run` has been interrupted or killed: the pipe, or over ssh the connection, breaks.
     """
@@ -33,12 +33,12 @@ def end_with_listener(descriptor: int = 2) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def stacks_on_request() -> None:
+def dump_stacks_on_signal() -> None:
     """`kill -USR1` makes this process write the Python stack of every thread to standard error, and go on."""
     faulthandler.register(signal.SIGUSR1, file=sys.stderr, all_threads=True)
 
 
-def drain_on_request(drain: Callable[[], None]) -> None:
+def drain_on_signal(drain: Callable[[], None]) -> None:
     """SIGUSR2 calls `drain`, which is to have what is in flight finished and nothing new begun.
 
     Not SIGTERM: the launcher sends that to every rank when one has died, and then they are meant to end.
@@ -51,11 +51,11 @@ def drain_on_request(drain: Callable[[], None]) -> None:
 
 
 class Heartbeat:
-    """Says that this rank is getting on, as long as it does; a daemon thread looks once a second.
+    """Reports that this rank makes progress, as long as it does; a daemon thread looks once a second.
 
-    A rank gets on when `beat` is called or when the count that `watch` was given changes. If it does not for
-    `stacks_seconds`, the stacks of all its threads go to standard error, by a timer that needs no Python to run; that
-    works on every host, also where the thread itself cannot get on.
+    A rank makes progress when `beat` is called or when the count that `watch` was given changes. After
+    `stacks_seconds` without progress the stacks of all threads go to standard error. The timer for that needs no
+    Python to run, so it works on every host, even where this thread is stuck.
     """
 
     def __init__(self, stacks_seconds: float | None, say: Callable[[], None] | None = None):
@@ -87,7 +87,7 @@ class Heartbeat:
                 self._say()
                 if self._stacks_seconds is not None:
                     faulthandler.dump_traceback_later(self._stacks_seconds, file=sys.stderr)
-            self._ended.wait(_SECONDS_BETWEEN_LOOKS)
+            self._ended.wait(_POLL_SECONDS)
 
 
 def _say_alive() -> None:

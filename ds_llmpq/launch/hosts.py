@@ -15,10 +15,10 @@ _NO_SUCH_PROGRAM = 127
 _SSH_FAILED = 255
 
 
-def lost_devices(plan: Plan, slots_of: Callable[[str, str], set[int] | None] | None = None) -> list[str]:
+def find_lost_devices(plan: Plan, slots_of: Callable[[str, str], set[int] | None] | None = None) -> list[str]:
     """Names (`host:slot`) of the plan's devices that are gone: their host does not answer over ssh, or its driver no
     longer lists the GPU. `slots_of(host, kind)`: the slots that are there; None: it cannot be said, so all count."""
-    slots_of = slots_of or present_slots
+    slots_of = slots_of or find_slots
     kinds = [entry["kind"] for entry in plan.engine["stages"]]
     seen: dict[tuple[str, str], set[int] | None] = {}
     lost = []
@@ -31,7 +31,7 @@ def lost_devices(plan: Plan, slots_of: Callable[[str, str], set[int] | None] | N
     return lost
 
 
-def present_slots(host: str, kind: str) -> set[int] | None:
+def find_slots(host: str, kind: str) -> set[int] | None:
     """Slots of a host that can be used now; empty if it cannot be reached, None where only that is known."""
     asked = _LIST_GPUS if kind == "cuda" else ["true"]
     if not is_local(host):

@@ -56,9 +56,9 @@ class Identity:
                 found.append(f"the {name} (fingerprint {before[:12]}, now {after[:12]})")
         if self.texts and now.texts and self.texts != now.texts:
             found.append("the checkpoint's tokenizer, chat template or generation_config.json")
-        found += _differences("batch.", self.sampling, now.sampling)
+        found += _list_differences("batch.", self.sampling, now.sampling)
         if self.settings and now.settings:
-            found += _differences("", self.settings, now.settings)
+            found += _list_differences("", self.settings, now.settings)
         return found
 
 
@@ -90,7 +90,7 @@ class Journal:
         if not file.exists():
             return None
         remedy = "give another out=DIR, or resume=force to begin it anew and keep the results"
-        found = checked(_Record, read_json(file, "journal", remedy), f"journal {file}", remedy)
+        found = checked(_JournalFile, read_json(file, "journal", remedy), f"journal {file}", remedy)
         # one of before there was such a time begins to have it now
         times = [] if found.template_time is None else [found.template_time]
         return cls(found.identity, found.state, found.counts, found.attempts, *times)
@@ -108,24 +108,24 @@ class Journal:
                 "out=DIR, or resume=force to keep its results and go on with the new ones."
             )
 
-    def begun(self) -> Journal:
+    def begin_attempt(self) -> Journal:
         """With a further attempt, which runs."""
-        return replace(self, state=UNFINISHED, attempts=(*self.attempts, Attempt(_now())))
+        return replace(self, state=UNFINISHED, attempts=(*self.attempts, Attempt(_utc_time())))
 
-    def ended(self, reason: str, results: int, counts: Mapping[str, int] | None = None) -> Journal:
+    def end_attempt(self, reason: str, results: int, counts: Mapping[str, int] | None = None) -> Journal:
         """With its last attempt ended; with `counts` the run is finished."""
-        last = replace(self.attempts[-1], ended=_now(), reason=reason, results=results)
+        last = replace(self.attempts[-1], ended=_utc_time(), reason=reason, results=results)
         finished = {"state": FINISHED, "counts": dict(counts)} if counts is not None else {}
         return replace(self, attempts=(*self.attempts[:-1], last), **finished)
 
 
-def _time(text: str) -> str:
+def _check_time(text: str) -> str:
     datetime.datetime.fromisoformat(text)
     return text
 
 
 @dataclass(frozen=True)
-class _Record:
+class _JournalFile:
     """The file of a `Journal`."""
 
     schema: one_of(SCHEMA)
@@ -133,10 +133,10 @@ class _Record:
     state: one_of(UNFINISHED, FINISHED)
     counts: Table[Count]
     attempts: Many[Attempt]
-    template_time: Annotated[str, MaxLen(64), AfterValidator(_time)] | None = None
+    template_time: Annotated[str, MaxLen(64), AfterValidator(_check_time)] | None = None
 
 
-def plan_fingerprint(plan: Plan) -> str:
+def fingerprint_plan(plan: Plan) -> str:
     """SHA-256 of what a plan decides about results: widths, quantization and compute type. Where layers run, in which
     groups and for how many sequences changes when a row runs, not what it says, as far as the engine promises that."""
     decided = {
@@ -145,26 +145,26 @@ def plan_fingerprint(plan: Plan) -> str:
         "quant": plan.quant,
         "dtype": (plan.engine or {}).get("dtype"),
     }
-    return _digest(decided)
+    return _hash(decided)
 
 
-def sampling_of(batch: BatchConfig) -> dict[str, Any]:
+def select_sampling(batch: BatchConfig) -> dict[str, Any]:
     """The defaults that rows inherit, and the limits that rows are refused by."""
     return {name: value for name, value in asdict(batch).items() if name not in _NO_MATTER}
 
 
-def flattened(prefix: str, value: Any) -> dict[str, Any]:
+def flatten(prefix: str, value: Any) -> dict[str, Any]:
     """Nested settings by dotted keys, so that a change can be named."""
     if isinstance(value, Mapping) and value:
         found: dict[str, Any] = {}
         for key, entry in value.items():
-            found |= flattened(f"{prefix}.{key}" if prefix else str(key), entry)
+            found |= flatten(f"{prefix}.{key}" if prefix else str(key), entry)
         return found
     return {prefix: value}
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Keeps a second `run` out of the folder, between the attempts too."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -174,25 +174,25 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _differences(prefix: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+def _list_differences(prefix: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     # as JSON has them: what was read back has no tuples and only text for keys
     before, after = json.loads(json.dumps(before, default=str)), json.loads(json.dumps(after, default=str))
     missing = object()
     return [
-        f"{prefix}{name} ({_shown(before.get(name))}, now {_shown(after.get(name))})"
+        f"{prefix}{name} ({_abbreviate(before.get(name))}, now {_abbreviate(after.get(name))})"
         for name in dict.fromkeys([*before, *after])
         if before.get(name, missing) != after.get(name, missing)
     ]
 
 
-def _shown(value: Any) -> str:
+def _abbreviate(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _digest(value: Any) -> str:
+def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _now() -> str:
+def _utc_time() -> str:
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

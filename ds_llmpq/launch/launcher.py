@@ -1,8 +1,8 @@
-"""Starting the real `deepspeed` launcher as a child process, following it, and ending it. Imports no torch.
+"""Starting the real `deepspeed` launcher as a child process, monitoring it, and ending it. Imports no torch.
 
 DeepSpeed's multi-host runner answers Ctrl-C and SIGTERM with `pkill -f` on every host, which may hit others' processes.
 So the launcher runs in a session of its own, where the user's Ctrl-C does not reach it, and is ended by SIGKILL; every
-rank watches its output (`lifeline.end_with_listener`) and ends as soon as nobody reads it, on whichever host it is.
+rank watches its output (`heartbeat.exit_if_parent_dies`) and ends as soon as nobody reads it, on whichever host it is.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from ds_llmpq.cluster.hostfile import include_string
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import write_whole
-from ds_llmpq.launch.process_monitor import RUN_MARK, Ended, Watch, follow, stop_all
+from ds_llmpq.launch.process_monitor import RUN_MARK, Exit, MonitorOptions, kill_marked, monitor
 from ds_llmpq.plan import Plan, launch_order
 
 ENVIRONMENT_NAME = "deepspeed_env"
@@ -48,7 +48,7 @@ class Launch:
     master_port: int | None = None
 
     @classmethod
-    def of_plan(cls, plan: Plan, folder: Path, master_port: int | None = None) -> Launch:
+    def from_plan(cls, plan: Plan, folder: Path, master_port: int | None = None) -> Launch:
         """A plan whose hostfile lies in `folder`."""
         return cls(
             hostfile=folder / "hostfile",
@@ -70,7 +70,7 @@ def is_local(host: str) -> bool:
     return host in ("localhost", "127.0.0.1", socket.gethostname(), socket.getfqdn())
 
 
-def options(launch: Launch) -> list[str]:
+def build_options(launch: Launch) -> list[str]:
     """The launcher's own options."""
     line = ["--hostfile", str(launch.hostfile), "--include", launch.include]
     if launch.local:
@@ -83,24 +83,24 @@ def options(launch: Launch) -> list[str]:
     return line
 
 
-def command(launch: Launch, arguments: list[str]) -> list[str]:
+def build_command(launch: Launch, arguments: list[str]) -> list[str]:
     """The launcher's command line; `arguments` are those of `serve`."""
-    port = launch.master_port or free_port()
-    line = [sys.executable, "-m", "deepspeed.launcher.runner", *options(launch)]
+    port = launch.master_port or find_free_port()
+    line = [sys.executable, "-m", "deepspeed.launcher.runner", *build_options(launch)]
     line += ["--master_port", str(port), "--log_level", "warning"]
     return [*line, "--module", "ds_llmpq.commands.serve", *arguments]
 
 
-def by_hand(launch: Launch, arguments: list[str]) -> str:
+def format_manual_command(launch: Launch, arguments: list[str]) -> str:
     """A shell's line that does the same without `run` watching over it; its variables are in the environment file."""
     variables = [f"DS_ACCELERATOR={launch.kind}"]
     if not launch.local:
         variables.append("DS_ENV_FILE=" + shlex.quote(str(launch.folder / ENVIRONMENT_NAME)))
-    line = ["deepspeed", *options(launch), "--module", "ds_llmpq.commands.serve", *arguments]
+    line = ["deepspeed", *build_options(launch), "--module", "ds_llmpq.commands.serve", *arguments]
     return " ".join([*variables, shlex.join(line)])
 
 
-def environment(launch: Launch) -> dict[str, str]:
+def build_environment(launch: Launch) -> dict[str, str]:
     """Variables for every rank. `UserError` for one that a remote shell could misread."""
     carried = {name: os.environ[name] for name in _CARRIED if name in os.environ}
     own = {"DS_ACCELERATOR": launch.kind, "TOKENIZERS_PARALLELISM": "false"}
@@ -114,30 +114,30 @@ def environment(launch: Launch) -> dict[str, str]:
 def write_environment(launch: Launch, mark: str = "") -> Path:
     """The file that DeepSpeed's `DS_ENV_FILE` names: NAME=VALUE lines, exported on every host. For its owner alone."""
     file = launch.folder / ENVIRONMENT_NAME
-    variables = environment(launch) | ({RUN_MARK: mark} if mark else {})
+    variables = build_environment(launch) | ({RUN_MARK: mark} if mark else {})
     write_whole(file, "".join(f"{name}={value}\n" for name, value in variables.items()), mode=0o600)
     return file
 
 
-def followed(launch: Launch, arguments: list[str], watch: Watch, mark: str | None = None) -> Ended:
-    """Runs the launcher to its end, its output going to `launcher.log` and to `watch.on_line`.
+def run_launcher(launch: Launch, arguments: list[str], options: MonitorOptions, mark: str | None = None) -> Exit:
+    """Runs the launcher to its end, its output going to `launcher.log` and to `options.on_line`.
 
     When one rank has died, the others get a few seconds to say what they met and are then ended. `mark` names the run
     in the environment of its processes. `arguments` end with the job, which stays out of the log.
     """
-    watch = replace(watch, hidden=arguments[-1])
+    options = replace(options, hidden=arguments[-1])
     mark = mark or uuid.uuid4().hex
     file = write_environment(launch, mark)
     package = str(Path(__file__).resolve().parents[2])
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
-    env = os.environ | environment(launch) | {"DS_ENV_FILE": str(file), "PYTHONPATH": os.pathsep.join(paths)}
+    env = os.environ | build_environment(launch) | {"DS_ENV_FILE": str(file), "PYTHONPATH": os.pathsep.join(paths)}
     try:
-        return follow(command(launch, arguments), env, launch.folder / LOG_NAME, mark, watch)
+        return monitor(build_command(launch, arguments), env, launch.folder / LOG_NAME, mark, options)
     except OSError as error:
         raise UserError(f"The launcher cannot be started ({error}); free what it needs and run again.") from None
 
 
-def end_leftovers(folder: Path) -> None:
+def kill_leftovers(folder: Path) -> None:
     """Ends what a killed `run` left on this machine: a stopped rank does not notice by itself, and would hold the
     results. Only for who has locked the folder."""
     try:
@@ -146,10 +146,10 @@ def end_leftovers(folder: Path) -> None:
         return
     for name, _, mark in (line.partition("=") for line in lines):
         if name == RUN_MARK and _MARK.fullmatch(mark):
-            stop_all(mark)
+            kill_marked(mark)
 
 
-def free_port() -> int:
+def find_free_port() -> int:
     """A TCP port that is free on this machine now."""
     with socket.socket() as probe:
         probe.bind(("", 0))

@@ -1,4 +1,4 @@
-"""Following a started launcher to its end: its lines, its death, its silence, and the user's wish to stop.
+"""Monitoring a running launcher until it exits: its output, its death, its silence, and the user's wish to stop.
 
 The launcher itself is only ever ended by SIGKILL (see `launch.launcher`), and with it whatever it started here: each
 of these processes carries the mark of its run in its environment, so none is missed, and no other process is hit.
@@ -28,24 +28,23 @@ _RANK_DIED = re.compile(rb"exits with return code = (-?\d+)")
 # how long the other ranks have to end by themselves, so that their messages reach the log
 _GRACE_SECONDS = 5.0
 _POLL_SECONDS = 0.25
-# the loop itself was held up for longer than this (a stopped or suspended `run`): silence then says nothing
-_HELD_UP_SECONDS = 10.0
+# a longer gap between two looks means that `run` itself was suspended: silence then says nothing
+_SUSPENDED_SECONDS = 10.0
 _STARTUP_SECONDS = 120.0
 _STACKS_SECONDS = 3.0
 
 
 class Line(Enum):
-    """What a line of a rank is to the follower: a sign of life kept out of the log, text for the log, or a rank's last
-    words, also for the log: the other ranks then have a few seconds for theirs."""
+    """What a rank's line is to the monitor: a heartbeat, kept out of the log; text for the log; or the reason why the
+    rank fails, also for the log: the other ranks then have a few seconds to give theirs."""
 
-    LIFE = "life"
+    HEARTBEAT = "heartbeat"
     TEXT = "text"
     FAILURE = "failure"
 
 
-class Reason(Enum):
-    """Why following ended: by itself, a rank or the launcher died, nothing moved, or the user asked for
-    an end."""
+class ExitReason(Enum):
+    """Why the run ended: by itself, a rank or the launcher died, nothing made progress, or the user asked."""
 
     ENDED = "ended"
     DIED = "died"
@@ -56,17 +55,17 @@ class Reason(Enum):
 
 
 @dataclass(frozen=True)
-class Ended:
+class Exit:
     """`code`: exit code of the rank that died first as its launcher said it, else of the launcher; negative: the
     signal that ended it; None where neither was seen."""
 
-    reason: Reason
+    reason: ExitReason
     code: int | None
 
 
 @dataclass(frozen=True)
-class Watch:
-    """How closely to look.
+class MonitorOptions:
+    """What the monitor looks for, and for how long it waits.
 
     `on_line` sees every line. `hang_seconds`: None never takes silence for a hang; until `started()` it counts as at
     least two minutes, since imports say nothing. `drain()` passes on a first Ctrl-C, SIGTERM or SIGHUP, and says
@@ -84,7 +83,7 @@ class Watch:
     stopped_seconds: float = 30.0
 
 
-def follow(line: list[str], env: dict[str, str], log_file: Path, mark: str, watch: Watch) -> Ended:
+def monitor(line: list[str], env: dict[str, str], log_file: Path, mark: str, options: MonitorOptions) -> Exit:
     """Runs a command line to its end. KeyboardInterrupt passes on after all its processes have been stopped."""
     with open(log_file, "ab") as log, _Signals() as signals:
         child = subprocess.Popen(
@@ -92,23 +91,23 @@ def follow(line: list[str], env: dict[str, str], log_file: Path, mark: str, watc
             stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         try:
-            return _Following(child, log, mark, watch, signals).to_the_end()
+            return _Monitor(child, log, mark, options, signals).run()
         finally:
-            stop(child, mark)
+            kill_launcher(child, mark)
             child.stdout.close()
 
 
-class _Following:
-    def __init__(self, child: subprocess.Popen, log: BinaryIO, mark: str, watch: Watch, signals: _Signals):
-        self.child, self.log, self.mark, self.watch, self.signals = child, log, mark, watch, signals
-        self.life = self.looked = time.monotonic()
+class _Monitor:
+    def __init__(self, child: subprocess.Popen, log: BinaryIO, mark: str, options: MonitorOptions, signals: _Signals):
+        self.child, self.log, self.mark, self.options, self.signals = child, log, mark, options, signals
+        self.heard = self.looked = time.monotonic()
         self.rest = b""
         self.deadline: float | None = None
-        self.reason: Reason | None = None
+        self.reason: ExitReason | None = None
         self.code: int | None = None
-        self.stopped = _Stopped(mark, watch.stopped_seconds)
+        self.stopped = _StoppedProcesses(mark, options.stopped_seconds)
 
-    def to_the_end(self) -> Ended:
+    def run(self) -> Exit:
         poller = select.poll()
         poller.register(self.child.stdout, select.POLLIN)
         while self._within_bounds():
@@ -116,70 +115,70 @@ class _Following:
                 data = os.read(self.child.stdout.fileno(), 1 << 16)
                 if not data:  # nobody is left who could write
                     break
-                self._take(data)
-        if self.reason in (Reason.HUNG, Reason.STOPPED):
+                self._handle(data)
+        if self.reason in (ExitReason.HUNG, ExitReason.STOPPED):
             self._wait_for_stacks()
         launcher = self.child.poll()
-        if launcher is None and self.reason in (None, Reason.DRAINED):
+        if launcher is None and self.reason in (None, ExitReason.DRAINED):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 launcher = self.child.wait(_GRACE_SECONDS)
         code = launcher if self.code is None else self.code
         if self.reason is None:
             # DeepSpeed's runner ends with 0 when a signal ended what it started: its ranks then live on
-            alive = [process for process in marked(self.mark) if process.pid != self.child.pid]
-            self.reason = Reason.ENDED if code == 0 and not alive else Reason.DIED
-        return Ended(self.reason, code)
+            alive = [process for process in list_marked(self.mark) if process.pid != self.child.pid]
+            self.reason = ExitReason.ENDED if code == 0 and not alive else ExitReason.DIED
+        return Exit(self.reason, code)
 
     def _within_bounds(self) -> bool:
         """False when it is time to stop; `reason` says why."""
         now = time.monotonic()
-        if now - self.looked > _HELD_UP_SECONDS:
-            self.life = now
+        if now - self.looked > _SUSPENDED_SECONDS:
+            self.heard = now
         self.looked = now
-        if self.signals.count >= 2 or (self.signals.count and self.watch.drain is None):
+        if self.signals.count >= 2 or (self.signals.count and self.options.drain is None):
             raise KeyboardInterrupt
-        if self.signals.count and self.reason is not Reason.DRAINED:
-            if not self.watch.drain():
+        if self.signals.count and self.reason is not ExitReason.DRAINED:
+            if not self.options.drain():
                 raise KeyboardInterrupt
-            self.reason, self.deadline = Reason.DRAINED, now + self.watch.drain_seconds
+            self.reason, self.deadline = ExitReason.DRAINED, now + self.options.drain_seconds
         if self.deadline is None and self.child.poll() is not None:
             # killed: what it started lives on, and would go on writing. Ended: its last lines are still in the pipe
             self.deadline = now + _GRACE_SECONDS
         if self.deadline is not None:
-            if now > self.deadline and self.reason is Reason.DRAINED:
-                self.reason = Reason.CUT_OFF
+            if now > self.deadline and self.reason is ExitReason.DRAINED:
+                self.reason = ExitReason.CUT_OFF
             return now <= self.deadline
-        if self._silent(now - self.life):
-            self.reason = Reason.HUNG
-        elif self.stopped.too_long(now):
-            self.reason = Reason.STOPPED
+        if self._silent(now - self.heard):
+            self.reason = ExitReason.HUNG
+        elif self.stopped.stopped_too_long(now):
+            self.reason = ExitReason.STOPPED
         return self.reason is None
 
     def _silent(self, seconds: float) -> bool:
-        bound = self.watch.hang_seconds
+        bound = self.options.hang_seconds
         if bound is None or seconds <= bound:
             return False
-        return seconds > _STARTUP_SECONDS or self.watch.started()
+        return seconds > _STARTUP_SECONDS or self.options.started()
 
-    def _take(self, data: bytes) -> None:
+    def _handle(self, data: bytes) -> None:
         *lines, self.rest = (self.rest + data).split(b"\n")
         for line in lines:
-            kind = self.watch.on_line(line.decode(errors="replace"))
-            if kind is Line.LIFE:
-                self.life = time.monotonic()
+            kind = self.options.on_line(line.decode(errors="replace"))
+            if kind is Line.HEARTBEAT:
+                self.heard = time.monotonic()
                 continue
             with contextlib.suppress(OSError):  # a full disk is for the results to tell
-                hidden = self.watch.hidden.encode()
+                hidden = self.options.hidden.encode()
                 self.log.write((line.replace(hidden, b"...") if hidden else line) + b"\n")
                 self.log.flush()
             if (died := _RANK_DIED.search(line)) and self.code is None:
                 self.code = int(died[1])
             if (died or kind is Line.FAILURE) and self.reason is None and self.deadline is None:
-                self.reason, self.deadline = Reason.DIED, time.monotonic() + _GRACE_SECONDS
+                self.reason, self.deadline = ExitReason.DIED, time.monotonic() + _GRACE_SECONDS
 
     def _wait_for_stacks(self) -> None:
         """Ranks write their stacks by timers of their own, on every host; here, also those that were stopped."""
-        for process in marked(self.mark):
+        for process in list_marked(self.mark):
             with contextlib.suppress(psutil.Error):
                 if _is_stopped(process):
                     process.send_signal(signal.SIGUSR1)
@@ -192,10 +191,10 @@ class _Following:
                 data = os.read(self.child.stdout.fileno(), 1 << 16)
                 if not data:
                     return
-                self._take(data)
+                self._handle(data)
 
 
-class _Stopped:
+class _StoppedProcesses:
     """Looks now and then for processes of the run that somebody stopped."""
 
     def __init__(self, mark: str, bound_seconds: float):
@@ -203,34 +202,34 @@ class _Stopped:
         self._looked = time.monotonic()
         self._since: dict[int, float] = {}
 
-    def too_long(self, now: float) -> bool:
+    def stopped_too_long(self, now: float) -> bool:
         if now - self._looked < self._bound / 6:
             return False
         if now - self._looked > self._bound:  # this process was stopped too
             self._since = {}
         self._looked = now
-        stopped = [process.pid for process in marked(self._mark) if _is_stopped(process)]
+        stopped = [process.pid for process in list_marked(self._mark) if _is_stopped(process)]
         self._since = {pid: self._since.get(pid, now) for pid in stopped}
         return any(now - since >= self._bound for since in self._since.values())
 
 
-def stop_all(mark: str) -> None:
+def kill_marked(mark: str) -> None:
     """Ends what a run that was killed left on this machine."""
-    found = marked(mark)
+    found = list_marked(mark)
     for process in found:
         with contextlib.suppress(psutil.Error):
             process.kill()
     psutil.wait_procs(found, timeout=10)
 
 
-def stop(child: subprocess.Popen, mark: str) -> None:
+def kill_launcher(child: subprocess.Popen, mark: str) -> None:
     """Ends the launcher and all it started here; ranks on other hosts end when their connection breaks."""
     found: dict[int, psutil.Process] = {}
     for _ in range(2):  # once more for what was started meanwhile
         with contextlib.suppress(psutil.NoSuchProcess):
             launcher = psutil.Process(child.pid)
             found |= {process.pid: process for process in [launcher, *launcher.children(recursive=True)]}
-        found |= {process.pid: process for process in marked(mark)}
+        found |= {process.pid: process for process in list_marked(mark)}
         for process in found.values():
             with contextlib.suppress(psutil.Error):
                 process.kill()
@@ -239,9 +238,9 @@ def stop(child: subprocess.Popen, mark: str) -> None:
     psutil.wait_procs([process for process in found.values() if process.pid != child.pid], timeout=10)
 
 
-def marked(mark: str) -> list[psutil.Process]:
+def list_marked(mark: str) -> list[psutil.Process]:
     """The processes of a run on this machine."""
-    return [process for process in psutil.process_iter() if _mark(process) == mark]
+    return [process for process in psutil.process_iter() if _read_mark(process) == mark]
 
 
 def _is_stopped(process: psutil.Process) -> bool:
@@ -251,7 +250,7 @@ def _is_stopped(process: psutil.Process) -> bool:
         return False
 
 
-def _mark(process: psutil.Process) -> str | None:
+def _read_mark(process: psutil.Process) -> str | None:
     try:
         return None if process.status() == psutil.STATUS_ZOMBIE else process.environ().get(RUN_MARK)
     except psutil.Error:

@@ -15,7 +15,7 @@ ERROR_MARK = "ds-llmpq error: "
 _SECONDS_BETWEEN = 0.2
 
 
-class Bar:
+class ProgressBar:
     """A progress bar over phases of known length, on standard error."""
 
     def __init__(self, stream: TextIO | None = None):
@@ -38,7 +38,7 @@ class Bar:
             self._bar = None
 
 
-class Lines:
+class ProgressLines:
     """The same as JSON lines that `read` understands; at most five a second, a phase's first and last always."""
 
     def __init__(self, stream: TextIO | None = None):
@@ -57,7 +57,7 @@ class Lines:
         """Nothing is held."""
 
 
-def read(line: str) -> dict[str, Any] | None:
+def parse_progress(line: str) -> dict[str, Any] | None:
     """The fields of a progress line, None for any other line. Launchers may put the host's name before it."""
     _, mark, fields = line.partition(PROGRESS_MARK)
     if not mark:

@@ -8,7 +8,7 @@ from ds_llmpq.errors import UserError
 from ds_llmpq.plan import Plan
 
 
-def launched_rank(plan: Plan) -> int:
+def read_rank(plan: Plan) -> int:
     """This process's rank. `UserError` where what was launched is not what was planned."""
     try:
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -36,7 +36,7 @@ def launched_rank(plan: Plan) -> int:
     return rank
 
 
-def local_rank(plan: Plan, rank: int) -> int:
+def find_local_rank(plan: Plan, rank: int) -> int:
     """Index of a rank among those of its host, in slot order: the launcher shows each host's used slots, renumbered."""
     hosts = {stage.rank: stage.host for stage in plan.stages}
     return sum(1 for other in hosts if hosts[other] == hosts[rank] and other < rank)

@@ -26,21 +26,21 @@ METHOD = "dsllmpq://"
 def register() -> str:
     """Makes the rendezvous known to torch; returns the `init_method` that chooses it. May be called again."""
     with contextlib.suppress(RuntimeError):  # it is known already
-        register_rendezvous_handler(METHOD.removesuffix("://"), _meet)
+        register_rendezvous_handler(METHOD.removesuffix("://"), _rendezvous)
     return METHOD
 
 
-def _meet(url: str, timeout: datetime.timedelta = datetime.timedelta(minutes=30), **_: object) -> Iterator[tuple]:
+def _rendezvous(url: str, timeout: datetime.timedelta = datetime.timedelta(minutes=30), **_: object) -> Iterator[tuple]:
     """torch's protocol: yields (store, rank, world size) once."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    listener = bound(host, port) if rank == 0 else None
+    listener = listen(host, port) if rank == 0 else None
     given = {} if listener is None else {"master_listen_fd": listener.detach()}
     store = dist.TCPStore(host, port, world_size, rank == 0, timeout, **given)
-    yield dist.PrefixStore(_prefix(), store), rank, world_size
+    yield dist.PrefixStore(_build_prefix(), store), rank, world_size
 
 
-def _prefix() -> str:
+def _build_prefix() -> str:
     """Of every key, from the run's own random mark, which its ranks alone have in their environment: another process
     that reaches the store by mistake, or guesses at torch's keys, meets none. It is no lock: a store lists its keys to
     who asks."""
@@ -48,7 +48,7 @@ def _prefix() -> str:
     return hashlib.sha256(b"ranks of " + mark.encode()).hexdigest() if mark else "by hand"
 
 
-def bound(host: str, port: int) -> socket.socket | None:
+def listen(host: str, port: int) -> socket.socket | None:
     """A socket listening at host:port alone; None where this machine does not know that address as its own (behind
     address translation), so that it must listen on all. `PortTaken`: another socket is there, or it is not allowed."""
     try:

@@ -23,11 +23,11 @@ from ds_llmpq.errors import Interrupted, RunFailed, UserError
 from ds_llmpq.launch.attempt import MISTAKE, Listener, Outcome, say
 from ds_llmpq.launch.config import SupervisionConfig
 from ds_llmpq.launch.failures import EXCEPTION, FAULT, PORT, Failure
-from ds_llmpq.launch.hosts import lost_devices
+from ds_llmpq.launch.hosts import find_lost_devices
 from ds_llmpq.launch.job import Job
 from ds_llmpq.launch.journal import Journal
-from ds_llmpq.launch.launcher import LOG_NAME, Launch, followed, is_local
-from ds_llmpq.launch.process_monitor import Reason, Watch
+from ds_llmpq.launch.launcher import LOG_NAME, Launch, is_local, run_launcher
+from ds_llmpq.launch.process_monitor import ExitReason, MonitorOptions
 from ds_llmpq.plan import Plan
 
 MEASUREMENTS = ("metrics.json", "trace.json")  # written at the end of a start
@@ -37,7 +37,7 @@ _MEMORY_WAIT_SECONDS = 30.0  # what was started before may still be ending on an
 _MOST_PORTS = 5  # tried in a row, where another process is quicker each time
 
 
-def checked_supervision(settings: SupervisionConfig) -> SupervisionConfig:
+def validate_supervision(settings: SupervisionConfig) -> SupervisionConfig:
     """`UserError` for a number out of range."""
     if settings.on_loss not in ON_LOSS:
         raise UserError(f"run.on_loss is {settings.on_loss!r} but must be one of {', '.join(ON_LOSS)}.")
@@ -59,7 +59,7 @@ class Supervisor:
     journal: Journal
     count: Callable[[], Tally]
     replan: Callable[[list[str]], tuple[Job, Launch]]
-    find_lost: Callable[[Plan], list[str]] = lost_devices
+    find_lost: Callable[[Plan], list[str]] = find_lost_devices
     pause: Callable[[float], None] = time.sleep
     count_kills: Callable[[], int] = memory_kills
     restarts: int = 0
@@ -78,37 +78,37 @@ class Supervisor:
         restart would meet again, or restarts brought nothing."""
         tally = self.count()
         while not (tally.complete and self.journal.attempts):
-            self._note(self.journal.begun())
+            self._write_journal(self.journal.begin_attempt())
             for name in MEASUREMENTS:  # of an earlier start: they would say nothing about this one
                 (self.folder / name).unlink(missing_ok=True)
             try:
-                outcome = self._attempt()
+                outcome = self._start()
             except KeyboardInterrupt:
-                self._end("stopped by the user", tally)
-                raise Interrupted(f"Interrupted; {self._kept()}") from None
+                self._end_attempt("stopped by the user", tally)
+                raise Interrupted(f"Interrupted; {self._describe_kept()}") from None
             before, tally = tally, self.count()
             if not tally.complete:
-                self._go_on(outcome, before, tally)
-            elif outcome.ended.reason in (Reason.HUNG, Reason.STOPPED):
+                self._handle_exit(outcome, before, tally)
+            elif outcome.exit.reason in (ExitReason.HUNG, ExitReason.STOPPED):
                 # woken for its stacks, a stopped rank may write the rest: worth knowing, though nothing is left to do
-                self.reasons.append(self._why(outcome, tally))
+                self.reasons.append(self._explain(outcome, tally))
         return tally
 
-    def _go_on(self, outcome: Outcome, before: Tally, tally: Tally) -> None:
+    def _handle_exit(self, outcome: Outcome, before: Tally, tally: Tally) -> None:
         """Returns when another start is due."""
-        failure, reason = outcome.failure, outcome.ended.reason
+        failure, reason = outcome.failure, outcome.exit.reason
         if failure is not None and failure.kind == MISTAKE:
             with contextlib.suppress(UserError):  # on a full disk, the rank's sentence says more
-                self._end(f"mistake: {failure.message}", tally)
-            raise self._failed(failure.message, outcome)
-        if reason in (Reason.DRAINED, Reason.CUT_OFF):
-            self._end("drained" if reason is Reason.DRAINED else "stopped by the user", tally)
-            raise Interrupted(f"Interrupted; {self._kept()}")
-        why = self._why(outcome, tally)
-        self._end(why, tally)
+                self._end_attempt(f"mistake: {failure.message}", tally)
+            raise self._build_failure(failure.message, outcome)
+        if reason in (ExitReason.DRAINED, ExitReason.CUT_OFF):
+            self._end_attempt("drained" if reason is ExitReason.DRAINED else "stopped by the user", tally)
+            raise Interrupted(f"Interrupted; {self._describe_kept()}")
+        why = self._explain(outcome, tally)
+        self._end_attempt(why, tally)
         new_results = tally.completed > before.completed
-        if failure is not None and not outcome.ran_out and _would_come_again(failure, new_results):
-            raise self._failed(f"{_capitalized(why)}; {self._remedy(failure)}", outcome)
+        if failure is not None and not outcome.ran_out and _would_recur(failure, new_results):
+            raise self._build_failure(f"{_capitalize(why)}; {self._suggest(failure)}", outcome)
         self._failures = 1 if new_results else self._failures + 1
         if outcome.kind == PORT and (new_results or self._ports < _MOST_PORTS):
             self._ports = 0 if new_results else self._ports + 1
@@ -117,17 +117,17 @@ class Supervisor:
             self.restarts += 1
             say("another process took the ranks' port; starting again on another one")
             return
-        self._recover(why, self._fewer() if outcome.ran_out else "", outcome)
+        self._recover(why, self._halve_sequences() if outcome.ran_out else "", outcome)
 
-    def _attempt(self) -> Outcome:
+    def _start(self) -> Outcome:
         """One start of the launcher."""
         listener, killed = Listener(uuid.uuid4().hex), self.count_kills()
         # a little longer than the ranks' own bound, after which each writes its stacks
         bound = self.settings.hang_seconds * 1.1
         job = replace(self.job, memory_wait_seconds=_MEMORY_WAIT_SECONDS) if self.restarts else self.job
-        watch = Watch(listener.on_line, bound, listener.serving, listener.drain, self.settings.grace_seconds)
+        watch = MonitorOptions(listener.on_line, bound, listener.serving, listener.drain, self.settings.grace_seconds)
         try:
-            ended = followed(self.launch, ["--job", job.to_token()], watch, listener.mark)
+            ended = run_launcher(self.launch, ["--job", job.to_token()], watch, listener.mark)
             return listener.outcome(ended, kernel_killed=self.count_kills() > killed)
         finally:
             listener.bar.close()
@@ -156,13 +156,13 @@ class Supervisor:
             self._failures = 0
             return
         gone = f", and {', '.join(lost)} did not come back" if lost else ""
-        raise self._failed(
-            f"{_capitalized(why)} and {self.settings.restarts} restarts in a row brought no result{gone}; "
-            f"{self._kept()} The reason is in {self.launch.folder / LOG_NAME}.",
+        raise self._build_failure(
+            f"{_capitalize(why)} and {self.settings.restarts} restarts in a row brought no result{gone}; "
+            f"{self._describe_kept()} The reason is in {self.launch.folder / LOG_NAME}.",
             outcome,
         )
 
-    def _fewer(self) -> str:
+    def _halve_sequences(self) -> str:
         """The job with half as many sequences in flight; says so, or nothing where it is one already."""
         before = self.job.plan.workload.sequences
         if before == 1:
@@ -176,48 +176,48 @@ class Supervisor:
         try:
             self.pause(seconds)
         except KeyboardInterrupt:
-            raise Interrupted(f"Interrupted; {self._kept()}") from None
+            raise Interrupted(f"Interrupted; {self._describe_kept()}") from None
 
-    def _why(self, outcome: Outcome, tally: Tally) -> str:
-        if outcome.ended.reason is not Reason.ENDED:
-            return outcome.why(self.settings.hang_seconds, Watch.stopped_seconds)
+    def _explain(self, outcome: Outcome, tally: Tally) -> str:
+        if outcome.exit.reason is not ExitReason.ENDED:
+            return outcome.explain(self.settings.hang_seconds, MonitorOptions.stopped_seconds)
         if not is_local(self.launch.hosts[0]) and not (self.folder / RESULTS_NAME).exists():
-            raise self._failed(
+            raise self._build_failure(
                 f"The pipeline ended well, but its files are not in {self.folder}: rank 0 wrote them on host "
                 f"{self.launch.hosts[0]}; start run there, or give out= on a file system that both hosts share.",
                 outcome,
             )
         return f"the pipeline ended, but {tally.lacking} of {tally.total} rows have neither a result nor an error"
 
-    def _remedy(self, failure: Failure) -> str:
+    def _suggest(self, failure: Failure) -> str:
         again = (
             "no restart would change that, so compare the installed libraries with the tested versions, or report it "
             "with the traceback"
             if failure.kind == FAULT
             else "that was before any new result, so it was not tried again; see the traceback"
         )
-        return f"{again} in {self.launch.folder / LOG_NAME}; {self._kept()}"
+        return f"{again} in {self.launch.folder / LOG_NAME}; {self._describe_kept()}"
 
-    def _kept(self) -> str:
+    def _describe_kept(self) -> str:
         return f"what finished is kept in {self.folder}, and the same command with out={self.folder} goes on there."
 
-    def _failed(self, sentence: str, outcome: Outcome) -> RunFailed:
+    def _build_failure(self, sentence: str, outcome: Outcome) -> RunFailed:
         return RunFailed(sentence, outcome.record() | {"restarts": self.restarts})
 
-    def _end(self, reason: str, tally: Tally) -> None:
+    def _end_attempt(self, reason: str, tally: Tally) -> None:
         # so that the log ends with it, not with what a neighbour met afterwards
         with contextlib.suppress(OSError), open(self.launch.folder / LOG_NAME, "a", encoding="utf-8") as log:
             log.write(f"ds-llmpq: {reason}\n")
-        self._note(self.journal.ended(reason, tally.completed))
+        self._write_journal(self.journal.end_attempt(reason, tally.completed))
 
-    def _note(self, journal: Journal) -> None:
+    def _write_journal(self, journal: Journal) -> None:
         self.journal = journal
         journal.write(self.folder)
 
 
-def _would_come_again(failure: Failure, new_results: bool) -> bool:
+def _would_recur(failure: Failure, new_results: bool) -> bool:
     return failure.kind == FAULT or (failure.kind == EXCEPTION and not new_results)
 
 
-def _capitalized(text: str) -> str:
+def _capitalize(text: str) -> str:
     return text[:1].upper() + text[1:]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_llmpq.errors import UserError
-from ds_llmpq.launch.launcher import free_port
+from ds_llmpq.launch.launcher import find_free_port
 
 _TIMEOUT_SECONDS = 240
 RANKS = 3
@@ -23,7 +23,7 @@ def run_trial(spec: dict[str, Any], log: Path) -> dict[str, Any]:
     shared = os.environ | {
         "WORLD_SIZE": str(RANKS),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
+        "MASTER_PORT": str(find_free_port()),
         "DS_ACCELERATOR": spec["kind"],
         "OMP_NUM_THREADS": str(spec["threads"]),
         "GLOO_SOCKET_IFNAME": "lo",

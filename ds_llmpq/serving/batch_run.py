@@ -23,13 +23,13 @@ from ds_llmpq.launch.journal import (
     RESUMES,
     Identity,
     Journal,
-    flattened,
-    locked,
-    plan_fingerprint,
-    sampling_of,
+    fingerprint_plan,
+    flatten,
+    lock_folder,
+    select_sampling,
 )
-from ds_llmpq.launch.launcher import Launch, end_leftovers
-from ds_llmpq.launch.supervisor import Supervisor, checked_supervision
+from ds_llmpq.launch.launcher import Launch, kill_leftovers
+from ds_llmpq.launch.supervisor import Supervisor, validate_supervision
 from ds_llmpq.models.fingerprint import fingerprint, text_fingerprint
 from ds_llmpq.models.notes import describe_notes, list_notes
 from ds_llmpq.plan import Plan, check_model, launch_order, read_plan, write_plan
@@ -69,12 +69,12 @@ def run_batch(settings: RunConfig, out: Path, screen: Screen = Screen()) -> Batc
         raise UserError("run needs input=FILE, a batch file in JSON lines.")
     if settings.resume not in RESUMES:
         raise UserError(f"resume is {settings.resume!r} but must be one of {', '.join(RESUMES)}.")
-    checked_supervision(settings.run)
+    validate_supervision(settings.run)
     batch = checked(settings.batch)
     # what rank 0 would refuse is said at once
     rows = InputRows.of(read_requests(absolute(settings.input), batch))
-    with locked(check_folder(out)):
-        end_leftovers(out)
+    with lock_folder(check_folder(out)):
+        kill_leftovers(out)
         return _run(replace(settings, batch=batch), out, rows, screen)
 
 
@@ -124,7 +124,7 @@ def _begun(
 ) -> tuple[Journal, Plan | None]:
     """The folder's journal and plan: those of the run to go on with, after its check, or new ones. No plan where the
     run is finished, and its files hold all of it."""
-    asked = Identity(rows.sha256, None, None, sampling_of(settings.batch), _planned_with(settings))
+    asked = Identity(rows.sha256, None, None, select_sampling(settings.batch), _planned_with(settings))
     journal = None if settings.resume == "force" else Journal.read(out)
     if journal is None:
         results = len(read_finished(out))  # also of another input
@@ -144,7 +144,7 @@ def _begun(
         write_hostfile(out / "hostfile", launch_order(plan))
     checkpoint = checkpoint_of(settings, plan)
     asked = replace(
-        asked, model=fingerprint(checkpoint), texts=text_fingerprint(checkpoint), plan=plan_fingerprint(plan)
+        asked, model=fingerprint(checkpoint), texts=text_fingerprint(checkpoint), plan=fingerprint_plan(plan)
     )
     if journal is None:
         journal = Journal(asked)
@@ -155,16 +155,16 @@ def _begun(
 def _planned_with(settings: RunConfig) -> dict[str, Any]:
     """What decides on the plan, by dotted keys: the plan that is given, or all that one is made from."""
     if settings.plan is not None:
-        return {"plan": plan_fingerprint(read_plan(absolute(settings.plan))), "quantized": settings.quantized}
+        return {"plan": fingerprint_plan(read_plan(absolute(settings.plan))), "quantized": settings.quantized}
     groups = {name: asdict(getattr(settings, name)) for name in ("model", "workload", "quant", "planner")}
     groups |= {"cluster": asdict(settings.cluster), "engine": {"dtype": settings.engine.dtype}}
-    settings_of = flattened("", groups) | {"quantized": settings.quantized}
+    settings_of = flatten("", groups) | {"quantized": settings.quantized}
     # variables change no result, and may be nobody else's business
     return {name: value for name, value in settings_of.items() if not name.startswith("cluster.env")}
 
 
 def _launch(settings: RunConfig, plan: Plan, out: Path) -> Launch:
-    return Launch.of_plan(plan, out, settings.engine.master_port)
+    return Launch.from_plan(plan, out, settings.engine.master_port)
 
 
 def _replanned(
@@ -174,7 +174,7 @@ def _replanned(
     before = supervisor.job.plan
     plan = plan_without(settings, before, lost, out, settings.quantized is None, screen.progress)
     screen.plan(plan)
-    identity = replace(supervisor.journal.identity, plan=plan_fingerprint(plan))
+    identity = replace(supervisor.journal.identity, plan=fingerprint_plan(plan))
     supervisor.journal = replace(supervisor.journal, identity=identity)
     return replace(supervisor.job, plan=plan), _launch(settings, plan, out)
 
@@ -191,7 +191,7 @@ def _concluded(supervisor: Supervisor, tally: Tally, out: Path, results_before: 
     }
     metrics["memory_warnings"] = [*supervisor.memory_warnings, *metrics["memory_warnings"]]
     write_json(out / "metrics.json", metrics)
-    supervisor.journal.ended("finished", tally.completed, tally.counts).write(out)
+    supervisor.journal.end_attempt("finished", tally.completed, tally.counts).write(out)
     return BatchRun(tally, metrics, supervisor.restarts, supervisor.reasons)
 
 

@@ -24,9 +24,9 @@ from ds_llmpq.engine.session import Session, cache_positions, plan_block, row_po
 from ds_llmpq.engine.stage_run.faults import Fault, described
 from ds_llmpq.engine.trace import chrome_events
 from ds_llmpq.files import write_json, write_whole
-from ds_llmpq.launch.heartbeat import Heartbeat, drain_on_request
+from ds_llmpq.launch.heartbeat import Heartbeat, drain_on_signal
 from ds_llmpq.launch.job import Job, check_input
-from ds_llmpq.launch.progress import Bar, Lines
+from ds_llmpq.launch.progress import ProgressBar, ProgressLines
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.models.tokenizer import load_tokenizer
 from ds_llmpq.plan import check_model
@@ -93,7 +93,7 @@ class Driver:
         self.job = job
         self.heartbeat = heartbeat
         self.rule = rule
-        self.progress = Lines() if job.supervised else Bar()
+        self.progress = ProgressLines() if job.supervised else ProgressBar()
         self.started = time.perf_counter()
         file = read_requests(job.input, job.batch)
         check_input(job, file.sha256)
@@ -112,7 +112,7 @@ class Driver:
         }
         self.feed = self._feed(bounds)
         self.replay: Replay | None = None
-        drain_on_request(self.stop)
+        drain_on_signal(self.stop)
         for error in chain(file.errors, errors):
             self.writer.write_error(error)
         self.tokens = 0

@@ -20,7 +20,7 @@ from typing import Any
 from ds_llmpq.batch.config import BatchConfig
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import open_regular
-from ds_llmpq.launch.journal import plan_fingerprint, sampling_of
+from ds_llmpq.launch.journal import fingerprint_plan, select_sampling
 from ds_llmpq.plan import Plan
 
 NAME = "in_flight.jsonl"
@@ -33,7 +33,7 @@ _MOST_TOKEN = 1 << 31
 
 def identity_of(input_sha256: str, plan: Plan, batch: BatchConfig) -> str:
     """What tokens depend on, as results do: they are of no use to a run with another."""
-    decided = [input_sha256, plan_fingerprint(plan), sampling_of(batch)]
+    decided = [input_sha256, fingerprint_plan(plan), select_sampling(batch)]
     return hashlib.sha256(json.dumps(decided, sort_keys=True, default=str).encode()).hexdigest()
 
 

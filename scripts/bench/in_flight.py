@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout that is not installed
 
 from ds_llmpq import config
-from ds_llmpq.launch.launcher import free_port
+from ds_llmpq.launch.launcher import find_free_port
 from ds_llmpq.models.fingerprint import fingerprint
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.plan import MEMORY_PARTS, PREDICTED, Plan, SolverReport, Stage, Workload
@@ -47,7 +47,7 @@ def plan_of(path: Path) -> Plan:
 
 
 def main(rounds: int) -> None:
-    os.environ |= ENVIRONMENT | {"MASTER_PORT": str(free_port())}
+    os.environ |= ENVIRONMENT | {"MASTER_PORT": str(find_free_port())}
     from ds_llmpq.engine.rank_context import init_rank, shutdown
     from ds_llmpq.engine.session import Session
     from ds_llmpq.scheduler.request_group import RequestGroup, Sequence

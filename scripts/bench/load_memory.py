@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout that is not installed
 
 from ds_llmpq.cost.memory import MemoryModel
-from ds_llmpq.launch.launcher import free_port
+from ds_llmpq.launch.launcher import find_free_port
 from ds_llmpq.models.fingerprint import fingerprint
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.plan import MEMORY_PARTS, PREDICTED, Plan, SolverReport, Stage, Workload
@@ -93,7 +93,7 @@ def run_rank(plan: Plan) -> dict:
 
 def run_both(arguments: list[str]) -> int:
     """Starts this script once for each rank; fresh processes, so that nothing is inherited."""
-    common = {"WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    common = {"WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_port())}
     common |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1"}
     ranks = [
         subprocess.Popen(

@@ -191,13 +191,13 @@ def test_options_of_the_launcher(tmp_path):
     """`deepspeed.launcher.runner`, in launch/launcher.py: started as a module, with these options."""
     from deepspeed.launcher.runner import parse_args
 
-    from ds_llmpq.launch.launcher import Launch, command
+    from ds_llmpq.launch.launcher import Launch, build_command
 
     (tmp_path / "hostfile").write_text("a slots=1\n")
     for env in ({}, {"MASTER_ADDR": "10.0.0.1"}):
         for hosts in (("localhost",), ("a",), ("a", "b")):
             launch = Launch(tmp_path / "hostfile", "a:0", hosts, "cpu", env, tmp_path, master_port=2345)
-            _, module, name, *options = command(launch, ["plan=p.json"])
+            _, module, name, *options = build_command(launch, ["plan=p.json"])
             assert (module, name) == ("-m", "deepspeed.launcher.runner")
             found = parse_args(options)
             assert found.module

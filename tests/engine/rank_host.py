@@ -29,7 +29,7 @@ from ds_llmpq.engine.config import EngineConfig
 from ds_llmpq.engine.rank_context import RankContext, init_rank, shutdown
 from ds_llmpq.engine.session import Session
 from ds_llmpq.engine.stage_run.faults import Fault
-from ds_llmpq.launch.launcher import free_port
+from ds_llmpq.launch.launcher import find_free_port
 from ds_llmpq.plan import Plan
 from ds_llmpq.scheduler.request_group import RequestGroup, Sequence
 from ds_llmpq.scheduler.slot_table import Finish
@@ -222,7 +222,7 @@ class Pool:
     """The ranks of pipelines of one length, forked with the first request and kept until one of them fails."""
 
     def __init__(self, world: int):
-        context, port = multiprocessing.get_context("fork"), free_port()
+        context, port = multiprocessing.get_context("fork"), find_free_port()
         pipes = [context.Pipe() for _ in range(world)]
         self.pipes = [ours for ours, _ in pipes]
         self.processes = [

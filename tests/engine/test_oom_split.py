@@ -9,7 +9,7 @@ from pipeline_cases import LAYERS, Case, make_plan, reference
 from test_finish import prompts_of, rows_of
 
 from ds_llmpq.engine.stage_run.oom_split import MicroBatchSplitter
-from ds_llmpq.launch.failures import ran_out
+from ds_llmpq.launch.failures import is_out_of_memory
 from ds_llmpq.models.step import Step
 from ds_llmpq.scheduler.request_group import RequestGroup
 from ds_llmpq.scheduler.slot_table import Finish
@@ -87,8 +87,8 @@ def test_other_errors_and_single_rows_pass_on():
 def test_torch_says_it_ran_out():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 60, dtype=torch.int8)
-    assert ran_out(caught.value)
-    assert not ran_out(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert is_out_of_memory(caught.value)
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
 def test_a_step_of_some_rows():

@@ -10,7 +10,7 @@ from pipeline_cases import make_plan
 from ds_llmpq.engine.pipeline_module import pipeline_bounds
 from ds_llmpq.engine.topology import PlannedTopology
 from ds_llmpq.errors import UserError
-from ds_llmpq.launch.ranks import launched_rank, local_rank
+from ds_llmpq.launch.ranks import find_local_rank, read_rank
 
 
 @pytest.mark.parametrize("ranks", [[0], *map(list, list(itertools.permutations(range(4)))[::5])])
@@ -50,9 +50,9 @@ def plan(checkpoint_of):
 
 
 def test_local_rank_counts_within_the_host(plan):
-    assert [local_rank(plan, rank) for rank in range(4)] == [0, 1, 0, 1]
+    assert [find_local_rank(plan, rank) for rank in range(4)] == [0, 1, 0, 1]
     stages = tuple(dataclasses.replace(stage, host="aaab"[stage.rank]) for stage in plan.stages)
-    assert [local_rank(dataclasses.replace(plan, stages=stages), rank) for rank in range(4)] == [0, 1, 2, 0]
+    assert [find_local_rank(dataclasses.replace(plan, stages=stages), rank) for rank in range(4)] == [0, 1, 2, 0]
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def launched(monkeypatch):
     def conclude(plan, rank, world_size, on_host=2):
         for name, value in (("RANK", rank), ("WORLD_SIZE", world_size), ("LOCAL_SIZE", on_host)):
             monkeypatch.setenv(name, str(value))
-        return launched_rank(plan)
+        return read_rank(plan)
 
     return conclude
 
@@ -75,7 +75,7 @@ def test_ranks_that_are_not_the_plan_s(plan, launched, monkeypatch):
         launched(plan, 2, 4, on_host=3)
     monkeypatch.delenv("RANK")
     with pytest.raises(UserError, match=r"RANK and WORLD_SIZE are not set"):
-        launched_rank(plan)
+        read_rank(plan)
 
 
 @pytest.mark.parametrize("ranks", [[0, 1, 1, 2], [1, 2, 3, 4]])

@@ -10,7 +10,7 @@ from ds_llmpq.engine import preflight
 from ds_llmpq.engine.preflight import check_free, check_memory
 from ds_llmpq.errors import UserError
 from ds_llmpq.launch import hosts
-from ds_llmpq.launch.rendezvous import bound
+from ds_llmpq.launch.rendezvous import listen
 
 GIB = 1 << 30
 
@@ -62,11 +62,11 @@ def test_the_store_listens_on_the_given_address_alone():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    with bound("127.0.0.1", port) as listener:
+    with listen("127.0.0.1", port) as listener:
         assert listener.getsockname() == ("127.0.0.1", port)
         with pytest.raises(UserError, match=r"engine\.master_port"):
-            bound("127.0.0.1", port)
-    assert bound("192.0.2.1", port) is None  # an address of no machine: behind translation, listen on all
+            listen("127.0.0.1", port)
+    assert listen("192.0.2.1", port) is None  # an address of no machine: behind translation, listen on all
 
 
 def test_devices_of_hosts_and_drivers_that_do_not_answer_are_lost():
@@ -77,9 +77,9 @@ def test_devices_of_hosts_and_drivers_that_do_not_answer_are_lost():
         asked.append(host)
         return {"a": None, "b": {0, 1}}[host]
 
-    assert hosts.lost_devices(plan, slots) == ["b:2"]
+    assert hosts.find_lost_devices(plan, slots) == ["b:2"]
     assert asked == ["a", "b"]
-    assert hosts.lost_devices(plan, lambda host, kind: set()) == ["a:0", "b:0", "b:2"]
+    assert hosts.find_lost_devices(plan, lambda host, kind: set()) == ["a:0", "b:0", "b:2"]
 
 
 def test_a_host_without_an_answer_has_no_slots(tmp_path, monkeypatch):
@@ -88,6 +88,6 @@ def test_a_host_without_an_answer_has_no_slots(tmp_path, monkeypatch):
     ssh.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\nexit 255\n')
     ssh.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    assert hosts.present_slots("nodeB", "cuda") == set()
+    assert hosts.find_slots("nodeB", "cuda") == set()
     assert "-- nodeB nvidia-smi" in (tmp_path / "asked").read_text()
-    assert hosts.present_slots("localhost", "cpu") is None
+    assert hosts.find_slots("localhost", "cpu") is None

@@ -178,7 +178,7 @@ def test_the_job_survives_its_token(tmp_path):
     again = ScoreJob.from_token(job.to_token())
     assert again.to_token() == job.to_token()
     assert again.plan.to_json() == job.plan.to_json()
-    assert Launch.of_plan(again.plan, tmp_path).kind == "cpu"
+    assert Launch.from_plan(again.plan, tmp_path).kind == "cpu"
 
 
 @pytest.mark.parametrize(

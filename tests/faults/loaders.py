@@ -44,7 +44,7 @@ from ds_llmpq.evaluation.job import ScoreJob
 from ds_llmpq.files import read_json, read_text
 from ds_llmpq.launch.job import Job
 from ds_llmpq.launch.journal import Journal
-from ds_llmpq.launch.launcher import Launch, command, environment
+from ds_llmpq.launch.launcher import Launch, build_command, build_environment
 from ds_llmpq.lengths import dataset
 from ds_llmpq.lengths.predictor import load_predictor
 from ds_llmpq.lengths.records import read_examples
@@ -342,10 +342,10 @@ def _plan(file: Path) -> object:
     plan_table(plan)
     if plan.engine is None:
         return plan
-    launch = Launch.of_plan(plan, file.parent)
+    launch = Launch.from_plan(plan, file.parent)
     launch_order(plan)
-    command(launch, [])
-    environment(launch)
+    build_command(launch, [])
+    build_environment(launch)
     check_model(plan, TINY)
     job = Job(plan, "m", "i", "o", EngineConfig(), BatchConfig())
     return Job.from_token(job.to_token())

@@ -24,7 +24,7 @@ from launching import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ds_llmpq.launch.launcher import free_port
+from ds_llmpq.launch.launcher import find_free_port
 from ds_llmpq.plan import read_plan
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.hqq import linear_names, quantize_linear
@@ -98,7 +98,9 @@ def test_the_printed_line_runs_as_it_stands_and_without_ssh(local_run, checkpoin
     asked = [completion("row-3", TEXT[9:32], 10), completion("row-8", TEXT[24:77], 20)]
     rows = write_rows(tmp_path / "rows.jsonl", asked)
     line = line.replace("input=FILE", f"input={rows}").replace("output=DIR", f"output={tmp_path / 'out'}")
-    line = line.replace("deepspeed ", f"deepspeed --master_port {free_port()} ", 1)  # others may hold the default one
+    line = line.replace(
+        "deepspeed ", f"deepspeed --master_port {find_free_port()} ", 1
+    )  # others may hold the default one
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "ssh").write_text("#!/bin/sh\nexit 255\n")
     (tmp_path / "bin" / "ssh").chmod(0o755)

@@ -16,9 +16,9 @@ from ds_llmpq.launch.failures import (
     MEMORY,
     Failure,
     Tracebacks,
-    failure_of,
+    build_failure,
+    find_root_cause,
     read_failure,
-    root_cause,
 )
 
 
@@ -54,7 +54,7 @@ def raise_(error):
     ],
 )
 def test_kinds(error, kind):
-    assert failure_of(error).kind == kind
+    assert build_failure(error).kind == kind
 
 
 def test_a_real_lost_connection_is_one():
@@ -65,11 +65,11 @@ dist.init_process_group("gloo", init_method=sys.argv[2], rank=int(sys.argv[1]), 
 dist.barrier()
 if sys.argv[1] == "1":
     os._exit(9)
-from ds_llmpq.launch.failures import failure_of
+from ds_llmpq.launch.failures import build_failure
 try:
     dist.recv(torch.zeros(4), src=1)
 except Exception as error:
-    print(failure_of(error).kind)
+    print(build_failure(error).kind)
 """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -82,14 +82,14 @@ except Exception as error:
 
 
 def test_the_frame_is_the_innermost_of_ours():
-    failure = failure_of(raised(derive_seed, 1, 2, 3, 4))
+    failure = build_failure(raised(derive_seed, 1, 2, 3, 4))
     assert failure.file.endswith("test_failures.py")  # none of ours: the call itself failed
-    failure = failure_of(raised(derive_seed, 1, "\ud800"))
+    failure = build_failure(raised(derive_seed, 1, "\ud800"))
     assert (failure.file, failure.function) == ("ds_llmpq/batch/request.py", "derive_seed")
 
 
 def test_a_line_comes_back_whole_with_a_host_before_it():
-    failure = failure_of(raised(raise_, ValueError("a\x1b[31m\x07 b")), rank=3, stage=1, device="cpu:0", host="h")
+    failure = build_failure(raised(raise_, ValueError("a\x1b[31m\x07 b")), rank=3, stage=1, device="cpu:0", host="h")
     assert "\x1b" not in failure.message
     assert read_failure("10.0.0.1: " + failure.to_line()) == failure
     assert failure.describe().startswith("rank 3 (stage 1, cpu:0 on h) failed: ValueError: a")
@@ -97,7 +97,7 @@ def test_a_line_comes_back_whole_with_a_host_before_it():
 
 
 def test_a_line_fits_a_pipe_whatever_the_message():
-    line = failure_of(raised(raise_, ValueError("\u20ac\x01" * 100_000))).to_line()
+    line = build_failure(raised(raise_, ValueError("\u20ac\x01" * 100_000))).to_line()
     assert len(line.encode()) < 4096
     assert read_failure(line).type == "ValueError"
 
@@ -109,9 +109,9 @@ def test_lines_that_only_look_like_one(text):
 
 def test_the_cause_among_several():
     lost, first = Failure(CONNECTION, "RuntimeError", "lost"), Failure(EXCEPTION, "ValueError", "first")
-    assert root_cause([lost, first, Failure(FAULT, "TypeError", "later")]) is first
-    assert root_cause([lost]) is lost
-    assert root_cause([]) is None
+    assert find_root_cause([lost, first, Failure(FAULT, "TypeError", "later")]) is first
+    assert find_root_cause([lost]) is lost
+    assert find_root_cause([]) is None
 
 
 def test_the_last_traceback_is_read():
@@ -124,4 +124,4 @@ def test_the_last_traceback_is_read():
 
 
 def test_a_mistake_of_the_user_is_a_fault():
-    assert failure_of(UserError("no")).kind == FAULT
+    assert build_failure(UserError("no")).kind == FAULT

@@ -46,8 +46,8 @@ def test_no_stacks_after_the_end():
     assert "Timeout" not in process.communicate(timeout=30)[1]
 
 
-def test_stacks_on_request():
-    process = started("stacks_on_request(); print('ready', flush=True)\ndef here(): time.sleep(60)\nhere()")
+def test_dump_stacks_on_signal():
+    process = started("dump_stacks_on_signal(); print('ready', flush=True)\ndef here(): time.sleep(60)\nhere()")
     process.stdout.readline()
     time.sleep(0.2)
     process.send_signal(signal.SIGUSR1)
@@ -61,7 +61,7 @@ def test_draining_is_a_call():
     process = started(
         """
         asked = []
-        drain_on_request(lambda: asked.append(1)); print("ready", flush=True)
+        drain_on_signal(lambda: asked.append(1)); print("ready", flush=True)
         while not asked: time.sleep(0.05)
         """
     )
@@ -72,7 +72,7 @@ def test_draining_is_a_call():
 
 
 def test_it_ends_when_nobody_listens():
-    process = started("end_with_listener(); print('ready', flush=True); time.sleep(60)")
+    process = started("exit_if_parent_dies(); print('ready', flush=True); time.sleep(60)")
     process.stdout.readline()
     process.stderr.close()
     assert process.wait(timeout=30) == 1

@@ -7,7 +7,7 @@ import pytest
 
 from ds_llmpq.batch.config import BatchConfig
 from ds_llmpq.errors import UserError
-from ds_llmpq.launch.journal import FINISHED, JOURNAL_NAME, Identity, Journal, flattened, locked, sampling_of
+from ds_llmpq.launch.journal import FINISHED, JOURNAL_NAME, Identity, Journal, flatten, lock_folder, select_sampling
 
 IDENTITY = Identity(
     "a" * 64, "b" * 64, "c" * 64, {"temperature": 0.0, "seed": 0}, {"quant.bits": (4, 8), "model": "x"}, "e" * 64
@@ -16,13 +16,13 @@ IDENTITY = Identity(
 
 def test_it_reads_back(tmp_path):
     assert Journal.read(tmp_path) is None
-    journal = Journal(IDENTITY).begun().ended("the pipeline was ended by signal 9", 7).begun()
+    journal = Journal(IDENTITY).begin_attempt().end_attempt("the pipeline was ended by signal 9", 7).begin_attempt()
     journal.write(tmp_path)
     back = Journal.read(tmp_path)
     assert back.attempts == journal.attempts
     assert [attempt.results for attempt in back.attempts] == [7, 0]
     back.check(IDENTITY, tmp_path)  # what was a tuple is a list now, and still the same
-    done = back.ended("finished", 9, {"total": 9, "completed": 9, "failed": 0})
+    done = back.end_attempt("finished", 9, {"total": 9, "completed": 9, "failed": 0})
     done.write(tmp_path)
     assert Journal.read(tmp_path).state == FINISHED
     assert Journal.read(tmp_path).counts["completed"] == 9
@@ -60,18 +60,18 @@ def test_a_damaged_journal_is_one_sentence(tmp_path, text):
 
 
 def test_order_and_predictor_change_no_result():
-    assert sampling_of(BatchConfig()) == sampling_of(BatchConfig(order="bucketed", predictor="p"))
-    assert sampling_of(BatchConfig()) != sampling_of(BatchConfig(seed=1))
+    assert select_sampling(BatchConfig()) == select_sampling(BatchConfig(order="bucketed", predictor="p"))
+    assert select_sampling(BatchConfig()) != select_sampling(BatchConfig(seed=1))
 
 
 def test_settings_are_named_by_dotted_keys():
-    assert flattened("", {"a": {"b": 1, "c": {}}, "d": [1]}) == {"a.b": 1, "a.c": {}, "d": [1]}
+    assert flatten("", {"a": {"b": 1, "c": {}}, "d": [1]}) == {"a.b": 1, "a.c": {}, "d": [1]}
 
 
 def test_a_second_run_is_kept_out(tmp_path):
-    with locked(tmp_path), pytest.raises(UserError, match="in use"), locked(tmp_path):
+    with lock_folder(tmp_path), pytest.raises(UserError, match="in use"), lock_folder(tmp_path):
         pass
-    with locked(tmp_path):
+    with lock_folder(tmp_path):
         pass
 
 
@@ -84,16 +84,16 @@ def test_a_crash_while_writing_leaves_the_old_one(tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(UserError, match="No space left"):
-        Journal(IDENTITY).begun().write(tmp_path)
+        Journal(IDENTITY).begin_attempt().write(tmp_path)
     assert (tmp_path / JOURNAL_NAME).read_bytes() == before
     assert json.loads(before)["schema"] == 1
     assert [file.name for file in tmp_path.iterdir()] == [JOURNAL_NAME]
 
 
 def test_the_time_that_templates_are_told_is_kept(tmp_path):
-    journal = Journal(IDENTITY, template_time="2026-07-14T10:20:30").begun()
+    journal = Journal(IDENTITY, template_time="2026-07-14T10:20:30").begin_attempt()
     journal.write(tmp_path)
-    assert Journal.read(tmp_path).begun().template_time == "2026-07-14T10:20:30"
+    assert Journal.read(tmp_path).begin_attempt().template_time == "2026-07-14T10:20:30"
     fields = json.loads((tmp_path / JOURNAL_NAME).read_text())
     (tmp_path / JOURNAL_NAME).write_text(json.dumps(fields | {"template_time": "noon"}))
     with pytest.raises(UserError, match=r"run\.json"):

@@ -8,7 +8,7 @@ import pytest
 
 from ds_llmpq.cli import main
 from ds_llmpq.engine.openmp import VARIABLE, wait_as_stage_needs
-from ds_llmpq.launch.launcher import Launch, environment
+from ds_llmpq.launch.launcher import Launch, build_environment
 
 
 @pytest.fixture(params=[None, "7"])
@@ -26,8 +26,8 @@ def test_only_the_user_s_waiting_time_goes_to_the_ranks(own, command, expected):
         main([command, "no.such.key=1"])
     assert os.environ.get(VARIABLE) == (own or expected)
     launch = Launch(Path("hostfile"), "localhost", ("localhost",), "cpu", {}, Path("."))
-    assert environment(launch).get(VARIABLE) == (own or expected)
-    assert environment(launch)["OMP_NUM_THREADS"] == os.environ.get("OMP_NUM_THREADS", "1")
+    assert build_environment(launch).get(VARIABLE) == (own or expected)
+    assert build_environment(launch)["OMP_NUM_THREADS"] == os.environ.get("OMP_NUM_THREADS", "1")
 
 
 @pytest.mark.parametrize(

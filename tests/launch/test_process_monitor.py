@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from ds_llmpq.launch import process_monitor
-from ds_llmpq.launch.process_monitor import RUN_MARK, Line, Reason, Watch, follow, marked
+from ds_llmpq.launch.process_monitor import RUN_MARK, ExitReason, Line, MonitorOptions, list_marked, monitor
 
 
 @pytest.fixture(autouse=True)
@@ -29,9 +29,9 @@ def program(tmp_path):
     def run(text, **watch):
         mark = uuid.uuid4().hex
         line = [sys.executable, "-u", "-c", textwrap.dedent(text)]
-        watch = {"on_line": lambda text: Line.LIFE if text == "alive" else Line.TEXT} | watch
-        ended = follow(line, dict(os.environ), tmp_path / "log", mark, Watch(**watch))
-        assert not marked(mark), "a process was left behind"
+        watch = {"on_line": lambda text: Line.HEARTBEAT if text == "alive" else Line.TEXT} | watch
+        ended = monitor(line, dict(os.environ), tmp_path / "log", mark, MonitorOptions(**watch))
+        assert not list_marked(mark), "a process was left behind"
         return ended, (tmp_path / "log").read_text()
 
     return run
@@ -39,7 +39,7 @@ def program(tmp_path):
 
 def test_lines_reach_the_log_but_signs_of_life_do_not(program):
     ended, log = program("print('one'); print('alive'); print('two')")
-    assert (ended.reason, ended.code) == (Reason.ENDED, 0)
+    assert (ended.reason, ended.code) == (ExitReason.ENDED, 0)
     assert log == "one\ntwo\n"
 
 
@@ -52,7 +52,7 @@ def test_a_death_is_seen_and_orphans_are_ended(program):
         os.kill(os.getpid(), signal.SIGKILL)
         """
     )
-    assert (ended.reason, ended.code) == (Reason.DIED, -signal.SIGKILL)
+    assert (ended.reason, ended.code) == (ExitReason.DIED, -signal.SIGKILL)
 
 
 def test_the_others_get_a_moment_when_one_rank_has_died(program):
@@ -62,7 +62,7 @@ def test_the_others_get_a_moment_when_one_rank_has_died(program):
         print("exits with return code = -9"); time.sleep(0.1); print("peer is gone"); time.sleep(600)
         """
     )
-    assert ended.reason is Reason.DIED
+    assert ended.reason is ExitReason.DIED
     assert "peer is gone" in log
 
 
@@ -75,7 +75,7 @@ def test_an_exit_code_of_zero_is_no_end_while_ranks_live(program):
         os._exit(0)
         """
     )
-    assert (ended.reason, ended.code) == (Reason.DIED, 0)
+    assert (ended.reason, ended.code) == (ExitReason.DIED, 0)
 
 
 def test_the_code_is_that_of_the_rank(program):
@@ -88,7 +88,7 @@ def test_last_words_are_a_death_and_no_signal(program):
         "import time; print('failed'); time.sleep(0.1); print('peer is gone'); time.sleep(600)",
         on_line=lambda text: Line.FAILURE if text == "failed" else Line.TEXT,
     )
-    assert (ended.reason, ended.code) == (Reason.DIED, None)
+    assert (ended.reason, ended.code) == (ExitReason.DIED, None)
     assert log == "failed\npeer is gone\n"
 
 
@@ -103,19 +103,19 @@ def test_a_process_that_stays_stopped_is_noticed(program):
         os.kill(child.pid, signal.SIGSTOP)
         while True: print('alive'); time.sleep(0.1)
         """
-    assert program(text, hang_seconds=60, stopped_seconds=1.0)[0].reason is Reason.STOPPED
+    assert program(text, hang_seconds=60, stopped_seconds=1.0)[0].reason is ExitReason.STOPPED
 
 
 def test_silence_is_a_hang_and_life_is_none(program):
     ended, _ = program("import time; print('alive'); time.sleep(600)", hang_seconds=0.6)
-    assert ended.reason is Reason.HUNG
+    assert ended.reason is ExitReason.HUNG
     text = "import time\nfor _ in range(8): print('alive'); time.sleep(0.2)"
-    assert program(text, hang_seconds=0.8)[0].reason is Reason.ENDED
+    assert program(text, hang_seconds=0.8)[0].reason is ExitReason.ENDED
 
 
 def test_chatter_is_no_sign_of_life(program):
     ended, _ = program("import time\nwhile True: print('warning'); time.sleep(0.1)", hang_seconds=0.6)
-    assert ended.reason is Reason.HUNG
+    assert ended.reason is ExitReason.HUNG
 
 
 def test_a_stopped_rank_shows_its_stacks(program):
@@ -128,7 +128,7 @@ def test_a_stopped_rank_shows_its_stacks(program):
         """,
         hang_seconds=0.6,
     )
-    assert ended.reason is Reason.HUNG
+    assert ended.reason is ExitReason.HUNG
     assert "stuck_here" in log
 
 
@@ -145,14 +145,14 @@ def test_the_first_signal_drains_and_the_run_ends_by_itself(program):
     asked = []
     send_after(0.5, signal.SIGTERM)
     ended, _ = program("import time; time.sleep(1.5)", drain=lambda: asked.append(1) or True, drain_seconds=30)
-    assert (ended.reason, ended.code) == (Reason.DRAINED, 0)
+    assert (ended.reason, ended.code) == (ExitReason.DRAINED, 0)
     assert asked == [1]
 
 
 def test_what_does_not_drain_in_time_is_cut_off(program):
     send_after(0.5, signal.SIGINT)
     started = time.monotonic()
-    assert program("import time; time.sleep(60)", drain=lambda: True, drain_seconds=0.5)[0].reason is Reason.CUT_OFF
+    assert program("import time; time.sleep(60)", drain=lambda: True, drain_seconds=0.5)[0].reason is ExitReason.CUT_OFF
     assert time.monotonic() - started < 30
 
 
@@ -172,7 +172,7 @@ def test_a_second_signal_ends_it_at_once(program):
 def test_a_clock_that_jumps_changes_nothing(program, monkeypatch):
     """Bounds are on the clock that only goes forward."""
     monkeypatch.setattr(time, "time", lambda: 4e9)
-    assert program("import time; print('alive'); time.sleep(0.3)", hang_seconds=60)[0].reason is Reason.ENDED
+    assert program("import time; print('alive'); time.sleep(0.3)", hang_seconds=60)[0].reason is ExitReason.ENDED
 
 
 def test_a_log_on_a_full_disk_does_not_end_the_run(tmp_path):
@@ -180,8 +180,8 @@ def test_a_log_on_a_full_disk_does_not_end_the_run(tmp_path):
         pytest.skip("needs /dev/full")
     (tmp_path / "log").symlink_to("/dev/full")
     line = [sys.executable, "-c", "print('x' * 100000)"]
-    ended = follow(line, dict(os.environ), tmp_path / "log", "m", Watch(lambda text: Line.TEXT))
-    assert ended.reason is Reason.ENDED
+    ended = monitor(line, dict(os.environ), tmp_path / "log", "m", MonitorOptions(lambda text: Line.TEXT))
+    assert ended.reason is ExitReason.ENDED
 
 
 def test_only_marked_processes_are_found():
@@ -189,7 +189,7 @@ def test_only_marked_processes_are_found():
     line = [sys.executable, "-c", "import time; time.sleep(60)"]
     with subprocess.Popen(line, env=os.environ | {RUN_MARK: mark}) as mine, subprocess.Popen(line) as other:
         try:
-            assert [process.pid for process in marked(mark)] == [mine.pid]
+            assert [process.pid for process in list_marked(mark)] == [mine.pid]
             assert psutil.pid_exists(other.pid)
         finally:
             mine.kill()

@@ -15,13 +15,13 @@ from ds_llmpq.launch.config import SupervisionConfig
 from ds_llmpq.launch.failures import CONNECTION, EXCEPTION, FAULT, MEMORY, PORT, Failure
 from ds_llmpq.launch.job import Job
 from ds_llmpq.launch.journal import Identity, Journal
-from ds_llmpq.launch.process_monitor import Ended, Reason
+from ds_llmpq.launch.process_monitor import Exit, ExitReason
 from ds_llmpq.launch.progress import ERROR_MARK
-from ds_llmpq.launch.supervisor import Supervisor, checked_supervision
+from ds_llmpq.launch.supervisor import Supervisor, validate_supervision
 from ds_llmpq.plan import Plan, Workload
 
-DIED, HUNG, ENDED = Ended(Reason.DIED, -9), Ended(Reason.HUNG, None), Ended(Reason.ENDED, 0)
-DRAINED = Ended(Reason.DRAINED, 0)
+DIED, HUNG, ENDED = Exit(ExitReason.DIED, -9), Exit(ExitReason.HUNG, None), Exit(ExitReason.ENDED, 0)
+DRAINED = Exit(ExitReason.DRAINED, 0)
 ROWS = 12
 
 
@@ -35,7 +35,7 @@ class Scene:
     def __init__(self, tmp_path, monkeypatch, *ends, lost=(), **settings):
         self.ends, self.lost, self.pauses, self.replanned = list(ends), list(lost), [], []
         self.results = 0
-        monkeypatch.setattr(Supervisor, "_attempt", lambda supervisor: self.attempt())
+        monkeypatch.setattr(Supervisor, "_start", lambda supervisor: self.attempt())
         job = SimpleNamespace(output=str(tmp_path), plan="plan")
         self.supervisor = Supervisor(
             job, SimpleNamespace(folder=tmp_path, hosts=("localhost",)),
@@ -151,13 +151,13 @@ def heard(tmp_path, monkeypatch, lines, killed=0, ended=DIED):
             watch.on_line(line.rstrip("\n"))
         return ended
 
-    monkeypatch.setattr(supervisor, "followed", followed)
+    monkeypatch.setattr(supervisor, "run_launcher", followed)
     job = SimpleNamespace(output=str(tmp_path), plan="plan", to_token=lambda: "job")
     made = Supervisor(
         job, SimpleNamespace(folder=tmp_path), SupervisionConfig(), Journal(Identity("a", "b", "c", {})), None, None,
         count_kills=lambda: next(kills),
     )  # fmt: skip
-    return made._attempt()
+    return made._start()
 
 
 def test_the_cause_is_what_is_no_lost_connection(tmp_path, monkeypatch):
@@ -171,7 +171,7 @@ def test_the_cause_is_what_is_no_lost_connection(tmp_path, monkeypatch):
 
 def test_lost_connections_alone_are_a_neighbours_death(tmp_path, monkeypatch):
     outcome = heard(tmp_path, monkeypatch, [failure(CONNECTION).to_line()])
-    assert outcome.why(900, 30) == "the pipeline was ended by signal 9"
+    assert outcome.explain(900, 30) == "the pipeline was ended by signal 9"
 
 
 def test_a_traceback_of_the_launcher_is_read_where_nobody_named_a_cause(tmp_path, monkeypatch):
@@ -181,7 +181,7 @@ def test_a_traceback_of_the_launcher_is_read_where_nobody_named_a_cause(tmp_path
         "    import nothing",
         "ModuleNotFoundError: No module named 'nothing'",
     ]
-    outcome = heard(tmp_path, monkeypatch, lines, ended=Ended(Reason.DIED, 1))
+    outcome = heard(tmp_path, monkeypatch, lines, ended=Exit(ExitReason.DIED, 1))
     assert (outcome.kind, outcome.failure.message) == (FAULT, "No module named 'nothing'")
     assert heard(tmp_path, monkeypatch, lines).failure is None  # killed: not for that
 
@@ -272,4 +272,4 @@ def test_or_the_run_stops_and_names_it(tmp_path, monkeypatch):
 )
 def test_settings_out_of_range_are_refused(name, value):
     with pytest.raises(UserError, match=f"run.{name}"):
-        checked_supervision(replace(SupervisionConfig(), **{name: value}))
+        validate_supervision(replace(SupervisionConfig(), **{name: value}))

@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from ds_llmpq.engine import memory
-from ds_llmpq.launch.failures import ran_out
+from ds_llmpq.launch.failures import is_out_of_memory
 
 Result = TypeVar("Result")
 
@@ -58,7 +58,7 @@ class MicroBatchSplitter:
                 done = stop
                 continue
             except Exception as error:
-                failure = None if ran_out(error) else error
+                failure = None if is_out_of_memory(error) else error
                 if (failure is None and stop - done == 1) or (failure is not None and rule is None):
                     raise
             # outside of the handler, where the traceback no longer holds what the failed attempt took
