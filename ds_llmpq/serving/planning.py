@@ -22,7 +22,7 @@ from ds_llmpq.plan import Plan, launch_order, read_assignment, write_plan
 from ds_llmpq.planner import Problem, ProgressEvent, check_plan
 from ds_llmpq.planner.build import prepare
 from ds_llmpq.planner.config import PlannerConfig
-from ds_llmpq.planner.costsource import source_of_costs
+from ds_llmpq.planner.cost_source import select_costs
 from ds_llmpq.planner.deploy import deploy
 from ds_llmpq.planner.simulation import simulate_plan
 from ds_llmpq.planner.variants import solve_variant
@@ -75,7 +75,7 @@ def build_problem(settings: PlanConfig) -> tuple[Problem, Callable[[Plan], Plan]
     if omega is not None:
         omega.check_model(shape.layers, model["fingerprint"])
     dtype, quant = settings.engine.dtype, _with_kernel(settings, cluster, shape)
-    costs_of, cluster, kernel = source_of_costs(settings.cost, planner, quant, cluster, shape, dtype, quant.kernel)
+    costs_of, cluster, kernel = select_costs(settings.cost, planner, quant, cluster, shape, dtype, quant.kernel)
     prepared = prepare(cluster, shape, workload, quant, planner, omega, dtype, kernel, costs_of)
     return prepared.problem, lambda plan: deploy(plan, cluster, prepared, model, quant, kernel)
 

@@ -30,8 +30,8 @@ from ds_llmpq.models.shape import read_shape
 from ds_llmpq.plan import Assignment, Plan, SolverReport, StageAssignment, write_plan
 from ds_llmpq.planner import Problem, evaluate
 from ds_llmpq.planner.build import prepare
+from ds_llmpq.planner.cost_source import load_profile_costs
 from ds_llmpq.planner.deploy import compose_plan, deploy
-from ds_llmpq.planner.profiled import profiled_costs
 from ds_llmpq.planner.simulation import simulate_plan
 from ds_llmpq.report.fidelity import Pair, error_table, scatter, verdict
 from ds_llmpq.report.plan_table import bits_text, table
@@ -82,7 +82,7 @@ def planning(options):
     cluster, shape = Cluster.from_config(settings.cluster), read_shape(options.model)
     kernel = profiled_kernel(options.profile)
     settings.quant.kernel = kernel
-    costs_of, cluster = profiled_costs(
+    costs_of, cluster = load_profile_costs(
         settings.planner, settings.quant, cluster, shape, settings.engine.dtype, kernel
     )  # fmt: skip
     prepared = prepare(cluster, shape, settings.workload, settings.quant, settings.planner, costs_of=costs_of)

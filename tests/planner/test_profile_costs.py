@@ -15,7 +15,7 @@ from ds_llmpq.plan import Assignment, StageAssignment
 from ds_llmpq.planner import evaluate
 from ds_llmpq.planner.build import prepare
 from ds_llmpq.planner.config import PlannerConfig, WorkloadConfig
-from ds_llmpq.planner.profiled import profiled_costs
+from ds_llmpq.planner.cost_source import load_profile_costs
 from ds_llmpq.planner.simulation import simulate_plan
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.packing import groups_of
@@ -65,7 +65,7 @@ def folder(tmp_path):
 
 def prepared(folder, count=3, **changes):
     planner = PlannerConfig(profile=str(folder), **changes)
-    costs_of, here = profiled_costs(planner, QUANT, cluster(count), SHAPE, "auto", "dequantize")
+    costs_of, here = load_profile_costs(planner, QUANT, cluster(count), SHAPE, "auto", "dequantize")
     return prepare(here, SHAPE, WORKLOAD, QUANT, planner, costs_of=costs_of)
 
 
@@ -92,7 +92,7 @@ def test_two_devices_have_no_middle_stage(folder):
 
 def test_without_a_profile_nothing_changes():
     here = cluster()
-    assert profiled_costs(PlannerConfig(), QUANT, here, SHAPE, "auto", "dequantize") == (None, here)
+    assert load_profile_costs(PlannerConfig(), QUANT, here, SHAPE, "auto", "dequantize") == (None, here)
 
 
 def test_mistakes_are_said(folder, tmp_path):
@@ -100,10 +100,10 @@ def test_mistakes_are_said(folder, tmp_path):
         prepared(tmp_path / "nowhere")
     wide = dataclasses.replace(QUANT, group_size=128)
     with pytest.raises(UserError, match=r"group_size 64, but group_size 128 .*profile_force=true"):
-        profiled_costs(PlannerConfig(profile=str(folder)), wide, cluster(), SHAPE, "auto", "dequantize")
+        load_profile_costs(PlannerConfig(profile=str(folder)), wide, cluster(), SHAPE, "auto", "dequantize")
     rows = dataclasses.replace(QUANT, whole_rows=[8])
     with pytest.raises(UserError, match=r"whole_rows \[\], but whole_rows \[8\] is in use; profile again"):
-        profiled_costs(PlannerConfig(profile=str(folder)), rows, cluster(), SHAPE, "auto", "dequantize")
+        load_profile_costs(PlannerConfig(profile=str(folder)), rows, cluster(), SHAPE, "auto", "dequantize")
 
 
 def test_a_played_plan_is_close_to_its_formula(folder):
@@ -125,7 +125,7 @@ def test_a_played_plan_is_close_to_its_formula(folder):
 def test_a_partial_micro_batch_counts_as_the_next_larger_candidate(folder):
     planner = PlannerConfig(profile=str(folder))
     planner.micro_batches.prefill, planner.micro_batches.decode = [3, 8], [8]
-    costs_of, here = profiled_costs(planner, QUANT, cluster(2), SHAPE, "auto", "dequantize")
+    costs_of, here = load_profile_costs(planner, QUANT, cluster(2), SHAPE, "auto", "dequantize")
     problem = prepare(here, SHAPE, WORKLOAD, QUANT, planner, costs_of=costs_of).problem
     simulated = simulate_plan(problem, Assignment((StageAssignment("localhost:0", 0, 6, (16,) * 6),), 3, 8))
     prefill = [span.seconds for span in simulated.spans if span.name == "prefill"]

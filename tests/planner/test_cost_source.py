@@ -8,7 +8,7 @@ from ds_llmpq.cost.published import PublishedCosts
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.planner.config import CostConfig, PlannerConfig
-from ds_llmpq.planner.costsource import source_of_costs
+from ds_llmpq.planner.cost_source import select_costs
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.serving.config import PlanConfig
 
@@ -20,7 +20,7 @@ def place():
 
 
 def source(place, cost, planner=None):
-    return source_of_costs(cost, planner or PlannerConfig(), QuantConfig(), *place, "auto", "dequantize")
+    return select_costs(cost, planner or PlannerConfig(), QuantConfig(), *place, "auto", "dequantize")
 
 
 def test_each_source_says_its_kernel(place):
@@ -35,7 +35,7 @@ def test_each_source_says_its_kernel(place):
 
 def test_the_output_matrix_s_width_reaches_published_times(place):
     def seconds(head_bits):
-        costs_of, cluster, _ = source_of_costs(
+        costs_of, cluster, _ = select_costs(
             CostConfig("published"), PlannerConfig(), QuantConfig(head_bits=head_bits), *place, "auto", "dequantize"
         )
         return costs_of(cluster.device_types["t4"]).head_seconds(1)
