@@ -11,11 +11,15 @@ from importlib.util import find_spec
 
 import numpy as np
 
+from ds_llmpq.cluster.detect import usable_cores
 from ds_llmpq.errors import UserError
 from ds_llmpq.planner.linear import quiet_highs
 
 GUROBI_RESTRICTED = 2000
 GUROBI_LICENCE_ERRORS = (10009, 10010)  # expired or missing; too large for the licence
+MOST_THREADS = 8  # of a solver: beyond, branch and bound gains little and memory grows with each
+TOLERANCE = 1e-9  # the finest both solvers take: with their defaults (1e-5, 1e-6) a plan may exceed a device's memory
+ABSOLUTE_GAP = 1e-7  # of objectives scaled to about 1,000: never what stops a solver before the relative gap does
 Progress = Callable[[float | None, float | None], None]
 
 
@@ -69,6 +73,11 @@ class Solution:
 
 class SolverUnavailable(Exception):
     """The solver is not installed, or its licence does not allow this model."""
+
+
+def count_threads() -> int:
+    """Threads of a solver: the processors this process may use, up to `MOST_THREADS`."""
+    return min(usable_cores(), MOST_THREADS)
 
 
 def solve_model(
@@ -125,8 +134,16 @@ def _gurobi(model: Model, seconds: float, gap: float, cutoff: float, seed: int, 
             ):
                 if keep.any():
                     m.addMConstr(matrix[keep], x, sense, side[keep])
-            for name, value in {"MIPGap": gap, "MIPGapAbs": 1e-7, "Seed": seed, "Threads": 2, "TimeLimit": seconds,
-                                "IntFeasTol": 1e-9, "FeasibilityTol": 1e-9}.items():  # fmt: skip
+            settings = {
+                "MIPGap": gap,
+                "MIPGapAbs": ABSOLUTE_GAP,
+                "Seed": seed,
+                "Threads": count_threads(),
+                "TimeLimit": seconds,
+                "IntFeasTol": TOLERANCE,
+                "FeasibilityTol": TOLERANCE,
+            }
+            for name, value in settings.items():
                 m.setParam(name, value)
             if math.isfinite(cutoff):
                 m.setParam("Cutoff", cutoff)
@@ -173,9 +190,16 @@ def _highs(model: Model, seconds: float, gap: float, cutoff: float, seed: int, p
     kinds = (highspy.HighsVarType.kContinuous, highspy.HighsVarType.kInteger)
     lp.integrality_ = [kinds[i] for i in model.integer]
     highs = quiet_highs()
-    for name, value in {"time_limit": seconds, "mip_rel_gap": gap, "mip_abs_gap": 1e-7,
-                        "random_seed": seed, "threads": 2, "mip_feasibility_tolerance": 1e-9,
-                        "primal_feasibility_tolerance": 1e-9}.items():  # fmt: skip
+    settings = {
+        "time_limit": seconds,
+        "mip_rel_gap": gap,
+        "mip_abs_gap": ABSOLUTE_GAP,
+        "random_seed": seed,
+        "threads": count_threads(),
+        "mip_feasibility_tolerance": TOLERANCE,
+        "primal_feasibility_tolerance": TOLERANCE,
+    }
+    for name, value in settings.items():
         highs.setOptionValue(name, value)
     if math.isfinite(cutoff):
         highs.setOptionValue("objective_bound", cutoff)
