@@ -13,7 +13,7 @@ import numpy as np
 from ds_llmpq.plan import Assignment, StageAssignment
 from ds_llmpq.planner.arrays import PairArrays, pair_arrays
 from ds_llmpq.planner.feasibility import pairs, path_finder
-from ds_llmpq.planner.objective import Prediction, evaluate, violations
+from ds_llmpq.planner.objective import Prediction, charge_head, evaluate, violations
 from ds_llmpq.planner.problem import Objective, Problem
 
 OFFLOAD_BYTES_PER_SECOND = 12e9  # host to device, assumed: PCIe 3 x16 in practice
@@ -138,8 +138,7 @@ def adabits(problem: Problem) -> Iterable[Assignment]:
             if first == last:
                 continue
             room = arrays.capacity[d] - (arrays.embed_bytes if first == 0 else 0.0)
-            if last == problem.layers and not (arrays.tied_head and first == 0):
-                room -= arrays.head_bytes
+            room -= charge_head(arrays, first == 0, last == problem.layers)
             bits = _best_quality(arrays.layer_bytes[first:last], arrays.omega[first:last], arrays.available[d], room)
             if bits is None:
                 break
@@ -232,7 +231,7 @@ def offload_estimate(problem: Problem) -> Baseline:
 
 
 def _offload(arrays: PairArrays, d: int, b: int, sequences: int) -> dict[str, float] | None:
-    room = arrays.capacity[d] - arrays.embed_bytes - (0.0 if arrays.tied_head else arrays.head_bytes)
+    room = arrays.capacity[d] - arrays.embed_bytes - charge_head(arrays, first=True, last=True)
     if room < 0 or not np.isfinite(arrays.embed[:, d] + arrays.head[:, d]).all():
         return None
     total = float(arrays.layer_bytes[:, b].sum())

@@ -14,6 +14,7 @@ import numpy as np
 
 from ds_llmpq.errors import InfeasibleError
 from ds_llmpq.planner.arrays import PairArrays, pair_arrays
+from ds_llmpq.planner.objective import charge_head
 from ds_llmpq.planner.problem import DeviceType, Problem
 
 STATE_LIMIT = 50_000
@@ -100,7 +101,7 @@ def _reach(arrays: PairArrays, d: int, least: np.ndarray) -> np.ndarray:
         if a == 0 and not has_embed:
             continue
         room = arrays.capacity[d] - (arrays.embed_bytes if a == 0 else 0.0)
-        head = 0.0 if a == 0 and arrays.tied_head else arrays.head_bytes
+        head = charge_head(arrays, first=a == 0, last=True)
         if has_head and used[layers] - used[a] + head <= room:
             reach[a] = layers
         else:
@@ -207,7 +208,7 @@ def explain_memory(problem: Problem) -> InfeasibleError:
 
 def _smallest_total(arrays: PairArrays) -> float:
     widths = arrays.available.any(axis=0)
-    ends = arrays.embed_bytes + (0.0 if arrays.tied_head and len(arrays.capacity) == 1 else arrays.head_bytes)
+    ends = arrays.embed_bytes + charge_head(arrays, first=len(arrays.capacity) == 1, last=True)
     return float(arrays.layer_bytes[:, widths].min(axis=1).sum() + ends)
 
 

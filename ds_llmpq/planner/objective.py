@@ -10,6 +10,7 @@ Everything here is plain Python over the `Problem`: it shares no code with the s
 import itertools
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 from ds_llmpq.plan.assignment import Assignment, StageAssignment
 from ds_llmpq.planner.problem import Problem
@@ -81,17 +82,27 @@ def stage_memory(problem: Problem, assignment: Assignment, stage: StageAssignmen
     memory = problem.memory
     layers = range(stage.first, stage.last)
     first, last = stage.first == 0, stage.last == problem.layers
-    shared = memory.tied_head and first and last
     return {
         "weights": sum(memory.layer_bytes[b][i] for i, b in zip(layers, stage.bits, strict=True)),
         "kv": memory.kv_bytes_per_sequence_layer * problem.workload.sequences * len(layers),
         "embed": memory.embed_bytes if first else 0,
-        "head": memory.head_bytes if last and not shared else 0,
+        "head": charge_head(memory, first, last),
         "workspace": max(
             memory.workspace_prefill_bytes[assignment.prefill_micro_batch],
             memory.workspace_decode_bytes[assignment.decode_micro_batch],
         ),
     }
+
+
+class HeadBytes(Protocol):
+    head_bytes: float
+    tied_head: bool
+
+
+def charge_head(held: HeadBytes, first: bool, last: bool) -> float:
+    """Bytes of the lm_head on a stage that holds the first or last layer: it stands behind the last layer, and a tied
+    one is the embedding itself where one stage holds both ends."""
+    return held.head_bytes if last and not (held.tied_head and first) else 0
 
 
 def prefill_time(total: float, links: float, slowest: float, micro_batches: int) -> float:

@@ -18,6 +18,7 @@ import numpy as np
 from ds_llmpq.plan import Assignment, StageAssignment
 from ds_llmpq.planner.arrays import PairArrays
 from ds_llmpq.planner.milp.model import Model
+from ds_llmpq.planner.objective import charge_head
 from ds_llmpq.planner.problem import Objective, Problem
 
 
@@ -163,11 +164,12 @@ def _memory(form: Formulation, layers: int) -> None:
         terms = [(c, float(arrays.layer_bytes[i, b])) for (i, e, b), c in form.z.items() if e == d]
         terms += [(c, arrays.embed_bytes) for c, _ in form.u[0, d]]
         terms += [(c, arrays.head_bytes) for c, _ in form.u[layers - 1, d]]
-        if arrays.tied_head and arrays.head_bytes:
+        saved = charge_head(arrays, False, True) - charge_head(arrays, True, True)  # by holding both ends
+        if saved:
             both = form.model.column(high=1)
             for i in (0, layers - 1):
                 form.model.row([(both, 1.0), *((c, -1.0) for c, _ in form.u[i, d])], high=0)
-            terms.append((both, -arrays.head_bytes))
+            terms.append((both, -saved))
         unit = max(capacity, *(abs(value) for _, value in terms), 1e-30) if terms else 1.0
         form.model.row([(c, value / unit) for c, value in terms], high=capacity / unit)
 

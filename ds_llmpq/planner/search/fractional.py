@@ -16,6 +16,7 @@ import numpy as np
 from ds_llmpq.planner.arrays import PairArrays, pair_arrays
 from ds_llmpq.planner.feasibility import pairs
 from ds_llmpq.planner.linear import Infeasible, minimise
+from ds_llmpq.planner.objective import charge_head
 from ds_llmpq.planner.pins import Pins
 from ds_llmpq.planner.problem import Problem
 
@@ -85,15 +86,14 @@ class _Kinds:
         self.embed, self.head = arrays.embed[:, rows], arrays.head[:, rows]
         self.capacity = arrays.capacity[rows]
         self.bytes = arrays.layer_bytes.min(axis=0)
-        self.embed_bytes, self.head_bytes = arrays.embed_bytes, arrays.head_bytes
         self.allowed, self.omega = pins.widths(problem), arrays.omega
         contract, steps = formula == "pipeline", arrays.generated_tokens - 1.0
         self.slow = arrays.prefill_rounds - 1.0
         self.ring = steps if contract else 1.0
         self.slowest = steps * (arrays.decode_rounds if contract else arrays.decode_rounds - 1)
         self.stages = self._least_stages(arrays)
-        if arrays.tied_head and self.stages == 1:
-            self.head_bytes = 0.0
+        self.embed_bytes = arrays.embed_bytes
+        self.head_bytes = charge_head(arrays, first=self.stages == 1, last=True)
         self.constant = self.hops = 0.0
         if contract and self.stages > 1:
             self.constant, self.hops = self._links(arrays)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ds_llmpq.planner.arrays import PairArrays
+from ds_llmpq.planner.objective import charge_head
 from ds_llmpq.planner.search.compositions import Compositions, StageCosts
 
 NEVER = 1e30  # an absent width; finite, so that zero weights stay harmless
@@ -69,7 +70,7 @@ class StageBounds:
         self.capacity = a.capacity[reps] / self.unit
         self.embed = np.where(np.isfinite(a.embed[:, reps]), a.embed[:, reps], NEVER)
         self.head = np.where(np.isfinite(a.head[:, reps]), a.head[:, reps], NEVER)
-        self.embed_bytes, self.head_bytes = a.embed_bytes / self.unit, a.head_bytes / self.unit
+        self.embed_bytes = a.embed_bytes / self.unit
         self.costs = [
             StageCosts(self.compositions, self.prefill[q] + self.absent[q], self.decode[q] + self.absent[q], self.bytes)
             for q in range(len(reps))
@@ -124,7 +125,7 @@ class StageBounds:
 
     def limits(self, q: int, box: Box, first: bool, last: bool) -> np.ndarray:
         """[3]: what P, D and memory (in units) the layers of such a stage may take."""
-        head = self.head_bytes if last and not (first and self.arrays.tied_head) else 0.0
+        head = charge_head(self.arrays, first, last) / self.unit
         return np.array(
             [
                 box.p_high - first * self.embed[0, q] - last * self.head[0, q],
