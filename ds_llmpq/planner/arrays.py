@@ -13,7 +13,7 @@ from ds_llmpq.planner.problem import DeviceType, Problem
 
 @dataclass(frozen=True)
 class PairArrays:
-    """The problem for one (eta, xi)."""
+    """The problem for one prefill and one decode micro-batch size."""
 
     prefill_micro_batch: int
     decode_micro_batch: int
@@ -39,18 +39,21 @@ class PairArrays:
         return np.isfinite(self.prefill) & np.isfinite(self.decode)
 
 
-def pair_arrays(problem: Problem, eta: int, xi: int) -> PairArrays:
+def pair_arrays(problem: Problem, prefill_micro_batch: int, decode_micro_batch: int) -> PairArrays:
+    """The problem at one pair of micro-batch sizes."""
     types = [problem.device_types[device.type] for device in problem.devices]
     memory, workload, links = problem.memory, problem.workload, problem.links
-    m_p, m_d = rounds(problem, eta, xi)
+    m_p, m_d = rounds(problem, prefill_micro_batch, decode_micro_batch)
 
     def part(name: str) -> np.ndarray:
         return np.array(
             [[getattr(t, f"{phase}_{name}_seconds").get(size, np.inf) for t in types] for phase, size in sizes]
         )
 
-    sizes = (("prefill", eta), ("decode", xi))
-    workspace = max(memory.workspace_prefill_bytes[eta], memory.workspace_decode_bytes[xi])
+    sizes = (("prefill", prefill_micro_batch), ("decode", decode_micro_batch))
+    workspace = max(
+        memory.workspace_prefill_bytes[prefill_micro_batch], memory.workspace_decode_bytes[decode_micro_batch]
+    )
     kv = memory.kv_bytes_per_sequence_layer * workload.sequences
     names = [device.name for device in problem.devices]
     latency = np.full((len(names),) * 2, links.default.latency_seconds)
@@ -59,15 +62,15 @@ def pair_arrays(problem: Problem, eta: int, xi: int) -> PairArrays:
     for (sender, receiver), link in links.pairs.items():
         latency[index[sender], index[receiver]] = link.latency_seconds
         per_byte[index[sender], index[receiver]] = link.seconds_per_byte
-    hidden = links.hidden_bytes_per_token
+    hidden, prompt_rows = links.hidden_bytes_per_token, prefill_micro_batch * workload.prompt_tokens
     return PairArrays(
-        prefill_micro_batch=eta,
-        decode_micro_batch=xi,
+        prefill_micro_batch=prefill_micro_batch,
+        decode_micro_batch=decode_micro_batch,
         prefill_rounds=m_p,
         decode_rounds=m_d,
         generated_tokens=workload.generated_tokens,
-        prefill=np.array([_layer_times(problem, t, "prefill", eta) for t in types]),
-        decode=np.array([_layer_times(problem, t, "decode", xi) for t in types]),
+        prefill=np.array([_layer_times(problem, t, "prefill", prefill_micro_batch) for t in types]),
+        decode=np.array([_layer_times(problem, t, "decode", decode_micro_batch) for t in types]),
         embed=part("embed"),
         head=part("head"),
         capacity=np.array([device.memory_bytes - workspace for device in problem.devices], dtype=float),
@@ -75,8 +78,8 @@ def pair_arrays(problem: Problem, eta: int, xi: int) -> PairArrays:
         embed_bytes=float(memory.embed_bytes),
         head_bytes=float(memory.head_bytes),
         tied_head=memory.tied_head,
-        link=np.stack([latency + eta * workload.prompt_tokens * hidden * per_byte, latency + xi * hidden * per_byte]),
-        back=np.stack([latency + size * links.token_bytes * per_byte for size in (eta, xi)]),
+        link=np.stack([latency + rows * hidden * per_byte for rows in (prompt_rows, decode_micro_batch)]),
+        back=np.stack([latency + size * links.token_bytes * per_byte for _, size in sizes]),
         omega=np.array(problem.omega, dtype=float),
     )
 

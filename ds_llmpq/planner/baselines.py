@@ -61,40 +61,42 @@ def _best(problem: Problem, rule: Callable[[Problem], Iterable[Assignment]], for
             prediction = evaluate(problem, assignment, formula)
             if best is None or prediction.latency_seconds < best.prediction.latency_seconds:
                 best = Baseline(prediction, assignment)
-    return best or Baseline(None, reason="infeasible: no width and micro-batch fit the memory of this split")
+    return best or Baseline(None, reason="infeasible: no bit width and micro-batch fit the memory of this split")
 
 
 def _without_limit(problem: Problem) -> Problem:
     return replace(problem, objective=Objective("theta", theta=0.0))
 
 
-def _highest_width(problem: Problem, split: Callable[[int, int, int], Assignment | None]) -> list[Assignment]:
-    """The split at the highest width that fits, for all micro-batch pairs at which it does."""
+def _with_most_bits(problem: Problem, split: Callable[[int, int, int], Assignment | None]) -> list[Assignment]:
+    """The split at the highest bit width that fits, for all micro-batch pairs at which it does."""
     unbounded = _without_limit(problem)
-    for width in sorted(problem.bits, reverse=True):
-        made = [split(width, eta, xi) for eta, xi in pairs(problem)]
+    for bits in sorted(problem.bits, reverse=True):
+        made = [split(bits, *pair) for pair in pairs(problem)]
         fitting = [assignment for assignment in made if assignment and not violations(unbounded, assignment)]
         if fitting:
             return fitting
     return []
 
 
-def _cut(problem: Problem, sizes: list[int], width: int, eta: int, xi: int) -> Assignment:
+def _cut(
+    problem: Problem, sizes: list[int], bits: int, prefill_micro_batch: int, decode_micro_batch: int
+) -> Assignment:
     """Stages of the given sizes on the devices in listed order, devices of size zero left out."""
     edges = np.concatenate([[0], np.cumsum(sizes)])
     stages = tuple(
-        StageAssignment(device.name, int(edges[d]), int(edges[d + 1]), (width,) * sizes[d])
+        StageAssignment(device.name, int(edges[d]), int(edges[d + 1]), (bits,) * sizes[d])
         for d, device in enumerate(problem.devices)
         if sizes[d]
     )
-    return Assignment(stages, eta, xi)
+    return Assignment(stages, prefill_micro_batch, decode_micro_batch)
 
 
 def uniform(problem: Problem) -> list[Assignment]:
-    """Equal layers on all devices, one width: the highest that fits."""
+    """Equal layers on all devices, one bit width: the highest that fits."""
     count = len(problem.devices)
     sizes = [problem.layers // count + (d < problem.layers % count) for d in range(count)]
-    return _highest_width(problem, lambda width, eta, xi: _cut(problem, sizes, width, eta, xi))
+    return _with_most_bits(problem, lambda bits, *pair: _cut(problem, sizes, bits, *pair))
 
 
 def _proportional_sizes(problem: Problem) -> list[int]:
@@ -108,30 +110,30 @@ def _proportional_sizes(problem: Problem) -> list[int]:
 
 
 def memory_proportional(problem: Problem) -> list[Assignment]:
-    """Layers in proportion to memory, one width: the highest that fits."""
+    """Layers in proportion to memory, one bit width: the highest that fits."""
     sizes = _proportional_sizes(problem)
     if sum(sizes) != problem.layers:
         return []
-    return _highest_width(problem, lambda width, eta, xi: _cut(problem, sizes, width, eta, xi))
+    return _with_most_bits(problem, lambda bits, *pair: _cut(problem, sizes, bits, *pair))
 
 
 def single_device(problem: Problem) -> Iterable[Assignment]:
-    """Everything on one device, one width: the fastest that fits."""
+    """Everything on one device, one bit width: the fastest that fits."""
     for device in {(d.type, d.memory_bytes): d for d in reversed(problem.devices)}.values():
-        for width in problem.bits:
-            for eta, xi in pairs(problem):
-                stage = StageAssignment(device.name, 0, problem.layers, (width,) * problem.layers)
-                yield Assignment((stage,), eta, xi)
+        for bits in problem.bits:
+            for pair in pairs(problem):
+                stage = StageAssignment(device.name, 0, problem.layers, (bits,) * problem.layers)
+                yield Assignment((stage,), *pair)
 
 
 def adabits(problem: Problem) -> Iterable[Assignment]:
-    """Quality alone: on the memory-proportional split, the widths of least quality loss that fit (greedy exchange)."""
+    """Quality alone: on the memory-proportional split, the bit widths of least quality loss that fit, by exchange."""
     sizes = _proportional_sizes(problem)
     if sum(sizes) != problem.layers:
         return
     edges = np.concatenate([[0], np.cumsum(sizes)])
-    for eta, xi in pairs(problem):
-        arrays = pair_arrays(problem, eta, xi)
+    for pair in pairs(problem):
+        arrays = pair_arrays(problem, *pair)
         stages = []
         for d, device in enumerate(problem.devices):
             first, last = int(edges[d]), int(edges[d + 1])
@@ -144,11 +146,11 @@ def adabits(problem: Problem) -> Iterable[Assignment]:
                 break
             stages.append(StageAssignment(device.name, first, last, tuple(problem.bits[b] for b in bits)))
         else:
-            yield Assignment(tuple(stages), eta, xi)
+            yield Assignment(tuple(stages), *pair)
 
 
 def _best_quality(layer_bytes: np.ndarray, omega: np.ndarray, usable: np.ndarray, room: float) -> list[int] | None:
-    """From the smallest widths, always the exchange that saves most loss a byte."""
+    """From the smallest bit widths, always the exchange that saves most loss a byte."""
     if not usable.any():
         return None
     rows = np.arange(len(layer_bytes))
@@ -169,21 +171,21 @@ def _best_quality(layer_bytes: np.ndarray, omega: np.ndarray, usable: np.ndarray
 
 
 def pipeedge(problem: Problem) -> Iterable[Assignment]:
-    """One width (the highest that fits) and the cut, subset and order of least slowest stage, by dynamic programming.
+    """One bit width, the highest that fits, and the cut, subset and order of least slowest stage: a dynamic program.
 
     A stage's time is prefill plus all decode steps of one micro-batch; links are not part of the choice.
     """
-    for width in sorted(problem.bits, reverse=True):
-        found = [a for a in (_min_max(problem, width, eta, xi) for eta, xi in pairs(problem)) if a is not None]
+    for bits in sorted(problem.bits, reverse=True):
+        found = [a for a in (_min_max(problem, bits, *pair) for pair in pairs(problem)) if a is not None]
         if found:
             yield from found
             return
 
 
-def _min_max(problem: Problem, width: int, eta: int, xi: int) -> Assignment | None:
+def _min_max(problem: Problem, bits: int, prefill_micro_batch: int, decode_micro_batch: int) -> Assignment | None:
     """Bisection on the slowest stage; a threshold is met if the devices cover all layers within it."""
-    column = problem.bits.index(width)
-    arrays = pair_arrays(problem, eta, xi)
+    column = problem.bits.index(bits)
+    arrays = pair_arrays(problem, prefill_micro_batch, decode_micro_batch)
     steps = arrays.generated_tokens - 1
     # Widths beside the one asked for are removed; a stage may take as long as the threshold says.
     per_layer = _passes(arrays.prefill[:, column], arrays.decode[:, column], steps)
@@ -201,10 +203,10 @@ def _min_max(problem: Problem, width: int, eta: int, xi: int) -> Assignment | No
         middle = (low + high) / 2
         low, high = (low, middle) if cover(middle) is not None else (middle, high)
     stages = tuple(
-        StageAssignment(problem.devices[d].name, first, last, (width,) * (last - first))
+        StageAssignment(problem.devices[d].name, first, last, (bits,) * (last - first))
         for d, first, last in cover(high)
     )
-    return Assignment(stages, eta, xi)
+    return Assignment(stages, prefill_micro_batch, decode_micro_batch)
 
 
 def _passes(prefill: np.ndarray, decode: np.ndarray, steps: int) -> np.ndarray:
@@ -220,8 +222,8 @@ def offload_estimate(problem: Problem) -> Baseline:
     can be run by the engine.
     """
     best: dict[str, float] | None = None
-    for eta, xi in pairs(problem):
-        arrays = pair_arrays(problem, eta, xi)
+    for pair in pairs(problem):
+        arrays = pair_arrays(problem, *pair)
         for d in range(len(problem.devices)):
             for b in np.flatnonzero(arrays.available[d]):
                 predicted = _offload(arrays, d, int(b), problem.workload.sequences)

@@ -21,21 +21,21 @@ STATE_LIMIT = 50_000
 
 
 def pairs(problem: Problem) -> list[tuple[int, int]]:
-    """All (eta, xi)."""
+    """All (prefill micro-batch, decode micro-batch)."""
     return list(itertools.product(problem.micro_batches.prefill, problem.micro_batches.decode))
 
 
 def memory_feasible(problem: Problem) -> bool:
     """True if some plan fits the memory, whatever it costs."""
-    return any(furthest_layer(problem, eta, xi) == problem.layers for eta, xi in pairs(problem))
+    return any(furthest_layer(problem, *pair) == problem.layers for pair in pairs(problem))
 
 
-def furthest_layer(problem: Problem, eta: int, xi: int) -> int:
+def furthest_layer(problem: Problem, prefill_micro_batch: int, decode_micro_batch: int) -> int:
     """The most layers, counted from the first, that the devices can hold at this micro-batch pair.
 
     Beyond the state limit this is optimistic: all layers, if the longest stages of all devices add up to them.
     """
-    arrays = pair_arrays(problem, eta, xi)
+    arrays = pair_arrays(problem, prefill_micro_batch, decode_micro_batch)
     least = np.where(arrays.available[:, None, :], arrays.layer_bytes[None], np.inf).min(axis=2)  # [D, L]
     reaches = _alike(problem, lambda d: _reach(arrays, d, least[d]))
     if problem.device_order == "free" and _states(_kinds(reaches).values()) > STATE_LIMIT:
@@ -195,13 +195,13 @@ def explain_memory(problem: Problem) -> InfeasibleError:
             "No device can run any layer: no bit width has both a prefill and a decode time at the candidate "
             "micro-batches; add latency entries, bit widths or micro-batch sizes."
         )
-    eta, xi = max(runnable, key=lambda pair: furthest_layer(problem, *pair))
-    held = furthest_layer(problem, eta, xi)
-    arrays = pair_arrays(problem, eta, xi)
+    pair = max(runnable, key=lambda pair: furthest_layer(problem, *pair))
+    held = furthest_layer(problem, *pair)
+    arrays = pair_arrays(problem, *pair)
     smallest = _smallest_total(arrays)
     room = float(np.clip(arrays.capacity, 0, None).sum())
     return InfeasibleError(
-        f"No plan fits the memory: with every layer at its smallest width and micro-batches ({eta}, {xi}) the devices "
+        f"No plan fits the memory: with every layer at its smallest width and micro-batches {pair} the devices "
         f"hold {held} of {problem.layers} layers; {_shortfall(problem, arrays, smallest, room)}; {_remedies(problem)}."
     )
 

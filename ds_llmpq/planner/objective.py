@@ -121,13 +121,15 @@ def evaluate(problem: Problem, assignment: Assignment, formula: str = "pipeline"
     `formula="reference"` uses LLM-PQ's published objective, which counts no link and only (m_d - 1)(n - 1) slowest
     stages plus one pass for decoding; it is there for comparison.
     """
-    stages, eta, xi = assignment.stages, assignment.prefill_micro_batch, assignment.decode_micro_batch
-    m_p, m_d = rounds(problem, eta, xi)
+    stages, (m_p, m_d) = (
+        assignment.stages,
+        rounds(problem, assignment.prefill_micro_batch, assignment.decode_micro_batch),
+    )
     tokens = problem.workload.generated_tokens
-    prefill_stages = tuple(stage_seconds(problem, stage, "prefill", eta) for stage in stages)
-    decode_stages = tuple(stage_seconds(problem, stage, "decode", xi) for stage in stages)
-    prefill_links = link_seconds(problem, stages, "prefill", eta)
-    decode_links = link_seconds(problem, stages, "decode", xi)
+    prefill_stages = tuple(stage_seconds(problem, stage, "prefill", assignment.prefill_micro_batch) for stage in stages)
+    decode_stages = tuple(stage_seconds(problem, stage, "decode", assignment.decode_micro_batch) for stage in stages)
+    prefill_links = link_seconds(problem, stages, "prefill", assignment.prefill_micro_batch)
+    decode_links = link_seconds(problem, stages, "decode", assignment.decode_micro_batch)
     if formula == "reference":
         prefill = prefill_time(sum(prefill_stages), 0.0, max(prefill_stages), m_p)
         decode = sum(decode_stages) + (m_d - 1) * (tokens - 1) * max(decode_stages)

@@ -182,7 +182,7 @@ def _begin(run: _Run) -> dict[str, Baseline]:
     """What is had at once, whatever the time limit: a first bound by arithmetic, the best baseline as the first plan.
     Then, in the time there is, a better bound and plans rounded from it."""
     problem, pins, best = run.problem, run.pins, run.best
-    best.raise_bound(min(simple_bound(problem, pins, *pair, best.formula) for pair in pairs(problem)))
+    best.raise_bound(min(simple_bound(problem, pins, pair, best.formula) for pair in pairs(problem)))
     found = {}
     for name, baseline in each_baseline(problem, best.formula):
         found[name] = baseline

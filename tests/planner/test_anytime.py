@@ -32,7 +32,7 @@ def first_bounds_hold(seed, mode, formula="pipeline"):
     else:
         found = brute_force(obj)
         optimum = found[0] if found else None
-    simple = min(simple_bound(problem, Pins(), *pair, formula) for pair in pairs(problem))
+    simple = min(simple_bound(problem, Pins(), pair, formula) for pair in pairs(problem))
     fractional = min(known.bound for known in first_bounds(problem, Pins(), formula).values())
     if optimum is not None:
         assert simple <= optimum * (1 + 1e-12)
@@ -72,7 +72,7 @@ def test_pinned_widths_raise_the_first_bound():
     pins = Pins(bits={layer: obj["bits"][b] for layer, b in enumerate(worst)})
     pinned = sum(row[b] for row, b in zip(obj["omega"], worst, strict=True))
     for pair in pairs(problem):
-        assert simple_bound(problem, pins, *pair) == pytest.approx(pinned, rel=1e-5)
+        assert simple_bound(problem, pins, pair) == pytest.approx(pinned, rel=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["theta", "max_quality_loss", "max_latency"])

@@ -23,13 +23,13 @@ def solve_exact(
     candidates = [pair for pair in pairs(problem) if furthest_layer(problem, *pair) == problem.layers]
     bounds = dict.fromkeys(candidates, 0.0)
     scale, allowed = 1000.0, pins.placements(problem)
-    for eta, xi in candidates:
+    for pair in candidates:
         seconds = deadline - time.monotonic()
         if seconds <= 0:
             break
         if math.isfinite(best.value):
             scale = typical_scale(problem, best.value)
-        arrays = pair_arrays(problem, eta, xi)
+        arrays = pair_arrays(problem, *pair)
         form = formulate(problem, arrays, allowed=allowed, scale=scale, formula=best.formula)
         # Plans that improve by less than the gap are not worth proving; with no gap, ties may still be decided.
         cutoff = math.inf
@@ -38,7 +38,7 @@ def solve_exact(
         # The solvers' gap is relative to the objective, ours to the bound.
         solution = solve_model(form.model, solver, seconds=seconds, gap=gap / (1 + gap), cutoff=cutoff, seed=seed)
         used = solution.solver
-        bounds[eta, xi] = max(0.0, solution.bound / scale)
+        bounds[pair] = max(0.0, solution.bound / scale)
         if solution.x is not None:
             best.offer(form.decode(problem, solution.x))
     best.raise_bound(min(bounds.values(), default=math.inf))

@@ -39,9 +39,9 @@ class Fractional:
     theta: float | None = None
 
 
-def simple_bound(problem: Problem, pins: Pins, eta: int, xi: int, formula: str = "pipeline") -> float:
+def simple_bound(problem: Problem, pins: Pins, pair: tuple[int, int], formula: str = "pipeline") -> float:
     """What no plan of this pair undercuts: each layer at its fastest, the slowest stage at perfect balance."""
-    relaxed = _Kinds(problem, pins, eta, xi, formula)
+    relaxed = _Kinds(problem, pins, pair, formula)
     if not relaxed.usable.any():
         return math.inf
     loss = float(np.where(relaxed.allowed, relaxed.omega, np.inf).min(axis=1).sum())
@@ -58,9 +58,9 @@ def simple_bound(problem: Problem, pins: Pins, eta: int, xi: int, formula: str =
     return (seconds + (problem.objective.theta * loss if mode == "theta" else 0.0)) * (1 - SLACK)
 
 
-def solve_fractional(problem: Problem, pins: Pins, eta: int, xi: int, formula: str = "pipeline") -> Fractional:
+def solve_fractional(problem: Problem, pins: Pins, pair: tuple[int, int], formula: str = "pipeline") -> Fractional:
     """The linear program of one pair."""
-    relaxed = _Kinds(problem, pins, eta, xi, formula)
+    relaxed = _Kinds(problem, pins, pair, formula)
     if not relaxed.usable.any():
         return Fractional(math.inf)
     return _Program(problem, relaxed).solve()
@@ -69,8 +69,8 @@ def solve_fractional(problem: Problem, pins: Pins, eta: int, xi: int, formula: s
 class _Kinds:
     """The numbers of one pair by kind of device, those that cannot hold even the workspace left out."""
 
-    def __init__(self, problem: Problem, pins: Pins, eta: int, xi: int, formula: str):
-        arrays = pair_arrays(problem, eta, xi)
+    def __init__(self, problem: Problem, pins: Pins, pair: tuple[int, int], formula: str):
+        arrays = pair_arrays(problem, *pair)
         first: dict[tuple[str, float], int] = {}
         counts: dict[tuple[str, float], int] = {}
         for d, device in enumerate(problem.devices):
@@ -278,11 +278,11 @@ Fractionals = dict[tuple[int, int], Fractional]
 
 
 def first_bounds(problem: Problem, pins: Pins, formula: str = "pipeline", deadline: float = math.inf) -> Fractionals:
-    """(eta, xi) -> what is known of the pair, the most promising first; after the deadline by arithmetic alone."""
-    found = {pair: Fractional(simple_bound(problem, pins, *pair, formula)) for pair in pairs(problem)}
+    """Micro-batch pair -> what is known of it, the most promising first; after the deadline by arithmetic alone."""
+    found = {pair: Fractional(simple_bound(problem, pins, pair, formula)) for pair in pairs(problem)}
     for pair in sorted(found, key=lambda pair: found[pair].bound):
         if time.monotonic() > deadline:
             break
-        solved = solve_fractional(problem, pins, *pair, formula)
+        solved = solve_fractional(problem, pins, pair, formula)
         found[pair] = max(solved, found[pair], key=lambda entry: entry.bound)
     return dict(sorted(found.items(), key=lambda entry: entry[1].bound))

@@ -54,14 +54,14 @@ class Relaxation:
         self.order_links = np.where(np.tri(len(self.classes.members), dtype=bool), np.inf, 0.0) if fixed else 0.0
         self.compositions: Compositions | None = None  # the same for all micro-batch pairs
         self.pairs = [
-            self._pair(eta, xi)
-            for eta, xi in (pairs(problem) if chosen is None else chosen)
-            if furthest_layer(problem, eta, xi) == problem.layers
+            self._pair(pair)
+            for pair in (pairs(problem) if chosen is None else chosen)
+            if furthest_layer(problem, *pair) == problem.layers
         ]
         self.evaluated = 0
 
-    def _pair(self, eta: int, xi: int) -> Pair:
-        arrays = pair_arrays(self.problem, eta, xi)
+    def _pair(self, pair: tuple[int, int]) -> Pair:
+        arrays = pair_arrays(self.problem, *pair)
         contract = self.formula == "pipeline"
         representatives = self.classes.representatives()
         allowed = self.pins.widths(self.problem)
