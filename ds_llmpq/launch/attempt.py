@@ -70,9 +70,9 @@ class Listener:
         self._driver: int | None = None
 
     def on_line(self, line: str) -> Line:
-        if (fields := parse_progress(line)) is not None:
-            self._phase, self._driver = fields["phase"], fields["pid"]
-            self.bar.show(self._phase, fields["done"], fields["total"], fields["note"])
+        if (progress := parse_progress(line)) is not None:
+            self._phase, self._driver = progress.phase, progress.pid
+            self.bar.show(progress.phase, progress.done, progress.total, progress.note)
             return Line.HEARTBEAT
         if ALIVE_MARK in line:
             self._alive = True

@@ -11,12 +11,14 @@ import re
 import socket
 import traceback
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ds_llmpq.errors import UserError, printable
+from ds_llmpq.files import parse_json
 from ds_llmpq.plan import Plan
+from ds_llmpq.validation import checked
 
 FAILURE_MARK = "ds-llmpq failure: "
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -89,11 +91,10 @@ def read_failure(line: str) -> Failure | None:
     if not mark:
         return None
     try:
-        said = json.loads(text)
-        failure = Failure(**{field.name: said.get(field.name) for field in fields(Failure)})
-        return failure if failure.kind in KINDS else None
-    except (ValueError, TypeError, AttributeError, RecursionError):
+        failure = checked(Failure, parse_json(text, "failure", ""), "failure", "", further=True)
+    except UserError:
         return None
+    return failure if failure.kind in KINDS else None
 
 
 def build_failure(error: BaseException, **who: Any) -> Failure:

@@ -6,9 +6,14 @@ import json
 import os
 import sys
 import time
-from typing import Any, TextIO
+from dataclasses import dataclass
+from typing import TextIO
 
 from tqdm import tqdm
+
+from ds_llmpq.errors import UserError
+from ds_llmpq.files import parse_json
+from ds_llmpq.validation import Count, Label, checked
 
 PROGRESS_MARK = "ds-llmpq progress "
 ERROR_MARK = "ds-llmpq error: "
@@ -57,12 +62,23 @@ class ProgressLines:
         """Nothing is held."""
 
 
-def parse_progress(line: str) -> dict[str, Any] | None:
-    """The fields of a progress line, None for any other line. Launchers may put the host's name before it."""
-    _, mark, fields = line.partition(PROGRESS_MARK)
+@dataclass(frozen=True)
+class ProgressReport:
+    """What a progress line says. `pid` is the process that wrote it."""
+
+    phase: Label
+    done: Count
+    total: Count
+    note: Label
+    pid: Count
+
+
+def parse_progress(line: str) -> ProgressReport | None:
+    """What a progress line says, None for any other line. Launchers may put the host's name before it."""
+    _, mark, text = line.partition(PROGRESS_MARK)
     if not mark:
         return None
     try:
-        return json.loads(fields)
-    except ValueError:
+        return checked(ProgressReport, parse_json(text, "progress", ""), "progress", "")
+    except UserError:  # two ranks' writes mixed, or a library printed the mark
         return None
