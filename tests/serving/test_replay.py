@@ -1,11 +1,13 @@
 """A replay against a clock of its own: who is handed out when, and what is reported of it."""
 
-from dataclasses import replace
+from array import array
 
 import pytest
-from test_admission import prepared
 
+from ds_llmpq.batch.prompts import PreparedRequest
+from ds_llmpq.batch.request import COMPLETIONS_URL, Request
 from ds_llmpq.plan import MEMORY_PARTS, PREDICTED, Plan, SolverReport, Stage, Workload
+from ds_llmpq.scheduler.sampling_params import GREEDY
 from ds_llmpq.serving.replay import Replay
 
 
@@ -36,8 +38,12 @@ class Clock:
 def replay_of(arrivals, answers, policy, tokens=None):
     clock = Clock()
     requests = [
-        replace(each, request=replace(each.request, arrival_seconds=when))
-        for each, when in zip(prepared([(4, answer) for answer in answers]), arrivals, strict=True)
+        PreparedRequest(
+            Request(n, n + 1, str(n), COMPLETIONS_URL, None, "", GREEDY, arrival_seconds=when),
+            array("i", range(4)),
+            answer,
+        )
+        for n, (answer, when) in enumerate(zip(answers, arrivals, strict=True))
     ]
     found = Replay(
         requests, (2, 16), plan(), policy, tokens or answers, lambda: clock.room, clock.tick,
