@@ -20,7 +20,7 @@ class BatchConfig:
     # arrival | prompt_length | predicted_length | bucketed; null: predicted_length, or arrival in a replay
     order: str | None = None
     predictor: str | None = None  # folder of `lengths train`; null: a request's own limit stands for its length
-    # cache positions reserved for an answer: by its own limit, or by the predictor's bound; what overruns is requeued
+    # cache positions reserved for an answer: by its own limit, or the predictor's bound; what outgrows it is preempted
     admission: str = "worst_case"  # worst_case | q95 | q90
     replay: str | None = None  # trace: requests come at their rows' arrival_seconds, in the order of batch.policy
     policy: str = "fcfs"  # of a replay: fcfs | sjf (own limits as lengths) | ssjf | longest_first | prompt_length

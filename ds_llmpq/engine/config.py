@@ -11,7 +11,7 @@ class EngineConfig:
     timeout_seconds: float = 1800.0  # a stage that hears nothing for so long gives up; loading counts
     master_port: int | None = None
     check_memory: bool = True  # before loading: is as much free on every device as the plan needs there
-    refill: bool = True  # a finished sequence's slot takes the next request; false: a wave runs to its end
+    refill: bool = True  # a finished sequence's slot takes the next request; false: a request group runs to its end
     # decode rounds that a free slot waits for others, to be refilled in one prefill pass; null: 8, but 0 where stages
     # are graphs, whose prefill costs the same a token for one row as for many
     patience_rounds: int | None = None

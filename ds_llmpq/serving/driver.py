@@ -106,11 +106,11 @@ class Driver:
         begun = self._begun_before(identity)
         bounds = self._order(begun)
         self.in_flight = InFlight(Path(job.output), identity, begun) if self._keeps_tokens() else None
-        # by place, as the feed knows them
+        # by place, as the admission queue knows them
         self._begun = {
             place: begun[each.request.index] for place, each in enumerate(self.prepared) if each.request.index in begun
         }
-        self.feed = self._feed(bounds)
+        self.admission = self._admission_queue(bounds)
         self.replay: Replay | None = None
         drain_on_signal(self.stop)
         for error in chain(file.errors, errors):
@@ -130,7 +130,7 @@ class Driver:
 
     def stop(self) -> None:
         """Begins nothing new; called by a signal, so it only sets what is looked at later."""
-        self.feed.stop()
+        self.admission.stop()
         if self.replay is not None:
             self.replay.stop()
 
@@ -155,7 +155,7 @@ class Driver:
     def finished(self, row: Sequence, tokens: list[int], finish: Finish) -> None:
         """Writes one request's result: called when its last token is known."""
         if finish is Finish.PREEMPTED:
-            self.feed.requeue(row, tokens)
+            self.admission.requeue(row, tokens)
             return
         request = self.prepared[row.key]
         self.tokens += len(tokens) - len(self._begun.get(row.key, ()))
@@ -180,7 +180,7 @@ class Driver:
         if self.in_flight is not None:
             self.in_flight.begin_anew(request.index)
         if fault is not None and fault.out_of_memory and self._begun.pop(row.key, None):
-            self.feed.requeue(row, ())  # its prompt alone is shorter
+            self.admission.requeue(row, ())  # its prompt alone is shorter
             return
         self.writer.write_error(RowError(request.line, request.custom_id, *_reason(fault)))
         self._show()
@@ -251,7 +251,7 @@ class Driver:
         self._expected_tokens = [believed.tokens[place] for place in order]
         return [believed.bounds[place] for place in order]
 
-    def _feed(self, bounds: list[int]) -> AdmissionQueue:
+    def _admission_queue(self, bounds: list[int]) -> AdmissionQueue:
         plan, engine = self.job.plan, self.job.engine
         return AdmissionQueue(
             self.prepared,
@@ -267,7 +267,7 @@ class Driver:
     def source(self, session: Session) -> AdmissionQueue | Replay:
         """Where the engine's groups come from: all requests at once, or a replay of when they came."""
         if self.job.batch.replay is None:
-            return self.feed
+            return self.admission
 
         def room() -> int | None:
             stream = session.engine.stream
@@ -275,7 +275,7 @@ class Driver:
 
         self.replay = Replay(
             self.prepared,
-            replay_shape(self.feed, self.prepared),
+            replay_shape(self.admission, self.prepared),
             self.job.plan,
             self.job.batch.policy,
             self._expected_tokens,
@@ -292,7 +292,7 @@ class Driver:
         return {
             "order": self.job.batch.order,
             "admission": self.job.batch.admission,
-            "requeued": self.feed.requeued,
+            "requeued": self.admission.requeued,
             "decode_passes": self._passes(session, range(len(self.prepared))),
             "decode_passes_in_arrival_order": self._passes(session, came),
             "source": "counted",
@@ -303,7 +303,7 @@ class Driver:
         lengths = [(self.prepared[i].prompt_tokens, self._answer_tokens[i]) for i in range(len(self.prepared))]
         if sum(answer for _, answer in lengths) / session.limits.decode_rows > MOST_PASSES:
             return None
-        streams = self.feed.streams(order)
+        streams = self.admission.streams(order)
         return sum(decode_passes([lengths[i] for i in part], slots, session.limits) for slots, part in streams)
 
     def _done(self) -> int:

@@ -118,6 +118,6 @@ class Replay:
             self.alive()
 
 
-def replay_shape(feed: AdmissionQueue, prepared: Sequence[PreparedRequest]) -> tuple[int, int]:
+def replay_shape(queue: AdmissionQueue, prepared: Sequence[PreparedRequest]) -> tuple[int, int]:
     """(slots, capacity) that every request fits."""
-    return feed.shape_of(max((each.sequence_tokens for each in prepared), default=1))
+    return queue.shape_of(max((each.sequence_tokens for each in prepared), default=1))
