@@ -29,6 +29,7 @@ setup(
         "ds_llmpq.assets.tiny_llama": "tests/assets/tiny-llama",
     },
     package_data={
+        "ds_llmpq": ["py.typed"],
         "ds_llmpq.cost": ["*.json"],
         "ds_llmpq.conf": ["*.yaml", "*/*.yaml", "*/*/*.yaml"],
         "ds_llmpq.assets.launch": ["*.jsonl"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -116,6 +117,15 @@ def load_cluster(settings: P) -> P:
         return settings
     found = cluster_of(settings)
     return replace(settings, cluster=replace(found, env=found.env | settings.cluster.env), cluster_file=None)
+
+
+def parse_cluster(values: Mapping[str, Any]) -> ClusterConfig:
+    """The keys of a cluster.yaml as an object. `UserError`: unknown key, wrong type."""
+    register()
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ClusterConfig), _integral(dict(values))))
+    except Exception as error:  # OmegaConf's own, or whatever a conversion raises
+        raise UserError(f"cluster: {_named(error)}{_sentence(error)}") from None
 
 
 def _typed(file: Path, kind: type[T]) -> T:

@@ -30,7 +30,7 @@ ORDER = [
     "cluster",
 ]
 SHARED = {"errors", "files", "integers", "shipped", "validation", "versions", "wording"}  # importable by all
-BORDER = {"cli", "config", "__main__"}  # only commands and the command line know configuration
+BORDER = {"api", "cli", "config", "__main__"}  # only commands, the command line and the API know configuration
 
 
 def imported_rooms(file: Path) -> set[str]:
@@ -89,3 +89,7 @@ def test_plans_load_no_solver_and_no_heavy_framework():
     code = "import sys, ds_llmpq.plan; print([n for n in sys.modules if n in ('torch', 'deepspeed') or 'planner' in n])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert result.stdout.strip() == "[]"
+
+
+def test_the_api_imports_no_command():
+    assert not imported_rooms(PACKAGE / "api.py") & {"commands", "cli", "research", "__main__"}

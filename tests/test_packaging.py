@@ -21,6 +21,7 @@ def test_a_wheel_finds_its_configuration_and_assets(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
+    assert (site / "ds_llmpq" / "py.typed").is_file()  # type checkers read annotations only then
     code = (
         "from ds_llmpq import config; from pathlib import Path; "
         "s = config.to_object(config.composed('run', []), config.COMMANDS['run']); "

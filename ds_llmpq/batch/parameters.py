@@ -142,6 +142,8 @@ PARAMETERS: dict[str, Parameter] = {
     "max_completion_tokens": _chat(_SAMPLING["max_tokens"]),
     "stop": Parameter(_stop),
     "ignore_eos": Parameter(_boolean),
+    # what a result holds
+    "return_token_ids": Parameter(_boolean),
     # without effect on the text
     "model": Parameter(_ANY_TEXT),
     "user": Parameter(_ANY_TEXT),

@@ -30,6 +30,7 @@ class Request:
     prompt: Prompt
     params: SamplingParams
     arrival_seconds: float = 0.0  # looked at with batch.replay=trace alone
+    return_token_ids: bool = False  # in the result, beside the text
 
     @property
     def is_chat(self) -> bool:

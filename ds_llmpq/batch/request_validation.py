@@ -55,7 +55,17 @@ def parse_row(row: Any, index: int, line: int, defaults: BatchConfig) -> Request
     given = {field: PARAMETERS[field].check(field, value) for field, value in body.items() if value is not None}
     prompt = _messages(body) if url == CHAT_URL else _prompt(body)
     params = _params(given, custom_id, defaults)
-    return Request(index, line, custom_id, url, given.get("model"), prompt, params, _arrival(row))
+    return Request(
+        index,
+        line,
+        custom_id,
+        url,
+        given.get("model"),
+        prompt,
+        params,
+        _arrival(row),
+        bool(given.get("return_token_ids")),
+    )
 
 
 def _arrival(row: dict) -> float:

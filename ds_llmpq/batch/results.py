@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,13 +25,16 @@ ERRORS_NAME = "errors.jsonl"
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What came of one request. `finish_reason` is `stop` or `length`; tokens count as generated, EOS included."""
+    """What came of one request. `finish_reason` is `stop` or `length`; tokens count as generated, EOS included.
+    `prompt_token_ids`, `token_ids`: where the request asked for them."""
 
     request: Request
     prompt_tokens: int
     completion_tokens: int
     text: str
     finish_reason: str
+    prompt_token_ids: Sequence[int] | None = None
+    token_ids: Sequence[int] | None = None
 
 
 class ResultWriter:
@@ -130,6 +133,8 @@ def result_row(result: Result, model: str = "") -> dict[str, Any]:
     else:
         choice["text"] = result.text
     choice |= {"logprobs": None, "finish_reason": result.finish_reason}
+    if result.token_ids is not None:
+        choice |= {"prompt_token_ids": list(result.prompt_token_ids or ()), "token_ids": list(result.token_ids)}
     body = {
         "id": ("chatcmpl-" if request.is_chat else "cmpl-") + key,
         "object": "chat.completion" if request.is_chat else "text_completion",

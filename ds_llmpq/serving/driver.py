@@ -169,7 +169,10 @@ class Driver:
         except Exception as error:
             self.broken(row, Fault(0, "decoding its tokens", type(error).__name__, described(error)))
             return
-        self.writer.write_result(Result(request.request, request.prompt_tokens, len(tokens), text, _REASON[finish]))
+        ids = (request.prompt_ids, tokens) if request.request.return_token_ids else (None, None)
+        self.writer.write_result(
+            Result(request.request, request.prompt_tokens, len(tokens), text, _REASON[finish], *ids)
+        )
         if self.in_flight is not None:
             self.in_flight.end(request.request.index)
         self._show()
