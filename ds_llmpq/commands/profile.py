@@ -18,7 +18,7 @@ from ds_llmpq.launch.progress import ProgressBar
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.planner.build import check_workload, micro_batches, usable_bits
 from ds_llmpq.quant.config import QuantConfig
-from ds_llmpq.quant.kernels import AUTO, label, resolved
+from ds_llmpq.quant.kernels.registry import AUTO, label, resolved
 from ds_llmpq.quant.packing import check_output_matrix, groups_of
 from ds_llmpq.report.fidelity import profile_table
 from ds_llmpq.serving.workload import sized_workload

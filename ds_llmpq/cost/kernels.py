@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.shape import Linear, ModelShape
-from ds_llmpq.quant.kernels import (
+from ds_llmpq.quant.kernels.registry import (
     DEQUANTIZE,
     NAMES,
     alone,
@@ -21,7 +21,7 @@ from ds_llmpq.quant.kernels import (
     read_bytes,
     runs,
 )
-from ds_llmpq.quant.kernels import KERNELS as LIBRARY_KERNELS
+from ds_llmpq.quant.kernels.registry import KERNELS as LIBRARY_KERNELS
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS, Groups, packed_linear_bytes
 
 FUSED = "fused"

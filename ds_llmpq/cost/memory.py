@@ -10,7 +10,7 @@ from ds_llmpq.cost.arithmetic import EAGER_ATTENTION, FLOAT32_BYTES, kv_bytes, s
 from ds_llmpq.cost.kernels import DEQUANTIZE_COPIES
 from ds_llmpq.integers import round_up
 from ds_llmpq.models.shape import ModelShape
-from ds_llmpq.quant.kernels import (
+from ds_llmpq.quant.kernels.registry import (
     OPENVINO_ROWS,
     alone,
     cache_block,

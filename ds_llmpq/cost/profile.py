@@ -25,7 +25,7 @@ from ds_llmpq.errors import UserError
 from ds_llmpq.files import parse_json, read_csv, read_text
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.quant.config import QuantConfig
-from ds_llmpq.quant.kernels import KERNELS
+from ds_llmpq.quant.kernels.registry import KERNELS
 from ds_llmpq.quant.packing import PACKED_BITS, UNQUANTIZED_BITS, Groups, groups_of
 from ds_llmpq.validation import (
     Amount,

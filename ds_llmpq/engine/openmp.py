@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 
 from ds_llmpq.plan import Plan
-from ds_llmpq.quant.kernels import is_whole_stage
+from ds_llmpq.quant.kernels.registry import is_whole_stage
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS
 
 VARIABLE, _BRIEFLY = "GOMP_SPINCOUNT", "10000"

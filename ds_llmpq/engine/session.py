@@ -28,7 +28,7 @@ from ds_llmpq.plan import Plan, check_model
 from ds_llmpq.quant.checkpoint import open_checkpoint
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.hqq import stored_bytes
-from ds_llmpq.quant.kernels import cache_block, check_invariant, is_whole_stage
+from ds_llmpq.quant.kernels.registry import cache_block, check_invariant, is_whole_stage
 from ds_llmpq.quant.layers import LayerLoader
 from ds_llmpq.scheduler.micro_batch import PATIENCE_ROUNDS, MicroBatchLimits
 from ds_llmpq.scheduler.request_group import RequestGroup, Sequence

@@ -17,9 +17,9 @@ from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.planner.config import WorkloadConfig
 from ds_llmpq.profiling.timer import Timer
 from ds_llmpq.quant.config import QuantConfig
-from ds_llmpq.quant.convert import converted
 from ds_llmpq.quant.hqq import quantize_linear
-from ds_llmpq.quant.kernels import DEQUANTIZE, KERNELS, candidates, grouped, is_whole_stage, label, runs
+from ds_llmpq.quant.kernel_linear import converted
+from ds_llmpq.quant.kernels.registry import DEQUANTIZE, KERNELS, candidates, grouped, is_whole_stage, label, runs
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS, groups_of
 
 MOST_ROWS = 1024  # beyond it time is proportional to rows

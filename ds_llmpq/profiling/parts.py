@@ -17,7 +17,7 @@ from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.models.step import Step
 from ds_llmpq.quant.config import QuantConfig
-from ds_llmpq.quant.kernels import cache_block
+from ds_llmpq.quant.kernels.registry import cache_block
 from ds_llmpq.quant.layers import LayerLoader
 from ds_llmpq.quant.packing import groups_of
 

@@ -24,10 +24,9 @@ from ds_llmpq.models.spec import LinearRole
 from ds_llmpq.models.weights import check_shape, fill
 from ds_llmpq.quant.checkpoint import QuantizedCheckpoint
 from ds_llmpq.quant.config import QuantConfig
-from ds_llmpq.quant.convert import converted, output_matrix
-from ds_llmpq.quant.dense import pack_linears
 from ds_llmpq.quant.hqq import quantize_linear, quantize_rows
-from ds_llmpq.quant.kernels import (
+from ds_llmpq.quant.kernel_linear import converted, output_matrix
+from ds_llmpq.quant.kernels.registry import (
     AUTO,
     DEQUANTIZE,
     KERNELS,
@@ -39,13 +38,14 @@ from ds_llmpq.quant.kernels import (
     problem,
     runs,
 )
+from ds_llmpq.quant.onednn_linear import pack_linears
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS, groups_of
 from ds_llmpq.quant.torch_cpu import computes_in_bfloat16
-from ds_llmpq.quant.unpacked import stacked, unpack
+from ds_llmpq.quant.unpacked_weight import stacked, unpack
 from ds_llmpq.versions import EXTRAS
 
 if TYPE_CHECKING:
-    from ds_llmpq.quant.openvino_weights import Constants
+    from ds_llmpq.quant.kernels.openvino_graph.constants import Constants
 
 
 @dataclass
@@ -53,9 +53,10 @@ class LayerLoader:
     """Reads pipeline layers of `checkpoint` in `dtype` onto `device`.
 
     `bits` holds every decoder layer's width. `quant.kernel` runs quantized linears; `auto`, where nobody resolved it
-    (`quant.kernels.resolved`), is HQQ's own forward. `on_loaded` is called after each layer, for a progress bar.
-    `packed`: unquantized linears as they are multiplied fastest (`quant.dense`), good for inference alone. `stage`:
-    decoder layers that will run one after another, and may become one graph where the kernel takes whole stages.
+    (`quant.kernels.registry.resolved`), is HQQ's own forward. `on_loaded` is called after each layer, for a progress
+    bar. `packed`: unquantized linears as they are multiplied fastest (`quant.onednn_linear`), good for inference alone.
+    `stage`: decoder layers that will run one after another, and may become one graph where the kernel takes whole
+    stages.
     """
 
     checkpoint: Checkpoint
@@ -150,7 +151,7 @@ class LayerLoader:
 
     def _constants(self, index: int) -> dict[tuple[str, ...], Constants]:
         """The weights of a layer's linears by our names, of those that run as one as one."""
-        from ds_llmpq.quant.openvino_weights import plain_constants, quantized_constants
+        from ds_llmpq.quant.kernels.openvino_graph.constants import plain_constants, quantized_constants
 
         bits, found = self.bits[index], {}
         for roles in self._grouped(index):
@@ -225,7 +226,7 @@ def _graph_classes() -> tuple[type[nn.Module], type[nn.Module]]:
     has no bfloat16 arithmetic."""
     remedy = "use quant.kernel=openvino or quant.kernel=dequantize."
     try:
-        from ds_llmpq.quant.stage_graph import GraphMember, StageGraph
+        from ds_llmpq.quant.kernels.openvino_graph.stage_graph import GraphMember, StageGraph
     except ImportError as error:
         raise UserError(
             f"quant.kernel=openvino_graph needs OpenVINO {EXTRAS['cpu']['openvino']}, which cannot be imported here "

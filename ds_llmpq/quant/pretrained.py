@@ -12,7 +12,7 @@ from ds_llmpq.errors import UserError
 from ds_llmpq.models.families import decoder_of
 from ds_llmpq.models.weights import fill
 from ds_llmpq.quant.checkpoint import HEAD, QuantizedCheckpoint, read_recipe
-from ds_llmpq.quant.convert import RowBlocks
+from ds_llmpq.quant.kernel_linear import RowBlocks
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS
 
 

@@ -33,7 +33,7 @@ from ds_llmpq.launch.supervisor import Supervisor, validate_supervision
 from ds_llmpq.models.fingerprint import fingerprint, text_fingerprint
 from ds_llmpq.models.notes import describe_notes, list_notes
 from ds_llmpq.plan import Plan, check_model, launch_order, read_plan, write_plan
-from ds_llmpq.quant.kernels import check_invariant
+from ds_llmpq.quant.kernels.registry import check_invariant
 from ds_llmpq.serving.config import RunConfig
 from ds_llmpq.serving.metrics import summarize
 from ds_llmpq.serving.ordering import checked

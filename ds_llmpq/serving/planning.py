@@ -27,7 +27,7 @@ from ds_llmpq.planner.deploy import deploy
 from ds_llmpq.planner.simulation import simulate_plan
 from ds_llmpq.planner.variants import solve_variant
 from ds_llmpq.quant.config import QuantConfig
-from ds_llmpq.quant.kernels import resolved
+from ds_llmpq.quant.kernels.registry import resolved
 from ds_llmpq.quant.packing import check_output_matrix
 from ds_llmpq.sensitivity.omega import read_omega
 from ds_llmpq.serving.config import PlanConfig

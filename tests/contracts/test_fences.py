@@ -16,7 +16,8 @@ FILES = {str(file.relative_to(PACKAGE)): ast.parse(file.read_text()) for file in
 
 _PIPELINE = ("engine/pipeline_engine.py", "engine/pipeline_module.py", "engine/schedules.py", "engine/topology.py")
 _OPENVINO = (
-    "quant/kernel_openvino.py", "quant/openvino_layer.py", "quant/openvino_weights.py", "quant/stage_graph.py",
+    "quant/kernels/openvino.py", "quant/kernels/openvino_graph/constants.py",
+    "quant/kernels/openvino_graph/decoder_layer.py", "quant/kernels/openvino_graph/stage_graph.py",
 )  # fmt: skip
 # module, or name in one -> files that may import it or what is below it
 MODULES = {
@@ -25,11 +26,11 @@ MODULES = {
     "transformers.integrations": (),
     "transformers.AttentionInterface": (),
     "hqq.core.optimize": ("quant/optimize.py",),
-    "hqq.core.quantize.Quantizer": ("quant/hqq.py", "quant/optimize.py", "quant/unpacked.py"),
+    "hqq.core.quantize.Quantizer": ("quant/hqq.py", "quant/optimize.py", "quant/unpacked_weight.py"),
     "hqq.core.quantize.BaseQuantizeConfig": ("quant/hqq.py",),
     "openvino": _OPENVINO,
-    "openvino.op": ("quant/openvino_layer.py",),
-    "gemlite": ("quant/kernel_gemlite.py",),
+    "openvino.op": ("quant/kernels/openvino_graph/decoder_layer.py",),
+    "gemlite": ("quant/kernels/gemlite.py",),
     "lm_eval": ("evaluation/harness.py",),
     "highspy": ("planner/linear.py", "planner/milp/model.py"),
     "torch.distributed.rendezvous": ("launch/rendezvous.py",),
@@ -66,7 +67,7 @@ NAMES = {
         "_get_node": ("overrides.py",),
         "_is_none": ("overrides.py",),
     },
-    "openvino": {"get_rt_info": ("quant/openvino_layer.py",)},
+    "openvino": {"get_rt_info": ("quant/kernels/openvino_graph/decoder_layer.py",)},
     "torch": {
         "_reorder_linear_weight": ("quant/torch_cpu.py",),
         "_linear_pointwise": ("quant/torch_cpu.py",),

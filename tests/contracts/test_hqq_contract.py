@@ -71,8 +71,8 @@ def test_packings(bits):
 
 @pytest.mark.parametrize("bits", BITS)
 def test_unpacking(bits):
-    """`Quantizer.unpack`, in quant/unpacked.py: {packing: function of (packed codes, dtype)}, which gives codes back,
-    groups in rows, at 3 bits with rows added behind."""
+    """`Quantizer.unpack`, in quant/unpacked_weight.py: {packing: function of (packed codes, dtype)}, which gives
+    codes back, groups in rows, at 3 bits with rows added behind."""
     from hqq.core.quantize import Quantizer
 
     weight = torch.randn(32, 64)

@@ -15,7 +15,7 @@ def attention_inputs():
     """Inputs of the operation as our graph gives them, for 2 heads of 16."""
     from openvino import opset13
 
-    from ds_llmpq.quant.openvino_layer import LayerNodes, Rows, cache_parameter
+    from ds_llmpq.quant.kernels.openvino_graph.decoder_layer import LayerNodes, Rows, cache_parameter
 
     layer = LayerNodes.__new__(LayerNodes)
     layer.scaling, layer.window, layer.heads, layer.kv_heads, layer.head_dim = 0.25, None, 2, 2, 16
@@ -28,8 +28,8 @@ def attention_inputs():
 
 
 def test_attention_over_a_paged_cache():
-    """`_PagedAttentionExtension(inputs)`, in quant/openvino_layer.py: exactly 28 inputs by place, whose types and ranks
-    it checks; one output [tokens, heads x size]."""
+    """`_PagedAttentionExtension(inputs)`, in quant/kernels/openvino_graph/decoder_layer.py: exactly 28 inputs by place,
+    whose types and ranks it checks; one output [tokens, heads x size]."""
     from openvino.op import _PagedAttentionExtension
 
     inputs = attention_inputs()
@@ -42,7 +42,8 @@ def test_attention_over_a_paged_cache():
 
 
 def test_heads_told_by_runtime_information():
-    """`get_rt_info()`, in quant/openvino_layer.py: takes `num_k_heads`, `k_head_size` and the like, and keeps them."""
+    """`get_rt_info()`, in quant/kernels/openvino_graph/decoder_layer.py: takes `num_k_heads`, `k_head_size` and the
+    like, and keeps them."""
     from openvino.op import _PagedAttentionExtension
 
     known = _PagedAttentionExtension(attention_inputs()).get_rt_info()
@@ -57,8 +58,8 @@ def test_heads_told_by_runtime_information():
 
 
 def test_properties_of_the_plugin():
-    """`DYNAMIC_QUANTIZATION_GROUP_SIZE`, in quant/stage_graph.py: with the other properties we compile with, known to
-    the CPU plugin."""
+    """`DYNAMIC_QUANTIZATION_GROUP_SIZE`, in quant/kernels/openvino_graph/stage_graph.py: with the other properties we
+    compile with, known to the CPU plugin."""
     known = openvino.Core().get_property("CPU", "SUPPORTED_PROPERTIES")
     wanted = {
         "DYNAMIC_QUANTIZATION_GROUP_SIZE", "INFERENCE_PRECISION_HINT", "KV_CACHE_PRECISION", "INFERENCE_NUM_THREADS",
@@ -68,9 +69,9 @@ def test_properties_of_the_plugin():
 
 
 def test_constants_read_our_memory():
-    """`openvino.op.Constant(tensor, shared_memory=True)`, in quant/openvino_weights.py: reads the array where it lies,
-    in 2, 4 and 8 bits, the first code of a byte in its lowest bits."""
-    from ds_llmpq.quant.openvino_weights import constant
+    """`openvino.op.Constant(tensor, shared_memory=True)`, in quant/kernels/openvino_graph/constants.py: reads the array
+    where it lies, in 2, 4 and 8 bits, the first code of a byte in its lowest bits."""
+    from ds_llmpq.quant.kernels.openvino_graph.constants import constant
 
     data = numpy.arange(8, dtype=numpy.uint8)
     whole = constant(data, [8], openvino.Type.u8)
@@ -83,11 +84,12 @@ def test_constants_read_our_memory():
 
 
 def test_tensors_share_our_memory():
-    """`openvino.Tensor(array, shape, type)`, in quant/stage_graph.py: with `infer(share_outputs=True)`, inputs are read
-    from and outputs written to torch's own memory, bfloat16 seen as 16-bit integers."""
+    """`openvino.Tensor(array, shape, type)`, in quant/kernels/openvino_graph/stage_graph.py: with
+    `infer(share_outputs=True)`, inputs are read from and outputs written to torch's own memory, bfloat16 seen as 16-bit
+    integers."""
     from openvino import opset13
 
-    from ds_llmpq.quant.stage_graph import _shared
+    from ds_llmpq.quant.kernels.openvino_graph.stage_graph import _shared
 
     source, target = torch.ones(2, 3).bfloat16(), torch.zeros(2, 3).bfloat16()
     inputs = opset13.parameter([-1, 3], openvino.Type.bf16)

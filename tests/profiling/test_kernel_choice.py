@@ -9,8 +9,8 @@ from ds_llmpq.planner.config import WorkloadConfig
 from ds_llmpq.profiling import kernel_choice
 from ds_llmpq.profiling.kernel_choice import KernelTime, choose_kernel
 from ds_llmpq.profiling.timer import Timer
-from ds_llmpq.quant import kernels
 from ds_llmpq.quant.config import QuantConfig
+from ds_llmpq.quant.kernels import registry
 
 SHAPE = ModelShape.from_config(
     {
@@ -82,7 +82,7 @@ def test_an_output_matrix_below_16_bits_is_reason_enough_to_choose(times):
 def test_the_note_names_the_library_s_version_and_all_times(times):
     times(torch_int4=[1, 2, 3], dequantize=[8, 9, 10])
     note = chosen(WorkloadConfig(8, 20, 200)).note()
-    assert note["kernel"] == f"torch_int4 (torch {kernels.version('torch_int4')})"
+    assert note["kernel"] == f"torch_int4 (torch {registry.version('torch_int4')})"
     assert len(note["kernel_times"]) == 6
     assert note["dequantize_faster_from_rows"] == {"4": None}
     assert "dequantize 4 bits" in kernel_table(note)
@@ -98,4 +98,4 @@ def test_real_times(monkeypatch):
     choice = chosen(WorkloadConfig(8, 4, 200), bits=(4, 8, 16))
     assert {(time.kernel, time.bits) for time in choice.times} >= {("torch_int4", 4), ("dequantize", 8)}
     assert all(time.seconds > 0 for time in choice.times)
-    assert choice.kernel in kernels.NAMES
+    assert choice.kernel in registry.NAMES

@@ -23,9 +23,9 @@ from ds_llmpq.models.step import Step
 from ds_llmpq.quant import packing
 from ds_llmpq.quant.checkpoint import open_checkpoint, read_recipe
 from ds_llmpq.quant.config import QuantConfig
-from ds_llmpq.quant.convert import KernelLinear, RowBlocks
 from ds_llmpq.quant.hqq import quantize_linear, stored_bytes
-from ds_llmpq.quant.kernels import KERNELS
+from ds_llmpq.quant.kernel_linear import KernelLinear, RowBlocks
+from ds_llmpq.quant.kernels.registry import KERNELS
 from ds_llmpq.quant.layers import LayerLoader
 from ds_llmpq.quant.packing import Groups, row_blocks
 from ds_llmpq.quant.pretrained import load_quantized

@@ -6,8 +6,8 @@ from ds_llmpq.cost.kernels import linears_bytes, weight_bytes_read
 from ds_llmpq.cost.memory import MemoryModel
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.shape import ModelShape
-from ds_llmpq.quant import kernels
 from ds_llmpq.quant.config import QuantConfig
+from ds_llmpq.quant.kernels import registry
 from ds_llmpq.quant.packing import Groups
 
 SHAPE = ModelShape.from_config(
@@ -29,7 +29,7 @@ def installed(monkeypatch):
     """Sets which kernels' libraries are there."""
 
     def only(*names):
-        monkeypatch.setattr(kernels, "version", lambda name: "1" if name in names else None)
+        monkeypatch.setattr(registry, "version", lambda name: "1" if name in names else None)
 
     return only
 
@@ -52,13 +52,13 @@ def installed(monkeypatch):
 )
 def test_auto_takes_the_first_that_is_there_and_able(installed, there, kind, dtype, quant, chosen):
     installed(*there)
-    assert kernels.resolved(QuantConfig(**quant), [kind], dtype).kernel == chosen
-    assert kernels.candidates(kind, dtype, QuantConfig(**quant))[0] == chosen
+    assert registry.resolved(QuantConfig(**quant), [kind], dtype).kernel == chosen
+    assert registry.candidates(kind, dtype, QuantConfig(**quant))[0] == chosen
 
 
 def test_devices_of_two_kinds_share_only_hqq_s_own_forward(installed):
     installed("openvino", "gemlite")
-    assert kernels.resolved(QuantConfig(), ["cpu", "cuda"], "bfloat16").kernel == "dequantize"
+    assert registry.resolved(QuantConfig(), ["cpu", "cuda"], "bfloat16").kernel == "dequantize"
 
 
 @pytest.mark.parametrize(
@@ -77,8 +77,8 @@ def test_auto_takes_whole_stages_where_they_can_be_had(
     installed, monkeypatch, there, bfloat16, quant, architecture, batch_invariant, chosen
 ):
     installed(*there)
-    monkeypatch.setattr(kernels, "_has_bfloat16", lambda: bfloat16)
-    found = kernels.resolved(
+    monkeypatch.setattr(registry, "_has_bfloat16", lambda: bfloat16)
+    found = registry.resolved(
         QuantConfig(**quant), ["cpu"], "bfloat16", architecture=architecture, batch_invariant=batch_invariant
     )
     assert found.kernel == chosen
@@ -87,7 +87,7 @@ def test_auto_takes_whole_stages_where_they_can_be_had(
 def test_whole_stages_that_were_asked_for_must_be_possible():
     def asked(batch_invariant=False, architecture="llama", **quant):
         quant = QuantConfig(kernel="openvino_graph", **quant)
-        return kernels.resolved(quant, ["cpu"], "bfloat16", (), None, architecture, batch_invariant)
+        return registry.resolved(quant, ["cpu"], "bfloat16", (), None, architecture, batch_invariant)
 
     assert asked().kernel == "openvino_graph"
     with pytest.raises(UserError, match="runs layers of llama, mistral, qwen2, qwen3, not of opt"):
@@ -100,14 +100,14 @@ def test_whole_stages_that_were_asked_for_must_be_possible():
 
 def test_batch_invariance_is_refused_in_one_sentence():
     with pytest.raises(UserError, match=r"plan with quant\.kernel=openvino"):
-        kernels.check_invariant("openvino_graph", True)
-    kernels.check_invariant("openvino", True)
-    kernels.check_invariant(None, True)
+        registry.check_invariant("openvino_graph", True)
+    registry.check_invariant("openvino", True)
+    registry.check_invariant(None, True)
 
 
 def test_a_profile_of_whole_stages_gives_single_products_where_those_are_ruled_out(installed):
     installed("openvino_graph", "openvino")
-    found = kernels.resolved(QuantConfig(), ["cpu"], "bfloat16", (), "openvino_graph", "llama", True)
+    found = registry.resolved(QuantConfig(), ["cpu"], "bfloat16", (), "openvino_graph", "llama", True)
     assert found.kernel == "openvino"
 
 
@@ -115,45 +115,45 @@ def test_a_kernel_that_would_make_small_layers_larger_is_passed_over(installed):
     installed("openvino", "torch_int4")
     small = SHAPE.linears
     large = [(name, 8 * out, 8 * into) for name, out, into, *_ in small]
-    assert kernels.resolved(QuantConfig(), ["cpu"], "bfloat16", small).kernel == "torch_int4"
-    assert kernels.resolved(QuantConfig(), ["cpu"], "bfloat16", large).kernel == "openvino"
-    assert kernels.candidates("cpu", "bfloat16", QuantConfig(), small) == ["torch_int4", "dequantize"]
+    assert registry.resolved(QuantConfig(), ["cpu"], "bfloat16", small).kernel == "torch_int4"
+    assert registry.resolved(QuantConfig(), ["cpu"], "bfloat16", large).kernel == "openvino"
+    assert registry.candidates("cpu", "bfloat16", QuantConfig(), small) == ["torch_int4", "dequantize"]
 
 
 def test_a_profile_s_kernel_goes_before_the_table(installed):
     installed("openvino", "torch_int4")
     quant = QuantConfig()
-    assert kernels.resolved(quant, ["cpu"], "bfloat16", measured="torch_int4").kernel == "torch_int4"
-    assert kernels.resolved(quant, ["cpu"], "bfloat16", measured="dequantize").kernel == "dequantize"
-    assert kernels.resolved(quant, ["cpu"], "float32", measured="openvino").kernel == "dequantize"
+    assert registry.resolved(quant, ["cpu"], "bfloat16", measured="torch_int4").kernel == "torch_int4"
+    assert registry.resolved(quant, ["cpu"], "bfloat16", measured="dequantize").kernel == "dequantize"
+    assert registry.resolved(quant, ["cpu"], "float32", measured="openvino").kernel == "dequantize"
 
 
 def test_a_kernel_that_was_asked_for_need_not_be_installed_here_but_must_be_able(installed):
     installed()
-    assert kernels.resolved(QuantConfig(kernel="gemlite"), ["cuda"], "float16").kernel == "gemlite"
+    assert registry.resolved(QuantConfig(kernel="gemlite"), ["cuda"], "float16").kernel == "gemlite"
     with pytest.raises(UserError, match="kernel=gemlite cannot be used: it runs on cuda, not on cpu"):
-        kernels.resolved(QuantConfig(kernel="gemlite"), ["cpu"], "bfloat16")
+        registry.resolved(QuantConfig(kernel="gemlite"), ["cpu"], "bfloat16")
     with pytest.raises(UserError, match="computes in bfloat16, not in float32"):
-        kernels.resolved(QuantConfig(kernel="openvino"), ["cpu"], "float32")
+        registry.resolved(QuantConfig(kernel="openvino"), ["cpu"], "float32")
     with pytest.raises(UserError, match="'magic'"):
-        kernels.resolved(QuantConfig(kernel="magic"), ["cpu"], "float32")
+        registry.resolved(QuantConfig(kernel="magic"), ["cpu"], "float32")
 
 
 def test_widths_and_shapes_a_kernel_cannot_take_run_through_hqq():
-    assert kernels.runs("torch_int4", 64, 64, 4, GROUPS) == "torch_int4"
-    assert kernels.runs("torch_int4", 64, 64, 8, GROUPS) == "dequantize"
-    assert kernels.runs("torch_int4", 72, 64, 4, GROUPS) == "dequantize"
-    assert kernels.runs("gemlite", 64, 80, 4, GROUPS) == "dequantize"
-    assert kernels.runs("openvino", 72, 64, 1, GROUPS) == "openvino"
-    assert kernels.runs("openvino", 64, 64, 16, GROUPS) == "dequantize"
+    assert registry.runs("torch_int4", 64, 64, 4, GROUPS) == "torch_int4"
+    assert registry.runs("torch_int4", 64, 64, 8, GROUPS) == "dequantize"
+    assert registry.runs("torch_int4", 72, 64, 4, GROUPS) == "dequantize"
+    assert registry.runs("gemlite", 64, 80, 4, GROUPS) == "dequantize"
+    assert registry.runs("openvino", 72, 64, 1, GROUPS) == "openvino"
+    assert registry.runs("openvino", 64, 64, 16, GROUPS) == "dequantize"
 
 
 def test_whole_rows_run_only_where_the_table_says_so():
     rows = Groups(64, 1, (4, 8))
-    assert kernels.runs("openvino", 64, 512, 8, rows) == kernels.runs("openvino", 64, 512, 2, rows) == "openvino"
-    assert kernels.runs("torch_int4", 64, 512, 4, rows) == kernels.runs("gemlite", 64, 512, 8, rows) == "dequantize"
-    assert kernels.runs("torch_int4", 64, 512, 3, rows) == "torch_int4"
-    assert kernels.runs("gemlite", 64, 512, 2, rows) == "gemlite"
+    assert registry.runs("openvino", 64, 512, 8, rows) == registry.runs("openvino", 64, 512, 2, rows) == "openvino"
+    assert registry.runs("torch_int4", 64, 512, 4, rows) == registry.runs("gemlite", 64, 512, 8, rows) == "dequantize"
+    assert registry.runs("torch_int4", 64, 512, 3, rows) == "torch_int4"
+    assert registry.runs("gemlite", 64, 512, 2, rows) == "gemlite"
 
 
 def test_linears_of_one_input_go_together_only_where_all_can():
@@ -161,7 +161,7 @@ def test_linears_of_one_input_go_together_only_where_all_can():
     linears += [("m.gate_proj", 96, 64), ("m.up_proj", 96, 64), ("m.down_proj", 64, 96)]
 
     def names(kernel, bits):
-        return [[entry[0] for entry in group] for group in kernels.grouped(kernel, linears, bits, GROUPS)]
+        return [[entry[0] for entry in group] for group in registry.grouped(kernel, linears, bits, GROUPS)]
 
     apart = [[entry[0]] for entry in linears]
     qkv, mlp = ["a.q_proj", "a.k_proj", "a.v_proj"], ["m.gate_proj", "m.up_proj"]
@@ -175,10 +175,10 @@ def test_linears_of_one_input_go_together_only_where_all_can():
 
 def test_bytes_by_hand():
     """64 x 128 weights in groups of 64: 128 groups."""
-    assert kernels.read_bytes("openvino", 64, 128, 8, 64, 2) == 64 * 128 + 128 * 9
-    assert kernels.read_bytes("openvino", 64, 128, 2, 64, 2) == 64 * 128 // 4 + 128 * 9
-    assert kernels.held_bytes("torch_int4", 64, 128, 3, 64, 2) == 64 * 128 // 2 + 128 * 4
-    assert kernels.held_bytes("gemlite", 64, 128, 8, 64, 2) == 64 * 128 + 128 * 4
+    assert registry.read_bytes("openvino", 64, 128, 8, 64, 2) == 64 * 128 + 128 * 9
+    assert registry.read_bytes("openvino", 64, 128, 2, 64, 2) == 64 * 128 // 4 + 128 * 9
+    assert registry.held_bytes("torch_int4", 64, 128, 3, 64, 2) == 64 * 128 // 2 + 128 * 4
+    assert registry.held_bytes("gemlite", 64, 128, 8, 64, 2) == 64 * 128 + 128 * 4
 
 
 def test_bytes_of_whole_rows_by_hand():
@@ -214,7 +214,7 @@ def test_workspace_of_a_kernel():
     assert of("gemlite") == of("fused") == 0
     assert of("torch_int4") == of("dequantize") == 3 * 256 * 512 * 2  # its 8 bits run through HQQ's own forward
     assert of("gemlite", ROWS) == of("dequantize")
-    assert of("openvino") == of("openvino", ROWS) == kernels.OPENVINO_ROWS * (512 + 2 * 512) * 4
+    assert of("openvino") == of("openvino", ROWS) == registry.OPENVINO_ROWS * (512 + 2 * 512) * 4
 
 
 def test_memory_of_whole_stages():

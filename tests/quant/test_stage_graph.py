@@ -18,7 +18,7 @@ from ds_llmpq.models.step import Step
 from ds_llmpq.quant import layers
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.hqq import stored_bytes
-from ds_llmpq.quant.kernels import CACHE_BLOCK, GRAPH_TOKENS, runs_here
+from ds_llmpq.quant.kernels.registry import CACHE_BLOCK, GRAPH_TOKENS, runs_here
 from ds_llmpq.quant.layers import LayerLoader
 from ds_llmpq.quant.packing import Groups
 from ds_llmpq.quant.torch_cpu import computes_in_bfloat16
@@ -26,7 +26,7 @@ from ds_llmpq.quant.torch_cpu import computes_in_bfloat16
 if not importlib.util.find_spec("openvino") or not computes_in_bfloat16():
     pytest.skip("needs OpenVINO, and a processor with bfloat16 arithmetic", allow_module_level=True)
 
-from ds_llmpq.quant.stage_graph import GraphMember, StageGraph, chunks
+from ds_llmpq.quant.kernels.openvino_graph.stage_graph import GraphMember, StageGraph, chunks
 
 CPU = torch.device("cpu")
 LAYERS, SLOTS, CAPACITY = 3, 5, 320
@@ -217,7 +217,7 @@ def test_a_processor_or_library_that_cannot_is_said(checkpoint_of, monkeypatch):
     monkeypatch.setattr(layers, "computes_in_bfloat16", lambda: False)
     with pytest.raises(UserError, match=r"needs a processor with bfloat16 arithmetic; use quant\.kernel=openvino"):
         Stage(path, [4] * 3)
-    monkeypatch.setitem(sys.modules, "ds_llmpq.quant.stage_graph", None)
+    monkeypatch.setitem(sys.modules, "ds_llmpq.quant.kernels.openvino_graph.stage_graph", None)
     with pytest.raises(UserError, match=r"needs OpenVINO >=2026\.2,<"):
         Stage(path, [4] * 3)
 
@@ -240,7 +240,7 @@ from ds_llmpq.quant.config import QuantConfig
 
 cpu, (path, bits) = torch.device("cpu"), sys.argv[1:]
 quant = QuantConfig([int(bits)], 64, 1, False, "openvino_graph")
-import ds_llmpq.quant.stage_graph
+import ds_llmpq.quant.kernels.openvino_graph.stage_graph
 checkpoint = Checkpoint(path)
 decoder_of(checkpoint.config)  # as in a session: what it imports belongs to the process
 release_freed()

@@ -16,8 +16,8 @@ from openvino.op import _PagedAttentionExtension
 
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.block import Block, Norm
-from ds_llmpq.quant.kernels import CACHE_BLOCK
-from ds_llmpq.quant.openvino_weights import Constants, product, wide
+from ds_llmpq.quant.kernels.openvino_graph.constants import Constants, product, wide
+from ds_llmpq.quant.kernels.registry import CACHE_BLOCK
 
 
 def _silu(inputs: Node) -> Node:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ds_llmpq.quant.torch_cpu import packed_codes, packed_product
-from ds_llmpq.quant.unpacked import Unpacked
+from ds_llmpq.quant.unpacked_weight import UnpackedWeight
 
 _MIDDLE = 8  # torch's kernel takes codes from -8 to 7
 
@@ -13,7 +13,7 @@ _MIDDLE = 8  # torch's kernel takes codes from -8 to 7
 class TorchInt4Linear:
     """Multiplies bfloat16 inputs [rows, in] with a weight [out, in] of up to 4 bits; sums in float32."""
 
-    def __init__(self, weight: Unpacked, bits: int):
+    def __init__(self, weight: UnpackedWeight, bits: int):
         self.out_features, self.group_size = weight.codes.shape[0], weight.group_size
         # codes of fewer bits go to the middle of the range: what is left of the zero is then small, and exact enough
         raised = _MIDDLE - (1 << (bits - 1))

@@ -15,7 +15,7 @@ _ROWS = 8  # the layout is chosen for so many; for others it is as good
 _MULTIPLE = 64  # of outputs and inputs: others would be padded, and take more than the plan says
 
 
-class PackedLinear(nn.Module):
+class OneDnnLinear(nn.Module):
     """A linear without its plain weight. `held_bytes`: of the packed one."""
 
     def __init__(self, linear: nn.Linear):
@@ -33,7 +33,7 @@ def pack_linears(module: nn.Module) -> None:
     """Replaces the linears of `module` that can be packed: bfloat16, on a processor whose oneDNN computes in it."""
     for name, child in list(module.named_modules()):
         if type(child) is nn.Linear and _packs(child.weight):
-            module.set_submodule(name, PackedLinear(child))
+            module.set_submodule(name, OneDnnLinear(child))
 
 
 def _packs(weight: torch.Tensor) -> bool:

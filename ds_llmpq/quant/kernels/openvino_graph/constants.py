@@ -20,8 +20,8 @@ import torch
 from openvino import opset13
 
 from ds_llmpq.errors import UserError
-from ds_llmpq.quant.scratch import scratch_folder
-from ds_llmpq.quant.unpacked import Unpacked
+from ds_llmpq.quant.temp_files import scratch_folder
+from ds_llmpq.quant.unpacked_weight import UnpackedWeight
 
 _TYPES = {2: openvino.Type.u2, 4: openvino.Type.u4, 8: openvino.Type.u8}
 _ALIGNMENT = 64
@@ -66,7 +66,7 @@ def input_group(group_size: int, in_features: int) -> int:
     return math.gcd(group_size, largest)
 
 
-def quantized_constants(weight: Unpacked, bits: int) -> Constants:
+def quantized_constants(weight: UnpackedWeight, bits: int) -> Constants:
     """Codes held in `bits`, rounded zeros, scales, and what rounding the zeros left out."""
     out_features, in_features = weight.codes.shape
     groups, size = in_features // weight.group_size, weight.group_size

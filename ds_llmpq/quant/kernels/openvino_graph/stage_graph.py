@@ -19,9 +19,9 @@ from torch import nn
 
 from ds_llmpq.models.block import Block
 from ds_llmpq.models.step import Step
-from ds_llmpq.quant.kernels import CACHE_BLOCK, GRAPH_TOKENS
-from ds_llmpq.quant.openvino_layer import LayerNodes, Rows, cache_parameter
-from ds_llmpq.quant.openvino_weights import Constants, core, input_group, threading_properties
+from ds_llmpq.quant.kernels.openvino_graph.constants import Constants, core, input_group, threading_properties
+from ds_llmpq.quant.kernels.openvino_graph.decoder_layer import LayerNodes, Rows, cache_parameter
+from ds_llmpq.quant.kernels.registry import CACHE_BLOCK, GRAPH_TOKENS
 
 _TABLES = ("past_lens", "subsequence_begins", "block_indices", "block_indices_begins")
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from ds_llmpq.quant.dense import PackedLinear, pack_linears
 from ds_llmpq.quant.hqq import stored_bytes
+from ds_llmpq.quant.onednn_linear import OneDnnLinear, pack_linears
 from ds_llmpq.quant.torch_cpu import computes_in_bfloat16
 
 bf16 = pytest.mark.skipif(not computes_in_bfloat16(), reason="this processor's oneDNN has no bfloat16")
@@ -22,7 +22,7 @@ def linear(out, into, bias=False, dtype=torch.bfloat16):
 @torch.inference_mode()
 def test_outputs_are_the_same_to_the_bit(out, into, bias):
     plain = linear(out, into, bias)
-    packed = PackedLinear(plain)
+    packed = OneDnnLinear(plain)
     for shape in ((1, 1), (3, 1), (8, 1), (33, 1), (2, 37), (4, 300)):
         inputs = torch.randn(*shape, into).bfloat16()
         assert torch.equal(packed(inputs), plain(inputs))
@@ -35,7 +35,7 @@ def test_bytes_are_those_of_the_plain_weight():
     module = nn.Sequential(linear(192, 128, bias=True), nn.LayerNorm(192).bfloat16(), linear(64, 192))
     before = stored_bytes(module)
     pack_linears(module)
-    assert [type(child).__name__ for child in module] == ["PackedLinear", "LayerNorm", "PackedLinear"]
+    assert [type(child).__name__ for child in module] == ["OneDnnLinear", "LayerNorm", "OneDnnLinear"]
     assert stored_bytes(module) == before
     assert torch.ops.mkldnn._nbytes(module[0]._weight) == 192 * 128 * 2
 

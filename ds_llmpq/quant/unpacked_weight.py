@@ -10,7 +10,7 @@ from hqq.core.quantize import HQQLinear, Quantizer
 
 
 @dataclass(frozen=True)
-class Unpacked:
+class UnpackedWeight:
     """weight[o, i] = (codes[o, i] - zero[o, i // group_size]) x scale[o, i // group_size].
 
     codes: uint8 [out, in]; scale, zero: float32 [out, in / group_size].
@@ -27,7 +27,7 @@ class Unpacked:
         return ((groups - self.zero[..., None]) * self.scale[..., None]).view(self.codes.shape)
 
 
-def unpack(linear: HQQLinear) -> Unpacked:
+def unpack(linear: HQQLinear) -> UnpackedWeight:
     """Of an `HQQLinear` with groups along its input (axis 1)."""
     meta = linear.meta
     shape, size = meta["shape"], meta["group_size"]
@@ -35,12 +35,12 @@ def unpack(linear: HQQLinear) -> Unpacked:
     rows = Quantizer.unpack[meta["packing"]](linear.W_q.data, dtype=torch.uint8)
     codes = rows[:groups].reshape(tuple(shape))  # at 3 bits HQQ pads the rows
     scale, zero = (meta[name].float().reshape(shape[0], shape[1] // size) for name in ("scale", "zero"))
-    return Unpacked(codes, scale, zero, size)
+    return UnpackedWeight(codes, scale, zero, size)
 
 
-def stacked(weights: Sequence[Unpacked]) -> Unpacked:
+def stacked(weights: Sequence[UnpackedWeight]) -> UnpackedWeight:
     """Several weights of one input as one, outputs in order."""
     if len(weights) == 1:
         return weights[0]
     codes, scale, zero = (torch.cat([getattr(w, name) for w in weights]) for name in ("codes", "scale", "zero"))
-    return Unpacked(codes, scale, zero, weights[0].group_size)
+    return UnpackedWeight(codes, scale, zero, weights[0].group_size)

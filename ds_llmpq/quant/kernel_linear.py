@@ -10,9 +10,9 @@ from hqq.core.quantize import HQQLinear
 from torch import nn
 
 from ds_llmpq.errors import UserError
-from ds_llmpq.quant.kernels import DEQUANTIZE, KERNELS, runs
+from ds_llmpq.quant.kernels.registry import DEQUANTIZE, KERNELS, runs
 from ds_llmpq.quant.packing import Groups
-from ds_llmpq.quant.unpacked import Unpacked, stacked, unpack
+from ds_llmpq.quant.unpacked_weight import UnpackedWeight, stacked, unpack
 
 
 class Product(Protocol):
@@ -73,7 +73,7 @@ class _Shared:
         return found
 
 
-def product_of(name: str, weight: Unpacked, bits: int, dtype: torch.dtype) -> Product:
+def product_of(name: str, weight: UnpackedWeight, bits: int, dtype: torch.dtype) -> Product:
     """`weight` in the layout of kernel `name`. `UserError`: its library is missing."""
     return _maker(name)(weight, bits, dtype)
 
@@ -101,17 +101,17 @@ def output_matrix(name: str, blocks: Sequence[HQQLinear], bits: int, groups: Gro
     return KernelLinear(_Shared(product, [out]), 0, None)
 
 
-def _maker(name: str) -> Callable[[Unpacked, int, torch.dtype], Product]:
+def _maker(name: str) -> Callable[[UnpackedWeight, int, torch.dtype], Product]:
     try:
         if name == "openvino":
-            from ds_llmpq.quant.kernel_openvino import OpenVinoLinear
+            from ds_llmpq.quant.kernels.openvino import OpenVinoLinear
 
             return lambda weight, bits, dtype: OpenVinoLinear(weight, bits)
         if name == "torch_int4":
-            from ds_llmpq.quant.kernel_torch import TorchInt4Linear
+            from ds_llmpq.quant.kernels.torch_int4 import TorchInt4Linear
 
             return lambda weight, bits, dtype: TorchInt4Linear(weight, bits)
-        from ds_llmpq.quant.kernel_gemlite import GemliteLinear
+        from ds_llmpq.quant.kernels.gemlite import GemliteLinear
     except ImportError as error:
         library = KERNELS[name].library
         raise UserError(

@@ -1,8 +1,8 @@
 """Which library multiplies with a quantized weight: a table of kernels, what each can take, and what each holds.
 
-HQQ quantizes; a kernel runs the very same codes, scales and zeros (`quant.convert`). `dequantize` is HQQ's own forward
-and takes everything; the others are gates: device kind, compute type, width, axis, group size, shape, and the library
-being installed. Imports no torch: plans are made from this table alone. `docs/kernels.md` has the measurements.
+HQQ quantizes; a kernel runs the very same codes, scales and zeros (`quant.kernel_linear`). `dequantize` is HQQ's own
+forward and takes everything; the others are gates: device kind, compute type, width, axis, group size, shape, and the
+library being installed. Imports no torch: plans are made from this table alone. `docs/kernels.md` has the measurements.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Quantized products by OpenVINO's CPU plugin, one by one: `quant.openvino_weights` says how they are computed."""
+"""Quantized products by OpenVINO's CPU plugin, one by one; `openvino_graph.constants` says how they are computed."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import openvino
 import torch
 from openvino import opset13
 
-from ds_llmpq.quant.kernels import KERNELS, OPENVINO_ROWS, held_bytes
-from ds_llmpq.quant.openvino_weights import (
+from ds_llmpq.quant.kernels.openvino_graph.constants import (
     Constants,
     core,
     input_group,
@@ -18,13 +17,14 @@ from ds_llmpq.quant.openvino_weights import (
     quantized_constants,
     threading_properties,
 )
-from ds_llmpq.quant.unpacked import Unpacked
+from ds_llmpq.quant.kernels.registry import KERNELS, OPENVINO_ROWS, held_bytes
+from ds_llmpq.quant.unpacked_weight import UnpackedWeight
 
 
 class OpenVinoLinear:
     """Multiplies inputs [rows, in] with one weight [out, in]; several linears of one input are one weight, stacked."""
 
-    def __init__(self, weight: Unpacked, bits: int):
+    def __init__(self, weight: UnpackedWeight, bits: int):
         out_features, self.in_features = weight.codes.shape
         self.out_features = out_features
         self.carried = KERNELS["openvino"].carried[bits]

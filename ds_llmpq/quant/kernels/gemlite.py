@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from gemlite.helper import A16Wn
 
-from ds_llmpq.quant.kernels import KERNELS
-from ds_llmpq.quant.unpacked import Unpacked
+from ds_llmpq.quant.kernels.registry import KERNELS
+from ds_llmpq.quant.unpacked_weight import UnpackedWeight
 
 
 class GemliteLinear:
     """Multiplies float16 or bfloat16 inputs [rows, in] with a weight [out, in] on the device of its codes."""
 
-    def __init__(self, weight: Unpacked, bits: int, dtype: torch.dtype):
+    def __init__(self, weight: UnpackedWeight, bits: int, dtype: torch.dtype):
         self.out_features = weight.codes.shape[0]
         self._linear = A16Wn(device=str(weight.codes.device), dtype=dtype).from_weights(
             weight.codes,

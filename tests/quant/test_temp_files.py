@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ds_llmpq.errors import UserError
-from ds_llmpq.quant import scratch
+from ds_llmpq.quant import temp_files
 
 
 @pytest.fixture
@@ -17,18 +17,18 @@ def mounted(monkeypatch, tmp_path):
     def chosen(kinds, tmpdir=None):
         found = [SimpleNamespace(mountpoint=str(point), fstype=kind) for point, kind in kinds.items()]
         monkeypatch.setattr(psutil, "disk_partitions", lambda all: found)
-        monkeypatch.setattr(scratch.tempfile, "gettempdir", lambda: tmpdir or str(tmp_path / "tmp"))
-        monkeypatch.setattr(scratch, "_ON_DISK", str(tmp_path / "var"))
+        monkeypatch.setattr(temp_files.tempfile, "gettempdir", lambda: tmpdir or str(tmp_path / "tmp"))
+        monkeypatch.setattr(temp_files, "_ON_DISK", str(tmp_path / "var"))
         monkeypatch.delenv("TMPDIR", raising=False)
         if tmpdir:
             monkeypatch.setenv("TMPDIR", tmpdir)
-        scratch.scratch_folder.cache_clear()
-        return scratch.scratch_folder()
+        temp_files.scratch_folder.cache_clear()
+        return temp_files.scratch_folder()
 
     (tmp_path / "tmp").mkdir()
     (tmp_path / "var").mkdir()
     yield chosen
-    scratch.scratch_folder.cache_clear()
+    temp_files.scratch_folder.cache_clear()
 
 
 def test_a_folder_in_memory_is_left_for_one_on_disk_unless_the_user_named_it(mounted, tmp_path):
@@ -43,13 +43,13 @@ def test_a_folder_in_memory_is_left_for_one_on_disk_unless_the_user_named_it(mou
 
 
 def test_a_folder_that_is_not_there_counts_as_the_one_above_it():
-    assert scratch.in_memory("/nowhere/at/all") == scratch.in_memory("/")
+    assert temp_files.in_memory("/nowhere/at/all") == temp_files.in_memory("/")
 
 
 def test_a_folder_without_room_is_named(mounted, tmp_path):
     pytest.importorskip("openvino")
-    from ds_llmpq.quant import openvino_weights
+    from ds_llmpq.quant.kernels.openvino_graph import constants
 
     mounted({"/": "ext4"}, tmpdir=str(tmp_path / "gone"))
     with pytest.raises(UserError, match=r"gone has no room for .* set TMPDIR to a folder with room"):
-        openvino_weights.plain_constants(torch.zeros(8, 8).bfloat16())
+        constants.plain_constants(torch.zeros(8, 8).bfloat16())

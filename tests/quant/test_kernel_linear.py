@@ -11,11 +11,11 @@ from hqq.core.quantize import HQQLinear
 
 from ds_llmpq.errors import UserError
 from ds_llmpq.quant.config import QuantConfig
-from ds_llmpq.quant.convert import KernelLinear, converted, product_of
 from ds_llmpq.quant.hqq import quantize_linear, stored_bytes
-from ds_llmpq.quant.kernels import KERNELS, runs
+from ds_llmpq.quant.kernel_linear import KernelLinear, converted, product_of
+from ds_llmpq.quant.kernels.registry import KERNELS, runs
 from ds_llmpq.quant.packing import Groups
-from ds_llmpq.quant.unpacked import stacked, unpack
+from ds_llmpq.quant.unpacked_weight import stacked, unpack
 
 CPU = torch.device("cpu")
 THERE = [name for name in ("openvino", "torch_int4") if importlib.util.find_spec(KERNELS[name].library)]
@@ -123,7 +123,7 @@ def test_whole_rows_stay_hqq_s_where_the_kernel_cannot_take_them(name):
 
 def test_a_missing_library_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "gemlite.helper", None)
-    monkeypatch.delitem(sys.modules, "ds_llmpq.quant.kernel_gemlite", raising=False)
+    monkeypatch.delitem(sys.modules, "ds_llmpq.quant.kernels.gemlite", raising=False)
     with pytest.raises(UserError, match="kernel=gemlite needs gemlite"):
         product_of("gemlite", unpack(quantized(32, 64, 4)), 4, torch.float16)
 
@@ -132,8 +132,8 @@ MEMORY = """
 import re
 import torch
 from ds_llmpq.engine.memory import release_freed
-from ds_llmpq.quant.convert import product_of
-from ds_llmpq.quant.unpacked import Unpacked
+from ds_llmpq.quant.kernel_linear import product_of
+from ds_llmpq.quant.unpacked_weight import UnpackedWeight
 
 def anonymous():
     release_freed()
@@ -142,7 +142,7 @@ def anonymous():
 def product():
     codes = torch.randint(0, 16, (1024, 2048), dtype=torch.uint8)
     scale, zero = torch.rand(1024, 2048 // SIZE) + 1, 8 * torch.rand(1024, 2048 // SIZE)
-    made = product_of(NAME, Unpacked(codes, scale, zero, SIZE), BITS, torch.bfloat16)
+    made = product_of(NAME, UnpackedWeight(codes, scale, zero, SIZE), BITS, torch.bfloat16)
     made(torch.randn(64, 2048).bfloat16())
     return made
 
