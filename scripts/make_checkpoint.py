@@ -29,7 +29,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 from ds_llmpq.errors import UserError
-from ds_llmpq.models.families import decoder_of
+from ds_llmpq.models.decoder import Decoder
+from ds_llmpq.models.families import describe
 
 ARCHITECTURES = (
     "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "phi3", "gemma2", "gemma3_text", "opt", "bloom",
@@ -117,7 +118,7 @@ def parameter_shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _shapes_with_experts(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
-    decoder = decoder_of(config)
+    decoder = Decoder(describe(config.to_dict()))
     with torch.device("meta"):
         parts = [(decoder.embedding(), decoder.embedding_tensors()), (decoder.head(), decoder.head_tensors())]
         parts += [(decoder.layer(index), decoder.layer_tensors(index)) for index in range(config.num_hidden_layers)]

@@ -21,7 +21,6 @@ from ds_llmpq.engine.throttle import CpuShare
 from ds_llmpq.engine.topology import PlannedTopology
 from ds_llmpq.engine.trace import Trace
 from ds_llmpq.integers import round_up
-from ds_llmpq.models.families import decoder_of
 from ds_llmpq.models.generation import generation_of
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.plan import Plan, check_model
@@ -70,7 +69,6 @@ class Session:
         check_invariant(context.stage.kernel, self.options.batch_invariant)
         started = time.perf_counter()
         checkpoint = open_checkpoint(model_path, trust_remote_code)
-        decoder_of(checkpoint.config)  # what it imports belongs to the process, not to the stage
         self._held_before = memory.held_bytes(context.device)
         check_model(plan, model_path)
 

@@ -14,12 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ds_llmpq.errors import UserError
 from ds_llmpq.models.spec import DecoderSpec, ExpertsSpec, MLPSpec, NormSpec
 from ds_llmpq.models.step import Step
 
 _tanh_gelu = partial(F.gelu, approximate="tanh")
-# by transformers' names
+# by the names of `spec.ACTIVATIONS`
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "swish": F.silu,
@@ -36,13 +35,6 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
 }
-
-
-def activation(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """`UserError` for a name that is not known."""
-    if name not in ACTIVATIONS:
-        raise UserError(f"config.json has the activation {name!r}; supported are {', '.join(ACTIVATIONS)}.")
-    return ACTIVATIONS[name]
 
 
 def cap(values: torch.Tensor, limit: float | None) -> torch.Tensor:
@@ -173,7 +165,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, spec: MLPSpec):
         super().__init__()
-        self.spec, self.activation = spec, activation(spec.activation)
+        self.spec, self.activation = spec, ACTIVATIONS[spec.activation]
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         if not self.spec.gated:

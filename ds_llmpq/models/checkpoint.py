@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -11,10 +12,11 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
 
 from ds_llmpq.errors import UserError
+from ds_llmpq.models.decoder import Decoder
+from ds_llmpq.models.description import read_description
 from ds_llmpq.models.index import read_index
 from ds_llmpq.models.prequantized import refuse_foreign
-from ds_llmpq.models.shape import read_config
-from ds_llmpq.models.tying import HEAD, names_of_embedding, stores_own_head
+from ds_llmpq.models.tying import HEAD, list_embedding_names
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -27,26 +29,31 @@ _OPTIONAL_PREFIXES = ("model.", "transformer.")
 class Checkpoint:
     """A checkpoint folder; tensors are read when asked for, into memory of their own, and files closed again.
 
-    Raises `UserError` for a folder, file, shard or tensor that is missing or damaged, or quantized by another method.
+    description: of its config.json. config: transformers' reading of the same file. Raises `UserError` for a folder,
+    file, shard or tensor that is missing or damaged, for what is not supported, or quantized by another method.
     """
 
     def __init__(self, path: str | Path, trust_remote_code: bool = False):
         self.path = Path(path)
         refuse_foreign(self.path)  # before transformers looks for the method's library
+        self.description = read_description(self.path)  # before transformers, which reads it without bounds
         self.config = _read_config(self.path, trust_remote_code)
         self._shard_of = _tensor_locations(self.path)
-        if self.config.tie_word_embeddings and stores_own_head(self.path, self.config.model_type):
-            self.config.tie_word_embeddings = False
+        self.config.tie_word_embeddings = self.description.spec.tied
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        return Decoder(self.description)
 
     def name_of(self, name: str) -> str:
         """The checkpoint's spelling of a tensor name, with or without the base model's prefix; a tied embedding may be
-        stored as the output matrix alone."""
+        stored as lm_head alone."""
         if name in self._shard_of:
             return name
         for prefix in _OPTIONAL_PREFIXES:
             if name.startswith(prefix) and name[len(prefix) :] in self._shard_of:
                 return name[len(prefix) :]
-        tied = self.config.tie_word_embeddings and name in names_of_embedding(self.config.model_type)
+        tied = self.description.spec.tied and name in list_embedding_names(self.description.family)
         if tied and HEAD in self._shard_of:
             return HEAD
         raise UserError(
@@ -84,7 +91,6 @@ class Checkpoint:
 
 
 def _read_config(path: Path, trust_remote_code: bool) -> PreTrainedConfig:
-    read_config(path)  # transformers reads it without bounds
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers has a type of its own for each way in which a file can be wrong

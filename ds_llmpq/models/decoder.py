@@ -1,51 +1,24 @@
-"""A checkpoint's decoder: its specification, its modules, and which tensor fills which of their parameters."""
+"""A checkpoint's decoder: its modules, and which tensor fills which of their parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
 
-from ds_llmpq.errors import UserError
 from ds_llmpq.models.block import Block
 from ds_llmpq.models.ends import Embedding, Head, Positions
-from ds_llmpq.models.spec import DecoderSpec, LinearRole
-
-Renamed = tuple[tuple[str, str], ...]  # (ours, theirs): parts of names, replaced one after another
-
-
-@dataclass(frozen=True)
-class Family:
-    """How one `model_type` is written down. spec: from its configuration. layers: what the checkpoint calls the list of
-    decoder layers. ends: module of `Embedding` or `Head` -> how its tensors' names begin. names: inside of a layer.
-    """
-
-    spec: Callable[[PreTrainedConfig], DecoderSpec]
-    layers: str
-    ends: Mapping[str, str]
-    names: Renamed
+from ds_llmpq.models.family import Description
+from ds_llmpq.models.spec import LinearRole
 
 
 class Decoder:
     """Modules are built on whatever device the caller has set (the loader: `meta`), empty. Tensor names are those of
     the checkpoint, parameter names those of the modules."""
 
-    def __init__(self, family: Family, config: PreTrainedConfig):
-        """`UserError` for a configuration whose values make no specification."""
-        self.family = family
-        try:
-            self.spec = family.spec(config)
-        except UserError:
-            raise
-        except Exception as error:  # a value of config.json that is of another type or size than its formula takes
-            raise UserError(
-                f"config.json does not describe a {config.model_type} model ({type(error).__name__}: {error}); mend "
-                "the file, or fetch it again."
-            ) from None
+    def __init__(self, description: Description):
+        self.family, self.spec = description.family, description.spec
 
     def embedding(self) -> Embedding:
         return Embedding(self.spec)
@@ -65,7 +38,7 @@ class Decoder:
         return self._end_tensors(self._meta_embedding)
 
     def head_tensors(self) -> dict[str, str]:
-        """Parameter of `head()` -> tensor; a tied output matrix is the embedding's."""
+        """Parameter of `head()` -> tensor; a tied lm_head is the embedding's."""
         return self._end_tensors(self._meta_head)
 
     def layer_tensors(self, index: int) -> dict[str, str]:
@@ -74,19 +47,14 @@ class Decoder:
 
     def linears(self, index: int) -> dict[str, LinearRole]:
         """Linears of decoder layer `index` by their names in the checkpoint, without the layer's prefix."""
-        return {self._renamed(linear.name): linear for linear in self.spec.linears(index)}
+        return {self.family.rename(linear.name): linear for linear in self.spec.linears(index)}
 
     def layer_prefix(self, index: int) -> str:
         return f"{self.family.layers}.{index}."
 
     def tensor_name(self, index: int, name: str) -> str:
         """What the checkpoint calls `name` of decoder layer `index`."""
-        return self.layer_prefix(index) + self._renamed(name)
-
-    def _renamed(self, name: str) -> str:
-        for ours, theirs in self.family.names:
-            name = name.replace(ours, theirs)
-        return name
+        return self.layer_prefix(index) + self.family.rename(name)
 
     def _end_tensors(self, module: nn.Module) -> dict[str, str]:
         names = {}

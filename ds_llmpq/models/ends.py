@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from ds_llmpq.models.block import Norm, cap
-from ds_llmpq.models.spec import DecoderSpec, RotarySpec
+from ds_llmpq.models.rotary import Angles
+from ds_llmpq.models.spec import DecoderSpec
 from ds_llmpq.models.step import Step
 
 
@@ -38,7 +39,7 @@ class Embedding(nn.Module):
 
 
 class Head(nn.Module):
-    """Final norm, optional projection, and the output matrix, applied where the step asks for logits."""
+    """Final norm, optional projection, and lm_head, applied where the step asks for logits."""
 
     def __init__(self, spec: DecoderSpec):
         super().__init__()
@@ -63,7 +64,7 @@ class Positions:
     ALiBi's [rows or 1, heads, tokens, kv_tokens], in which what a query may not see is the least number there is."""
 
     def __init__(self, spec: DecoderSpec):
-        self.rotary = {name: _Angles(rotary) for name, rotary in spec.rotary}
+        self.rotary = {name: Angles(rotary) for name, rotary in spec.rotary}
         self.slopes = torch.tensor(alibi_slopes(spec.attention.heads), device="cpu") if spec.attention.alibi else None
 
     def __call__(self, step: Step) -> None:
@@ -84,26 +85,6 @@ class Positions:
         positions = step.positions[:1] if step.causal_only else step.positions
         allowed = keys <= positions[:, None, :, None]
         return torch.where(allowed, bias, torch.finfo(dtype).min)
-
-
-class _Angles:
-    def __init__(self, spec: RotarySpec):
-        self.spec = spec
-        self.frequencies = torch.tensor(spec.frequencies, device="cpu")
-        self.long = None if spec.long_frequencies is None else torch.tensor(spec.long_frequencies, device="cpu")
-
-    def __call__(self, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
-        self.frequencies = self.frequencies.to(step.hidden.device)
-        frequencies = self.frequencies
-        if self.long is not None:
-            self.long = self.long.to(step.hidden.device)
-            ends = step.positions[:, -1] if step.last is None else step.positions.gather(1, step.last[:, None])[:, 0]
-            is_long = (ends >= self.spec.original_positions)[:, None, None]
-            frequencies = torch.where(is_long, self.long, frequencies)
-        angles = step.positions[..., None].float() * frequencies
-        cos, sin = angles.cos() * self.spec.scaling, angles.sin() * self.spec.scaling
-        both = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
-        return tuple(part.to(step.hidden.dtype) for part in both)
 
 
 def alibi_slopes(heads: int) -> list[float]:

@@ -13,17 +13,13 @@ from typing import Any
 
 from ds_llmpq.errors import UserError, shown
 from ds_llmpq.files import read_json
-from ds_llmpq.models.shape import read_config, read_shape
+from ds_llmpq.models.description import read_config, read_description
+from ds_llmpq.models.families import find_family
 from ds_llmpq.validation import Plain, checked
 
 NAME = "generation_config.json"
 _MOST_BYTES = 16 << 20
 _MOST_TOKEN = 2**31 - 1
-# of config.json where it names none, as transformers' configuration classes have them
-_CLASS_EOS = {
-    "llama": 2, "mistral": 2, "mixtral": 2, "phi3": 32000, "gemma2": 1, "gemma3_text": 1, "opt": 2, "bloom": 2,
-}  # fmt: skip
-
 Sequence = tuple[int, ...]  # of token ids
 
 
@@ -78,8 +74,8 @@ class Generation:
 
 
 def generation_of(path: str | Path) -> Generation:
-    """The defaults of the checkpoint in folder `path`. `UserError` as in `read_generation` and `read_shape`."""
-    return read_generation(path, read_config(path), read_shape(path).vocab)
+    """The defaults of the checkpoint in folder `path`. `UserError` as in `read_generation` and `read_description`."""
+    return read_generation(path, read_config(path), read_description(path).spec.vocab)
 
 
 def read_generation(path: str | Path, config: Mapping[str, Any], vocabulary: int) -> Generation:
@@ -109,7 +105,8 @@ def _eos(
     would never end an answer; there config.json has a word."""
     if given is not None and given.get("eos_token_id") is not None:
         return _Value(file, "eos_token_id", given["eos_token_id"], None).tokens(), []
-    named = config.get("eos_token_id", _CLASS_EOS.get(config.get("model_type")))
+    family = find_family(config.get("model_type"))
+    named = config.get("eos_token_id", family.eos_token_id if family else None)
     found = () if named is None else _Value(file.with_name("config.json"), "eos_token_id", named, None).tokens()
     if given is None or not found:
         return found, []

@@ -1,21 +1,19 @@
-"""The shape of a decoder-only model, read from its Hugging Face config.json: sizes, linear layers, parameter counts.
-
-Everything that plans needs to know about a model is here; no weights, no torch.
-"""
+"""The shape of a decoder-only model as planning sees it: sizes, linears, parameter counts. No weights, no torch."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ds_llmpq.errors import UserError
-from ds_llmpq.files import check_files, read_json
-from ds_llmpq.models.tying import stores_own_head
-from ds_llmpq.validation import Plain, checked
+from ds_llmpq.models.description import read_description
+from ds_llmpq.models.families import describe
+from ds_llmpq.models.family import Description
+from ds_llmpq.models.spec import DecoderSpec, ExpertsSpec, NormSpec
 
 
 class Linear(NamedTuple):
@@ -55,7 +53,7 @@ class ModelShape:
     vocab: int
     embed_dim: int  # width of the token embedding and of lm_head; differs from hidden in OPT-350m alone
     max_positions: int | None  # None: no bound (ALiBi)
-    sliding_window: int | None  # attention looks back so many tokens; None: to the first token
+    sliding_window: int | None  # so many tokens windowed layers look back; None: there are none
     tied_embeddings: bool
     gated_mlp: bool
     dtype: str | None  # type of the stored weights, where config.json says it
@@ -64,13 +62,12 @@ class ModelShape:
     layer_norm_parameters: int  # norms of one decoder layer, with Qwen3's q_norm and k_norm, and a router
     embed_parameters: int  # everything before the first decoder layer
     head_parameters: int  # everything after the last one; lm_head counts even when tied
+    spec: DecoderSpec = field(compare=False, repr=False)  # what all of this is derived from
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
-        """Read the keys of a config.json. UserError: unsupported architecture, missing or unusable key."""
-        from ds_llmpq.models.shape_readers import read
-
-        return read(config)
+        """Of the keys of a config.json. `UserError` as in `describe` and `derive_shape`."""
+        return derive_shape(describe(config))
 
     @property
     def linear_weights(self) -> int:
@@ -117,29 +114,77 @@ class ModelShape:
     @property
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change with any size; it knows nothing of the weights' values."""
-        sizes = {key: value for key, value in asdict(self).items() if key != "dtype"}
+        sizes = {key: getattr(self, key) for key in self.__dataclass_fields__ if key not in ("dtype", "spec")}
         sizes["linears"] = [linear if linear.token_share < 1 else linear[:3] for linear in self.linears]
         return hashlib.sha256(json.dumps(sizes, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_shape(path: str | Path) -> ModelShape:
-    """Shape of the checkpoint in folder `path`; its weights say whether the output matrix is the embedding. UserError:
-    no folder, no config.json, not JSON, not supported."""
-    config = read_config(path)
-    shape = ModelShape.from_config(config)
-    if shape.tied_embeddings and stores_own_head(path, shape.architecture):
-        return replace(shape, tied_embeddings=False)
-    return shape
+    """Shape of the checkpoint in folder `path`. `UserError` as in `read_description`, and where layers differ."""
+    return derive_shape(read_description(path))
 
 
-def read_config(path: str | Path) -> dict[str, Any]:
-    """config.json of the folder `path`, as it stands there. UserError: no folder, no config.json, no JSON object."""
-    folder = Path(path)
-    if not folder.is_dir():
-        raise UserError(f"model folder {folder} does not exist; give a local folder in Hugging Face format")
-    check_files(folder, "Checkpoint file", "fetch the checkpoint again")
-    file = folder / "config.json"
-    if not file.is_file():
-        raise UserError(f"model folder {folder} has no config.json; give a local folder in Hugging Face format")
-    what, remedy = "Model configuration", "mend the file, or fetch it again"
-    return checked(Plain, read_json(file, what, remedy), f"{what} {file}", remedy)
+def derive_shape(described: Description) -> ModelShape:
+    """`UserError`: layers differ in their linears."""
+    spec = described.spec
+    linears = _linears(described)
+    mlp = spec.layers[0].mlp
+    mlp = mlp.mlp if isinstance(mlp, ExpertsSpec) else mlp
+    windows = [layer.window for layer in spec.layers if layer.window is not None]
+    project = spec.width * spec.hidden if spec.width != spec.hidden else 0
+    table = spec.vocab * spec.width
+    return ModelShape(
+        architecture=described.model_type,
+        layers=len(spec.layers),
+        hidden=spec.hidden,
+        heads=spec.attention.heads,
+        kv_heads=spec.attention.kv_heads,
+        head_dim=spec.attention.head_dim,
+        intermediate=mlp.intermediate,
+        vocab=spec.vocab,
+        embed_dim=spec.width,
+        max_positions=spec.max_positions,
+        sliding_window=max(windows, default=None),
+        tied_embeddings=spec.tied,
+        gated_mlp=mlp.gated,
+        dtype=described.dtype,
+        linears=linears,
+        biased=tuple(described.family.rename(linear.name) for linear in spec.linears(0) if linear.bias),
+        layer_norm_parameters=_layer_norm_parameters(spec),
+        embed_parameters=table
+        + project
+        + (spec.learned_positions or 0) * spec.hidden
+        + _norm_parameters(spec.embedding_norm, spec.hidden),
+        head_parameters=_norm_parameters(spec.final_norm, spec.hidden) + project + table,
+        spec=spec,
+    )
+
+
+def _linears(described: Description) -> tuple[Linear, ...]:
+    spec = described.spec
+    if len({layer.mlp for layer in spec.layers}) > 1:
+        raise UserError(
+            "config.json has layers without experts among others with them; such a model cannot be planned."
+        )
+    experts = spec.layers[0].mlp
+    share = experts.active / experts.count if isinstance(experts, ExpertsSpec) else 1.0
+    return tuple(
+        Linear(
+            described.family.rename(role.name), role.out_features, role.in_features,
+            1.0 if role.expert is None else share,
+        )
+        for role in spec.linears(0)
+    )  # fmt: skip
+
+
+def _layer_norm_parameters(spec: DecoderSpec) -> int:
+    norms = (4 if spec.norms == "around" else 2) * _norm_parameters(spec.norm, spec.hidden)
+    norms += 2 * _norm_parameters(spec.attention.qk_norm, spec.attention.head_dim)
+    experts = spec.layers[0].mlp
+    return norms + (experts.count * spec.hidden if isinstance(experts, ExpertsSpec) else 0)
+
+
+def _norm_parameters(norm: NormSpec | None, size: int) -> int:
+    if norm is None or not norm.affine:
+        return 0
+    return 2 * size if norm.kind == "layer" else size

@@ -1,12 +1,21 @@
-"""What a decoder-only model is made of, as plain data: the one description that the block, the loader and graphs read.
+"""What a decoder-only model is made of, as plain data: the one description that planning, the block, the loader and
+graphs read.
 
-A family file (`models.families`) derives a `DecoderSpec` from a transformers configuration. Nothing here loads torch.
+A family file (`models.families`) builds a `DecoderSpec` from the keys of a config.json. Nothing here loads torch.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
+
+from ds_llmpq.errors import UserError
+
+# by transformers' names; `models.block` has the functions
+ACTIVATIONS = (
+    "silu", "swish", "gelu", "gelu_python", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "quick_gelu", "relu", "relu2",
+    "relu6", "mish", "tanh", "sigmoid",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -22,17 +31,26 @@ class NormSpec:
 
 @dataclass(frozen=True)
 class RotarySpec:
-    """Angles of the first 2 x `len(frequencies)` features of a head, a position's multiples of `frequencies`; `scaling`
-    multiplies cosine and sine. A sequence of more than `original_positions` tokens takes `long_frequencies`, if any."""
+    """The first `features` of a head are rotated by a position's multiples of frequencies; `models.rotary` has them.
 
-    frequencies: tuple[float, ...]
+    exponents_of: features that the exponents of `theta` are shares of, `features` but where that is odd. scaling
+    multiplies cosine and sine. longrope: a sequence of more than `original_positions` tokens takes `long_factors`.
+    """
+
+    kind: Literal["default", "linear", "llama3", "yarn", "longrope"]
+    features: int
+    exponents_of: int
+    theta: float
+    factor: float = 1.0
+    original_positions: float = 0.0
     scaling: float = 1.0
-    long_frequencies: tuple[float, ...] | None = None
-    original_positions: int = 0
-
-    @property
-    def features(self) -> int:
-        return 2 * len(self.frequencies)
+    low_freq_factor: float = 0.0
+    high_freq_factor: float = 0.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,7 +77,7 @@ class AttentionSpec:
 @dataclass(frozen=True)
 class MLPSpec:
     """down(activation(up(x))), or, `gated`, down(activation(gate(x)) * up(x)). `stacked`: gate and up are one linear.
-    activation: by transformers' name."""
+    activation: one of `ACTIVATIONS`."""
 
     intermediate: int
     activation: str
@@ -72,12 +90,16 @@ class MLPSpec:
 @dataclass(frozen=True)
 class ExpertsSpec:
     """`count` MLPs, of which a token takes the `active` most probable, weighted by their probabilities; `normalized`:
-    divided by their sum."""
+    divided by their sum. `UserError`: more active than there are."""
 
     count: int
     active: int
     normalized: bool
     mlp: MLPSpec
+
+    def __post_init__(self) -> None:
+        if self.active > self.count:
+            raise UserError(f"config.json has num_experts_per_tok={self.active}, more than its {self.count} experts.")
 
 
 @dataclass(frozen=True)
@@ -106,9 +128,11 @@ class LinearRole(NamedTuple):
 class DecoderSpec:
     """A decoder-only model. Sizes are features, but `vocab` (tokens).
 
+    max_positions: tokens of the longest sequence that it was made for, None: any.
+
     norms: each half of a layer is x + f(norm(x)) (`before`), norm(x + f(x)) (`after`), or x + norm(f(norm(x)))
     (`around`). residual_from_norm: norm(x) + f(norm(x)) instead of the first. embedding_width: of the token embedding
-    and the output matrix, where two projections lead to and from `hidden`. learned_positions: rows of a table added to
+    and lm_head, where two projections lead to and from `hidden`. learned_positions: rows of a table added to
     the embedding. embedding_scale: multiplied with the embedding. logit_cap: as `AttentionSpec.soft_cap`.
     """
 
@@ -117,6 +141,7 @@ class DecoderSpec:
     norm: NormSpec
     attention: AttentionSpec
     layers: tuple[LayerSpec, ...]
+    max_positions: int | None = None
     rotary: tuple[tuple[str, RotarySpec], ...] = ()
     norms: Literal["before", "after", "around"] = "before"
     residual_from_norm: bool = False

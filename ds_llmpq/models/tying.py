@@ -1,4 +1,4 @@
-"""Whether a checkpoint's output matrix is its embedding, told from the files: config.json may say otherwise. No torch.
+"""Whether a checkpoint's lm_head is its embedding, told from the files: config.json may say otherwise. No torch.
 
 As transformers has it: where the configuration ties them but both are stored and differ, both count; where only one is
 stored, it serves as both.
@@ -12,35 +12,22 @@ from pathlib import Path
 
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import open_regular
+from ds_llmpq.models.family import Family
 from ds_llmpq.models.index import REMEDY, read_header, read_index, stored_tensor
 
 HEAD = "lm_head.weight"
-# model_type -> the embedding's tensor; some checkpoints leave the first part of the name out
-EMBEDDINGS = {
-    "llama": "model.embed_tokens.weight",
-    "mistral": "model.embed_tokens.weight",
-    "mixtral": "model.embed_tokens.weight",
-    "qwen2": "model.embed_tokens.weight",
-    "qwen3": "model.embed_tokens.weight",
-    "qwen3_moe": "model.embed_tokens.weight",
-    "phi3": "model.embed_tokens.weight",
-    "gemma2": "model.embed_tokens.weight",
-    "gemma3_text": "model.embed_tokens.weight",
-    "opt": "model.decoder.embed_tokens.weight",
-    "bloom": "transformer.word_embeddings.weight",
-}
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _PIECE_BYTES = 4 << 20
 
 
-def names_of_embedding(model_type: str) -> tuple[str, ...]:
-    """The spellings under which a checkpoint may hold its embedding; none for an unknown model type."""
-    name = EMBEDDINGS.get(model_type)
-    return () if name is None else (name, name.split(".", 1)[1])
+def list_embedding_names(family: Family) -> tuple[str, ...]:
+    """The spellings under which a checkpoint may hold its embedding; some leave the first part of the name out."""
+    name = family.embedding_tensor
+    return name, name.split(".", 1)[1]
 
 
-def stores_own_head(path: str | Path, model_type: str) -> bool:
-    """Whether the folder holds an output matrix whose bytes are not those of its embedding.
+def stores_own_head(path: str | Path, family: Family) -> bool:
+    """Whether the folder holds an lm_head whose bytes are not those of its embedding.
 
     Files that cannot be read are left to who reads the model. Where the two are equal, both are read to their end.
     """
@@ -48,16 +35,16 @@ def stores_own_head(path: str | Path, model_type: str) -> bool:
     try:
         files = sorted(folder.glob("*.safetensors"))
         state = tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
-        return _stores_own_head(folder, model_type, state)
+        return _stores_own_head(folder, list_embedding_names(family), state)
     except (UserError, OSError, ValueError):
         return False
 
 
 @lru_cache(maxsize=64)
-def _stores_own_head(folder: Path, model_type: str, state: tuple) -> bool:
+def _stores_own_head(folder: Path, embeddings: tuple[str, ...], state: tuple) -> bool:
     """`state` is only what the answer was found for: it is asked several times a command."""
     shards = _shards(folder)
-    embedding = next((name for name in names_of_embedding(model_type) if name in shards), None)
+    embedding = next((name for name in embeddings if name in shards), None)
     if embedding is None or HEAD not in shards:
         return False
     with _Tensor(folder / shards[HEAD], HEAD) as head, _Tensor(folder / shards[embedding], embedding) as table:

@@ -6,11 +6,13 @@ predicted times are this engine's own. What does not carry over is said in `note
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from ds_llmpq.errors import UserError
+from ds_llmpq.models.families import find_family
 from ds_llmpq.plan import Plan, Stage
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS
 
@@ -80,7 +82,9 @@ def _vllm(plan: Plan) -> Export:
 
 def _gptq(plan: Plan, widths: dict[int, list[int]], base: int) -> dict[str, object]:
     """GPTQ's `dynamic`: "+:" overrides a module, "-:" leaves it unquantized."""
-    blocks = {"opt": r"decoder\.layers", "bloom": r"h"}.get(str((plan.model or {}).get("architecture")), r"layers")
+    family = find_family((plan.model or {}).get("architecture"))
+    # without the first part of the name, which vLLM leaves out
+    blocks = re.escape(family.layers.partition(".")[2]) if family else "layers"
     dynamic: dict[str, dict[str, int]] = {}
     groups = {width: _gptq_group(plan, width) for width in widths}
     for width, layers in widths.items():

@@ -19,7 +19,6 @@ from ds_llmpq.errors import UserError
 from ds_llmpq.models.block import Block
 from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.models.decoder import Decoder
-from ds_llmpq.models.families import decoder_of
 from ds_llmpq.models.spec import LinearRole
 from ds_llmpq.models.weights import check_shape, fill
 from ds_llmpq.quant.checkpoint import QuantizedCheckpoint
@@ -86,7 +85,7 @@ class LayerLoader:
 
     @cached_property
     def decoder(self) -> Decoder:
-        return decoder_of(self.config)
+        return self.checkpoint.decoder
 
     def embedding(self) -> nn.Module:
         with torch.device("meta"):

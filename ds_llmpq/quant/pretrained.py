@@ -9,7 +9,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ds_llmpq.errors import UserError
-from ds_llmpq.models.families import decoder_of
 from ds_llmpq.models.weights import fill
 from ds_llmpq.quant.checkpoint import HEAD, QuantizedCheckpoint, read_recipe
 from ds_llmpq.quant.kernel_linear import RowBlocks
@@ -37,7 +36,7 @@ def load_quantized(
         config.tie_word_embeddings = False
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    decoder = decoder_of(config)
+    decoder = checkpoint.decoder
     if any(role.expert is not None for index in range(len(recipe.bits)) for role in decoder.spec.linears(index)):
         raise UserError(f"{path} is a mixture of experts, which transformers holds as one tensor: run it in a plan.")
     for index, bits in enumerate(recipe.bits):

@@ -23,9 +23,9 @@ from safetensors.torch import save_file
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import write_json
 from ds_llmpq.models.checkpoint import QUANTIZED_INDEX, Checkpoint
-from ds_llmpq.models.families import decoder_of
+from ds_llmpq.models.description import read_config
 from ds_llmpq.models.fingerprint import MANIFEST, TEXT_FILES, fingerprint, read_manifest
-from ds_llmpq.models.shape import read_config, read_shape
+from ds_llmpq.models.shape import read_shape
 from ds_llmpq.quant.checkpoint import FORMAT, FORMER_INDEX, HEAD, Recipe, file_sha256
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.hqq import quantize_linear, quantize_rows, stored_parts
@@ -57,7 +57,7 @@ class _Writer:
     reused: int = 0
 
     def __post_init__(self) -> None:
-        self.decoder = decoder_of(self.source.config)
+        self.decoder = self.source.decoder
         layers = self.source.config.num_hidden_layers
         self.names = ["embedding", *(f"layer {index}" for index in range(layers)), "head"]
 

@@ -53,7 +53,6 @@ NAMES = {
         "_INSTRUCTION_MAP": ("engine/pipeline_engine.py", "evaluation/scoring.py"),
     },
     "transformers": {
-        "_remove_final_layer_norm": ("models/families/opt.py", "models/shape_readers.py"),  # a key of config.json too
         "all_tied_weights_keys": ("quant/pretrained.py",),
     },
     "hqq": {

@@ -396,7 +396,6 @@ def _checkpoint_of(checkpoint: Path, name: str, quantized: bool = False) -> Call
     """Opens it as a rank does, and reads every tensor that it names."""
 
     def load(file: Path) -> object:
-        from ds_llmpq.models.families import decoder_of
         from ds_llmpq.quant.checkpoint import open_checkpoint
 
         _copied(checkpoint, file)
@@ -406,7 +405,6 @@ def _checkpoint_of(checkpoint: Path, name: str, quantized: bool = False) -> Call
             parts = {"embedding": {"file": "model.safetensors", "sha256": sha256, "made_from": {"source": "0" * 64}}}
             (file.parent / "quantized.json").write_text(json.dumps({"parts": parts}))
         opened = open_checkpoint(file.parent)
-        decoder_of(opened.config)
         if name == "config.json":
             return opened.config
         return [tensor.shape for _, tensor in opened.tensors(list(opened._shard_of))]

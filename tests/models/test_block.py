@@ -10,10 +10,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from transformers.activations import ACT2FN
 
 from ds_llmpq.errors import UserError
-from ds_llmpq.models.block import ACTIVATIONS, Experts, activation, attend
-from ds_llmpq.models.families import decoder_of
-from ds_llmpq.models.rotary import rotary_spec
+from ds_llmpq.models.block import ACTIVATIONS, Experts, attend
+from ds_llmpq.models.families import describe
 from ds_llmpq.models.shape import read_shape
+from ds_llmpq.models.spec import ACTIVATIONS as NAMES
 from ds_llmpq.models.step import Step
 
 TOLERANCE = 2e-5  # of the largest logit
@@ -248,19 +248,25 @@ def test_attention_is_the_softmax_of_scores(masked, tokens, groups):
         assert (found - expected).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("name", NAMES)
 def test_activations_are_those_of_transformers(name):
     inputs = torch.linspace(-8, 8, 101)
-    assert torch.allclose(activation(name)(inputs), ACT2FN[name](inputs), atol=1e-5)
+    assert torch.allclose(ACTIVATIONS[name](inputs), ACT2FN[name](inputs), atol=1e-5)
 
 
-def test_what_is_not_supported_is_said():
-    with pytest.raises(UserError, match="activation 'nonsense'"):
-        activation("nonsense")
-    config = transformers.LlamaConfig(hidden_size=64, num_attention_heads=4)
-    with pytest.raises(UserError, match="rope_type 'spiral'"):
-        rotary_spec(config, 16, {"rope_type": "spiral", "rope_theta": 1.0})
-    with pytest.raises(UserError, match="model_type 'gpt2' is not supported"):
-        decoder_of(transformers.GPT2Config())
-    with pytest.raises(UserError, match="use_bidirectional_attention"):
-        decoder_of(transformers.Gemma3TextConfig(use_bidirectional_attention=True))
+def test_every_activation_that_is_read_is_there():
+    assert set(NAMES) == set(ACTIVATIONS)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"hidden_act": "nonsense"}, "hidden_act is 'nonsense', but must be one of silu, "),
+        ({"rope_parameters": {"rope_type": "spiral"}}, "rope_type is 'spiral', but must be one of default, linear"),
+        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
+        ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    ],
+)
+def test_what_is_not_supported_is_said(keys, said):
+    with pytest.raises(UserError, match=said):
+        describe(transformers.LlamaConfig(hidden_size=64, num_attention_heads=4).to_dict() | keys)

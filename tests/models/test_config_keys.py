@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from tiny_models import MODELS
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from ds_llmpq.errors import UserError
-from ds_llmpq.models.families import decoder_of
+from ds_llmpq.models.families import describe
 from ds_llmpq.models.notes import list_notes
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.models.step import Step
@@ -87,7 +88,7 @@ def test_a_key_gives_the_logits_of_transformers(tmp_path, arch, keys):
 
 def test_a_kind_of_layer_that_is_not_there_is_refused(tmp_path):
     types = ["full_attention", "chunked_attention", "full_attention"]
-    with pytest.raises(UserError, match=r"layer_types .*chunked_attention"):
+    with pytest.raises(UserError, match=r"layer_types\[1\] is 'chunked_attention', but must be one of full_"):
         read_shape(_with(tmp_path, "qwen2", {"layer_types": types}))
 
 
@@ -112,18 +113,62 @@ def _with(folder, arch: str, keys: dict):
 @pytest.mark.parametrize(
     ("parameters", "said"),
     [
-        ({"rope_theta": []}, "rope_theta=\\[\\] in rope_parameters"),
-        ({"rope_theta": -1.0}, "rope_theta=-1.0"),
-        ({"rope_type": "linear", "rope_theta": 1e4, "factor": 0}, "factor=0"),
-        ({"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": "x"}, "='x'"),
-        (
-            {"rope_type": "linear", "rope_theta": 1e4},
-            "does not describe a llama model \\(KeyError: 'factor'",
-        ),
+        ({"rope_theta": []}, r"rope_parameters: rope_theta is \[\], but must be a valid number"),
+        ({"rope_theta": -1.0}, "rope_theta is -1.0, but must be greater than 0"),
+        ({"rope_type": "linear", "factor": 0}, "factor is 0, but must be greater than 0"),
+        ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": "x"}, "is 'x', but must be a valid"),
+        ({"rope_type": "linear"}, "of the type linear that lack the key factor"),
+        ({"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0] * 8}, "1 numbers as short_factor"),
+        ({"full_attention": {"rope_type": "default"}}, "for full_attention apart"),
+        ({"partial_rotary_factor": 0.01}, "an even number of them must be rotated"),
     ],
 )
 def test_rope_parameters_that_make_no_frequencies_are_one_sentence(parameters, said):
-    config = LlamaConfig(hidden_size=64, num_attention_heads=4)
-    config.rope_parameters = {"rope_type": "default", **parameters}
+    config = LlamaConfig(hidden_size=64, num_attention_heads=4).to_dict()
+    config["rope_parameters"] = {"rope_type": "default", **parameters}
     with pytest.raises(UserError, match=said):
-        decoder_of(config)
+        describe(config)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_transformers_makes_of_a_file_reads_as_the_file_itself(tmp_path, name):
+    """Its configuration classes fill in defaults and translate former keys; ours are the same."""
+    model_type, fields = MODELS[name]
+    plain = {"model_type": model_type, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    plain |= {"vocab_size": 96, "intermediate_size": 96, "ffn_dim": 96, "head_dim": 16} | fields
+    if model_type in ("llama", "mistral", "mixtral", "qwen2", "phi3", "qwen3_moe"):
+        del plain["head_dim"]
+    plain["num_key_value_heads"] = 2
+    if model_type == "bloom":
+        plain["n_head"] = fields["n_head"]
+    (tmp_path / "config.json").write_text(json.dumps(plain))
+    assert describe(plain).spec == describe(AutoConfig.from_pretrained(tmp_path).to_dict()).spec
+
+
+@pytest.mark.parametrize(
+    ("model_type", "former"),
+    [
+        ("llama", {"rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 2.0}}),
+        ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}}),
+        ("mixtral", {}),
+        ("phi3", {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}),
+        (
+            "phi3",
+            {"original_max_position_embeddings": 64}
+            | {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}},
+        ),
+        ("gemma3_text", {"rope_theta": 2e4, "rope_local_base_freq": 300.0, "sliding_window_pattern": 3}),
+        ("gemma3_text", {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
+        ("qwen3", {"use_sliding_window": True, "max_window_layers": 2, "attention_bias": True}),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 0}),
+        ("bloom", {"n_embed": 128}),
+        ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 32}),
+    ],
+)
+def test_former_keys_read_as_transformers_translates_them(tmp_path, model_type, former):
+    plain = {"model_type": model_type, "hidden_size": 256, "num_hidden_layers": 7, "num_attention_heads": 32}
+    plain |= {"vocab_size": 96, "intermediate_size": 96, "ffn_dim": 96} | former
+    if model_type == "bloom":
+        plain["n_head"] = 32
+    (tmp_path / "config.json").write_text(json.dumps(plain))
+    assert describe(plain).spec == describe(AutoConfig.from_pretrained(tmp_path).to_dict()).spec

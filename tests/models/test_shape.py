@@ -34,6 +34,7 @@ CONFIGS = {
         "num_key_value_heads": 2,
         "use_sliding_window": True,
         "sliding_window": 9,
+        "max_window_layers": 1,
     },
     "qwen3-defaults": {"model_type": "qwen3", **LLAMA, "num_key_value_heads": 2},
     "qwen3-bias": {
@@ -127,7 +128,10 @@ def test_sizes_equal_the_config_class(transformers, config):
     assert (shape.hidden, shape.heads, shape.vocab) == (kept.hidden_size, kept.num_attention_heads, kept.vocab_size)
     assert shape.kv_heads == getattr(kept, "num_key_value_heads", kept.num_attention_heads)
     assert shape.max_positions == getattr(kept, "max_position_embeddings", None)
-    assert shape.sliding_window == getattr(kept, "sliding_window", None)
+    layer_types = getattr(kept, "layer_types", None) or ["sliding_attention"]
+    assert shape.sliding_window == (
+        getattr(kept, "sliding_window", None) if "sliding_attention" in layer_types else None
+    )
     assert shape.gated_mlp == (config["model_type"] not in ("opt", "bloom"))
 
 
@@ -159,19 +163,20 @@ def test_unsupported_architecture_names_the_supported_ones():
 @pytest.mark.parametrize("missing", ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"])
 def test_missing_key_is_named(missing):
     config = {key: value for key, value in CONFIGS["llama-defaults"].items() if key != missing}
-    with pytest.raises(UserError, match=f"lacks {missing}"):
+    with pytest.raises(UserError, match=f"lacks the key '{missing}'"):
         ModelShape.from_config(config)
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"hidden_size": 0}, "positive whole number"),
-        ({"hidden_size": "64"}, "positive whole number"),
-        ({"num_hidden_layers": True}, "positive whole number"),
+        ({"hidden_size": 0}, "hidden_size is 0, but must be greater than or equal to 1"),
+        ({"hidden_size": "64"}, "hidden_size is '64', but must be a valid integer"),
+        ({"num_hidden_layers": True}, "num_hidden_layers is True, but must be a valid integer"),
         ({"hidden_size": 66}, "not a multiple"),
         ({"num_key_value_heads": 3}, "not a multiple"),
-        ({"attention_bias": "yes"}, "true or false"),
+        ({"attention_bias": "yes"}, "attention_bias is 'yes', but must be a valid boolean"),
+        ({"num_hidden_layers": 10**9}, "less than or equal to 10000"),
     ],
 )
 def test_unusable_values_are_user_errors(change, words):

@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from ds_llmpq.models.checkpoint import Checkpoint
+from ds_llmpq.models.families import find_family
 from ds_llmpq.models.shape import read_shape
-from ds_llmpq.models.tying import EMBEDDINGS
 from ds_llmpq.quant.checkpoint import open_checkpoint
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.layers import LayerLoader
@@ -26,7 +26,7 @@ def tied(folder, arch: str, change) -> dict[str, torch.Tensor]:
     """A tied checkpoint whose tensors `change(tensors, embedding's name)` has changed."""
     make_checkpoint(folder, arch, tied=True, tokenizer=None, **SMALL)
     tensors = load_file(folder / "model.safetensors")
-    change(tensors, EMBEDDINGS[arch])
+    change(tensors, find_family(arch).embedding_tensor)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return tensors
 

@@ -14,7 +14,8 @@ from torch import nn
 
 from ds_llmpq.engine.kv_cache import KVStore
 from ds_llmpq.models.block import Experts
-from ds_llmpq.models.families import decoder_of
+from ds_llmpq.models.decoder import Decoder
+from ds_llmpq.models.description import read_description
 from ds_llmpq.models.step import Step
 
 LAYERS, VOCABULARY = 3, 96
@@ -190,7 +191,7 @@ class Ours:
 
 def our_model(path: Path) -> Ours:
     """From the checkpoint in folder `path`."""
-    decoder = decoder_of(transformers.AutoConfig.from_pretrained(path))
+    decoder = Decoder(read_description(path))
     tensors = stored_tensors(path)
     modules = [decoder.embedding(), decoder.head(), *map(decoder.layer, range(LAYERS))]
     names = [decoder.embedding_tensors(), decoder.head_tensors(), *map(decoder.layer_tensors, range(LAYERS))]

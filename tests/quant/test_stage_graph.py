@@ -230,7 +230,6 @@ MEMORY = """
 import sys
 import torch
 from ds_llmpq.engine.memory import held_bytes, release_freed
-from ds_llmpq.models.families import decoder_of
 from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.cost.memory import MemoryModel
@@ -242,7 +241,6 @@ cpu, (path, bits) = torch.device("cpu"), sys.argv[1:]
 quant = QuantConfig([int(bits)], 64, 1, False, "openvino_graph")
 import ds_llmpq.quant.kernels.openvino_graph.stage_graph
 checkpoint = Checkpoint(path)
-decoder_of(checkpoint.config)  # as in a session: what it imports belongs to the process
 release_freed()
 before = held_bytes(cpu)
 loader = LayerLoader(checkpoint, [int(bits)] * 8, quant, torch.bfloat16, cpu, stage=range(8))

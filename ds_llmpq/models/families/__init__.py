@@ -1,21 +1,21 @@
-"""The model families that can be run: one file each, and a line here for each `model_type` of config.json."""
+"""The model families that can be run: one file each, and a line here for each `model_type` of config.json. No torch."""
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
+from typing import Any
 
-from transformers import PreTrainedConfig
+from ds_llmpq.errors import UserError, shown
+from ds_llmpq.models.family import Description, Family
 
-from ds_llmpq.errors import UserError
-from ds_llmpq.models.decoder import Decoder
-
-# model_type -> module whose FAMILY it is
+# model_type -> module that has it among its FAMILIES
 _MODULES = {
     "llama": "llama",
     "mistral": "mistral",
     "qwen2": "qwen",
     "qwen3": "qwen",
-    "qwen3_moe": "qwen_moe",
+    "qwen3_moe": "qwen",
     "mixtral": "mixtral",
     "phi3": "phi3",
     "gemma2": "gemma",
@@ -23,13 +23,23 @@ _MODULES = {
     "opt": "opt",
     "bloom": "bloom",
 }
+SUPPORTED = tuple(_MODULES)
 
 
-def decoder_of(config: PreTrainedConfig) -> Decoder:
-    """The decoder that a loaded configuration describes; `UserError` if it is of none of the families."""
-    if config.model_type not in _MODULES:
-        raise UserError(
-            f"model_type {config.model_type!r} is not supported; supported are {', '.join(sorted(_MODULES))}."
-        )
-    module = importlib.import_module(f"ds_llmpq.models.families.{_MODULES[config.model_type]}")
-    return Decoder(module.FAMILIES[config.model_type], config)
+def find_family(model_type: object) -> Family | None:
+    """None for one that is not supported."""
+    if not isinstance(model_type, str) or model_type not in _MODULES:
+        return None
+    return importlib.import_module(f"ds_llmpq.models.families.{_MODULES[model_type]}").FAMILIES[model_type]
+
+
+def describe(config: Mapping[str, Any]) -> Description:
+    """What a config.json describes. `UserError`: its model_type is of none of the families, or its keys make no model
+    of it."""
+    model_type = config.get("model_type")
+    family = find_family(model_type)
+    if family is None:
+        raise UserError(f"model_type {shown(model_type)} is not supported; supported are {', '.join(SUPPORTED)}.")
+    dtype = next((config[key] for key in ("dtype", "torch_dtype") if config.get(key) is not None), None)
+    dtype = None if dtype is None else str(dtype).removeprefix("torch.")
+    return Description(model_type, family, family.read_spec(config), dtype)

@@ -2,30 +2,46 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedConfig
+from dataclasses import dataclass
 
-from ds_llmpq.models.decoder import Family
+from ds_llmpq.models.family import Epsilon, Family, Layers, Positive, require_multiple
 from ds_llmpq.models.spec import AttentionSpec, DecoderSpec, LayerSpec, MLPSpec, NormSpec
 
 
-def _bloom(config: PreTrainedConfig) -> DecoderSpec:
-    heads, size = config.n_head, config.hidden_size // config.n_head
-    norm = NormSpec("layer", config.layer_norm_epsilon)
+@dataclass(frozen=True, kw_only=True)
+class _Keys:
+    hidden_size: Positive
+    n_layer: Layers
+    n_head: Positive
+    vocab_size: Positive
+    layer_norm_epsilon: Epsilon = 1e-5
+    apply_residual_connection_post_layernorm: bool = False
+    pretraining_tp: Positive = 1
+    slow_but_exact: bool = False
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        require_multiple("hidden_size", self.hidden_size, "n_head", self.n_head)
+
+
+def _build(keys: _Keys) -> DecoderSpec:
+    heads, size = keys.n_head, keys.hidden_size // keys.n_head
+    norm = NormSpec("layer", keys.layer_norm_epsilon)
     # summed in slices, as this asks for, transformers leaves out what the sums' biases would add
-    biased = not (config.pretraining_tp > 1 and config.slow_but_exact)
-    mlp = MLPSpec(4 * config.hidden_size, "gelu_pytorch_tanh", gated=False, bias=True, down_bias=biased)
+    biased = not (keys.pretraining_tp > 1 and keys.slow_but_exact)
+    mlp = MLPSpec(4 * keys.hidden_size, "gelu_pytorch_tanh", gated=False, bias=True, down_bias=biased)
     return DecoderSpec(
-        config.hidden_size,
-        config.vocab_size,
+        keys.hidden_size,
+        keys.vocab_size,
         norm=norm,
         attention=AttentionSpec(
             heads, heads, size, size**-0.5, qkv="interleaved", qkv_bias=True, output_bias=biased, alibi=True
         ),
-        layers=(LayerSpec(mlp),) * config.n_layer,
-        residual_from_norm=config.apply_residual_connection_post_layernorm,
+        layers=(LayerSpec(mlp),) * keys.n_layer,
+        residual_from_norm=keys.apply_residual_connection_post_layernorm,
         embedding_norm=norm,
         final_norm=norm,
-        tied=config.tie_word_embeddings,
+        tied=keys.tie_word_embeddings,
     )
 
 
@@ -43,4 +59,5 @@ _NAMES = (
     ("mlp.up_proj", "mlp.dense_h_to_4h"),
     ("mlp.down_proj", "mlp.dense_4h_to_h"),
 )
-FAMILIES = {"bloom": Family(_bloom, "transformer.h", _ENDS, _NAMES)}
+_ALIASES = {"n_embed": "hidden_size", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
+FAMILIES = {"bloom": Family(_Keys, _build, "transformer.h", _ENDS, _NAMES, _ALIASES, eos_token_id=2)}

@@ -2,66 +2,137 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-from transformers import PreTrainedConfig
+from ds_llmpq.errors import UserError
+from ds_llmpq.models.family import (
+    CONFIG,
+    REMEDY,
+    SLIDING,
+    AboveZero,
+    Activation,
+    Epsilon,
+    Family,
+    Layers,
+    LayerTypes,
+    Part,
+    Positive,
+    require_multiple,
+)
+from ds_llmpq.models.rope_keys import read_rotary
+from ds_llmpq.models.spec import AttentionSpec, DecoderSpec, LayerSpec, MLPSpec, NormSpec, RotarySpec
+from ds_llmpq.validation import Plain
 
-from ds_llmpq.models.decoder import Family
-from ds_llmpq.models.rotary import rotary_spec
-from ds_llmpq.models.spec import AttentionSpec, DecoderSpec, LayerSpec, MLPSpec, NormSpec
-
-ENDS = {
-    "embed_tokens": "model.embed_tokens",
-    "head.norm": "model.norm",
-    "lm_head": "lm_head",
-}
+ENDS = {"embed_tokens": "model.embed_tokens", "head.norm": "model.norm", "lm_head": "lm_head"}
 NAMES = (("attention_norm", "input_layernorm"), ("mlp_norm", "post_attention_layernorm"))
 
 
-def head_size(config: PreTrainedConfig) -> int:
-    """Features of an attention head."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+@dataclass(frozen=True, kw_only=True)
+class Keys:
+    """What the families of this kind have in common. head_dim, num_key_value_heads: None: hidden_size / heads, and as
+    many as heads."""
+
+    hidden_size: Positive
+    intermediate_size: Positive
+    num_hidden_layers: Layers
+    num_attention_heads: Positive
+    vocab_size: Positive
+    num_key_value_heads: Positive | None = None
+    head_dim: Positive | None = None
+    hidden_act: Activation = "silu"
+    rms_norm_eps: Epsilon = 1e-6
+    max_position_embeddings: Positive = 2048
+    tie_word_embeddings: bool = False
+    rope_parameters: Plain | None = None
+    rope_scaling: Plain | None = None  # its former name
+    rope_theta: AboveZero | None = None
+    partial_rotary_factor: Part | None = None
+    default_theta: ClassVar[float] = 10_000.0
+
+    def __post_init__(self) -> None:
+        if self.head_dim is None:
+            require_multiple("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
+        require_multiple("num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.kv_heads)
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def head_size(self) -> int:
+        """Features of an attention head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    def windows(self) -> list[int | None]:
+        """How far the attention of each layer looks back, None: to the first token."""
+        return [None] * self.num_hidden_layers
+
+    def rotary(self) -> RotarySpec:
+        defaults = {"rope_theta": self.rope_theta or self.default_theta}
+        defaults["partial_rotary_factor"] = self.partial_rotary_factor
+        given = self.rope_scaling or self.rope_parameters
+        return read_rotary(given, self.head_size, self.max_position_embeddings, defaults)
 
 
-def window(config: PreTrainedConfig, index: int) -> int | None:
-    """Sliding window of decoder layer `index`: by layer type where the configuration has them, else for all layers."""
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is not None and layer_types[index] != "sliding_attention":
-        return None
-    return getattr(config, "sliding_window", None)
+@dataclass(frozen=True, kw_only=True)
+class WindowedKeys(Keys):
+    """All layers have the window, if there is one."""
+
+    sliding_window: Positive | None = None
+
+    def windows(self) -> list[int | None]:
+        return [self.sliding_window] * self.num_hidden_layers
 
 
-def attention(config: PreTrainedConfig, **changes: Any) -> AttentionSpec:
-    size = head_size(config)
-    biased = bool(getattr(config, "attention_bias", False))
-    usual = {"scale": size**-0.5, "qkv_bias": biased, "output_bias": biased}
-    return AttentionSpec(config.num_attention_heads, config.num_key_value_heads, size, **usual | changes)
+def windows_by_type(layer_types: LayerTypes, window: int | None, layers: int) -> list[int | None]:
+    """`UserError` unless there is a type for each of the layers."""
+    if len(layer_types) != layers:
+        raise UserError(f"{CONFIG} has {len(layer_types)} layer_types for num_hidden_layers={layers}; {REMEDY}.")
+    return [window if kind == SLIDING else None for kind in layer_types]
 
 
-def mlp(config: PreTrainedConfig, intermediate: int | None = None, **changes: Any) -> MLPSpec:
-    activation = getattr(config, "hidden_act", None) or config.hidden_activation
-    return MLPSpec(intermediate or config.intermediate_size, activation, **changes)
+def attention(keys: Keys, **changes: Any) -> AttentionSpec:
+    size = keys.head_size
+    return AttentionSpec(keys.num_attention_heads, keys.kv_heads, size, **{"scale": size**-0.5} | changes)
 
 
-def decoder(config: PreTrainedConfig, **changes: Any) -> DecoderSpec:
+def mlp(keys: Keys, **changes: Any) -> MLPSpec:
+    return MLPSpec(keys.intermediate_size, keys.hidden_act, **changes)
+
+
+def decoder(keys: Keys, **changes: Any) -> DecoderSpec:
     """`changes`: fields of the specification in which a family differs."""
-    norm = changes.get("norm") or NormSpec("rms", config.rms_norm_eps)
-    usual = {"norm": norm, "final_norm": norm, "attention": attention(config), "tied": config.tie_word_embeddings}
+    norm = changes.get("norm") or NormSpec("rms", keys.rms_norm_eps)
+    usual = {"norm": norm, "final_norm": norm, "max_positions": keys.max_position_embeddings}
+    usual |= {"tied": keys.tie_word_embeddings}
+    if "attention" not in changes:
+        usual["attention"] = attention(keys)
     if "layers" not in changes:
-        usual["layers"] = layers(config)
+        usual["layers"] = layers(keys, mlp(keys))
     if "rotary" not in changes:
-        usual["rotary"] = (("rotary", rotary_spec(config, head_size(config))),)
-    return DecoderSpec(config.hidden_size, config.vocab_size, **usual | changes)
+        usual["rotary"] = (("rotary", keys.rotary()),)
+    return DecoderSpec(keys.hidden_size, keys.vocab_size, **usual | changes)
 
 
-def layers(config: PreTrainedConfig, windowed: bool = True, **mlp_changes: Any) -> tuple[LayerSpec, ...]:
-    """All alike, but for their windows."""
-    windows = [window(config, index) if windowed else None for index in range(config.num_hidden_layers)]
-    return tuple(LayerSpec(mlp(config, **mlp_changes), each, "rotary") for each in windows)
+def layers(keys: Keys, of: Any) -> tuple[LayerSpec, ...]:
+    """All alike, but for their windows. of: an MLP or a mixture of them."""
+    return tuple(LayerSpec(of, window, "rotary") for window in keys.windows())
 
 
-def _llama(config: PreTrainedConfig) -> DecoderSpec:
-    return decoder(config, layers=layers(config, windowed=False, bias=config.mlp_bias))
+@dataclass(frozen=True, kw_only=True)
+class _LlamaKeys(Keys):
+    attention_bias: bool = False
+    mlp_bias: bool = False
 
 
-FAMILIES = {"llama": Family(_llama, "model.layers", ENDS, NAMES)}
+def _build_llama(keys: _LlamaKeys) -> DecoderSpec:
+    biased = keys.attention_bias
+    return decoder(
+        keys,
+        attention=attention(keys, qkv_bias=biased, output_bias=biased),
+        layers=layers(keys, mlp(keys, bias=keys.mlp_bias)),
+    )
+
+
+FAMILIES = {"llama": Family(_LlamaKeys, _build_llama, "model.layers", ENDS, NAMES, eos_token_id=2)}

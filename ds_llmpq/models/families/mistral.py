@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedConfig
+from dataclasses import dataclass
 
-from ds_llmpq.models.decoder import Family
 from ds_llmpq.models.families import llama
-from ds_llmpq.models.spec import DecoderSpec
+from ds_llmpq.models.family import Family, Positive
 
 
-def _mistral(config: PreTrainedConfig) -> DecoderSpec:
-    return llama.decoder(config, attention=llama.attention(config, qkv_bias=False, output_bias=False))
+@dataclass(frozen=True, kw_only=True)
+class _Keys(llama.WindowedKeys):
+    num_key_value_heads: Positive | None = 8
+    max_position_embeddings: Positive = 131072
+    sliding_window: Positive | None = 4096
 
 
-FAMILIES = {"mistral": Family(_mistral, "model.layers", llama.ENDS, llama.NAMES)}
+FAMILIES = {"mistral": Family(_Keys, llama.decoder, "model.layers", llama.ENDS, llama.NAMES, eos_token_id=2)}

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedConfig
+from dataclasses import dataclass
+from typing import ClassVar
 
-from ds_llmpq.models.decoder import Family
 from ds_llmpq.models.families import llama
-from ds_llmpq.models.spec import DecoderSpec, ExpertsSpec, LayerSpec
+from ds_llmpq.models.family import Epsilon, Experts, Family, Positive
+from ds_llmpq.models.spec import DecoderSpec, ExpertsSpec
 
 
-def _mixtral(config: PreTrainedConfig) -> DecoderSpec:
-    experts = ExpertsSpec(config.num_local_experts, config.num_experts_per_tok, True, llama.mlp(config))
-    layers = [LayerSpec(experts, llama.window(config, index), "rotary") for index in range(config.num_hidden_layers)]
-    attention = llama.attention(config, qkv_bias=False, output_bias=False)
-    return llama.decoder(config, attention=attention, layers=tuple(layers))
+@dataclass(frozen=True, kw_only=True)
+class _Keys(llama.WindowedKeys):
+    num_key_value_heads: Positive | None = 8
+    max_position_embeddings: Positive = 131072
+    rms_norm_eps: Epsilon = 1e-5
+    num_local_experts: Experts = 8
+    num_experts_per_tok: Experts = 2
+    default_theta: ClassVar[float] = 1_000_000.0
+
+
+def _build(keys: _Keys) -> DecoderSpec:
+    experts = ExpertsSpec(keys.num_local_experts, keys.num_experts_per_tok, True, llama.mlp(keys))
+    return llama.decoder(keys, layers=llama.layers(keys, experts))
 
 
 _NAMES = (
@@ -23,4 +32,8 @@ _NAMES = (
     ("down_proj", "w2"),
     ("up_proj", "w3"),
 )
-FAMILIES = {"mixtral": Family(_mixtral, "model.layers", llama.ENDS, _NAMES)}
+FAMILIES = {
+    "mixtral": Family(
+        _Keys, _build, "model.layers", llama.ENDS, _NAMES, {"num_experts": "num_local_experts"}, eos_token_id=2
+    )
+}

@@ -3,33 +3,54 @@ stack where the embedding is narrower."""
 
 from __future__ import annotations
 
-from transformers import PreTrainedConfig
+from dataclasses import dataclass
 
-from ds_llmpq.models.decoder import Family
+from ds_llmpq.models.family import Activation, Family, Layers, Positive, require_multiple
 from ds_llmpq.models.spec import AttentionSpec, DecoderSpec, LayerSpec, MLPSpec, NormSpec
 
 _OFFSET = 2  # rows of the table of positions that no token has
 
 
-def _opt(config: PreTrainedConfig) -> DecoderSpec:
-    heads, biased = config.num_attention_heads, config.enable_bias
-    size = config.hidden_size // heads
-    norm = NormSpec("layer", 1e-5, affine=config.layer_norm_elementwise_affine)
-    before = config.do_layer_norm_before
-    mlp = MLPSpec(config.ffn_dim, config.activation_function, gated=False, bias=biased)
+@dataclass(frozen=True, kw_only=True)
+class _Keys:
+    hidden_size: Positive
+    num_hidden_layers: Layers
+    num_attention_heads: Positive
+    ffn_dim: Positive
+    vocab_size: Positive
+    max_position_embeddings: Positive = 2048
+    word_embed_proj_dim: Positive | None = None
+    activation_function: Activation = "relu"
+    do_layer_norm_before: bool = True
+    remove_final_layer_norm: bool = False
+    enable_bias: bool = True
+    layer_norm_elementwise_affine: bool = True
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        require_multiple("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
+
+
+def _build(keys: _Keys) -> DecoderSpec:
+    heads, biased = keys.num_attention_heads, keys.enable_bias
+    size = keys.hidden_size // heads
+    norm = NormSpec("layer", 1e-5, affine=keys.layer_norm_elementwise_affine)
+    before = keys.do_layer_norm_before
+    mlp = MLPSpec(keys.ffn_dim, keys.activation_function, gated=False, bias=biased)
     return DecoderSpec(
-        config.hidden_size,
-        config.vocab_size,
+        keys.hidden_size,
+        keys.vocab_size,
         norm=norm,
         attention=AttentionSpec(heads, heads, size, size**-0.5, qkv_bias=biased, output_bias=biased),
-        layers=(LayerSpec(mlp),) * config.num_hidden_layers,
+        layers=(LayerSpec(mlp),) * keys.num_hidden_layers,
+        max_positions=keys.max_position_embeddings,
         norms="before" if before else "after",
-        embedding_width=config.word_embed_proj_dim,
-        learned_positions=config.max_position_embeddings + _OFFSET,
+        embedding_width=keys.word_embed_proj_dim or 0,
+        learned_positions=keys.max_position_embeddings + _OFFSET,
         position_offset=_OFFSET,
         # checkpoints that norm after each half, and some old ones, have no norm behind the last layer
-        final_norm=norm if before and not config._remove_final_layer_norm else None,
-        tied=config.tie_word_embeddings,
+        final_norm=norm if before and not keys.remove_final_layer_norm else None,
+        tied=keys.tie_word_embeddings,
     )
 
 
@@ -48,4 +69,5 @@ _NAMES = (
     ("mlp.up_proj", "fc1"),
     ("mlp.down_proj", "fc2"),
 )
-FAMILIES = {"opt": Family(_opt, "model.decoder.layers", _ENDS, _NAMES)}
+_ALIASES = {"_remove_final_layer_norm": "remove_final_layer_norm"}
+FAMILIES = {"opt": Family(_Keys, _build, "model.decoder.layers", _ENDS, _NAMES, _ALIASES, eos_token_id=2)}
