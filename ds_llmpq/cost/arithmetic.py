@@ -8,9 +8,6 @@ from __future__ import annotations
 from ds_llmpq.models.shape import ModelShape
 
 FLOAT32_BYTES = 4
-# Whole score matrices are written: Gemma 2's soft cap is in no fused kernel. BLOOM's bias is, since the block is ours:
-# what is counted for it is more than it takes.
-EAGER_ATTENTION = ("bloom", "gemma2")
 
 
 def linear_flops(shape: ModelShape, rows: int) -> int:
@@ -42,16 +39,19 @@ def score_entries(shape: ModelShape, sequences: int, new_tokens: int, past_token
 def attention_bytes(shape: ModelShape, sequences: int, new_tokens: int, past_tokens: int, dtype_bytes: int) -> int:
     """Queries and the outcome once, keys and values of all tokens once, new ones written to the cache.
 
-    Eager attention copies the cached keys and values first (one write and one more read) and passes over its score
-    matrix about eight times: scores, mask, float32 softmax (twice 4 bytes), conversion, weighted sum.
+    Capped scores (Gemma 2) are in no fused kernel: the cached keys and values are copied first (one write and one more
+    read), and about eight passes go over the score matrix: scores, mask, float32 softmax (twice 4 bytes), conversion,
+    weighted sum. ALiBi's bias is read for each score.
     """
     queries = 2 * sequences * new_tokens * shape.heads * shape.head_dim * dtype_bytes
     read = kv_bytes(shape, sequences, past_tokens + new_tokens, dtype_bytes)
     written = kv_bytes(shape, sequences, new_tokens, dtype_bytes)
     total = queries + read + written
-    if shape.architecture in EAGER_ATTENTION:
+    if shape.spec.attention.soft_cap is not None:
         scores = score_entries(shape, sequences, new_tokens, past_tokens)
         total += 2 * read + scores * (6 * dtype_bytes + 2 * FLOAT32_BYTES)
+    if shape.spec.attention.alibi:
+        total += score_entries(shape, sequences, new_tokens, past_tokens) * dtype_bytes
     return total
 
 
@@ -59,7 +59,7 @@ def elementwise_bytes(shape: ModelShape, rows: int, dtype_bytes: int) -> int:
     """Norms (read, write) and residual sums (two reads, write), two of each; activation and gate; rotary embedding."""
     activation = (5 if shape.gated_mlp else 2) * shape.intermediate
     rotary = 0
-    if shape.architecture not in ("opt", "bloom"):  # x * cos + rotate(x) * sin: about six passes over queries and keys
+    if shape.spec.rotary:  # x * cos + rotate(x) * sin: about six passes over queries and keys
         rotary = 6 * (shape.heads + shape.kv_heads) * shape.head_dim
     return rows * dtype_bytes * (10 * shape.hidden + activation + rotary)
 

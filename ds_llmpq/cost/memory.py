@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ds_llmpq.cost import kernels
-from ds_llmpq.cost.arithmetic import EAGER_ATTENTION, FLOAT32_BYTES, kv_bytes, score_entries
+from ds_llmpq.cost.arithmetic import FLOAT32_BYTES, kv_bytes, score_entries
 from ds_llmpq.cost.kernels import DEQUANTIZE_COPIES
 from ds_llmpq.integers import round_up
 from ds_llmpq.models.shape import ModelShape
@@ -144,23 +144,27 @@ class MemoryModel:
     def _mlp_width(self) -> int:
         """Elements per row alive in the MLP: residual, normed input, outcome, and copies of the intermediate.
 
-        Gated: gate, up and their product. Plain: before and after the activation; for BLOOM more than it takes. An
-        expert has a copy of its tokens' inputs and outputs, these also weighted in 32 bits.
+        Gated: gate, up and their product. Plain: before and after the activation. An expert has a copy of its tokens'
+        inputs and outputs, these also weighted in 32 bits.
         """
         shape = self.shape
-        copies = 6 if shape.architecture == "bloom" else 3 if shape.gated_mlp else 2
+        copies = 3 if shape.gated_mlp else 2
         states = 7 if shape.has_experts else 3
         return states * shape.hidden + copies * shape.intermediate + self._position_width()
 
     def _position_width(self) -> int:
         """Rotary cosines and sines, computed once a micro-batch."""
-        return 0 if self.shape.architecture in ("opt", "bloom") else 2 * self.shape.head_dim
+        return sum(2 * rotary.features for _, rotary in self.shape.spec.rotary)
 
     def _score_bytes(self, sequences: int, new_tokens: int, past_tokens: int) -> int:
-        """The mask; eager attention also holds scores twice, softmax and its input in float32, and copies of k, v."""
-        seen = past_tokens + new_tokens
+        """The mask, or ALiBi's bias for each head, which rows of a prefill share, beside its slopes times positions;
+        capped scores are also held twice, with softmax and its input in float32, and copies of k, v."""
+        seen, attention = past_tokens + new_tokens, self.shape.spec.attention
         mask = sequences * new_tokens * seen * self.dtype_bytes
-        if self.shape.architecture not in EAGER_ATTENTION:
+        if attention.alibi:
+            rows = sequences if new_tokens == 1 else 1
+            mask += self.shape.heads * (rows * new_tokens + 2) * seen * self.dtype_bytes
+        if attention.soft_cap is None:
             return mask
         scores = score_entries(self.shape, sequences, new_tokens, past_tokens)
         copies = kv_bytes(self.shape, sequences, seen, self.dtype_bytes)
