@@ -17,7 +17,11 @@ from ds_llmpq.validation import Plain, checked
 def read_description(path: str | Path) -> Description:
     """Of the checkpoint in folder `path`; its weights say whether lm_head is the embedding. `UserError`: no folder, no
     config.json, not JSON, not supported."""
-    described = describe(read_config(path))
+    config = read_config(path)
+    try:
+        described = describe(config)
+    except UserError as error:
+        raise UserError(f"Model folder {path}: {error}") from None
     if described.spec.tied and stores_own_head(path, described.family):
         return replace(described, spec=replace(described.spec, tied=False))
     return described

@@ -6,6 +6,7 @@ import random
 import pytest
 
 from ds_llmpq.cost.memory import MemoryModel
+from ds_llmpq.models.families import describe
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.quant.packing import Groups
 
@@ -66,16 +67,32 @@ def test_kv_bytes_are_those_of_a_real_cache(name):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("sequences", "tokens"), [(4, 128), (1, 384)])
 def test_activations_bound_what_a_forward_pass_allocates(name, dtype, sequences, tokens):
-    """The reference is a whole model's pass: it also keeps the embedding's outcome beside the layer's set."""
+    """The reference is a pass through embedding and layers: it also keeps the embedding's outcome beside the layer's
+    set."""
     import torch
 
-    model = model_of(name).to(getattr(torch, dtype))
+    from ds_llmpq.models.decoder import Decoder
+    from ds_llmpq.models.step import Step
+
+    decoder = Decoder(describe(config_of(name)))
+    modules = [decoder.embedding(), *(decoder.layer(index) for index in range(2))]
+    for module in modules:
+        module.to(getattr(torch, dtype)).requires_grad_(False)
+        for parameter in module.parameters():
+            parameter.fill_(0.01)
     shape, size = ModelShape.from_config(config_of(name)), {"float32": 4, "bfloat16": 2}[dtype]
-    ids = torch.zeros(sequences, tokens, dtype=torch.long)
-    held = peak_bytes(lambda: model(ids, use_cache=False, logits_to_keep=1))
+    ids, positions = torch.zeros(sequences, tokens, dtype=torch.long), torch.arange(tokens).expand(sequences, -1)
+
+    def forward():
+        step = Step(positions, None, tokens, True, token_ids=ids, prepare=decoder.positions())
+        for module in modules:
+            step = module(step)
+
+    held = peak_bytes(forward)
     predicted = MemoryModel(shape, Groups(), size).workspace_parts(sequences, tokens, 0, False)["activations"]
     embeddings = 2 * sequences * tokens * shape.hidden * size
-    assert predicted + embeddings >= held
+    kernel = 1 << 16  # the fused attention's own buffers, by threads and not by rows
+    assert predicted + embeddings + kernel >= held
     assert predicted <= 1.5 * held
 
 
