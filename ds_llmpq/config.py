@@ -20,11 +20,9 @@ from ds_llmpq.commands.config import (
     EvaluateConfig,
     ExportConfig,
     LengthsConfig,
-    PlanConfig,
     ProfileConfig,
     QuantizeConfig,
     ReportConfig,
-    RunConfig,
     SensitivityConfig,
     ServeConfig,
 )
@@ -32,6 +30,7 @@ from ds_llmpq.errors import UserError, shown
 from ds_llmpq.files import absolute, given, read_yaml
 from ds_llmpq.launch.environment import check_environment
 from ds_llmpq.research.config import SimulateConfig
+from ds_llmpq.serving.config import PlanConfig, PlanningConfig, RunConfig
 from ds_llmpq.shipped import asset, conf_folder
 
 COMMANDS = {
@@ -52,7 +51,7 @@ COMMANDS = {
 __all__ = ["absolute", "asset", "conf_folder", "given"]  # beside what is defined here
 
 T = TypeVar("T")
-P = TypeVar("P", bound=PlanConfig)
+P = TypeVar("P", PlanConfig, RunConfig, EvaluateConfig, ProfileConfig)
 
 
 def register() -> None:
@@ -100,7 +99,7 @@ def known_device_types() -> dict[str, DeviceTypeConfig]:
     return {file.stem: _typed(file, DeviceTypeConfig) for file in files}
 
 
-def cluster_of(settings: PlanConfig) -> ClusterConfig:
+def cluster_of(settings: PlanningConfig | ProfileConfig) -> ClusterConfig:
     """The cluster group's entry, or the file that takes its place; variables that the file sets for the ranks are held
     to a list, unless the command line asks for them too."""
     if settings.cluster_file is None:

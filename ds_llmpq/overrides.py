@@ -11,10 +11,11 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
 from hydra.conf import HydraConf
@@ -23,41 +24,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from ds_llmpq.errors import UserError, shown
+from ds_llmpq.fields import is_path
 
-# overrides whose values are paths
-PATH_KEYS = {
-    "answers.data",
-    "arrivals.trace",
-    "batch.predictor",
-    "calibration.text",
-    "check",
-    "cluster_file",
-    "evaluation.tasks_path",
-    "evaluation.text",
-    "gpus",
-    "hostfile",
-    "input",
-    "model.path",
-    "out",
-    "output",
-    "plan",
-    "planner.omega",
-    "planner.profile",
-    "problem",
-    "profile",
-    "quantized",
-    "reuse",
-    "run",
-    "sweep",
-    "cases",
-    "data",
-    "predictor",
-    "execution.plan",
-    "lengths.input",
-    "lengths.tokenizer",
-    "proxy.path",
-    "topology",
-}
 # Keys that were renamed: former -> present name. To rename a key, add an entry here: the former one is then taken for
 # one more version, and a line on the screen names the new word. An entry also covers the keys below it.
 FORMER_KEYS: dict[str, str] = {}
@@ -111,6 +79,19 @@ def keys_of(kind: type) -> list[str]:
     return list(_walked(OmegaConf.structured(kind)))
 
 
+@cache
+def path_keys(kind: type) -> frozenset[str]:
+    """The dotted keys of a command whose values are files or folders: every `path_field` of its dataclass."""
+    found: set[str] = set()
+    types = get_type_hints(kind)
+    for entry in fields(kind):
+        if is_path(entry.metadata):
+            found.add(entry.name)
+        elif is_dataclass(types[entry.name]):
+            found |= {f"{entry.name}.{inner}" for inner in path_keys(types[entry.name])}
+    return frozenset(found)
+
+
 def groups_of(kind: type, conf: Path) -> dict[str, list[str]]:
     """Groups of configuration that a command takes -> the names of their entries."""
     own = set(OmegaConf.structured(kind))
@@ -122,11 +103,11 @@ def groups_of(kind: type, conf: Path) -> dict[str, list[str]]:
     return {name: entries for name, entries in found.items() if entries}
 
 
-def quoted(argument: str, sweep: bool = False) -> str:
-    """An override whose value is a path, quoted where Hydra's grammar would read something else. `sweep`: a list of
-    points stays one."""
+def quoted(argument: str, kind: type, sweep: bool = False) -> str:
+    """An override whose value is a path, quoted where Hydra's grammar would read something else. `kind`: the
+    command's dataclass; `sweep`: a list of points stays one."""
     key, equals, value = argument.partition("=")
-    if key.lstrip("+") not in PATH_KEYS or not equals or value in ("", "null"):
+    if not equals or value in ("", "null") or key.lstrip("+") not in path_keys(kind):
         return argument
     parsed = _parsed(argument)
     if parsed is not None:
@@ -153,7 +134,7 @@ def _prepared(command: str, kind: type, argument: str, conf: Path, sweep: bool) 
     if is_hydra or place == _OPEN or prefix == "~":
         return argument
     if place == _CLOSED:
-        return quoted(f"{key}={value}", sweep)  # a `+` would say that the key is not there
+        return quoted(f"{key}={value}", kind, sweep)  # a `+` would say that the key is not there
     return _freely(key.split("."), int(place), value)
 
 

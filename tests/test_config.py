@@ -128,8 +128,8 @@ def test_a_path_survives_the_command_line(path):
 
 
 def test_what_is_quoted_already_stays():
-    assert overrides.quoted("problem='a=b'") == "problem='a=b'"
-    assert overrides.quoted("planner.theta=1,2") == "planner.theta=1,2"
+    assert overrides.quoted("problem='a=b'", PlanConfig) == "problem='a=b'"
+    assert overrides.quoted("planner.theta=1,2", PlanConfig) == "planner.theta=1,2"
 
 
 def test_sizes_and_assets_resolve(tmp_path):

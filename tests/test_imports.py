@@ -29,7 +29,7 @@ ORDER = [
     "models",
     "cluster",
 ]
-SHARED = {"errors", "files", "integers", "shipped", "validation", "versions", "wording"}  # importable by all
+SHARED = {"errors", "fields", "files", "integers", "shipped", "validation", "versions", "wording"}  # importable by all
 BORDER = {"api", "cli", "config", "__main__"}  # only commands, the command line and the API know configuration
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ds_llmpq.fields import path_field
+
 
 @dataclass
 class BatchConfig:
@@ -19,7 +21,7 @@ class BatchConfig:
     limit: int | None = None  # only the first so many requests
     # arrival | prompt_length | predicted_length | bucketed; null: predicted_length, or arrival in a replay
     order: str | None = None
-    predictor: str | None = None  # folder of `lengths train`; null: a request's own limit stands for its length
+    predictor: str | None = path_field()  # folder of `lengths train`; null: a request's own limit stands for its length
     # cache positions reserved for an answer: by its own limit, or the predictor's bound; what outgrows it is preempted
     admission: str = "worst_case"  # worst_case | q95 | q90
     replay: str | None = None  # trace: requests come at their rows' arrival_seconds, in the order of batch.policy

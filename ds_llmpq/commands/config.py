@@ -10,45 +10,68 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ds_llmpq.batch.config import BatchConfig
-from ds_llmpq.engine.config import EngineConfig
+from ds_llmpq.cluster.config import ClusterConfig
+from ds_llmpq.engine.config import ComputeConfig, EngineConfig
 from ds_llmpq.evaluation.config import EvaluationConfig
+from ds_llmpq.fields import path_field
+from ds_llmpq.launch.config import WatchConfig
 from ds_llmpq.lengths.config import LengthDataConfig, LengthTaskConfig, ProxyConfig
 from ds_llmpq.models.config import ModelConfig
+from ds_llmpq.planner.config import MicroBatchesConfig, WorkloadConfig
 from ds_llmpq.profiling.config import ProfilingConfig
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.sensitivity.config import CalibrationConfig
-from ds_llmpq.serving.config import PlanConfig, RunConfig
+from ds_llmpq.serving.config import PlanningConfig
 
 
 @dataclass
 class DetectConfig:
     """`ds-llmpq detect`: describes this machine as a cluster."""
 
-    out: str = ""
+    out: str = path_field("")
     host: str = "localhost"  # the name other hosts and the hostfile use for this one
     cpu_stages: int | None = None  # CPU devices to offer; null: one if there is no GPU
     measure: bool = True  # measure memory bandwidth and matrix rates of the CPU, about two seconds
-    gpus: str | None = None  # another host's GPUs: a saved `nvidia-smi --query-gpu=... --format=csv` (docs/guide.md)
-    topology: str | None = None  # its links: a saved `nvidia-smi topo -m`
+    gpus: str | None = (
+        path_field()
+    )  # another host's GPUs: a saved `nvidia-smi --query-gpu=... --format=csv` (docs/guide.md)
+    topology: str | None = path_field()  # its links: a saved `nvidia-smi topo -m`
 
 
 @dataclass
 class ServeConfig:
     """`ds-llmpq serve`: one rank of a plan's pipeline, started by the deepspeed launcher."""
 
-    plan: str = ""
-    input: str = ""
-    output: str = ""  # folder of results.jsonl, errors.jsonl, metrics.json and trace.json
-    quantized: str | None = None  # folder of `ds-llmpq quantize` on this host, instead of the model's
+    plan: str = path_field("")
+    input: str = path_field("")
+    output: str = path_field("")  # folder of results.jsonl, errors.jsonl, metrics.json and trace.json
+    quantized: str | None = path_field()  # folder of `ds-llmpq quantize` on this host, instead of the model's
     model: ModelConfig = field(default_factory=ModelConfig)  # path: where the model lies on this host, if elsewhere
     engine: EngineConfig = field(default_factory=EngineConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
 
 
 @dataclass
-class ProfileConfig(PlanConfig):
+class ProfiledSizesConfig:
+    """What `profile` takes of the planner's group."""
+
+    micro_batches: MicroBatchesConfig = field(default_factory=MicroBatchesConfig)
+
+
+@dataclass
+class ProfileConfig:
     """`ds-llmpq profile`: times the parts of a model on this host's device types. An interrupted one goes on."""
 
+    out: str = path_field("")
+    model: ModelConfig = field(default_factory=ModelConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    cluster_file: str | None = path_field()
+    workload: WorkloadConfig = field(default_factory=WorkloadConfig)
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    planner: ProfiledSizesConfig = field(default_factory=ProfiledSizesConfig)
+    engine: ComputeConfig = field(default_factory=ComputeConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    input: str | None = path_field()  # sizes the workload where it is not given
     profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
     force: bool = False  # start over where out=DIR holds a profile made with another version or setting
 
@@ -57,19 +80,19 @@ class ProfileConfig(PlanConfig):
 class ReportConfig:
     """`ds-llmpq report run=DIR`, `sweep=DIR` or `fidelity profile=DIR`: pages, pictures and tables."""
 
-    out: str = ""
+    out: str = path_field("")
     what: str | None = None  # run | sweep | fidelity; null: what the folder's key says
-    run: str | None = None  # folder of a run, or of a plan
-    sweep: str | None = None  # folder of a multirun
-    profile: str | None = None  # folder of a profile
+    run: str | None = path_field()  # folder of a run, or of a plan
+    sweep: str | None = path_field()  # folder of a multirun
+    profile: str | None = path_field()  # folder of a profile
 
 
 @dataclass
 class ExportConfig:
     """`ds-llmpq export`: a plan as arguments and configuration of another system."""
 
-    out: str = ""
-    plan: str = ""
+    out: str = path_field("")
+    plan: str = path_field("")
     to: str = ""  # vllm | llama_cpp
 
 
@@ -77,12 +100,12 @@ class ExportConfig:
 class QuantizeConfig:
     """`ds-llmpq quantize`: writes the model with each decoder layer at its width, for `run quantized=DIR`."""
 
-    out: str = ""
+    out: str = path_field("")
     model: ModelConfig = field(default_factory=ModelConfig)
-    plan: str | None = None  # plan.json: its widths, HQQ settings and model
+    plan: str | None = path_field()  # plan.json: its widths, HQQ settings and model
     widths: list[int] | None = None  # instead of a plan: one width for all layers, or one a layer
     quant: QuantConfig = field(default_factory=QuantConfig)
-    reuse: str | None = None  # another folder of quantize whose equal layers are taken
+    reuse: str | None = path_field()  # another folder of quantize whose equal layers are taken
     device: str = "cpu"  # where layers are quantized: cpu, cuda, cuda:1
 
 
@@ -90,7 +113,7 @@ class QuantizeConfig:
 class SensitivityConfig:
     """`ds-llmpq sensitivity`: what each layer loses at each width, as omega.json. A killed one goes on (same out)."""
 
-    out: str = ""
+    out: str = path_field("")
     model: ModelConfig = field(default_factory=ModelConfig)
     method: str = "variance"  # variance | hessian | random | measured
     quant: QuantConfig = field(default_factory=QuantConfig)
@@ -100,9 +123,13 @@ class SensitivityConfig:
 
 
 @dataclass
-class EvaluateConfig(RunConfig):
+class EvaluateConfig(PlanningConfig):
     """`ds-llmpq evaluate`: the quality of a plan, scored on its pipeline, predicted against measured."""
 
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    plan: str | None = path_field()
+    quantized: str | None = path_field()  # folder of `ds-llmpq quantize` for this plan
+    run: WatchConfig = field(default_factory=WatchConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 
@@ -110,11 +137,11 @@ class EvaluateConfig(RunConfig):
 class LengthsConfig:
     """`ds-llmpq lengths prepare | train | evaluate | predict | characterize`."""
 
-    out: str = ""
+    out: str = path_field("")
     action: str = ""
-    data: str | None = None  # answers of the past (JSON lines, CSV, parquet), or a folder that `prepare` wrote
-    input: str | None = None  # predict: prompts, an OpenAI batch file or rows like data's
-    predictor: str | None = None  # evaluate, predict: a folder that `train` wrote
+    data: str | None = path_field()  # answers of the past (JSON lines, CSV, parquet), or a folder that `prepare` wrote
+    input: str | None = path_field()  # predict: prompts, an OpenAI batch file or rows like data's
+    predictor: str | None = path_field()  # evaluate, predict: a folder that `train` wrote
     lengths: LengthDataConfig = field(default_factory=LengthDataConfig)
     task: LengthTaskConfig = field(default_factory=LengthTaskConfig)
     proxy: ProxyConfig = field(default_factory=ProxyConfig)

@@ -6,15 +6,23 @@ from dataclasses import dataclass
 
 
 @dataclass
-class EngineConfig:
+class ComputeConfig:
+    """What a plan depends on."""
+
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16: arithmetic, KV cache and unquantized weights
-    timeout_seconds: float = 1800.0  # a stage that hears nothing for so long gives up; loading counts
-    master_port: int | None = None
-    check_memory: bool = True  # before loading: is as much free on every device as the plan needs there
     refill: bool = True  # a finished sequence's slot takes the next request; false: a request group runs to its end
-    # decode rounds that a free slot waits for others, to be refilled in one prefill pass; null: 8, but 0 where stages
-    # are graphs, whose prefill costs the same a token for one row as for many
-    patience_rounds: int | None = None
     # a request's greedy answer does not depend on which others it runs with: full decode micro-batches always, prefill
     # one by one
     batch_invariant: bool = False
+
+
+@dataclass
+class EngineConfig(ComputeConfig):
+    """How a plan is run."""
+
+    timeout_seconds: float = 1800.0  # a stage that hears nothing for so long gives up; loading counts
+    master_port: int | None = None
+    check_memory: bool = True  # before loading: is as much free on every device as the plan needs there
+    # decode rounds that a free slot waits for others, to be refilled in one prefill pass; null: 8, but 0 where stages
+    # are graphs, whose prefill costs the same a token for one row as for many
+    patience_rounds: int | None = None

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ds_llmpq.fields import path_field
+
 
 @dataclass
 class EvaluationConfig:
     """What `evaluate` measures: a text's perplexity against full precision, or tasks of lm-evaluation-harness."""
 
-    text: str | None = None  # a UTF-8 file; null: held-out source files of Python's standard library
+    text: str | None = path_field()  # a UTF-8 file; null: held-out source files of Python's standard library
     row_tokens: int | None = None  # tokens a row; null: the model's positions, at most 1024
     limit_tokens: int | None = None  # only about so many tokens, in rows taken evenly from all of the text
     reference: bool = True  # also score the unquantized model: loss increase, KL, agreement
     reference_bytes: int = 1 << 30  # its distributions lie in a file meanwhile; KL covers as many tokens as fit
     tasks: list[str] | None = None  # instead of a text: names of lm-evaluation-harness tasks
-    tasks_path: str | None = None  # folder of task files; null: the tasks that come with the harness
+    tasks_path: str | None = path_field()  # folder of task files; null: the tasks that come with the harness
     fewshot: int | None = None
     limit_documents: int | None = None

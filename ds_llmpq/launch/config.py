@@ -6,11 +6,17 @@ from dataclasses import dataclass
 
 
 @dataclass
-class SupervisionConfig:
+class WatchConfig:
+    """When a pipeline counts as hanging."""
+
+    hang_seconds: float = 900.0  # a pipeline in which nothing moves for so long is ended and counts as a death
+
+
+@dataclass
+class SupervisionConfig(WatchConfig):
     """What `run` does when something goes wrong while the pipeline runs."""
 
     restarts: int = 3  # starts again after a death, in a row that brought no new result
     backoff_seconds: float = 5.0  # pause before the first of them, doubled each time, at most 300
-    hang_seconds: float = 900.0  # a pipeline in which nothing moves for so long is ended and counts as a death
     grace_seconds: float = 60.0  # after a first Ctrl-C or SIGTERM: for what is in flight; a second one ends at once
     on_loss: str = "stop"  # stop | replan: where a host or GPU does not come back, end, or plan on what is left

@@ -21,7 +21,7 @@ from ds_llmpq.batch.tally import Tally
 from ds_llmpq.cluster.detect import memory_kills
 from ds_llmpq.errors import Interrupted, RunFailed, UserError
 from ds_llmpq.launch.attempt import MISTAKE, Listener, Outcome, say
-from ds_llmpq.launch.config import SupervisionConfig
+from ds_llmpq.launch.config import SupervisionConfig, WatchConfig
 from ds_llmpq.launch.failures import EXCEPTION, FAULT, PORT, Failure
 from ds_llmpq.launch.hosts import find_lost_devices
 from ds_llmpq.launch.job import Job
@@ -37,14 +37,22 @@ _MEMORY_WAIT_SECONDS = 30.0  # what was started before may still be ending on an
 _MOST_PORTS = 5  # tried in a row, where another process is quicker each time
 
 
+def check_hang_seconds(settings: WatchConfig) -> None:
+    """`UserError` for a number out of range."""
+    _check_range("hang_seconds", settings.hang_seconds, 5)
+
+
+def _check_range(name: str, value: float, low: float) -> None:
+    if not low <= value < float("inf"):
+        raise UserError(f"run.{name} is {value} but must be at least {low} and finite.")
+
+
 def validate_supervision(settings: SupervisionConfig) -> SupervisionConfig:
     """`UserError` for a number out of range."""
     if settings.on_loss not in ON_LOSS:
         raise UserError(f"run.on_loss is {settings.on_loss!r} but must be one of {', '.join(ON_LOSS)}.")
     for name, low in (("restarts", 0), ("backoff_seconds", 0), ("hang_seconds", 5), ("grace_seconds", 0)):
-        value = getattr(settings, name)
-        if not low <= value < float("inf"):
-            raise UserError(f"run.{name} is {value} but must be at least {low} and finite.")
+        _check_range(name, getattr(settings, name), low)
     return settings
 
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ds_llmpq.fields import path_field
+
 
 @dataclass
 class LengthDataConfig:
     """How answers of the past become training data."""
 
     layout: str = "auto"  # auto | rows | lmsys | results
-    input: str | None = None  # the batch file that a results.jsonl answers (layout results)
+    input: str | None = path_field()  # the batch file that a results.jsonl answers (layout results)
     model: str | None = None  # only this model's answers; null: all
     rounds: str = "single"  # single: the first turn of a conversation | multi: every turn, its history as text
     limit: int | None = None  # data size: so many examples, drawn with the seed
     truncation: str = "tail"  # which part of a long prompt is kept: tail | head_tail
     max_tokens: int = 512  # of a prompt, for the predictor
-    tokenizer: str | None = None  # local folder: counts tokens of answers given as text; null: words and marks
+    tokenizer: str | None = path_field()  # local folder: counts tokens of answers given as text; null: words and marks
     test_share: float = 0.2
     validation_share: float = 0.2
     seed: int = 0
@@ -40,7 +42,7 @@ class ProxyConfig:
     kind: str = "ngrams"  # ngrams: hashed n-grams and prompt length, linear | encoder: a Hugging Face encoder
     features: int = 16384  # ngrams: columns
     alpha: float | None = None  # ngrams: ridge; null: chosen on validation data
-    path: str | None = None  # encoder: local folder
+    path: str | None = path_field()  # encoder: local folder
     epochs: int = 6  # encoder: the first half trains all layers, the second the head alone
     batch_size: int = 16
     learning_rate: float = 1e-5

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from ds_llmpq.fields import path_field
+
 
 @dataclass
 class ModelConfig:
@@ -13,6 +15,6 @@ class ModelConfig:
     `shape` describes a model without weights (Hugging Face config.json keys), enough to plan but not to run.
     """
 
-    path: str | None = None
+    path: str | None = path_field()
     shape: dict[str, Any] = field(default_factory=dict)
     trust_remote_code: bool = False

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from ds_llmpq.fields import path_field
+
 
 @dataclass
 class WorkloadConfig:
@@ -41,8 +43,8 @@ class PlannerConfig:
     # bits {layer: width}, micro_batch {phase: size}
     pins: dict[str, Any] = field(default_factory=dict)
     micro_batches: MicroBatchesConfig = field(default_factory=MicroBatchesConfig)
-    omega: str | None = None  # omega.json; null: a prior from published perplexities
-    profile: str | None = None  # folder of `ds-llmpq profile` (or its profile.csv); null: roofline times
+    omega: str | None = path_field()  # omega.json; null: a prior from published perplexities
+    profile: str | None = path_field()  # folder of `ds-llmpq profile` (or its profile.csv); null: roofline times
     profile_force: bool = False  # use it even where it was made with other library versions or settings
     variant: str = "full"  # full | phase_blind | equal_micro_batches | grouped | heuristic: lesser planners to compare
     group_layers: int = 1  # of variant=grouped: so many layers are decided at once

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ds_llmpq.fields import path_field
+
 
 @dataclass
 class ArrivalsConfig:
@@ -13,7 +15,7 @@ class ArrivalsConfig:
     rate: float = 0.2  # jobs a second
     load: float | None = None  # instead of a rate: share of what all slots could do if none were ever padded or empty
     cv: float = 1.0  # gamma: coefficient of variation of the gaps
-    trace: str | None = None  # file with the columns TIMESTAMP, ContextTokens, GeneratedTokens
+    trace: str | None = path_field()  # file with the columns TIMESTAMP, ContextTokens, GeneratedTokens
     start_row: int = 0
     scale: float = 1.0  # stretches the trace's gaps
 
@@ -28,7 +30,7 @@ class AnswersConfig:
     max_tokens: int = 512
     prompt_median_tokens: float = 100.0
     prompt_sigma: float = 1.0
-    data: str | None = None  # JSON lines with output_tokens, also prompt_tokens and predicted_tokens if known
+    data: str | None = path_field()  # JSON lines with output_tokens, also prompt_tokens and predicted_tokens if known
 
 
 @dataclass
@@ -48,7 +50,7 @@ class ExecutionConfig:
     kind: str = "constant"  # constant | plan
     constant_seconds: float = 0.1
     per_token_seconds: float = 0.02
-    plan: str | None = None  # plan.json whose stage times are used
+    plan: str | None = path_field()  # plan.json whose stage times are used
 
 
 @dataclass
@@ -64,9 +66,9 @@ class GuardConfig:
 class SimulateConfig:
     """`ds-llmpq simulate`: runs one set of jobs under several policies."""
 
-    out: str = ""
+    out: str = path_field("")
     mode: str = "right"  # right | reference (the published simulator, on the cases of a file)
-    cases: str | None = None
+    cases: str | None = path_field()
     policies: list[str] = field(default_factory=lambda: ["fcfs", "ssjf", "sjf"])
     batching: str = "none"  # none | static | dynamic | continuous
     max_batch: int = 4  # slots, unless batching=none

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ds_llmpq.fields import path_field
+
 
 @dataclass
 class CalibrationConfig:
     """Text and effort of `sensitivity`. Memory: one layer, and rows x tokens x hidden size x 4 bytes a variant."""
 
-    text: str | None = None  # a UTF-8 file; null: held-out source files of Python's standard library
+    text: str | None = path_field()  # a UTF-8 file; null: held-out source files of Python's standard library
     rows: int = 16
     tokens: int = 512  # a row
     rows_at_once: int = 4

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ds_llmpq import validation
 from ds_llmpq.batch.reader import read_requests
@@ -34,12 +34,15 @@ from ds_llmpq.models.fingerprint import fingerprint, text_fingerprint
 from ds_llmpq.models.notes import describe_notes, list_notes
 from ds_llmpq.plan import Plan, check_model, launch_order, read_plan, write_plan
 from ds_llmpq.quant.kernels.registry import check_invariant
-from ds_llmpq.serving.config import RunConfig
+from ds_llmpq.serving.config import PlanningConfig, RunConfig
 from ds_llmpq.serving.metrics import summarize
 from ds_llmpq.serving.ordering import checked
+from ds_llmpq.serving.plan_owned import note_ignored
 from ds_llmpq.serving.planning import Progress, make_plan
 from ds_llmpq.serving.replan import plan_without
 from ds_llmpq.shipped import asset
+
+Settings = TypeVar("Settings", bound=PlanningConfig)  # with `plan`: of run and evaluate
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ def run_batch(settings: RunConfig, out: Path, screen: Screen = Screen()) -> Batc
         raise UserError("run needs input=FILE, a batch file in JSON lines.")
     if settings.resume not in RESUMES:
         raise UserError(f"resume is {settings.resume!r} but must be one of {', '.join(RESUMES)}.")
+    settings = choose_model(settings)
     validate_supervision(settings.run)
     batch = checked(settings.batch)
     # what rank 0 would refuse is said at once
@@ -205,11 +209,19 @@ def _metrics(plan: Plan, tally: Tally, out: Path) -> dict[str, Any]:
     return measured | {"counts": tally.counts}
 
 
+def choose_model(settings: Settings) -> Settings:
+    """With the small model that is shipped, where neither a plan nor a model is given."""
+    if settings.plan is not None or settings.model.path is not None or settings.model.shape:
+        return settings
+    return replace(settings, model=replace(settings.model, path=asset("tiny-llama")))
+
+
 def plan_of(settings: RunConfig, out: Path, progress: Progress | None = None) -> Plan:
     """The plan that is given, checked, or a new one; with its hostfile in `out`."""
     if settings.plan is None:
         return make_plan(settings, out, progress)
     plan = _launchable(settings, absolute(settings.plan))
+    note_ignored(settings, plan)
     write_plan(out / "plan.json", plan)
     write_hostfile(out / "hostfile", launch_order(plan))
     return plan
@@ -224,11 +236,7 @@ def _launchable(settings: RunConfig, file: Path) -> Plan:
 
 def checkpoint_of(settings: RunConfig, plan: Plan) -> Path:
     """Where the weights are: quantized ones, else where the user says, else where they were planned for."""
-    given, planned = settings.model.path, (plan.model or {}).get("path")
-    if settings.quantized is not None:
-        given = settings.quantized
-    elif given == asset("tiny-llama"):  # model=tiny is only the default
-        given = planned
+    given, planned = settings.quantized or settings.model.path, (plan.model or {}).get("path")
     if given is None and planned is None:
         raise UserError("The model is known by its shape alone, enough to plan but not to run; give model.path=DIR.")
     path = absolute(given or planned)

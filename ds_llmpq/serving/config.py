@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from ds_llmpq.batch.config import BatchConfig
 from ds_llmpq.cluster.config import ClusterConfig
-from ds_llmpq.engine.config import EngineConfig
+from ds_llmpq.engine.config import ComputeConfig, EngineConfig
+from ds_llmpq.fields import path_field
 from ds_llmpq.launch.config import SupervisionConfig
 from ds_llmpq.models.config import ModelConfig
 from ds_llmpq.planner.config import CostConfig, PlannerConfig, WorkloadConfig
@@ -14,31 +15,46 @@ from ds_llmpq.quant.config import QuantConfig
 
 
 @dataclass
-class PlanConfig:
-    """`ds-llmpq plan`: decides who runs what, at which widths."""
+class PlanningConfig:
+    """The groups that decide on a plan, in all commands that make one."""
 
-    out: str = ""
+    out: str = path_field("")
     model: ModelConfig = field(default_factory=ModelConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    cluster_file: str | None = None  # a cluster.yaml, as `detect` writes it, instead of the group's entry
+    cluster_file: str | None = path_field()  # a cluster.yaml, as `detect` writes it, instead of the group's entry
     workload: WorkloadConfig = field(default_factory=WorkloadConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)
     planner: PlannerConfig = field(default_factory=PlannerConfig)
     cost: CostConfig = field(default_factory=CostConfig)
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    batch: BatchConfig = field(default_factory=BatchConfig)
-    input: str | None = None  # sizes the workload where it is not given
-    problem: str | None = None  # solve this problem.json instead of building one
-    check: str | None = None  # validate and cost this plan.json instead of solving
+    engine: ComputeConfig = field(default_factory=ComputeConfig)
 
 
 @dataclass
-class RunConfig(PlanConfig):
+class PlanConfig(PlanningConfig):
+    """`ds-llmpq plan`: decides who runs what, at which bit widths."""
+
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    input: str | None = path_field()  # sizes the workload where it is not given
+    problem: str | None = path_field()  # solve this problem.json instead of building one
+    check: str | None = path_field()  # validate and cost this plan.json instead of solving
+
+    @classmethod
+    def of(cls, settings: PlanningConfig) -> PlanConfig:
+        """What another command, `run` or `evaluate`, plans with: its groups, and defaults for what it does not take."""
+        taken = {entry.name for entry in fields(cls)} & {entry.name for entry in fields(settings)}
+        return cls(**{name: getattr(settings, name) for name in taken})
+
+
+@dataclass
+class RunConfig(PlanningConfig):
     """`ds-llmpq run`: plans if no plan is given, starts the launcher, waits, and sums up. Again with the same out=DIR,
     it goes on where it stopped."""
 
-    plan: str | None = None
-    quantized: str | None = None  # folder of `ds-llmpq quantize` for this plan: layers are read as stored there
-    hostfile: str | None = None  # null: written from the plan
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    input: str | None = path_field()
+    plan: str | None = path_field()
+    quantized: str | None = path_field()  # folder of `ds-llmpq quantize` for this plan: layers are read as stored there
+    hostfile: str | None = path_field()  # null: written from the plan
     resume: str = "auto"  # auto: refused if what results depend on has changed | force: go on whatever changed
     run: SupervisionConfig = field(default_factory=SupervisionConfig)

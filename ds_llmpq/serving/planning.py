@@ -30,15 +30,16 @@ from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.kernels.registry import resolved
 from ds_llmpq.quant.packing import check_output_matrix
 from ds_llmpq.sensitivity.omega import read_omega
-from ds_llmpq.serving.config import PlanConfig
+from ds_llmpq.serving.config import PlanConfig, PlanningConfig
 from ds_llmpq.serving.workload import sized_workload
 
 Progress = Callable[[ProgressEvent], None]
 
 
-def make_plan(settings: PlanConfig, out: Path, progress: Progress | None = None) -> Plan:
+def make_plan(settings: PlanningConfig, out: Path, progress: Progress | None = None) -> Plan:
     """Plans, or checks the plan that is given, and writes the artefacts into `out`. Reads no `cluster_file`: the
     cluster is there already (`config.load_cluster`)."""
+    settings = PlanConfig.of(settings)
     check_defaults(settings.batch)
     problem, finish = build_problem(settings)
     write_json(out / "problem.json", problem.to_json())

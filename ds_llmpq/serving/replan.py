@@ -10,12 +10,17 @@ from ds_llmpq.errors import InfeasibleError, UserError
 from ds_llmpq.plan import Plan
 from ds_llmpq.planner.config import WorkloadConfig
 from ds_llmpq.quant.config import QuantConfig
-from ds_llmpq.serving.config import PlanConfig
+from ds_llmpq.serving.config import PlanningConfig
 from ds_llmpq.serving.planning import Progress, make_plan
 
 
 def plan_without(
-    settings: PlanConfig, plan: Plan, lost: list[str], out: Path, widths_free: bool, progress: Progress | None = None
+    settings: PlanningConfig,
+    plan: Plan,
+    lost: list[str],
+    out: Path,
+    widths_free: bool,
+    progress: Progress | None = None,
 ) -> Plan:
     """Plans for the same workload, then for fewer sequences at once, with the plan's own HQQ settings. The widths of
     layers are kept where that is possible, so that answers stay the same; `widths_free` allows others where it is not.
@@ -33,6 +38,8 @@ def plan_without(
     if not left.hosts:
         raise UserError("No device of the cluster is left; mend one and run again.")
     widths = [width for stage in plan.stages for width in stage.bits]
+    model = replace(settings.model, path=settings.model.path or (plan.model or {}).get("path"))
+    settings = replace(settings, model=model)
     pinned = {"bits": {str(layer): width for layer, width in enumerate(widths)}}
     quant = QuantConfig(**plan.quant) if plan.quant else settings.quant
     last: InfeasibleError | None = None

@@ -4,6 +4,7 @@ import pytest
 
 from ds_llmpq import config
 from ds_llmpq.errors import UserError
+from ds_llmpq.serving.batch_run import choose_model
 from ds_llmpq.serving.planning import make_plan
 from ds_llmpq.serving.replan import plan_without, without_devices
 
@@ -11,7 +12,7 @@ from ds_llmpq.serving.replan import plan_without, without_devices
 def planned(folder, *overrides):
     folder.mkdir(exist_ok=True)
     own = ["workload.sequences=32", "workload.prompt_tokens=32", "workload.generated_tokens=16", *overrides]
-    settings = config.to_object(config.composed("run", own), config.COMMANDS["run"])
+    settings = choose_model(config.to_object(config.composed("run", own), config.COMMANDS["run"]))
     return settings, make_plan(settings, folder)
 
 
