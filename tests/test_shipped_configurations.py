@@ -58,6 +58,8 @@ def test_a_shipped_configuration_runs(group, entry, tmp_path, monkeypatch, capsy
     if named := re.search(r"^# CommandConfig: (\w+)$", text, re.MULTILINE):
         command, quick = named[1], OF_COMMAND[named[1]]
     chosen = {"experiment": f"+experiment={entry}", "device": ""}.get(group, f"{group}={entry}")
+    if together := re.search(rf"\+experiment=\[\w+,{entry}\]", text):  # what it says it is to be combined with
+        chosen = together[0]
     arguments = [*filter(None, [chosen]), *quick, *needs(group, entry, tmp_path)]
     swept = OmegaConf.select(OmegaConf.create(text), "hydra.sweeper.params") or {}
     for end in {0, -1} if swept else {0}:
