@@ -66,7 +66,7 @@ def _with_kernel(
     an interrupted profile began with, or the fastest on this host's first device."""
     quant, dtype = settings.quant, what[3]
     kinds = sorted({device_type.kind for device_type in cluster.device_types.values()})
-    of = {"architecture": what[0].architecture, "batch_invariant": settings.engine.batch_invariant}
+    of = {"spec": what[0].spec, "batch_invariant": settings.engine.batch_invariant}
     if quant.kernel == AUTO and (out / "profile.csv").is_file() and not settings.force:
         return resolved(quant, kinds, dtype, measured=profiled_kernel(out), **of), {}
     if quant.kernel != AUTO:

@@ -74,14 +74,14 @@ def choose_kernel(
 ) -> KernelChoice:
     """Times the candidates in the compute type `dtype` on the timer's device. sizes: candidate micro-batches by
     phase."""
-    able = candidates(timer.device.type, dtype, quant, shape.linears, shape.architecture)
+    able = candidates(timer.device.type, dtype, quant, shape.linears, shape.spec)
     stage = next((name for name in able if is_whole_stage(name)), None)
     names = [name for name in able if not is_whole_stage(name)]
     widths = [width for width in bits if width != UNQUANTIZED_BITS]
     if not (widths or stage) and quant.head_bits != UNQUANTIZED_BITS:
         widths = [quant.head_bits]  # what multiplies layers multiplies with the output matrix
     if not widths or names == [DEQUANTIZE]:
-        return KernelChoice(stage if stage and not widths else DEQUANTIZE, ())
+        return KernelChoice(stage or DEQUANTIZE, ())  # no product of its own to be compared with
     prefill, decode = (sorted(sizes[phase])[len(sizes[phase]) // 2] for phase in ("prefill", "decode"))
     prompt_rows = min(MOST_ROWS, prefill * workload.prompt_tokens)
     rows = sorted({1, decode, prompt_rows})

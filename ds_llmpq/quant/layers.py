@@ -76,7 +76,7 @@ class LayerLoader:
         if is_whole_stage(name) and not self.stage:
             name = alone(name)
         dtype = str(self.dtype).removeprefix("torch.")
-        reason = problem(name, self.device.type, dtype, self.quant, self.config.model_type)
+        reason = problem(name, self.device.type, dtype, self.quant, self.decoder.spec)
         return DEQUANTIZE if reason else name
 
     @property
@@ -135,9 +135,9 @@ class LayerLoader:
 
     def _in_graph(self, layer: Block, index: int) -> nn.Module:
         """Adds the layer to its stage's graph; the graph itself for the stage's last layer."""
-        GraphMember, StageGraph = _graph_classes()
+        GraphMember, StageGraph = _graph_classes(self.dtype)
         if index == self.stage.start:
-            self._graph = StageGraph(index)
+            self._graph = StageGraph(index, self.dtype)
         weights = self._constants(index)
         self._fill_layer(layer, index, but={f"{name}.weight" for names in weights for name in names})
         sizes = [role[:3] for role in self.decoder.linears(index).values()]
@@ -220,9 +220,9 @@ class LayerLoader:
         return module
 
 
-def _graph_classes() -> tuple[type[nn.Module], type[nn.Module]]:
+def _graph_classes(dtype: torch.dtype) -> tuple[type[nn.Module], type[nn.Module]]:
     """`UserError`: OpenVINO is missing, or one whose paged attention is not that of the versions tried; the processor
-    has no bfloat16 arithmetic."""
+    has no arithmetic for `dtype`."""
     remedy = "use quant.kernel=openvino or quant.kernel=dequantize."
     try:
         from ds_llmpq.quant.kernels.openvino_graph.stage_graph import GraphMember, StageGraph
@@ -231,6 +231,9 @@ def _graph_classes() -> tuple[type[nn.Module], type[nn.Module]]:
             f"quant.kernel=openvino_graph needs OpenVINO {EXTRAS['cpu']['openvino']}, which cannot be imported here "
             f"({error}); install ds_llmpq[cpu], or {remedy}"
         ) from None
-    if not computes_in_bfloat16():
-        raise UserError(f"quant.kernel=openvino_graph needs a processor with bfloat16 arithmetic; {remedy}")
+    if dtype == torch.bfloat16 and not computes_in_bfloat16():
+        raise UserError(
+            "quant.kernel=openvino_graph in bfloat16 needs a processor with bfloat16 arithmetic; plan with "
+            f"engine.dtype=float32, or {remedy}"
+        )
     return GraphMember, StageGraph

@@ -86,9 +86,7 @@ def _with_kernel(settings: PlanConfig, cluster: Cluster, shape: ModelShape) -> Q
     kinds = sorted({device_type.kind for device_type in cluster.device_types.values()})
     dtype = common_dtype(cluster, settings.engine.dtype)
     measured = profiled_kernel(settings.planner.profile) if settings.planner.profile else None
-    return resolved(
-        settings.quant, kinds, dtype, shape.linears, measured, shape.architecture, settings.engine.batch_invariant
-    )
+    return resolved(settings.quant, kinds, dtype, shape.linears, measured, shape.spec, settings.engine.batch_invariant)
 
 
 def solver_options(planner: PlannerConfig) -> dict[str, Any]:

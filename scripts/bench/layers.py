@@ -30,6 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--kernels", nargs="+", default=["openvino_graph", "openvino"])
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     for name, default in (("bits", [16, 8, 4]), ("rows", [1, 8, 32])):
         parser.add_argument(f"--{name}", type=int, nargs="+", default=default)
     sizes = (("context", 160), ("prompt", 128), ("prompts", 4), ("threads", 2), ("repeats", 20), ("layers", 8))
@@ -62,7 +63,7 @@ def parts_of(options: argparse.Namespace, kernel: str) -> Parts:
     quant = replace(QuantConfig(), optimize=False, kernel=kernel)
     most, capacity = max(*options.rows, options.prompts), max(options.context, options.prompt) + 1
     shape, cpu = read_shape(options.model), torch.device("cpu")
-    return Parts(options.model, shape, options.bits, quant, "bfloat16", cpu, most, capacity, options.layers)
+    return Parts(options.model, shape, options.bits, quant, options.dtype, cpu, most, capacity, options.layers)
 
 
 def action_of(parts: Parts, bits: int, phase: str, rows: int, tokens: int) -> Callable[[], float]:

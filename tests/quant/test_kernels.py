@@ -5,6 +5,7 @@ import pytest
 from ds_llmpq.cost.kernels import linears_bytes, weight_bytes_read
 from ds_llmpq.cost.memory import MemoryModel
 from ds_llmpq.errors import UserError
+from ds_llmpq.models.families import describe
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.kernels import registry
@@ -67,7 +68,8 @@ def test_devices_of_two_kinds_share_only_hqq_s_own_forward(installed):
         (("openvino_graph", "openvino"), True, {}, "qwen3", False, "openvino_graph"),
         (("openvino_graph", "openvino"), True, {"bits": [16]}, "llama", False, "openvino_graph"),
         (("openvino_graph", "openvino"), False, {}, "llama", False, "openvino"),
-        (("openvino_graph", "openvino"), True, {}, "bloom", False, "openvino"),
+        (("openvino_graph", "openvino"), True, {}, "gemma2", False, "openvino"),
+        (("openvino_graph", "openvino"), True, {}, "mixtral", False, "openvino"),
         (("openvino_graph", "openvino"), True, {"bits": [2, 4]}, "llama", False, "openvino"),
         (("openvino_graph", "openvino"), True, {}, "llama", True, "openvino"),
         ((), True, {}, "llama", False, "dequantize"),
@@ -77,21 +79,46 @@ def test_auto_takes_whole_stages_where_they_can_be_had(
     installed, monkeypatch, there, bfloat16, quant, architecture, batch_invariant, chosen
 ):
     installed(*there)
-    monkeypatch.setattr(registry, "_has_bfloat16", lambda: bfloat16)
-    found = registry.resolved(
-        QuantConfig(**quant), ["cpu"], "bfloat16", architecture=architecture, batch_invariant=batch_invariant
-    )
+    instructions = frozenset({"avx2", "avx512_bf16"} if bfloat16 else {"avx2"})
+    monkeypatch.setattr(registry, "_instructions", lambda: instructions)
+    spec, quant = spec_of(architecture), QuantConfig(**quant)
+    found = registry.resolved(quant, ["cpu"], "bfloat16", spec=spec, batch_invariant=batch_invariant)
     assert found.kernel == chosen
+
+
+@pytest.mark.parametrize(
+    ("instructions", "quant", "architecture", "chosen"),
+    [
+        ({"avx2"}, {}, "bloom", "openvino_graph"),
+        ({"avx2"}, {"head_bits": 4}, "bloom", "dequantize"),
+        ({"avx2"}, {}, "gemma2", "dequantize"),
+        ({"avx2", "avx512_bf16"}, {}, "bloom", "dequantize"),
+        ({"asimd"}, {}, "bloom", "dequantize"),
+    ],
+)
+def test_float32_takes_whole_stages_where_there_is_no_bfloat16(
+    installed, monkeypatch, instructions, quant, architecture, chosen
+):
+    installed("openvino_graph", "openvino")
+    monkeypatch.setattr(registry, "_instructions", lambda: frozenset(instructions))
+    assert registry.resolved(QuantConfig(**quant), ["cpu"], "float32", spec=spec_of(architecture)).kernel == chosen
+
+
+def spec_of(architecture):
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100}
+    return describe(sizes | {"model_type": architecture, "intermediate_size": 96, "num_key_value_heads": 4}).spec
 
 
 def test_whole_stages_that_were_asked_for_must_be_possible():
     def asked(batch_invariant=False, architecture="llama", **quant):
         quant = QuantConfig(kernel="openvino_graph", **quant)
-        return registry.resolved(quant, ["cpu"], "bfloat16", (), None, architecture, batch_invariant)
+        return registry.resolved(quant, ["cpu"], "bfloat16", (), None, spec_of(architecture), batch_invariant)
 
     assert asked().kernel == "openvino_graph"
-    with pytest.raises(UserError, match="runs layers of llama, mistral, qwen2, qwen3, not of opt"):
-        asked(architecture="opt")
+    with pytest.raises(UserError, match="its attention does not cap scores"):
+        asked(architecture="gemma2")
+    with pytest.raises(UserError, match="it has no mixtures of experts"):
+        asked(architecture="mixtral")
     with pytest.raises(UserError, match="has no layers of 2 bits"):
         asked(bits=[2, 4])
     with pytest.raises(UserError, match=r"batch_invariant=true cannot be had .* plan with quant.kernel=openvino"):
@@ -107,7 +134,7 @@ def test_batch_invariance_is_refused_in_one_sentence():
 
 def test_a_profile_of_whole_stages_gives_single_products_where_those_are_ruled_out(installed):
     installed("openvino_graph", "openvino")
-    found = registry.resolved(QuantConfig(), ["cpu"], "bfloat16", (), "openvino_graph", "llama", True)
+    found = registry.resolved(QuantConfig(), ["cpu"], "bfloat16", (), "openvino_graph", spec_of("llama"), True)
     assert found.kernel == "openvino"
 
 

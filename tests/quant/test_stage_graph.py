@@ -14,6 +14,7 @@ from ds_llmpq.engine.kv_cache import KVStore
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.models.shape import read_shape
+from ds_llmpq.models.spec import ACTIVATIONS
 from ds_llmpq.models.step import Step
 from ds_llmpq.quant import layers
 from ds_llmpq.quant.config import QuantConfig
@@ -40,10 +41,29 @@ VARIANTS = {
     "qwen2-window": _SMALL
     | {"arch": "qwen2", "config": {"use_sliding_window": True, "sliding_window": 7, "layer_types": _MIXED}},
     "qwen3": _SMALL | {"arch": "qwen3", "kv_heads": 2, "head_dim": 64},
+    "phi3": _SMALL | {"arch": "phi3", "kv_heads": 2, "config": {"pad_token_id": 0, "sliding_window": 40}},
+    "phi3-partial": _SMALL
+    | {"arch": "phi3", "config": {"pad_token_id": 0, "partial_rotary_factor": 0.5, "rope_theta": 100.0}},
+    "gemma3": _SMALL | {"arch": "gemma3_text", "kv_heads": 2, "config": {"sliding_window": 40, "layer_types": _MIXED}},
+    "gemma2-uncapped": _SMALL
+    | {"arch": "gemma2", "kv_heads": 2, "config": {"sliding_window": 40, "attn_logit_softcapping": None}},
+    "opt": _SMALL | {"arch": "opt"},
+    "opt-post-norm": _SMALL | {"arch": "opt", "config": {"do_layer_norm_before": False}},
+    "opt-plain": _SMALL | {"arch": "opt", "config": {"enable_bias": False, "layer_norm_elementwise_affine": False}},
+    "bloom": _SMALL | {"arch": "bloom"},
+    "bloom-residual-from-norm": _SMALL
+    | {"arch": "bloom", "config": {"apply_residual_connection_post_layernorm": True}},
 }
 # of the hidden states behind three layers, whose attention is sharp. Measured: at 16 bits up to 0.033, torch's own
 # layers in bfloat16 0.036; with inputs rounded to 8 bits up to 0.069, product by product 0.060
 TOLERANCE = {16: 0.05, 8: 0.09, 4: 0.09, 3: 0.09}
+ROUGHER = {
+    "bloom-residual-from-norm": 2.2,
+    "gemma2-uncapped": 1.3,
+    "opt-post-norm": 1.2,
+    "gemma3": 1.2,
+}  # times so much
+EXACT = 1e-4  # of the norm, in float32
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +125,8 @@ def drawn(rows, tokens, hidden, seed):
     return torch.randn(rows, tokens, hidden, generator=torch.Generator().manual_seed(seed))
 
 
-def close(found, expected, bits):
-    return (found - expected).norm() <= TOLERANCE[min(bits)] * expected.norm()
+def close(found, expected, bits, variant):
+    return (found - expected).norm() <= ROUGHER.get(variant, 1.0) * TOLERANCE[min(bits)] * expected.norm()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -120,7 +140,7 @@ def test_a_graph_computes_what_its_layers_do(checkpoint_of, variant, bits):
     prompts = drawn(4, max(lengths.values()), ours.hidden, 0)
     found, expected = (stage.prefill(list(lengths), list(lengths.values()), prompts) for stage in (ours, theirs))
     for row, length in enumerate(lengths.values()):
-        assert close(found[row, :length], expected[row, :length], bits), row
+        assert close(found[row, :length], expected[row, :length], bits, variant), row
         assert not found[row, length:].any(), "padding is zeros"
     found, expected = (
         torch.cat([
@@ -129,13 +149,34 @@ def test_a_graph_computes_what_its_layers_do(checkpoint_of, variant, bits):
         ])
         for stage in (ours, theirs)
     )  # fmt: skip
-    assert close(found, expected, bits)
+    assert close(found, expected, bits, variant)
     prompts = drawn(1, 10, ours.hidden, 9)
     found, expected = (stage.prefill([2], [10], prompts) for stage in (ours, theirs))
-    assert close(found, expected, bits)
+    assert close(found, expected, bits, variant)
     hidden = drawn(2, 1, ours.hidden, 10)
     found, expected = (stage.decode(2, [10, 4], hidden) for stage in (ours, theirs))
-    assert close(found, expected, bits)
+    assert close(found, expected, bits, variant)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("bits", [[16] * 3, [8, 4, 3]])
+def test_in_float32_a_graph_is_exact(checkpoint_of, variant, bits):
+    """No input is rounded there: what families differ in shows to the last digits."""
+    path = checkpoint_of(variant)
+    ours, theirs = Stage(path, bits, dtype=torch.float32), exact(path, bits)
+    lengths = {1: 45, 3: GRAPH_TOKENS + 9}
+    prompts = drawn(2, max(lengths.values()), ours.hidden, 0)
+    found, expected = (stage.prefill(list(lengths), list(lengths.values()), prompts) for stage in (ours, theirs))
+    for row, length in enumerate(lengths.values()):
+        difference = found[row, :length] - expected[row, :length]
+        assert difference.norm() <= EXACT * expected[row, :length].norm()
+    hidden = drawn(3, 1, ours.hidden, 1)
+    found, expected = (stage.decode(1, [45, 0, GRAPH_TOKENS + 9], hidden) for stage in (ours, theirs))
+    assert (found - expected).norm() <= EXACT * expected.norm()
+
+
+def exact(path, bits):
+    return Stage(path, bits, "dequantize", torch.float32, block=1)
 
 
 def test_padding_and_other_slots_reach_no_row(checkpoint_of):
@@ -188,10 +229,11 @@ def test_chunks_hold_each_token_once_and_in_order():
 
 
 @pytest.mark.parametrize("bits", [[16] * 3, [4] * 3, [8, 16, 3]])
-def test_held_bytes_are_the_memory_model_s(checkpoint_of, bits):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_held_bytes_are_the_memory_model_s(checkpoint_of, bits, dtype):
     path = checkpoint_of("llama-biased")
-    stage = Stage(path, bits)
-    memory = MemoryModel(read_shape(path), Groups(32), 2, "openvino_graph")
+    stage = Stage(path, bits, dtype=dtype)
+    memory = MemoryModel(read_shape(path), Groups(32), dtype.itemsize, "openvino_graph")
     assert stored_bytes(stage.layers) == sum(map(memory.layer_bytes, bits))
     assert [type(layer) for layer in stage.layers] == [GraphMember, GraphMember, StageGraph]
 
@@ -200,22 +242,26 @@ def test_without_a_stage_layers_multiply_one_by_one(checkpoint_of):
     quant = QuantConfig([4], 32, 1, False, "openvino_graph")
     loader = LayerLoader(Checkpoint(checkpoint_of("llama")), [4] * 3, quant, torch.bfloat16, CPU)
     assert loader.kernel == "openvino"
-    assert replace(loader, stage=range(3), dtype=torch.float32).kernel == "dequantize"
+    assert replace(loader, dtype=torch.float32).kernel == "dequantize"
+    assert replace(loader, stage=range(3), dtype=torch.float32).kernel == "openvino_graph"
 
 
-def test_an_unknown_activation_is_said(tmp_path_factory):
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(tmp_path_factory, activation):
     from scripts.make_checkpoint import make_checkpoint
 
-    variant = VARIANTS["llama"] | {"config": {"hidden_act": "relu2"}}
-    path = make_checkpoint(tmp_path_factory.mktemp("relu2"), tokenizer=None, seed=3, dtype="bfloat16", **variant)
-    with pytest.raises(UserError, match=r"does not know the activation 'relu2'; use quant\.kernel=openvino"):
-        Stage(path, [4] * 3)
+    variant = VARIANTS["llama"] | {"config": {"hidden_act": activation}}
+    path = make_checkpoint(tmp_path_factory.mktemp(activation), tokenizer=None, seed=3, dtype="bfloat16", **variant)
+    ours, theirs = Stage(path, [16] * 3, dtype=torch.float32), exact(path, [16] * 3)
+    prompts = drawn(1, 9, ours.hidden, 0)
+    found, expected = (stage.prefill([0], [9], prompts) for stage in (ours, theirs))
+    assert (found - expected).norm() <= EXACT * expected.norm()
 
 
 def test_a_processor_or_library_that_cannot_is_said(checkpoint_of, monkeypatch):
     path = checkpoint_of("llama")
     monkeypatch.setattr(layers, "computes_in_bfloat16", lambda: False)
-    with pytest.raises(UserError, match=r"needs a processor with bfloat16 arithmetic; use quant\.kernel=openvino"):
+    with pytest.raises(UserError, match=r"needs a processor with bfloat16 arithmetic; plan with engine\.dtype=float32"):
         Stage(path, [4] * 3)
     monkeypatch.setitem(sys.modules, "ds_llmpq.quant.kernels.openvino_graph.stage_graph", None)
     with pytest.raises(UserError, match=r"needs OpenVINO >=2026\.2,<"):
@@ -223,7 +269,8 @@ def test_a_processor_or_library_that_cannot_is_said(checkpoint_of, monkeypatch):
 
 
 def test_this_processor_is_seen_as_torch_sees_it():
-    assert runs_here("openvino_graph")
+    assert runs_here("openvino_graph", "bfloat16")
+    assert not runs_here("openvino_graph", "float32")
 
 
 MEMORY = """

@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 
 from ds_llmpq.errors import UserError
+from ds_llmpq.models.spec import DecoderSpec, ExpertsSpec
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS, Groups, packed_linear_bytes, row_blocks
 
@@ -43,8 +44,8 @@ class Kernel:
 
     integer_activations: inputs are rounded to 8 bits by groups, and sums are taken in integers.
     whole_rows: it also takes one group a row, whatever its length. fused: linears of one input are held and run as one.
-    whole_stage: it runs all layers of a stage as one graph, unquantized ones too, of these `architectures`; a layer by
-    itself multiplies with the kernel `alone`.
+    whole_stage: it runs all layers of a stage as one graph, unquantized ones too; a layer by itself multiplies with the
+    kernel `alone`.
     """
 
     name: str
@@ -59,7 +60,6 @@ class Kernel:
     integer_activations: bool = False
     fused: bool = False
     whole_stage: bool = False
-    architectures: tuple[str, ...] = ()
     alone: str | None = None
 
 
@@ -67,9 +67,9 @@ KERNELS = {
     kernel.name: kernel
     for kernel in (
         Kernel(
-            "openvino_graph", "openvino", ("cpu",), ("bfloat16",), {3: 4, 4: 4, 8: 8}, (32, 64, 128, 256),
+            "openvino_graph", "openvino", ("cpu",), ("bfloat16", "float32"), {3: 4, 4: 4, 8: 8}, (32, 64, 128, 256),
             whole_rows=True, integer_activations=True, fused=True, whole_stage=True,
-            architectures=("llama", "mistral", "qwen2", "qwen3"), alone="openvino",
+            alone="openvino",
         ),
         Kernel(
             "openvino", "openvino", ("cpu",), ("bfloat16",), {1: 2, 2: 2, 3: 4, 4: 4, 8: 8}, (32, 64, 128, 256),
@@ -104,7 +104,7 @@ def version(name: str) -> str | None:
         return None
 
 
-def problem(name: str, kind: str, dtype: str, quant: QuantConfig, architecture: str) -> str | None:
+def problem(name: str, kind: str, dtype: str, quant: QuantConfig, spec: DecoderSpec | None) -> str | None:
     """Why no layer can run on this kernel, or None. The library need not be installed here."""
     if name == DEQUANTIZE:
         return None
@@ -117,8 +117,10 @@ def problem(name: str, kind: str, dtype: str, quant: QuantConfig, architecture: 
         return f"it reads groups along the input (axis 1), not axis {quant.axis}"
     if quant.group_size not in kernel.group_sizes:
         return f"it takes groups of {', '.join(map(str, kernel.group_sizes))}, not of {quant.group_size}"
-    if kernel.whole_stage and architecture not in kernel.architectures:
-        return f"it runs layers of {', '.join(kernel.architectures)}, not of {architecture}"
+    if kernel.whole_stage and spec is not None and (reason := _graph_problem(spec)):
+        return reason
+    if kernel.whole_stage and dtype == "float32" and quant.head_bits < UNQUANTIZED_BITS:
+        return f"in float32 nothing but {DEQUANTIZE} multiplies with an lm_head of {quant.head_bits} bits"
     for bits in quant.bits if kernel.whole_stage else ():
         if bits not in kernel.carried and bits != UNQUANTIZED_BITS:
             return f"it has no layers of {bits} bits"
@@ -131,7 +133,7 @@ def resolved(
     dtype: str,
     linears: Sequence[tuple[str, int, int]] = (),
     measured: str | None = None,
-    architecture: str = "",
+    spec: DecoderSpec | None = None,
     batch_invariant: bool = False,
 ) -> QuantConfig:
     """`quant` with `auto` replaced by what will run on all of these device kinds.
@@ -145,17 +147,26 @@ def resolved(
     if name != AUTO:
         check_name(name)
         for kind in kinds:
-            if reason := problem(name, kind, dtype, quant, architecture):
+            if reason := problem(name, kind, dtype, quant, spec):
                 raise UserError(f"quant.kernel={name} cannot be used: {reason}; set quant.kernel={AUTO}.")
         check_invariant(name, batch_invariant)
         return quant
-    there = [measured] if measured else [name for name in KERNELS if runs_here(name) and shrinks(name, linears)]
+    there = [measured] if measured else [name for name in KERNELS if runs_here(name, dtype) and shrinks(name, linears)]
     for candidate in there:
         if batch_invariant and is_whole_stage(check_name(candidate)):
             candidate = alone(candidate)
-        if all(problem(check_name(candidate), kind, dtype, quant, architecture) is None for kind in kinds):
+        if all(problem(check_name(candidate), kind, dtype, quant, spec) is None for kind in kinds):
             return replace(quant, kernel=candidate)
     return replace(quant, kernel=DEQUANTIZE)
+
+
+def _graph_problem(spec: DecoderSpec) -> str | None:
+    """Why a model's layers cannot be a graph, or None."""
+    if spec.attention.soft_cap is not None:
+        return "its attention does not cap scores, as this model's does (attn_logit_softcapping)"
+    if any(isinstance(layer.mlp, ExpertsSpec) for layer in spec.layers):
+        return "it has no mixtures of experts"
+    return None
 
 
 def is_whole_stage(name: str | None) -> bool:
@@ -181,18 +192,23 @@ def check_invariant(name: str | None, batch_invariant: bool) -> None:
         )
 
 
-def runs_here(name: str) -> bool:
-    """Whether this host could run the kernel: its library is installed, and for whole stages its processor has
-    bfloat16 arithmetic."""
-    return version(name) is not None and (not is_whole_stage(name) or _has_bfloat16())
+def runs_here(name: str, dtype: str) -> bool:
+    """Whether this host could run the kernel in `dtype`, and would by itself: its library is installed, and for whole
+    stages its processor has arithmetic for `dtype`. Where it has bfloat16, float32 is asked for to be exact, which
+    inputs rounded to 8 bits are not."""
+    if version(name) is None or not is_whole_stage(name):
+        return version(name) is not None
+    instructions = _instructions()
+    bfloat16 = bool({"avx512_bf16", "amx_bf16"} & instructions)
+    return bfloat16 if dtype == "bfloat16" else "avx2" in instructions and not bfloat16
 
 
 @cache
-def _has_bfloat16() -> bool:
-    """As Linux lists the processor's instructions; elsewhere it is not known, and taken as absent."""
+def _instructions() -> frozenset[str]:
+    """Of the processor, as Linux lists them; elsewhere they are not known, and taken as absent."""
     with contextlib.suppress(OSError):
-        return bool({"avx512_bf16", "amx_bf16"} & set(Path("/proc/cpuinfo").read_text().split()))
-    return False
+        return frozenset(Path("/proc/cpuinfo").read_text().split())
+    return frozenset()
 
 
 def candidates(
@@ -200,10 +216,10 @@ def candidates(
     dtype: str,
     quant: QuantConfig,
     linears: Sequence[tuple[str, int, int]] = (),
-    architecture: str = "",
+    spec: DecoderSpec | None = None,
 ) -> list[str]:
     """Kernels that could run here on this kind of device, `dequantize` last: what is worth measuring."""
-    able = [name for name in KERNELS if runs_here(name) and problem(name, kind, dtype, quant, architecture) is None]
+    able = [name for name in KERNELS if runs_here(name, dtype) and problem(name, kind, dtype, quant, spec) is None]
     return [*(name for name in able if shrinks(name, linears)), DEQUANTIZE]
 
 

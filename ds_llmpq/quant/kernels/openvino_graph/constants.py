@@ -84,16 +84,19 @@ def quantized_constants(weight: UnpackedWeight, bits: int) -> Constants:
 
 
 def plain_constants(weight: torch.Tensor) -> Constants:
-    """An unquantized weight [out, in] in bfloat16."""
-    mapping, (values,) = _file_backed([weight.contiguous().view(torch.int16).numpy()])
-    return Constants(mapping, (constant(values, list(weight.shape), openvino.Type.bf16),), weight.shape[1])
+    """An unquantized weight [out, in], bfloat16 or float32."""
+    narrow = weight.dtype == torch.bfloat16
+    mapping, (values,) = _file_backed([weight.contiguous().view(torch.int16 if narrow else torch.float32).numpy()])
+    kind = openvino.Type.bf16 if narrow else openvino.Type.f32
+    return Constants(mapping, (constant(values, list(weight.shape), kind),), weight.shape[1])
 
 
 def product(inputs: openvino.Node, weight: Constants) -> openvino.Node:
     """inputs [rows, in] -> [rows, out]: of a quantized weight as 32-bit nodes, for the compiled model's precision says
-    how they run; of an unquantized one in bfloat16, since OpenVINO would keep a copy of its weight in 32 bits."""
+    how they run; of an unquantized one in its own type, since OpenVINO would keep a copy of a bfloat16 weight in 32
+    bits."""
     if not weight.group_size:
-        return opset13.matmul(_narrow(inputs), weight.nodes[0], False, True)
+        return opset13.matmul(convert(inputs, weight.nodes[0].get_element_type()), weight.nodes[0], False, True)
     inputs, matrix = wide(inputs), opset13.convert(weight.nodes[0], numpy.float32)
     _, zeros, scales, left_out = weight.nodes
     out_features, groups, size = weight.nodes[0].shape
@@ -105,13 +108,14 @@ def product(inputs: openvino.Node, weight: Constants) -> openvino.Node:
     return opset13.add(exact, opset13.matmul(sums, left_out, False, True))
 
 
+def convert(node: openvino.Node, kind: openvino.Type) -> openvino.Node:
+    """The node itself where it is of that type."""
+    return node if node.get_element_type() == kind else opset13.convert(node, kind)
+
+
 def wide(node: openvino.Node) -> openvino.Node:
     """In 32 bits."""
-    return node if node.get_element_type() == openvino.Type.f32 else opset13.convert(node, openvino.Type.f32)
-
-
-def _narrow(node: openvino.Node) -> openvino.Node:
-    return node if node.get_element_type() == openvino.Type.bf16 else opset13.convert(node, openvino.Type.bf16)
+    return convert(node, openvino.Type.f32)
 
 
 def constant(data: numpy.ndarray, shape: list[int], kind: openvino.Type) -> openvino.op.Constant:

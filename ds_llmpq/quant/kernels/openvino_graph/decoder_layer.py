@@ -1,7 +1,7 @@
-"""A decoder layer of the Llama family (`models.families.llama`) as nodes of an OpenVINO graph.
+"""A decoder layer (`models.block`) as nodes of an OpenVINO graph, as its `DecoderSpec` describes it.
 
 Tokens of all rows lie one after another, [tokens, hidden]; attention finds each row's keys and values in a cache of
-blocks of `BLOCK` positions and adds the new ones to it, so rows may be of any lengths and at any positions.
+blocks of `CACHE_BLOCK` positions and adds the new ones to it, so rows may be of any lengths and at any positions.
 """
 
 from __future__ import annotations
@@ -14,38 +14,66 @@ import openvino
 from openvino import Node, opset13
 from openvino.op import _PagedAttentionExtension
 
-from ds_llmpq.errors import UserError
-from ds_llmpq.models.block import Block, Norm
+from ds_llmpq.models.block import Attention, Block, Norm
+from ds_llmpq.models.ends import alibi_slopes
 from ds_llmpq.quant.kernels.openvino_graph.constants import Constants, product, wide
 from ds_llmpq.quant.kernels.registry import CACHE_BLOCK
-
-
-def _silu(inputs: Node) -> Node:
-    kind = inputs.get_element_type()
-    return opset13.swish(inputs, opset13.convert(_scalar(1.0), kind) if kind != openvino.Type.f32 else None)
 
 
 def _scalar(value: float) -> Node:
     return opset13.constant(numpy.float32(value))
 
 
-# by transformers' names
+def _like(value: float, inputs: Node) -> Node:
+    """In the type of `inputs`."""
+    kind = inputs.get_element_type()
+    return _scalar(value) if kind == openvino.Type.f32 else opset13.convert(_scalar(value), kind)
+
+
+def _silu(inputs: Node) -> Node:
+    kind = inputs.get_element_type()
+    return opset13.swish(inputs, None if kind == openvino.Type.f32 else _like(1.0, inputs))
+
+
+def _gelu(inputs: Node) -> Node:
+    return opset13.gelu(inputs, "erf")
+
+
+def _tanh_gelu(inputs: Node) -> Node:
+    return opset13.gelu(inputs, "tanh")
+
+
+def _squared_relu(inputs: Node) -> Node:
+    positive = opset13.relu(inputs)
+    return opset13.multiply(positive, positive)
+
+
+# all of `models.spec.ACTIVATIONS`
 _ACTIVATIONS: dict[str, Callable[[Node], Node]] = {
     "silu": _silu,
-    "gelu": lambda inputs: opset13.gelu(inputs, "erf"),
-    "gelu_new": lambda inputs: opset13.gelu(inputs, "tanh"),
-    "gelu_pytorch_tanh": lambda inputs: opset13.gelu(inputs, "tanh"),
+    "swish": _silu,
+    "gelu": _gelu,
+    "gelu_python": _gelu,
+    "gelu_new": _tanh_gelu,
+    "gelu_fast": _tanh_gelu,
+    "gelu_pytorch_tanh": _tanh_gelu,
+    "quick_gelu": lambda inputs: opset13.swish(inputs, _like(1.702, inputs)),
     "relu": opset13.relu,
+    "relu2": _squared_relu,
+    "relu6": lambda inputs: opset13.clamp(inputs, 0.0, 6.0),
+    "mish": opset13.mish,
+    "tanh": opset13.tanh,
+    "sigmoid": opset13.sigmoid,
 }
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Where the tokens of a pass stand, for all layers alike: rotary cosines and sines [tokens, 1, 1, head size], and
-    the attention's tables (a row's tokens in the cache, its span of new tokens, its blocks)."""
+    """Where the tokens of a pass stand, for all layers alike: cosines and sines [tokens, 1, 1, rotated features] by the
+    names of `DecoderSpec.rotary`, and the attention's tables (a row's tokens in the cache, its span of new tokens, its
+    blocks)."""
 
-    cos: Node
-    sin: Node
+    rotary: Mapping[str, tuple[Node, Node]]
     past_lens: Node
     subsequence_begins: Node
     block_indices: Node
@@ -60,61 +88,88 @@ class LayerNodes:
     """
 
     def __init__(self, layer: Block, weights: Mapping[tuple[str, ...], Constants]):
-        attention = layer.spec.attention
-        self.layer, self.weights, self.window = layer, weights, layer.self_attn.window
-        self.head_dim, self.scaling = attention.head_dim, attention.scale
-        self.heads, self.kv_heads = attention.heads, attention.kv_heads
-        name = layer.mlp.spec.activation
-        if name not in _ACTIVATIONS:
-            raise UserError(
-                f"quant.kernel=openvino_graph does not know the activation {name!r}; use quant.kernel=openvino."
-            )
-        self.activation = _ACTIVATIONS[name]
+        self.layer, self.weights, self.spec = layer, weights, layer.spec.attention
 
     def outputs(self, hidden: Node, rows: Rows, key_cache: Node, value_cache: Node) -> Node:
         """Hidden states [tokens, hidden] behind the layer."""
-        attended = self._attention(_norm(hidden, self.layer.attention_norm), rows, key_cache, value_cache)
-        hidden = opset13.add(hidden, wide(self._product(attended, "self_attn.o_proj")))
-        normed = _norm(hidden, self.layer.mlp_norm)
-        # two products, not one: activation and multiplication become part of them
-        gate, up = self._product(normed, "mlp.gate_proj"), self._product(normed, "mlp.up_proj")
-        gated = opset13.multiply(self.activation(gate), up)
-        return opset13.add(hidden, wide(self._product(gated, "mlp.down_proj")))
+        layer = self.layer
+
+        def attend(normed: Node) -> Node:
+            return self._product(self._attention(normed, rows, key_cache, value_cache), "self_attn.o_proj")
+
+        hidden = self._half(hidden, attend, layer.attention_norm, layer.attention_out_norm)
+        return self._half(hidden, self._mlp, layer.mlp_norm, layer.mlp_out_norm)
+
+    def _half(self, hidden: Node, work: Callable[[Node], Node], norm: Norm, out_norm: Norm | None) -> Node:
+        """As `Block._half`."""
+        if self.layer.spec.norms == "after":
+            return _norm(opset13.add(hidden, wide(work(hidden))), norm)
+        normed = _norm(hidden, norm)
+        outputs = wide(work(normed))
+        if out_norm is not None:
+            outputs = _norm(outputs, out_norm)
+        return opset13.add(normed if self.layer.spec.residual_from_norm else hidden, outputs)
+
+    def _mlp(self, normed: Node) -> Node:
+        spec = self.layer.mlp.spec
+        activate = _ACTIVATIONS[spec.activation]
+        if not spec.gated:
+            return self._product(activate(self._product(normed, "mlp.up_proj")), "mlp.down_proj")
+        if spec.stacked:
+            gate, up = _split(self._product(normed, "mlp.gate_up_proj"), [spec.intermediate] * 2)
+        else:
+            # two products, not one: activation and multiplication become part of them
+            gate, up = self._product(normed, "mlp.gate_proj"), self._product(normed, "mlp.up_proj")
+        return self._product(opset13.multiply(activate(gate), up), "mlp.down_proj")
 
     def _attention(self, normed: Node, rows: Rows, key_cache: Node, value_cache: Node) -> Node:
-        names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-        sizes = [self.layer.get_submodule(name).out_features for name in names]
-        together = wide(self._product(normed, *names))
-        query, key, value = opset13.variadic_split(together, opset13.constant(1), opset13.constant(sizes)).outputs()
-        query = self._placed(query, self.heads, rows, getattr(self.layer.self_attn, "q_norm", None))
-        key = self._placed(key, self.kv_heads, rows, getattr(self.layer.self_attn, "k_norm", None))
+        spec, attention = self.spec, self.layer.self_attn
+        query, key, value = self._heads(normed)
+        query = self._placed(query, spec.heads, rows, attention, "q_norm")
+        key = self._placed(key, spec.kv_heads, rows, attention, "k_norm")
         attention = _PagedAttentionExtension(self._attention_inputs(query, key, value, rows, key_cache, value_cache))
         known = attention.get_rt_info()
-        known["num_k_heads"] = known["num_v_heads"] = self.kv_heads
-        known["k_head_size"] = known["v_head_size"] = self.head_dim
-        size = opset13.constant(numpy.array([0, self.heads * self.head_dim]))
-        return opset13.reshape(attention.output(0), size, True)
+        known["num_k_heads"] = known["num_v_heads"] = spec.kv_heads
+        known["k_head_size"] = known["v_head_size"] = spec.head_dim
+        return _shaped(attention.output(0), [0, spec.heads * spec.head_dim])
 
-    def _placed(self, states: Node, heads: int, rows: Rows, norm: Norm | None) -> Node:
+    def _heads(self, normed: Node) -> list[openvino.Output | Node]:
+        """Queries, keys, values: [tokens, heads x features] each."""
+        spec, size = self.spec, self.spec.head_dim
+        if spec.qkv == "separate":
+            together = self._product(normed, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+        else:
+            together = self._product(normed, "self_attn.qkv_proj")
+        if spec.qkv == "interleaved":
+            by_head = _shaped(wide(together), [0, spec.heads, 3, size])
+            parts = opset13.split(by_head, opset13.constant(2), 3).outputs()
+            return [_shaped(part, [0, spec.heads * size]) for part in parts]
+        return _split(wide(together), [spec.heads * size, spec.kv_heads * size, spec.kv_heads * size])
+
+    def _placed(self, states: Node, heads: int, rows: Rows, attention: Attention, norm: str) -> Node:
         """Queries or keys, each head normed where the family does so, and rotated to their positions: written in the
         form that OpenVINO knows as one operation."""
-        split = opset13.reshape(states, opset13.constant(numpy.array([0, heads, 1, self.head_dim])), True)
-        if norm is not None:
-            split = _norm(split, norm)
-        middle, end = self.head_dim // 2, self.head_dim
-        first, second = (_part(split, start, stop) for start, stop in ((0, middle), (middle, end)))
-        turned = opset13.concat([opset13.multiply(second, _scalar(-1.0)), first], -1)
-        rotated = opset13.add(opset13.multiply(split, rows.cos), opset13.multiply(turned, rows.sin))
-        return opset13.reshape(rotated, opset13.constant(numpy.array([0, heads * self.head_dim])), True)
+        spec, size = self.spec, self.spec.head_dim
+        if spec.qk_norm is None and attention.rotary is None:
+            return states
+        split = _shaped(states, [0, heads, 1, size])
+        if spec.qk_norm is not None:
+            split = _norm(split, getattr(attention, norm))
+        if attention.rotary is not None:
+            split = _rotate(split, size, *rows.rotary[attention.rotary])
+        return _shaped(split, [0, heads * size])
 
     def _attention_inputs(
         self, query: Node, key: Node, value: Node, rows: Rows, key_cache: Node, value_cache: Node
     ) -> list[openvino.Output]:
-        """In the operation's order. What it could do besides (ALiBi, scores, eviction, sinks) is left empty."""
+        """In the operation's order. What it could do besides (scores, eviction, sinks) is left empty."""
         tables = (rows.past_lens, rows.subsequence_begins, rows.block_indices, rows.block_indices_begins)
+        slopes = _none(numpy.float32)
+        if self.spec.alibi:
+            slopes = opset13.constant(numpy.array(alibi_slopes(self.spec.heads), numpy.float32))
         nodes = [
             query, key, value, key_cache, value_cache, *tables,
-            _scalar(self.scaling), _count(self.window or 0), _none(numpy.float32), rows.max_context_len,
+            _scalar(self.spec.scale), _count(self.layer.self_attn.window or 0), slopes, rows.max_context_len,
             _none(numpy.int32), _none(numpy.int32), _none(numpy.int32), _none(numpy.float32), _none(numpy.float32),
             _count(0), _count(0), _none(numpy.float32, 4), _count(0), _none(numpy.int32), _none(numpy.int32),
             _none(numpy.int32), _none(numpy.int32), _none(numpy.uint8), _none(numpy.int32),
@@ -131,17 +186,47 @@ class LayerNodes:
         return opset13.add(wide(outputs), opset13.constant(together[None]))
 
 
-def cache_parameter(kv_heads: int, head_dim: int) -> Node:
+def cache_parameter(kv_heads: int, head_dim: int, kind: openvino.Type) -> Node:
     """Keys or values of a layer: [blocks, key/value heads, positions of a block, head size]."""
-    return opset13.parameter([-1, kv_heads, CACHE_BLOCK, head_dim], openvino.Type.bf16)
+    return opset13.parameter([-1, kv_heads, CACHE_BLOCK, head_dim], kind)
 
 
 def _norm(states: Node, norm: Norm) -> Node:
-    """Over the last dimension, by root mean square."""
-    squares = opset13.reduce_mean(opset13.power(states, _scalar(2.0)), opset13.constant(numpy.array([-1])), True)
-    root = opset13.sqrt(opset13.add(squares, _scalar(norm.spec.eps)))
-    scaled = opset13.multiply(states, opset13.divide(_scalar(1.0), root))
-    return opset13.multiply(scaled, opset13.constant(norm.weight.detach().float().numpy()[None]))
+    """Over the last dimension."""
+    last, spec = opset13.constant(numpy.array([-1])), norm.spec
+    if spec.kind == "layer":
+        scaled = opset13.mvn(states, last, True, spec.eps, "INSIDE_SQRT")
+    else:
+        squares = opset13.reduce_mean(opset13.power(states, _scalar(2.0)), last, True)
+        root = opset13.sqrt(opset13.add(squares, _scalar(spec.eps)))
+        scaled = opset13.multiply(states, opset13.divide(_scalar(1.0), root))
+    if norm.weight is not None:
+        weight = norm.weight.detach().float().numpy()[None]
+        scaled = opset13.multiply(scaled, opset13.constant(weight + 1 if spec.plus_one else weight))
+    if norm.bias is not None:
+        scaled = opset13.add(scaled, opset13.constant(norm.bias.detach().float().numpy()[None]))
+    return scaled
+
+
+def _rotate(states: Node, size: int, cos: Node, sin: Node) -> Node:
+    """As `block.rotate`, [tokens, heads, 1, size]; sines without signs."""
+    features = int(cos.get_output_partial_shape(0)[3].get_length())
+    turned, rest = states, None
+    if features < size:
+        turned, rest = _part(states, 0, features), _part(states, features, size)
+    first, second = _part(turned, 0, features // 2), _part(turned, features // 2, features)
+    other = opset13.concat([opset13.multiply(second, _scalar(-1.0)), first], -1)
+    rotated = opset13.add(opset13.multiply(turned, cos), opset13.multiply(other, sin))
+    return rotated if rest is None else opset13.concat([rotated, rest], -1)
+
+
+def _split(states: Node, sizes: list[int]) -> list[openvino.Output]:
+    """Parts of the last of two dimensions."""
+    return opset13.variadic_split(states, opset13.constant(1), opset13.constant(sizes)).outputs()
+
+
+def _shaped(states: Node, shape: list[int]) -> Node:
+    return opset13.reshape(states, opset13.constant(numpy.array(shape)), True)
 
 
 def _part(states: Node, start: int, stop: int) -> Node:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy
 import openvino
@@ -18,11 +18,32 @@ from openvino import opset13
 from torch import nn
 
 from ds_llmpq.models.block import Block
+from ds_llmpq.models.spec import DecoderSpec
 from ds_llmpq.models.step import Step
-from ds_llmpq.quant.kernels.openvino_graph.constants import Constants, core, input_group, threading_properties
+from ds_llmpq.quant.kernels.openvino_graph.constants import (
+    Constants,
+    convert,
+    core,
+    input_group,
+    threading_properties,
+    wide,
+)
 from ds_llmpq.quant.kernels.openvino_graph.decoder_layer import LayerNodes, Rows, cache_parameter
 from ds_llmpq.quant.kernels.registry import CACHE_BLOCK, GRAPH_TOKENS
 
+
+class _Kind(NamedTuple):
+    """A compute dtype as OpenVINO's tensors and properties call it, and the type by which numpy knows its memory."""
+
+    ours: openvino.Type
+    theirs: str
+    as_numpy: torch.dtype
+
+
+_KINDS = {
+    torch.bfloat16: _Kind(openvino.Type.bf16, "bf16", torch.int16),
+    torch.float32: _Kind(openvino.Type.f32, "f32", torch.float32),
+}
 _TABLES = ("past_lens", "subsequence_begins", "block_indices", "block_indices_begins")
 
 
@@ -62,15 +83,16 @@ class StageGraph(nn.Module):
     Called with a `Step`, it takes the place of all of them.
     """
 
-    def __init__(self, first_layer: int):
+    def __init__(self, first_layer: int, dtype: torch.dtype = torch.bfloat16):
         super().__init__()
-        self.first_layer = first_layer
+        self.first_layer, self.dtype = first_layer, dtype
         self.held_bytes = 0
         self._constants: list[Constants] = []
         self._caches: list[openvino.Node] = []
         self._store: PagedStore | None = None
         self._hidden = self._inputs = self._rows = None
-        self._features = self._head_dim = 0
+        self._sizes: dict[str, int] = {}  # features of a token's inputs beside the tables
+        self._rotary: dict[str, int] = {}  # rotated features by the names of `DecoderSpec.rotary`
         self._bound_tokens = 0
 
     @property
@@ -80,11 +102,11 @@ class StageGraph(nn.Module):
     def add(self, layer: Block, weights: Mapping[tuple[str, ...], Constants], held_bytes: int) -> None:
         """A decoder layer: its norms and biases must be filled, its linears' weights are `weights` and will take
         `held_bytes`."""
-        nodes = LayerNodes(layer, weights)
         if self._hidden is None:
-            self._begin(layer.spec.hidden, nodes.head_dim)
-        caches = [cache_parameter(nodes.kv_heads, nodes.head_dim) for _ in range(2)]
-        self._hidden = nodes.outputs(self._hidden, self._rows, *caches)
+            self._begin(layer.spec)
+        attention, kind = layer.spec.attention, _KINDS[self.dtype].ours
+        caches = [cache_parameter(attention.kv_heads, attention.head_dim, kind) for _ in range(2)]
+        self._hidden = LayerNodes(layer, weights).outputs(self._hidden, self._rows, *caches)
         self._caches += caches
         self._constants += weights.values()
         others = [parameter for parameter in layer.parameters() if parameter.device.type != "meta"]
@@ -92,24 +114,21 @@ class StageGraph(nn.Module):
 
     def compile(self) -> None:
         """Packs all weights and takes all buffers, so that what this frees can be given back before serving."""
-        result = opset13.result(opset13.convert(self._hidden, openvino.Type.bf16))
+        kind = _KINDS[self.dtype]
+        result = opset13.result(convert(self._hidden, kind.ours))
         parameters = [*self._inputs.values(), *self._caches]
         for node, name in zip(self._caches, self._cache_names(), strict=True):
             node.output(0).set_names({name})
         model = openvino.Model([result], parameters)
         properties = threading_properties() | {
-            "INFERENCE_PRECISION_HINT": "bf16",
-            "KV_CACHE_PRECISION": "bf16",
+            "INFERENCE_PRECISION_HINT": kind.theirs,
+            "KV_CACHE_PRECISION": kind.theirs,
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(self._input_group()),
         }
         self._request = core().compile_model(model, "CPU", properties).create_infer_request()
         del self._hidden, self._inputs, self._rows
-        self._staging = {
-            "hidden": torch.zeros(GRAPH_TOKENS, self._features, dtype=torch.bfloat16),
-            "outputs": torch.zeros(GRAPH_TOKENS, self._features, dtype=torch.bfloat16),
-            "cos": torch.zeros(GRAPH_TOKENS, self._head_dim, dtype=torch.bfloat16),
-            "sin": torch.zeros(GRAPH_TOKENS, self._head_dim, dtype=torch.bfloat16),
-        }
+        sizes = {"outputs": self._sizes["hidden"], **self._sizes}
+        self._staging = {name: torch.zeros(GRAPH_TOKENS, size, dtype=self.dtype) for name, size in sizes.items()}
         self._warm_up()
         for weight in self._constants:
             weight.drop_pages()
@@ -119,38 +138,48 @@ class StageGraph(nn.Module):
         self._attach(step.cache.store)
         rows, tokens, features = step.hidden.shape
         lengths = [tokens] * rows if step.last is None or tokens == 1 else (step.last + 1).tolist()
-        cos, signed_sin = (part.reshape(-1, self._head_dim) for part in step.prepared()["rotary"])
-        sin = signed_sin[:, self._head_dim // 2 :].repeat(1, 2)  # the graph changes signs itself
-        hidden = step.hidden.reshape(-1, features)
+        sources = self._angles(step)
+        sources["hidden"] = hidden = step.hidden.reshape(-1, features)
         outputs = torch.zeros_like(hidden) if min(lengths) < tokens else torch.empty_like(hidden)
         for chunk in chunks(lengths, step.cache.row_places()):
             spans = list(_spans(chunk, tokens))
-            for name, source in (("hidden", hidden), ("cos", cos), ("sin", sin)):
+            for name, source in sources.items():
                 _gather(self._staging[name], source, spans)
             count = self._infer(chunk)
             _scatter(outputs, self._staging["outputs"][:count], spans)
         step.hidden = outputs.view(rows, tokens, features)
         return step
 
-    def _begin(self, features: int, head_dim: int) -> None:
-        self._features, self._head_dim = features, head_dim
-        sizes = {"hidden": features, "cos": head_dim, "sin": head_dim}
-        inputs = {name: opset13.parameter([-1, size], openvino.Type.bf16) for name, size in sizes.items()}
+    def _angles(self, step: Step) -> dict[str, torch.Tensor]:
+        """Cosines and sines of all tokens by the names of the graph's inputs; it changes signs itself."""
+        found, prepared = {}, step.prepared()
+        for name, features in self._rotary.items():
+            cos, signed = (part.reshape(-1, features) for part in prepared[name])
+            found[f"cos {name}"], found[f"sin {name}"] = cos, signed[:, features // 2 :].repeat(1, 2)
+        return found
+
+    def _begin(self, spec: DecoderSpec) -> None:
+        self._rotary = {name: rotary.features for name, rotary in spec.rotary}
+        angles = {f"{part} {name}": size for name, size in self._rotary.items() for part in ("cos", "sin")}
+        self._sizes = sizes = {"hidden": spec.hidden, **angles}
+        inputs = {name: opset13.parameter([-1, size], _KINDS[self.dtype].ours) for name, size in sizes.items()}
         inputs |= {name: opset13.parameter([-1], openvino.Type.i32) for name in _TABLES}
         inputs["max_context_len"] = opset13.parameter([], openvino.Type.i32)
         for name, node in inputs.items():
             node.output(0).set_names({name})
-        wide = {name: opset13.convert(inputs[name], numpy.float32) for name in sizes}
         heads = opset13.constant(numpy.array([1, 2]))
-        self._inputs, self._hidden = inputs, wide["hidden"]
+        by_head = {name: opset13.unsqueeze(wide(inputs[name]), heads) for name in angles}
+        self._inputs, self._hidden = inputs, wide(inputs["hidden"])
         self._rows = Rows(
-            opset13.unsqueeze(wide["cos"], heads),
-            opset13.unsqueeze(wide["sin"], heads),
+            {name: (by_head[f"cos {name}"], by_head[f"sin {name}"]) for name in self._rotary},
             **{name: inputs[name] for name in (*_TABLES, "max_context_len")},
         )
 
     def _input_group(self) -> int:
-        """One for all products of the graph: the finest that one of its quantized weights wants."""
+        """One for all products of the graph: the finest that one of its quantized weights wants; 0, inputs as they are,
+        in float32, which is there to be exact, and where processors may have no instructions for integer sums."""
+        if self.dtype == torch.float32:
+            return 0
         wanted = [input_group(w.group_size, w.in_features) for w in self._constants if w.group_size]
         return min(wanted, default=0)
 
@@ -182,7 +211,7 @@ class StageGraph(nn.Module):
             self._request.set_tensor(name, openvino.Tensor(numpy.array(values, numpy.int32)))
         count = sum(lengths)
         if count != self._bound_tokens:
-            for name in ("hidden", "cos", "sin"):
+            for name in self._sizes:
                 self._request.set_tensor(name, _shared(self._staging[name][:count]))
             self._request.set_output_tensor(_shared(self._staging["outputs"][:count]))
             self._bound_tokens = count
@@ -190,7 +219,7 @@ class StageGraph(nn.Module):
         return count
 
     def _warm_up(self) -> None:
-        self._attach(_ScratchStore(self._request, self.layers))
+        self._attach(_ScratchStore(self._request, self.dtype))
         self._infer([Piece(0, 0, GRAPH_TOKENS, 0, 0)])
         self._infer([Piece(0, 0, 1, 0, 0)])
         self._store = None
@@ -199,10 +228,10 @@ class StageGraph(nn.Module):
 class _ScratchStore:
     """A cache for one row of `GRAPH_TOKENS` tokens that all layers share: what it holds is of no interest."""
 
-    def __init__(self, request: openvino.InferRequest, layers: int):
+    def __init__(self, request: openvino.InferRequest, dtype: torch.dtype):
         _, heads, size, head_dim = request.get_tensor("keys0").shape
         self.blocks_of_slot = -(-GRAPH_TOKENS // CACHE_BLOCK)
-        self._blocks = torch.zeros(2, self.blocks_of_slot, heads, size, head_dim, dtype=torch.bfloat16)
+        self._blocks = torch.zeros(2, self.blocks_of_slot, heads, size, head_dim, dtype=dtype)
 
     def blocks(self, layer_idx: int) -> torch.Tensor:
         return self._blocks
@@ -260,5 +289,6 @@ def _scatter(target: torch.Tensor, source: torch.Tensor, spans: list[tuple[int, 
 
 
 def _shared(memory: torch.Tensor) -> openvino.Tensor:
-    """The bfloat16 tensor's own memory, which must outlive its use."""
-    return openvino.Tensor(memory.view(torch.int16).numpy(), openvino.Shape(list(memory.shape)), openvino.Type.bf16)
+    """The tensor's own memory, which must outlive its use."""
+    kind = _KINDS[memory.dtype]
+    return openvino.Tensor(memory.view(kind.as_numpy).numpy(), openvino.Shape(list(memory.shape)), kind.ours)
