@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -58,6 +59,18 @@ class KVStore:
             self._memory.dtype, self.device, self.block,
         )  # fmt: skip
 
+    @property
+    def memory(self) -> torch.Tensor:
+        """All of it, [layers, 2, elements], whatever the shape of slots."""
+        return self._memory
+
+    def over(self, memory: torch.Tensor) -> KVStore:
+        """The store, in the same shape, on other memory of the same size."""
+        other = copy.copy(self)
+        other._memory = memory
+        other.shape_for(self.slots, self.capacity)
+        return other
+
     def shape_for(self, slots: int, capacity: int) -> None:
         """Views the store as `slots` sequences of up to `capacity` tokens, in whole blocks; earlier contents become
         meaningless."""
@@ -70,7 +83,7 @@ class KVStore:
         layers = self._memory.shape[0]
         used = self._memory[:, :, : slots * capacity * self.kv_heads * self.head_dim]
         self._view = used.view(layers, 2, slots, self.kv_heads, capacity, self.head_dim)
-        self.capacity = capacity
+        self.slots, self.capacity = slots, capacity
 
     def clear(self, slot: int | None = None) -> None:
         """Forgets a slot's contents, or all. Masked positions count with weight 0, which a NaN left there would

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-CASES = Path(__file__).parents[1] / "lengths" / "data" / "published_schedules.json"
+CASES = Path(__file__).parents[1] / "research" / "data" / "published_schedules.json"
 
 
 def simulate(*arguments):

@@ -1,0 +1,136 @@
+"""Decode passes of one stage as captured graphs: one for each shape, chosen by the rows and a bucket of the context.
+
+An eager pass costs the host tens of microseconds for each of some 66 operations a layer; a replayed one costs it one
+launch. What changes from pass to pass (tokens or hidden states, positions) is copied into buffers that never move.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from ds_llmpq.engine.kv_cache import DecodeCache, KVStore
+from ds_llmpq.engine.runner.capture import Capture
+from ds_llmpq.models.block import Experts
+from ds_llmpq.models.step import Step
+
+Outputs = tuple[torch.Tensor, torch.Tensor | None]  # hidden states, and logits on the last stage
+_LEAST_CONTEXT = 128
+_MOST_GRAPHS = 256
+
+
+def context_bucket(kv_tokens: int, capacity: int) -> int:
+    """The context that a graph for `kv_tokens` attends over: the next of 128, 192, 256, 384, 512, 768 ..., so at most
+    half as much again; never more than `capacity`."""
+    bucket = _LEAST_CONTEXT
+    while bucket < kv_tokens:
+        bucket = bucket * 3 // 2 if bucket & (bucket - 1) == 0 else bucket // 3 * 4
+    return min(bucket, capacity)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What a graph was captured for. `slots` and `capacity`: of the whole store, whose strides they give."""
+
+    first_slot: int
+    rows: int
+    kv_tokens: int
+    slots: int
+    capacity: int
+
+
+class CapturedDecode:
+    """Runs the decode passes of `module`, a stage, by graphs that `capture` records when a shape is first met.
+
+    The states it returns are its own memory, which the next pass writes over. hidden_size: features of the hidden
+    states that come in; 0 on the first stage, where token ids come.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        store: KVStore,
+        positional: Callable[[Step], None],
+        capture: Capture,
+        dtype: torch.dtype,
+        hidden_size: int = 0,
+        most_graphs: int = _MOST_GRAPHS,
+    ):
+        self.module = module
+        self.store = store
+        self.positional = positional
+        self.capture = capture
+        self.most_graphs = most_graphs
+        self._hidden_size, self._dtype = hidden_size, dtype
+        self._graphs: OrderedDict[_Shape, Callable[[], Outputs]] = OrderedDict()
+        self._make_buffers(1)
+        for part in module.modules():
+            if isinstance(part, Experts):
+                part.static = True
+
+    def run(self, step: Step) -> Outputs:
+        """A decode step of one token a row, whose rows are neighbouring slots. What the eager pass gives."""
+        shape = self._shape_of(step)
+        rows = shape.rows
+        if rows > len(self._positions):
+            # graphs know their buffers by address
+            self._graphs.clear()
+            self._make_buffers(rows)
+        self._positions[:rows].copy_(step.positions[:, 0], non_blocking=True)
+        inputs = step.hidden if self._hidden_size else step.token_ids
+        self._inputs[:rows].copy_(inputs, non_blocking=True)
+        return self._graph(shape)()
+
+    @property
+    def graphs(self) -> int:
+        """How many are held."""
+        return len(self._graphs)
+
+    def _shape_of(self, step: Step) -> _Shape:
+        if not isinstance(step.cache, DecodeCache):
+            raise TypeError(f"a captured decode pass needs the cache of a decode pass, not {type(step.cache).__name__}")
+        slots = step.cache.slots
+        capacity = self.store.capacity
+        bucket = context_bucket(step.kv_tokens, capacity)
+        return _Shape(slots.start, slots.stop - slots.start, bucket, self.store.slots, capacity)
+
+    def _graph(self, shape: _Shape) -> Callable[[], Outputs]:
+        if shape not in self._graphs:
+            while len(self._graphs) >= self.most_graphs:
+                self._graphs.popitem(last=False)
+            buffers = self._inputs[: shape.rows], self._positions[: shape.rows], self.store.memory
+            self._graphs[shape] = self.capture(partial(self._step, shape), buffers)
+        self._graphs.move_to_end(shape)
+        return self._graphs[shape]
+
+    def _step(self, shape: _Shape, inputs: torch.Tensor, positions: torch.Tensor, memory: torch.Tensor) -> Outputs:
+        """Nothing changes from call to call but what the three tensors hold."""
+        stop = shape.first_slot + shape.rows
+        step = Step(
+            positions=positions[:, None],
+            cache=self.store.over(memory).decode(shape.first_slot, stop, positions, shape.kv_tokens),
+            kv_tokens=shape.kv_tokens,
+            causal_only=False,
+            prepare=self.positional,
+        )
+        if self._hidden_size:
+            step.hidden = inputs
+        else:
+            step.token_ids = inputs
+        done = self.module(step)
+        return done.hidden, done.logits
+
+    def _make_buffers(self, rows: int) -> None:
+        """For twice the rows that were asked for, so that few sizes are met."""
+        most = min(max(2 * rows, 8), max(self.store.slots, rows))
+        device = self.store.device
+        self._positions = torch.zeros(most, dtype=torch.long, device=device)
+        if self._hidden_size:
+            self._inputs = torch.zeros(most, 1, self._hidden_size, dtype=self._dtype, device=device)
+        else:
+            self._inputs = torch.zeros(most, 1, dtype=torch.long, device=device)

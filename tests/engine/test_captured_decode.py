@@ -1,0 +1,182 @@
+"""Decode passes recorded once and replayed: the same bits as the eager pass, for all families, with no host read."""
+
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+from ds_llmpq.engine.runner.capture import capture_trace
+from ds_llmpq.engine.runner.captured_decode import CapturedDecode, context_bucket
+from ds_llmpq.models.block import Experts
+from ds_llmpq.models.step import Step
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
+from tiny_models import VOCABULARY, our_model, transformers_model
+
+SLOTS, CAPACITY = 5, 40
+# of each family one; that all variations can be traced is `tests/models/test_block.py`'s subject
+KINDS = [
+    "llama", "mistral-window", "qwen2-window", "qwen3", "opt-projected-post-norm", "bloom", "gemma2", "gemma3",
+    "phi3-long", "mixtral", "qwen3-moe-mixed",
+]  # fmt: skip
+
+
+class Stage(nn.Module):
+    """Layers one after another, as a pipeline stage has them."""
+
+    def __init__(self, *parts):
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, step):
+        for part in self.parts:
+            step = part(step)
+        return step
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    made = {}
+
+    def get(name):
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name)
+            transformers_model(name).save_pretrained(folder)
+            made[name] = our_model(folder)
+        return made[name]
+
+    return get
+
+
+def filled(ours, lengths, seed):
+    """A store whose slots hold prompts of these lengths."""
+    numbers = random.Random(seed)
+    store = ours.store(SLOTS, CAPACITY)
+    ours.prefill([[numbers.randrange(3, VOCABULARY) for _ in range(length)] for length in lengths], store)
+    return store
+
+
+def decode_step(store, first, tokens, positions, kv_tokens):
+    at = torch.tensor(positions)
+    cache = store.decode(first, first + len(tokens), at, kv_tokens)
+    return Step(at[:, None], cache, kv_tokens, False, token_ids=torch.tensor(tokens)[:, None])
+
+
+@torch.no_grad()
+def eager(module, positional, step):
+    step.prepare = positional
+    done = module(step)
+    return done.hidden, done.logits
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_replayed_pass_has_the_bits_of_the_eager_one(models, name):
+    """Other tokens, positions and contexts than it was recorded with; rows that have ended go along."""
+    ours = models(name)
+    ours.set_static()
+    module, positional = Stage(ours.embedding, *ours.layers, ours.head), ours.decoder.positions()
+    lengths = [3, 9, 1, 12, 6]
+    captured, plain = (filled(ours, lengths, 1) for _ in range(2))
+    runner = CapturedDecode(module, captured, positional, capture_trace, torch.float32)
+    positions, numbers = list(lengths), random.Random(2)
+    for number in range(6):
+        tokens = [numbers.randrange(3, VOCABULARY) for _ in range(SLOTS)]
+        _, logits = runner.run(decode_step(captured, 0, tokens, positions, max(positions) + 1))
+        _, expected = eager(module, positional, decode_step(plain, 0, tokens, positions, CAPACITY))
+        assert torch.equal(logits, expected)
+        assert torch.equal(captured._memory, plain._memory)
+        # one row ends after each pass, and stays where it is
+        positions = [place + (row > number - 2) for row, place in enumerate(positions)]
+    assert runner.graphs == 1
+
+
+def test_stages_behind_the_first_take_hidden_states(models):
+    ours = models("llama")
+    positional = ours.decoder.positions()
+    store, plain = filled(ours, [4, 7, 2], 3), filled(ours, [4, 7, 2], 3)
+    module = Stage(*ours.layers)
+    runner = CapturedDecode(module, store, positional, capture_trace, torch.float32, hidden_size=64)
+    for offset in range(3):
+        hidden = torch.randn(3, 1, 64)
+        steps = [
+            decode_step(each, 0, [0] * 3, [4 + offset, 7 + offset, 2 + offset], CAPACITY) for each in (store, plain)
+        ]
+        for step in steps:
+            step.hidden = hidden.clone()
+        found, logits = runner.run(steps[0])
+        expected, _ = eager(module, positional, steps[1])
+        assert torch.equal(found, expected)
+        assert logits is None
+
+
+def test_one_graph_for_each_shape_and_the_oldest_go_first(models):
+    ours = models("llama")
+    module = Stage(ours.embedding, *ours.layers, ours.head)
+    store = filled(ours, [2] * SLOTS, 4)
+    runner = CapturedDecode(module, store, ours.decoder.positions(), capture_trace, torch.float32, most_graphs=2)
+    recorded = []
+    keep = runner.capture
+    runner.capture = lambda *arguments: recorded.append(None) or keep(*arguments)
+
+    def run(first, rows):
+        return runner.run(decode_step(store, first, [5] * rows, [2] * rows, 3))[1]
+
+    whole = run(0, SLOTS)
+    assert torch.allclose(run(3, 2), whole[3:], atol=1e-5)
+    run(0, SLOTS)
+    assert len(recorded) == 2
+    run(1, 2)
+    run(0, SLOTS)
+    assert len(recorded) == 3
+    run(3, 2)
+    assert (len(recorded), runner.graphs) == (4, 2)
+
+
+def test_another_cut_of_the_store_is_another_graph(models):
+    ours = models("llama")
+    module, positional = Stage(ours.embedding, *ours.layers, ours.head), ours.decoder.positions()
+    store = filled(ours, [3, 3, 3], 5)
+    runner = CapturedDecode(module, store, positional, capture_trace, torch.float32)
+    runner.run(decode_step(store, 0, [4, 5], [3, 3], 4))
+    store.shape_for(2, 2 * CAPACITY)
+    store.clear()
+    _, found = runner.run(decode_step(store, 0, [4, 5], [0, 0], 1))
+    _, expected = eager(module, positional, decode_step(store, 0, [4, 5], [0, 0], 2 * CAPACITY))
+    assert torch.equal(found, expected)
+
+
+def test_outputs_are_in_the_same_memory_at_every_call(models):
+    """What a CUDA graph needs; a trace makes new tensors, so the inputs' buffers are looked at."""
+    ours = models("llama")
+    store = filled(ours, [3, 3], 6)
+    module = Stage(ours.embedding, *ours.layers, ours.head)
+    runner = CapturedDecode(module, store, ours.decoder.positions(), capture_trace, torch.float32)
+    runner.run(decode_step(store, 0, [4, 5], [3, 3], 4))
+    addresses = runner._inputs.data_ptr(), runner._positions.data_ptr(), store._memory.data_ptr()
+    for offset in range(1, 4):
+        runner.run(decode_step(store, 0, [4, 5], [3 + offset] * 2, 4 + offset))
+        assert addresses == (runner._inputs.data_ptr(), runner._positions.data_ptr(), store._memory.data_ptr())
+
+
+def test_a_host_read_in_the_pass_is_an_error(models):
+    ours = models("mixtral")
+    store = filled(ours, [3, 3], 7)
+    module = Stage(ours.embedding, *ours.layers, ours.head)
+    runner = CapturedDecode(module, store, ours.decoder.positions(), capture_trace, torch.float32)
+    for layer in ours.layers:
+        assert isinstance(layer.mlp, Experts)
+        layer.mlp.static = False
+    with pytest.raises(GuardOnDataDependentSymNode):
+        runner.run(decode_step(store, 0, [4, 5], [3, 3], 4))
+
+
+@pytest.mark.parametrize(
+    ("kv_tokens", "bucket"), [(1, 128), (128, 128), (129, 192), (193, 256), (257, 384), (385, 512), (2000, 2048)]
+)
+def test_contexts_go_by_buckets(kv_tokens, bucket):
+    assert context_bucket(kv_tokens, 1 << 20) == bucket
+    assert context_bucket(kv_tokens, kv_tokens + 1) <= kv_tokens + 1
