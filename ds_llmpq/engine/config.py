@@ -26,3 +26,6 @@ class EngineConfig(ComputeConfig):
     # decode rounds that a free slot waits for others, to be refilled in one prefill pass; null: 8, but 0 where stages
     # are graphs, whose prefill costs the same a token for one row as for many
     patience_rounds: int | None = None
+    # decode passes are captured once for each shape and replayed: as CUDA graphs; null: where a stage is a GPU. true
+    # without a GPU replays a trace, which proves that a model's passes can be captured and gains no speed
+    decode_graphs: bool | None = None

@@ -17,6 +17,8 @@ from ds_llmpq.engine.channels import ActivationChannel, TokenChannel
 from ds_llmpq.engine.kv_cache import KVStore
 from ds_llmpq.engine.pipeline_module import PlannedPipelineModule
 from ds_llmpq.engine.processors import LogitsProcessors
+from ds_llmpq.engine.runner.capture import Capture
+from ds_llmpq.engine.runner.captured_decode import CapturedDecode
 from ds_llmpq.engine.sampling import NO_DEFAULTS, sample
 from ds_llmpq.engine.stage_run.faults import FaultLog, NeutralRow, Suspects
 from ds_llmpq.engine.stage_run.oom_split import MicroBatchSplitter
@@ -51,7 +53,7 @@ class InferencePipelineEngine(PipelineEngine):
     All stages run the same micro-batches in the same order. `hidden_size` is the width of the hidden states between
     stages. A stream's state is kept in `stream`, None between streams. `neutral_tokens`: tokens that any model of the
     kind bears, should a pass raise and the question be whose fault that is; `faults` says why rows were given up.
-    `defaults`: the checkpoint's, of generation.
+    `defaults`: the checkpoint's, of generation. `capture`: records decode passes; None: they run eagerly.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class InferencePipelineEngine(PipelineEngine):
         hidden_size: int,
         neutral_tokens: abc.Sequence[int] = (0, 1),
         defaults: Generation = NO_DEFAULTS,
+        capture: Capture | None = None,
     ):
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         grid = module.mpu()
@@ -88,13 +91,19 @@ class InferencePipelineEngine(PipelineEngine):
         zeros = None if self.is_first_stage() else torch.zeros(1, 1, hidden_size, dtype=dtype, device=self.device)
         self.passes = StageRunner(
             self.module, self.splitter, self.faults, NeutralRow(self.module, store, positional, zeros, neutral_tokens),
-            dtype, hidden_size, self.is_last_stage(),
+            dtype, hidden_size, self.is_last_stage(), self._captured(capture),
         )  # fmt: skip
         self._rule_holds = False  # whether the stop rule has judged a token
         self.stream: Stream | None = None
         self.stream_times: list[StreamTimes] = []
         self._hidden: torch.Tensor | None = None
         self._logits: torch.Tensor | None = None
+
+    def _captured(self, capture: Capture | None) -> CapturedDecode | None:
+        if capture is None:
+            return None
+        size = 0 if self.is_first_stage() else self.hidden_size
+        return CapturedDecode(self.module, self.store, self.positional, capture, self.dtype, size)
 
     def _broadcast_model(self) -> None:
         """Every rank has read its own layers; there is nothing to make equal, and packed weights must not be cast."""

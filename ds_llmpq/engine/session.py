@@ -16,6 +16,7 @@ from ds_llmpq.engine.kv_cache import KVStore
 from ds_llmpq.engine.pipeline_engine import InferencePipelineEngine, StopRule
 from ds_llmpq.engine.pipeline_module import PlannedPipelineModule, pipeline_bounds, pipeline_layers
 from ds_llmpq.engine.rank_context import RankContext
+from ds_llmpq.engine.runner.capture import Capture, CudaGraphs, capture_trace
 from ds_llmpq.engine.stage_run.faults import Fault, first_faults
 from ds_llmpq.engine.throttle import CpuShare
 from ds_llmpq.engine.topology import PlannedTopology
@@ -104,6 +105,7 @@ class Session:
             checkpoint.config.hidden_size,
             _neutral_tokens(checkpoint.config),
             generation_of(model_path),
+            self._capture(),
         )
         memory.release_freed()
         self._growth_of_loading = memory.held_bytes(context.device) - self._held_before
@@ -120,7 +122,23 @@ class Session:
             decode_rows=micro_batch["decode"],
             patience_rounds=self._patience_rounds(),
             batch_invariant=options.batch_invariant,
+            row_buckets=self._captures,
         )
+
+    @property
+    def _captures(self) -> bool:
+        """Whether any stage captures its decode passes. The same on all stages, whose micro-batches are the same."""
+        if self.options.decode_graphs is not None:
+            return self.options.decode_graphs
+        return any(stage["kind"] == "cuda" for stage in self.plan.engine["stages"])
+
+    def _capture(self) -> Capture | None:
+        """How this stage does it. Without a GPU a trace is no faster, and runs only if it was asked for."""
+        if not self._captures:
+            return None
+        if self.context.device.type == "cuda":
+            return CudaGraphs(self.context.device)
+        return capture_trace if self.options.decode_graphs else None
 
     def _patience_rounds(self) -> int:
         """The same on all stages."""
@@ -181,6 +199,7 @@ class Session:
             "stage": self.context.stage_index,
             "load_seconds": self.load_seconds,
             **self.trace.summary(),
+            "decode_graphs": self.engine.passes.captured.graphs if self.engine.passes.captured else 0,
             "memory_warnings": self.engine.splitter.warnings,
             "memory_bytes": {
                 "weights": stored_bytes(self.engine.module),

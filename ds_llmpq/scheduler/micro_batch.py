@@ -32,7 +32,8 @@ class MicroBatchLimits:
     """Bounds of micro-batches: rows of each phase; `prefill_tokens` padded tokens (but at least one row).
 
     `batch_invariant`: decode takes the whole group, live or not, and prefill one row, so that a row's arithmetic does
-    not depend on which others it runs with.
+    not depend on which others it runs with. `row_buckets`: decode takes a power of two of the group's first slots, so
+    that few shapes are met.
     """
 
     prefill_rows: int
@@ -40,6 +41,7 @@ class MicroBatchLimits:
     decode_rows: int
     patience_rounds: int = PATIENCE_ROUNDS
     batch_invariant: bool = False
+    row_buckets: bool = False
 
 
 def cut_prefill(prompt_tokens: Sequence[int], rows: int, tokens: int) -> list[MicroBatch]:

@@ -127,8 +127,15 @@ class Scheduler:
         return rows == 1 or (rows <= most and rows * longest <= self.limits.prefill_tokens)
 
     def _decode(self, group: range, running: Sequence[int]) -> MicroBatch:
-        slots = group if self.limits.batch_invariant else range(running[0], running[-1] + 1)
-        return self._micro_batch("decode", tuple(slots), tuple(running))
+        return self._micro_batch("decode", tuple(self._decode_slots(group, running)), tuple(running))
+
+    def _decode_slots(self, group: range, running: Sequence[int]) -> range:
+        if self.limits.batch_invariant:
+            return group
+        if self.limits.row_buckets:
+            rows = running[-1] + 1 - group.start
+            return group[: 1 << (rows - 1).bit_length()]
+        return range(running[0], running[-1] + 1)
 
     def _micro_batch(
         self, phase: str, slots: tuple[int, ...], live: tuple[int, ...], sequences: tuple[int, ...] = ()

@@ -1,5 +1,7 @@
 """The pipeline against transformers in one process: greedy tokens must be the same, whatever the cut."""
 
+import dataclasses
+
 import pytest
 import torch
 from pipeline_cases import CLEAR_GAP, VARIANTS, Case, Draw, Outcome, make_plan, reference
@@ -40,6 +42,21 @@ def test_mixed_bits_are_identical_to_the_same_hqq_layers(ranks, checkpoint_of, s
         draw = Draw(seed=500 + 10 * stages + index)
         drawn.append(draw.case(checkpoint_of(variant), stages, draw.bits()))
     run_and_check(ranks, drawn)
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_captured_decode_passes_are_token_identical(ranks, checkpoint_of, stages):
+    """Traced once for each shape and replayed on other tokens, lengths and ended rows; 16 bits and mixed ones."""
+    variants = ("llama", "bloom", "gemma2", "qwen3-moe")
+    drawn = []
+    for index, variant in enumerate(variants):
+        draw = Draw(seed=900 + 10 * stages + index)
+        case, expected = draw.case(checkpoint_of(variant), stages, draw.bits() if index % 2 else ())
+        drawn.append((dataclasses.replace(case, options={"decode_graphs": True}), expected))
+    outcomes = ranks.run(*(case for case, _ in drawn))
+    for (case, expected), outcome in zip(drawn, outcomes, strict=True):
+        check(case, expected, outcome)
+        assert all(rank["report"]["decode_graphs"] > 0 for rank in outcome.ranks), case.label
 
 
 @pytest.mark.parametrize("stages", [1, 2])

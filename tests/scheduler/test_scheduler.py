@@ -10,8 +10,9 @@ from ds_llmpq.scheduler.scheduler import Scheduler
 
 LENGTHS = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 8)), max_size=25)
 LIMITS = st.builds(
-    MicroBatchLimits, st.integers(1, 5), st.integers(1, 60), st.integers(1, 4), st.integers(0, 4), st.booleans()
-)
+    MicroBatchLimits, st.integers(1, 5), st.integers(1, 60), st.integers(1, 4), st.integers(0, 4), st.booleans(),
+    st.booleans(),
+)  # fmt: skip
 
 
 class Player:
@@ -82,6 +83,10 @@ def test_passes_keep_their_bounds(lengths, slots, limits):
             assert batch.slots == tuple(range(batch.slots[0], batch.slots[-1] + 1)), "a slice of the cache"
             if limits.batch_invariant:
                 assert batch.slots == tuple(group)
+            elif limits.row_buckets:
+                assert batch.slots[0] == group.start
+                assert batch.size == len(group) or batch.size.bit_count() == 1
+                assert batch.size == 1 or batch.slots[batch.size // 2] <= batch.live[-1], "the least that holds all"
             else:
                 assert {batch.slots[0], batch.slots[-1]} <= set(batch.live)
 

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-from ds_llmpq.engine.stage_run.faults import FaultLog, NeutralRow, Suspects
+from ds_llmpq.engine.runner.captured_decode import CapturedDecode
+from ds_llmpq.engine.stage_run.faults import FaultLog, NeutralRow, Suspects, described
 from ds_llmpq.engine.stage_run.oom_split import MicroBatchSplitter
+from ds_llmpq.launch.failures import is_out_of_memory
 from ds_llmpq.models.step import Step
 
 Output = tuple[torch.Tensor, torch.Tensor | None]  # hidden states, and logits on the last stage
 
 
 class StageRunner:
-    """`hidden_size`: the width of hidden states between stages, which are of `dtype`."""
+    """`hidden_size`: features of the hidden states between stages, which are of `dtype`. `captured`: runs whole decode
+    passes, where it is given; parts of them run eagerly."""
 
     def __init__(
         self, module: nn.Module, splitter: MicroBatchSplitter, faults: FaultLog, neutral: NeutralRow,
-        dtype: torch.dtype, hidden_size: int, is_last: bool,
+        dtype: torch.dtype, hidden_size: int, is_last: bool, captured: CapturedDecode | None = None,
     ):  # fmt: skip
         self.module = module
         self.splitter = splitter
@@ -28,6 +32,7 @@ class StageRunner:
         self.dtype = dtype
         self.hidden_size = hidden_size
         self.is_last = is_last
+        self.captured = captured
 
     def run(self, phase: str, step: Step) -> Output:
         """Any exception ends it."""
@@ -53,11 +58,32 @@ class StageRunner:
         return hidden, hidden[:, 0, :1] if self.is_last else None
 
     def _parts_of(self, phase: str, step: Step, suspects: Suspects | None) -> list[Output]:
+        rows = len(step.positions)
+
         def work(start: int, stop: int) -> Output:
+            if self.captured is not None and phase == "decode" and stop - start == rows:
+                return self._replay(step)
             part = self.module(step.rows(start, stop))
             return part.hidden, part.logits
 
         return self.splitter.run(phase, *step.positions.shape, work, suspects)
+
+    def _replay(self, step: Step) -> Output:
+        """Whatever a capture raises, but for want of memory, is said once; from then on passes are eager."""
+        try:
+            hidden, logits = self.captured.run(step)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            sys.stderr.write(
+                f"ds-llmpq: stage {self.faults.stage} cannot capture its decode passes ({type(error).__name__}: "
+                f"{described(error)}) and runs them eagerly, which is slower\n"
+            )
+            self.captured = None
+            done = self.module(step.rows(0, len(step.positions)))
+            return done.hidden, done.logits
+        # the graph's own memory is written over by the next pass, maybe before these states have been sent
+        return hidden.clone(), logits
 
     def _without(self, phase: str, step: Step, failed: list[int]) -> Output | None:
         """The pass once more, in the shape it would have had: what a row yields may hang on how many pass together. A
