@@ -1,5 +1,7 @@
 """Private and undocumented parts of OpenVINO, and the properties of its CPU plugin."""
 
+from types import SimpleNamespace
+
 import numpy
 import pytest
 import torch
@@ -8,31 +10,33 @@ openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed")
 
 LIBRARY = "openvino"
 SEEN = ("2026.2.0", "2026.4.1")
+NO_WINDOW = SimpleNamespace(window=None)
 INPUTS = 28  # of the attention over a paged cache
 
 
-def attention_inputs():
+def attention_inputs(alibi=False):
     """Inputs of the operation as our graph gives them, for 2 heads of 16."""
     from openvino import opset13
 
+    from ds_llmpq.models.spec import AttentionSpec
     from ds_llmpq.quant.kernels.openvino_graph.decoder_layer import LayerNodes, Rows, cache_parameter
 
     layer = LayerNodes.__new__(LayerNodes)
-    layer.scaling, layer.window, layer.heads, layer.kv_heads, layer.head_dim = 0.25, None, 2, 2, 16
+    layer.spec, layer.layer = AttentionSpec(2, 2, 16, 0.25, alibi=alibi), SimpleNamespace(self_attn=NO_WINDOW)
     states = [opset13.parameter([-1, 32], openvino.Type.f32) for _ in range(3)]
-    angles = [opset13.parameter([-1, 1, 1, 16], openvino.Type.f32) for _ in range(2)]
     tables = [opset13.parameter([-1], openvino.Type.i32) for _ in range(4)]
-    rows = Rows(*angles, *tables, opset13.parameter([], openvino.Type.i32))
-    caches = [cache_parameter(2, 16) for _ in range(2)]
+    rows = Rows({}, *tables, opset13.parameter([], openvino.Type.i32))
+    caches = [cache_parameter(2, 16, openvino.Type.bf16) for _ in range(2)]
     return layer._attention_inputs(*states, rows, *caches)
 
 
-def test_attention_over_a_paged_cache():
+@pytest.mark.parametrize("alibi", [False, True])
+def test_attention_over_a_paged_cache(alibi):
     """`_PagedAttentionExtension(inputs)`, in quant/kernels/openvino_graph/decoder_layer.py: exactly 28 inputs by place,
     whose types and ranks it checks; one output [tokens, heads x size]."""
     from openvino.op import _PagedAttentionExtension
 
-    inputs = attention_inputs()
+    inputs = attention_inputs(alibi)
     assert len(inputs) == INPUTS
     operation = _PagedAttentionExtension(inputs)
     assert operation.get_input_size() == INPUTS
