@@ -13,7 +13,7 @@ from functools import cache
 from typing import Annotated, Any, TypeVar
 
 from annotated_types import Ge, Gt, Le, MaxLen, MinLen
-from pydantic import AfterValidator, ConfigDict, FailFast, TypeAdapter, ValidationError
+from pydantic import AfterValidator, AllowInfNan, ConfigDict, FailFast, TypeAdapter, ValidationError
 
 from ds_llmpq.errors import UserError, printable, shown
 
@@ -26,6 +26,12 @@ def _plain(text: str) -> str:
     if printable(text, len(text), keep="") != text:
         raise ValueError("must hold no control characters")
     return text
+
+
+def _not_negative(value: float) -> float:
+    if not value >= 0:  # nor is NaN
+        raise ValueError("must be a number of at least 0")
+    return value
 
 
 def one_of(*values: Any) -> Any:
@@ -45,11 +51,13 @@ Bits = Annotated[int, Ge(0), Le(64)]
 Number = Annotated[float, Ge(-MOST_SIZE), Le(MOST_SIZE)]
 Amount = Annotated[float, Ge(0), Le(MOST_SIZE)]
 Seconds = Annotated[float, Ge(0), Le(1e12)]
+PossiblyInfinite = Annotated[float, AllowInfNan(True), AfterValidator(_not_negative)]
 Share = Annotated[float, Ge(0), Le(1)]
 AboveZero = Annotated[float, Gt(0), Le(MOST_SIZE)]
 Name = Annotated[str, MinLen(1), MaxLen(1_000), AfterValidator(_plain)]
 Label = Annotated[str, MaxLen(10_000), AfterValidator(_plain)]  # may be empty
 Note = Annotated[str, MaxLen(100_000), AfterValidator(lambda text: printable(text, 2_000, keep=""))]  # made printable
+PathText = Annotated[str, MinLen(1), MaxLen(4_096), AfterValidator(_plain)]
 Digest = Annotated[str, MinLen(1), MaxLen(128), AfterValidator(_plain)]
 Many = Annotated[tuple[T, ...], MaxLen(1_000_000), FailFast()]
 Some = Annotated[tuple[T, ...], MinLen(1), MaxLen(1_000_000), FailFast()]
@@ -101,4 +109,6 @@ def _sentence(error: ValidationError, where: str, remedy: str) -> str:
 def _path(where: str, place: tuple[Any, ...]) -> str:
     parts = (f"[{key}]" if isinstance(key, int) else f".{printable(key, 60, keep='')}" for key in place)
     path = "".join(parts)
+    if where.isidentifier():  # the artefact's own name begins the path: problem.devices[0].name
+        return where + path
     return f"{where}: {path.removeprefix('.')}" if path else where

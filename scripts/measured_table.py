@@ -66,7 +66,7 @@ def compared(memory: str, options: argparse.Namespace, folder: Path) -> list[dic
     plans: dict[str, dict[str, Any]] = {}
     pairs = []
     for name, entry in others.items():
-        loss = entry["plan"].predicted["quality_loss"]
+        loss = entry["plan"].predicted.quality_loss
         bound = ["planner.mode=max_quality_loss", f"planner.max_quality_loss={loss + 1e-9}"]
         own = made([*common, *bound], folder / f"ours_{name}")
         pairs.append((name, kept(entry, plans), kept(own, plans)))

@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
+from ds_llmpq.plan import PredictedTotals, read_plan
 from ds_llmpq.planner import Problem
 from ds_llmpq.planner.baselines import all_baselines
 from ds_llmpq.planner.problem import MicroBatchCandidates
@@ -49,9 +50,9 @@ def main() -> None:
     print("| experiment | PipeEdge: published / best / fixed | Uniform | adabits | LLM-PQ, ours |\n|-|-|-|-|-|")
     ratios: dict[str, list[float]] = {}
     for name, place in sorted(points, key=lambda point: list(PUBLISHED).index(point[0])):
-        plan = json.loads((place / "plan.json").read_text())
-        ours = plan["predicted"]["throughput_tokens_per_second"]
-        best = {n: _speed(plan["baselines"][n]) for n in NAMES}
+        plan = read_plan(place / "plan.json")
+        ours = plan.predicted.throughput_tokens_per_second
+        best = {n: _speed(plan.baselines[n]) for n in NAMES}
         fixed = at_fixed_micro_batch(Problem.from_json(json.loads((place / "problem.json").read_text())))
         published = dict(zip((*NAMES, "ours"), PUBLISHED[name], strict=True))
         cells = [" / ".join(_cell(value) for value in (published[n], best[n], fixed[n])) for n in NAMES]
@@ -82,8 +83,8 @@ def _name(place: Path) -> str:
     return overrides.get("experiment", place.name)
 
 
-def _speed(entry: object) -> float | None:
-    return entry["throughput_tokens_per_second"] if isinstance(entry, dict) else None
+def _speed(entry: PredictedTotals | str) -> float | None:
+    return entry.throughput_tokens_per_second if isinstance(entry, PredictedTotals) else None
 
 
 def _cell(value: float | None) -> str:

@@ -128,10 +128,10 @@ def measured(row: dict[str, Any], repeats: int) -> dict[str, Any]:
         "tokens/s": median(throughput),
         "least": throughput[0],
         "most": throughput[-1],
-        "predicted tokens/s": plan.predicted["throughput_tokens_per_second"],
+        "predicted tokens/s": plan.predicted.throughput_tokens_per_second,
         "loss increase": scores["loss_increase"]["measured"],
         "standard error": scores["loss_increase"]["standard_error"],
-        "predicted loss": plan.predicted["quality_loss"],
+        "predicted loss": plan.predicted.quality_loss,
         "perplexity": scores["perplexity_per_token"],
     }
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
@@ -58,9 +59,9 @@ def tune(optuna, settings: PlanConfig, target: float, trials: int, seed: int, ou
         folder = out / f"trial{trial.number}"
         folder.mkdir(parents=True, exist_ok=True)
         predicted = make_plan(settings, folder).predicted
-        tried.append({"theta": settings.planner.theta, "folder": folder.name, **predicted})
-        over = max(0.0, predicted["quality_loss"] / target - 1.0)
-        return predicted["latency_seconds"] * (1.0 + 10.0 * over)  # a penalty that leads back to the target
+        tried.append({"theta": settings.planner.theta, "folder": folder.name, **asdict(predicted)})
+        over = max(0.0, predicted.quality_loss / target - 1.0)
+        return predicted.latency_seconds * (1.0 + 10.0 * over)  # a penalty that leads back to the target
 
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
     study.enqueue_trial({"theta": 1e6})  # the least loss: whether the target can be kept at all

@@ -20,7 +20,7 @@ from ds_llmpq.launch.failures import PORT
 from ds_llmpq.launch.launcher import LOG_NAME, Launch, run_launcher
 from ds_llmpq.launch.process_monitor import ExitReason, MonitorOptions
 from ds_llmpq.launch.supervisor import check_hang_seconds
-from ds_llmpq.plan import Plan, launch_order, write_plan
+from ds_llmpq.plan import Plan, Quantization, launch_order, write_plan
 from ds_llmpq.report.plan_table import table
 from ds_llmpq.report.solver_progress import progress_line
 from ds_llmpq.serving.batch_run import checkpoint_of, choose_model, plan_of
@@ -64,7 +64,7 @@ def _against_reference(job: ScoreJob, settings: EvaluateConfig, out: Path) -> di
     full = replace(
         job.plan,
         stages=tuple(replace(stage, bits=(16,) * len(stage.bits)) for stage in job.plan.stages),
-        quant={**(job.plan.quant or {}), "head_bits": 16},
+        quant=replace(job.plan.quant or Quantization(), head_bits=16),
     )
     folder = out / "reference"
     folder.mkdir(exist_ok=True)
@@ -85,7 +85,7 @@ def _against_reference(job: ScoreJob, settings: EvaluateConfig, out: Path) -> di
         "loss_increase": {
             "measured": mean,
             "standard_error": math.sqrt(spread / len(pairs)),
-            "predicted": job.plan.predicted["quality_loss"],
+            "predicted": job.plan.predicted.quality_loss,
             "predicted_from": job.plan.provenance.get("omega", "unknown"),
         },
     }

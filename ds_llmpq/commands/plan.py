@@ -22,11 +22,11 @@ def run(settings: PlanConfig, out: Path) -> int:
     if settings.planner.mode == "pareto":
         return _front(settings, out)
     plan = make_plan(settings, out, progress_line())
-    if plan.model and plan.model.get("path") is not None:
-        print("".join(f"{note}\n" for note in describe_notes(plan.model["path"])), end="")
+    if plan.model_path is not None:
+        print("".join(f"{note}\n" for note in describe_notes(plan.model_path)), end="")
     print(plan_table(plan))
     print(f"plan: {out / 'plan.json'}")
-    if plan.engine is not None:
+    if plan.is_deployed:
         print("by hand: " + launch_line(plan, out))
     return 0
 

@@ -52,9 +52,9 @@ def what_to_write(settings: QuantizeConfig) -> tuple[Path, list[int], QuantConfi
         widths = list(settings.widths) * (layers if len(settings.widths) == 1 else 1)
         return path, widths, settings.quant
     plan = read_plan(config.absolute(settings.plan))
-    planned = (plan.model or {}).get("path")
+    planned = plan.model_path
     if plan.quant is None:
         raise UserError(f"{settings.plan} was made from plain data and names no HQQ settings; plan with model.path.")
     path = Path(planned) if planned and Path(planned).is_dir() else config.absolute(settings.model.path or "")
     check_model(plan, path)
-    return path, [width for stage in plan.stages for width in stage.bits], QuantConfig(**plan.quant)
+    return path, [width for stage in plan.stages for width in stage.bits], plan.quant.to_config()

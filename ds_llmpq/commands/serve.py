@@ -73,7 +73,7 @@ def _job(arguments: list[str]) -> Job:
         if not getattr(settings, name):
             raise UserError(f"serve needs {name}=...; give plan=FILE input=FILE output=DIR.")
     plan = read_plan(settings.plan)
-    model_path = settings.quantized or settings.model.path or (plan.model or {}).get("path")
+    model_path = settings.quantized or settings.model.path or plan.model_path
     if not model_path:
         raise UserError(f"{settings.plan} names no model; give model.path=DIR.")
     return Job(
@@ -101,7 +101,7 @@ def _score(job: ScoreJob) -> int:
 
 
 def _serve(job: Job) -> int:
-    if job.plan.engine is None:
+    if not job.plan.is_deployed:
         raise UserError("The plan was made from plain data and names no devices; plan with cluster=... and model=...")
     if job.supervised:
         exit_if_parent_dies()
@@ -120,7 +120,7 @@ def _serve(job: Job) -> int:
 def _before_torch(plan: Plan) -> None:
     """What must be known before torch takes its seconds, or is read when it or deepspeed is imported."""
     rank = read_rank(plan)
-    os.environ["DS_ACCELERATOR"] = plan.engine["stages"][0]["kind"]
+    os.environ["DS_ACCELERATOR"] = plan.stages[0].kind
     wait_as_stage_needs(plan, rank)
 
 

@@ -48,9 +48,9 @@ def check_free(plan: Plan, free: Sequence[int]) -> None:
     share its memory, so their needs are added up; a GPU's memory is its own."""
     needs: dict[str, float] = defaultdict(float)
     smallest: dict[str, float] = {}
-    for index, (stage, entry) in enumerate(zip(plan.stages, plan.engine["stages"], strict=True)):
-        where = stage.device if entry["kind"] == "cuda" else f"host {stage.host}"
-        needs[where] += sum(stage.memory_bytes.values())
+    for index, stage in enumerate(plan.stages):
+        where = stage.device if stage.kind == "cuda" else f"host {stage.host}"
+        needs[where] += stage.memory_bytes.total
         smallest[where] = min(free[index], smallest.get(where, free[index]))
     for where, need in needs.items():
         if need > smallest[where]:

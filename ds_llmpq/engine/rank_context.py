@@ -45,7 +45,7 @@ def init_rank(plan: Plan, timeout_seconds: float) -> RankContext:
     local_index = find_local_rank(plan, rank)
     # DeepSpeed takes LOCAL_RANK for the device's index; the launcher's is wrong where hosts have unequal slots
     os.environ["LOCAL_RANK"] = str(local_index)
-    threads = plan.engine["stages"][stage_index].get("threads")
+    threads = plan.stages[stage_index].threads
     if kind == "cpu" and threads:
         torch.set_num_threads(threads)
     choose_interface(os.environ.get("MASTER_ADDR", ""))
@@ -67,7 +67,7 @@ def shutdown() -> None:
 
 
 def stage_kind(plan: Plan, stage_index: int) -> str:
-    return plan.engine["stages"][stage_index]["kind"]
+    return plan.stages[stage_index].kind
 
 
 def choose_interface(master_address: str) -> None:

@@ -26,7 +26,6 @@ from ds_llmpq.models.generation import generation_of
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.plan import Plan, check_model
 from ds_llmpq.quant.checkpoint import open_checkpoint
-from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.hqq import stored_bytes
 from ds_llmpq.quant.kernels.registry import cache_block, check_invariant, is_whole_stage
 from ds_llmpq.quant.layers import LayerLoader
@@ -66,7 +65,7 @@ class Session:
         self.plan = plan
         self.options = options or EngineConfig()
         self.context = context
-        self.dtype = getattr(torch, plan.engine["dtype"])
+        self.dtype = getattr(torch, plan.deployment.compute_dtype)
         check_invariant(context.stage.kernel, self.options.batch_invariant)
         started = time.perf_counter()
         checkpoint = open_checkpoint(model_path, trust_remote_code)
@@ -79,7 +78,7 @@ class Session:
             on_loaded(name)
 
         loader = LayerLoader(
-            checkpoint, [b for stage in plan.stages for b in stage.bits], QuantConfig(**plan.quant), self.dtype,
+            checkpoint, [b for stage in plan.stages for b in stage.bits], plan.quant.to_config(), self.dtype,
             context.device, loaded, packed=True, stage=range(*context.stage.layers) if self.compiled else range(0),
         )  # fmt: skip
         module = PlannedPipelineModule(
@@ -87,7 +86,7 @@ class Session:
             pipeline_bounds([stage.layers for stage in plan.stages], checkpoint.config.num_hidden_layers),
             PlannedTopology(context.stage_ranks),
         )
-        share = plan.engine["stages"][context.stage_index].get("cpu_share")
+        share = context.stage.cpu_share
         if share:
             CpuShare(share).attach(module)
         self.load_seconds = time.perf_counter() - started
@@ -117,9 +116,9 @@ class Session:
         """Bounds of the micro-batches, as planned."""
         micro_batch, options = self.plan.micro_batch, self.options
         return MicroBatchLimits(
-            prefill_rows=micro_batch["prefill"],
-            prefill_tokens=micro_batch["prefill"] * self.plan.workload.prompt_tokens,
-            decode_rows=micro_batch["decode"],
+            prefill_rows=micro_batch.prefill,
+            prefill_tokens=micro_batch.prefill * self.plan.workload.prompt_tokens,
+            decode_rows=micro_batch.decode,
             patience_rounds=self._patience_rounds(),
             batch_invariant=options.batch_invariant,
             row_buckets=self._captures,
@@ -130,7 +129,7 @@ class Session:
         """Whether any stage captures its decode passes. The same on all stages, whose micro-batches are the same."""
         if self.options.decode_graphs is not None:
             return self.options.decode_graphs
-        return any(stage["kind"] == "cuda" for stage in self.plan.engine["stages"])
+        return any(stage.kind == "cuda" for stage in self.plan.stages)
 
     def _capture(self) -> Capture | None:
         """How this stage does it. Without a GPU a trace is no faster, and runs only if it was asked for."""

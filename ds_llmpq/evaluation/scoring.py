@@ -134,7 +134,7 @@ class ScoringSession(Session):
     def _together(self, batch: RowBatch) -> list[dict] | None:
         lengths = [len(row.prompt) for row in batch.rows]
         tokens = max(1, _LOGIT_BYTES // (4 * self._vocabulary))
-        own = self.engine.score(batch, cut_prefill(lengths, self.plan.micro_batch["prefill"], tokens))
+        own = self.engine.score(batch, cut_prefill(lengths, self.plan.micro_batch.prefill, tokens))
         gathered = self.context.data.gather([score.to_json() for score in own] if own is not None else None)
         return next(scores for scores in gathered if scores is not None) if gathered is not None else None
 

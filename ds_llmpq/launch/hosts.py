@@ -19,10 +19,10 @@ def find_lost_devices(plan: Plan, slots_of: Callable[[str, str], set[int] | None
     """Names (`host:slot`) of the plan's devices that are gone: their host does not answer over ssh, or its driver no
     longer lists the GPU. `slots_of(host, kind)`: the slots that are there; None: it cannot be said, so all count."""
     slots_of = slots_of or find_slots
-    kinds = [entry["kind"] for entry in plan.engine["stages"]]
     seen: dict[tuple[str, str], set[int] | None] = {}
     lost = []
-    for stage, (host, slot), kind in zip(plan.stages, placements(plan), kinds, strict=True):
+    for stage, (host, slot) in zip(plan.stages, placements(plan), strict=True):
+        kind = stage.kind
         if (host, kind) not in seen:
             seen[host, kind] = slots_of(host, kind)
         present = seen[host, kind]

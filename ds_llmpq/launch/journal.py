@@ -140,10 +140,10 @@ def fingerprint_plan(plan: Plan) -> str:
     """SHA-256 of what a plan decides about results: widths, quantization and compute type. Where layers run, in which
     groups and for how many sequences changes when a row runs, not what it says, as far as the engine promises that."""
     decided = {
-        "model": dict(plan.model or {}).get("fingerprint"),
+        "model": plan.model.fingerprint if plan.model else None,
         "bits": [width for stage in plan.stages for width in stage.bits],
-        "quant": plan.quant,
-        "dtype": (plan.engine or {}).get("dtype"),
+        "quant": asdict(plan.quant) if plan.quant else None,
+        "dtype": plan.deployment.compute_dtype if plan.deployment else None,
     }
     return _hash(decided)
 

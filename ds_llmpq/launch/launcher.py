@@ -54,8 +54,8 @@ class Launch:
             hostfile=folder / "hostfile",
             include=include_string(launch_order(plan)),
             hosts=tuple(dict.fromkeys(host for host, _ in launch_order(plan))),
-            kind=plan.engine["stages"][0]["kind"],
-            env=plan.engine["env"],
+            kind=plan.stages[0].kind,
+            env=plan.deployment.env,
             folder=folder,
             master_port=master_port,
         )

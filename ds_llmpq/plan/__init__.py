@@ -3,17 +3,36 @@
 from ds_llmpq.plan.assignment import Assignment, StageAssignment
 from ds_llmpq.plan.check_model import check_model
 from ds_llmpq.plan.placement import launch_order, placements
-from ds_llmpq.plan.plan import MEMORY_PARTS, PREDICTED, Plan, SolverReport, Stage, Workload
+from ds_llmpq.plan.plan import (
+    MEMORY_PARTS,
+    Deployment,
+    LinkSeconds,
+    MicroBatches,
+    Plan,
+    PlannedModel,
+    PredictedTotals,
+    Quantization,
+    SolverReport,
+    Stage,
+    StageMemory,
+    Workload,
+)
 from ds_llmpq.plan.planfile import read_assignment, read_plan, write_plan
 
 __all__ = [
     "MEMORY_PARTS",
-    "PREDICTED",
     "Assignment",
+    "Deployment",
+    "LinkSeconds",
+    "MicroBatches",
     "Plan",
+    "PlannedModel",
+    "PredictedTotals",
+    "Quantization",
     "SolverReport",
     "Stage",
     "StageAssignment",
+    "StageMemory",
     "Workload",
     "check_model",
     "launch_order",

@@ -11,7 +11,7 @@ from ds_llmpq.plan.plan import Plan
 def check_model(plan: Plan, model_path: str | Path) -> None:
     """`UserError` if the checkpoint is not the one the plan was made for, or quantized by another method."""
     refuse_foreign(model_path)
-    planned = (plan.model or {}).get("fingerprint")
+    planned = plan.model.fingerprint if plan.model else None
     try:
         found = fingerprint(model_path)
     except OSError as error:

@@ -1,15 +1,12 @@
 """Where a plan's stages run, in pipeline order and by rank."""
 
-from ds_llmpq.errors import UserError
 from ds_llmpq.plan.plan import Plan
 
 
 def placements(plan: Plan) -> list[tuple[str, int]]:
     """(host, slot) of each stage, in pipeline order."""
-    if plan.engine is None:
-        raise UserError("The plan names no hosts; plan with cluster=... instead of problem=...")
-    slots = (entry["slot"] for entry in plan.engine["stages"])
-    return [(str(stage.host), slot) for stage, slot in zip(plan.stages, slots, strict=True)]
+    plan.require_deployment()
+    return [(str(stage.host), stage.slot) for stage in plan.stages]
 
 
 def launch_order(plan: Plan) -> list[tuple[str, int]]:

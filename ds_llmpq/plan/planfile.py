@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
-from ds_llmpq.errors import UserError
+from ds_llmpq.errors import UserError, printable
 from ds_llmpq.files import read_json
 from ds_llmpq.plan import reading
 from ds_llmpq.plan.assignment import Assignment, StageAssignment
-from ds_llmpq.plan.plan import Plan
+from ds_llmpq.plan.plan import FORMER_SCHEMA, SCHEMA, Plan
 
 _MOST_LAYERS = 10_000
 
 
 def read_plan(path: str | Path) -> Plan:
     """`UserError` for a file that is missing, too large, not JSON or not a plan."""
-    return Plan.from_json(_read(path))
+    return _plan_from(_read(path), path)
+
+
+def _plan_from(obj: Any, path: str | Path) -> Plan:
+    plan = Plan.from_json(obj)
+    if obj["schema"] == FORMER_SCHEMA:
+        said = f"has the former schema {FORMER_SCHEMA}; the next version reads {SCHEMA} only, plan again."
+        print(f"note: {printable(path, keep='')} {said}", file=sys.stderr)
+    return plan
 
 
 def _read(path: str | Path) -> Any:
@@ -30,7 +39,7 @@ def read_assignment(path: str | Path) -> Plan | Assignment:
     with one width for all of a stage's layers or a list of one each. `UserError` for anything else."""
     obj = _read(path)
     if isinstance(obj, dict) and "schema" in obj:
-        return Plan.from_json(obj)
+        return _plan_from(obj, path)
     reading.keys(obj, "plan", ("stages", "micro_batch"))
     sizes = reading.keys(obj["micro_batch"], "plan.micro_batch", ("prefill", "decode"))
     stages = []

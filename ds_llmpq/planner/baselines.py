@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ds_llmpq.plan import Assignment, StageAssignment
+from ds_llmpq.plan import Assignment, PredictedTotals, StageAssignment
 from ds_llmpq.planner.arrays import PairArrays, pair_arrays
 from ds_llmpq.planner.feasibility import pairs, path_finder
 from ds_llmpq.planner.objective import Prediction, charge_head, evaluate, violations
@@ -23,14 +23,15 @@ OFFLOAD_BYTES_PER_SECOND = 12e9  # host to device, assumed: PCIe 3 x16 in practi
 class Baseline:
     """An assignment with its prediction; or a prediction alone (an estimate); or the reason why there is none."""
 
-    prediction: Prediction | dict[str, float] | None
+    prediction: Prediction | PredictedTotals | None
     assignment: Assignment | None = None
     reason: str = ""
 
-    def to_json(self) -> dict[str, float] | str:
+    def outcome(self) -> PredictedTotals | str:
+        """The totals, or why there are none."""
         if self.prediction is None:
             return self.reason
-        return self.prediction if isinstance(self.prediction, dict) else self.prediction.summary()
+        return self.prediction if isinstance(self.prediction, PredictedTotals) else self.prediction.summary()
 
 
 def all_baselines(problem: Problem, formula: str = "pipeline") -> dict[str, Baseline]:
@@ -221,18 +222,18 @@ def offload_estimate(problem: Problem) -> Baseline:
     `problem.json` knows no host link, so 12 GB/s is assumed, perfectly overlapped with compute; no plan of this kind
     can be run by the engine.
     """
-    best: dict[str, float] | None = None
+    best: PredictedTotals | None = None
     for pair in pairs(problem):
         arrays = pair_arrays(problem, *pair)
         for d in range(len(problem.devices)):
             for b in np.flatnonzero(arrays.available[d]):
                 predicted = _offload(arrays, d, int(b), problem.workload.sequences)
-                if predicted and (best is None or predicted["latency_seconds"] < best["latency_seconds"]):
+                if predicted and (best is None or predicted.latency_seconds < best.latency_seconds):
                     best = predicted
     return Baseline(best, reason="infeasible: no device can hold its own workspace with embedding and head")
 
 
-def _offload(arrays: PairArrays, d: int, b: int, sequences: int) -> dict[str, float] | None:
+def _offload(arrays: PairArrays, d: int, b: int, sequences: int) -> PredictedTotals | None:
     room = arrays.capacity[d] - arrays.embed_bytes - charge_head(arrays, first=True, last=True)
     if room < 0 or not np.isfinite(arrays.embed[:, d] + arrays.head[:, d]).all():
         return None
@@ -245,10 +246,10 @@ def _offload(arrays: PairArrays, d: int, b: int, sequences: int) -> dict[str, fl
         arrays.decode_rounds * (layers * arrays.decode[d, b] + ends[1]), streamed
     )
     latency = float(prefill + decode)
-    return {
-        "latency_seconds": latency,
-        "prefill_seconds": float(prefill),
-        "decode_seconds": float(decode),
-        "throughput_tokens_per_second": sequences * arrays.generated_tokens / latency if latency else math.inf,
-        "quality_loss": float(arrays.omega[:, b].sum()),
-    }
+    return PredictedTotals(
+        latency_seconds=latency,
+        prefill_seconds=float(prefill),
+        decode_seconds=float(decode),
+        throughput_tokens_per_second=sequences * arrays.generated_tokens / latency if latency else math.inf,
+        quality_loss=float(arrays.omega[:, b].sum()),
+    )

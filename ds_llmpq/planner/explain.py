@@ -66,18 +66,18 @@ def _widths(stage: Stage) -> str:
 def _limit(problem: Problem, plan: Plan, stage: Stage, phase: str) -> str:
     """Memory, if a faster width of this stage or one layer more elsewhere does not fit; else compute."""
     kind = problem.device_types[stage.device_type]
-    size = plan.micro_batch[phase]
+    size = getattr(plan.micro_batch, phase)
     times = {b: getattr(kind, f"{phase}_layer_seconds").get(b, {}).get(size) for b in kind.bits}
     usable = {b: seconds for b, seconds in times.items() if seconds is not None}
     fastest = min(usable, key=lambda b: usable[b])
     size_of = {b: max(problem.memory.layer_bytes[b]) for b in usable}
     slower = [b for b in stage.bits if usable[b] > usable[fastest]]
-    free = stage.memory_budget_bytes - sum(stage.memory_bytes.values())
+    free = stage.memory_budget_bytes - stage.memory_bytes.total
     if slower and size_of[fastest] - size_of[slower[0]] > free:
         return f"memory limits it: {fastest} bits would be faster, but only {free:,.0f} bytes are free"
     lightest = min(size_of.values()) + problem.memory.kv_bytes_per_sequence_layer * problem.workload.sequences
     others = [s for s in plan.stages if s is not stage]
-    spare = [s for s in others if s.memory_budget_bytes - sum(s.memory_bytes.values()) >= lightest]
+    spare = [s for s in others if s.memory_budget_bytes - s.memory_bytes.total >= lightest]
     if others and not spare:
         return "memory limits it: no other stage has room for one of its layers"
     return "compute and memory bandwidth limit it"
@@ -97,7 +97,7 @@ def _memory_worth(problem: Problem, plan: Plan, seen: Prediction, formula: str) 
     price, which promises more than there is to gain where a GB is much for the model."""
     if problem.objective.mode != "theta":
         return []
-    arrays = pair_arrays(problem, plan.micro_batch["prefill"], plan.micro_batch["decode"])
+    arrays = pair_arrays(problem, plan.micro_batch.prefill, plan.micro_batch.decode)
     found = []
     for j, stage in enumerate(plan.stages):
         before, after = (
@@ -135,7 +135,7 @@ def _widths_within(
     room = [
         max(seen.stage_prefill_seconds) - seen.stage_prefill_seconds[j],
         max(seen.stage_decode_seconds) - seen.stage_decode_seconds[j],
-        stage.memory_budget_bytes + more - sum(stage.memory_bytes.values()),
+        stage.memory_budget_bytes + more - stage.memory_bytes.total,
     ]
     for _ in range(2 * len(rows) * len(problem.bits)):
         rises = [times[0] - times[0][now][:, None], times[1] - times[1][now][:, None], size - size[rows, now][:, None]]
@@ -158,7 +158,7 @@ def _value_with(problem: Problem, plan: Plan, j: int, bits: tuple[int, ...], for
 def _theta_worth(problem: Problem, plan: Plan) -> list[str]:
     if problem.objective.mode != "theta":
         return []
-    loss, theta = plan.predicted["quality_loss"], problem.objective.theta
+    loss, theta = plan.predicted.quality_loss, problem.objective.theta
     return [
         f"Theta {plain(theta)} charges {plain(theta * loss, 4)} for a quality loss of {plain(loss, 4)}: one per cent "
         f"more theta costs {plain(0.01 * theta * loss)} at this plan."
@@ -170,13 +170,13 @@ def _against_baselines(problem: Problem, plan: Plan) -> list[str]:
     real = {
         name: entry
         for name, entry in plan.baselines.items()
-        if not isinstance(entry, str) and name != "offload_estimate" and entry["latency_seconds"] > 0
+        if not isinstance(entry, str) and name != "offload_estimate" and entry.latency_seconds > 0
     }
-    if not real or plan.predicted["latency_seconds"] <= 0:
+    if not real or plan.predicted.latency_seconds <= 0:
         return []
-    name = min(real, key=lambda n: real[n]["latency_seconds"])
-    ratio = real[name]["latency_seconds"] / plan.predicted["latency_seconds"]
+    name = min(real, key=lambda n: real[n].latency_seconds)
+    ratio = real[name].latency_seconds / plan.predicted.latency_seconds
     return [
         f"The fastest baseline is {name}: this plan has {ratio:.2f} times its speed, at a quality loss of "
-        f"{plain(plan.predicted['quality_loss'], 4)} against {plain(real[name]['quality_loss'], 4)}."
+        f"{plain(plan.predicted.quality_loss, 4)} against {plain(real[name].quality_loss, 4)}."
     ]

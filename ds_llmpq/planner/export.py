@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.families import find_family
-from ds_llmpq.plan import Plan, Stage
+from ds_llmpq.plan import Plan, Quantization, Stage
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS
 
 TARGETS = ("vllm", "llama_cpp")
@@ -36,7 +36,7 @@ def export(plan: Plan, to: str) -> Export:
     if to not in TARGETS:
         raise UserError(f"to={to!r}; export knows {', '.join(TARGETS)}")
     found = _vllm(plan) if to == "vllm" else _llama_cpp(plan)
-    head_bits = (plan.quant or {}).get("head_bits", UNQUANTIZED_BITS)
+    head_bits = plan.head_bits
     if head_bits == UNQUANTIZED_BITS:
         return found
     return replace(found, notes=(*found.notes, f"The output matrix at {head_bits} bits is not carried over."))
@@ -52,7 +52,7 @@ def layers_by_width(plan: Plan) -> dict[int, list[int]]:
 def _vllm(plan: Plan) -> Export:
     partition = ",".join(str(stage.layers[1] - stage.layers[0]) for stage in plan.stages)
     widths = layers_by_width(plan)
-    path = (plan.model or {}).get("path") or "MODEL"
+    path = plan.model_path or "MODEL"
     quantized = [width for width in widths if width != 16]
     notes = [
         *_order_notes(plan),
@@ -82,7 +82,7 @@ def _vllm(plan: Plan) -> Export:
 
 def _gptq(plan: Plan, widths: dict[int, list[int]], base: int) -> dict[str, object]:
     """GPTQ's `dynamic`: "+:" overrides a module, "-:" leaves it unquantized."""
-    family = find_family((plan.model or {}).get("architecture"))
+    family = find_family(plan.model.architecture if plan.model else None)
     # without the first part of the name, which vLLM leaves out
     blocks = re.escape(family.layers.partition(".")[2]) if family else "layers"
     dynamic: dict[str, dict[str, int]] = {}
@@ -104,8 +104,8 @@ def _gptq(plan: Plan, widths: dict[int, list[int]], base: int) -> dict[str, obje
 
 def _gptq_group(plan: Plan, width: int) -> int:
     """-1 is GPTQ's word for whole rows."""
-    quant = plan.quant or {}
-    return -1 if width in quant.get("whole_rows", ()) else quant.get("group_size", 64)
+    quant = plan.quant or Quantization()
+    return -1 if width in quant.whole_rows else quant.group_size
 
 
 def _llama_cpp(plan: Plan) -> Export:
@@ -126,7 +126,7 @@ def _llama_cpp(plan: Plan) -> Export:
         "override_tensor": None,
     }
     run = ["llama-server", "-m MODEL.gguf"]
-    if plan.engine is not None and plan.engine["stages"][0]["kind"] == "cpu":
+    if plan.is_deployed and plan.stages[0].kind == "cpu":
         notes.append("llama.cpp runs a CPU as one device: cuts between CPU stages have no counterpart there.")
     else:
         pins = [f"{_blocks(range(*stage.layers))}={device}" for stage, device in zip(plan.stages, devices, strict=True)]
@@ -153,13 +153,13 @@ def _blocks(layers: Iterable[int]) -> str:
 
 def _device(stage: Stage, index: int, plan: Plan) -> str:
     """llama.cpp's name: CUDA<slot> on the first stage's host, RPC<k> (a llama rpc-server) elsewhere."""
-    if plan.engine is None:
+    if not plan.is_deployed:
         return f"CUDA{index}"
     first = plan.stages[0].host
     if stage.host != first:
         elsewhere = [other.device for other in plan.stages if other.host != first]
         return f"RPC{elsewhere.index(stage.device)}"
-    return f"CUDA{plan.engine['stages'][index]['slot']}"
+    return f"CUDA{stage.slot}"
 
 
 def _order_notes(plan: Plan) -> list[str]:

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
-from ds_llmpq.plan.assignment import Assignment, StageAssignment
+from ds_llmpq.plan import Assignment, PredictedTotals, StageAssignment
 from ds_llmpq.planner.problem import Problem
 
 FORMULAS = ("pipeline", "reference")
@@ -36,10 +36,15 @@ class Prediction:
     link_decode_seconds: tuple[float, ...]
     stage_memory_bytes: tuple[dict[str, float], ...]
 
-    def summary(self) -> dict[str, float]:
+    def summary(self) -> PredictedTotals:
         """The five totals, as `plan.json` holds them."""
-        names = "latency_seconds prefill_seconds decode_seconds throughput_tokens_per_second quality_loss"
-        return {name: getattr(self, name) for name in names.split()}
+        return PredictedTotals(
+            self.latency_seconds,
+            self.prefill_seconds,
+            self.decode_seconds,
+            self.throughput_tokens_per_second,
+            self.quality_loss,
+        )
 
 
 def rounds(problem: Problem, prefill_micro_batch: int, decode_micro_batch: int) -> tuple[int, int]:

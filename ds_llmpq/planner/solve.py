@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ds_llmpq.errors import InfeasibleError, UserError
-from ds_llmpq.plan import Assignment, Plan, SolverReport
+from ds_llmpq.plan import Assignment, Plan, SolverReport, Stage
 from ds_llmpq.planner.baselines import Baseline, all_baselines, each_baseline
 from ds_llmpq.planner.deploy import compose_plan
 from ds_llmpq.planner.explain import explain_plan
@@ -97,7 +97,7 @@ def solve(
         "+".join(run.names) or solver, best.value, best.bound, _finite(best.gap), time.monotonic() - started, status
     )
     plan = compose_plan(problem, best.assignment, best.prediction, report)
-    reported = {name: b.to_json() for name, b in found.items()} if baselines else {}
+    reported = {name: b.outcome() for name, b in found.items()} if baselines else {}
     plan = replace(plan, baselines=reported, provenance=PROVENANCE)
     return replace(plan, explanation=tuple(explain_plan(problem, plan, formula)))
 
@@ -119,17 +119,20 @@ def check_plan(problem: Problem | Mapping[str, Any], plan: Plan | Assignment | M
     checked = compose_plan(problem, assignment, prediction, report)
     if isinstance(plan, Plan):
         kept = {(s.device, s.layers): s for s in plan.stages}
-        stages = tuple(
-            replace(s, host=kept[s.device, s.layers].host, kernel=kept[s.device, s.layers].kernel)
-            for s in checked.stages
-        )
-        checked = replace(checked, model=plan.model, stages=stages, quant=plan.quant, engine=plan.engine)
+        stages = tuple(_placed_as(kept[s.device, s.layers], s) for s in checked.stages)
+        checked = replace(checked, model=plan.model, stages=stages, quant=plan.quant, deployment=plan.deployment)
     checked = replace(
         checked,
-        baselines={name: b.to_json() for name, b in all_baselines(problem).items()},
+        baselines={name: b.outcome() for name, b in all_baselines(problem).items()},
         provenance=plan.provenance if isinstance(plan, Plan) else PROVENANCE,
     )
     return replace(checked, explanation=tuple(explain_plan(problem, checked, "pipeline")))
+
+
+def _placed_as(kept: Stage, stage: Stage) -> Stage:
+    """The stage with what the plan given said of where and how it runs."""
+    names = ("rank", "host", "kernel", "kind", "slot", "threads", "cpu_share")
+    return replace(stage, **{name: getattr(kept, name) for name in names})
 
 
 def pareto(
@@ -146,7 +149,7 @@ def pareto(
     fastest = solve(replace(problem, objective=Objective("theta", theta=0.0)), **options)
     best = solve(replace(problem, objective=Objective("theta", theta=_steep(problem, fastest))), **options)
     plans = [fastest]
-    high, low = fastest.predicted["quality_loss"], best.predicted["quality_loss"]
+    high, low = fastest.predicted.quality_loss, best.predicted.quality_loss
     floor = max(low, 1e-3 * high)
     for i in range(1, points - 1):
         limit = high * (floor / high) ** (i / (points - 1)) if high > 0 else 0.0
@@ -161,8 +164,8 @@ def pareto(
 
 def _undominated(plans: list[Plan]) -> list[Plan]:
     kept: list[Plan] = []
-    for plan in sorted(plans, key=lambda p: (p.predicted["latency_seconds"], p.predicted["quality_loss"])):
-        if not kept or plan.predicted["quality_loss"] < kept[-1].predicted["quality_loss"]:
+    for plan in sorted(plans, key=lambda p: (p.predicted.latency_seconds, p.predicted.quality_loss)):
+        if not kept or plan.predicted.quality_loss < kept[-1].predicted.quality_loss:
             kept.append(plan)
     return kept
 
@@ -265,7 +268,7 @@ def _finite(value: float) -> float | None:
 def _steep(problem: Problem, fastest: Plan) -> float:
     """A theta at which quality loss counts a thousand times more than latency."""
     span = sum(max(row) - min(row) for row in problem.omega)
-    return 1e3 * fastest.predicted["latency_seconds"] / span if span > 0 else 1.0
+    return 1e3 * fastest.predicted.latency_seconds / span if span > 0 else 1.0
 
 
 def _no_plan(run: _Run) -> UserError:
@@ -286,13 +289,13 @@ def _no_plan(run: _Run) -> UserError:
     }
     fastest = solve(replace(problem, objective=Objective("theta", theta=0.0)), **options)
     if objective.mode == "max_latency":
-        least, bound = fastest.predicted["latency_seconds"], fastest.solver.bound
+        least, bound = fastest.predicted.latency_seconds, fastest.solver.bound
         return InfeasibleError(
             f"No plan is as fast as {objective.limit:.6g} s: the fastest takes {least:.6g} s and none less than "
             f"{bound:.6g} s; raise problem.objective.limit to {least:.6g}."
         )
     finest = solve(replace(problem, objective=Objective("theta", theta=_steep(problem, fastest))), **options)
-    least = finest.predicted["quality_loss"]
+    least = finest.predicted.quality_loss
     return InfeasibleError(
         f"No plan loses as little quality as {objective.limit:.6g}: memory forces a loss of about {least:.6g}; raise "
         f"problem.objective.limit to {least:.6g} or add memory."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
-from ds_llmpq.plan import Plan, Stage
+from ds_llmpq.plan import Plan, PredictedTotals, Stage
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS
 from ds_llmpq.wording import plain
 
@@ -21,10 +21,8 @@ def plan_table(plan: Plan) -> str:
             stage.device_type,
             f"{stage.layers[0]}-{stage.layers[1] - 1}",
             bits_text(stage.bits) + _head_text(plan, index),
-            " + ".join(
-                f"{name} {size(stage.memory_bytes[name])}" for name in stage.memory_bytes if stage.memory_bytes[name]
-            ),
-            f"{size(sum(stage.memory_bytes.values()))} / {size(stage.memory_budget_bytes)}",
+            " + ".join(f"{name} {size(held)}" for name, held in stage.memory_bytes.by_part().items() if held),
+            f"{size(stage.memory_bytes.total)} / {size(stage.memory_budget_bytes)}",
             milliseconds(stage.prefill_seconds),
             milliseconds(stage.decode_seconds),
         ]
@@ -42,7 +40,7 @@ def bits_text(bits: Sequence[int]) -> str:
 
 def _head_text(plan: Plan, index: int) -> str:
     """Width of the output matrix, where it is quantized, on the stage that holds it."""
-    width = (plan.quant or {}).get("head_bits", UNQUANTIZED_BITS)
+    width = plan.head_bits
     return f" head {width}" if width < UNQUANTIZED_BITS and index == len(plan.stages) - 1 else ""
 
 
@@ -72,12 +70,12 @@ def _summary(plan: Plan) -> list[str]:
     proof = f", {solver.proof}" if solver.proof else ""
     lines = [
         f"workload: {workload.sequences} sequences of {workload.prompt_tokens} prompt + {workload.generated_tokens} "
-        f"generated tokens; micro-batches of {plan.micro_batch['prefill']} in prefill, "
-        f"{plan.micro_batch['decode']} in decode",
-        f"predicted: {plain(predicted['latency_seconds'], 4)} s a batch (prefill "
-        f"{plain(predicted['prefill_seconds'], 4)}, decode {plain(predicted['decode_seconds'], 4)}), "
-        f"{plain(predicted['throughput_tokens_per_second'], 4)} tokens/s, quality loss "
-        f"{plain(predicted['quality_loss'])} nats per token",
+        f"generated tokens; micro-batches of {plan.micro_batch.prefill} in prefill, "
+        f"{plan.micro_batch.decode} in decode",
+        f"predicted: {plain(predicted.latency_seconds, 4)} s a batch (prefill "
+        f"{plain(predicted.prefill_seconds, 4)}, decode {plain(predicted.decode_seconds, 4)}), "
+        f"{plain(predicted.throughput_tokens_per_second, 4)} tokens/s, quality loss "
+        f"{plain(predicted.quality_loss)} nats per token",
         f"solver: {solver.name}, {solver.status}, objective {plain(solver.objective, 5)}{proof}, "
         f"{plain(solver.seconds, 2)} s",
     ]
@@ -90,13 +88,13 @@ def _summary(plan: Plan) -> list[str]:
     return lines
 
 
-def _baseline(plan: Plan, entry: object) -> str:
+def _baseline(plan: Plan, entry: PredictedTotals | str) -> str:
     if isinstance(entry, str):
         return f"none ({entry})"
-    ours = plan.predicted["throughput_tokens_per_second"]
-    theirs = entry["throughput_tokens_per_second"]
+    ours = plan.predicted.throughput_tokens_per_second
+    theirs = entry.throughput_tokens_per_second
     ratio = f"{ours / theirs:.2f}x" if theirs else "any"
-    return f"{plain(theirs, 4)} tokens/s (ours {ratio}), loss {plain(entry['quality_loss'])}"
+    return f"{plain(theirs, 4)} tokens/s (ours {ratio}), loss {plain(entry.quality_loss)}"
 
 
 def layer_bits(stages: Iterable[Stage]) -> list[int]:

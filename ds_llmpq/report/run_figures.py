@@ -32,13 +32,13 @@ def bits_strip(plan: Plan, path: Path) -> Path:
 
 def memory_bars(plan: Plan, measured: Sequence[Mapping[str, Any]] | None, path: Path) -> Path:
     """A stage's parts as predicted, beside them what was measured, under the line of its budget."""
-    largest = max(max(stage.memory_budget_bytes, sum(stage.memory_bytes.values())) for stage in plan.stages)
+    largest = max(max(stage.memory_budget_bytes, stage.memory_bytes.total) for stage in plan.stages)
     unit, name = (GIB, "GiB") if largest >= GIB else (MIB, "MiB")
     figure, ((axis,),) = figures.new(width=max(6.0, 1.5 * len(plan.stages) + 3), height=3.8)
     for index, stage in enumerate(plan.stages):
         bottom = 0.0
         for part in MEMORY_PARTS:
-            value = stage.memory_bytes[part] / unit
+            value = getattr(stage.memory_bytes, part) / unit
             axis.bar(index - 0.18, value, 0.34, bottom, color=figures.PARTS[part], label=part if index == 0 else None)
             bottom += value
         budget = stage.memory_budget_bytes / unit
@@ -80,7 +80,8 @@ def phase_bars(stages: Sequence[Mapping[str, float]], path: Path) -> Path:
 def predicted_phase_bars(plan: Plan, path: Path) -> Path:
     """Of a plan that was not run: seconds of a whole batch that each stage works, by phase."""
     sequences, steps = plan.workload.sequences, plan.workload.generated_tokens - 1
-    rounds = {phase: -(-sequences // size) for phase, size in plan.micro_batch.items()}
+    sizes = {"prefill": plan.micro_batch.prefill, "decode": plan.micro_batch.decode}
+    rounds = {phase: -(-sequences // size) for phase, size in sizes.items()}
     return phase_bars(
         [
             {
@@ -96,13 +97,11 @@ def predicted_phase_bars(plan: Plan, path: Path) -> Path:
 def baseline_bars(plan: Plan, path: Path) -> Path | None:
     """Predicted tokens/s of the plan and of what others would do; None if no baseline has a plan."""
     found = {
-        name: entry["throughput_tokens_per_second"]
-        for name, entry in plan.baselines.items()
-        if not isinstance(entry, str)
+        name: entry.throughput_tokens_per_second for name, entry in plan.baselines.items() if not isinstance(entry, str)
     }
     if not found:
         return None
-    found = {"this plan": plan.predicted["throughput_tokens_per_second"], **found}
+    found = {"this plan": plan.predicted.throughput_tokens_per_second, **found}
     figure, ((axis,),) = figures.new(width=8, height=0.35 * len(found) + 1.1)
     colours = [figures.STAGES[0], *("#BFBFBF" for _ in range(len(found) - 1))]
     bars = axis.barh(list(found), list(found.values()), color=colours)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_llmpq.errors import UserError
-from ds_llmpq.plan import Plan, read_plan
+from ds_llmpq.plan import MEMORY_PARTS, Plan, read_plan
 from ds_llmpq.report import fidelity, run_figures
 from ds_llmpq.report.measured import of_this_form, read_measured
 from ds_llmpq.report.page import Section, page
@@ -63,13 +63,13 @@ def _summary(plan: Plan, metrics: dict[str, Any] | None, scores: dict[str, Any] 
     rows = [
         [
             "throughput, tokens/s",
-            f"{predicted['throughput_tokens_per_second']:.4g}",
+            f"{predicted.throughput_tokens_per_second:.4g}",
             "",
             _of(metrics, "measured", "throughput_tokens_per_second"),
         ],
-        ["quality loss, nats per token", f"{predicted['quality_loss']:.3g}", "", _measured_loss(scores)],
+        ["quality loss, nats per token", f"{predicted.quality_loss:.3g}", "", _measured_loss(scores)],
         *(
-            [f"{name}, s", f"{predicted[key]:.4g}", *(_of(metrics, _PAIRS, key, side) for side in _SIDES)]
+            [f"{name}, s", f"{getattr(predicted, key):.4g}", *(_of(metrics, _PAIRS, key, side) for side in _SIDES)]
             for name, key in _TIMES
         ),
     ]
@@ -83,7 +83,7 @@ def _summary(plan: Plan, metrics: dict[str, Any] | None, scores: dict[str, Any] 
         "summary",
         "Summary",
         f"Planned for {workload.sequences} sequences of {workload.prompt_tokens} + {workload.generated_tokens} tokens, "
-        f"in micro-batches of {plan.micro_batch['prefill']} in prefill and {plan.micro_batch['decode']} in decode; "
+        f"in micro-batches of {plan.micro_batch.prefill} in prefill and {plan.micro_batch.decode} in decode; "
         f"solved by {plan.solver.name} in {plan.solver.seconds:.3g} s ({plan.solver.status}{proof}). A run's own "
         "lengths may be others.",
     ).table(["", "planned", "predicted for this run", "measured"], rows)
@@ -123,20 +123,20 @@ def _memory(plan: Plan, metrics: dict[str, Any] | None, out: Path) -> Section:
     measured = [stage["memory_bytes"]["measured"] for stage in stages] or None
     rows = []
     for index, stage in enumerate(plan.stages):
-        needed = sum(stage.memory_bytes.values())
+        needed = stage.memory_bytes.total
         held = measured[index] if measured else {}
         rows.append(
             [
                 str(index),
                 stage.device,
-                *(size(value) for value in stage.memory_bytes.values()),
+                *(size(value) for value in stage.memory_bytes.by_part().values()),
                 size(needed),
                 size(stage.memory_budget_bytes),
                 f"{needed / stage.memory_budget_bytes:.0%}" if stage.memory_budget_bytes else "",
                 *(size(held[name]) if held.get(name) is not None else "" for name in ("weights", "kv", "peak_growth")),
             ]
         )
-    head = ["stage", "device", *plan.stages[0].memory_bytes, "needed", "budget", "used"]
+    head = ["stage", "device", *MEMORY_PARTS, "needed", "budget", "used"]
     head += ["measured weights", "kv", "peak growth"]
     return (
         Section("memory", "Memory", "By part and device, against the budget; hatched bars are what was measured.")
@@ -177,15 +177,15 @@ def _baselines(plan: Plan, out: Path) -> Section:
     )
     if (picture := run_figures.baseline_bars(plan, out / "baselines.png")) is not None:
         section.picture(picture, "tokens/s of baselines")
-    ours = plan.predicted["throughput_tokens_per_second"]
+    ours = plan.predicted.throughput_tokens_per_second
     rows = [
         [name, "", "", "", entry]
         if isinstance(entry, str)
         else [
             name,
-            f"{entry['throughput_tokens_per_second']:.4g}",
-            f"{ours / entry['throughput_tokens_per_second']:.2f}",
-            f"{entry['quality_loss']:.3g}",
+            f"{entry.throughput_tokens_per_second:.4g}",
+            f"{ours / entry.throughput_tokens_per_second:.2f}",
+            f"{entry.quality_loss:.3g}",
             "",
         ]
         for name, entry in plan.baselines.items()

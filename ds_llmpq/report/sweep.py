@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from ds_llmpq.errors import RunFailed, UserError
 from ds_llmpq.files import csv_cell, read_yaml, write_json
-from ds_llmpq.plan import read_plan
+from ds_llmpq.plan import PredictedTotals, read_plan
 from ds_llmpq.report import figures
 from ds_llmpq.report.measured import REMEDY, read_measured
 from ds_llmpq.report.plan_table import table
@@ -166,18 +166,18 @@ def point_of(folder: Path) -> dict[str, Any]:
     if not (folder / "plan.json").is_file():
         return empty | {"failure": "no plan.json was written", "exit_code": 1}
     try:
-        plan = read_plan(folder / "plan.json").to_json()
+        plan = read_plan(folder / "plan.json")
     except UserError as error:
         return empty | {"failure": str(error), "exit_code": error.exit_code}
-    widths = sorted({width for stage in plan["stages"] for width in stage["bits"]})
-    baselines = {name: plan["baselines"].get(name) for name in BASELINES}
+    widths = sorted({width for stage in plan.stages for width in stage.bits})
+    baselines = {name: plan.baselines.get(name) for name in BASELINES}
     return empty | {
         "exit_code": 0,
-        **{name: plan["predicted"][name] for name in _SHOWN[:3]},
-        "stages": len(plan["stages"]),
+        **{name: getattr(plan.predicted, name) for name in _SHOWN[:3]},
+        "stages": len(plan.stages),
         "widths": " ".join(map(str, widths)),
-        "gap": plan["solver"]["gap"],
-        **{n: e["throughput_tokens_per_second"] for n, e in baselines.items() if isinstance(e, dict)},
+        "gap": plan.solver.gap,
+        **{n: e.throughput_tokens_per_second for n, e in baselines.items() if isinstance(e, PredictedTotals)},
         "measured_throughput_tokens_per_second": _measured(folder / "metrics.json", "measured", _SHOWN[0]),
         "measured_quality_loss": _measured(folder / "scores.json", "loss_increase", "measured"),
     }

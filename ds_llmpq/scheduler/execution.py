@@ -67,8 +67,8 @@ class PlanCost:
         return cls(
             tuple(stage.prefill_seconds for stage in plan.stages),
             tuple(stage.decode_seconds for stage in plan.stages),
-            plan.micro_batch["prefill"],
-            plan.micro_batch["decode"],
+            plan.micro_batch.prefill,
+            plan.micro_batch.decode,
             plan.workload.prompt_tokens,
         )
 

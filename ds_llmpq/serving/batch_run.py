@@ -230,13 +230,13 @@ def plan_of(settings: RunConfig, out: Path, progress: Progress | None = None) ->
 def _launchable(settings: RunConfig, file: Path) -> Plan:
     """A plan whose variables for the ranks may come from a file, or are the user's own. `UserError` for others."""
     plan = read_plan(file)
-    check_environment((plan.engine or {}).get("env", {}), settings.cluster.env, str(file))
+    check_environment((plan.deployment.env if plan.deployment else {}), settings.cluster.env, str(file))
     return plan
 
 
 def checkpoint_of(settings: RunConfig, plan: Plan) -> Path:
     """Where the weights are: quantized ones, else where the user says, else where they were planned for."""
-    given, planned = settings.quantized or settings.model.path, (plan.model or {}).get("path")
+    given, planned = settings.quantized or settings.model.path, plan.model_path
     if given is None and planned is None:
         raise UserError("The model is known by its shape alone, enough to plan but not to run; give model.path=DIR.")
     path = absolute(given or planned)

@@ -262,7 +262,7 @@ class Driver:
             plan.workload.sequences,
             row_positions(plan),
             engine.refill,
-            plan.micro_batch["decode"] if engine.batch_invariant else 1,
+            plan.micro_batch.decode if engine.batch_invariant else 1,
             plan_block(plan),
             self._begun,
         )

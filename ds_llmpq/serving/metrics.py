@@ -74,7 +74,7 @@ def _fidelity(
     measured = {"latency_seconds": seconds} | {f"{phase}_seconds": work for phase, work in phases.items()}
     return {
         "planned_workload": asdict(plan.workload),
-        "planned_throughput_tokens_per_second": plan.predicted["throughput_tokens_per_second"],
+        "planned_throughput_tokens_per_second": plan.predicted.throughput_tokens_per_second,
         "lengths": "of the requests and answers of this run",
         **{
             name: {"predicted": predicted[name], "measured": value, "ratio": _rate(value, predicted[name])}
@@ -85,14 +85,14 @@ def _fidelity(
 
 def _stage(plan: Plan, report: dict[str, Any]) -> dict[str, Any]:
     stage = plan.stages[report["stage"]]
-    predicted = dict(stage.memory_bytes)
+    predicted = stage.memory_bytes.by_part()
     measured = report["memory_bytes"]
     return {
         **{name: report[name] for name in ("stage", "rank", "load_seconds", "seconds", "passes", "tokens")},
         "device": stage.device,
         "layers": list(stage.layers),
         "memory_bytes": {
-            "predicted": predicted | {"total": sum(predicted.values())},
+            "predicted": predicted | {"total": stage.memory_bytes.total},
             "measured": measured,
             "budget": stage.memory_budget_bytes,
         },

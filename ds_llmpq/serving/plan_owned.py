@@ -22,7 +22,7 @@ def find_ignored(settings: RunConfig, plan: Plan) -> list[str]:
     """Dotted keys whose values are neither the defaults nor the plan's. A run that may plan again, because of
     `run.on_loss=replan`, reads the planner's and the cost model's keys."""
     owned: list[tuple[str, Any, dict[str, Any]]] = [
-        ("quant", QuantConfig(), plan.quant or {}),
+        ("quant", QuantConfig(), asdict(plan.quant.to_config()) if plan.quant else {}),
         ("workload", WorkloadConfig(), asdict(plan.workload)),
     ]
     if getattr(settings.run, "on_loss", "stop") != "replan":

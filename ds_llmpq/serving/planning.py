@@ -18,7 +18,7 @@ from ds_llmpq.models.fingerprint import fingerprint
 from ds_llmpq.models.notes import list_notes
 from ds_llmpq.models.prequantized import refuse_foreign
 from ds_llmpq.models.shape import ModelShape, read_shape
-from ds_llmpq.plan import Plan, launch_order, read_assignment, write_plan
+from ds_llmpq.plan import Plan, PlannedModel, launch_order, read_assignment, write_plan
 from ds_llmpq.planner import Problem, ProgressEvent, check_plan
 from ds_llmpq.planner.build import prepare
 from ds_llmpq.planner.config import PlannerConfig
@@ -74,7 +74,7 @@ def build_problem(settings: PlanConfig) -> tuple[Problem, Callable[[Plan], Plan]
     )
     omega = read_omega(planner.omega) if planner.omega else None
     if omega is not None:
-        omega.check_model(shape.layers, model["fingerprint"])
+        omega.check_model(shape.layers, model.fingerprint)
     dtype, quant = settings.engine.dtype, _with_kernel(settings, cluster, shape)
     costs_of, cluster, kernel = select_costs(settings.cost, planner, quant, cluster, shape, dtype, quant.kernel)
     prepared = prepare(cluster, shape, workload, quant, planner, omega, dtype, kernel, costs_of)
@@ -102,18 +102,18 @@ def solver_options(planner: PlannerConfig) -> dict[str, Any]:
 
 def write_artefacts(plan: Plan, out: Path) -> None:
     write_plan(out / "plan.json", plan)
-    if plan.engine is not None:
+    if plan.is_deployed:
         write_hostfile(out / "hostfile", launch_order(plan))
 
 
-def _model(model: ModelConfig) -> tuple[ModelShape, dict[str, str | None]]:
+def _model(model: ModelConfig) -> tuple[ModelShape, PlannedModel]:
     if model.path is not None:
         path = absolute(model.path)
         refuse_foreign(path)
         shape = read_shape(path)
         list_notes(path)  # what ranks would refuse is refused here
-        return shape, {"path": str(path), "architecture": shape.architecture, "fingerprint": fingerprint(path)}
+        return shape, PlannedModel(str(path), shape.architecture, fingerprint(path))
     if not model.shape:
         raise UserError("No model is given; set model.path=DIR, or model=NAME of a shipped shape to plan only.")
     shape = ModelShape.from_config(model.shape)
-    return shape, {"path": None, "architecture": shape.architecture, "fingerprint": shape.fingerprint}
+    return shape, PlannedModel(None, shape.architecture, shape.fingerprint)

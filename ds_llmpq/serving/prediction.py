@@ -37,11 +37,11 @@ class PlanTimes:
         return self._link("decode", -1)
 
     def _share(self, rows: int, tokens: int) -> float:
-        return rows * tokens / (self.plan.micro_batch["prefill"] * self.plan.workload.prompt_tokens)
+        return rows * tokens / (self.plan.micro_batch.prefill * self.plan.workload.prompt_tokens)
 
     def _link(self, phase: str, index: int) -> float:
-        links = (self.plan.engine or {}).get("link_seconds")
-        return links[phase][index] if links else 0.0
+        links = self.plan.deployment and self.plan.deployment.link_seconds
+        return getattr(links, phase)[index] if links else 0.0
 
 
 def simulate_lengths(

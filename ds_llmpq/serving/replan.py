@@ -9,7 +9,6 @@ from ds_llmpq.cluster.config import ClusterConfig
 from ds_llmpq.errors import InfeasibleError, UserError
 from ds_llmpq.plan import Plan
 from ds_llmpq.planner.config import WorkloadConfig
-from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.serving.config import PlanningConfig
 from ds_llmpq.serving.planning import Progress, make_plan
 
@@ -38,10 +37,10 @@ def plan_without(
     if not left.hosts:
         raise UserError("No device of the cluster is left; mend one and run again.")
     widths = [width for stage in plan.stages for width in stage.bits]
-    model = replace(settings.model, path=settings.model.path or (plan.model or {}).get("path"))
+    model = replace(settings.model, path=settings.model.path or plan.model_path)
     settings = replace(settings, model=model)
     pinned = {"bits": {str(layer): width for layer, width in enumerate(widths)}}
-    quant = QuantConfig(**plan.quant) if plan.quant else settings.quant
+    quant = plan.quant.to_config() if plan.quant else settings.quant
     last: InfeasibleError | None = None
     sequences = plan.workload.sequences
     while sequences:

@@ -41,7 +41,7 @@ def bounded(obj: dict, mode: str) -> dict:
         solve({**obj, "objective": {"mode": "theta", "theta": theta}}, time_limit_seconds=5, baselines=False)
         for theta in (0.0, 1e4)
     ]
-    return {**obj, "objective": {"mode": mode, "limit": sum(plan.predicted[key] for plan in ends) / 2}}
+    return {**obj, "objective": {"mode": mode, "limit": sum(getattr(plan.predicted, key) for plan in ends) / 2}}
 
 
 def measure(label: str, obj: dict, seconds: float, in_cpu: bool) -> None:

@@ -22,7 +22,18 @@ from ds_llmpq import config
 from ds_llmpq.launch.launcher import find_free_port
 from ds_llmpq.models.fingerprint import fingerprint
 from ds_llmpq.models.shape import read_shape
-from ds_llmpq.plan import MEMORY_PARTS, PREDICTED, Plan, SolverReport, Stage, Workload
+from ds_llmpq.plan import (
+    Deployment,
+    MicroBatches,
+    Plan,
+    PlannedModel,
+    PredictedTotals,
+    Quantization,
+    SolverReport,
+    Stage,
+    StageMemory,
+    Workload,
+)
 from ds_llmpq.serving.in_flight import InFlight
 
 WORKLOAD = Workload(sequences=32, prompt_tokens=50, generated_tokens=62)
@@ -32,17 +43,31 @@ ENVIRONMENT |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IF
 
 def plan_of(path: Path) -> Plan:
     layers = read_shape(path).layers
-    parts = dict.fromkeys(MEMORY_PARTS, 0.0)
-    stage = Stage(0, "localhost", "localhost:0", "cpu", (0, layers), (16,) * layers, None, parts, 0.0, 0.0, 0.0)
+    stage = Stage(
+        0,
+        "localhost",
+        "localhost:0",
+        "cpu",
+        (0, layers),
+        (16,) * layers,
+        None,
+        StageMemory(0.0, 0.0, 0.0, 0.0, 0.0),
+        0.0,
+        0.0,
+        0.0,
+        kind="cpu",
+        slot=0,
+        threads=1,
+    )
     return Plan(
-        model={"path": str(path), "fingerprint": fingerprint(path)},
+        model=PlannedModel(str(path), fingerprint=fingerprint(path)),
         workload=WORKLOAD,
         stages=(stage,),
-        micro_batch={"prefill": 4, "decode": 16},
-        predicted=dict.fromkeys(PREDICTED, 0.0),
+        micro_batch=MicroBatches(4, 16),
+        predicted=PredictedTotals(0.0, 0.0, 0.0, 0.0, 0.0),
         solver=SolverReport("hand", 0.0, None, None, 0.0, "checked"),
-        quant={"bits": [16]},
-        engine={"dtype": "bfloat16", "env": {}, "stages": [{"kind": "cpu", "slot": 0, "threads": 1}]},
+        quant=Quantization(bits=(16,)),
+        deployment=Deployment("bfloat16"),
     )
 
 
@@ -60,7 +85,7 @@ def main(rounds: int) -> None:
             return Finish.LENGTH if generated >= WORKLOAD.generated_tokens else Finish.RUNNING
 
     plan = plan_of(Path(config.asset("tiny-llama")))
-    session = Session(plan, init_rank(plan, 600.0), plan.model["path"], Length())
+    session = Session(plan, init_rank(plan, 600.0), plan.model_path, Length())
     prompt = tuple(range(3, 3 + WORKLOAD.prompt_tokens))
     rows = tuple(Sequence(key, prompt, WORKLOAD.generated_tokens) for key in range(WORKLOAD.sequences))
 

@@ -22,7 +22,18 @@ from ds_llmpq.cost.memory import MemoryModel
 from ds_llmpq.launch.launcher import find_free_port
 from ds_llmpq.models.fingerprint import fingerprint
 from ds_llmpq.models.shape import read_shape
-from ds_llmpq.plan import MEMORY_PARTS, PREDICTED, Plan, SolverReport, Stage, Workload
+from ds_llmpq.plan import (
+    Deployment,
+    MicroBatches,
+    Plan,
+    PlannedModel,
+    PredictedTotals,
+    Quantization,
+    SolverReport,
+    Stage,
+    StageMemory,
+    Workload,
+)
 from ds_llmpq.quant.packing import Groups
 
 GROUP_SIZE = 64
@@ -38,21 +49,34 @@ def plan_of(options: argparse.Namespace) -> Plan:
     for rank, (first, last) in enumerate([(0, options.cut), (options.cut, shape.layers)]):
         bits = (options.bits,) * (last - first)
         parts = memory.stage_bytes(bits, WORKLOAD.sequences, capacity, rank == 0, rank == 1)
-        sizes = {name: float(parts.get(name, 0)) for name in MEMORY_PARTS}
-        stages.append(Stage(rank, "localhost", f"cpu:{rank}", "cpu", (first, last), bits, None, sizes, 0.0, 0.0, 0.0))
+        sizes = StageMemory(**parts)
+        stages.append(
+            Stage(
+                rank,
+                "localhost",
+                f"cpu:{rank}",
+                "cpu",
+                (first, last),
+                bits,
+                None,
+                sizes,
+                0.0,
+                0.0,
+                0.0,
+                kind="cpu",
+                slot=rank,
+                threads=1,
+            )
+        )
     return Plan(
-        model={"path": str(options.checkpoint), "fingerprint": fingerprint(options.checkpoint)},
+        model=PlannedModel(str(options.checkpoint), fingerprint=fingerprint(options.checkpoint)),
         workload=WORKLOAD,
         stages=tuple(stages),
-        micro_batch={"prefill": 2, "decode": 2},
-        predicted=dict.fromkeys(PREDICTED, 0.0),
+        micro_batch=MicroBatches(2, 2),
+        predicted=PredictedTotals(0.0, 0.0, 0.0, 0.0, 0.0),
         solver=SolverReport("hand", 0.0, None, None, 0.0, "checked"),
-        quant={"bits": [options.bits], "group_size": GROUP_SIZE, "axis": 1, "optimize": False},
-        engine={
-            "dtype": options.dtype,
-            "env": {},
-            "stages": [{"kind": "cpu", "slot": rank, "threads": 1} for rank in range(2)],
-        },
+        quant=Quantization(bits=(options.bits,), group_size=GROUP_SIZE, optimize=False),
+        deployment=Deployment(options.dtype),
     )
 
 
@@ -70,7 +94,7 @@ def run_rank(plan: Plan) -> dict:
             return Finish.LENGTH if generated >= WORKLOAD.generated_tokens else Finish.RUNNING
 
     context = init_rank(plan, timeout_seconds=600)
-    session = Session(plan, context, plan.model["path"], Length())
+    session = Session(plan, context, plan.model_path, Length())
     loaded = session.report()["memory_bytes"]["peak"]
     prompt = tuple(range(3, 3 + WORKLOAD.prompt_tokens))
     rows = tuple(Sequence(key, prompt, WORKLOAD.generated_tokens) for key in range(WORKLOAD.sequences))
@@ -78,7 +102,7 @@ def run_rank(plan: Plan) -> dict:
     session.run_all(lambda: next(groups, None), lambda *finished: None)
     measured = session.report()["memory_bytes"]
     shutdown()
-    share = sum(context.stage.memory_bytes.values())
+    share = sum(context.stage.memory_bytes.by_part().values())
     return {
         "rank": context.rank,
         "layers": list(context.stage.layers),

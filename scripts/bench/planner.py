@@ -191,7 +191,7 @@ def bounded_instances():
         obj = synthetic(*MODELS[model], nodes, workload, seed=0)
         yield f"paper {number}, loss <= 0.1", {**obj, "objective": {"mode": "max_quality_loss", "limit": 0.1}}
         fast = solve({**obj, "objective": {"mode": "theta", "theta": 0.0}}, baselines=False)
-        limit = 1.3 * fast.predicted["latency_seconds"]
+        limit = 1.3 * fast.predicted.latency_seconds
         yield f"paper {number}, latency <= 1.3 x least", {**obj, "objective": {"mode": "max_latency", "limit": limit}}
 
 
@@ -233,8 +233,8 @@ def main() -> None:
             seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
             problem = Problem.from_json(obj)
             again = evaluate(problem, plan.assignment())
-            assert abs(again.latency_seconds - plan.predicted["latency_seconds"]) < 1e-9
-            report, speed = plan.solver, plan.predicted["throughput_tokens_per_second"]
+            assert abs(again.latency_seconds - plan.predicted.latency_seconds) < 1e-9
+            report, speed = plan.solver, plan.predicted.throughput_tokens_per_second
             gap = 100 * report.gap if report.gap is not None else float("nan")
             print(
                 f"{label:<34}{seconds:>9.2f}{cpu:>8.2f}{report.objective:>12.4f}{report.bound:>12.4f}{gap:>8.2f}{speed:>10.1f}"

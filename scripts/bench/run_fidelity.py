@@ -27,7 +27,7 @@ from ds_llmpq.cluster.cluster import Cluster
 from ds_llmpq.cost.fitted import profiled_kernel
 from ds_llmpq.models.fingerprint import fingerprint
 from ds_llmpq.models.shape import read_shape
-from ds_llmpq.plan import Assignment, Plan, SolverReport, StageAssignment, write_plan
+from ds_llmpq.plan import Assignment, Plan, PlannedModel, SolverReport, StageAssignment, read_plan, write_plan
 from ds_llmpq.planner import Problem, evaluate
 from ds_llmpq.planner.build import prepare
 from ds_llmpq.planner.cost_source import load_profile_costs
@@ -113,8 +113,7 @@ def plan_of(prepared, cluster, assignment, prediction, settings, model) -> Plan:
     report = SolverReport("by hand", prediction.latency_seconds, None, None, 0.0, "checked")
     plan = compose_plan(prepared.problem, assignment, prediction, report)
     shape = read_shape(model)
-    described = {"path": str(Path(model).absolute()), "architecture": shape.architecture}
-    described["fingerprint"] = fingerprint(model)
+    described = PlannedModel(str(Path(model).absolute()), shape.architecture, fingerprint(model))
     plan = deploy(plan, cluster, prepared, described, settings.quant, settings.quant.kernel)
     return replace(plan, baselines={})
 
@@ -137,7 +136,7 @@ def run(plan: Plan, folder: Path, requests: Path) -> None:
     line = [sys.executable, "-m", "ds_llmpq", "run", f"plan={file}", f"input={requests}", f"out={folder}"]
     line.append("engine.refill=false")  # so that the waves are apart
     with (folder.with_suffix(".log")).open("w") as log:
-        subprocess.run([*line, f"model.path={plan.model['path']}"], check=True, stdout=log, stderr=log)
+        subprocess.run([*line, f"model.path={plan.model_path}"], check=True, stdout=log, stderr=log)
 
 
 def measured_seconds(folder: Path, waves: int) -> float:
@@ -154,17 +153,17 @@ def measured_seconds(folder: Path, waves: int) -> float:
 def pass_pairs(folder: Path) -> list[Pair]:
     """Each stage's planned pass beside the lower quartile of its passes in the trace: what other programs on the
     machine add to some passes does not move it. A last stage's sampling counts; time between spans is not in it."""
-    plan = json.loads(folder.with_suffix(".json").read_text())
+    plan = read_plan(folder.with_suffix(".json"))
     spans = defaultdict(list)
     for event in json.loads((folder / "trace.json").read_text())["traceEvents"]:
         spans[event["pid"], event["name"]].append(event["dur"] / 1e6)
     pairs = []
-    for index, stage in enumerate(plan["stages"]):
+    for index, stage in enumerate(plan.stages):
         sampling = lower_quartile(spans.get((index, "sample"), [0.0]))
-        bits = "/".join(map(str, sorted(set(stage["bits"]))))
+        bits = "/".join(map(str, sorted(set(stage.bits))))
         for phase in ("prefill", "decode"):
             measured = lower_quartile(spans[index, phase]) + sampling
-            pairs.append(Pair(stage["device_type"], phase, bits, stage[f"{phase}_seconds"], measured))
+            pairs.append(Pair(stage.device_type, phase, bits, getattr(stage, f"{phase}_seconds"), measured))
     return pairs
 
 

@@ -59,7 +59,7 @@ def test_a_plan_of_mixed_widths_notes_whole_rows_and_counts_them(call, small, tm
         plan = read_plan(out / "plan.json")
         bits = [width for stage in plan.stages for width in stage.bits]
         assert bits[:4] == [4, 8, 8, 4]
-        assert plan.quant["whole_rows"] == json.loads(widths)
+        assert list(plan.quant.whole_rows) == json.loads(widths)
         held[name] = json.loads((out / "problem.json").read_text())["memory"]["layer_bytes"]
     assert held["rows"]["8"] < held["groups"]["8"]
     assert held["rows"]["4"] == held["groups"]["4"]
@@ -73,11 +73,11 @@ def test_a_low_bit_output_matrix_is_in_plan_table_and_memory(call, small, tmp_pa
         )
         assert (code, err) == (0, "")
         plan = read_plan(tmp_path / str(bits) / "plan.json")
-        assert plan.quant["head_bits"] == bits
+        assert plan.quant.head_bits == bits
         assert (f"head {bits}" in out) is (bits < 16)
         lost = sum(row[0] for row in prior.table) + prior.head_loss(bits)
-        assert plan.predicted["quality_loss"] == pytest.approx(lost)
-        held[bits] = plan.stages[-1].memory_bytes["head"]
+        assert plan.predicted.quality_loss == pytest.approx(lost)
+        held[bits] = plan.stages[-1].memory_bytes.head
     assert held[4] < held[16] / 3
 
 
@@ -166,8 +166,8 @@ def test_the_front_is_a_folder_a_plan(call, small, tmp_path):
     assert code == 0
     plans = [read_plan(file) for file in sorted((tmp_path / "f").glob("plan*/plan.json"))]
     assert len(plans) >= 2
-    losses = [plan.predicted["quality_loss"] for plan in plans]
-    speeds = [plan.predicted["throughput_tokens_per_second"] for plan in plans]
+    losses = [plan.predicted.quality_loss for plan in plans]
+    speeds = [plan.predicted.throughput_tokens_per_second for plan in plans]
     assert losses == sorted(losses, reverse=True)
     assert speeds == sorted(speeds, reverse=True)
     assert "summary.csv" in out
@@ -225,7 +225,7 @@ def test_pins_are_kept(call, small, tmp_path):
     assert (code, err) == (0, "")
     plan = read_plan(tmp_path / "p" / "plan.json")
     assert plan.stages[0].bits[0] == 3
-    assert plan.micro_batch["decode"] == 8
+    assert plan.micro_batch.decode == 8
     assert [stage.device for stage in plan.stages] == ["localhost:0", "localhost:1"]
 
 

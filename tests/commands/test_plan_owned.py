@@ -22,7 +22,7 @@ def plan(tmp_path_factory):
 
 
 def test_the_plans_own_values_and_defaults_are_not_named(plan):
-    bits = str(list(plan.quant["bits"]))
+    bits = str(list(plan.quant.bits))
     assert find_ignored(settings_of("run", "plan=p.json", f"quant.bits={bits}", "workload=demo"), plan) == []
 
 
@@ -46,6 +46,6 @@ def test_the_model_is_the_plans_unless_it_is_given(plan, command, tmp_path):
     assert choose_model(settings_of(command)).model.path == config.asset("tiny-llama")
     beside = choose_model(settings_of(command, "plan=p.json"))
     assert beside.model.path is None
-    assert str(checkpoint_of(beside, plan)) == plan.model["path"]
+    assert str(checkpoint_of(beside, plan)) == plan.model.path
     with pytest.raises(UserError, match=str(tmp_path)):
         checkpoint_of(settings_of(command, "plan=p.json", f"model.path={tmp_path}"), plan)

@@ -55,8 +55,8 @@ def test_a_table_a_plan_with_it_and_its_checkpoint(path, tmp_path, capsys):
     plan = plan_command.make_plan(planned, tmp_path / "plan")
     bits = [width for stage in plan.stages for width in stage.bits]
     promised = sum(row[omega.bits.index(width)] for row, width in zip(omega.table, bits, strict=True))
-    assert plan.predicted["quality_loss"] == pytest.approx(promised)
-    assert plan.predicted["quality_loss"] <= bound
+    assert plan.predicted.quality_loss == pytest.approx(promised)
+    assert plan.predicted.quality_loss <= bound
     assert plan.provenance["omega"] == "fitted (variance)"
     written = settings("quantize", QuantizeConfig, f"plan={tmp_path / 'plan' / 'plan.json'}")
     assert quantize.run(written, tmp_path / "quantized") == 0

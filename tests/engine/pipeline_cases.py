@@ -18,7 +18,19 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from ds_llmpq.models.fingerprint import fingerprint
-from ds_llmpq.plan import MEMORY_PARTS, PREDICTED, Plan, SolverReport, Stage, Workload
+from ds_llmpq.plan import (
+    Deployment,
+    MicroBatches,
+    Plan,
+    PlannedModel,
+    PredictedTotals,
+    Quantization,
+    SolverReport,
+    Stage,
+    StageMemory,
+    Workload,
+)
+from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.scheduler.request_group import RequestGroup, Sequence
 from ds_llmpq.scheduler.sampling_params import SamplingParams
 from ds_llmpq.scheduler.slot_table import Finish
@@ -73,20 +85,20 @@ def make_plan(
     """A plan by hand: `stages` are the layers [first, last) in pipeline order, `ranks` who runs them."""
     ranks = ranks or list(range(len(stages)))
     bits = bits or [16] * stages[-1][1]
-    parts = dict.fromkeys(MEMORY_PARTS, 0.0)
     return Plan(
-        model={"path": str(path), "fingerprint": fingerprint(path)},
+        model=PlannedModel(str(path), fingerprint=fingerprint(path)),
         workload=Workload(*workload),
         stages=tuple(
-            Stage(rank, "localhost", f"localhost:{rank}", "cpu", layers, tuple(bits[slice(*layers)]), None, parts,
-                      0.0, 0.0, 0.0)
+            Stage(rank, "localhost", f"localhost:{rank}", "cpu", layers, tuple(bits[slice(*layers)]), None,
+                  StageMemory(0.0, 0.0, 0.0, 0.0, 0.0),
+                  0.0, 0.0, 0.0, kind="cpu", slot=rank, threads=1)
             for rank, layers in zip(ranks, stages, strict=True)
         ),
-        micro_batch={"prefill": micro_batch[0], "decode": micro_batch[1]},
-        predicted=dict.fromkeys(PREDICTED, 0.0),
+        micro_batch=MicroBatches(*micro_batch),
+        predicted=PredictedTotals(0.0, 0.0, 0.0, 0.0, 0.0),
         solver=SolverReport("hand", 0.0, None, None, 0.0, "checked"),
-        quant=quant or QUANT,
-        engine={"dtype": dtype, "env": {}, "stages": [{"kind": "cpu", "slot": rank, "threads": 1} for rank in ranks]},
+        quant=Quantization.from_config(QuantConfig(**(quant or QUANT))),
+        deployment=Deployment(dtype),
     )  # fmt: skip
 
 

@@ -100,7 +100,7 @@ def test_logits_agree(ranks, checkpoint_of):
     kinds = [*((variant, "float32") for variant in VARIANTS), *((variant, "bfloat16") for variant in dense)]
     cases = [logits_case(checkpoint_of(variant), dtype) for variant, dtype in kinds]
     for case, outcome in zip(cases, ranks.run(*cases), strict=True):
-        dtype = case.plan.engine["dtype"]
+        dtype = case.plan.deployment.compute_dtype
         difference, rounding, exact = differences(case, outcome, dtype)
         if dtype == "float32":
             assert difference.abs().max() < CLEAR_GAP / 4, case.label

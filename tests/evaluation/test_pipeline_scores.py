@@ -3,7 +3,7 @@
 import json
 import math
 import sys
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +23,19 @@ from ds_llmpq.evaluation.job import ScoreJob
 from ds_llmpq.launch.job import to_token
 from ds_llmpq.launch.launcher import Launch
 from ds_llmpq.models.fingerprint import fingerprint
-from ds_llmpq.plan import MEMORY_PARTS, PREDICTED, Plan, SolverReport, Stage, Workload, write_plan
+from ds_llmpq.plan import (
+    Deployment,
+    MicroBatches,
+    Plan,
+    PlannedModel,
+    PredictedTotals,
+    Quantization,
+    SolverReport,
+    Stage,
+    StageMemory,
+    Workload,
+    write_plan,
+)
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.pretrained import load_quantized
 from ds_llmpq.quant.writer import write_quantized
@@ -39,24 +51,20 @@ TEXT = "\n".join(f"def function_{n}(argument):\n    '''Return {n}.'''\n    retur
 
 
 def make_plan(stages, bits=BITS, head_bits=HEAD_BITS):
-    zero = dict.fromkeys(MEMORY_PARTS, 0.0)
+    zero = StageMemory(0.0, 0.0, 0.0, 0.0, 0.0)
     return Plan(
-        model={"path": str(TINY), "fingerprint": fingerprint(TINY)},
+        model=PlannedModel(str(TINY), fingerprint=fingerprint(TINY)),
         workload=Workload(4, 64, 8),
         stages=tuple(
-            Stage(rank, "localhost", f"localhost:{rank}", "cpu", layers, bits[slice(*layers)], None, zero, 0, 0, 0)
+            Stage(rank, "localhost", f"localhost:{rank}", "cpu", layers, bits[slice(*layers)], None, zero, 0, 0, 0,
+                  kind="cpu", slot=rank, threads=1)
             for rank, layers in enumerate(CUTS[stages])
         ),
-        micro_batch={"prefill": 2, "decode": 2},
-        predicted=dict.fromkeys(PREDICTED, 0.25),
+        micro_batch=MicroBatches(2, 2),
+        predicted=PredictedTotals(0.25, 0.25, 0.25, 0.25, 0.25),
         solver=SolverReport("hand", 0.0, None, None, 0.0, "checked"),
-        quant=asdict(QUANT) | {"head_bits": head_bits},
-        engine={
-            "dtype": "float32",
-            "stages": [{"kind": "cpu", "slot": rank, "threads": 1, "cpu_share": None} for rank in range(stages)],
-            "include": "localhost:" + ",".join(map(str, range(stages))),
-            "env": {},
-        },
+        quant=replace(Quantization.from_config(QUANT), head_bits=head_bits),
+        deployment=Deployment("float32"),
     )  # fmt: skip
 
 

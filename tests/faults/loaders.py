@@ -340,7 +340,7 @@ def _plan(file: Path) -> object:
     """As far as a launch goes without starting anything."""
     plan = read_plan(file)
     plan_table(plan)
-    if plan.engine is None:
+    if not plan.is_deployed:
         return plan
     launch = Launch.from_plan(plan, file.parent)
     launch_order(plan)

@@ -37,10 +37,10 @@ def test_a_run_of_two_graphs_answers_every_row(checkpoint, tmp_path):
     for stage, measured in zip(plan.stages, metrics["stages"], strict=True):
         assert stage.kernel == "openvino_graph"
         held = measured["memory_bytes"]["measured"]
-        assert held["kv"] == stage.memory_bytes["kv"]
-        parts = [stage.memory_bytes[part] for part in ("weights", "embed", "head")]
+        assert held["kv"] == stage.memory_bytes.kv
+        parts = [getattr(stage.memory_bytes, part) for part in ("weights", "embed", "head")]
         assert held["weights"] == sum(parts)
-    assert plan.quant["head_bits"] == 8
+    assert plan.quant.head_bits == 8
     again = run("run", *asked, *GRAPH, f"plan={out / 'plan.json'}", "resume=force", "engine.batch_invariant=true")
     assert again.returncode == 1
     assert "plan with quant.kernel=openvino" in error_sentence(again)

@@ -26,7 +26,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ds_llmpq.launch.launcher import find_free_port
 from ds_llmpq.plan import read_plan
-from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.hqq import linear_names, quantize_linear
 
 pytestmark = pytest.mark.launcher
@@ -81,7 +80,7 @@ def single_process(checkpoint, plan):
         for name in linear_names(layer) if bits < 16 else []:
             linear = layer.get_submodule(name)
             hqq = quantize_linear(
-                linear.weight.data, None, bits, QuantConfig(**plan.quant), torch.float32, torch.device("cpu")
+                linear.weight.data, None, bits, plan.quant.to_config(), torch.float32, torch.device("cpu")
             )
             quantized[linear] = hqq.dequantize()
     model = model.float().eval()

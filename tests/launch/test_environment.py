@@ -30,7 +30,7 @@ def test_a_file_may_choose_interfaces_and_threads():
 def test_run_refuses_the_variables_of_a_plan_and_names_the_way(tmp_path, capfd):
     assert exit_code("plan", "workload.sequences=4", f"out={tmp_path}/plan") == 0
     plan = json.loads((tmp_path / "plan" / "plan.json").read_text())
-    plan["engine"]["env"]["LD_PRELOAD"] = "/nowhere.so"
+    plan["deployment"]["env"]["LD_PRELOAD"] = "/nowhere.so"
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     shutil.copy(Path(__file__).parents[2] / "launch" / "demo_prompts.jsonl", tmp_path / "rows.jsonl")
     capfd.readouterr()

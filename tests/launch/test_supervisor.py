@@ -18,7 +18,7 @@ from ds_llmpq.launch.journal import Identity, Journal
 from ds_llmpq.launch.process_monitor import Exit, ExitReason
 from ds_llmpq.launch.progress import ERROR_MARK
 from ds_llmpq.launch.supervisor import Supervisor, validate_supervision
-from ds_llmpq.plan import Plan, Workload
+from ds_llmpq.plan import MicroBatches, Plan, PredictedTotals, Workload
 
 DIED, HUNG, ENDED = Exit(ExitReason.DIED, -9), Exit(ExitReason.HUNG, None), Exit(ExitReason.ENDED, 0)
 DRAINED = Exit(ExitReason.DRAINED, 0)
@@ -107,7 +107,7 @@ def in_flight(scene):
 
 def with_plan(scene, sequences):
     workload = Workload(sequences, 16, 8)
-    plan = Plan(None, workload, (), {"prefill": 3, "decode": sequences // 2}, {}, None)
+    plan = Plan(None, workload, (), MicroBatches(3, sequences // 2), PredictedTotals(0.0, 0.0, 0.0, 0.0, 0.0), None)
     scene.supervisor.job = Job(plan, "m", "i", scene.supervisor.job.output, EngineConfig(), BatchConfig())
     return scene
 
@@ -117,7 +117,7 @@ def test_out_of_memory_goes_on_with_fewer_in_flight(tmp_path, monkeypatch):
     scene = with_plan(Scene(tmp_path, monkeypatch, *ends), 8)
     scene.supervisor.run()
     assert in_flight(scene) == 2  # a death of another kind changes nothing
-    assert dict(scene.supervisor.job.plan.micro_batch) == {"prefill": 1, "decode": 1}
+    assert scene.supervisor.job.plan.micro_batch == MicroBatches(1, 1)
     found = [(entry["sequences"], entry["sequences_now"]) for entry in scene.supervisor.memory_warnings]
     assert found == [(8, 4), (4, 2)]
     assert scene.supervisor.reasons[0] == "the pipeline ran out of memory"

@@ -6,13 +6,22 @@ from dataclasses import replace
 import pytest
 
 from ds_llmpq.errors import UserError
-from ds_llmpq.plan import Plan, SolverReport, Stage, Workload
+from ds_llmpq.plan import (
+    Deployment,
+    MicroBatches,
+    Plan,
+    PlannedModel,
+    PredictedTotals,
+    Quantization,
+    SolverReport,
+    Stage,
+    StageMemory,
+    Workload,
+)
 from ds_llmpq.planner.export import export, layers_by_width
 
-_MEMORY = dict.fromkeys(("weights", "kv", "embed", "head", "workspace"), 1.0)
-_PREDICTED = dict.fromkeys(
-    ("latency_seconds", "prefill_seconds", "decode_seconds", "throughput_tokens_per_second", "quality_loss"), 1.0
-)
+_MEMORY = StageMemory(0.0, 0.0, 0.0, 0.0, 0.0)
+_PREDICTED = PredictedTotals(1.0, 1.0, 1.0, 1.0, 1.0)
 
 
 def stage(rank, host, slot, layers, bits):
@@ -25,11 +34,20 @@ def plan(kind="cuda", architecture="llama"):
         stage(2, "b", 0, (3, 5), (16, 4)),
         stage(1, "a", 0, (5, 6), (4,)),
     )
-    engine = {"stages": [{"kind": kind, "slot": slot} for slot in (1, 0, 0)]}
-    model = {"path": "/models/x", "architecture": architecture, "fingerprint": "f"}
+    stages = tuple(replace(each, kind=kind, slot=slot) for each, slot in zip(stages, (1, 0, 0), strict=True))
+    model = PlannedModel("/models/x", architecture, "f")
     solver = SolverReport("search", 1.0, 1.0, 0.0, 0.1, "optimal")
-    sizes = {"prefill": 1, "decode": 2}
-    return Plan(model, Workload(4, 8, 8), stages, sizes, _PREDICTED, solver, engine=engine, quant={"group_size": 64})
+    sizes = MicroBatches(1, 2)
+    return Plan(
+        model,
+        Workload(4, 8, 8),
+        stages,
+        sizes,
+        _PREDICTED,
+        solver,
+        deployment=Deployment("float16"),
+        quant=Quantization(),
+    )
 
 
 def test_vllm_gets_the_cuts_and_each_layers_width():
@@ -48,11 +66,11 @@ def test_vllm_gets_the_cuts_and_each_layers_width():
 
 
 def test_whole_rows_are_group_size_minus_one_to_gptq():
-    quant = {"group_size": 64, "whole_rows": [8]}
+    quant = Quantization(whole_rows=(8,))
     config = export(replace(plan(), quant=quant), "vllm").record["quantization_config"]
     assert config["group_size"] == 64
     assert {"bits": 8, "group_size": -1} in config["dynamic"].values()
-    config = export(replace(plan(), quant=quant | {"whole_rows": [4]}), "vllm").record["quantization_config"]
+    config = export(replace(plan(), quant=replace(quant, whole_rows=(4,))), "vllm").record["quantization_config"]
     assert config["group_size"] == -1
     assert {"bits": 8, "group_size": 64} in config["dynamic"].values()
 
@@ -108,7 +126,7 @@ def test_layers_by_width_begins_with_the_commonest():
 
 
 def test_a_low_bit_output_matrix_is_said_to_stay_behind():
-    low = replace(plan(), quant={"group_size": 64, "head_bits": 8})
+    low = replace(plan(), quant=Quantization(head_bits=8))
     for target in ("vllm", "llama_cpp"):
         assert export(low, target).notes[-1] == "The output matrix at 8 bits is not carried over."
         assert not any("output matrix" in note for note in export(plan(), target).notes)

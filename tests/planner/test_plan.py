@@ -2,12 +2,13 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 from random_problems import random_problem
 
 from ds_llmpq.errors import UserError
-from ds_llmpq.plan import Assignment, Plan, StageAssignment
+from ds_llmpq.plan import Assignment, MicroBatches, Plan, StageAssignment, read_plan
 from ds_llmpq.planner import check_plan, solve
 
 
@@ -26,7 +27,7 @@ def test_round_trip_through_text(solved):
 
 def test_plan_holds_what_the_engine_needs(solved):
     plan = solved[1].to_json()
-    assert plan["schema"] == 1
+    assert plan["schema"] == 2
     assert plan["stages"][0]["layers"][0] == 0
     assert plan["stages"][-1]["layers"][1] == 4
     assert set(plan["stages"][0]["memory_bytes"]) == {"weights", "kv", "embed", "head", "workspace"}
@@ -38,7 +39,7 @@ def test_plan_holds_what_the_engine_needs(solved):
 MISTAKES = [
     (("schema",), 7, "plan.schema is 7"),
     (("extra",), 7, "unknown key"),
-    (("stages",), [], "plan.stages is an empty list"),
+    (("stages",), [], "plan.stages is []"),
     (("stages", 0, "layers"), [0, 0], "at least one layer"),
     (("stages", 0, "bits"), [], "bits has 0 entries"),
     (("stages", 0, "memory_bytes"), {}, "lacks the key 'weights'"),
@@ -80,7 +81,34 @@ def test_check_costs_a_plan_as_the_solver_does(solved):
 
 def test_check_refuses_and_says_why(solved):
     obj, plan = solved
-    sizes = (plan.micro_batch["prefill"], plan.micro_batch["decode"])
+    sizes = (plan.micro_batch.prefill, plan.micro_batch.decode)
     broken = Assignment((StageAssignment(plan.stages[0].device, 0, 3, (obj["bits"][0],) * 3),), *sizes)
     with pytest.raises(UserError, match="end at layer 3"):
         check_plan(obj, broken)
+
+
+ASSETS = Path(__file__).parents[1] / "plan" / "assets"
+
+
+@pytest.mark.parametrize("name", ["deployed", "solved"])
+def test_the_former_schema_reads_to_the_same_plan_and_says_so(name, capsys):
+    former = read_plan(ASSETS / f"{name}.schema1.json")
+    assert "former schema 1" in capsys.readouterr().err
+    assert former.to_json()["schema"] == 2
+    assert Plan.from_json(former.to_json()) == former
+    assert former.is_deployed == (name == "deployed")
+
+
+def test_what_launching_needs_of_the_former_schema_is_kept():
+    old = json.loads((ASSETS / "deployed.schema1.json").read_text())
+    plan = Plan.from_json(old)
+    assert plan.deployment.compute_dtype == old["engine"]["dtype"]
+    assert plan.deployment.env == old["engine"]["env"]
+    assert list(plan.deployment.link_seconds.decode) == old["engine"]["link_seconds"]["decode"]
+    for stage, entry, own in zip(plan.stages, old["stages"], old["engine"]["stages"], strict=True):
+        assert {name: getattr(stage, name) for name in own} == own
+        assert stage.memory_bytes.by_part() == entry["memory_bytes"]
+        assert (stage.device, stage.host, stage.rank) == (entry["device"], entry["host"], entry["rank"])
+    assert plan.micro_batch == MicroBatches(**old["micro_batch"])
+    assert plan.model.fingerprint == old["model"]["fingerprint"]
+    assert list(plan.quant.whole_rows) == old["quant"]["whole_rows"]

@@ -1,6 +1,7 @@
 """`solve` as a whole: baselines, pins, limits, interruption, progress, infeasible and degenerate problems."""
 
 import copy
+from dataclasses import asdict
 
 import pytest
 from hypothesis import given, settings
@@ -120,7 +121,7 @@ def test_pins_are_respected_and_cost_something(seed):
         {"bits": {"0": width, "3": free.stages[-1].bits[-1]}},
         {"order": [stage.device for stage in free.stages]},
         {"layers": {last.device: list(last.layers)}},
-        {"micro_batch": dict(free.micro_batch)},
+        {"micro_batch": asdict(free.micro_batch)},
     ):
         try:
             plan = solve(obj, solver="search", gap=0, pins=pins)
@@ -243,8 +244,8 @@ def test_unknown_options_are_refused():
 def test_pareto_front_is_a_front():
     obj, _ = solved(8, layers=6, devices=2, widths=3)
     plans = pareto(obj, points=5, time_limit_seconds=20, solver="search")
-    latencies = [plan.predicted["latency_seconds"] for plan in plans]
-    losses = [plan.predicted["quality_loss"] for plan in plans]
+    latencies = [plan.predicted.latency_seconds for plan in plans]
+    losses = [plan.predicted.quality_loss for plan in plans]
     assert len(plans) >= 2
     assert latencies == sorted(latencies)
     assert losses == sorted(losses, reverse=True)

@@ -38,10 +38,10 @@ def test_no_variant_beats_the_bound(variant):
             continue
         made += 1
         assert not violations(problem, plan.assignment())
-        assert plan.predicted["latency_seconds"] == pytest.approx(evaluate(problem, plan.assignment()).latency_seconds)
+        assert plan.predicted.latency_seconds == pytest.approx(evaluate(problem, plan.assignment()).latency_seconds)
         assert plan.solver.objective >= best.solver.bound * (1 - 1e-9)
         if variant == "equal_micro_batches":
-            assert plan.micro_batch["prefill"] == plan.micro_batch["decode"]
+            assert plan.micro_batch.prefill == plan.micro_batch.decode
         if variant == "grouped":
             bits = [width for stage in plan.stages for width in stage.bits]
             assert all(a == b for a, b in zip(bits[::2], bits[1::2], strict=True))
@@ -56,8 +56,8 @@ def test_a_grouped_plan_costs_what_its_layers_cost():
             same = solve(coarse, solver="search")
         except InfeasibleError:
             continue
-        assert plan.predicted["latency_seconds"] == pytest.approx(same.predicted["latency_seconds"])
-        assert plan.predicted["quality_loss"] == pytest.approx(same.predicted["quality_loss"])
+        assert plan.predicted.latency_seconds == pytest.approx(same.predicted.latency_seconds)
+        assert plan.predicted.quality_loss == pytest.approx(same.predicted.quality_loss)
 
 
 @pytest.mark.parametrize(

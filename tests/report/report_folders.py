@@ -62,7 +62,7 @@ def write_run(folder):
     (folder / "trace.json").write_text((folder / "predicted_trace.json").read_text())
     stages = []
     for index, stage in enumerate(plan.stages):
-        memory = dict(stage.memory_bytes)
+        memory = stage.memory_bytes.by_part()
         stages.append(
             {
                 "stage": index,

@@ -48,7 +48,7 @@ def test_one_run_a_point(tmp_path, monkeypatch, capsys):
     assert recorder.experiment == "ds_llmpq"
     assert [run.params for run in recorder.runs] == [{"theta": "1"}, {"theta": "10"}]
     for run in recorder.runs:
-        assert run.metrics["quality_loss"] == plan.predicted["quality_loss"]
+        assert run.metrics["quality_loss"] == plan.predicted.quality_loss
         assert run.files[0].endswith("plan.json")
         assert run.tags["failure"] == ""
     monkeypatch.setitem(sys.modules, "mlflow", None)

@@ -59,8 +59,8 @@ def test_thetas_of_one_plan_share_its_runs(tmp_path):
     plans = theta_sweep.distinct_plans([1e-3, 2e-3, 1e4], list(theta_sweep.DEFAULTS), tmp_path)
     assert [row["thetas"] for row in plans] == [[1e-3, 2e-3], [1e4]]
     fast, exact = (row["plan"].predicted for row in plans)
-    assert fast["latency_seconds"] < exact["latency_seconds"]
-    assert fast["quality_loss"] > exact["quality_loss"]
+    assert fast.latency_seconds < exact.latency_seconds
+    assert fast.quality_loss > exact.quality_loss
     assert read_plan(plans[0]["file"]).to_json() == plans[0]["plan"].to_json()
     prompts = read_requests(str(theta_sweep.written_prompts(tmp_path, plans[0])), BatchConfig())
     workload = plans[0]["plan"].workload

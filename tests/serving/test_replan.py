@@ -35,16 +35,16 @@ def test_a_plan_from_elsewhere_keeps_its_own_settings(tmp_path):
     settings = config.to_object(config.composed("run", []), config.COMMANDS["run"])
     left = plan_without(settings, plan, ["localhost:1"], tmp_path, widths_free=True)
     assert left.quant == plan.quant
-    assert left.quant["head_bits"] == 8
+    assert left.quant.head_bits == 8
     assert widths(left) == widths(plan)
 
 
 def test_what_does_not_fit_takes_fewer_sequences(tmp_path):
     settings, plan = planned(tmp_path)
     parts = [stage.memory_bytes for stage in plan.stages]
-    need = sum(part["weights"] + part["embed"] + part["head"] + 0.7 * part["kv"] for part in parts)
+    need = sum(part.weights + part.embed + part.head + 0.7 * part.kv for part in parts)
     for device in settings.cluster.hosts[0].devices:
-        device.memory_bytes = int(need + max(part["workspace"] for part in parts))
+        device.memory_bytes = int(need + max(part.workspace for part in parts))
     left = plan_without(settings, plan, ["localhost:1"], tmp_path, widths_free=False)
     assert left.workload.sequences < plan.workload.sequences
     assert widths(left) == widths(plan)

@@ -6,20 +6,19 @@ import pytest
 
 from ds_llmpq.batch.prompts import PreparedRequest
 from ds_llmpq.batch.request import COMPLETIONS_URL, Request
-from ds_llmpq.plan import MEMORY_PARTS, PREDICTED, Plan, SolverReport, Stage, Workload
+from ds_llmpq.plan import MicroBatches, Plan, PredictedTotals, SolverReport, Stage, StageMemory, Workload
 from ds_llmpq.scheduler.sampling_params import GREEDY
 from ds_llmpq.serving.replay import Replay
 
 
 def plan():
-    parts = dict.fromkeys(MEMORY_PARTS, 0.0)
-    stage = Stage(0, "h", "h:0", "cpu", (0, 4), (16,) * 4, None, parts, 0.0, 0.1, 0.01)
+    stage = Stage(0, "h", "h:0", "cpu", (0, 4), (16,) * 4, None, StageMemory(0.0, 0.0, 0.0, 0.0, 0.0), 0.0, 0.1, 0.01)
     return Plan(
         model=None,
         workload=Workload(4, 8, 8),
         stages=(stage,),
-        micro_batch={"prefill": 2, "decode": 2},
-        predicted=dict.fromkeys(PREDICTED, 1.0),
+        micro_batch=MicroBatches(2, 2),
+        predicted=PredictedTotals(1.0, 1.0, 1.0, 1.0, 1.0),
         solver=SolverReport("hand", 0.0, None, None, 0.0, "checked"),
     )
 
