@@ -42,6 +42,6 @@ def test_only_the_user_s_waiting_time_goes_to_the_ranks(own, command, expected):
 def test_a_rank_waits_as_its_own_layers_and_output_matrix_need(own, kernel, bits, head_bits, expected):
     other = SimpleNamespace(rank=0, kernel="openvino", bits=(8,))
     stages = (other, SimpleNamespace(rank=1, kernel=kernel, bits=bits))
-    plan = SimpleNamespace(stages=stages, quant={"head_bits": head_bits})
+    plan = SimpleNamespace(stages=stages, head_bits=head_bits)
     wait_as_stage_needs(plan, 1)
     assert os.environ.get(VARIABLE) == (own or expected)
