@@ -43,7 +43,7 @@ _USAGE = """usage: ds-llmpq COMMAND [key=value ...]     (ds-llmpq COMMAND --help
   serve        one rank of a planned pipeline, started by the deepspeed launcher
   evaluate     perplexity and divergence of a plan on its pipeline, predicted against measured
   report       run=DIR | sweep=DIR | fidelity profile=DIR: a page, pictures and tables of what happened
-  export       plan=FILE to=vllm|llama_cpp: a plan as arguments of another system
+  export       plan=FILE to=vllm|llama_cpp|deepspeed: a plan for another system
   lengths      prepare | train | evaluate | predict | characterize: how long answers will be
   simulate     scheduling policies on simulated arrivals: FCFS, SJF, SSJF, with and without batching
   completion   bash | zsh | fish: a script for the shell, e.g. `source <(ds-llmpq completion bash)`

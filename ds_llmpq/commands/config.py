@@ -93,7 +93,7 @@ class ExportConfig:
 
     out: str = path_field("")
     plan: str = path_field("")
-    to: str = ""  # vllm | llama_cpp
+    to: str = ""  # vllm | llama_cpp | deepspeed
 
 
 @dataclass

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from deepspeed.runtime.pipe.module import LayerSpec, PipelineModule
+from deepspeed.runtime.pipe.topology import ProcessTopology
 from torch import nn
 
 from ds_llmpq.engine.topology import PlannedTopology
+from ds_llmpq.errors import UserError
+from ds_llmpq.plan import Plan
 from ds_llmpq.quant.layers import LayerLoader
 
 
@@ -43,13 +47,37 @@ def pipeline_bounds(stage_layers: list[tuple[int, int]], layers: int) -> list[in
 
 
 class PlannedPipelineModule(PipelineModule):
-    """`PipelineModule` with explicit, uneven parts. Weights are frozen: it serves, it does not train."""
+    """`PipelineModule` with explicit, uneven parts: those of `plan`, or `bounds` (stage j holds layers
+    [bounds[j], bounds[j + 1])). It serves this package's ranks, and trains a user's own model.
 
-    def __init__(self, layers: list[LazyLayer], bounds: list[int], topology: PlannedTopology):
+    `before`, `after`: how many of `layers` lie ahead of the plan's decoder layers and behind them. `topology`: one
+    pipeline over the plan's ranks where it is left out. `options` are PipelineModule's own, such as `loss_fn`.
+    `UserError`: other layers than the plan has.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Any],
+        bounds: list[int] | None = None,
+        topology: ProcessTopology | None = None,
+        *,
+        plan: Plan | None = None,
+        before: int = 1,
+        after: int = 1,
+        **options: Any,
+    ):
+        if plan is not None:
+            bounds = plan.parts(before, after)
+            topology = topology or PlannedTopology([stage.rank for stage in plan.stages])
+        if bounds is None or bounds[-1] != len(layers):
+            raise UserError(
+                f"the module has {len(layers)} layers, but the plan parts {bounds[-1] if bounds else 'none'} (its "
+                f"decoder layers, {before} before and {after} after them); give plan, before and after that fit."
+            )
         self._bounds = bounds
         # DeepSpeed prints its seeds and topology; standard output belongs to the user
         with contextlib.redirect_stdout(io.StringIO()):
-            super().__init__(layers=layers, topology=topology, partition_method="planned")
+            super().__init__(layers=layers, topology=topology, partition_method="planned", **options)
 
     def _partition_layers(self, method: str = "planned") -> None:
         stage = self._topo.get_coord(self.global_rank).pipe

@@ -228,6 +228,13 @@ class Plan:
         stages = tuple(StageAssignment(stage.device, *stage.layers, stage.bits) for stage in self.stages)
         return Assignment(stages, self.micro_batch.prefill, self.micro_batch.decode)
 
+    def parts(self, before: int = 0, after: int = 0) -> list[int]:
+        """Where the stages are cut: stage j holds layers [parts[j], parts[j + 1]) of a list that has `before` layers
+        (an embedding) ahead of the decoder layers and `after` ones (norm, lm_head) behind them. Those go with the first
+        and the last stage."""
+        cuts = [stage.layers[0] + before for stage in self.stages[1:]]
+        return [0, *cuts, before + self.stages[-1].layers[1] + after]
+
     def to_json(self) -> dict[str, Any]:
         """The JSON object of `plan.json`."""
         return {"schema": SCHEMA, **_jsonable(asdict(self))}

@@ -11,12 +11,13 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from ds_llmpq.cluster.hostfile import include_string
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.families import find_family
-from ds_llmpq.plan import Plan, Quantization, Stage
+from ds_llmpq.plan import Plan, Quantization, Stage, launch_order
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS
 
-TARGETS = ("vllm", "llama_cpp")
+TARGETS = ("vllm", "llama_cpp", "deepspeed")
 _GGML = {16: "f16", 8: "q8_0", 4: "q4_k", 3: "q3_k", 2: "q2_k"}
 _VLLM_BITS = (4, 8)  # of its GPTQ kernels
 _EVERY_LAYER = 999  # more than any model has: all layers, and the output
@@ -35,7 +36,7 @@ def export(plan: Plan, to: str) -> Export:
     """UserError: an unknown target, or a plan that it cannot express at all."""
     if to not in TARGETS:
         raise UserError(f"to={to!r}; export knows {', '.join(TARGETS)}")
-    found = _vllm(plan) if to == "vllm" else _llama_cpp(plan)
+    found = {"vllm": _vllm, "llama_cpp": _llama_cpp, "deepspeed": _deepspeed}[to](plan)
     head_bits = plan.head_bits
     if head_bits == UNQUANTIZED_BITS:
         return found
@@ -106,6 +107,37 @@ def _gptq_group(plan: Plan, width: int) -> int:
     """-1 is GPTQ's word for whole rows."""
     quant = plan.quant or Quantization()
     return -1 if width in quant.whole_rows else quant.group_size
+
+
+def _deepspeed(plan: Plan) -> Export:
+    """For a user's own PipelineModule: where it is cut, and the configuration that trains it on the plan's devices."""
+    micro_batch = plan.micro_batch.prefill
+    steps = -(-plan.workload.sequences // micro_batch)
+    dtype = plan.deployment.compute_dtype if plan.deployment else None
+    ds_config: dict[str, object] = {
+        "train_batch_size": micro_batch * steps,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": steps,
+        "pipeline": {"stages": len(plan.stages)},
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "fp16": {"enabled": dtype == "float16"},
+    }
+    include = include_string(launch_order(plan))
+    record: dict[str, object] = {
+        "parts": plan.parts(before=1, after=1),
+        "decoder_parts": plan.parts(),
+        "ranks": [stage.rank for stage in plan.stages],
+        "ds_config": ds_config,
+    }
+    line = f"deepspeed --hostfile hostfile --include {include} train.py --deepspeed --deepspeed_config ds_config.json"
+    notes = (
+        *_order_notes(plan),
+        "parts: one layer before the decoder layers (the embedding) and one after them; give PlannedPipelineModule "
+        "plan=, before= and after= for others (docs/deepspeed.md).",
+        "Bit widths are not carried over, and the plan's memory is that of serving: gradients and optimizer states "
+        "come on top of it when you train.",
+    )
+    return Export(record, (line,), notes)
 
 
 def _llama_cpp(plan: Plan) -> Export:

@@ -113,6 +113,18 @@ def test_llama_cpp_cuts_no_processor():
     assert any("one device" in note for note in made.notes)
 
 
+def test_deepspeed_gets_the_cuts_and_a_configuration():
+    made = export(plan(), "deepspeed")
+    decoder = [0, *(stage.layers[1] for stage in plan().stages)]
+    assert made.record["decoder_parts"] == decoder
+    assert made.record["parts"] == [0, *(cut + 1 for cut in decoder[1:-1]), decoder[-1] + 2]
+    config = made.record["ds_config"]
+    sizes = config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"]
+    assert config["train_batch_size"] == sizes >= plan().workload.sequences
+    assert config["pipeline"] == {"stages": len(plan().stages)}
+    assert made.lines[0].startswith("deepspeed --hostfile hostfile --include ")
+
+
 def test_what_cannot_be_said_is_refused():
     with pytest.raises(UserError, match="vllm, llama_cpp"):
         export(plan(), "tgi")
