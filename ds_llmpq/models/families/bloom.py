@@ -9,7 +9,7 @@ from ds_llmpq.models.spec import AttentionSpec, DecoderSpec, LayerSpec, MLPSpec,
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Keys:
+class _BloomKeys:
     hidden_size: Positive
     n_layer: Layers
     n_head: Positive
@@ -24,7 +24,7 @@ class _Keys:
         require_multiple("hidden_size", self.hidden_size, "n_head", self.n_head)
 
 
-def _build(keys: _Keys) -> DecoderSpec:
+def _build(keys: _BloomKeys) -> DecoderSpec:
     heads, size = keys.n_head, keys.hidden_size // keys.n_head
     norm = NormSpec("layer", keys.layer_norm_epsilon)
     # summed in slices, as this asks for, transformers leaves out what the sums' biases would add
@@ -60,4 +60,4 @@ _NAMES = (
     ("mlp.down_proj", "mlp.dense_4h_to_h"),
 )
 _ALIASES = {"n_embed": "hidden_size", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
-FAMILIES = {"bloom": Family(_Keys, _build, "transformer.h", _ENDS, _NAMES, _ALIASES, eos_token_id=2)}
+FAMILIES = {"bloom": Family(_BloomKeys, _build, "transformer.h", _ENDS, _NAMES, _ALIASES, eos_token_id=2)}

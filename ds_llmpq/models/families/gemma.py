@@ -14,7 +14,7 @@ from ds_llmpq.models.spec import DecoderSpec, LayerSpec, NormSpec
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Keys(llama.Keys):
+class _GemmaKeys(llama.Keys):
     num_key_value_heads: Positive | None = 4
     head_dim: Positive = 256
     hidden_act: Activation = "gelu_pytorch_tanh"
@@ -46,7 +46,7 @@ class _Keys(llama.Keys):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Keys3(_Keys):
+class _Gemma3Keys(_GemmaKeys):
     max_position_embeddings: Positive = 131072
     final_logit_softcapping: AboveZero | None = None
     attn_logit_softcapping: AboveZero | None = None
@@ -67,7 +67,7 @@ def _plain(given: Any) -> dict[str, Any]:
     return given or {}
 
 
-def _build(keys: _Keys, rotary: dict[str, Any], **attention: Any) -> DecoderSpec:
+def _build(keys: _GemmaKeys, rotary: dict[str, Any], **attention: Any) -> DecoderSpec:
     """rotary: by the names under which layers ask for it: their types, or one for all."""
     norm, mlp, biased = NormSpec("rms", keys.rms_norm_eps, plus_one=True), llama.mlp(keys), keys.attention_bias
     layers = [
@@ -87,11 +87,11 @@ def _build(keys: _Keys, rotary: dict[str, Any], **attention: Any) -> DecoderSpec
     )
 
 
-def _build_gemma2(keys: _Keys) -> DecoderSpec:
+def _build_gemma2(keys: _GemmaKeys) -> DecoderSpec:
     return _build(keys, {"rotary": keys.rotary()}, soft_cap=keys.attn_logit_softcapping)
 
 
-def _build_gemma3(keys: _Keys3) -> DecoderSpec:
+def _build_gemma3(keys: _Gemma3Keys) -> DecoderSpec:
     given, kinds = keys.rotary_by_type(), sorted(set(keys.types()))
     positions = keys.max_position_embeddings
     rotary = {kind: read_rotary(given[kind], keys.head_size, positions, {}) for kind in kinds}
@@ -112,6 +112,6 @@ _REST = {
     "eos_token_id": 1,
 }
 FAMILIES = {
-    "gemma2": Family(_Keys, _build_gemma2, **_REST),
-    "gemma3_text": Family(_Keys3, _build_gemma3, **_REST),
+    "gemma2": Family(_GemmaKeys, _build_gemma2, **_REST),
+    "gemma3_text": Family(_Gemma3Keys, _build_gemma3, **_REST),
 }

@@ -9,10 +9,10 @@ from ds_llmpq.models.family import Family, Positive
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Keys(llama.WindowedKeys):
+class _MistralKeys(llama.WindowedKeys):
     num_key_value_heads: Positive | None = 8
     max_position_embeddings: Positive = 131072
     sliding_window: Positive | None = 4096
 
 
-FAMILIES = {"mistral": Family(_Keys, llama.decoder, "model.layers", llama.ENDS, llama.NAMES, eos_token_id=2)}
+FAMILIES = {"mistral": Family(_MistralKeys, llama.decoder, "model.layers", llama.ENDS, llama.NAMES, eos_token_id=2)}

@@ -11,7 +11,7 @@ from ds_llmpq.models.spec import DecoderSpec, ExpertsSpec
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Keys(llama.WindowedKeys):
+class _MixtralKeys(llama.WindowedKeys):
     num_key_value_heads: Positive | None = 8
     max_position_embeddings: Positive = 131072
     rms_norm_eps: Epsilon = 1e-5
@@ -20,7 +20,7 @@ class _Keys(llama.WindowedKeys):
     default_theta: ClassVar[float] = 1_000_000.0
 
 
-def _build(keys: _Keys) -> DecoderSpec:
+def _build(keys: _MixtralKeys) -> DecoderSpec:
     experts = ExpertsSpec(keys.num_local_experts, keys.num_experts_per_tok, True, llama.mlp(keys))
     return llama.decoder(keys, layers=llama.layers(keys, experts))
 
@@ -34,6 +34,6 @@ _NAMES = (
 )
 FAMILIES = {
     "mixtral": Family(
-        _Keys, _build, "model.layers", llama.ENDS, _NAMES, {"num_experts": "num_local_experts"}, eos_token_id=2
+        _MixtralKeys, _build, "model.layers", llama.ENDS, _NAMES, {"num_experts": "num_local_experts"}, eos_token_id=2
     )
 }

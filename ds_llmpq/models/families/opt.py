@@ -12,7 +12,7 @@ _OFFSET = 2  # rows of the table of positions that no token has
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Keys:
+class _OptKeys:
     hidden_size: Positive
     num_hidden_layers: Layers
     num_attention_heads: Positive
@@ -31,7 +31,7 @@ class _Keys:
         require_multiple("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
 
 
-def _build(keys: _Keys) -> DecoderSpec:
+def _build(keys: _OptKeys) -> DecoderSpec:
     heads, biased = keys.num_attention_heads, keys.enable_bias
     size = keys.hidden_size // heads
     norm = NormSpec("layer", 1e-5, affine=keys.layer_norm_elementwise_affine)
@@ -70,4 +70,4 @@ _NAMES = (
     ("mlp.down_proj", "fc2"),
 )
 _ALIASES = {"_remove_final_layer_norm": "remove_final_layer_norm"}
-FAMILIES = {"opt": Family(_Keys, _build, "model.decoder.layers", _ENDS, _NAMES, _ALIASES, eos_token_id=2)}
+FAMILIES = {"opt": Family(_OptKeys, _build, "model.decoder.layers", _ENDS, _NAMES, _ALIASES, eos_token_id=2)}

@@ -12,7 +12,7 @@ from ds_llmpq.models.spec import DecoderSpec, RotarySpec
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Keys(llama.WindowedKeys):
+class _Phi3Keys(llama.WindowedKeys):
     rms_norm_eps: Epsilon = 1e-5
     max_position_embeddings: Positive = 4096
     original_max_position_embeddings: Positive = 4096
@@ -29,9 +29,9 @@ class _Keys(llama.WindowedKeys):
         return read_rotary(given, self.head_size, self.max_position_embeddings, defaults)
 
 
-def _build(keys: _Keys) -> DecoderSpec:
+def _build(keys: _Phi3Keys) -> DecoderSpec:
     attention = llama.attention(keys, qkv="stacked")
     return llama.decoder(keys, attention=attention, layers=llama.layers(keys, llama.mlp(keys, stacked=True)))
 
 
-FAMILIES = {"phi3": Family(_Keys, _build, "model.layers", llama.ENDS, llama.NAMES, eos_token_id=32000)}
+FAMILIES = {"phi3": Family(_Phi3Keys, _build, "model.layers", llama.ENDS, llama.NAMES, eos_token_id=32000)}

@@ -15,7 +15,7 @@ from ds_llmpq.validation import Count
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Keys(llama.Keys):
+class _QwenKeys(llama.Keys):
     """max_window_layers: the first layer with a window, where `layer_types` does not say which have one."""
 
     num_key_value_heads: Positive | None = 32
@@ -34,7 +34,7 @@ class _Keys(llama.Keys):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _NormedKeys(_Keys):
+class _NormedKeys(_QwenKeys):
     head_dim: Positive = 128
     attention_bias: bool = False
 
@@ -62,7 +62,7 @@ def _normed_attention(keys: _NormedKeys) -> AttentionSpec:
     return llama.attention(keys, qk_norm=norm, qkv_bias=biased, output_bias=biased)
 
 
-def _build_qwen2(keys: _Keys) -> DecoderSpec:
+def _build_qwen2(keys: _QwenKeys) -> DecoderSpec:
     return llama.decoder(keys, attention=llama.attention(keys, qkv_bias=True))
 
 
@@ -85,7 +85,7 @@ def _build_qwen3_moe(keys: _MoeKeys) -> DecoderSpec:
 
 _PLACES = ("model.layers", llama.ENDS, llama.NAMES)
 FAMILIES = {
-    "qwen2": Family(_Keys, _build_qwen2, *_PLACES),
+    "qwen2": Family(_QwenKeys, _build_qwen2, *_PLACES),
     "qwen3": Family(_NormedKeys, _build_qwen3, *_PLACES),
     "qwen3_moe": Family(_MoeKeys, _build_qwen3_moe, *_PLACES, {"num_local_experts": "num_experts"}),
 }
