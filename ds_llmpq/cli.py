@@ -98,6 +98,7 @@ def _through_hydra(command: str, arguments: list[str]) -> int:
         if any(argument.startswith("out=") for argument in arguments):
             _check_room(check_folder(config.absolute(composed.out)))
     codes: list[int] = []
+    sweep.failure_codes.clear()  # of a sweep that this process ran before
 
     def task(composed: DictConfig) -> int:
         codes.append(_run(command, composed))

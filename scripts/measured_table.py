@@ -16,6 +16,7 @@ import argparse
 import csv
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ def made(overrides: list[str], folder: Path) -> dict[str, Any]:
 def kept(entry: dict[str, Any], plans: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The first entry with the same decisions, so that no plan runs twice."""
     plan = entry["plan"]
-    same = json.dumps([plan.micro_batch, [(s.device, s.layers, s.bits) for s in plan.stages]], default=list)
+    same = json.dumps([asdict(plan.micro_batch), [(s.device, s.layers, s.bits) for s in plan.stages]], default=list)
     return plans.setdefault(same, entry)
 
 

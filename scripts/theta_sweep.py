@@ -17,6 +17,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -78,7 +79,7 @@ def distinct_plans(thetas: list[float], overrides: list[str], out: Path) -> list
         settings.planner.theta = theta
         file = folder / "plan.json"
         plan = read_plan(file) if file.is_file() else make_plan(settings, folder)
-        same = json.dumps([plan.micro_batch, [(s.device, s.layers, s.bits) for s in plan.stages]], default=list)
+        same = json.dumps([asdict(plan.micro_batch), [(s.device, s.layers, s.bits) for s in plan.stages]], default=list)
         found.setdefault(same, {"thetas": [], "plan": plan, "file": file})["thetas"].append(theta)
     return list(found.values())
 

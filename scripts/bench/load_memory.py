@@ -49,7 +49,7 @@ def plan_of(options: argparse.Namespace) -> Plan:
     for rank, (first, last) in enumerate([(0, options.cut), (options.cut, shape.layers)]):
         bits = (options.bits,) * (last - first)
         parts = memory.stage_bytes(bits, WORKLOAD.sequences, capacity, rank == 0, rank == 1)
-        sizes = StageMemory(**parts)
+        sizes = StageMemory(**parts, workspace=0.0)
         stages.append(
             Stage(
                 rank,

@@ -10,7 +10,7 @@ from ds_llmpq.engine.kv_cache import KVStore
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.shape import ModelShape
 
-HEADS, DIM, FIRST, LAYERS = 2, 3, 4, 2
+HEADS, DIM, FIRST, LAYERS = 2, 4, 4, 2
 
 
 def make_store(slots, dtype=torch.float32):
@@ -60,7 +60,7 @@ def test_random_waves_against_lists():
 
 
 def test_allocated_once_and_as_the_cost_model_says():
-    config = {"model_type": "llama", "hidden_size": 12, "num_attention_heads": 4, "num_key_value_heads": HEADS}
+    config = {"model_type": "llama", "hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": HEADS}
     config |= {"intermediate_size": 8, "num_hidden_layers": 9, "vocab_size": 8}
     shape = ModelShape.from_config(config)
     for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):

@@ -11,6 +11,16 @@ from ds_llmpq.engine.preflight import check_free, check_memory
 from ds_llmpq.errors import UserError
 from ds_llmpq.launch import hosts
 from ds_llmpq.launch.rendezvous import listen
+from ds_llmpq.plan import (
+    Deployment,
+    MicroBatches,
+    Plan,
+    PredictedTotals,
+    SolverReport,
+    Stage,
+    StageMemory,
+    Workload,
+)
 
 GIB = 1 << 30
 
@@ -18,10 +28,15 @@ GIB = 1 << 30
 def plan_of(*contexts, kind="cpu"):
     """(host, slot, GiB needed) of each stage."""
     stages = [
-        SimpleNamespace(host=host, device=f"{host}:{slot}", rank=rank, memory_bytes={"weights": need * GIB, "kv": 0})
+        Stage(
+            rank, host, f"{host}:{slot}", kind, (rank, rank + 1), (16,), None,
+            StageMemory(need * GIB, 0, 0, 0, 0), 0.0, 0.0, 0.0, kind=kind, slot=slot,
+        )
         for rank, (host, slot, need) in enumerate(contexts)
-    ]
-    return SimpleNamespace(stages=stages, engine={"stages": [{"kind": kind, "slot": slot} for _, slot, _ in contexts]})
+    ]  # fmt: skip
+    totals, solver = PredictedTotals(0.0, 0.0, 0.0, 0.0, 0.0), SolverReport("hand", 0.0, None, None, 0.0, "checked")
+    workload, sizes = Workload(1, 1, 1), MicroBatches(1, 1)
+    return Plan(None, workload, tuple(stages), sizes, totals, solver, deployment=Deployment("float32"))
 
 
 def test_stages_of_one_processor_share_its_memory():

@@ -56,8 +56,8 @@ def make_plan(stages, bits=BITS, head_bits=HEAD_BITS):
         model=PlannedModel(str(TINY), fingerprint=fingerprint(TINY)),
         workload=Workload(4, 64, 8),
         stages=tuple(
-            Stage(rank, "localhost", f"localhost:{rank}", "cpu", layers, bits[slice(*layers)], None, zero, 0, 0, 0,
-                  kind="cpu", slot=rank, threads=1)
+            Stage(rank, "localhost", f"localhost:{rank}", "cpu", layers, bits[slice(*layers)], None, zero,
+                  0.0, 0.0, 0.0, kind="cpu", slot=rank, threads=1)
             for rank, layers in enumerate(CUTS[stages])
         ),
         micro_batch=MicroBatches(2, 2),
