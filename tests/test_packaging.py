@@ -23,8 +23,8 @@ def test_a_wheel_finds_its_configuration_and_assets(tmp_path):
     zipfile.ZipFile(wheel).extractall(site)
     assert (site / "ds_llmpq" / "py.typed").is_file()  # type checkers read annotations only then
     code = (
-        "from ds_llmpq import config; from pathlib import Path; "
-        "s = config.to_object(config.composed('run', []), config.COMMANDS['run']); "
+        "from ds_llmpq import config; from ds_llmpq.serving.batch_run import choose_model; from pathlib import Path; "
+        "s = choose_model(config.to_object(config.composed('run', []), config.COMMANDS['run'])); "
         "print(config.conf_folder()); print(s.model.path); print(s.input); "
         "print(Path(s.model.path, 'config.json').is_file(), Path(s.input).is_file())"
     )
