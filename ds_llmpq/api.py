@@ -204,9 +204,10 @@ def _starts_with(prompt: Any, kind: type | tuple[type, ...]) -> bool:
     )
 
 
-def _pairs(prompts: list[Prompt], params: Any) -> Iterator[tuple[Prompt, SamplingParams]]:
-    given = params or SamplingParams()
-    each = [given] * len(prompts) if isinstance(given, SamplingParams) else list(given)
+def _pairs(prompts: list[Prompt], params: Any) -> Iterator[tuple[Prompt, SamplingParams | None]]:
+    if params is None:
+        return ((prompt, None) for prompt in prompts)
+    each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
     if len(each) != len(prompts):
         raise UserError(f"{len(prompts)} prompts have {len(each)} sampling_params; give one, or one a prompt.")
     for one in each:
@@ -215,14 +216,14 @@ def _pairs(prompts: list[Prompt], params: Any) -> Iterator[tuple[Prompt, Samplin
     return zip(prompts, each, strict=True)
 
 
-def _row(index: int, prompt: Any, params: SamplingParams) -> dict[str, Any]:
-    """A row of a batch file. Parameters at their default are left out: so the checkpoint's own may count."""
+def _row(index: int, prompt: Any, params: SamplingParams | None) -> dict[str, Any]:
+    """A row of a batch file, which says all that `params` say: settings stand for what is None, or for all of it."""
     is_chat = _starts_with(prompt, Mapping)
-    values = {each.name: getattr(params, each.name) for each in fields(params)}
-    body = {each.name: values[each.name] for each in fields(params) if values[each.name] != each.default}
-    body |= {"max_tokens": params.max_tokens, "return_token_ids": True}
-    if "stop" in body:
-        body["stop"] = [body["stop"]] if isinstance(body["stop"], str) else list(body["stop"])
+    values = {} if params is None else {each.name: getattr(params, each.name) for each in fields(params)}
+    body = {name: value for name, value in values.items() if value is not None}
+    body["return_token_ids"] = True
+    if stop := body.pop("stop", ()):
+        body["stop"] = [stop] if isinstance(stop, str) else list(stop)
     body |= {"messages": [dict(each) for each in prompt]} if is_chat else {"prompt": prompt}
     url = CHAT_URL if is_chat else COMPLETIONS_URL
     return {"custom_id": str(index), "method": "POST", "url": url, "body": body}

@@ -10,6 +10,9 @@ import pytest
 import ds_llmpq
 from ds_llmpq import LLM, SamplingParams, UserError, config
 from ds_llmpq.api import _is_one, _output, _row
+from ds_llmpq.batch.config import BatchConfig
+from ds_llmpq.batch.reader import read_requests
+from ds_llmpq.batch.request import derive_seed
 from ds_llmpq.serving.batch_run import BatchRun
 
 MODEL = Path(__file__).parent / "assets" / "tiny-llama"
@@ -44,7 +47,7 @@ def test_every_public_name_is_there():
 
 
 def test_a_row_holds_what_was_asked_for():
-    row = _row(3, "Hello", SamplingParams(max_tokens=5, temperature=0.5, stop=("\n",)))
+    row = _row(3, "Hello", SamplingParams(max_tokens=5, temperature=0.5, seed=0, stop=("\n",)))
     assert row == {
         "custom_id": "3",
         "method": "POST",
@@ -53,12 +56,32 @@ def test_a_row_holds_what_was_asked_for():
             "prompt": "Hello",
             "max_tokens": 5,
             "temperature": 0.5,
+            "top_p": 1.0,
+            "top_k": 0,
+            "seed": 0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
             "stop": ["\n"],
+            "ignore_eos": False,
             "return_token_ids": True,
         },
     }
+    assert _row(0, "Hello", None)["body"] == {"prompt": "Hello", "return_token_ids": True}
     assert _row(0, CHAT, SamplingParams())["body"]["messages"] == CHAT
     assert _row(0, [1, 2], SamplingParams())["body"]["prompt"] == [1, 2]
+
+
+def test_what_is_asked_for_goes_over_the_settings(tmp_path):
+    """Greedy and a seed of 0 are asked for like any other value; without parameters the settings stand."""
+    settings = BatchConfig(temperature=0.8, max_tokens=9, seed=4)
+    file = tmp_path / "rows.jsonl"
+    asked = [SamplingParams(), SamplingParams(temperature=1.0, seed=0), SamplingParams(temperature=1.0), None]
+    file.write_text("".join(json.dumps(_row(index, "Hello", each)) + "\n" for index, each in enumerate(asked)))
+    greedy, seeded, unseeded, left_open = (each.params for each in read_requests(file, settings).requests)
+    assert (greedy.temperature, greedy.max_tokens) == (0.0, 128)
+    assert seeded.seed == 0
+    assert unseeded.seed == derive_seed(4, "2")
+    assert (left_open.temperature, left_open.max_tokens, left_open.seed) == (0.8, 9, derive_seed(4, "3"))
 
 
 def test_one_prompt_is_told_from_many():

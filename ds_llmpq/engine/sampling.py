@@ -39,7 +39,7 @@ def sample(
     def column(values: list[float]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
 
-    draws = column([uniform_draw(row.seed, steps[index]) for index, row in zip(chosen, picked, strict=True)])
+    draws = column([uniform_draw(row.seed or 0, steps[index]) for index, row in zip(chosen, picked, strict=True)])
     top_p = column([row.top_p for row in picked])
     top_k = column([row.top_k or logits.shape[-1] for row in picked])
 

@@ -29,13 +29,13 @@ def _bounded(default: Any, *bound: Any, **options: bool) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """None: as the checkpoint has it. Penalties and `min_tokens` are the subject of `engine.processors`, the end of an
-    answer that of `serving.stop_rule`, the rest of `engine.sampling`."""
+    """None: as the checkpoint has it; for `seed`, derived from the request's id. Penalties and `min_tokens` are the
+    subject of `engine.processors`, the end of an answer that of `serving.stop_rule`, the rest of `engine.sampling`."""
 
     temperature: float = _bounded(0.0, 0, 2, "from 0 (greedy) to 2")
     top_p: float = _bounded(1.0, 0, 1, "above 0 and at most 1", exclusive=True)  # 1: off
     top_k: int = _bounded(0, 0, _MOST, "0 (off) or more", whole=True)
-    seed: int = _bounded(0, -_MOST, _MOST - 1, "from -2**63 to 2**63 - 1", whole=True)
+    seed: int | None = _bounded(None, -_MOST, _MOST - 1, "from -2**63 to 2**63 - 1", whole=True)
     min_p: float | None = _bounded(None, 0, 1, "from 0 (off) to 1")
     repetition_penalty: float | None = _bounded(None, 0, 10, "above 0 and at most 10", exclusive=True)  # 1: off
     presence_penalty: float = _bounded(0.0, -2, 2, "from -2 to 2")
