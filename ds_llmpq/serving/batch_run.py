@@ -128,7 +128,8 @@ def _begun(
 ) -> tuple[Journal, Plan | None]:
     """The folder's journal and plan: those of the run to go on with, after its check, or new ones. No plan where the
     run is finished, and its files hold all of it."""
-    asked = Identity(rows.sha256, None, None, select_sampling(settings.batch), _planned_with(settings))
+    given = None if settings.plan is None else _launchable(settings, absolute(settings.plan))
+    asked = Identity(rows.sha256, None, None, select_sampling(settings.batch), _planned_with(settings, given))
     journal = None if settings.resume == "force" else Journal.read(out)
     if journal is None:
         results = len(read_finished(out))  # also of another input
@@ -137,14 +138,16 @@ def _begun(
                 f"{out} already holds {results} results, but no {JOURNAL_NAME} that says of what; give another "
                 "out=DIR, or resume=force to keep them and go on."
             )
-        plan = plan_of(settings, out, screen.progress)
+        plan = _adopt(settings, given, out) if given else make_plan(settings, out, screen.progress)
     else:
         journal.check(asked, out)
         if journal.state == FINISHED and tally.complete:
             return journal, None
         # without its plan, the same settings make it again, or the check below says what differs
-        known = (out / "plan.json").exists()
-        plan = _launchable(settings, out / "plan.json") if known else plan_of(settings, out, screen.progress)
+        if (out / "plan.json").exists():
+            plan = _launchable(settings, out / "plan.json")
+        else:
+            plan = _adopt(settings, given, out) if given else make_plan(settings, out, screen.progress)
         write_hostfile(out / "hostfile", launch_order(plan))
     checkpoint = checkpoint_of(settings, plan)
     asked = replace(
@@ -156,10 +159,10 @@ def _begun(
     return journal, plan
 
 
-def _planned_with(settings: RunConfig) -> dict[str, Any]:
+def _planned_with(settings: RunConfig, given: Plan | None) -> dict[str, Any]:
     """What decides on the plan, by dotted keys: the plan that is given, or all that one is made from."""
-    if settings.plan is not None:
-        return {"plan": fingerprint_plan(read_plan(absolute(settings.plan))), "quantized": settings.quantized}
+    if given is not None:
+        return {"plan": fingerprint_plan(given), "quantized": settings.quantized}
     groups = {name: asdict(getattr(settings, name)) for name in ("model", "workload", "quant", "planner")}
     groups |= {"cluster": asdict(settings.cluster), "engine": {"dtype": settings.engine.dtype}}
     settings_of = flatten("", groups) | {"quantized": settings.quantized}
@@ -220,7 +223,11 @@ def plan_of(settings: RunConfig, out: Path, progress: Progress | None = None) ->
     """The plan that is given, checked, or a new one; with its hostfile in `out`."""
     if settings.plan is None:
         return make_plan(settings, out, progress)
-    plan = _launchable(settings, absolute(settings.plan))
+    return _adopt(settings, _launchable(settings, absolute(settings.plan)), out)
+
+
+def _adopt(settings: RunConfig, plan: Plan, out: Path) -> Plan:
+    """The plan that was given, with its hostfile in `out`; keys beside it that it decides are named."""
     note_ignored(settings, plan)
     write_plan(out / "plan.json", plan)
     write_hostfile(out / "hostfile", launch_order(plan))
