@@ -6,8 +6,9 @@ launch. What changes from pass to pass (tokens or hidden states, positions) is c
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -68,10 +69,8 @@ class CapturedDecode:
         self.most_graphs = most_graphs
         self._hidden_size, self._dtype = hidden_size, dtype
         self._graphs: OrderedDict[_Shape, Callable[[], Outputs]] = OrderedDict()
+        self._experts = [part for part in module.modules() if isinstance(part, Experts)]
         self._make_buffers(1)
-        for part in module.modules():
-            if isinstance(part, Experts):
-                part.static = True
 
     def run(self, step: Step) -> Outputs:
         """A decode step of one token a row, whose rows are neighbouring slots. What the eager pass gives."""
@@ -104,9 +103,21 @@ class CapturedDecode:
             while len(self._graphs) >= self.most_graphs:
                 self._graphs.popitem(last=False)
             buffers = self._inputs[: shape.rows], self._positions[: shape.rows], self.store.memory
-            self._graphs[shape] = self.capture(partial(self._step, shape), buffers)
+            with self._fixed_shapes():
+                self._graphs[shape] = self.capture(partial(self._step, shape), buffers)
         self._graphs.move_to_end(shape)
         return self._graphs[shape]
+
+    @contextlib.contextmanager
+    def _fixed_shapes(self) -> Iterator[None]:
+        """Every expert sees every token, while a pass is captured and no longer: prefill would pay for it."""
+        for part in self._experts:
+            part.static = True
+        try:
+            yield
+        finally:
+            for part in self._experts:
+                part.static = False
 
     def _step(self, shape: _Shape, inputs: torch.Tensor, positions: torch.Tensor, memory: torch.Tensor) -> Outputs:
         """Nothing changes from call to call but what the three tensors hold."""
