@@ -52,7 +52,7 @@ def pair_arrays(problem: Problem, prefill_micro_batch: int, decode_micro_batch: 
 
     sizes = (("prefill", prefill_micro_batch), ("decode", decode_micro_batch))
     workspace = max(
-        memory.workspace_prefill_bytes[prefill_micro_batch], memory.workspace_decode_bytes[decode_micro_batch]
+        memory.workspace_bytes.prefill[prefill_micro_batch], memory.workspace_bytes.decode[decode_micro_batch]
     )
     kv = memory.kv_bytes_per_sequence_layer * workload.sequences
     names = [device.name for device in problem.devices]

@@ -93,8 +93,8 @@ def stage_memory(problem: Problem, assignment: Assignment, stage: StageAssignmen
         "embed": memory.embed_bytes if first else 0,
         "head": charge_head(memory, first, last),
         "workspace": max(
-            memory.workspace_prefill_bytes[assignment.prefill_micro_batch],
-            memory.workspace_decode_bytes[assignment.decode_micro_batch],
+            memory.workspace_bytes.prefill[assignment.prefill_micro_batch],
+            memory.workspace_bytes.decode[assignment.decode_micro_batch],
         ),
     }
 

@@ -50,6 +50,14 @@ class Device:
 
 
 @dataclass(frozen=True)
+class WorkspaceBytes:
+    """What a phase needs beside weights and cache, by micro-batch size."""
+
+    prefill: Mapping[int, float]
+    decode: Mapping[int, float]
+
+
+@dataclass(frozen=True)
 class Memory:
     """What a stage has to hold. `layer_bytes[bits]` has one entry a layer."""
 
@@ -58,8 +66,7 @@ class Memory:
     embed_bytes: float
     head_bytes: float
     tied_head: bool
-    workspace_prefill_bytes: Mapping[int, float]
-    workspace_decode_bytes: Mapping[int, float]
+    workspace_bytes: WorkspaceBytes
 
 
 @dataclass(frozen=True)
@@ -153,8 +160,8 @@ class Problem:
                 "head_bytes": memory.head_bytes,
                 "tied_head": memory.tied_head,
                 "workspace_bytes": {
-                    "prefill": _string_keys(memory.workspace_prefill_bytes),
-                    "decode": _string_keys(memory.workspace_decode_bytes),
+                    "prefill": _string_keys(memory.workspace_bytes.prefill),
+                    "decode": _string_keys(memory.workspace_bytes.decode),
                 },
             },
             "links": {
@@ -263,8 +270,7 @@ def _memory(obj: Any, layers: int, bits: tuple[int, ...], sizes: MicroBatchCandi
         embed_bytes=reading.number(obj["embed_bytes"], f"{path}.embed_bytes"),
         head_bytes=reading.number(obj["head_bytes"], f"{path}.head_bytes"),
         tied_head=reading.boolean(obj.get("tied_head", False), f"{path}.tied_head"),
-        workspace_prefill_bytes=by_size["prefill"],
-        workspace_decode_bytes=by_size["decode"],
+        workspace_bytes=WorkspaceBytes(**by_size),
     )
 
 

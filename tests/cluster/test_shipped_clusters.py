@@ -107,8 +107,8 @@ def test_tiny_model_cannot_stay_unquantized_on_two_unlike_cpu_stages():
     problem = prepare(cluster, shape, workload, QuantConfig(), PlannerConfig(), dtype="bfloat16").problem
     memory, sizes = problem.memory, problem.micro_batches
     workspace = max(
-        min(memory.workspace_prefill_bytes[size] for size in sizes.prefill),
-        min(memory.workspace_decode_bytes[size] for size in sizes.decode),
+        min(memory.workspace_bytes.prefill[size] for size in sizes.prefill),
+        min(memory.workspace_bytes.decode[size] for size in sizes.decode),
     )
     kv = workload.sequences * memory.kv_bytes_per_sequence_layer
 

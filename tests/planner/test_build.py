@@ -109,8 +109,8 @@ def test_devices_memory_and_links():
     assert built.dtype == "float32"
     assert problem.memory.layer_bytes[4] == (memory.layer_bytes(4),) * 3
     assert problem.memory.kv_bytes_per_sequence_layer == 2 * 2 * 64 * 30 * 4
-    assert problem.memory.workspace_decode_bytes[6] == memory.workspace_bytes(6, 1, 29, True)
-    assert problem.memory.workspace_prefill_bytes[6] == memory.workspace_bytes(6, 20, 0, True)
+    assert problem.memory.workspace_bytes.decode[6] == memory.workspace_bytes(6, 1, 29, True)
+    assert problem.memory.workspace_bytes.prefill[6] == memory.workspace_bytes(6, 20, 0, True)
     for source in problem.devices:
         for target in problem.devices:
             if source != target:
@@ -125,8 +125,8 @@ def test_devices_memory_and_links():
 
 
 def test_unquantized_alone_needs_no_room_to_dequantize():
-    alone = make(quant=QuantConfig(bits=[16])).problem.memory.workspace_decode_bytes[1]
-    assert make().problem.memory.workspace_decode_bytes[1] - alone == 3 * 512 * 256 * 4
+    alone = make(quant=QuantConfig(bits=[16])).problem.memory.workspace_bytes.decode[1]
+    assert make().problem.memory.workspace_bytes.decode[1] - alone == 3 * 512 * 256 * 4
 
 
 def test_whole_rows_change_their_width_alone():
