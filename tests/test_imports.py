@@ -46,11 +46,6 @@ def imported_rooms(file: Path) -> set[str]:
     return rooms
 
 
-KNOWN_DEBT = {
-    "launch/job.py": {"engine"},  # the job carries the engine's configuration
-}
-
-
 def forbidden(room: str) -> set[str]:
     return set(ORDER[: ORDER.index(room)]) | (BORDER if room != "commands" else {"cli", "__main__"})
 
@@ -58,7 +53,7 @@ def forbidden(room: str) -> set[str]:
 @pytest.mark.parametrize("room", [room for room in ORDER if (PACKAGE / room).is_dir()])
 def test_a_room_imports_only_rooms_to_its_right(room):
     for file in sorted((PACKAGE / room).rglob("*.py")):
-        wrong = imported_rooms(file) & forbidden(room) - KNOWN_DEBT.get(str(file.relative_to(PACKAGE)), set())
+        wrong = imported_rooms(file) & forbidden(room)
         assert not wrong, f"{file.relative_to(PACKAGE)} imports {sorted(wrong)}"
 
 

@@ -19,11 +19,11 @@ from ds_llmpq.launch.attempt import MISTAKE, Listener, Outcome
 from ds_llmpq.launch.failures import PORT
 from ds_llmpq.launch.launcher import LOG_NAME, Launch, run_launcher
 from ds_llmpq.launch.process_monitor import ExitReason, MonitorOptions
-from ds_llmpq.launch.supervisor import check_hang_seconds
 from ds_llmpq.plan import Plan, Quantization, launch_order, write_plan
 from ds_llmpq.report.plan_table import table
 from ds_llmpq.report.solver_progress import progress_line
 from ds_llmpq.serving.batch_run import checkpoint_of, choose_model, plan_of
+from ds_llmpq.serving.supervisor import check_hang_seconds
 
 _MOST_PORTS = 5  # tried, where another process is quicker each time
 

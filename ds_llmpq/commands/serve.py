@@ -18,10 +18,10 @@ from ds_llmpq.errors import PortTaken, UserError
 from ds_llmpq.evaluation.job import ScoreJob
 from ds_llmpq.launch.failures import PORT, build_failure, identify_rank
 from ds_llmpq.launch.heartbeat import dump_stacks_on_signal, exit_if_parent_dies
-from ds_llmpq.launch.job import Job
 from ds_llmpq.launch.progress import ERROR_MARK
 from ds_llmpq.launch.ranks import read_rank
 from ds_llmpq.plan import Plan, read_plan
+from ds_llmpq.serving.job import Job
 from ds_llmpq.serving.ordering import checked
 from ds_llmpq.versions import check_versions
 

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 
 from ds_llmpq.engine.config import EngineConfig
 from ds_llmpq.evaluation.config import EvaluationConfig
-from ds_llmpq.launch.job import from_token, to_token
 from ds_llmpq.plan import Plan
+from ds_llmpq.serving.job import from_token, to_token
 
 _PLAIN = ("model_path", "output", "reference", "keeps_reference", "trust_remote_code", "hang_seconds")
 

@@ -16,7 +16,6 @@ from ds_llmpq.cluster.hostfile import hostfile_disagreements, parse_hostfile, wr
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import absolute, read_json, write_json
 from ds_llmpq.launch.environment import check_environment
-from ds_llmpq.launch.job import Job
 from ds_llmpq.launch.journal import (
     FINISHED,
     JOURNAL_NAME,
@@ -29,17 +28,18 @@ from ds_llmpq.launch.journal import (
     select_sampling,
 )
 from ds_llmpq.launch.launcher import Launch, kill_leftovers
-from ds_llmpq.launch.supervisor import Supervisor, validate_supervision
 from ds_llmpq.models.fingerprint import fingerprint, text_fingerprint
 from ds_llmpq.models.notes import describe_notes, list_notes
 from ds_llmpq.plan import Plan, check_model, launch_order, read_plan, write_plan
 from ds_llmpq.quant.kernels.registry import check_invariant
 from ds_llmpq.serving.config import PlanningConfig, RunConfig
+from ds_llmpq.serving.job import Job
 from ds_llmpq.serving.metrics import summarize
 from ds_llmpq.serving.ordering import checked
 from ds_llmpq.serving.plan_owned import note_ignored
 from ds_llmpq.serving.planning import Progress, make_plan
 from ds_llmpq.serving.replan import plan_without
+from ds_llmpq.serving.supervisor import Supervisor, validate_supervision
 from ds_llmpq.shipped import asset
 
 Settings = TypeVar("Settings", bound=PlanningConfig)  # with `plan`: of run and evaluate

@@ -25,7 +25,6 @@ from ds_llmpq.engine.stage_run.faults import Fault, described
 from ds_llmpq.engine.trace import chrome_events
 from ds_llmpq.files import write_json, write_whole
 from ds_llmpq.launch.heartbeat import Heartbeat, drain_on_signal
-from ds_llmpq.launch.job import Job, check_input
 from ds_llmpq.launch.progress import ProgressBar, ProgressLines
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.models.tokenizer import load_tokenizer
@@ -36,6 +35,7 @@ from ds_llmpq.scheduler.slot_table import Finish
 from ds_llmpq.scheduler.stream import OnTokens
 from ds_llmpq.serving import metrics
 from ds_llmpq.serving.in_flight import InFlight, identity_of, read_in_flight
+from ds_llmpq.serving.job import Job, check_input
 from ds_llmpq.serving.ordering import expected, order_of
 from ds_llmpq.serving.prediction import MOST_PASSES, decode_passes
 from ds_llmpq.serving.replay import Replay, replay_shape

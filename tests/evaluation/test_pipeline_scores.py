@@ -20,7 +20,6 @@ from ds_llmpq.engine.config import EngineConfig
 from ds_llmpq.errors import UserError
 from ds_llmpq.evaluation.config import EvaluationConfig
 from ds_llmpq.evaluation.job import ScoreJob
-from ds_llmpq.launch.job import to_token
 from ds_llmpq.launch.launcher import Launch
 from ds_llmpq.models.fingerprint import fingerprint
 from ds_llmpq.plan import (
@@ -39,6 +38,7 @@ from ds_llmpq.plan import (
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.pretrained import load_quantized
 from ds_llmpq.quant.writer import write_quantized
+from ds_llmpq.serving.job import to_token
 
 pytestmark = [pytest.mark.slow, pytest.mark.launcher]
 TINY = Path(asset("tiny-llama"))

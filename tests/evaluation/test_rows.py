@@ -9,8 +9,8 @@ from ds_llmpq.errors import UserError
 from ds_llmpq.evaluation.job import ScoreJob
 from ds_llmpq.evaluation.rank import scored_rows, spread, summary
 from ds_llmpq.evaluation.rows import RowBatch, RowScore, ScoredRow
-from ds_llmpq.launch.job import to_token
 from ds_llmpq.models.corpus import CALIBRATION, EVALUATION, Text, calibration_rows, read_text, rows_of
+from ds_llmpq.serving.job import to_token
 
 
 def test_a_row_predicts_its_last_tokens():

@@ -42,7 +42,6 @@ from ds_llmpq.errors import UserError, printable
 from ds_llmpq.evaluation.config import EvaluationConfig
 from ds_llmpq.evaluation.job import ScoreJob
 from ds_llmpq.files import read_json, read_text
-from ds_llmpq.launch.job import Job
 from ds_llmpq.launch.journal import Journal
 from ds_llmpq.launch.launcher import Launch, build_command, build_environment
 from ds_llmpq.lengths import dataset
@@ -59,6 +58,7 @@ from ds_llmpq.report.traces import read_trace as read_spans
 from ds_llmpq.research.arrivals import read_trace
 from ds_llmpq.research.published_ssjf import read_cases, schedules
 from ds_llmpq.sensitivity.omega import Omega, read_omega, write_omega
+from ds_llmpq.serving.job import Job
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
 _MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [{"type": "text", "text": "Hi"}]}]

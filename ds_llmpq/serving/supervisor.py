@@ -24,11 +24,11 @@ from ds_llmpq.launch.attempt import MISTAKE, Listener, Outcome, say
 from ds_llmpq.launch.config import SupervisionConfig, WatchConfig
 from ds_llmpq.launch.failures import EXCEPTION, FAULT, PORT, Failure
 from ds_llmpq.launch.hosts import find_lost_devices
-from ds_llmpq.launch.job import Job
 from ds_llmpq.launch.journal import Journal
 from ds_llmpq.launch.launcher import LOG_NAME, Launch, is_local, run_launcher
 from ds_llmpq.launch.process_monitor import ExitReason, MonitorOptions
 from ds_llmpq.plan import Plan
+from ds_llmpq.serving.job import Job
 
 MEASUREMENTS = ("metrics.json", "trace.json")  # written at the end of a start
 ON_LOSS = ("stop", "replan")

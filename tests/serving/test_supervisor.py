@@ -9,16 +9,16 @@ from ds_llmpq.batch.config import BatchConfig
 from ds_llmpq.batch.tally import Tally
 from ds_llmpq.engine.config import EngineConfig
 from ds_llmpq.errors import Interrupted, RunFailed, UserError
-from ds_llmpq.launch import supervisor
 from ds_llmpq.launch.attempt import MISTAKE, Outcome
 from ds_llmpq.launch.config import SupervisionConfig
 from ds_llmpq.launch.failures import CONNECTION, EXCEPTION, FAULT, MEMORY, PORT, Failure
-from ds_llmpq.launch.job import Job
 from ds_llmpq.launch.journal import Identity, Journal
 from ds_llmpq.launch.process_monitor import Exit, ExitReason
 from ds_llmpq.launch.progress import ERROR_MARK
-from ds_llmpq.launch.supervisor import Supervisor, validate_supervision
 from ds_llmpq.plan import MicroBatches, Plan, PredictedTotals, Workload
+from ds_llmpq.serving import supervisor
+from ds_llmpq.serving.job import Job
+from ds_llmpq.serving.supervisor import Supervisor, validate_supervision
 
 DIED, HUNG, ENDED = Exit(ExitReason.DIED, -9), Exit(ExitReason.HUNG, None), Exit(ExitReason.ENDED, 0)
 DRAINED = Exit(ExitReason.DRAINED, 0)
