@@ -16,7 +16,7 @@ from ds_llmpq.report.plan_table import size, table
 
 
 def run(settings: DetectConfig, out: Path) -> int:
-    cluster = _saved(settings) if settings.gpus else _this_host(settings)
+    cluster = _read_saved(settings) if settings.gpus else _this_host(settings)
     out.mkdir(parents=True, exist_ok=True)
     write_cluster(out / "cluster.yaml", cluster)
     types = cluster["device_types"]
@@ -44,7 +44,7 @@ def _this_host(settings: DetectConfig) -> dict[str, Any]:
     return detect(config.known_device_types(), settings.host, stages, cpu_rates=rates)
 
 
-def _saved(settings: DetectConfig) -> dict[str, Any]:
+def _read_saved(settings: DetectConfig) -> dict[str, Any]:
     """Another host, from files saved there; its CPUs are not offered."""
     if settings.cpu_stages:
         raise UserError("cpu_stages are of this host and cannot be told from gpus=FILE; leave one of them out.")

@@ -22,7 +22,7 @@ from ds_llmpq.launch.process_monitor import ExitReason, MonitorOptions
 from ds_llmpq.plan import Plan, Quantization, launch_order, write_plan
 from ds_llmpq.report.plan_table import table
 from ds_llmpq.report.solver_progress import progress_line
-from ds_llmpq.serving.batch_run import checkpoint_of, choose_model, plan_of
+from ds_llmpq.serving.batch_run import choose_model, find_checkpoint, obtain_plan
 from ds_llmpq.serving.supervisor import check_hang_seconds
 
 _MOST_PORTS = 5  # tried, where another process is quicker each time
@@ -38,10 +38,10 @@ def run(settings: EvaluateConfig, out: Path) -> int:
     if evaluation.text is not None:  # ranks read it: said here before they start
         open_regular(evaluation.text, "text", "give a plain text file in UTF-8").close()
     out.mkdir(parents=True, exist_ok=True)
-    plan = plan_of(settings, out, progress_line())
+    plan = obtain_plan(settings, out, progress_line())
     job = ScoreJob(
         plan=plan,
-        model_path=str(checkpoint_of(settings, plan)),
+        model_path=str(find_checkpoint(settings, plan)),
         output=str(out),
         engine=settings.engine,
         evaluation=evaluation,
@@ -68,7 +68,7 @@ def _against_reference(job: ScoreJob, settings: EvaluateConfig, out: Path) -> di
     )
     folder = out / "reference"
     folder.mkdir(exist_ok=True)
-    path = str(checkpoint_of(replace(settings, quantized=None), job.plan))
+    path = str(find_checkpoint(replace(settings, quantized=None), job.plan))
     try:
         unquantized = replace(
             job, plan=full, model_path=path, output=str(folder), reference=str(file), keeps_reference=True

@@ -21,7 +21,7 @@ from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.kernels.registry import AUTO, label, resolved
 from ds_llmpq.quant.packing import check_output_matrix, groups_of
 from ds_llmpq.report.fidelity import profile_table
-from ds_llmpq.serving.workload import sized_workload
+from ds_llmpq.serving.workload import size_workload
 
 
 def run(settings: ProfileConfig, out: Path) -> int:
@@ -35,7 +35,7 @@ def run(settings: ProfileConfig, out: Path) -> int:
 
     path = str(config.absolute(settings.model.path))
     shape = read_shape(path)
-    workload = sized_workload(
+    workload = size_workload(
         settings.workload, settings.model, config.given(settings.input), settings.batch, shape, settings.engine.refill
     )
     check_workload(workload, shape)
@@ -73,9 +73,9 @@ def _with_kernel(
         chosen = resolved(quant, kinds, dtype, **of)
         return chosen, {"kernel": label(chosen.kernel)}
     from ds_llmpq.profiling.kernel_choice import choose_kernel
-    from ds_llmpq.profiling.profiler import local_types, timer_of
+    from ds_llmpq.profiling.profiler import local_types, open_timer
 
-    with timer_of(local_types(cluster)[0]) as timer:
+    with open_timer(local_types(cluster)[0]) as timer:
         choice = choose_kernel(*what, timer, *work)
     print(kernel_table(choice.note()))
     return resolved(quant, kinds, dtype, measured=choice.kernel, **of), choice.note()

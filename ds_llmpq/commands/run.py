@@ -28,7 +28,7 @@ def _print_plan(plan: Plan) -> None:
 
 def _print_end(done: BatchRun, input_file: Path, out: Path) -> None:
     if done.metrics is None:
-        print(f"{out} is finished: {_counted(done.tally)}; nothing is left to do.")
+        print(f"{out} is finished: {_describe_counts(done.tally)}; nothing is left to do.")
         return
     print(run_summary(done.metrics))
     if done.restarts:
@@ -40,5 +40,5 @@ def _print_end(done: BatchRun, input_file: Path, out: Path) -> None:
         print(f"{done.tally.failed} requests failed; the reasons are in {out / 'errors.jsonl'}")
 
 
-def _counted(tally: Tally) -> str:
+def _describe_counts(tally: Tally) -> str:
     return f"{tally.total} requests, {tally.completed} completed, {tally.failed} failed"

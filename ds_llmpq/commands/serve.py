@@ -22,7 +22,7 @@ from ds_llmpq.launch.progress import ERROR_MARK
 from ds_llmpq.launch.ranks import read_rank
 from ds_llmpq.plan import Plan, read_plan
 from ds_llmpq.serving.job import Job
-from ds_llmpq.serving.ordering import checked
+from ds_llmpq.serving.ordering import validate_batch
 from ds_llmpq.versions import check_versions
 
 SOME_FAILED = 3  # exit code: all rows are accounted for, some in errors.jsonl
@@ -82,7 +82,7 @@ def _job(arguments: list[str]) -> Job:
         input=str(config.absolute(settings.input)),
         output=str(config.absolute(settings.output)),
         engine=settings.engine,
-        batch=checked(settings.batch),
+        batch=validate_batch(settings.batch),
         trust_remote_code=settings.model.trust_remote_code,
     )
 

@@ -72,7 +72,7 @@ def profile(task: Task, cluster: Cluster, out: Path, force: bool, show: Show) ->
     """Writes or continues `out`/profile.csv. `UserError`: it was begun with another setup and `force` is off."""
     file = out / "profile.csv"
     devices = local_types(cluster)
-    done = _resumed(file, task.setup, force)
+    done = _find_done(file, task.setup, force)
     if done is None:
         write_header(file, task.setup, _note(devices) | task.kernel_note)
         done = set()
@@ -82,7 +82,7 @@ def profile(task: Task, cluster: Cluster, out: Path, force: bool, show: Show) ->
         _profile_type(task, device, len(devices), file, done, show)
 
 
-def _resumed(file: Path, setup: Setup, force: bool) -> set[tuple[Point, int]] | None:
+def _find_done(file: Path, setup: Setup, force: bool) -> set[tuple[Point, int]] | None:
     """Points and rounds already there; None for a fresh start."""
     if not file.is_file() or force:
         return None
@@ -103,14 +103,14 @@ def _profile_type(task: Task, device: Device, types: int, file: Path, done: set[
     left = [entry for entry in todo if entry not in done]
     if not left:
         return
-    with timer_of(device) as timer:
+    with open_timer(device) as timer:
         parts = _parts(task, bits, timer.device)
         parts.throttle(device.cpu_share or 1.0)
         _time_points(task, timer, parts, left, types, file, show)
 
 
 @contextmanager
-def timer_of(device: Device) -> Iterator[Timer]:
+def open_timer(device: Device) -> Iterator[Timer]:
     """A timer on the device, with as many threads as its stage will have."""
     where = torch.device("cpu") if device.type.kind == "cpu" else torch.device("cuda", device.slot)
     threads = torch.get_num_threads()

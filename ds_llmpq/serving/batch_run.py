@@ -35,7 +35,7 @@ from ds_llmpq.quant.kernels.registry import check_invariant
 from ds_llmpq.serving.config import PlanningConfig, RunConfig
 from ds_llmpq.serving.job import Job
 from ds_llmpq.serving.metrics import summarize
-from ds_llmpq.serving.ordering import checked
+from ds_llmpq.serving.ordering import validate_batch
 from ds_llmpq.serving.plan_owned import note_ignored
 from ds_llmpq.serving.planning import Progress, make_plan
 from ds_llmpq.serving.replan import plan_without
@@ -74,7 +74,7 @@ def run_batch(settings: RunConfig, out: Path, screen: Screen = Screen()) -> Batc
         raise UserError(f"resume is {settings.resume!r} but must be one of {', '.join(RESUMES)}.")
     settings = choose_model(settings)
     validate_supervision(settings.run)
-    batch = checked(settings.batch)
+    batch = validate_batch(settings.batch)
     # what rank 0 would refuse is said at once
     rows = InputRows.of(read_requests(absolute(settings.input), batch))
     with lock_folder(check_folder(out)):
@@ -84,7 +84,7 @@ def run_batch(settings: RunConfig, out: Path, screen: Screen = Screen()) -> Batc
 
 def _run(settings: RunConfig, out: Path, rows: InputRows, screen: Screen) -> BatchRun:
     tally = rows.count(out)
-    journal, plan = _begun(settings, out, rows, tally, screen)
+    journal, plan = _prepare(settings, out, rows, tally, screen)
     if plan is None:
         return BatchRun(tally)
     if journal.state == FINISHED:
@@ -98,7 +98,7 @@ def _run(settings: RunConfig, out: Path, rows: InputRows, screen: Screen) -> Bat
         check_invariant(stage.kernel, settings.engine.batch_invariant)
     job = Job(
         plan=plan,
-        model_path=str(checkpoint_of(settings, plan)),
+        model_path=str(find_checkpoint(settings, plan)),
         input=str(absolute(settings.input)),
         output=str(out),
         engine=settings.engine,
@@ -118,18 +118,18 @@ def _run(settings: RunConfig, out: Path, rows: InputRows, screen: Screen) -> Bat
         settings.run,
         journal,
         lambda: rows.count(out),
-        lambda lost: _replanned(settings, out, supervisor, lost, screen),
+        lambda lost: _replan(settings, out, supervisor, lost, screen),
     )
-    return _concluded(supervisor, supervisor.run(), out, tally.completed)
+    return _sum_up(supervisor, supervisor.run(), out, tally.completed)
 
 
-def _begun(
+def _prepare(
     settings: RunConfig, out: Path, rows: InputRows, tally: Tally, screen: Screen
 ) -> tuple[Journal, Plan | None]:
     """The folder's journal and plan: those of the run to go on with, after its check, or new ones. No plan where the
     run is finished, and its files hold all of it."""
-    given = None if settings.plan is None else _launchable(settings, absolute(settings.plan))
-    asked = Identity(rows.sha256, None, None, select_sampling(settings.batch), _planned_with(settings, given))
+    given = None if settings.plan is None else _read_launchable(settings, absolute(settings.plan))
+    asked = Identity(rows.sha256, None, None, select_sampling(settings.batch), _list_plan_inputs(settings, given))
     journal = None if settings.resume == "force" else Journal.read(out)
     if journal is None:
         results = len(read_finished(out))  # also of another input
@@ -145,11 +145,11 @@ def _begun(
             return journal, None
         # without its plan, the same settings make it again, or the check below says what differs
         if (out / "plan.json").exists():
-            plan = _launchable(settings, out / "plan.json")
+            plan = _read_launchable(settings, out / "plan.json")
         else:
             plan = _adopt(settings, given, out) if given else make_plan(settings, out, screen.progress)
         write_hostfile(out / "hostfile", launch_order(plan))
-    checkpoint = checkpoint_of(settings, plan)
+    checkpoint = find_checkpoint(settings, plan)
     asked = replace(
         asked, model=fingerprint(checkpoint), texts=text_fingerprint(checkpoint), plan=fingerprint_plan(plan)
     )
@@ -159,7 +159,7 @@ def _begun(
     return journal, plan
 
 
-def _planned_with(settings: RunConfig, given: Plan | None) -> dict[str, Any]:
+def _list_plan_inputs(settings: RunConfig, given: Plan | None) -> dict[str, Any]:
     """What decides on the plan, by dotted keys: the plan that is given, or all that one is made from."""
     if given is not None:
         return {"plan": fingerprint_plan(given), "quantized": settings.quantized}
@@ -174,7 +174,7 @@ def _launch(settings: RunConfig, plan: Plan, out: Path) -> Launch:
     return Launch.from_plan(plan, out, settings.engine.master_port)
 
 
-def _replanned(
+def _replan(
     settings: RunConfig, out: Path, supervisor: Supervisor, lost: list[str], screen: Screen
 ) -> tuple[Job, Launch]:
     """What goes on after devices were lost for good. The journal then names the new plan."""
@@ -186,7 +186,7 @@ def _replanned(
     return replace(supervisor.job, plan=plan), _launch(settings, plan, out)
 
 
-def _concluded(supervisor: Supervisor, tally: Tally, out: Path, results_before: int) -> BatchRun:
+def _sum_up(supervisor: Supervisor, tally: Tally, out: Path, results_before: int) -> BatchRun:
     """Marks the run as finished and sums up."""
     metrics = _metrics(supervisor.job.plan, tally, out)
     metrics["restarts"] = {
@@ -219,11 +219,11 @@ def choose_model(settings: Settings) -> Settings:
     return replace(settings, model=replace(settings.model, path=asset("tiny-llama")))
 
 
-def plan_of(settings: RunConfig, out: Path, progress: Progress | None = None) -> Plan:
+def obtain_plan(settings: RunConfig, out: Path, progress: Progress | None = None) -> Plan:
     """The plan that is given, checked, or a new one; with its hostfile in `out`."""
     if settings.plan is None:
         return make_plan(settings, out, progress)
-    return _adopt(settings, _launchable(settings, absolute(settings.plan)), out)
+    return _adopt(settings, _read_launchable(settings, absolute(settings.plan)), out)
 
 
 def _adopt(settings: RunConfig, plan: Plan, out: Path) -> Plan:
@@ -234,14 +234,14 @@ def _adopt(settings: RunConfig, plan: Plan, out: Path) -> Plan:
     return plan
 
 
-def _launchable(settings: RunConfig, file: Path) -> Plan:
+def _read_launchable(settings: RunConfig, file: Path) -> Plan:
     """A plan whose variables for the ranks may come from a file, or are the user's own. `UserError` for others."""
     plan = read_plan(file)
     check_environment((plan.deployment.env if plan.deployment else {}), settings.cluster.env, str(file))
     return plan
 
 
-def checkpoint_of(settings: RunConfig, plan: Plan) -> Path:
+def find_checkpoint(settings: RunConfig, plan: Plan) -> Path:
     """Where the weights are: quantized ones, else where the user says, else where they were planned for."""
     given, planned = settings.quantized or settings.model.path, plan.model_path
     if given is None and planned is None:

@@ -34,12 +34,12 @@ from ds_llmpq.scheduler.request_group import Sequence
 from ds_llmpq.scheduler.slot_table import Finish
 from ds_llmpq.scheduler.stream import OnTokens
 from ds_llmpq.serving import metrics
-from ds_llmpq.serving.in_flight import InFlight, identity_of, read_in_flight
+from ds_llmpq.serving.in_flight import InFlight, build_identity, read_in_flight
 from ds_llmpq.serving.job import Job, check_input
-from ds_llmpq.serving.ordering import expected, order_of
+from ds_llmpq.serving.ordering import order_requests, predict_answers
 from ds_llmpq.serving.prediction import MOST_PASSES, decode_passes
 from ds_llmpq.serving.replay import Replay, replay_shape
-from ds_llmpq.serving.stop_rule import TextStopRule, stop_rule_of
+from ds_llmpq.serving.stop_rule import TextStopRule, build_stop_rule
 
 _REASON = {Finish.STOP: "stop", Finish.LENGTH: "length"}
 
@@ -51,7 +51,7 @@ def serve(job: Job, context: RankContext) -> dict[str, Any] | None:
     """
     check_model(job.plan, job.model_path)
     tokenizer = load_tokenizer(job.model_path, job.trust_remote_code, job.template_time)
-    rule = stop_rule_of(job.model_path, tokenizer)
+    rule = build_stop_rule(job.model_path, tokenizer)
     heartbeat = Heartbeat(job.hang_seconds, None if job.supervised else lambda: None)
     driver = Driver(job, rule, heartbeat) if context.is_driver else None
     with driver or nullcontext(), closing(heartbeat):
@@ -68,10 +68,10 @@ def serve(job: Job, context: RankContext) -> dict[str, Any] | None:
         )
         heartbeat.watch(lambda: session.trace.spans)
         if driver:
-            driver.loaded()
+            driver.begin_serving()
         take = driver.source(session).take if driver else _no_requests
         if driver:
-            session.run_all(take, driver.finished, driver.broken, driver.on_tokens)
+            session.run_all(take, driver.write_result, driver.write_error, driver.on_tokens)
         else:
             session.run_all(take, _not_written)
         reports = context.data.gather(session.report() | {"trace": session.trace.spans_seen()})
@@ -102,7 +102,7 @@ class Driver:
         # started by hand it has no journal that would say of what the results are
         self.writer = ResultWriter(job.output, model=name, total=file.total, resume=job.supervised, among=ids)
         self.prepared, errors = self._prepare(file)
-        identity = identity_of(file.sha256, job.plan, job.batch)
+        identity = build_identity(file.sha256, job.plan, job.batch)
         begun = self._begun_before(identity)
         bounds = self._order(begun)
         self.in_flight = InFlight(Path(job.output), identity, begun) if self._keeps_tokens() else None
@@ -140,7 +140,7 @@ class Driver:
         first, last = self.job.plan.stages[0].layers
         self.progress.show("load", self._loaded_layers, max(self._loaded_layers, last - first + 1))
 
-    def loaded(self) -> None:
+    def begin_serving(self) -> None:
         self.serving_started = time.perf_counter()
         self.progress.show("prompts", self._done(), self.total)
 
@@ -152,7 +152,7 @@ class Driver:
         add, indices = self.in_flight.add, [each.request.index for each in self.prepared]
         return lambda keys, tokens: add([indices[key] for key in keys], tokens)
 
-    def finished(self, row: Sequence, tokens: list[int], finish: Finish) -> None:
+    def write_result(self, row: Sequence, tokens: list[int], finish: Finish) -> None:
         """Writes one request's result: called when its last token is known."""
         if finish is Finish.PREEMPTED:
             self.admission.requeue(row, tokens)
@@ -161,13 +161,13 @@ class Driver:
         self.tokens += len(tokens) - len(self._begun.get(row.key, ()))
         self._answer_tokens[row.key] = len(tokens)
         if self.replay is not None:
-            self.replay.ended(row.key)
+            self.replay.end(row.key)
         if finish is Finish.NAN_LOGITS:
             return
         try:
             text = self.rule.text(row, tokens)
         except Exception as error:
-            self.broken(row, Fault(0, "decoding its tokens", type(error).__name__, described(error)))
+            self.write_error(row, Fault(0, "decoding its tokens", type(error).__name__, described(error)))
             return
         ids = (request.prompt_ids, tokens) if request.request.return_token_ids else (None, None)
         self.writer.write_result(
@@ -177,7 +177,7 @@ class Driver:
             self.in_flight.end(request.request.index)
         self._show()
 
-    def broken(self, row: Sequence, fault: Fault | None) -> None:
+    def write_error(self, row: Sequence, fault: Fault | None) -> None:
         """Writes one request's error: called when it is known why it was given up, after it has finished."""
         request = self.prepared[row.key].request
         if self.in_flight is not None:
@@ -247,12 +247,12 @@ class Driver:
         """Sorts the prepared requests, those that have begun first; returns the cache positions reserved for each one's
         answer."""
         batch = self.job.batch
-        believed = expected(self.prepared, batch, Path(self.job.model_path).name)
-        order = order_of(self.prepared, batch.order, believed.tokens)
+        answers = predict_answers(self.prepared, batch, Path(self.job.model_path).name)
+        order = order_requests(self.prepared, batch.order, answers.tokens)
         order = sorted(order, key=lambda place: self.prepared[place].request.index not in begun)
         self.prepared = [self.prepared[place] for place in order]
-        self._expected_tokens = [believed.tokens[place] for place in order]
-        return [believed.bounds[place] for place in order]
+        self._predicted_tokens = [answers.tokens[place] for place in order]
+        return [answers.bounds[place] for place in order]
 
     def _admission_queue(self, bounds: list[int]) -> AdmissionQueue:
         plan, engine = self.job.plan, self.job.engine
@@ -281,7 +281,7 @@ class Driver:
             replay_shape(self.admission, self.prepared),
             self.job.plan,
             self.job.batch.policy,
-            self._expected_tokens,
+            self._predicted_tokens,
             room,
             self.heartbeat.beat,
             begun=self._begun,

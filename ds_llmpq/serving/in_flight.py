@@ -31,7 +31,7 @@ _MOST_LINE_BYTES = 16 << 20
 _MOST_TOKEN = 1 << 31
 
 
-def identity_of(input_sha256: str, plan: Plan, batch: BatchConfig) -> str:
+def build_identity(input_sha256: str, plan: Plan, batch: BatchConfig) -> str:
     """What tokens depend on, as results do: they are of no use to a run with another."""
     decided = [input_sha256, fingerprint_plan(plan), select_sampling(batch)]
     return hashlib.sha256(json.dumps(decided, sort_keys=True, default=str).encode()).hexdigest()

@@ -21,7 +21,7 @@ ADMISSIONS = ("worst_case", "q95", "q90")
 REPLAYS = (None, "trace")
 
 
-def checked(batch: BatchConfig) -> BatchConfig:
+def validate_batch(batch: BatchConfig) -> BatchConfig:
     """`batch` with its order chosen and its predictor as an absolute path. `UserError`: no such order, admission or
     policy, or a predictor that is missing or of no use."""
     if batch.order is None:
@@ -63,7 +63,7 @@ def checked(batch: BatchConfig) -> BatchConfig:
     return replace(batch, predictor=str(folder))
 
 
-def order_of(
+def order_requests(
     prepared: Sequence[PreparedRequest], ordering: str = "arrival", answer_tokens: Sequence[float] | None = None
 ) -> list[int]:
     """Places in `prepared` in the order to run. `arrival` keeps the file's order. `prompt_length` runs the longest
@@ -87,15 +87,15 @@ def order_of(
 
 
 @dataclass(frozen=True)
-class Expected:
-    """What is believed of each answer before it is there, in tokens: its length, and the bound that cache is reserved
+class PredictedAnswers:
+    """What is predicted of each answer, in tokens: its length, and the bound that cache is reserved
     for, never more than the request allows."""
 
     tokens: list[float]
     bounds: list[int]
 
 
-def expected(prepared: list[PreparedRequest], batch: BatchConfig, model: str = "") -> Expected:
+def predict_answers(prepared: list[PreparedRequest], batch: BatchConfig, model: str = "") -> PredictedAnswers:
     """By the predictor; without one just each request's limit. `model`: who answers requests that name no model.
 
     In a replay the limits do not cut what is predicted: a trace's limits are the lengths its answers had, which a
@@ -103,15 +103,17 @@ def expected(prepared: list[PreparedRequest], batch: BatchConfig, model: str = "
     """
     limits = [each.max_tokens for each in prepared]
     if batch.predictor is None:
-        return Expected([float(limit) for limit in limits], limits)
+        return PredictedAnswers([float(limit) for limit in limits], limits)
     found = load_predictor(Path(batch.predictor)).predict([_example(each, model) for each in prepared])
     tokens = found.tokens.tolist()
     if batch.replay is None:
         tokens = [min(value, limit) for value, limit in zip(tokens, limits, strict=True)]
     if batch.admission == "worst_case":
-        return Expected(tokens, limits)
+        return PredictedAnswers(tokens, limits)
     bounds = found.bounds[batch.admission].tolist()
-    return Expected(tokens, [max(1, min(ceil(value), limit)) for value, limit in zip(bounds, limits, strict=True)])
+    return PredictedAnswers(
+        tokens, [max(1, min(ceil(value), limit)) for value, limit in zip(bounds, limits, strict=True)]
+    )
 
 
 def _example(prepared: PreparedRequest, model: str) -> Example:

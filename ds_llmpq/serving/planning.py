@@ -31,7 +31,7 @@ from ds_llmpq.quant.kernels.registry import resolved
 from ds_llmpq.quant.packing import check_output_matrix
 from ds_llmpq.sensitivity.omega import read_omega
 from ds_llmpq.serving.config import PlanConfig, PlanningConfig
-from ds_llmpq.serving.workload import sized_workload
+from ds_llmpq.serving.workload import size_workload
 
 Progress = Callable[[ProgressEvent], None]
 
@@ -69,7 +69,7 @@ def build_problem(settings: PlanConfig) -> tuple[Problem, Callable[[Plan], Plan]
     shape, model = _model(settings.model)
     check_output_matrix(shape.vocab, shape.embed_dim, settings.quant)
     cluster = Cluster.from_config(settings.cluster)
-    workload = sized_workload(
+    workload = size_workload(
         settings.workload, settings.model, given(settings.input), settings.batch, shape, settings.engine.refill
     )
     omega = read_omega(planner.omega) if planner.omega else None

@@ -77,7 +77,7 @@ class Replay:
             rows.append(self.prepared[index].sequence(index, self.begun.get(index, ())))
         return RequestGroup(tuple(rows), *self.shape, joins=True, live=True)
 
-    def ended(self, key: int) -> None:
+    def end(self, key: int) -> None:
         """The request's last token is known."""
         self._ended[key] = self._now()
 

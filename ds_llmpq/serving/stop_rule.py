@@ -49,7 +49,7 @@ class TextStopRule:
         return state.text
 
 
-def stop_rule_of(model_path: str | Path, tokenizer: Any) -> TextStopRule:
+def build_stop_rule(model_path: str | Path, tokenizer: Any) -> TextStopRule:
     """A checkpoint's end-of-sequence tokens and stop strings, as `generate` has them; the tokenizer's end token where
     its configuration files name none. `UserError`: files that cannot be."""
     defaults = generation_of(model_path)

@@ -24,14 +24,14 @@ from ds_llmpq.models.config import ModelConfig
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.models.tokenizer import load_tokenizer
 from ds_llmpq.planner.config import WorkloadConfig
-from ds_llmpq.serving.ordering import checked, expected
+from ds_llmpq.serving.ordering import predict_answers, validate_batch
 
 DEFAULT = WorkloadConfig(sequences=32, prompt_tokens=512, generated_tokens=100)
 _LOOKED_AT = 2000  # requests; a longer file is taken to go on like its beginning
 _FITTING = {"worst_case": 1.0, "q95": 0.95, "q90": 0.9}  # share of the requests that fit a slot as planned
 
 
-def sized_workload(
+def size_workload(
     workload: WorkloadConfig,
     model: ModelConfig,
     path: str | None,
@@ -47,12 +47,12 @@ def sized_workload(
     open_fields = [name for name in fields if getattr(workload, name) is None]
     if not open_fields:
         return workload
-    measured = _measured(path, model, batch, shape, workload.sequences, refill) if path and model.path else DEFAULT
+    measured = _measure(path, model, batch, shape, workload.sequences, refill) if path and model.path else DEFAULT
     filled = replace(workload, **{name: getattr(measured, name) for name in open_fields})
-    return _within(filled, open_fields, shape)
+    return _cut_to_model(filled, open_fields, shape)
 
 
-def _measured(
+def _measure(
     path: str, model: ModelConfig, batch: BatchConfig, shape: ModelShape, sequences: int | None, refill: bool
 ) -> WorkloadConfig:
     file = read_requests(path, replace(batch, limit=min(batch.limit or _LOOKED_AT, _LOOKED_AT)))
@@ -70,11 +70,11 @@ def _measured(
     if batch.predictor is None:
         generated_tokens = max(request.max_tokens for request in prepared)
     else:
-        generated_tokens = _expected_tokens(prepared, checked(batch), model, prompt_tokens, sequences, refill)
+        generated_tokens = _predict_tokens(prepared, validate_batch(batch), model, prompt_tokens, sequences, refill)
     return WorkloadConfig(sequences, prompt_tokens, generated_tokens)
 
 
-def _expected_tokens(
+def _predict_tokens(
     prepared: list[PreparedRequest],
     batch: BatchConfig,
     model: ModelConfig,
@@ -83,9 +83,9 @@ def _expected_tokens(
     refill: bool,
 ) -> int:
     """n by what the predictor says of the requests' answers."""
-    believed = expected(prepared, batch, Path(model.path).name)
-    reserves = np.array([each.prompt_tokens for each in prepared]) + believed.bounds
-    answers = np.array(believed.tokens)
+    predicted = predict_answers(prepared, batch, Path(model.path).name)
+    reserves = np.array([each.prompt_tokens for each in prepared]) + predicted.bounds
+    answers = np.array(predicted.tokens)
     if refill:
         capacity, length = np.quantile(reserves, _FITTING[batch.admission], method="higher"), answers.mean()
     else:
@@ -93,7 +93,7 @@ def _expected_tokens(
     return max(1, ceil(length), ceil(capacity) - prompt_tokens)
 
 
-def _within(workload: WorkloadConfig, open_fields: list[str], shape: ModelShape) -> WorkloadConfig:
+def _cut_to_model(workload: WorkloadConfig, open_fields: list[str], shape: ModelShape) -> WorkloadConfig:
     """Open lengths are cut to the model's positions; lengths the user gave are left to be refused."""
     limit = shape.max_positions
     if limit is None or workload.prompt_tokens + workload.generated_tokens <= limit:

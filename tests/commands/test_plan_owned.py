@@ -4,7 +4,7 @@ import pytest
 
 from ds_llmpq import config
 from ds_llmpq.errors import UserError
-from ds_llmpq.serving.batch_run import checkpoint_of, choose_model
+from ds_llmpq.serving.batch_run import choose_model, find_checkpoint
 from ds_llmpq.serving.plan_owned import find_ignored, note_ignored
 from ds_llmpq.serving.planning import make_plan
 
@@ -46,6 +46,6 @@ def test_the_model_is_the_plans_unless_it_is_given(plan, command, tmp_path):
     assert choose_model(settings_of(command)).model.path == config.asset("tiny-llama")
     beside = choose_model(settings_of(command, "plan=p.json"))
     assert beside.model.path is None
-    assert str(checkpoint_of(beside, plan)) == plan.model.path
+    assert str(find_checkpoint(beside, plan)) == plan.model.path
     with pytest.raises(UserError, match=str(tmp_path)):
-        checkpoint_of(settings_of(command, "plan=p.json", f"model.path={tmp_path}"), plan)
+        find_checkpoint(settings_of(command, "plan=p.json", f"model.path={tmp_path}"), plan)

@@ -16,7 +16,7 @@ from ds_llmpq.lengths.dataset import split
 from ds_llmpq.lengths.predictor import train
 from ds_llmpq.lengths.records import Example
 from ds_llmpq.lengths.synthetic import answers
-from ds_llmpq.serving.ordering import ORDERINGS, checked, expected, order_of
+from ds_llmpq.serving.ordering import ORDERINGS, order_requests, predict_answers, validate_batch
 
 
 def prepared(lengths):
@@ -25,7 +25,7 @@ def prepared(lengths):
 
 @given(st.lists(st.integers(1, 9), max_size=20), st.sampled_from(ORDERINGS))
 def test_every_request_runs_once(lengths, ordering):
-    order = order_of(prepared(lengths), ordering)
+    order = order_requests(prepared(lengths), ordering)
     assert sorted(order) == list(range(len(lengths)))
     if ordering == "arrival":
         assert order == list(range(len(lengths)))
@@ -35,21 +35,21 @@ def test_every_request_runs_once(lengths, ordering):
 
 def test_an_order_that_is_not_known():
     with pytest.raises(UserError, match="arrival, prompt_length"):
-        order_of([], "random")
+        order_requests([], "random")
 
 
 def test_the_longest_answers_go_first_within_prompts_of_like_length_if_bucketed():
     rows = prepared([3, 100, 2, 120, 70])
     tokens = [50.0, 10.0, 60.0, 20.0, 15.0]
-    assert order_of(rows, "predicted_length", tokens) == [2, 0, 3, 4, 1]
-    assert order_of(rows, "bucketed", tokens) == [3, 4, 1, 2, 0]
+    assert order_requests(rows, "predicted_length", tokens) == [2, 0, 3, 4, 1]
+    assert order_requests(rows, "bucketed", tokens) == [3, 4, 1, 2, 0]
 
 
 def test_without_a_predictor_a_requests_own_limit_stands_for_its_length():
     rows = [PreparedRequest(place, array("i", [0]), limit) for place, limit in enumerate([5, 30, 5, 9])]
-    assert order_of(rows, "predicted_length") == [1, 3, 0, 2]
-    believed = expected(rows, BatchConfig())
-    assert (believed.tokens, believed.bounds) == ([5.0, 30.0, 5.0, 9.0], [5, 30, 5, 9])
+    assert order_requests(rows, "predicted_length") == [1, 3, 0, 2]
+    answers = predict_answers(rows, BatchConfig())
+    assert (answers.tokens, answers.bounds) == ([5.0, 30.0, 5.0, 9.0], [5, 30, 5, 9])
 
 
 @pytest.fixture(scope="module")
@@ -69,31 +69,39 @@ def test_a_predictor_reads_prompts_of_every_kind_and_keeps_to_limits(predictor):
         for n, prompt in enumerate(prompts)
     ]
     batch = BatchConfig(predictor=str(predictor), admission="q90")
-    believed = expected(rows, batch, "plain-13b")
-    essay, yes, ids = believed.tokens
+    answers = predict_answers(rows, batch, "plain-13b")
+    essay, yes, ids = answers.tokens
     assert yes < 20 < essay <= 500
     assert 1 <= ids <= 500
-    assert all(tokens <= bound <= 500 for tokens, bound in zip(believed.tokens, believed.bounds, strict=True))
-    wider = expected(rows, replace(batch, admission="q95"), "plain-13b").bounds
-    assert sum(wider) > sum(believed.bounds)
-    assert expected(rows, replace(batch, admission="worst_case")).bounds == [500] * 3
+    assert all(tokens <= bound <= 500 for tokens, bound in zip(answers.tokens, answers.bounds, strict=True))
+    wider = predict_answers(rows, replace(batch, admission="q95"), "plain-13b").bounds
+    assert sum(wider) > sum(answers.bounds)
+    assert predict_answers(rows, replace(batch, admission="worst_case")).bounds == [500] * 3
     short = [PreparedRequest(each.request, each.prompt_ids, 2) for each in rows]
-    assert max(expected(short, batch).tokens) == max(expected(short, batch).bounds) == 2
+    assert max(predict_answers(short, batch).tokens) == max(predict_answers(short, batch).bounds) == 2
     # a trace's limits are the lengths its answers had
-    replayed = expected(short, replace(batch, replay="trace"), "plain-13b")
-    assert (replayed.tokens, max(replayed.bounds)) == (believed.tokens, 2)
+    replayed = predict_answers(short, replace(batch, replay="trace"), "plain-13b")
+    assert (replayed.tokens, max(replayed.bounds)) == (answers.tokens, 2)
 
 
 def test_order_and_predictor_are_checked_before_anything_starts(predictor, tmp_path):
-    assert checked(BatchConfig()).order == checked(BatchConfig(predictor=str(predictor))).order == "predicted_length"
-    assert checked(BatchConfig(order="arrival")).order == checked(BatchConfig(replay="trace")).order == "arrival"
-    assert checked(BatchConfig(order="bucketed", predictor=str(predictor))).predictor == str(predictor)
+    assert (
+        validate_batch(BatchConfig()).order
+        == validate_batch(BatchConfig(predictor=str(predictor))).order
+        == "predicted_length"
+    )
+    assert (
+        validate_batch(BatchConfig(order="arrival")).order
+        == validate_batch(BatchConfig(replay="trace")).order
+        == "arrival"
+    )
+    assert validate_batch(BatchConfig(order="bucketed", predictor=str(predictor))).predictor == str(predictor)
     for batch in (
         BatchConfig(admission="q95", predictor=str(predictor)),
         BatchConfig(replay="trace", policy="ssjf", predictor=str(predictor)),
         BatchConfig(replay="trace", policy="sjf"),
     ):
-        assert checked(batch).predictor == batch.predictor
+        assert validate_batch(batch).predictor == batch.predictor
     for batch, said in (
         (BatchConfig(admission="q99"), "batch.admission is 'q99'"),
         (BatchConfig(admission="q95"), "batch.admission=q95 needs batch.predictor"),
@@ -107,4 +115,4 @@ def test_order_and_predictor_are_checked_before_anything_starts(predictor, tmp_p
         (BatchConfig(order="bucketed", predictor=str(tmp_path)), r"predictor\.json cannot be read"),
     ):
         with pytest.raises(UserError, match=said):
-            checked(batch)
+            validate_batch(batch)

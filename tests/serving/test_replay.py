@@ -88,11 +88,11 @@ def test_completion_and_waiting_times():
     replay, clock = replay_of([0.0, 1.0], [2, 2], "fcfs")
     replay.take()
     clock.now += 4.0
-    replay.ended(0)
+    replay.end(0)
     clock.room = 2
     assert keys(replay.take()) == [1]
     clock.now += 2.0
-    replay.ended(1)
+    replay.end(1)
     report = replay.report()
     assert report["jct_seconds"]["mean"] == pytest.approx((4 + 5) / 2)
     assert report["waiting_seconds"] == pytest.approx({"mean": 1.5, "max": 3.0})

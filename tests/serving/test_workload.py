@@ -23,8 +23,8 @@ from ds_llmpq.models.shape import read_shape
 from ds_llmpq.models.tokenizer import load_tokenizer
 from ds_llmpq.planner.config import WorkloadConfig
 from ds_llmpq.scheduler.admission import AdmissionQueue
-from ds_llmpq.serving.ordering import expected
-from ds_llmpq.serving.workload import sized_workload
+from ds_llmpq.serving.ordering import predict_answers
+from ds_llmpq.serving.workload import size_workload
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
 LIMIT = 400
@@ -60,7 +60,7 @@ def file(tmp_path_factory):
 
 
 def sized(file, batch, refill=True, **given):
-    return sized_workload(
+    return size_workload(
         WorkloadConfig(**given), ModelConfig(path=str(TINY)), file, batch, read_shape(str(TINY)), refill
     )
 
@@ -79,16 +79,14 @@ def test_without_a_predictor_every_request_fits_a_slot(file):
 def test_with_a_predictor_all_but_the_admission_s_share_fit(file, predictor, admission, most_longer):
     batch = BatchConfig(predictor=predictor, admission=admission)
     found, rows = sized(file, batch), prepared_of(file)
-    believed = expected(rows, batch)
+    answers = predict_answers(rows, batch)
     assert found.generated_tokens < 0.7 * LIMIT
     feed = AdmissionQueue(
-        rows, believed.bounds, found.sequences, found.prompt_tokens + found.generated_tokens, refill=True
+        rows, answers.bounds, found.sequences, found.prompt_tokens + found.generated_tokens, refill=True
     )
-    longer = [
-        each.prompt_tokens + bound > feed.row_positions for each, bound in zip(rows, believed.bounds, strict=True)
-    ]
+    longer = [each.prompt_tokens + bound > feed.row_positions for each, bound in zip(rows, answers.bounds, strict=True)]
     assert np.mean(longer) <= most_longer
-    assert found.generated_tokens >= np.mean(believed.tokens)
+    assert found.generated_tokens >= np.mean(answers.tokens)
     # and whatever is longer runs in the same memory
     for slots, capacity in {feed.shape_of(each.prompt_tokens + LIMIT) for each in rows}:
         assert slots * capacity <= feed.positions
