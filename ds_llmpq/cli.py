@@ -36,7 +36,7 @@ _USAGE = """usage: ds-llmpq COMMAND [key=value ...]     (ds-llmpq COMMAND --help
 
   detect       describe this machine as a cluster
   profile      time this machine's devices on the model, for `plan planner.profile=DIR`
-  sensitivity  what each layer loses at each width, for `plan planner.omega=FILE`
+  sensitivity  what each layer loses at each width, for `plan planner.sensitivity=FILE`
   plan         decide layers, bit widths and micro-batches; writes plan.json, problem.json, hostfile
   quantize     write the model at a plan's widths, for `run quantized=DIR`
   run          plan if needed, start DeepSpeed, turn a file of prompts into a file of results

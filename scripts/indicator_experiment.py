@@ -1,7 +1,7 @@
-"""Does an indicator pick well? Plans of equal size by each omega.json, and what they really lose.
+"""Does an indicator pick well? Plans of equal size by each sensitivity.json, and what they really lose.
 
     ds-llmpq sensitivity method=measured out=o/measured      (and variance, hessian)
-    python scripts/indicator_experiment.py out_dir o/measured/omega.json o/variance/omega.json o/hessian/omega.json
+    python scripts/indicator_experiment.py OUT o/{measured,variance,hessian}/sensitivity.json
 
 For each budget of average bits the layers' widths with the smallest predicted loss are found exactly, for each given
 table and for random ones (seeds 0 to 4, scaled like the first table), and all plans are measured on text that
@@ -31,7 +31,7 @@ from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.report.plan_table import table
 from ds_llmpq.sensitivity.indicators import random_table
 from ds_llmpq.sensitivity.layerwise import Layerwise, Measured, measure
-from ds_llmpq.sensitivity.omega import Omega, read_omega
+from ds_llmpq.sensitivity.table import Sensitivity, read_sensitivity
 
 SEEDS = range(5)
 
@@ -46,14 +46,14 @@ class Choice:
     predicted: float
 
 
-def best_bits(omega: Omega, budget: float) -> tuple[int, ...]:
-    """Widths with the smallest sum of omega and an average of at most `budget` bits (layers of equal size), exactly."""
-    most = round(budget * omega.layers)
+def best_bits(table: Sensitivity, budget: float) -> tuple[int, ...]:
+    """Widths with the smallest sum of table and an average of at most `budget` bits (layers of equal size), exactly."""
+    most = round(budget * table.layers)
     best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
-    for row in omega.table:
+    for row in table.table:
         following: dict[int, tuple[float, tuple[int, ...]]] = {}
         for used, (loss, bits) in best.items():
-            for width, value in zip(omega.bits, row, strict=True):
+            for width, value in zip(table.bits, row, strict=True):
                 total = used + width
                 if total <= most and (total not in following or loss + value < following[total][0]):
                     following[total] = (loss + value, (*bits, width))
@@ -61,11 +61,11 @@ def best_bits(omega: Omega, budget: float) -> tuple[int, ...]:
     return min(best.values())[1]
 
 
-def predicted(omega: Omega, bits: tuple[int, ...]) -> float:
-    return sum(row[omega.bits.index(width)] for row, width in zip(omega.table, bits, strict=True))
+def predicted(table: Sensitivity, bits: tuple[int, ...]) -> float:
+    return sum(row[table.bits.index(width)] for row, width in zip(table.table, bits, strict=True))
 
 
-def random_omega(like: Omega, seed: int) -> Omega:
+def random_sensitivity(like: Sensitivity, seed: int) -> Sensitivity:
     """Random importance of layers, its columns summing to those of `like`."""
     raw = random_table(like.layers, list(like.bits), seed)
     sums = [
@@ -73,36 +73,36 @@ def random_omega(like: Omega, seed: int) -> Omega:
         for own, target in zip(zip(*raw, strict=True), zip(*like.table, strict=True), strict=True)
     ]
     rows = tuple(tuple(v * t / s for v, (s, t) in zip(row, sums, strict=True)) for row in raw)
-    return Omega("random", "assumed", like.bits, rows)
+    return Sensitivity("random", "assumed", like.bits, rows)
 
 
-def choices(omegas: list[Omega], budgets: list[float]) -> list[Choice]:
-    named = [(name_of(omega), omega) for omega in omegas]
-    named += [(f"random {seed}", random_omega(omegas[0], seed)) for seed in SEEDS]
+def choices(tables: list[Sensitivity], budgets: list[float]) -> list[Choice]:
+    named = [(name_of(table), table) for table in tables]
+    named += [(f"random {seed}", random_sensitivity(tables[0], seed)) for seed in SEEDS]
     return [
-        Choice(name, budget, bits, predicted(omega, bits))
+        Choice(name, budget, bits, predicted(table, bits))
         for budget in budgets
-        for name, omega in named
-        for bits in [best_bits(omega, budget)]
+        for name, table in named
+        for bits in [best_bits(table, budget)]
     ]
 
 
-def name_of(omega: Omega) -> str:
-    estimate = (omega.details or {}).get("hessian_estimate")
-    return f"hessian, {estimate}" if omega.method == "hessian" and estimate else omega.method
+def name_of(table: Sensitivity) -> str:
+    estimate = (table.details or {}).get("hessian_estimate")
+    return f"hessian, {estimate}" if table.method == "hessian" and estimate else table.method
 
 
-def ranks(omegas: list[Omega]) -> list[dict]:
+def ranks(tables: list[Sensitivity]) -> list[dict]:
     """Spearman's rank correlation of each table with the measured one, over all cells and within each width."""
-    truth = next(omega for omega in omegas if omega.method == "measured")
+    truth = next(each for each in tables if each.method == "measured")
     found = []
-    for omega in [*omegas, *(random_omega(truth, seed) for seed in SEEDS)]:
-        own, true = omega.for_bits(truth.bits), truth.table
-        row = {"method": name_of(omega), "all": spearmanr(sum(own, ()), sum(true, ())).statistic}
+    for each in [*tables, *(random_sensitivity(truth, seed) for seed in SEEDS)]:
+        own, true = each.for_bits(truth.bits), truth.table
+        row = {"method": name_of(each), "all": spearmanr(sum(own, ()), sum(true, ())).statistic}
         for column, width in enumerate(truth.bits):
             pair = ([cells[column] for cells in own], [cells[column] for cells in true])
             row[f"{width} bits"] = spearmanr(*pair).statistic
-        row["seconds"] = (omega.details or {}).get("indicator_seconds", 0.0)
+        row["seconds"] = (each.details or {}).get("indicator_seconds", 0.0)
         found.append(row)
     return found
 
@@ -199,7 +199,7 @@ def write_csv(file: Path, rows: list[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out_dir", type=Path)
-    parser.add_argument("omegas", nargs="+", type=Path, help="omega.json of each method; one must be measured")
+    parser.add_argument("tables", nargs="+", type=Path, help="sensitivity.json of each method; one must be measured")
     parser.add_argument("--model", default=asset("tiny-llama"))
     parser.add_argument("--text", default=None, help="a UTF-8 file; default: the standard library's held-out files")
     parser.add_argument("--rows", type=int, default=16)
@@ -209,12 +209,12 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     args.out_dir.mkdir(parents=True, exist_ok=True)
-    omegas = [read_omega(file) for file in args.omegas]
-    chosen = choices(omegas, args.budgets)
+    tables = [read_sensitivity(file) for file in args.tables]
+    chosen = choices(tables, args.budgets)
     found, base = measured_plans(args, chosen)
     rows = plan_rows(chosen, found, base)
     write_csv(args.out_dir / "plans.csv", rows)
-    correlations = ranks(omegas)
+    correlations = ranks(tables)
     write_csv(args.out_dir / "ranks.csv", correlations)
     plot(rows, args.out_dir / "plans.png")
     head, *lines = by_budget(rows)

@@ -1,8 +1,9 @@
 """The project's own main table, measured: plans of ours beside Uniform's, PipeEdge's, adabits' and a split by memory.
 
     ds-llmpq profile model=tiny cluster=local_unlike2 workload=demo out=PROFILE
-    ds-llmpq sensitivity model=tiny out=OMEGA
-    python scripts/measured_table.py OUT planner.profile=PROFILE planner.omega=OMEGA/omega.json [--memory 18,9 12,12]
+    ds-llmpq sensitivity model=tiny out=SENSITIVITY
+    python scripts/measured_table.py OUT planner.profile=PROFILE planner.sensitivity=SENSITIVITY/sensitivity.json \\
+        [--memory 18,9 12,12]
 
 Stages are unlike CPU processes; a row of `--memory` is the MiB that each may hold. Every baseline chooses its width and
 micro-batches on the same profile; against each, ours is the fastest plan whose predicted loss is no higher. Every plan

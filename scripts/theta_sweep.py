@@ -1,7 +1,8 @@
 """What theta buys: plans over planner.theta, each distinct one run and evaluated; measured quality against throughput.
 
     ds-llmpq sensitivity out=o/variance
-    python scripts/theta_sweep.py OUT planner.omega=o/variance/omega.json [--thetas 0.01 0.1 1 10 100] [--repeats 3]
+    python scripts/theta_sweep.py OUT planner.sensitivity=o/variance/sensitivity.json \\
+        [--thetas 0.01 0.1 1 10 100] [--repeats 3]
 
 All further arguments are overrides of `ds-llmpq plan` (default: the small model on two CPU processes with little
 memory, widths 2, 3, 4, 8, 16). Every plan runs the same prompts, `--repeats` times, plans taking turns; `evaluate`

@@ -68,6 +68,8 @@ def test_keys_that_make_no_sense_for_a_command_are_refused(command, refused):
 
 
 def test_path_keys_are_those_of_the_dataclasses():
-    assert {"out", "model.path", "planner.omega", "batch.predictor"} <= overrides.path_keys(config.COMMANDS["plan"])
+    assert {"out", "model.path", "planner.sensitivity", "batch.predictor"} <= overrides.path_keys(
+        config.COMMANDS["plan"]
+    )
     assert "planner.theta" not in overrides.path_keys(config.COMMANDS["plan"])
     assert {"lengths.tokenizer", "proxy.path"} <= overrides.path_keys(config.COMMANDS["lengths"])

@@ -64,7 +64,7 @@ def test_a_shipped_configuration_runs(group, entry, tmp_path, monkeypatch, capsy
     swept = OmegaConf.select(OmegaConf.create(text), "hydra.sweeper.params") or {}
     for end in {0, -1} if swept else {0}:
         point = [f"{key}={values(key, listed)[end]}" for key, listed in swept.items()]
-        write_omegas(point)
+        write_sensitivities(point)
         run(command, [*arguments, *point], tmp_path / f"out{end}")
 
 
@@ -86,10 +86,10 @@ def values(key, listed):
     return list(override.sweep_string_iterator())
 
 
-def write_omegas(point):
+def write_sensitivities(point):
     """Files of `sensitivity` that a point names by a relative path."""
     for key, _, name in (each.partition("=") for each in point):
-        if key == "planner.omega":
+        if key == "planner.sensitivity":
             folder = config.absolute(name).parent
             folder.parent.mkdir(parents=True, exist_ok=True)
             run("sensitivity", ["method=random", "calibration.rows=1", "calibration.tokens=16"], folder)

@@ -111,7 +111,7 @@ class QuantizeConfig:
 
 @dataclass
 class SensitivityConfig:
-    """`ds-llmpq sensitivity`: what each layer loses at each width, as omega.json. A killed one goes on (same out)."""
+    """`ds-llmpq sensitivity`: what each layer loses at each width, as sensitivity.json. A killed one goes on."""
 
     out: str = path_field("")
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -86,7 +86,7 @@ def _against_reference(job: ScoreJob, settings: EvaluateConfig, out: Path) -> di
             "measured": mean,
             "standard_error": math.sqrt(spread / len(pairs)),
             "predicted": job.plan.predicted.quality_loss,
-            "predicted_from": job.plan.provenance.get("omega", "unknown"),
+            "predicted_from": job.plan.provenance.get("sensitivity", "unknown"),
         },
     }
     (out / "scores.json").write_text(json.dumps(found, indent=1) + "\n")

@@ -31,7 +31,7 @@ class PairArrays:
     tied_head: bool
     link: np.ndarray  # [2, D, D] seconds from device to device: prefill, decode
     back: np.ndarray  # [2, D, D] seconds of the token's way back: prefill, decode
-    omega: np.ndarray  # [L, B]
+    sensitivity: np.ndarray  # [L, B]
 
     @property
     def available(self) -> np.ndarray:
@@ -80,7 +80,7 @@ def pair_arrays(problem: Problem, prefill_micro_batch: int, decode_micro_batch: 
         tied_head=memory.tied_head,
         link=np.stack([latency + rows * hidden * per_byte for rows in (prompt_rows, decode_micro_batch)]),
         back=np.stack([latency + size * links.token_bytes * per_byte for _, size in sizes]),
-        omega=np.array(problem.omega, dtype=float),
+        sensitivity=np.array(problem.sensitivity, dtype=float),
     )
 
 

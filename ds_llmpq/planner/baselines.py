@@ -142,7 +142,9 @@ def adabits(problem: Problem) -> Iterable[Assignment]:
                 continue
             room = arrays.capacity[d] - (arrays.embed_bytes if first == 0 else 0.0)
             room -= charge_head(arrays, first == 0, last == problem.layers)
-            bits = _best_quality(arrays.layer_bytes[first:last], arrays.omega[first:last], arrays.available[d], room)
+            bits = _best_quality(
+                arrays.layer_bytes[first:last], arrays.sensitivity[first:last], arrays.available[d], room
+            )
             if bits is None:
                 break
             stages.append(StageAssignment(device.name, first, last, tuple(problem.bits[b] for b in bits)))
@@ -150,7 +152,9 @@ def adabits(problem: Problem) -> Iterable[Assignment]:
             yield Assignment(tuple(stages), *pair)
 
 
-def _best_quality(layer_bytes: np.ndarray, omega: np.ndarray, usable: np.ndarray, room: float) -> list[int] | None:
+def _best_quality(
+    layer_bytes: np.ndarray, sensitivity: np.ndarray, usable: np.ndarray, room: float
+) -> list[int] | None:
     """From the smallest bit widths, always the exchange that saves most loss a byte."""
     if not usable.any():
         return None
@@ -162,7 +166,7 @@ def _best_quality(layer_bytes: np.ndarray, omega: np.ndarray, usable: np.ndarray
         return None
     while True:
         more = sizes - sizes[rows, widths][:, None]
-        saved = omega[rows, widths][:, None] - omega
+        saved = sensitivity[rows, widths][:, None] - sensitivity
         worth = np.where((more <= room) & (saved > 0), saved / np.maximum(more, 1e-9), 0.0)
         i, b = np.unravel_index(int(np.argmax(worth)), worth.shape)
         if worth[i, b] <= 0:
@@ -251,5 +255,5 @@ def _offload(arrays: PairArrays, d: int, b: int, sequences: int) -> PredictedTot
         prefill_seconds=float(prefill),
         decode_seconds=float(decode),
         throughput_tokens_per_second=sequences * arrays.generated_tokens / latency if latency else math.inf,
-        quality_loss=float(arrays.omega[:, b].sum()),
+        quality_loss=float(arrays.sensitivity[:, b].sum()),
     )

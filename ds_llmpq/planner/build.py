@@ -22,8 +22,8 @@ from ds_llmpq.planner.config import PlannerConfig, WorkloadConfig
 from ds_llmpq.planner.problem import SCHEMA, Problem
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS, check_output_matrix, groups_of, quantization_problem
-from ds_llmpq.sensitivity.omega import Omega
-from ds_llmpq.sensitivity.prior import prior_omega
+from ds_llmpq.sensitivity.prior import make_prior
+from ds_llmpq.sensitivity.table import Sensitivity
 
 CostsOf = Callable[[DeviceType], LayerCosts]
 
@@ -45,13 +45,13 @@ def build_problem(
     workload: WorkloadConfig,
     quant: QuantConfig,
     planner: PlannerConfig,
-    omega: Omega | None = None,
+    sensitivity: Sensitivity | None = None,
     dtype: str = "auto",
     kernel: str = "dequantize",
     costs_of: CostsOf | None = None,
 ) -> Problem:
     """The problem of `prepare`, which see."""
-    return prepare(cluster, shape, workload, quant, planner, omega, dtype, kernel, costs_of).problem
+    return prepare(cluster, shape, workload, quant, planner, sensitivity, dtype, kernel, costs_of).problem
 
 
 def prepare(
@@ -60,17 +60,17 @@ def prepare(
     workload: WorkloadConfig,
     quant: QuantConfig,
     planner: PlannerConfig,
-    omega: Omega | None = None,
+    sensitivity: Sensitivity | None = None,
     dtype: str = "auto",
     kernel: str = "dequantize",
     costs_of: CostsOf | None = None,
 ) -> Prepared:
     """Fill the planning problem.
 
-    omega: None takes the prior from published perplexities. kernel: how quantized linears run (`cost.kernels`).
+    sensitivity: None takes the prior from published perplexities. kernel: how quantized linears run (`cost.kernels`).
     costs_of: gives the times of a device type; None is the roofline.
     UserError: lengths beyond the model's positions, no usable bit width, no common compute type, an objective without
-    its bound, an omega of another model, or a number out of range.
+    its bound, an sensitivity of another model, or a number out of range.
     """
     check_workload(workload, shape)
     kernel, dtype = check_kernel(kernel), common_dtype(cluster, dtype)
@@ -87,9 +87,9 @@ def prepare(
     for device_type in cluster.device_types.values():
         notes += [reason for width in bits if (reason := gate(device_type, width, dtype))]
     notes += _without_head(cluster, quant.head_bits)
-    if omega is None:
-        omega = prior_omega(shape.layers, bits, shape.fingerprint)
-    omega.check_model(shape.layers)
+    if sensitivity is None:
+        sensitivity = make_prior(shape.layers, bits, shape.fingerprint)
+    sensitivity.check_model(shape.layers)
     sizes = {
         "prefill": micro_batches("prefill", planner.micro_batches.prefill, workload.sequences),
         "decode": micro_batches("decode", planner.micro_batches.decode, workload.sequences),
@@ -117,14 +117,14 @@ def prepare(
         "device_order": planner.device_order,
         "memory": _memory_entry(memory, bits, sizes, workload),
         "links": link_table(cluster, shape, COMPUTE_DTYPES[dtype]),
-        "omega": omega_with_head(omega, bits, quant.head_bits),
+        "sensitivity": add_head_loss(sensitivity, bits, quant.head_bits),
         "objective": _objective(planner),
     }
     return Prepared(
         Problem.from_json(record),
         dtype,
         memory,
-        _provenance(cluster, costs, omega, kernel),
+        _provenance(cluster, costs, sensitivity, kernel),
         tuple(dict.fromkeys([*notes, *(note for cost in costs.values() for note in getattr(cost, "notes", ()))])),
     )
 
@@ -172,11 +172,11 @@ def usable_bits(shape: ModelShape, quant: QuantConfig) -> tuple[list[int], list[
     return kept, notes
 
 
-def omega_with_head(omega: Omega, bits: list[int], head_bits: int) -> list[list[float]]:
+def add_head_loss(sensitivity: Sensitivity, bits: list[int], head_bits: int) -> list[list[float]]:
     """Layers x `bits`. What the output matrix loses is the same in every plan, and charged to the last layer, which is
-    in every plan: so it counts against a bound on the loss. UserError: a width that omega does not know."""
-    *others, last = omega.for_bits(bits)
-    return [*map(list, others), [value + omega.head_loss(head_bits) for value in last]]
+    in every plan: so it counts against a bound on the loss. UserError: a width that sensitivity does not know."""
+    *others, last = sensitivity.for_bits(bits)
+    return [*map(list, others), [value + sensitivity.head_loss(head_bits) for value in last]]
 
 
 def micro_batches(phase: str, given: list[int] | None, sequences: int) -> list[int]:
@@ -304,7 +304,9 @@ def _objective(planner: PlannerConfig) -> dict[str, Any]:
     return {"mode": planner.mode, "limit": limit}
 
 
-def _provenance(cluster: Cluster, costs: Mapping[str, LayerCosts], omega: Omega, kernel: str) -> dict[str, str]:
+def _provenance(
+    cluster: Cluster, costs: Mapping[str, LayerCosts], sensitivity: Sensitivity, kernel: str
+) -> dict[str, str]:
     """Origin of each group of numbers, as a plan reports it."""
     origins = {
         f"layer_seconds.{name}": f"{costs[name].provenance} (kernel {kernel}; rates {device_type.source})"
@@ -314,5 +316,5 @@ def _provenance(cluster: Cluster, costs: Mapping[str, LayerCosts], omega: Omega,
         **origins,
         "memory_bytes": "arithmetic (weights, kv, embed, head as allocated; workspace estimated)",
         "links": cluster.links.source,
-        "omega": f"{omega.provenance} ({omega.method})",
+        "sensitivity": f"{sensitivity.provenance} ({sensitivity.method})",
     }

@@ -43,7 +43,7 @@ class PlannerConfig:
     # bits {layer: width}, micro_batch {phase: size}
     pins: dict[str, Any] = field(default_factory=dict)
     micro_batches: MicroBatchesConfig = field(default_factory=MicroBatchesConfig)
-    omega: str | None = path_field()  # omega.json; null: a prior from published perplexities
+    sensitivity: str | None = path_field()  # sensitivity.json; null: a prior from published perplexities
     profile: str | None = path_field()  # folder of `ds-llmpq profile` (or its profile.csv); null: roofline times
     profile_force: bool = False  # use it even where it was made with other library versions or settings
     variant: str = "full"  # full | phase_blind | equal_micro_batches | grouped | heuristic: lesser planners to compare

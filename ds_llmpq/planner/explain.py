@@ -129,8 +129,8 @@ def _widths_within(
     rows, column = np.arange(len(stage.bits)), {bits: b for b, bits in enumerate(problem.bits)}
     usable = arrays.available[d]
     times = [np.where(usable, table[d], np.inf) for table in (arrays.prefill, arrays.decode)]
-    size, omega = (table[slice(*stage.layers)] for table in (arrays.layer_bytes, arrays.omega))
-    cost = times[0] + (passes * times[1] if passes else 0.0) + problem.objective.theta * omega  # [k, B]
+    size, sensitivity = (table[slice(*stage.layers)] for table in (arrays.layer_bytes, arrays.sensitivity))
+    cost = times[0] + (passes * times[1] if passes else 0.0) + problem.objective.theta * sensitivity  # [k, B]
     now = np.array([column[bits] for bits in stage.bits])
     room = [
         max(seen.stage_prefill_seconds) - seen.stage_prefill_seconds[j],

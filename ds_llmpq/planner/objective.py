@@ -2,7 +2,7 @@
 
     prefill = sum_j P_j + sum_j p_j + (m_p - 1) * max_j max(P_j, p_j)
     decode  = (n - 1) * max( m_d * max_j max(D_j, d_j),  sum_j D_j + sum_j d_j )
-    latency = prefill + decode,   quality_loss = sum_i omega[i, bits_i]
+    latency = prefill + decode,   quality_loss = sum_i sensitivity[i, bits_i]
 
 Everything here is plain Python over the `Problem`: it shares no code with the solvers and is their judge.
 """
@@ -162,10 +162,10 @@ def evaluate(problem: Problem, assignment: Assignment, formula: str = "pipeline"
 
 
 def quality_loss(problem: Problem, assignment: Assignment) -> float:
-    """sum_i omega[i, bits_i]."""
+    """sum_i sensitivity[i, bits_i]."""
     column = {bits: j for j, bits in enumerate(problem.bits)}
     return math.fsum(
-        problem.omega[i][column[bits]]
+        problem.sensitivity[i][column[bits]]
         for stage in assignment.stages
         for i, bits in zip(range(stage.first, stage.last), stage.bits, strict=True)
     )

@@ -99,7 +99,7 @@ class Objective:
 
 @dataclass(frozen=True)
 class Problem:
-    """A planning problem; `omega[layer][bit index]` is the quality loss of that layer at `bits[bit index]`."""
+    """A planning problem; `sensitivity[layer][bit index]` is the quality loss of that layer at `bits[bit index]`."""
 
     layers: int
     bits: tuple[int, ...]
@@ -110,13 +110,13 @@ class Problem:
     device_order: str
     memory: Memory
     links: Links
-    omega: tuple[tuple[float, ...], ...]
+    sensitivity: tuple[tuple[float, ...], ...]
     objective: Objective
 
     @classmethod
     def from_json(cls, obj: Any) -> "Problem":
         """Read the parsed JSON object; raises `UserError` naming the key path, the value, the bound and the remedy."""
-        names = "layers bits workload micro_batches device_types devices memory links omega objective"
+        names = "layers bits workload micro_batches device_types devices memory links sensitivity objective"
         reading.keys(obj, "problem", ["schema", *names.split()], ["device_order"])
         if isinstance(obj["schema"], bool) or obj["schema"] != SCHEMA:
             raise UserError(f"problem.schema is {reading.shown(obj['schema'])}, but this version reads {SCHEMA} only.")
@@ -137,7 +137,7 @@ class Problem:
             device_order=reading.text(obj.get("device_order", "free"), "problem.device_order", ("free", "fixed")),
             memory=_memory(obj["memory"], layers, bits, sizes),
             links=_links(obj["links"], {device.name for device in devices}),
-            omega=_omega(obj["omega"], layers, len(bits)),
+            sensitivity=_sensitivity(obj["sensitivity"], layers, len(bits)),
             objective=_objective(obj["objective"]),
         )
 
@@ -170,7 +170,7 @@ class Problem:
                 "hidden_bytes_per_token": self.links.hidden_bytes_per_token,
                 "token_bytes": self.links.token_bytes,
             },
-            "omega": [list(row) for row in self.omega],
+            "sensitivity": [list(row) for row in self.sensitivity],
             "objective": _objective_to_json(self.objective),
         }
 
@@ -303,11 +303,11 @@ def _links(obj: Any, names: set[str]) -> Links:
     )
 
 
-def _omega(obj: Any, layers: int, widths: int) -> tuple[tuple[float, ...], ...]:
+def _sensitivity(obj: Any, layers: int, widths: int) -> tuple[tuple[float, ...], ...]:
     rows = []
-    for i, row in enumerate(reading.items(obj, "problem.omega", length=layers)):
-        entries = reading.items(row, f"problem.omega[{i}]", length=widths)
-        rows.append(tuple(float(reading.number(v, f"problem.omega[{i}][{j}]")) for j, v in enumerate(entries)))
+    for i, row in enumerate(reading.items(obj, "problem.sensitivity", length=layers)):
+        entries = reading.items(row, f"problem.sensitivity[{i}]", length=widths)
+        rows.append(tuple(float(reading.number(v, f"problem.sensitivity[{i}][{j}]")) for j, v in enumerate(entries)))
     return tuple(rows)
 
 

@@ -267,7 +267,7 @@ def _finite(value: float) -> float | None:
 
 def _steep(problem: Problem, fastest: Plan) -> float:
     """A theta at which quality loss counts a thousand times more than latency."""
-    span = sum(max(row) - min(row) for row in problem.omega)
+    span = sum(max(row) - min(row) for row in problem.sensitivity)
     return 1e3 * fastest.predicted.latency_seconds / span if span > 0 else 1.0
 
 

@@ -110,8 +110,8 @@ def grouped_problem(problem: Problem, group: int) -> Problem:
         layer_bytes={w: tuple(sum(v[i : i + group]) for i in starts) for w, v in problem.memory.layer_bytes.items()},
         kv_bytes_per_sequence_layer=group * problem.memory.kv_bytes_per_sequence_layer,
     )
-    omega = tuple(tuple(map(sum, zip(*problem.omega[i : i + group], strict=True))) for i in starts)
-    return replace(problem, layers=problem.layers // group, device_types=types, memory=memory, omega=omega)
+    sensitivity = tuple(tuple(map(sum, zip(*problem.sensitivity[i : i + group], strict=True))) for i in starts)
+    return replace(problem, layers=problem.layers // group, device_types=types, memory=memory, sensitivity=sensitivity)
 
 
 def _heuristic(problem: Problem, deadline: float) -> Assignment:

@@ -21,7 +21,7 @@ ARTEFACTS = {
     "plan": ("plan.json", "summary.json"),  # the latter of a front
     "run": ("metrics.json",),
     "evaluate": ("scores.json",),
-    "sensitivity": ("omega.json",),
+    "sensitivity": ("sensitivity.json",),
     "simulate": ("metrics.json",),
     "quantize": ("quantized.json",),
     "profile": ("latency.json",),

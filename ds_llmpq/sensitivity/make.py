@@ -1,4 +1,4 @@
-"""Making omega.json by a method, with what it took: time by part, memory, text."""
+"""Making sensitivity.json by a method, with what it took: time by part, memory, text."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from ds_llmpq.sensitivity import indicators
 from ds_llmpq.sensitivity.calibrate import calibrated, loss_per_kl
 from ds_llmpq.sensitivity.config import CalibrationConfig
 from ds_llmpq.sensitivity.layerwise import Layerwise, Measured, measure, peak_memory_bytes
-from ds_llmpq.sensitivity.omega import Omega
 from ds_llmpq.sensitivity.progress import Progress
+from ds_llmpq.sensitivity.table import Sensitivity
 
 METHODS = ("variance", "hessian", "random", "measured")
 
 
 @dataclass
 class Request:
-    """What `make_omega` shall do; `on_layer(phase, done, total)` is called as it goes on."""
+    """What `make_sensitivity` shall do; `on_layer(phase, done, total)` is called as it goes on."""
 
     model_path: Path
     method: str
@@ -49,7 +49,7 @@ class Request:
     trust_remote_code: bool = False
 
 
-def make_omega(request: Request) -> Omega:
+def make_sensitivity(request: Request) -> Sensitivity:
     """`UserError`: unknown method, a text too short, a model that is quantized already or cannot be at a width."""
     if request.method not in METHODS:
         raise UserError(f"method={request.method!r} is unknown; the methods are {', '.join(METHODS)}.")
@@ -90,7 +90,7 @@ def make_omega(request: Request) -> Omega:
         "seed": request.seed,
         "hessian_estimate": calibration.hessian_estimate if request.method == "hessian" else None,
     }
-    return Omega(
+    return Sensitivity(
         method=request.method,
         provenance="measured" if request.method == "measured" else "fitted",
         bits=tuple(widths),

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from ds_llmpq.errors import UserError
 from ds_llmpq.quant.packing import PACKED_BITS
-from ds_llmpq.sensitivity.omega import Omega
+from ds_llmpq.sensitivity.table import Sensitivity
 
 # model -> bits -> perplexity on (Wikitext2, PTB, C4)
 PUBLISHED_PERPLEXITY = {
@@ -46,10 +46,10 @@ def model_loss(bits: int) -> float:
     return published_loss(measured) * ((2**measured - 1) / (2**bits - 1)) ** 2
 
 
-def prior_omega(layers: int, bits: Sequence[int], model_fingerprint: str | None = None) -> Omega:
+def make_prior(layers: int, bits: Sequence[int], model_fingerprint: str | None = None) -> Sensitivity:
     """The loss of the whole model, spread evenly over its layers; the output matrix is taken for one of them."""
     row = tuple(model_loss(width) / layers for width in bits)
-    return Omega(
+    return Sensitivity(
         method="prior",
         provenance="assumed",
         bits=tuple(bits),

@@ -29,7 +29,7 @@ from ds_llmpq.planner.variants import solve_variant
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.kernels.registry import resolved
 from ds_llmpq.quant.packing import check_output_matrix
-from ds_llmpq.sensitivity.omega import read_omega
+from ds_llmpq.sensitivity.table import read_sensitivity
 from ds_llmpq.serving.config import PlanConfig, PlanningConfig
 from ds_llmpq.serving.workload import size_workload
 
@@ -72,12 +72,12 @@ def build_problem(settings: PlanConfig) -> tuple[Problem, Callable[[Plan], Plan]
     workload = size_workload(
         settings.workload, settings.model, given(settings.input), settings.batch, shape, settings.engine.refill
     )
-    omega = read_omega(planner.omega) if planner.omega else None
-    if omega is not None:
-        omega.check_model(shape.layers, model.fingerprint)
+    sensitivity = read_sensitivity(planner.sensitivity) if planner.sensitivity else None
+    if sensitivity is not None:
+        sensitivity.check_model(shape.layers, model.fingerprint)
     dtype, quant = settings.engine.dtype, _with_kernel(settings, cluster, shape)
     costs_of, cluster, kernel = select_costs(settings.cost, planner, quant, cluster, shape, dtype, quant.kernel)
-    prepared = prepare(cluster, shape, workload, quant, planner, omega, dtype, kernel, costs_of)
+    prepared = prepare(cluster, shape, workload, quant, planner, sensitivity, dtype, kernel, costs_of)
     return prepared.problem, lambda plan: deploy(plan, cluster, prepared, model, quant, kernel)
 
 

@@ -107,7 +107,7 @@ def synthetic(layers, hidden, vocabulary, nodes, workload, *, seed, bits=(3, 4, 
             "hidden_bytes_per_token": 2 * hidden,
             "token_bytes": 8,
         },
-        "omega": [[w * _loss(b) / layers for b in bits] for w in sensitivity],
+        "sensitivity": [[w * _loss(b) / layers for b in bits] for w in sensitivity],
         "objective": {"mode": "theta", "theta": 20.0},
     }
 

@@ -33,7 +33,7 @@ COMMANDS = {
     "problem": [*PLAN, "problem={}"],
     "check": [*PLAN, "check={}"],
     "input of plan": ["plan", "cluster=demo_cpu2", "input={}"],
-    "omega": [*PLAN, "planner.omega={}"],
+    "sensitivity": [*PLAN, "planner.sensitivity={}"],
     "profile": [*PLAN, "planner.profile={}"],
     "input of run": ["run", "input={}"],
     "plan of run": ["run", "+experiment=demo", "plan={}"],

@@ -9,7 +9,7 @@ import pytest
 
 from ds_llmpq.plan import Plan, launch_order, read_plan
 from ds_llmpq.report import sweep
-from ds_llmpq.sensitivity.prior import prior_omega
+from ds_llmpq.sensitivity.prior import make_prior
 
 SHAPE = {
     "model_type": "llama",
@@ -44,7 +44,7 @@ def test_plan_writes_its_artefacts_and_a_table(call, small, tmp_path):
     assert sorted(stage.rank for stage in plan.stages) == [0, 1]
     assert launch_order(plan) == [("localhost", 0), ("localhost", 1)]
     assert (tmp_path / "hostfile").read_text() == "localhost slots=2\n"
-    assert plan.provenance["omega"].startswith("assumed")
+    assert plan.provenance["sensitivity"].startswith("assumed")
     for text in ("localhost:0", "localhost:1", "predicted:", "solver:", "plan.json", "by hand:"):
         assert text in out
 
@@ -66,7 +66,7 @@ def test_a_plan_of_mixed_widths_notes_whole_rows_and_counts_them(call, small, tm
 
 
 def test_a_low_bit_output_matrix_is_in_plan_table_and_memory(call, small, tmp_path):
-    held, prior = {}, prior_omega(8, [4])
+    held, prior = {}, make_prior(8, [4])
     for bits in (16, 4):
         code, out, err = call(
             "plan", *small, "quant.bits=[4]", f"quant.head_bits={bits}", f"out={tmp_path / str(bits)}"
@@ -112,7 +112,7 @@ def test_an_infeasible_cluster_exits_with_two(call, small, tmp_path):
         (["quant.head_bits=1"], "no device type of the cluster has that width"),
         (["quant.whole_rows=[16]"], "quant.whole_rows=[16]: list each width once"),
         (["quant.whole_rows=[8]", "quant.axis=0"], "set quant.axis=1, or quant.whole_rows=[]"),
-        (["planner.omega=/nowhere.json"], "/nowhere.json"),
+        (["planner.sensitivity=/nowhere.json"], "/nowhere.json"),
         (["workload.prompt_tokens=4000"], "4064"),
         (["planner.solver=magic"], "magic"),
         (["engine.dtype=int3"], "int3"),

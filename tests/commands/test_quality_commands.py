@@ -15,7 +15,7 @@ from ds_llmpq.commands import quantize, sensitivity
 from ds_llmpq.commands.config import QuantizeConfig, SensitivityConfig
 from ds_llmpq.errors import UserError
 from ds_llmpq.quant.checkpoint import read_recipe
-from ds_llmpq.sensitivity.omega import read_omega
+from ds_llmpq.sensitivity.table import read_sensitivity
 from scripts.make_checkpoint import make_checkpoint
 
 SMALL = {"layers": 3, "hidden": 128, "heads": 4, "vocab": 2048, "max_positions": 64}
@@ -34,16 +34,16 @@ def test_a_table_a_plan_with_it_and_its_checkpoint(path, tmp_path, capsys):
     """sensitivity -> plan -> quantize: the promise in the plan is the table's, the widths written are the plan's."""
     calibration = ["calibration.rows=2", "calibration.tokens=32"]
     chosen = settings("sensitivity", SensitivityConfig, f"model.path={path}", *calibration)
-    assert sensitivity.run(chosen, tmp_path / "omega") == 0
-    omega = read_omega(tmp_path / "omega" / "omega.json")
-    assert not list((tmp_path / "omega").glob("progress*"))
-    assert omega.provenance == "fitted"
-    bound = 0.5 * sum(row[omega.bits.index(3)] for row in omega.table)
+    assert sensitivity.run(chosen, tmp_path / "sensitivity") == 0
+    made = read_sensitivity(tmp_path / "sensitivity" / "sensitivity.json")
+    assert not list((tmp_path / "sensitivity").glob("progress*"))
+    assert made.provenance == "fitted"
+    bound = 0.5 * sum(row[made.bits.index(3)] for row in made.table)
     planned = settings(
         "plan",
         config.COMMANDS["plan"],
         f"model.path={path}",
-        f"planner.omega={tmp_path / 'omega' / 'omega.json'}",
+        f"planner.sensitivity={tmp_path / 'sensitivity' / 'sensitivity.json'}",
         "planner.mode=max_quality_loss",
         f"planner.max_quality_loss={bound}",
         "quant.bits=[2,3,4,8]",
@@ -54,10 +54,10 @@ def test_a_table_a_plan_with_it_and_its_checkpoint(path, tmp_path, capsys):
     (tmp_path / "plan").mkdir()
     plan = plan_command.make_plan(planned, tmp_path / "plan")
     bits = [width for stage in plan.stages for width in stage.bits]
-    promised = sum(row[omega.bits.index(width)] for row, width in zip(omega.table, bits, strict=True))
+    promised = sum(row[made.bits.index(width)] for row, width in zip(made.table, bits, strict=True))
     assert plan.predicted.quality_loss == pytest.approx(promised)
     assert plan.predicted.quality_loss <= bound
-    assert plan.provenance["omega"] == "fitted (variance)"
+    assert plan.provenance["sensitivity"] == "fitted (variance)"
     written = settings("quantize", QuantizeConfig, f"plan={tmp_path / 'plan' / 'plan.json'}")
     assert quantize.run(written, tmp_path / "quantized") == 0
     assert list(read_recipe(tmp_path / "quantized").bits) == bits
@@ -66,20 +66,21 @@ def test_a_table_a_plan_with_it_and_its_checkpoint(path, tmp_path, capsys):
     assert "5 parts, 5 of them reused" in capsys.readouterr().out
 
 
-def test_omega_of_another_model_is_refused(path, tmp_path):
+def test_sensitivities_of_another_model_are_refused(path, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(path, other)
     record = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(record | {"rope_theta": 5.0}))
     calibration = ["calibration.rows=1", "calibration.tokens=16", "method=random"]
     chosen = settings("sensitivity", SensitivityConfig, f"model.path={other}", *calibration)
-    sensitivity.run(chosen, tmp_path / "omega")
+    sensitivity.run(chosen, tmp_path / "sensitivity")
     planned = settings(
-        "plan", config.COMMANDS["plan"], f"model.path={path}", f"planner.omega={tmp_path / 'omega' / 'omega.json'}",
+        "plan", config.COMMANDS["plan"], f"model.path={path}",
+        f"planner.sensitivity={tmp_path / 'sensitivity' / 'sensitivity.json'}",
         "workload.prompt_tokens=16", "workload.generated_tokens=8",
     )  # fmt: skip
     (tmp_path / "plan").mkdir()
-    with pytest.raises(UserError, match="omega is for the model with fingerprint"):
+    with pytest.raises(UserError, match="sensitivity is for the model with fingerprint"):
         plan_command.make_plan(planned, tmp_path / "plan")
 
 

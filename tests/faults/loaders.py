@@ -57,7 +57,7 @@ from ds_llmpq.report.sweep import point_of, summary_text
 from ds_llmpq.report.traces import read_trace as read_spans
 from ds_llmpq.research.arrivals import read_trace
 from ds_llmpq.research.published_ssjf import read_cases, schedules
-from ds_llmpq.sensitivity.omega import Omega, read_omega, write_omega
+from ds_llmpq.sensitivity.table import Sensitivity, read_sensitivity, write_sensitivity
 from ds_llmpq.serving.job import Job
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
@@ -117,7 +117,9 @@ def all_loaders(folder: Path) -> dict[str, Loader]:
         "stages": [{"device": stage["device"], "layers": stage["layers"], "bits": 4} for stage in plan["stages"]],
         "micro_batch": plan["micro_batch"],
     }  # fmt: skip
-    write_omega(folder / "omega.json", Omega("variance", "fitted", (4, 8, 16), ((0.1, 0.01, 0.0),) * 8))
+    write_sensitivity(
+        folder / "sensitivity.json", Sensitivity("variance", "fitted", (4, 8, 16), ((0.1, 0.01, 0.0),) * 8)
+    )
     checkpoint = _small_checkpoint(folder / "checkpoint")
     rows = b"".join(json.dumps(row).encode() + b"\n" for row in _ROWS)
     plain = json.dumps(plan).encode()
@@ -126,7 +128,8 @@ def all_loaders(folder: Path) -> dict[str, Loader]:
         "plan": Loader(plain, "plan.json", _plan, mutated_document, 25),
         "assignment": Loader(json.dumps(decisions).encode(), "assignment.json", read_assignment, mutated_document),
         "problem": Loader(json.dumps(problem).encode(), "problem.json", _problem, mutated_document, 20),
-        "omega": Loader((folder / "omega.json").read_bytes(), "omega.json", read_omega, mutated_document),
+        "sensitivity": Loader((folder / "sensitivity.json").read_bytes(), "sensitivity.json", read_sensitivity,
+                              mutated_document),
         "hostfile": Loader(b"# mine\nnodeA slots=2\nnodeB  slots=1 # GPU\n\n", "hostfile", _hostfile, mutated_bytes),
         "profile": Loader(_profile(folder / "profile.csv"), "profile.csv", _profile_table, mutated_bytes,
                           every=exhaustive_table),

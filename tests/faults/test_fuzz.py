@@ -12,7 +12,7 @@ import pytest
 from loaders import Guard, all_loaders, try_input
 
 NAMES = [
-    "batch", "plan", "assignment", "problem", "omega", "hostfile", "profile", "links", "cluster", "overrides",
+    "batch", "plan", "assignment", "problem", "sensitivity", "hostfile", "profile", "links", "cluster", "overrides",
     "config.json", "checkpoint", "index", "safetensors", "quantized", "tokenizer", "journal", "results", "job",
     "predictor", "lengths", "latency", "manifest", "metrics", "scores", "spans", "failure", "arrivals", "answers",
     "cases", "dataset", "gpus", "pins", "answers.csv", "generation", "score job",

@@ -35,7 +35,7 @@ def _all_bits(problem, eta, xi, order):
 
 
 def _stage_options(problem, eta, xi, d, first, last):
-    """Distinct (P, D, omega) of all feasible width choices of one stage."""
+    """Distinct (P, D, sensitivity) of all feasible width choices of one stage."""
     device = problem["devices"][d]
     kind, memory = problem["device_types"][device["type"]], problem["memory"]
     is_first, is_last = first == 0, last == problem["layers"]
@@ -57,13 +57,13 @@ def _stage_options(problem, eta, xi, d, first, last):
             weights += entry[i] if isinstance(entry, list) else entry
         if weights + need <= device["memory_bytes"] and math.isfinite(sum(seconds)):
             columns = [problem["bits"].index(b) for b in bits]
-            loss = sum(problem["omega"][i][j] for i, j in zip(range(first, last), columns, strict=True))
+            loss = sum(problem["sensitivity"][i][j] for i, j in zip(range(first, last), columns, strict=True))
             found.add((*seconds, loss))
     return _undominated(found)
 
 
 def _undominated(options):
-    """Costs never fall when P, D or omega grows, so dominated options can go."""
+    """Costs never fall when P, D or sensitivity grows, so dominated options can go."""
     return [a for a in options if not any(b != a and all(y <= x for x, y in zip(a, b, strict=True)) for b in options)]
 
 

@@ -47,7 +47,7 @@ def random_problem(seed: int, *, layers=None, devices=None, widths=None, sizes=N
             },
         },
         "links": _links(rng, [device["name"] for device in listed]),
-        "omega": [[s * rng.uniform(0.3, 1.7) for s in slope] for _ in range(layers)],
+        "sensitivity": [[s * rng.uniform(0.3, 1.7) for s in slope] for _ in range(layers)],
         "objective": _objective(rng, mode or rng.choice(["theta", "max_quality_loss", "max_latency"]), layers),
     }
 

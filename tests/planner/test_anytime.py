@@ -68,9 +68,9 @@ def test_pinned_widths_raise_the_first_bound():
     for kind in obj["device_types"].values():
         kind["bits"] = obj["bits"]
     problem = Problem.from_json(obj)
-    worst = [max(range(len(obj["bits"])), key=lambda b: row[b]) for row in obj["omega"]]
+    worst = [max(range(len(obj["bits"])), key=lambda b: row[b]) for row in obj["sensitivity"]]
     pins = Pins(bits={layer: obj["bits"][b] for layer, b in enumerate(worst)})
-    pinned = sum(row[b] for row, b in zip(obj["omega"], worst, strict=True))
+    pinned = sum(row[b] for row, b in zip(obj["sensitivity"], worst, strict=True))
     for pair in pairs(problem):
         assert simple_bound(problem, pins, pair) == pytest.approx(pinned, rel=1e-5)
 

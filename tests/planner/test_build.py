@@ -20,7 +20,7 @@ from ds_llmpq.planner.build import build_problem, prepare, usable_bits
 from ds_llmpq.planner.config import MicroBatchesConfig, PlannerConfig, WorkloadConfig
 from ds_llmpq.planner.problem import Problem
 from ds_llmpq.quant.config import QuantConfig
-from ds_llmpq.sensitivity.omega import Omega
+from ds_llmpq.sensitivity.table import Sensitivity
 
 LLAMA = {
     "model_type": "llama",
@@ -137,17 +137,18 @@ def test_whole_rows_change_their_width_alone():
 
 
 def test_an_output_matrix_of_fewer_bits_is_smaller_costs_quality_and_needs_a_device_that_has_the_width():
-    omega = Omega("x", "measured", (4, 8), ((0.5, 0.25),) * 3, head={8: 0.125, 4: 0.75})
+    sensitivity = Sensitivity("x", "measured", (4, 8), ((0.5, 0.25),) * 3, head={8: 0.125, 4: 0.75})
     tied = dataclasses.replace(SHAPE, tied_embeddings=True)
     plain, eight, four = (
-        make(shape=tied, quant=QuantConfig(bits=[16, 4, 8], head_bits=bits), omega=omega) for bits in (16, 8, 4)
+        make(shape=tied, quant=QuantConfig(bits=[16, 4, 8], head_bits=bits), sensitivity=sensitivity)
+        for bits in (16, 8, 4)
     )
     saved = 256 * 100 * (4 - 1) - 2 * 256 * 100 // 64 * 4  # float32 to a byte, with a scale and a zero in groups of 64
     assert plain.problem.memory.head_bytes - eight.problem.memory.head_bytes == saved
     assert [built.problem.memory.tied_head for built in (plain, eight)] == [True, False]
     for built, lost in ((plain, 0.0), (eight, 0.125), (four, 0.75)):
-        assert built.problem.omega[:2] == ((0.0, 0.5, 0.25),) * 2
-        assert built.problem.omega[2] == (lost, 0.5 + lost, 0.25 + lost)
+        assert built.problem.sensitivity[:2] == ((0.0, 0.5, 0.25),) * 2
+        assert built.problem.sensitivity[2] == (lost, 0.5 + lost, 0.25 + lost)
     gpu, core = (eight.problem.device_types[name] for name in ("gpu", "core"))
     assert gpu.prefill_head_seconds == gpu.decode_head_seconds == {}
     assert set(core.decode_head_seconds) == {1, 2, 4, 6}
@@ -177,18 +178,18 @@ def test_problem_survives_json_and_is_what_build_problem_gives():
 
 def test_origins_and_notes():
     built = make()
-    assert built.provenance["omega"] == "assumed (prior)"
+    assert built.provenance["sensitivity"] == "assumed (prior)"
     assert built.provenance["layer_seconds.core_x2"].startswith("roofline")
     assert "measured: here" in built.provenance["layer_seconds.core_x2"]
     assert make(costs_of=lambda _: CountedCosts()).provenance["layer_seconds.gpu"].startswith("fitted")
     assert [note for note in built.notes if "gpu has no kernel for 8 bits" in note]
 
 
-def test_omega_is_taken_in_the_order_of_bits():
-    omega = Omega("x", "measured", (8, 4), ((1.0, 2.0), (3.0, 4.0), (5.0, 6.0)))
-    assert make(omega=omega).problem.omega == ((0.0, 2.0, 1.0), (0.0, 4.0, 3.0), (0.0, 6.0, 5.0))
+def test_sensitivities_are_taken_in_the_order_of_bits():
+    sensitivity = Sensitivity("x", "measured", (8, 4), ((1.0, 2.0), (3.0, 4.0), (5.0, 6.0)))
+    assert make(sensitivity=sensitivity).problem.sensitivity == ((0.0, 2.0, 1.0), (0.0, 4.0, 3.0), (0.0, 6.0, 5.0))
     with pytest.raises(UserError, match="2 layers"):
-        make(omega=dataclasses.replace(omega, table=omega.table[:2]))
+        make(sensitivity=dataclasses.replace(sensitivity, table=sensitivity.table[:2]))
 
 
 def test_objectives():
@@ -239,7 +240,10 @@ def test_widths_that_cannot_be_packed_are_left_out_with_a_reason():
         ({"quant": QuantConfig(head_bits=5)}, "quant.head_bits=5; it must be one of"),
         ({"quant": QuantConfig([16], group_size=24, head_bits=4)}, "output matrix of 100 x 256 cannot be packed"),
         (
-            {"quant": QuantConfig([16], head_bits=4), "omega": Omega("x", "measured", (4,), ((1.0,),) * 3)},
+            {
+                "quant": QuantConfig([16], head_bits=4),
+                "sensitivity": Sensitivity("x", "measured", (4,), ((1.0,),) * 3),
+            },
             "make it anew with quant.head_bits=4",
         ),
         ({"quant": QuantConfig(bits=[5])}, "each width once"),

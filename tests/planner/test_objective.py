@@ -45,7 +45,7 @@ def by_hand() -> Problem:
                 "hidden_bytes_per_token": 2,
                 "token_bytes": 8,
             },
-            "omega": [[1.0, 0.5], [2.0, 0.25]],
+            "sensitivity": [[1.0, 0.5], [2.0, 0.25]],
             "objective": {"mode": "theta", "theta": 10.0},
         }
     )

@@ -80,7 +80,7 @@ def test_limits_that_exclude_one_another_are_seen_at_once():
             "hidden_bytes_per_token": 1000,
             "token_bytes": 8,
         },
-        "omega": [[7.5e-3, 1.35e-3, 4.7e-6, 0.0]] * layers,
+        "sensitivity": [[7.5e-3, 1.35e-3, 4.7e-6, 0.0]] * layers,
         "objective": {"mode": "theta", "theta": 1.0},
     }
     # The prices of the search prove 99 % of the objective, and little more: the rest is the whole numbers' own.

@@ -39,7 +39,7 @@ def problem(memory=(60.0, 40.0), layers=6):
             "hidden_bytes_per_token": 16,
             "token_bytes": 8,
         },
-        "omega": [[0.02 + i / 1000, 0.001, 0.0] for i in range(layers)],
+        "sensitivity": [[0.02 + i / 1000, 0.001, 0.0] for i in range(layers)],
         "objective": {"mode": "theta", "theta": 1.0},
     }
     return Problem.from_json(record)

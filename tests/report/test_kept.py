@@ -24,9 +24,9 @@ def test_a_point_is_kept_only_with_its_artefact_and_its_own_configuration(tmp_pa
 
 
 def test_a_changed_file_is_another_configuration(tmp_path):
-    file = tmp_path / "omega.json"
+    file = tmp_path / "sensitivity.json"
     file.write_text("{}")
-    settings = {"planner": {"omega": str(file)}, "missing": str(tmp_path / "none")}
+    settings = {"planner": {"sensitivity": str(file)}, "missing": str(tmp_path / "none")}
     before = sweep_cache.digest("plan", settings)
     assert sweep_cache.digest("plan", settings) == before
     file.write_text(json.dumps({"more": 1}))

@@ -1,4 +1,4 @@
-"""omega.json from a checkpoint, end to end: columns sum to what the whole model loses; mistakes."""
+"""sensitivity.json from a checkpoint, end to end: columns sum to what the whole model loses; mistakes."""
 
 import sys
 from dataclasses import replace
@@ -20,8 +20,8 @@ from ds_llmpq.quant.hqq import quantize_linear
 from ds_llmpq.sensitivity.calibrate import calibrated, loss_per_kl
 from ds_llmpq.sensitivity.config import CalibrationConfig
 from ds_llmpq.sensitivity.layerwise import Measured
-from ds_llmpq.sensitivity.make import METHODS, Request, make_omega
-from ds_llmpq.sensitivity.omega import read_omega, write_omega
+from ds_llmpq.sensitivity.make import METHODS, Request, make_sensitivity
+from ds_llmpq.sensitivity.table import read_sensitivity, write_sensitivity
 from scripts.make_checkpoint import make_checkpoint
 
 SMALL = {"layers": 2, "hidden": 64, "heads": 4, "vocab": 2048, "max_positions": 32}
@@ -40,22 +40,22 @@ def request(path, folder, method="variance", bits=(2, 4, 16), calibration=None, 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_gives_a_table_in_nats(path, tmp_path, method):
-    omega = make_omega(request(path, tmp_path, method))
-    write_omega(tmp_path / "omega.json", omega)
-    assert read_omega(tmp_path / "omega.json") == omega
-    assert (omega.method, omega.bits, omega.layers) == (method, (2, 4), 2)
-    omega.check_model(2, fingerprint(path))
-    for column, bits in enumerate(omega.bits):
-        whole = omega.details["whole_model"][str(bits)]
-        assert sum(row[column] for row in omega.table) == pytest.approx(whole["target"])
-        assert whole["target"] == pytest.approx(omega.details["loss_per_kl"] * whole["kl"])
-    assert omega.details["peak_memory_bytes"] > 1 << 20
+    table = make_sensitivity(request(path, tmp_path, method))
+    write_sensitivity(tmp_path / "sensitivity.json", table)
+    assert read_sensitivity(tmp_path / "sensitivity.json") == table
+    assert (table.method, table.bits, table.layers) == (method, (2, 4), 2)
+    table.check_model(2, fingerprint(path))
+    for column, bits in enumerate(table.bits):
+        whole = table.details["whole_model"][str(bits)]
+        assert sum(row[column] for row in table.table) == pytest.approx(whole["target"])
+        assert whole["target"] == pytest.approx(table.details["loss_per_kl"] * whole["kl"])
+    assert table.details["peak_memory_bytes"] > 1 << 20
 
 
 def test_whole_rows_are_noted_and_measured(path, tmp_path):
     asked = request(path, tmp_path / "rows", bits=(8, 16))
-    plain = make_omega(request(path, tmp_path / "groups", bits=(8, 16)))
-    rows = make_omega(replace(asked, quant=replace(asked.quant, whole_rows=[8])))
+    plain = make_sensitivity(request(path, tmp_path / "groups", bits=(8, 16)))
+    rows = make_sensitivity(replace(asked, quant=replace(asked.quant, whole_rows=[8])))
     assert plain.details["quant"] == {"group_size": 64, "axis": 1, "whole_rows": [], "optimize": True}
     assert rows.details["quant"] == plain.details["quant"] | {"whole_rows": [8]}
     assert rows.table != plain.table
@@ -64,7 +64,7 @@ def test_whole_rows_are_noted_and_measured(path, tmp_path):
 def test_what_the_output_matrix_loses_is_measured_and_changes_no_layer_s(path, tmp_path):
     asked = request(path, tmp_path / "head", bits=(4, 2, 16))
     plain, low = (
-        make_omega(replace(asked, folder=tmp_path / str(bits), quant=replace(asked.quant, head_bits=bits)))
+        make_sensitivity(replace(asked, folder=tmp_path / str(bits), quant=replace(asked.quant, head_bits=bits)))
         for bits in (16, 3)
     )
     assert list(plain.head) == [4, 2], "those of the layers' widths, so that one table serves a sweep"
@@ -86,7 +86,7 @@ def test_what_the_output_matrix_loses_is_measured_and_changes_no_layer_s(path, t
 def test_an_output_matrix_that_cannot_be_is_named_before_anything_is_measured(path, tmp_path):
     asked = request(path, tmp_path)
     with pytest.raises(UserError, match=r"quant\.head_bits=7; it must be one of"):
-        make_omega(replace(asked, quant=replace(asked.quant, head_bits=7)))
+        make_sensitivity(replace(asked, quant=replace(asked.quant, head_bits=7)))
     assert not list(tmp_path.glob("progress*"))
 
 
@@ -110,8 +110,8 @@ def test_mistakes(path, tmp_path):
         "calibration": (CalibrationConfig(text=str(text)), "too short for 16 rows of 512 tokens"),
     }.items():
         with pytest.raises(UserError, match=words[1]):
-            make_omega(request(path, tmp_path, **{change: words[0]}))
+            make_sensitivity(request(path, tmp_path, **{change: words[0]}))
     with pytest.raises(UserError, match=r"none cannot be read .*give a plain text file in UTF-8"):
-        make_omega(request(path, tmp_path, calibration=CalibrationConfig(text=str(tmp_path / "none"))))
+        make_sensitivity(request(path, tmp_path, calibration=CalibrationConfig(text=str(tmp_path / "none"))))
     with pytest.raises(UserError, match="longer than the model's 32 positions"):
-        make_omega(request(path, tmp_path, calibration=CalibrationConfig(rows=1, tokens=33)))
+        make_sensitivity(request(path, tmp_path, calibration=CalibrationConfig(rows=1, tokens=33)))

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from ds_llmpq.errors import UserError
-from ds_llmpq.sensitivity.prior import model_loss, prior_omega
+from ds_llmpq.sensitivity.prior import make_prior, model_loss
 
 
 def test_losses_from_published_perplexities():
@@ -27,7 +27,7 @@ def test_law_of_the_step_for_unmeasured_widths():
 
 
 def test_table_sums_to_the_model():
-    omega = prior_omega(12, [4, 3, 16], "print")
-    assert (omega.provenance, omega.model_fingerprint) == ("assumed", "print")
-    for column, bits in enumerate(omega.bits):
-        assert sum(row[column] for row in omega.table) == pytest.approx(model_loss(bits))
+    table = make_prior(12, [4, 3, 16], "print")
+    assert (table.provenance, table.model_fingerprint) == ("assumed", "print")
+    for column, bits in enumerate(table.bits):
+        assert sum(row[column] for row in table.table) == pytest.approx(model_loss(bits))

@@ -180,9 +180,9 @@ def _costs(form: Formulation, layers: int, objective: Objective, links, formula:
     contract = formula == "pipeline"
     theta_mode = objective.mode != "max_latency"
     time_unit = form.scale if theta_mode else 1000.0 / (objective.limit or 1.0)
-    omega_weight = {"theta": objective.theta * form.scale, "max_quality_loss": 0.0, "max_latency": form.scale}
+    loss_weight = {"theta": objective.theta * form.scale, "max_quality_loss": 0.0, "max_latency": form.scale}
     for (i, _, b), column in form.z.items():
-        model.cost[column] = omega_weight[objective.mode] * arrays.omega[i, b]
+        model.cost[column] = loss_weight[objective.mode] * arrays.sensitivity[i, b]
     totals: list[tuple[int, float]] = []
     weights = _weights(arrays, contract)
     for phase, (table, per_pass, per_slowest) in enumerate(
@@ -212,7 +212,7 @@ def _costs(form: Formulation, layers: int, objective: Objective, links, formula:
         model.row(totals, high=objective.limit * time_unit)
     if objective.mode == "max_quality_loss":
         unit = 1.0 / objective.limit if objective.limit > 0 else 1.0
-        loss = [(c, float(arrays.omega[i, b]) * unit) for (i, _, b), c in form.z.items()]
+        loss = [(c, float(arrays.sensitivity[i, b]) * unit) for (i, _, b), c in form.z.items()]
         model.row(loss, high=objective.limit * unit)
 
 

@@ -204,7 +204,7 @@ class Search:
         if self.mode == "max_quality_loss":
             cheap = seen.quality_loss > limit
         else:
-            cheap = theta * (bound - seen.quality_loss) <= 0  # the path's latency is limit + theta * (bound - omega)
+            cheap = theta * (bound - seen.quality_loss) <= 0  # the path's latency is limit + theta * (bound - loss)
         bracket[0 if cheap else 1] = theta
         low, high = bracket
         if low > 0 and math.isfinite(high):
@@ -331,8 +331,8 @@ def is_small(problem: Problem) -> bool:
 
 def plausible_theta(pair: Pair, seconds: float = 0.0) -> float:
     """A price at which the whole range of quality losses is worth about the least latency (or `seconds`, if more)."""
-    omega = pair.arrays.omega
-    spread = float((omega.max(axis=1) - omega.min(axis=1)).sum())
+    loss = pair.arrays.sensitivity
+    spread = float((loss.max(axis=1) - loss.min(axis=1)).sum())
     least = (pair.slow + 1) * pair.root.p_low + max(pair.slowest, pair.ring) * pair.root.d_low
     return max(least, seconds, 1e-9) / max(spread, 1e-9)
 

@@ -1,7 +1,7 @@
 """Exact costs of stages by composition: no Lagrangian gap, which matters where stages are short.
 
-Times depend on how many layers take each width, not on which; omega depends on which. For every composition of k layers
-into widths the least omega of layers [a, a + k) is a small dynamic program, shared by all kinds and boxes. The exact
+Times depend on how many layers take each width, not on which; loss depends on which. For every composition of k layers
+into widths the least loss of layers [a, a + k) is a small dynamic program, shared by all kinds and boxes. The exact
 cost of a stage is then the minimum over the compositions that keep its limits. Short lengths are always priced this
 way, longer ones only where the search asks. Bytes are taken per width as the least over all layers: exact when layers
 are alike, a bound otherwise.
@@ -17,20 +17,20 @@ LONG_ENTRIES = 3_000_000  # and those that may be kept at all
 
 
 class Compositions:
-    """Ways to give k layers widths: `counts(k)` [n, B] and `omega(k)` [n, L], the least omega by first layer.
+    """Ways to give k layers widths: `counts(k)` [n, B] and `loss(k)` [n, L], the least loss by first layer.
 
     Lengths up to `short` are priced for every box, lengths up to `long` can be built when needed. A first layer that is
-    too late for the length has the omega `never`.
+    too late for the length has the loss `never`.
     """
 
-    def __init__(self, omega: np.ndarray, allowed: np.ndarray, never: float):
-        self.layers, self.widths = omega.shape
-        self.price = np.where(allowed, omega, never)
+    def __init__(self, sensitivity: np.ndarray, allowed: np.ndarray, never: float):
+        self.layers, self.widths = sensitivity.shape
+        self.price = np.where(allowed, sensitivity, never)
         self.never = never
         self.short = self._lengths_within(SHORT_ENTRIES)
         self.long = self._lengths_within(LONG_ENTRIES)
         self._counts = [np.zeros((1, self.widths), dtype=np.int64)]
-        self._omega = [np.zeros((1, self.layers + 1))]
+        self._loss = [np.zeros((1, self.layers + 1))]
         self._index: list[dict[tuple[int, ...], int]] = [{(0,) * self.widths: 0}]
 
     def _lengths_within(self, entries: int) -> int:
@@ -46,9 +46,9 @@ class Compositions:
         self._build(length)
         return self._counts[length]
 
-    def omega(self, length: int) -> np.ndarray:
+    def loss(self, length: int) -> np.ndarray:
         self._build(length)
-        return self._omega[length][:, : self.layers]
+        return self._loss[length][:, : self.layers]
 
     def _build(self, length: int) -> None:
         while len(self._counts) <= length:
@@ -65,13 +65,13 @@ class Compositions:
             shorter[:, b] -= 1
             source = [self._index[-1][tuple(row)] for row in shorter.tolist()]
             last_layer = self.price[length - 1 : self.layers, b]
-            best[taken, :first] = np.minimum(best[taken, :first], self._omega[-1][source, :first] + last_layer)
+            best[taken, :first] = np.minimum(best[taken, :first], self._loss[-1][source, :first] + last_layer)
         self._counts.append(rows)
-        self._omega.append(best)
+        self._loss.append(best)
         self._index.append({tuple(row): i for i, row in enumerate(rows.tolist())})
 
     def widths_of(self, row: int, length: int, first: int) -> np.ndarray:
-        """Width indices of layers [first, first + length) that reach the least omega of a composition."""
+        """Width indices of layers [first, first + length) that reach the least loss of a composition."""
         counts = self._counts[length][row].copy()
         chosen = np.zeros(length, dtype=np.int64)
         for position in range(length - 1, -1, -1):
@@ -79,7 +79,7 @@ class Compositions:
             for b in np.flatnonzero(counts):
                 shorter = counts.copy()
                 shorter[b] -= 1
-                before = self._omega[position][self._index[position][tuple(shorter.tolist())], first]
+                before = self._loss[position][self._index[position][tuple(shorter.tolist())], first]
                 values[b] = before + self.price[first + position, b]
             chosen[position] = b = int(np.argmin(values))
             counts[b] -= 1
@@ -96,7 +96,7 @@ class StageCosts:
         self._uses: dict[int, np.ndarray] = {}
         lengths = range(1, compositions.short + 1)
         self.short_uses = np.concatenate([np.zeros((0, 3)), *(self.uses(k) for k in lengths)])
-        self.short_omega = np.concatenate([np.zeros((0, compositions.layers)), *map(compositions.omega, lengths)])
+        self.short_loss = np.concatenate([np.zeros((0, compositions.layers)), *map(compositions.loss, lengths)])
         self.short_length = np.repeat(np.arange(1, compositions.short + 1), [len(self.uses(k)) for k in lengths])
 
     def uses(self, length: int) -> np.ndarray:
@@ -106,12 +106,12 @@ class StageCosts:
         return self._uses[length]
 
     def least_short(self, limits: np.ndarray, pass_weight: float, theta: float) -> np.ndarray:
-        """[short, L] at (k - 1, a): least P + a_D D + theta omega within the limits [3]."""
+        """[short, L] at (k - 1, a): least P + a_D D + theta * loss within the limits [3]."""
         found = np.full((self.table.short, self.table.layers), np.inf)
         rows = np.flatnonzero(_keeps(self.short_uses, limits))
         if len(rows):
             times = self.short_uses[rows, 0] + pass_weight * self.short_uses[rows, 1]
-            cost = times[:, None] + theta * self.short_omega[rows]
+            cost = times[:, None] + theta * self.short_loss[rows]
             lengths = self.short_length[rows]
             heads = np.flatnonzero(np.diff(lengths, prepend=0))
             found[lengths[heads] - 1] = np.minimum.reduceat(cost, heads, axis=0)
@@ -123,8 +123,8 @@ class StageCosts:
         rows = np.flatnonzero(_keeps(self.short_uses, limits))
         if len(rows):
             lengths = self.short_length[rows]
-            omega = self.short_omega[rows, first[lengths - 1]]
-            cost = self.short_uses[rows, 0] + pass_weight * self.short_uses[rows, 1] + theta * omega
+            loss = self.short_loss[rows, first[lengths - 1]]
+            cost = self.short_uses[rows, 0] + pass_weight * self.short_uses[rows, 1] + theta * loss
             heads = np.flatnonzero(np.diff(lengths, prepend=0))
             found[lengths[heads] - 1] = np.minimum.reduceat(cost, heads)
         return found
@@ -136,7 +136,7 @@ class StageCosts:
         if not len(rows):
             return np.full(self.table.layers, np.inf)
         times = uses[rows, 0] + pass_weight * uses[rows, 1]
-        return (times[:, None] + theta * self.table.omega(length)[rows]).min(axis=0)
+        return (times[:, None] + theta * self.table.loss(length)[rows]).min(axis=0)
 
     def choose(
         self, limits: np.ndarray, pass_weight: float, theta: float, first: int, length: int
@@ -146,8 +146,8 @@ class StageCosts:
         rows = np.flatnonzero(_keeps(uses, limits))
         if not len(rows):
             return None, np.inf
-        cost = uses[rows, 0] + pass_weight * uses[rows, 1] + theta * self.table.omega(length)[rows, first]
-        cost = np.where(self.table.omega(length)[rows, first] >= self.table.never / 2, np.inf, cost)
+        cost = uses[rows, 0] + pass_weight * uses[rows, 1] + theta * self.table.loss(length)[rows, first]
+        cost = np.where(self.table.loss(length)[rows, first] >= self.table.never / 2, np.inf, cost)
         best = int(np.argmin(cost))
         if not cost[best] < self.table.never / 2:
             return None, np.inf

@@ -1,9 +1,9 @@
 """Hard limits by price: find the theta at which the limit on quality loss (or on latency) is just met.
 
-For every theta the least latency + theta * omega, found by the unbounded search, bounds the problem with a limit:
+For every theta the least latency + theta * loss, found by the unbounded search, bounds the problem with a limit:
 
-    latency >= bound(theta) - theta * limit                if omega <= limit,
-    omega   >= (bound(theta) - limit) / theta              if latency <= limit.
+    latency >= bound(theta) - theta * limit                if loss <= limit,
+    loss    >= (bound(theta) - limit) / theta              if latency <= limit.
 
 The best theta is found by bisection, its plans are repaired by the polish (which knows the hard limit), and the search
 proper starts from it. Small problems need none of this.

@@ -71,8 +71,8 @@ class Enumeration:
                 break
             onward = self.after[first + k, state, c]
             whole = self.final[c] if first == 0 and k == layers else 0.0  # a single stage has no way back
-            for prefill, decode, omega, bits in self._stage_options(self.relaxed.classes.kind[c], first, k):
-                total = arrive + prefill + self.ring * decode + self.node.duals.theta * omega
+            for prefill, decode, loss, bits in self._stage_options(self.relaxed.classes.kind[c], first, k):
+                total = arrive + prefill + self.ring * decode + self.node.duals.theta * loss
                 total += self.node.duals.prices[c] - whole
                 self._count()
                 if not self._hopeless(total + onward):
@@ -94,7 +94,7 @@ class Enumeration:
         self.target.best.offer(Assignment(stages, arrays.prefill_micro_batch, arrays.decode_micro_batch))
 
     def _stage_options(self, q: int, first: int, k: int) -> list[tuple[float, float, float, tuple[int, ...]]]:
-        """(P, D, omega, bits) of the undominated choices of bit widths within the box."""
+        """(P, D, loss, bits) of the undominated choices of bit widths within the box."""
         key = (q, first, k)
         if key not in self.options:
             stages, box = self.pair.stages, self.node.box
@@ -105,23 +105,23 @@ class Enumeration:
             for layer in range(first, first + k):
                 found = self._with_layer(found, q, layer, limits)
             ends = [int(at_start) * stages.embed[p, q] + int(at_end) * stages.head[p, q] for p in (0, 1)]
-            options = [(p + ends[0], d + ends[1], omega, bits) for p, d, _, omega, bits in found.values()]
+            options = [(p + ends[0], d + ends[1], loss, bits) for p, d, _, loss, bits in found.values()]
             self.options[key] = _undominated(options)
         return self.options[key]
 
     def _with_layer(self, found: dict, q: int, layer: int, limits: np.ndarray) -> dict:
-        """All choices with one more layer; among equal compositions of like layers the least omega is enough."""
+        """All choices with one more layer; among equal compositions of like layers the least loss is enough."""
         stages, grown = self.pair.stages, {}
         alike = stages.costs[q].same_bytes
-        for key, (p, d, m, omega, bits) in found.items():
+        for key, (p, d, m, loss, bits) in found.items():
             for b in np.flatnonzero(stages.usable[q] & stages.allowed[layer]):
                 use = (p + stages.prefill[q, b], d + stages.decode[q, b], m + stages.bytes[layer, b])
                 if any(u > limit for u, limit in zip(use, limits, strict=True)):
                     continue
                 name = (*key[:b], key[b] + 1, *key[b + 1 :]) if alike else (*bits, int(b))
-                loss = omega + stages.arrays.omega[layer, b]
-                if name not in grown or loss < grown[name][3]:
-                    grown[name] = (*use, loss, (*bits, int(b)))
+                total = loss + stages.arrays.sensitivity[layer, b]
+                if name not in grown or total < grown[name][3]:
+                    grown[name] = (*use, total, (*bits, int(b)))
             if len(grown) > OPTION_LIMIT:
                 raise TooMany
         self._count(len(grown))
@@ -129,7 +129,7 @@ class Enumeration:
 
 
 def _undominated(options: list[tuple]) -> list[tuple]:
-    """Without those that another equals or beats in P, D and omega."""
+    """Without those that another equals or beats in P, D and loss."""
     if not options:
         return []
     values = np.array([option[:3] for option in options])

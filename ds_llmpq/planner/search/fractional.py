@@ -44,7 +44,7 @@ def simple_bound(problem: Problem, pins: Pins, pair: tuple[int, int], formula: s
     relaxed = _Kinds(problem, pins, pair, formula)
     if not relaxed.usable.any():
         return math.inf
-    loss = float(np.where(relaxed.allowed, relaxed.omega, np.inf).min(axis=1).sum())
+    loss = float(np.where(relaxed.allowed, relaxed.sensitivity, np.inf).min(axis=1).sum())
     mode = problem.objective.mode
     if mode == "max_latency":
         return loss * (1 - SLACK)
@@ -79,14 +79,14 @@ class _Kinds:
                 first.setdefault(key, d)
                 counts[key] = counts.get(key, 0) + 1
         rows = list(first.values())
-        self.formula, self.layers, self.widths = formula, *arrays.omega.shape
+        self.formula, self.layers, self.widths = formula, *arrays.sensitivity.shape
         self.counts = np.array(list(counts.values()), dtype=float)
         self.usable = arrays.available[rows].reshape(len(rows), self.widths)
         self.seconds = (arrays.prefill[rows], arrays.decode[rows])
         self.embed, self.head = arrays.embed[:, rows], arrays.head[:, rows]
         self.capacity = arrays.capacity[rows]
         self.bytes = arrays.layer_bytes.min(axis=0)
-        self.allowed, self.omega = pins.widths(problem), arrays.omega
+        self.allowed, self.sensitivity = pins.widths(problem), arrays.sensitivity
         contract, steps = formula == "pipeline", arrays.generated_tokens - 1.0
         self.slow = arrays.prefill_rounds - 1.0
         self.ring = steps if contract else 1.0
@@ -134,7 +134,7 @@ class _Program:
         self.kinds, self.objective = kinds, problem.objective
         starts = np.arange(0, kinds.layers, -(-kinds.layers // MOST_GROUPS))
         self.group = np.diff(np.append(starts, kinds.layers)).astype(float)
-        loss = np.where(kinds.allowed, kinds.omega, np.inf)
+        loss = np.where(kinds.allowed, kinds.sensitivity, np.inf)
         self.loss = np.minimum.reduceat(loss, starts, axis=0)
         sizes = [len(kinds.counts) * kinds.widths, len(starts) * kinds.widths, len(kinds.counts), len(kinds.counts)]
         edges = np.cumsum([0, *sizes])

@@ -3,7 +3,7 @@
 For thresholds in a box [p_low, p_high] x [d_low, d_high] the problem separates by stages, and one shortest path covers
 all device orders, subsets and interleavings (`shortest_path.py`); stages are bounded by Lagrangian prices
 (`stage_bounds.py`). The decode round max(m_d * slowest, ring) is bounded by w * m_d * slowest + (1 - w) * ring for any
-w in [0, 1]; a limit on quality loss (or on latency) is priced by theta: min latency + theta * (omega - limit) is a
+w in [0, 1]; a limit on quality loss (or on latency) is priced by theta: min latency + theta * (loss - limit) is a
 bound for every theta.
 Where devices are too many to count, each use of a class is priced. Every path rounds to a plan.
 """
@@ -66,7 +66,7 @@ class Relaxation:
         representatives = self.classes.representatives()
         allowed = self.pins.widths(self.problem)
         if self.compositions is None:
-            self.compositions = Compositions(arrays.omega, allowed, NEVER)
+            self.compositions = Compositions(arrays.sensitivity, allowed, NEVER)
         masks = [self.pins.intervals(self.problem, d) for d in representatives]
         stages = StageBounds(arrays, representatives, allowed, masks, self.compositions)
         rounds = arrays.generated_tokens - 1
@@ -234,7 +234,7 @@ class Relaxation:
         return max((self._ceiling(pair) for pair in self.pairs), default=math.inf)
 
     def _ceiling(self, pair: Pair) -> float:
-        worst = float(pair.arrays.omega.max(axis=1).sum()) if pair.arrays.omega.size else 0.0
+        worst = float(pair.arrays.sensitivity.max(axis=1).sum()) if pair.arrays.sensitivity.size else 0.0
         if self.mode != "max_latency":
             hops = min(self.problem.layers, len(self.problem.devices))
             box = pair.root
@@ -275,7 +275,7 @@ def _at_length(stage: np.ndarray, longest: int) -> np.ndarray:
 
 def _root_box(arrays: PairArrays) -> Box:
     """Thresholds between perfect balance over all devices at their fastest width, and everything on the slowest."""
-    layers = len(arrays.omega)
+    layers = len(arrays.sensitivity)
     edges = []
     for table, ends in (
         (arrays.prefill, arrays.embed[0] + arrays.head[0]),

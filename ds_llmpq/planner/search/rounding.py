@@ -80,7 +80,7 @@ class _Layers:
         stages, q, rows = place.stages, place.q, slice(place.first, place.last)
         self.prefill, self.decode = stages.prefill[q], stages.decode[q]
         self.bytes = stages.bytes[rows]
-        self.fixed = place.prices.theta * stages.arrays.omega[rows] + stages.blocked[rows] + stages.absent[q]
+        self.fixed = place.prices.theta * stages.arrays.sensitivity[rows] + stages.blocked[rows] + stages.absent[q]
 
     def all(self, multipliers: np.ndarray) -> np.ndarray:
         """[M, k, B]."""

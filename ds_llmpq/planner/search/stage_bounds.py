@@ -1,11 +1,11 @@
 """Lower bounds on what a stage costs, for all layer intervals and device kinds at once.
 
-A stage holding layers [a, a + k) chooses one width a layer and pays P + a_D * D + theta * omega, subject to
+A stage holding layers [a, a + k) chooses one width a layer and pays P + a_D * D + theta * loss, subject to
 P <= P_high, D <= D_high and memory <= capacity. With multipliers on the three constraints the choice falls apart into
 one minimum a layer, so prefix sums give the Lagrangian bound of every interval:
 
     bound(a, k) = max over (l_P, l_D, l_M) of  S[a + k] - S[a] - (l_P - 1) P_high - (l_D - a_D) D_high - l_M capacity,
-    S[i + 1] - S[i] = min over widths b of  l_P P_b + l_D D_b + l_M bytes[i, b] + theta omega[i, b].
+    S[i + 1] - S[i] = min over widths b of  l_P P_b + l_D D_b + l_M bytes[i, b] + theta * loss[i, b].
 
 The multipliers are a pool per device kind that grows where the search needs them (`multipliers.py`); S does not depend
 on the box, only the constants do. A "kind" is a set of devices with equal times and capacity.
@@ -58,7 +58,7 @@ class StageBounds:
         self.arrays, self.allowed, self.masks, self.compositions = arrays, allowed, masks, compositions
         self.kinds = len(representatives)
         a, reps = arrays, representatives
-        self.layers, self.widths = a.omega.shape
+        self.layers, self.widths = a.sensitivity.shape
         self.unit = max(float(a.capacity.max()), 1.0)  # bytes in one unit of l_M's constraint
         self.bytes = a.layer_bytes / self.unit
         usable = a.available[reps]
@@ -112,10 +112,12 @@ class StageBounds:
         return self._differences(_prefix_sums(parts.min(axis=2)))
 
     def price_layers(self, q: int, pool: np.ndarray, theta: float) -> np.ndarray:
-        """[M, L, K] at (a, k - 1): S[a + k] - S[a], the least l_P P + l_D D + l_M bytes + theta omega of the layers."""
+        """[M, L, K] at (a, k - 1): S[a + k] - S[a], least l_P P + l_D D + l_M bytes + theta * loss of the layers."""
         base = pool[:, :1] * self.prefill[q] + pool[:, 1:2] * self.decode[q] + self.absent[q]
         by_bits = (  # [M, L, B]
-            base[:, None, :] + pool[:, 2, None, None] * self.bytes + (theta * self.arrays.omega + self.blocked)[None]
+            base[:, None, :]
+            + pool[:, 2, None, None] * self.bytes
+            + (theta * self.arrays.sensitivity + self.blocked)[None]
         )
         return self._differences(_prefix_sums(by_bits.min(axis=2)))
 

@@ -1,4 +1,4 @@
-"""The quality table omega[layer, bits] and its file: what keeping a layer at a width is predicted to cost."""
+"""Sensitivity (omega in the docs), layers x bit widths, and its file: what a layer at a width is predicted to cost."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from ds_llmpq.files import read_json
 from ds_llmpq.validation import Amount, Bits, Label, Many, Plain, Some, checked, one_of
 
 SCHEMA = 1
+FILE = "sensitivity.json"
 UNIT = "nats per token"
 PROVENANCES = ("assumed", "estimated", "fitted", "measured")
 
 
 @dataclass(frozen=True)
-class Omega:
+class Sensitivity:
     """Predicted increase of the loss, in nats per token, of keeping one layer at one width.
 
     table: layers x bits, non-negative; columns in the order of `bits`. 16 bits costs nothing and may be left out.
@@ -41,22 +42,28 @@ class Omega:
 
     def __post_init__(self) -> None:
         if self.provenance not in PROVENANCES:
-            raise UserError(f"omega has provenance {self.provenance!r}; it must be one of {', '.join(PROVENANCES)}")
+            raise UserError(
+                f"sensitivity has provenance {self.provenance!r}; it must be one of {', '.join(PROVENANCES)}"
+            )
         if self.unit != UNIT:
-            raise UserError(f"omega is in {self.unit!r}; this version reads {UNIT!r} only")
+            raise UserError(f"sensitivity is in {self.unit!r}; this version reads {UNIT!r} only")
         if not self.bits or len(set(self.bits)) != len(self.bits):
-            raise UserError(f"omega lists bits {list(self.bits)}; list each width once, at least one")
+            raise UserError(f"sensitivity lists bits {list(self.bits)}; list each width once, at least one")
         if not self.table:
-            raise UserError("omega has no layers; it needs one row for each decoder layer")
+            raise UserError("sensitivity has no layers; it needs one row for each decoder layer")
         for layer, row in enumerate(self.table):
             if len(row) != len(self.bits):
-                raise UserError(f"omega row {layer} has {len(row)} entries; it needs {len(self.bits)}, one a width")
+                raise UserError(
+                    f"sensitivity row {layer} has {len(row)} entries; it needs {len(self.bits)}, one a width"
+                )
             for width, value in zip(self.bits, row, strict=True):
                 if not (math.isfinite(value) and value >= 0):
-                    raise UserError(f"omega of layer {layer} at {width} bits is {value}; it must be finite and >= 0")
+                    raise UserError(
+                        f"sensitivity of layer {layer} at {width} bits is {value}; it must be finite and >= 0"
+                    )
         for width, value in self.head.items():
             if not (math.isfinite(value) and value >= 0):
-                raise UserError(f"omega of the head at {width} bits is {value}; it must be finite and >= 0")
+                raise UserError(f"sensitivity of the head at {width} bits is {value}; it must be finite and >= 0")
 
     @property
     def layers(self) -> int:
@@ -67,7 +74,9 @@ class Omega:
         for width in bits:
             if width not in self.bits and width != 16:
                 has = ", ".join(map(str, self.bits))
-                raise UserError(f"omega has no column for {width} bits (it has {has}); make it anew for these widths")
+                raise UserError(
+                    f"sensitivity has no column for {width} bits (it has {has}); make it anew for these widths"
+                )
         columns = [self.bits.index(width) if width in self.bits else None for width in bits]
         return tuple(tuple(0.0 if column is None else row[column] for column in columns) for row in self.table)
 
@@ -77,7 +86,7 @@ class Omega:
             return 0.0
         if bits not in self.head:
             raise UserError(
-                f"omega does not say what an output matrix at {bits} bits loses; make it anew with "
+                f"sensitivity does not say what an output matrix at {bits} bits loses; make it anew with "
                 f"quant.head_bits={bits}"
             )
         return self.head[bits]
@@ -86,37 +95,37 @@ class Omega:
         """UserError if the table was made for another model. A missing fingerprint on either side is let pass."""
         if layers != self.layers:
             raise UserError(
-                f"omega is for {self.layers} layers, but the model has {layers}; make it anew for this model"
+                f"sensitivity is for {self.layers} layers, but the model has {layers}; make it anew for this model"
             )
         if fingerprint and self.model_fingerprint and fingerprint != self.model_fingerprint:
             raise UserError(
-                f"omega is for the model with fingerprint {self.model_fingerprint}, but this one has {fingerprint}; "
-                "make it anew for this model"
+                f"sensitivity is for the model with fingerprint {self.model_fingerprint}, but this one has "
+                f"{fingerprint}; make it anew for this model"
             )
 
 
-def write_omega(path: str | Path, omega: Omega) -> None:
-    record = {"schema": SCHEMA, **asdict(omega)}
-    if not omega.head:
+def write_sensitivity(path: str | Path, sensitivity: Sensitivity) -> None:
+    record = {"schema": SCHEMA, **asdict(sensitivity)}
+    if not sensitivity.head:
         del record["head"]
     Path(path).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
-def read_omega(path: str | Path) -> Omega:
+def read_sensitivity(path: str | Path) -> Sensitivity:
     """UserError: unreadable, another schema, a missing or unknown key, a value out of range."""
-    where, remedy = f"omega file {path}", "make it with the sensitivity command"
-    record = checked(_Record, read_json(path, "omega file", remedy), where, remedy)
+    where, remedy = f"sensitivity file {path}", "make it with the sensitivity command"
+    record = checked(_Record, read_json(path, "sensitivity file", remedy), where, remedy)
     head = {int(width): value for width, value in record.head.items()}
-    kept = {name: getattr(record, name) for name in Omega.__dataclass_fields__ if name != "head"}
+    kept = {name: getattr(record, name) for name in Sensitivity.__dataclass_fields__ if name != "head"}
     try:
-        return Omega(**kept, head=head)
+        return Sensitivity(**kept, head=head)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 
 
 @dataclass(frozen=True)
 class _Record:
-    """What `write_omega` writes."""
+    """What `write_sensitivity` writes."""
 
     schema: one_of(SCHEMA)
     method: Label

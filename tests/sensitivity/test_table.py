@@ -1,4 +1,4 @@
-"""omega.json: what is written reads back the same, and every broken file is one clear sentence."""
+"""sensitivity.json: what is written reads back the same, and every broken file is one clear sentence."""
 
 import json
 import random
@@ -6,13 +6,13 @@ import random
 import pytest
 
 from ds_llmpq.errors import UserError
-from ds_llmpq.sensitivity.omega import Omega, read_omega, write_omega
+from ds_llmpq.sensitivity.table import Sensitivity, read_sensitivity, write_sensitivity
 
 
-def random_omega(generator):
+def random_table(generator):
     bits = tuple(generator.sample((2, 3, 4, 8, 16), generator.randrange(1, 6)))
     rows = generator.randrange(1, 6)
-    return Omega(
+    return Sensitivity(
         method="variance",
         provenance="estimated",
         bits=bits,
@@ -27,33 +27,33 @@ def random_omega(generator):
 def test_round_trip(tmp_path):
     generator = random.Random(1)
     for _ in range(20):
-        omega = random_omega(generator)
-        write_omega(tmp_path / "omega.json", omega)
-        assert read_omega(tmp_path / "omega.json") == omega
+        table = random_table(generator)
+        write_sensitivity(tmp_path / "sensitivity.json", table)
+        assert read_sensitivity(tmp_path / "sensitivity.json") == table
 
 
 def test_columns_by_width():
-    omega = Omega("x", "measured", (8, 4), ((1.0, 2.0), (3.0, 4.0)))
-    assert omega.for_bits([4, 16, 8]) == ((2.0, 0.0, 1.0), (4.0, 0.0, 3.0))
+    table = Sensitivity("x", "measured", (8, 4), ((1.0, 2.0), (3.0, 4.0)))
+    assert table.for_bits([4, 16, 8]) == ((2.0, 0.0, 1.0), (4.0, 0.0, 3.0))
     with pytest.raises(UserError, match="no column for 3 bits"):
-        omega.for_bits([3])
+        table.for_bits([3])
 
 
 def test_an_output_matrix_costs_nothing_at_16_bits_and_what_is_written_below():
-    omega = Omega("x", "measured", (8,), ((1.0,),), head={8: 0.5})
-    assert (omega.head_loss(16), omega.head_loss(8)) == (0.0, 0.5)
+    table = Sensitivity("x", "measured", (8,), ((1.0,),), head={8: 0.5})
+    assert (table.head_loss(16), table.head_loss(8)) == (0.0, 0.5)
     with pytest.raises(UserError, match=r"output matrix at 4 bits loses; make it anew with quant\.head_bits=4"):
-        omega.head_loss(4)
+        table.head_loss(4)
 
 
 def test_other_model():
-    omega = Omega("x", "measured", (8,), ((1.0,), (3.0,)), model_fingerprint="one")
-    omega.check_model(2, "one")
-    omega.check_model(2)
+    table = Sensitivity("x", "measured", (8,), ((1.0,), (3.0,)), model_fingerprint="one")
+    table.check_model(2, "one")
+    table.check_model(2)
     with pytest.raises(UserError, match="2 layers, but the model has 3"):
-        omega.check_model(3)
+        table.check_model(3)
     with pytest.raises(UserError, match="fingerprint one"):
-        omega.check_model(2, "two")
+        table.check_model(2, "two")
 
 
 @pytest.mark.parametrize(
@@ -81,23 +81,23 @@ def test_other_model():
     ],
 )
 def test_broken_files(tmp_path, change, words):
-    file = tmp_path / "omega.json"
-    write_omega(file, Omega("x", "measured", (8, 4), ((1.0, 2.0),)))
+    file = tmp_path / "sensitivity.json"
+    write_sensitivity(file, Sensitivity("x", "measured", (8, 4), ((1.0, 2.0),)))
     record = json.loads(file.read_text())
     file.write_text(json.dumps({**record, **change}))
     with pytest.raises(UserError, match=words):
-        read_omega(file)
+        read_sensitivity(file)
 
 
 def test_unreadable_files(tmp_path):
-    file = tmp_path / "omega.json"
+    file = tmp_path / "sensitivity.json"
     with pytest.raises(UserError, match="cannot be read"):
-        read_omega(file)
+        read_sensitivity(file)
     for text, words in (("{", "cannot be read"), ("[]", "must be an object"), ("{}", "lacks the key 'schema'")):
         file.write_text(text)
         with pytest.raises(UserError, match=words):
-            read_omega(file)
-    write_omega(file, Omega("x", "measured", (8,), ((1.0,),)))
+            read_sensitivity(file)
+    write_sensitivity(file, Sensitivity("x", "measured", (8,), ((1.0,),)))
     file.write_text(file.read_text().replace("1.0", "NaN"))
     with pytest.raises(UserError, match="NaN"):
-        read_omega(file)
+        read_sensitivity(file)
