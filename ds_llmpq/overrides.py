@@ -28,7 +28,7 @@ from ds_llmpq.fields import is_path
 
 # Keys that were renamed: former -> present name. To rename a key, add an entry here: the former one is then taken for
 # one more version, and a line on the screen names the new word. An entry also covers the keys below it.
-FORMER_KEYS: dict[str, str] = {}
+FORMER_KEYS: dict[str, str] = {"planner.omega": "planner.sensitivity"}
 _OVERRIDE = re.compile(r"(\+\+|\+|~)?([^=]*)(?:=(.*))?", re.DOTALL)
 _LONGEST_NAME = 120  # bytes; file systems take 255, some encrypted ones 143
 _DIGEST_CHARACTERS = 10
@@ -49,10 +49,7 @@ def prepare(command: str, kind: type, arguments: Iterable[str], conf: Path, swee
 
 
 def rename_former(argument: str) -> str:
-    """The override under its key's present name, if it has a former one, and a line on stderr that says so.
-
-    `FORMER_KEYS` is all there is to edit when a key is renamed (`{"planner.omega": "planner.sensitivity"}`).
-    """
+    """The override under its key's present name, if it has a former one, and a line on stderr that says so."""
     prefix, key, value = _OVERRIDE.fullmatch(argument).groups()
     former = next((name for name in FORMER_KEYS if key == name or key.startswith(f"{name}.")), None)
     if former is None:

@@ -80,13 +80,14 @@ def _against_reference(job: ScoreJob, settings: EvaluateConfig, out: Path) -> di
     pairs = [a - b for a, b in zip(reference["logprobs"], found["logprobs"], strict=True)]
     mean = math.fsum(pairs) / len(pairs)
     spread = math.fsum((value - mean) ** 2 for value in pairs) / len(pairs)
+    origins = job.plan.provenance
     found |= {
         "reference": {key: reference[key] for key in ("nats_per_token", "perplexity_per_token", "perplexity_per_word")},
         "loss_increase": {
             "measured": mean,
             "standard_error": math.sqrt(spread / len(pairs)),
             "predicted": job.plan.predicted.quality_loss,
-            "predicted_from": job.plan.provenance.get("sensitivity", "unknown"),
+            "predicted_from": origins.get("sensitivity") or origins.get("omega", "unknown"),  # the latter: former plans
         },
     }
     (out / "scores.json").write_text(json.dumps(found, indent=1) + "\n")

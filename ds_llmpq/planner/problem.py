@@ -4,6 +4,7 @@
 `Problem.from_json(problem.to_json()) == problem` always holds. Times are seconds, sizes bytes.
 """
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -116,6 +117,9 @@ class Problem:
     @classmethod
     def from_json(cls, obj: Any) -> "Problem":
         """Read the parsed JSON object; raises `UserError` naming the key path, the value, the bound and the remedy."""
+        if isinstance(obj, Mapping) and "omega" in obj and "sensitivity" not in obj:
+            print("note: problem.omega is now called sensitivity; the next version reads only that.", file=sys.stderr)
+            obj = {"sensitivity" if key == "omega" else key: value for key, value in obj.items()}
         names = "layers bits workload micro_batches device_types devices memory links sensitivity objective"
         reading.keys(obj, "problem", ["schema", *names.split()], ["device_order"])
         if isinstance(obj["schema"], bool) or obj["schema"] != SCHEMA:

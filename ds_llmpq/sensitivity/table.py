@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from ds_llmpq.files import read_json
 from ds_llmpq.validation import Amount, Bits, Label, Many, Plain, Some, checked, one_of
 
 SCHEMA = 1
-FILE = "sensitivity.json"
+FILE, FORMER_FILE = "sensitivity.json", "omega.json"  # the latter is read for one more version
 UNIT = "nats per token"
 PROVENANCES = ("assumed", "estimated", "fitted", "measured")
 
@@ -112,7 +113,15 @@ def write_sensitivity(path: str | Path, sensitivity: Sensitivity) -> None:
 
 
 def read_sensitivity(path: str | Path) -> Sensitivity:
-    """UserError: unreadable, another schema, a missing or unknown key, a value out of range."""
+    """UserError: unreadable, another schema, a missing or unknown key, a value out of range.
+
+    A file of the former name is read, also where the present name is given and only the former file is there.
+    """
+    path = Path(path)
+    if path.name == FILE and not path.exists() and path.with_name(FORMER_FILE).is_file():
+        path = path.with_name(FORMER_FILE)
+    if path.name == FORMER_FILE:
+        print(f"note: {path}: this file is now called {FILE}; the next version reads that only.", file=sys.stderr)
     where, remedy = f"sensitivity file {path}", "make it with the sensitivity command"
     record = checked(_Record, read_json(path, "sensitivity file", remedy), where, remedy)
     head = {int(width): value for width, value in record.head.items()}

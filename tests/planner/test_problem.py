@@ -16,6 +16,17 @@ def test_round_trip(seed):
     assert Problem.from_json(problem.to_json()) == problem
 
 
+def test_the_former_word_for_sensitivity_is_read_and_the_present_one_named(capsys):
+    obj = random_problem(4)
+    expected = Problem.from_json(obj)
+    assert capsys.readouterr().err == ""
+    former = {"omega" if key == "sensitivity" else key: value for key, value in obj.items()}
+    assert Problem.from_json(former) == expected
+    assert capsys.readouterr().err.count("problem.omega is now called sensitivity") == 1
+    with pytest.raises(UserError, match="unknown key 'omega'"):
+        Problem.from_json({**obj, "omega": obj["sensitivity"]})
+
+
 def test_null_and_infinite_latencies_are_absent():
     obj = random_problem(3)
     name = next(iter(obj["device_types"]))

@@ -89,6 +89,14 @@ def test_broken_files(tmp_path, change, words):
         read_sensitivity(file)
 
 
+@pytest.mark.parametrize("asked", ["omega.json", "sensitivity.json"])
+def test_a_file_of_the_former_name_is_read_and_the_present_one_named(tmp_path, capsys, asked):
+    table = Sensitivity("x", "measured", (8,), ((1.0,),))
+    write_sensitivity(tmp_path / "omega.json", table)
+    assert read_sensitivity(tmp_path / asked) == table
+    assert "is now called sensitivity.json" in capsys.readouterr().err
+
+
 def test_unreadable_files(tmp_path):
     file = tmp_path / "sensitivity.json"
     with pytest.raises(UserError, match="cannot be read"):
