@@ -26,15 +26,23 @@ GPU_SHARE, GPU_CONTEXT_BYTES = 0.95, 1930 * MIB
 CPU_SHARE = 0.9
 # (pattern in nvidia-smi's name, smallest total MiB, device type of conf/device); the first that fits counts.
 KNOWN_GPUS = (
+    (r"\bB200\b", 0, "b200"),
+    (r"\bGH200\b", 120_000, "gh200_144"),
+    (r"\bGH200\b", 0, "gh200_96"),
     (r"\bH200\b", 0, "h200"),
+    (r"\bH100 NVL\b", 0, "h100_nvl"),
+    (r"\bH100 PCIe\b", 0, "h100_pcie"),
     (r"\bH100\b", 0, "h100"),
+    (r"\bH20\b", 0, "h20"),
     (r"\bA100\b", 60_000, "a100_80"),
     (r"\bA100\b", 0, "a100_40"),
     (r"\bV100\b", 0, "v100"),
     (r"\bP100\b", 0, "p100"),
-    (r"\bA10\b", 0, "a10"),
-    (r"\bL4\b", 0, "l4"),
-    (r"\bT4\b", 0, "t4"),
+    (r"\b(A2|A10|A10G|A16|A30|A40|L4|L40|L40S|T4)\b", 0, r"\1"),
+    (r"\bRTX (A4000|A5000|A6000|6000 Ada)\b", 0, r"rtx_\1"),
+    (r"\bRTX PRO 6000 Blackwell Workstation\b", 0, "rtx_pro_6000"),
+    (r"\bRTX 3060$", 11_000, "rtx_3060"),  # the card of 8 GB reads a third slower
+    (r"\bGeForce RTX (?!3060$)(\d{4}(?: Ti)?(?: SUPER)?)$", 0, r"rtx_\1"),
 )
 FALLBACK_GPU = "t4"  # the slowest type that still has fast half-precision arithmetic
 DATASHEET_LINKS = {
@@ -86,10 +94,13 @@ def query_gpus(run: Callable[..., Any] = subprocess.run) -> list[Gpu]:
 
 
 def known_type(gpu: Gpu) -> str | None:
-    """Name in conf/device, or None for a GPU that it does not list."""
+    """Name of its type, which conf/device need not have, or None. Laptops' GPUs bear the names of faster cards."""
+    words = gpu.name.replace("-", " ")
+    if re.search(r"\b(Laptop|Mobile|Max Q)\b", words):
+        return None
     for pattern, smallest_mib, name in KNOWN_GPUS:
-        if re.search(pattern, gpu.name.replace("-", " ")) and gpu.total_bytes >= smallest_mib * MIB:
-            return name
+        if (match := re.search(pattern, words)) and gpu.total_bytes >= smallest_mib * MIB:
+            return match.expand(name).lower().replace(" ", "_")
     return None
 
 
@@ -139,12 +150,14 @@ def detect(
     cpu_stages: int | None = None,
     gpus: Sequence[Gpu] | None = None,
     cpu_rates: Mapping[str, Any] | None = None,
+    measure_gpu: Callable[[int], Mapping[str, Any] | None] = lambda slot: None,
 ) -> dict[str, Any]:
     """This host as the plain content of a conf/cluster entry.
 
     known: device types of conf/device by name; `cpu_core` and the fallback GPU must be among them.
     cpu_stages: CPU devices to offer, cores and memory split evenly; None: one, if the host has no GPU.
     gpus: None asks nvidia-smi. cpu_rates: fields of `calibrate.measure_cpu` to put in place of cpu_core's.
+    measure_gpu: fields of a GPU that no type covers, by its slot; None where it cannot be measured.
     """
     gpus = query_gpus() if gpus is None else gpus
     cpu_stages = (0 if gpus else 1) if cpu_stages is None else cpu_stages
@@ -152,7 +165,7 @@ def detect(
     if not 0 <= cpu_stages <= cores:
         raise UserError(f"cpu_stages={cpu_stages} does not fit this host; it must be from 0 to its {cores} cores")
     types: dict[str, Any] = {}
-    devices = [_gpu_device(slot, gpu, known, types) for slot, gpu in enumerate(gpus)]
+    devices = [_gpu_device(slot, gpu, known, types, measure_gpu) for slot, gpu in enumerate(gpus)]
     if cpu_stages:
         types["cpu_core"] = {**_plain(known, "cpu_core"), **(cpu_rates or {})}
         share = int(CPU_SHARE * available_memory_bytes() / cpu_stages) - CPU_PROCESS_BYTES
@@ -212,22 +225,32 @@ def _links(only_cpu: bool) -> dict[str, Any]:
     return {**DATASHEET_LINKS, "pairs": [], "source": LINK_SOURCE}
 
 
-def _gpu_device(slot: int, gpu: Gpu, known: Mapping[str, DeviceTypeConfig], types: dict[str, Any]) -> dict[str, Any]:
+def _gpu_device(
+    slot: int,
+    gpu: Gpu,
+    known: Mapping[str, DeviceTypeConfig],
+    types: dict[str, Any],
+    measure: Callable[[int], Mapping[str, Any] | None],
+) -> dict[str, Any]:
     name = known_type(gpu)
     if name is None or name not in known:
         name = "gpu_" + re.sub(r"[^a-z0-9]+", "_", gpu.name.lower()).strip("_")
-        fields = _plain(known, FALLBACK_GPU)
-        fields["memory_bytes"] = _usable_gpu_bytes(gpu.total_bytes)
-        fields["compute_capability"] = gpu.compute_capability
-        if int(gpu.compute_capability.split(".")[0] or 0) >= 8 and "float16" in fields["flops_per_second"]:
-            fields["flops_per_second"]["bfloat16"] = fields["flops_per_second"]["float16"]
-        fields["source"] = (
-            f"assumed: {gpu.name} is not a known type, so the rates are those of {FALLBACK_GPU}; profile it"
-        )
-        types[name] = fields
+        if name not in types:
+            types[name] = _unknown_gpu(gpu, known) | (measure(slot) or {})
     else:
         types[name] = _plain(known, name)
     return {"type": name, "slot": slot, "memory_bytes": _usable_gpu_bytes(gpu.free_bytes)}
+
+
+def _unknown_gpu(gpu: Gpu, known: Mapping[str, DeviceTypeConfig]) -> dict[str, Any]:
+    """The fallback type's rates with this GPU's memory and capability."""
+    fields = _plain(known, FALLBACK_GPU)
+    fields["memory_bytes"] = _usable_gpu_bytes(gpu.total_bytes)
+    fields["compute_capability"] = gpu.compute_capability
+    if int(gpu.compute_capability.split(".")[0] or 0) >= 8 and "float16" in fields["flops_per_second"]:
+        fields["flops_per_second"]["bfloat16"] = fields["flops_per_second"]["float16"]
+    fields["source"] = f"assumed: {gpu.name} is not a known type, so the rates are those of {FALLBACK_GPU}; profile it"
+    return fields
 
 
 def _usable_gpu_bytes(free_bytes: int) -> int:

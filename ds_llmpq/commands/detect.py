@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_llmpq import config
-from ds_llmpq.cluster.calibrate import measure_cpu
+from ds_llmpq.cluster.calibrate import measure_cpu, measure_gpu
 from ds_llmpq.cluster.detect import detect, usable_cores, write_cluster
 from ds_llmpq.cluster.saved import parse_saved_gpus, parse_topology, topology_links
 from ds_llmpq.commands.config import DetectConfig
@@ -41,7 +41,8 @@ def _this_host(settings: DetectConfig) -> dict[str, Any]:
         raise UserError("topology=FILE belongs to saved GPUs; give gpus=FILE as well.")
     stages = settings.cpu_stages
     rates = measure_cpu(usable_cores() if stages is None else max(stages, 1)) if settings.measure else None
-    return detect(config.known_device_types(), settings.host, stages, cpu_rates=rates)
+    gpus = measure_gpu if settings.measure else lambda slot: None
+    return detect(config.known_device_types(), settings.host, stages, cpu_rates=rates, measure_gpu=gpus)
 
 
 def _read_saved(settings: DetectConfig) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from ds_llmpq.cluster import detect as detecting
-from ds_llmpq.cluster.calibrate import best_seconds, measure_cpu
+from ds_llmpq.cluster.calibrate import best_seconds, measure_cpu, measure_gpu
 from ds_llmpq.cluster.cluster import Cluster
 from ds_llmpq.cluster.config import ClusterConfig, DeviceTypeConfig
 from ds_llmpq.cluster.detect import (
@@ -21,6 +21,7 @@ from ds_llmpq.cluster.detect import (
     parse_gpus,
     query_gpus,
 )
+from ds_llmpq.config import known_device_types
 from ds_llmpq.errors import UserError
 
 ANSWER = """0, 00000000:3B:00.0, Tesla T4, 15360, 14900, 7.5
@@ -84,9 +85,29 @@ def test_query_uses_list_arguments_and_survives_a_host_without_gpus():
         ("NVIDIA H100 80GB HBM3", 81559, "h100"),
         ("NVIDIA H200", 143771, "h200"),
         ("NVIDIA L4", 23034, "l4"),
-        ("NVIDIA L40S", 46068, None),
-        ("NVIDIA A10G", 23028, None),
-        ("NVIDIA GeForce RTX 4090", 24564, None),
+        ("NVIDIA H100 PCIe", 81559, "h100_pcie"),
+        ("NVIDIA H100 NVL", 95830, "h100_nvl"),
+        ("NVIDIA GH200 480GB", 97871, "gh200_96"),
+        ("NVIDIA GH200 144G HBM3e", 147456, "gh200_144"),
+        ("NVIDIA B200", 183359, "b200"),
+        ("NVIDIA A2", 15356, "a2"),
+        ("NVIDIA L40S", 46068, "l40s"),
+        ("NVIDIA L40", 46068, "l40"),
+        ("NVIDIA A10G", 23028, "a10g"),
+        ("NVIDIA RTX A6000", 49140, "rtx_a6000"),
+        ("NVIDIA RTX 6000 Ada Generation", 49140, "rtx_6000_ada"),
+        ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 97887, "rtx_pro_6000"),
+        ("NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", 97887, None),
+        ("NVIDIA GeForce RTX 2080 Ti", 11264, "rtx_2080_ti"),
+        ("NVIDIA GeForce RTX 3060", 12288, "rtx_3060"),
+        ("NVIDIA GeForce RTX 3060", 8192, None),
+        ("NVIDIA GeForce RTX 3060 Ti", 8192, "rtx_3060_ti"),
+        ("NVIDIA GeForce RTX 4070 Ti SUPER", 16376, "rtx_4070_ti_super"),
+        ("NVIDIA GeForce RTX 4090", 24564, "rtx_4090"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", 16376, None),
+        ("NVIDIA GeForce RTX 5090", 32607, "rtx_5090"),
+        ("Quadro RTX 6000", 24576, None),
+        ("NVIDIA GeForce GTX 1080 Ti", 11264, None),
     ],
 )
 def test_names_of_known_gpus(name, total_mib, expected):
@@ -102,14 +123,42 @@ def test_detected_gpus_have_budgets_from_free_memory():
 
 
 def test_unknown_gpu_is_usable_and_says_that_its_rates_are_assumed():
-    gpus = parse_gpus("0, 00000000:01:00.0, NVIDIA RTX 4090, 24564, 24000, 8.9\n")
+    gpus = parse_gpus("0, 00000000:01:00.0, NVIDIA RTX 4000 Ada Generation, 24564, 24000, 8.9\n")
     kind = as_cluster(detect(KNOWN, gpus=gpus)).devices[0].type
-    assert kind.source.startswith("assumed: NVIDIA RTX 4090")
+    assert kind.source.startswith("assumed: NVIDIA RTX 4000 Ada")
     assert kind.flops_per_second == {**GPU_RATES, "bfloat16": GPU_RATES["float16"]}
     assert KNOWN["t4"].flops_per_second == GPU_RATES
     full = parse_gpus("0, 00000000:01:00.0, Tesla T4, 15360, 100, 7.5\n")
     with pytest.raises(UserError, match="only 100 MiB free"):
         detect(KNOWN, gpus=full)
+
+
+def test_cards_of_different_speed_stay_apart():
+    shipped = known_device_types()
+    found = detect(
+        shipped,
+        gpus=parse_gpus(
+            "0, 00000000:01:00.0, NVIDIA GeForce RTX 4090, 24564, 24000, 8.9\n"
+            "1, 00000000:02:00.0, NVIDIA GeForce RTX 3060, 12288, 12000, 8.6\n"
+        ),
+    )
+    rates = [found["device_types"][name]["memory_bandwidth_bytes_per_second"] for name in ("rtx_4090", "rtx_3060")]
+    assert rates == [1.008e12, 3.6e11]
+
+
+def test_an_unknown_gpu_is_measured_once_where_it_can_be():
+    asked = []
+
+    def measure(slot):
+        asked.append(slot)
+        return {"memory_bandwidth_bytes_per_second": 5e11, "flops_per_second": {"float16": 9e13}, "source": "measured"}
+
+    line = "NVIDIA RTX 4000 Ada Generation, 24564, 24000, 8.9\n"
+    gpus = parse_gpus(f"0, 00000000:01:00.0, {line}1, 00000000:02:00.0, {line}")
+    (kind,) = as_cluster(detect(KNOWN, gpus=gpus, measure_gpu=measure)).device_types.values()
+    assert asked == [0]
+    assert (kind.source, kind.memory_bandwidth_bytes_per_second, kind.compute_capability) == ("measured", 5e11, "8.9")
+    assert measure_gpu(99) is None
 
 
 def test_cpu_stages_share_cores_and_memory():
