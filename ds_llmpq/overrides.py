@@ -28,7 +28,11 @@ from ds_llmpq.fields import is_path
 
 # Keys that were renamed: former -> present name. To rename a key, add an entry here: the former one is then taken for
 # one more version, and a line on the screen names the new word. An entry also covers the keys below it.
-FORMER_KEYS: dict[str, str] = {"planner.omega": "planner.sensitivity"}
+FORMER_KEYS: dict[str, str] = {
+    "planner.omega": "planner.sensitivity",
+    "quant.head_bits": "quant.lm_head_bits",
+    "quant.whole_rows": "quant.per_channel_bits",
+}
 _OVERRIDE = re.compile(r"(\+\+|\+|~)?([^=]*)(?:=(.*))?", re.DOTALL)
 _LONGEST_NAME = 120  # bytes; file systems take 255, some encrypted ones 143
 _DIGEST_CHARACTERS = 10
@@ -51,12 +55,17 @@ def prepare(command: str, kind: type, arguments: Iterable[str], conf: Path, swee
 def rename_former(argument: str) -> str:
     """The override under its key's present name, if it has a former one, and a line on stderr that says so."""
     prefix, key, value = _OVERRIDE.fullmatch(argument).groups()
-    former = next((name for name in FORMER_KEYS if key == name or key.startswith(f"{name}.")), None)
-    if former is None:
+    present = find_present(key)
+    if present is None:
         return argument
-    present = FORMER_KEYS[former] + key[len(former) :]
     print(f"note: {key} is now called {present}; the former name will go with the next version.", file=sys.stderr)
     return f"{prefix or ''}{present}" + ("" if value is None else f"={value}")
+
+
+def find_present(key: str) -> str | None:
+    """The present name of a dotted key that was renamed; None for any other."""
+    former = next((name for name in FORMER_KEYS if key == name or key.startswith(f"{name}.")), None)
+    return None if former is None else FORMER_KEYS[former] + key[len(former) :]
 
 
 def point_folder(*, _root_: DictConfig) -> str:

@@ -64,7 +64,7 @@ def _against_reference(job: ScoreJob, settings: EvaluateConfig, out: Path) -> di
     full = replace(
         job.plan,
         stages=tuple(replace(stage, bits=(16,) * len(stage.bits)) for stage in job.plan.stages),
-        quant=replace(job.plan.quant or Quantization(), head_bits=16),
+        quant=replace(job.plan.quant or Quantization(), lm_head_bits=16),
     )
     folder = out / "reference"
     folder.mkdir(exist_ok=True)

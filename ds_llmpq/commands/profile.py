@@ -19,7 +19,7 @@ from ds_llmpq.models.shape import read_shape
 from ds_llmpq.planner.build import check_workload, micro_batches, usable_bits
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.kernels.registry import AUTO, label, resolved
-from ds_llmpq.quant.packing import check_output_matrix, groups_of
+from ds_llmpq.quant.packing import check_lm_head, groups_of
 from ds_llmpq.report.fidelity import profile_table
 from ds_llmpq.serving.workload import size_workload
 
@@ -41,13 +41,13 @@ def run(settings: ProfileConfig, out: Path) -> int:
     check_workload(workload, shape)
     dtype = common_dtype(cluster, settings.engine.dtype)
     bits, _ = usable_bits(shape, settings.quant)
-    check_output_matrix(shape.vocab, shape.embed_dim, settings.quant)
+    check_lm_head(shape.vocab, shape.embed_dim, settings.quant)
     sizes = {
         phase: micro_batches(phase, getattr(settings.planner.micro_batches, phase), workload.sequences)
         for phase in ("prefill", "decode")
     }
     quant, note = _with_kernel(settings, cluster, out, (shape, settings.quant, bits, dtype), (sizes, workload))
-    setup = current_setup(shape, dtype, quant.kernel, groups_of(quant), quant.head_bits)
+    setup = current_setup(shape, dtype, quant.kernel, groups_of(quant), quant.lm_head_bits)
     task = Task(path, shape, workload, quant, dtype, tuple(bits), sizes, setup, settings.profiling, note)
     bar = ProgressBar()
     try:

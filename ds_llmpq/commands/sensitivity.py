@@ -44,7 +44,7 @@ def run(settings: SensitivityConfig, out: Path) -> int:
         left.unlink()
     print(format_losses(sensitivity))
     for width, loss in sensitivity.head.items():
-        print(f"output matrix at {width} bits: {loss:.2e}")
+        print(f"lm_head at {width} bits: {loss:.2e}")
     details = sensitivity.details
     print(
         f"{sensitivity.method}: {details['indicator_seconds']:.1f} s, and {details['calibration_seconds']:.1f} s to "

@@ -83,5 +83,5 @@ def head_flops(shape: ModelShape, rows: int) -> int:
 def head_bytes_moved(shape: ModelShape, rows: int, dtype_bytes: int, matrix_bytes: int) -> int:
     """All head weights, hidden states in, logits out, and one float32 pass that picks the token. matrix_bytes: what is
     read of lm_head."""
-    weights = matrix_bytes + (shape.head_parameters - shape.output_matrix.weights) * dtype_bytes
+    weights = matrix_bytes + (shape.head_parameters - shape.lm_head.weights) * dtype_bytes
     return weights + rows * (2 * shape.hidden * dtype_bytes + shape.vocab * (2 * dtype_bytes + 2 * FLOAT32_BYTES))

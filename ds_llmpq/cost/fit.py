@@ -18,7 +18,7 @@ from annotated_types import Gt, Le
 from ds_llmpq.cluster.devices import DeviceType
 from ds_llmpq.cost import features
 from ds_llmpq.cost.latency import RooflineCosts
-from ds_llmpq.cost.profile import Measured, Part, Phase, Profile, Setup, Width
+from ds_llmpq.cost.profile import Measured, Part, Phase, Profile, Setup, Width, rename_setup
 from ds_llmpq.files import read_json
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.validation import Amount, Count, Many, Name, Positive, Some, checked, one_of
@@ -107,7 +107,8 @@ class _Record:
 def read_model(path: str | Path) -> LatencyModel:
     """A latency.json. `UserError`: unreadable, another schema, a negative or missing number."""
     remedy = "make one with `ds-llmpq profile`"
-    record = checked(_Record, read_json(path, "latency model", remedy), f"latency model {path}", remedy)
+    where = f"latency model {path}"
+    record = checked(_Record, rename_setup(read_json(path, "latency model", remedy), where), where, remedy)
     return LatencyModel(record.setup, {fit.key: fit for fit in record.fits})
 
 
@@ -137,7 +138,7 @@ def columns(roofline: RooflineCosts, part: str, phase: str, bits: int, batch: in
 
 def unit_roofline(shape: ModelShape, setup: Setup) -> RooflineCosts:
     """The roofline whose parts are the columns of all fits of a profile; no device's rates enter a fit."""
-    return RooflineCosts(_NEUTRAL, shape, setup.dtype, setup.groups, setup.kernel, setup.head_bits)
+    return RooflineCosts(_NEUTRAL, shape, setup.dtype, setup.groups, setup.kernel, setup.lm_head_bits)
 
 
 def _fit_points(key: tuple[str, str, str, int], points: list[Measured], unit: RooflineCosts) -> Fit:

@@ -17,7 +17,7 @@ from ds_llmpq.quant.kernels.registry import (
     alone,
     grouped,
     layer_linear_bytes,
-    output_matrix_bytes,
+    lm_head_bytes,
     read_bytes,
     runs,
 )
@@ -52,8 +52,8 @@ def dequantizes(shape: ModelShape, bits: int, kernel: str, groups: Groups) -> bo
 
 
 def head_dequantizes(shape: ModelShape, bits: int, kernel: str, groups: Groups) -> bool:
-    """The same of the output matrix."""
-    return _dequantized(shape.output_matrix, bits, alone(kernel), groups)
+    """The same of lm_head."""
+    return _dequantized(shape.lm_head, bits, alone(kernel), groups)
 
 
 def _dequantized(linear: Linear, bits: int, kernel: str, groups: Groups) -> bool:
@@ -70,11 +70,11 @@ def linears_bytes(shape: ModelShape, bits: int, kernel: str, groups: Groups, dty
 
 
 def head_bytes(shape: ModelShape, bits: int, kernel: str, groups: Groups, dtype_bytes: int) -> int:
-    """Bytes that the output matrix takes."""
-    _, out, into, _ = shape.output_matrix
+    """Bytes that lm_head takes."""
+    _, out, into, _ = shape.lm_head
     if bits == UNQUANTIZED_BITS:
         return out * into * dtype_bytes
-    return output_matrix_bytes(DEQUANTIZE if kernel == FUSED else kernel, out, into, bits, groups, dtype_bytes)
+    return lm_head_bytes(DEQUANTIZE if kernel == FUSED else kernel, out, into, bits, groups, dtype_bytes)
 
 
 def dequantize_bytes(shape: ModelShape, bits: int, kernel: str, groups: Groups, dtype_bytes: int) -> float:
@@ -85,10 +85,10 @@ def dequantize_bytes(shape: ModelShape, bits: int, kernel: str, groups: Groups, 
 
 
 def head_dequantize_bytes(shape: ModelShape, bits: int, kernel: str, groups: Groups, dtype_bytes: int) -> float:
-    """The same of the output matrix."""
+    """The same of lm_head."""
     if not head_dequantizes(shape, bits, kernel, groups):
         return 0.0
-    return shape.output_matrix.weights * _dequantize_bytes_a_weight(bits, dtype_bytes)
+    return shape.lm_head.weights * _dequantize_bytes_a_weight(bits, dtype_bytes)
 
 
 def _dequantize_bytes_a_weight(bits: int, dtype_bytes: int) -> float:
@@ -103,10 +103,10 @@ def weight_bytes_read(shape: ModelShape, bits: int, kernel: str, groups: Groups,
 
 
 def head_bytes_read(shape: ModelShape, bits: int, kernel: str, groups: Groups, dtype_bytes: int) -> int:
-    """Bytes that the product with the output matrix reads."""
+    """Bytes that the product with lm_head reads."""
     if bits == UNQUANTIZED_BITS or head_dequantizes(shape, bits, kernel, groups):
-        return shape.output_matrix.weights * dtype_bytes
-    return _packed_bytes_read(shape.output_matrix, bits, alone(kernel), groups, dtype_bytes)
+        return shape.lm_head.weights * dtype_bytes
+    return _packed_bytes_read(shape.lm_head, bits, alone(kernel), groups, dtype_bytes)
 
 
 def _packed_bytes_read(linear: Linear, bits: int, kernel: str, groups: Groups, dtype_bytes: int) -> int:

@@ -64,7 +64,7 @@ class RooflineCosts:
     dtype: str
     groups: Groups = field(default_factory=Groups)
     kernel: str = "dequantize"
-    head_bits: int = UNQUANTIZED_BITS
+    lm_head_bits: int = UNQUANTIZED_BITS
 
     provenance = "roofline"
 
@@ -93,7 +93,7 @@ class RooflineCosts:
     def head_work(self, batch: int) -> float:
         """Without launches."""
         shape, size = self.shape, self.dtype_bytes
-        how = shape, self.head_bits, self.kernel, self.groups, size
+        how = shape, self.lm_head_bits, self.kernel, self.groups, size
         moved = arithmetic.head_bytes_moved(shape, batch, size, kernels.head_bytes_read(*how))
         seconds = self.roof(arithmetic.head_flops(shape, batch), moved)
         return seconds + self.roof(0, kernels.head_dequantize_bytes(*how))

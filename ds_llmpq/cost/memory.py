@@ -28,14 +28,14 @@ class MemoryModel:
     """Memory of one model under one quantization setting; every method returns bytes.
 
     kernel: what runs quantized linears (`cost.kernels`). It decides how many bytes a width takes, and `dequantize`
-    needs room for the largest weight in the compute type, three times over. head_bits: width of the output matrix.
+    needs room for the largest weight in the compute type, three times over. lm_head_bits: width of lm_head.
     """
 
     shape: ModelShape
     groups: Groups
     dtype_bytes: int
     kernel: str = "dequantize"
-    head_bits: int = UNQUANTIZED_BITS
+    lm_head_bits: int = UNQUANTIZED_BITS
 
     def layer_bytes(self, bits: int) -> int:
         """One decoder layer: weights as the kernel holds them; norms and biases in the compute type."""
@@ -52,13 +52,13 @@ class MemoryModel:
 
     def head_bytes(self) -> int:
         """With lm_head, also when it is tied: the last stage has its own copy unless it is the first one too."""
-        matrix = self.shape.output_matrix
+        matrix = self.shape.lm_head
         return self._matrix_bytes() + (self.shape.head_parameters - matrix.weights) * self.dtype_bytes
 
     @property
     def shares_embedding(self) -> bool:
         """Whether a stage with both ends holds one matrix for embedding and head."""
-        return self.shape.tied_embeddings and self.head_bits == UNQUANTIZED_BITS
+        return self.shape.tied_embeddings and self.lm_head_bits == UNQUANTIZED_BITS
 
     def workspace_parts(self, sequences: int, new_tokens: int, past_tokens: int, quantized: bool) -> dict[str, int]:
         """What one micro-batch needs beside weights and cache: activations, dequantized weight, messages, logits.
@@ -67,7 +67,7 @@ class MemoryModel:
         dequantized: HQQ's temporaries for the largest linear, or a kernel's own buffers, if any layer is quantized;
         those of a stage's graph in any case.
         communication: hidden states received ahead and being sent.
-        logits: of the last position, with the float32 copies that sampling makes, and what a quantized output matrix
+        logits: of the last position, with the float32 copies that sampling makes, and what a quantized lm_head
         needs for itself; alive when activations are not.
         """
         rows = sequences * new_tokens
@@ -104,10 +104,10 @@ class MemoryModel:
         return logits + self._head_buffer_bytes()
 
     def _head_buffer_bytes(self) -> int:
-        if self.head_bits == UNQUANTIZED_BITS or self.kernel == kernels.FUSED:
+        if self.lm_head_bits == UNQUANTIZED_BITS or self.kernel == kernels.FUSED:
             return 0
-        _, out, into, _ = self.shape.output_matrix
-        if kernels.head_dequantizes(self.shape, self.head_bits, self.kernel, self.groups):
+        _, out, into, _ = self.shape.lm_head
+        if kernels.head_dequantizes(self.shape, self.lm_head_bits, self.kernel, self.groups):
             return DEQUANTIZE_COPIES * max(row_blocks(out, into)) * into * self.dtype_bytes
         return OPENVINO_ROWS * (out + into) * FLOAT32_BYTES if alone(self.kernel) == "openvino" else 0
 
@@ -133,7 +133,7 @@ class MemoryModel:
 
     def _matrix_bytes(self) -> int:
         """Of lm_head, which is the embedding where they are one."""
-        return kernels.head_bytes(self.shape, self.head_bits, self.kernel, self.groups, self.dtype_bytes)
+        return kernels.head_bytes(self.shape, self.lm_head_bits, self.kernel, self.groups, self.dtype_bytes)
 
     def _attention_width(self) -> int:
         """Elements per row alive in attention: residual and normed input, q/k/v twice (rotated or copied), outcome."""

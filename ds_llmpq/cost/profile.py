@@ -24,7 +24,7 @@ from ds_llmpq.cluster.devices import BIT_WIDTHS, COMPUTE_DTYPES
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import parse_json, read_csv, read_text
 from ds_llmpq.models.shape import ModelShape
-from ds_llmpq.quant.config import QuantConfig
+from ds_llmpq.quant.config import QuantConfig, rename_former
 from ds_llmpq.quant.kernels.registry import KERNELS
 from ds_llmpq.quant.packing import PACKED_BITS, UNQUANTIZED_BITS, Groups, groups_of
 from ds_llmpq.validation import (
@@ -62,17 +62,19 @@ class Setup:
     group_size: Positive
     axis: Annotated[int, Ge(0), Le(1)]
     libraries: Table[Label]
-    whole_rows: list[Width] = field(default_factory=list)
-    head_bits: Width = UNQUANTIZED_BITS
+    per_channel_bits: list[Width] = field(default_factory=list)
+    lm_head_bits: Width = UNQUANTIZED_BITS
 
     def __post_init__(self) -> None:
-        if self.head_bits not in (*PACKED_BITS, UNQUANTIZED_BITS):
-            raise ValueError(f"head_bits is {self.head_bits!r}")
+        if self.lm_head_bits not in (*PACKED_BITS, UNQUANTIZED_BITS):
+            raise ValueError(f"lm_head_bits is {self.lm_head_bits!r}")
 
     @property
     def groups(self) -> Groups:
         """`UserError` where a file noted what cannot be."""
-        return groups_of(QuantConfig(group_size=self.group_size, axis=self.axis, whole_rows=self.whole_rows))
+        return groups_of(
+            QuantConfig(group_size=self.group_size, axis=self.axis, per_channel_bits=self.per_channel_bits)
+        )
 
     def disagreement(self, other: Setup) -> str | None:
         """The first difference in words, or None."""
@@ -158,13 +160,13 @@ def layer_signature(shape: ModelShape) -> str:
 
 
 def current_setup(
-    shape: ModelShape, dtype: str, kernel: str, groups: Groups, head_bits: int = UNQUANTIZED_BITS
+    shape: ModelShape, dtype: str, kernel: str, groups: Groups, lm_head_bits: int = UNQUANTIZED_BITS
 ) -> Setup:
     """With the libraries installed here, that of the kernel among them; none of them is imported."""
     libraries = {name: _version(name) for name in LIBRARIES}
     if kernel in KERNELS:
         libraries[KERNELS[kernel].library] = _version(KERNELS[kernel].library)
-    how = groups.to_json() | {"head_bits": head_bits}
+    how = groups.to_json() | {"lm_head_bits": lm_head_bits}
     return Setup(layer_signature(shape), dtype, kernel, libraries=libraries, **how)
 
 
@@ -210,12 +212,20 @@ def read_profile(path: str | Path) -> Profile:
     if not text.endswith("\n"):
         text = text[: text.rfind("\n") + 1]  # the writer was stopped in the middle of it
     first, _, table = text.partition("\n")
-    header = checked(_Header, parse_json(first.removeprefix("# "), where, _REMEDY), where, _REMEDY)
+    header = rename_setup(parse_json(first.removeprefix("# "), where, _REMEDY), where)
+    header = checked(_Header, header, where, _REMEDY)
     samples = []
     for number, row in read_csv(table, where, _REMEDY, COLUMNS):
         cells = {name: row[name] for name in _SAMPLE_COLUMNS} | {"point": {name: row[name] for name in _POINT_COLUMNS}}
         samples.append(checked_cells(Sample, cells, f"{where} line {number + 1}", "remove that line"))
     return Profile(header.setup, tuple(samples), header.note)
+
+
+def rename_setup(record: Any, where: str) -> Any:
+    """The record of a profile or of its fit, its setup by present names."""
+    if not isinstance(record, dict) or "setup" not in record:
+        return record
+    return record | {"setup": rename_former(record["setup"], where)}
 
 
 def check_setup(found: Setup, setup: Setup, where: str, remedy: str) -> None:

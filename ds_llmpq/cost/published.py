@@ -115,7 +115,7 @@ class PublishedCosts:
     device_type: DeviceType
     shape: ModelShape
     dtype: str
-    head_bits: int = UNQUANTIZED_BITS
+    lm_head_bits: int = UNQUANTIZED_BITS
     notes: dict[str, None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -127,7 +127,7 @@ class PublishedCosts:
             )
         self._figures = read_figures()
         self._here = RooflineCosts(
-            self.device_type, self.shape, self.dtype, kernel=KERNEL, head_bits=self.head_bits
+            self.device_type, self.shape, self.dtype, kernel=KERNEL, lm_head_bits=self.lm_head_bits
         )  # fmt: skip
         self._there = RooflineCosts(self.device_type, self._figures.shape, self.dtype, kernel=KERNEL)
         self._weights = self.shape.active_linear_weights / self._figures.shape.linear_weights

@@ -26,7 +26,7 @@ def wait_as_stage_needs(plan: Plan, rank: int) -> None:
     stage = next(stage for stage in plan.stages if stage.rank == rank)
     widths = [*stage.bits]
     if stage is plan.stages[-1]:
-        widths.append(plan.head_bits)
+        widths.append(plan.lm_head_bits)
     quantized = any(bits < UNQUANTIZED_BITS for bits in widths)
     if is_whole_stage(stage.kernel) or (stage.kernel == "openvino" and quantized):
         wait_briefly()

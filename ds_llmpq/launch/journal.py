@@ -23,6 +23,7 @@ from ds_llmpq.batch.config import BatchConfig
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import lock, read_json, write_json
 from ds_llmpq.plan import Plan
+from ds_llmpq.quant.config import FORMER_NAMES
 from ds_llmpq.validation import Count, Label, Many, Note, Plain, Table, checked, one_of
 
 SCHEMA = 1
@@ -93,7 +94,8 @@ class Journal:
         found = checked(_JournalFile, read_json(file, "journal", remedy), f"journal {file}", remedy)
         # one of before there was such a time begins to have it now
         times = [] if found.template_time is None else [found.template_time]
-        return cls(found.identity, found.state, found.counts, found.attempts, *times)
+        settings = {_present_key(key): value for key, value in found.identity.settings.items()}
+        return cls(replace(found.identity, settings=settings), found.state, found.counts, found.attempts, *times)
 
     def write(self, folder: Path) -> None:
         fields = asdict(replace(self, attempts=self.attempts[-_MOST_ATTEMPTS:]))
@@ -142,10 +144,23 @@ def fingerprint_plan(plan: Plan) -> str:
     decided = {
         "model": plan.model.fingerprint if plan.model else None,
         "bits": [width for stage in plan.stages for width in stage.bits],
-        "quant": asdict(plan.quant) if plan.quant else None,
+        "quant": _former_names(asdict(plan.quant)) if plan.quant else None,
         "dtype": plan.deployment.compute_dtype if plan.deployment else None,
     }
     return _hash(decided)
+
+
+def _present_key(key: str) -> str:
+    """The present name of a setting that a run of the former version noted."""
+    from ds_llmpq.overrides import find_present  # loads Hydra, which ranks have no use for
+
+    return find_present(key) or key
+
+
+def _former_names(quant: dict[str, Any]) -> dict[str, Any]:
+    """By the names that runs of the former version hashed, so that they go on in this one."""
+    former = {now: name for name, now in FORMER_NAMES.items()}
+    return {former.get(name, name): value for name, value in quant.items()}
 
 
 def select_sampling(batch: BatchConfig) -> dict[str, Any]:

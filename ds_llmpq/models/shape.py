@@ -84,7 +84,7 @@ class ModelShape:
         return any(".experts." in linear.name for linear in self.linears)
 
     @property
-    def output_matrix(self) -> Linear:
+    def lm_head(self) -> Linear:
         """lm_head."""
         return Linear("lm_head", self.vocab, self.embed_dim)
 

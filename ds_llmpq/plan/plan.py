@@ -14,7 +14,7 @@ from ds_llmpq.cluster.devices import COMPUTE_DTYPES, KINDS
 from ds_llmpq.errors import UserError, shown
 from ds_llmpq.plan.assignment import Assignment, StageAssignment
 from ds_llmpq.plan.schema1 import upgrade
-from ds_llmpq.quant.config import QuantConfig
+from ds_llmpq.quant.config import QuantConfig, rename_former
 from ds_llmpq.validation import (
     Amount,
     Bits,
@@ -74,15 +74,15 @@ class Quantization:
     axis: one_of(0, 1) = 1
     optimize: bool = True
     kernel: Name = "auto"
-    whole_rows: Many[Bits] = ()
-    head_bits: Bits = 16
+    per_channel_bits: Many[Bits] = ()
+    lm_head_bits: Bits = 16
 
     @classmethod
     def from_config(cls, config: QuantConfig) -> "Quantization":
-        return cls(**asdict(config) | {"bits": tuple(config.bits), "whole_rows": tuple(config.whole_rows)})
+        return cls(**asdict(config) | {"bits": tuple(config.bits), "per_channel_bits": tuple(config.per_channel_bits)})
 
     def to_config(self) -> QuantConfig:
-        return QuantConfig(**asdict(self) | {"bits": list(self.bits), "whole_rows": list(self.whole_rows)})
+        return QuantConfig(**asdict(self) | {"bits": list(self.bits), "per_channel_bits": list(self.per_channel_bits)})
 
 
 @dataclass(frozen=True)
@@ -211,8 +211,8 @@ class Plan:
         return self.model.path if self.model else None
 
     @property
-    def head_bits(self) -> int:
-        return (self.quant or Quantization()).head_bits
+    def lm_head_bits(self) -> int:
+        return (self.quant or Quantization()).lm_head_bits
 
     def with_fewer_sequences(self) -> "Plan":
         """The same stages with half as many sequences in flight, and in each micro-batch; at least one. What was
@@ -251,6 +251,8 @@ class Plan:
             raise UserError(f"plan.schema is {shown(schema)}, but this version reads {FORMER_SCHEMA} and {SCHEMA}.")
         if schema == FORMER_SCHEMA:
             obj = upgrade(obj)
+        if "quant" in obj:
+            obj["quant"] = rename_former(obj["quant"])
         baselines = _baselines(obj.pop("baselines", {}))
         plan = replace(checked(cls, obj, "plan", REMEDY), baselines=baselines)
         _check_stages(plan)

@@ -21,7 +21,7 @@ from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.planner.config import PlannerConfig, WorkloadConfig
 from ds_llmpq.planner.problem import SCHEMA, Problem
 from ds_llmpq.quant.config import QuantConfig
-from ds_llmpq.quant.packing import UNQUANTIZED_BITS, check_output_matrix, groups_of, quantization_problem
+from ds_llmpq.quant.packing import UNQUANTIZED_BITS, check_lm_head, groups_of, quantization_problem
 from ds_llmpq.sensitivity.prior import make_prior
 from ds_llmpq.sensitivity.table import Sensitivity
 
@@ -75,18 +75,18 @@ def prepare(
     check_workload(workload, shape)
     kernel, dtype = check_kernel(kernel), common_dtype(cluster, dtype)
     bits, notes = usable_bits(shape, quant)
-    check_output_matrix(shape.vocab, shape.embed_dim, quant)
+    check_lm_head(shape.vocab, shape.embed_dim, quant)
     groups = groups_of(quant)
-    memory = MemoryModel(shape, groups, COMPUTE_DTYPES[dtype], kernel, quant.head_bits)
+    memory = MemoryModel(shape, groups, COMPUTE_DTYPES[dtype], kernel, quant.lm_head_bits)
     if costs_of is None:
 
         def costs_of(device_type: DeviceType) -> LayerCosts:
-            return RooflineCosts(device_type, shape, dtype, groups, kernel, quant.head_bits)
+            return RooflineCosts(device_type, shape, dtype, groups, kernel, quant.lm_head_bits)
 
     costs = {name: costs_of(device_type) for name, device_type in cluster.device_types.items()}
     for device_type in cluster.device_types.values():
         notes += [reason for width in bits if (reason := gate(device_type, width, dtype))]
-    notes += _without_head(cluster, quant.head_bits)
+    notes += _without_head(cluster, quant.lm_head_bits)
     if sensitivity is None:
         sensitivity = make_prior(shape.layers, bits, shape.fingerprint)
     sensitivity.check_model(shape.layers)
@@ -106,7 +106,13 @@ def prepare(
         "micro_batches": sizes,
         "device_types": {
             name: _type_entry(
-                device_type, costs[name], (bits, quant.head_bits), dtype, sizes, workload, middle_share(cluster, shape)
+                device_type,
+                costs[name],
+                (bits, quant.lm_head_bits),
+                dtype,
+                sizes,
+                workload,
+                middle_share(cluster, shape),
             )
             for name, device_type in cluster.device_types.items()
         },
@@ -117,7 +123,7 @@ def prepare(
         "device_order": planner.device_order,
         "memory": _memory_entry(memory, bits, sizes, workload),
         "links": link_table(cluster, shape, COMPUTE_DTYPES[dtype]),
-        "sensitivity": add_head_loss(sensitivity, bits, quant.head_bits),
+        "sensitivity": add_head_loss(sensitivity, bits, quant.lm_head_bits),
         "objective": _objective(planner),
     }
     return Prepared(
@@ -152,7 +158,7 @@ def check_workload(workload: WorkloadConfig, shape: ModelShape) -> None:
 def usable_bits(shape: ModelShape, quant: QuantConfig) -> tuple[list[int], list[str]]:
     """(widths of `quant.bits` that every linear of a layer can be stored in, one note for each width left out).
 
-    UserError: an unknown or doubled width, none left, or `quant.whole_rows` that cannot be.
+    UserError: an unknown or doubled width, none left, or `quant.per_channel_bits` that cannot be.
     """
     if not quant.bits:
         raise UserError(f"quant.bits is empty; list widths of {', '.join(map(str, BIT_WIDTHS))}")
@@ -172,11 +178,11 @@ def usable_bits(shape: ModelShape, quant: QuantConfig) -> tuple[list[int], list[
     return kept, notes
 
 
-def add_head_loss(sensitivity: Sensitivity, bits: list[int], head_bits: int) -> list[list[float]]:
-    """Layers x `bits`. What the output matrix loses is the same in every plan, and charged to the last layer, which is
+def add_head_loss(sensitivity: Sensitivity, bits: list[int], lm_head_bits: int) -> list[list[float]]:
+    """Layers x `bits`. What lm_head loses is the same in every plan, and charged to the last layer, which is
     in every plan: so it counts against a bound on the loss. UserError: a width that sensitivity does not know."""
     *others, last = sensitivity.for_bits(bits)
-    return [*map(list, others), [value + sensitivity.head_loss(head_bits) for value in last]]
+    return [*map(list, others), [value + sensitivity.head_loss(lm_head_bits) for value in last]]
 
 
 def micro_batches(phase: str, given: list[int] | None, sequences: int) -> list[int]:
@@ -205,7 +211,7 @@ def _type_entry(
     workload: WorkloadConfig,
     middle: float,
 ) -> dict[str, Any]:
-    """Tables of one device type, for layers and the output matrix at `widths`. Decode is costed at the mean length: the
+    """Tables of one device type, for layers and lm_head at `widths`. Decode is costed at the mean length: the
     prompt and half of what is generated.
 
     What a pass costs beside its layers goes to the end stages with embedding and head, and `middle` of a middle
@@ -225,9 +231,9 @@ def _type_entry(
             for size, time in found.items()
         }
 
-    bits, head_bits = widths
+    bits, lm_head_bits = widths
     feasible = [width for width in bits if gate(device_type, width, dtype) is None]
-    with_head = {phase: sizes[phase] if _holds_head(device_type, head_bits) else [] for phase in sizes}
+    with_head = {phase: sizes[phase] if _holds_head(device_type, lm_head_bits) else [] for phase in sizes}
     return {
         "bits": feasible,
         "prefill_layer_seconds": {
@@ -253,20 +259,20 @@ def _type_entry(
     }
 
 
-def _holds_head(device_type: DeviceType, head_bits: int) -> bool:
+def _holds_head(device_type: DeviceType, lm_head_bits: int) -> bool:
     """Any type does at 16 bits, whatever the widths of its layers."""
-    return head_bits == UNQUANTIZED_BITS or head_bits in device_type.bits
+    return lm_head_bits == UNQUANTIZED_BITS or lm_head_bits in device_type.bits
 
 
-def _without_head(cluster: Cluster, head_bits: int) -> list[str]:
-    """A note for each device type that cannot hold the output matrix. UserError: none can."""
+def _without_head(cluster: Cluster, lm_head_bits: int) -> list[str]:
+    """A note for each device type that cannot hold lm_head. UserError: none can."""
     types = cluster.device_types.values()
-    found = [f"{entry.name} has no kernel for quant.head_bits={head_bits}" for entry in types
-             if not _holds_head(entry, head_bits)]  # fmt: skip
+    found = [f"{entry.name} has no kernel for quant.lm_head_bits={lm_head_bits}" for entry in types
+             if not _holds_head(entry, lm_head_bits)]  # fmt: skip
     if len(found) == len(types):
         widths = sorted({width for entry in types for width in entry.bits} | {UNQUANTIZED_BITS})
         raise UserError(
-            f"quant.head_bits={head_bits}, but no device type of the cluster has that width; use one of "
+            f"quant.lm_head_bits={lm_head_bits}, but no device type of the cluster has that width; use one of "
             f"{', '.join(map(str, widths))}"
         )
     return found

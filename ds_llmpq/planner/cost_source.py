@@ -50,7 +50,7 @@ def select_costs(
     dtype = common_dtype(cluster, dtype)
 
     def costs_of(device_type: DeviceType) -> published.PublishedCosts:
-        return published.PublishedCosts(device_type, shape, dtype, quant.head_bits)
+        return published.PublishedCosts(device_type, shape, dtype, quant.lm_head_bits)
 
     return costs_of, cluster, published.KERNEL
 
@@ -67,11 +67,11 @@ def load_profile_costs(
     folder = Path(planner.profile).expanduser().absolute()
     dtype = common_dtype(cluster, dtype)
     groups = groups_of(quant)
-    setup = current_setup(shape, dtype, kernel, groups, quant.head_bits)
+    setup = current_setup(shape, dtype, kernel, groups, quant.lm_head_bits)
     model = load_model(folder, shape, setup, planner.profile_force)
 
     def costs_of(device_type: DeviceType) -> FittedCosts:
-        roofline = RooflineCosts(device_type, shape, dtype, groups, kernel, quant.head_bits)
+        roofline = RooflineCosts(device_type, shape, dtype, groups, kernel, quant.lm_head_bits)
         return FittedCosts(device_type, model, roofline)
 
     table = (folder if folder.is_dir() else folder.parent) / "links.csv"

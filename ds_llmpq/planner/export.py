@@ -37,10 +37,10 @@ def export(plan: Plan, to: str) -> Export:
     if to not in TARGETS:
         raise UserError(f"to={to!r}; export knows {', '.join(TARGETS)}")
     found = {"vllm": _vllm, "llama_cpp": _llama_cpp, "deepspeed": _deepspeed}[to](plan)
-    head_bits = plan.head_bits
-    if head_bits == UNQUANTIZED_BITS:
+    lm_head_bits = plan.lm_head_bits
+    if lm_head_bits == UNQUANTIZED_BITS:
         return found
-    return replace(found, notes=(*found.notes, f"The output matrix at {head_bits} bits is not carried over."))
+    return replace(found, notes=(*found.notes, f"lm_head at {lm_head_bits} bits is not carried over."))
 
 
 def layers_by_width(plan: Plan) -> dict[int, list[int]]:
@@ -106,7 +106,7 @@ def _gptq(plan: Plan, widths: dict[int, list[int]], base: int) -> dict[str, obje
 def _gptq_group(plan: Plan, width: int) -> int:
     """-1 is GPTQ's word for whole rows."""
     quant = plan.quant or Quantization()
-    return -1 if width in quant.whole_rows else quant.group_size
+    return -1 if width in quant.per_channel_bits else quant.group_size
 
 
 def _deepspeed(plan: Plan) -> Export:

@@ -78,8 +78,8 @@ def choose_kernel(
     stage = next((name for name in able if is_whole_stage(name)), None)
     names = [name for name in able if not is_whole_stage(name)]
     widths = [width for width in bits if width != UNQUANTIZED_BITS]
-    if not (widths or stage) and quant.head_bits != UNQUANTIZED_BITS:
-        widths = [quant.head_bits]  # what multiplies layers multiplies with the output matrix
+    if not (widths or stage) and quant.lm_head_bits != UNQUANTIZED_BITS:
+        widths = [quant.lm_head_bits]  # what multiplies layers multiplies with lm_head
     if not widths or names == [DEQUANTIZE]:
         return KernelChoice(stage or DEQUANTIZE, ())  # no product of its own to be compared with
     prefill, decode = (sorted(sizes[phase])[len(sizes[phase]) // 2] for phase in ("prefill", "decode"))

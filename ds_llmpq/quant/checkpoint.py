@@ -4,7 +4,7 @@ It is a Hugging Face folder: safetensors shards with an index, `quantization_con
 index has a name of its own, so that transformers says that there are no weights instead of making some up. One
 shard holds one pipeline layer, so a rank opens only its own. A quantized linear `NAME` is stored as `NAME.W_q` (HQQ's
 packing), `NAME.scale` and `NAME.zero` (float32, so that one checkpoint serves every compute type), `NAME.bias`. A
-quantized output matrix is stored in blocks of `head_rows`, `lm_head.0` and on, also where the model ties it.
+quantized lm_head is stored in blocks of `head_rows`, `lm_head.0` and on, also where the model ties it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ds_llmpq.files import check_files, read_json
 from ds_llmpq.models.checkpoint import QUANTIZED_INDEX, Checkpoint
 from ds_llmpq.models.fingerprint import MANIFEST, read_manifest
 from ds_llmpq.models.prequantized import QUANT_METHOD
-from ds_llmpq.quant.config import QuantConfig
+from ds_llmpq.quant.config import QuantConfig, rename_former
 from ds_llmpq.quant.hqq import STORED_PARTS, restored_linear
 from ds_llmpq.quant.packing import PACKED_BITS, UNQUANTIZED_BITS, Groups, groups_of
 from ds_llmpq.validation import Digest, Many, Name, Positive, Some, checked, one_of
@@ -36,14 +36,14 @@ _READ_BYTES = 1 << 22
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a checkpoint is kept: one width per decoder layer, one of the output matrix and the rows of its blocks, and
+    """How a checkpoint is kept: one width per decoder layer, one of lm_head and the rows of its blocks, and
     HQQ's settings, which are those of `QuantConfig`."""
 
     bits: tuple[int, ...]
     groups: Groups
     optimize: bool
     source_fingerprint: str
-    head_bits: int = UNQUANTIZED_BITS
+    lm_head_bits: int = UNQUANTIZED_BITS
     head_rows: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -52,7 +52,7 @@ class Recipe:
             "quant_method": QUANT_METHOD,
             "format": FORMAT,
             "bits": list(self.bits),
-            "head_bits": self.head_bits,
+            "lm_head_bits": self.lm_head_bits,
             "head_rows": list(self.head_rows),
             **self.groups.to_json(),
             "optimize": self.optimize,
@@ -63,7 +63,7 @@ class Recipe:
     @property
     def quant(self) -> QuantConfig:
         groups = self.groups.to_json()
-        return QuantConfig(sorted(set(self.bits)), optimize=self.optimize, head_bits=self.head_bits, **groups)
+        return QuantConfig(sorted(set(self.bits)), optimize=self.optimize, lm_head_bits=self.lm_head_bits, **groups)
 
 
 def read_recipe(path: str | Path) -> Recipe | None:
@@ -84,12 +84,14 @@ def read_recipe(path: str | Path) -> Recipe | None:
         raise UserError(
             f"{file} has quantization format {shown(noted.get('format'))}; this version reads {FORMAT} only."
         )
-    kept = checked(_Noted, noted, f"quantization_config of {file}", "quantize the model again")
+    kept = checked(_Noted, rename_former(noted), f"quantization_config of {file}", "quantize the model again")
     try:
-        groups = groups_of(QuantConfig(group_size=kept.group_size, axis=kept.axis, whole_rows=list(kept.whole_rows)))
+        groups = groups_of(
+            QuantConfig(group_size=kept.group_size, axis=kept.axis, per_channel_bits=list(kept.per_channel_bits))
+        )
     except UserError as error:
         raise UserError(f"{file} has no usable quantization_config ({error}); quantize the model again.") from None
-    return Recipe(kept.bits, groups, kept.optimize, kept.source_fingerprint, kept.head_bits, kept.head_rows)
+    return Recipe(kept.bits, groups, kept.optimize, kept.source_fingerprint, kept.lm_head_bits, kept.head_rows)
 
 
 @dataclass(frozen=True)
@@ -104,9 +106,9 @@ class _Noted:
     optimize: bool
     source_fingerprint: Digest
     scale_dtype: Name = "float32"
-    head_bits: Width = UNQUANTIZED_BITS
+    lm_head_bits: Width = UNQUANTIZED_BITS
     head_rows: Many[Positive] = ()
-    whole_rows: Many[Width] = ()
+    per_channel_bits: Many[Width] = ()
 
 
 class QuantizedCheckpoint(Checkpoint):
@@ -129,8 +131,8 @@ class QuantizedCheckpoint(Checkpoint):
         self._check(f"Layer {index}", kept, bits, quant)
 
     def check_head(self, quant: QuantConfig) -> None:
-        """`UserError` if the output matrix is not kept as asked."""
-        self._check("The output matrix", self.recipe.head_bits, quant.head_bits, quant)
+        """`UserError` if lm_head is not kept as asked."""
+        self._check("lm_head", self.recipe.lm_head_bits, quant.lm_head_bits, quant)
 
     def _check(self, what: str, kept: int | None, bits: int, quant: QuantConfig) -> None:
         again = f"run `ds-llmpq quantize plan=... out={self.path}` again, it keeps the layers that did not change"
@@ -160,17 +162,15 @@ class QuantizedCheckpoint(Checkpoint):
         parts = {stored.removeprefix(prefix): tensor for stored, tensor in tensors}
         return restored_linear(parts, shape, bias, bits, self.recipe.quant, dtype, device)
 
-    def output_matrix(
-        self, shape: tuple[int, int], bits: int, dtype: torch.dtype, device: torch.device
-    ) -> list[HQQLinear]:
-        """The blocks of the quantized output matrix [vocabulary, features]."""
+    def lm_head(self, shape: tuple[int, int], bits: int, dtype: torch.dtype, device: torch.device) -> list[HQQLinear]:
+        """The blocks of the quantized lm_head [vocabulary, features]."""
         blocks = [
             self.linear(f"{HEAD}.{number}", (rows, shape[1]), None, bits, dtype, device)
             for number, rows in enumerate(self.recipe.head_rows)
         ]
         if sum(self.recipe.head_rows) != shape[0]:
             raise UserError(
-                f"{self.path} has {sum(self.recipe.head_rows)} rows of the output matrix instead of {shape[0]}; "
+                f"{self.path} has {sum(self.recipe.head_rows)} rows of lm_head instead of {shape[0]}; "
                 "quantize the model again."
             )
         return blocks

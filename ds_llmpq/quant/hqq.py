@@ -46,7 +46,7 @@ def quantize_linear(
 def quantize_rows(
     weight: torch.Tensor, bits: int, quant: QuantConfig, dtype: torch.dtype, device: torch.device
 ) -> list[HQQLinear]:
-    """An output matrix as `row_blocks` cuts it, each block a linear of its own."""
+    """An lm_head as `row_blocks` cuts it, each block a linear of its own."""
     blocks = weight.split(row_blocks(*weight.shape))
     return [quantize_linear(block, None, bits, quant, dtype, device) for block in blocks]
 

@@ -92,7 +92,7 @@ def converted(
     return [KernelLinear(shared, place, bias) for place, bias in enumerate(biases)]
 
 
-def output_matrix(name: str, blocks: Sequence[HQQLinear], bits: int, groups: Groups, dtype: torch.dtype) -> nn.Module:
+def build_lm_head(name: str, blocks: Sequence[HQQLinear], bits: int, groups: Groups, dtype: torch.dtype) -> nn.Module:
     """A matrix quantized in blocks of rows, as one product where kernel `name` takes it; computes in `dtype`."""
     out, into = sum(block.out_features for block in blocks), blocks[0].in_features
     if runs(name, out, into, bits, groups) == DEQUANTIZE:

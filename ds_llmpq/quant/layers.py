@@ -24,7 +24,7 @@ from ds_llmpq.models.weights import check_shape, fill
 from ds_llmpq.quant.checkpoint import QuantizedCheckpoint
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.hqq import quantize_linear, quantize_rows
-from ds_llmpq.quant.kernel_linear import converted, output_matrix
+from ds_llmpq.quant.kernel_linear import build_lm_head, converted
 from ds_llmpq.quant.kernels.registry import (
     AUTO,
     DEQUANTIZE,
@@ -103,8 +103,8 @@ class LayerLoader:
         names = self.decoder.head_tensors()
         if isinstance(self.checkpoint, QuantizedCheckpoint):
             self.checkpoint.check_head(self.quant)
-        if self.quant.head_bits < UNQUANTIZED_BITS:
-            module.lm_head = self._output_matrix(tuple(module.lm_head.weight.shape), names.pop("lm_head.weight"))
+        if self.quant.lm_head_bits < UNQUANTIZED_BITS:
+            module.lm_head = self._lm_head(tuple(module.lm_head.weight.shape), names.pop("lm_head.weight"))
         shared = {local: self._shared[name].data for local, name in names.items() if name in self._shared}
         self._fill(module, {local: name for local, name in names.items() if local not in shared})
         fill(module, shared)
@@ -188,17 +188,17 @@ class LayerLoader:
             return self.checkpoint.linear(path, shape, bias, bits, dtype, self.device)
         return quantize_linear(self._weight(index, role), bias, bits, self.quant, dtype, self.device)
 
-    def _output_matrix(self, shape: tuple[int, int], name: str) -> nn.Module:
+    def _lm_head(self, shape: tuple[int, int], name: str) -> nn.Module:
         """The matrix [vocabulary, features] from the checkpoint's tensor `name`."""
-        kernel, bits, groups = alone(self.kernel), self.quant.head_bits, groups_of(self.quant)
+        kernel, bits, groups = alone(self.kernel), self.quant.lm_head_bits, groups_of(self.quant)
         dtype = torch.float32 if runs(kernel, *shape, bits, groups) != DEQUANTIZE else self.dtype
         if isinstance(self.checkpoint, QuantizedCheckpoint):
-            blocks = self.checkpoint.output_matrix(shape, bits, dtype, self.device)
+            blocks = self.checkpoint.lm_head(shape, bits, dtype, self.device)
         else:
             weight = self._tensor(name)
             check_shape(name, weight, shape)
             blocks = quantize_rows(weight, bits, self.quant, dtype, self.device)
-        return output_matrix(kernel, blocks, bits, groups, self.dtype)
+        return build_lm_head(kernel, blocks, bits, groups, self.dtype)
 
     def _weight(self, index: int, role: LinearRole) -> torch.Tensor:
         name = self.decoder.tensor_name(index, role.name) + ".weight"

@@ -17,13 +17,13 @@ UNQUANTIZED_BITS = 16  # stands for the compute type, whatever its width
 PACKED_BITS = (1, 2, 3, 4, 8)
 _WEIGHTS_PER_INTEGER = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}
 _INTEGER_BYTES = {8: 1, 4: 1, 3: 4, 2: 1, 1: 1}
-# An output matrix is quantized and kept in blocks of rows: HQQ works on several copies of a weight, in 32 bits.
+# An lm_head is quantized and kept in blocks of rows: HQQ works on several copies of a weight, in 32 bits.
 _BLOCK_WEIGHTS = 1 << 24
 _BLOCK_ROWS = 256  # blocks but the last are multiples of so many: a group size along the output divides it
 
 
 def row_blocks(out_features: int, in_features: int) -> list[int]:
-    """Rows of each block of an output matrix [out_features, in_features], in order."""
+    """Rows of each block of an lm_head [out_features, in_features], in order."""
     rows = max(_BLOCK_ROWS, _BLOCK_WEIGHTS // in_features // _BLOCK_ROWS * _BLOCK_ROWS)
     return [min(rows, out_features - start) for start in range(0, out_features, rows)]
 
@@ -31,33 +31,34 @@ def row_blocks(out_features: int, in_features: int) -> list[int]:
 @dataclass(frozen=True)
 class Groups:
     """Which weights share a scale and a zero: `group_size` of them along `axis` (1: in_features, 0: out_features), but
-    all of a row at the widths `whole_rows` (ascending; axis 1 alone)."""
+    all of a row at the widths `per_channel_bits` (ascending; axis 1 alone)."""
 
     group_size: int = 64
     axis: int = 1
-    whole_rows: tuple[int, ...] = ()
+    per_channel_bits: tuple[int, ...] = ()
 
     def of(self, bits: int, in_features: int) -> int:
         """Weights in a group of a linear with `in_features` that is kept at `bits`."""
-        return in_features if bits in self.whole_rows else self.group_size
+        return in_features if bits in self.per_channel_bits else self.group_size
 
     def to_json(self) -> dict[str, Any]:
         """As files note it, by the names of `QuantConfig`."""
-        return {"group_size": self.group_size, "axis": self.axis, "whole_rows": list(self.whole_rows)}
+        return {"group_size": self.group_size, "axis": self.axis, "per_channel_bits": list(self.per_channel_bits)}
 
 
 def groups_of(quant: QuantConfig) -> Groups:
-    """`UserError`: `whole_rows` is no list of packed widths, or does not go with the axis."""
-    axis, whole_rows = quant.axis, quant.whole_rows
-    known = isinstance(whole_rows, list) and all(width in PACKED_BITS for width in whole_rows)
-    if not known or len(set(whole_rows)) < len(whole_rows):
-        raise UserError(f"quant.whole_rows={whole_rows}: list each width once, of {', '.join(map(str, PACKED_BITS))}")
-    if whole_rows and axis != 1:
+    """`UserError`: `per_channel_bits` is no list of packed widths, or does not go with the axis."""
+    axis, widths = quant.axis, quant.per_channel_bits
+    known = isinstance(widths, list) and all(width in PACKED_BITS for width in widths)
+    if not known or len(set(widths)) < len(widths):
+        each = ", ".join(map(str, PACKED_BITS))
+        raise UserError(f"quant.per_channel_bits={widths}: list each width once, of {each}")
+    if widths and axis != 1:
         raise UserError(
-            f"quant.whole_rows={whole_rows} needs groups along the input, not axis {axis}; set quant.axis=1, or "
-            "quant.whole_rows=[]"
+            f"quant.per_channel_bits={widths} needs groups along the input, not axis {axis}; set quant.axis=1, or "
+            "quant.per_channel_bits=[]"
         )
-    return Groups(quant.group_size, axis, tuple(sorted(whole_rows)))
+    return Groups(quant.group_size, axis, tuple(sorted(widths)))
 
 
 def packing_problem(out_features: int, in_features: int, bits: int, group_size: int, axis: int) -> str | None:
@@ -98,23 +99,23 @@ def quantization_problem(out_features: int, in_features: int, bits: int, groups:
     return None
 
 
-def output_matrix_problem(out_features: int, in_features: int, bits: int, groups: Groups) -> str | None:
-    """Why an output matrix cannot be kept at `bits`, block by block, or None."""
+def lm_head_problem(out_features: int, in_features: int, bits: int, groups: Groups) -> str | None:
+    """Why an lm_head cannot be kept at `bits`, block by block, or None."""
     reasons = (
         quantization_problem(rows, in_features, bits, groups) for rows in set(row_blocks(out_features, in_features))
     )
     return next(filter(None, reasons), None)
 
 
-def check_output_matrix(out_features: int, in_features: int, quant: QuantConfig) -> None:
-    """`UserError`: `quant.head_bits` is no width, or one that the output matrix cannot be packed in."""
-    width, known = quant.head_bits, (*PACKED_BITS, UNQUANTIZED_BITS)
+def check_lm_head(out_features: int, in_features: int, quant: QuantConfig) -> None:
+    """`UserError`: `quant.lm_head_bits` is no width, or one that lm_head cannot be packed in."""
+    width, known = quant.lm_head_bits, (*PACKED_BITS, UNQUANTIZED_BITS)
     if width not in known:
-        raise UserError(f"quant.head_bits={width}; it must be one of {', '.join(map(str, known))}")
-    if reason := output_matrix_problem(out_features, in_features, width, groups_of(quant)):
+        raise UserError(f"quant.lm_head_bits={width}; it must be one of {', '.join(map(str, known))}")
+    if reason := lm_head_problem(out_features, in_features, width, groups_of(quant)):
         raise UserError(
-            f"quant.head_bits={width}: the output matrix of {out_features} x {in_features} cannot be packed ({reason})"
-            f"; set quant.head_bits={UNQUANTIZED_BITS}"
+            f"quant.lm_head_bits={width}: lm_head of {out_features} x {in_features} cannot be packed ({reason})"
+            f"; set quant.lm_head_bits={UNQUANTIZED_BITS}"
         )
 
 

@@ -31,7 +31,7 @@ def load_quantized(
     config = checkpoint.config
     del config.quantization_config
     dtype = dtype or config.dtype or torch.float32
-    own_head = recipe.head_bits < UNQUANTIZED_BITS
+    own_head = recipe.lm_head_bits < UNQUANTIZED_BITS
     if own_head:
         config.tie_word_embeddings = False
     with torch.device("meta"):
@@ -47,7 +47,7 @@ def load_quantized(
             model.set_submodule(name, checkpoint.linear(name, shape, bias, bits, dtype, device))
     if own_head:
         shape = tuple(model.get_submodule(HEAD).weight.shape)
-        model.set_submodule(HEAD, RowBlocks(checkpoint.output_matrix(shape, recipe.head_bits, dtype, device)))
+        model.set_submodule(HEAD, RowBlocks(checkpoint.lm_head(shape, recipe.lm_head_bits, dtype, device)))
     _fill_rest(model, checkpoint, dtype, device, decoder.spec.embedding_scale)
     return model.eval()
 

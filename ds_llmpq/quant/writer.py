@@ -29,7 +29,7 @@ from ds_llmpq.models.shape import read_shape
 from ds_llmpq.quant.checkpoint import FORMAT, FORMER_INDEX, HEAD, Recipe, file_sha256
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.hqq import quantize_linear, quantize_rows, stored_parts
-from ds_llmpq.quant.packing import UNQUANTIZED_BITS, check_output_matrix, groups_of, row_blocks
+from ds_llmpq.quant.packing import UNQUANTIZED_BITS, check_lm_head, groups_of, row_blocks
 
 _RECIPE_VERSION = 1  # raised when the same settings give other weights
 _COPIED = (*TEXT_FILES, "LICENSE*")
@@ -76,7 +76,7 @@ class _Writer:
     def made_from(self, number: int) -> dict[str, Any]:
         """Everything that decides what a shard holds."""
         made_from: dict[str, Any] = {"source": self.recipe.source_fingerprint}
-        bits = [UNQUANTIZED_BITS, *self.recipe.bits, self.recipe.head_bits][number]
+        bits = [UNQUANTIZED_BITS, *self.recipe.bits, self.recipe.lm_head_bits][number]
         if self.names[number].startswith("layer"):
             made_from["bits"] = bits
         if bits < UNQUANTIZED_BITS:
@@ -88,7 +88,7 @@ class _Writer:
     def _settings(self, bits: int) -> dict[str, Any]:
         """Those of HQQ's that decide on a layer at `bits`."""
         groups = self.recipe.groups
-        group_size = "row" if bits in groups.whole_rows else groups.group_size
+        group_size = "row" if bits in groups.per_channel_bits else groups.group_size
         return {"group_size": group_size, "axis": groups.axis, "optimize": self.recipe.optimize}
 
     def tensors(self, number: int) -> dict[str, torch.Tensor]:
@@ -105,9 +105,9 @@ class _Writer:
         """Without what is one with the embedding, unless that is quantized here."""
         names = self.decoder.head_tensors()
         stored: dict[str, torch.Tensor] = {}
-        if self.recipe.head_bits < UNQUANTIZED_BITS:
+        if self.recipe.lm_head_bits < UNQUANTIZED_BITS:
             ((_, matrix),) = self.source.tensors([names.pop("lm_head.weight")])
-            blocks = quantize_rows(matrix, self.recipe.head_bits, self.recipe.quant, torch.float32, self.device)
+            blocks = quantize_rows(matrix, self.recipe.lm_head_bits, self.recipe.quant, torch.float32, self.device)
             for number, block in enumerate(blocks):
                 stored |= _stored(block, f"{HEAD}.{number}.")
         return stored | dict(self.source.tensors([name for name in names.values() if name not in embedding]))
@@ -175,7 +175,7 @@ def write_quantized(
     on_written: Callable[[int, int], None] = lambda done, total: None,
     trust_remote_code: bool = False,
 ) -> Written:
-    """Writes the checkpoint `source` with decoder layer i at `bits[i]` and the output matrix at `quant.head_bits` (16:
+    """Writes the checkpoint `source` with decoder layer i at `bits[i]` and lm_head at `quant.lm_head_bits` (16:
     as they are) into the folder `out`.
 
     `on_written(done, total)` is called after each pipeline layer. Raises `UserError`: a wrong number of widths, a shape
@@ -191,10 +191,10 @@ def write_quantized(
     if folder.resolve() == checkpoint.path.resolve():
         raise UserError(f"out={out} is the model's own folder; give another.")
     shape = read_shape(source)
-    check_output_matrix(shape.vocab, shape.embed_dim, quant)
-    rows = row_blocks(shape.vocab, shape.embed_dim) if quant.head_bits < UNQUANTIZED_BITS else ()
+    check_lm_head(shape.vocab, shape.embed_dim, quant)
+    rows = row_blocks(shape.vocab, shape.embed_dim) if quant.lm_head_bits < UNQUANTIZED_BITS else ()
     recipe = Recipe(
-        tuple(bits), groups_of(quant), quant.optimize, fingerprint(source), quant.head_bits, tuple(rows)
+        tuple(bits), groups_of(quant), quant.optimize, fingerprint(source), quant.lm_head_bits, tuple(rows)
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     if not _parts(folder) and any(folder.glob("*.safetensors")):

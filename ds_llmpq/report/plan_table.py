@@ -39,8 +39,8 @@ def bits_text(bits: Sequence[int]) -> str:
 
 
 def _head_text(plan: Plan, index: int) -> str:
-    """Width of the output matrix, where it is quantized, on the stage that holds it."""
-    width = plan.head_bits
+    """Width of lm_head, where it is quantized, on the stage that holds it."""
+    width = plan.lm_head_bits
     return f" head {width}" if width < UNQUANTIZED_BITS and index == len(plan.stages) - 1 else ""
 
 

@@ -52,7 +52,7 @@ class Layerwise:
         self.layers = checkpoint.config.num_hidden_layers
         self.inputs, self.targets = tokens[:, :-1].to(device), tokens[:, 1:].to(device)
         self.rows_at_once = rows_at_once
-        quant = replace(quant, head_bits=UNQUANTIZED_BITS)
+        quant = replace(quant, lm_head_bits=UNQUANTIZED_BITS)
         self._loader = LayerLoader(checkpoint, [UNQUANTIZED_BITS] * self.layers, quant, dtype, device)
         self._positional = self._loader.decoder.positions()
         _check_length(checkpoint, self.inputs.shape[1])
@@ -74,7 +74,7 @@ class Layerwise:
         return self._loader.decoder_layer(index)
 
     def head(self, bits: int = UNQUANTIZED_BITS) -> nn.Module:
-        loader = replace(self._loader, quant=replace(self._loader.quant, head_bits=bits))
+        loader = replace(self._loader, quant=replace(self._loader.quant, lm_head_bits=bits))
         return loader.head()
 
     @torch.inference_mode()
@@ -107,7 +107,7 @@ def measure(
     state_bytes: int = 1 << 30,
     heads: Sequence[int] = (),
 ) -> dict[Bits | int, Measured]:
-    """What each variant loses, and at each width of `heads` the output matrix alone. Variants go in groups whose hidden
+    """What each variant loses, and at each width of `heads` lm_head alone. Variants go in groups whose hidden
     states stay within `state_bytes`."""
     full = (UNQUANTIZED_BITS,) * model.layers
     embedded = model.embedded()

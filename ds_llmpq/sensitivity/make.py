@@ -19,9 +19,9 @@ from ds_llmpq.models.tokenizer import load_tokenizer
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.packing import (
     UNQUANTIZED_BITS,
-    check_output_matrix,
+    check_lm_head,
     groups_of,
-    output_matrix_problem,
+    lm_head_problem,
     quantization_problem,
 )
 from ds_llmpq.sensitivity import indicators
@@ -123,7 +123,7 @@ def _raw(request: Request, model: Layerwise, widths: list[int], progress: Progre
 def _whole_model(
     request: Request, model: Layerwise, widths: list[int], heads: list[int]
 ) -> tuple[list[Measured], list[Measured]]:
-    """All layers at one width, for each width; the output matrix alone, for each of `heads`."""
+    """All layers at one width, for each width; lm_head alone, for each of `heads`."""
     variants = [(width,) * model.layers for width in widths]
     found = measure(
         model,
@@ -136,13 +136,13 @@ def _whole_model(
 
 
 def _head_widths(path: Path, widths: list[int], quant: QuantConfig) -> list[int]:
-    """Widths to measure the output matrix at: that of `quant.head_bits`, and of the layers' those it can be packed in,
-    so that one table serves a sweep. `UserError`: `quant.head_bits` cannot be."""
-    matrix = read_shape(path).output_matrix
+    """Widths to measure lm_head at: that of `quant.lm_head_bits`, and of the layers' those it can be packed in,
+    so that one table serves a sweep. `UserError`: `quant.lm_head_bits` cannot be."""
+    matrix = read_shape(path).lm_head
     size = matrix.out_features, matrix.in_features
-    check_output_matrix(*size, quant)
-    able = [width for width in widths if output_matrix_problem(*size, width, groups_of(quant)) is None]
-    return sorted({*able, quant.head_bits} - {UNQUANTIZED_BITS}, reverse=True)
+    check_lm_head(*size, quant)
+    able = [width for width in widths if lm_head_problem(*size, width, groups_of(quant)) is None]
+    return sorted({*able, quant.lm_head_bits} - {UNQUANTIZED_BITS}, reverse=True)
 
 
 def _check_widths(model: Layerwise, widths: list[int], quant: QuantConfig) -> None:

@@ -47,7 +47,7 @@ def model_loss(bits: int) -> float:
 
 
 def make_prior(layers: int, bits: Sequence[int], model_fingerprint: str | None = None) -> Sensitivity:
-    """The loss of the whole model, spread evenly over its layers; the output matrix is taken for one of them."""
+    """The loss of the whole model, spread evenly over its layers; lm_head is taken for one of them."""
     row = tuple(model_loss(width) / layers for width in bits)
     return Sensitivity(
         method="prior",

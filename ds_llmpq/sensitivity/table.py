@@ -27,7 +27,7 @@ class Sensitivity:
     """Predicted increase of the loss, in nats per token, of keeping one layer at one width.
 
     table: layers x bits, non-negative; columns in the order of `bits`. 16 bits costs nothing and may be left out.
-    head: the same of the output matrix, by width; those not listed are not known.
+    head: the same of lm_head, by width; those not listed are not known.
     provenance: assumed (no data seen), estimated (an indicator), fitted (scaled to measurements), measured.
     """
 
@@ -82,13 +82,13 @@ class Sensitivity:
         return tuple(tuple(0.0 if column is None else row[column] for column in columns) for row in self.table)
 
     def head_loss(self, bits: int) -> float:
-        """Of keeping the output matrix at `bits`; nothing at 16. UserError: a width that is not known."""
+        """Of keeping lm_head at `bits`; nothing at 16. UserError: a width that is not known."""
         if bits == 16:
             return 0.0
         if bits not in self.head:
             raise UserError(
-                f"sensitivity does not say what an output matrix at {bits} bits loses; make it anew with "
-                f"quant.head_bits={bits}"
+                f"sensitivity does not say what an lm_head at {bits} bits loses; make it anew with "
+                f"quant.lm_head_bits={bits}"
             )
         return self.head[bits]
 

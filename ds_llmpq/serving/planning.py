@@ -28,7 +28,7 @@ from ds_llmpq.planner.simulation import simulate_plan
 from ds_llmpq.planner.variants import solve_variant
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.kernels.registry import resolved
-from ds_llmpq.quant.packing import check_output_matrix
+from ds_llmpq.quant.packing import check_lm_head
 from ds_llmpq.sensitivity.table import read_sensitivity
 from ds_llmpq.serving.config import PlanConfig, PlanningConfig
 from ds_llmpq.serving.workload import size_workload
@@ -67,7 +67,7 @@ def build_problem(settings: PlanConfig) -> tuple[Problem, Callable[[Plan], Plan]
         ), lambda plan: plan
     planner = settings.planner
     shape, model = _model(settings.model)
-    check_output_matrix(shape.vocab, shape.embed_dim, settings.quant)
+    check_lm_head(shape.vocab, shape.embed_dim, settings.quant)
     cluster = Cluster.from_config(settings.cluster)
     workload = size_workload(
         settings.workload, settings.model, given(settings.input), settings.batch, shape, settings.engine.refill

@@ -7,10 +7,10 @@ Contenders take turns, so that a disturbance does not fall on one alone; OUT kee
 goes on. Each is warmed up first: ours by a wave of its own, a peer by a short call. Prompts of `--prompt` random
 tokens, `--generate` tokens each, greedy, end-of-sequence off, so that every engine does the same work; the medians of
 `--repeats` runs are compared. A peer that is not installed is left out, and said to be. ours-BITSxSTAGES has its
-threads shared out among its stages; `8rows` is 8 bits with one group a row (quant.whole_rows=[8]), as CTranslate2 has
-it; `mix` is half of the layers at 4, half at 8. `--prefill-rows`: most prompts of ours in a prefill pass (0: 4 on one
-stage, 1 on more, as the planner takes them, so that the second begins early); `--head-bits`: width of the output matrix
-of ours at 8 bits and below; `--longest-first`. OUT does not tell these apart, so give each a folder of its own.
+threads shared out among its stages; `8rows` is 8 bits with one group a row (quant.per_channel_bits=[8]), as
+CTranslate2 has it; `mix` is half of the layers at 4, half at 8. `--prefill-rows`: most prompts of ours in a prefill
+pass (0: 4 on one stage, 1 on more, as the planner takes them, so that the second begins early); `--head-bits`: width of
+lm_head of ours at 8 bits and below; `--longest-first`. OUT does not tell these apart, so give each a folder of its own.
 
 `--requests 48`: instead, so many requests whose answers have a long tail of lengths (`--generate` on average, cut off
 at three times that), `--batch` of them under way at a time; ours refills its slots.
@@ -91,8 +91,8 @@ def ours(name: str, options: argparse.Namespace, batch: int, folder: Path) -> di
     cuts = [round(index * layers / stages) for index in range(stages + 1)]
     width = int(kind.removesuffix("rows")) if kind != "mix" else 0
     widths = [width or 4 + 4 * (layer % 2) for layer in range(layers)]
-    head_bits = 16 if width == 16 else options.head_bits
-    whole_rows = f"quant.whole_rows=[{width if kind.endswith('rows') else ''}]"
+    lm_head_bits = 16 if width == 16 else options.lm_head_bits
+    per_channel_bits = f"quant.per_channel_bits=[{width if kind.endswith('rows') else ''}]"
     hand = {
         "stages": [
             {"device": f"localhost:{index}", "layers": [first, last], "bits": widths[first:last]}
@@ -123,7 +123,7 @@ def ours(name: str, options: argparse.Namespace, batch: int, folder: Path) -> di
     ]
     plan = [
         "plan", f"model.path={Path(options.model).absolute()}", "cluster=local_cpu2", "quant.optimize=false",
-        whole_rows, f"quant.head_bits={head_bits}", f"cluster.hosts.0.devices=[{', '.join(devices)}]",
+        per_channel_bits, f"quant.lm_head_bits={lm_head_bits}", f"cluster.hosts.0.devices=[{', '.join(devices)}]",
         f"check={folder / 'hand.json'}",
         f"workload.sequences={batch}", f"workload.prompt_tokens={options.prompt}",
         f"workload.generated_tokens={max(options.lengths or [options.generate])}", f"out={folder / 'plan'}",

@@ -49,31 +49,31 @@ def test_plan_writes_its_artefacts_and_a_table(call, small, tmp_path):
         assert text in out
 
 
-def test_a_plan_of_mixed_widths_notes_whole_rows_and_counts_them(call, small, tmp_path):
+def test_a_plan_of_mixed_widths_notes_per_channel_and_counts_them(call, small, tmp_path):
     pins = "+planner.pins.bits={0:4,1:8,2:8,3:4}"
     held = {}
     for name, widths in (("groups", "[]"), ("rows", "[8]")):
         out = tmp_path / name
-        code, _, err = call("plan", *small, "quant.bits=[4,8]", f"quant.whole_rows={widths}", pins, f"out={out}")
+        code, _, err = call("plan", *small, "quant.bits=[4,8]", f"quant.per_channel_bits={widths}", pins, f"out={out}")
         assert (code, err) == (0, "")
         plan = read_plan(out / "plan.json")
         bits = [width for stage in plan.stages for width in stage.bits]
         assert bits[:4] == [4, 8, 8, 4]
-        assert list(plan.quant.whole_rows) == json.loads(widths)
+        assert list(plan.quant.per_channel_bits) == json.loads(widths)
         held[name] = json.loads((out / "problem.json").read_text())["memory"]["layer_bytes"]
     assert held["rows"]["8"] < held["groups"]["8"]
     assert held["rows"]["4"] == held["groups"]["4"]
 
 
-def test_a_low_bit_output_matrix_is_in_plan_table_and_memory(call, small, tmp_path):
+def test_a_low_bit_lm_head_is_in_plan_table_and_memory(call, small, tmp_path):
     held, prior = {}, make_prior(8, [4])
     for bits in (16, 4):
         code, out, err = call(
-            "plan", *small, "quant.bits=[4]", f"quant.head_bits={bits}", f"out={tmp_path / str(bits)}"
+            "plan", *small, "quant.bits=[4]", f"quant.lm_head_bits={bits}", f"out={tmp_path / str(bits)}"
         )
         assert (code, err) == (0, "")
         plan = read_plan(tmp_path / str(bits) / "plan.json")
-        assert plan.quant.head_bits == bits
+        assert plan.quant.lm_head_bits == bits
         assert (f"head {bits}" in out) is (bits < 16)
         lost = sum(row[0] for row in prior.table) + prior.head_loss(bits)
         assert plan.predicted.quality_loss == pytest.approx(lost)
@@ -107,11 +107,11 @@ def test_an_infeasible_cluster_exits_with_two(call, small, tmp_path):
         (["planner.mode=best"], "best"),
         (["quant.bits=[5]"], "[5]"),
         (["quant.bits=[4]", "quant.group_size=7"], "7"),
-        (["quant.head_bits=7"], "quant.head_bits=7; it must be one of"),
-        (["quant.head_bits=7", "planner.profile=/nowhere"], "quant.head_bits=7; it must be one of"),
-        (["quant.head_bits=1"], "no device type of the cluster has that width"),
-        (["quant.whole_rows=[16]"], "quant.whole_rows=[16]: list each width once"),
-        (["quant.whole_rows=[8]", "quant.axis=0"], "set quant.axis=1, or quant.whole_rows=[]"),
+        (["quant.lm_head_bits=7"], "quant.lm_head_bits=7; it must be one of"),
+        (["quant.lm_head_bits=7", "planner.profile=/nowhere"], "quant.lm_head_bits=7; it must be one of"),
+        (["quant.lm_head_bits=1"], "no device type of the cluster has that width"),
+        (["quant.per_channel_bits=[16]"], "quant.per_channel_bits=[16]: list each width once"),
+        (["quant.per_channel_bits=[8]", "quant.axis=0"], "set quant.axis=1, or quant.per_channel_bits=[]"),
         (["planner.sensitivity=/nowhere.json"], "/nowhere.json"),
         (["workload.prompt_tokens=4000"], "4064"),
         (["planner.solver=magic"], "magic"),

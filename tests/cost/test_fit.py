@@ -183,8 +183,8 @@ def test_a_damaged_profile_is_refused(tmp_path, old, new, said):
         ("kernel", "fused", "measured with kernel fused, but kernel dequantize is in use"),
         ("dtype", "bfloat16", "dtype bfloat16"),
         ("group_size", 128, "group_size 128"),
-        ("whole_rows", [8], r"measured with whole_rows \[8\], but whole_rows \[\] is in use"),
-        ("head_bits", 8, "measured with head_bits 8, but head_bits 16 is in use"),
+        ("per_channel_bits", [8], r"measured with per_channel_bits \[8\], but per_channel_bits \[\] is in use"),
+        ("lm_head_bits", 8, "measured with lm_head_bits 8, but lm_head_bits 16 is in use"),
         ("libraries", SETUP.libraries | {"torch": "1.0"}, "torch 1.0"),
     ],
 )
@@ -195,17 +195,22 @@ def test_a_profile_of_another_setup_is_refused_unless_forced(tmp_path, field, va
     assert load_model(tmp_path, SHAPE, SETUP, force=True).get("core", "layer", "prefill", 16)
 
 
-def test_a_profile_from_before_whole_rows_and_low_bit_heads_has_none(tmp_path):
+def test_a_profile_from_before_per_channel_and_low_bit_heads_has_none(tmp_path, capsys):
     file = write(tmp_path / "profile.csv")
     text = file.read_text()
-    assert text.count(', "whole_rows": [], "head_bits": 16') == 1
-    file.write_text(text.replace(', "whole_rows": [], "head_bits": 16', ""))
+    assert text.count(', "per_channel_bits": [], "lm_head_bits": 16') == 1
+    file.write_text(text.replace(', "per_channel_bits": [], "lm_head_bits": 16', ""))
     assert load_model(tmp_path, SHAPE, SETUP).setup == SETUP
-    file.write_text(text.replace('"head_bits": 16', '"head_bits": "x"'))
-    with pytest.raises(UserError, match="head_bits is 'x'"):
+    assert capsys.readouterr().err == ""
+    file.write_text(text.replace('"per_channel_bits": [], "lm_head_bits": 16', '"whole_rows": [8], "head_bits": 4'))
+    with pytest.raises(UserError, match=r"per_channel_bits \[8\], but per_channel_bits \[\] is in use"):
+        load_model(tmp_path, SHAPE, SETUP)
+    assert "head_bits (lm_head_bits), whole_rows (per_channel_bits)" in capsys.readouterr().err
+    file.write_text(text.replace('"lm_head_bits": 16', '"lm_head_bits": "x"'))
+    with pytest.raises(UserError, match="lm_head_bits is 'x'"):
         load_model(tmp_path, SHAPE, SETUP, force=True)
-    file.write_text(text.replace('"whole_rows": []', '"whole_rows": [16]'))
-    with pytest.raises(UserError, match=r"quant\.whole_rows=\[16\]: list each width once"):
+    file.write_text(text.replace('"per_channel_bits": []', '"per_channel_bits": [16]'))
+    with pytest.raises(UserError, match=r"quant\.per_channel_bits=\[16\]: list each width once"):
         load_model(tmp_path, SHAPE, SETUP, force=True)
 
 

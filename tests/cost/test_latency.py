@@ -144,7 +144,7 @@ def test_fused_kernels_make_decode_faster_at_fewer_bits_and_dequantizing_slower(
     assert fused.decode_seconds(16, 1, 100) == plain.decode_seconds(16, 1, 100)
 
 
-def test_whole_rows_read_less_and_what_no_kernel_takes_is_dequantized():
+def test_per_channel_read_less_and_what_no_kernel_takes_is_dequantized():
     def seconds(kernel, bits, groups):
         return RooflineCosts(V100, OPT_30B, "float16", groups, kernel).decode_seconds(bits, 8, 100)
 
@@ -163,9 +163,9 @@ def test_fused_reads_exactly_the_packed_weights():
         kernels.check_kernel("magic")
 
 
-def test_an_output_matrix_of_fewer_bits_reads_less_where_a_kernel_takes_it_and_is_dequantized_elsewhere():
+def test_an_lm_head_of_fewer_bits_reads_less_where_a_kernel_takes_it_and_is_dequantized_elsewhere():
     def moved(kernel, bits):
-        costs = RooflineCosts(V100, OPT_30B, "float16", kernel=kernel, head_bits=bits)
+        costs = RooflineCosts(V100, OPT_30B, "float16", kernel=kernel, lm_head_bits=bits)
         return (costs.head_work(1) - RooflineCosts(V100, OPT_30B, "float16").head_work(1)) * bandwidth
 
     bandwidth = DATASHEET_BANDWIDTH_SHARE * V100.memory_bandwidth_bytes_per_second
@@ -176,5 +176,5 @@ def test_an_output_matrix_of_fewer_bits_reads_less_where_a_kernel_takes_it_and_i
     assert moved("gemlite", 4) == pytest.approx(weights * (1 / 2 + 4 / 64 - 2))
     assert moved("fused", 4) == pytest.approx(weights * (1 / 2 + 4 / 64 - 2))
     assert moved("dequantize", 8) == pytest.approx(weights * (1 + 5 * 2))
-    layer = [RooflineCosts(V100, OPT_30B, "float16", head_bits=bits).decode_seconds(4, 8, 100) for bits in (4, 16)]
+    layer = [RooflineCosts(V100, OPT_30B, "float16", lm_head_bits=bits).decode_seconds(4, 8, 100) for bits in (4, 16)]
     assert layer[0] == layer[1]

@@ -209,9 +209,9 @@ class Ranks:
 
 class Reference:
     """A checkpoint in transformers, in one process; `bits` puts HQQ's own layers in the place of its linears, and
-    `head_bits` in that of its output matrix."""
+    `lm_head_bits` in that of its lm_head."""
 
-    def __init__(self, path: Path, bits: tuple[int, ...] = (), dtype: str = "float32", head_bits: int = 16):
+    def __init__(self, path: Path, bits: tuple[int, ...] = (), dtype: str = "float32", lm_head_bits: int = 16):
         # Gemma 2 caps scores: there transformers 5.17 chooses SDPA and leaves the cap out
         capped = AutoConfig.from_pretrained(path).model_type == "gemma2"
         own = {"attn_implementation": "eager"} if capped else {}
@@ -220,9 +220,9 @@ class Reference:
         for layer, width in zip(decoder_layers(self.model), bits, strict=False):
             if width < 16:
                 quantize_with_hqq(layer, width, getattr(torch, dtype))
-        if head_bits < 16:
+        if lm_head_bits < 16:
             alone = nn.ModuleDict({"lm_head": self.model.lm_head})
-            quantize_with_hqq(alone, head_bits, getattr(torch, dtype))
+            quantize_with_hqq(alone, lm_head_bits, getattr(torch, dtype))
             self.model.lm_head = alone["lm_head"]
 
     @torch.no_grad()
@@ -246,8 +246,8 @@ class Reference:
 
 
 @cache
-def reference(path: Path, bits: tuple[int, ...] = (), dtype: str = "float32", head_bits: int = 16) -> Reference:
-    return Reference(path, bits, dtype, head_bits)
+def reference(path: Path, bits: tuple[int, ...] = (), dtype: str = "float32", lm_head_bits: int = 16) -> Reference:
+    return Reference(path, bits, dtype, lm_head_bits)
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -311,10 +311,10 @@ class Draw:
         raise AssertionError(f"seed {self.seed}: no prompt with clear gaps")
 
     def case(
-        self, path: Path, stages: int, bits: tuple[int, ...] = (), head_bits: int = 16
+        self, path: Path, stages: int, bits: tuple[int, ...] = (), lm_head_bits: int = 16
     ) -> tuple[Case, list[list[int]]]:
         """A random case of up to 7 rows in one or two groups, and the tokens it must give, group after group."""
-        model = reference(path, bits, head_bits=head_bits)
+        model = reference(path, bits, lm_head_bits=lm_head_bits)
         rows = [self.row(key, model, longest=12, most=12) for key in range(self.random.randint(2, 7))]
         free = [model.generate([row.prompt], row.max_tokens)[0] for row in rows]
         eos: tuple[int, ...] = ()
@@ -333,7 +333,7 @@ class Draw:
             self.permutation(stages),
             micro_batch=(self.random.randint(1, 8), self.random.randint(1, 8)),
             workload=(8, self.random.choice((12, 20)), 12),
-            quant=QUANT | {"head_bits": head_bits},
+            quant=QUANT | {"lm_head_bits": lm_head_bits},
         )
         return Case(path, plan, groups, eos, label=f"seed {self.seed} {path.name} {plan.micro_batch}"), expected
 

@@ -60,11 +60,11 @@ def test_captured_decode_passes_are_token_identical(ranks, checkpoint_of, stages
 
 
 @pytest.mark.parametrize("stages", [1, 2])
-def test_a_low_bit_output_matrix_is_identical_to_hqq_s(ranks, checkpoint_of, stages):
+def test_a_low_bit_lm_head_is_identical_to_hqq_s(ranks, checkpoint_of, stages):
     """Tied ones too, whose embedding stays as it is."""
     variants = ("llama", "llama-biased-tied", "opt-projected-post-norm", "bloom")
     drawn = [
-        Draw(seed=700 + 10 * stages + index).case(checkpoint_of(variant), stages, head_bits=bits)
+        Draw(seed=700 + 10 * stages + index).case(checkpoint_of(variant), stages, lm_head_bits=bits)
         for index, (variant, bits) in enumerate(zip(variants, (4, 8, 3, 4), strict=True))
     ]
     run_and_check(ranks, drawn)

@@ -28,11 +28,11 @@ def loader_of(path, dtype=torch.float32, bits=WIDTHS, quant=QUANT, on_loaded=lam
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("whole_rows", [[], [8], [2, 3, 4, 8]])
-def test_bytes_are_the_memory_model_s(checkpoint_of, variant, dtype, whole_rows):
+@pytest.mark.parametrize("per_channel_bits", [[], [8], [2, 3, 4, 8]])
+def test_bytes_are_the_memory_model_s(checkpoint_of, variant, dtype, per_channel_bits):
     """Of every layer at every width, and of a whole stage with a tied head, which then costs nothing."""
     path = checkpoint_of(variant)
-    quant = replace(QUANT, whole_rows=whole_rows)
+    quant = replace(QUANT, per_channel_bits=per_channel_bits)
     memory = MemoryModel(read_shape(path), groups_of(quant), dtype.itemsize)
     loader = loader_of(path, dtype, quant=quant)
     layers = [loader.decoder_layer(index) for index in range(LAYERS)]

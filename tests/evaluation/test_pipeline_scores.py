@@ -46,11 +46,11 @@ LAYERS = 8
 BITS = (3, 16, 4, 8, 2, 4, 16, 8)
 CUTS = {1: [(0, 8)], 2: [(0, 3), (3, 8)], 3: [(0, 1), (1, 6), (6, 8)]}
 HEAD_BITS = 4
-QUANT = QuantConfig([2, 3, 4, 8, 16], 64, 1, True, head_bits=HEAD_BITS)
+QUANT = QuantConfig([2, 3, 4, 8, 16], 64, 1, True, lm_head_bits=HEAD_BITS)
 TEXT = "\n".join(f"def function_{n}(argument):\n    '''Return {n}.'''\n    return argument + {n}\n" for n in range(60))
 
 
-def make_plan(stages, bits=BITS, head_bits=HEAD_BITS):
+def make_plan(stages, bits=BITS, lm_head_bits=HEAD_BITS):
     zero = StageMemory(0.0, 0.0, 0.0, 0.0, 0.0)
     return Plan(
         model=PlannedModel(str(TINY), fingerprint=fingerprint(TINY)),
@@ -63,7 +63,7 @@ def make_plan(stages, bits=BITS, head_bits=HEAD_BITS):
         micro_batch=MicroBatches(2, 2),
         predicted=PredictedTotals(0.25, 0.25, 0.25, 0.25, 0.25),
         solver=SolverReport("hand", 0.0, None, None, 0.0, "checked"),
-        quant=replace(Quantization.from_config(QUANT), head_bits=head_bits),
+        quant=replace(Quantization.from_config(QUANT), lm_head_bits=lm_head_bits),
         deployment=Deployment("float32"),
     )  # fmt: skip
 
@@ -98,7 +98,7 @@ def rows_of_text(length):
 
 @pytest.mark.parametrize("stages", [1, 2, 3])
 def test_scores_equal_transformers(stages, quantized, text, tmp_path):
-    """Full precision against the plan's widths, the output matrix's too, as the command does it: perplexity, KL,
+    """Full precision against the plan's widths, lm_head's too, as the command does it: perplexity, KL,
     agreement, loss increase."""
     plan_file, evaluation = tmp_path / "plan.json", EvaluationConfig(text=str(text), row_tokens=200)
     write_plan(plan_file, make_plan(stages))
@@ -151,7 +151,7 @@ def test_harness_task_from_local_files_equals_the_harness_on_transformers(tmp_pa
         "doc_to_choice: '{{choices}}'\nmetric_list:\n  - metric: acc\n  - metric: acc_norm\n"
     )
     plan_file = tmp_path / "plan.json"
-    write_plan(plan_file, make_plan(2, (16,) * LAYERS, head_bits=16))
+    write_plan(plan_file, make_plan(2, (16,) * LAYERS, lm_head_bits=16))
     evaluation = EvaluationConfig(tasks=["local_choice"], tasks_path=str(tasks))
     assert evaluate.run(EvaluateConfig(plan=str(plan_file), evaluation=evaluation), tmp_path / "out") == 0
     found = json.loads((tmp_path / "out" / "scores.json").read_text())["tasks"]["local_choice"]

@@ -75,7 +75,7 @@ _OVERRIDES = [
     "cluster=mixed_gpus", "model=llama3_8b", "batch.temperature=0.5", "engine.dtype=float32", "out=somewhere",
     "input=file.jsonl", "model.path=folder", "run.restarts=2", "resume=force", "cluster.hosts=[{name: a}]",
     "planner.micro_batches.prefill=[1,2]", "+experiment=demo", "cluster.env={A: b}", "quant.group_size=64",
-    "quant.whole_rows=[8]",
+    "quant.per_channel_bits=[8]",
 ]  # fmt: skip
 _LINK = {"latency_seconds": 1e-5, "bandwidth_bytes_per_second": 1e9}
 _CLUSTER = {
@@ -491,7 +491,7 @@ def _quantized(checkpoint: Path) -> bytes:
     fields = json.loads((checkpoint / "config.json").read_text())
     fields["quantization_config"] = {
         "quant_method": "ds_llmpq_hqq", "format": 1, "bits": [4] * fields["num_hidden_layers"], "group_size": 64,
-        "axis": 1, "whole_rows": [8], "optimize": False, "scale_dtype": "float32", "source_fingerprint": "0" * 64,
+        "axis": 1, "per_channel_bits": [8], "optimize": False, "scale_dtype": "float32", "source_fingerprint": "0" * 64,
     }  # fmt: skip
     return json.dumps(fields).encode()
 

@@ -17,7 +17,7 @@ pytestmark = [
     ),
 ]
 GRAPH = ("engine.dtype=bfloat16", "quant.optimize=false", "quant.bits=[4,8,16]", "quant.kernel=openvino_graph")
-GRAPH += ("quant.head_bits=8",)
+GRAPH += ("quant.lm_head_bits=8",)
 
 
 def test_a_run_of_two_graphs_answers_every_row(checkpoint, tmp_path):
@@ -40,7 +40,7 @@ def test_a_run_of_two_graphs_answers_every_row(checkpoint, tmp_path):
         assert held["kv"] == stage.memory_bytes.kv
         parts = [getattr(stage.memory_bytes, part) for part in ("weights", "embed", "head")]
         assert held["weights"] == sum(parts)
-    assert plan.quant.head_bits == 8
+    assert plan.quant.lm_head_bits == 8
     again = run("run", *asked, *GRAPH, f"plan={out / 'plan.json'}", "resume=force", "engine.batch_invariant=true")
     assert again.returncode == 1
     assert "plan with quant.kernel=openvino" in error_sentence(again)

@@ -2,13 +2,25 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from ds_llmpq.batch.config import BatchConfig
 from ds_llmpq.errors import UserError
-from ds_llmpq.launch.journal import FINISHED, JOURNAL_NAME, Identity, Journal, flatten, lock_folder, select_sampling
+from ds_llmpq.launch.journal import (
+    FINISHED,
+    JOURNAL_NAME,
+    Identity,
+    Journal,
+    fingerprint_plan,
+    flatten,
+    lock_folder,
+    select_sampling,
+)
+from ds_llmpq.plan.planfile import read_plan
 
+FORMER_FINGERPRINT = "f15d8402c1a0612865029a697291500d4b16d8b8b6bae422625604207b422ec8"  # as that version had it
 IDENTITY = Identity(
     "a" * 64, "b" * 64, "c" * 64, {"temperature": 0.0, "seed": 0}, {"quant.bits": (4, 8), "model": "x"}, "e" * 64
 )
@@ -26,6 +38,17 @@ def test_it_reads_back(tmp_path):
     done.write(tmp_path)
     assert Journal.read(tmp_path).state == FINISHED
     assert Journal.read(tmp_path).counts["completed"] == 9
+
+
+def test_a_run_begun_under_former_names_goes_on(tmp_path):
+    former = {"quant.head_bits": 8, "quant.whole_rows": [8]}
+    Journal(replace(IDENTITY, settings=former)).write(tmp_path)
+    present = {"quant.lm_head_bits": 8, "quant.per_channel_bits": [8]}
+    Journal.read(tmp_path).check(replace(IDENTITY, settings=present), tmp_path)
+    with pytest.raises(UserError, match=r"quant.lm_head_bits \(8, now 4\)"):
+        Journal.read(tmp_path).check(replace(IDENTITY, settings=present | {"quant.lm_head_bits": 4}), tmp_path)
+    plan = read_plan(Path(__file__).parents[1] / "plan/assets/deployed.schema1.json")
+    assert fingerprint_plan(plan) == FORMER_FINGERPRINT
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def test_only_the_user_s_waiting_time_goes_to_the_ranks(own, command, expected):
 
 
 @pytest.mark.parametrize(
-    ("kernel", "bits", "head_bits", "expected"),
+    ("kernel", "bits", "lm_head_bits", "expected"),
     [
         ("openvino", (16, 4), 16, "10000"),
         ("openvino", (16, 16), 16, None),
@@ -39,9 +39,9 @@ def test_only_the_user_s_waiting_time_goes_to_the_ranks(own, command, expected):
         ("dequantize", (4, 4), 8, None),
     ],
 )
-def test_a_rank_waits_as_its_own_layers_and_output_matrix_need(own, kernel, bits, head_bits, expected):
+def test_a_rank_waits_as_its_own_layers_and_lm_head_need(own, kernel, bits, lm_head_bits, expected):
     other = SimpleNamespace(rank=0, kernel="openvino", bits=(8,))
     stages = (other, SimpleNamespace(rank=1, kernel=kernel, bits=bits))
-    plan = SimpleNamespace(stages=stages, head_bits=head_bits)
+    plan = SimpleNamespace(stages=stages, lm_head_bits=lm_head_bits)
     wait_as_stage_needs(plan, 1)
     assert os.environ.get(VARIABLE) == (own or expected)

@@ -1,4 +1,4 @@
-"""Checkpoints whose files and config.json disagree on whether the output matrix is the embedding."""
+"""Checkpoints whose files and config.json disagree on whether lm_head is the embedding."""
 
 import json
 
@@ -44,7 +44,7 @@ def head_alone(tensors, embedding):
 
 
 def weights(folder) -> tuple[torch.Tensor, torch.Tensor]:
-    """Embedding and output matrix as the pipeline loads them."""
+    """Embedding and lm_head as the pipeline loads them."""
     checkpoint = open_checkpoint(folder)
     loader = LayerLoader(checkpoint, [16, 16], QuantConfig(bits=[16]), torch.float32, torch.device("cpu"))
     embedding, head = loader.embedding(), loader.head()
@@ -65,16 +65,16 @@ def test_matrices_and_sizes_are_those_of_transformers(tmp_path, arch, change):
 
 
 @pytest.mark.parametrize("change", [own_head, head_alone])
-@pytest.mark.parametrize("head_bits", [16, 8])
-def test_a_quantized_folder_keeps_the_head(tmp_path, change, head_bits):
+@pytest.mark.parametrize("lm_head_bits", [16, 8])
+def test_a_quantized_folder_keeps_the_head(tmp_path, change, lm_head_bits):
     tensors = tied(tmp_path / "source", "llama", change)
-    quant = QuantConfig(bits=[16], group_size=32, head_bits=head_bits)
+    quant = QuantConfig(bits=[16], group_size=32, lm_head_bits=lm_head_bits)
     write_quantized(tmp_path / "source", tmp_path / "out", [16, 16], quant)
     assert read_shape(tmp_path / "source").fingerprint == read_shape(tmp_path / "out").fingerprint
     model = load_quantized(tmp_path / "out", torch.float32)
     tokens = torch.tensor([[5, 9, 3]])
     wanted = AutoModelForCausalLM.from_pretrained(tmp_path / "source", dtype=torch.float32)(tokens).logits
-    tolerance = 1e-5 if head_bits == 16 else 0.1
+    tolerance = 1e-5 if lm_head_bits == 16 else 0.1
     assert (model(tokens).logits - wanted).abs().max() < tolerance * wanted.abs().max()
     assert HEAD in tensors
 

@@ -129,18 +129,19 @@ def test_unquantized_alone_needs_no_room_to_dequantize():
     assert make().problem.memory.workspace_bytes.decode[1] - alone == 3 * 512 * 256 * 4
 
 
-def test_whole_rows_change_their_width_alone():
-    apart, rows = (make(quant=QuantConfig(bits=[16, 4, 8], whole_rows=widths)).problem.memory for widths in ([], [8]))
+def test_per_channel_change_their_width_alone():
+    settings = (QuantConfig(bits=[16, 4, 8], per_channel_bits=widths) for widths in ([], [8]))
+    apart, rows = (make(quant=quant).problem.memory for quant in settings)
     saved = 2 * (SHAPE.linear_weights // 64 - sum(linear.out_features for linear in SHAPE.linears)) * 4
     assert apart.layer_bytes[8][0] - rows.layer_bytes[8][0] == saved > 0
     assert (apart.layer_bytes[4], apart.layer_bytes[16]) == (rows.layer_bytes[4], rows.layer_bytes[16])
 
 
-def test_an_output_matrix_of_fewer_bits_is_smaller_costs_quality_and_needs_a_device_that_has_the_width():
+def test_an_lm_head_of_fewer_bits_is_smaller_costs_quality_and_needs_a_device_that_has_the_width():
     sensitivity = Sensitivity("x", "measured", (4, 8), ((0.5, 0.25),) * 3, head={8: 0.125, 4: 0.75})
     tied = dataclasses.replace(SHAPE, tied_embeddings=True)
     plain, eight, four = (
-        make(shape=tied, quant=QuantConfig(bits=[16, 4, 8], head_bits=bits), sensitivity=sensitivity)
+        make(shape=tied, quant=QuantConfig(bits=[16, 4, 8], lm_head_bits=bits), sensitivity=sensitivity)
         for bits in (16, 8, 4)
     )
     saved = 256 * 100 * (4 - 1) - 2 * 256 * 100 // 64 * 4  # float32 to a byte, with a scale and a zero in groups of 64
@@ -153,8 +154,8 @@ def test_an_output_matrix_of_fewer_bits_is_smaller_costs_quality_and_needs_a_dev
     assert gpu.prefill_head_seconds == gpu.decode_head_seconds == {}
     assert set(core.decode_head_seconds) == {1, 2, 4, 6}
     assert set(four.problem.device_types["gpu"].decode_head_seconds) == {1, 2, 4, 6}
-    assert "gpu has no kernel for quant.head_bits=8" in eight.notes
-    assert not any("head_bits" in note for note in (*plain.notes, *four.notes))
+    assert "gpu has no kernel for quant.lm_head_bits=8" in eight.notes
+    assert not any("lm_head_bits" in note for note in (*plain.notes, *four.notes))
 
 
 def test_whole_output_matrices_go_on_devices_whose_layers_cannot_be_whole():
@@ -166,7 +167,7 @@ def test_whole_output_matrices_go_on_devices_whose_layers_cannot_be_whole():
     problem = make(cluster=only, quant=QuantConfig(bits=[4, 8])).problem
     assert all(entry.decode_head_seconds for entry in problem.device_types.values())
     with pytest.raises(UserError, match="no device type of the cluster has that width; use one of 4, 8, 16"):
-        make(cluster=only, quant=QuantConfig(bits=[4, 8], head_bits=3))
+        make(cluster=only, quant=QuantConfig(bits=[4, 8], lm_head_bits=3))
 
 
 def test_problem_survives_json_and_is_what_build_problem_gives():
@@ -226,7 +227,7 @@ def test_widths_that_cannot_be_packed_are_left_out_with_a_reason():
     with pytest.raises(UserError, match=r"no width of quant\.bits=\[4, 8\]"):
         make(shape=odd, quant=QuantConfig(bits=[4, 8]))
     assert usable_bits(odd, QuantConfig(bits=[4], group_size=8))[0] == [4]
-    assert usable_bits(odd, QuantConfig(bits=[4, 8], whole_rows=[8]))[0] == [8]
+    assert usable_bits(odd, QuantConfig(bits=[4, 8], per_channel_bits=[8]))[0] == [8]
 
 
 @pytest.mark.parametrize(
@@ -237,23 +238,23 @@ def test_widths_that_cannot_be_packed_are_left_out_with_a_reason():
         ({"workload": WorkloadConfig(6, None, 1)}, r"workload\.prompt_tokens=None"),
         ({"workload": WorkloadConfig(6, 20, 0)}, r"workload\.generated_tokens=0"),
         ({"quant": QuantConfig(bits=[])}, "is empty"),
-        ({"quant": QuantConfig(head_bits=5)}, "quant.head_bits=5; it must be one of"),
-        ({"quant": QuantConfig([16], group_size=24, head_bits=4)}, "output matrix of 100 x 256 cannot be packed"),
+        ({"quant": QuantConfig(lm_head_bits=5)}, "quant.lm_head_bits=5; it must be one of"),
+        ({"quant": QuantConfig([16], group_size=24, lm_head_bits=4)}, "lm_head of 100 x 256 cannot be packed"),
         (
             {
-                "quant": QuantConfig([16], head_bits=4),
+                "quant": QuantConfig([16], lm_head_bits=4),
                 "sensitivity": Sensitivity("x", "measured", (4,), ((1.0,),) * 3),
             },
-            "make it anew with quant.head_bits=4",
+            "make it anew with quant.lm_head_bits=4",
         ),
         ({"quant": QuantConfig(bits=[5])}, "each width once"),
         ({"quant": QuantConfig(bits=[4, 4])}, "each width once"),
         ({"quant": QuantConfig(bits=[4], axis=2)}, "axis 2"),
         (
-            {"quant": QuantConfig(bits=[16], whole_rows=[16])},
-            r"quant\.whole_rows=\[16\]: list each width once, of 1, 2",
+            {"quant": QuantConfig(bits=[16], per_channel_bits=[16])},
+            r"quant\.per_channel_bits=\[16\]: list each width once, of 1, 2",
         ),
-        ({"quant": QuantConfig(bits=[8], axis=0, whole_rows=[8])}, r"not axis 0; set quant\.axis=1"),
+        ({"quant": QuantConfig(bits=[8], axis=0, per_channel_bits=[8])}, r"not axis 0; set quant\.axis=1"),
         ({"planner": PlannerConfig(mode="max_latency")}, r"set planner\.max_latency_seconds"),
         ({"planner": PlannerConfig(mode="max_quality_loss")}, r"set planner\.max_quality_loss"),
         ({"planner": PlannerConfig(mode="fast")}, "'fast'"),

@@ -33,10 +33,15 @@ def test_each_source_says_its_kernel(place):
     assert isinstance(costs_of(cluster.device_types["t4"]), PublishedCosts)
 
 
-def test_the_output_matrix_s_width_reaches_published_times(place):
-    def seconds(head_bits):
+def test_lm_head_s_width_reaches_published_times(place):
+    def seconds(lm_head_bits):
         costs_of, cluster, _ = select_costs(
-            CostConfig("published"), PlannerConfig(), QuantConfig(head_bits=head_bits), *place, "auto", "dequantize"
+            CostConfig("published"),
+            PlannerConfig(),
+            QuantConfig(lm_head_bits=lm_head_bits),
+            *place,
+            "auto",
+            "dequantize",
         )
         return costs_of(cluster.device_types["t4"]).head_seconds(1)
 

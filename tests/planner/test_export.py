@@ -65,12 +65,12 @@ def test_vllm_gets_the_cuts_and_each_layers_width():
     assert found == made.record["layer_bits"] == [4, 4, 8, 16, 4, 4]
 
 
-def test_whole_rows_are_group_size_minus_one_to_gptq():
-    quant = Quantization(whole_rows=(8,))
+def test_per_channel_are_group_size_minus_one_to_gptq():
+    quant = Quantization(per_channel_bits=(8,))
     config = export(replace(plan(), quant=quant), "vllm").record["quantization_config"]
     assert config["group_size"] == 64
     assert {"bits": 8, "group_size": -1} in config["dynamic"].values()
-    config = export(replace(plan(), quant=replace(quant, whole_rows=(4,))), "vllm").record["quantization_config"]
+    config = export(replace(plan(), quant=replace(quant, per_channel_bits=(4,))), "vllm").record["quantization_config"]
     assert config["group_size"] == -1
     assert {"bits": 8, "group_size": 64} in config["dynamic"].values()
 
@@ -137,8 +137,8 @@ def test_layers_by_width_begins_with_the_commonest():
     assert layers_by_width(plan()) == {4: [0, 1, 4, 5], 8: [2], 16: [3]}
 
 
-def test_a_low_bit_output_matrix_is_said_to_stay_behind():
-    low = replace(plan(), quant=Quantization(head_bits=8))
+def test_a_low_bit_lm_head_is_said_to_stay_behind():
+    low = replace(plan(), quant=Quantization(lm_head_bits=8))
     for target in ("vllm", "llama_cpp"):
-        assert export(low, target).notes[-1] == "The output matrix at 8 bits is not carried over."
-        assert not any("output matrix" in note for note in export(plan(), target).notes)
+        assert export(low, target).notes[-1] == "lm_head at 8 bits is not carried over."
+        assert not any("lm_head" in note for note in export(plan(), target).notes)

@@ -111,4 +111,4 @@ def test_what_launching_needs_of_the_former_schema_is_kept():
         assert (stage.device, stage.host, stage.rank) == (entry["device"], entry["host"], entry["rank"])
     assert plan.micro_batch == MicroBatches(**old["micro_batch"])
     assert plan.model.fingerprint == old["model"]["fingerprint"]
-    assert list(plan.quant.whole_rows) == old["quant"]["whole_rows"]
+    assert list(plan.quant.per_channel_bits) == old["quant"]["whole_rows"]

@@ -101,8 +101,8 @@ def test_mistakes_are_said(folder, tmp_path):
     wide = dataclasses.replace(QUANT, group_size=128)
     with pytest.raises(UserError, match=r"group_size 64, but group_size 128 .*profile_force=true"):
         load_profile_costs(PlannerConfig(profile=str(folder)), wide, cluster(), SHAPE, "auto", "dequantize")
-    rows = dataclasses.replace(QUANT, whole_rows=[8])
-    with pytest.raises(UserError, match=r"whole_rows \[\], but whole_rows \[8\] is in use; profile again"):
+    rows = dataclasses.replace(QUANT, per_channel_bits=[8])
+    with pytest.raises(UserError, match=r"per_channel_bits \[\], but per_channel_bits \[8\] is in use; profile again"):
         load_profile_costs(PlannerConfig(profile=str(folder)), rows, cluster(), SHAPE, "auto", "dequantize")
 
 

@@ -70,11 +70,11 @@ def test_a_graph_is_taken_where_its_products_win(times):
     assert chosen(WorkloadConfig(8, 20, 200)).kernel == "torch_int4"
 
 
-def test_an_output_matrix_below_16_bits_is_reason_enough_to_choose(times):
+def test_an_lm_head_below_16_bits_is_reason_enough_to_choose(times):
     times(openvino=[1, 2, 3], dequantize=[8, 9, 10])
     whole = (SHAPE, QuantConfig([16]), (16,), "bfloat16", TIMER, SIZES, WorkloadConfig(8, 20, 200))
     assert choose_kernel(*whole).kernel == "dequantize"
-    low = choose_kernel(SHAPE, QuantConfig([16], head_bits=8), *whole[2:])
+    low = choose_kernel(SHAPE, QuantConfig([16], lm_head_bits=8), *whole[2:])
     assert low.kernel == "openvino"
     assert {time.bits for time in low.times} == {8}
 

@@ -27,7 +27,7 @@ from scripts.make_checkpoint import make_checkpoint
 
 BITS = [2, 16, 3, 4, 8, 1]
 QUANT = QuantConfig([1, 2, 3, 4, 8], 32, 1, True)
-ROWS = replace(QUANT, whole_rows=[8])
+ROWS = replace(QUANT, per_channel_bits=[8])
 SMALL = {"layers": 6, "hidden": 64, "heads": 4, "vocab": 128, "max_positions": 64}
 VARIANTS = {
     "llama": {"arch": "llama", "kv_heads": 2},
@@ -159,10 +159,10 @@ def test_a_changed_plan_rewrites_only_what_changed(source, written, tmp_path):
     assert other_group.reused == 3  # embedding, head, and the layer at 16 bits
 
 
-def test_whole_rows_rewrite_only_the_layers_at_those_widths(source, written, tmp_path):
+def test_per_channel_rewrite_only_the_layers_at_those_widths(source, written, tmp_path):
     again = write_quantized(source, tmp_path, BITS, ROWS, reuse=written)
     assert (again.parts, again.reused) == (8, 7)
-    assert read_recipe(tmp_path).quant.whole_rows == [8]
+    assert read_recipe(tmp_path).quant.per_channel_bits == [8]
     layer = loader(open_checkpoint(tmp_path), torch.float32, quant=ROWS).decoder_layer(4)
     assert layer.mlp.up_proj.meta["scale"].numel() == layer.mlp.up_proj.out_features
 
@@ -216,21 +216,24 @@ def test_other_widths_or_settings_than_asked(written):
     with pytest.raises(UserError, match="group_size 32, but 64"):
         loader(checkpoint, torch.float32, quant=QuantConfig([2], 64, 1, True)).decoder_layer(0)
     with pytest.raises(
-        UserError, match=r"quantized with whole_rows \[\], but \[8\] is asked for; run `ds-llmpq quantize"
+        UserError, match=r"quantized with per_channel_bits \[\], but \[8\] is asked for; run `ds-llmpq quantize"
     ):
         loader(checkpoint, torch.float32, quant=ROWS).decoder_layer(4)
 
 
-def test_a_recipe_from_before_whole_rows_and_one_that_cannot_be(written, tmp_path):
+def test_a_recipe_from_before_per_channel_and_one_that_cannot_be(written, tmp_path):
     config = json.loads((written / "config.json").read_text())
     noted = config["quantization_config"]
-    assert noted.pop("whole_rows") == []
-    for other in ({}, {"whole_rows": []}, {"whole_rows": [8]}):
+    assert noted.pop("per_channel_bits") == []
+    for other in ({}, {"per_channel_bits": []}, {"per_channel_bits": [8]}):
         (tmp_path / "config.json").write_text(json.dumps({"quantization_config": noted | other}))
-        assert read_recipe(tmp_path).quant.whole_rows == other.get("whole_rows", [])
-    for other in ({"whole_rows": [16]}, {"whole_rows": "8"}, {"whole_rows": [8], "axis": 0}):
+        assert read_recipe(tmp_path).quant.per_channel_bits == other.get("per_channel_bits", [])
+    noted["head_bits"] = noted.pop("lm_head_bits")
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": noted | {"whole_rows": [8]}}))
+    assert read_recipe(tmp_path).quant == replace(read_recipe(written).quant, per_channel_bits=[8])
+    for other in ({"per_channel_bits": [16]}, {"per_channel_bits": "8"}, {"per_channel_bits": [8], "axis": 0}):
         (tmp_path / "config.json").write_text(json.dumps({"quantization_config": noted | other}))
-        with pytest.raises(UserError, match=r"quantization_config.*whole_rows.*quantize the model again"):
+        with pytest.raises(UserError, match=r"quantization_config.*per_channel_bits.*quantize the model again"):
             read_recipe(tmp_path)
 
 

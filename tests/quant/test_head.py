@@ -1,4 +1,4 @@
-"""The output matrix below 16 bits: the same numbers however it runs and wherever it comes from, and its bytes."""
+"""lm_head below 16 bits: the same numbers however it runs and wherever it comes from, and its bytes."""
 
 import importlib.util
 import json
@@ -69,7 +69,7 @@ def small_blocks(monkeypatch):
 
 
 def settings(bits, kernel="dequantize", **others):
-    return QuantConfig([16], 32, 1, False, kernel, head_bits=bits, **others)
+    return QuantConfig([16], 32, 1, False, kernel, lm_head_bits=bits, **others)
 
 
 def loader(checkpoint, quant, dtype=torch.float32):
@@ -77,7 +77,7 @@ def loader(checkpoint, quant, dtype=torch.float32):
 
 
 def matrix_of(path, bits):
-    """The output matrix as HQQ's own numbers say it, quantized whole."""
+    """lm_head as HQQ's own numbers say it, quantized whole."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     weight = model.get_output_embeddings().weight.data
     return quantize_linear(weight, None, bits, settings(bits), torch.float32, CPU).dequantize()
@@ -155,11 +155,11 @@ def test_a_scored_row_has_logits_at_every_token(path_of, small_blocks):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("whole_rows", [[], [4]])
-def test_a_quantized_checkpoint_holds_the_very_same(path_of, small_blocks, tmp_path, variant, whole_rows):
-    path, quant = path_of(variant), settings(4, whole_rows=whole_rows)
+@pytest.mark.parametrize("per_channel_bits", [[], [4]])
+def test_a_quantized_checkpoint_holds_the_very_same(path_of, small_blocks, tmp_path, variant, per_channel_bits):
+    path, quant = path_of(variant), settings(4, per_channel_bits=per_channel_bits)
     write_quantized(path, tmp_path, [16, 4], quant)
-    assert read_recipe(tmp_path).head_bits == 4
+    assert read_recipe(tmp_path).lm_head_bits == 4
     assert fingerprint(tmp_path) == fingerprint(path)
     stored, direct = loader(open_checkpoint(tmp_path), quant), loader(Checkpoint(path), quant)
     for of in (stored, direct):
@@ -196,7 +196,7 @@ def test_blocks_are_read_as_they_were_written(path_of, small_blocks, tmp_path, m
     config = json.loads((tmp_path / "config.json").read_text())
     config["quantization_config"]["head_rows"] = [128, 128]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="256 rows of the output matrix instead of 320"):
+    with pytest.raises(UserError, match="256 rows of lm_head instead of 320"):
         loader(open_checkpoint(tmp_path), quant).head()
 
 
@@ -211,7 +211,7 @@ def test_only_a_changed_head_is_written_anew(path_of, tmp_path):
 @pytest.mark.parametrize(("kept", "asked"), [(8, 16), (16, 8), (8, 4)])
 def test_another_width_than_the_checkpoint_s_is_refused(path_of, tmp_path, kept, asked):
     write_quantized(path_of("llama"), tmp_path, [16, 16], settings(kept))
-    with pytest.raises(UserError, match=f"output matrix is kept at {kept} bits .* but {asked} are asked for"):
+    with pytest.raises(UserError, match=f"lm_head is kept at {kept} bits .* but {asked} are asked for"):
         loader(open_checkpoint(tmp_path), settings(asked)).head()
 
 
@@ -219,8 +219,8 @@ def test_a_width_that_is_none_is_refused_before_anything_is_written(path_of, tmp
     with pytest.raises(UserError, match="5 bits is not a packed width"):
         loader(Checkpoint(path_of("llama")), settings(5)).head()
     for bits in (5, 32):
-        with pytest.raises(UserError, match=f"quant.head_bits={bits}; it must be one of 1, 2, 3, 4, 8, 16"):
+        with pytest.raises(UserError, match=f"quant.lm_head_bits={bits}; it must be one of 1, 2, 3, 4, 8, 16"):
             write_quantized(path_of("llama"), tmp_path, [4, 4], settings(bits))
-    with pytest.raises(UserError, match="output matrix of 320 x 64 cannot be packed"):
+    with pytest.raises(UserError, match="lm_head of 320 x 64 cannot be packed"):
         write_quantized(path_of("llama"), tmp_path, [16, 16], replace(settings(4), group_size=24))
     assert not any(tmp_path.iterdir())

@@ -42,10 +42,10 @@ def test_same_as_hqq_s_own(bits, axis, dtype, bias):
     assert not any(parameter.requires_grad for parameter in ours.parameters())
 
 
-def test_whole_rows_are_hqq_s_own_groups_of_that_size():
+def test_per_channel_are_hqq_s_own_groups_of_that_size():
     torch.manual_seed(2)
     linear, inputs = nn.Linear(96, 64), torch.randn(3, 96)
-    quant = QuantConfig(group_size=32, optimize=False, whole_rows=[8])
+    quant = QuantConfig(group_size=32, optimize=False, per_channel_bits=[8])
     for bits, group_size in ((8, 96), (4, 32)):
         ours = quantize_linear(
             linear.weight.data, linear.bias.data, bits, quant, torch.float32, torch.device("cpu")

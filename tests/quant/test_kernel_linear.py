@@ -28,15 +28,15 @@ CASES = [
     (name, bits, size)
     for name in THERE
     for bits in KERNELS[name].carried
-    for size in (*KERNELS[name].group_sizes, *(["row"] if KERNELS[name].whole_rows else []))
+    for size in (*KERNELS[name].group_sizes, *(["row"] if KERNELS[name].per_channel else []))
 ]  # fmt: skip
 
 
 def quantized(out_features, in_features, bits, group_size=64, bias=None, seed=0, optimize=True, dtype=torch.float32):
     weight = torch.randn(out_features, in_features, generator=torch.Generator().manual_seed(seed)) + 0.3
-    quant = QuantConfig([bits], 64, 1, optimize and bits > 1, whole_rows=[bits])
+    quant = QuantConfig([bits], 64, 1, optimize and bits > 1, per_channel_bits=[bits])
     if group_size != "row":
-        quant = replace(quant, group_size=group_size, whole_rows=[])
+        quant = replace(quant, group_size=group_size, per_channel_bits=[])
     return quantize_linear(0.02 * weight, bias, bits, quant, dtype, CPU)
 
 
@@ -112,10 +112,10 @@ def test_what_no_kernel_takes_stays_hqq_s():
 
 
 @pytest.mark.parametrize("name", THERE)
-def test_whole_rows_stay_hqq_s_where_the_kernel_cannot_take_them(name):
+def test_per_channel_stay_hqq_s_where_the_kernel_cannot_take_them(name):
     linear, groups = quantized(64, 512, 4, "row", dtype=torch.bfloat16), Groups(64, 1, (4,))
     (module,) = converted(name, [linear], 4, groups, torch.bfloat16)
-    assert isinstance(module, KernelLinear if KERNELS[name].whole_rows else HQQLinear)
+    assert isinstance(module, KernelLinear if KERNELS[name].per_channel else HQQLinear)
     inputs = torch.randn(5, 512).bfloat16()
     expected = inputs.float() @ linear.dequantize().float().t()
     assert (module(inputs) - expected).norm() <= 0.015 * expected.norm()

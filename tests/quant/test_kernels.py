@@ -90,7 +90,7 @@ def test_auto_takes_whole_stages_where_they_can_be_had(
     ("instructions", "quant", "architecture", "chosen"),
     [
         ({"avx2"}, {}, "bloom", "openvino_graph"),
-        ({"avx2"}, {"head_bits": 4}, "bloom", "dequantize"),
+        ({"avx2"}, {"lm_head_bits": 4}, "bloom", "dequantize"),
         ({"avx2"}, {}, "gemma2", "dequantize"),
         ({"avx2", "avx512_bf16"}, {}, "bloom", "dequantize"),
         ({"asimd"}, {}, "bloom", "dequantize"),
@@ -175,7 +175,7 @@ def test_widths_and_shapes_a_kernel_cannot_take_run_through_hqq():
     assert registry.runs("openvino", 64, 64, 16, GROUPS) == "dequantize"
 
 
-def test_whole_rows_run_only_where_the_table_says_so():
+def test_per_channel_run_only_where_the_table_says_so():
     rows = Groups(64, 1, (4, 8))
     assert registry.runs("openvino", 64, 512, 8, rows) == registry.runs("openvino", 64, 512, 2, rows) == "openvino"
     assert registry.runs("torch_int4", 64, 512, 4, rows) == registry.runs("gemlite", 64, 512, 8, rows) == "dequantize"
@@ -208,7 +208,7 @@ def test_bytes_by_hand():
     assert registry.held_bytes("gemlite", 64, 128, 8, 64, 2) == 64 * 128 + 128 * 4
 
 
-def test_bytes_of_whole_rows_by_hand():
+def test_bytes_of_per_channel_by_hand():
     """A layer at 8 bits against groups of 64: a scale, a zero and a correction a row instead of one for each group."""
     rows, wide = sum(out for _, out, *_ in SHAPE.linears), SHAPE.linear_weights // 64
     for kernel, each in (("openvino", 9), ("dequantize", 2 * 2)):

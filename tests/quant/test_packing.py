@@ -69,7 +69,7 @@ def test_bytes_are_what_hqq_holds(bits, axis, dtype):
 
 @pytest.mark.parametrize("bits", PACKED_BITS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_bytes_of_whole_rows_are_what_hqq_holds(bits, dtype):
+def test_bytes_of_per_channel_are_what_hqq_holds(bits, dtype):
     """One scale and one zero a row, also where no group size divides it; 3 bits pad rows."""
     dtype_bytes = {"float32": 4, "bfloat16": 2}[dtype]
     for out_features, in_features in [(24, 40), (56, 104), (64, 512), (8, 72)]:
@@ -79,8 +79,8 @@ def test_bytes_of_whole_rows_are_what_hqq_holds(bits, dtype):
         assert linear.meta["scale"].numel() == out_features
 
 
-def test_only_the_widths_named_have_whole_rows():
-    groups = groups_of(QuantConfig(whole_rows=[8, 3]))
+def test_only_the_widths_named_have_per_channel():
+    groups = groups_of(QuantConfig(per_channel_bits=[8, 3]))
     assert groups == Groups(64, 1, (3, 8))
     assert [groups.of(bits, 256) for bits in (2, 3, 4, 8)] == [64, 256, 64, 256]
     assert quantization_problem(64, 80, 8, groups) is None
@@ -89,20 +89,20 @@ def test_only_the_widths_named_have_whole_rows():
 
 
 @pytest.mark.parametrize(
-    ("whole_rows", "axis", "words"),
+    ("per_channel_bits", "axis", "words"),
     [
-        ([16], 1, r"quant\.whole_rows=\[16\]: list each width once, of 1, 2, 3, 4, 8"),
+        ([16], 1, r"quant\.per_channel_bits=\[16\]: list each width once, of 1, 2, 3, 4, 8"),
         ([8, 8], 1, "each width once"),
         ([5], 1, "each width once"),
         ([[8]], 1, "each width once"),
-        (8, 1, "quant.whole_rows=8: list"),
-        (None, 1, "quant.whole_rows=None: list"),
-        ([8], 0, r"quant\.whole_rows=\[8\] needs groups along the input, not axis 0; set quant\.axis=1, or"),
+        (8, 1, "quant.per_channel_bits=8: list"),
+        (None, 1, "quant.per_channel_bits=None: list"),
+        ([8], 0, r"quant\.per_channel_bits=\[8\] needs groups along the input, not axis 0; set quant\.axis=1, or"),
     ],
 )
-def test_whole_rows_that_cannot_be(whole_rows, axis, words):
+def test_per_channel_that_cannot_be(per_channel_bits, axis, words):
     with pytest.raises(UserError, match=words):
-        groups_of(QuantConfig(axis=axis, whole_rows=whole_rows))
+        groups_of(QuantConfig(axis=axis, per_channel_bits=per_channel_bits))
 
 
 def test_gate_and_bytes_on_random_shapes():

@@ -85,9 +85,9 @@ def test_measured_equals_transformers_with_the_same_weights(path):
         assert few[variant] == found[variant]
 
 
-@pytest.mark.parametrize(("axis", "whole_rows"), [(0, []), (1, []), (1, [8])])
-def test_variance_is_the_theorem_written_out(path, axis, whole_rows, tmp_path):
-    settings = replace(quant(axis), whole_rows=whole_rows)
+@pytest.mark.parametrize(("axis", "per_channel_bits"), [(0, []), (1, []), (1, [8])])
+def test_variance_is_the_theorem_written_out(path, axis, per_channel_bits, tmp_path):
+    settings = replace(quant(axis), per_channel_bits=per_channel_bits)
     model, plain = layerwise(path, settings), transformers_model(path)
     table = indicators.variance(model, WIDTHS, settings, nowhere(tmp_path), lambda *_: None)
     for index, layer in enumerate(decoder_layers(plain)):
@@ -107,7 +107,7 @@ def test_variance_is_the_theorem_written_out(path, axis, whole_rows, tmp_path):
             for name, x in entered.items():
                 weight = layer.get_submodule(name).weight.data
                 # the step of every weight, as HQQ itself says it
-                size = weight.shape[1] if bits in whole_rows else 16
+                size = weight.shape[1] if bits in per_channel_bits else 16
                 _, meta = Quantizer.quantize(weight, bits, group_size=size, axis=axis, optimize=False, device="cpu")
                 steps = meta["scale"].expand(*((-1, size) if axis else (size, -1))).reshape(weight.shape)
                 expected += (steps**2 @ x.var(0, unbiased=False) / 4).mean().item()

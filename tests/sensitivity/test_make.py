@@ -52,19 +52,19 @@ def test_every_method_gives_a_table_in_nats(path, tmp_path, method):
     assert table.details["peak_memory_bytes"] > 1 << 20
 
 
-def test_whole_rows_are_noted_and_measured(path, tmp_path):
+def test_per_channel_are_noted_and_measured(path, tmp_path):
     asked = request(path, tmp_path / "rows", bits=(8, 16))
     plain = make_sensitivity(request(path, tmp_path / "groups", bits=(8, 16)))
-    rows = make_sensitivity(replace(asked, quant=replace(asked.quant, whole_rows=[8])))
-    assert plain.details["quant"] == {"group_size": 64, "axis": 1, "whole_rows": [], "optimize": True}
-    assert rows.details["quant"] == plain.details["quant"] | {"whole_rows": [8]}
+    rows = make_sensitivity(replace(asked, quant=replace(asked.quant, per_channel_bits=[8])))
+    assert plain.details["quant"] == {"group_size": 64, "axis": 1, "per_channel_bits": [], "optimize": True}
+    assert rows.details["quant"] == plain.details["quant"] | {"per_channel_bits": [8]}
     assert rows.table != plain.table
 
 
-def test_what_the_output_matrix_loses_is_measured_and_changes_no_layer_s(path, tmp_path):
+def test_what_lm_head_loses_is_measured_and_changes_no_layer_s(path, tmp_path):
     asked = request(path, tmp_path / "head", bits=(4, 2, 16))
     plain, low = (
-        make_sensitivity(replace(asked, folder=tmp_path / str(bits), quant=replace(asked.quant, head_bits=bits)))
+        make_sensitivity(replace(asked, folder=tmp_path / str(bits), quant=replace(asked.quant, lm_head_bits=bits)))
         for bits in (16, 3)
     )
     assert list(plain.head) == [4, 2], "those of the layers' widths, so that one table serves a sweep"
@@ -83,10 +83,10 @@ def test_what_the_output_matrix_loses_is_measured_and_changes_no_layer_s(path, t
     assert low.head[2] == pytest.approx(low.details["loss_per_kl"] * kl, rel=1e-3)
 
 
-def test_an_output_matrix_that_cannot_be_is_named_before_anything_is_measured(path, tmp_path):
+def test_an_lm_head_that_cannot_be_is_named_before_anything_is_measured(path, tmp_path):
     asked = request(path, tmp_path)
-    with pytest.raises(UserError, match=r"quant\.head_bits=7; it must be one of"):
-        make_sensitivity(replace(asked, quant=replace(asked.quant, head_bits=7)))
+    with pytest.raises(UserError, match=r"quant\.lm_head_bits=7; it must be one of"):
+        make_sensitivity(replace(asked, quant=replace(asked.quant, lm_head_bits=7)))
     assert not list(tmp_path.glob("progress*"))
 
 

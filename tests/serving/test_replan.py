@@ -31,11 +31,11 @@ def test_widths_stay_and_the_lost_device_goes(tmp_path):
 
 def test_a_plan_from_elsewhere_keeps_its_own_settings(tmp_path):
     """Given as plan=FILE: what the configuration says of HQQ is then only the default."""
-    _, plan = planned(tmp_path / "first", "quant.bits=[4,8]", "quant.head_bits=8", "quant.group_size=128")
+    _, plan = planned(tmp_path / "first", "quant.bits=[4,8]", "quant.lm_head_bits=8", "quant.group_size=128")
     settings = config.to_object(config.composed("run", []), config.COMMANDS["run"])
     left = plan_without(settings, plan, ["localhost:1"], tmp_path, widths_free=True)
     assert left.quant == plan.quant
-    assert left.quant.head_bits == 8
+    assert left.quant.lm_head_bits == 8
     assert widths(left) == widths(plan)
 
 

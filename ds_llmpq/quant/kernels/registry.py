@@ -43,7 +43,7 @@ class Kernel:
     """One way to run quantized linears. `carried`: width -> bits in which its codes are held.
 
     integer_activations: inputs are rounded to 8 bits by groups, and sums are taken in integers.
-    whole_rows: it also takes one group a row, whatever its length. fused: linears of one input are held and run as one.
+    per_channel: it also takes one group a row, of any length. fused: linears of one input are held and run as one.
     whole_stage: it runs all layers of a stage as one graph, unquantized ones too; a layer by itself multiplies with the
     kernel `alone`.
     """
@@ -56,7 +56,7 @@ class Kernel:
     group_sizes: tuple[int, ...]
     out_multiple: int = 1
     in_multiple: int = 1
-    whole_rows: bool = False
+    per_channel: bool = False
     integer_activations: bool = False
     fused: bool = False
     whole_stage: bool = False
@@ -68,12 +68,12 @@ KERNELS = {
     for kernel in (
         Kernel(
             "openvino_graph", "openvino", ("cpu",), ("bfloat16", "float32"), {3: 4, 4: 4, 8: 8}, (32, 64, 128, 256),
-            whole_rows=True, integer_activations=True, fused=True, whole_stage=True,
+            per_channel=True, integer_activations=True, fused=True, whole_stage=True,
             alone="openvino",
         ),
         Kernel(
             "openvino", "openvino", ("cpu",), ("bfloat16",), {1: 2, 2: 2, 3: 4, 4: 4, 8: 8}, (32, 64, 128, 256),
-            whole_rows=True, integer_activations=True, fused=True,
+            per_channel=True, integer_activations=True, fused=True,
         ),
         Kernel(
             "torch_int4", "torch", ("cpu",), ("bfloat16",), {1: 4, 2: 4, 3: 4, 4: 4}, (32, 64, 128, 256),
@@ -119,8 +119,8 @@ def problem(name: str, kind: str, dtype: str, quant: QuantConfig, spec: DecoderS
         return f"it takes groups of {', '.join(map(str, kernel.group_sizes))}, not of {quant.group_size}"
     if kernel.whole_stage and spec is not None and (reason := _graph_problem(spec)):
         return reason
-    if kernel.whole_stage and dtype == "float32" and quant.head_bits < UNQUANTIZED_BITS:
-        return f"in float32 nothing but {DEQUANTIZE} multiplies with an lm_head of {quant.head_bits} bits"
+    if kernel.whole_stage and dtype == "float32" and quant.lm_head_bits < UNQUANTIZED_BITS:
+        return f"in float32 nothing but {DEQUANTIZE} multiplies with an lm_head of {quant.lm_head_bits} bits"
     for bits in quant.bits if kernel.whole_stage else ():
         if bits not in kernel.carried and bits != UNQUANTIZED_BITS:
             return f"it has no layers of {bits} bits"
@@ -241,7 +241,7 @@ def runs(name: str, out_features: int, in_features: int, bits: int, groups: Grou
         return DEQUANTIZE
     kernel = KERNELS[name]
     fits = out_features % kernel.out_multiple == 0 and in_features % kernel.in_multiple == 0
-    fits &= kernel.whole_rows or bits not in groups.whole_rows
+    fits &= kernel.per_channel or bits not in groups.per_channel_bits
     return name if bits in kernel.carried and fits else DEQUANTIZE
 
 
@@ -308,9 +308,7 @@ def layer_linear_bytes(
     return total
 
 
-def output_matrix_bytes(
-    name: str, out_features: int, in_features: int, bits: int, groups: Groups, dtype_bytes: int
-) -> int:
+def lm_head_bytes(name: str, out_features: int, in_features: int, bits: int, groups: Groups, dtype_bytes: int) -> int:
     """Bytes of the matrix behind the last layer at `bits`: multiplied as one where a kernel takes it, else kept in
     `row_blocks`."""
     name = alone(name)
