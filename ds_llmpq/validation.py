@@ -8,18 +8,21 @@ below carry the bounds; a dataclass's own `__post_init__` says what several fiel
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from functools import cache
 from typing import Annotated, Any, TypeVar
 
 from annotated_types import Ge, Gt, Le, MaxLen, MinLen
-from pydantic import AfterValidator, AllowInfNan, ConfigDict, FailFast, TypeAdapter, ValidationError
+from pydantic import AfterValidator, AllowInfNan, ConfigDict, Discriminator, FailFast, Tag, TypeAdapter, ValidationError
 
 from ds_llmpq.errors import UserError, printable, shown
 
 T = TypeVar("T")
 MOST_COUNT = 2**53  # exact as a float too
 MOST_SIZE = 1e300  # products of a few stay finite as far as they are compared
+_WHOLE = re.compile("0|[1-9][0-9]{0,15}")
+_ONE, _MANY = "\0one", "\0many"  # marks in pydantic's places: no key that is taken begins so
 
 
 def _plain(text: str) -> str:
@@ -34,12 +37,24 @@ def _not_negative(value: float) -> float:
     return value
 
 
+def _whole(key: str) -> int:
+    if not _WHOLE.fullmatch(key):  # int() takes more: "01", " 1", "+1", "1_0"
+        raise ValueError("must be a whole number in plain digits")
+    return int(key)
+
+
+def _distinct(values: tuple[T, ...]) -> tuple[T, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError("must list each value once")
+    return values
+
+
 def one_of(*values: Any) -> Any:
     """The type of a value that is one of these, all of one type."""
 
     def check(value: Any) -> Any:
         if value not in values:
-            raise ValueError(f"must be one of {', '.join(map(str, values))}")
+            raise ValueError(f"must be {'one of ' * (len(values) > 1)}{', '.join(map(str, values))}")
         return value
 
     return Annotated[type(values[0]), AfterValidator(check)]
@@ -48,6 +63,7 @@ def one_of(*values: Any) -> Any:
 Count = Annotated[int, Ge(0), Le(MOST_COUNT)]
 Positive = Annotated[int, Ge(1), Le(MOST_COUNT)]
 Bits = Annotated[int, Ge(0), Le(64)]
+LayerBits = Annotated[int, Ge(1), Le(64)]
 Number = Annotated[float, Ge(-MOST_SIZE), Le(MOST_SIZE)]
 Amount = Annotated[float, Ge(0), Le(MOST_SIZE)]
 Seconds = Annotated[float, Ge(0), Le(1e12)]
@@ -61,7 +77,13 @@ PathText = Annotated[str, MinLen(1), MaxLen(4_096), AfterValidator(_plain)]
 Digest = Annotated[str, MinLen(1), MaxLen(128), AfterValidator(_plain)]
 Many = Annotated[tuple[T, ...], MaxLen(1_000_000), FailFast()]
 Some = Annotated[tuple[T, ...], MinLen(1), MaxLen(1_000_000), FailFast()]
+Distinct = Annotated[tuple[T, ...], MinLen(1), MaxLen(10_000), AfterValidator(_distinct)]
+OneOrMany = Annotated[
+    Annotated[T, Tag(_ONE)] | Annotated[tuple[T, ...], MaxLen(1_000_000), Tag(_MANY)],
+    Discriminator(lambda value: _MANY if isinstance(value, list) else _ONE),
+]
 Table = Annotated[dict[Name, T], MaxLen(100_000)]
+TableByNumber = Annotated[dict[Annotated[str, AfterValidator(_whole)], T], MaxLen(100_000)]
 Plain = Annotated[dict[str, Any], MaxLen(100_000)]  # any JSON object
 
 
@@ -75,7 +97,7 @@ def checked(kind: type[T], value: Any, where: str, remedy: str, *, further: bool
         return _adapter(kind).validate_json(json.dumps({"": value}))[""]
     except ValidationError as error:
         raise UserError(_sentence(error, where, remedy)) from None
-    except (RecursionError, ValueError) as error:
+    except (RecursionError, TypeError, ValueError) as error:
         raise UserError(f"{where} cannot be read ({type(error).__name__}); {remedy}.") from None
 
 
@@ -95,15 +117,18 @@ def _adapter(kind: Any) -> TypeAdapter:
 
 def _sentence(error: ValidationError, where: str, remedy: str) -> str:
     first = error.errors(include_url=False)[0]
-    place = first["loc"][1:]
+    place = tuple(key for key in first["loc"][1:] if key not in (_ONE, _MANY))
     kind, key = first["type"], place[-1] if place else ""
     if kind in ("missing", "missing_argument"):
         return f"{_path(where, place[:-1])} lacks the key {shown(key)}; {remedy}."
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"{_path(where, place[:-1])} has the unknown key {shown(key)}; {remedy}."
-    wanted = first["msg"].removeprefix("Input ").removeprefix("Value error, ")
-    wanted = wanted.replace("should be", "must be").replace("should have", "must have")
-    return f"{_path(where, place)} is {shown(first['input'])}, but {wanted[:1].lower() + wanted[1:]}; {remedy}."
+    wanted = re.sub("^(Input|Value error,|Tuple|List|Dictionary|String) ", "", first["msg"])
+    wanted = wanted.replace("should ", "must ").replace(" after validation", "")
+    what = "is"
+    if key == "[key]":  # so pydantic ends the place of a key
+        place, what = place[:-2], "has the key"
+    return f"{_path(where, place)} {what} {shown(first['input'])}, but {wanted[:1].lower() + wanted[1:]}; {remedy}."
 
 
 def _path(where: str, place: tuple[Any, ...]) -> str:

@@ -19,6 +19,7 @@ from ds_llmpq.validation import (
     Amount,
     Bits,
     Count,
+    LayerBits,
     Many,
     Name,
     Note,
@@ -35,6 +36,7 @@ from ds_llmpq.wording import plain
 
 SCHEMA = 2
 FORMER_SCHEMA = 1
+MOST_LAYERS = 10_000  # of a model
 MEMORY_PARTS = ("weights", "kv", "embed", "head", "workspace")
 REMEDY = "correct it, or plan again"
 
@@ -127,7 +129,7 @@ class Stage:
     device: Name
     device_type: Name
     layers: tuple[Count, Count]
-    bits: Many[Annotated[int, Ge(1), Le(64)]]
+    bits: Many[LayerBits]
     kernel: Name | None
     memory_bytes: StageMemory
     memory_budget_bytes: Amount
@@ -237,7 +239,7 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object of `plan.json`."""
-        return {"schema": SCHEMA, **_jsonable(asdict(self))}
+        return {"schema": SCHEMA, **to_plain(asdict(self))}
 
     @classmethod
     def from_json(cls, obj: Any) -> "Plan":
@@ -288,10 +290,10 @@ def _check_stages(plan: Plan) -> None:
             raise UserError(f"plan.deployment.link_seconds.{phase} must have {len(plan.stages)} entries; plan again.")
 
 
-def _jsonable(value: Any) -> Any:
-    """Tuples as lists and mappings as dicts, as JSON has them."""
+def to_plain(value: Any) -> Any:
+    """Tuples as lists and mappings as dicts by text, as JSON has them."""
     if isinstance(value, Mapping):
-        return {key: _jsonable(entry) for key, entry in value.items()}
+        return {str(key): to_plain(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_jsonable(entry) for entry in value]
+        return [to_plain(entry) for entry in value]
     return value

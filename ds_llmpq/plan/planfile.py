@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ds_llmpq.errors import UserError, printable
 from ds_llmpq.files import read_json
-from ds_llmpq.plan import reading
 from ds_llmpq.plan.assignment import Assignment, StageAssignment
-from ds_llmpq.plan.plan import FORMER_SCHEMA, SCHEMA, Plan
+from ds_llmpq.plan.plan import FORMER_SCHEMA, MOST_LAYERS, REMEDY, SCHEMA, MicroBatches, Plan
+from ds_llmpq.validation import Count, LayerBits, Name, OneOrMany, Some, checked
 
-_MOST_LAYERS = 10_000
+
+@dataclass(frozen=True)
+class _DecidedStage:
+    device: Name
+    layers: tuple[Count, Count]
+    bits: OneOrMany[LayerBits]
+
+
+@dataclass(frozen=True)
+class _Decisions:
+    stages: Some[_DecidedStage]
+    micro_batch: MicroBatches
 
 
 def read_plan(path: str | Path) -> Plan:
@@ -40,21 +52,16 @@ def read_assignment(path: str | Path) -> Plan | Assignment:
     obj = _read(path)
     if isinstance(obj, dict) and "schema" in obj:
         return _plan_from(obj, path)
-    reading.keys(obj, "plan", ("stages", "micro_batch"))
-    sizes = reading.keys(obj["micro_batch"], "plan.micro_batch", ("prefill", "decode"))
+    decided = checked(_Decisions, obj, "plan", REMEDY)
     stages = []
-    for index, entry in enumerate(reading.items(obj["stages"], "plan.stages")):
-        where = f"plan.stages[{index}]"
-        reading.keys(entry, where, ("device", "layers", "bits"))
-        span = reading.items(entry["layers"], f"{where}.layers", length=2)
-        first, last = (reading.integer(value, f"{where}.layers[{i}]", low=0) for i, value in enumerate(span))
-        if last - first > _MOST_LAYERS:
-            raise UserError(f"{where}.layers has {last - first} layers, but no model has more than {_MOST_LAYERS}.")
-        widths = entry["bits"] if isinstance(entry["bits"], list) else [entry["bits"]] * max(last - first, 0)
-        bits = tuple(reading.integer(width, f"{where}.bits[{i}]") for i, width in enumerate(widths))
-        stages.append(StageAssignment(reading.text(entry["device"], f"{where}.device"), first, last, bits))
-    prefill, decode = (reading.integer(sizes[phase], f"plan.micro_batch.{phase}") for phase in ("prefill", "decode"))
-    return Assignment(tuple(stages), prefill, decode)
+    for index, stage in enumerate(decided.stages):
+        first, last = stage.layers
+        if last - first > MOST_LAYERS:
+            path = f"plan.stages[{index}].layers"
+            raise UserError(f"{path} has {last - first} layers, but no model has more than {MOST_LAYERS}; {REMEDY}.")
+        bits = stage.bits if isinstance(stage.bits, tuple) else (stage.bits,) * max(last - first, 0)
+        stages.append(StageAssignment(stage.device, first, last, bits))
+    return Assignment(tuple(stages), decided.micro_batch.prefill, decided.micro_batch.decode)
 
 
 def write_plan(path: str | Path, plan: Plan) -> None:

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from ds_llmpq.errors import UserError
-from ds_llmpq.plan import Assignment, reading
+from ds_llmpq.errors import UserError, shown
+from ds_llmpq.plan import Assignment
 from ds_llmpq.planner.problem import MicroBatchCandidates, Problem
+from ds_llmpq.validation import Count, LayerBits, Many, Name, Positive, Table, TableByNumber, checked, one_of
 
 
 @dataclass(frozen=True)
@@ -16,48 +17,43 @@ class Pins:
     """`order`: only these devices, in this order (some may be left out). `layers`: device -> [first, last), exactly.
     `bits`: layer -> width. `micro_batch`: phase ("prefill", "decode") -> size."""
 
-    order: tuple[str, ...] = ()
-    layers: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    bits: Mapping[int, int] = field(default_factory=dict)
-    micro_batch: Mapping[str, int] = field(default_factory=dict)
+    order: Many[Name] = ()
+    layers: Table[tuple[Count, Count]] = field(default_factory=dict)
+    bits: TableByNumber[LayerBits] = field(default_factory=dict)
+    micro_batch: dict[one_of("prefill", "decode"), Positive] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, obj: Any, problem: Problem) -> "Pins":
         """Read and check an object with any of the four fields as keys; null means no pins."""
-        if obj is None:
-            return cls()
-        if isinstance(obj, cls):
-            obj = {
-                "order": list(obj.order),
-                "layers": {name: list(span) for name, span in obj.layers.items()},
-                "bits": {str(layer): width for layer, width in obj.bits.items()},
-                "micro_batch": dict(obj.micro_batch),
-            }
-        reading.keys(obj, "pins", (), ("order", "layers", "bits", "micro_batch"))
+        obj = vars(obj) if isinstance(obj, cls) else obj
+        if isinstance(obj, Mapping):
+            obj = {name: entry for name, entry in obj.items() if entry is not None}
+        pins = cls() if obj is None else checked(cls, obj, "pins", "correct it")
+        pins._check(problem)
+        return pins
+
+    def _check(self, problem: Problem) -> None:
         names = [device.name for device in problem.devices]
-        order = tuple(
-            reading.text(name, f"pins.order[{i}]", names)
-            for i, name in enumerate(reading.items(obj.get("order") or [], "pins.order", empty=True))
-        )
-        if len(set(order)) < len(order):
-            raise UserError(f"pins.order is {reading.shown(list(order))}, but must name each device once.")
-        spans = reading.mapping(obj.get("layers") or {}, "pins.layers")
-        layers = {name: _span(span, f"pins.layers.{name}", problem) for name, span in spans.items()}
-        for name in layers:
-            if name not in (order or names):
-                raise UserError(f"pins.layers names {name!r}, which is not among the devices that may be used.")
-        widths = reading.mapping(obj.get("bits") or {}, "pins.bits")
-        bits = {_layer(layer, problem): width for layer, width in widths.items()}
-        for layer, width in bits.items():
-            if isinstance(width, bool) or not isinstance(width, int) or width not in problem.bits:
-                raise UserError(f"pins.bits.{layer} is {reading.shown(width)}, but must be one of {problem.bits}.")
-        sizes = dict(reading.mapping(obj.get("micro_batch") or {}, "pins.micro_batch"))
-        reading.keys(sizes, "pins.micro_batch", (), ("prefill", "decode"))
-        for phase, size in sizes.items():
-            known = getattr(problem.micro_batches, phase)
-            if isinstance(size, bool) or not isinstance(size, int) or size not in known:
-                raise UserError(f"pins.micro_batch.{phase} is {reading.shown(size)}, but must be one of {known}.")
-        return cls(order, layers, bits, sizes)
+        for i, name in enumerate(self.order):
+            if name not in names:
+                raise UserError(f"pins.order[{i}] is {name!r}, but must be one of {', '.join(names)}; correct it.")
+        if len(set(self.order)) < len(self.order):
+            raise UserError(f"pins.order is {shown(list(self.order))}, but must name each device once; correct it.")
+        for name, (first, last) in self.layers.items():
+            if name not in (self.order or names):
+                raise UserError(
+                    f"pins.layers has {name!r}, which is not among the devices that may be used; remove it."
+                )
+            if not first < last <= problem.layers:
+                bound = f"[first, last) within {problem.layers} layers"
+                raise UserError(f"pins.layers.{name} is [{first}, {last}], but must be {bound}; correct it.")
+        for layer, width in self.bits.items():
+            if layer >= problem.layers:
+                last = problem.layers - 1
+                raise UserError(f"pins.bits has the layer {layer}, but layers are 0 to {last}; remove it.")
+            _check_choice(width, problem.bits, f"pins.bits.{layer}")
+        for phase, size in self.micro_batch.items():
+            _check_choice(size, getattr(problem.micro_batches, phase), f"pins.micro_batch.{phase}")
 
     def apply(self, problem: Problem) -> Problem:
         """The problem with the order and the micro-batch pins built in."""
@@ -120,18 +116,6 @@ class Pins:
         )
 
 
-def _span(value: Any, path: str, problem: Problem) -> tuple[int, int]:
-    first, last = (reading.integer(v, path, low=0) for v in reading.items(value, path, length=2))
-    if not first < last <= problem.layers:
-        raise UserError(f"{path} is [{first}, {last}], but must be [first, last) within {problem.layers} layers.")
-    return first, last
-
-
-def _layer(value: Any, problem: Problem) -> int:
-    try:
-        layer = int(value)
-    except (TypeError, ValueError):
-        layer = -1
-    if not 0 <= layer < problem.layers:
-        raise UserError(f"pins.bits has the layer {reading.shown(value)}, but layers are 0 to {problem.layers - 1}.")
-    return layer
+def _check_choice(value: int, choices: tuple[int, ...], path: str) -> None:
+    if value not in choices:
+        raise UserError(f"{path} is {value}, but must be one of {', '.join(map(str, choices))}; correct it.")

@@ -146,12 +146,19 @@ def test_malformed_pins_give_their_sentence():
         ({"order": [name, name]}, "each device once"),
         ({"layers": {name: [2, 9]}}, "within 4 layers"),
         ({"bits": {"7": 4}}, "layers are 0 to 3"),
+        ({"bits": {"01": 4}}, "pins.bits has the key '01', but must be a whole number"),
+        ({"bits": {" 1": 4}}, "has the key ' 1'"),
+        ({"bits": {"1.0": 4}}, "has the key '1.0'"),
+        ({"bits": {"0": 4.0}}, "pins.bits.0 is 4.0"),
         ({"bits": {"0": 5}}, "pins.bits.0"),
         ({"micro_batch": {"prefill": 99}}, "pins.micro_batch.prefill"),
     ):
         with pytest.raises(UserError, match=sentence):
             solve(obj, pins=pins)
-    assert Pins.from_json(None, Problem.from_json(obj)) == Pins()
+    problem = Problem.from_json(obj)
+    assert Pins.from_json(None, problem) == Pins.from_json({"order": None}, problem) == Pins()
+    kept = Pins(order=(name,), layers={name: (0, 4)}, bits={2: problem.bits[0]})
+    assert Pins.from_json(kept, problem) == kept
 
 
 def test_progress_reports_a_closing_gap():
