@@ -9,6 +9,7 @@ from functools import cached_property
 
 import torch
 
+from ds_llmpq.engine.runner.host_copies import to_device
 from ds_llmpq.errors import UserError
 from ds_llmpq.integers import round_up
 
@@ -96,7 +97,7 @@ class KVStore:
     def prefill(self, slots: Sequence[int]) -> PrefillCache:
         first, last = slots[0], slots[-1]
         together = last - first + 1 == len(slots)
-        return PrefillCache(self, slice(first, last + 1) if together else torch.tensor(slots, device=self._view.device))
+        return PrefillCache(self, slice(first, last + 1) if together else to_device(slots, self._view.device))
 
     def decode(self, start: int, stop: int, positions: torch.Tensor, kv_tokens: int) -> DecodeCache:
         """`positions` [slots]: where each new token is stored; attention sees the first `kv_tokens`."""

@@ -19,6 +19,8 @@ from ds_llmpq.engine.pipeline_module import PlannedPipelineModule
 from ds_llmpq.engine.processors import LogitsProcessors
 from ds_llmpq.engine.runner.capture import Capture
 from ds_llmpq.engine.runner.captured_decode import CapturedDecode
+from ds_llmpq.engine.runner.host_copies import HostCopy, to_device
+from ds_llmpq.engine.runner.look_ahead import Launched, LookAhead
 from ds_llmpq.engine.sampling import NO_DEFAULTS, sample
 from ds_llmpq.engine.stage_run.faults import FaultLog, NeutralRow, Suspects
 from ds_llmpq.engine.stage_run.oom_split import MicroBatchSplitter
@@ -93,6 +95,10 @@ class InferencePipelineEngine(PipelineEngine):
             self.module, self.splitter, self.faults, NeutralRow(self.module, store, positional, zeros, neutral_tokens),
             dtype, hidden_size, self.is_last_stage(), self._captured(capture),
         )  # fmt: skip
+        # with more stages, tokens go to the others through the host, and other groups fill the time
+        alone = capture is not None and self.num_stages == 1
+        self.ahead = LookAhead(self.device) if alone else None
+        self._early: Launched | None = None
         self._rule_holds = False  # whether the stop rule has judged a token
         self.stream: Stream | None = None
         self.stream_times: list[StreamTimes] = []
@@ -124,6 +130,8 @@ class InferencePipelineEngine(PipelineEngine):
         `on_tokens(keys, tokens)` with each pass's tokens of rows that go on, where it is given.
         """
         self.store.shape_for(*first.shape)
+        if self.ahead is not None:
+            self.ahead.begin(first.slots)
         self.stream = stream = Stream(
             first, limits, take_group, on_finished, self._poll_tokens, self._admitted, on_tokens
         )
@@ -169,12 +177,12 @@ class InferencePipelineEngine(PipelineEngine):
             cache=self.store.prefill(batch.slots),
             kv_tokens=longest,
             causal_only=True,
-            last=torch.tensor([len(tokens) - 1 for tokens in prompts], device=self.device),
+            last=to_device([len(tokens) - 1 for tokens in prompts], self.device),
         )
         if self.is_first_stage():
             # padding repeats the row's own token, so a token id that yields NaN affects only rows that contain it
             padded = [tokens + tokens[-1:] * (longest - len(tokens)) for tokens in prompts]
-            step.token_ids = torch.tensor(padded, device=self.device)
+            step.token_ids = to_device(padded, self.device)
         with self.trace.working("prefill", batch.size, tokens=sum(map(len, prompts))):
             try:
                 self._run_rows("prefill", step, batch)
@@ -184,25 +192,33 @@ class InferencePipelineEngine(PipelineEngine):
                 self._give_up(batch, error)
 
     def _decode_pass(self, batch: MicroBatch) -> None:
-        live, table = set(batch.live), self.stream.slots
-        positions = [table.position(slot) for slot in batch.live]
+        table = self.stream.slots
+        if self.ahead is not None:
+            self._early = self.ahead.take(self._group(batch), batch, table)
+            if self._early is not None:
+                return
+        step = self._decode_step(batch, [table.position(slot) for slot in batch.live])
+        if self.is_first_stage():
+            live = set(batch.live)
+            # slots that go along bring a running row's token, which the model can bear or that row is given up
+            along = table.generated[batch.live[0]][-1]
+            tokens = [table.generated[slot][-1] if slot in live else along for slot in batch.slots]
+            step.token_ids = to_device(tokens, self.device)[:, None]
+        with self.trace.working("decode", batch.size, tokens=len(batch.live)):
+            self._run_rows("decode", step, batch)
+
+    def _decode_step(self, batch: MicroBatch, positions: abc.Sequence[int]) -> Step:
+        """`positions`: of the live slots' last tokens."""
         # how sums over the cache are grouped depends on how much of it is read
         kv_tokens = self.store.capacity if self.stream.batch_invariant else max(positions) + 1
-        places = [table.position(slot) if slot in live else self._aside(slot) for slot in batch.slots]
-        at = torch.tensor(places, device=self.device)
-        step = Step(
+        live = dict(zip(batch.live, positions, strict=True))
+        at = to_device([live[slot] if slot in live else self._aside(slot) for slot in batch.slots], self.device)
+        return Step(
             positions=at[:, None],
             cache=self.store.decode(batch.slots[0], batch.slots[-1] + 1, at, kv_tokens),
             kv_tokens=kv_tokens,
             causal_only=not self.stream.batch_invariant and min(positions) + 1 == kv_tokens,
         )
-        if self.is_first_stage():
-            # slots that go along bring a running row's token, which the model can bear or that row is given up
-            along = table.generated[batch.live[0]][-1]
-            tokens = [table.generated[slot][-1] if slot in live else along for slot in batch.slots]
-            step.token_ids = torch.tensor(tokens, device=self.device)[:, None]
-        with self.trace.working("decode", batch.size, tokens=len(live)):
-            self._run_rows("decode", step, batch)
 
     def _aside(self, slot: int) -> int:
         """Where a slot that goes along may write: behind what its sequence's prefill has stored, where the sequence
@@ -234,42 +250,116 @@ class InferencePipelineEngine(PipelineEngine):
         self._hidden, self._logits = self.passes.nothing(1, tokens)
 
     def _sample(self, batch: MicroBatch) -> None:
-        with self.trace.working("sample", batch.size):
-            logits = self._logits.reshape(batch.size, -1)
-            places = [batch.slots.index(slot) for slot in batch.live]
-            if len(places) < batch.size:
-                logits = logits[places]
-            suspects = Suspects(lambda: _sample_neutral(logits), lambda: [(0, False)])
-            found = self.splitter.run(
-                "sample",
-                len(places),
-                1,
-                lambda start, stop: self._choose(batch.live[start:stop], logits[start:stop].float()),
-                suspects,
-            )
-            for place, error in suspects.failed.items():
-                self.faults.note(self.stream.slots.sequences[batch.live[place]].key, "sampling", error)
-            # a head of few bits may make numbers of what is none
-            given_up = self._hidden[:, 0, 0].isnan().tolist()
-            chosen = [choice for part in found for choice in part]
-        self._hidden = self._logits = None
+        early = self._sample_ahead(batch) if self.ahead is not None else None
+        if early is not None:
+            self._launch_next()
+            with self.trace.waiting("tokens", batch.size):
+                chosen = early.read(batch.live)
+        else:
+            with self.trace.working("sample", batch.size):
+                chosen = self._sample_rows(batch)
+            if self.ahead is not None:
+                self.ahead.keep_tokens(batch.live, to_device([token for token, _ in chosen], self.device))
+        self._hidden = self._logits = self._early = None
         tokens, finish = [0] * batch.size, [int(Finish.RUNNING)] * batch.size
-        for slot, place, (token, sound) in zip(batch.live, places, chosen, strict=True):
-            tokens[place] = token
-            finish[place] = int(self._finish(slot, token) if sound and not given_up[place] else Finish.NAN_LOGITS)
+        places = dict(zip(batch.slots, range(batch.size), strict=True))
+        for slot, (token, sound) in zip(batch.live, chosen, strict=True):
+            tokens[places[slot]] = token
+            finish[places[slot]] = int(self._finish(slot, token) if sound else Finish.NAN_LOGITS)
         self.tokens.send(torch.tensor(tokens), torch.tensor(finish))
         self.stream.record(batch, tokens, finish)
 
-    def _choose(self, slots: tuple[int, ...], logits: torch.Tensor) -> list[tuple[int, bool]]:
-        """The next token of each slot, and whether its logits are numbers; logits [slots, vocabulary]."""
+    def _sample_rows(self, batch: MicroBatch) -> list[tuple[int, bool]]:
+        """The next token of each live slot, and whether its logits are numbers. Rows that raise are given up."""
+        logits = self._live_logits(batch)
+        suspects = Suspects(lambda: _sample_neutral(logits), lambda: torch.tensor([[0], [0]]))
+        counts = [len(self.stream.slots.generated[slot]) for slot in batch.live]
+        found = self.splitter.run(
+            "sample",
+            len(batch.live),
+            1,
+            lambda start, stop: self._choose(batch.live[start:stop], logits[start:stop].float(), counts[start:stop]),
+            suspects,
+        )
+        for place, error in suspects.failed.items():
+            self.faults.note(self.stream.slots.sequences[batch.live[place]].key, "sampling", error)
+        # a head of few bits may make numbers of what is none
+        given_up = dict(zip(batch.slots, self._hidden[:, 0, 0].isnan().tolist(), strict=True))
+        tokens, sound = torch.cat([part.cpu() for part in found], 1).tolist()
+        return [
+            (token, bool(ok) and not given_up[slot]) for slot, token, ok in zip(batch.live, tokens, sound, strict=True)
+        ]
+
+    def _live_logits(self, batch: MicroBatch) -> torch.Tensor:
+        logits = self._logits.reshape(batch.size, -1)
+        return logits if len(batch.live) == batch.size else logits[self._live_places(batch)]
+
+    def _live_places(self, batch: MicroBatch) -> torch.Tensor:
+        return to_device([batch.slots.index(slot) for slot in batch.live], self.device)
+
+    def _choose(self, slots: tuple[int, ...], logits: torch.Tensor, counts: abc.Sequence[int]) -> torch.Tensor:
+        """[2, slots] on the device: the next token of each slot, and whether its logits are numbers. `counts`: the
+        tokens that each has generated before."""
         rows = [self.stream.slots.sequences[slot] for slot in slots]
-        before = [self.stream.slots.generated[slot] for slot in slots]
-        generated = [len(tokens) for tokens in before]
-        processed = self.processors(logits, slots, before)
-        tokens = sample(processed, [row.sampling for row in rows], generated, self.defaults)
-        # one transfer for both (NaN passes through the maximum)
-        chosen, sound = torch.stack([tokens, logits.amax(-1).isfinite().long()]).tolist()
-        return [(token, bool(ok)) for token, ok in zip(chosen, sound, strict=True)]
+        processed = self.processors(logits, slots, [self.stream.slots.generated[slot] for slot in slots])
+        tokens = sample(processed, [row.sampling for row in rows], counts, self.defaults)
+        # NaN passes through the maximum
+        return torch.stack([tokens, logits.amax(-1).isfinite().long()])
+
+    # One decode pass ahead of the host (`engine.runner.look_ahead`).
+
+    def _group(self, batch: MicroBatch) -> int:
+        return batch.slots[0] // self.stream.scheduler.limits.decode_rows
+
+    def _sample_ahead(self, batch: MicroBatch) -> Launched | None:
+        """The tokens of a decode pass, not read yet; None: `_sample_rows` has to find them."""
+        if self._early is not None or batch.phase == "prefill" or self._processes(batch):
+            return self._early
+        try:
+            return self._choose_ahead(batch, {slot: self.stream.slots.position(slot) for slot in batch.live}, 0)
+        except Exception:  # met again row by row
+            return None
+
+    def _processes(self, batch: MicroBatch) -> bool:
+        """Whether what a row asks for needs its tokens on the host."""
+        return any(self.processors.any(slot) for slot in batch.live)
+
+    def _choose_ahead(self, batch: MicroBatch, positions: dict[int, int], ahead: int) -> Launched:
+        """Chooses tokens of the live slots from `_logits`. `ahead`: tokens of each awaited slot that are not recorded
+        before it."""
+        table = self.stream.slots
+        counts = [len(table.generated[slot]) + ahead * table.are_awaited([slot]) for slot in batch.live]
+        with self.trace.working("sample", batch.size):
+            chosen = self._choose(batch.live, self._live_logits(batch).float(), counts)
+            hidden = self._hidden if len(batch.live) == batch.size else self._hidden[self._live_places(batch)]
+            # a head of few bits may make numbers of what is none
+            chosen[1] *= ~hidden[:, 0, 0].isnan()
+            self.ahead.keep_tokens(batch.live, chosen[0])
+        return Launched({slot: (table.sequences[slot], positions[slot]) for slot in batch.live}, HostCopy(chosen))
+
+    def _launch_next(self) -> None:
+        """The group's next decode pass, as far as it is known before the tokens of the last one have been read. What
+        raises is left to the pass in its turn, which knows whose fault it is."""
+        table, self._hidden = self.stream.slots, None
+        batch = self.stream.scheduler.forecast(self._ends_by_length)
+        if batch is None or self._processes(batch):
+            return
+        positions = {slot: table.position(slot) + table.are_awaited([slot]) for slot in batch.live}
+        try:
+            step = self._decode_step(batch, list(positions.values()))
+            step.token_ids = self.ahead.tokens(batch)
+            with self.trace.working("decode", batch.size, tokens=len(batch.live)):
+                self._run("decode", step)
+            self.ahead.launch(self._group(batch), self._choose_ahead(batch, positions, 1))
+        except Exception:
+            return
+
+    def _ends_by_length(self, slot: int) -> bool:
+        """Whether the slot's sequence is sure to leave its slot with the token it has or that is awaited."""
+        table, row = self.stream.slots, self.stream.slots.sequences[slot]
+        generated = len(table.generated[slot]) + table.are_awaited([slot])
+        full = len(row.prompt) + generated >= self.store.capacity
+        return table.has_ended(slot) or generated >= row.max_tokens or full
 
     def _finish(self, slot: int, token: int) -> Finish:
         """Whether the slot's sequence ends with this token. A stop rule that raises ends it as broken, but for the very

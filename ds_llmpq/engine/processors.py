@@ -70,7 +70,7 @@ class LogitsProcessors:
     def begin(self, slot: int, row: Sequence) -> None:
         """A row takes a slot."""
         self._known.pop(slot, None)
-        if self._any(row):
+        if self._asks(row):
             self._known[slot] = _Known.of(row)
 
     def __call__(
@@ -92,7 +92,11 @@ class LogitsProcessors:
             self._forbid(logits[place], known)
         return logits
 
-    def _any(self, row: Sequence) -> bool:
+    def any(self, slot: int) -> bool:
+        """Whether the slot's sequence asks for any: then its tokens are needed to go on."""
+        return slot in self._known
+
+    def _asks(self, row: Sequence) -> bool:
         sampling, defaults = row.sampling, self.defaults
         own = (self._repetition_penalty(row) != 1, sampling.presence_penalty, sampling.frequency_penalty)
         everywhere = (

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from ds_llmpq.engine.runner.host_copies import to_device
 from ds_llmpq.models.generation import Generation
 from ds_llmpq.scheduler.sampling_params import SamplingParams
 
@@ -37,13 +38,16 @@ def sample(
     picked = [rows[index] for index in chosen]
 
     def column(values: list[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
+        return to_device(values, device, torch.float64)[:, None]
 
     draws = column([uniform_draw(row.seed or 0, steps[index]) for index, row in zip(chosen, picked, strict=True)])
     top_p = column([row.top_p for row in picked])
     top_k = column([row.top_k or logits.shape[-1] for row in picked])
 
-    ordered, order = torch.sort(logits[chosen].float(), dim=-1, descending=True, stable=True)
+    index = None if len(chosen) == len(rows) else to_device(chosen, device)
+    ordered, order = torch.sort(
+        (logits if index is None else logits[index]).float(), dim=-1, descending=True, stable=True
+    )
     # relative to the best token, so that no temperature however small gives an infinite quotient for it
     scaled = (ordered - ordered[:, :1]).double() / column([row.temperature for row in picked])
     if defaults.top_h < 1:
@@ -56,8 +60,8 @@ def sample(
     probability = _truncated(probability, picked, defaults)
     cumulative = probability.cumsum(dim=-1)
     rank = torch.searchsorted(cumulative, draws * cumulative[:, -1:], right=True).clamp(max=order.shape[-1] - 1)
-    tokens[chosen] = order.gather(-1, rank)[:, 0]
-    return tokens
+    found = order.gather(-1, rank)[:, 0]
+    return found if index is None else tokens.index_copy_(0, index, found)
 
 
 def _truncated(probability: torch.Tensor, rows: Sequence[SamplingParams], defaults: Generation) -> torch.Tensor:
@@ -65,7 +69,7 @@ def _truncated(probability: torch.Tensor, rows: Sequence[SamplingParams], defaul
     what the one before has left, and the first token always stays."""
     min_p = [defaults.min_p if row.min_p is None else row.min_p for row in rows]
     if any(min_p):
-        bound = torch.tensor(min_p, dtype=torch.float64, device=probability.device)[:, None]
+        bound = to_device(min_p, probability.device, torch.float64)[:, None]
         probability = _kept(probability, probability >= bound * probability[:, :1])
     if defaults.typical_p < 1:
         probability = _typical(probability, defaults.typical_p)

@@ -199,6 +199,7 @@ class Session:
             "load_seconds": self.load_seconds,
             **self.trace.summary(),
             "decode_graphs": self.engine.passes.captured.graphs if self.engine.passes.captured else 0,
+            "passes_ahead": self.engine.ahead.used if self.engine.ahead else 0,
             "memory_warnings": self.engine.splitter.warnings,
             "memory_bytes": {
                 "weights": stored_bytes(self.engine.module),

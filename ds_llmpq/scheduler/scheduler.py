@@ -79,6 +79,15 @@ class Scheduler:
             batches.append(self._decode(group, running))
         return batches
 
+    def forecast(self, ends: Callable[[int], bool]) -> MicroBatch | None:
+        """The decode micro-batch of the group visited last at its next visit, if none of its sequences end but those
+        that `ends` names; None: there is none. Nothing changes: the visit may come to less."""
+        group, visit = self.groups[self._turn], self._visit + self._round()
+        running = [slot for slot in group if self._joins(slot, visit) and not ends(slot)]
+        if not running:
+            return None
+        return MicroBatch(0, "decode", tuple(self._decode_slots(group, running)), tuple(running))
+
     def _next_index(self) -> int | None:
         count = len(self.groups)
         for step in range(1, count + 1):

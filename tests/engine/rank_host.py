@@ -128,11 +128,10 @@ def _record_logits(session: Session, into: list[list]) -> None:
     """Keeps (key, tokens generated before, logits) of every row that is sampled."""
     engine, choose = session.engine, session.engine._choose
 
-    def recording(slots, logits):
-        for slot, values in zip(slots, logits.tolist(), strict=True):
-            table = engine.stream.slots
-            into.append([table.sequences[slot].key, len(table.generated[slot]), values])
-        return choose(slots, logits)
+    def recording(slots, logits, counts):
+        for slot, values, count in zip(slots, logits.tolist(), counts, strict=True):
+            into.append([engine.stream.slots.sequences[slot].key, count, values])
+        return choose(slots, logits, counts)
 
     engine._choose = recording
 
@@ -154,10 +153,10 @@ def _poison(
         if not keys or (cache.store is session.store and any(bad(slot) for slot, _ in cache.row_places())):
             raise LookupError(message)
 
-    def in_sampling(slots, logits):
+    def in_sampling(slots, logits, counts):
         if any(map(bad, slots)):
             raise LookupError(message)
-        return choose(slots, logits)
+        return choose(slots, logits, counts)
 
     def in_embedding(layer, inputs):
         if set(keys) & set(inputs[0].token_ids.flatten().tolist()):

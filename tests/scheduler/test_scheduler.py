@@ -1,6 +1,7 @@
 """The order of micro-batches against what it promises, on random sequences."""
 
 from collections import Counter
+from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -110,6 +111,24 @@ def test_no_slot_stays_free_for_long_while_sequences_wait(lengths, slots, limits
         if scheduler.waiting:
             for since in free_since.values():
                 assert visit - since <= limits.patience_rounds * len(scheduler.groups)
+
+
+@given(LENGTHS, st.integers(1, 9), LIMITS)
+def test_a_group_s_next_decode_pass_can_be_foreseen(lengths, slots, limits):
+    """With one decode group it is the very pass if the ends are known, and has all its rows if they are not."""
+    player = Player([], slots, replace(limits, decode_rows=slots))
+    player.lengths = lengths
+    player.scheduler.add(prompt for prompt, _ in lengths)
+    known = unknown = None
+    while player.scheduler.next_group() is not None:
+        player.visit()
+        decode = [batch for batch in player.visits[-1][1] if batch.phase == "decode"]
+        if known is not None or unknown is not None:
+            assert [(batch.slots, batch.live) for batch in decode] == ([(known.slots, known.live)] if known else [])
+        if decode:
+            assert set(decode[0].live) <= set(unknown.live)
+        known = player.scheduler.forecast(player.ended)
+        unknown = player.scheduler.forecast(lambda slot: False)
 
 
 def test_a_sequence_joins_its_group_a_round_after_its_prefill():
