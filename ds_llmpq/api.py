@@ -23,8 +23,8 @@ from ds_llmpq.batch.reader import read_requests
 from ds_llmpq.batch.request import CHAT_URL, COMPLETIONS_URL
 from ds_llmpq.batch.results import ERRORS_NAME, RESULTS_NAME
 from ds_llmpq.cluster.config import ClusterConfig
-from ds_llmpq.errors import RunFailed, UserError, shown
-from ds_llmpq.files import absolute, read_json_lines, write_whole
+from ds_llmpq.errors import RunFailed, UserError, quote
+from ds_llmpq.files import make_absolute, read_json_lines, write_whole
 from ds_llmpq.plan import Plan, write_plan
 from ds_llmpq.scheduler.sampling_params import SamplingParams
 from ds_llmpq.serving.batch_run import BatchRun, run_batch
@@ -79,7 +79,7 @@ class LLM:
         settings: Mapping[str, Any] | None = None,
     ):
         check_versions()
-        folder = absolute(model)
+        folder = make_absolute(model)
         if not (folder / "config.json").is_file():
             raise UserError(f"model {folder} is no checkpoint: it has no config.json; give a local folder.")
         own = [f"{key}={_override(value)}" for key, value in (settings or {}).items()]
@@ -96,14 +96,14 @@ class LLM:
         """Plans for the workload of the settings; what these leave open is measured on `input`, a batch file. `out`: a
         folder that keeps plan.json, problem.json and hostfile. `InfeasibleError`: nothing fits; it names a remedy."""
         with _folder(out) as folder:
-            return make_plan(replace(self.settings, input=None if input is None else str(absolute(input))), folder)
+            return make_plan(replace(self.settings, input=None if input is None else str(make_absolute(input))), folder)
 
     def run(self, input: str | os.PathLike[str], *, out: str | os.PathLike[str]) -> BatchRun:
         """`ds-llmpq run`: turns a batch file into results.jsonl and errors.jsonl of the folder `out`. A second call
         with the same arguments goes on where the first one was interrupted."""
-        folder = absolute(out)
+        folder = make_absolute(out)
         folder.mkdir(parents=True, exist_ok=True)
-        return run_batch(self._with_plan(folder, str(absolute(input))), folder)
+        return run_batch(self._with_plan(folder, str(make_absolute(input))), folder)
 
     def generate(
         self,
@@ -142,7 +142,7 @@ class LLM:
         if isinstance(plan, Plan):
             plan = folder / "given_plan.json"
             write_plan(plan, self._plan)
-        return replace(self.settings, input=input, plan=None if plan is None else str(absolute(plan)))
+        return replace(self.settings, input=input, plan=None if plan is None else str(make_absolute(plan)))
 
 
 def _override(value: Any) -> str:
@@ -155,7 +155,7 @@ def _cluster_override(cluster: Any) -> list[str]:
         return []
     name = os.fspath(cluster)
     is_file = name.endswith((".yaml", ".yml")) or os.sep in name
-    return [f"cluster_file={absolute(name)}" if is_file else f"cluster={name}"]
+    return [f"cluster_file={make_absolute(name)}" if is_file else f"cluster={name}"]
 
 
 def _cluster(cluster: Mapping[str, Any] | ClusterConfig | None) -> ClusterConfig:
@@ -177,7 +177,7 @@ def _detected() -> Mapping[str, Any]:
 def _folder(out: str | os.PathLike[str] | None) -> Iterator[Path]:
     """`out`, or a temporary folder, which stays where a failed run left results or a log in it."""
     if out is not None:
-        folder = absolute(out)
+        folder = make_absolute(out)
         folder.mkdir(parents=True, exist_ok=True)
         yield folder
         return
@@ -212,7 +212,7 @@ def _pairs(prompts: list[Prompt], params: Any) -> Iterator[tuple[Prompt, Samplin
         raise UserError(f"{len(prompts)} prompts have {len(each)} sampling_params; give one, or one a prompt.")
     for one in each:
         if not isinstance(one, SamplingParams):
-            raise UserError(f"sampling_params holds {shown(one)}, but must hold SamplingParams(...) alone.")
+            raise UserError(f"sampling_params holds {quote(one)}, but must hold SamplingParams(...) alone.")
     return zip(prompts, each, strict=True)
 
 

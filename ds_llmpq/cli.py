@@ -96,7 +96,7 @@ def _through_hydra(command: str, arguments: list[str]) -> int:
         # says a mistake in one sentence before Hydra says it in many lines
         composed = config.composed(command, arguments)
         if any(argument.startswith("out=") for argument in arguments):
-            _check_room(check_folder(config.absolute(composed.out)))
+            _check_room(check_folder(config.make_absolute(composed.out)))
     codes: list[int] = []
     sweep.failure_codes.clear()  # of a sweep that this process ran before
 

@@ -26,8 +26,8 @@ from ds_llmpq.commands.config import (
     SensitivityConfig,
     ServeConfig,
 )
-from ds_llmpq.errors import UserError, shown
-from ds_llmpq.files import absolute, given, read_yaml
+from ds_llmpq.errors import UserError, quote
+from ds_llmpq.files import absolute_or_none, make_absolute, read_yaml
 from ds_llmpq.launch.environment import check_environment
 from ds_llmpq.research.config import SimulateConfig
 from ds_llmpq.serving.config import PlanConfig, PlanningConfig, RunConfig
@@ -48,7 +48,7 @@ COMMANDS = {
     "export": ExportConfig,
 }
 
-__all__ = ["absolute", "asset", "conf_folder", "given"]  # beside what is defined here
+__all__ = ["absolute_or_none", "asset", "conf_folder", "make_absolute"]  # beside what is defined here
 
 T = TypeVar("T")
 P = TypeVar("P", PlanConfig, RunConfig, EvaluateConfig, ProfileConfig)
@@ -104,7 +104,7 @@ def cluster_of(settings: PlanningConfig | ProfileConfig) -> ClusterConfig:
     to a list, unless the command line asks for them too."""
     if settings.cluster_file is None:
         return settings.cluster
-    file = absolute(settings.cluster_file)
+    file = make_absolute(settings.cluster_file)
     found = _typed(file, ClusterConfig)
     check_environment(found.env, settings.cluster.env, f"cluster_file={file}")
     return found
@@ -167,7 +167,7 @@ def _with_defaults(values: dict[str, Any], file: Path) -> dict[str, Any]:
         if not found or not isinstance(name, str) or name != device.stem or not device.is_file():
             known = ", ".join(sorted(path.stem for path in (conf_folder() / "device").glob("*.yaml")))
             raise UserError(
-                f"{file}: defaults holds {shown(entry)}, but may hold `_self_` and `/device@device_types.NAME: TYPE`, "
+                f"{file}: defaults holds {quote(entry)}, but may hold `_self_` and `/device@device_types.NAME: TYPE`, "
                 f"with a TYPE of {known}."
             )
         types[found[1]] = _integral(read_yaml(device, "device type", "install the package again"))

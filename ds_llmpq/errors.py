@@ -8,7 +8,7 @@ MOST_CHARACTERS = 1_200  # of a message; longer ones are cut in their middle
 _UNSAFE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})  # controls, directions, halves of characters, line separators
 
 
-def printable(text: object, most: int = MOST_CHARACTERS, keep: str = "\n") -> str:
+def make_printable(text: object, most: int = MOST_CHARACTERS, keep: str = "\n") -> str:
     """`text` as a terminal may have it: control characters, changes of direction and half characters are escaped, all
     but those in `keep`, and what is longer than `most` characters loses its middle."""
     text = _cut(str(text), most)
@@ -31,13 +31,13 @@ def _cut(text: str, most: int) -> str:
     return f"{text[:head]} ... {text[len(text) - tail :]}"
 
 
-def shown(value: object, most: int = 60) -> str:
+def quote(value: object, most: int = 60) -> str:
     """A value from outside as its user would recognise it, cut to a readable length, on one line."""
     if isinstance(value, (str, bytes, list, tuple, dict)) and len(value) > most:
         value = value[:most] if isinstance(value, (str, bytes, list, tuple)) else dict(list(value.items())[:most])
-        return printable(repr(value), 10 * most, keep="")[: most - 3] + "..."
+        return make_printable(repr(value), 10 * most, keep="")[: most - 3] + "..."
     try:
-        text = printable(repr(value), 10 * most, keep="")
+        text = make_printable(repr(value), 10 * most, keep="")
     except (ValueError, RecursionError):  # whole numbers of thousands of digits; nested without end
         text = f"<{type(value).__name__}>"
     return text if len(text) <= most else text[: most - 3] + "..."
@@ -50,7 +50,7 @@ class UserError(Exception):
     exit_code = 1
 
     def __init__(self, message: object = ""):
-        super().__init__(printable(message))
+        super().__init__(make_printable(message))
 
 
 class InfeasibleError(UserError):

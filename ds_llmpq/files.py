@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ds_llmpq.errors import UserError, printable, shown
+from ds_llmpq.errors import UserError, make_printable, quote
 
 MOST_BYTES = 64 << 20
 # of files that transformers, safetensors and tokenizers look for
@@ -38,14 +38,14 @@ _KINDS = (
 )  # fmt: skip
 
 
-def absolute(path: str | os.PathLike[str]) -> Path:
+def make_absolute(path: str | os.PathLike[str]) -> Path:
     """`path` from the current folder, `~` being the user's home."""
     return Path(path).expanduser().absolute()
 
 
-def given(path: str | None) -> str | None:
-    """`absolute` of a path that may be left out."""
-    return None if path is None else str(absolute(path))
+def absolute_or_none(path: str | None) -> str | None:
+    """`make_absolute` of a path that may be left out."""
+    return None if path is None else str(make_absolute(path))
 
 
 def write_whole(path: str | Path, text: str | Iterable[str], mode: int = 0o666) -> None:
@@ -215,7 +215,7 @@ def csv_cell(value: Any) -> Any:
     before it, and no control characters reach it. Numbers stay numbers."""
     if not isinstance(value, str):
         return value
-    text = printable(value, len(value), keep="\n")
+    text = make_printable(value, len(value), keep="\n")
     return f"'{text}" if text.lstrip()[:1] in _FORMULA and not _NUMBER.fullmatch(text) else text
 
 
@@ -226,7 +226,7 @@ def _check_events(events: Iterable[Any]) -> None:
     for event in events:
         kind, anchor = type(event).__name__, getattr(event, "anchor", None)
         if getattr(event, "tag", None) is not None:
-            raise ValueError(f"line {event.start_mark.line + 1} has the tag {shown(event.tag)}")
+            raise ValueError(f"line {event.start_mark.line + 1} has the tag {quote(event.tag)}")
         if kind == "AliasEvent":
             # one inside of what it names has no size yet
             open_nodes[-1][1] += sizes.get(anchor, MOST_VALUES + 1)
@@ -246,17 +246,17 @@ def _check_events(events: Iterable[Any]) -> None:
 
 def _check_scalar(event: Any) -> None:
     if "${" in re.sub(r"\$\{(gib|mib):[0-9.e+]+\}", "", event.value):
-        raise ValueError(f"{shown(event.value)} would be filled in from elsewhere; write the value")
+        raise ValueError(f"{quote(event.value)} would be filled in from elsewhere; write the value")
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if mark := getattr(error, "problem_mark", None):  # of PyYAML
-        return f"line {mark.line + 1}: {printable(error.problem, 200, keep='')}"
+        return f"line {mark.line + 1}: {make_printable(error.problem, 200, keep='')}"
     if isinstance(error, UnicodeDecodeError):
         return f"byte {error.start} is not UTF-8"
-    return printable((str(error).splitlines() or [type(error).__name__])[0], 200, keep="")
+    return make_printable((str(error).splitlines() or [type(error).__name__])[0], 200, keep="")
 
 
 def _integer(digits: str) -> int:
@@ -275,7 +275,7 @@ def _infinite(digits: str) -> float:
 def _finite(digits: str) -> float:
     number = float(digits)
     if not math.isfinite(number):
-        raise ValueError(f"it holds {shown(digits)}, but numbers must be finite")
+        raise ValueError(f"it holds {quote(digits)}, but numbers must be finite")
     return number
 
 
@@ -284,7 +284,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         seen: set[str] = set()
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise ValueError(f"the key {shown(twice)} stands twice in one object")
+        raise ValueError(f"the key {quote(twice)} stands twice in one object")
     return found
 
 
@@ -311,7 +311,7 @@ def _check_characters(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"it holds half a character in {shown(text)}") from None
+        raise ValueError(f"it holds half a character in {quote(text)}") from None
 
 
 def lock(descriptor: int, refusal: str) -> None:

@@ -23,7 +23,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from ds_llmpq.errors import UserError, shown
+from ds_llmpq.errors import UserError, quote
 from ds_llmpq.fields import is_path
 
 # Keys that were renamed: former -> present name. To rename a key, add an entry here: the former one is then taken for
@@ -129,7 +129,7 @@ def quoted(argument: str, kind: type, sweep: bool = False) -> str:
 def _prepared(command: str, kind: type, argument: str, conf: Path, sweep: bool) -> str:
     prefix, key, value = _OVERRIDE.fullmatch(argument).groups()
     if not key or (value is None and prefix != "~"):
-        raise UserError(f"{shown(argument)} is no key=value; `ds-llmpq {command} --help` shows the keys.")
+        raise UserError(f"{quote(argument)} is no key=value; `ds-llmpq {command} --help` shows the keys.")
     if _is_group(key, kind, conf):
         return argument
     first, _, others = key.partition(".")
@@ -216,7 +216,7 @@ def _unknown(command: str, kind: type, key: str, conf: Path) -> str:
         last = key.rpartition(".")[2]
         near = [name for name in known if name.rpartition(".")[2] == last][:1]
     remedy = f"did you mean {near[0]}?" if near else f"`ds-llmpq {command} --help` shows its keys."
-    return f"{shown(key)[1:-1]} is no key of `ds-llmpq {command}`; {remedy}"
+    return f"{quote(key)[1:-1]} is no key of `ds-llmpq {command}`; {remedy}"
 
 
 def _walked(node: DictConfig, before: str = "") -> Iterator[str]:

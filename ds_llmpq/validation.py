@@ -1,6 +1,6 @@
 """What values from outside must be: one type for each, checked by pydantic, and a mistake said in one sentence.
 
-Loaders read a file with `ds_llmpq.files` and hand its values to `checked` (JSON) or `checked_cells` (a row of CSV),
+Loaders read a file with `ds_llmpq.files` and hand its values to `validate` (JSON) or `validate_cells` (a row of CSV),
 with the dataclass they want or any other type. Nothing is converted: `"3"` is no number, 3.0 no whole number. The types
 below carry the bounds; a dataclass's own `__post_init__` says what several fields must be together.
 """
@@ -16,7 +16,7 @@ from typing import Annotated, Any, TypeVar
 from annotated_types import Ge, Gt, Le, MaxLen, MinLen
 from pydantic import AfterValidator, AllowInfNan, ConfigDict, Discriminator, FailFast, Tag, TypeAdapter, ValidationError
 
-from ds_llmpq.errors import UserError, printable, shown
+from ds_llmpq.errors import UserError, make_printable, quote
 
 T = TypeVar("T")
 MOST_COUNT = 2**53  # exact as a float too
@@ -26,7 +26,7 @@ _ONE, _MANY = "\0one", "\0many"  # marks in pydantic's places: no key that is ta
 
 
 def _plain(text: str) -> str:
-    if printable(text, len(text), keep="") != text:
+    if make_printable(text, len(text), keep="") != text:
         raise ValueError("must hold no control characters")
     return text
 
@@ -72,7 +72,7 @@ Share = Annotated[float, Ge(0), Le(1)]
 AboveZero = Annotated[float, Gt(0), Le(MOST_SIZE)]
 Name = Annotated[str, MinLen(1), MaxLen(1_000), AfterValidator(_plain)]
 Label = Annotated[str, MaxLen(10_000), AfterValidator(_plain)]  # may be empty
-Note = Annotated[str, MaxLen(100_000), AfterValidator(lambda text: printable(text, 2_000, keep=""))]  # made printable
+Note = Annotated[str, MaxLen(100_000), AfterValidator(lambda text: make_printable(text, 2_000, keep=""))]
 PathText = Annotated[str, MinLen(1), MaxLen(4_096), AfterValidator(_plain)]
 Digest = Annotated[str, MinLen(1), MaxLen(128), AfterValidator(_plain)]
 Many = Annotated[tuple[T, ...], MaxLen(1_000_000), FailFast()]
@@ -87,11 +87,11 @@ TableByNumber = Annotated[dict[Annotated[str, AfterValidator(_whole)], T], MaxLe
 Plain = Annotated[dict[str, Any], MaxLen(100_000)]  # any JSON object
 
 
-def checked(kind: type[T], value: Any, where: str, remedy: str, *, further: bool = False) -> T:
+def validate(kind: type[T], value: Any, where: str, remedy: str, *, ignore_unknown: bool = False) -> T:
     """`value`, parsed JSON, as a `kind`. `UserError`: the first place where it is none, as a dotted path below `where`,
-    what stands there, what must, and the remedy. `further`: keys that the dataclass `kind` does not know are let pass.
+    what stands there, what must, and the remedy. `ignore_unknown`: keys that the dataclass lacks are no mistake.
     """
-    if further and isinstance(value, dict):
+    if ignore_unknown and isinstance(value, dict):
         value = {name: value[name] for name in kind.__dataclass_fields__ if name in value}
     try:
         return _adapter(kind).validate_json(json.dumps({"": value}))[""]
@@ -101,7 +101,7 @@ def checked(kind: type[T], value: Any, where: str, remedy: str, *, further: bool
         raise UserError(f"{where} cannot be read ({type(error).__name__}); {remedy}.") from None
 
 
-def checked_cells(kind: type[T], cells: Mapping[str, Any], where: str, remedy: str) -> T:
+def validate_cells(kind: type[T], cells: Mapping[str, Any], where: str, remedy: str) -> T:
     """The same of text alone, as CSV has it; nested mappings stand for nested dataclasses."""
     try:
         return _adapter(kind).validate_strings({"": cells})[""]
@@ -120,19 +120,19 @@ def _sentence(error: ValidationError, where: str, remedy: str) -> str:
     place = tuple(key for key in first["loc"][1:] if key not in (_ONE, _MANY))
     kind, key = first["type"], place[-1] if place else ""
     if kind in ("missing", "missing_argument"):
-        return f"{_path(where, place[:-1])} lacks the key {shown(key)}; {remedy}."
+        return f"{_path(where, place[:-1])} lacks the key {quote(key)}; {remedy}."
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"{_path(where, place[:-1])} has the unknown key {shown(key)}; {remedy}."
+        return f"{_path(where, place[:-1])} has the unknown key {quote(key)}; {remedy}."
     wanted = re.sub("^(Input|Value error,|Tuple|List|Dictionary|String) ", "", first["msg"])
     wanted = wanted.replace("should ", "must ").replace(" after validation", "")
     what = "is"
     if key == "[key]":  # so pydantic ends the place of a key
         place, what = place[:-2], "has the key"
-    return f"{_path(where, place)} {what} {shown(first['input'])}, but {wanted[:1].lower() + wanted[1:]}; {remedy}."
+    return f"{_path(where, place)} {what} {quote(first['input'])}, but {wanted[:1].lower() + wanted[1:]}; {remedy}."
 
 
 def _path(where: str, place: tuple[Any, ...]) -> str:
-    parts = (f"[{key}]" if isinstance(key, int) else f".{printable(key, 60, keep='')}" for key in place)
+    parts = (f"[{key}]" if isinstance(key, int) else f".{make_printable(key, 60, keep='')}" for key in place)
     path = "".join(parts)
     if where.isidentifier():  # the artefact's own name begins the path: problem.devices[0].name
         return where + path

@@ -3,7 +3,7 @@
 import math
 
 
-def plain(value: float, digits: int = 3) -> str:
+def format_number(value: float, digits: int = 3) -> str:
     """At least `digits` significant digits, never fewer than stand before the point: 1380 -> "1,380", 0.0316 ->
     "0.0316". What is too small for twelve decimals is 0."""
     if not math.isfinite(value):
@@ -15,7 +15,7 @@ def plain(value: float, digits: int = 3) -> str:
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
-def counted(number: int, noun: str) -> str:
+def pluralize(number: int, noun: str) -> str:
     """ "1 layer", "2 layers", "3 micro-batches"."""
     plural = "es" if noun.endswith(("s", "sh", "ch", "x")) else "s"
     return f"{number:,} {noun}" + ("" if number == 1 else plural)

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from ds_llmpq.errors import UserError, shown
+from ds_llmpq.errors import UserError, quote
 from ds_llmpq.files import (
     read_csv,
     read_json,
@@ -115,8 +115,8 @@ def test_a_refusal_is_fit_for_a_terminal_and_short():
     assert len(str(UserError("\x1b\u2028" * 60_000))) < 1_500
     assert message.startswith("\\x1b[2Jname\\x9b\\u202e\\ud800\\u2028 x")
     assert str(UserError("two\nlines of Grüße")) == "two\nlines of Grüße"
-    assert len(shown(list(range(10**6)))) <= 60
-    assert len(shown(10**9000)) <= 60
+    assert len(quote(list(range(10**6)))) <= 60
+    assert len(quote(10**9000)) <= 60
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def test_a_path_stays_as_it_is_written(path):
 
 def test_a_home_folder_is_expanded(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert config.absolute(plan("input=~/x.jsonl").input) == tmp_path / "x.jsonl"
+    assert config.make_absolute(plan("input=~/x.jsonl").input) == tmp_path / "x.jsonl"
 
 
 def test_points_of_a_sweep_over_paths_stay_points():

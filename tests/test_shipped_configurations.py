@@ -90,7 +90,7 @@ def write_sensitivities(point):
     """Files of `sensitivity` that a point names by a relative path."""
     for key, _, name in (each.partition("=") for each in point):
         if key == "planner.sensitivity":
-            folder = config.absolute(name).parent
+            folder = config.make_absolute(name).parent
             folder.parent.mkdir(parents=True, exist_ok=True)
             run("sensitivity", ["method=random", "calibration.rows=1", "calibration.tokens=16"], folder)
 

@@ -10,8 +10,8 @@ from typing import Any
 from ds_llmpq.cluster.config import ClusterConfig, DeviceTypeConfig, LinkConfig, LinksConfig
 from ds_llmpq.cluster.devices import BIT_WIDTHS, COMPUTE_DTYPES, KINDS, RATE_DTYPES, Device, DeviceType, Link, Links
 from ds_llmpq.cluster.hostfile import check_host_name
-from ds_llmpq.errors import UserError, printable, shown
-from ds_llmpq.validation import checked
+from ds_llmpq.errors import UserError, make_printable, quote
+from ds_llmpq.validation import validate
 
 MOST_DEVICES = 4096
 MOST_SLOTS = 4096  # of a host, and threads of a device
@@ -28,7 +28,7 @@ class Cluster:
     @classmethod
     def from_config(cls, config: ClusterConfig) -> Cluster:
         """UserError: no devices, unknown type, doubled host or slot, a number out of range, a link left out."""
-        checked(ClusterConfig, asdict(config), "cluster", "correct it there")  # a configuration's mappings are untyped
+        validate(ClusterConfig, asdict(config), "cluster", "correct it there")  # a configuration's mappings are untyped
         _check_name("cluster name", config.name)
         types = {name: device_type(name, entry) for name, entry in config.device_types.items()}
         for host, times in Counter(host.name for host in config.hosts).items():
@@ -96,7 +96,7 @@ def device_type(name: str, config: DeviceTypeConfig) -> DeviceType:
         kernel_overhead_seconds=float(config.kernel_overhead_seconds),
         bits=tuple(bits for bits in BIT_WIDTHS if bits in config.bits),
         compute_capability=config.compute_capability,
-        source=printable(config.source, 2_000, keep=""),
+        source=make_printable(config.source, 2_000, keep=""),
     )
 
 
@@ -150,7 +150,7 @@ def _links(config: LinksConfig, devices: tuple[Device, ...]) -> Links:
         intra_host=_link("links.intra_host", config.intra_host) if shared_host else None,
         inter_host=_link("links.inter_host", config.inter_host) if several_hosts else None,
         pairs=pairs,
-        source=printable(config.source, 2_000, keep=""),
+        source=make_printable(config.source, 2_000, keep=""),
     )
 
 
@@ -164,12 +164,12 @@ def _check(where: str, value: float, lowest: float | None = None) -> None:
     """Positive without `lowest`, else at least that; never infinite."""
     if not abs(value) <= MOST or (value <= 0 if lowest is None else value < lowest):
         bound = "positive" if lowest is None else f"at least {lowest}"
-        raise UserError(f"{where} is {shown(value)}; it must be {bound} and at most {MOST:g}")
+        raise UserError(f"{where} is {quote(value)}; it must be {bound} and at most {MOST:g}")
 
 
 def _check_name(what: str, name: str) -> None:
-    if len(name) > 200 or printable(name, keep="") != name:
-        raise UserError(f"{what} is {shown(name)}; it must be at most 200 characters, no control characters among them")
+    if len(name) > 200 or make_printable(name, keep="") != name:
+        raise UserError(f"{what} is {quote(name)}; it must be at most 200 characters, no control characters among them")
 
 
 def _choices(where: str, values: Iterable[Any], allowed: tuple[Any, ...]) -> None:

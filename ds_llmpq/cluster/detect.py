@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_llmpq.cluster.config import DeviceTypeConfig
-from ds_llmpq.errors import UserError, shown
+from ds_llmpq.errors import UserError, quote
 
 MIB = 1 << 20
 GPU_FIELDS = ("index", "pci.bus_id", "name", "memory.total", "memory.free", "compute_cap")
@@ -78,7 +78,7 @@ def parse_gpus(text: str) -> list[Gpu]:
             gpus.append(Gpu(int(index), bus_id, name, int(total) * MIB, int(free) * MIB, capability))
         except ValueError:
             raise UserError(
-                f"nvidia-smi answered {shown(','.join(row), 200)}; expected {', '.join(GPU_FIELDS)}"
+                f"nvidia-smi answered {quote(','.join(row), 200)}; expected {', '.join(GPU_FIELDS)}"
             ) from None
     return sorted(gpus, key=lambda gpu: gpu.bus_id)
 

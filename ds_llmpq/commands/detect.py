@@ -57,4 +57,4 @@ def _read_saved(settings: DetectConfig) -> dict[str, Any]:
 
 
 def _read(name: str) -> str:
-    return read_text(config.absolute(name), "table", "give a text file saved from nvidia-smi")
+    return read_text(config.make_absolute(name), "table", "give a text file saved from nvidia-smi")

@@ -34,7 +34,7 @@ def run(settings: EvaluateConfig, out: Path) -> int:
     check_hang_seconds(settings.run)
     for name in ("text", "tasks_path"):
         if getattr(evaluation, name) is not None:
-            setattr(evaluation, name, str(config.absolute(getattr(evaluation, name))))
+            setattr(evaluation, name, str(config.make_absolute(getattr(evaluation, name))))
     if evaluation.text is not None:  # ranks read it: said here before they start
         open_regular(evaluation.text, "text", "give a plain text file in UTF-8").close()
     out.mkdir(parents=True, exist_ok=True)

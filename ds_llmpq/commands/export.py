@@ -17,7 +17,7 @@ from ds_llmpq.planner.export import export
 def run(settings: ExportConfig, out: Path) -> int:
     if not settings.plan or not settings.to:
         raise UserError("export needs plan=FILE and to=vllm, llama_cpp or deepspeed.")
-    plan = read_plan(config.absolute(settings.plan))
+    plan = read_plan(config.make_absolute(settings.plan))
     made = export(plan, settings.to)
     out.mkdir(parents=True, exist_ok=True)
     record = {"schema": 1, "to": settings.to, **made.record, "commands": list(made.lines), "notes": list(made.notes)}

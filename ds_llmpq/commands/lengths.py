@@ -89,7 +89,7 @@ _ACTIONS: dict[str, Callable[[LengthsConfig, Path], None]] = {
 def _given(value: str | None, name: str) -> Path:
     if value is None:
         raise UserError(f"Nothing is known of {name}; give {name}=FILE or {name}=DIR.")
-    return config.absolute(value)
+    return config.make_absolute(value)
 
 
 def _dataset(settings: LengthsConfig) -> dataset.Dataset:
@@ -98,7 +98,7 @@ def _dataset(settings: LengthsConfig) -> dataset.Dataset:
 
 def _examples(settings: LengthsConfig, path: Path, answered: bool = True) -> list[Example]:
     options = settings.lengths
-    batch_input = config.absolute(options.input) if options.input else None
+    batch_input = config.make_absolute(options.input) if options.input else None
     counter = tokenizer_counter(options.tokenizer)
     return read_examples(path, options.layout, options.rounds, batch_input, counter, answered)
 

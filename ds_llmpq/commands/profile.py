@@ -33,10 +33,15 @@ def run(settings: ProfileConfig, out: Path) -> int:
     os.environ.setdefault("DS_ACCELERATOR", cluster.devices[0].type.kind)
     from ds_llmpq.profiling.profiler import Task, profile
 
-    path = str(config.absolute(settings.model.path))
+    path = str(config.make_absolute(settings.model.path))
     shape = read_shape(path)
     workload = size_workload(
-        settings.workload, settings.model, config.given(settings.input), settings.batch, shape, settings.engine.refill
+        settings.workload,
+        settings.model,
+        config.absolute_or_none(settings.input),
+        settings.batch,
+        shape,
+        settings.engine.refill,
     )
     check_workload(workload, shape)
     dtype = common_dtype(cluster, settings.engine.dtype)

@@ -26,7 +26,7 @@ def run(settings: QuantizeConfig, out: Path) -> int:
             bits,
             quant,
             settings.device,
-            config.absolute(settings.reuse) if settings.reuse else None,
+            config.make_absolute(settings.reuse) if settings.reuse else None,
             lambda done, total: bar.show("quantize", done, total),
             settings.model.trust_remote_code,
         )
@@ -47,14 +47,14 @@ def what_to_write(settings: QuantizeConfig) -> tuple[Path, list[int], QuantConfi
     if settings.widths is not None:
         if settings.model.path is None:
             raise UserError("quantize needs weights; give model.path=DIR.")
-        path = config.absolute(settings.model.path)
+        path = config.make_absolute(settings.model.path)
         layers = read_shape(path).layers
         widths = list(settings.widths) * (layers if len(settings.widths) == 1 else 1)
         return path, widths, settings.quant
-    plan = read_plan(config.absolute(settings.plan))
+    plan = read_plan(config.make_absolute(settings.plan))
     planned = plan.model_path
     if plan.quant is None:
         raise UserError(f"{settings.plan} was made from plain data and names no HQQ settings; plan with model.path.")
-    path = Path(planned) if planned and Path(planned).is_dir() else config.absolute(settings.model.path or "")
+    path = Path(planned) if planned and Path(planned).is_dir() else config.make_absolute(settings.model.path or "")
     check_model(plan, path)
     return path, [width for stage in plan.stages for width in stage.bits], plan.quant.to_config()

@@ -18,7 +18,7 @@ from ds_llmpq.serving.config import RunConfig
 
 def run(settings: RunConfig, out: Path) -> int:
     done = run_batch(config.load_cluster(settings), out, Screen(print, _print_plan, progress_line()))
-    _print_end(done, config.absolute(settings.input), out)
+    _print_end(done, config.make_absolute(settings.input), out)
     return SOME_FAILED if done.tally.failed else 0
 
 

@@ -21,12 +21,12 @@ def run(settings: SensitivityConfig, out: Path) -> int:
 
     out.mkdir(parents=True, exist_ok=True)
     if settings.calibration.text is not None:
-        settings.calibration.text = str(config.absolute(settings.calibration.text))
+        settings.calibration.text = str(config.make_absolute(settings.calibration.text))
     bar = ProgressBar()
     try:
         sensitivity = make_sensitivity(
             Request(
-                config.absolute(settings.model.path),
+                config.make_absolute(settings.model.path),
                 settings.method,
                 settings.quant,
                 settings.calibration,

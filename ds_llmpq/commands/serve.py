@@ -78,9 +78,9 @@ def _job(arguments: list[str]) -> Job:
         raise UserError(f"{settings.plan} names no model; give model.path=DIR.")
     return Job(
         plan=plan,
-        model_path=str(config.absolute(model_path)),
-        input=str(config.absolute(settings.input)),
-        output=str(config.absolute(settings.output)),
+        model_path=str(config.make_absolute(model_path)),
+        input=str(config.make_absolute(settings.input)),
+        output=str(config.make_absolute(settings.output)),
         engine=settings.engine,
         batch=validate_batch(settings.batch),
         trust_remote_code=settings.model.trust_remote_code,

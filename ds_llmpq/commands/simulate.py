@@ -35,7 +35,7 @@ def run(settings: SimulateConfig, out: Path) -> int:
 def _reference(settings: SimulateConfig, out: Path) -> int:
     if settings.cases is None:
         raise UserError("mode=reference needs cases=FILE, a JSON list of published cases.")
-    found = [schedules(case) for case in read_cases(config.absolute(settings.cases))]
+    found = [schedules(case) for case in read_cases(config.make_absolute(settings.cases))]
     _write(out / "completions.json", found)
     print(f"{len(found)} cases: {out / 'completions.json'}")
     return 0
@@ -72,7 +72,7 @@ def execution_cost(execution: ExecutionConfig) -> ExecutionCost:
         raise UserError(f"execution.kind is {execution.kind!r} but must be constant or plan.")
     if execution.plan is None:
         raise UserError("execution.kind=plan needs execution.plan=FILE, a plan.json.")
-    return PlanCost.of(read_plan(config.absolute(execution.plan)))
+    return PlanCost.of(read_plan(config.make_absolute(execution.plan)))
 
 
 def _value(metrics: dict[str, float], name: str) -> float:

@@ -21,7 +21,7 @@ from ds_llmpq.cost.latency import RooflineCosts
 from ds_llmpq.cost.profile import Measured, Part, Phase, Profile, Setup, Width, rename_setup
 from ds_llmpq.files import read_json
 from ds_llmpq.models.shape import ModelShape
-from ds_llmpq.validation import Amount, Count, Many, Name, Positive, Some, checked, one_of
+from ds_llmpq.validation import Amount, Count, Many, Name, Positive, Some, one_of, validate
 
 SCHEMA = 1
 FEWEST_POINTS = 3
@@ -108,7 +108,7 @@ def read_model(path: str | Path) -> LatencyModel:
     """A latency.json. `UserError`: unreadable, another schema, a negative or missing number."""
     remedy = "make one with `ds-llmpq profile`"
     where = f"latency model {path}"
-    record = checked(_Record, rename_setup(read_json(path, "latency model", remedy), where), where, remedy)
+    record = validate(_Record, rename_setup(read_json(path, "latency model", remedy), where), where, remedy)
     return LatencyModel(record.setup, {fit.key: fit for fit in record.fits})
 
 

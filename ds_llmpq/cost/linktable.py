@@ -10,7 +10,7 @@ from pathlib import Path
 from ds_llmpq.cluster.devices import Link
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import read_csv, read_text
-from ds_llmpq.validation import Count, Name, Seconds, checked_cells, one_of
+from ds_llmpq.validation import Count, Name, Seconds, one_of, validate_cells
 
 _SHORTEST_SECONDS = 1e-12  # light goes a third of a millimetre in it
 
@@ -44,7 +44,7 @@ def read_links(path: Path) -> list[Message]:
     names = [entry.name for entry in fields(Message)]
     rows = read_csv(read_text(path, "table of links", remedy), where, remedy, names)
     return [
-        checked_cells(Message, {name: row[name] for name in names}, f"{where} line {number}", remedy)
+        validate_cells(Message, {name: row[name] for name in names}, f"{where} line {number}", remedy)
         for number, row in rows
     ]
 

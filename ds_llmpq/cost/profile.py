@@ -36,9 +36,9 @@ from ds_llmpq.validation import (
     Positive,
     Seconds,
     Table,
-    checked,
-    checked_cells,
     one_of,
+    validate,
+    validate_cells,
 )
 
 SCHEMA = 1
@@ -213,11 +213,11 @@ def read_profile(path: str | Path) -> Profile:
         text = text[: text.rfind("\n") + 1]  # the writer was stopped in the middle of it
     first, _, table = text.partition("\n")
     header = rename_setup(parse_json(first.removeprefix("# "), where, _REMEDY), where)
-    header = checked(_Header, header, where, _REMEDY)
+    header = validate(_Header, header, where, _REMEDY)
     samples = []
     for number, row in read_csv(table, where, _REMEDY, COLUMNS):
         cells = {name: row[name] for name in _SAMPLE_COLUMNS} | {"point": {name: row[name] for name in _POINT_COLUMNS}}
-        samples.append(checked_cells(Sample, cells, f"{where} line {number + 1}", "remove that line"))
+        samples.append(validate_cells(Sample, cells, f"{where} line {number + 1}", "remove that line"))
     return Profile(header.setup, tuple(samples), header.note)
 
 

@@ -24,7 +24,7 @@ from ds_llmpq.errors import UserError
 from ds_llmpq.files import read_json
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS
-from ds_llmpq.validation import AboveZero, Bits, Name, Plain, Positive, Table, checked
+from ds_llmpq.validation import AboveZero, Bits, Name, Plain, Positive, Table, validate
 
 FILE = Path(__file__).with_name("published_layers.json")
 KERNEL = "fused"  # its kernels read packed weights; memory has no dequantized copies
@@ -89,7 +89,7 @@ class _Record:
 def read_figures(file: Path = FILE) -> Figures:
     """`UserError`: unreadable, or not of this form."""
     what, remedy = "Published layer times", "install the package again"
-    record = checked(_Record, read_json(file, what, remedy), f"{what} {file}", remedy, further=True)
+    record = validate(_Record, read_json(file, what, remedy), f"{what} {file}", remedy, ignore_unknown=True)
     at, reference = record.at, record.reference
     anchors = {
         (name, width): Anchor(entry.prefill / 1e3, entry.decode / 1e3, "published")

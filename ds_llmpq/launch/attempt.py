@@ -9,7 +9,7 @@ from typing import Any
 
 import psutil
 
-from ds_llmpq.errors import printable
+from ds_llmpq.errors import make_printable
 from ds_llmpq.launch.failures import CONNECTION, MEMORY, Failure, Tracebacks, find_root_cause, read_failure
 from ds_llmpq.launch.heartbeat import ALIVE_MARK
 from ds_llmpq.launch.launcher import LOG_NAME
@@ -79,7 +79,7 @@ class Listener:
             return Line.HEARTBEAT
         failure = read_failure(line)
         if ERROR_MARK in line:
-            failure = Failure(MISTAKE, "UserError", printable(line.partition(ERROR_MARK)[2].strip()))
+            failure = Failure(MISTAKE, "UserError", make_printable(line.partition(ERROR_MARK)[2].strip()))
         if failure is not None:
             self._failures.append(failure)
             return Line.FAILURE

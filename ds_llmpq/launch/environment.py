@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ds_llmpq.errors import UserError, shown
+from ds_llmpq.errors import UserError, quote
 
 _PLAIN = """
     MASTER_ADDR GLOO_SOCKET_IFNAME CUDA_DEVICE_ORDER CUDA_VISIBLE_DEVICES
@@ -32,7 +32,7 @@ def check_environment(env: Mapping[str, str], asked: Mapping[str, str], where: s
     for name, value in env.items():
         if name not in FROM_FILES and asked.get(name) != value:
             raise UserError(
-                f"{where} sets the environment variable {shown(name)} to {shown(value)} for every rank, which a file "
+                f"{where} sets the environment variable {quote(name)} to {quote(value)} for every rank, which a file "
                 "may not; remove it there, or ask for it yourself on the command line with "
-                f"'+cluster.env.{shown(name)[1:-1]}=VALUE' and that value."
+                f"'+cluster.env.{quote(name)[1:-1]}=VALUE' and that value."
             )

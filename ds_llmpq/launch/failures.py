@@ -15,10 +15,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ds_llmpq.errors import UserError, printable
+from ds_llmpq.errors import UserError, make_printable
 from ds_llmpq.files import parse_json
 from ds_llmpq.plan import Plan
-from ds_llmpq.validation import checked
+from ds_llmpq.validation import validate
 
 FAILURE_MARK = "ds-llmpq failure: "
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -91,7 +91,7 @@ def read_failure(line: str) -> Failure | None:
     if not mark:
         return None
     try:
-        failure = checked(Failure, parse_json(text, "failure", ""), "failure", "", further=True)
+        failure = validate(Failure, parse_json(text, "failure", ""), "failure", "", ignore_unknown=True)
     except UserError:
         return None
     return failure if failure.kind in KINDS else None
@@ -103,7 +103,7 @@ def build_failure(error: BaseException, **who: Any) -> Failure:
     where = {} if frame is None else {"file": frame.filename, "line": frame.lineno, "function": frame.name}
     if frame is not None and (path := Path(frame.filename)).is_relative_to(_PACKAGE):
         where["file"] = str(path.relative_to(_PACKAGE.parent))
-    message = printable(str(error).strip().partition("\n")[0], _MOST_MESSAGE, keep="")
+    message = make_printable(str(error).strip().partition("\n")[0], _MOST_MESSAGE, keep="")
     return Failure(_classify(error), type(error).__name__, message, **who, **where)
 
 
@@ -141,7 +141,7 @@ class Tracebacks:
             self._frame = frame
         elif self._frame and (end := self._END.search(line)):
             name = end["type"].rpartition(".")[2]
-            message = printable(end["message"] or "", _MOST_MESSAGE, keep="")
+            message = make_printable(end["message"] or "", _MOST_MESSAGE, keep="")
             self.last = Failure(
                 FAULT if name in _FAULT_NAMES else EXCEPTION, name, message, file=self._frame["file"],
                 line=int(self._frame["line"]), function=self._frame["function"],

@@ -24,7 +24,7 @@ from ds_llmpq.errors import UserError
 from ds_llmpq.files import lock, read_json, write_json
 from ds_llmpq.plan import Plan
 from ds_llmpq.quant.config import FORMER_NAMES
-from ds_llmpq.validation import Count, Label, Many, Note, Plain, Table, checked, one_of
+from ds_llmpq.validation import Count, Label, Many, Note, Plain, Table, one_of, validate
 
 SCHEMA = 1
 JOURNAL_NAME = "run.json"
@@ -91,7 +91,7 @@ class Journal:
         if not file.exists():
             return None
         remedy = "give another out=DIR, or resume=force to begin it anew and keep the results"
-        found = checked(_JournalFile, read_json(file, "journal", remedy), f"journal {file}", remedy)
+        found = validate(_JournalFile, read_json(file, "journal", remedy), f"journal {file}", remedy)
         # one of before there was such a time begins to have it now
         times = [] if found.template_time is None else [found.template_time]
         settings = {_present_key(key): value for key, value in found.identity.settings.items()}

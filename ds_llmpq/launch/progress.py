@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import parse_json
-from ds_llmpq.validation import Count, Label, checked
+from ds_llmpq.validation import Count, Label, validate
 
 PROGRESS_MARK = "ds-llmpq progress "
 ERROR_MARK = "ds-llmpq error: "
@@ -79,6 +79,6 @@ def parse_progress(line: str) -> ProgressReport | None:
     if not mark:
         return None
     try:
-        return checked(ProgressReport, parse_json(text, "progress", ""), "progress", "")
+        return validate(ProgressReport, parse_json(text, "progress", ""), "progress", "")
     except UserError:  # two ranks' writes mixed, or a library printed the mark
         return None

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ds_llmpq.errors import UserError, shown
+from ds_llmpq.errors import UserError, quote
 from ds_llmpq.files import read_json, read_json_lines
 from ds_llmpq.lengths.config import LengthDataConfig
 from ds_llmpq.lengths.records import Example, read_examples, tokenizer_counter
-from ds_llmpq.validation import Plain, checked
+from ds_llmpq.validation import Plain, validate
 
 SPLITS = ("train", "validation", "test")
 TRUNCATIONS = ("tail", "head_tail")
@@ -120,13 +120,13 @@ def read(folder: Path) -> Dataset:
     """A folder that `write` made. `UserError`: not such a folder, or its records were changed."""
     parts: dict[str, list[Example]] = {name: [] for name in SPLITS}
     file, what, remedy = folder / RECORDS_NAME, "length data", "prepare it anew"
-    described = checked(Plain, read_json(folder / DATASET_NAME, what, remedy), f"{what} {folder}", remedy)
+    described = validate(Plain, read_json(folder / DATASET_NAME, what, remedy), f"{what} {folder}", remedy)
     for number, row in read_json_lines(file, what, remedy):
         where = f"{what} {file} line {number}"
         named = isinstance(row, dict) and row.pop("split", None)
         if not isinstance(named, str) or named not in parts:
-            raise UserError(f"{where}: split is {shown(named)}, but must be one of {', '.join(SPLITS)}; {remedy}.")
-        parts[named].append(checked(Example, row, where, remedy))
+            raise UserError(f"{where}: split is {quote(named)}, but must be one of {', '.join(SPLITS)}; {remedy}.")
+        parts[named].append(validate(Example, row, where, remedy))
     dataset = Dataset(*(tuple(parts[name]) for name in SPLITS))
     if described.get("fingerprint") != fingerprint(dataset.train):
         raise UserError(f"{folder / RECORDS_NAME} was changed since it was prepared; prepare it anew.")

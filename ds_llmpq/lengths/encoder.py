@@ -26,7 +26,7 @@ from ds_llmpq.lengths.dataset import TRUNCATIONS, fingerprint, lengths_of, trunc
 from ds_llmpq.lengths.records import MOST_TOKENS, Example
 from ds_llmpq.lengths.tasks import Task
 from ds_llmpq.lengths.training_state import TrainingState
-from ds_llmpq.validation import Label, Many, checked, one_of
+from ds_llmpq.validation import Label, Many, one_of, validate
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class EncoderModel:
     def load(cls, folder: Path, described: dict[str, Any]) -> EncoderModel:
         """What `save` wrote. `UserError`: described otherwise than it can be."""
         remedy = "give a folder that `lengths train` wrote"
-        sizes = checked(_Described, described, f"model of {folder}", remedy)
+        sizes = validate(_Described, described, f"model of {folder}", remedy)
         encoder, tokenizer = _pretrained(folder / "encoder")
         if encoder.config.hidden_size != sizes.hidden_size:
             raise UserError(

@@ -18,13 +18,13 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_arrays
 from scipy import sparse
 
-from ds_llmpq.errors import UserError, shown
+from ds_llmpq.errors import UserError, quote
 from ds_llmpq.files import open_regular
 from ds_llmpq.lengths.config import ProxyConfig
 from ds_llmpq.lengths.dataset import TRUNCATIONS, lengths_of, truncated
 from ds_llmpq.lengths.records import MOST_TOKENS, Example
 from ds_llmpq.lengths.tasks import Task
-from ds_llmpq.validation import AboveZero, Label, Many, Number, checked, one_of
+from ds_llmpq.validation import AboveZero, Label, Many, Number, one_of, validate
 
 if TYPE_CHECKING:
     from sklearn.linear_model import Ridge
@@ -152,7 +152,7 @@ class NgramModel:
     def load(cls, folder: Any, described: dict[str, Any]) -> NgramModel:
         """What `save` wrote. `UserError`: features out of range, or weights that do not go with them."""
         file, remedy = folder / "weights.safetensors", "give a folder that `lengths train` wrote"
-        features = checked(Features, described, f"model of {folder}", remedy)
+        features = validate(Features, described, f"model of {folder}", remedy)
         try:
             with open_regular(file, "weights", remedy, _MOST_WEIGHT_BYTES) as stream:
                 weights = load_arrays(stream.read())
@@ -173,7 +173,7 @@ class NgramModel:
             raise UserError(f"{where} do not have the {columns} rows that the features have; {remedy}.")
         for name, array in self.weights.items():
             if array.dtype.kind != "f" or not np.isfinite(array).all():
-                raise UserError(f"{where}: {shown(name)} holds what is no finite number; {remedy}.")
+                raise UserError(f"{where}: {quote(name)} holds what is no finite number; {remedy}.")
 
 
 @dataclass(frozen=True)

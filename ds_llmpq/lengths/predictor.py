@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ds_llmpq.errors import UserError, printable
+from ds_llmpq.errors import UserError, make_printable
 from ds_llmpq.files import check_files, read_json
 from ds_llmpq.lengths.calibration import Calibration, classes_of, level_name
 from ds_llmpq.lengths.config import LengthDataConfig, LengthTaskConfig, ProxyConfig
@@ -21,7 +21,7 @@ from ds_llmpq.lengths.length_metrics import bound_metrics, class_metrics, regres
 from ds_llmpq.lengths.ngrams import Features, NgramModel
 from ds_llmpq.lengths.records import Example
 from ds_llmpq.lengths.tasks import Task
-from ds_llmpq.validation import Amount, Label, Plain, checked, one_of
+from ds_llmpq.validation import Amount, Label, Plain, one_of, validate
 
 SCHEMA = 1
 FILE_NAME = "predictor.json"
@@ -93,9 +93,9 @@ def load_predictor(folder: Path) -> Predictor:
     when asked. `UserError`: not such a folder, or it cannot predict."""
     file, remedy = folder / FILE_NAME, "give a folder that `lengths train` wrote"
     where = f"predictor {file}"
-    record = checked(_Record, read_json(file, "predictor", remedy), where, remedy)
-    checked(Amount, record.about.get("median_tokens"), f"{where}: about.median_tokens", remedy)
-    checked(Label, record.about.get("fingerprint"), f"{where}: about.fingerprint", remedy)
+    record = validate(_Record, read_json(file, "predictor", remedy), where, remedy)
+    validate(Amount, record.about.get("median_tokens"), f"{where}: about.median_tokens", remedy)
+    validate(Label, record.about.get("fingerprint"), f"{where}: about.fingerprint", remedy)
     check_files(folder, "Predictor file", remedy)
     try:
         record.task.check()
@@ -107,7 +107,7 @@ def load_predictor(folder: Path) -> Predictor:
     except UserError:
         raise
     except Exception as error:  # safetensors, numpy and transformers have exceptions of their own
-        reason = printable(f"{type(error).__name__}: {error}", 300, keep="")
+        reason = make_printable(f"{type(error).__name__}: {error}", 300, keep="")
         raise UserError(f"{folder} holds no predictor that works ({reason}); {remedy}.") from None
 
 

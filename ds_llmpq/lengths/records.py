@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from annotated_types import Ge, Le
 
-from ds_llmpq.errors import UserError, shown
+from ds_llmpq.errors import UserError, quote
 from ds_llmpq.files import open_regular, parse_json, read_csv, read_json, read_json_lines, read_text
 
 LAYOUTS = ("auto", "rows", "lmsys", "results")
@@ -264,6 +264,6 @@ def _whole(value: Any) -> int | None:
         number = -1.0
     if number is not None and not 0 <= number <= MOST_TOKENS:
         raise UserError(
-            f"A length is {shown(value)} but must be a whole number of tokens, at most {MOST_TOKENS}; correct it."
+            f"A length is {quote(value)} but must be a whole number of tokens, at most {MOST_TOKENS}; correct it."
         )
     return None if number is None else int(number)

@@ -17,7 +17,7 @@ from torch import nn
 
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import parse_json
-from ds_llmpq.validation import Count, Digest, Plain, checked
+from ds_llmpq.validation import Count, Digest, Plain, validate
 
 FILE_NAME = "progress.safetensors"
 
@@ -75,7 +75,7 @@ class TrainingState:
             return 0
         try:
             with safe_open(self._file, framework="pt") as file:
-                about = checked(_About, parse_json(file.metadata()["about"], "", ""), "", "")
+                about = validate(_About, parse_json(file.metadata()["about"], "", ""), "", "")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             if about.identity != self._identity:
                 return 0

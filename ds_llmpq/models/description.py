@@ -11,7 +11,7 @@ from ds_llmpq.files import check_files, read_json
 from ds_llmpq.models.families import describe
 from ds_llmpq.models.family import REMEDY, Description
 from ds_llmpq.models.tying import stores_own_head
-from ds_llmpq.validation import Plain, checked
+from ds_llmpq.validation import Plain, validate
 
 
 def read_description(path: str | Path) -> Description:
@@ -37,4 +37,4 @@ def read_config(path: str | Path) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"model folder {folder} has no config.json; give a local folder in Hugging Face format")
     what = "Model configuration"
-    return checked(Plain, read_json(file, what, REMEDY), f"{what} {file}", REMEDY)
+    return validate(Plain, read_json(file, what, REMEDY), f"{what} {file}", REMEDY)

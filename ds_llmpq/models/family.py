@@ -11,7 +11,7 @@ from annotated_types import Ge, Gt, Le, MaxLen
 
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.spec import ACTIVATIONS, DecoderSpec
-from ds_llmpq.validation import AboveZero, Positive, checked, one_of
+from ds_llmpq.validation import AboveZero, Positive, one_of, validate
 
 CONFIG = "config.json"
 REMEDY = "mend the file, or fetch it again"
@@ -71,7 +71,7 @@ class Family:
                 given[key.name] = config[name]
             elif key.name in config and NoneType in get_args(hints[key.name]):
                 given[key.name] = None
-        return checked(self.keys, given, CONFIG, REMEDY)
+        return validate(self.keys, given, CONFIG, REMEDY)
 
 
 @dataclass(frozen=True)

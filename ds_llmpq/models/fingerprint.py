@@ -13,10 +13,10 @@ from typing import Annotated
 
 from pydantic import AfterValidator
 
-from ds_llmpq.errors import UserError, shown
+from ds_llmpq.errors import UserError, quote
 from ds_llmpq.files import check_files, open_regular, parse_json, read_json
 from ds_llmpq.models.prequantized import QUANT_METHOD
-from ds_llmpq.validation import Count, Many, Name, Plain, Table, checked
+from ds_llmpq.validation import Count, Many, Name, Plain, Table, validate
 
 MANIFEST = "quantized.json"
 _DIGEST = re.compile("[0-9a-f]{64}")
@@ -77,12 +77,12 @@ def quantized_source(folder: Path, config: bytes) -> str | None:
     claimed = noted.get("source_fingerprint")
     if not isinstance(claimed, str) or not _DIGEST.fullmatch(claimed):
         raise UserError(
-            f"{folder / 'config.json'} has source_fingerprint {shown(claimed)}, which is no fingerprint of a "
+            f"{folder / 'config.json'} has source_fingerprint {quote(claimed)}, which is no fingerprint of a "
             "checkpoint; quantize the model again."
         )
     for name, part in read_manifest(folder).items():
         if part.made_from.get("source") != claimed:
-            made = shown(part.made_from.get("source"))
+            made = quote(part.made_from.get("source"))
             raise UserError(
                 f"{folder / 'config.json'} says that it was quantized from {claimed[:12]}, but its {name} was from "
                 f"{made}; quantize the model again."
@@ -110,4 +110,4 @@ class _Manifest:
 def read_manifest(folder: Path) -> dict[str, Part]:
     """Shards by the name of their pipeline layer. `UserError` where the manifest is missing or damaged."""
     file, remedy = folder / MANIFEST, "quantize the model again"
-    return checked(_Manifest, read_json(file, "manifest", remedy), f"manifest {file}", remedy).parts
+    return validate(_Manifest, read_json(file, "manifest", remedy), f"manifest {file}", remedy).parts

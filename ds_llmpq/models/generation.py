@@ -11,11 +11,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ds_llmpq.errors import UserError, shown
+from ds_llmpq.errors import UserError, quote
 from ds_llmpq.files import read_json
 from ds_llmpq.models.description import read_config, read_description
 from ds_llmpq.models.families import find_family
-from ds_llmpq.validation import Plain, checked
+from ds_llmpq.validation import Plain, validate
 
 NAME = "generation_config.json"
 _MOST_BYTES = 16 << 20
@@ -62,7 +62,7 @@ class Generation:
         """What a user should know of it: at most one line of what is taken and one of what is not."""
         said = []
         if self.taken:
-            listed = ", ".join(f"{name} {shown(_plain(value))}" for name, value in self.taken.items())
+            listed = ", ".join(f"{name} {quote(_plain(value))}" for name, value in self.taken.items())
             said.append(f"defaults from {NAME}: {listed}")
         if self.left_out:
             by_reason: dict[str, list[str]] = {}
@@ -89,13 +89,13 @@ def read_generation(path: str | Path, config: Mapping[str, Any], vocabulary: int
         if key in values:
             chosen[key] = read(_Value(file, key, values[key], vocabulary))
     eos, ending = _eos(file, given, config)
-    left_out = [(f"{key} {shown(values[key])}", why) for key, why in _reasons(values).items()]
+    left_out = [(f"{key} {quote(values[key])}", why) for key, why in _reasons(values).items()]
     return Generation(eos_token_ids=eos, left_out=(*left_out, *ending), **chosen)
 
 
 def _read(file: Path) -> dict[str, Any]:
     what, remedy = "Generation defaults", "fetch the file again, or remove it"
-    return checked(Plain, read_json(file, what, remedy, _MOST_BYTES), f"{what} {file}", remedy)
+    return validate(Plain, read_json(file, what, remedy, _MOST_BYTES), f"{what} {file}", remedy)
 
 
 def _eos(
@@ -110,7 +110,7 @@ def _eos(
     found = () if named is None else _Value(file.with_name("config.json"), "eos_token_id", named, None).tokens()
     if given is None or not found:
         return found, []
-    return found, [("eos_token_id null", f"answers end at config.json's {shown(_plain(found))}")]
+    return found, [("eos_token_id null", f"answers end at config.json's {quote(_plain(found))}")]
 
 
 class _Value:
@@ -121,7 +121,7 @@ class _Value:
 
     def wrong(self, bound: str) -> UserError:
         return UserError(
-            f"{self.file} has {self.key}={shown(self.value)}; it must be {bound}; mend or remove that key."
+            f"{self.file} has {self.key}={quote(self.value)}; it must be {bound}; mend or remove that key."
         )
 
     def number(self, low: float, high: float, bound: str) -> float:

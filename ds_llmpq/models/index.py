@@ -10,7 +10,7 @@ from annotated_types import MaxLen
 
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import parse_json, read_json
-from ds_llmpq.validation import Count, Many, Name, checked
+from ds_llmpq.validation import Count, Many, Name, validate
 
 REMEDY = "fetch the checkpoint again"
 _MOST_HEADER_BYTES = 100 << 20  # safetensors' own limit
@@ -36,7 +36,7 @@ def read_index(index: Path) -> dict[str, str]:
     """Tensor name -> file name within the index's folder. `UserError`: no safetensors index, or one that names files
     elsewhere: it comes with the checkpoint, which is not trusted to."""
     what = "Safetensors index"
-    found = checked(_Index, read_json(index, what, REMEDY), f"{what} {index}", REMEDY, further=True).weight_map
+    found = validate(_Index, read_json(index, what, REMEDY), f"{what} {index}", REMEDY, ignore_unknown=True).weight_map
     for shard in set(found.values()):
         if Path(shard).name != shard or len(shard) > 255:
             raise UserError(f"{index} names the shard {shard[:80]!r}; shards must lie in the checkpoint's folder.")
@@ -49,13 +49,13 @@ def read_header(file: BinaryIO, where: str) -> tuple[dict[str, Any], int]:
     size = int.from_bytes(file.read(8), "little")
     if size > _MOST_HEADER_BYTES:
         raise UserError(f"{where} has a header of {size} bytes, more than {_MOST_HEADER_BYTES}; {REMEDY}.")
-    tensors = checked(dict[str, Any], parse_json(file.read(size), where, REMEDY), where, REMEDY)
+    tensors = validate(dict[str, Any], parse_json(file.read(size), where, REMEDY), where, REMEDY)
     return {name: entry for name, entry in tensors.items() if name != "__metadata__"}, 8 + size
 
 
 def stored_tensor(tensors: dict[str, Any], name: str, where: str) -> Stored:
     """What a header says of one tensor. `UserError`: nothing, or nothing that can be."""
-    found = checked(Stored, tensors.get(name), f"{where}: {name}", REMEDY)
+    found = validate(Stored, tensors.get(name), f"{where}: {name}", REMEDY)
     if found.data_offsets[0] > found.data_offsets[1]:
         raise UserError(f"{where} ends the tensor {name} before its first byte; {REMEDY}.")
     return found

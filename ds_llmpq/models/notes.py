@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ds_llmpq.errors import printable
+from ds_llmpq.errors import make_printable
 from ds_llmpq.models.description import read_config, read_description
 from ds_llmpq.models.families import describe
 from ds_llmpq.models.generation import read_generation
@@ -29,4 +29,4 @@ def list_notes(path: str | Path) -> list[str]:
 
 def describe_notes(path: str | Path) -> list[str]:
     """`list_notes` as lines for a screen."""
-    return [f"model: {printable(note, keep='')}" for note in list_notes(path)]
+    return [f"model: {make_printable(note, keep='')}" for note in list_notes(path)]

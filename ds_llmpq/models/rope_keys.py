@@ -14,10 +14,10 @@ from typing import Annotated, Any
 
 from annotated_types import Gt, Le, MaxLen
 
-from ds_llmpq.errors import UserError, shown
+from ds_llmpq.errors import UserError, quote
 from ds_llmpq.models.family import CONFIG, FULL, REMEDY, SLIDING, Part
 from ds_llmpq.models.spec import RotarySpec
-from ds_llmpq.validation import checked, one_of
+from ds_llmpq.validation import one_of, validate
 
 _Factor = Annotated[float, Gt(0), Le(1e15)]
 _Factors = Annotated[tuple[_Factor, ...], MaxLen(10_000)]
@@ -65,7 +65,7 @@ def read_rotary(
     rope = {name: value for name, value in defaults.items() if value is not None} | rope
     kind = rope.get("rope_type", rope.get("type", "default"))
     rope["rope_type"] = _NAMES.get(kind, kind) if isinstance(kind, str) else kind
-    keys = checked(_RopeKeys, rope, f"{CONFIG}: rope_parameters", REMEDY, further=True)
+    keys = validate(_RopeKeys, rope, f"{CONFIG}: rope_parameters", REMEDY, ignore_unknown=True)
     for name in _REQUIRED.get(keys.rope_type, ()):
         if getattr(keys, name) is None:
             raise UserError(
@@ -107,7 +107,7 @@ def _check_lengths(keys: _RopeKeys, pairs: int) -> None:
         if len(getattr(keys, name)) != pairs:
             raise UserError(
                 f"{CONFIG} has {len(getattr(keys, name))} numbers as {name} of rope_parameters, "
-                f"{shown(getattr(keys, name))}; there must be {pairs}."
+                f"{quote(getattr(keys, name))}; there must be {pairs}."
             )
 
 

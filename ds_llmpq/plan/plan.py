@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from annotated_types import Ge, Le
 
 from ds_llmpq.cluster.devices import COMPUTE_DTYPES, KINDS
-from ds_llmpq.errors import UserError, shown
+from ds_llmpq.errors import UserError, quote
 from ds_llmpq.plan.assignment import Assignment, StageAssignment
 from ds_llmpq.plan.schema1 import upgrade
 from ds_llmpq.quant.config import QuantConfig, rename_former
@@ -29,10 +29,10 @@ from ds_llmpq.validation import (
     PossiblyInfinite,
     Some,
     Table,
-    checked,
     one_of,
+    validate,
 )
-from ds_llmpq.wording import plain
+from ds_llmpq.wording import format_number
 
 SCHEMA = 2
 FORMER_SCHEMA = 1
@@ -161,7 +161,11 @@ class SolverReport:
         """How far above the optimum the objective can be, in words; empty for a plan without a bound."""
         if self.bound is None:
             return ""
-        return "nothing proven yet" if self.gap is None else f"at most {plain(100 * self.gap, 2)} % above the optimum"
+        return (
+            "nothing proven yet"
+            if self.gap is None
+            else f"at most {format_number(100 * self.gap, 2)} % above the optimum"
+        )
 
 
 @dataclass(frozen=True)
@@ -245,28 +249,28 @@ class Plan:
     def from_json(cls, obj: Any) -> "Plan":
         """Read the parsed `plan.json`, of the former schema too; raises `UserError` naming the key path, the value and
         the remedy."""
-        obj = dict(checked(Plain, obj, "plan", REMEDY))
+        obj = dict(validate(Plain, obj, "plan", REMEDY))
         if "schema" not in obj:
             raise UserError(f"plan lacks the key 'schema'; {REMEDY}.")
         schema = obj.pop("schema")
         if isinstance(schema, bool) or schema not in (FORMER_SCHEMA, SCHEMA):
-            raise UserError(f"plan.schema is {shown(schema)}, but this version reads {FORMER_SCHEMA} and {SCHEMA}.")
+            raise UserError(f"plan.schema is {quote(schema)}, but this version reads {FORMER_SCHEMA} and {SCHEMA}.")
         if schema == FORMER_SCHEMA:
             obj = upgrade(obj)
         if "quant" in obj:
             obj["quant"] = rename_former(obj["quant"])
         baselines = _baselines(obj.pop("baselines", {}))
-        plan = replace(checked(cls, obj, "plan", REMEDY), baselines=baselines)
+        plan = replace(validate(cls, obj, "plan", REMEDY), baselines=baselines)
         _check_stages(plan)
         return plan
 
 
 def _baselines(obj: Any) -> dict[str, PredictedTotals | str]:
-    obj = checked(Plain, obj, "plan.baselines", REMEDY)
+    obj = validate(Plain, obj, "plan.baselines", REMEDY)
     reasons = {name: entry for name, entry in obj.items() if isinstance(entry, str)}
     totals = {name: entry for name, entry in obj.items() if name not in reasons}
-    read = checked(Table[Note], reasons, "plan.baselines", REMEDY)
-    read |= checked(Table[PredictedTotals], totals, "plan.baselines", REMEDY)
+    read = validate(Table[Note], reasons, "plan.baselines", REMEDY)
+    read |= validate(Table[PredictedTotals], totals, "plan.baselines", REMEDY)
     return {name: read[name] for name in obj}
 
 

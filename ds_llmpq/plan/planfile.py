@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ds_llmpq.errors import UserError, printable
+from ds_llmpq.errors import UserError, make_printable
 from ds_llmpq.files import read_json
 from ds_llmpq.plan.assignment import Assignment, StageAssignment
 from ds_llmpq.plan.plan import FORMER_SCHEMA, MOST_LAYERS, REMEDY, SCHEMA, MicroBatches, Plan
-from ds_llmpq.validation import Count, LayerBits, Name, OneOrMany, Some, checked
+from ds_llmpq.validation import Count, LayerBits, Name, OneOrMany, Some, validate
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def _plan_from(obj: Any, path: str | Path) -> Plan:
     plan = Plan.from_json(obj)
     if obj["schema"] == FORMER_SCHEMA:
         said = f"has the former schema {FORMER_SCHEMA}; the next version reads {SCHEMA} only, plan again."
-        print(f"note: {printable(path, keep='')} {said}", file=sys.stderr)
+        print(f"note: {make_printable(path, keep='')} {said}", file=sys.stderr)
     return plan
 
 
@@ -52,7 +52,7 @@ def read_assignment(path: str | Path) -> Plan | Assignment:
     obj = _read(path)
     if isinstance(obj, dict) and "schema" in obj:
         return _plan_from(obj, path)
-    decided = checked(_Decisions, obj, "plan", REMEDY)
+    decided = validate(_Decisions, obj, "plan", REMEDY)
     stages = []
     for index, stage in enumerate(decided.stages):
         first, last = stage.layers

@@ -7,7 +7,7 @@ from annotated_types import Ge, Le
 
 from ds_llmpq.cluster.devices import COMPUTE_DTYPES, KINDS
 from ds_llmpq.errors import UserError
-from ds_llmpq.validation import Count, Many, PathText, Plain, Positive, Table, checked, one_of
+from ds_llmpq.validation import Count, Many, PathText, Plain, Positive, Table, one_of, validate
 
 _REMEDY = "plan again"
 _MODEL = ("path", "architecture", "fingerprint")
@@ -38,7 +38,9 @@ def upgrade(obj: dict[str, Any]) -> dict[str, Any]:
         obj["model"] = {"path": None} | {name: obj["model"][name] for name in _MODEL if name in obj["model"]}
     if engine is None:
         return obj
-    read = checked(_Engine, checked(Plain, engine, "plan.engine", _REMEDY), "plan.engine", _REMEDY, further=True)
+    read = validate(
+        _Engine, validate(Plain, engine, "plan.engine", _REMEDY), "plan.engine", _REMEDY, ignore_unknown=True
+    )
     obj["deployment"] = {"compute_dtype": read.dtype, "env": read.env, "link_seconds": read.link_seconds}
     stages = obj.get("stages")
     if not isinstance(stages, list) or len(stages) != len(read.stages) or not all(isinstance(s, dict) for s in stages):

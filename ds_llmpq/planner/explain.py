@@ -8,7 +8,7 @@ from ds_llmpq.plan import Assignment, Plan, Stage
 from ds_llmpq.planner.arrays import PairArrays, pair_arrays
 from ds_llmpq.planner.objective import Prediction, evaluate, objective_value
 from ds_llmpq.planner.problem import Problem
-from ds_llmpq.wording import counted, plain
+from ds_llmpq.wording import format_number, pluralize
 
 GIGABYTE = 1e9
 
@@ -33,8 +33,8 @@ def _balance(problem: Problem, assignment: Assignment, seen: Prediction) -> str:
     slowest = groups * max(*seen.stage_decode_seconds, *seen.link_decode_seconds)
     bound = "the slowest stage working through all micro-batches" if slowest >= ring else "one trip around the ring"
     return (
-        f"Decoding takes {share:.0f} % of {plain(seen.latency_seconds, 4)} s; a decode round of "
-        f"{plain(max(ring, slowest), 4)} s is bound by {bound} ({counted(groups, 'micro-batch')} of "
+        f"Decoding takes {share:.0f} % of {format_number(seen.latency_seconds, 4)} s; a decode round of "
+        f"{format_number(max(ring, slowest), 4)} s is bound by {bound} ({pluralize(groups, 'micro-batch')} of "
         f"{assignment.decode_micro_batch})."
     )
 
@@ -48,13 +48,13 @@ def _bottleneck(problem: Problem, plan: Plan, seen: Prediction, phase: str) -> s
         k = int(np.argmax(links))
         after = plan.stages[(k + 1) % len(plan.stages)].device
         return (
-            f"The {phase} bottleneck is the link from {plan.stages[k].device} to {after} with {plain(links[k], 4)} s a "
-            f"micro-batch, more than any stage: the network limits it."
+            f"The {phase} bottleneck is the link from {plan.stages[k].device} to {after} with "
+            f"{format_number(links[k], 4)} s a micro-batch, more than any stage: the network limits it."
         )
     stage = plan.stages[j]
     return (
-        f"The {phase} bottleneck is stage {j} on {stage.device} with {plain(stages[j], 4)} s a micro-batch "
-        f"({counted(len(stage.bits), 'layer')}, {_widths(stage)}); {_limit(problem, plan, stage, phase)}."
+        f"The {phase} bottleneck is stage {j} on {stage.device} with {format_number(stages[j], 4)} s a micro-batch "
+        f"({pluralize(len(stage.bits), 'layer')}, {_widths(stage)}); {_limit(problem, plan, stage, phase)}."
     )
 
 
@@ -109,10 +109,10 @@ def _memory_worth(problem: Problem, plan: Plan, seen: Prediction, formula: str) 
     if not found:
         return []
     found.sort(reverse=True)
-    listed = ", ".join(f"{plain(gain)} on {device}" for gain, device in found[:4])
+    listed = ", ".join(f"{format_number(gain)} on {device}" for gain, device in found[:4])
     return [
-        f"One GB more memory on one device would lower the objective of {plain(plan.solver.objective, 4)} by at least "
-        f"(the same stages, other widths): {listed}."
+        f"One GB more memory on one device would lower the objective of {format_number(plan.solver.objective, 4)} by "
+        f"at least (the same stages, other widths): {listed}."
     ]
 
 
@@ -160,8 +160,8 @@ def _theta_worth(problem: Problem, plan: Plan) -> list[str]:
         return []
     loss, theta = plan.predicted.quality_loss, problem.objective.theta
     return [
-        f"Theta {plain(theta)} charges {plain(theta * loss, 4)} for a quality loss of {plain(loss, 4)}: one per cent "
-        f"more theta costs {plain(0.01 * theta * loss)} at this plan."
+        f"Theta {format_number(theta)} charges {format_number(theta * loss, 4)} for a quality loss of "
+        f"{format_number(loss, 4)}: one per cent more theta costs {format_number(0.01 * theta * loss)} at this plan."
     ]
 
 
@@ -178,5 +178,5 @@ def _against_baselines(problem: Problem, plan: Plan) -> list[str]:
     ratio = real[name].latency_seconds / plan.predicted.latency_seconds
     return [
         f"The fastest baseline is {name}: this plan has {ratio:.2f} times its speed, at a quality loss of "
-        f"{plain(plan.predicted.quality_loss, 4)} against {plain(real[name].quality_loss, 4)}."
+        f"{format_number(plan.predicted.quality_loss, 4)} against {format_number(real[name].quality_loss, 4)}."
     ]

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from ds_llmpq.errors import UserError, shown
+from ds_llmpq.errors import UserError, quote
 from ds_llmpq.plan import Assignment
 from ds_llmpq.planner.problem import MicroBatchCandidates, Problem
-from ds_llmpq.validation import Count, LayerBits, Many, Name, Positive, Table, TableByNumber, checked, one_of
+from ds_llmpq.validation import Count, LayerBits, Many, Name, Positive, Table, TableByNumber, one_of, validate
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Pins:
         obj = vars(obj) if isinstance(obj, cls) else obj
         if isinstance(obj, Mapping):
             obj = {name: entry for name, entry in obj.items() if entry is not None}
-        pins = cls() if obj is None else checked(cls, obj, "pins", "correct it")
+        pins = cls() if obj is None else validate(cls, obj, "pins", "correct it")
         pins._check(problem)
         return pins
 
@@ -38,7 +38,7 @@ class Pins:
             if name not in names:
                 raise UserError(f"pins.order[{i}] is {name!r}, but must be one of {', '.join(names)}; correct it.")
         if len(set(self.order)) < len(self.order):
-            raise UserError(f"pins.order is {shown(list(self.order))}, but must name each device once; correct it.")
+            raise UserError(f"pins.order is {quote(list(self.order))}, but must name each device once; correct it.")
         for name, (first, last) in self.layers.items():
             if name not in (self.order or names):
                 raise UserError(

@@ -27,8 +27,8 @@ from ds_llmpq.validation import (
     Some,
     Table,
     TableByNumber,
-    checked,
     one_of,
+    validate,
 )
 
 SCHEMA = 1
@@ -173,7 +173,7 @@ class Problem:
         if isinstance(obj, Mapping) and "omega" in obj and "sensitivity" not in obj:
             print("note: problem.omega is now called sensitivity; the next version reads only that.", file=sys.stderr)
             obj = {"sensitivity" if key == "omega" else key: value for key, value in obj.items()}
-        problem = checked(cls, obj, "problem", REMEDY)
+        problem = validate(cls, obj, "problem", REMEDY)
         _check_objective(problem.objective, obj["objective"])
         _check_devices(problem)
         _check_sizes(problem)

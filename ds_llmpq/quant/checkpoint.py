@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from hqq.core.quantize import HQQLinear
 
-from ds_llmpq.errors import UserError, shown
+from ds_llmpq.errors import UserError, quote
 from ds_llmpq.files import check_files, read_json
 from ds_llmpq.models.checkpoint import QUANTIZED_INDEX, Checkpoint
 from ds_llmpq.models.fingerprint import MANIFEST, read_manifest
@@ -25,7 +25,7 @@ from ds_llmpq.models.prequantized import QUANT_METHOD
 from ds_llmpq.quant.config import QuantConfig, rename_former
 from ds_llmpq.quant.hqq import STORED_PARTS, restored_linear
 from ds_llmpq.quant.packing import PACKED_BITS, UNQUANTIZED_BITS, Groups, groups_of
-from ds_llmpq.validation import Digest, Many, Name, Positive, Some, checked, one_of
+from ds_llmpq.validation import Digest, Many, Name, Positive, Some, one_of, validate
 
 HEAD = "lm_head"
 FORMAT = 1
@@ -82,9 +82,9 @@ def read_recipe(path: str | Path) -> Recipe | None:
         return None
     if noted.get("format") != FORMAT:
         raise UserError(
-            f"{file} has quantization format {shown(noted.get('format'))}; this version reads {FORMAT} only."
+            f"{file} has quantization format {quote(noted.get('format'))}; this version reads {FORMAT} only."
         )
-    kept = checked(_Noted, rename_former(noted), f"quantization_config of {file}", "quantize the model again")
+    kept = validate(_Noted, rename_former(noted), f"quantization_config of {file}", "quantize the model again")
     try:
         groups = groups_of(
             QuantConfig(group_size=kept.group_size, axis=kept.axis, per_channel_bits=list(kept.per_channel_bits))

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ds_llmpq.errors import UserError, printable
+from ds_llmpq.errors import UserError, make_printable
 from ds_llmpq.files import parse_json
 
 _PROMPT_CHARACTERS, _ANSWER_CHARACTERS = 100, 160
@@ -29,7 +29,7 @@ def show_answers(input_file: Path, results_file: Path, count: int = 3) -> str:
             break
     prompts = _find_prompts(input_file, set(answers))
     return "\n".join(
-        f"{printable(custom_id, 40, keep='')}: {_line(prompts.get(custom_id, ''), _PROMPT_CHARACTERS)}\n"
+        f"{make_printable(custom_id, 40, keep='')}: {_line(prompts.get(custom_id, ''), _PROMPT_CHARACTERS)}\n"
         f"    {_line(answer, _ANSWER_CHARACTERS)}"
         for custom_id, answer in answers.items()
     )
@@ -76,4 +76,4 @@ def _answer(row: dict[str, Any]) -> str:
 def _line(text: str, most: int) -> str:
     """`text` on one line: where it has several, their ends are shown as such."""
     whole = text.strip().replace("\n", " \u23ce ")
-    return printable(whole if len(whole) <= most else whole[: most - 3] + "...", most, keep="")
+    return make_printable(whole if len(whole) <= most else whole[: most - 3] + "...", most, keep="")

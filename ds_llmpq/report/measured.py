@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ds_llmpq.errors import UserError, printable
+from ds_llmpq.errors import UserError, make_printable
 from ds_llmpq.files import read_json
 
 REMEDY = "give the folder of a finished run"
@@ -31,13 +31,13 @@ def of_this_form(file: Path) -> Iterator[None]:
     try:
         yield
     except _WRONG as error:
-        reason = printable(f"{type(error).__name__}: {error}", 200, keep="")
+        reason = make_printable(f"{type(error).__name__}: {error}", 200, keep="")
         raise UserError(f"{file} is not of the form that this version reads ({reason}); run again with it.") from None
 
 
 def _printable(value: Any) -> Any:
     if isinstance(value, dict):
-        return {printable(key, 1_000, keep=""): _printable(entry) for key, entry in value.items()}
+        return {make_printable(key, 1_000, keep=""): _printable(entry) for key, entry in value.items()}
     if isinstance(value, list):
         return [_printable(entry) for entry in value]
-    return printable(value, 10_000, keep="\n") if isinstance(value, str) else value
+    return make_printable(value, 10_000, keep="\n") if isinstance(value, str) else value

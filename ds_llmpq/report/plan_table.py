@@ -7,7 +7,7 @@ from itertools import groupby
 
 from ds_llmpq.plan import Plan, PredictedTotals, Stage
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS
-from ds_llmpq.wording import plain
+from ds_llmpq.wording import format_number
 
 _UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
@@ -52,7 +52,7 @@ def size(amount: float) -> str:
 
 
 def milliseconds(seconds: float) -> str:
-    return plain(seconds * 1e3)
+    return format_number(seconds * 1e3)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -72,12 +72,12 @@ def _summary(plan: Plan) -> list[str]:
         f"workload: {workload.sequences} sequences of {workload.prompt_tokens} prompt + {workload.generated_tokens} "
         f"generated tokens; micro-batches of {plan.micro_batch.prefill} in prefill, "
         f"{plan.micro_batch.decode} in decode",
-        f"predicted: {plain(predicted.latency_seconds, 4)} s a batch (prefill "
-        f"{plain(predicted.prefill_seconds, 4)}, decode {plain(predicted.decode_seconds, 4)}), "
-        f"{plain(predicted.throughput_tokens_per_second, 4)} tokens/s, quality loss "
-        f"{plain(predicted.quality_loss)} nats per token",
-        f"solver: {solver.name}, {solver.status}, objective {plain(solver.objective, 5)}{proof}, "
-        f"{plain(solver.seconds, 2)} s",
+        f"predicted: {format_number(predicted.latency_seconds, 4)} s a batch (prefill "
+        f"{format_number(predicted.prefill_seconds, 4)}, decode {format_number(predicted.decode_seconds, 4)}), "
+        f"{format_number(predicted.throughput_tokens_per_second, 4)} tokens/s, quality loss "
+        f"{format_number(predicted.quality_loss)} nats per token",
+        f"solver: {solver.name}, {solver.status}, objective {format_number(solver.objective, 5)}{proof}, "
+        f"{format_number(solver.seconds, 2)} s",
     ]
     if plan.baselines:
         lines.append(
@@ -94,7 +94,7 @@ def _baseline(plan: Plan, entry: PredictedTotals | str) -> str:
     ours = plan.predicted.throughput_tokens_per_second
     theirs = entry.throughput_tokens_per_second
     ratio = f"{ours / theirs:.2f}x" if theirs else "any"
-    return f"{plain(theirs, 4)} tokens/s (ours {ratio}), loss {plain(entry.quality_loss)}"
+    return f"{format_number(theirs, 4)} tokens/s (ours {ratio}), loss {format_number(entry.quality_loss)}"
 
 
 def layer_bits(stages: Iterable[Stage]) -> list[int]:

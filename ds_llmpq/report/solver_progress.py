@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TextIO
 
 from ds_llmpq.planner import ProgressEvent
-from ds_llmpq.wording import plain
+from ds_llmpq.wording import format_number
 
 _PATIENCE_SECONDS = 2.0
 _SECONDS_BETWEEN = 1.0
@@ -32,4 +32,4 @@ def progress_line(stream: TextIO | None = None) -> Callable[[ProgressEvent], Non
 
 
 def _number(value: float | None) -> str:
-    return "none" if value is None else plain(value, 5)
+    return "none" if value is None else format_number(value, 5)

@@ -21,7 +21,7 @@ from ds_llmpq.plan import PredictedTotals, read_plan
 from ds_llmpq.report import figures
 from ds_llmpq.report.measured import REMEDY, read_measured
 from ds_llmpq.report.plan_table import table
-from ds_llmpq.validation import Note, checked
+from ds_llmpq.validation import Note, validate
 
 _FAILURE = "failure.json"
 _WIDEST_CELL = 90  # characters; summary.csv has all of a long sentence
@@ -43,7 +43,7 @@ class Failure:
 
 def failure_of(folder: Path) -> Failure:
     """Why a point failed. `UserError`: its failure.json is no such file."""
-    return checked(Failure, read_measured(folder / _FAILURE), str(folder / _FAILURE), REMEDY, further=True)
+    return validate(Failure, read_measured(folder / _FAILURE), str(folder / _FAILURE), REMEDY, ignore_unknown=True)
 
 
 def note_failure(out: Path, error: UserError) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ds_llmpq.errors import printable
+from ds_llmpq.errors import make_printable
 from ds_llmpq.files import read_json
 from ds_llmpq.report import figures
 from ds_llmpq.report.measured import REMEDY, of_this_form
@@ -43,7 +43,7 @@ def _span(event: dict[str, Any], origin: float) -> TracedSpan:
     stage, start, seconds = int(event["pid"]), (event["ts"] - origin) / 1e6, event["dur"] / 1e6
     if not (0 <= stage < _MOST_STAGES and 0 <= start <= 1e12 and 0 <= seconds <= 1e12):
         raise ValueError(f"stage {stage}, start {start} or {seconds} s is out of range")
-    return TracedSpan(stage, printable(event["name"], 100, keep=""), start, seconds)
+    return TracedSpan(stage, make_printable(event["name"], 100, keep=""), start, seconds)
 
 
 def gantt(traces: dict[str, list[TracedSpan]], path: Path) -> Path:

@@ -18,7 +18,7 @@ from annotated_types import MaxLen
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import read_json
 from ds_llmpq.lengths.records import Tokens
-from ds_llmpq.validation import Count, Many, Number, Positive, Seconds, checked, one_of
+from ds_llmpq.validation import Count, Many, Number, Positive, Seconds, one_of, validate
 
 CONSTANT_SECONDS = 0.1
 PER_TOKEN_SECONDS = 0.02
@@ -94,7 +94,7 @@ def schedules(case: Case) -> Completion:
 
 
 def _case(row: Any, where: str) -> Case:
-    read = checked(_Published, row, where, "correct the case", further=True)
+    read = validate(_Published, row, where, "correct the case", ignore_unknown=True)
     case = Case(
         arrival_seconds=list(read.arrival),
         tokens=list(read.generated_tokens),

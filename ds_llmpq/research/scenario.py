@@ -14,7 +14,7 @@ from ds_llmpq.research.arrivals import arrival_times, read_trace
 from ds_llmpq.research.config import AnswersConfig, ArrivalsConfig, PredictionConfig, SimulateConfig
 from ds_llmpq.scheduler.execution import ExecutionCost, alone_seconds
 from ds_llmpq.scheduler.jobs import Jobs
-from ds_llmpq.validation import Amount, checked
+from ds_llmpq.validation import Amount, validate
 
 ANSWERS = ("lognormal", "data", "trace")
 PREDICTIONS = ("oracle", "noisy", "classes", "constant", "data")
@@ -128,7 +128,7 @@ def _read(answers: AnswersConfig) -> Lengths:
     file, what, remedy = Path(answers.data).expanduser(), "answers.data", "rows need output_tokens"
     rows: list[_Answered] = []
     for number, row in read_json_lines(file, what, remedy):
-        rows.append(checked(_Answered, row, f"{what} {file} line {number}", remedy, further=True))
+        rows.append(validate(_Answered, row, f"{what} {file} line {number}", remedy, ignore_unknown=True))
     generated = np.array([row.output_tokens for row in rows], dtype=np.int64)
     prompts = np.array([row.prompt_tokens or 0 for row in rows], dtype=np.int64)
     guesses = [row.predicted_tokens for row in rows]

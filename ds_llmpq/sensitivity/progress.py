@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import read_json
-from ds_llmpq.validation import Count, Number, Plain, checked
+from ds_llmpq.validation import Count, Number, Plain, validate
 
 _SECONDS_BETWEEN_STATES = 30.0  # hidden states are large; rows are not
 
@@ -75,7 +75,7 @@ class Progress:
 
     def _read(self) -> _Kept:
         with contextlib.suppress(UserError):
-            found = checked(_Kept, read_json(self._rows_file, "Progress", ""), "Progress", "")
+            found = validate(_Kept, read_json(self._rows_file, "Progress", ""), "Progress", "")
             if found.identity == self.identity:
                 return found
         return _Kept()

@@ -14,7 +14,7 @@ from annotated_types import MaxLen
 
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import read_json
-from ds_llmpq.validation import Amount, Bits, Label, Many, Plain, Some, checked, one_of
+from ds_llmpq.validation import Amount, Bits, Label, Many, Plain, Some, one_of, validate
 
 SCHEMA = 1
 FILE, FORMER_FILE = "sensitivity.json", "omega.json"  # the latter is read for one more version
@@ -123,7 +123,7 @@ def read_sensitivity(path: str | Path) -> Sensitivity:
     if path.name == FORMER_FILE:
         print(f"note: {path}: this file is now called {FILE}; the next version reads that only.", file=sys.stderr)
     where, remedy = f"sensitivity file {path}", "make it with the sensitivity command"
-    record = checked(_Record, read_json(path, "sensitivity file", remedy), where, remedy)
+    record = validate(_Record, read_json(path, "sensitivity file", remedy), where, remedy)
     head = {int(width): value for width, value in record.head.items()}
     kept = {name: getattr(record, name) for name in Sensitivity.__dataclass_fields__ if name != "head"}
     try:

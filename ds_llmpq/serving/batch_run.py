@@ -14,7 +14,7 @@ from ds_llmpq.batch.results import check_folder, read_finished
 from ds_llmpq.batch.tally import InputRows, Tally
 from ds_llmpq.cluster.hostfile import hostfile_disagreements, parse_hostfile, write_hostfile
 from ds_llmpq.errors import UserError
-from ds_llmpq.files import absolute, read_json, write_json
+from ds_llmpq.files import make_absolute, read_json, write_json
 from ds_llmpq.launch.environment import check_environment
 from ds_llmpq.launch.journal import (
     FINISHED,
@@ -76,7 +76,7 @@ def run_batch(settings: RunConfig, out: Path, screen: Screen = Screen()) -> Batc
     validate_supervision(settings.run)
     batch = validate_batch(settings.batch)
     # what rank 0 would refuse is said at once
-    rows = InputRows.of(read_requests(absolute(settings.input), batch))
+    rows = InputRows.of(read_requests(make_absolute(settings.input), batch))
     with lock_folder(check_folder(out)):
         kill_leftovers(out)
         return _run(replace(settings, batch=batch), out, rows, screen)
@@ -99,7 +99,7 @@ def _run(settings: RunConfig, out: Path, rows: InputRows, screen: Screen) -> Bat
     job = Job(
         plan=plan,
         model_path=str(find_checkpoint(settings, plan)),
-        input=str(absolute(settings.input)),
+        input=str(make_absolute(settings.input)),
         output=str(out),
         engine=settings.engine,
         batch=settings.batch,
@@ -128,7 +128,7 @@ def _prepare(
 ) -> tuple[Journal, Plan | None]:
     """The folder's journal and plan: those of the run to go on with, after its check, or new ones. No plan where the
     run is finished, and its files hold all of it."""
-    given = None if settings.plan is None else _read_launchable(settings, absolute(settings.plan))
+    given = None if settings.plan is None else _read_launchable(settings, make_absolute(settings.plan))
     asked = Identity(rows.sha256, None, None, select_sampling(settings.batch), _list_plan_inputs(settings, given))
     journal = None if settings.resume == "force" else Journal.read(out)
     if journal is None:
@@ -206,7 +206,7 @@ def _metrics(plan: Plan, tally: Tally, out: Path) -> dict[str, Any]:
     """What the last start measured, with what the files hold; nothing measured where it ended before it wrote that."""
     file, remedy = out / "metrics.json", "remove it, and go on with resume=true"
     if file.exists():
-        measured = validation.checked(validation.Plain, read_json(file, "Metrics", remedy), f"Metrics {file}", remedy)
+        measured = validation.validate(validation.Plain, read_json(file, "Metrics", remedy), f"Metrics {file}", remedy)
     else:
         measured = summarize(plan, {}, [], None, [], startup_seconds=0.0)
     return measured | {"counts": tally.counts}
@@ -223,7 +223,7 @@ def obtain_plan(settings: RunConfig, out: Path, progress: Progress | None = None
     """The plan that is given, checked, or a new one; with its hostfile in `out`."""
     if settings.plan is None:
         return make_plan(settings, out, progress)
-    return _adopt(settings, _read_launchable(settings, absolute(settings.plan)), out)
+    return _adopt(settings, _read_launchable(settings, make_absolute(settings.plan)), out)
 
 
 def _adopt(settings: RunConfig, plan: Plan, out: Path) -> Plan:
@@ -246,7 +246,7 @@ def find_checkpoint(settings: RunConfig, plan: Plan) -> Path:
     given, planned = settings.quantized or settings.model.path, plan.model_path
     if given is None and planned is None:
         raise UserError("The model is known by its shape alone, enough to plan but not to run; give model.path=DIR.")
-    path = absolute(given or planned)
+    path = make_absolute(given or planned)
     check_model(plan, path)
     list_notes(path)  # what ranks would refuse is refused here
     return path
@@ -257,7 +257,7 @@ def _check_hostfile(settings: RunConfig, plan: Plan) -> None:
     the launcher gets the one written from the plan."""
     if settings.hostfile is None:
         return
-    hostfile = absolute(settings.hostfile)
+    hostfile = make_absolute(settings.hostfile)
     wrong = hostfile_disagreements(parse_hostfile(hostfile), launch_order(plan))
     if wrong:
         raise UserError(f"Hostfile {hostfile} disagrees with the plan: {wrong[0]}; plan again or change the file.")

@@ -15,10 +15,10 @@ from typing import Any, TypeVar, get_type_hints
 
 from ds_llmpq.batch.config import BatchConfig
 from ds_llmpq.engine.config import EngineConfig
-from ds_llmpq.errors import UserError, shown
+from ds_llmpq.errors import UserError, quote
 from ds_llmpq.files import parse_json
 from ds_llmpq.plan import Plan
-from ds_llmpq.validation import checked
+from ds_llmpq.validation import validate
 
 T = TypeVar("T")
 _MOST_BYTES = 64 << 20
@@ -76,9 +76,9 @@ def from_token(kind: type[T], token: str, remedy: str) -> T:
     fields = parse_json(data, where, remedy, infinity=True)
     types = get_type_hints(kind)
     if not isinstance(fields, dict) or set(fields) != set(types):
-        raise UserError(f"{where} holds {shown(fields)}, but must hold the keys {', '.join(types)}; {remedy}.")
+        raise UserError(f"{where} holds {quote(fields)}, but must hold the keys {', '.join(types)}; {remedy}.")
     values = {
-        name: Plan.from_json(value) if types[name] is Plan else checked(types[name], value, f"{where}: {name}", remedy)
+        name: Plan.from_json(value) if types[name] is Plan else validate(types[name], value, f"{where}: {name}", remedy)
         for name, value in fields.items()
     }
     return kind(**values)

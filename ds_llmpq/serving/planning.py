@@ -12,7 +12,7 @@ from ds_llmpq.cluster.gates import common_dtype
 from ds_llmpq.cluster.hostfile import write_hostfile
 from ds_llmpq.cost.fitted import profiled_kernel
 from ds_llmpq.errors import UserError
-from ds_llmpq.files import absolute, given, read_json, write_json
+from ds_llmpq.files import absolute_or_none, make_absolute, read_json, write_json
 from ds_llmpq.models.config import ModelConfig
 from ds_llmpq.models.fingerprint import fingerprint
 from ds_llmpq.models.notes import list_notes
@@ -44,7 +44,7 @@ def make_plan(settings: PlanningConfig, out: Path, progress: Progress | None = N
     problem, finish = build_problem(settings)
     write_json(out / "problem.json", problem.to_json())
     if settings.check:
-        solved = check_plan(problem, read_assignment(absolute(settings.check)))
+        solved = check_plan(problem, read_assignment(make_absolute(settings.check)))
     else:
         planner = settings.planner
         solved = solve_variant(
@@ -63,14 +63,19 @@ def build_problem(settings: PlanConfig) -> tuple[Problem, Callable[[Plan], Plan]
     cluster, and its plan names none."""
     if settings.problem:
         return Problem.from_json(
-            read_json(absolute(settings.problem), "Problem", "give a problem.json", infinity=True)
+            read_json(make_absolute(settings.problem), "Problem", "give a problem.json", infinity=True)
         ), lambda plan: plan
     planner = settings.planner
     shape, model = _model(settings.model)
     check_lm_head(shape.vocab, shape.embed_dim, settings.quant)
     cluster = Cluster.from_config(settings.cluster)
     workload = size_workload(
-        settings.workload, settings.model, given(settings.input), settings.batch, shape, settings.engine.refill
+        settings.workload,
+        settings.model,
+        absolute_or_none(settings.input),
+        settings.batch,
+        shape,
+        settings.engine.refill,
     )
     sensitivity = read_sensitivity(planner.sensitivity) if planner.sensitivity else None
     if sensitivity is not None:
@@ -108,7 +113,7 @@ def write_artefacts(plan: Plan, out: Path) -> None:
 
 def _model(model: ModelConfig) -> tuple[ModelShape, PlannedModel]:
     if model.path is not None:
-        path = absolute(model.path)
+        path = make_absolute(model.path)
         refuse_foreign(path)
         shape = read_shape(path)
         list_notes(path)  # what ranks would refuse is refused here

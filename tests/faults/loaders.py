@@ -38,7 +38,7 @@ from ds_llmpq.cost.fit import Fit, LatencyModel, Residual, read_model
 from ds_llmpq.cost.linktable import fit_link, read_links
 from ds_llmpq.cost.profile import read_profile
 from ds_llmpq.engine.config import EngineConfig
-from ds_llmpq.errors import UserError, printable
+from ds_llmpq.errors import UserError, make_printable
 from ds_llmpq.evaluation.config import EvaluationConfig
 from ds_llmpq.evaluation.job import ScoreJob
 from ds_llmpq.files import read_json, read_text
@@ -189,7 +189,7 @@ def try_input(loader: Loader, data: bytes, folder: Path) -> str:
         sentence = str(error)
         assert sentence.strip(), "a refusal without a word"
         assert len(sentence) <= 1_500, "a refusal of many lines"
-        assert printable(sentence) == sentence, "a refusal with control characters"
+        assert make_printable(sentence) == sentence, "a refusal with control characters"
         return sentence
     finally:
         for each in folder.iterdir():

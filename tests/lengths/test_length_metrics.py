@@ -9,7 +9,7 @@ from ds_llmpq.lengths.characterize import distribution, expected_maximum
 from ds_llmpq.lengths.config import LengthTaskConfig
 from ds_llmpq.lengths.length_metrics import bound_metrics, class_metrics, pairwise_accuracy, regression_metrics
 from ds_llmpq.lengths.tasks import Task
-from ds_llmpq.validation import checked
+from ds_llmpq.validation import validate
 
 TOKENS = np.array([1.0, 2.0, 3.0, 4.0, 100.0, 200.0, 300.0, 400.0])
 
@@ -49,7 +49,7 @@ def test_thresholds_are_percentiles_of_the_training_lengths_and_classes_their_me
     assert task.thresholds == (4.0, 200.0)
     assert task.class_tokens == pytest.approx((2.5, 150.0, 350.0))
     assert task.labels(np.array([1.0, 4.0, 5.0, 1e6])).tolist() == [0, 0, 1, 2]
-    assert checked(Task, task.to_json(), "task", "mend it") == task
+    assert validate(Task, task.to_json(), "task", "mend it") == task
 
 
 def test_targets_and_tokens_are_inverse():
@@ -98,7 +98,7 @@ def test_bounds_of_a_useless_model_still_cover():
     found = bound_metrics(generator.lognormal(4, 1, 5000), calibration.bounds(task, np.zeros((5000, 1))))
     assert found["q90_coverage"] == pytest.approx(0.9, abs=0.02)
     assert found["q95_coverage"] == pytest.approx(0.95, abs=0.02)
-    assert checked(Calibration, calibration.to_json(), "calibration", "mend it") == calibration
+    assert validate(Calibration, calibration.to_json(), "calibration", "mend it") == calibration
 
 
 def test_pairwise_scores_become_tokens_by_an_increasing_map():

@@ -17,7 +17,7 @@ from ds_llmpq.planner.incumbent import relative_gap
 from ds_llmpq.planner.linear import Infeasible, _by_scipy, minimise
 from ds_llmpq.planner.objective import objective_value
 from ds_llmpq.planner.search.fractional import first_bounds, simple_bound
-from ds_llmpq.wording import plain
+from ds_llmpq.wording import format_number
 
 
 def first_bounds_hold(seed, mode, formula="pipeline"):
@@ -126,7 +126,7 @@ def test_the_gap_is_counted_from_the_bound():
 
 
 def test_figures_are_plain():
-    shown = [plain(value) for value in (1380, 0.0316, 3462.4, 123456.7, 9.999, 0, 1e9)]
+    shown = [format_number(value) for value in (1380, 0.0316, 3462.4, 123456.7, 9.999, 0, 1e9)]
     assert shown == ["1,380", "0.0316", "3,462", "123,457", "10", "0", "1,000,000,000"]
 
 

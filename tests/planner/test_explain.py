@@ -6,7 +6,7 @@ from random_problems import random_problem
 
 from ds_llmpq.errors import InfeasibleError
 from ds_llmpq.planner import solve
-from ds_llmpq.wording import counted
+from ds_llmpq.wording import pluralize
 
 WORTH = re.compile(r"objective of [^ ]+ by at least \(the same stages, other widths\): (.*)\.$")
 
@@ -46,5 +46,5 @@ def test_sentences_hold_no_exponents_and_count_rightly():
 
 
 def test_counted():
-    assert [counted(n, "micro-batch") for n in (1, 2)] == ["1 micro-batch", "2 micro-batches"]
-    assert [counted(n, "layer") for n in (1, 1000)] == ["1 layer", "1,000 layers"]
+    assert [pluralize(n, "micro-batch") for n in (1, 2)] == ["1 micro-batch", "2 micro-batches"]
+    assert [pluralize(n, "layer") for n in (1, 1000)] == ["1 layer", "1,000 layers"]

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ds_llmpq.engine.kv_cache import KVStore
-from ds_llmpq.errors import printable
+from ds_llmpq.errors import make_printable
 from ds_llmpq.models.step import Step
 
 _MESSAGE_CHARACTERS = 300
@@ -40,7 +40,7 @@ class Fault:
 def described(error: BaseException) -> str:
     """The exception's message on one line, fit for a terminal."""
     try:
-        return printable(error, _MESSAGE_CHARACTERS, keep="")
+        return make_printable(error, _MESSAGE_CHARACTERS, keep="")
     except Exception:  # whatever an exception's own __str__ raises
         return "(its message cannot be read)"
 

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from ds_llmpq.errors import UserError, shown
+from ds_llmpq.errors import UserError, quote
 from ds_llmpq.models.family import Description, Family
 
 # model_type -> module that has it among its FAMILIES
@@ -39,7 +39,7 @@ def describe(config: Mapping[str, Any]) -> Description:
     model_type = config.get("model_type")
     family = find_family(model_type)
     if family is None:
-        raise UserError(f"model_type {shown(model_type)} is not supported; supported are {', '.join(SUPPORTED)}.")
+        raise UserError(f"model_type {quote(model_type)} is not supported; supported are {', '.join(SUPPORTED)}.")
     dtype = next((config[key] for key in ("dtype", "torch_dtype") if config.get(key) is not None), None)
     dtype = None if dtype is None else str(dtype).removeprefix("torch.")
     return Description(model_type, family, family.read_spec(config), dtype)
