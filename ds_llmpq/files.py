@@ -12,6 +12,7 @@ import errno
 import fcntl
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -181,12 +182,20 @@ def read_yaml(path: str | Path, what: str, remedy: str, most_bytes: int = 4 << 2
 def read_json_lines(path: str | Path, what: str, remedy: str, most_bytes: int = 1 << 30) -> Iterator[tuple[int, Any]]:
     """(line number from 1, value) of each line that is not blank, each as `parse_json` has it."""
     with open_regular(path, what, remedy, most_bytes) as file:
-        for number, line in enumerate(file, 1):
-            where = f"{what} {path} line {number}"
-            if len(line) > MOST_BYTES:
-                raise UserError(f"{where} has more than {MOST_BYTES} bytes; {remedy}.")
+        for number, line in enumerate(read_lines(file, f"{what} {path}", remedy), 1):
             if line.strip():
-                yield number, parse_json(line, where, remedy)
+                yield number, parse_json(line, f"{what} {path} line {number}", remedy)
+
+
+def read_lines(file: BinaryIO, where: str, remedy: str) -> Iterator[bytes]:
+    """Each line with its end, as iterating the file does. `UserError`: one has more than `MOST_BYTES` bytes."""
+    for number in itertools.count(1):
+        line = file.readline(MOST_BYTES + 1)
+        if not line:
+            return
+        if len(line) > MOST_BYTES:
+            raise UserError(f"{where} line {number} has more than {MOST_BYTES} bytes; {remedy}.")
+        yield line
 
 
 def read_csv(text: str, where: str, remedy: str, columns: Sequence[str] = ()) -> Iterator[tuple[int, dict[str, str]]]:

@@ -94,7 +94,7 @@ def validate(kind: type[T], value: Any, where: str, remedy: str, *, ignore_unkno
     if ignore_unknown and isinstance(value, dict):
         value = {name: value[name] for name in kind.__dataclass_fields__ if name in value}
     try:
-        return _adapter(kind).validate_json(json.dumps({"": value}))[""]
+        return _adapter(dict[str, kind]).validate_json(json.dumps({"": value}))[""]
     except ValidationError as error:
         raise UserError(_sentence(error, where, remedy)) from None
     except (RecursionError, TypeError, ValueError) as error:
@@ -104,22 +104,38 @@ def validate(kind: type[T], value: Any, where: str, remedy: str, *, ignore_unkno
 def validate_cells(kind: type[T], cells: Mapping[str, Any], where: str, remedy: str) -> T:
     """The same of text alone, as CSV has it; nested mappings stand for nested dataclasses."""
     try:
-        return _adapter(kind).validate_strings({"": cells})[""]
+        return _adapter(dict[str, kind]).validate_strings({"": cells})[""]
+    except ValidationError as error:
+        raise UserError(_sentence(error, where, remedy)) from None
+
+
+def validate_line(kind: type[T], line: bytes, where: str, remedy: str) -> T:
+    """The same of one line of JSON that this program itself writes by the thousand: read and checked in one step, three
+    times as fast. Keys that `kind` does not know are let pass; of a key that stands twice the last is taken.
+    """
+    try:
+        return _adapter(tuple[kind], "ignore").validate_json(b"[" + line + b"]")[0]
     except ValidationError as error:
         raise UserError(_sentence(error, where, remedy)) from None
 
 
 @cache
-def _adapter(kind: Any) -> TypeAdapter:
-    # an object around it: pydantic takes a configuration for that, but none for a dataclass of the standard library
-    return TypeAdapter(dict[str, kind], config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
+def _adapter(kind: Any, unknown: str = "forbid") -> TypeAdapter:
+    """`kind` is a dict or tuple around the type: pydantic takes a configuration for that, but none for a dataclass of
+    the standard library."""
+    return TypeAdapter(kind, config=ConfigDict(strict=True, extra=unknown, allow_inf_nan=False))
 
 
 def _sentence(error: ValidationError, where: str, remedy: str) -> str:
     first = error.errors(include_url=False)[0]
     place = tuple(key for key in first["loc"][1:] if key not in (_ONE, _MANY))
     kind, key = first["type"], place[-1] if place else ""
+    if kind == "json_invalid" or not first["loc"]:  # of `validate_line`
+        reason = first.get("ctx", {}).get("error", "more than one value")
+        return f"{where} cannot be read as JSON ({reason}); {remedy}."
     if kind in ("missing", "missing_argument"):
+        if not place:
+            return f"{where} is empty; {remedy}."
         return f"{_path(where, place[:-1])} lacks the key {quote(key)}; {remedy}."
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"{_path(where, place[:-1])} has the unknown key {quote(key)}; {remedy}."

@@ -5,18 +5,42 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from ds_llmpq.errors import UserError
-from ds_llmpq.files import lock
+from ds_llmpq.files import lock, open_regular, read_lines
+from ds_llmpq.validation import Positive, validate_line
 
 UNICODE_LINE_ENDS = (("\x85", "\\u0085"), ("\u2028", "\\u2028"), ("\u2029", "\\u2029"))
 ROW_START = b'{"id": "batch_req_'  # how every row begins: a torn tail that does not was not written by this program
 
+_OF_RESULTS, _OF_ERRORS = (
+    f"that is no {kind} row: give another out=DIR or mend the line" for kind in ("result", "error")
+)
+
 Key: TypeAlias = "str | int"  # a custom_id; the line in the input of a row in which none can be read
+
+
+@dataclass(frozen=True)
+class _ResultRow:
+    custom_id: str
+    response: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Reason:
+    line: Positive
+
+
+@dataclass(frozen=True)
+class _ErrorRow:
+    custom_id: str | None
+    error: _Reason
 
 
 class RowFile:
@@ -24,12 +48,14 @@ class RowFile:
 
     def __init__(self, path: Path, *, create: bool = True):
         self.path = path
-        flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0)
+        flags = os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC | (os.O_CREAT if create else 0)
         try:
             self._descriptor = os.open(path, flags, 0o666)
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}; give a writable folder as out=DIR.") from None
         try:
+            if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
+                raise UserError(f"cannot write {path}: it is no regular file; give another out=DIR.")
             lock(self._descriptor, f"{path} is being written by another run; wait for it or give another out=DIR.")
             self._end = os.lseek(self._descriptor, 0, os.SEEK_END)
         except BaseException:
@@ -57,7 +83,7 @@ class RowFile:
             if not whole:
                 _check_ours(raw, self.path, line)
                 break
-            custom_id = _custom_id(raw, self.path, line)
+            custom_id = validate_line(_ResultRow, raw, f"line {line} of {self.path}", _OF_RESULTS).custom_id
             if custom_id in found:
                 raise UserError(f"line {line} of {self.path} repeats custom_id {custom_id!r}; remove one of the two.")
             found.add(custom_id)
@@ -117,7 +143,7 @@ class RowFile:
         """(line, whether it has its line end) from the start of the file."""
         with open(self._descriptor, "rb", closefd=False) as file:
             file.seek(0)
-            for raw in file:
+            for raw in read_lines(file, str(self.path), _OF_RESULTS):
                 yield raw, raw.endswith(b"\n")
 
 
@@ -167,37 +193,14 @@ def error_keys(path: Path) -> Counter[Key]:
     """How often each row of the input stands in an error file; a torn last row does not count. Empty if there is no
     such file. `UserError`: another program's file."""
     found: Counter[Key] = Counter()
-    try:
-        with open(path, "rb") as file:
-            for line, raw in enumerate(file, start=1):
-                if raw.endswith(b"\n"):
-                    found[_error_key(raw, path, line)] += 1
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; give another out=DIR.") from None
+    if not os.path.lexists(path):
+        return found
+    with open_regular(path, "error file", "give another out=DIR") as file:
+        for number, raw in enumerate(read_lines(file, str(path), _OF_ERRORS), start=1):
+            if raw.endswith(b"\n"):
+                row = validate_line(_ErrorRow, raw, f"line {number} of {path}", _OF_ERRORS)
+                found[row.error.line if row.custom_id is None else row.custom_id] += 1
     return found
-
-
-def _error_key(raw: bytes, path: Path, line: int) -> Key:
-    try:
-        row = json.loads(raw)
-        key = row["error"]["line"] if row["custom_id"] is None else row["custom_id"]
-        if isinstance(key, (str, int)):
-            return key
-    except (ValueError, KeyError, TypeError, RecursionError):
-        pass
-    raise UserError(f"line {line} of {path} is not an error row; give another out=DIR or mend the line.")
-
-
-def _custom_id(raw: bytes, path: Path, line: int) -> str:
-    try:
-        row = json.loads(raw)
-        if isinstance(row["custom_id"], str) and isinstance(row["response"], dict):
-            return row["custom_id"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        pass
-    raise UserError(f"line {line} of {path} is not a result row; give another out=DIR or mend the line.")
 
 
 def _check_ours(start: bytes, path: Path, line: int) -> None:

@@ -13,22 +13,40 @@ import json
 import os
 import sys
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Ge, Lt
 
 from ds_llmpq.batch.config import BatchConfig
 from ds_llmpq.errors import UserError
-from ds_llmpq.files import open_regular
+from ds_llmpq.files import open_regular, read_lines
 from ds_llmpq.launch.journal import fingerprint_plan, select_sampling
 from ds_llmpq.plan import Plan
+from ds_llmpq.validation import Digest, one_of, validate_line
 
 NAME = "in_flight.jsonl"
 SCHEMA = 1
 _SLACK_BYTES = 1 << 20  # of ended sequences, before the file is written anew
 _TOKEN_BYTES = 24  # in flight, for which as much may stand there as was written
-_MOST_LINE_BYTES = 16 << 20
-_MOST_TOKEN = 1 << 31
+_Number = Annotated[int, Ge(0), Lt(1 << 31)]
+
+
+@dataclass(frozen=True)
+class _Head:
+    schema: one_of(SCHEMA)
+    identity: Digest
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """All tokens of one row, or the next one of each of several."""
+
+    tokens: list[_Number]
+    row: _Number | None = None
+    rows: list[_Number] | None = None
 
 
 def build_identity(input_sha256: str, plan: Plan, batch: BatchConfig) -> str:
@@ -133,41 +151,24 @@ def read_in_flight(folder: Path, identity: str) -> dict[int, list[int]]:
     if path.is_symlink() or not path.exists():
         return found
     with contextlib.suppress(UserError, OSError), open_regular(path, "tokens in flight", "remove it") as file:
-        for number, fields in enumerate(_lines(iter(lambda: file.readline(_MOST_LINE_BYTES), b""))):
+        for number, line in enumerate(read_lines(file, NAME, "remove it")):
+            if not line.endswith(b"\n"):
+                break
             if number == 0:
-                if fields != {"schema": SCHEMA, "identity": identity}:
+                if validate_line(_Head, line, NAME, "remove it").identity != identity:
                     break
-            elif not _take(found, fields):
+            elif not _take(found, validate_line(_Tokens, line, NAME, "remove it")):
                 break
     return {row: tokens for row, tokens in found.items() if tokens}
 
 
-def _lines(raw: Iterable[bytes]) -> Iterable[Any]:
-    """Up to the first that is torn."""
-    for line in raw:
-        if not line.endswith(b"\n"):
-            return
-        try:
-            yield json.loads(line)
-        except (ValueError, RecursionError):
-            return
-
-
-def _take(found: dict[int, list[int]], fields: Any) -> bool:
-    """One line; False if it is none of ours."""
-    tokens = fields.get("tokens") if isinstance(fields, dict) else None
-    if not _are_numbers(tokens):
-        return False
-    if _are_numbers([fields.get("row")]):
-        found[fields["row"]] = tokens
+def _take(found: dict[int, list[int]], line: _Tokens) -> bool:
+    """Whether the line names a row, or one for each token."""
+    if line.row is not None:
+        found[line.row] = line.tokens
         return True
-    rows = fields.get("rows")
-    if not _are_numbers(rows) or len(rows) != len(tokens):
+    if line.rows is None or len(line.rows) != len(line.tokens):
         return False
-    for row, token in zip(rows, tokens, strict=True):
+    for row, token in zip(line.rows, line.tokens, strict=True):
         found.setdefault(row, []).append(token)
     return True
-
-
-def _are_numbers(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and 0 <= value < _MOST_TOKEN for value in values)

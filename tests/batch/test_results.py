@@ -14,6 +14,7 @@ from batch_helpers import chat_row, completion_row, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ds_llmpq import files
 from ds_llmpq.batch.config import BatchConfig
 from ds_llmpq.batch.jsonl_file import row_bytes
 from ds_llmpq.batch.reader import read_requests
@@ -130,9 +131,20 @@ def test_two_writers_at_once_are_refused(tmp_path):
 @pytest.mark.parametrize("content", [b"my notes", b"my notes\n", b'{"id": 3}\n', b"[1]\n", b"\xff\n", b"\n"])
 def test_foreign_files_are_refused_and_left_alone(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=f"line 1 of .*{name} is not a result row"):
+    with pytest.raises(UserError, match=f"line 1 of .*{name} .*(is not a|is no) result row"):
         ResultWriter(tmp_path, resume=True)
     assert (tmp_path / name).read_bytes() == content
+
+
+def test_lines_without_end_and_pipes_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "results.jsonl").write_bytes(b" " * 3000)
+    monkeypatch.setattr(files, "MOST_BYTES", 2000)
+    with pytest.raises(UserError, match=r"results\.jsonl line 1 has more than 2000 bytes"):
+        read_finished(tmp_path)
+    (tmp_path / "results.jsonl").unlink()
+    os.mkfifo(tmp_path / "results.jsonl")
+    with pytest.raises(UserError, match="no regular file"):
+        read_finished(tmp_path)
 
 
 def test_unwritable_outputs_are_refused_before_any_work(tmp_path):

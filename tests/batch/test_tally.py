@@ -68,10 +68,18 @@ def test_torn_last_rows_do_not_count(out, file):
     assert count(out, file) == (2, 0, 2)
 
 
-def test_an_error_file_of_another_program_is_refused(out, file):
+@pytest.mark.parametrize(
+    "row",
+    [
+        "something", "", "[]", '{"custom_id": "a"}', '{"custom_id": 3, "error": {"line": 1}}',
+        '{"custom_id": null, "error": {"line": true}}', '{"custom_id": null, "error": {"line": -1}}',
+        '{"custom_id": "a", "error": {"line": 1}}, {}',
+    ],
+)  # fmt: skip
+def test_an_error_file_of_another_program_is_refused(out, file, row):
     out.mkdir()
-    (out / "errors.jsonl").write_text("something\n")
-    with pytest.raises(UserError, match=r"line 1 of .*errors.jsonl is not an error row"):
+    (out / "errors.jsonl").write_text(row + "\n")
+    with pytest.raises(UserError, match=r"line 1 of .*errors.jsonl.* that is no error row"):
         count(out, file)
 
 
