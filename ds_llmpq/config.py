@@ -20,6 +20,7 @@ from ds_llmpq.commands.config import (
     EvaluateConfig,
     ExportConfig,
     LengthsConfig,
+    PlanCommandConfig,
     ProfileConfig,
     QuantizeConfig,
     ReportConfig,
@@ -35,7 +36,7 @@ from ds_llmpq.shipped import asset, conf_folder
 
 COMMANDS = {
     "detect": DetectConfig,
-    "plan": PlanConfig,
+    "plan": PlanCommandConfig,
     "serve": ServeConfig,
     "run": RunConfig,
     "lengths": LengthsConfig,

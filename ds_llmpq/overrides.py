@@ -32,6 +32,8 @@ FORMER_KEYS: dict[str, str] = {
     "planner.omega": "planner.sensitivity",
     "quant.head_bits": "quant.lm_head_bits",
     "quant.whole_rows": "quant.per_channel_bits",
+    "planner.variant": "ablation.variant",
+    "planner.group_layers": "ablation.group_layers",
 }
 _OVERRIDE = re.compile(r"(\+\+|\+|~)?([^=]*)(?:=(.*))?", re.DOTALL)
 _LONGEST_NAME = 120  # bytes; file systems take 255, some encrypted ones 143

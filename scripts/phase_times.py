@@ -19,11 +19,11 @@ from ds_llmpq import config
 from ds_llmpq.cluster.cluster import Cluster
 from ds_llmpq.cluster.gates import common_dtype
 from ds_llmpq.cost.latency import RooflineCosts
-from ds_llmpq.cost.published import PublishedCosts
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.shape import ModelShape, read_shape
 from ds_llmpq.report import figures
 from ds_llmpq.report.plan_table import table
+from ds_llmpq.research.published_costs import PublishedCosts
 from ds_llmpq.serving.config import PlanConfig
 
 BATCH = 8

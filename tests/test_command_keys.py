@@ -57,7 +57,7 @@ def test_each_key_of_a_command_is_read_in_the_modules_it_uses(command):
         ("evaluate", ["input=x", "batch.max_tokens=3", "check=x", "problem=x", "resume=force", "hostfile=x"]),
         ("evaluate", ["run.restarts=1", "run.on_loss=replan"]),
         ("profile", ["check=x", "problem=x", "planner.theta=3", "planner.solver=highs", "cost.source=published"]),
-        ("run", ["check=x", "problem=x"]),
+        ("run", ["check=x", "problem=x", "ablation.variant=grouped"]),
         ("plan", ["engine.timeout_seconds=3", "engine.master_port=3"]),
     ],
 )

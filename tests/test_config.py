@@ -89,7 +89,7 @@ def test_an_experiment_composes_with_the_ends_of_what_it_sweeps(group, entry):
 
 def test_a_cluster_and_an_ablation_go_together():
     made = config.to_object(config.composed("plan", ["+experiment=[cluster3,grouping]"]), PlanConfig)
-    assert (made.cluster.name, made.planner.variant) == ("cluster3", "grouped")
+    assert (made.cluster.name, made.ablation.variant) == ("cluster3", "grouped")
 
 
 def test_the_papers_clusters_are_all_there():

@@ -20,8 +20,9 @@ from ds_llmpq.models.config import ModelConfig
 from ds_llmpq.planner.config import MicroBatchesConfig, WorkloadConfig
 from ds_llmpq.profiling.config import ProfilingConfig
 from ds_llmpq.quant.config import QuantConfig
+from ds_llmpq.research.config import AblationConfig
 from ds_llmpq.sensitivity.config import CalibrationConfig
-from ds_llmpq.serving.config import PlanningConfig
+from ds_llmpq.serving.config import PlanConfig, PlanningConfig
 
 
 @dataclass
@@ -36,6 +37,13 @@ class DetectConfig:
         path_field()
     )  # another host's GPUs: a saved `nvidia-smi --query-gpu=... --format=csv` (docs/guide.md)
     topology: str | None = path_field()  # its links: a saved `nvidia-smi topo -m`
+
+
+@dataclass
+class PlanCommandConfig(PlanConfig):
+    """`ds-llmpq plan`: decides who runs what, at which bit widths."""
+
+    ablation: AblationConfig = field(default_factory=AblationConfig)
 
 
 @dataclass

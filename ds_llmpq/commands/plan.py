@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from ds_llmpq import config
+from ds_llmpq.commands.config import PlanCommandConfig
 from ds_llmpq.files import write_json
 from ds_llmpq.launch.launcher import Launch, format_manual_command, write_environment
 from ds_llmpq.models.notes import describe_notes
@@ -13,15 +15,18 @@ from ds_llmpq.planner import pareto
 from ds_llmpq.report import sweep
 from ds_llmpq.report.plan_table import plan_table
 from ds_llmpq.report.solver_progress import progress_line
-from ds_llmpq.serving.config import PlanConfig
+from ds_llmpq.research.ablations import solve_ablation
+from ds_llmpq.research.published_costs import SOURCES
 from ds_llmpq.serving.planning import build_problem, make_plan, solver_options, write_artefacts
 
 
-def run(settings: PlanConfig, out: Path) -> int:
+def run(settings: PlanCommandConfig, out: Path) -> int:
     settings = config.load_cluster(settings)
     if settings.planner.mode == "pareto":
         return _front(settings, out)
-    plan = make_plan(settings, out, progress_line())
+    ablation = settings.ablation
+    solver = partial(solve_ablation, variant=ablation.variant, group_layers=ablation.group_layers)
+    plan = make_plan(settings, out, progress_line(), solver, SOURCES)
     if plan.model_path is not None:
         print("".join(f"{note}\n" for note in describe_notes(plan.model_path)), end="")
     print(plan_table(plan))
@@ -31,9 +36,9 @@ def run(settings: PlanConfig, out: Path) -> int:
     return 0
 
 
-def _front(settings: PlanConfig, out: Path) -> int:
+def _front(settings: PlanCommandConfig, out: Path) -> int:
     """The Pareto front: a folder a plan, a summary and a picture, as a sweep leaves them."""
-    problem, deploy = build_problem(settings)
+    problem, deploy = build_problem(settings, SOURCES)
     write_json(out / "problem.json", problem.to_json())
     options = solver_options(settings.planner)
     del options["formula"]

@@ -46,14 +46,13 @@ class PlannerConfig:
     sensitivity: str | None = path_field()  # sensitivity.json; null: a prior from published perplexities
     profile: str | None = path_field()  # folder of `ds-llmpq profile` (or its profile.csv); null: roofline times
     profile_force: bool = False  # use it even where it was made with other library versions or settings
-    variant: str = "full"  # full | phase_blind | equal_micro_batches | grouped | heuristic: lesser planners to compare
-    group_layers: int = 1  # of variant=grouped: so many layers are decided at once
 
 
 @dataclass
 class CostConfig:
     """Where layer times come from."""
 
-    source: str = "auto"  # auto (planner.profile, else roofline) | roofline | published (the paper's GPUs and kernels)
+    # auto (planner.profile, else roofline) | roofline | published (`plan` alone: the paper's GPUs and kernels)
+    source: str = "auto"
     # with source=roofline: plan for this kernel, also where it is not installed (gemlite, fused); null: quant.kernel
     kernel: str | None = None

@@ -1,17 +1,18 @@
-"""Where layer times come from: a roofline, a profile of these devices, or published figures of the paper's GPUs."""
+"""Where layer times come from: a roofline, a profile of these devices, or a source that the caller adds."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from ds_llmpq.cluster.cluster import Cluster
 from ds_llmpq.cluster.devices import DeviceType
 from ds_llmpq.cluster.gates import common_dtype
-from ds_llmpq.cost import published
 from ds_llmpq.cost.fitted import FittedCosts, load_model
 from ds_llmpq.cost.kernels import check_kernel
-from ds_llmpq.cost.latency import RooflineCosts
+from ds_llmpq.cost.latency import LayerCosts, RooflineCosts
 from ds_llmpq.cost.linktable import fit_link, read_links
 from ds_llmpq.cost.profile import current_setup
 from ds_llmpq.errors import UserError
@@ -21,7 +22,14 @@ from ds_llmpq.planner.config import CostConfig, PlannerConfig
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.packing import groups_of
 
-SOURCES = ("auto", "roofline", "published")
+SOURCES = ("auto", "roofline")
+
+
+class FurtherSource(NamedTuple):
+    """Layer times from elsewhere: their kernel, and `costs` of (device type, shape, compute dtype, lm_head bits)."""
+
+    kernel: str
+    costs: Callable[[DeviceType, ModelShape, str, int], LayerCosts]
 
 
 def select_costs(
@@ -32,13 +40,15 @@ def select_costs(
     shape: ModelShape,
     dtype: str,
     kernel: str,
+    further: Mapping[str, FurtherSource] | None = None,
 ) -> tuple[CostsOf | None, Cluster, str]:
     """(`costs_of` for `prepare`, the cluster with measured links, the kernel that the times and the memory are of).
 
-    `UserError`: an unknown source, one that a profile contradicts, or no published figures for a device.
+    further: sources by name, beside our own. `UserError`: an unknown source, or one that a profile contradicts.
     """
-    if cost.source not in SOURCES:
-        raise UserError(f"cost.source={cost.source!r}; use one of {', '.join(SOURCES)}")
+    further = further or {}
+    if cost.source not in (*SOURCES, *further):
+        raise UserError(f"cost.source={cost.source!r}; use one of {', '.join((*SOURCES, *further))}")
     if cost.kernel is not None and cost.source != "roofline":
         raise UserError(f"cost.kernel={cost.kernel} needs cost.source=roofline, not {cost.source}")
     if cost.source == "auto":
@@ -47,12 +57,8 @@ def select_costs(
         raise UserError(f"cost.source={cost.source} and planner.profile contradict each other; give one of them")
     if cost.source == "roofline":
         return None, cluster, kernel if cost.kernel is None else check_kernel(cost.kernel)
-    dtype = common_dtype(cluster, dtype)
-
-    def costs_of(device_type: DeviceType) -> published.PublishedCosts:
-        return published.PublishedCosts(device_type, shape, dtype, quant.lm_head_bits)
-
-    return costs_of, cluster, published.KERNEL
+    dtype, source = common_dtype(cluster, dtype), further[cost.source]
+    return lambda device_type: source.costs(device_type, shape, dtype, quant.lm_head_bits), cluster, source.kernel
 
 
 def load_profile_costs(

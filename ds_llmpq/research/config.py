@@ -1,10 +1,18 @@
-"""Configuration of `ds-llmpq simulate` and its groups."""
+"""Configuration of `ds-llmpq simulate` and its groups, and what `ds-llmpq plan` takes to reproduce papers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from ds_llmpq.fields import path_field
+
+
+@dataclass
+class AblationConfig:
+    """Lesser planners to compare with."""
+
+    variant: str = "full"  # full | phase_blind | equal_micro_batches | grouped | heuristic
+    group_layers: int = 1  # of variant=grouped: so many layers are decided at once
 
 
 @dataclass

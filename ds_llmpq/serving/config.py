@@ -31,7 +31,7 @@ class PlanningConfig:
 
 @dataclass
 class PlanConfig(PlanningConfig):
-    """`ds-llmpq plan`: decides who runs what, at which bit widths."""
+    """What is read where a plan is made."""
 
     batch: BatchConfig = field(default_factory=BatchConfig)
     input: str | None = path_field()  # sizes the workload where it is not given

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,12 @@ from ds_llmpq.models.notes import list_notes
 from ds_llmpq.models.prequantized import refuse_foreign
 from ds_llmpq.models.shape import ModelShape, read_shape
 from ds_llmpq.plan import Plan, PlannedModel, launch_order, read_assignment, write_plan
-from ds_llmpq.planner import Problem, ProgressEvent, check_plan
+from ds_llmpq.planner import Problem, ProgressEvent, check_plan, solve
 from ds_llmpq.planner.build import prepare
 from ds_llmpq.planner.config import PlannerConfig
-from ds_llmpq.planner.cost_source import select_costs
+from ds_llmpq.planner.cost_source import FurtherSource, select_costs
 from ds_llmpq.planner.deploy import deploy
 from ds_llmpq.planner.simulation import simulate_plan
-from ds_llmpq.planner.variants import solve_variant
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.kernels.registry import resolved
 from ds_llmpq.quant.packing import check_lm_head
@@ -36,20 +35,26 @@ from ds_llmpq.serving.workload import size_workload
 Progress = Callable[[ProgressEvent], None]
 
 
-def make_plan(settings: PlanningConfig, out: Path, progress: Progress | None = None) -> Plan:
+def make_plan(
+    settings: PlanningConfig,
+    out: Path,
+    progress: Progress | None = None,
+    solver: Callable[..., Plan] = solve,
+    sources: Mapping[str, FurtherSource] | None = None,
+) -> Plan:
     """Plans, or checks the plan that is given, and writes the artefacts into `out`. Reads no `cluster_file`: the
-    cluster is there already (`config.load_cluster`)."""
+    cluster is there already (`config.load_cluster`).
+
+    solver: called as `planner.solve` is. sources: layer times by name of `cost.source`, beside our own.
+    """
     settings = PlanConfig.of(settings)
     check_defaults(settings.batch)
-    problem, finish = build_problem(settings)
+    problem, finish = build_problem(settings, sources)
     write_json(out / "problem.json", problem.to_json())
     if settings.check:
         solved = check_plan(problem, read_assignment(make_absolute(settings.check)))
     else:
-        planner = settings.planner
-        solved = solve_variant(
-            problem, planner.variant, planner.group_layers, progress=progress, **solver_options(planner)
-        )  # fmt: skip
+        solved = solver(problem, progress=progress, **solver_options(settings.planner))
     plan = finish(solved)
     write_artefacts(plan, out)
     if (simulated := simulate_plan(problem, solved.assignment())) is not None:
@@ -58,7 +63,9 @@ def make_plan(settings: PlanningConfig, out: Path, progress: Progress | None = N
     return plan
 
 
-def build_problem(settings: PlanConfig) -> tuple[Problem, Callable[[Plan], Plan]]:
+def build_problem(
+    settings: PlanConfig, sources: Mapping[str, FurtherSource] | None = None
+) -> tuple[Problem, Callable[[Plan], Plan]]:
     """The problem to solve, and what makes its plan ready to launch. A problem.json from anywhere needs no model and no
     cluster, and its plan names none."""
     if settings.problem:
@@ -81,7 +88,9 @@ def build_problem(settings: PlanConfig) -> tuple[Problem, Callable[[Plan], Plan]
     if sensitivity is not None:
         sensitivity.check_model(shape.layers, model.fingerprint)
     dtype, quant = settings.engine.dtype, _with_kernel(settings, cluster, shape)
-    costs_of, cluster, kernel = select_costs(settings.cost, planner, quant, cluster, shape, dtype, quant.kernel)
+    costs_of, cluster, kernel = select_costs(
+        settings.cost, planner, quant, cluster, shape, dtype, quant.kernel, sources
+    )
     prepared = prepare(cluster, shape, workload, quant, planner, sensitivity, dtype, kernel, costs_of)
     return prepared.problem, lambda plan: deploy(plan, cluster, prepared, model, quant, kernel)
 

@@ -4,12 +4,12 @@ import pytest
 
 from ds_llmpq.cluster.cluster import Cluster
 from ds_llmpq.config import composed, to_object
-from ds_llmpq.cost.published import PublishedCosts
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.planner.config import CostConfig, PlannerConfig
 from ds_llmpq.planner.cost_source import select_costs
 from ds_llmpq.quant.config import QuantConfig
+from ds_llmpq.research.published_costs import SOURCES, PublishedCosts
 from ds_llmpq.serving.config import PlanConfig
 
 
@@ -20,7 +20,7 @@ def place():
 
 
 def source(place, cost, planner=None):
-    return select_costs(cost, planner or PlannerConfig(), QuantConfig(), *place, "auto", "dequantize")
+    return select_costs(cost, planner or PlannerConfig(), QuantConfig(), *place, "auto", "dequantize", SOURCES)
 
 
 def test_each_source_says_its_kernel(place):
@@ -42,6 +42,7 @@ def test_lm_head_s_width_reaches_published_times(place):
             *place,
             "auto",
             "dequantize",
+            SOURCES,
         )
         return costs_of(cluster.device_types["t4"]).head_seconds(1)
 

@@ -10,6 +10,7 @@ import pytest
 from ds_llmpq import config
 from ds_llmpq.errors import UserError
 from ds_llmpq.planner import Problem, solve
+from ds_llmpq.research.published_costs import SOURCES
 from ds_llmpq.serving.config import PlanConfig
 from ds_llmpq.serving.planning import make_plan
 
@@ -63,7 +64,7 @@ def test_a_fixed_micro_batch_never_helps_a_baseline(tmp_path):
     paper_table = script("paper_table")
     made = settings("+experiment=cluster9", "cost.source=published", "planner.solver=search")
     made.planner.micro_batches.prefill, made.planner.micro_batches.decode = [1, 8], [8, 32]
-    plan = make_plan(made, tmp_path)
+    plan = make_plan(made, tmp_path, sources=SOURCES)
     problem = Problem.from_json(json.loads((tmp_path / "problem.json").read_text()))
     fixed = paper_table.at_fixed_micro_batch(problem)
     for name in paper_table.NAMES:

@@ -23,6 +23,7 @@ from ds_llmpq.cost.latency import PassOverhead, RooflineCosts
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import read_json
 from ds_llmpq.models.shape import ModelShape
+from ds_llmpq.planner.cost_source import FurtherSource
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS
 from ds_llmpq.validation import AboveZero, Bits, Name, Plain, Positive, Table, validate
 
@@ -215,3 +216,6 @@ class PublishedCosts:
             theirs.decode_seconds * traffic,
             f"assumed, {figures.reference}'s published time by the ratio of datasheet rates",
         )
+
+
+SOURCES = {"published": FurtherSource(KERNEL, PublishedCosts)}

@@ -23,17 +23,17 @@ from ds_llmpq.planner.solve import check_plan, solve
 VARIANTS = ("full", "phase_blind", "equal_micro_batches", "grouped", "heuristic")
 
 
-def solve_variant(problem: Problem, variant: str, group_layers: int = 1, **options: Any) -> Plan:
+def solve_ablation(problem: Problem, variant: str, group_layers: int = 1, **options: Any) -> Plan:
     """The plan of a variant; `full` is `solve` itself. `options` as those of `solve`.
 
     UserError: unknown variant, or groups that do not divide the layers. InfeasibleError: the variant finds no plan.
     """
     if variant not in VARIANTS:
-        raise UserError(f"planner.variant={variant!r}; use one of {', '.join(VARIANTS)}")
+        raise UserError(f"ablation.variant={variant!r}; use one of {', '.join(VARIANTS)}")
     if variant == "full":
         return solve(problem, **options)
     if options.get("pins") or options.get("formula", "pipeline") != "pipeline":
-        raise UserError(f"planner.variant={variant} knows neither pins nor another objective; leave them out")
+        raise UserError(f"ablation.variant={variant} knows neither pins nor another objective; leave them out")
     started = time.monotonic()
     if variant == "phase_blind":
         assignment = _phase_blind(problem, options)
@@ -91,7 +91,7 @@ def _grouped(problem: Problem, group: int, options: Mapping[str, Any]) -> Assign
 def grouped_problem(problem: Problem, group: int) -> Problem:
     """Layers g*k .. g*k + g - 1 as one: times and bytes g-fold, quality loss summed."""
     if group < 1 or problem.layers % group:
-        raise UserError(f"planner.group_layers={group} must divide the model's {problem.layers} layers")
+        raise UserError(f"ablation.group_layers={group} must divide the model's {problem.layers} layers")
     starts = range(0, problem.layers, group)
 
     def times(table: Mapping[int, Mapping[int, float]]) -> dict[int, dict[int, float]]:
@@ -119,7 +119,7 @@ def _heuristic(problem: Problem, deadline: float) -> Assignment:
     rules: tuple[Callable, ...] = (adabits, memory_proportional, uniform, pipeedge)
     starts = [a for rule in rules for a in rule(problem) if not violations(problem, a)]
     if not starts:
-        raise InfeasibleError("The heuristic finds no plan to start from; use planner.variant=full.")
+        raise InfeasibleError("The heuristic finds no plan to start from; use ablation.variant=full.")
     best = min(starts[: len(problem.micro_batches.prefill) * len(problem.micro_batches.decode)], key=_value(problem))
     value = _value(problem)(best)
     while time.monotonic() < deadline:

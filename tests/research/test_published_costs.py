@@ -8,9 +8,9 @@ import pytest
 
 from ds_llmpq.cluster.devices import DeviceType
 from ds_llmpq.config import known_device_types
-from ds_llmpq.cost.published import FILE, PublishedCosts, read_figures
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.shape import ModelShape
+from ds_llmpq.research.published_costs import FILE, PublishedCosts, read_figures
 
 OPT_30B = read_figures().shape
 

@@ -1,12 +1,17 @@
 """Lesser planners: each keeps its own restriction, is costed by the real formula, and never beats the bound."""
 
+import sys
+from pathlib import Path
+
 import pytest
-from random_problems import random_problem
 
 from ds_llmpq.errors import InfeasibleError, UserError
 from ds_llmpq.planner import Problem, solve, violations
 from ds_llmpq.planner.objective import evaluate
-from ds_llmpq.planner.variants import VARIANTS, grouped_problem, solve_variant
+from ds_llmpq.research.ablations import VARIANTS, grouped_problem, solve_ablation
+
+sys.path.append(str(Path(__file__).parents[1] / "planner"))
+from random_problems import random_problem
 
 
 def problems():
@@ -33,7 +38,7 @@ def test_no_variant_beats_the_bound(variant):
     made = 0
     for problem, best in PROBLEMS:
         try:
-            plan = solve_variant(problem, variant, 2, solver="search")
+            plan = solve_ablation(problem, variant, 2, solver="search")
         except InfeasibleError:
             continue
         made += 1
@@ -52,7 +57,7 @@ def test_a_grouped_plan_costs_what_its_layers_cost():
     for problem, _ in PROBLEMS:
         coarse = grouped_problem(problem, 2)
         try:
-            plan = solve_variant(problem, "grouped", 2, solver="search")
+            plan = solve_ablation(problem, "grouped", 2, solver="search")
             same = solve(coarse, solver="search")
         except InfeasibleError:
             continue
@@ -63,7 +68,7 @@ def test_a_grouped_plan_costs_what_its_layers_cost():
 @pytest.mark.parametrize(
     ("variant", "options", "said"),
     [
-        ("best", {}, "planner.variant"),
+        ("best", {}, "ablation.variant"),
         ("grouped", {"group_layers": 5}, "must divide"),
         ("grouped", {"group_layers": 0}, "must divide"),
         ("phase_blind", {"pins": {"micro_batch": {"decode": 2}}}, "neither pins"),
@@ -72,4 +77,4 @@ def test_a_grouped_plan_costs_what_its_layers_cost():
 def test_a_mistake_is_one_sentence(variant, options, said):
     problem = PROBLEMS[0][0]
     with pytest.raises(UserError, match=said):
-        solve_variant(problem, variant, **options)
+        solve_ablation(problem, variant, **options)
