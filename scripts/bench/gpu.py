@@ -1,0 +1,122 @@
+"""One command for a GPU: does the engine compute what it should there, and how near to the card's limit is it.
+
+    python scripts/bench/gpu.py --minutes 5 --out DIR
+    python scripts/bench/gpu.py --quick --out DIR                      (90 seconds)
+    python scripts/bench/gpu.py --device cpu --tiny --out DIR          (the same code on a small model, no GPU)
+
+Needs torch with CUDA, transformers and, for the batches, deepspeed; runs from a checkout that is not installed, and
+downloads nothing (docs/gpu.md). It ends within its minutes and keeps what it has: DIR/results.jsonl as it goes,
+DIR/table.md at the end. Exit code 1: a check failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+import threading
+from functools import partial
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout that is not installed
+
+import torch
+from gpu_batches import run_batches, write_model
+from gpu_checks import check_families, check_kernels
+from gpu_run import Run, environment, write_table
+from gpu_speed import measure_ceilings, time_passes, time_transformers
+
+QUICK_MINUTES = 1.5
+GRACE_SECONDS = 4.0  # before the end, when whatever still runs is left
+# (section, share of the whole time that it may take at most)
+SHARES = {
+    "ceilings": 0.04, "families": 0.2, "kernels": 0.15, "model": 0.12, "16 bits": 0.2, "batches": 0.25,
+    "transformers": 0.2, "4 bits": 0.15, "8 bits": 0.15,
+}  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=5.0)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--sections", nargs="+", choices=[*SHARES], default=[*SHARES])
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            print("no CUDA device can be used here; --device cpu --tiny tries the script without one", file=sys.stderr)
+            return 2
+        device = torch.device("cuda", torch.cuda.current_device())
+    else:
+        torch.set_num_threads(1)
+    seconds = 60 * (QUICK_MINUTES if options.quick else options.minutes)
+    run = Run(options.out, device, options.tiny, seconds - GRACE_SECONDS)
+    os.environ["DS_ACCELERATOR"] = device.type
+    folder = Path(tempfile.mkdtemp(prefix="gpu-bench-", dir=roomy_folder(options.tiny)))
+    watch = threading.Timer(seconds - GRACE_SECONDS / 2, lambda: end_now(run, folder))
+    watch.daemon = True
+    watch.start()
+    try:
+        run_sections(run, options.sections, folder, seconds)
+    finally:
+        watch.cancel()
+        shutil.rmtree(folder, ignore_errors=True)
+    return conclude(run)
+
+
+def run_sections(run: Run, sections: list[str], folder: Path, seconds: float) -> None:
+    actions = {
+        "ceilings": measure_ceilings,
+        "families": check_families,
+        "kernels": check_kernels,
+        "model": partial(write_model, folder=folder),
+        "16 bits": partial(time_passes, folder=folder, bits=16),
+        "batches": partial(run_batches, folder=folder),
+        "transformers": partial(time_transformers, folder=folder),
+        "4 bits": partial(time_passes, folder=folder, bits=4),
+        "8 bits": partial(time_passes, folder=folder, bits=8),
+    }
+    with run.section("environment", 1.0, seconds):
+        run.add("this machine", **environment(run))
+    for name in sections:
+        with run.section(name, SHARES[name], seconds):
+            if run.left() <= 0:
+                run.add("left out: time is up", "none")
+            else:
+                actions[name](run)
+
+
+def conclude(run: Run) -> int:
+    checks = [line["ok"] for line in run.lines if "ok" in line]
+    with run.section("checks", 1.0, 0.0):
+        run.add("passed", passed=sum(checks), of=len(checks))
+    print("\n" + write_table(run))
+    run.close()
+    return 0 if all(checks) else 1
+
+
+def end_now(run: Run, folder: Path) -> None:
+    """The time is over and something still runs, which is given up: what is measured is on disk already."""
+    run.add("stopped: time is up", "none")
+    code = conclude(run)
+    shutil.rmtree(folder, ignore_errors=True)
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def roomy_folder(tiny: bool) -> str | None:
+    """Memory, where it has room for the model's files: 16 GB written and read in seconds."""
+    shared = Path("/dev/shm")
+    if not tiny and shared.is_dir() and shutil.disk_usage(shared).free > 24 << 30:
+        return str(shared)
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,225 @@
+"""Sections of `gpu.py` that time: ceilings, decode and prefill by rows and bits, transformers beside them, a batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from gpu_checks import Layers, capture_on
+from gpu_run import Run, free, timed, timed_in_graph
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
+
+from ds_llmpq.cluster.cluster import Cluster
+from ds_llmpq.cluster.config import ClusterConfig, DeviceConfig, DeviceTypeConfig, HostConfig
+from ds_llmpq.cost import kernels
+from ds_llmpq.cost.arithmetic import attention_flops, head_flops, kv_bytes, linear_flops
+from ds_llmpq.cost.latency import RooflineCosts
+from ds_llmpq.engine.kv_cache import KVStore
+from ds_llmpq.engine.runner.captured_decode import CapturedDecode
+from ds_llmpq.models.checkpoint import Checkpoint
+from ds_llmpq.models.shape import ModelShape, read_shape
+from ds_llmpq.models.step import Step
+from ds_llmpq.quant.config import QuantConfig
+from ds_llmpq.quant.kernels import registry
+from ds_llmpq.quant.layers import LayerLoader
+from ds_llmpq.quant.packing import groups_of
+
+PREDICTED = "measured; predicted: fitted to the ceilings"
+LAUNCHES = 64  # of the graph whose launches are timed
+
+
+def measure_ceilings(run: Run) -> None:
+    """What a copy, a product and a launch cost here: what all else is held against."""
+    size = (1 << 24) if run.tiny else (1 << 30)
+    data = torch.zeros(size, dtype=torch.uint8, device=run.device)
+    other = torch.empty_like(data)
+    run.rates["bytes"] = 2 * size / timed(run, lambda: other.copy_(data))
+    run.add("copy", gb_s=run.rates["bytes"] / 1e9)
+    side = 256 if run.tiny else 8192
+    for dtype in (torch.bfloat16, torch.float32):
+        matrix = torch.randn(side, side, dtype=dtype, device=run.device)
+        name = str(dtype).removeprefix("torch.")
+        run.rates[name] = 2 * side**3 / timed(run, lambda: matrix @ matrix)  # noqa: B023
+        run.add(f"product {side}^3, {name}", tflop_s=run.rates[name] / 1e12)
+    small = torch.zeros(8, device=run.device)
+    run.rates["launch"] = timed_in_graph(run, lambda: small.add_(1), LAUNCHES)
+    run.add("small operation in a graph", us=1e6 * run.rates["launch"])
+    run.add("small operation, eager", us=1e6 * timed(run, lambda: [small.add_(1) for _ in range(64)]) / 64)
+
+
+def costs_of(run: Run, shape: ModelShape, kernel: str) -> RooflineCosts:
+    """The planner's cost model with the rates that were measured just now, no profile."""
+    cluster = Cluster.from_config(make_cluster(run))
+    return RooflineCosts(cluster.devices[0].type, shape, "bfloat16", groups_of(QuantConfig()), kernel)
+
+
+def make_cluster(run: Run) -> ClusterConfig:
+    memory = torch.cuda.mem_get_info()[0] if run.on_gpu else 4 * (1 << 30)
+    kind = DeviceTypeConfig(
+        kind=run.device.type,
+        memory_bytes=int(0.95 * memory),
+        memory_bandwidth_bytes_per_second=run.rates["bytes"],
+        flops_per_second={name: run.rates[name] for name in ("bfloat16", "float32")},
+        kernel_overhead_seconds=kernels.LAYER_LAUNCHES * run.rates["launch"],
+        bits=[2, 3, 4, 8, 16],
+        source="measured by scripts/bench/gpu.py",
+    )
+    device = DeviceConfig("device", threads=None if run.on_gpu else 1)
+    return ClusterConfig("bench", {"device": kind}, [HostConfig("localhost", [device])])
+
+
+@torch.inference_mode()
+def time_passes(run: Run, folder: Path, bits: int) -> None:
+    """Decode by rows with and without graphs, then prefill, of the whole model at one width."""
+    shape, checkpoint = read_shape(folder), Checkpoint(folder)
+    quant = resolve_quant(run, shape)
+    began = time.monotonic()
+    loader = LayerLoader(checkpoint, [bits] * shape.layers, quant, run.dtype, run.device, packed=True)
+    layers = [loader.decoder_layer(index) for index in range(shape.layers)]
+    module, positional = Layers([loader.embedding(), *layers, loader.head()]), loader.decoder.positions()
+    if run.on_gpu:
+        torch.cuda.synchronize()
+    run.add(f"load at {bits} bits, kernel {loader.kernel}", seconds=time.monotonic() - began)
+    costs = costs_of(run, shape, loader.kernel)
+    _time_decode(run, module, positional, costs, bits)
+    if bits in (4, 16):
+        _time_prefill(run, module, positional, costs, bits)
+
+
+def resolve_quant(run: Run, shape: ModelShape) -> QuantConfig:
+    quant = registry.resolved(
+        QuantConfig(optimize=False), [run.device.type], "bfloat16", shape.linears, None, shape.spec, True
+    )
+    return dataclasses.replace(quant, optimize=False)
+
+
+def _time_decode(run: Run, module: Layers, positional: object, costs: RooflineCosts, bits: int) -> None:
+    rows = (1, 2, 4) if run.tiny else (1, 2, 4, 8, 16, 32, 64, 128, 256)
+    points = [(count, 32 if run.tiny else 256) for count in rows]
+    if not run.tiny:
+        points.insert(0, points.pop(6))  # what was measured before: 64 x 256, then 1, then 128 x 512
+        points.insert(2, (128, 512))
+    for count, context in run.points(f"decode at {bits} bits", points):
+        _time_step(run, module, positional, costs, bits, count, context)
+        free(run.device)
+
+
+def _time_step(
+    run: Run, module: Layers, positional: object, costs: RooflineCosts, bits: int, rows: int, context: int
+) -> None:
+    """One decode step with greedy tokens, captured and eager."""
+    shape = costs.shape
+    store = make_store(run, shape, rows, context + 1)
+    if store is None:
+        return
+    at = torch.full((rows,), context - 1, device=run.device)
+    tokens = torch.randint(0, shape.vocab, (rows, 1), device=run.device)
+
+    def step() -> Step:
+        cache = store.decode(0, rows, at, context)
+        return Step(at[:, None], cache, context, False, token_ids=tokens, prepare=positional)
+
+    runner = CapturedDecode(module, store, positional, capture_on(run.device), run.dtype)
+    began, before = time.monotonic(), _free_bytes(run)
+    runner.run(step())
+    captured, graph_bytes = time.monotonic() - began, before - _free_bytes(run)
+    graph = timed(run, lambda: runner.run(step())[1].argmax(-1))
+    eager = timed(run, lambda: module(step()).logits.argmax(-1), 0.1)
+    predicted = shape.layers * costs.decode_seconds(bits, rows, context - 1)
+    predicted += costs.embed_seconds(rows, 1) + costs.head_seconds(rows)
+    read = _bytes_read(costs, bits, rows, context)
+    flops = shape.layers * (linear_flops(shape, rows) + attention_flops(shape, rows, 1, context - 1))
+    flops += head_flops(shape, rows)
+    run.add(
+        f"decode at {bits} bits", PREDICTED, rows=rows, context=context, captured_ms=1e3 * graph, eager_ms=1e3 * eager,
+        tokens_s=rows / graph, gb_s=read / graph / 1e9, share_of_copy=read / graph / run.rates["bytes"],
+        share_of_product=flops / graph / run.rates["bfloat16"], predicted_ms=1e3 * predicted,
+        measured_over_predicted=graph / predicted, capture_seconds=captured, graph_mib=graph_bytes / (1 << 20),
+    )  # fmt: skip
+
+
+def _free_bytes(run: Run) -> int:
+    free(run.device)
+    return torch.cuda.mem_get_info()[0] if run.on_gpu else 0
+
+
+def _bytes_read(costs: RooflineCosts, bits: int, rows: int, context: int) -> float:
+    """Weights of the layers and of lm_head, and the cache."""
+    shape, how = costs.shape, (costs.kernel, costs.groups, costs.dtype_bytes)
+    weights = shape.layers * kernels.weight_bytes_read(shape, bits, *how) + kernels.head_bytes_read(shape, 16, *how)
+    return weights + shape.layers * kv_bytes(shape, rows, context, costs.dtype_bytes)
+
+
+def make_store(run: Run, shape: ModelShape, rows: int, capacity: int) -> KVStore | None:
+    needed = shape.layers * kv_bytes(shape, rows, capacity, run.dtype.itemsize)
+    if run.on_gpu and needed > 0.8 * torch.cuda.mem_get_info()[0]:
+        run.add("left out: no memory", "none", rows=rows, cache_gib=needed / (1 << 30))
+        return None
+    store = KVStore(0, shape.layers, rows * capacity, shape.kv_heads, shape.head_dim, run.dtype, run.device)
+    store.shape_for(rows, capacity)
+    return store
+
+
+def _time_prefill(run: Run, module: Layers, positional: object, costs: RooflineCosts, bits: int) -> None:
+    shape = costs.shape
+    points = [(2, 32)] if run.tiny else [(8, 512), (1, 512), (1, 4096), (32, 512)]
+    for rows, tokens in run.points(f"prefill at {bits} bits", points):
+        store = make_store(run, shape, rows, tokens)
+        if store is None:
+            continue
+        seconds = timed(run, _prefill(run, module, positional, store, rows, tokens))
+        predicted = shape.layers * costs.prefill_seconds(bits, rows, tokens)
+        predicted += costs.embed_seconds(rows, tokens) + costs.head_seconds(rows)
+        flops = shape.layers * (linear_flops(shape, rows * tokens) + attention_flops(shape, rows, tokens, 0))
+        run.add(
+            f"prefill at {bits} bits", PREDICTED, rows=rows, tokens=tokens, ms=1e3 * seconds,
+            tokens_s=rows * tokens / seconds, tflop_s=flops / seconds / 1e12,
+            share_of_product=flops / seconds / run.rates["bfloat16"], predicted_ms=1e3 * predicted,
+            measured_over_predicted=seconds / predicted,
+        )  # fmt: skip
+
+
+def _prefill(
+    run: Run, module: Layers, positional: object, store: KVStore, rows: int, tokens: int
+) -> Callable[[], Step]:
+    ids = torch.randint(0, 100, (rows, tokens), device=run.device)
+    positions = torch.arange(tokens, device=run.device).expand(rows, tokens)
+    last = torch.full((rows,), tokens - 1, device=run.device)
+    return lambda: module(
+        Step(positions, store.prefill(range(rows)), tokens, True, token_ids=ids, last=last, prepare=positional)
+    )
+
+
+@torch.inference_mode()
+def time_transformers(run: Run, folder: Path) -> None:
+    """transformers' own `generate` with a static cache, without and then with its compilation."""
+    config = LlamaConfig.from_pretrained(folder)
+    with torch.device(run.device):
+        model = AutoModelForCausalLM.from_config(config, dtype=run.dtype).eval()
+    prompt, few, many = (8, 2, 8) if run.tiny else (192, 8, 64)
+    rows = (1, 2) if run.tiny else (64, 1, 8, 256)
+    points = [(count, True) for count in rows] + ([(1, False), (64, False)] if run.on_gpu and not run.tiny else [])
+    for count, eager in run.points("transformers", points):
+        ids = torch.randint(3, config.vocab_size, (count, prompt), device=run.device)
+
+        seconds = partial(_generate_seconds, model, ids, eager)
+        seconds(many), seconds(few)  # what comes first is slower
+        step = (seconds(many) - seconds(few)) / (many - few)
+        run.add(
+            f"generate, static cache, {'not compiled' if eager else 'compiled'}", rows=count, context=prompt + many,
+            ms=1e3 * step, tokens_s=count / step,
+        )  # fmt: skip
+
+
+def _generate_seconds(model: torch.nn.Module, ids: torch.Tensor, eager: bool, tokens: int) -> float:
+    settings = GenerationConfig(
+        max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0, eos_token_id=None,
+        cache_implementation="static", disable_compile=eager,
+    )  # fmt: skip
+    began = time.monotonic()
+    model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings).tolist()
+    return time.monotonic() - began
