@@ -167,10 +167,10 @@ def _cluster(cluster: Mapping[str, Any] | ClusterConfig | None) -> ClusterConfig
 @functools.cache
 def _detected() -> Mapping[str, Any]:
     """This machine; its memory bandwidth and matrix rates are measured once a process."""
-    from ds_llmpq.cluster.calibrate import measure_cpu
-    from ds_llmpq.cluster.detect import detect, usable_cores
+    from ds_llmpq.cluster.detect import count_usable_cores, detect
+    from ds_llmpq.cluster.rates import measure_cpu
 
-    return detect(config.known_device_types(), cpu_rates=measure_cpu(usable_cores()))
+    return detect(config.known_device_types(), cpu_rates=measure_cpu(count_usable_cores()))
 
 
 @contextlib.contextmanager

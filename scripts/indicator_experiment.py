@@ -28,9 +28,9 @@ from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.models.corpus import EVALUATION, calibration_rows, read_text
 from ds_llmpq.models.tokenizer import load_tokenizer
 from ds_llmpq.quant.config import QuantConfig
-from ds_llmpq.report.plan_table import table
-from ds_llmpq.sensitivity.indicators import random_table
-from ds_llmpq.sensitivity.layerwise import Layerwise, Measured, measure
+from ds_llmpq.report.plan_table import format_table
+from ds_llmpq.sensitivity.indicators import draw_table
+from ds_llmpq.sensitivity.layerwise import Layerwise, LossIncrease, measure
 from ds_llmpq.sensitivity.table import Sensitivity, read_sensitivity
 
 SEEDS = range(5)
@@ -67,7 +67,7 @@ def predicted(table: Sensitivity, bits: tuple[int, ...]) -> float:
 
 def random_sensitivity(like: Sensitivity, seed: int) -> Sensitivity:
     """Random importance of layers, its columns summing to those of `like`."""
-    raw = random_table(like.layers, list(like.bits), seed)
+    raw = draw_table(like.layers, list(like.bits), seed)
     sums = [
         (sum(own), sum(target))
         for own, target in zip(zip(*raw, strict=True), zip(*like.table, strict=True), strict=True)
@@ -97,7 +97,7 @@ def ranks(tables: list[Sensitivity]) -> list[dict]:
     truth = next(each for each in tables if each.method == "measured")
     found = []
     for each in [*tables, *(random_sensitivity(truth, seed) for seed in SEEDS)]:
-        own, true = each.for_bits(truth.bits), truth.table
+        own, true = each.select_bits(truth.bits), truth.table
         row = {"method": name_of(each), "all": spearmanr(sum(own, ()), sum(true, ())).statistic}
         for column, width in enumerate(truth.bits):
             pair = ([cells[column] for cells in own], [cells[column] for cells in true])
@@ -107,7 +107,7 @@ def ranks(tables: list[Sensitivity]) -> list[dict]:
     return found
 
 
-def measured_plans(args, chosen: list[Choice]) -> tuple[dict[tuple[int, ...], Measured], float]:
+def measured_plans(args, chosen: list[Choice]) -> tuple[dict[tuple[int, ...], LossIncrease], float]:
     """What every chosen plan loses on the evaluation text, and the loss at full precision."""
     quant = QuantConfig(group_size=args.group_size)
     tokenizer = load_tokenizer(args.model)
@@ -126,17 +126,17 @@ def measured_plans(args, chosen: list[Choice]) -> tuple[dict[tuple[int, ...], Me
 
 @torch.inference_mode()
 def full_loss(model: Layerwise) -> float:
-    hidden, head = model.embedded(), model.head()
+    hidden, head = model.embed(), model.head()
     for index in range(model.layers):
-        hidden = model.through(model.layer(index), hidden)
+        hidden = model.run_layer(model.layer(index), hidden)
     losses = [
-        torch.nn.functional.cross_entropy(model.logits(head, hidden[row : row + 1])[0], model.targets[row])
+        torch.nn.functional.cross_entropy(model.compute_logits(head, hidden[row : row + 1])[0], model.targets[row])
         for row in range(len(hidden))
     ]
     return float(torch.stack(losses).mean())
 
 
-def plan_rows(chosen: list[Choice], found: dict[tuple[int, ...], Measured], base: float) -> list[dict]:
+def plan_rows(chosen: list[Choice], found: dict[tuple[int, ...], LossIncrease], base: float) -> list[dict]:
     return [
         {
             "budget": choice.budget,
@@ -219,9 +219,9 @@ def main() -> None:
     plot(rows, args.out_dir / "plans.png")
     head, *lines = by_budget(rows)
     print(f"perplexity per token on {args.rows * args.tokens} tokens; full precision {2.718281828459045**base:.4f}")
-    print(table(head, lines))
+    print(format_table(head, lines))
     print(
-        table(
+        format_table(
             list(correlations[0]), [[v if isinstance(v, str) else f"{v:.3f}" for v in r.values()] for r in correlations]
         )
     )

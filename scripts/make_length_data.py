@@ -9,7 +9,7 @@ import argparse
 import json
 from pathlib import Path
 
-from ds_llmpq.lengths.synthetic import answers, noise_ceiling, rows
+from ds_llmpq.lengths.synthetic import make_answers, make_rows, measure_noise_ceiling
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -20,10 +20,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--sigma", type=float, default=0.35, help="noise on the logarithm of the length")
     parser.add_argument("--layout", choices=("rows", "lmsys"), default="rows")
     options = parser.parse_args(arguments)
-    found = answers(options.count, options.seed, options.sigma)
+    found = make_answers(options.count, options.seed, options.sigma)
     with open(options.file, "w", encoding="utf-8") as stream:
-        stream.writelines(json.dumps(row) + "\n" for row in rows(found, options.layout))
-    print(f"{len(found)} answers; noise ceiling {noise_ceiling(found):.1f} tokens")
+        stream.writelines(json.dumps(row) + "\n" for row in make_rows(found, options.layout))
+    print(f"{len(found)} answers; noise ceiling {measure_noise_ceiling(found):.1f} tokens")
 
 
 if __name__ == "__main__":

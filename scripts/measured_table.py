@@ -27,7 +27,7 @@ from ds_llmpq import config
 from ds_llmpq.plan import read_plan
 from ds_llmpq.planner import Problem
 from ds_llmpq.planner.baselines import all_baselines
-from ds_llmpq.report.plan_table import table
+from ds_llmpq.report.plan_table import format_table
 from ds_llmpq.serving.config import PlanConfig
 from ds_llmpq.serving.planning import make_plan
 
@@ -48,7 +48,7 @@ def main() -> int:
         writer = csv.DictWriter(stream, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    text = table(list(rows[0]), [[cell(value) for value in row.values()] for row in rows])
+    text = format_table(list(rows[0]), [[cell(value) for value in row.values()] for row in rows])
     (out / "table.txt").write_text(text + "\n")
     print(text)
     return 0

@@ -44,7 +44,7 @@ NAMES = ("pipeedge", "uniform", "adabits")
 
 
 def main() -> None:
-    points = [(name, place) for place in sweep.places(Path(sys.argv[1])) if (name := _name(place)) in PUBLISHED]
+    points = [(name, place) for place in sweep.list_points(Path(sys.argv[1])) if (name := _name(place)) in PUBLISHED]
     if not points:
         sys.exit(f"error: {sys.argv[1]} holds no plan of a cluster experiment; see --help in the file's first lines")
     print("| experiment | PipeEdge: published / best / fixed | Uniform | adabits | LLM-PQ, ours |\n|-|-|-|-|-|")
@@ -79,7 +79,7 @@ def at_fixed_micro_batch(problem: Problem) -> dict[str, float | None]:
 
 
 def _name(place: Path) -> str:
-    overrides = sweep.point_of(place)["overrides"]
+    overrides = sweep.read_point(place)["overrides"]
     return overrides.get("experiment", place.name)
 
 

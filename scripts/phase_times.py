@@ -17,12 +17,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 
 from ds_llmpq import config
 from ds_llmpq.cluster.cluster import Cluster
-from ds_llmpq.cluster.gates import common_dtype
+from ds_llmpq.cluster.gates import choose_dtype
 from ds_llmpq.cost.latency import RooflineCosts
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.shape import ModelShape, read_shape
 from ds_llmpq.report import figures
-from ds_llmpq.report.plan_table import table
+from ds_llmpq.report.plan_table import format_table
 from ds_llmpq.research.published_costs import PublishedCosts
 from ds_llmpq.serving.config import PlanConfig
 
@@ -46,7 +46,7 @@ def main() -> int:
         writer.writerows(rows)
     draw(rows, arguments.out / "phase_times.png")
     cells = [[str(row[key]) if key != "milliseconds" else f"{row[key]:.3g}" for key in row] for row in rows]
-    print(table(list(rows[0]), cells))
+    print(format_table(list(rows[0]), cells))
     print(f"plot: {arguments.out / 'phase_times.png'}")
     return 0
 
@@ -56,7 +56,7 @@ def times(settings: PlanConfig) -> list[dict]:
     cluster = Cluster.from_config(config.cluster_of(settings))
     path, workload = settings.model.path, settings.workload
     shape = read_shape(path) if path else ModelShape.from_config(settings.model.shape)
-    dtype = common_dtype(cluster, settings.engine.dtype)
+    dtype = choose_dtype(cluster, settings.engine.dtype)
     prompt, past = workload.prompt_tokens, workload.prompt_tokens + workload.generated_tokens / 2
     rows = []
     for name, device in cluster.device_types.items():

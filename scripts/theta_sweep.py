@@ -29,7 +29,7 @@ from ds_llmpq import config
 from ds_llmpq.errors import UserError
 from ds_llmpq.plan import read_plan
 from ds_llmpq.report import figures
-from ds_llmpq.report.plan_table import table
+from ds_llmpq.report.plan_table import format_table
 from ds_llmpq.serving.config import PlanConfig
 from ds_llmpq.serving.planning import make_plan
 
@@ -65,7 +65,7 @@ def main() -> int:
         writer.writeheader()
         writer.writerows(rows)
     draw(rows, out / "theta.png")
-    print(table(list(rows[0]), [[_cell(value) for value in row.values()] for row in rows]))
+    print(format_table(list(rows[0]), [[_cell(value) for value in row.values()] for row in rows]))
     print(f"plot: {out / 'theta.png'}; load averages {', '.join(f'{value:.1f}' for value in os.getloadavg())}")
     return 0
 

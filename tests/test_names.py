@@ -9,22 +9,15 @@ PACKAGE = Path(__file__).resolve().parents[1] / "ds_llmpq"
 KNOWN_CLASSES = {
     "Device",
     "DeviceType",
-    "Failure",
-    "Head",
     "Link",
     "Links",
-    "Measured",
-    "Pair",
-    "Request",
     "Sample",
     "Step",
-    "Task",
     "Trace",
-    "_Clock",
     "_Record",
     "_Run",
 }
-KNOWN_FILES = {"calibrate.py", "checkpoint.py", "job.py", "kernels.py", "memory.py", "progress.py"}
+KNOWN_FILES = {"checkpoint.py", "job.py", "kernels.py", "memory.py"}
 
 
 def twice(names):

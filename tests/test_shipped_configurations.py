@@ -118,9 +118,9 @@ def needs(group, entry, folder):
 
 
 def training_data(group, entry, folder):
-    from ds_llmpq.lengths.synthetic import answers
+    from ds_llmpq.lengths.synthetic import make_answers
 
-    made = answers(120, 0)
+    made = make_answers(120, 0)
     if (group, entry) == ("lengths", "lmsys"):
         turns = [[{"role": "user", "content": a.text}, {"role": "assistant", "content": "a " * a.output_tokens}]
                  for a in made]  # fmt: skip
@@ -128,7 +128,7 @@ def training_data(group, entry, folder):
         return [f"data={write_rows(folder / 'data.jsonl', rows)}"]
     if (group, entry) == ("lengths", "results"):
         asked = [request_row(n, answer) for n, answer in enumerate(made)]
-        results = [result_row(n, answer) for n, answer in enumerate(made)]
+        results = [format_result(n, answer) for n, answer in enumerate(made)]
         return [
             f"data={write_rows(folder / 'results.jsonl', results)}",
             f"lengths.input={write_rows(folder / 'batch.jsonl', asked)}",
@@ -145,7 +145,7 @@ def request_row(number, answer):
     return {"custom_id": str(number), "method": "POST", "url": "/v1/chat/completions", "body": body}
 
 
-def result_row(number, answer):
+def format_result(number, answer):
     message = {"role": "assistant", "content": "a"}
     body = {
         "model": "m",

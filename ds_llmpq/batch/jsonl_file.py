@@ -64,14 +64,14 @@ class RowFile:
 
     def append(self, row: dict[str, Any]) -> None:
         """Write one row at the end. UserError if it does not fit on the disk; the file is then as it was before."""
-        data = row_bytes(row)
+        data = encode_row(row)
         written = 0
         try:
             while written < len(data):
                 written += os.pwrite(self._descriptor, data[written:], self._end + written)
         except OSError as error:
             os.ftruncate(self._descriptor, self._end)
-            raise self._full(error) from None
+            raise self._write_error(error) from None
         self._end += len(data)
 
     def repair(self) -> set[str]:
@@ -107,7 +107,7 @@ class RowFile:
         try:
             os.fsync(self._descriptor)
         except OSError as error:
-            raise self._full(error) from None
+            raise self._write_error(error) from None
 
     def close(self) -> None:
         """Sync and close; a second call does nothing."""
@@ -134,7 +134,7 @@ class RowFile:
                 "same command serves what is missing."
             )
 
-    def _full(self, error: OSError) -> UserError:
+    def _write_error(self, error: OSError) -> UserError:
         return UserError(
             f"cannot write {self.path}: {error.strerror}; its rows so far are whole, free some space and run again."
         )
@@ -147,7 +147,7 @@ class RowFile:
                 yield raw, raw.endswith(b"\n")
 
 
-def row_bytes(row: dict[str, Any]) -> bytes:
+def encode_row(row: dict[str, Any]) -> bytes:
     """A row as it stands in the file, line end included."""
     text = json.dumps(row, ensure_ascii=False, allow_nan=False)
     # JSON allows these raw, but str.splitlines takes them for line ends
@@ -178,7 +178,7 @@ def sync_folder(folder: Path) -> None:
     os.close(descriptor)
 
 
-def finished_ids(path: Path) -> set[str]:
+def read_finished_ids(path: Path) -> set[str]:
     """custom_ids of a row file, repaired if its last row is torn; none if there is no such file."""
     if not path.exists():
         return set()
@@ -189,7 +189,7 @@ def finished_ids(path: Path) -> set[str]:
         file.close()
 
 
-def error_keys(path: Path) -> Counter[Key]:
+def read_error_keys(path: Path) -> Counter[Key]:
     """How often each row of the input stands in an error file; a torn last row does not count. Empty if there is no
     such file. `UserError`: another program's file."""
     found: Counter[Key] = Counter()

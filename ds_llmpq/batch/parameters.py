@@ -46,7 +46,7 @@ def show(value: Any) -> str:
 # --- checks: each returns the value, or raises with value, bound and remedy ---
 
 
-def _number(bound: Bound) -> Check:
+def _check_number(bound: Bound) -> Check:
     kinds = (int,) if bound.whole else (int, float)
 
     def check(field: str, value: Any) -> Any:
@@ -60,13 +60,13 @@ def _number(bound: Bound) -> Check:
     return check
 
 
-def _boolean(field: str, value: Any) -> bool:
+def _check_boolean(field: str, value: Any) -> bool:
     if type(value) is not bool:
         raise RequestError("invalid_type", f"{field} must be true or false, not {show(value)}.")
     return value
 
 
-def _stop(field: str, value: Any) -> tuple[str, ...]:
+def _check_stop(field: str, value: Any) -> tuple[str, ...]:
     stops = [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or not all(isinstance(each, str) for each in stops):
         raise RequestError("invalid_type", f"stop must be a string or a list of strings, not {show(value)}.")
@@ -79,7 +79,7 @@ def _stop(field: str, value: Any) -> tuple[str, ...]:
     return tuple(stops)
 
 
-def _of_kind(kind: type, name: str) -> Check:
+def _check_kind(kind: type, name: str) -> Check:
     """Any value of one JSON type: it has no effect on the text, or is read elsewhere."""
 
     def check(field: str, value: Any) -> Any:
@@ -90,7 +90,7 @@ def _of_kind(kind: type, name: str) -> Check:
     return check
 
 
-def _only(*neutral: Any, remedy: str = "drop it") -> Check:
+def _allow_only(*neutral: Any, remedy: str = "drop it") -> Check:
     """The neutral values of what is not there. 0 and 0.0 are the same number, but false is none."""
 
     def check(field: str, value: Any) -> Any:
@@ -101,12 +101,14 @@ def _only(*neutral: Any, remedy: str = "drop it") -> Check:
         # a float stands for a number of either kind
         named = [json.dumps(int(each) if isinstance(each, float) else each) for each in neutral]
         allowed = " or ".join(named or ["null"])
-        raise RequestError("unsupported_value", f"{field} is {_given(value)} but only {allowed} is served; {remedy}.")
+        raise RequestError(
+            "unsupported_value", f"{field} is {_show_whole(value)} but only {allowed} is served; {remedy}."
+        )
 
     return check
 
 
-def _given(value: Any) -> str:
+def _show_whole(value: Any) -> str:
     """`show`, with short objects and lists as they stand in the row."""
     if isinstance(value, (dict, list)):
         text = json.dumps(value)
@@ -114,86 +116,86 @@ def _given(value: Any) -> str:
     return show(value)
 
 
-_ANY_TEXT, _ANY_OBJECT = _of_kind(str, "a string"), _of_kind(dict, "an object")
-_NO_TOOLS = _only([], remedy="tools are not offered to the model, so drop it")
-_NO_TOOL_CHOICE = _only("none", "auto", remedy="tools are not offered to the model, so drop it")
+_ANY_TEXT, _ANY_OBJECT = _check_kind(str, "a string"), _check_kind(dict, "an object")
+_NO_TOOLS = _allow_only([], remedy="tools are not offered to the model, so drop it")
+_NO_TOOL_CHOICE = _allow_only("none", "auto", remedy="tools are not offered to the model, so drop it")
 
 
-def _chat(check: Check) -> Parameter:
+def _in_chat(check: Check) -> Parameter:
     return Parameter(check, frozenset({CHAT_URL}))
 
 
-def _completion(check: Check) -> Parameter:
+def _in_completion(check: Check) -> Parameter:
     return Parameter(check, frozenset({COMPLETIONS_URL}))
 
 
-def _read_elsewhere(field: str, value: Any) -> Any:
+def _accept(field: str, value: Any) -> Any:
     return value
 
 
-_SAMPLING = {each.name: _number(each.metadata["bound"]) for each in fields(SamplingParams) if each.metadata}
+_SAMPLING = {each.name: _check_number(each.metadata["bound"]) for each in fields(SamplingParams) if each.metadata}
 
 PARAMETERS: dict[str, Parameter] = {
     # read by `body`
-    "messages": _chat(_read_elsewhere),
-    "prompt": _completion(_read_elsewhere),
+    "messages": _in_chat(_accept),
+    "prompt": _in_completion(_accept),
     # how tokens are chosen, and when to stop
     **{name: Parameter(check) for name, check in _SAMPLING.items()},
-    "max_completion_tokens": _chat(_SAMPLING["max_tokens"]),
-    "stop": Parameter(_stop),
-    "ignore_eos": Parameter(_boolean),
+    "max_completion_tokens": _in_chat(_SAMPLING["max_tokens"]),
+    "stop": Parameter(_check_stop),
+    "ignore_eos": Parameter(_check_boolean),
     # what a result holds
-    "return_token_ids": Parameter(_boolean),
+    "return_token_ids": Parameter(_check_boolean),
     # without effect on the text
     "model": Parameter(_ANY_TEXT),
     "user": Parameter(_ANY_TEXT),
-    "metadata": _chat(_ANY_OBJECT),
-    "store": Parameter(_boolean),
+    "metadata": _in_chat(_ANY_OBJECT),
+    "store": Parameter(_check_boolean),
     "safety_identifier": Parameter(_ANY_TEXT),
     "prompt_cache_key": Parameter(_ANY_TEXT),
     "prompt_cache_retention": Parameter(_ANY_TEXT),
-    "prediction": _chat(_ANY_OBJECT),  # speeds up, never changes an answer
-    "parallel_tool_calls": Parameter(_boolean),
-    "service_tier": Parameter(_only("auto", "default", remedy="there is one tier, so drop it")),
+    "prediction": _in_chat(_ANY_OBJECT),  # speeds up, never changes an answer
+    "parallel_tool_calls": Parameter(_check_boolean),
+    "service_tier": Parameter(_allow_only("auto", "default", remedy="there is one tier, so drop it")),
     # neutral values alone, of the OpenAI interface
-    "n": Parameter(_only(1, remedy="repeat the row instead")),
-    "best_of": Parameter(_only(1, remedy="repeat the row instead")),
-    "stream": Parameter(_only(False)),
-    "stream_options": Parameter(_only(remedy="answers are not streamed, so drop it")),
-    "logprobs": Parameter(_only(False, remedy="scores of tokens are not kept, so drop it")),
-    "top_logprobs": Parameter(_only(0, remedy="scores of tokens are not kept, so drop it")),
-    "logit_bias": Parameter(_only({})),
-    "response_format": Parameter(_only({"type": "text"}, remedy="answers are not held to a form, so drop it")),
+    "n": Parameter(_allow_only(1, remedy="repeat the row instead")),
+    "best_of": Parameter(_allow_only(1, remedy="repeat the row instead")),
+    "stream": Parameter(_allow_only(False)),
+    "stream_options": Parameter(_allow_only(remedy="answers are not streamed, so drop it")),
+    "logprobs": Parameter(_allow_only(False, remedy="scores of tokens are not kept, so drop it")),
+    "top_logprobs": Parameter(_allow_only(0, remedy="scores of tokens are not kept, so drop it")),
+    "logit_bias": Parameter(_allow_only({})),
+    "response_format": Parameter(_allow_only({"type": "text"}, remedy="answers are not held to a form, so drop it")),
     "tools": Parameter(_NO_TOOLS),
     "functions": Parameter(_NO_TOOLS),
     "tool_choice": Parameter(_NO_TOOL_CHOICE),
     "function_call": Parameter(_NO_TOOL_CHOICE),
-    "modalities": Parameter(_only(["text"], remedy="answers are text, so drop it")),
-    "audio": Parameter(_only(remedy="answers are text, so drop it")),
-    "web_search_options": Parameter(_only(remedy="nothing is searched, so drop it")),
-    "reasoning_effort": Parameter(_only()),
-    "verbosity": Parameter(_only("medium")),
-    "echo": Parameter(_only(False, remedy="add the prompt to the answer yourself")),
-    "suffix": Parameter(_only("")),
+    "modalities": Parameter(_allow_only(["text"], remedy="answers are text, so drop it")),
+    "audio": Parameter(_allow_only(remedy="answers are text, so drop it")),
+    "web_search_options": Parameter(_allow_only(remedy="nothing is searched, so drop it")),
+    "reasoning_effort": Parameter(_allow_only()),
+    "verbosity": Parameter(_allow_only("medium")),
+    "echo": Parameter(_allow_only(False, remedy="add the prompt to the answer yourself")),
+    "suffix": Parameter(_allow_only("")),
     # and of other servers
-    "length_penalty": Parameter(_only(1.0)),
-    "use_beam_search": Parameter(_only(False)),
-    "stop_token_ids": Parameter(_only([], remedy="give stop strings instead")),
-    "bad_words": Parameter(_only([])),
-    "allowed_token_ids": Parameter(_only()),
-    "logits_processors": Parameter(_only([])),
-    "include_stop_str_in_output": Parameter(_only(False)),
-    "skip_special_tokens": Parameter(_only(True)),
-    "truncate_prompt_tokens": Parameter(_only(remedy="shorten the prompt instead")),
-    "prompt_logprobs": Parameter(_only(remedy="scores of tokens are not kept, so drop it")),
-    "add_generation_prompt": Parameter(_only(True)),
-    "continue_final_message": Parameter(_only(False)),
-    "chat_template": Parameter(_only(remedy="the model's own is used, so drop it")),
-    "chat_template_kwargs": Parameter(_only({})),
-    "documents": Parameter(_only([], remedy="write them into a message")),
-    "priority": Parameter(_only(0)),
+    "length_penalty": Parameter(_allow_only(1.0)),
+    "use_beam_search": Parameter(_allow_only(False)),
+    "stop_token_ids": Parameter(_allow_only([], remedy="give stop strings instead")),
+    "bad_words": Parameter(_allow_only([])),
+    "allowed_token_ids": Parameter(_allow_only()),
+    "logits_processors": Parameter(_allow_only([])),
+    "include_stop_str_in_output": Parameter(_allow_only(False)),
+    "skip_special_tokens": Parameter(_allow_only(True)),
+    "truncate_prompt_tokens": Parameter(_allow_only(remedy="shorten the prompt instead")),
+    "prompt_logprobs": Parameter(_allow_only(remedy="scores of tokens are not kept, so drop it")),
+    "add_generation_prompt": Parameter(_allow_only(True)),
+    "continue_final_message": Parameter(_allow_only(False)),
+    "chat_template": Parameter(_allow_only(remedy="the model's own is used, so drop it")),
+    "chat_template_kwargs": Parameter(_allow_only({})),
+    "documents": Parameter(_allow_only([], remedy="write them into a message")),
+    "priority": Parameter(_allow_only(0)),
     **dict.fromkeys(
         ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
-        Parameter(_only(remedy="answers are not held to a form, so drop it")),
+        Parameter(_allow_only(remedy="answers are not held to a form, so drop it")),
     ),
 }

@@ -65,7 +65,7 @@ def prepare(
                 if isinstance(ids, RequestError):
                     raise ids
                 _check_ids(ids, vocabulary_size)
-                max_tokens = effective_max_tokens(request, len(ids), context_tokens, capacity_tokens)
+                max_tokens = limit_max_tokens(request, len(ids), context_tokens, capacity_tokens)
                 prepared.append(PreparedRequest(request, array("i", ids), max_tokens))
             except RequestError as error:
                 errors.append(error.row(request.line, request.custom_id))
@@ -118,21 +118,21 @@ def render_chat(request: Request, tokenizer: Any) -> str:
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     except Exception as error:  # a template is a program that came with the checkpoint: it may raise anything
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        missing = _missing_tokens(tokenizer)
+        missing = _find_missing_tokens(tokenizer)
         remedy = f"set {missing} in tokenizer_config.json" if missing else "change their roles"
         raise RequestError(
             "template_error", f"the model's chat template refuses these messages ({reason}); {remedy}."
         ) from None
 
 
-def _missing_tokens(tokenizer: Any) -> str:
+def _find_missing_tokens(tokenizer: Any) -> str:
     """Special tokens that the chat template writes and the tokenizer does not have: it then fails for every row."""
     template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
     names = ("bos_token", "eos_token", "pad_token", "unk_token")
     return " and ".join(name for name in names if name in template and getattr(tokenizer, name, None) is None)
 
 
-def effective_max_tokens(
+def limit_max_tokens(
     request: Request, prompt_tokens: int, context_tokens: int, capacity_tokens: int | None = None
 ) -> int:
     """Tokens this request may generate: its max_tokens, or less where the context ends sooner.

@@ -13,7 +13,7 @@ from ds_llmpq.batch.config import BatchConfig
 from ds_llmpq.batch.formats import refuse_other_formats
 from ds_llmpq.batch.parameters import show
 from ds_llmpq.batch.request import Request, RequestError, RowError
-from ds_llmpq.batch.request_validation import check_defaults, parse_row, row_custom_id
+from ds_llmpq.batch.request_validation import check_defaults, parse_row, read_custom_id
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import open_regular
 
@@ -48,13 +48,13 @@ def read_requests(path: str | Path, defaults: BatchConfig) -> RequestFile:
     try:
         with open_regular(path, "input", "give a batch file as input=FILE") as file:
             refuse_other_formats(file, path)
-            for index, (line, raw) in enumerate(_rows(file, defaults, digest)):
+            for index, (line, raw) in enumerate(_read_rows(file, defaults, digest)):
                 custom_id, row = None, {}
                 try:
                     row = _parse(raw, defaults.max_row_bytes)
-                    custom_id = row_custom_id(row)
+                    custom_id = read_custom_id(row)
                     if custom_id in seen:
-                        raise _repeated(custom_id, line, requests, errors, path)
+                        raise _repetition_error(custom_id, line, requests, errors, path)
                     seen.add(custom_id)
                     requests.append(parse_row(row, index, line, defaults))
                 except RequestError as error:
@@ -72,7 +72,7 @@ def read_requests(path: str | Path, defaults: BatchConfig) -> RequestFile:
     return RequestFile(requests, errors, len(requests) + len(errors), digest.hexdigest())
 
 
-def _rows(file: BinaryIO, defaults: BatchConfig, digest: Any) -> Iterator[tuple[int, bytes | None]]:
+def _read_rows(file: BinaryIO, defaults: BatchConfig, digest: Any) -> Iterator[tuple[int, bytes | None]]:
     """(line number, bytes) of every line that is not blank; None instead of the bytes if it is over the size limit."""
     bound = defaults.max_row_bytes + 2  # the line end does not count
     rows = 0
@@ -114,13 +114,13 @@ def _parse(raw: bytes | None, max_row_bytes: int) -> Any:
             "invalid_json", f"the row is not JSON: {error.msg} at character {error.pos + 1}; write one object a line."
         ) from None
     except RecursionError:
-        raise _too_deep() from None
+        raise _nesting_error() from None
     except ValueError:  # a number of thousands of digits
         raise RequestError("invalid_json", "the row holds a number with too many digits; shorten it.") from None
     # a row with few brackets cannot be deep, and most have few
-    if raw.count(b"[") + raw.count(b"{") > MAX_NESTING and _deeper_than(row, MAX_NESTING):
-        raise _too_deep()
-    if (b"\\ud" in raw or b"\\uD" in raw) and not _encodable(row):
+    if raw.count(b"[") + raw.count(b"{") > MAX_NESTING and _is_deeper_than(row, MAX_NESTING):
+        raise _nesting_error()
+    if (b"\\ud" in raw or b"\\uD" in raw) and not _is_encodable(row):
         raise RequestError("invalid_encoding", "the row holds half of a surrogate pair (\\ud800-\\udfff); remove it.")
     return row
 
@@ -132,11 +132,11 @@ def _refuse_constant(name: str) -> None:
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
-def _too_deep() -> RequestError:
+def _nesting_error() -> RequestError:
     return RequestError("nesting_too_deep", f"the row nests deeper than {MAX_NESTING} levels; a valid one needs 6.")
 
 
-def _deeper_than(value: Any, levels: int) -> bool:
+def _is_deeper_than(value: Any, levels: int) -> bool:
     """Whether lists and objects nest deeper than so many levels; level by level, so deep values cost no stack."""
     layer = [value]
     for _ in range(levels + 1):
@@ -147,7 +147,7 @@ def _deeper_than(value: Any, levels: int) -> bool:
     return True
 
 
-def _encodable(row: Any) -> bool:
+def _is_encodable(row: Any) -> bool:
     try:
         json.dumps(row, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
@@ -155,7 +155,7 @@ def _encodable(row: Any) -> bool:
     return True
 
 
-def _repeated(
+def _repetition_error(
     custom_id: str, line: int, requests: list[Request], errors: list[RowError], path: str | Path
 ) -> UserError:
     first = min(row.line for row in [*requests, *errors] if row.custom_id == custom_id)

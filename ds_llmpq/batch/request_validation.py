@@ -40,21 +40,21 @@ _BODY_FIELDS = {
 def parse_row(row: Any, index: int, line: int, defaults: BatchConfig) -> Request:
     """The request a parsed row asks for; RequestError says what is wrong with it.
 
-    `custom_id` has already been checked (`row_custom_id`), since error rows need it too.
+    `custom_id` has already been checked (`read_custom_id`), since error rows need it too.
     """
-    custom_id = row_custom_id(row)
-    _no_unknown_fields(row, ROW_FIELDS, "row")
-    if _required(row, "method", str, "a string") != "POST":
+    custom_id = read_custom_id(row)
+    _refuse_unknown_fields(row, ROW_FIELDS, "row")
+    if _require(row, "method", str, "a string") != "POST":
         raise RequestError("invalid_method", f"method is {show(row['method'])} but only POST is served.")
-    url = _required(row, "url", str, "a string")
+    url = _require(row, "url", str, "a string")
     if url not in _BODY_FIELDS:
         raise RequestError("invalid_url", f"url is {show(url)} but only {CHAT_URL} and {COMPLETIONS_URL} are served.")
-    body = _required(row, "body", dict, "an object")
-    _no_unknown_fields(body, _BODY_FIELDS[url], "body")
+    body = _require(row, "body", dict, "an object")
+    _refuse_unknown_fields(body, _BODY_FIELDS[url], "body")
     # null is the same as absent
     given = {field: PARAMETERS[field].check(field, value) for field, value in body.items() if value is not None}
-    prompt = _messages(body) if url == CHAT_URL else _prompt(body)
-    params = _params(given, custom_id, defaults)
+    prompt = _parse_messages(body) if url == CHAT_URL else _parse_prompt(body)
+    params = _build_params(given, custom_id, defaults)
     return Request(
         index,
         line,
@@ -63,12 +63,12 @@ def parse_row(row: Any, index: int, line: int, defaults: BatchConfig) -> Request
         given.get("model"),
         prompt,
         params,
-        _arrival(row),
+        _read_arrival(row),
         bool(given.get("return_token_ids")),
     )
 
 
-def _arrival(row: dict) -> float:
+def _read_arrival(row: dict) -> float:
     """When a replayed request comes, in seconds from the start; 0 where the row does not say."""
     value = row.get("arrival_seconds", 0.0)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < MOST_ARRIVAL_SECONDS:
@@ -79,11 +79,11 @@ def _arrival(row: dict) -> float:
     return float(value)
 
 
-def row_custom_id(row: Any) -> str:
+def read_custom_id(row: Any) -> str:
     """The row's custom_id, a non-empty string, or a whole number as its string; RequestError otherwise."""
     if not isinstance(row, dict):
         raise RequestError("invalid_type", f"a row is an object with custom_id, method, url and body, not {show(row)}.")
-    custom_id = _required(row, "custom_id", (str, int), "a string")
+    custom_id = _require(row, "custom_id", (str, int), "a string")
     if isinstance(custom_id, bool):
         raise RequestError("invalid_type", f"custom_id must be a string, not {show(custom_id)}.")
     if custom_id == "":
@@ -107,12 +107,12 @@ def check_defaults(defaults: BatchConfig) -> None:
 # --- fields of the body ---
 
 
-def _params(given: dict, custom_id: str, defaults: BatchConfig) -> SamplingParams:
+def _build_params(given: dict, custom_id: str, defaults: BatchConfig) -> SamplingParams:
     """From checked values; `defaults` stand for what the row leaves out, and the checkpoint's for the rest."""
     chosen = {name: getattr(defaults, name) for name in _SAMPLING_FIELDS if hasattr(defaults, name)}
     chosen["seed"] = derive_seed(defaults.seed, custom_id)
     chosen |= {name: given[name] for name in _SAMPLING_FIELDS if name in given}
-    params = SamplingParams(**chosen | {"max_tokens": _max_tokens(given, defaults)})
+    params = SamplingParams(**chosen | {"max_tokens": _choose_max_tokens(given, defaults)})
     if params.min_tokens is not None and params.min_tokens > params.max_tokens:
         raise RequestError(
             "invalid_value",
@@ -121,31 +121,31 @@ def _params(given: dict, custom_id: str, defaults: BatchConfig) -> SamplingParam
     return params
 
 
-def _max_tokens(given: dict, defaults: BatchConfig) -> int:
+def _choose_max_tokens(given: dict, defaults: BatchConfig) -> int:
     names = [field for field in ("max_tokens", "max_completion_tokens") if field in given]
     if len(names) == 2:
         raise RequestError("invalid_value", "max_tokens and max_completion_tokens are both given; keep one of them.")
     return given[names[0]] if names else defaults.max_tokens
 
 
-def _messages(body: dict) -> Prompt:
-    messages = _required(body, "messages", list, "a list of messages")
+def _parse_messages(body: dict) -> Prompt:
+    messages = _require(body, "messages", list, "a list of messages")
     if not messages:
         raise RequestError("empty_prompt", "messages is empty; give at least one message.")
-    return tuple(_message(message, f"messages[{i}]") for i, message in enumerate(messages))
+    return tuple(_parse_message(message, f"messages[{i}]") for i, message in enumerate(messages))
 
 
-def _message(message: Any, where: str) -> tuple[str, str]:
+def _parse_message(message: Any, where: str) -> tuple[str, str]:
     if not isinstance(message, dict):
         raise RequestError("invalid_type", f"{where} must be an object with role and content, not {show(message)}.")
     spoken = {field: value for field, value in message.items() if value not in NEUTRAL_MESSAGE_FIELDS.get(field, ())}
-    _no_unknown_fields(spoken, MESSAGE_FIELDS, where)
+    _refuse_unknown_fields(spoken, MESSAGE_FIELDS, where)
     role = message.get("role")
     if role not in ROLES:
         raise RequestError("invalid_value", f"{where}.role is {show(role)} but must be one of {', '.join(ROLES)}.")
     content = message.get("content")
     if isinstance(content, list) and content:
-        content = "".join([_part(part, f"{where}.content[{i}]") for i, part in enumerate(content)])
+        content = "".join([_parse_part(part, f"{where}.content[{i}]") for i, part in enumerate(content)])
     if not isinstance(content, str):
         raise RequestError(
             "invalid_type", f"{where}.content must be a string or a list of text parts, not {show(content)}."
@@ -153,17 +153,17 @@ def _message(message: Any, where: str) -> tuple[str, str]:
     return role, content
 
 
-def _part(part: Any, where: str) -> str:
+def _parse_part(part: Any, where: str) -> str:
     if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
         raise RequestError(
             "unsupported_value", f'{where} must be {{"type": "text", "text": "..."}}; only text is read.'
         )
-    _no_unknown_fields(part, PART_FIELDS, where)
+    _refuse_unknown_fields(part, PART_FIELDS, where)
     return part["text"]
 
 
-def _prompt(body: dict) -> Prompt:
-    prompt = _required(body, "prompt", (str, list), "a string or a list of token ids")
+def _parse_prompt(body: dict) -> Prompt:
+    prompt = _require(body, "prompt", (str, list), "a string or a list of token ids")
     if not prompt:
         raise RequestError("empty_prompt", "prompt is empty; give at least one character or token id.")
     if isinstance(prompt, str):
@@ -175,7 +175,7 @@ def _prompt(body: dict) -> Prompt:
     return tuple(prompt)
 
 
-def _no_unknown_fields(given: dict, known: frozenset[str] | set[str], where: str) -> None:
+def _refuse_unknown_fields(given: dict, known: frozenset[str] | set[str], where: str) -> None:
     unknown = given.keys() - known
     if unknown:
         names = ", ".join(show(name) for name in sorted(unknown)[:5])
@@ -186,7 +186,7 @@ def _no_unknown_fields(given: dict, known: frozenset[str] | set[str], where: str
         raise RequestError("unknown_parameter", f"{where} has {names}, which is not supported here; {remedy}.")
 
 
-def _required(given: dict, field: str, kind: type | tuple[type, ...], name: str) -> Any:
+def _require(given: dict, field: str, kind: type | tuple[type, ...], name: str) -> Any:
     if field not in given:
         raise RequestError("missing_required_parameter", f"{field} is missing; it must be {name}.")
     if not isinstance(given[field], kind):

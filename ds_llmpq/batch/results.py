@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ds_llmpq.batch.jsonl_file import RowFile, check_folder, finished_ids, sync_folder
+from ds_llmpq.batch.jsonl_file import RowFile, check_folder, read_finished_ids, sync_folder
 from ds_llmpq.batch.request import Request, RowError
 from ds_llmpq.errors import UserError
 
@@ -79,13 +79,13 @@ class ResultWriter:
 
     def write_result(self, result: Result) -> None:
         """Append one result row; it is with the operating system when this returns."""
-        self.results.append(result_row(result, self.model))
+        self.results.append(format_result(result, self.model))
         self.completed += 1
         self._sync_when_due()
 
     def write_error(self, error: RowError) -> None:
         """Append one error row; it is with the operating system when this returns."""
-        self.errors.append(error_row(error))
+        self.errors.append(format_error(error))
         self.failed += 1
         self._sync_when_due()
 
@@ -120,10 +120,10 @@ def read_finished(out_dir: str | Path) -> set[str]:
 
     UserError: results.jsonl is not a result file, cannot be read, or a running batch is writing it.
     """
-    return finished_ids(Path(out_dir) / RESULTS_NAME)
+    return read_finished_ids(Path(out_dir) / RESULTS_NAME)
 
 
-def result_row(result: Result, model: str = "") -> dict[str, Any]:
+def format_result(result: Result, model: str = "") -> dict[str, Any]:
     """One row of results.jsonl."""
     request = result.request
     key = _key(request.custom_id)
@@ -151,7 +151,7 @@ def result_row(result: Result, model: str = "") -> dict[str, Any]:
     return {"id": "batch_req_" + key, "custom_id": request.custom_id, "response": response, "error": None}
 
 
-def error_row(error: RowError) -> dict[str, Any]:
+def format_error(error: RowError) -> dict[str, Any]:
     """One row of errors.jsonl; `line` is the row's line in the input."""
     key = _key(error.custom_id if error.custom_id is not None else f"\0line {error.line}")
     reason = {"code": error.code, "message": error.message, "line": error.line}

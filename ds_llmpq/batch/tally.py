@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ds_llmpq.batch.jsonl_file import Key, error_keys
+from ds_llmpq.batch.jsonl_file import Key, read_error_keys
 from ds_llmpq.batch.reader import RequestFile
 from ds_llmpq.batch.results import ERRORS_NAME, read_finished
 
@@ -42,14 +42,14 @@ class InputRows:
     keys: tuple[Key, ...]
 
     @classmethod
-    def of(cls, file: RequestFile) -> InputRows:
+    def from_file(cls, file: RequestFile) -> InputRows:
         bad = (error.line if error.custom_id is None else error.custom_id for error in file.errors)
         return cls(file.sha256, (*(request.custom_id for request in file.requests), *bad))
 
     def count(self, folder: Path) -> Tally:
         """Reads both files of a folder. A torn last row of results.jsonl is cut off. `UserError`: a file holds
         something else, or a running batch is writing it."""
-        results, errors = read_finished(folder), error_keys(folder / ERRORS_NAME)
+        results, errors = read_finished(folder), read_error_keys(folder / ERRORS_NAME)
         completed = failed = lacking = 0
         for key in self.keys:
             completed += key in results

@@ -35,7 +35,7 @@ class Cluster:
             check_host_name(host)
             if times > 1:
                 raise UserError(f"host {host} is listed twice; list each host once, with all of its devices")
-        devices = tuple(_device(host.name, entry, types) for host in config.hosts for entry in host.devices)
+        devices = tuple(_build_device(host.name, entry, types) for host in config.hosts for entry in host.devices)
         if not devices:
             raise UserError(f"cluster {config.name or '(unnamed)'} has no devices; list hosts with their devices")
         if len(devices) > MOST_DEVICES:
@@ -45,7 +45,7 @@ class Cluster:
         for name, times in Counter(device.name for device in devices).items():
             if times > 1:
                 raise UserError(f"device {name} is listed twice; give each device of a host its own slot")
-        return cls(config.name, devices, _links(config.links, devices), dict(config.env))
+        return cls(config.name, devices, _build_links(config.links, devices), dict(config.env))
 
     @property
     def device_types(self) -> dict[str, DeviceType]:
@@ -76,15 +76,15 @@ def device_type(name: str, config: DeviceTypeConfig) -> DeviceType:
     where = f"device type {name}"
     if config.kind not in KINDS:
         raise UserError(f"{where} has kind {config.kind!r}; it must be one of {', '.join(KINDS)}")
-    _check(f"{where}: memory_bytes", config.memory_bytes, lowest=0)
-    _check(f"{where}: memory_bandwidth_bytes_per_second", config.memory_bandwidth_bytes_per_second)
-    _check(f"{where}: kernel_overhead_seconds", config.kernel_overhead_seconds, lowest=0)
-    _choices(f"{where}: flops_per_second", config.flops_per_second, RATE_DTYPES)
+    _check_number(f"{where}: memory_bytes", config.memory_bytes, lowest=0)
+    _check_number(f"{where}: memory_bandwidth_bytes_per_second", config.memory_bandwidth_bytes_per_second)
+    _check_number(f"{where}: kernel_overhead_seconds", config.kernel_overhead_seconds, lowest=0)
+    _check_choices(f"{where}: flops_per_second", config.flops_per_second, RATE_DTYPES)
     if not set(config.flops_per_second) & set(COMPUTE_DTYPES):
         raise UserError(f"{where}: flops_per_second needs a rate for one of {', '.join(COMPUTE_DTYPES)}")
     for dtype, rate in config.flops_per_second.items():
-        _check(f"{where}: flops_per_second.{dtype}", rate)
-    _choices(f"{where}: bits", config.bits, BIT_WIDTHS)
+        _check_number(f"{where}: flops_per_second.{dtype}", rate)
+    _check_choices(f"{where}: bits", config.bits, BIT_WIDTHS)
     if not config.bits:
         raise UserError(f"{where}: bits is empty; list the widths it can run, of {', '.join(map(str, BIT_WIDTHS))}")
     return DeviceType(
@@ -100,7 +100,7 @@ def device_type(name: str, config: DeviceTypeConfig) -> DeviceType:
     )
 
 
-def _device(host: str, config: Any, types: Mapping[str, DeviceType]) -> Device:
+def _build_device(host: str, config: Any, types: Mapping[str, DeviceType]) -> Device:
     where = f"device {host}:{config.slot}"
     if config.type not in types:
         known = ", ".join(types) or "none"
@@ -116,11 +116,11 @@ def _device(host: str, config: Any, types: Mapping[str, DeviceType]) -> Device:
         raise UserError(f"{where} sets threads={config.threads}, but its type is {kind.kind}; remove threads")
     threads = None if kind.kind != "cpu" else 1 if config.threads is None else config.threads
     if threads is not None:
-        _check(f"{where}: threads", threads)
+        _check_number(f"{where}: threads", threads)
     if config.cpu_share is not None:
         _check_share(where, config.cpu_share, kind.kind)
     memory = kind.memory_bytes if config.memory_bytes is None else config.memory_bytes
-    _check(f"{where}: memory_bytes", memory)
+    _check_number(f"{where}: memory_bytes", memory)
     whole = kind.with_threads(threads or 1, config.cpu_share or 1.0)
     return Device(host, config.slot, whole, int(memory), threads, config.cpu_share)
 
@@ -132,7 +132,7 @@ def _check_share(where: str, share: float, kind: str) -> None:
         raise UserError(f"{where}: cpu_share is {share}; it must be from 0.05 to 1")
 
 
-def _links(config: LinksConfig, devices: tuple[Device, ...]) -> Links:
+def _build_links(config: LinksConfig, devices: tuple[Device, ...]) -> Links:
     hosts = [device.host for device in devices]
     several_hosts, shared_host = len(set(hosts)) > 1, len(set(hosts)) < len(hosts)
     pairs: dict[tuple[str, str], Link] = {}
@@ -145,22 +145,22 @@ def _links(config: LinksConfig, devices: tuple[Device, ...]) -> Links:
         if pair in pairs:
             raise UserError(f"links.pairs lists {entry.source} to {entry.target} twice; list each direction once")
         link = LinkConfig(entry.latency_seconds, entry.bandwidth_bytes_per_second)
-        pairs[pair] = _link(f"links.pairs {entry.source} to {entry.target}", link)
+        pairs[pair] = _build_link(f"links.pairs {entry.source} to {entry.target}", link)
     return Links(
-        intra_host=_link("links.intra_host", config.intra_host) if shared_host else None,
-        inter_host=_link("links.inter_host", config.inter_host) if several_hosts else None,
+        intra_host=_build_link("links.intra_host", config.intra_host) if shared_host else None,
+        inter_host=_build_link("links.inter_host", config.inter_host) if several_hosts else None,
         pairs=pairs,
         source=make_printable(config.source, 2_000, keep=""),
     )
 
 
-def _link(where: str, config: LinkConfig) -> Link:
-    _check(f"{where}: latency_seconds", config.latency_seconds, lowest=0)
-    _check(f"{where}: bandwidth_bytes_per_second", config.bandwidth_bytes_per_second)
+def _build_link(where: str, config: LinkConfig) -> Link:
+    _check_number(f"{where}: latency_seconds", config.latency_seconds, lowest=0)
+    _check_number(f"{where}: bandwidth_bytes_per_second", config.bandwidth_bytes_per_second)
     return Link(float(config.latency_seconds), float(config.bandwidth_bytes_per_second))
 
 
-def _check(where: str, value: float, lowest: float | None = None) -> None:
+def _check_number(where: str, value: float, lowest: float | None = None) -> None:
     """Positive without `lowest`, else at least that; never infinite."""
     if not abs(value) <= MOST or (value <= 0 if lowest is None else value < lowest):
         bound = "positive" if lowest is None else f"at least {lowest}"
@@ -172,7 +172,7 @@ def _check_name(what: str, name: str) -> None:
         raise UserError(f"{what} is {quote(name)}; it must be at most 200 characters, no control characters among them")
 
 
-def _choices(where: str, values: Iterable[Any], allowed: tuple[Any, ...]) -> None:
+def _check_choices(where: str, values: Iterable[Any], allowed: tuple[Any, ...]) -> None:
     for value in values:
         if value not in allowed:
             raise UserError(f"{where} has {value!r}; it must be one of {', '.join(map(str, allowed))}")

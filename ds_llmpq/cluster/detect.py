@@ -93,7 +93,7 @@ def query_gpus(run: Callable[..., Any] = subprocess.run) -> list[Gpu]:
     return parse_gpus(result.stdout) if result.returncode == 0 else []
 
 
-def known_type(gpu: Gpu) -> str | None:
+def find_type(gpu: Gpu) -> str | None:
     """Name of its type, which conf/device need not have, or None. Laptops' GPUs bear the names of faster cards."""
     words = gpu.name.replace("-", " ")
     if re.search(r"\b(Laptop|Mobile|Max Q)\b", words):
@@ -128,7 +128,7 @@ def _cached_file_bytes(cgroup: Path) -> int:
     return int(found[1]) if found else 0
 
 
-def memory_kills(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+def count_memory_kills(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     """Processes that the kernel has killed for want of memory: in this control group, or on this host where no group
     counts them."""
     for counter in (cgroup / "memory.events", proc / "vmstat"):
@@ -140,7 +140,7 @@ def memory_kills(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup
     return 0
 
 
-def usable_cores() -> int:
+def count_usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -161,13 +161,13 @@ def detect(
     """
     gpus = query_gpus() if gpus is None else gpus
     cpu_stages = (0 if gpus else 1) if cpu_stages is None else cpu_stages
-    cores = usable_cores()
+    cores = count_usable_cores()
     if not 0 <= cpu_stages <= cores:
         raise UserError(f"cpu_stages={cpu_stages} does not fit this host; it must be from 0 to its {cores} cores")
     types: dict[str, Any] = {}
     devices = [_gpu_device(slot, gpu, known, types, measure_gpu) for slot, gpu in enumerate(gpus)]
     if cpu_stages:
-        types["cpu_core"] = {**_plain(known, "cpu_core"), **(cpu_rates or {})}
+        types["cpu_core"] = {**_copy_type(known, "cpu_core"), **(cpu_rates or {})}
         share = int(CPU_SHARE * available_memory_bytes() / cpu_stages) - CPU_PROCESS_BYTES
         if share <= 0:
             raise UserError(f"{cpu_stages} CPU stages leave no memory for any of them; use fewer")
@@ -232,19 +232,19 @@ def _gpu_device(
     types: dict[str, Any],
     measure: Callable[[int], Mapping[str, Any] | None],
 ) -> dict[str, Any]:
-    name = known_type(gpu)
+    name = find_type(gpu)
     if name is None or name not in known:
         name = "gpu_" + re.sub(r"[^a-z0-9]+", "_", gpu.name.lower()).strip("_")
         if name not in types:
             types[name] = _unknown_gpu(gpu, known) | (measure(slot) or {})
     else:
-        types[name] = _plain(known, name)
+        types[name] = _copy_type(known, name)
     return {"type": name, "slot": slot, "memory_bytes": _usable_gpu_bytes(gpu.free_bytes)}
 
 
 def _unknown_gpu(gpu: Gpu, known: Mapping[str, DeviceTypeConfig]) -> dict[str, Any]:
     """The fallback type's rates with this GPU's memory and capability."""
-    fields = _plain(known, FALLBACK_GPU)
+    fields = _copy_type(known, FALLBACK_GPU)
     fields["memory_bytes"] = _usable_gpu_bytes(gpu.total_bytes)
     fields["compute_capability"] = gpu.compute_capability
     if int(gpu.compute_capability.split(".")[0] or 0) >= 8 and "float16" in fields["flops_per_second"]:
@@ -261,7 +261,7 @@ def _usable_gpu_bytes(free_bytes: int) -> int:
     return usable
 
 
-def _plain(known: Mapping[str, DeviceTypeConfig], name: str) -> dict[str, Any]:
+def _copy_type(known: Mapping[str, DeviceTypeConfig], name: str) -> dict[str, Any]:
     if name not in known:
         raise UserError(f"conf/device has no {name}; detection needs it for its rates")
     return asdict(known[name])

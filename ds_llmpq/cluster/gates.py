@@ -16,12 +16,12 @@ def gate(device_type: DeviceType, bits: int, dtype: str | None = None) -> str | 
     return None
 
 
-def feasible_bits(device_type: DeviceType, dtype: str | None = None) -> tuple[int, ...]:
+def list_feasible_bits(device_type: DeviceType, dtype: str | None = None) -> tuple[int, ...]:
     """Bit widths, ascending, that pass the gate."""
     return tuple(bits for bits in device_type.bits if gate(device_type, bits, dtype) is None)
 
 
-def common_dtype(cluster: Cluster, requested: str = "auto") -> str:
+def choose_dtype(cluster: Cluster, requested: str = "auto") -> str:
     """The one compute type of a pipeline: `requested`, or for "auto" the type whose slowest device is fastest.
 
     Hidden states cross from stage to stage, so all stages compute in one type. UserError: unknown type, a device that

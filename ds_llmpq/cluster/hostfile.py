@@ -18,7 +18,7 @@ HOST_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _LINE = re.compile(r"(\S+)\s+slots=(\d{1,9})")
 
 
-def slots_by_host(placements: Iterable[Placement]) -> dict[str, list[int]]:
+def group_slots(placements: Iterable[Placement]) -> dict[str, list[int]]:
     """Hosts by first appearance, each with its slots ascending: the order in which DeepSpeed numbers ranks."""
     slots: dict[str, list[int]] = {}
     for host, slot in placements:
@@ -37,13 +37,13 @@ def check_host_name(host: str) -> None:
         )
 
 
-def hostfile_text(placements: Iterable[Placement]) -> str:
+def format_hostfile(placements: Iterable[Placement]) -> str:
     """One line a host with just enough slots for the highest slot in use."""
-    return "".join(f"{host} slots={slots[-1] + 1}\n" for host, slots in slots_by_host(placements).items())
+    return "".join(f"{host} slots={slots[-1] + 1}\n" for host, slots in group_slots(placements).items())
 
 
 def write_hostfile(path: str | Path, placements: Iterable[Placement]) -> None:
-    Path(path).write_text(hostfile_text(placements), encoding="utf-8")
+    Path(path).write_text(format_hostfile(placements), encoding="utf-8")
 
 
 def parse_hostfile(path: str | Path) -> dict[str, int]:
@@ -69,25 +69,25 @@ def parse_hostfile(path: str | Path) -> dict[str, int]:
     return hosts
 
 
-def include_string(placements: Iterable[Placement]) -> str:
+def format_include(placements: Iterable[Placement]) -> str:
     """DeepSpeed's --include, e.g. `host:0,2@host2:1`: exactly the plan's devices."""
-    return "@".join(f"{host}:{','.join(map(str, slots))}" for host, slots in slots_by_host(placements).items())
+    return "@".join(f"{host}:{','.join(map(str, slots))}" for host, slots in group_slots(placements).items())
 
 
-def launch_ranks(placements: Sequence[Placement]) -> tuple[int, ...]:
-    """Global rank that DeepSpeed gives to the process of each stage, for `hostfile_text` with `include_string`.
+def order_ranks(placements: Sequence[Placement]) -> tuple[int, ...]:
+    """Global rank that DeepSpeed gives to the process of each stage, for `format_hostfile` with `format_include`.
 
     Ranks run host by host and within a host by slot (DeepSpeed sorts them), so neither a pipeline that comes back to a
     host (A, B, A) nor one that uses slot 1 before slot 0 is in rank order.
     """
-    order = [(host, slot) for host, slots in slots_by_host(placements).items() for slot in slots]
+    order = [(host, slot) for host, slots in group_slots(placements).items() for slot in slots]
     return tuple(order.index(placement) for placement in placements)
 
 
-def hostfile_disagreements(hostfile: Mapping[str, int], placements: Iterable[Placement]) -> list[str]:
+def find_hostfile_disagreements(hostfile: Mapping[str, int], placements: Iterable[Placement]) -> list[str]:
     """What keeps a plan from being launched with this hostfile (host -> slots), one sentence each; empty if nothing."""
     found = []
-    for host, slots in slots_by_host(placements).items():
+    for host, slots in group_slots(placements).items():
         if host not in hostfile:
             found.append(f"the plan uses host {host}, which the hostfile lacks (it has {', '.join(hostfile)})")
         elif slots[-1] >= hostfile[host]:

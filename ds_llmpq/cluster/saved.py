@@ -61,10 +61,10 @@ def parse_topology(text: str) -> dict[tuple[int, int], str]:
     return kinds
 
 
-def topology_links(gpus: list[Gpu], kinds: dict[tuple[int, int], str], host: str) -> dict[str, Any]:
+def build_links(gpus: list[Gpu], kinds: dict[tuple[int, int], str], host: str) -> dict[str, Any]:
     """`links` of a cluster entry: the commonest kind inside the host, every other one as a pair of `host:slot`."""
     slots = {gpu.index: slot for slot, gpu in enumerate(gpus)}
-    rates = {(slots[a], slots[b]): _rate(kind) for (a, b), kind in kinds.items() if a in slots and b in slots}
+    rates = {(slots[a], slots[b]): _look_up_rate(kind) for (a, b), kind in kinds.items() if a in slots and b in slots}
     usual = max(set(rates.values()), key=list(rates.values()).count) if rates else PATHS["PHB"]
     return {
         "intra_host": _link(usual),
@@ -78,7 +78,7 @@ def topology_links(gpus: list[Gpu], kinds: dict[tuple[int, int], str], host: str
     }
 
 
-def _rate(kind: str) -> float:
+def _look_up_rate(kind: str) -> float:
     if match := re.fullmatch(r"NV(\d+)", kind):
         return int(match[1]) * NVLINK_BYTES_PER_SECOND * IN_USE
     if kind not in PATHS:

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from ds_llmpq import config
-from ds_llmpq.cluster.calibrate import measure_cpu, measure_gpu
-from ds_llmpq.cluster.detect import detect, usable_cores, write_cluster
-from ds_llmpq.cluster.saved import parse_saved_gpus, parse_topology, topology_links
+from ds_llmpq.cluster.detect import count_usable_cores, detect, write_cluster
+from ds_llmpq.cluster.rates import measure_cpu, measure_gpu
+from ds_llmpq.cluster.saved import build_links, parse_saved_gpus, parse_topology
 from ds_llmpq.commands.config import DetectConfig
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import read_text
-from ds_llmpq.report.plan_table import size, table
+from ds_llmpq.report.plan_table import format_size, format_table
 
 
 def run(settings: DetectConfig, out: Path) -> int:
@@ -24,13 +24,13 @@ def run(settings: DetectConfig, out: Path) -> int:
         [
             f"{host['name']}:{device['slot']}",
             device["type"],
-            size(device["memory_bytes"]),
+            format_size(device["memory_bytes"]),
             types[device["type"]]["source"],
         ]
         for host in cluster["hosts"]
         for device in host["devices"]
     ]
-    print(table(["device", "type", "memory", "rates"], rows))
+    print(format_table(["device", "type", "memory", "rates"], rows))
     print(f"links: {cluster['links']['source']}")
     print(f"cluster: {out / 'cluster.yaml'} (use it with cluster_file={out / 'cluster.yaml'})")
     return 0
@@ -40,7 +40,7 @@ def _this_host(settings: DetectConfig) -> dict[str, Any]:
     if settings.topology:
         raise UserError("topology=FILE belongs to saved GPUs; give gpus=FILE as well.")
     stages = settings.cpu_stages
-    rates = measure_cpu(usable_cores() if stages is None else max(stages, 1)) if settings.measure else None
+    rates = measure_cpu(count_usable_cores() if stages is None else max(stages, 1)) if settings.measure else None
     gpus = measure_gpu if settings.measure else lambda slot: None
     return detect(config.known_device_types(), settings.host, stages, cpu_rates=rates, measure_gpu=gpus)
 
@@ -52,7 +52,7 @@ def _read_saved(settings: DetectConfig) -> dict[str, Any]:
     gpus = parse_saved_gpus(_read(settings.gpus))
     cluster = detect(config.known_device_types(), settings.host, 0, gpus)
     if settings.topology:
-        cluster["links"] = topology_links(gpus, parse_topology(_read(settings.topology)), settings.host)
+        cluster["links"] = build_links(gpus, parse_topology(_read(settings.topology)), settings.host)
     return cluster
 
 

@@ -20,7 +20,7 @@ from ds_llmpq.launch.failures import PORT
 from ds_llmpq.launch.launcher import LOG_NAME, Launch, run_launcher
 from ds_llmpq.launch.process_monitor import ExitReason, MonitorOptions
 from ds_llmpq.plan import Plan, Quantization, launch_order, write_plan
-from ds_llmpq.report.plan_table import table
+from ds_llmpq.report.plan_table import format_table
 from ds_llmpq.report.solver_progress import progress_line
 from ds_llmpq.serving.batch_run import choose_model, find_checkpoint, obtain_plan
 from ds_llmpq.serving.supervisor import check_hang_seconds
@@ -144,7 +144,7 @@ def scores_table(found: dict[str, Any], plan: Plan) -> str:
         measured = f"{increase['measured']:.6f} +- {increase['standard_error']:.6f}"
         rows += [["loss increase, measured", measured]]
         rows += [["loss increase, predicted", f"{increase['predicted']:.6f} ({increase['predicted_from']})"]]
-    return table(["", "value"], rows)
+    return format_table(["", "value"], rows)
 
 
 def tasks_table(tasks: dict[str, dict[str, Any]]) -> str:
@@ -154,4 +154,4 @@ def tasks_table(tasks: dict[str, dict[str, Any]]) -> str:
         for name, value in values.items()
         if isinstance(value, float) and "stderr" not in name
     ]
-    return table(["task", "metric", "value"], rows)
+    return format_table(["task", "metric", "value"], rows)

@@ -11,10 +11,10 @@ from ds_llmpq import config
 from ds_llmpq.commands.config import LengthsConfig
 from ds_llmpq.errors import UserError
 from ds_llmpq.lengths import dataset
-from ds_llmpq.lengths.characterize import distribution, lengths_by_model
+from ds_llmpq.lengths.characterize import distribution, group_lengths
 from ds_llmpq.lengths.predictor import Predictor, evaluate, load_predictor, train
-from ds_llmpq.lengths.records import Example, batch_examples, read_examples, tokenizer_counter
-from ds_llmpq.report.plan_table import table
+from ds_llmpq.lengths.records import Example, make_counter, read_batch_examples, read_examples
+from ds_llmpq.report.plan_table import format_table
 from ds_llmpq.research.schedule_plots import plot_lengths
 
 _COLUMNS = ("answers", "mean", "p50", "p90", "p95", "p99", "max", "tail_ratio", "longest_of_8", "longest_of_32")
@@ -30,7 +30,7 @@ def run(settings: LengthsConfig, out: Path) -> int:
 def _prepare(settings: LengthsConfig, out: Path) -> None:
     data = _dataset(settings)
     dataset.write(out, data, settings.lengths)
-    print(table(["split", "examples"], [[name, str(len(getattr(data, name)))] for name in dataset.SPLITS]))
+    print(format_table(["split", "examples"], [[name, str(len(getattr(data, name)))] for name in dataset.SPLITS]))
     print(f"prepared: {out / dataset.RECORDS_NAME}")
 
 
@@ -67,13 +67,13 @@ def _characterize(settings: LengthsConfig, out: Path) -> None:
     if (path / dataset.DATASET_NAME).is_file():
         examples = list(dataset.read(path).examples)
     else:
-        examples = dataset.chosen(_examples(settings, path), settings.lengths)
-    by_model = lengths_by_model(examples)
+        examples = dataset.select_examples(_examples(settings, path), settings.lengths)
+    by_model = group_lengths(examples)
     found = {name: distribution(tokens) for name, tokens in by_model.items()}
     (out / "lengths.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     plots = plot_lengths(out, by_model)
     rows = [[name, *(f"{row[column]:.4g}" for column in _COLUMNS)] for name, row in found.items()]
-    print(table(["model", *(column.replace("_", " ") for column in _COLUMNS)], rows))
+    print(format_table(["model", *(column.replace("_", " ") for column in _COLUMNS)], rows))
     print(f"lengths: {', '.join(str(out / name) for name in ('lengths.json', *plots))}")
 
 
@@ -99,7 +99,7 @@ def _dataset(settings: LengthsConfig) -> dataset.Dataset:
 def _examples(settings: LengthsConfig, path: Path, answered: bool = True) -> list[Example]:
     options = settings.lengths
     batch_input = config.make_absolute(options.input) if options.input else None
-    counter = tokenizer_counter(options.tokenizer)
+    counter = make_counter(options.tokenizer)
     return read_examples(path, options.layout, options.rounds, batch_input, counter, answered)
 
 
@@ -122,8 +122,8 @@ def _unseen(settings: LengthsConfig, predictor: Predictor) -> list[Example]:
 
 def _prompts(path: Path, settings: LengthsConfig) -> list[tuple[str, Example]]:
     """Prompts by custom_id (an OpenAI batch file) or by row number."""
-    counter = tokenizer_counter(settings.lengths.tokenizer)
-    named = batch_examples(path, counter) if path.suffix == ".jsonl" else []
+    counter = make_counter(settings.lengths.tokenizer)
+    named = read_batch_examples(path, counter) if path.suffix == ".jsonl" else []
     if named:
         return named
     return [(str(number), example) for number, example in enumerate(_examples(settings, path, answered=False))]
@@ -131,5 +131,5 @@ def _prompts(path: Path, settings: LengthsConfig) -> list[tuple[str, Example]]:
 
 def _report(metrics: dict[str, float], out: Path) -> None:
     (out / "metrics.json").write_text(json.dumps({"schema": 1} | metrics, indent=1) + "\n", encoding="utf-8")
-    print(table(["metric", "value"], [[name, f"{value:.4g}"] for name, value in metrics.items()]))
+    print(format_table(["metric", "value"], [[name, f"{value:.4g}"] for name, value in metrics.items()]))
     print(f"metrics: {out / 'metrics.json'}")

@@ -13,7 +13,7 @@ from ds_llmpq.models.notes import describe_notes
 from ds_llmpq.plan import Plan
 from ds_llmpq.planner import pareto
 from ds_llmpq.report import sweep
-from ds_llmpq.report.plan_table import plan_table
+from ds_llmpq.report.plan_table import format_plan
 from ds_llmpq.report.solver_progress import progress_line
 from ds_llmpq.research.ablations import solve_ablation
 from ds_llmpq.research.published_costs import SOURCES
@@ -29,7 +29,7 @@ def run(settings: PlanCommandConfig, out: Path) -> int:
     plan = make_plan(settings, out, progress_line(), solver, SOURCES)
     if plan.model_path is not None:
         print("".join(f"{note}\n" for note in describe_notes(plan.model_path)), end="")
-    print(plan_table(plan))
+    print(format_plan(plan))
     print(f"plan: {out / 'plan.json'}")
     if plan.is_deployed:
         print("by hand: " + launch_line(plan, out))
@@ -47,7 +47,7 @@ def _front(settings: PlanCommandConfig, out: Path) -> int:
         folder = out / f"plan{index}"
         folder.mkdir(parents=True, exist_ok=True)
         write_artefacts(deploy(plan), folder)
-        points.append(sweep.point_of(folder))
+        points.append(sweep.read_point(folder))
     sweep.write_summary(out, points)
     print(sweep.summary_table(points))
     print(f"front: {out / 'summary.csv'}")

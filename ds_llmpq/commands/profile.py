@@ -8,7 +8,7 @@ from typing import Any
 
 from ds_llmpq import config
 from ds_llmpq.cluster.cluster import Cluster
-from ds_llmpq.cluster.gates import common_dtype
+from ds_llmpq.cluster.gates import choose_dtype
 from ds_llmpq.commands.config import ProfileConfig
 from ds_llmpq.cost.fit import LatencyModel, fit_profile
 from ds_llmpq.cost.fitted import profiled_kernel
@@ -44,7 +44,7 @@ def run(settings: ProfileConfig, out: Path) -> int:
         settings.engine.refill,
     )
     check_workload(workload, shape)
-    dtype = common_dtype(cluster, settings.engine.dtype)
+    dtype = choose_dtype(cluster, settings.engine.dtype)
     bits, _ = usable_bits(shape, settings.quant)
     check_lm_head(shape.vocab, shape.embed_dim, settings.quant)
     sizes = {

@@ -11,7 +11,7 @@ from ds_llmpq.launch.progress import ProgressBar
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.plan import check_model, read_plan
 from ds_llmpq.quant.config import QuantConfig
-from ds_llmpq.report.plan_table import size
+from ds_llmpq.report.plan_table import format_size
 
 
 def run(settings: QuantizeConfig, out: Path) -> int:
@@ -33,8 +33,8 @@ def run(settings: QuantizeConfig, out: Path) -> int:
     finally:
         bar.close()
     print(
-        f"{written.parts} parts, {written.reused} of them reused; {size(written.source_bytes)} became "
-        f"{size(written.bytes)} in {written.seconds:.1f} s"
+        f"{written.parts} parts, {written.reused} of them reused; {format_size(written.source_bytes)} became "
+        f"{format_size(written.bytes)} in {written.seconds:.1f} s"
     )
     print(f"quantized: {out} (use it with `ds-llmpq run plan=FILE quantized={out}`)")
     return 0

@@ -40,10 +40,10 @@ def _fidelity(folder: Path, kind: str, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if kind == "profile":
         model = read_model(folder / "latency.json")
-        text, pairs = fidelity.profile_table(model), fidelity.profile_pairs(model)
+        text, pairs = fidelity.profile_table(model), fidelity.pair_profile(model)
         title = "Layer times: fits against left-out measurements"
     else:
-        text, pairs = fidelity.run_text(folder), fidelity.run_pairs(folder)
+        text, pairs = fidelity.describe_run(folder), fidelity.pair_run(folder)
         title = "Passes of a run: plan against measurement"
     print(text)
     (out / "fidelity.txt").write_text(text + "\n", encoding="utf-8")

@@ -9,7 +9,7 @@ from ds_llmpq.batch.tally import Tally
 from ds_llmpq.commands.serve import SOME_FAILED
 from ds_llmpq.plan import Plan
 from ds_llmpq.report.answers import show_answers
-from ds_llmpq.report.plan_table import plan_table
+from ds_llmpq.report.plan_table import format_plan
 from ds_llmpq.report.run_summary import run_summary
 from ds_llmpq.report.solver_progress import progress_line
 from ds_llmpq.serving.batch_run import BatchRun, Screen, run_batch
@@ -23,7 +23,7 @@ def run(settings: RunConfig, out: Path) -> int:
 
 
 def _print_plan(plan: Plan) -> None:
-    print(plan_table(plan), flush=True)
+    print(format_plan(plan), flush=True)
 
 
 def _print_end(done: BatchRun, input_file: Path, out: Path) -> None:

@@ -8,7 +8,7 @@ from ds_llmpq import config
 from ds_llmpq.commands.config import SensitivityConfig
 from ds_llmpq.errors import UserError
 from ds_llmpq.launch.progress import ProgressBar
-from ds_llmpq.report.plan_table import size, table
+from ds_llmpq.report.plan_table import format_size, format_table
 from ds_llmpq.sensitivity.table import FILE, Sensitivity, write_sensitivity
 
 
@@ -17,7 +17,7 @@ def run(settings: SensitivityConfig, out: Path) -> int:
         raise UserError("sensitivity needs weights; give model.path=DIR.")
     import torch
 
-    from ds_llmpq.sensitivity.make import Request, make_sensitivity
+    from ds_llmpq.sensitivity.make import SensitivityRequest, make_sensitivity
 
     out.mkdir(parents=True, exist_ok=True)
     if settings.calibration.text is not None:
@@ -25,7 +25,7 @@ def run(settings: SensitivityConfig, out: Path) -> int:
     bar = ProgressBar()
     try:
         sensitivity = make_sensitivity(
-            Request(
+            SensitivityRequest(
                 config.make_absolute(settings.model.path),
                 settings.method,
                 settings.quant,
@@ -49,7 +49,7 @@ def run(settings: SensitivityConfig, out: Path) -> int:
     print(
         f"{sensitivity.method}: {details['indicator_seconds']:.1f} s, and {details['calibration_seconds']:.1f} s to "
         f"measure the whole model at each width; {details['tokens']} tokens of {details['text']}; peak memory "
-        f"{size(details['peak_memory_bytes'])}"
+        f"{format_size(details['peak_memory_bytes'])}"
     )
     print(f"sensitivity: {file} (use it with `ds-llmpq plan planner.sensitivity={file}`)")
     return 0
@@ -59,4 +59,4 @@ def format_losses(sensitivity: Sensitivity) -> str:
     """Nats per token by layer and width, and their sums."""
     rows = [[str(layer), *(f"{value:.2e}" for value in row)] for layer, row in enumerate(sensitivity.table)]
     rows.append(["all", *(f"{sum(column):.2e}" for column in zip(*sensitivity.table, strict=True))])
-    return table(["layer", *(f"{width} bits" for width in sensitivity.bits)], rows)
+    return format_table(["layer", *(f"{width} bits" for width in sensitivity.bits)], rows)

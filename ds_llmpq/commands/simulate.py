@@ -12,7 +12,7 @@ import numpy as np
 from ds_llmpq import config
 from ds_llmpq.errors import UserError
 from ds_llmpq.plan import read_plan
-from ds_llmpq.report.plan_table import table
+from ds_llmpq.report.plan_table import format_table
 from ds_llmpq.research.config import ExecutionConfig, SimulateConfig
 from ds_llmpq.research.published_gain import published_ratios
 from ds_llmpq.research.published_ssjf import read_cases, schedules
@@ -60,7 +60,7 @@ def _right(settings: SimulateConfig, out: Path) -> int:
     ratios = _mean(published) if published and published[0] else None
     _write(out / "metrics.json", {"schema": 1, "settings": asdict(settings), "policies": metrics, "published": ratios})
     rows = [[policy, *(f"{_value(found, name):.4g}" for name in _SHOWN)] for policy, found in metrics.items()]
-    print(table(["policy", *(name.replace("_", " ") for name in _SHOWN)], rows))
+    print(format_table(["policy", *(name.replace("_", " ") for name in _SHOWN)], rows))
     print(f"metrics: {out / 'metrics.json'}")
     return 0
 
@@ -72,7 +72,7 @@ def execution_cost(execution: ExecutionConfig) -> ExecutionCost:
         raise UserError(f"execution.kind is {execution.kind!r} but must be constant or plan.")
     if execution.plan is None:
         raise UserError("execution.kind=plan needs execution.plan=FILE, a plan.json.")
-    return PlanCost.of(read_plan(config.make_absolute(execution.plan)))
+    return PlanCost.from_plan(read_plan(config.make_absolute(execution.plan)))
 
 
 def _value(metrics: dict[str, float], name: str) -> float:

@@ -22,7 +22,7 @@ from ds_llmpq.engine.throttle import CpuShare
 from ds_llmpq.engine.topology import PlannedTopology
 from ds_llmpq.engine.trace import Trace
 from ds_llmpq.integers import round_up
-from ds_llmpq.models.generation import generation_of
+from ds_llmpq.models.generation import load_generation
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.plan import Plan, check_model
 from ds_llmpq.quant.checkpoint import open_checkpoint
@@ -103,7 +103,7 @@ class Session:
             self.dtype,
             checkpoint.config.hidden_size,
             _neutral_tokens(checkpoint.config),
-            generation_of(model_path),
+            load_generation(model_path),
             self._capture(),
         )
         memory.release_freed()

@@ -15,7 +15,7 @@ from ds_llmpq.evaluation.rows import RowScore, ScoredRow
 from ds_llmpq.evaluation.scoring import NoStop, Reference, ScoringSession
 from ds_llmpq.launch.heartbeat import Heartbeat
 from ds_llmpq.launch.progress import ProgressLines
-from ds_llmpq.models.corpus import EVALUATION, encode, read_text, rows_of
+from ds_llmpq.models.corpus import EVALUATION, cut_rows, encode, read_text
 from ds_llmpq.models.shape import ModelShape, read_shape
 from ds_llmpq.models.tokenizer import load_tokenizer
 from ds_llmpq.plan import check_model
@@ -63,7 +63,7 @@ class TextScores:
         settings, shape = job.evaluation, read_shape(job.model_path)
         tokenizer = load_tokenizer(job.model_path, job.trust_remote_code)
         self.text = read_text(settings.text, EVALUATION)
-        rows = rows_of(encode(self.text, tokenizer), _row_tokens(settings.row_tokens, shape))
+        rows = cut_rows(encode(self.text, tokenizer), _row_tokens(settings.row_tokens, shape))
         kept = spread(rows, settings.limit_tokens)
         self.words = self.text.words
         if len(kept) < len(rows):

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ds_llmpq.cluster.hostfile import include_string
+from ds_llmpq.cluster.hostfile import format_include
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import write_whole
 from ds_llmpq.launch.process_monitor import RUN_MARK, Exit, MonitorOptions, kill_marked, monitor
@@ -52,7 +52,7 @@ class Launch:
         """A plan whose hostfile lies in `folder`."""
         return cls(
             hostfile=folder / "hostfile",
-            include=include_string(launch_order(plan)),
+            include=format_include(launch_order(plan)),
             hosts=tuple(dict.fromkeys(host for host, _ in launch_order(plan))),
             kind=plan.stages[0].kind,
             env=plan.deployment.env,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import numpy as np
 from annotated_types import Ge, Le
 
-from ds_llmpq.lengths.tasks import Task
+from ds_llmpq.lengths.tasks import LengthTask
 from ds_llmpq.validation import Amount, Many, Number
 
 Offset = Annotated[float, Ge(-700), Le(700)]  # of a logarithm: its exponential is a float
@@ -16,7 +16,7 @@ Offset = Annotated[float, Ge(-700), Le(700)]  # of a logarithm: its exponential 
 _FEWEST = 20  # validation examples of a class before its own quantiles are trusted
 
 
-def level_name(level: float) -> str:
+def name_level(level: float) -> str:
     """`q90` of 0.9."""
     return f"q{100 * level:g}"
 
@@ -38,10 +38,10 @@ class Calibration:
     tokens: Many[Amount] = ()
     factor: Amount = 1.0  # on tokens
 
-    def check(self, task: Task) -> None:
+    def check(self, task: LengthTask) -> None:
         """ValueError where it does not go with `task`."""
         levels = len(task.quantiles)
-        if task.is_classes or task.is_ordinal:
+        if task.is_classifying or task.is_ordinal:
             if [len(row) for row in self.class_bounds] != [levels] * len(task.class_tokens):
                 raise ValueError("class_bounds must hold one bound for each class and quantile")
         elif self.class_bounds or len(self.offsets) != levels:
@@ -50,13 +50,13 @@ class Calibration:
             raise ValueError("scores and tokens must be of one length, at least 1")
 
     @classmethod
-    def fit(cls, task: Task, scores: np.ndarray, tokens: np.ndarray) -> Calibration:
+    def fit(cls, task: LengthTask, scores: np.ndarray, tokens: np.ndarray) -> Calibration:
         """From validation scores [n, k] and true lengths [n]."""
-        if task.is_classes or task.is_ordinal:
-            return cls(class_bounds=_class_bounds(task, classes_of(task, scores), tokens))
+        if task.is_classifying or task.is_ordinal:
+            return cls(class_bounds=_bound_classes(task, decode_classes(task, scores), tokens))
         base = cls()
         if task.kind == "pairwise":
-            base = cls(scores=(knots := _monotone(scores[:, 0], tokens))[0], tokens=knots[1])
+            base = cls(scores=(knots := _fit_monotone(scores[:, 0], tokens))[0], tokens=knots[1])
         elif task.loss == "mse":  # the exponential of a mean logarithm is a median: bring the mean back
             base = cls(factor=float(tokens.mean() / base.point(task, scores).mean()))
         offsets = []
@@ -65,27 +65,27 @@ class Calibration:
             offsets.append(conformal_quantile(errors, level))
         return cls(tuple(offsets), (), base.scores, base.tokens, base.factor)
 
-    def point(self, task: Task, scores: np.ndarray) -> np.ndarray:
+    def point(self, task: LengthTask, scores: np.ndarray) -> np.ndarray:
         """Predicted tokens [n]."""
-        if task.is_classes or task.is_ordinal:
-            return np.array(task.class_tokens)[classes_of(task, scores)]
+        if task.is_classifying or task.is_ordinal:
+            return np.array(task.class_tokens)[decode_classes(task, scores)]
         if task.kind == "pairwise":
             return np.interp(scores[:, 0], self.scores, self.tokens)
         return np.maximum(task.tokens(scores[:, 0]) * self.factor, 1.0)
 
-    def bounds(self, task: Task, scores: np.ndarray) -> dict[str, np.ndarray]:
+    def bounds(self, task: LengthTask, scores: np.ndarray) -> dict[str, np.ndarray]:
         """Upper bounds [n] by name (`q90`), rising with the level."""
         found, lower = {}, np.ones(len(scores))
         for place, level in enumerate(task.quantiles):
             if self.class_bounds:
-                bound = np.array(self.class_bounds)[classes_of(task, scores), place]
+                bound = np.array(self.class_bounds)[decode_classes(task, scores), place]
             else:
                 bound = np.expm1(np.log1p(self._base_bound(task, scores, place)) + self.offsets[place])
             lower = np.maximum(bound, lower)
-            found[level_name(level)] = lower
+            found[name_level(level)] = lower
         return found
 
-    def _base_bound(self, task: Task, scores: np.ndarray, place: int) -> np.ndarray:
+    def _base_bound(self, task: LengthTask, scores: np.ndarray, place: int) -> np.ndarray:
         """The model's own quantile where it has one (a column after the point's), else its point prediction."""
         if task.kind == "regression" and scores.shape[1] > 1 + place:
             return task.tokens(scores[:, 1 + place])
@@ -95,12 +95,12 @@ class Calibration:
         return asdict(self)
 
 
-def classes_of(task: Task, scores: np.ndarray) -> np.ndarray:
+def decode_classes(task: LengthTask, scores: np.ndarray) -> np.ndarray:
     """Class [n] of a classifying (logits [n, C]) or ordinal (index [n, 1]) model's scores."""
     return task.nearest_class(scores[:, 0]) if task.is_ordinal else scores.argmax(1)
 
 
-def _class_bounds(task: Task, predicted: np.ndarray, tokens: np.ndarray) -> tuple[tuple[float, ...], ...]:
+def _bound_classes(task: LengthTask, predicted: np.ndarray, tokens: np.ndarray) -> tuple[tuple[float, ...], ...]:
     rows = []
     for label in range(len(task.class_tokens)):
         own = tokens[predicted == label]
@@ -109,7 +109,7 @@ def _class_bounds(task: Task, predicted: np.ndarray, tokens: np.ndarray) -> tupl
     return tuple(rows)
 
 
-def _monotone(scores: np.ndarray, tokens: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _fit_monotone(scores: np.ndarray, tokens: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Knots of the best increasing step function of scores (pool adjacent violators), one at each block's middle."""
     order = np.argsort(scores, kind="stable")
     blocks: list[list[float]] = []  # sum of scores, sum of tokens, count

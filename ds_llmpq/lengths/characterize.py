@@ -6,21 +6,21 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ds_llmpq.lengths.dataset import lengths_of
+from ds_llmpq.lengths.dataset import collect_lengths
 from ds_llmpq.lengths.records import Example
 
 ALL = "all"
 
 
-def lengths_by_model(examples: Sequence[Example]) -> dict[str, np.ndarray]:
+def group_lengths(examples: Sequence[Example]) -> dict[str, np.ndarray]:
     """Output tokens of all models together, then (if there are several) of each, most examples first."""
     groups: dict[str, list[Example]] = {}
     for example in examples:
         groups.setdefault(example.model or "?", []).append(example)
-    found = {ALL: lengths_of(examples)}
+    found = {ALL: collect_lengths(examples)}
     if len(groups) > 1:
         found |= {
-            name: lengths_of(groups[name]) for name in sorted(groups, key=lambda name: (-len(groups[name]), name))
+            name: collect_lengths(groups[name]) for name in sorted(groups, key=lambda name: (-len(groups[name]), name))
         }
     return found
 

@@ -13,7 +13,7 @@ import numpy as np
 from ds_llmpq.errors import UserError, quote
 from ds_llmpq.files import read_json, read_json_lines
 from ds_llmpq.lengths.config import LengthDataConfig
-from ds_llmpq.lengths.records import Example, read_examples, tokenizer_counter
+from ds_llmpq.lengths.records import Example, make_counter, read_examples
 from ds_llmpq.validation import Plain, validate
 
 SPLITS = ("train", "validation", "test")
@@ -40,7 +40,7 @@ class Dataset:
         return tuple(sorted({example.model for example in self.train}))
 
 
-def lengths_of(examples: Sequence[Example]) -> np.ndarray:
+def collect_lengths(examples: Sequence[Example]) -> np.ndarray:
     return np.array([example.output_tokens for example in examples], dtype=float)
 
 
@@ -57,12 +57,12 @@ def load(path: Path, config: LengthDataConfig) -> Dataset:
     if (path / DATASET_NAME).is_file():
         return read(path)
     batch_input = Path(config.input).expanduser() if config.input else None
-    counter = tokenizer_counter(config.tokenizer)
+    counter = make_counter(config.tokenizer)
     examples = read_examples(path, config.layout, config.rounds, batch_input, counter)
-    return split(chosen(examples, config), config)
+    return split(select_examples(examples, config), config)
 
 
-def chosen(examples: Sequence[Example], config: LengthDataConfig) -> list[Example]:
+def select_examples(examples: Sequence[Example], config: LengthDataConfig) -> list[Example]:
     """Those of one model, if one is named; `limit` of them, drawn by the seed."""
     if config.model is not None:
         known = sorted({example.model for example in examples})
@@ -133,7 +133,7 @@ def read(folder: Path) -> Dataset:
     return dataset
 
 
-def truncated(words: list, max_tokens: int, truncation: str) -> list:
+def truncate(words: list, max_tokens: int, truncation: str) -> list:
     """The part of a prompt that is kept: its `tail`, or the first quarter of the room and the tail (`head_tail`)."""
     if truncation not in TRUNCATIONS:
         raise UserError(f"lengths.truncation is {truncation!r} but must be tail or head_tail.")
@@ -145,6 +145,6 @@ def truncated(words: list, max_tokens: int, truncation: str) -> list:
     return words[:head] + words[len(words) - (max_tokens - head) :]
 
 
-def unanswered(examples: Sequence[Example]) -> list[Example]:
+def hide_lengths(examples: Sequence[Example]) -> list[Example]:
     """Without lengths: what a predictor may see."""
     return [replace(example, output_tokens=None) for example in examples]

@@ -22,15 +22,15 @@ from transformers import AutoModel, AutoTokenizer
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import check_files
 from ds_llmpq.lengths.config import ProxyConfig
-from ds_llmpq.lengths.dataset import TRUNCATIONS, fingerprint, lengths_of, truncated
+from ds_llmpq.lengths.dataset import TRUNCATIONS, collect_lengths, fingerprint, truncate
 from ds_llmpq.lengths.records import MOST_TOKENS, Example
-from ds_llmpq.lengths.tasks import Task
+from ds_llmpq.lengths.tasks import LengthTask
 from ds_llmpq.lengths.training_state import TrainingState
 from ds_llmpq.validation import Label, Many, one_of, validate
 
 
 @dataclass(frozen=True)
-class _Described:
+class _EncoderFile:
     """What an encoder's predictor.json says of it."""
 
     hidden_size: Annotated[int, Ge(1), Le(1 << 16)]
@@ -41,7 +41,7 @@ class _Described:
     max_tokens: Annotated[int, Ge(1), Le(MOST_TOKENS)]
 
 
-class Head(nn.Module):
+class RegressionHead(nn.Module):
     """[n, hidden], [n, models] -> [n, outputs]."""
 
     def __init__(self, hidden: int, models: int, width: int, outputs: int):
@@ -60,13 +60,13 @@ class EncoderModel:
 
     kind = "encoder"
 
-    def __init__(self, encoder: nn.Module, head: Head, tokenizer: Any, described: dict[str, Any]):
+    def __init__(self, encoder: nn.Module, head: RegressionHead, tokenizer: Any, described: dict[str, Any]):
         self.encoder, self.head, self.tokenizer, self.described = encoder, head, tokenizer, described
 
     @classmethod
     def fit(
-        cls, task: Task, train: Sequence[Example], models: Sequence[str], limits: dict[str, Any], config: ProxyConfig,
-        seed: int = 0, progress: Path | None = None,
+        cls, task: LengthTask, train: Sequence[Example], models: Sequence[str], limits: dict[str, Any],
+        config: ProxyConfig, seed: int = 0, progress: Path | None = None,
     ) -> EncoderModel:  # fmt: skip
         """Fine-tunes the encoder of `config.path`. `limits`: truncation and max_tokens of prompts. `progress`: a folder
         where each epoch is kept until all are done, so that a killed training goes on."""
@@ -75,10 +75,18 @@ class EncoderModel:
         if config.epochs < 1 or config.batch_size < 2 or config.hidden < 1 or not config.learning_rate > 0:
             raise UserError("proxy.epochs, hidden and learning_rate must be positive, and proxy.batch_size at least 2.")
         torch.manual_seed(seed)
-        encoder, tokenizer = _pretrained(Path(config.path).expanduser())
+        encoder, tokenizer = _load_pretrained(Path(config.path).expanduser())
         size, known = encoder.config.hidden_size, list(models) if len(models) > 1 else []
-        described = {"hidden_size": size, "width": config.hidden, "models": known, "outputs": _outputs(task), **limits}
-        model = cls(encoder, Head(size, len(known), config.hidden, _outputs(task)), tokenizer, described)
+        described = {
+            "hidden_size": size,
+            "width": config.hidden,
+            "models": known,
+            "outputs": _count_outputs(task),
+            **limits,
+        }
+        model = cls(
+            encoder, RegressionHead(size, len(known), config.hidden, _count_outputs(task)), tokenizer, described
+        )
         identity = {"config": asdict(config), "task": task.to_json(), "data": fingerprint(train), "seed": seed}
         model._train(task, train, config, seed, TrainingState(progress, identity | described))
         return model
@@ -107,20 +115,20 @@ class EncoderModel:
     def load(cls, folder: Path, described: dict[str, Any]) -> EncoderModel:
         """What `save` wrote. `UserError`: described otherwise than it can be."""
         remedy = "give a folder that `lengths train` wrote"
-        sizes = validate(_Described, described, f"model of {folder}", remedy)
-        encoder, tokenizer = _pretrained(folder / "encoder")
+        sizes = validate(_EncoderFile, described, f"model of {folder}", remedy)
+        encoder, tokenizer = _load_pretrained(folder / "encoder")
         if encoder.config.hidden_size != sizes.hidden_size:
             raise UserError(
                 f"model of {folder} has hidden_size {sizes.hidden_size}, but its encoder has "
                 f"{encoder.config.hidden_size}; {remedy}."
             )
-        head = Head(sizes.hidden_size, len(sizes.models), sizes.width, sizes.outputs)
+        head = RegressionHead(sizes.hidden_size, len(sizes.models), sizes.width, sizes.outputs)
         head.load_state_dict(load_file(folder / "head.safetensors"))
         return cls(encoder, head, tokenizer, described)
 
     def _forward(self, examples: Sequence[Example]) -> torch.Tensor:
         device = next(self.encoder.parameters()).device
-        rows = [self._ids(example.text) for example in examples]
+        rows = [self._encode(example.text) for example in examples]
         longest, padding = max(map(len, rows)), self.tokenizer.pad_token_id or 0
         ids = torch.tensor([row + [padding] * (longest - len(row)) for row in rows], device=device)
         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device)
@@ -129,29 +137,31 @@ class EncoderModel:
         one_hot = [[float(example.model == name) for name in known] for example in examples]
         return self.head(pooled, torch.tensor(one_hot, device=device).reshape(len(examples), len(known)))
 
-    def _ids(self, text: str) -> list[int]:
+    def _encode(self, text: str) -> list[int]:
         """Special tokens around what is kept of the prompt; no longer than the encoder's positions."""
         special = self.tokenizer.num_special_tokens_to_add()
         most = min(self.described["max_tokens"], getattr(self.encoder.config, "max_position_embeddings", 512))
-        ids = truncated(
+        ids = truncate(
             self.tokenizer.encode(text, add_special_tokens=False), max(most - special, 1), self.described["truncation"]
         )
         before, after = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
         return ([] if before is None else [before]) + ids + ([] if after is None else [after])
 
-    def _train(self, task: Task, train: Sequence[Example], config: ProxyConfig, seed: int, kept: TrainingState) -> None:
-        tokens = lengths_of(train)
-        targets = torch.tensor(task.labels(tokens) if task.is_classes else task.targets(tokens).astype(np.float32))
+    def _train(
+        self, task: LengthTask, train: Sequence[Example], config: ProxyConfig, seed: int, kept: TrainingState
+    ) -> None:
+        tokens = collect_lengths(train)
+        targets = torch.tensor(task.labels(tokens) if task.is_classifying else task.targets(tokens).astype(np.float32))
         generator = np.random.default_rng(seed)
         everything = [*self.encoder.parameters(), *self.head.parameters()]
         optimizer = torch.optim.AdamW(everything, lr=config.learning_rate)
         modules = {"encoder": self.encoder, "head": self.head}
-        for epoch in range(kept.resumed(modules, optimizer, generator), config.epochs):
+        for epoch in range(kept.resume(modules, optimizer, generator), config.epochs):
             frozen = epoch >= math.ceil(config.epochs / 2)
             self.encoder.requires_grad_(not frozen)
             self.encoder.train(not frozen)
             self.head.train()
-            for places in _batches(len(train), config.batch_size, generator):
+            for places in _draw_batches(len(train), config.batch_size, generator):
                 optimizer.zero_grad()
                 loss = _loss(task, self._forward([train[place] for place in places]), targets[places])
                 loss.backward()
@@ -162,15 +172,15 @@ class EncoderModel:
         kept.clear()
 
 
-def _outputs(task: Task) -> int:
-    if task.is_classes:
+def _count_outputs(task: LengthTask) -> int:
+    if task.is_classifying:
         return len(task.class_tokens)
     return 1 + len(task.quantiles) if task.kind == "regression" and task.loss == "quantile" else 1
 
 
-def _loss(task: Task, scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def _loss(task: LengthTask, scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     targets = targets.to(scores.device)
-    if task.is_classes:
+    if task.is_classifying:
         return nn.functional.cross_entropy(scores, targets)
     if task.kind == "pairwise":
         # every pair of the batch: the longer answer should have the higher score
@@ -184,13 +194,13 @@ def _loss(task: Task, scores: torch.Tensor, targets: torch.Tensor) -> torch.Tens
     return torch.maximum(level * errors, (level - 1) * errors).sum(1).mean()
 
 
-def _batches(count: int, size: int, generator: np.random.Generator) -> Iterator[np.ndarray]:
+def _draw_batches(count: int, size: int, generator: np.random.Generator) -> Iterator[np.ndarray]:
     order = generator.permutation(count)
     for start in range(0, count, size):
         yield order[start : start + size]
 
 
-def _pretrained(path: Path) -> tuple[nn.Module, Any]:
+def _load_pretrained(path: Path) -> tuple[nn.Module, Any]:
     """Encoder and tokenizer of a local folder: safetensors only, nothing downloaded, no code of the folder's."""
     options = {"local_files_only": True, "trust_remote_code": False}
     if not (path / "config.json").is_file():

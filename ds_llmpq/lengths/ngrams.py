@@ -21,9 +21,9 @@ from scipy import sparse
 from ds_llmpq.errors import UserError, quote
 from ds_llmpq.files import open_regular
 from ds_llmpq.lengths.config import ProxyConfig
-from ds_llmpq.lengths.dataset import TRUNCATIONS, lengths_of, truncated
+from ds_llmpq.lengths.dataset import TRUNCATIONS, collect_lengths, truncate
 from ds_llmpq.lengths.records import MOST_TOKENS, Example
-from ds_llmpq.lengths.tasks import Task
+from ds_llmpq.lengths.tasks import LengthTask
 from ds_llmpq.validation import AboveZero, Label, Many, Number, one_of, validate
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Features:
     means: SixNumbers = (0.0,) * _COUNTS
     scales: SixScales = (1.0,) * _COUNTS
 
-    def fitted(self, examples: Sequence[Example]) -> Features:
+    def fit_scales(self, examples: Sequence[Example]) -> Features:
         counts = np.array([_counts(example) for example in examples])
         scales = np.where(counts.std(0) > 0, counts.std(0), 1.0)
         fixed = (self.columns, self.truncation, self.max_tokens, self.models)
@@ -79,7 +79,7 @@ class Features:
 
     def _words(self, example: Example) -> list[str]:
         """Words and pairs of neighbouring words of the part of the prompt that is kept."""
-        words = truncated(_WORD.findall(example.text.lower()), self.max_tokens, self.truncation)
+        words = truncate(_WORD.findall(example.text.lower()), self.max_tokens, self.truncation)
         return words + [f"{one} {other}" for one, other in pairwise(words)]
 
 
@@ -110,19 +110,21 @@ class NgramModel:
     @classmethod
     def fit(
         cls,
-        task: Task,
+        task: LengthTask,
         train: Sequence[Example],
         validation: Sequence[Example],
         features: Features,
         config: ProxyConfig,
         seed: int = 0,
     ) -> NgramModel:
-        features = features.fitted(train)
+        features = features.fit_scales(train)
         matrix, unseen = features.matrix(train), features.matrix(validation)
         # most columns are never hit, and one that was hit once tells nothing about another prompt
         used = np.flatnonzero(matrix.getnnz(axis=0) > 1)
-        data = _Data(matrix[:, used], lengths_of(train), unseen[:, used], lengths_of(validation), config, seed)
-        if task.is_classes:
+        data = _Data(
+            matrix[:, used], collect_lengths(train), unseen[:, used], collect_lengths(validation), config, seed
+        )
+        if task.is_classifying:
             weights = _fit_classes(task, data)
         elif task.kind == "pairwise":
             weights = _fit_pairs(data)
@@ -192,7 +194,7 @@ class _Data:
         return choices if alpha is None else (alpha,)
 
 
-def _fit_regression(task: Task, data: _Data, counts: np.ndarray) -> dict[str, np.ndarray]:
+def _fit_regression(task: LengthTask, data: _Data, counts: np.ndarray) -> dict[str, np.ndarray]:
     """Ridge, then quantile regressions over what it predicts for examples it has not seen."""
     target, wanted = task.targets(data.train_tokens), task.targets(data.validation_tokens)
     tried = []
@@ -242,7 +244,7 @@ def _quantile_heads(inputs: np.ndarray, target: np.ndarray, levels: list[float],
     return np.column_stack([fit.fit(inputs[rows], target[rows]).coef_ for fit in fits])
 
 
-def _fit_classes(task: Task, data: _Data) -> dict[str, np.ndarray]:
+def _fit_classes(task: LengthTask, data: _Data) -> dict[str, np.ndarray]:
     from sklearn.linear_model import LogisticRegression
 
     labels, wanted = task.labels(data.train_tokens), task.labels(data.validation_tokens)

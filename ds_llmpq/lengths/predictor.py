@@ -14,13 +14,13 @@ import numpy as np
 
 from ds_llmpq.errors import UserError, make_printable
 from ds_llmpq.files import check_files, read_json
-from ds_llmpq.lengths.calibration import Calibration, classes_of, level_name
+from ds_llmpq.lengths.calibration import Calibration, decode_classes, name_level
 from ds_llmpq.lengths.config import LengthDataConfig, LengthTaskConfig, ProxyConfig
-from ds_llmpq.lengths.dataset import Dataset, fingerprint, lengths_of, unanswered
+from ds_llmpq.lengths.dataset import Dataset, collect_lengths, fingerprint, hide_lengths
 from ds_llmpq.lengths.length_metrics import bound_metrics, class_metrics, regression_metrics
 from ds_llmpq.lengths.ngrams import Features, NgramModel
 from ds_llmpq.lengths.records import Example
-from ds_llmpq.lengths.tasks import Task
+from ds_llmpq.lengths.tasks import LengthTask
 from ds_llmpq.validation import Amount, Label, Plain, one_of, validate
 
 SCHEMA = 1
@@ -42,7 +42,7 @@ class Predictions:
 class Predictor:
     """`about`: fingerprint of the training data, settings, numbers of examples, training time."""
 
-    task: Task
+    task: LengthTask
     model: Any  # NgramModel or EncoderModel
     calibration: Calibration
     about: dict[str, Any]
@@ -51,12 +51,12 @@ class Predictor:
         """Lengths of answers not yet given; what is known of them is not looked at."""
         if not examples:
             return Predictions(np.zeros(0), {}, None)
-        scores = self.model.scores(unanswered(examples))
-        has_classes = self.task.is_classes or self.task.is_ordinal
+        scores = self.model.scores(hide_lengths(examples))
+        has_classes = self.task.is_classifying or self.task.is_ordinal
         return Predictions(
             self.calibration.point(self.task, scores),
             self.calibration.bounds(self.task, scores),
-            classes_of(self.task, scores) if has_classes else None,
+            decode_classes(self.task, scores) if has_classes else None,
         )
 
     def save(self, folder: Path) -> None:
@@ -77,12 +77,12 @@ class Predictor:
 
 
 @dataclass(frozen=True)
-class _Record:
+class _PredictorFile:
     """predictor.json. `about` is used for its fingerprint and median alone."""
 
     schema: one_of(SCHEMA)
     kind: one_of(*PROXIES)
-    task: Task
+    task: LengthTask
     model: Plain
     calibration: Calibration
     about: Plain
@@ -93,7 +93,7 @@ def load_predictor(folder: Path) -> Predictor:
     when asked. `UserError`: not such a folder, or it cannot predict."""
     file, remedy = folder / FILE_NAME, "give a folder that `lengths train` wrote"
     where = f"predictor {file}"
-    record = validate(_Record, read_json(file, "predictor", remedy), where, remedy)
+    record = validate(_PredictorFile, read_json(file, "predictor", remedy), where, remedy)
     validate(Amount, record.about.get("median_tokens"), f"{where}: about.median_tokens", remedy)
     validate(Label, record.about.get("fingerprint"), f"{where}: about.fingerprint", remedy)
     check_files(folder, "Predictor file", remedy)
@@ -117,7 +117,7 @@ def _try(predictor: Predictor) -> None:
     with np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = predictor.predict([Example(text, None, "", len(text.split())) for text in texts])
-    if set(found.bounds) != {level_name(level) for level in predictor.task.quantiles}:
+    if set(found.bounds) != {name_level(level) for level in predictor.task.quantiles}:
         raise ValueError(f"it bounds {', '.join(found.bounds)} instead of its quantiles")
     for name, values in ({"tokens": found.tokens} | found.bounds).items():
         if values.shape != (len(texts),) or not np.isfinite(values).all() or (values < 0).any():
@@ -130,7 +130,7 @@ def train(
     """Thresholds and weights from the training split, calibration from the validation split. `progress`: a folder in
     which an encoder's epochs are kept until all are done; a killed training goes on from there."""
     started = time.perf_counter()
-    fitted = Task.fit(task, lengths_of(dataset.train))
+    fitted = LengthTask.fit(task, collect_lengths(dataset.train))
     if proxy.kind == "encoder":
         limits = {"truncation": data.truncation, "max_tokens": data.max_tokens}
         model = _model_class("encoder").fit(fitted, dataset.train, dataset.models, limits, proxy, data.seed, progress)
@@ -140,13 +140,13 @@ def train(
             raise UserError(f"proxy.features is {proxy.features} but must be at least 2.")
         features = Features(proxy.features, data.truncation, data.max_tokens, dataset.models)
         model = NgramModel.fit(fitted, dataset.train, dataset.validation, features, proxy, data.seed)
-    scores = model.scores(unanswered(dataset.validation))
-    calibration = Calibration.fit(fitted, scores, lengths_of(dataset.validation))
+    scores = model.scores(hide_lengths(dataset.validation))
+    calibration = Calibration.fit(fitted, scores, collect_lengths(dataset.validation))
     about = {
         "fingerprint": fingerprint(dataset.train),
         "examples": {name: len(getattr(dataset, name)) for name in ("train", "validation", "test")},
         "models": list(dataset.models),
-        "median_tokens": float(np.median(lengths_of(dataset.train))),
+        "median_tokens": float(np.median(collect_lengths(dataset.train))),
         "rounds": data.rounds,
         "train_seconds": time.perf_counter() - started,
     }
@@ -156,7 +156,7 @@ def train(
 def evaluate(predictor: Predictor, examples: Sequence[Example]) -> dict[str, float]:
     """All metrics on examples with known lengths. `cpu_seconds_*`: processor time of this process per prediction, all
     examples at once and one by one. `mae_of_constant_tokens`: always saying the training data's median."""
-    true = lengths_of(examples)
+    true = collect_lengths(examples)
     started = time.process_time()
     found = predictor.predict(examples)
     together = (time.process_time() - started) / len(examples)

@@ -53,7 +53,7 @@ def count_words(text: str) -> int:
     return sum(1 for _ in _WORD.finditer(text))
 
 
-def tokenizer_counter(folder: str | None) -> Counter:
+def make_counter(folder: str | None) -> Counter:
     """Counts tokens with a tokenizer from a local folder. `UserError`: no such folder, or no tokenizer in it."""
     if folder is None:
         return count_words
@@ -80,7 +80,7 @@ def read_examples(
             f"lengths.layout is {layout!r} and lengths.rounds is {rounds!r}, but they must be one of "
             f"{', '.join(LAYOUTS)} and {', '.join(ROUNDS)}."
         )
-    rows = _rows(path)
+    rows = _read_rows(path)
     if layout == "results" or (layout == "auto" and rows and {"custom_id", "response"} <= rows[0].keys()):
         found = list(_from_results(rows, batch_input, path))
     else:
@@ -94,13 +94,13 @@ def read_examples(
     return found
 
 
-def batch_examples(path: Path, count: Counter = count_words) -> list[tuple[str, Example]]:
+def read_batch_examples(path: Path, count: Counter = count_words) -> list[tuple[str, Example]]:
     """(custom_id, example) of an OpenAI batch file's requests, without answers."""
-    rows = _rows(path)
-    return [(str(row.get("custom_id")), _request(row, count)) for row in rows if isinstance(row.get("body"), dict)]
+    rows = _read_rows(path)
+    return [(str(row.get("custom_id")), _read_request(row, count)) for row in rows if isinstance(row.get("body"), dict)]
 
 
-def conversation_text(messages: Iterable[tuple[str, str]]) -> str:
+def join_turns(messages: Iterable[tuple[str, str]]) -> str:
     """Turns as text; a lone user turn stays as it is."""
     turns = list(messages)
     if len(turns) == 1 and turns[0][0] == "user":
@@ -108,27 +108,27 @@ def conversation_text(messages: Iterable[tuple[str, str]]) -> str:
     return "\n".join(f"{role}: {content}" for role, content in turns)
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def _read_rows(path: Path) -> list[dict[str, Any]]:
     """Objects of a file by its ending: .csv, .parquet, else JSON lines (or one JSON list)."""
     try:
         if path.is_dir():
             # a data set as it is downloaded holds its files in data/
-            files = _data_files(path) or _data_files(path / "data")
+            files = _list_data_files(path) or _list_data_files(path / "data")
             if not files:
                 raise UserError(f"{path} holds no .parquet, .jsonl or .csv file; give the file itself.")
-            return [row for file in files for row in _rows(file)]
+            return [row for file in files for row in _read_rows(file)]
         if path.suffix == ".parquet":
             open_regular(path, "data", "give a parquet table").close()
-            return _parquet(path)
+            return _read_parquet(path)
         if path.suffix == ".csv":
             text = read_text(path, "file of answers", _REMEDY, _MOST_BYTES)
             return [row for _, row in read_csv(text, f"file of answers {path}", _REMEDY)]
-        return list(_json_rows(path))
+        return list(_read_json_rows(path))
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); {_REMEDY}.") from None
 
 
-def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
+def _read_json_rows(path: Path) -> Iterator[dict[str, Any]]:
     """Objects of JSON lines, or of one JSON list."""
     what = "file of answers"
     with open_regular(path, what, _REMEDY, _MOST_BYTES) as file:
@@ -140,11 +140,11 @@ def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def _data_files(folder: Path) -> list[Path]:
+def _list_data_files(folder: Path) -> list[Path]:
     return [file for suffix in ("parquet", "jsonl", "csv") for file in sorted(folder.glob(f"*.{suffix}"))]
 
 
-def _parquet(path: Path) -> list[dict[str, Any]]:
+def _read_parquet(path: Path) -> list[dict[str, Any]]:
     try:
         import pyarrow
         import pyarrow.parquet as parquet
@@ -158,43 +158,45 @@ def _parquet(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"{path} cannot be read as parquet ({error}).") from None
 
 
-def _first(row: dict[str, Any], names: tuple[str, ...]) -> Any:
+def _find_first(row: dict[str, Any], names: tuple[str, ...]) -> Any:
     return next((row[name] for name in names if row.get(name) not in (None, "")), None)
 
 
 def _from_row(row: dict[str, Any], number: int, rounds: str, count: Counter) -> Iterator[Example]:
     """Examples of one row: a prompt with its answer, or a conversation with one or all of its answers."""
-    model, conversation = str(_first(row, _MODEL) or ""), str(row.get("conversation_id") or number)
-    messages = _messages(_first(row, _CONVERSATION))
+    model, conversation = str(_find_first(row, _MODEL) or ""), str(row.get("conversation_id") or number)
+    messages = _read_messages(_find_first(row, _CONVERSATION))
     if messages:
-        yield from _turns(messages, model, conversation, rounds, count)
+        yield from _split_turns(messages, model, conversation, rounds, count)
         return
-    text = _first(row, _TEXT)
+    text = _find_first(row, _TEXT)
     if not isinstance(text, str):
         return
-    answer, length, prompt = (_first(row, names) for names in (_ANSWER, _LENGTH, _PROMPT_LENGTH))
-    tokens = _whole(length) if length is not None else count(answer) if isinstance(answer, str) else None
-    turn = _whole(row.get("turn") or 0) or 0
+    answer, length, prompt = (_find_first(row, names) for names in (_ANSWER, _LENGTH, _PROMPT_LENGTH))
+    tokens = _read_length(length) if length is not None else count(answer) if isinstance(answer, str) else None
+    turn = _read_length(row.get("turn") or 0) or 0
     if rounds == "multi" or turn == 0:
-        yield Example(text, tokens, model, _whole(prompt) or count(text), conversation, turn, bool(row.get("cut")))
+        yield Example(
+            text, tokens, model, _read_length(prompt) or count(text), conversation, turn, bool(row.get("cut"))
+        )
 
 
-def _turns(messages: list, model: str, conversation: str, rounds: str, count: Counter) -> Iterator[Example]:
+def _split_turns(messages: list, model: str, conversation: str, rounds: str, count: Counter) -> Iterator[Example]:
     turn = 0
     for place, (role, content) in enumerate(messages):
         if role != "assistant" or place == 0:
             continue
-        text = conversation_text(messages[:place])
+        text = join_turns(messages[:place])
         yield Example(text, count(content), model, count(text), conversation, turn)
         turn += 1
         if rounds == "single":
             return
     if messages[-1][0] == "user" and (turn == 0 or rounds == "multi"):  # asked, not answered yet
-        text = conversation_text(messages)
+        text = join_turns(messages)
         yield Example(text, None, model, count(text), conversation, turn)
 
 
-def _messages(value: Any) -> list[tuple[str, str]]:
+def _read_messages(value: Any) -> list[tuple[str, str]]:
     """(role, content) of a conversation; CSV files hold it as JSON text."""
     if isinstance(value, str):
         try:
@@ -208,10 +210,10 @@ def _messages(value: Any) -> list[tuple[str, str]]:
         (message.get("role") or message.get("from"), message.get("content") or message.get("value"))
         for message in value
     ]
-    return [(roles.get(str(role), str(role)), _plain(content)) for role, content in pairs if content is not None]
+    return [(roles.get(str(role), str(role)), _read_content(content)) for role, content in pairs if content is not None]
 
 
-def _plain(content: Any) -> str:
+def _read_content(content: Any) -> str:
     """A message's text; content may be a list of text parts."""
     if isinstance(content, list):
         return "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
@@ -222,42 +224,42 @@ def _from_results(rows: list[dict[str, Any]], batch_input: Path | None, path: Pa
     """Answers of results.jsonl with the prompts of the batch file they answer. Lengths are the run's own counts."""
     if batch_input is None:
         raise UserError(f"{path} holds answers without prompts; give the batch file they answer as lengths.input=FILE.")
-    requests = dict(batch_examples(batch_input))
+    requests = dict(read_batch_examples(batch_input))
     for row in rows:
-        body = _inner(_inner(row, "response"), "body")
-        request, usage = requests.get(str(row.get("custom_id"))), _inner(body, "usage")
+        body = _get_object(_get_object(row, "response"), "body")
+        request, usage = requests.get(str(row.get("custom_id"))), _get_object(body, "usage")
         if request is None or not usage:
             continue
         choices = body.get("choices")
         choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
         yield Example(
             text=request.text,
-            output_tokens=_whole(usage.get("completion_tokens")),
+            output_tokens=_read_length(usage.get("completion_tokens")),
             model=str(body.get("model") or request.model),
-            prompt_tokens=_whole(usage.get("prompt_tokens")) or request.prompt_tokens,
+            prompt_tokens=_read_length(usage.get("prompt_tokens")) or request.prompt_tokens,
             conversation=str(row["custom_id"]),
             cut=choice.get("finish_reason") == "length",
         )
 
 
-def _inner(row: dict[str, Any], name: str) -> dict[str, Any]:
+def _get_object(row: dict[str, Any], name: str) -> dict[str, Any]:
     """The object under a key; empty where there is none."""
     found = row.get(name)
     return found if isinstance(found, dict) else {}
 
 
-def _request(row: dict[str, Any], count: Counter) -> Example:
+def _read_request(row: dict[str, Any], count: Counter) -> Example:
     body = row["body"]
     prompt = body.get("prompt")
-    messages = _messages(body.get("messages"))
+    messages = _read_messages(body.get("messages"))
     if messages:
-        text = conversation_text(messages)
+        text = join_turns(messages)
     else:  # token ids say little without their tokenizer, but they can be told apart
         text = prompt if isinstance(prompt, str) else " ".join(map(str, prompt if isinstance(prompt, list) else []))
     return Example(text, None, str(body.get("model") or ""), count(text), str(row.get("custom_id")))
 
 
-def _whole(value: Any) -> int | None:
+def _read_length(value: Any) -> int | None:
     try:
         number = None if value in (None, "") else float(value)
     except (TypeError, ValueError, OverflowError):

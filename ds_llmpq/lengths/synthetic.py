@@ -43,7 +43,7 @@ class SyntheticAnswer:
     median_tokens: float
 
 
-def answers(count: int, seed: int = 0, sigma: float = 0.35, max_tokens: int = 2048) -> list[SyntheticAnswer]:
+def make_answers(count: int, seed: int = 0, sigma: float = 0.35, max_tokens: int = 2048) -> list[SyntheticAnswer]:
     """`count` prompts with lengths; the same for the same arguments."""
     generator = np.random.default_rng(seed)
     # a topic's effect is fixed by its place in the list: the same in every data set
@@ -63,12 +63,12 @@ def answers(count: int, seed: int = 0, sigma: float = 0.35, max_tokens: int = 20
     return found
 
 
-def noise_ceiling(found: list[SyntheticAnswer]) -> float:
+def measure_noise_ceiling(found: list[SyntheticAnswer]) -> float:
     """Mean absolute error of the best predictor, in tokens."""
     return float(np.mean([abs(answer.output_tokens - answer.median_tokens) for answer in found]))
 
 
-def rows(found: list[SyntheticAnswer], layout: str = "rows") -> Iterator[dict[str, Any]]:
+def make_rows(found: list[SyntheticAnswer], layout: str = "rows") -> Iterator[dict[str, Any]]:
     """As a file would hold them. `lmsys`: LMSYS-Chat-1M's columns, the answer being that many words."""
     for number, answer in enumerate(found):
         if layout == "rows":

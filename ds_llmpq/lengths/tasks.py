@@ -24,7 +24,7 @@ _PERCENTILES = {"binary": (50.0,), "multiclass": (25.0, 50.0, 75.0, 99.0)}
 
 
 @dataclass(frozen=True)
-class Task:
+class LengthTask:
     """`thresholds` [C - 1]: class c holds lengths in (thresholds[c - 1], thresholds[c]]. `class_tokens` [C]: mean
     length by class. `location`, `scale`: of log(1 + tokens)."""
 
@@ -44,7 +44,7 @@ class Task:
             raise ValueError("thresholds must rise")
 
     @classmethod
-    def fit(cls, config: LengthTaskConfig, tokens: np.ndarray) -> Task:
+    def fit(cls, config: LengthTaskConfig, tokens: np.ndarray) -> LengthTask:
         """From the lengths [n] of training data alone. `UserError` for a setting that does not exist."""
         if config.kind not in KINDS or config.loss not in LOSSES:
             raise UserError(
@@ -78,7 +78,7 @@ class Task:
         )
 
     @property
-    def is_classes(self) -> bool:
+    def is_classifying(self) -> bool:
         return self.kind in ("binary", "multiclass")
 
     @property

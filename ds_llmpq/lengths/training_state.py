@@ -67,7 +67,7 @@ class TrainingState:
         )  # fmt: skip
         os.replace(unfinished, self._file)
 
-    def resumed(
+    def resume(
         self, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer, generator: np.random.Generator
     ) -> int:
         """Epochs that are done, everything put back as it was behind them; 0 where nothing of this training is kept."""

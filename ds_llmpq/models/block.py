@@ -79,11 +79,11 @@ def attend(
             query, key, value, is_causal=causal, scale=scale, enable_gqa=heads != groups
         )
     return F.scaled_dot_product_attention(
-        query, _for_heads(key, heads), _for_heads(value, heads), attn_mask=mask, scale=scale
+        query, _repeat_for_heads(key, heads), _repeat_for_heads(value, heads), attn_mask=mask, scale=scale
     )
 
 
-def _for_heads(states: torch.Tensor, heads: int) -> torch.Tensor:
+def _repeat_for_heads(states: torch.Tensor, heads: int) -> torch.Tensor:
     """[R, G, S, D] -> [R, H, S, D], each repeated for its group: torch's fast kernels take no groups with a mask."""
     rows, groups, tokens, size = states.shape
     if heads == groups:
@@ -137,7 +137,7 @@ class Attention(nn.Module):
 
     def forward(self, hidden: torch.Tensor, step: Step) -> torch.Tensor:
         rows, tokens, _ = hidden.shape
-        inputs = step.prepared()
+        inputs = step.prepare_inputs()
         query, key, value = self._heads(hidden)
         if self.spec.qk_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)

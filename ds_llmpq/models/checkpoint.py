@@ -38,14 +38,14 @@ class Checkpoint:
         refuse_foreign(self.path)  # before transformers looks for the method's library
         self.description = read_description(self.path)  # before transformers, which reads it without bounds
         self.config = _read_config(self.path, trust_remote_code)
-        self._shard_of = _tensor_locations(self.path)
+        self._shard_of = _locate_tensors(self.path)
         self.config.tie_word_embeddings = self.description.spec.tied
 
     @cached_property
     def decoder(self) -> Decoder:
         return Decoder(self.description)
 
-    def name_of(self, name: str) -> str:
+    def find_name(self, name: str) -> str:
         """The checkpoint's spelling of a tensor name, with or without the base model's prefix; a tied embedding may be
         stored as lm_head alone."""
         if name in self._shard_of:
@@ -64,7 +64,7 @@ class Checkpoint:
         """Yields (asked name, tensor on the CPU in the checkpoint's type), shard by shard, one at a time."""
         by_shard: dict[str, list[tuple[str, str]]] = {}
         for asked in names:
-            stored = self.name_of(asked)
+            stored = self.find_name(asked)
             by_shard.setdefault(self._shard_of[stored], []).append((asked, stored))
         for shard, wanted in by_shard.items():
             with self._open(shard) as file:
@@ -73,7 +73,7 @@ class Checkpoint:
                     yield asked, self._checked(asked, file.get_tensor(stored)).clone()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        stored = self.name_of(name)
+        stored = self.find_name(name)
         with self._open(self._shard_of[stored]) as file:
             return tuple(file.get_slice(stored).get_shape())
 
@@ -94,11 +94,11 @@ def _read_config(path: Path, trust_remote_code: bool) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers has a type of its own for each way in which a file can be wrong
-        raise UserError(f"{path / 'config.json'} cannot be read as a model configuration: {_in_short(error)}") from None
+        raise UserError(f"{path / 'config.json'} cannot be read as a model configuration: {_shorten(error)}") from None
     return config
 
 
-def _tensor_locations(path: Path) -> dict[str, str]:
+def _locate_tensors(path: Path) -> dict[str, str]:
     """Tensor name -> file name within the folder."""
     index = next((path / name for name in (QUANTIZED_INDEX, _INDEX) if (path / name).is_file()), None)
     if index is not None:
@@ -119,9 +119,9 @@ def _open_shard(path: Path):
         with safe_open(path, framework="pt", device="cpu") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise UserError(f"Shard {path} is damaged or unreadable ({_in_short(error)}); fetch it again.") from None
+        raise UserError(f"Shard {path} is damaged or unreadable ({_shorten(error)}); fetch it again.") from None
 
 
-def _in_short(error: Exception) -> str:
+def _shorten(error: Exception) -> str:
     """The first sentence of an exception's message, on one line; its type where it has none."""
     return " ".join(str(error).split()).split(". ")[0][:300] or type(error).__name__

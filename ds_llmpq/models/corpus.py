@@ -48,7 +48,7 @@ def read_text(path: str | Path | None, part: str) -> Text:
     `UserError` for a file that cannot be read as text.
     """
     if path is None:
-        return Text(f"standard library, held-out files, {part}", _standard_library(part))
+        return Text(f"standard library, held-out files, {part}", _read_standard_library(part))
     return Text(str(path), files.read_text(path, "text", "give a plain text file in UTF-8", _MOST_BYTES))
 
 
@@ -57,7 +57,7 @@ def encode(text: Text, tokenizer: Any) -> list[int]:
     return list(tokenizer(text.text, verbose=False)["input_ids"])
 
 
-def rows_of(tokens: list[int], length: int) -> list[list[int]]:
+def cut_rows(tokens: list[int], length: int) -> list[list[int]]:
     """Cuts a text so that every token but the first is predicted exactly once.
 
     Rows of at most `length` + 1 tokens, each beginning with the last of the row before. UserError: under two tokens.
@@ -70,7 +70,7 @@ def rows_of(tokens: list[int], length: int) -> list[list[int]]:
 def calibration_rows(text: Text, tokenizer: Any, rows: int, length: int) -> torch.Tensor:
     """[rows, length + 1] tokens spread evenly over the text. UserError if it is too short for so many rows."""
     tokens = encode(text, tokenizer)
-    whole = [row for row in rows_of(tokens, length) if len(row) == length + 1]
+    whole = [row for row in cut_rows(tokens, length) if len(row) == length + 1]
     if len(whole) < rows:
         raise UserError(
             f"Calibration text {text.name} has {len(tokens)} tokens, too short for {rows} rows of {length} tokens; "
@@ -79,7 +79,7 @@ def calibration_rows(text: Text, tokenizer: Any, rows: int, length: int) -> torc
     return torch.tensor([whole[index * len(whole) // rows] for index in range(rows)])
 
 
-def _standard_library(part: str) -> str:
+def _read_standard_library(part: str) -> str:
     root = Path(sysconfig.get_paths()["stdlib"])
     texts = []
     for path in sorted(root.rglob("*.py")):

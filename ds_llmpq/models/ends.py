@@ -65,7 +65,9 @@ class Positions:
 
     def __init__(self, spec: DecoderSpec):
         self.rotary = {name: Angles(rotary) for name, rotary in spec.rotary}
-        self.slopes = torch.tensor(alibi_slopes(spec.attention.heads), device="cpu") if spec.attention.alibi else None
+        self.slopes = (
+            torch.tensor(compute_alibi_slopes(spec.attention.heads), device="cpu") if spec.attention.alibi else None
+        )
 
     def __call__(self, step: Step) -> None:
         for name, angles in self.rotary.items():
@@ -87,7 +89,7 @@ class Positions:
         return torch.where(allowed, bias, torch.finfo(dtype).min)
 
 
-def alibi_slopes(heads: int) -> list[float]:
+def compute_alibi_slopes(heads: int) -> list[float]:
     """A geometric series for a power of two; else that of the next lower one, and every other of the next higher's.
     https://arxiv.org/abs/2108.12409"""
 

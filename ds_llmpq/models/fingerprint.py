@@ -38,12 +38,12 @@ def fingerprint(path: str | Path) -> str:
     """SHA-256 over config.json and the sizes and headers (names, types, shapes, offsets) of the safetensors files.
 
     Equal for byte-wise copies, read in milliseconds whatever the size; blind to weights that changed under an unchanged
-    layout. Raises OSError for a folder without config.json, `UserError` as `quantized_source` does.
+    layout. Raises OSError for a folder without config.json, `UserError` as `find_quantized_source` does.
     """
     folder = Path(path)
     check_files(folder, "Checkpoint file", "fetch the checkpoint again")
     config = (folder / "config.json").read_bytes()
-    if source := quantized_source(folder, config):
+    if source := find_quantized_source(folder, config):
         return source
     digest = hashlib.sha256(config)
     for file in sorted(folder.glob("*.safetensors")):
@@ -54,7 +54,7 @@ def fingerprint(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def text_fingerprint(path: str | Path) -> str:
+def fingerprint_text(path: str | Path) -> str:
     """SHA-256 over the `TEXT_FILES` of a checkpoint. A quantized folder holds copies, and so has that of its source."""
     digest = hashlib.sha256()
     for file in sorted(file for pattern in TEXT_FILES for file in Path(path).glob(pattern) if file.is_file()):
@@ -63,7 +63,7 @@ def text_fingerprint(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def quantized_source(folder: Path, config: bytes) -> str | None:
+def find_quantized_source(folder: Path, config: bytes) -> str | None:
     """The fingerprint of the checkpoint that `ds-llmpq quantize` read, or None where the folder is not its work.
 
     `UserError`: config.json claims another source than the shards were made from, or what is no fingerprint.

@@ -53,7 +53,7 @@ class Generation:
     left_out: tuple[tuple[str, str], ...] = ()
 
     @property
-    def taken(self) -> dict[str, Any]:
+    def effective(self) -> dict[str, Any]:
         """The keys that have an effect, the end-of-sequence tokens aside."""
         plain = [entry for entry in fields(self) if entry.name not in ("eos_token_ids", "left_out")]
         return {entry.name: value for entry in plain if (value := getattr(self, entry.name)) != entry.default}
@@ -61,8 +61,8 @@ class Generation:
     def lines(self) -> list[str]:
         """What a user should know of it: at most one line of what is taken and one of what is not."""
         said = []
-        if self.taken:
-            listed = ", ".join(f"{name} {quote(_plain(value))}" for name, value in self.taken.items())
+        if self.effective:
+            listed = ", ".join(f"{name} {quote(_as_lists(value))}" for name, value in self.effective.items())
             said.append(f"defaults from {NAME}: {listed}")
         if self.left_out:
             by_reason: dict[str, list[str]] = {}
@@ -73,7 +73,7 @@ class Generation:
         return said
 
 
-def generation_of(path: str | Path) -> Generation:
+def load_generation(path: str | Path) -> Generation:
     """The defaults of the checkpoint in folder `path`. `UserError` as in `read_generation` and `read_description`."""
     return read_generation(path, read_config(path), read_description(path).spec.vocab)
 
@@ -88,8 +88,8 @@ def read_generation(path: str | Path, config: Mapping[str, Any], vocabulary: int
     for key, read in _HONOURED.items():
         if key in values:
             chosen[key] = read(_Value(file, key, values[key], vocabulary))
-    eos, ending = _eos(file, given, config)
-    left_out = [(f"{key} {quote(values[key])}", why) for key, why in _reasons(values).items()]
+    eos, ending = _choose_eos(file, given, config)
+    left_out = [(f"{key} {quote(values[key])}", why) for key, why in _explain_left_out(values).items()]
     return Generation(eos_token_ids=eos, left_out=(*left_out, *ending), **chosen)
 
 
@@ -98,7 +98,7 @@ def _read(file: Path) -> dict[str, Any]:
     return validate(Plain, read_json(file, what, remedy, _MOST_BYTES), f"{what} {file}", remedy)
 
 
-def _eos(
+def _choose_eos(
     file: Path, given: Mapping[str, Any] | None, config: Mapping[str, Any]
 ) -> tuple[Sequence, list[tuple[str, str]]]:
     """As transformers has it: of generation_config.json where there is one, else of config.json. A file that names none
@@ -110,7 +110,7 @@ def _eos(
     found = () if named is None else _Value(file.with_name("config.json"), "eos_token_id", named, None).tokens()
     if given is None or not found:
         return found, []
-    return found, [("eos_token_id null", f"answers end at config.json's {quote(_plain(found))}")]
+    return found, [("eos_token_id null", f"answers end at config.json's {quote(_as_lists(found))}")]
 
 
 class _Value:
@@ -119,7 +119,7 @@ class _Value:
     def __init__(self, file: Path, key: str, value: Any, vocabulary: int | None):
         self.file, self.key, self.value, self.vocabulary = file, key, value, vocabulary
 
-    def wrong(self, bound: str) -> UserError:
+    def error(self, bound: str) -> UserError:
         return UserError(
             f"{self.file} has {self.key}={quote(self.value)}; it must be {bound}; mend or remove that key."
         )
@@ -127,13 +127,13 @@ class _Value:
     def number(self, low: float, high: float, bound: str) -> float:
         value = self.value
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-            raise self.wrong(bound)
+            raise self.error(bound)
         return float(value)
 
     def count(self) -> int:
         value = self.value
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MOST_TOKEN:
-            raise self.wrong(f"a whole number from 0 to {_MOST_TOKEN}")
+            raise self.error(f"a whole number from 0 to {_MOST_TOKEN}")
         return value
 
     def tokens(self, value: Any = None, least: int = 0) -> Sequence:
@@ -142,14 +142,14 @@ class _Value:
         listed = value if isinstance(value, list) else [value]
         whole = all(isinstance(token, int) and not isinstance(token, bool) for token in listed)
         if not whole or len(listed) < least or not all(abs(token) <= _MOST_TOKEN for token in listed):
-            raise self.wrong("a token id or a list of token ids")
+            raise self.error("a token id or a list of token ids")
         return tuple(listed)
 
     def known_tokens(self, value: Any = None) -> Sequence:
         """Ids that the model has, each of them."""
         found = self.tokens(value, least=1)
         if not all(0 <= token < self.vocabulary for token in found):
-            raise self.wrong(f"of token ids from 0 to {self.vocabulary - 1}")
+            raise self.error(f"of token ids from 0 to {self.vocabulary - 1}")
         return found
 
     def suppressed(self) -> Sequence:
@@ -158,7 +158,7 @@ class _Value:
 
     def words(self) -> tuple[Sequence, ...]:
         if not isinstance(self.value, list) or not all(isinstance(word, list) and word for word in self.value):
-            raise self.wrong("a list of lists of token ids")
+            raise self.error("a list of lists of token ids")
         return tuple(self.known_tokens(word) for word in self.value)
 
     def biases(self) -> tuple[tuple[Sequence, float], ...]:
@@ -167,20 +167,20 @@ class _Value:
             isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], list) and _finite(pair[1])
             for pair in pairs
         ):
-            raise self.wrong("a list of pairs of a list of token ids and a number")
+            raise self.error("a list of pairs of a list of token ids and a number")
         return tuple({self.known_tokens(words): float(bias) for words, bias in pairs}.items())
 
     def decay(self) -> tuple[int, float]:
         value = self.value
         pair = value if isinstance(value, list) and len(value) == 2 else [None, None]
         if not _finite(pair[0]) or pair[0] != int(pair[0]) or not _finite(pair[1]) or pair[1] <= 0:
-            raise self.wrong("a pair of a whole number of tokens and a number above 0")
+            raise self.error("a pair of a whole number of tokens and a number above 0")
         return int(pair[0]), float(pair[1])
 
     def strings(self) -> tuple[str, ...]:
         listed = self.value if isinstance(self.value, list) else [self.value]
         if not all(isinstance(each, str) and each for each in listed):
-            raise self.wrong("a string or a list of strings that are not empty")
+            raise self.error("a string or a list of strings that are not empty")
         return tuple(listed)
 
 
@@ -188,7 +188,7 @@ def _finite(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _share(value: _Value) -> float:
+def _read_share(value: _Value) -> float:
     return value.number(0, 1, "a number from 0 to 1")
 
 
@@ -205,10 +205,10 @@ _HONOURED: dict[str, Callable[[_Value], Any]] = {
     "suppress_tokens": _Value.suppressed,
     "begin_suppress_tokens": _Value.suppressed,
     "top_h": lambda value: value.number(1e-9, 1, "a number above 0 and at most 1"),
-    "min_p": _share,
+    "min_p": _read_share,
     "typical_p": lambda value: value.number(1e-9, 1, "a number above 0 and at most 1"),
-    "epsilon_cutoff": _share,
-    "eta_cutoff": _share,
+    "epsilon_cutoff": _read_share,
+    "eta_cutoff": _read_share,
     "stop_strings": _Value.strings,
 }
 
@@ -240,7 +240,7 @@ _LEFT_OUT: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
-def _reasons(values: Mapping[str, Any]) -> dict[str, str]:
+def _explain_left_out(values: Mapping[str, Any]) -> dict[str, str]:
     """Keys whose value would change what `generate` answers, and does not here."""
     found = {key: why for key, (neutral, why) in _LEFT_OUT.items() if key in values and values[key] not in neutral}
     if values.get("cache_implementation") == "quantized":
@@ -248,6 +248,6 @@ def _reasons(values: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def _plain(value: Any) -> Any:
+def _as_lists(value: Any) -> Any:
     """Lists as JSON has them."""
-    return [_plain(entry) for entry in value] if isinstance(value, tuple) else value
+    return [_as_lists(entry) for entry in value] if isinstance(value, tuple) else value

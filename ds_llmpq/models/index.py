@@ -23,7 +23,7 @@ class _Index:
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """One tensor in its file: type as safetensors calls it, shape, first byte and the one after the last, counted from
     the header's end."""
 
@@ -53,9 +53,9 @@ def read_header(file: BinaryIO, where: str) -> tuple[dict[str, Any], int]:
     return {name: entry for name, entry in tensors.items() if name != "__metadata__"}, 8 + size
 
 
-def stored_tensor(tensors: dict[str, Any], name: str, where: str) -> Stored:
+def find_tensor(tensors: dict[str, Any], name: str, where: str) -> StoredTensor:
     """What a header says of one tensor. `UserError`: nothing, or nothing that can be."""
-    found = validate(Stored, tensors.get(name), f"{where}: {name}", REMEDY)
+    found = validate(StoredTensor, tensors.get(name), f"{where}: {name}", REMEDY)
     if found.data_offsets[0] > found.data_offsets[1]:
         raise UserError(f"{where} ends the tensor {name} before its first byte; {REMEDY}.")
     return found

@@ -127,7 +127,7 @@ def read_shape(path: str | Path) -> ModelShape:
 def derive_shape(described: Description) -> ModelShape:
     """`UserError`: layers differ in their linears."""
     spec = described.spec
-    linears = _linears(described)
+    linears = _list_linears(described)
     mlp = spec.layers[0].mlp
     mlp = mlp.mlp if isinstance(mlp, ExpertsSpec) else mlp
     windows = [layer.window for layer in spec.layers if layer.window is not None]
@@ -150,17 +150,17 @@ def derive_shape(described: Description) -> ModelShape:
         dtype=described.dtype,
         linears=linears,
         biased=tuple(described.family.rename(linear.name) for linear in spec.linears(0) if linear.bias),
-        layer_norm_parameters=_layer_norm_parameters(spec),
+        layer_norm_parameters=_count_layer_norms(spec),
         embed_parameters=table
         + project
         + (spec.learned_positions or 0) * spec.hidden
-        + _norm_parameters(spec.embedding_norm, spec.hidden),
-        head_parameters=_norm_parameters(spec.final_norm, spec.hidden) + project + table,
+        + _count_norm(spec.embedding_norm, spec.hidden),
+        head_parameters=_count_norm(spec.final_norm, spec.hidden) + project + table,
         spec=spec,
     )
 
 
-def _linears(described: Description) -> tuple[Linear, ...]:
+def _list_linears(described: Description) -> tuple[Linear, ...]:
     spec = described.spec
     if len({layer.mlp for layer in spec.layers}) > 1:
         raise UserError(
@@ -177,14 +177,14 @@ def _linears(described: Description) -> tuple[Linear, ...]:
     )  # fmt: skip
 
 
-def _layer_norm_parameters(spec: DecoderSpec) -> int:
-    norms = (4 if spec.norms == "around" else 2) * _norm_parameters(spec.norm, spec.hidden)
-    norms += 2 * _norm_parameters(spec.attention.qk_norm, spec.attention.head_dim)
+def _count_layer_norms(spec: DecoderSpec) -> int:
+    norms = (4 if spec.norms == "around" else 2) * _count_norm(spec.norm, spec.hidden)
+    norms += 2 * _count_norm(spec.attention.qk_norm, spec.attention.head_dim)
     experts = spec.layers[0].mlp
     return norms + (experts.count * spec.hidden if isinstance(experts, ExpertsSpec) else 0)
 
 
-def _norm_parameters(norm: NormSpec | None, size: int) -> int:
+def _count_norm(norm: NormSpec | None, size: int) -> int:
     if norm is None or not norm.affine:
         return 0
     return 2 * size if norm.kind == "layer" else size

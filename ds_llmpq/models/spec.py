@@ -161,10 +161,13 @@ class DecoderSpec:
 
     def linears(self, index: int) -> tuple[LinearRole, ...]:
         """The linears of decoder layer `index` in the order they run: exactly these are quantized. A router is none."""
-        return (*_attention_linears(self.hidden, self.attention), *_mlp_linears(self.hidden, self.layers[index].mlp))
+        return (
+            *_list_attention_linears(self.hidden, self.attention),
+            *_list_mlp_linears(self.hidden, self.layers[index].mlp),
+        )
 
 
-def _attention_linears(hidden: int, spec: AttentionSpec) -> list[LinearRole]:
+def _list_attention_linears(hidden: int, spec: AttentionSpec) -> list[LinearRole]:
     queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     parts = {"q": queries, "k": keys, "v": keys} if spec.qkv == "separate" else {"qkv": queries + 2 * keys}
     linears = [
@@ -173,10 +176,10 @@ def _attention_linears(hidden: int, spec: AttentionSpec) -> list[LinearRole]:
     return [*linears, LinearRole("self_attn.o_proj", hidden, queries, spec.output_bias, "attended")]
 
 
-def _mlp_linears(hidden: int, spec: MLPSpec | ExpertsSpec) -> list[LinearRole]:
+def _list_mlp_linears(hidden: int, spec: MLPSpec | ExpertsSpec) -> list[LinearRole]:
     if isinstance(spec, ExpertsSpec):
-        plain = _mlp_linears(hidden, spec.mlp)
-        return [_in_expert(linear, expert) for expert in range(spec.count) for linear in plain]
+        plain = _list_mlp_linears(hidden, spec.mlp)
+        return [_place_in_expert(linear, expert) for expert in range(spec.count) for linear in plain]
     size = spec.intermediate
     parts = ("gate_up",) if spec.stacked else ("gate", "up") if spec.gated else ("up",)
     out = 2 * size if spec.stacked else size
@@ -184,6 +187,6 @@ def _mlp_linears(hidden: int, spec: MLPSpec | ExpertsSpec) -> list[LinearRole]:
     return [*linears, LinearRole("mlp.down_proj", hidden, size, spec.bias and spec.down_bias, "activated")]
 
 
-def _in_expert(linear: LinearRole, expert: int) -> LinearRole:
+def _place_in_expert(linear: LinearRole, expert: int) -> LinearRole:
     name = linear.name.replace("mlp.", f"mlp.experts.{expert}.")
     return linear._replace(name=name, input=f"expert {expert} {linear.input}", expert=expert)

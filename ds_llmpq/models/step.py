@@ -62,7 +62,7 @@ class Step:
             prepare=self.prepare,
         )
 
-    def exchanged(self, by: Mapping[int, int]) -> Step:
+    def exchange_rows(self, by: Mapping[int, int]) -> Step:
         """A step of the same shape, to be run instead, where row k brings the tokens or states of row `by[k]`. Its own
         are its positions and its place in the cache."""
         index = torch.tensor([by.get(row, row) for row in range(self.positions.shape[0])], device=self.positions.device)
@@ -75,7 +75,7 @@ class Step:
             position_inputs={}, _masks={},
         )  # fmt: skip
 
-    def prepared(self) -> dict[str, Any]:
+    def prepare_inputs(self) -> dict[str, Any]:
         """The position inputs, computed when the first decoder layer of the stage asks for them."""
         if self.prepare is not None:
             self.prepare(self)

@@ -29,16 +29,16 @@ def load_tokenizer(model_path: str, trust_remote_code: bool = False, template_ti
         raise UserError(f"{model_path} has no usable tokenizer ({reason}); fetch the checkpoint again.") from None
     now = datetime.datetime.fromisoformat(template_time) if template_time else datetime.datetime.now()
     if isinstance(tokenizer.chat_template, dict):
-        tokenizer.chat_template = {name: _at(now, text) for name, text in tokenizer.chat_template.items()}
+        tokenizer.chat_template = {name: _fix_clock(now, text) for name, text in tokenizer.chat_template.items()}
     elif tokenizer.chat_template is not None:
-        tokenizer.chat_template = _at(now, tokenizer.chat_template)
+        tokenizer.chat_template = _fix_clock(now, tokenizer.chat_template)
     return tokenizer
 
 
 _CLOCK = "strftime_now"  # what transformers gives to templates
 
 
-def _at(now: datetime.datetime, template: str) -> str:
+def _fix_clock(now: datetime.datetime, template: str) -> str:
     """A template that reads the clock, with a macro of the same name before it. transformers passes plain data to a
     template, no functions, so the macro replaces each directive by its text."""
     if _CLOCK not in template:

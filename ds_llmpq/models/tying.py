@@ -13,7 +13,7 @@ from pathlib import Path
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import open_regular
 from ds_llmpq.models.family import Family
-from ds_llmpq.models.index import REMEDY, read_header, read_index, stored_tensor
+from ds_llmpq.models.index import REMEDY, find_tensor, read_header, read_index
 
 HEAD = "lm_head.weight"
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -66,7 +66,7 @@ class _Tensor:
         self._file = open_regular(shard, "Shard", REMEDY)
         try:
             tensors, begin = read_header(self._file, f"Shard {shard}")
-            entry = stored_tensor(tensors, name, f"Shard {shard}")
+            entry = find_tensor(tensors, name, f"Shard {shard}")
         except UserError:
             self._file.close()
             raise

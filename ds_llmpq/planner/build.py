@@ -11,7 +11,7 @@ from typing import Any
 
 from ds_llmpq.cluster.cluster import Cluster
 from ds_llmpq.cluster.devices import BIT_WIDTHS, COMPUTE_DTYPES, DeviceType
-from ds_llmpq.cluster.gates import common_dtype, gate
+from ds_llmpq.cluster.gates import choose_dtype, gate
 from ds_llmpq.cost.kernels import check_kernel
 from ds_llmpq.cost.latency import LayerCosts, RooflineCosts
 from ds_llmpq.cost.links import link_table
@@ -73,7 +73,7 @@ def prepare(
     its bound, an sensitivity of another model, or a number out of range.
     """
     check_workload(workload, shape)
-    kernel, dtype = check_kernel(kernel), common_dtype(cluster, dtype)
+    kernel, dtype = check_kernel(kernel), choose_dtype(cluster, dtype)
     bits, notes = usable_bits(shape, quant)
     check_lm_head(shape.vocab, shape.embed_dim, quant)
     groups = groups_of(quant)
@@ -181,7 +181,7 @@ def usable_bits(shape: ModelShape, quant: QuantConfig) -> tuple[list[int], list[
 def add_head_loss(sensitivity: Sensitivity, bits: list[int], lm_head_bits: int) -> list[list[float]]:
     """Layers x `bits`. What lm_head loses is the same in every plan, and charged to the last layer, which is
     in every plan: so it counts against a bound on the loss. UserError: a width that sensitivity does not know."""
-    *others, last = sensitivity.for_bits(bits)
+    *others, last = sensitivity.select_bits(bits)
     return [*map(list, others), [value + sensitivity.head_loss(lm_head_bits) for value in last]]
 
 

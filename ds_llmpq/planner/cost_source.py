@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from ds_llmpq.cluster.cluster import Cluster
 from ds_llmpq.cluster.devices import DeviceType
-from ds_llmpq.cluster.gates import common_dtype
+from ds_llmpq.cluster.gates import choose_dtype
 from ds_llmpq.cost.fitted import FittedCosts, load_model
 from ds_llmpq.cost.kernels import check_kernel
 from ds_llmpq.cost.latency import LayerCosts, RooflineCosts
@@ -57,7 +57,7 @@ def select_costs(
         raise UserError(f"cost.source={cost.source} and planner.profile contradict each other; give one of them")
     if cost.source == "roofline":
         return None, cluster, kernel if cost.kernel is None else check_kernel(cost.kernel)
-    dtype, source = common_dtype(cluster, dtype), further[cost.source]
+    dtype, source = choose_dtype(cluster, dtype), further[cost.source]
     return lambda device_type: source.costs(device_type, shape, dtype, quant.lm_head_bits), cluster, source.kernel
 
 
@@ -71,7 +71,7 @@ def load_profile_costs(
     if planner.profile is None:
         return None, cluster
     folder = Path(planner.profile).expanduser().absolute()
-    dtype = common_dtype(cluster, dtype)
+    dtype = choose_dtype(cluster, dtype)
     groups = groups_of(quant)
     setup = current_setup(shape, dtype, kernel, groups, quant.lm_head_bits)
     model = load_model(folder, shape, setup, planner.profile_force)

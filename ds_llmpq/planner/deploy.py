@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ds_llmpq.cluster.cluster import Cluster
-from ds_llmpq.cluster.hostfile import launch_ranks
+from ds_llmpq.cluster.hostfile import order_ranks
 from ds_llmpq.errors import UserError
 from ds_llmpq.plan import (
     Assignment,
@@ -66,7 +66,7 @@ def deploy(
     order = {device.name: index for index, device in enumerate(cluster.devices)}
     where = [(device.host, device.slot) for device in devices]
     by_rank = sorted(where, key=lambda place: order[f"{place[0]}:{place[1]}"])
-    ranks = dict(zip(by_rank, launch_ranks(by_rank), strict=True))
+    ranks = dict(zip(by_rank, order_ranks(by_rank), strict=True))
     stages = tuple(
         replace(
             stage,

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from ds_llmpq.cluster.hostfile import include_string
+from ds_llmpq.cluster.hostfile import format_include
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.families import find_family
 from ds_llmpq.plan import Plan, Quantization, Stage, launch_order
@@ -122,7 +122,7 @@ def _deepspeed(plan: Plan) -> Export:
         "bf16": {"enabled": dtype == "bfloat16"},
         "fp16": {"enabled": dtype == "float16"},
     }
-    include = include_string(launch_order(plan))
+    include = format_include(launch_order(plan))
     record: dict[str, object] = {
         "parts": plan.parts(before=1, after=1),
         "decoder_parts": plan.parts(),

@@ -16,7 +16,7 @@ import torch
 
 from ds_llmpq.cluster.cluster import Cluster
 from ds_llmpq.cluster.devices import Device, DeviceType
-from ds_llmpq.cluster.gates import feasible_bits
+from ds_llmpq.cluster.gates import list_feasible_bits
 from ds_llmpq.cost.linktable import Message, write_links
 from ds_llmpq.cost.profile import (
     Point,
@@ -96,7 +96,7 @@ def _find_done(file: Path, setup: Setup, force: bool) -> set[tuple[Point, int]] 
 
 def _profile_type(task: Task, device: Device, types: int, file: Path, done: set[tuple[Point, int]], show: Show) -> None:
     kind = device.type
-    bits = [width for width in task.bits if width in feasible_bits(kind, task.dtype)]
+    bits = [width for width in task.bits if width in list_feasible_bits(kind, task.dtype)]
     groups = sampling_plan(kind.name, bits, task.sizes, task.workload)
     rounds = task.profiling.rounds
     todo = [(point, turn) for turn in range(rounds) for group in groups for point in group]

@@ -11,14 +11,14 @@ from typing import Any
 
 from ds_llmpq.cost.fit import LatencyModel
 from ds_llmpq.errors import UserError
-from ds_llmpq.report.measured import REMEDY, of_this_form, read_measured
-from ds_llmpq.report.plan_table import milliseconds, table
+from ds_llmpq.report.metrics_file import REMEDY, read_metrics, refuse_other_forms
+from ds_llmpq.report.plan_table import format_milliseconds, format_table
 
 TRUSTED, USABLE = 0.06, 0.15  # mean absolute error up to which times are trusted, or good for a ranking
 
 
 @dataclass(frozen=True)
-class Pair:
+class TimePair:
     """One prediction beside its measurement; `group` is what it is counted under."""
 
     device: str
@@ -32,22 +32,22 @@ class Pair:
         return self.predicted_seconds / self.measured_seconds - 1.0
 
 
-def profile_pairs(model: LatencyModel) -> list[Pair]:
+def pair_profile(model: LatencyModel) -> list[TimePair]:
     """Every profiled point against a fit that was not told of it."""
     return [
-        Pair(fit.device_type, _phase(fit.part, fit.phase), str(fit.bits or "-"), r.left_out_seconds, r.seconds)
+        TimePair(fit.device_type, _name_phase(fit.part, fit.phase), str(fit.bits or "-"), r.left_out_seconds, r.seconds)
         for fit in model.fits.values()
         if fit.part in ("layer", "embed", "head")
         for r in fit.residuals
     ]
 
 
-def _phase(part: str, phase: str) -> str:
+def _name_phase(part: str, phase: str) -> str:
     return phase if part == "layer" else f"{part} {phase}" if part == "embed" else part
 
 
 def profile_table(model: LatencyModel) -> str:
-    pairs = profile_pairs(model)
+    pairs = pair_profile(model)
     if not pairs:
         return "the profile has too few points for a fit; profile with a longer profiling.seconds"
     layers = [pair for pair in pairs if pair.phase in ("prefill", "decode")]
@@ -61,9 +61,9 @@ def profile_table(model: LatencyModel) -> str:
     return "\n".join(lines)
 
 
-def error_table(pairs: Iterable[Pair]) -> str:
+def error_table(pairs: Iterable[TimePair]) -> str:
     """Mean and worst absolute relative error, and the bias, by device, phase and width."""
-    groups: dict[tuple[str, str, str], list[Pair]] = defaultdict(list)
+    groups: dict[tuple[str, str, str], list[TimePair]] = defaultdict(list)
     for pair in pairs:
         groups[pair.device, pair.phase, pair.bits].append(pair)
     rows = []
@@ -79,14 +79,14 @@ def error_table(pairs: Iterable[Pair]) -> str:
                 f"{_mean(map(abs, errors)):.1%}",
                 f"{worst.error:+.1%}",
                 f"{_mean(errors):+.1%}",
-                f"{milliseconds(worst.predicted_seconds)} / {milliseconds(worst.measured_seconds)}",
+                f"{format_milliseconds(worst.predicted_seconds)} / {format_milliseconds(worst.measured_seconds)}",
             ]
         )
     head = ["device", "phase", "bits", "points", "mean error", "worst", "bias", "worst: predicted / measured ms"]
-    return table(head, rows)
+    return format_table(head, rows)
 
 
-def verdict(pairs: Sequence[Pair], what: str) -> str:
+def verdict(pairs: Sequence[TimePair], what: str) -> str:
     mean = _mean(abs(pair.error) for pair in pairs)
     worst = max(abs(pair.error) for pair in pairs)
     said = f"Predictions of {what} are off by {mean:.1%} on average and {worst:.1%} at worst: "
@@ -97,13 +97,13 @@ def verdict(pairs: Sequence[Pair], what: str) -> str:
     return said + "do not trust a plan's times; profile this model on these devices, with nothing else running."
 
 
-def run_pairs(folder: Path) -> list[Pair]:
+def pair_run(folder: Path) -> list[TimePair]:
     """A run's stages: predicted and measured seconds of a pass. The last stage's sampling counts to its pass."""
-    with of_this_form(folder / "metrics.json"):
-        return _run_pairs(folder)
+    with refuse_other_forms(folder / "metrics.json"):
+        return _pair_run(folder)
 
 
-def _run_pairs(folder: Path) -> list[Pair]:
+def _pair_run(folder: Path) -> list[TimePair]:
     metrics = _json(folder / "metrics.json")
     plan = _json(folder / "plan.json")
     pairs = []
@@ -116,21 +116,21 @@ def _run_pairs(folder: Path) -> list[Pair]:
         for phase, entry in stage["pass_seconds"].items():
             if entry["measured"] and entry["predicted"]:
                 name = f"{stage['stage']} {stage['device']}"
-                pairs.append(Pair(name, phase, bits, entry["predicted"], entry["measured"] + sampling))
+                pairs.append(TimePair(name, phase, bits, entry["predicted"], entry["measured"] + sampling))
     if not pairs:
         raise UserError(f"{folder / 'metrics.json'} holds no timed pass; give the folder of a finished run")
     return pairs
 
 
-def run_text(folder: Path) -> str:
+def describe_run(folder: Path) -> str:
     """The table of a run's passes, its totals, and its memory."""
-    with of_this_form(folder / "metrics.json"):
-        return _run_text(folder)
+    with refuse_other_forms(folder / "metrics.json"):
+        return _describe_run(folder)
 
 
-def _run_text(folder: Path) -> str:
+def _describe_run(folder: Path) -> str:
     metrics = _json(folder / "metrics.json")
-    pairs = run_pairs(folder)
+    pairs = pair_run(folder)
     lines = [error_table(pairs)]
     totals = metrics["predicted_against_measured"]
     if totals:
@@ -153,12 +153,12 @@ def _run_text(folder: Path) -> str:
             [str(stage["stage"]), name, f"{p:,.0f}", f"{m:,.0f}", f"{p / m - 1:+.1%}" if m else "-"]
             for name, p, m in parts
         ]
-    lines.append(table(["stage", "memory", "predicted bytes", "measured bytes", "error"], rows))
+    lines.append(format_table(["stage", "memory", "predicted bytes", "measured bytes", "error"], rows))
     lines.append(verdict(pairs, "the run's passes"))
     return "\n".join(lines)
 
 
-def scatter(pairs: Sequence[Pair], file: Path, title: str) -> None:
+def scatter(pairs: Sequence[TimePair], file: Path, title: str) -> None:
     """Predicted against measured on logarithmic axes, one colour a device and phase; lines at equality and +-10 %."""
     import matplotlib
 
@@ -166,7 +166,7 @@ def scatter(pairs: Sequence[Pair], file: Path, title: str) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6.4, 6.0), layout="constrained")
-    groups: dict[tuple[str, str], list[Pair]] = defaultdict(list)
+    groups: dict[tuple[str, str], list[TimePair]] = defaultdict(list)
     for pair in pairs:
         groups[pair.device, pair.phase].append(pair)
     for (device, phase), members in groups.items():
@@ -189,7 +189,7 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    found = read_measured(path)
+    found = read_metrics(path)
     if found is None:
         raise UserError(f"{path} cannot be read (it is not there); {REMEDY}.")
     return found

@@ -28,7 +28,9 @@ def stage_colour(index: int) -> str:
     return STAGES[index % len(STAGES)]
 
 
-def new(rows: int = 1, columns: int = 1, width: float = 9.0, height: float = 3.6, **options: Any) -> tuple[Any, Any]:
+def make_figure(
+    rows: int = 1, columns: int = 1, width: float = 9.0, height: float = 3.6, **options: Any
+) -> tuple[Any, Any]:
     """(figure, array of axes [rows, columns]); drawn without any display."""
     import matplotlib
 
@@ -42,7 +44,7 @@ def new(rows: int = 1, columns: int = 1, width: float = 9.0, height: float = 3.6
     return figure, axes
 
 
-def save(figure: Any, path: Path) -> Path:
+def save_figure(figure: Any, path: Path) -> Path:
     from matplotlib import pyplot
 
     figure.savefig(path, dpi=120)

@@ -27,8 +27,8 @@ class MlflowLog(Callback):
             mlflow.set_tracking_uri(self.tracking_uri)
         mlflow.set_experiment(self.experiment)
         folder = Path(config.hydra.sweep.dir)
-        for place in sweep.places(folder):
-            log_point(mlflow, sweep.point_of(place), place)
+        for place in sweep.list_points(folder):
+            log_point(mlflow, sweep.read_point(place), place)
 
 
 def log_point(mlflow: Any, point: dict[str, Any], place: Path) -> None:

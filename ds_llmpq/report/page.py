@@ -46,7 +46,7 @@ class Section:
         return self
 
 
-def page(title: str, lead: str, sections: Sequence[Section]) -> str:
+def render_page(title: str, lead: str, sections: Sequence[Section]) -> str:
     """The whole document."""
     links = "".join(f'<a href="#{escape(s.name)}">{escape(s.title)}</a>' for s in sections)
     body = "".join(

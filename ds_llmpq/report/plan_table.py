@@ -12,7 +12,7 @@ from ds_llmpq.wording import format_number
 _UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
 
-def plan_table(plan: Plan) -> str:
+def format_plan(plan: Plan) -> str:
     """Stages, sizes, prediction, solver and baselines, ready to print."""
     rows = [
         [
@@ -20,20 +20,20 @@ def plan_table(plan: Plan) -> str:
             stage.device,
             stage.device_type,
             f"{stage.layers[0]}-{stage.layers[1] - 1}",
-            bits_text(stage.bits) + _head_text(plan, index),
-            " + ".join(f"{name} {size(held)}" for name, held in stage.memory_bytes.by_part().items() if held),
-            f"{size(stage.memory_bytes.total)} / {size(stage.memory_budget_bytes)}",
-            milliseconds(stage.prefill_seconds),
-            milliseconds(stage.decode_seconds),
+            format_bits(stage.bits) + _head_text(plan, index),
+            " + ".join(f"{name} {format_size(held)}" for name, held in stage.memory_bytes.by_part().items() if held),
+            f"{format_size(stage.memory_bytes.total)} / {format_size(stage.memory_budget_bytes)}",
+            format_milliseconds(stage.prefill_seconds),
+            format_milliseconds(stage.decode_seconds),
         ]
         for index, stage in enumerate(plan.stages)
     ]
     head = ["stage", "device", "type", "layers", "bits", "memory", "used / budget", "prefill ms", "decode ms"]
-    parts = [table(head, rows), *_summary(plan)]
+    parts = [format_table(head, rows), *_summary(plan)]
     return "\n".join(parts)
 
 
-def bits_text(bits: Sequence[int]) -> str:
+def format_bits(bits: Sequence[int]) -> str:
     """Runs of equal widths: `4x3 8x2` is three layers at 4 bits, then two at 8."""
     return " ".join(f"{width}x{len(list(run))}" for width, run in groupby(bits))
 
@@ -44,18 +44,18 @@ def _head_text(plan: Plan, index: int) -> str:
     return f" head {width}" if width < UNQUANTIZED_BITS and index == len(plan.stages) - 1 else ""
 
 
-def size(amount: float) -> str:
+def format_size(amount: float) -> str:
     for unit, factor in _UNITS:
         if amount >= factor:
             return f"{amount / factor:.1f} {unit}"
     return f"{amount:.0f} B"
 
 
-def milliseconds(seconds: float) -> str:
+def format_milliseconds(seconds: float) -> str:
     return format_number(seconds * 1e3)
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def format_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Columns padded to their widest cell."""
     lines = [list(head), *[list(row) for row in rows]]
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]

@@ -15,7 +15,7 @@ GIB, MIB = 2**30, 2**20
 def bits_strip(plan: Plan, path: Path) -> Path:
     """One bar a layer, as high as its width, in its stage's colour."""
     layers = plan.stages[-1].layers[1]
-    figure, ((axis,),) = figures.new(width=11, height=2.6)
+    figure, ((axis,),) = figures.make_figure(width=11, height=2.6)
     for index, stage in enumerate(plan.stages):
         place = range(*stage.layers)
         label = f"stage {index}: {stage.device} ({stage.device_type})"
@@ -27,14 +27,14 @@ def bits_strip(plan: Plan, path: Path) -> Path:
     axis.legend(
         ncols=min(len(plan.stages), 4), loc="upper center", bbox_to_anchor=(0.5, 1.3), frameon=False, fontsize=8
     )
-    return figures.save(figure, path)
+    return figures.save_figure(figure, path)
 
 
 def memory_bars(plan: Plan, measured: Sequence[Mapping[str, Any]] | None, path: Path) -> Path:
     """A stage's parts as predicted, beside them what was measured, under the line of its budget."""
     largest = max(max(stage.memory_budget_bytes, stage.memory_bytes.total) for stage in plan.stages)
     unit, name = (GIB, "GiB") if largest >= GIB else (MIB, "MiB")
-    figure, ((axis,),) = figures.new(width=max(6.0, 1.5 * len(plan.stages) + 3), height=3.8)
+    figure, ((axis,),) = figures.make_figure(width=max(6.0, 1.5 * len(plan.stages) + 3), height=3.8)
     for index, stage in enumerate(plan.stages):
         bottom = 0.0
         for part in MEMORY_PARTS:
@@ -58,13 +58,13 @@ def memory_bars(plan: Plan, measured: Sequence[Mapping[str, Any]] | None, path: 
     )
     axis.set(ylabel=name, xlabel="stage")
     axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    return figures.save(figure, path)
+    return figures.save_figure(figure, path)
 
 
 def phase_bars(stages: Sequence[Mapping[str, float]], path: Path) -> Path:
     """Where each stage's time went: work by phase, then waiting. `stages`: seconds by span name, one a stage."""
     names = sorted({name for entry in stages for name in entry}, key=lambda name: (name.startswith("wait_"), name))
-    figure, ((axis,),) = figures.new(width=9, height=0.45 * len(stages) + 1.6)
+    figure, ((axis,),) = figures.make_figure(width=9, height=0.45 * len(stages) + 1.6)
     left = [0.0] * len(stages)
     for name in names:
         values = [float(entry.get(name, 0.0)) for entry in stages]
@@ -74,7 +74,7 @@ def phase_bars(stages: Sequence[Mapping[str, float]], path: Path) -> Path:
     axis.invert_yaxis()
     axis.set_xlabel("seconds")
     axis.legend(ncols=len(names), loc="upper center", bbox_to_anchor=(0.5, 1.3), frameon=False, fontsize=8)
-    return figures.save(figure, path)
+    return figures.save_figure(figure, path)
 
 
 def predicted_phase_bars(plan: Plan, path: Path) -> Path:
@@ -102,10 +102,10 @@ def baseline_bars(plan: Plan, path: Path) -> Path | None:
     if not found:
         return None
     found = {"this plan": plan.predicted.throughput_tokens_per_second, **found}
-    figure, ((axis,),) = figures.new(width=8, height=0.35 * len(found) + 1.1)
+    figure, ((axis,),) = figures.make_figure(width=8, height=0.35 * len(found) + 1.1)
     colours = [figures.STAGES[0], *("#BFBFBF" for _ in range(len(found) - 1))]
     bars = axis.barh(list(found), list(found.values()), color=colours)
     axis.bar_label(bars, fmt="%.3g", padding=3, fontsize=8)
     axis.invert_yaxis()
     axis.set_xlabel("predicted tokens/s")
-    return figures.save(figure, path)
+    return figures.save_figure(figure, path)

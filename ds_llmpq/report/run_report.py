@@ -8,9 +8,9 @@ from typing import Any
 from ds_llmpq.errors import UserError
 from ds_llmpq.plan import MEMORY_PARTS, Plan, read_plan
 from ds_llmpq.report import fidelity, run_figures
-from ds_llmpq.report.measured import of_this_form, read_measured
-from ds_llmpq.report.page import Section, page
-from ds_llmpq.report.plan_table import bits_text, milliseconds, plan_table, size
+from ds_llmpq.report.metrics_file import read_metrics, refuse_other_forms
+from ds_llmpq.report.page import Section, render_page
+from ds_llmpq.report.plan_table import format_bits, format_milliseconds, format_plan, format_size
 from ds_llmpq.report.run_summary import run_summary
 from ds_llmpq.report.traces import gantt, read_trace
 
@@ -29,9 +29,9 @@ def write_run_report(folder: Path, out: Path) -> str:
     if not (folder / "plan.json").is_file():
         raise UserError(f"{folder} holds no plan.json; give the folder of a run or of a plan.")
     plan = read_plan(folder / "plan.json")
-    metrics, scores = read_measured(folder / "metrics.json"), read_measured(folder / "scores.json")
+    metrics, scores = read_metrics(folder / "metrics.json"), read_metrics(folder / "scores.json")
     out.mkdir(parents=True, exist_ok=True)
-    with of_this_form(folder / "metrics.json"):
+    with refuse_other_forms(folder / "metrics.json"):
         sections = [
             _summary(plan, metrics, scores),
             _gantt(folder, out),
@@ -44,17 +44,17 @@ def write_run_report(folder: Path, out: Path) -> str:
         ]
         text = _text(plan, metrics, folder)
     lead = f"{folder.resolve().name}: what was planned, and what happened."
-    (out / "report.html").write_text(page("A run against its plan", lead, sections), encoding="utf-8")
+    (out / "report.html").write_text(render_page("A run against its plan", lead, sections), encoding="utf-8")
     (out / "report.txt").write_text(text + "\n", encoding="utf-8")
     return text
 
 
 def _text(plan: Plan, metrics: dict[str, Any] | None, folder: Path) -> str:
-    parts = [plan_table(plan)]
+    parts = [format_plan(plan)]
     if metrics is not None:
         parts += ["", run_summary(metrics)]
-        if _timed(metrics):
-            parts += ["", fidelity.run_text(folder)]
+        if _has_timed_passes(metrics):
+            parts += ["", fidelity.describe_run(folder)]
     return "\n".join(parts)
 
 
@@ -65,11 +65,11 @@ def _summary(plan: Plan, metrics: dict[str, Any] | None, scores: dict[str, Any] 
             "throughput, tokens/s",
             f"{predicted.throughput_tokens_per_second:.4g}",
             "",
-            _of(metrics, "measured", "throughput_tokens_per_second"),
+            _look_up(metrics, "measured", "throughput_tokens_per_second"),
         ],
         ["quality loss, nats per token", f"{predicted.quality_loss:.3g}", "", _measured_loss(scores)],
         *(
-            [f"{name}, s", f"{getattr(predicted, key):.4g}", *(_of(metrics, _PAIRS, key, side) for side in _SIDES)]
+            [f"{name}, s", f"{getattr(predicted, key):.4g}", *(_look_up(metrics, _PAIRS, key, side) for side in _SIDES)]
             for name, key in _TIMES
         ),
     ]
@@ -93,9 +93,9 @@ def _summary(plan: Plan, metrics: dict[str, Any] | None, scores: dict[str, Any] 
             stage.device,
             stage.device_type,
             f"layers {stage.layers[0]} to {stage.layers[1] - 1}",
-            bits_text(stage.bits),
-            milliseconds(stage.prefill_seconds),
-            milliseconds(stage.decode_seconds),
+            format_bits(stage.bits),
+            format_milliseconds(stage.prefill_seconds),
+            format_milliseconds(stage.decode_seconds),
         ]
         for index, stage in enumerate(plan.stages)
     ]
@@ -129,11 +129,14 @@ def _memory(plan: Plan, metrics: dict[str, Any] | None, out: Path) -> Section:
             [
                 str(index),
                 stage.device,
-                *(size(value) for value in stage.memory_bytes.by_part().values()),
-                size(needed),
-                size(stage.memory_budget_bytes),
+                *(format_size(value) for value in stage.memory_bytes.by_part().values()),
+                format_size(needed),
+                format_size(stage.memory_budget_bytes),
                 f"{needed / stage.memory_budget_bytes:.0%}" if stage.memory_budget_bytes else "",
-                *(size(held[name]) if held.get(name) is not None else "" for name in ("weights", "kv", "peak_growth")),
+                *(
+                    format_size(held[name]) if held.get(name) is not None else ""
+                    for name in ("weights", "kv", "peak_growth")
+                ),
             ]
         )
     head = ["stage", "device", *MEMORY_PARTS, "needed", "budget", "used"]
@@ -164,11 +167,11 @@ def _phases(plan: Plan, metrics: dict[str, Any] | None, out: Path) -> Section:
 
 def _fidelity(folder: Path, metrics: dict[str, Any] | None, out: Path) -> Section:
     section = Section("fidelity", "Fidelity", "Predicted against measured times of a pass, by stage and phase.")
-    if metrics is None or not _timed(metrics):
+    if metrics is None or not _has_timed_passes(metrics):
         return section.text("nothing to compare: " + ("this plan was not run" if metrics is None else "no timed pass"))
-    pairs = fidelity.run_pairs(folder)
+    pairs = fidelity.pair_run(folder)
     fidelity.scatter(pairs, out / "fidelity.png", "Passes of a run: plan against measurement")
-    return section.picture(out / "fidelity.png", "predicted against measured").text(fidelity.run_text(folder))
+    return section.picture(out / "fidelity.png", "predicted against measured").text(fidelity.describe_run(folder))
 
 
 def _baselines(plan: Plan, out: Path) -> Section:
@@ -201,11 +204,11 @@ def _origins(plan: Plan) -> Section:
     )
 
 
-def _timed(metrics: dict[str, Any]) -> bool:
+def _has_timed_passes(metrics: dict[str, Any]) -> bool:
     return any(entry.get("measured") for stage in metrics["stages"] for entry in stage["pass_seconds"].values())
 
 
-def _of(record: dict[str, Any] | None, *names: str) -> str:
+def _look_up(record: dict[str, Any] | None, *names: str) -> str:
     value: Any = record
     for name in names:
         value = value.get(name) if isinstance(value, dict) else None
@@ -213,4 +216,4 @@ def _of(record: dict[str, Any] | None, *names: str) -> str:
 
 
 def _measured_loss(scores: dict[str, Any] | None) -> str:
-    return _of(scores, "loss_increase", "measured")
+    return _look_up(scores, "loss_increase", "measured")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ds_llmpq.report.plan_table import size, table
+from ds_llmpq.report.plan_table import format_size, format_table
 
 
 def run_summary(metrics: dict[str, Any]) -> str:
@@ -59,16 +59,16 @@ def _stages(stages: list[dict[str, Any]]) -> str:
             [
                 str(stage["stage"]),
                 stage["device"],
-                size(weights),
-                size(measured["weights"]),
-                size(predicted["kv"]),
-                size(measured["kv"]),
-                size(measured["peak_growth"]),
+                format_size(weights),
+                format_size(measured["weights"]),
+                format_size(predicted["kv"]),
+                format_size(measured["kv"]),
+                format_size(measured["peak_growth"]),
                 f"{busy:.2f}",
                 f"{waiting:.2f}",
             ]
         )
-    return table(head, rows)
+    return format_table(head, rows)
 
 
 def _number(value: float | None) -> str:

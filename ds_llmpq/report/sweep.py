@@ -19,8 +19,8 @@ from ds_llmpq.errors import RunFailed, UserError
 from ds_llmpq.files import csv_cell, read_yaml, write_json
 from ds_llmpq.plan import PredictedTotals, read_plan
 from ds_llmpq.report import figures
-from ds_llmpq.report.measured import REMEDY, read_measured
-from ds_llmpq.report.plan_table import table
+from ds_llmpq.report.metrics_file import REMEDY, read_metrics
+from ds_llmpq.report.plan_table import format_table
 from ds_llmpq.validation import Note, validate
 
 _FAILURE = "failure.json"
@@ -34,16 +34,16 @@ failure_codes: list[int] = []
 
 
 @dataclass(frozen=True)
-class Failure:
+class PointFailure:
     """failure.json of a point, as far as it is shown."""
 
     message: Note
     exit_code: Annotated[int, Ge(1), Le(255)]
 
 
-def failure_of(folder: Path) -> Failure:
+def read_failure(folder: Path) -> PointFailure:
     """Why a point failed. `UserError`: its failure.json is no such file."""
-    return validate(Failure, read_measured(folder / _FAILURE), str(folder / _FAILURE), REMEDY, ignore_unknown=True)
+    return validate(PointFailure, read_metrics(folder / _FAILURE), str(folder / _FAILURE), REMEDY, ignore_unknown=True)
 
 
 def note_failure(out: Path, error: UserError) -> None:
@@ -73,14 +73,14 @@ class SweepSummary(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
-        points = [point_of(place) for place in places(folder)]
+        points = [read_point(place) for place in list_points(folder)]
         failure_codes.extend(point["exit_code"] for point in points if point["failure"])
         write_summary(folder, points)
         print(summary_text(points))
         print(f"sweep: {folder / 'summary.csv'} (a page with pictures: `ds-llmpq report sweep={folder}`)")
 
 
-def places(folder: Path) -> list[Path]:
+def list_points(folder: Path) -> list[Path]:
     """Folders of a multirun's points; numbers in their names count as numbers."""
     found = {place.parent for name in (".hydra", "plan.json") for place in folder.glob(f"*/{name}")}
     return sorted(found, key=lambda place: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", place.name)])
@@ -112,31 +112,31 @@ def pareto_front(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def summary_table(points: list[dict[str, Any]]) -> str:
     """The points as a plain-text table."""
-    return table(*table_of(points))
+    return format_table(*build_table(points))
 
 
 def summary_text(points: list[dict[str, Any]]) -> str:
     """Table and mean speed-ups, ready to print."""
-    return "\n".join([summary_table(points), *speedups(points)])
+    return "\n".join([summary_table(points), *describe_speedups(points)])
 
 
-def table_of(points: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def build_table(points: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """(head, rows); columns that no point fills are left out, a baseline's cell also says how much faster we are."""
     columns = ["point", *_SHOWN[:3], *_MEASURED, *BASELINES, *_SHOWN[3:]]
     columns = [name for name in columns if name in ("point", *_SHOWN) or any(point[name] for point in points)]
     names = {"throughput_tokens_per_second": "tokens/s", "measured_throughput_tokens_per_second": "measured"}
     names |= {"latency_seconds": "latency s", "quality_loss": "loss", "measured_quality_loss": "measured loss"}
     names |= {"memory_proportional": "by memory", "single_device": "one device", "offload_estimate": "offload"}
-    keys = varied(points)
+    keys = find_varied(points)
     names["point"] = f"point ({', '.join(keys)})" if keys else "point"
     rows = [
-        [label(point, keys), *(_baseline(point, n) if n in BASELINES else _cell(point[n]) for n in columns[1:])]
+        [label_point(point, keys), *(_baseline(point, n) if n in BASELINES else _cell(point[n]) for n in columns[1:])]
         for point in points
     ]
     return [names.get(name, name) for name in columns], rows
 
 
-def speedups(points: list[dict[str, Any]]) -> list[str]:
+def describe_speedups(points: list[dict[str, Any]]) -> list[str]:
     """One line a baseline: mean speed-up over the points where it has a plan."""
     lines = []
     for name in BASELINES:
@@ -156,12 +156,12 @@ def _baseline(point: dict[str, Any], name: str) -> str:
     return f"{theirs:.4g} ({point['throughput_tokens_per_second'] / theirs:.2f}x)" if theirs else "-"
 
 
-def point_of(folder: Path) -> dict[str, Any]:
+def read_point(folder: Path) -> dict[str, Any]:
     """One point as a flat record: predicted, what was measured if it was run or scored, baselines, or its failure."""
     empty = dict.fromkeys((*_SHOWN, *_MEASURED, *BASELINES), None)
     empty |= {"point": folder.name, "overrides": _overrides(folder)}
     if (folder / _FAILURE).is_file():
-        failure = failure_of(folder)
+        failure = read_failure(folder)
         return empty | {"failure": failure.message, "exit_code": failure.exit_code}
     if not (folder / "plan.json").is_file():
         return empty | {"failure": "no plan.json was written", "exit_code": 1}
@@ -195,33 +195,33 @@ def _overrides(folder: Path) -> dict[str, str]:
 def _measured(file: Path, *names: str) -> float | None:
     if not file.is_file():
         return None
-    value: Any = read_measured(file)
+    value: Any = read_metrics(file)
     for name in names:
         value = value.get(name) if isinstance(value, dict) else None
     return value if isinstance(value, (int, float)) else None
 
 
-def varied(points: list[dict[str, Any]]) -> list[str]:
+def find_varied(points: list[dict[str, Any]]) -> list[str]:
     """Swept keys that take more than one value."""
     keys = dict.fromkeys(key for point in points for key in point["overrides"])
     return [key for key in keys if len({point["overrides"].get(key) for point in points}) > 1]
 
 
-def label(point: dict[str, Any], keys: list[str]) -> str:
+def label_point(point: dict[str, Any], keys: list[str]) -> str:
     """A point by its values of the varied keys."""
     return ", ".join(point["overrides"][key] for key in keys if key in point["overrides"]) or point["point"]
 
 
 def plot(path: Path, points: list[dict[str, Any]]) -> None:
     """Throughput against quality loss; points that coincide share a label."""
-    figure, ((axes,),) = figures.new(width=8, height=4.5)
+    figure, ((axes,),) = figures.make_figure(width=8, height=4.5)
     front = pareto_front(points)
     axes.plot([p["quality_loss"] for p in front], [p["throughput_tokens_per_second"] for p in front], "-", color="0.7")
     groups: dict[tuple[float, float], list[str]] = {}
-    keys = varied(points)
+    keys = find_varied(points)
     for point in points:
         place = (point["quality_loss"], point["throughput_tokens_per_second"])
-        groups.setdefault(place, []).append(label(point, keys))
+        groups.setdefault(place, []).append(label_point(point, keys))
     axes.scatter(*zip(*groups, strict=True), color=figures.STAGES[0], label="predicted")
     for place, names in groups.items():
         text = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
@@ -235,7 +235,7 @@ def plot(path: Path, points: list[dict[str, Any]]) -> None:
     axes.ticklabel_format(axis="x", style="sci", scilimits=(-3, 3))
     axes.margins(x=0.15, y=0.1)
     axes.set(xlabel="quality loss (nats per token)", ylabel="throughput (tokens/s)")
-    figures.save(figure, path)
+    figures.save_figure(figure, path)
 
 
 def _cell(value: Any) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ds_llmpq.errors import UserError
 from ds_llmpq.report import figures, sweep
-from ds_llmpq.report.page import Section, page
+from ds_llmpq.report.page import Section, render_page
 
 Point = dict[str, Any]
 SECTIONS = ("points", "pareto", "heat", "baselines")
@@ -26,7 +26,7 @@ def write_sweep_report(folder: Path, out: Path) -> str:
     text = sweep.summary_text(points)
     sections = [_points(points), _pareto(solved, out), _heat(solved, out), _baselines(solved, out)]
     (out / "sweep.html").write_text(
-        page("A sweep", f"{folder.resolve().name}: {len(points)} points.", sections), "utf-8"
+        render_page("A sweep", f"{folder.resolve().name}: {len(points)} points.", sections), "utf-8"
     )
     (out / "sweep.txt").write_text(text + "\n", encoding="utf-8")
     return text
@@ -35,7 +35,7 @@ def write_sweep_report(folder: Path, out: Path) -> str:
 def read_points(folder: Path) -> list[Point]:
     """The points that lie in a multirun's folder, whether or not it was finished."""
     try:
-        return [sweep.point_of(place) for place in sweep.places(folder)]
+        return [sweep.read_point(place) for place in sweep.list_points(folder)]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} holds a plan.json that cannot be read ({error!r}); plan that point again.") from None
 
@@ -44,7 +44,7 @@ def _points(points: list[Point]) -> Section:
     section = Section(
         "points", "Points", "Every point of the sweep; where a plan was run or scored, what was measured."
     )
-    head, rows = sweep.table_of(points)
+    head, rows = sweep.build_table(points)
     section.table(head[:-1], [row[:-1] for row in rows])  # without the failures, which are sentences
     failed = [f"{point['point']}: {point['failure']}" for point in points if point["failure"]]
     return section.text("\n".join(failed)) if failed else section
@@ -61,7 +61,7 @@ def _pareto(points: list[Point], out: Path) -> Section:
 
 def _heat(points: list[Point], out: Path) -> Section:
     section = Section("heat", "Heat maps", "Predicted tokens/s and quality loss over pairs of swept keys.")
-    keys = sweep.varied(points)
+    keys = sweep.find_varied(points)
     for first, second in combinations(keys, 2):
         name = f"heat_{_safe(first)}_{_safe(second)}.png"
         if heat_map(points, first, second, out / name):
@@ -76,7 +76,7 @@ def heat_map(points: list[Point], first: str, second: str, path: Path) -> bool:
     columns, rows = (_values(points, key) for key in (first, second))
     if min(len(columns), len(rows)) < 2 or max(len(columns), len(rows)) > _MOST_VALUES:
         return False
-    figure, axes = figures.new(1, 2, width=3 + 1.5 * len(columns), height=1.6 + 0.5 * len(rows))
+    figure, axes = figures.make_figure(1, 2, width=3 + 1.5 * len(columns), height=1.6 + 0.5 * len(rows))
     titles = {"throughput_tokens_per_second": "tokens/s", "quality_loss": "quality loss, nats per token"}
     for axis, (name, title) in zip(axes[0], titles.items(), strict=True):
         table = [[_mean(points, {first: x, second: y}, name) for x in columns] for y in rows]
@@ -90,7 +90,7 @@ def heat_map(points: list[Point], first: str, second: str, path: Path) -> bool:
         axis.set_xticks(range(len(columns)), columns, rotation=30, ha="right", fontsize=8)
         axis.set_yticks(range(len(rows)), rows, fontsize=8)
         axis.set(xlabel=first, ylabel=second, title=title)
-    figures.save(figure, path)
+    figures.save_figure(figure, path)
     return True
 
 
@@ -99,8 +99,8 @@ def _baselines(points: list[Point], out: Path) -> Section:
     names = [name for name in sweep.BASELINES if any(point[name] for point in points)]
     if not names:
         return section.text("no baseline has a plan")
-    figure, ((axis,),) = figures.new(width=max(7.0, 0.9 * len(points) + 3), height=4.2)
-    width, keys = 0.85 / (len(names) + 1), sweep.varied(points)
+    figure, ((axis,),) = figures.make_figure(width=max(7.0, 0.9 * len(points) + 3), height=4.2)
+    width, keys = 0.85 / (len(names) + 1), sweep.find_varied(points)
     for index, name in enumerate(["throughput_tokens_per_second", *names]):
         values = [point[name] or 0.0 for point in points]
         label = "ours" if index == 0 else name
@@ -109,15 +109,15 @@ def _baselines(points: list[Point], out: Path) -> Section:
         )
     axis.set_xticks(
         [i + 0.4 for i in range(len(points))],
-        [sweep.label(p, keys) for p in points],
+        [sweep.label_point(p, keys) for p in points],
         rotation=40,
         ha="right",
         fontsize=7,
     )
     axis.set(ylabel="predicted tokens/s", yscale="log")
     axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    return section.picture(figures.save(figure, out / "baselines.png"), "tokens/s of baselines").text(
-        "\n".join(sweep.speedups(points))
+    return section.picture(figures.save_figure(figure, out / "baselines.png"), "tokens/s of baselines").text(
+        "\n".join(sweep.describe_speedups(points))
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from ds_llmpq.errors import make_printable
 from ds_llmpq.files import read_json
 from ds_llmpq.report import figures
-from ds_llmpq.report.measured import REMEDY, of_this_form
+from ds_llmpq.report.metrics_file import REMEDY, refuse_other_forms
 
 _MOST_STAGES = 4096
 _MOST_SPANS = 20_000  # beyond that, only the first are drawn
@@ -30,7 +30,7 @@ def read_trace(file: Path) -> list[TracedSpan] | None:
     if not file.is_file():
         return None
     record = read_json(file, "trace", REMEDY)
-    with of_this_form(file):
+    with refuse_other_forms(file):
         events = record["traceEvents"] if isinstance(record, dict) else record
         complete = [event for event in events if event.get("ph", "X") == "X" and "dur" in event]
         origin = min((event["ts"] for event in complete), default=0.0)
@@ -50,11 +50,11 @@ def gantt(traces: dict[str, list[TracedSpan]], path: Path) -> Path:
     """A row of panels a trace: all of it, and its beginning, where single micro-batches can be told apart."""
     stages = 1 + max(span.stage for spans in traces.values() for span in spans)
     height = len(traces) * max(1.7, 0.35 * stages + 0.9)
-    figure, axes = figures.new(len(traces), 2, width=11, height=height, gridspec_kw={"width_ratios": [3, 2]})
+    figure, axes = figures.make_figure(len(traces), 2, width=11, height=height, gridspec_kw={"width_ratios": [3, 2]})
     shown: dict[str, str] = {}
     for row, (title, spans) in zip(axes, traces.items(), strict=True):
         end = max(span.start + span.seconds for span in spans)
-        for axis, until in zip(row, (end, _beginning(spans, end)), strict=True):
+        for axis, until in zip(row, (end, _find_beginning(spans, end)), strict=True):
             _panel(axis, spans, until, stages, shown)
             axis.set_title(f"{title}, {'all' if until == end else 'its beginning'}", loc="left", fontsize=9)
     axes[-1][0].set_xlabel("seconds")
@@ -63,7 +63,7 @@ def gantt(traces: dict[str, list[TracedSpan]], path: Path) -> Path:
 
     handles = [Patch(color=colour, label=name) for name, colour in shown.items()]
     figure.legend(handles=handles, ncols=len(handles), loc="outside lower center", frameon=False, fontsize=8)
-    return figures.save(figure, path)
+    return figures.save_figure(figure, path)
 
 
 def _panel(axis: Any, spans: list[TracedSpan], until: float, stages: int, shown: dict[str, str]) -> None:
@@ -80,7 +80,7 @@ def _panel(axis: Any, spans: list[TracedSpan], until: float, stages: int, shown:
     axis.set_yticklabels([f"stage {stage}" for stage in range(stages)], fontsize=8)
 
 
-def _beginning(spans: list[TracedSpan], end: float) -> float:
+def _find_beginning(spans: list[TracedSpan], end: float) -> float:
     """Until some rounds of decoding have passed: the prefill and three times the time of the first decode spans."""
     decodes = [span.start for span in spans if span.name == "decode"]
     if len(decodes) < 8:

@@ -12,7 +12,7 @@ from ds_llmpq.files import read_json_lines
 from ds_llmpq.lengths.records import Tokens
 from ds_llmpq.research.arrivals import arrival_times, read_trace
 from ds_llmpq.research.config import AnswersConfig, ArrivalsConfig, PredictionConfig, SimulateConfig
-from ds_llmpq.scheduler.execution import ExecutionCost, alone_seconds
+from ds_llmpq.scheduler.execution import ExecutionCost, estimate_alone
 from ds_llmpq.scheduler.jobs import Jobs
 from ds_llmpq.validation import Amount, validate
 
@@ -44,7 +44,7 @@ def make_jobs(settings: SimulateConfig, cost: ExecutionCost, seed: int) -> tuple
         raise UserError(
             f"arrivals.trace has {len(times)} rows from arrivals.start_row on, fewer than {settings.jobs} jobs."
         )
-    jobs = Jobs.of(times, lengths.generated_tokens, lengths.prompt_tokens, lengths.predicted_tokens)
+    jobs = Jobs.from_arrays(times, lengths.generated_tokens, lengths.prompt_tokens, lengths.predicted_tokens)
     return jobs, lengths
 
 
@@ -54,7 +54,7 @@ def rate_of(settings: SimulateConfig, cost: ExecutionCost, lengths: Lengths) -> 
         raise UserError(f"arrivals.load is {settings.arrivals.load} but must be above 0.")
     slots = 1 if settings.batching == "none" else settings.max_batch
     pairs = zip(lengths.prompt_tokens.tolist(), lengths.generated_tokens.tolist(), strict=True)
-    return settings.arrivals.load * slots / float(np.mean([alone_seconds(cost, *pair) for pair in pairs]))
+    return settings.arrivals.load * slots / float(np.mean([estimate_alone(cost, *pair) for pair in pairs]))
 
 
 def predicted(lengths: Lengths, config: PredictionConfig, generator: np.random.Generator) -> Lengths:

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from ds_llmpq.files import csv_cell
 from ds_llmpq.report import sweep
-from ds_llmpq.report.measured import read_measured
+from ds_llmpq.report.metrics_file import read_metrics
 from ds_llmpq.research.queue_simulator import BATCHINGS
 from ds_llmpq.research.schedule_plots import plot_against
 from ds_llmpq.research.schedule_text import comparison_text
@@ -27,10 +27,10 @@ class SimulationSummary(Callback):
         points = sorted(place.parent for place in folder.glob("*/.hydra"))
         for point in points:
             if (point / "failure.json").is_file():
-                failure = sweep.failure_of(point)
+                failure = sweep.read_failure(point)
                 sweep.failure_codes.append(failure.exit_code)
                 print(f"{point.name}: {failure.message}")
-        found = [metrics for point in points if (metrics := read_measured(point / "metrics.json")) is not None]
+        found = [metrics for point in points if (metrics := read_metrics(point / "metrics.json")) is not None]
         if found:
             write_comparison(folder, found)
             print(f"comparison: {folder / 'comparison.md'}")

@@ -91,7 +91,7 @@ class AdmissionQueue:
         """Hands out no more: what runs or waits on the stages still ends."""
         self.stopped = True
 
-    def shape_of(self, need: int) -> tuple[int, int]:
+    def choose_shape(self, need: int) -> tuple[int, int]:
         """(slots, capacity) for sequences of `need` positions."""
         capacity = self.row_positions
         while capacity < need:
@@ -104,34 +104,36 @@ class AdmissionQueue:
         """(slots, requests by their index) of each stream, were they to run in this order."""
         needs = [self._needs[index] for index in order]
         if self._refill:
-            for (slots, _), members in self._by_shape(order, needs):
+            for (slots, _), members in self._group_by_shape(order, needs):
                 yield slots, members
         else:
             for start, stop in cut_spans(needs, self.sequences, self.positions):
                 yield stop - start, list(order[start:stop])
 
     def _cut(self, rows: abc.Sequence[Row], needs: abc.Sequence[int]) -> Iterator[RequestGroup]:
-        return self._shaped(rows, needs) if self._refill else self._packed(rows, needs)
+        return self._cut_by_shape(rows, needs) if self._refill else self._cut_to_fit(rows, needs)
 
-    def _shaped(self, rows: abc.Sequence[Row], needs: abc.Sequence[int]) -> Iterator[RequestGroup]:
-        for shape, members in self._by_shape(rows, needs):
+    def _cut_by_shape(self, rows: abc.Sequence[Row], needs: abc.Sequence[int]) -> Iterator[RequestGroup]:
+        for shape, members in self._group_by_shape(rows, needs):
             size = max(shape[0], _LEAST_ROWS)
             for start in range(0, len(members), size):
-                part = tuple(map(self._row, members[start : start + size]))
+                part = tuple(map(self._make_sequence, members[start : start + size]))
                 yield RequestGroup(part, *shape, joins=True)
 
-    def _by_shape(self, rows: abc.Sequence[Row], needs: abc.Sequence[int]) -> list[tuple[tuple[int, int], list[Row]]]:
+    def _group_by_shape(
+        self, rows: abc.Sequence[Row], needs: abc.Sequence[int]
+    ) -> list[tuple[tuple[int, int], list[Row]]]:
         """Those of the longest slots first; in each shape the given order."""
         by_shape: dict[tuple[int, int], list[Row]] = {}
         for row, need in zip(rows, needs, strict=True):
-            by_shape.setdefault(self.shape_of(need), []).append(row)
+            by_shape.setdefault(self.choose_shape(need), []).append(row)
         return sorted(by_shape.items(), key=lambda entry: -entry[0][1])
 
-    def _packed(self, rows: abc.Sequence[Row], needs: abc.Sequence[int]) -> Iterator[RequestGroup]:
+    def _cut_to_fit(self, rows: abc.Sequence[Row], needs: abc.Sequence[int]) -> Iterator[RequestGroup]:
         for start, stop in cut_spans(needs, self.sequences, self.positions):
-            yield RequestGroup(tuple(map(self._row, rows[start:stop])), stop - start, max(needs[start:stop]))
+            yield RequestGroup(tuple(map(self._make_sequence, rows[start:stop])), stop - start, max(needs[start:stop]))
 
-    def _row(self, row: Row) -> Sequence:
+    def _make_sequence(self, row: Row) -> Sequence:
         if isinstance(row, Sequence):
             return row
         return self.prepared[row].sequence(row, self._begun.get(row, ()))

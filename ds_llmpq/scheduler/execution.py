@@ -63,7 +63,7 @@ class PlanCost:
     planned_prompt_tokens: int
 
     @classmethod
-    def of(cls, plan: Plan) -> PlanCost:
+    def from_plan(cls, plan: Plan) -> PlanCost:
         return cls(
             tuple(stage.prefill_seconds for stage in plan.stages),
             tuple(stage.decode_seconds for stage in plan.stages),
@@ -85,7 +85,7 @@ class PlanCost:
         return steps * max(micro_batches * max(self.decode_stage_seconds), sum(self.decode_stage_seconds))
 
 
-def alone_seconds(cost: ExecutionCost, prompt_tokens: int, generated_tokens: float) -> float:
+def estimate_alone(cost: ExecutionCost, prompt_tokens: int, generated_tokens: float) -> float:
     """How long a job takes with the machine to itself."""
     steps = cost.own_steps(prompt_tokens) + generated_tokens
     return cost.stall_seconds([prompt_tokens]) + cost.decode_seconds(1, prompt_tokens, steps)

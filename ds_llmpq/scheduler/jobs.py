@@ -19,7 +19,7 @@ class Jobs:
     predicted_tokens: np.ndarray  # float, not negative
 
     @classmethod
-    def of(
+    def from_arrays(
         cls,
         arrival_seconds: np.ndarray,
         generated_tokens: np.ndarray,

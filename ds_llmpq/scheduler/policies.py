@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ds_llmpq.errors import UserError
-from ds_llmpq.scheduler.execution import ExecutionCost, alone_seconds
+from ds_llmpq.scheduler.execution import ExecutionCost, estimate_alone
 from ds_llmpq.scheduler.jobs import Jobs
 
 GUARDS = ("none", "aging", "overdue")
@@ -23,7 +23,7 @@ PREDICTING = frozenset({"ssjf", "longest_first"})
 class Guard:
     """Keeps long jobs from starving, with what a scheduler can see: waiting, and the run time it believes a job has.
 
-    A job's limit is the smaller of `threshold_seconds` and `coefficient` times its believed run time (None: no such
+    A job's limit is the smaller of `threshold_seconds` and `coefficient` times its estimated run time (None: no such
     bound). `aging`: jobs go by arrival + limit, so none is overtaken by one that came more than its limit later.
     `overdue`: a job that has waited longer than its limit goes before all that have not, oldest first; under
     overload that is first come, first served. `none`: no guard.
@@ -43,9 +43,9 @@ class Guard:
         if self.kind == "aging" and self.coefficient is None:
             raise UserError("guard.kind=aging needs guard.coefficient, or all jobs would age alike; give one.")
 
-    def limit(self, believed_seconds: float) -> float:
+    def limit(self, estimated_seconds: float) -> float:
         bound = math.inf if self.threshold_seconds is None else self.threshold_seconds
-        return bound if self.coefficient is None else min(bound, self.coefficient * believed_seconds)
+        return bound if self.coefficient is None else min(bound, self.coefficient * estimated_seconds)
 
 
 NO_GUARD = Guard("none")
@@ -63,22 +63,22 @@ def make_queue(policy: str, jobs: Jobs, cost: ExecutionCost, guard: Guard) -> Qu
         return GroupQueue(jobs)
     if policy == "fcfs":
         return Queue(np.zeros(len(jobs)), 0, jobs, cost, NO_GUARD)
-    believed = jobs.generated_tokens if policy == "sjf" else jobs.predicted_tokens
+    estimated = jobs.generated_tokens if policy == "sjf" else jobs.predicted_tokens
     if policy == "longest_first":  # aging would make long jobs wait
         overdue = replace(guard, kind="overdue") if guard.kind == "aging" else guard
-        return Queue(believed, -1, jobs, cost, overdue)
-    return Queue(believed, 1, jobs, cost, guard)
+        return Queue(estimated, -1, jobs, cost, overdue)
+    return Queue(estimated, 1, jobs, cost, guard)
 
 
 class Queue:
     """Jobs by priority. Ties go to the job that came first.
 
-    `believed_tokens`: length by job as the scheduler believes it. `sign`: 1 smallest remaining first, -1 largest, 0
+    `estimated_tokens`: length by job as the scheduler believes it. `sign`: 1 smallest remaining first, -1 largest, 0
     all alike.
     """
 
-    def __init__(self, believed_tokens: np.ndarray, sign: int, jobs: Jobs, cost: ExecutionCost, guard: Guard):
-        self._believed = believed_tokens.tolist()
+    def __init__(self, estimated_tokens: np.ndarray, sign: int, jobs: Jobs, cost: ExecutionCost, guard: Guard):
+        self._estimated = estimated_tokens.tolist()
         self._sign = sign
         self._guard = guard
         self._cost = cost
@@ -98,16 +98,16 @@ class Queue:
         self._stint[job] += 1
         self._waiting += 1
         stint = self._stint[job]
-        left = self._left(job, done_tokens)
+        left = self._estimate_left(job, done_tokens)
         came = self._arrival[job] + served_seconds
         if self._guard.kind == "aging":
-            key = came + self._guard.limit(alone_seconds(self._cost, self._prompts[job], left))
+            key = came + self._guard.limit(estimate_alone(self._cost, self._prompts[job], left))
         else:
             key = self._sign * left
         heapq.heappush(self._by_key, (key, job, stint))
         if self._guard.kind == "overdue":
-            believed = alone_seconds(self._cost, self._prompts[job], self._believed[job])
-            heapq.heappush(self._by_deadline, (came + self._guard.limit(believed), job, stint))
+            estimated = estimate_alone(self._cost, self._prompts[job], self._estimated[job])
+            heapq.heappush(self._by_deadline, (came + self._guard.limit(estimated), job, stint))
 
     def pop(self, now: float) -> int:
         """The next job to run."""
@@ -115,19 +115,19 @@ class Queue:
             _, job, stint = heapq.heappop(self._by_deadline)
             if self._stint[job] == stint:
                 heapq.heappush(self._overdue, (job, stint))
-        job = self._fresh(self._overdue)
+        job = self._pop_fresh(self._overdue)
         if job is None:
-            job = self._fresh(self._by_key)
+            job = self._pop_fresh(self._by_key)
         self._stint[job] += 1
         self._waiting -= 1
         return job
 
-    def _left(self, job: int, done: float) -> float:
+    def _estimate_left(self, job: int, done: float) -> float:
         """Believed remaining tokens; a job that outran its prediction is expected to go on for as long as it ran."""
-        left = self._believed[job] - done
+        left = self._estimated[job] - done
         return left if left > 0 or not done else done
 
-    def _fresh(self, heap: list) -> int | None:
+    def _pop_fresh(self, heap: list) -> int | None:
         """Removes and returns the first job of a heap that is not stale."""
         while heap:
             *_, job, stint = heapq.heappop(heap)

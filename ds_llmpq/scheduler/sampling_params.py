@@ -23,7 +23,7 @@ class Bound:
     exclusive: bool = False
 
 
-def _bounded(default: Any, *bound: Any, **options: bool) -> Any:
+def _sampling_field(default: Any, *bound: Any, **options: bool) -> Any:
     return field(default=default, metadata={"bound": Bound(*bound, **options)})
 
 
@@ -32,16 +32,16 @@ class SamplingParams:
     """None: as the checkpoint has it; for `seed`, derived from the request's id. Penalties and `min_tokens` are the
     subject of `engine.processors`, the end of an answer that of `serving.stop_rule`, the rest of `engine.sampling`."""
 
-    temperature: float = _bounded(0.0, 0, 2, "from 0 (greedy) to 2")
-    top_p: float = _bounded(1.0, 0, 1, "above 0 and at most 1", exclusive=True)  # 1: off
-    top_k: int = _bounded(0, 0, _MOST, "0 (off) or more", whole=True)
-    seed: int | None = _bounded(None, -_MOST, _MOST - 1, "from -2**63 to 2**63 - 1", whole=True)
-    min_p: float | None = _bounded(None, 0, 1, "from 0 (off) to 1")
-    repetition_penalty: float | None = _bounded(None, 0, 10, "above 0 and at most 10", exclusive=True)  # 1: off
-    presence_penalty: float = _bounded(0.0, -2, 2, "from -2 to 2")
-    frequency_penalty: float = _bounded(0.0, -2, 2, "from -2 to 2")
-    min_tokens: int | None = _bounded(None, 0, _MOST, "0 (off) or more", whole=True)
-    max_tokens: int = _bounded(128, 1, _MOST, "at least 1", whole=True)
+    temperature: float = _sampling_field(0.0, 0, 2, "from 0 (greedy) to 2")
+    top_p: float = _sampling_field(1.0, 0, 1, "above 0 and at most 1", exclusive=True)  # 1: off
+    top_k: int = _sampling_field(0, 0, _MOST, "0 (off) or more", whole=True)
+    seed: int | None = _sampling_field(None, -_MOST, _MOST - 1, "from -2**63 to 2**63 - 1", whole=True)
+    min_p: float | None = _sampling_field(None, 0, 1, "from 0 (off) to 1")
+    repetition_penalty: float | None = _sampling_field(None, 0, 10, "above 0 and at most 10", exclusive=True)  # 1: off
+    presence_penalty: float = _sampling_field(0.0, -2, 2, "from -2 to 2")
+    frequency_penalty: float = _sampling_field(0.0, -2, 2, "from -2 to 2")
+    min_tokens: int | None = _sampling_field(None, 0, _MOST, "0 (off) or more", whole=True)
+    max_tokens: int = _sampling_field(128, 1, _MOST, "at least 1", whole=True)
     stop: tuple[str, ...] = ()  # the answer ends before any of these strings
     ignore_eos: bool = False
 

@@ -71,10 +71,10 @@ class Scheduler:
         self._turn = self._next_index()
         self._visit += 1
         for slot in joining:
-            self._to(slot, _Slot.FREE if ended(slot) else _Slot.RUNNING)
+            self._set_state(slot, _Slot.FREE if ended(slot) else _Slot.RUNNING)
         group = self.groups[self._turn]
         running = [slot for slot in group if self._state[slot] is _Slot.RUNNING]
-        batches = list(self._admitted()) if self._waiting and self._worth_admitting() else []
+        batches = list(self._admit_waiting()) if self._waiting and self._worth_admitting() else []
         if running:
             batches.append(self._decode(group, running))
         return batches
@@ -82,7 +82,7 @@ class Scheduler:
     def forecast(self, ends: Callable[[int], bool]) -> MicroBatch | None:
         """The decode micro-batch of the group visited last at its next visit, if none of its sequences end but those
         that `ends` names; None: there is none. Nothing changes: the visit may come to less."""
-        group, visit = self.groups[self._turn], self._visit + self._round()
+        group, visit = self.groups[self._turn], self._visit + self._count_round()
         running = [slot for slot in group if self._joins(slot, visit) and not ends(slot)]
         if not running:
             return None
@@ -99,14 +99,14 @@ class Scheduler:
     def _joins(self, slot: int, visit: int) -> bool:
         """Whether the slot takes part in the visit: it runs, or its prefill was scheduled a round ago."""
         if self._state[slot] is _Slot.PREFILLED:
-            return visit - self._since[slot] >= self._round()
+            return visit - self._since[slot] >= self._count_round()
         return self._state[slot] is _Slot.RUNNING
 
-    def _round(self) -> int:
+    def _count_round(self) -> int:
         """Visits until each group with a sequence has had its turn."""
         return max(1, sum(any(self._state[slot] is not _Slot.FREE for slot in group) for group in self.groups))
 
-    def _to(self, slot: int, state: _Slot) -> None:
+    def _set_state(self, slot: int, state: _Slot) -> None:
         if self._state[slot] is not state:
             self._state[slot] = state
             self._since[slot] = self._visit
@@ -116,9 +116,9 @@ class Scheduler:
         if len(free) == len(self._state) or len(free) >= self.limits.prefill_rows:
             return True
         oldest = min((self._since[slot] for slot in free), default=self._visit)
-        return bool(free) and self._visit - oldest >= self.limits.patience_rounds * self._round()
+        return bool(free) and self._visit - oldest >= self.limits.patience_rounds * self._count_round()
 
-    def _admitted(self) -> Iterable[MicroBatch]:
+    def _admit_waiting(self) -> Iterable[MicroBatch]:
         free = deque(slot for slot, state in enumerate(self._state) if state is _Slot.FREE)
         while free and self._waiting:
             taken, longest = [], 0
@@ -128,7 +128,7 @@ class Scheduler:
                 taken.append((free.popleft(), number))
             slots = tuple(slot for slot, _ in taken)
             for slot in slots:
-                self._to(slot, _Slot.PREFILLED)
+                self._set_state(slot, _Slot.PREFILLED)
             yield self._micro_batch("prefill", slots, slots, tuple(number for _, number in taken))
 
     def _fits(self, rows: int, longest: int) -> bool:

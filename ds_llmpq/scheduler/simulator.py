@@ -104,7 +104,7 @@ class SimulatedRun:
 
 
 @dataclass
-class _Clock:
+class _StageClock:
     """Times known so far. A message is in one direction of one link at a time, and needs a posted receive."""
 
     times: StageTimes
@@ -163,7 +163,7 @@ class _Simulation:
     """One simulated stream: what is in each slot, and when each stage knows of it."""
 
     def __init__(self, times: StageTimes, lengths: Sequence[tuple[int, int]], slots: int, limits: MicroBatchLimits):
-        self.clock = _Clock(times)
+        self.clock = _StageClock(times)
         self.lengths = lengths
         self.scheduler = Scheduler(slots, limits)
         self.scheduler.add(prompt for prompt, _ in lengths)
@@ -183,18 +183,18 @@ class _Simulation:
                 certain[stage] = certain[stage] and known <= self.clock.took[stage]
                 self.clock.wait(stage, known, "wait_tokens", len(slots))
             admitted_before = self.scheduler.waiting < len(self.lengths)
-            for batch in self.scheduler.schedule(self._ended):
-                self._run(batch, certain)
+            for batch in self.scheduler.schedule(self._has_ended):
+                self._run_batch(batch, certain)
                 certain = [True] * len(stages)
                 if batch.phase == "prefill" and not admitted_before:
                     self.first_tokens = max(self.first_tokens, *(self.known[0][slot] for slot in batch.slots))
         latency = max(self.known[0], default=0.0)
         return SimulatedRun(latency, self.first_tokens, tuple(self.last_token), tuple(self.clock.spans))
 
-    def _ended(self, slot: int) -> bool:
+    def _has_ended(self, slot: int) -> bool:
         return self.tokens[slot] >= self.lengths[self.sequence[slot]][1]
 
-    def _run(self, batch: MicroBatch, certain: Sequence[bool]) -> None:
+    def _run_batch(self, batch: MicroBatch, certain: Sequence[bool]) -> None:
         """A micro-batch through all stages; where it was `certain`, its receive was posted with the one before."""
         clock, rows = self.clock, batch.size
         for slot, sequence in zip(batch.slots, batch.sequences, strict=False):

@@ -81,8 +81,8 @@ class Curvature:
     def _loss(self, row: int) -> torch.Tensor:
         hidden = self.hidden[row : row + 1]
         for layer in self.layers:
-            hidden = self.model.outcome(layer, hidden)
-        return F.cross_entropy(self.model.logits(self.head, hidden)[0], self.targets[row])
+            hidden = self.model.apply(layer, hidden)
+        return F.cross_entropy(self.model.compute_logits(self.head, hidden)[0], self.targets[row])
 
     def _differentiable(self):
         """Weights that take gradients, and attention that can be differentiated twice."""

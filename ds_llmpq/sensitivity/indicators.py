@@ -15,13 +15,13 @@ from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.hqq import linear_names
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS, groups_of
 from ds_llmpq.sensitivity.layerwise import Layerwise, measure
-from ds_llmpq.sensitivity.progress import Progress
+from ds_llmpq.sensitivity.resume import Progress
 
 Table = list[list[float]]
 OnLayer = Callable[[int, int], None]
 
 
-def quantized_widths(bits: Sequence[int]) -> list[int]:
+def list_quantized_bits(bits: Sequence[int]) -> list[int]:
     """The widths that cost something, in the order given."""
     return [width for width in bits if width != UNQUANTIZED_BITS]
 
@@ -29,7 +29,9 @@ def quantized_widths(bits: Sequence[int]) -> list[int]:
 # -- variance: Theorem 1 and Proposition 1 of LLM-PQ (arXiv 2403.01136)
 
 
-def variance(model: Layerwise, widths: list[int], quant: QuantConfig, progress: Progress, on_layer: OnLayer) -> Table:
+def estimate_variance(
+    model: Layerwise, widths: list[int], quant: QuantConfig, progress: Progress, on_layer: OnLayer
+) -> Table:
     """Variance that quantization adds to an output of each linear, summed over the linears of a layer.
 
     Theorem 1 gives the added variance D S^2 G(X) with G(X) = Var[X] / 4 for deterministic rounding (Proposition 1).
@@ -37,11 +39,11 @@ def variance(model: Layerwise, widths: list[int], quant: QuantConfig, progress: 
     channel: the sum over groups of S^2 / 4 x the sum of its channels' variances, as a mean over outputs. One pass over
     the rows, one layer in memory.
     """
-    rows, hidden = progress.resumed(model.embedded)
+    rows, hidden = progress.resume(model.embed)
     for index in range(len(rows), model.layers):
         layer = model.layer(index)
         statistics = _Statistics(layer)
-        hidden = model.through(layer, hidden)
+        hidden = model.run_layer(layer, hidden)
         rows.append(statistics.added_variance(widths, quant))
         progress.keep(rows, hidden)
         on_layer(index + 1, model.layers)
@@ -98,7 +100,7 @@ def weighted_squared_range(weight: torch.Tensor, spread: torch.Tensor, size: int
 # -- hessian
 
 
-def hessian(
+def estimate_hessian(
     model: Layerwise, widths: list[int], progress: Progress, on_layer: OnLayer, rows: int, estimate: str, seed: int
 ) -> Table:
     """1/2 lambda ||dW||^2 by second order; lambda is the top eigenvalue of the loss's Hessian over all of a layer's
@@ -108,15 +110,15 @@ def hessian(
     from ds_llmpq.sensitivity.curvature import Curvature
 
     layers = [model.layer(index) for index in range(model.layers)]
-    head, hidden = model.head(), model.embedded()[:rows]
-    table, _ = progress.resumed(lambda: hidden)
+    head, hidden = model.head(), model.embed()[:rows]
+    table, _ = progress.resume(lambda: hidden)
     for index, layer in enumerate(layers):
         if index >= len(table):
             curvature = Curvature(model, layers[index:], head, hidden.clone(), seed)
             weights = curvature.eigenvalue() if estimate == "eigenvalue" else curvature.traces()
             table.append([0.5 * _weighted_error(model, index, layer, width, weights) for width in widths])
             progress.keep(table, hidden)
-        hidden = model.through(layer, hidden)
+        hidden = model.run_layer(layer, hidden)
         on_layer(index + 1, model.layers)
     return table
 
@@ -133,20 +135,22 @@ def _weighted_error(model: Layerwise, index: int, layer: nn.Module, bits: int, w
 # -- random, measured
 
 
-def random_table(layers: int, widths: list[int], seed: int) -> Table:
+def draw_table(layers: int, widths: list[int], seed: int) -> Table:
     """A uniform random weight for each layer; between widths, the law that variance grows with the squared step."""
     generator = random.Random(seed)
     weights = [generator.random() for _ in range(layers)]
     return [[weight / (2**width - 1) ** 2 for width in widths] for weight in weights]
 
 
-def measured(model: Layerwise, widths: list[int], progress: Progress, on_layer: OnLayer, state_bytes: int) -> Table:
+def measure_each_layer(
+    model: Layerwise, widths: list[int], progress: Progress, on_layer: OnLayer, state_bytes: int
+) -> Table:
     """KL(full || model with this one layer at this width), in nats per token: the ground truth, L x b evaluations.
 
     KL rather than the loss itself: its expectation is the same for a model that fits its data, it is never negative,
     and its noise on few tokens is far smaller. Layers are measured from the last to the first, kept one by one.
     """
-    table: dict[int, list[float]] = progress.kept()
+    table: dict[int, list[float]] = progress.read_rows()
     order = [index for index in reversed(range(model.layers)) if index not in table]
     for done, index in enumerate(order):
         variants = [_one_layer(model.layers, index, width) for width in widths]

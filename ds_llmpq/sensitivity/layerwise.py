@@ -26,7 +26,7 @@ Bits = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Measured:
+class LossIncrease:
     """Against the unquantized model, in nats per token: increase of the loss, and KL(full || variant).
 
     `loss_error` is the standard error of the mean increase (tokens taken as independent).
@@ -62,7 +62,7 @@ class Layerwise:
         return {role.name: (role.out_features, role.in_features) for role in self._loader.decoder.spec.linears(0)}
 
     @torch.inference_mode()
-    def embedded(self) -> torch.Tensor:
+    def embed(self) -> torch.Tensor:
         """Hidden states [rows, length, hidden] before the first decoder layer."""
         embedding = self._loader.embedding()
         return torch.cat(
@@ -78,13 +78,13 @@ class Layerwise:
         return loader.head()
 
     @torch.inference_mode()
-    def through(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        return torch.cat([self.outcome(layer, rows) for rows in hidden.split(self.rows_at_once)])
+    def run_layer(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.apply(layer, rows) for rows in hidden.split(self.rows_at_once)])
 
-    def outcome(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    def apply(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         return layer(self._step(hidden=hidden)).hidden
 
-    def logits(self, head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    def compute_logits(self, head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         return head(self._step(hidden=hidden)).logits.float()
 
     def _step(self, token_ids: torch.Tensor | None = None, hidden: torch.Tensor | None = None) -> Step:
@@ -106,15 +106,15 @@ def measure(
     on_layer: Callable[[int, int], None] = lambda done, total: None,
     state_bytes: int = 1 << 30,
     heads: Sequence[int] = (),
-) -> dict[Bits | int, Measured]:
+) -> dict[Bits | int, LossIncrease]:
     """What each variant loses, and at each width of `heads` lm_head alone. Variants go in groups whose hidden
     states stay within `state_bytes`."""
     full = (UNQUANTIZED_BITS,) * model.layers
-    embedded = model.embedded()
+    embedded = model.embed()
     at_once = max(1, state_bytes // (2 * embedded.nbytes))  # states before and after a layer
     wanted = sorted({variant for variant in variants if variant != full}, reverse=True)
     groups = [wanted[start : start + at_once] for start in range(0, len(wanted), at_once)]
-    found: dict[Bits | int, Measured] = {full: Measured(0.0, 0.0, 0.0)}
+    found: dict[Bits | int, LossIncrease] = {full: LossIncrease(0.0, 0.0, 0.0)}
     for number, group in enumerate(groups):
         states: dict[Bits, torch.Tensor] = {(): embedded}
         for index in range(model.layers):
@@ -123,7 +123,7 @@ def measure(
         heads_of = dict.fromkeys(states, model.head())
         for width in heads if number == 0 else ():
             states[width], heads_of[width] = states[full], model.head(width)
-        found |= _compared(model, states, full, heads_of)
+        found |= _compare(model, states, full, heads_of)
     return {variant: found[variant] for variant in (*variants, *heads)}
 
 
@@ -135,21 +135,21 @@ def _next_states(model: Layerwise, states: dict[Bits, torch.Tensor], variants: l
         layer = model.layer(index, bits)
         for prefix in sorted(needed):
             if prefix[-1] == bits:
-                following[prefix] = model.through(layer, states[prefix[:-1]])
+                following[prefix] = model.run_layer(layer, states[prefix[:-1]])
     return following
 
 
 @torch.inference_mode()
-def _compared(
+def _compare(
     model: Layerwise, states: dict[Bits | int, torch.Tensor], full: Bits, heads: dict[Bits | int, nn.Module]
-) -> dict[Bits | int, Measured]:
+) -> dict[Bits | int, LossIncrease]:
     """Every variant's last hidden states under its head, against those of `full`."""
     sums = {variant: torch.zeros(3, dtype=torch.float64) for variant in states}
     for row in range(len(model.inputs)):
         target = model.targets[row]
-        reference = model.logits(heads[full], states[full][row : row + 1])[0].log_softmax(-1)
+        reference = model.compute_logits(heads[full], states[full][row : row + 1])[0].log_softmax(-1)
         for variant, hidden in states.items():
-            found = model.logits(heads[variant], hidden[row : row + 1])[0].log_softmax(-1)
+            found = model.compute_logits(heads[variant], hidden[row : row + 1])[0].log_softmax(-1)
             increase = F.nll_loss(found, target, reduction="none") - F.nll_loss(reference, target, reduction="none")
             kl = (reference.exp() * (reference - found)).sum(-1)
             sums[variant] += torch.stack([part.double().sum().cpu() for part in (increase, increase**2, kl)])
@@ -157,8 +157,8 @@ def _compared(
     return {variant: _measured(*(total / count).tolist(), count) for variant, total in sums.items()}
 
 
-def _measured(increase: float, square: float, kl: float, count: int) -> Measured:
-    return Measured(increase, (max(square - increase**2, 0.0) / count) ** 0.5, max(kl, 0.0))
+def _measured(increase: float, square: float, kl: float, count: int) -> LossIncrease:
+    return LossIncrease(increase, (max(square - increase**2, 0.0) / count) ** 0.5, max(kl, 0.0))
 
 
 def _check_length(checkpoint: Checkpoint, length: int) -> None:

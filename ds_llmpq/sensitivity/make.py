@@ -25,17 +25,17 @@ from ds_llmpq.quant.packing import (
     quantization_problem,
 )
 from ds_llmpq.sensitivity import indicators
-from ds_llmpq.sensitivity.calibrate import calibrated, loss_per_kl
 from ds_llmpq.sensitivity.config import CalibrationConfig
-from ds_llmpq.sensitivity.layerwise import Layerwise, Measured, measure, peak_memory_bytes
-from ds_llmpq.sensitivity.progress import Progress
+from ds_llmpq.sensitivity.layerwise import Layerwise, LossIncrease, measure, peak_memory_bytes
+from ds_llmpq.sensitivity.resume import Progress
+from ds_llmpq.sensitivity.scaling import loss_per_kl, scale_to_loss
 from ds_llmpq.sensitivity.table import Sensitivity
 
 METHODS = ("variance", "hessian", "random", "measured")
 
 
 @dataclass
-class Request:
+class SensitivityRequest:
     """What `make_sensitivity` shall do; `on_layer(phase, done, total)` is called as it goes on."""
 
     model_path: Path
@@ -49,7 +49,7 @@ class Request:
     trust_remote_code: bool = False
 
 
-def make_sensitivity(request: Request) -> Sensitivity:
+def make_sensitivity(request: SensitivityRequest) -> Sensitivity:
     """`UserError`: unknown method, a text too short, a model that is quantized already or cannot be at a width."""
     if request.method not in METHODS:
         raise UserError(f"method={request.method!r} is unknown; the methods are {', '.join(METHODS)}.")
@@ -58,10 +58,10 @@ def make_sensitivity(request: Request) -> Sensitivity:
     tokenizer = load_tokenizer(str(request.model_path), request.trust_remote_code)
     tokens = calibration_rows(text, tokenizer, calibration.rows, calibration.tokens)
     checkpoint = Checkpoint(request.model_path, request.trust_remote_code)
-    widths = indicators.quantized_widths(quant.bits)
+    widths = indicators.list_quantized_bits(quant.bits)
     model = Layerwise(checkpoint, quant, tokens, request.device, rows_at_once=calibration.rows_at_once)
-    _check_widths(model, widths, quant)
-    heads = _head_widths(request.model_path, widths, quant)
+    _check_bits(model, widths, quant)
+    heads = _choose_head_bits(request.model_path, widths, quant)
     identity = {
         "model": fingerprint(request.model_path),
         "text": text.sha256,
@@ -71,10 +71,10 @@ def make_sensitivity(request: Request) -> Sensitivity:
         "seed": request.seed,
     }
     started = time.perf_counter()
-    raw = _raw(request, model, widths, Progress(request.folder, identity))
+    raw = _run_indicator(request, model, widths, Progress(request.folder, identity))
     indicator_seconds = time.perf_counter() - started
-    uniform, low_heads = _whole_model(request, model, widths, heads)
-    table, notes = calibrated(raw, uniform)
+    uniform, low_heads = _measure_whole_model(request, model, widths, heads)
+    table, notes = scale_to_loss(raw, uniform)
     ratio = loss_per_kl(uniform)
     details: dict[str, Any] = {
         "text": text.name,
@@ -102,27 +102,29 @@ def make_sensitivity(request: Request) -> Sensitivity:
     )
 
 
-def _raw(request: Request, model: Layerwise, widths: list[int], progress: Progress) -> indicators.Table:
+def _run_indicator(
+    request: SensitivityRequest, model: Layerwise, widths: list[int], progress: Progress
+) -> indicators.Table:
     calibration, seed = request.calibration, request.seed
 
     def on_layer(done: int, total: int) -> None:
         request.on_layer(request.method, done, total)
 
     if request.method == "variance":
-        return indicators.variance(model, widths, request.quant, progress, on_layer)
+        return indicators.estimate_variance(model, widths, request.quant, progress, on_layer)
     if request.method == "hessian":
         rows, estimate = calibration.hessian_rows, calibration.hessian_estimate
         if estimate not in ("eigenvalue", "trace"):
             raise UserError(f"calibration.hessian_estimate={estimate!r} is unknown; use eigenvalue or trace.")
-        return indicators.hessian(model, widths, progress, on_layer, rows, estimate, seed)
+        return indicators.estimate_hessian(model, widths, progress, on_layer, rows, estimate, seed)
     if request.method == "random":
-        return indicators.random_table(model.layers, widths, seed)
-    return indicators.measured(model, widths, progress, on_layer, calibration.state_bytes)
+        return indicators.draw_table(model.layers, widths, seed)
+    return indicators.measure_each_layer(model, widths, progress, on_layer, calibration.state_bytes)
 
 
-def _whole_model(
-    request: Request, model: Layerwise, widths: list[int], heads: list[int]
-) -> tuple[list[Measured], list[Measured]]:
+def _measure_whole_model(
+    request: SensitivityRequest, model: Layerwise, widths: list[int], heads: list[int]
+) -> tuple[list[LossIncrease], list[LossIncrease]]:
     """All layers at one width, for each width; lm_head alone, for each of `heads`."""
     variants = [(width,) * model.layers for width in widths]
     found = measure(
@@ -135,7 +137,7 @@ def _whole_model(
     return [found[variant] for variant in variants], [found[width] for width in heads]
 
 
-def _head_widths(path: Path, widths: list[int], quant: QuantConfig) -> list[int]:
+def _choose_head_bits(path: Path, widths: list[int], quant: QuantConfig) -> list[int]:
     """Widths to measure lm_head at: that of `quant.lm_head_bits`, and of the layers' those it can be packed in,
     so that one table serves a sweep. `UserError`: `quant.lm_head_bits` cannot be."""
     matrix = read_shape(path).lm_head
@@ -145,7 +147,7 @@ def _head_widths(path: Path, widths: list[int], quant: QuantConfig) -> list[int]
     return sorted({*able, quant.lm_head_bits} - {UNQUANTIZED_BITS}, reverse=True)
 
 
-def _check_widths(model: Layerwise, widths: list[int], quant: QuantConfig) -> None:
+def _check_bits(model: Layerwise, widths: list[int], quant: QuantConfig) -> None:
     if not widths:
         raise UserError("quant.bits holds no width below 16; there is nothing to be sensitive to.")
     for name, linear in model.linear_shapes().items():

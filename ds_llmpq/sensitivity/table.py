@@ -70,7 +70,7 @@ class Sensitivity:
     def layers(self) -> int:
         return len(self.table)
 
-    def for_bits(self, bits: Sequence[int]) -> tuple[tuple[float, ...], ...]:
+    def select_bits(self, bits: Sequence[int]) -> tuple[tuple[float, ...], ...]:
         """Layers x `bits`, in that order. UserError: a width that the table lacks."""
         for width in bits:
             if width not in self.bits and width != 16:
@@ -123,7 +123,7 @@ def read_sensitivity(path: str | Path) -> Sensitivity:
     if path.name == FORMER_FILE:
         print(f"note: {path}: this file is now called {FILE}; the next version reads that only.", file=sys.stderr)
     where, remedy = f"sensitivity file {path}", "make it with the sensitivity command"
-    record = validate(_Record, read_json(path, "sensitivity file", remedy), where, remedy)
+    record = validate(_SensitivityFile, read_json(path, "sensitivity file", remedy), where, remedy)
     head = {int(width): value for width, value in record.head.items()}
     kept = {name: getattr(record, name) for name in Sensitivity.__dataclass_fields__ if name != "head"}
     try:
@@ -133,7 +133,7 @@ def read_sensitivity(path: str | Path) -> Sensitivity:
 
 
 @dataclass(frozen=True)
-class _Record:
+class _SensitivityFile:
     """What `write_sensitivity` writes."""
 
     schema: one_of(SCHEMA)

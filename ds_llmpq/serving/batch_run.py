@@ -12,7 +12,7 @@ from ds_llmpq import validation
 from ds_llmpq.batch.reader import read_requests
 from ds_llmpq.batch.results import check_folder, read_finished
 from ds_llmpq.batch.tally import InputRows, Tally
-from ds_llmpq.cluster.hostfile import hostfile_disagreements, parse_hostfile, write_hostfile
+from ds_llmpq.cluster.hostfile import find_hostfile_disagreements, parse_hostfile, write_hostfile
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import make_absolute, read_json, write_json
 from ds_llmpq.launch.environment import check_environment
@@ -28,7 +28,7 @@ from ds_llmpq.launch.journal import (
     select_sampling,
 )
 from ds_llmpq.launch.launcher import Launch, kill_leftovers
-from ds_llmpq.models.fingerprint import fingerprint, text_fingerprint
+from ds_llmpq.models.fingerprint import fingerprint, fingerprint_text
 from ds_llmpq.models.notes import describe_notes, list_notes
 from ds_llmpq.plan import Plan, check_model, launch_order, read_plan, write_plan
 from ds_llmpq.quant.kernels.registry import check_invariant
@@ -76,7 +76,7 @@ def run_batch(settings: RunConfig, out: Path, screen: Screen = Screen()) -> Batc
     validate_supervision(settings.run)
     batch = validate_batch(settings.batch)
     # what rank 0 would refuse is said at once
-    rows = InputRows.of(read_requests(make_absolute(settings.input), batch))
+    rows = InputRows.from_file(read_requests(make_absolute(settings.input), batch))
     with lock_folder(check_folder(out)):
         kill_leftovers(out)
         return _run(replace(settings, batch=batch), out, rows, screen)
@@ -151,7 +151,7 @@ def _prepare(
         write_hostfile(out / "hostfile", launch_order(plan))
     checkpoint = find_checkpoint(settings, plan)
     asked = replace(
-        asked, model=fingerprint(checkpoint), texts=text_fingerprint(checkpoint), plan=fingerprint_plan(plan)
+        asked, model=fingerprint(checkpoint), texts=fingerprint_text(checkpoint), plan=fingerprint_plan(plan)
     )
     if journal is None:
         journal = Journal(asked)
@@ -258,6 +258,6 @@ def _check_hostfile(settings: RunConfig, plan: Plan) -> None:
     if settings.hostfile is None:
         return
     hostfile = make_absolute(settings.hostfile)
-    wrong = hostfile_disagreements(parse_hostfile(hostfile), launch_order(plan))
+    wrong = find_hostfile_disagreements(parse_hostfile(hostfile), launch_order(plan))
     if wrong:
         raise UserError(f"Hostfile {hostfile} disagrees with the plan: {wrong[0]}; plan again or change the file.")

@@ -11,7 +11,7 @@ from ds_llmpq.batch.config import BatchConfig
 from ds_llmpq.batch.prompts import PreparedRequest
 from ds_llmpq.errors import UserError
 from ds_llmpq.lengths.predictor import load_predictor
-from ds_llmpq.lengths.records import Example, conversation_text
+from ds_llmpq.lengths.records import Example, join_turns
 from ds_llmpq.scheduler.policies import POLICIES
 from ds_llmpq.scheduler.policies import PREDICTING as REPLAYED_BY_PREDICTION
 
@@ -122,7 +122,7 @@ def _example(prepared: PreparedRequest, model: str) -> Example:
     if isinstance(request.prompt, str):
         text = request.prompt
     elif request.is_chat:
-        text = conversation_text(request.prompt)
+        text = join_turns(request.prompt)
     else:
         text = " ".join(map(str, request.prompt))
     return Example(text, None, request.model or model, prepared.prompt_tokens)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ds_llmpq.batch.request_validation import check_defaults
 from ds_llmpq.cluster.cluster import Cluster
-from ds_llmpq.cluster.gates import common_dtype
+from ds_llmpq.cluster.gates import choose_dtype
 from ds_llmpq.cluster.hostfile import write_hostfile
 from ds_llmpq.cost.fitted import profiled_kernel
 from ds_llmpq.errors import UserError
@@ -98,7 +98,7 @@ def build_problem(
 def _with_kernel(settings: PlanConfig, cluster: Cluster, shape: ModelShape) -> QuantConfig:
     """The HQQ settings with the kernel that ranks will run: the one asked for, a profile's, or what is installed."""
     kinds = sorted({device_type.kind for device_type in cluster.device_types.values()})
-    dtype = common_dtype(cluster, settings.engine.dtype)
+    dtype = choose_dtype(cluster, settings.engine.dtype)
     measured = profiled_kernel(settings.planner.profile) if settings.planner.profile else None
     return resolved(settings.quant, kinds, dtype, shape.linears, measured, shape.spec, settings.engine.batch_invariant)
 

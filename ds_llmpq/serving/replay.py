@@ -54,8 +54,8 @@ class Replay:
         prompts = np.array([each.prompt_tokens for each in self.prepared])
         limits = np.array([each.max_tokens for each in self.prepared])
         if len(arrivals):
-            jobs = Jobs.of(arrivals, limits, prompts, np.array(self.expected_tokens))
-            self._queue = make_queue(self.policy, jobs, PlanCost.of(self.plan), Guard())
+            jobs = Jobs.from_arrays(arrivals, limits, prompts, np.array(self.expected_tokens))
+            self._queue = make_queue(self.policy, jobs, PlanCost.from_plan(self.plan), Guard())
 
     def take(self) -> RequestGroup | None:
         """The requests to run next, no more than there are free slots; an empty group: none has come; None: the end."""
@@ -120,4 +120,4 @@ class Replay:
 
 def replay_shape(queue: AdmissionQueue, prepared: Sequence[PreparedRequest]) -> tuple[int, int]:
     """(slots, capacity) that every request fits."""
-    return queue.shape_of(max((each.sequence_tokens for each in prepared), default=1))
+    return queue.choose_shape(max((each.sequence_tokens for each in prepared), default=1))

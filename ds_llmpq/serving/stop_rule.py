@@ -6,8 +6,8 @@ from collections import abc
 from pathlib import Path
 from typing import Any
 
-from ds_llmpq.batch.text import GenerationState
-from ds_llmpq.models.generation import generation_of
+from ds_llmpq.batch.detokenizer import GenerationState
+from ds_llmpq.models.generation import load_generation
 from ds_llmpq.scheduler.request_group import Sequence
 from ds_llmpq.scheduler.slot_table import Finish
 
@@ -52,6 +52,6 @@ class TextStopRule:
 def build_stop_rule(model_path: str | Path, tokenizer: Any) -> TextStopRule:
     """A checkpoint's end-of-sequence tokens and stop strings, as `generate` has them; the tokenizer's end token where
     its configuration files name none. `UserError`: files that cannot be."""
-    defaults = generation_of(model_path)
+    defaults = load_generation(model_path)
     own = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
     return TextStopRule(tokenizer, frozenset(defaults.eos_token_ids or own), defaults.stop_strings)

@@ -18,7 +18,7 @@ from typing import Any
 
 from ds_llmpq.batch.results import RESULTS_NAME
 from ds_llmpq.batch.tally import Tally
-from ds_llmpq.cluster.detect import memory_kills
+from ds_llmpq.cluster.detect import count_memory_kills
 from ds_llmpq.errors import Interrupted, RunFailed, UserError
 from ds_llmpq.launch.attempt import MISTAKE, Listener, Outcome, say
 from ds_llmpq.launch.config import SupervisionConfig, WatchConfig
@@ -69,7 +69,7 @@ class Supervisor:
     replan: Callable[[list[str]], tuple[Job, Launch]]
     find_lost: Callable[[Plan], list[str]] = find_lost_devices
     pause: Callable[[float], None] = time.sleep
-    count_kills: Callable[[], int] = memory_kills
+    count_kills: Callable[[], int] = count_memory_kills
     restarts: int = 0
     replans: int = 0
     reasons: list[str] = field(default_factory=list)

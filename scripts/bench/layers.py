@@ -23,7 +23,7 @@ from ds_llmpq.cost.profile import Point
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.profiling.parts import Parts
 from ds_llmpq.quant.config import QuantConfig
-from ds_llmpq.report.plan_table import table
+from ds_llmpq.report.plan_table import format_table
 
 
 def main() -> None:
@@ -56,7 +56,7 @@ def main() -> None:
         for (kernel, bits), each in seconds.items()
     ]
     print(f"{options.threads} threads, milliseconds a layer (speed against the first line)")
-    print(table(["", *points], rows))
+    print(format_table(["", *points], rows))
 
 
 def parts_of(options: argparse.Namespace, kernel: str) -> Parts:

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from ds_llmpq.models.shape import read_shape
-from ds_llmpq.report.plan_table import table
+from ds_llmpq.report.plan_table import format_table
 
 MIB = 2**20
 
@@ -37,7 +37,7 @@ def main() -> None:
         if not (folder / "run" / "metrics.json").is_file():
             run(options, bits, folder)
         rows += compared(bits, json.loads((folder / "run" / "metrics.json").read_text())["stages"][0]["memory_bytes"])
-    print(table(["bits", "part", "predicted MiB", "measured MiB", "error"], rows))
+    print(format_table(["bits", "part", "predicted MiB", "measured MiB", "error"], rows))
 
 
 def run(options: argparse.Namespace, bits: int, folder: Path) -> None:

@@ -31,7 +31,7 @@ from length_runs import (
     write_lines,
 )
 
-from ds_llmpq.report.plan_table import table
+from ds_llmpq.report.plan_table import format_table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tiny_corpus import chat_of, functions_with_docstrings, read_documents
@@ -149,7 +149,7 @@ def measured(options: argparse.Namespace, out: Path, plan: Path, rows: Path, var
                 str(order["requeued"]),
             ]
         )
-    return f"{out.name}: measured, medians; {rows.name} of {options.requests} requests\n{table(HEAD, lines)}"
+    return f"{out.name}: measured, medians; {rows.name} of {options.requests} requests\n{format_table(HEAD, lines)}"
 
 
 if __name__ == "__main__":

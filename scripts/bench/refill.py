@@ -35,7 +35,7 @@ from length_runs import (
     write_lines,
 )
 
-from ds_llmpq.report.plan_table import table
+from ds_llmpq.report.plan_table import format_table
 
 _ARRIVAL = "batch.order=arrival"
 VARIANTS = {"refill": [_ARRIVAL], "waves": ["engine.refill=false", _ARRIVAL], "longest_first": []}
@@ -139,7 +139,7 @@ def summary(runs: dict[str, list[dict[str, Any]]]) -> str:
         low, high = min(speeds[name]), max(speeds[name])
         speed = [f"{median(speeds[name]):.0f}", f"{low:.0f} to {high:.0f}", f"{median(speeds[name]) / base:.2f}x"]
         lines.append([name, str(len(own)), *speed, str(own[0]["decode_passes"]), ", ".join(memory)])
-    return table(HEAD, lines)
+    return format_table(HEAD, lines)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from length_runs import (
     write_lines,
 )
 
-from ds_llmpq.report.plan_table import table
+from ds_llmpq.report.plan_table import format_table
 from ds_llmpq.research.arrivals import arrival_times
 
 TRAINING_SEED = 10_000
@@ -115,7 +115,7 @@ def summary(options: argparse.Namespace, runs: list[dict[str, Any]]) -> str:
             cells = [f"{value:.2f} s" for value in (*jct, *waiting)]
             lines.append([f"{load:g}", policy, str(len(own)), *cells, gain])
     counts = json.dumps({"requests": options.requests, "slots": options.slots, "mean_tokens": options.mean_tokens})
-    return f"measured, through the launcher; {counts}\n{table(HEAD, lines)}"
+    return f"measured, through the launcher; {counts}\n{format_table(HEAD, lines)}"
 
 
 if __name__ == "__main__":

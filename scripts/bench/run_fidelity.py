@@ -34,7 +34,7 @@ from ds_llmpq.planner.cost_source import load_profile_costs
 from ds_llmpq.planner.deploy import compose_plan, deploy
 from ds_llmpq.planner.simulation import simulate_plan
 from ds_llmpq.report.fidelity import Pair, error_table, scatter, verdict
-from ds_llmpq.report.plan_table import bits_text, table
+from ds_llmpq.report.plan_table import format_bits, format_table
 
 ROOM = 8 << 30  # budgets are not what is measured here
 
@@ -172,7 +172,7 @@ def lower_quartile(times: list[float]) -> float:
 
 
 def describe(assignment: Assignment, formula: float, simulated: float, measured: float) -> str:
-    stages = " | ".join(f"{stage.device} {bits_text(stage.bits)}" for stage in assignment.stages)
+    stages = " | ".join(f"{stage.device} {format_bits(stage.bits)}" for stage in assignment.stages)
     return (
         f"{formula:.3f} s by formula, {simulated:.3f} s simulated, {measured:.3f} s measured "
         f"({formula / measured - 1:+.1%}, {simulated / measured - 1:+.1%}): {stages}, micro-batches "
@@ -188,7 +188,7 @@ def report(rows, out: Path) -> None:
         errors = [abs(p / m - 1) for p, m in zip(predicted, measured, strict=True)]
         tau = kendalltau(predicted, measured).statistic
         lines.append([name, str(len(rows)), f"{median(errors):.1%}", f"{max(errors):.1%}", f"{tau:.3f}"])
-    text = table(["prediction", "plans", "median error", "worst error", "Kendall tau"], lines)
+    text = format_table(["prediction", "plans", "median error", "worst error", "Kendall tau"], lines)
     print(text)
     (out / "summary.txt").write_text("\n".join([*(describe(*row) for row in rows), text]) + "\n")
 

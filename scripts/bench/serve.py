@@ -30,9 +30,9 @@ from statistics import median
 from length_runs import drawn_lengths
 from peers import random_prompts
 
-from ds_llmpq.cluster.calibrate import measure_cpu
+from ds_llmpq.cluster.rates import measure_cpu
 from ds_llmpq.models.shape import read_shape
-from ds_llmpq.report.plan_table import table
+from ds_llmpq.report.plan_table import format_table
 
 OURS = (
     "ours-16x1", "ours-8rowsx1", "ours-8x1", "ours-4x1", "ours-mixx1", "ours-16x2", "ours-8rowsx2", "ours-8x2",
@@ -213,7 +213,7 @@ def report(out: Path, options: argparse.Namespace, batch: int) -> str:
         f"medians of {repeats}"
     )
     limits = [] if options.lengths else [roofline(options, speeds, batch)]
-    return "\n".join([title, table(head, rows), *against(speeds), *limits])
+    return "\n".join([title, format_table(head, rows), *against(speeds), *limits])
 
 
 def against(speeds: dict[str, list[float]]) -> list[str]:

@@ -8,8 +8,8 @@ from batch_helpers import byte_level, chat_row, completion_row, write_rows
 from ds_llmpq.batch.config import BatchConfig
 from ds_llmpq.batch.prompts import (
     CHUNK_REQUESTS,
-    effective_max_tokens,
     encode,
+    limit_max_tokens,
     prepare,
     render_chat,
     required_tokens,
@@ -128,10 +128,10 @@ def test_one_text_the_tokenizer_refuses_spares_its_neighbours(requests_of):
 def test_length_limits(requests_of, prompt, asked, context, capacity, expected):
     [request] = requests_of([completion_row(max_tokens=asked)])
     if isinstance(expected, int):
-        assert effective_max_tokens(request, prompt, context, capacity) == expected
+        assert limit_max_tokens(request, prompt, context, capacity) == expected
         return
     with pytest.raises(RequestError) as caught:
-        effective_max_tokens(request, prompt, context, capacity)
+        limit_max_tokens(request, prompt, context, capacity)
     assert caught.value.code == expected
     assert str(prompt) in caught.value.message
 

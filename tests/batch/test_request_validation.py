@@ -5,7 +5,7 @@ from batch_helpers import chat_row, completion_row
 
 from ds_llmpq.batch.config import BatchConfig
 from ds_llmpq.batch.request import COMPLETIONS_URL, RequestError, derive_seed
-from ds_llmpq.batch.request_validation import check_defaults, parse_row, row_custom_id
+from ds_llmpq.batch.request_validation import check_defaults, parse_row, read_custom_id
 from ds_llmpq.errors import UserError
 
 DEFAULTS = BatchConfig()
@@ -176,7 +176,7 @@ def test_the_other_interface_s_prompt_field_is_unknown():
 )
 def test_unusable_custom_ids(row):
     with pytest.raises(RequestError):
-        row_custom_id(row)
+        read_custom_id(row)
 
 
 @pytest.mark.parametrize("number", [0, 7, -3, 10**30])

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from ds_llmpq import files
 from ds_llmpq.batch.config import BatchConfig
-from ds_llmpq.batch.jsonl_file import row_bytes
+from ds_llmpq.batch.jsonl_file import encode_row
 from ds_llmpq.batch.reader import read_requests
 from ds_llmpq.batch.request import RowError
-from ds_llmpq.batch.results import Result, ResultWriter, error_row, read_finished, result_row
+from ds_llmpq.batch.results import Result, ResultWriter, format_error, format_result, read_finished
 from ds_llmpq.errors import UserError
 
 
@@ -39,7 +39,7 @@ def lines(path):
 
 def test_rows_are_in_openai_s_batch_format(tmp_path, results_of):
     completion, chat = results_of(2, "text")
-    row = result_row(chat, "served")
+    row = format_result(chat, "served")
     body = row["response"]["body"]
     assert list(row) == ["id", "custom_id", "response", "error"]
     assert row["error"] is None
@@ -49,13 +49,13 @@ def test_rows_are_in_openai_s_batch_format(tmp_path, results_of):
     assert body["choices"][0]["message"] == {"role": "assistant", "content": "texttext"}
     assert body["choices"][0]["finish_reason"] == "stop"
     assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
-    body = result_row(completion)["response"]["body"]
+    body = format_result(completion)["response"]["body"]
     assert body["object"] == "text_completion"
     assert body["choices"][0]["text"] == "text"
-    error = error_row(RowError(4, None, "invalid_json", "The row is not JSON."))
+    error = format_error(RowError(4, None, "invalid_json", "The row is not JSON."))
     assert error["custom_id"] is None
     assert error["error"] == {"code": "invalid_json", "message": "The row is not JSON.", "line": 4}
-    assert error["id"] != error_row(RowError(5, None, "invalid_json", "x"))["id"]
+    assert error["id"] != format_error(RowError(5, None, "invalid_json", "x"))["id"]
 
 
 def test_rows_are_in_the_file_as_soon_as_they_are_written_and_counted(tmp_path, results_of):
@@ -67,7 +67,7 @@ def test_rows_are_in_the_file_as_soon_as_they_are_written_and_counted(tmp_path, 
         writer.write_error(RowError(9, "e", "code", "Reason."))
         assert [row["custom_id"] for row in lines(out / "errors.jsonl")] == ["e"]
         assert writer.counts == {"total": 5, "completed": 3, "failed": 1}
-    assert lines(out / "results.jsonl") == [result_row(result) for result in results_of(3)]
+    assert lines(out / "results.jsonl") == [format_result(result) for result in results_of(3)]
     assert read_finished(out) == {"id-0é", "id-1é", "id-2é"}
 
 
@@ -81,7 +81,7 @@ def test_two_runs_write_the_same_bytes(tmp_path, results_of):
 
 def test_a_kill_at_any_byte_is_repaired_and_resumed(tmp_path_factory, results_of):
     results = results_of(4)
-    whole = b"".join(row_bytes(result_row(result)) for result in results)
+    whole = b"".join(encode_row(format_result(result)) for result in results)
 
     @settings(max_examples=120, deadline=None)
     @given(cut=st.integers(0, len(whole)), zeros=st.integers(0, 3))
@@ -186,7 +186,7 @@ def file_size_limit(size):
 
 def test_a_full_disk_takes_the_torn_row_back(tmp_path, results_of):
     first, second = results_of(2)
-    whole = row_bytes(result_row(first))
+    whole = encode_row(format_result(first))
     with ResultWriter(tmp_path) as writer:
         writer.write_result(first)
         with file_size_limit(len(whole) + 50), pytest.raises(UserError, match="rows so far are whole"):
@@ -233,7 +233,7 @@ def test_an_interrupted_write_leaves_no_torn_row(tmp_path, results_of, monkeypat
         monkeypatch.setattr(os, "pwrite", interrupted)
         with pytest.raises(KeyboardInterrupt):
             writer.write_result(second)
-    assert (tmp_path / "results.jsonl").read_bytes() == row_bytes(result_row(first))
+    assert (tmp_path / "results.jsonl").read_bytes() == encode_row(format_result(first))
 
 
 def test_rows_survive_kill_9(tmp_path):

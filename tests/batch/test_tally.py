@@ -35,7 +35,7 @@ def write(out, file, results="", failed=(), **options):
 
 
 def count(out, file):
-    tally = InputRows.of(file).count(out)
+    tally = InputRows.from_file(file).count(out)
     return tally.completed, tally.failed, tally.lacking
 
 

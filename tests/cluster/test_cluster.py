@@ -13,7 +13,7 @@ from ds_llmpq.cluster.config import (
     LinkConfig,
     LinkPairConfig,
 )
-from ds_llmpq.cluster.gates import common_dtype, feasible_bits, gate
+from ds_llmpq.cluster.gates import choose_dtype, gate, list_feasible_bits
 from ds_llmpq.errors import UserError
 
 GIB = 1 << 30
@@ -137,9 +137,9 @@ def test_doubled_pair():
 def test_gates():
     cluster = Cluster.from_config(config())
     t4, core = cluster.device_types.values()
-    assert feasible_bits(core) == (4, 8, 16)
-    assert feasible_bits(t4, "bfloat16") == ()
-    assert feasible_bits(t4, "float16") == (2, 3, 4, 8, 16)
+    assert list_feasible_bits(core) == (4, 8, 16)
+    assert list_feasible_bits(t4, "bfloat16") == ()
+    assert list_feasible_bits(t4, "float16") == (2, 3, 4, 8, 16)
     assert gate(core, 4) is None
     assert "no kernel for 3 bits" in gate(core, 3)
     assert "does not compute in bfloat16" in gate(t4, 4, "bfloat16")
@@ -147,14 +147,14 @@ def test_gates():
 
 def test_common_dtype():
     mixed = Cluster.from_config(config())
-    assert common_dtype(mixed) == "float32"
+    assert choose_dtype(mixed) == "float32"
     with pytest.raises(UserError, match=r"t4 does not compute in bfloat16.*float16, float32"):
-        common_dtype(mixed, "bfloat16")
+        choose_dtype(mixed, "bfloat16")
     with pytest.raises(UserError, match="'fp8' is not known"):
-        common_dtype(mixed, "fp8")
+        choose_dtype(mixed, "fp8")
     alone = config()
     alone.hosts, alone.links.pairs = alone.hosts[:1], []
-    assert common_dtype(Cluster.from_config(alone)) == "float16"
+    assert choose_dtype(Cluster.from_config(alone)) == "float16"
     apart = change("device_types.core.flops_per_second", {"bfloat16": 1.0})
     with pytest.raises(UserError, match="share no compute type"):
-        common_dtype(Cluster.from_config(apart))
+        choose_dtype(Cluster.from_config(apart))

@@ -8,19 +8,19 @@ import yaml
 from omegaconf import OmegaConf
 
 from ds_llmpq.cluster import detect as detecting
-from ds_llmpq.cluster.calibrate import best_seconds, measure_cpu, measure_gpu
 from ds_llmpq.cluster.cluster import Cluster
 from ds_llmpq.cluster.config import ClusterConfig, DeviceTypeConfig
 from ds_llmpq.cluster.detect import (
     MIB,
     available_memory_bytes,
+    count_memory_kills,
     detect,
-    known_type,
-    memory_kills,
+    find_type,
     merge,
     parse_gpus,
     query_gpus,
 )
+from ds_llmpq.cluster.rates import measure_cpu, measure_gpu, time_best
 from ds_llmpq.config import known_device_types
 from ds_llmpq.errors import UserError
 
@@ -37,7 +37,7 @@ KNOWN = {
 @pytest.fixture(autouse=True)
 def host(monkeypatch):
     """A host of four cores and 8 GiB of free memory, whatever runs the test."""
-    monkeypatch.setattr(detecting, "usable_cores", lambda: 4)
+    monkeypatch.setattr(detecting, "count_usable_cores", lambda: 4)
     monkeypatch.setattr(detecting, "available_memory_bytes", lambda: 8 << 30)
 
 
@@ -112,7 +112,7 @@ def test_query_uses_list_arguments_and_survives_a_host_without_gpus():
 )
 def test_names_of_known_gpus(name, total_mib, expected):
     gpu = detecting.Gpu(0, "0", name, total_mib * MIB, total_mib * MIB, "8.0")
-    assert known_type(gpu) == expected
+    assert find_type(gpu) == expected
 
 
 def test_detected_gpus_have_budgets_from_free_memory():
@@ -200,11 +200,11 @@ def test_merge_keeps_unlike_rates_apart():
 
 
 def test_kills_are_counted_by_the_control_group_or_else_the_host(tmp_path):
-    assert memory_kills(tmp_path, tmp_path) == 0
+    assert count_memory_kills(tmp_path, tmp_path) == 0
     (tmp_path / "vmstat").write_text("nr_free 12\noom_kill 7\n")
-    assert memory_kills(tmp_path, tmp_path) == 7
+    assert count_memory_kills(tmp_path, tmp_path) == 7
     (tmp_path / "memory.events").write_text("oom 4\noom_kill 2\noom_group_kill 0\n")
-    assert memory_kills(tmp_path, tmp_path) == 2
+    assert count_memory_kills(tmp_path, tmp_path) == 2
 
 
 def test_available_memory_heeds_the_control_group(tmp_path):
@@ -222,7 +222,7 @@ def test_available_memory_heeds_the_control_group(tmp_path):
 def test_best_seconds_is_the_minimum_within_the_budget():
     """A clock that a list drives: runs of 5, 3 and 4 seconds, a look at the time before the third and after it."""
     times = iter([0, 0, 5, 5, 8, 8, 8, 12, 30])
-    assert best_seconds(lambda: None, 20, clock=lambda: next(times)) == 3
+    assert time_best(lambda: None, 20, clock=lambda: next(times)) == 3
 
 
 def test_measured_cpu_rates_make_a_valid_type():

@@ -3,12 +3,12 @@
 import pytest
 
 from ds_llmpq.cluster.hostfile import (
-    hostfile_disagreements,
-    hostfile_text,
-    include_string,
-    launch_ranks,
+    find_hostfile_disagreements,
+    format_hostfile,
+    format_include,
+    group_slots,
+    order_ranks,
     parse_hostfile,
-    slots_by_host,
     write_hostfile,
 )
 from ds_llmpq.errors import UserError
@@ -17,20 +17,20 @@ STAGES = [("b", 2), ("a", 0), ("b", 0), ("c.d-1", 3)]
 
 
 def test_written_hostfile_and_include_string(tmp_path):
-    assert hostfile_text(STAGES) == "b slots=3\na slots=1\nc.d-1 slots=4\n"
-    assert include_string(STAGES) == "b:0,2@a:0@c.d-1:3"
+    assert format_hostfile(STAGES) == "b slots=3\na slots=1\nc.d-1 slots=4\n"
+    assert format_include(STAGES) == "b:0,2@a:0@c.d-1:3"
     write_hostfile(tmp_path / "hostfile", STAGES)
     assert parse_hostfile(tmp_path / "hostfile") == {"b": 3, "a": 1, "c.d-1": 4}
-    assert hostfile_disagreements(parse_hostfile(tmp_path / "hostfile"), STAGES) == []
+    assert find_hostfile_disagreements(parse_hostfile(tmp_path / "hostfile"), STAGES) == []
 
 
 def test_deepspeed_numbers_ranks_as_predicted():
-    """Its launcher, given our hostfile and include string, keeps our devices in the order of `launch_ranks`."""
+    """Its launcher, given our hostfile and include string, keeps our devices in the order of `order_ranks`."""
     runner = pytest.importorskip("deepspeed.launcher.runner")
-    pool = runner._parse_hostfile(hostfile_text(STAGES).splitlines())
-    active = runner.parse_inclusion_exclusion(pool, include_string(STAGES), "")
+    pool = runner._parse_hostfile(format_hostfile(STAGES).splitlines())
+    active = runner.parse_inclusion_exclusion(pool, format_include(STAGES), "")
     numbered = [(host, slot) for host, slots in active.items() for slot in slots]
-    assert launch_ranks(STAGES) == tuple(numbered.index(stage) for stage in STAGES) == (1, 2, 0, 3)
+    assert order_ranks(STAGES) == tuple(numbered.index(stage) for stage in STAGES) == (1, 2, 0, 3)
 
 
 def test_parse_with_comments(tmp_path):
@@ -63,7 +63,7 @@ def test_missing_hostfile(tmp_path):
 
 
 def test_disagreements_are_all_named():
-    found = hostfile_disagreements({"a": 1, "b": 2}, STAGES)
+    found = find_hostfile_disagreements({"a": 1, "b": 2}, STAGES)
     assert len(found) == 2
     assert "slot 2 of host b" in found[0]
     assert "host c.d-1" in found[1]
@@ -71,4 +71,4 @@ def test_disagreements_are_all_named():
 
 def test_two_stages_on_one_device():
     with pytest.raises(UserError, match="a:0 holds two stages"):
-        slots_by_host([("a", 0), ("b", 0), ("a", 0)])
+        group_slots([("a", 0), ("b", 0), ("a", 0)])

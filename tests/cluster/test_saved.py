@@ -5,7 +5,7 @@ from omegaconf import OmegaConf
 
 from ds_llmpq.cluster.cluster import Cluster
 from ds_llmpq.cluster.config import ClusterConfig
-from ds_llmpq.cluster.saved import parse_saved_gpus, parse_topology, topology_links
+from ds_llmpq.cluster.saved import build_links, parse_saved_gpus, parse_topology
 from ds_llmpq.commands import detect
 from ds_llmpq.commands.config import DetectConfig
 from ds_llmpq.errors import UserError
@@ -47,7 +47,7 @@ def test_the_matrix_is_read_with_its_neighbours_left_out():
 
 
 def test_links_follow_the_slots_and_not_the_indices():
-    links = topology_links(parse_saved_gpus(PLAIN), parse_topology(TOPOLOGY), "node")
+    links = build_links(parse_saved_gpus(PLAIN), parse_topology(TOPOLOGY), "node")
     rates = {(pair["source"], pair["target"]): pair["bandwidth_bytes_per_second"] for pair in links["pairs"]}
     usual = links["intra_host"]["bandwidth_bytes_per_second"]
     # slots in PCI order: GPU1, GPU2, GPU0
@@ -69,7 +69,7 @@ def test_a_wrong_topology_is_one_sentence():
     with pytest.raises(UserError, match="no matrix"):
         parse_topology("Legend:\n  X = Self\n")
     with pytest.raises(UserError, match="'QPI'"):
-        topology_links(parse_saved_gpus(PLAIN), {(0, 1): "QPI"}, "node")
+        build_links(parse_saved_gpus(PLAIN), {(0, 1): "QPI"}, "node")
 
 
 def test_the_command_writes_a_cluster_that_is_read_back(tmp_path, capsys):

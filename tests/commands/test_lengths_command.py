@@ -7,7 +7,7 @@ import sys
 from ds_llmpq import config
 from ds_llmpq.commands import lengths
 from ds_llmpq.commands.config import LengthsConfig
-from ds_llmpq.lengths.synthetic import answers, rows
+from ds_llmpq.lengths.synthetic import make_answers, make_rows
 
 
 def command(out, *overrides):
@@ -22,7 +22,7 @@ def write(path, objects):
 
 
 def test_from_answers_to_predictions(tmp_path, capsys):
-    data = write(tmp_path / "data.jsonl", rows(answers(400), "lmsys"))
+    data = write(tmp_path / "data.jsonl", make_rows(make_answers(400), "lmsys"))
     command(tmp_path / "prepared", "action=prepare", f"data={data}", "lengths=lmsys")
     command(tmp_path / "predictor", "action=train", f"data={tmp_path / 'prepared'}", "task=multiclass")
     command(tmp_path / "evaluated", "action=evaluate", f"predictor={tmp_path / 'predictor'}", f"data={data}")
@@ -37,7 +37,7 @@ def test_from_answers_to_predictions(tmp_path, capsys):
 
 
 def test_the_results_of_a_run_train_the_predictor_of_the_next(tmp_path):
-    found = answers(100)
+    found = make_answers(100)
     batch = write(
         tmp_path / "in.jsonl", [{"custom_id": f"r{n}", "body": {"prompt": a.text}} for n, a in enumerate(found)]
     )
@@ -53,7 +53,7 @@ def test_the_results_of_a_run_train_the_predictor_of_the_next(tmp_path):
 
 
 def test_characterization_is_a_table_and_two_pictures(tmp_path, capsys):
-    data = write(tmp_path / "data.jsonl", rows(answers(200)))
+    data = write(tmp_path / "data.jsonl", make_rows(make_answers(200)))
     command(tmp_path / "out", "action=characterize", f"data={data}")
     assert "tail ratio" in capsys.readouterr().out
     found = json.loads((tmp_path / "out" / "lengths.json").read_text())

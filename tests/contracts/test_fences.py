@@ -186,7 +186,7 @@ def test_no_other_private_name_is_used():
     ],
 )
 def test_a_new_import_elsewhere_is_seen(line, wrong):
-    assert wrong_imports("batch/text.py", ast.parse(line)) == wrong
+    assert wrong_imports("batch/detokenizer.py", ast.parse(line)) == wrong
 
 
 def test_a_new_private_name_is_seen():

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from ds_llmpq.engine.processors import LogitsProcessors
 from ds_llmpq.engine.sampling import sample, uniform_draw
-from ds_llmpq.models.generation import Generation, generation_of
+from ds_llmpq.models.generation import Generation, load_generation
 from ds_llmpq.scheduler.request_group import RequestGroup, Sequence
 from ds_llmpq.scheduler.sampling_params import GREEDY, SamplingParams
 from ds_llmpq.scheduler.slot_table import Finish
@@ -71,7 +71,7 @@ def reference(folder, prompts=PROMPTS, tokens=TOKENS, **options) -> list[list[in
 
 def generated(folder, rows: list[Sequence]) -> list[list[int]]:
     """The same with our processors and sampler on transformers' logits, all rows together."""
-    model, defaults = loaded(folder), generation_of(folder)
+    model, defaults = loaded(folder), load_generation(folder)
     processors = LogitsProcessors(defaults)
     tokens = [list(row.generated) for row in rows]
     for slot, row in enumerate(rows):
@@ -184,7 +184,7 @@ TRUNCATIONS = [
 def test_a_truncation_leaves_what_generate_leaves(checkpoint_of, tmp_path, values):
     """The same tokens with the same probabilities, drawn with our own random numbers."""
     folder = with_defaults(checkpoint_of("llama"), tmp_path / "model", values)
-    defaults = generation_of(folder)
+    defaults = load_generation(folder)
     model = loaded(folder)
     config = GenerationConfig(do_sample=True, temperature=0.8, top_p=0.95, top_k=40, **values)
     logits = torch.randn(7, 128, generator=torch.Generator().manual_seed(3)) * 2
@@ -204,7 +204,7 @@ def test_a_truncation_leaves_what_generate_leaves(checkpoint_of, tmp_path, value
 def test_the_pipeline_penalizes_rows_of_any_micro_batch_and_slot(ranks, ending, tmp_path):
     """Three stages, more rows than slots, and slots too short for the answers: rows leave and come again."""
     folder = with_defaults(ending, tmp_path / "model", {"repetition_penalty": 1.3, "min_new_tokens": 10})
-    wanted, eos = reference(folder), generation_of(folder).eos_token_ids
+    wanted, eos = reference(folder), load_generation(folder).eos_token_ids
     plan = make_plan(folder, [(0, 2), (2, 3), (3, 5)], micro_batch=(2, 2), workload=(3, 16, 16))
     rows = tuple(rows_of())
     whole = Case(folder, plan, (RequestGroup(rows),), eos)

@@ -9,7 +9,7 @@ from ds_llmpq.errors import UserError
 from ds_llmpq.evaluation.job import ScoreJob
 from ds_llmpq.evaluation.rank import scored_rows, spread, summary
 from ds_llmpq.evaluation.rows import RowBatch, RowScore, ScoredRow
-from ds_llmpq.models.corpus import CALIBRATION, EVALUATION, Text, calibration_rows, read_text, rows_of
+from ds_llmpq.models.corpus import CALIBRATION, EVALUATION, Text, calibration_rows, cut_rows, read_text
 from ds_llmpq.serving.job import to_token
 
 
@@ -35,7 +35,7 @@ def test_every_token_but_the_first_is_scored_once():
     for _ in range(50):
         tokens = [generator.randrange(99) for _ in range(generator.randrange(2, 40))]
         length = generator.randrange(1, 12)
-        rows = rows_of(tokens, length)
+        rows = cut_rows(tokens, length)
         scored, compared = scored_rows(rows, 10_000)
         assert [target for row in scored for target in row.targets] == tokens[1:]
         assert max(len(row.prompt) for row in scored) <= length
@@ -44,14 +44,14 @@ def test_every_token_but_the_first_is_scored_once():
 
 
 def test_only_so_many_tokens_are_compared():
-    scored, compared = scored_rows(rows_of(list(range(12)), 4), 9)
+    scored, compared = scored_rows(cut_rows(list(range(12)), 4), 9)
     assert [row.offset for row in scored] == [0, 4, None]
     assert compared == 8
-    assert scored_rows(rows_of(list(range(12)), 4), 0)[1] == 0
+    assert scored_rows(cut_rows(list(range(12)), 4), 0)[1] == 0
 
 
 def test_a_limit_takes_rows_from_all_of_the_text():
-    rows = rows_of(list(range(101)), 10)
+    rows = cut_rows(list(range(101)), 10)
     assert spread(rows, None) == rows
     assert [row[0] for row in spread(rows, 39)] == [0, 30, 60]
     assert [row[0] for row in spread(rows, 1)] == [0]
@@ -91,7 +91,7 @@ def test_calibration_rows_spread_over_the_text():
     with pytest.raises(UserError, match="has 101 tokens, too short for 11 rows of 10"):
         calibration_rows(text, Letters(), rows=11, length=10)
     with pytest.raises(UserError, match="two are the least"):
-        rows_of([1], 4)
+        cut_rows([1], 4)
 
 
 @pytest.mark.parametrize("token", ["no", "eJw=", to_token([1]), to_token({"a": 10**400}), "é"])

@@ -32,7 +32,7 @@ from ds_llmpq.batch.config import BatchConfig
 from ds_llmpq.batch.reader import read_requests
 from ds_llmpq.batch.results import ResultWriter, read_finished
 from ds_llmpq.cluster.cluster import Cluster
-from ds_llmpq.cluster.hostfile import hostfile_disagreements, parse_hostfile
+from ds_llmpq.cluster.hostfile import find_hostfile_disagreements, parse_hostfile
 from ds_llmpq.cluster.saved import parse_saved_gpus
 from ds_llmpq.cost.fit import Fit, LatencyModel, Residual, read_model
 from ds_llmpq.cost.linktable import fit_link, read_links
@@ -48,12 +48,12 @@ from ds_llmpq.lengths import dataset
 from ds_llmpq.lengths.predictor import load_predictor
 from ds_llmpq.lengths.records import read_examples
 from ds_llmpq.models.fingerprint import fingerprint
-from ds_llmpq.models.generation import generation_of
+from ds_llmpq.models.generation import load_generation
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.plan import Plan, check_model, launch_order, read_assignment, read_plan
 from ds_llmpq.planner import Problem
-from ds_llmpq.report.plan_table import plan_table
-from ds_llmpq.report.sweep import point_of, summary_text
+from ds_llmpq.report.plan_table import format_plan
+from ds_llmpq.report.sweep import read_point, summary_text
 from ds_llmpq.report.traces import read_trace as read_spans
 from ds_llmpq.research.arrivals import read_trace
 from ds_llmpq.research.published_ssjf import read_cases, schedules
@@ -162,7 +162,7 @@ def all_loaders(folder: Path) -> dict[str, Loader]:
         "scores": Loader(_SCORES, "scores.json", partial(_report, plan), mutated_document, 2),
         "spans": Loader(_SPANS, "trace.json", read_spans, mutated_document, 6),
         "failure": Loader(b'{"message": "no plan", "exit_code": 2}', "failure.json",
-                          lambda file: summary_text([point_of(file.parent)]), mutated_document, 6),
+                          lambda file: summary_text([read_point(file.parent)]), mutated_document, 6),
         "arrivals": Loader(_ARRIVALS, "trace.csv", read_trace, mutated_bytes, 6, exhaustive_table),
         "answers": Loader(_ANSWERS, "answers.jsonl", _answers, mutated_lines, 6),
         "cases": Loader(_CASES, "cases.json", lambda file: [schedules(case) for case in read_cases(file)],
@@ -270,26 +270,26 @@ def _profile_table(file: Path) -> object:
 
 
 def _latency_model(file: Path) -> object:
-    from ds_llmpq.report.fidelity import profile_pairs, profile_table
+    from ds_llmpq.report.fidelity import pair_profile, profile_table
 
     model = read_model(file)
-    profile_pairs(model)
+    pair_profile(model)
     return profile_table(model)
 
 
 def _report(plan: dict, file: Path) -> object:
     from ds_llmpq.report import fidelity, run_report
-    from ds_llmpq.report.measured import of_this_form, read_measured
+    from ds_llmpq.report.metrics_file import read_metrics, refuse_other_forms
     from ds_llmpq.report.run_summary import run_summary
 
-    found, kept = read_measured(file), Plan.from_json(plan)
-    with of_this_form(file):
+    found, kept = read_metrics(file), Plan.from_json(plan)
+    with refuse_other_forms(file):
         if file.name == "scores.json":
             return run_report._measured_loss(found)
         (file.parent / "plan.json").write_text(json.dumps(plan))
         run_summary(found)
         run_report._summary(kept, found, None)
-        timed = run_report._timed(found)
+        timed = run_report._has_timed_passes(found)
     return fidelity.run_text(file.parent) if timed else found
 
 
@@ -342,7 +342,7 @@ def _batch(file: Path) -> object:
 def _plan(file: Path) -> object:
     """As far as a launch goes without starting anything."""
     plan = read_plan(file)
-    plan_table(plan)
+    format_plan(plan)
     if not plan.is_deployed:
         return plan
     launch = Launch.from_plan(plan, file.parent)
@@ -363,7 +363,7 @@ def json_of(file: Path) -> object:
 
 
 def _hostfile(file: Path) -> object:
-    return hostfile_disagreements(parse_hostfile(file), [("nodeA", 0), ("nodeA", 1), ("nodeB", 0)])
+    return find_hostfile_disagreements(parse_hostfile(file), [("nodeA", 0), ("nodeA", 1), ("nodeB", 0)])
 
 
 def _link_table(file: Path) -> object:
@@ -425,7 +425,7 @@ def _tokenizer(file: Path) -> object:
 def _generation_of(checkpoint: Path) -> Callable[[Path], object]:
     def load(file: Path) -> object:
         _copied(checkpoint, file)
-        return generation_of(file.parent).lines()
+        return load_generation(file.parent).lines()
 
     return load
 
@@ -611,9 +611,9 @@ def _predictor(folder: Path) -> bytes:
     from ds_llmpq.lengths.config import LengthDataConfig, LengthTaskConfig, ProxyConfig
     from ds_llmpq.lengths.predictor import train
     from ds_llmpq.lengths.records import Example
-    from ds_llmpq.lengths.synthetic import answers
+    from ds_llmpq.lengths.synthetic import make_answers
 
-    found = answers(200, 0)
+    found = make_answers(200, 0)
     examples = [Example(a.text, a.output_tokens, a.model, len(a.text.split()), str(n)) for n, a in enumerate(found)]
     options = LengthDataConfig()
     train(dataset.split(examples, options), LengthTaskConfig(), ProxyConfig(features=64), options).save(folder)

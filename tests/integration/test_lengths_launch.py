@@ -9,7 +9,7 @@ from ds_llmpq.lengths.config import LengthDataConfig, LengthTaskConfig, ProxyCon
 from ds_llmpq.lengths.dataset import split
 from ds_llmpq.lengths.predictor import train
 from ds_llmpq.lengths.records import Example
-from ds_llmpq.lengths.synthetic import answers
+from ds_llmpq.lengths.synthetic import make_answers
 
 pytestmark = pytest.mark.launcher
 TEXT = "The quick brown fox jumps over the lazy dog."
@@ -32,7 +32,9 @@ def rows(tmp_path_factory):
 def predictor(tmp_path_factory):
     """Believes that answers have some three tokens."""
     config = LengthDataConfig()
-    drawn = [Example(each.text, 1 + number % 5, "random", 9, str(number)) for number, each in enumerate(answers(300))]
+    drawn = [
+        Example(each.text, 1 + number % 5, "random", 9, str(number)) for number, each in enumerate(make_answers(300))
+    ]
     folder = tmp_path_factory.mktemp("predictor")
     train(split(drawn, config), LengthTaskConfig(), ProxyConfig(features=512), config).save(folder)
     return folder

@@ -6,7 +6,7 @@ from ds_llmpq.lengths import dataset
 from ds_llmpq.lengths.config import LengthDataConfig, LengthTaskConfig, ProxyConfig
 from ds_llmpq.lengths.predictor import load_predictor, train
 from ds_llmpq.lengths.records import Example
-from ds_llmpq.lengths.synthetic import answers
+from ds_llmpq.lengths.synthetic import make_answers
 from ds_llmpq.lengths.tasks import KINDS
 
 torch = pytest.importorskip("torch")
@@ -15,7 +15,7 @@ CONFIG = LengthDataConfig(max_tokens=32, truncation="head_tail")
 
 @pytest.fixture(scope="module")
 def data():
-    rows = answers(80, 0)
+    rows = make_answers(80, 0)
     return dataset.split([Example(a.text, a.output_tokens, a.model, 9, str(n)) for n, a in enumerate(rows)], CONFIG)
 
 
@@ -69,12 +69,12 @@ def test_the_second_phase_trains_the_head_alone(data, bert):
 
 
 def test_training_lowers_the_loss(data, bert):
-    from ds_llmpq.lengths.dataset import lengths_of
+    from ds_llmpq.lengths.dataset import collect_lengths
     from ds_llmpq.lengths.encoder import _loss
 
     def loss(epochs):
         predictor = train(data, LengthTaskConfig(loss="mse"), proxy(bert, epochs=epochs, learning_rate=5e-3), CONFIG)
-        target = torch.tensor(predictor.task.targets(lengths_of(data.train)))
+        target = torch.tensor(predictor.task.targets(collect_lengths(data.train)))
         return float(_loss(predictor.task, torch.tensor(predictor.model.scores(data.train)), target))
 
     assert loss(40) < 0.7 * loss(1)
@@ -82,7 +82,7 @@ def test_training_lowers_the_loss(data, bert):
 
 def test_long_prompts_are_cut_to_what_the_encoder_takes(data, bert):
     model = train(data, LengthTaskConfig(), proxy(bert, epochs=1), CONFIG).model
-    ids = model._ids("list " * 500 + "rain")
+    ids = model._encode("list " * 500 + "rain")
     assert len(ids) == 32
     assert (ids[0], ids[-1]) == (model.tokenizer.cls_token_id, model.tokenizer.sep_token_id)
 

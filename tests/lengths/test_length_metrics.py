@@ -8,7 +8,7 @@ from ds_llmpq.lengths.calibration import Calibration, conformal_quantile
 from ds_llmpq.lengths.characterize import distribution, expected_maximum
 from ds_llmpq.lengths.config import LengthTaskConfig
 from ds_llmpq.lengths.length_metrics import bound_metrics, class_metrics, pairwise_accuracy, regression_metrics
-from ds_llmpq.lengths.tasks import Task
+from ds_llmpq.lengths.tasks import LengthTask
 from ds_llmpq.validation import validate
 
 TOKENS = np.array([1.0, 2.0, 3.0, 4.0, 100.0, 200.0, 300.0, 400.0])
@@ -45,26 +45,26 @@ def test_class_metrics_agree_with_scikit_learn(seed):
 
 
 def test_thresholds_are_percentiles_of_the_training_lengths_and_classes_their_means():
-    task = Task.fit(LengthTaskConfig(kind="multiclass", percentiles=[50, 75]), TOKENS)
+    task = LengthTask.fit(LengthTaskConfig(kind="multiclass", percentiles=[50, 75]), TOKENS)
     assert task.thresholds == (4.0, 200.0)
     assert task.class_tokens == pytest.approx((2.5, 150.0, 350.0))
     assert task.labels(np.array([1.0, 4.0, 5.0, 1e6])).tolist() == [0, 0, 1, 2]
-    assert validate(Task, task.to_json(), "task", "mend it") == task
+    assert validate(LengthTask, task.to_json(), "task", "mend it") == task
 
 
 def test_targets_and_tokens_are_inverse():
-    task = Task.fit(LengthTaskConfig(), TOKENS)
+    task = LengthTask.fit(LengthTaskConfig(), TOKENS)
     assert task.tokens(task.targets(TOKENS)) == pytest.approx(TOKENS)
     assert task.targets(TOKENS).mean() == pytest.approx(0.0)
-    ordinal = Task.fit(LengthTaskConfig(kind="binary_ordinal"), TOKENS)
+    ordinal = LengthTask.fit(LengthTaskConfig(kind="binary_ordinal"), TOKENS)
     assert ordinal.nearest_class(np.array([-3.0, 0.4, 0.6, 9.0])).tolist() == [0, 0, 1, 1]
 
 
 def test_equal_lengths_cannot_be_told_apart():
     with pytest.raises(UserError, match="nothing to tell apart"):
-        Task.fit(LengthTaskConfig(kind="binary"), np.full(20, 7.0))
+        LengthTask.fit(LengthTaskConfig(kind="binary"), np.full(20, 7.0))
     # a boundary at the largest length would make an empty class
-    assert len(Task.fit(LengthTaskConfig(kind="multiclass"), np.repeat([5.0, 9.0], [40, 60])).class_tokens) == 2
+    assert len(LengthTask.fit(LengthTaskConfig(kind="multiclass"), np.repeat([5.0, 9.0], [40, 60])).class_tokens) == 2
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_equal_lengths_cannot_be_told_apart():
 )
 def test_a_wrong_task_is_one_sentence(config, said):
     with pytest.raises(UserError, match=said):
-        Task.fit(config, TOKENS)
+        LengthTask.fit(config, TOKENS)
 
 
 @pytest.mark.parametrize("level", [0.9, 0.95])
@@ -93,7 +93,7 @@ def test_conformal_quantiles_cover_new_values(level):
 
 def test_bounds_of_a_useless_model_still_cover():
     generator = np.random.default_rng(1)
-    task = Task.fit(LengthTaskConfig(), generator.lognormal(4, 1, 500))
+    task = LengthTask.fit(LengthTaskConfig(), generator.lognormal(4, 1, 500))
     calibration = Calibration.fit(task, np.zeros((2000, 1)), generator.lognormal(4, 1, 2000))
     found = bound_metrics(generator.lognormal(4, 1, 5000), calibration.bounds(task, np.zeros((5000, 1))))
     assert found["q90_coverage"] == pytest.approx(0.9, abs=0.02)
@@ -102,7 +102,7 @@ def test_bounds_of_a_useless_model_still_cover():
 
 
 def test_pairwise_scores_become_tokens_by_an_increasing_map():
-    task = Task.fit(LengthTaskConfig(kind="pairwise"), TOKENS)
+    task = LengthTask.fit(LengthTaskConfig(kind="pairwise"), TOKENS)
     scores = np.array([[0.1], [0.3], [0.2], [0.9]])
     calibration = Calibration.fit(task, scores, np.array([5.0, 10.0, 30.0, 50.0]))
     # 30 at 0.2 and 10 at 0.3 are out of order: they share a block at 0.25

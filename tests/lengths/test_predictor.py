@@ -12,7 +12,7 @@ from ds_llmpq.lengths.config import LengthDataConfig, LengthTaskConfig, ProxyCon
 from ds_llmpq.lengths.length_metrics import regression_metrics
 from ds_llmpq.lengths.predictor import evaluate, load_predictor, train
 from ds_llmpq.lengths.records import Example
-from ds_llmpq.lengths.synthetic import answers
+from ds_llmpq.lengths.synthetic import make_answers
 from ds_llmpq.lengths.tasks import KINDS
 
 CONFIG = LengthDataConfig()
@@ -20,7 +20,7 @@ CONFIG = LengthDataConfig()
 
 def made(count, seed=0):
     """Synthetic data, and the best prediction by text, model and length."""
-    found = answers(count, seed)
+    found = make_answers(count, seed)
     examples = [Example(a.text, a.output_tokens, a.model, len(a.text.split()), str(n)) for n, a in enumerate(found)]
     return dataset.split(examples, CONFIG), {str(n): a.median_tokens for n, a in enumerate(found)}
 
@@ -58,7 +58,7 @@ def test_every_task_trains_saves_loads_and_predicts(small, tmp_path, kind, loss)
     assert (one.classes is not None) == (kind not in ("regression", "pairwise"))
     assert loaded.task == predictor.task
     assert loaded.about["fingerprint"] == dataset.fingerprint(small.train)
-    true = dataset.lengths_of(small.test)
+    true = dataset.collect_lengths(small.test)
     assert regression_metrics(true, one.tokens)["pairwise_accuracy"] > 0.65
     assert regression_metrics(true, one.tokens)["mae_tokens"] < evaluate(loaded, small.test)["mae_of_constant_tokens"]
 

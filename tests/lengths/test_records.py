@@ -8,7 +8,7 @@ import pytest
 from ds_llmpq.errors import UserError
 from ds_llmpq.lengths import dataset
 from ds_llmpq.lengths.config import LengthDataConfig
-from ds_llmpq.lengths.records import Example, batch_examples, count_words, read_examples
+from ds_llmpq.lengths.records import Example, count_words, read_batch_examples, read_examples
 
 CONVERSATION = [
     {"role": "user", "content": "Hi, who are you?"},
@@ -71,8 +71,8 @@ def test_a_runs_own_results_with_the_prompts_they_answer(tmp_path):
     rows.append({"custom_id": "r2", "response": None, "error": {"code": "x"}})
     (found,) = read_examples(jsonl(tmp_path / "results.jsonl", rows), batch_input=batch)
     assert found == Example("def f(", 5, "tiny", 11, "r1", 0, cut=True)
-    assert [name for name, _ in batch_examples(batch)] == ["r0", "r1", "r2"]
-    assert batch_examples(batch)[2][1].text == "1 2 3"
+    assert [name for name, _ in read_batch_examples(batch)] == ["r0", "r1", "r2"]
+    assert read_batch_examples(batch)[2][1].text == "1 2 3"
     with pytest.raises(UserError, match=r"lengths\.input=FILE"):
         read_examples(tmp_path / "results.jsonl")
 
@@ -108,11 +108,11 @@ def test_no_conversation_is_in_two_splits_and_shares_are_kept():
 
 
 def test_one_model_and_data_size():
-    found = dataset.chosen(many(), LengthDataConfig(model="m1", limit=30))
+    found = dataset.select_examples(many(), LengthDataConfig(model="m1", limit=30))
     assert len(found) == 30
     assert {example.model for example in found} == {"m1"}
     with pytest.raises(UserError, match="knows m0, m1"):
-        dataset.chosen(many(), LengthDataConfig(model="m2"))
+        dataset.select_examples(many(), LengthDataConfig(model="m2"))
 
 
 def test_prepared_data_comes_back_and_changes_are_noticed(tmp_path):
@@ -136,8 +136,8 @@ def test_truncation_keeps_the_tail_or_head_and_tail():
 
 
 def test_lengths_are_floats():
-    assert dataset.lengths_of(many(2, 1)).tolist() == [1.0, 2.0]
-    assert dataset.lengths_of(many(2, 1)).dtype == np.float64
+    assert dataset.collect_lengths(many(2, 1)).tolist() == [1.0, 2.0]
+    assert dataset.collect_lengths(many(2, 1)).dtype == np.float64
 
 
 def test_the_published_columns_and_a_data_set_as_downloaded(tmp_path):

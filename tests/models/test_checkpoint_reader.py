@@ -225,14 +225,14 @@ def test_an_unsupported_architecture_is_said(copy_of):
 
 
 def test_the_text_side_of_a_checkpoint_has_a_fingerprint_of_its_own(tmp_path):
-    from ds_llmpq.models.fingerprint import text_fingerprint
+    from ds_llmpq.models.fingerprint import fingerprint_text
 
     (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"weights")
-    before = text_fingerprint(tmp_path)
+    before = fingerprint_text(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"others")
-    assert text_fingerprint(tmp_path) == before
+    assert fingerprint_text(tmp_path) == before
     (tmp_path / "generation_config.json").write_text('{"repetition_penalty": 1.1}')
-    penalised = text_fingerprint(tmp_path)
+    penalised = fingerprint_text(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"a": 1}')
-    assert len({before, penalised, text_fingerprint(tmp_path)}) == 3
+    assert len({before, penalised, fingerprint_text(tmp_path)}) == 3

@@ -8,7 +8,7 @@ from transformers import GenerationConfig
 
 from ds_llmpq.errors import UserError
 from ds_llmpq.models import generation
-from ds_llmpq.models.generation import NAME, Generation, generation_of, read_generation
+from ds_llmpq.models.generation import NAME, Generation, load_generation, read_generation
 from ds_llmpq.models.notes import list_notes
 
 CONFIG = {"model_type": "llama", "eos_token_id": 1}
@@ -25,7 +25,7 @@ def test_no_file_and_neutral_values_have_no_effect(tmp_path):
     defaults = GenerationConfig()._get_default_generation_params()
     neutral = read(tmp_path, {**defaults, "eos_token_id": 1, "pad_token_id": 2, "transformers_version": "5"})
     assert neutral.lines() == []
-    assert not neutral.taken
+    assert not neutral.effective
 
 
 @pytest.mark.parametrize(
@@ -136,4 +136,4 @@ def test_a_folder_or_a_dangling_link_in_its_place_is_one_sentence(tmp_path):
 def test_the_shipped_model_needs_no_note():
     folder = Path(__file__).parents[1] / "assets" / "tiny-llama"
     assert list_notes(folder) == []
-    assert generation_of(folder).eos_token_ids == (1,)
+    assert load_generation(folder).eos_token_ids == (1,)

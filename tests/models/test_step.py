@@ -65,5 +65,5 @@ def test_position_inputs_are_computed_once():
         step.position_inputs["angle"] = 5
 
     step = step_of([[0]], 1, True, prepare=prepare)
-    assert step.prepared() == step.prepared() == {"angle": 5}
+    assert step.prepare_inputs() == step.prepare_inputs() == {"angle": 5}
     assert len(calls) == 1

@@ -283,7 +283,7 @@ def test_rooms_stay_free_of_torch():
     import sys
 
     code = (
-        "import sys, ds_llmpq.planner.build, ds_llmpq.cluster.detect, ds_llmpq.cluster.calibrate\n"
+        "import sys, ds_llmpq.planner.build, ds_llmpq.cluster.detect, ds_llmpq.cluster.rates\n"
         "print([name for name in ('torch', 'transformers', 'deepspeed', 'hqq') if name in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -7,15 +7,15 @@ import pytest
 from ds_llmpq.commands import report
 from ds_llmpq.commands.config import ReportConfig
 from ds_llmpq.errors import UserError
-from ds_llmpq.report.fidelity import Pair, error_table, run_pairs, verdict
+from ds_llmpq.report.fidelity import TimePair, error_table, pair_run, verdict
 
 
 def pairs(*errors):
-    return [Pair("core", "decode", "4", (1 + error) * 0.01, 0.01) for error in errors]
+    return [TimePair("core", "decode", "4", (1 + error) * 0.01, 0.01) for error in errors]
 
 
 def test_errors_are_relative_to_the_measurement():
-    text = error_table([*pairs(0.1, -0.3), Pair("core", "prefill", "8", 2.0, 1.0)])
+    text = error_table([*pairs(0.1, -0.3), TimePair("core", "prefill", "8", 2.0, 1.0)])
     decode, prefill = text.splitlines()[2:]
     assert decode.split() == ["core", "decode", "4", "2", "20.0%", "-30.0%", "-10.0%", "7", "/", "10"]
     assert "+100.0%" in prefill
@@ -56,7 +56,7 @@ def run_folder(tmp_path):
 
 
 def test_sampling_counts_to_the_pass(run_folder):
-    prefill, decode = run_pairs(run_folder)
+    prefill, decode = pair_run(run_folder)
     assert (prefill.bits, prefill.measured_seconds) == ("4/16", pytest.approx(0.101))
     assert decode.measured_seconds == pytest.approx(0.011)
     assert decode.error == pytest.approx(0.012 / 0.011 - 1)

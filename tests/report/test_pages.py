@@ -144,7 +144,7 @@ def test_a_sweep_has_every_section_filled(multirun, tmp_path):
 
 def test_the_heat_map_shows_what_the_points_say(multirun):
     points = [point for point in sweep_report.read_points(multirun) if not point["failure"]]
-    assert sweep.varied(points) == ["theta", "room"]
+    assert sweep.find_varied(points) == ["theta", "room"]
     assert sweep_report._values(points, "theta") == ["0.1", "10"]
     one = next(p for p in points if p["overrides"] == {"theta": "10", "room": "40"})
     cell = sweep_report._mean(points, one["overrides"], "quality_loss")

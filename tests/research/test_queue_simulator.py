@@ -25,7 +25,7 @@ def random_jobs(seed, count=60, load=1.0, rows=1):
     rate = load * rows / (0.1 + 0.02 * tokens.mean())
     predicted = np.maximum(0, tokens * generator.lognormal(0, 0.5, count))
     prompts = generator.integers(1, 500, count)
-    return Jobs.of(arrival_times("gamma", count, rate, 2.0, generator), tokens, prompts, predicted)
+    return Jobs.from_arrays(arrival_times("gamma", count, rate, 2.0, generator), tokens, prompts, predicted)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -69,7 +69,7 @@ def test_mean_wait_of_m_d_1():
     count, tokens, load = 40_000, 100, 0.7
     seconds = 0.1 + 0.02 * tokens
     arrivals = arrival_times("poisson", count, load / seconds, 1.0, np.random.default_rng(0))
-    jobs = Jobs.of(arrivals, np.full(count, tokens))
+    jobs = Jobs.from_arrays(arrivals, np.full(count, tokens))
     found = schedule_metrics(jobs, simulate(jobs, COST))["waiting_mean_seconds"]
     assert found == pytest.approx(load * seconds / (2 * (1 - load)), rel=0.05)
 
@@ -80,7 +80,7 @@ def test_mean_wait_of_m_g_1_is_pollaczek_khinchine():
     tokens = generator.integers(1, 400, count)
     seconds = 0.1 + 0.02 * tokens
     rate = load / seconds.mean()
-    jobs = Jobs.of(arrival_times("poisson", count, rate, 1.0, generator), tokens)
+    jobs = Jobs.from_arrays(arrival_times("poisson", count, rate, 1.0, generator), tokens)
     found = schedule_metrics(jobs, simulate(jobs, COST))["waiting_mean_seconds"]
     assert found == pytest.approx(rate * (seconds**2).mean() / (2 * (1 - load)), rel=0.06)
 
@@ -88,14 +88,14 @@ def test_mean_wait_of_m_g_1_is_pollaczek_khinchine():
 @pytest.mark.parametrize("seed", range(3))
 def test_shortest_first_is_the_best_order_of_jobs_that_come_together(seed):
     tokens = np.random.default_rng(seed).integers(1, 300, 6)
-    jobs = Jobs.of(np.zeros(6), tokens)
+    jobs = Jobs.from_arrays(np.zeros(6), tokens)
     found = schedule_metrics(jobs, simulate(jobs, COST, "sjf", Server(), FREE))["jct_mean_seconds"]
     best = min(np.cumsum(0.1 + 0.02 * np.array(order)).mean() for order in itertools.permutations(tokens))
     assert found == pytest.approx(best)
 
 
 def test_continuous_batching_pads_nothing_and_static_pads_what_it_runs():
-    jobs = Jobs.of(np.zeros(4), [10, 20, 30, 100], [5, 10, 5, 5])
+    jobs = Jobs.from_arrays(np.zeros(4), [10, 20, 30, 100], [5, 10, 5, 5])
     static = simulate(jobs, COST, "fcfs", Server("static", 2))
     assert (static.generated_slots, static.prompt_slots) == (2 * 20 + 2 * 100, 2 * 10 + 2 * 5)
     metrics = schedule_metrics(jobs, static)
@@ -108,7 +108,7 @@ def test_continuous_batching_pads_nothing_and_static_pads_what_it_runs():
 @pytest.mark.parametrize("guard", [Guard("overdue", 20.0, None), Guard("aging", 25.0, 10.0)])
 def test_the_guard_starts_a_long_job_that_short_ones_would_keep_waiting(guard):
     arrivals = np.concatenate([[0.0, 0.0], np.arange(0.1, 200, 0.5)])
-    jobs = Jobs.of(arrivals, np.concatenate([[50, 400], np.full(len(arrivals) - 2, 20)]))
+    jobs = Jobs.from_arrays(arrivals, np.concatenate([[50, 400], np.full(len(arrivals) - 2, 20)]))
     without = simulate(jobs, COST, "sjf", Server(), FREE).start_seconds[1]
     with_guard = simulate(jobs, COST, "sjf", Server(), guard).start_seconds[1]
     # an aging job's turn comes when those that arrive have keys above its own: 25 = 20 + 10 * 0.5
@@ -130,13 +130,13 @@ def test_nothing_before_a_jobs_end_depends_on_its_true_length(guard):
 
 def test_prediction_time_is_charged_to_those_who_predict():
     assert ready_seconds(np.array([0.0, 0.1, 5.0]), 1.0).tolist() == [1.0, 2.0, 6.0]
-    jobs = Jobs.of([0.0, 10.0], [10, 10])
+    jobs = Jobs.from_arrays([0.0, 10.0], [10, 10])
     assert simulate(jobs, COST, "ssjf", prediction_seconds=0.5).start_seconds.tolist() == [0.5, 10.5]
     assert simulate(jobs, COST, "sjf", prediction_seconds=0.5).start_seconds.tolist() == [0.0, 10.0]
 
 
 def test_groups_hold_prompts_of_like_length_and_the_oldest_is_served():
-    jobs = Jobs.of(np.zeros(6), np.full(6, 9), [100, 9, 120, 10, 70, 5000])
+    jobs = Jobs.from_arrays(np.zeros(6), np.full(6, 9), [100, 9, 120, 10, 70, 5000])
     queue = GroupQueue(jobs)
     for job in range(6):
         queue.push(job)
@@ -152,7 +152,7 @@ def test_costs_of_a_plan_hold_the_batch_up_while_prompts_are_read(batching):
     cost = PlanCost((1.0, 2.0), (0.1, 0.2), 2, 2, 100)
     assert cost.stall_seconds([100, 50, 10]) == pytest.approx(3.0 + 2.0)
     assert cost.decode_seconds(4, 0, 10) == pytest.approx(10 * 0.4)
-    jobs = Jobs.of([0.0, 0.0, 1.0], [5, 9, 4], [100, 50, 100])
+    jobs = Jobs.from_arrays([0.0, 0.0, 1.0], [5, 9, 4], [100, 50, 100])
     run = simulate(jobs, cost, "fcfs", Server(batching, 4))
     expected = {
         "none": [3 + 1.5, 4.5 + 1.5 + 2.7, 8.7 + 3 + 1.2],
@@ -181,9 +181,9 @@ def test_arrivals_have_the_rate_and_burstiness_asked_for(kind, cv):
         (lambda: Server("nope"), "batching is 'nope'"),
         (lambda: Server("static", 0), "max_batch is 0"),
         (lambda: ConstantCost(0.1, 0.0), "per_token_seconds is 0.0"),
-        (lambda: Jobs.of([], []), "no job"),
-        (lambda: Jobs.of([1.0], [1, 2]), "1 arrivals, 2 lengths"),
-        (lambda: Jobs.of([1.0], [0]), "at least 1 token"),
+        (lambda: Jobs.from_arrays([], []), "no job"),
+        (lambda: Jobs.from_arrays([1.0], [1, 2]), "1 arrivals, 2 lengths"),
+        (lambda: Jobs.from_arrays([1.0], [0]), "at least 1 token"),
         (lambda: arrival_times("poisson", 5, 0.0, 1.0, np.random.default_rng(0)), "arrivals.rate is 0.0"),
         (lambda: arrival_times("x", 5, 1.0, 1.0, np.random.default_rng(0)), "arrivals.kind is 'x'"),
     ],

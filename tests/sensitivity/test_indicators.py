@@ -22,7 +22,7 @@ from ds_llmpq.quant.hqq import linear_names, quantize_linear
 from ds_llmpq.sensitivity import indicators
 from ds_llmpq.sensitivity.curvature import Curvature
 from ds_llmpq.sensitivity.layerwise import Layerwise, measure
-from ds_llmpq.sensitivity.progress import Progress
+from ds_llmpq.sensitivity.resume import Progress
 from scripts.make_checkpoint import make_checkpoint
 
 LAYERS = 3
@@ -89,7 +89,7 @@ def test_measured_equals_transformers_with_the_same_weights(path):
 def test_variance_is_the_theorem_written_out(path, axis, per_channel_bits, tmp_path):
     settings = replace(quant(axis), per_channel_bits=per_channel_bits)
     model, plain = layerwise(path, settings), transformers_model(path)
-    table = indicators.variance(model, WIDTHS, settings, nowhere(tmp_path), lambda *_: None)
+    table = indicators.estimate_variance(model, WIDTHS, settings, nowhere(tmp_path), lambda *_: None)
     for index, layer in enumerate(decoder_layers(plain)):
         entered = {}
         hooks = [
@@ -128,8 +128,8 @@ def full_hessian(model, layers, head, hidden):
         }
         out = functional_call(layers[0], state, (model._step(hidden=hidden),)).hidden
         for layer in layers[1:]:
-            out = model.outcome(layer, out)
-        return F.cross_entropy(model.logits(head, out).flatten(0, 1), model.targets[: len(hidden)].flatten())
+            out = model.apply(layer, out)
+        return F.cross_entropy(model.compute_logits(head, out).flatten(0, 1), model.targets[: len(hidden)].flatten())
 
     with sdpa_kernel(SDPBackend.MATH):
         return torch.autograd.functional.hessian(loss, weights, vectorize=False), names
@@ -141,7 +141,7 @@ def test_curvature_is_that_of_the_full_hessian(tmp_path):
     path = make_checkpoint(tmp_path / "m", "llama", tokenizer=None, seed=2, **small)
     tokens = torch.randint(0, 16, (2, 9), generator=torch.Generator().manual_seed(1))
     model = Layerwise(Checkpoint(path), QuantConfig(WIDTHS, 8, 1, True), tokens, CPU)
-    layers, head, hidden = [model.layer(0), model.layer(1)], model.head(), model.embedded().clone()
+    layers, head, hidden = [model.layer(0), model.layer(1)], model.head(), model.embed().clone()
     matrix, names = full_hessian(model, layers, head, hidden)
     largest = torch.linalg.eigvalsh(matrix)[-1].item()
     found = Curvature(model, layers, head, hidden, seed=0).eigenvalue()
@@ -167,9 +167,9 @@ def test_the_top_eigenvalue_is_not_the_one_of_largest_magnitude(monkeypatch):
 
 
 def test_a_run_goes_on_where_it_stopped(path, tmp_path, monkeypatch):
-    monkeypatch.setattr("ds_llmpq.sensitivity.progress._SECONDS_BETWEEN_STATES", 0.0)
+    monkeypatch.setattr("ds_llmpq.sensitivity.resume._SECONDS_BETWEEN_STATES", 0.0)
     model = layerwise(path)
-    whole = indicators.variance(model, WIDTHS, quant(), nowhere(tmp_path), lambda *_: None)
+    whole = indicators.estimate_variance(model, WIDTHS, quant(), nowhere(tmp_path), lambda *_: None)
     (tmp_path / "progress.json").unlink()
     identity = {"model": "x", "bits": (2, 4)}
 
@@ -181,24 +181,30 @@ def test_a_run_goes_on_where_it_stopped(path, tmp_path, monkeypatch):
             raise Stop
 
     with pytest.raises(Stop):
-        indicators.variance(model, WIDTHS, quant(), Progress(tmp_path, identity), stop)
+        indicators.estimate_variance(model, WIDTHS, quant(), Progress(tmp_path, identity), stop)
     rest = []
-    again = indicators.variance(model, WIDTHS, quant(), Progress(tmp_path, identity), lambda *done: rest.append(done))
+    again = indicators.estimate_variance(
+        model, WIDTHS, quant(), Progress(tmp_path, identity), lambda *done: rest.append(done)
+    )
     assert rest == [(3, 3)]
     assert again == whole
-    indicators.variance(model, WIDTHS, quant(), Progress(tmp_path, {"model": "y"}), lambda *done: rest.append(done))
+    indicators.estimate_variance(
+        model, WIDTHS, quant(), Progress(tmp_path, {"model": "y"}), lambda *done: rest.append(done)
+    )
     assert len(rest) == 4  # another model: all layers anew
 
     with pytest.raises(Stop):
-        indicators.measured(model, WIDTHS, Progress(tmp_path, identity), stop, 1 << 30)
+        indicators.measure_each_layer(model, WIDTHS, Progress(tmp_path, identity), stop, 1 << 30)
     rest.clear()
-    found = indicators.measured(model, WIDTHS, Progress(tmp_path, identity), lambda *d: rest.append(d), 1 << 30)
+    found = indicators.measure_each_layer(
+        model, WIDTHS, Progress(tmp_path, identity), lambda *d: rest.append(d), 1 << 30
+    )
     assert rest == [(3, 3)]
-    assert found == indicators.measured(model, WIDTHS, Progress(tmp_path, {}), lambda *_: None, 1 << 30)
+    assert found == indicators.measure_each_layer(model, WIDTHS, Progress(tmp_path, {}), lambda *_: None, 1 << 30)
 
 
 def test_random_is_seeded_and_falls_with_the_width():
-    table = indicators.random_table(5, WIDTHS, 3)
-    assert table == indicators.random_table(5, WIDTHS, 3)
-    assert table != indicators.random_table(5, WIDTHS, 4)
+    table = indicators.draw_table(5, WIDTHS, 3)
+    assert table == indicators.draw_table(5, WIDTHS, 3)
+    assert table != indicators.draw_table(5, WIDTHS, 4)
     assert all(row == sorted(row, reverse=True) for row in table)

@@ -17,10 +17,10 @@ from ds_llmpq.models.fingerprint import fingerprint
 from ds_llmpq.models.tokenizer import load_tokenizer
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.hqq import quantize_linear
-from ds_llmpq.sensitivity.calibrate import calibrated, loss_per_kl
 from ds_llmpq.sensitivity.config import CalibrationConfig
-from ds_llmpq.sensitivity.layerwise import Measured
-from ds_llmpq.sensitivity.make import METHODS, Request, make_sensitivity
+from ds_llmpq.sensitivity.layerwise import LossIncrease
+from ds_llmpq.sensitivity.make import METHODS, SensitivityRequest, make_sensitivity
+from ds_llmpq.sensitivity.scaling import loss_per_kl, scale_to_loss
 from ds_llmpq.sensitivity.table import read_sensitivity, write_sensitivity
 from scripts.make_checkpoint import make_checkpoint
 
@@ -35,7 +35,7 @@ def path(tmp_path_factory):
 def request(path, folder, method="variance", bits=(2, 4, 16), calibration=None, group_size=64):
     quant = QuantConfig(list(bits), group_size, 1, True)
     calibration = calibration or CalibrationConfig(rows=2, tokens=16, hessian_rows=1)
-    return Request(path, method, quant, calibration, 0, torch.device("cpu"), folder)
+    return SensitivityRequest(path, method, quant, calibration, 0, torch.device("cpu"), folder)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -91,11 +91,11 @@ def test_an_lm_head_that_cannot_be_is_named_before_anything_is_measured(path, tm
 
 
 def test_ratio_of_loss_and_divergence():
-    exact = [Measured(0.3, 0.01, 0.2), Measured(0.003, 0.01, 0.002)]
+    exact = [LossIncrease(0.3, 0.01, 0.2), LossIncrease(0.003, 0.01, 0.002)]
     assert loss_per_kl(exact) == pytest.approx(1.5)
-    assert loss_per_kl([Measured(9.0, 0.01, 0.2)]) == 2.0
-    assert loss_per_kl([Measured(0.0, 0.0, 0.0)]) == 1.0
-    table, notes = calibrated([[1.0, 0.0], [3.0, 0.0]], exact)
+    assert loss_per_kl([LossIncrease(9.0, 0.01, 0.2)]) == 2.0
+    assert loss_per_kl([LossIncrease(0.0, 0.0, 0.0)]) == 1.0
+    table, notes = scale_to_loss([[1.0, 0.0], [3.0, 0.0]], exact)
     assert table == [[pytest.approx(0.075), pytest.approx(0.0015)], [pytest.approx(0.225), pytest.approx(0.0015)]]
     assert notes[0]["raw_sum"] == 4.0
 

@@ -9,7 +9,7 @@ from ds_llmpq.errors import UserError
 from ds_llmpq.sensitivity.table import Sensitivity, read_sensitivity, write_sensitivity
 
 
-def random_table(generator):
+def draw_table(generator):
     bits = tuple(generator.sample((2, 3, 4, 8, 16), generator.randrange(1, 6)))
     rows = generator.randrange(1, 6)
     return Sensitivity(
@@ -27,16 +27,16 @@ def random_table(generator):
 def test_round_trip(tmp_path):
     generator = random.Random(1)
     for _ in range(20):
-        table = random_table(generator)
+        table = draw_table(generator)
         write_sensitivity(tmp_path / "sensitivity.json", table)
         assert read_sensitivity(tmp_path / "sensitivity.json") == table
 
 
 def test_columns_by_width():
     table = Sensitivity("x", "measured", (8, 4), ((1.0, 2.0), (3.0, 4.0)))
-    assert table.for_bits([4, 16, 8]) == ((2.0, 0.0, 1.0), (4.0, 0.0, 3.0))
+    assert table.select_bits([4, 16, 8]) == ((2.0, 0.0, 1.0), (4.0, 0.0, 3.0))
     with pytest.raises(UserError, match="no column for 3 bits"):
-        table.for_bits([3])
+        table.select_bits([3])
 
 
 def test_an_lm_head_costs_nothing_at_16_bits_and_what_is_written_below():

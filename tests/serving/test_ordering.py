@@ -15,7 +15,7 @@ from ds_llmpq.lengths.config import LengthDataConfig, LengthTaskConfig, ProxyCon
 from ds_llmpq.lengths.dataset import split
 from ds_llmpq.lengths.predictor import train
 from ds_llmpq.lengths.records import Example
-from ds_llmpq.lengths.synthetic import answers
+from ds_llmpq.lengths.synthetic import make_answers
 from ds_llmpq.serving.ordering import ORDERINGS, order_requests, predict_answers, validate_batch
 
 
@@ -55,7 +55,7 @@ def test_without_a_predictor_a_requests_own_limit_stands_for_its_length():
 @pytest.fixture(scope="module")
 def predictor(tmp_path_factory):
     config = LengthDataConfig()
-    rows = [Example(a.text, a.output_tokens, a.model, 9, str(n)) for n, a in enumerate(answers(300))]
+    rows = [Example(a.text, a.output_tokens, a.model, 9, str(n)) for n, a in enumerate(make_answers(300))]
     folder = tmp_path_factory.mktemp("predictor")
     train(split(rows, config), LengthTaskConfig(), ProxyConfig(features=2048), config).save(folder)
     return folder

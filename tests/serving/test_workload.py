@@ -17,7 +17,7 @@ from ds_llmpq.lengths.config import LengthDataConfig, LengthTaskConfig, ProxyCon
 from ds_llmpq.lengths.dataset import split
 from ds_llmpq.lengths.predictor import train
 from ds_llmpq.lengths.records import Example
-from ds_llmpq.lengths.synthetic import answers
+from ds_llmpq.lengths.synthetic import make_answers
 from ds_llmpq.models.config import ModelConfig
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.models.tokenizer import load_tokenizer
@@ -35,7 +35,8 @@ SHORTER = 6  # answers are so many times shorter than drawn
 def predictor(tmp_path_factory):
     config = LengthDataConfig()
     rows = [
-        Example(a.text, max(1, a.output_tokens // SHORTER), a.model, 9, str(n)) for n, a in enumerate(answers(600, 1))
+        Example(a.text, max(1, a.output_tokens // SHORTER), a.model, 9, str(n))
+        for n, a in enumerate(make_answers(600, 1))
     ]
     folder = tmp_path_factory.mktemp("predictor")
     train(split(rows, config), LengthTaskConfig(), ProxyConfig(features=2048), config).save(folder)
@@ -52,7 +53,7 @@ def file(tmp_path_factory):
             "url": "/v1/completions",
             "body": {"model": a.model, "prompt": a.text, "max_tokens": LIMIT},
         }
-        for n, a in enumerate(answers(120))
+        for n, a in enumerate(make_answers(120))
     ]
     path = tmp_path_factory.mktemp("input") / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -88,7 +89,7 @@ def test_with_a_predictor_all_but_the_admission_s_share_fit(file, predictor, adm
     assert np.mean(longer) <= most_longer
     assert found.generated_tokens >= np.mean(answers.tokens)
     # and whatever is longer runs in the same memory
-    for slots, capacity in {feed.shape_of(each.prompt_tokens + LIMIT) for each in rows}:
+    for slots, capacity in {feed.choose_shape(each.prompt_tokens + LIMIT) for each in rows}:
         assert slots * capacity <= feed.positions
 
 

@@ -90,7 +90,7 @@ class StageRunner:
         sound row's states take the place of those that failed. None if that raises too."""
         sound = next(row for row in range(len(step.positions)) if row not in failed)
         try:
-            outputs = self._joined(self._parts_of(phase, step.exchanged(dict.fromkeys(failed, sound)), None))
+            outputs = self._joined(self._parts_of(phase, step.exchange_rows(dict.fromkeys(failed, sound)), None))
         except Exception:
             return None
         for output in outputs:

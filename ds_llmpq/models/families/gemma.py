@@ -42,7 +42,7 @@ class _GemmaKeys(llama.Keys):
         return tuple(SLIDING if (index + 1) % pattern else FULL for index in range(self.num_hidden_layers))
 
     def windows(self) -> list[int | None]:
-        return llama.windows_by_type(self.types(), self.sliding_window, self.num_hidden_layers)
+        return llama.assign_windows(self.types(), self.sliding_window, self.num_hidden_layers)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -85,7 +85,7 @@ class WindowedKeys(Keys):
         return [self.sliding_window] * self.num_hidden_layers
 
 
-def windows_by_type(layer_types: LayerTypes, window: int | None, layers: int) -> list[int | None]:
+def assign_windows(layer_types: LayerTypes, window: int | None, layers: int) -> list[int | None]:
     """`UserError` unless there is a type for each of the layers."""
     if len(layer_types) != layers:
         raise UserError(f"{CONFIG} has {len(layer_types)} layer_types for num_hidden_layers={layers}; {REMEDY}.")

@@ -30,7 +30,7 @@ class _QwenKeys(llama.Keys):
         types = self.layer_types
         if types is None:
             types = [SLIDING if index >= self.max_window_layers else FULL for index in range(layers)]
-        return llama.windows_by_type(types, window, layers)
+        return llama.assign_windows(types, window, layers)
 
 
 @dataclass(frozen=True, kw_only=True)

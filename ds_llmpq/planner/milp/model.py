@@ -11,7 +11,7 @@ from importlib.util import find_spec
 
 import numpy as np
 
-from ds_llmpq.cluster.detect import usable_cores
+from ds_llmpq.cluster.detect import count_usable_cores
 from ds_llmpq.errors import UserError
 from ds_llmpq.planner.linear import quiet_highs
 
@@ -77,7 +77,7 @@ class SolverUnavailable(Exception):
 
 def count_threads() -> int:
     """Threads of a solver: the processors this process may use, up to `MOST_THREADS`."""
-    return min(usable_cores(), MOST_THREADS)
+    return min(count_usable_cores(), MOST_THREADS)
 
 
 def solve_model(

@@ -15,7 +15,7 @@ from openvino import Node, opset13
 from openvino.op import _PagedAttentionExtension
 
 from ds_llmpq.models.block import Attention, Block, Norm
-from ds_llmpq.models.ends import alibi_slopes
+from ds_llmpq.models.ends import compute_alibi_slopes
 from ds_llmpq.quant.kernels.openvino_graph.constants import Constants, product, wide
 from ds_llmpq.quant.kernels.registry import CACHE_BLOCK
 
@@ -166,7 +166,7 @@ class LayerNodes:
         tables = (rows.past_lens, rows.subsequence_begins, rows.block_indices, rows.block_indices_begins)
         slopes = _none(numpy.float32)
         if self.spec.alibi:
-            slopes = opset13.constant(numpy.array(alibi_slopes(self.spec.heads), numpy.float32))
+            slopes = opset13.constant(numpy.array(compute_alibi_slopes(self.spec.heads), numpy.float32))
         nodes = [
             query, key, value, key_cache, value_cache, *tables,
             _scalar(self.spec.scale), _count(self.layer.self_attn.window or 0), slopes, rows.max_context_len,

@@ -152,7 +152,7 @@ class StageGraph(nn.Module):
 
     def _angles(self, step: Step) -> dict[str, torch.Tensor]:
         """Cosines and sines of all tokens by the names of the graph's inputs; it changes signs itself."""
-        found, prepared = {}, step.prepared()
+        found, prepared = {}, step.prepare_inputs()
         for name, features in self._rotary.items():
             cos, signed = (part.reshape(-1, features) for part in prepared[name])
             found[f"cos {name}"], found[f"sin {name}"] = cos, signed[:, features // 2 :].repeat(1, 2)

@@ -14,7 +14,7 @@ READ_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}  # beyond any cache
 MATRIX_SIZE = {"cpu": 1024, "cuda": 8192}
 
 
-def best_seconds(
+def time_best(
     action: Callable[[], Any], budget_seconds: float, clock: Callable[[], float] = time.perf_counter
 ) -> float:
     """The shortest of as many runs as fit into the budget (at least three, the first one thrown away).
@@ -80,7 +80,7 @@ def _measure_torch(torch: Any, device: Any, seconds: float) -> tuple[float, dict
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
 
-        return best_seconds(timed, budget)
+        return time_best(timed, budget)
 
     with torch.no_grad():
         data = torch.ones(read // 4, device=device)
@@ -99,5 +99,5 @@ def _measure_numpy(seconds: float) -> tuple[float, dict[str, float]]:
     size = MATRIX_SIZE["cpu"]
     data = numpy.ones(READ_BYTES["cpu"] // 4, numpy.float32)
     matrix = numpy.ones((size, size), numpy.float32)
-    bandwidth = READ_BYTES["cpu"] / best_seconds(data.sum, seconds / 3)
-    return bandwidth, {"float32": 2 * size**3 / best_seconds(lambda: matrix @ matrix, seconds / 3)}
+    bandwidth = READ_BYTES["cpu"] / time_best(data.sum, seconds / 3)
+    return bandwidth, {"float32": 2 * size**3 / time_best(lambda: matrix @ matrix, seconds / 3)}

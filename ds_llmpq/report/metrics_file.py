@@ -14,7 +14,7 @@ REMEDY = "give the folder of a finished run"
 _WRONG = (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError)
 
 
-def read_measured(file: Path) -> dict[str, Any] | None:
+def read_metrics(file: Path) -> dict[str, Any] | None:
     """The object of a file, its texts made fit to print; None where there is no such file. `UserError`: no object, or
     as in `read_json`."""
     if not file.exists():
@@ -26,7 +26,7 @@ def read_measured(file: Path) -> dict[str, Any] | None:
 
 
 @contextmanager
-def of_this_form(file: Path) -> Iterator[None]:
+def refuse_other_forms(file: Path) -> Iterator[None]:
     """What fails inside fails because `file` has other keys or values than this version writes: `UserError`."""
     try:
         yield

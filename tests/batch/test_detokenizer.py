@@ -5,8 +5,8 @@ from batch_helpers import byte_level, metaspace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_llmpq.batch import text as text_module
-from ds_llmpq.batch.text import MAX_WINDOW_TOKENS, GenerationState, TextState, decode
+from ds_llmpq.batch import detokenizer
+from ds_llmpq.batch.detokenizer import MAX_WINDOW_TOKENS, GenerationState, TextState, decode
 
 TOKENIZERS = {"byte_level": byte_level, "metaspace": metaspace}
 TEXTS = ["hello world", "naïve café", "你好世界", "😀😀 👩‍👩‍👧", "  x\n\n", "def f(x):", "a", ".", " "]
@@ -75,7 +75,7 @@ def test_long_random_bytes(token_ids, at, data):
 def test_a_long_stream_is_decoded_in_bounded_windows(kind, monkeypatch):
     tokenizer = TOKENIZERS[kind]()
     lengths = []
-    monkeypatch.setattr(text_module, "decode", lambda t, ids: lengths.append(len(ids)) or decode(t, ids))
+    monkeypatch.setattr(detokenizer, "decode", lambda t, ids: lengths.append(len(ids)) or decode(t, ids))
     unit = tokenizer.encode("".join(TEXTS), add_special_tokens=False)
     token_ids = (unit * 40)[:1500]
     state = TextState(tokenizer, ("never there",))
@@ -91,7 +91,7 @@ def test_endless_special_tokens_and_garbage_stay_bounded(token, monkeypatch):
     if token == "garbage":
         token = next(t for t in range(3, len(tokenizer)) if decode(tokenizer, [t]) == "\ufffd")
     lengths = []
-    monkeypatch.setattr(text_module, "decode", lambda t, ids: lengths.append(len(ids)) or decode(t, ids))
+    monkeypatch.setattr(detokenizer, "decode", lambda t, ids: lengths.append(len(ids)) or decode(t, ids))
     state = TextState(tokenizer, ("STOP",))
     assert not any(state.push(token) for _ in range(500))
     assert max(lengths, default=0) <= MAX_WINDOW_TOKENS
@@ -104,7 +104,7 @@ def test_without_stop_strings_nothing_is_decoded_before_the_end(monkeypatch):
     tokenizer = byte_level()
     state = TextState(tokenizer)
     with monkeypatch.context() as patch:
-        patch.setattr(text_module, "decode", None)
+        patch.setattr(detokenizer, "decode", None)
         assert not any(state.push(token) for token in range(3, 60))
     assert state.text == decode(tokenizer, list(range(3, 60)))
 

@@ -25,7 +25,7 @@ class TextState:
         self.token_ids: list[int] = []
         self.stopped = False
         self._searches = [_Search(tokenizer, stops)] if stops else []
-        if holding := _holding_special(tokenizer, stops):
+        if holding := _find_special_stops(tokenizer, stops):
             self._searches.append(_SpecialSearch(tokenizer, holding))
 
     def push(self, token_id: int) -> bool:
@@ -39,7 +39,7 @@ class TextState:
     def text(self) -> str:
         if not self.stopped:
             return decode(self.tokenizer, self.token_ids)
-        return min((search.before(self.token_ids) for search in self._searches), key=len)
+        return min((search.cut_at_stop(self.token_ids) for search in self._searches), key=len)
 
 
 class _Search:
@@ -61,17 +61,17 @@ class _Search:
         searched = self._tail + piece
         self._tail = searched[max(0, len(searched) - self._tail_characters) :]
         # the window may differ from the whole on bytes that were never text: the whole has the last word
-        return any(stop in searched for stop in self.stops) and self._place(self._decode(token_ids)) is not None
+        return any(stop in searched for stop in self.stops) and self._find_first(self._decode(token_ids)) is not None
 
-    def before(self, token_ids: list[int]) -> str:
+    def cut_at_stop(self, token_ids: list[int]) -> str:
         """The visible text before the first stop string, all of it where there is none."""
         text = self._decode(token_ids)
-        return text[: self._place(text)]
+        return text[: self._find_first(text)]
 
     def _decode(self, token_ids: list[int]) -> str:
         return _decode_all(self.tokenizer, token_ids) if self.with_special else decode(self.tokenizer, token_ids)
 
-    def _place(self, text: str) -> int | None:
+    def _find_first(self, text: str) -> int | None:
         places = [text.find(stop) for stop in self.stops]
         return min((place for place in places if place >= 0), default=None)
 
@@ -81,8 +81,8 @@ class _SpecialSearch(_Search):
 
     with_special = True
 
-    def before(self, token_ids: list[int]) -> str:
-        place = self._place(self._decode(token_ids))
+    def cut_at_stop(self, token_ids: list[int]) -> str:
+        place = self._find_first(self._decode(token_ids))
         if place is None:
             return decode(self.tokenizer, token_ids)
         # the tokens that end before it, and what the next one shows of itself
@@ -94,11 +94,11 @@ class _SpecialSearch(_Search):
         return decode(self.tokenizer, token_ids[:low]) + rest
 
 
-def _holding_special(tokenizer: Any, stops: tuple[str, ...]) -> tuple[str, ...]:
+def _find_special_stops(tokenizer: Any, stops: tuple[str, ...]) -> tuple[str, ...]:
     """Those that hold a special token's text."""
     if not stops:
         return ()
-    special = [token.content for token in _special_tokens(tokenizer).values() if token.content]
+    special = [token.content for token in _list_special_tokens(tokenizer).values() if token.content]
     return tuple(stop for stop in stops if any(text in stop for text in special))
 
 
@@ -153,7 +153,7 @@ class _Window:
 
     def __init__(self, tokenizer: Any, with_special: bool = False):
         self._tokenizer, self._with_special = tokenizer, with_special
-        self._skipped = frozenset() if with_special else _special_ids(tokenizer)
+        self._skipped = frozenset() if with_special else _list_special_ids(tokenizer)
         self._ids: list[int] = []
         self._settled = 0  # characters of the window's text already given out
 
@@ -193,11 +193,11 @@ class _Window:
             self._settled = len(self._decode(self._ids))
 
 
-def _special_ids(tokenizer: Any) -> frozenset[int]:
+def _list_special_ids(tokenizer: Any) -> frozenset[int]:
     """Tokens that decoding skips, which must not fill the window."""
-    return frozenset(_special_tokens(tokenizer))
+    return frozenset(_list_special_tokens(tokenizer))
 
 
-def _special_tokens(tokenizer: Any) -> dict[int, Any]:
+def _list_special_tokens(tokenizer: Any) -> dict[int, Any]:
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return {token_id: token for token_id, token in added.items() if getattr(token, "special", False)}

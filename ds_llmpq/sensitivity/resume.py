@@ -23,7 +23,7 @@ _SECONDS_BETWEEN_STATES = 30.0  # hidden states are large; rows are not
 
 
 @dataclass(frozen=True)
-class _Kept:
+class _ProgressFile:
     """progress.json: rows of layers from the first on, or by layer."""
 
     identity: Plain = field(default_factory=dict)
@@ -43,7 +43,7 @@ class Progress:
         self._state_file = folder / "progress.safetensors"
         self._stored = time.monotonic()
 
-    def resumed(self, first: Callable[[], torch.Tensor]) -> tuple[list[list[float]], torch.Tensor]:
+    def resume(self, first: Callable[[], torch.Tensor]) -> tuple[list[list[float]], torch.Tensor]:
         """(rows done, hidden states behind them); `first` gives the states where nothing is done."""
         found = self._read()
         with contextlib.suppress(OSError, SafetensorError, KeyError, TypeError):
@@ -63,7 +63,7 @@ class Progress:
         self._write({"rows": rows})
         os.replace(unfinished, self._state_file)
 
-    def kept(self) -> dict[int, list[float]]:
+    def read_rows(self) -> dict[int, list[float]]:
         return self._read().by_layer
 
     def keep_rows(self, by_layer: dict[int, list[float]]) -> None:
@@ -73,12 +73,12 @@ class Progress:
         for file in (self._rows_file, self._state_file):
             file.unlink(missing_ok=True)
 
-    def _read(self) -> _Kept:
+    def _read(self) -> _ProgressFile:
         with contextlib.suppress(UserError):
-            found = validate(_Kept, read_json(self._rows_file, "Progress", ""), "Progress", "")
+            found = validate(_ProgressFile, read_json(self._rows_file, "Progress", ""), "Progress", "")
             if found.identity == self.identity:
                 return found
-        return _Kept()
+        return _ProgressFile()
 
     def _write(self, fields: dict[str, Any]) -> None:
         unfinished = self._rows_file.with_name("progress.rows.part")

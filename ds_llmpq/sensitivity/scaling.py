@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ds_llmpq.sensitivity.layerwise import Measured
+from ds_llmpq.sensitivity.layerwise import LossIncrease
 
 
-def loss_per_kl(measured: Sequence[Measured]) -> float:
+def loss_per_kl(measured: Sequence[LossIncrease]) -> float:
     """Nats of loss per nat of KL, fitted by weighted least squares over whole-model measurements; between 1/2 and 2.
 
     KL is measured far more precisely than the small increase of the loss on few tokens, and equals it in expectation
@@ -26,8 +26,8 @@ def loss_per_kl(measured: Sequence[Measured]) -> float:
     return min(max(sum(loss * kl / error**2 for loss, kl, error in pairs) / weight, 0.5), 2.0)
 
 
-def calibrated(
-    raw: Sequence[Sequence[float]], uniform: Sequence[Measured]
+def scale_to_loss(
+    raw: Sequence[Sequence[float]], uniform: Sequence[LossIncrease]
 ) -> tuple[list[list[float]], list[dict[str, Any]]]:
     """(layers x widths in nats per token, what was measured by width). `uniform[j]`: all layers at width j.
 
