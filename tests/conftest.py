@@ -13,6 +13,8 @@ from hypothesis import settings
 
 settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
 settings.register_profile("explore", deadline=None)
+# what a test plans must not hang on how fast this machine is just now; tests of calibration ask for it
+os.environ["DS_LLMPQ_CALIBRATE"] = "never"
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,13 @@ _TIMEOUT_SECONDS = 240
 RANKS = 3
 
 
-def run_trial(spec: dict[str, Any], log: Path) -> dict[str, Any]:
-    """{"links": [...], "passes": [...]} of `trial.main`. `UserError`: a rank failed, with its log's name."""
+def run_trial(spec: dict[str, Any], log: Path, ranks: int = RANKS) -> dict[str, Any]:
+    """{"links": [...], "passes": [...], "samples": [...]} of `trial.main`; with less than three ranks no passes.
+    `UserError`: a rank failed, with its log's name."""
     package = str(Path(__file__).resolve().parents[2])
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
     shared = os.environ | {
-        "WORLD_SIZE": str(RANKS),
+        "WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(find_free_port()),
         "DS_ACCELERATOR": spec["kind"],
@@ -29,13 +32,16 @@ def run_trial(spec: dict[str, Any], log: Path) -> dict[str, Any]:
         "GLOO_SOCKET_IFNAME": "lo",
         "PYTHONPATH": os.pathsep.join(paths),
     }
+    line = [sys.executable, "-m", "ds_llmpq.profiling.trial", json.dumps(spec)]
+    # a GPU's runtime does not survive a fork; without one, the libraries are imported once for all ranks
+    environments = [{}] if spec["kind"] == "cpu" else [{"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(ranks)]
     children: list[subprocess.Popen] = []
     with log.open("wb") as errors:
         try:
-            for rank in range(RANKS):
-                env = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                line = [sys.executable, "-m", "ds_llmpq.profiling.trial", json.dumps(spec)]
-                child = subprocess.Popen(line, env=env, stdout=subprocess.PIPE, stderr=errors, text=True)
+            for own in environments:
+                child = subprocess.Popen(
+                    line, env=shared | own, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
+                )
                 children.append(child)
             output = children[0].communicate(timeout=_TIMEOUT_SECONDS)[0]
             codes = [child.wait(timeout=30) for child in children]
@@ -43,10 +49,16 @@ def run_trial(spec: dict[str, Any], log: Path) -> dict[str, Any]:
             raise UserError(f"the trial pipeline did not end within {_TIMEOUT_SECONDS} s; see {log}") from None
         finally:
             for child in children:
-                if child.poll() is None:
-                    child.kill()
+                _kill_group(child)
     mark = "ds-llmpq trial "
     found = [line.removeprefix(mark) for line in output.splitlines() if line.startswith(mark)]
     if any(codes) or not found:
         raise UserError(f"the trial pipeline failed; see {log}, or profile without it: profiling.links=false")
     return json.loads(found[0])
+
+
+def _kill_group(child: subprocess.Popen) -> None:
+    """The process and what it forked."""
+    with suppress(ProcessLookupError, PermissionError):  # all of them have ended
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,9 +14,8 @@ from typing import Any
 import torch
 
 from ds_llmpq.cluster.cluster import Cluster
-from ds_llmpq.cluster.devices import Device, DeviceType
+from ds_llmpq.cluster.devices import Device
 from ds_llmpq.cluster.gates import list_feasible_bits
-from ds_llmpq.cost.linktable import Message, write_links
 from ds_llmpq.cost.profile import (
     Point,
     Sample,
@@ -33,10 +31,12 @@ from ds_llmpq.launch.launcher import is_local
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.planner.config import WorkloadConfig
 from ds_llmpq.profiling.config import ProfilingConfig
+from ds_llmpq.profiling.hardware import processor_name
 from ds_llmpq.profiling.parts import Parts
 from ds_llmpq.profiling.points import sampling_plan
 from ds_llmpq.profiling.processes import run_trial
 from ds_llmpq.profiling.timer import Timer
+from ds_llmpq.profiling.trial_records import pass_sample, write_link_table
 from ds_llmpq.quant.config import QuantConfig
 
 Show = Callable[[str, int, int, str], None]
@@ -211,37 +211,17 @@ def _trials(
         }
         found = run_trial(spec, out / "trial.log")
         if index == 0:
-            _write_links(out / "links.csv", cluster, found["links"])
+            write_link_table(out / "links.csv", cluster, found["links"])
         for device in alike:
-            append(out / "profile.csv", [_pass_sample(device.type, entry) for entry in found["passes"]])
+            append(out / "profile.csv", [pass_sample(device.type, entry) for entry in found["passes"]])
         show("trial pipelines", index + 1, len(by_process), "")
-
-
-def _pass_sample(kind: DeviceType, entry: dict[str, Any]) -> Sample:
-    point = Point(kind.name, entry["part"], entry["phase"], 0, entry["batch"], entry["length_tokens"])
-    return Sample(point, entry["round"], 1, 1, entry["seconds"], entry["seconds"], 0.0)
-
-
-def _write_links(file: Path, cluster: Cluster, found: list[dict[str, Any]]) -> None:
-    """For every ordered pair of this host's devices: between processes of one host the link is the same."""
-    local = [device.name for device in cluster.devices if is_local(device.host)]
-    pairs = [(a, b) for a in local for b in local if a != b] or [(local[0], local[0])]
-    messages = []
-    for source, target in pairs:
-        for entry in found:
-            times = entry["seconds"]
-            middle = times[len(times) // 2]
-            messages.append(
-                Message(source, target, entry["channel"], entry["bytes"], len(times), middle, times[0])
-            )  # fmt: skip
-    write_links(file, messages)
 
 
 def _note(devices: Sequence[Device]) -> dict[str, Any]:
     """Where and when: for people, and the memory a process holds before it loads anything."""
     note: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "processor": _processor(),
+        "processor": processor_name(),
         "cores": os.cpu_count(),
         "types": {
             device.type.name: {"kind": device.type.kind, "threads": device.threads, "cpu_share": device.cpu_share}
@@ -266,11 +246,3 @@ def _context_bytes(kind: str) -> int:
     torch.zeros(1, device=device)
     free, total = torch.cuda.mem_get_info(device)
     return total - free - torch.cuda.memory_reserved(device)
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or "unknown"

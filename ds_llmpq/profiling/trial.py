@@ -1,6 +1,9 @@
-"""One rank of a trial pipeline of three stages on this host: what a pass costs beside its layers, and the links.
+"""One rank of a trial pipeline of three stages on this host: what a pass costs beside its layers, and the links. A
+calibration has its ranks time layers too, all at the same moment, one rank a device.
 
-    python -m ds_llmpq.profiling.trial SPEC    (SPEC is JSON; RANK, WORLD_SIZE and MASTER_* as a launcher sets them)
+    python -m ds_llmpq.profiling.trial SPEC    (SPEC is JSON; WORLD_SIZE and MASTER_* as a launcher sets them)
+
+RANK says which rank this is; without it, this process forks all of them.
 
 Each stage holds decoder layer 0, the first one also the embedding and the last one the head, and runs the engine's own
 schedules over its own channels. Rank 0 prints one JSON line that starts with `MARK`.
@@ -11,8 +14,10 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import signal
 import sys
 import time
+import traceback
 from typing import Any
 
 import torch
@@ -27,6 +32,7 @@ from ds_llmpq.engine.topology import PlannedTopology
 from ds_llmpq.engine.trace import Trace
 from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.models.shape import read_shape
+from ds_llmpq.profiling.joint_timing import time_points
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.layers import LayerLoader
 from ds_llmpq.scheduler.micro_batch import MicroBatch, MicroBatchLimits
@@ -87,16 +93,29 @@ def main(spec: dict[str, Any]) -> None:
     timeout = datetime.timedelta(seconds=120)
     _init_process_group(spec["kind"], timeout)
     side = dist.new_group(backend="gloo", timeout=timeout)
-    device = torch.device("cuda", rank) if spec["kind"] == "cuda" else torch.device("cpu")
+    device = _device(spec, rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    links = _links(rank, device, side) if spec["links"] else []
-    passes = _passes(spec, rank, device, side)
-    reports = DataChannel(side, rank, len(STAGES)).gather({"links": links, "passes": passes})
+    ranks = dist.get_world_size()
+    found = {"links": [], "passes": [], "samples": []}
+    if spec["links"] and ranks > 1:
+        found["links"] = _links(rank, device, side)
+    if ranks == len(STAGES):
+        found["passes"] = _passes(spec, rank, device, side)
+    if points := spec.get("points"):
+        found["samples"] = time_points(points, spec, rank, device, side)
+    reports = DataChannel(side, rank, ranks).gather(found)
     if rank == 0:
-        found = {name: [entry for report in reports for entry in report[name]] for name in ("links", "passes")}
+        found = {name: [entry for report in reports for entry in report[name]] for name in found}
         print(MARK + json.dumps(found), flush=True)
     dist.destroy_process_group()
+
+
+def _device(spec: dict[str, Any], rank: int) -> torch.device:
+    if spec["kind"] == "cpu":
+        return torch.device("cpu")
+    slots = [device["slot"] for device in spec["points"]["devices"]] if "points" in spec else range(len(STAGES))
+    return torch.device("cuda", slots[rank])
 
 
 def _passes(spec: dict[str, Any], rank: int, device: torch.device, side: dist.ProcessGroup) -> list[dict[str, Any]]:
@@ -217,5 +236,37 @@ def _token_ping(rank: int, out: TokenChannel, back: TokenChannel) -> float:
     return seconds
 
 
+def fork_ranks(spec: dict[str, Any]) -> int:
+    """Runs all ranks as forks of this process, which has imported everything; 1 where one of them failed."""
+    children = [_fork_rank(spec, rank) for rank in range(int(os.environ["WORLD_SIZE"]))]
+    code = 0
+    while children and code == 0:
+        child, status = os.wait()
+        children.remove(child)
+        code = min(1, abs(os.waitstatus_to_exitcode(status)))
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+    return code
+
+
+def _fork_rank(spec: dict[str, Any], rank: int) -> int:
+    if child := os.fork():
+        return child
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    code = 1
+    try:
+        main(spec)
+        code = 0
+    except BaseException:  # whatever it is, this fork must not go on as its parent would
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    if "RANK" in os.environ:
+        main(json.loads(sys.argv[1]))
+    else:
+        sys.exit(fork_ranks(json.loads(sys.argv[1])))

@@ -166,8 +166,12 @@ def _list_plan_inputs(settings: RunConfig, given: Plan | None) -> dict[str, Any]
     groups = {name: asdict(getattr(settings, name)) for name in ("model", "workload", "quant", "planner")}
     groups |= {"cluster": asdict(settings.cluster), "engine": {"dtype": settings.engine.dtype}}
     settings_of = flatten("", groups) | {"quantized": settings.quantized}
-    # variables change no result, and may be nobody else's business
-    return {name: value for name, value in settings_of.items() if not name.startswith("cluster.env")}
+    # variables change no result, and may be nobody else's business; when layers are timed changes none either
+    return {
+        name: value
+        for name, value in settings_of.items()
+        if not name.startswith("cluster.env") and name != "planner.calibrate"
+    }
 
 
 def _launch(settings: RunConfig, plan: Plan, out: Path) -> Launch:

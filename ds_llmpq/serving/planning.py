@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from ds_llmpq.cluster.cluster import Cluster
 from ds_llmpq.cluster.gates import choose_dtype
 from ds_llmpq.cluster.hostfile import write_hostfile
 from ds_llmpq.cost.fitted import profiled_kernel
+from ds_llmpq.cost.profile import current_setup
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import absolute_or_none, make_absolute, read_json, write_json
 from ds_llmpq.models.config import ModelConfig
@@ -20,14 +23,15 @@ from ds_llmpq.models.prequantized import refuse_foreign
 from ds_llmpq.models.shape import ModelShape, read_shape
 from ds_llmpq.plan import Plan, PlannedModel, launch_order, read_assignment, write_plan
 from ds_llmpq.planner import Problem, ProgressEvent, check_plan, solve
-from ds_llmpq.planner.build import prepare
-from ds_llmpq.planner.config import PlannerConfig
+from ds_llmpq.planner.build import check_workload, micro_batches, prepare, usable_bits
+from ds_llmpq.planner.config import PlannerConfig, WorkloadConfig
 from ds_llmpq.planner.cost_source import FurtherSource, select_costs
 from ds_llmpq.planner.deploy import deploy
 from ds_llmpq.planner.simulation import simulate_plan
+from ds_llmpq.profiling.short_profile import TimingTask, calibrate
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.kernels.registry import resolved
-from ds_llmpq.quant.packing import check_lm_head
+from ds_llmpq.quant.packing import check_lm_head, groups_of
 from ds_llmpq.sensitivity.table import read_sensitivity
 from ds_llmpq.serving.config import PlanConfig, PlanningConfig
 from ds_llmpq.serving.workload import size_workload
@@ -49,7 +53,7 @@ def make_plan(
     """
     settings = PlanConfig.of(settings)
     check_defaults(settings.batch)
-    problem, finish = build_problem(settings, sources)
+    problem, finish = build_problem(settings, sources, _show_calibration if progress else lambda text: None)
     write_json(out / "problem.json", problem.to_json())
     if settings.check:
         solved = check_plan(problem, read_assignment(make_absolute(settings.check)))
@@ -64,7 +68,9 @@ def make_plan(
 
 
 def build_problem(
-    settings: PlanConfig, sources: Mapping[str, FurtherSource] | None = None
+    settings: PlanConfig,
+    sources: Mapping[str, FurtherSource] | None = None,
+    show: Callable[[str], None] = lambda text: None,
 ) -> tuple[Problem, Callable[[Plan], Plan]]:
     """The problem to solve, and what makes its plan ready to launch. A problem.json from anywhere needs no model and no
     cluster, and its plan names none."""
@@ -88,6 +94,8 @@ def build_problem(
     if sensitivity is not None:
         sensitivity.check_model(shape.layers, model.fingerprint)
     dtype, quant = settings.engine.dtype, _with_kernel(settings, cluster, shape)
+    if (profile := _calibrate(settings, cluster, shape, workload, quant, show)) is not None:
+        planner = replace(planner, profile=str(profile))
     costs_of, cluster, kernel = select_costs(
         settings.cost, planner, quant, cluster, shape, dtype, quant.kernel, sources
     )
@@ -101,6 +109,34 @@ def _with_kernel(settings: PlanConfig, cluster: Cluster, shape: ModelShape) -> Q
     dtype = choose_dtype(cluster, settings.engine.dtype)
     measured = profiled_kernel(settings.planner.profile) if settings.planner.profile else None
     return resolved(settings.quant, kinds, dtype, shape.linears, measured, shape.spec, settings.engine.batch_invariant)
+
+
+def _calibrate(
+    settings: PlanConfig,
+    cluster: Cluster,
+    shape: ModelShape,
+    workload: WorkloadConfig,
+    quant: QuantConfig,
+    show: Callable[[str], None],
+) -> Path | None:
+    """A short profile of these devices, where the times would come from the roofline otherwise."""
+    planner, path = settings.planner, settings.model.path
+    if planner.profile is not None or settings.cost.source != "auto" or path is None:
+        return None
+    check_workload(workload, shape)
+    dtype = choose_dtype(cluster, settings.engine.dtype)
+    bits, _ = usable_bits(shape, quant)
+    sizes = {
+        phase: micro_batches(phase, getattr(planner.micro_batches, phase), workload.sequences)
+        for phase in ("prefill", "decode")
+    }
+    setup = current_setup(shape, dtype, quant.kernel, groups_of(quant), quant.lm_head_bits)
+    wanted = TimingTask(str(make_absolute(path)), shape, workload, quant, dtype, tuple(bits), sizes, setup)
+    return calibrate(wanted, cluster, planner.calibrate, show)
+
+
+def _show_calibration(text: str) -> None:
+    print(f"calibration: {text}", file=sys.stderr)
 
 
 def solver_options(planner: PlannerConfig) -> dict[str, Any]:

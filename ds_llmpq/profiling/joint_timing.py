@@ -1,0 +1,100 @@
+"""Layers, embedding and head timed by several ranks at the same moment, each on its own device."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ds_llmpq.cost.profile import Point, Sample
+from ds_llmpq.models.shape import read_shape
+from ds_llmpq.profiling.parts import Parts
+from ds_llmpq.profiling.timer import Timer
+from ds_llmpq.quant.config import QuantConfig
+
+_FEWEST_REPEATS = 4  # of a point, its warm-up among them
+
+
+@torch.inference_mode()
+def time_points(
+    wanted: dict[str, Any], spec: dict[str, Any], rank: int, device: torch.device, group: dist.ProcessGroup
+) -> list[dict[str, Any]]:
+    """Samples of this rank's device as plain objects; ranks without a device wait with the others.
+
+    All ranks start a point together, and leave it out together where one of them would take too long for it. Points of
+    the smallest micro-batch are always timed: a fit needs them.
+    """
+    devices = wanted["devices"]
+    points = [Point(**entry) for entry in devices[rank]["points"]] if rank < len(devices) else []
+    share = devices[rank]["cpu_share"] if points else 1.0
+    timer = Timer(device, spec["threads"], share)
+    parts = _load(wanted, spec, points, device) if points else None
+    if parts is not None:
+        parts.throttle(share)
+    smallest = min((point.batch for point in points), default=0)
+    left, samples = float(wanted["seconds"]), []
+    last: dict[tuple[str, str, int], tuple[float, int]] = {}
+    for turn in range(max(len(entry["points"]) for entry in devices)):
+        point = points[turn] if turn < len(points) else None
+        wanted_all_the_same = point is None or point.batch == smallest
+        expected = 0.0 if wanted_all_the_same else _guess(point, last) * _FEWEST_REPEATS
+        if _slowest(expected, group) > max(left, 0.0):
+            continue
+        sample, spent = None, 0.0
+        if point is not None:
+            sample, spent = _time(timer, parts, point, max(left, 0.0) / (len(points) - turn))
+            samples.append(asdict(sample))
+            last[point.part, point.phase, point.bits] = sample.median_seconds, _tokens(point)
+        left -= _slowest(spent, group)
+    return samples
+
+
+def _time(timer: Timer, parts: Parts, point: Point, seconds: float) -> tuple[Sample, float]:
+    """(sample, seconds that it took)."""
+    action, times = parts.action(point)
+    timing = timer.time(action, seconds, warm_up=1)
+    sample = Sample(
+        point,
+        0,
+        timing.repeats,
+        timing.undisturbed,
+        timing.median_seconds / times,
+        timing.minimum_seconds / times,
+        timing.spread,
+    )
+    return sample, timing.median_seconds * (timing.repeats + 1)
+
+
+def _guess(point: Point, last: dict[tuple[str, str, int], tuple[float, int]]) -> float:
+    """Seconds of the point if time grew with its tokens from the last point of its kind on; 0 for the first one."""
+    if (before := last.get((point.part, point.phase, point.bits))) is None:
+        return 0.0
+    return before[0] * _tokens(point) / before[1]
+
+
+def _tokens(point: Point) -> int:
+    return point.batch * (point.length_tokens if point.phase == "prefill" else 1)
+
+
+def _slowest(seconds: float, group: dist.ProcessGroup) -> float:
+    """The largest of all ranks' figures; every rank waits for it."""
+    value = torch.tensor(seconds, dtype=torch.float64)
+    dist.all_reduce(value, dist.ReduceOp.MAX, group)
+    return value.item()
+
+
+def _load(wanted: dict[str, Any], spec: dict[str, Any], points: list[Point], device: torch.device) -> Parts:
+    bits = sorted({point.bits for point in points if point.part == "layer"})
+    return Parts(
+        spec["path"],
+        read_shape(spec["path"]),
+        bits,
+        QuantConfig(**wanted["quant"]),
+        spec["dtype"],
+        device,
+        wanted["rows"],
+        wanted["capacity"],
+        wanted["chained"],
+    )

@@ -1,0 +1,237 @@
+"""A short profile that `plan` and `run` make by themselves, kept in the user's cache folder.
+
+The points are few: at most three micro-batches a phase, of two lengths. The ranks of a trial pipeline time them at the
+same moment, one rank a device, so that what stages take from one another is in the figures. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ds_llmpq.cluster.cluster import Cluster
+from ds_llmpq.cluster.detect import available_memory_bytes, find_type, query_gpus
+from ds_llmpq.cluster.devices import COMPUTE_DTYPES, Device
+from ds_llmpq.cluster.gates import list_feasible_bits
+from ds_llmpq.cost.memory import MemoryModel
+from ds_llmpq.cost.profile import Point, Sample, Setup, append, write_header
+from ds_llmpq.errors import UserError
+from ds_llmpq.launch.launcher import is_local
+from ds_llmpq.models.shape import ModelShape
+from ds_llmpq.planner.config import WorkloadConfig
+from ds_llmpq.profiling.hardware import gpu_names, processor_name
+from ds_llmpq.profiling.points import sampling_plan
+from ds_llmpq.profiling.processes import RANKS, run_trial
+from ds_llmpq.profiling.trial_records import pass_sample, write_link_table
+from ds_llmpq.quant.config import QuantConfig
+from ds_llmpq.quant.packing import groups_of
+
+CHOICES = ("auto", "always", "never")
+POINT_SECONDS = {"cpu": 3.0, "cuda": 10.0}  # for the points of a device; the trial pipeline comes on top
+ENVIRONMENT = "DS_LLMPQ_CALIBRATE"  # what planner.calibrate=auto stands for
+_CHAINED_LAYERS = 2
+_MEMORY_SHARE = 0.5  # of what is available, for all ranks together
+Show = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class TimingTask:
+    """What to measure. `sizes`: candidate micro-batches by phase; `bits`: widths the model can be stored in."""
+
+    path: str
+    shape: ModelShape
+    workload: WorkloadConfig
+    quant: QuantConfig
+    dtype: str
+    bits: tuple[int, ...]
+    sizes: dict[str, list[int]]
+    setup: Setup
+
+
+def cache_folder() -> Path:
+    """Where calibrations are kept: $XDG_CACHE_HOME/ds_llmpq, by default ~/.cache/ds_llmpq."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ds_llmpq" / "calibration"
+
+
+def find_obstacle(cluster: Cluster) -> str | None:
+    """Why the cluster cannot be measured from here, or None."""
+    away = [device.host for device in cluster.devices if not is_local(device.host)]
+    if away:
+        return f"host {away[0]} is not this one"
+    here = query_gpus() if any(device.type.kind == "cuda" for device in cluster.devices) else []
+    for device in cluster.devices:
+        if device.type.kind == "cuda":
+            if device.slot >= len(here):
+                return f"this host has no {device.name}"
+            if find_type(here[device.slot]) not in (None, device.type.name):
+                return f"{device.name} is a {here[device.slot].name}, not a {device.type.name}"
+    return None
+
+
+def calibrate(wanted: TimingTask, cluster: Cluster, choice: str, show: Show) -> Path | None:
+    """The folder with the profile, measured now or before; None where there is none to be had. `choice` is
+    `planner.calibrate`. `UserError`: one that is not known, or `always` where nothing can be measured."""
+    if choice == "auto":
+        choice = os.environ.get(ENVIRONMENT, "auto")
+    if choice not in CHOICES:
+        raise UserError(f"planner.calibrate is {choice!r} but must be one of {', '.join(CHOICES)}.")
+    if choice == "never":
+        return None
+    wanted = _with_round_sizes(wanted)
+    obstacle = find_obstacle(cluster) or _find_shortage(wanted, cluster)
+    if obstacle and choice == "always":
+        raise UserError(f"planner.calibrate=always cannot be: {obstacle}.")
+    if obstacle:
+        show(f"layer times are not measured: {obstacle}")
+        return None
+    folder = cache_folder() / _key(wanted, cluster)
+    if (folder / "profile.csv").is_file() and choice != "always":
+        return folder
+    show("timing layers on these devices, once for this model and machine (planner.calibrate=never does without)")
+    begin = time.monotonic()
+    _measure_into(wanted, cluster, folder)
+    show(f"timed in {time.monotonic() - begin:.0f} s, kept in {folder}")
+    return folder
+
+
+def _measure_into(wanted: TimingTask, cluster: Cluster, folder: Path) -> None:
+    """Complete or not at all; of two processes that do so at the same time, either one's folder is left."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as name:
+        made = Path(name) / "made"
+        made.mkdir()
+        _measure(wanted, cluster, made)
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            made.replace(folder)
+        except OSError:
+            if not (folder / "profile.csv").is_file():
+                raise
+
+
+def _with_round_sizes(wanted: TimingTask) -> TimingTask:
+    """Lengths up to the next power of two, so that batches of about the same lengths share a calibration; micro-batches
+    thinned to the smallest, the middle and the largest."""
+    workload = replace(
+        wanted.workload,
+        prompt_tokens=_next_power(wanted.workload.prompt_tokens),
+        generated_tokens=_next_power(wanted.workload.generated_tokens),
+    )
+    sizes = {
+        phase: sorted({listed[0], listed[len(listed) // 2], listed[-1]})
+        for phase, listed in ((phase, sorted(listed)) for phase, listed in wanted.sizes.items())
+    }
+    return replace(wanted, workload=workload, sizes=sizes)
+
+
+def _next_power(number: int) -> int:
+    return 1 << max(0, number - 1).bit_length()
+
+
+def _key(wanted: TimingTask, cluster: Cluster) -> str:
+    """A name for all that the times depend on."""
+    what: dict[str, Any] = {
+        "setup": asdict(wanted.setup),
+        "bits": wanted.bits,
+        "sizes": wanted.sizes,
+        "lengths": [wanted.workload.prompt_tokens, wanted.workload.generated_tokens],
+        "devices": [
+            [device.name, device.type.name, device.type.kind, device.threads, device.cpu_share]
+            for device in cluster.devices
+        ],
+        "hardware": [processor_name(), *gpu_names()],
+    }
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _find_shortage(wanted: TimingTask, cluster: Cluster) -> str | None:
+    """Why this host's memory does not hold what is timed, or None."""
+    if all(device.type.kind != "cpu" for device in cluster.devices):
+        return None
+    memory = MemoryModel(wanted.shape, groups_of(wanted.quant), COMPUTE_DTYPES[wanted.dtype], wanted.quant.kernel)
+    rank = _CHAINED_LAYERS * sum(memory.layer_bytes(bits) for bits in wanted.bits)
+    needed = (rank + memory.embed_bytes() + memory.head_bytes()) * RANKS
+    available = available_memory_bytes()
+    if needed <= _MEMORY_SHARE * available:
+        return None
+    return f"it would take {needed >> 20} MiB, more than half of the {available >> 20} MiB that are free"
+
+
+def _measure(wanted: TimingTask, cluster: Cluster, out: Path) -> None:
+    """profile.csv and links.csv, from one trial for devices that are started alike and three at a time."""
+    samples: list[Sample] = []
+    for index, devices in enumerate(_trial_groups(cluster)):
+        kind = devices[0].type.kind
+        ranks = RANKS if kind == "cpu" else len(devices)
+        found = run_trial(_trial(wanted, devices, links=index == 0), out / "trial.log", ranks)
+        if index == 0 and found["links"]:
+            write_link_table(out / "links.csv", cluster, found["links"])
+        for device in {device.type.name: device for device in devices}.values():
+            samples += [pass_sample(device.type, entry) for entry in found["passes"]]
+        samples += [Sample(Point(**entry.pop("point")), **entry) for entry in found["samples"]]
+    note = {"made_by": "calibration", "processor": processor_name(), "cores": os.cpu_count()}
+    write_header(out / "profile.csv", wanted.setup, note)
+    append(out / "profile.csv", samples)
+
+
+def _trial_groups(cluster: Cluster) -> list[list[Device]]:
+    """Devices to time at the same moment: of one kind and number of threads, at most three. Every type is in a group;
+    more devices of a type only fill one up."""
+    by_process: dict[tuple[str, int], list[Device]] = {}
+    for device in cluster.devices:
+        by_process.setdefault((device.type.kind, device.threads or 1), []).append(device)
+    groups = []
+    for devices in by_process.values():
+        types = list({device.type.name: device for device in devices}.values())
+        groups += [types[start : start + RANKS] for start in range(0, len(types), RANKS)]
+        others = [device for device in devices if device not in types]
+        groups[-1] += others[: RANKS - len(groups[-1])]
+    return groups
+
+
+def _trial(wanted: TimingTask, devices: list[Device], links: bool) -> dict[str, Any]:
+    sizes = sorted({size for listed in wanted.sizes.values() for size in listed})
+    workload = wanted.workload
+    return {
+        "kind": devices[0].type.kind,
+        "threads": devices[0].threads or 1,
+        "links": links,
+        "path": wanted.path,
+        "dtype": wanted.dtype,
+        "sizes": sizes,
+        "prompt_tokens": workload.prompt_tokens,
+        "rounds": 2,
+        "points": {
+            "devices": [
+                {
+                    "slot": device.slot,
+                    "cpu_share": device.cpu_share or 1.0,
+                    "points": [asdict(point) for point in _points(wanted, device)],
+                }
+                for device in devices
+            ],
+            "quant": asdict(wanted.quant),
+            "rows": sizes[-1],
+            "capacity": workload.prompt_tokens + workload.generated_tokens,
+            "chained": _CHAINED_LAYERS,
+            "seconds": POINT_SECONDS[devices[0].type.kind],
+        },
+    }
+
+
+def _points(wanted: TimingTask, device: Device) -> list[Point]:
+    """Two lengths a phase, and all of them with the smallest micro-batch. Light points come first: where time runs out,
+    heavy ones are left out."""
+    bits = [width for width in wanted.bits if width in list_feasible_bits(device.type, wanted.dtype)]
+    groups = sampling_plan(device.type.name, bits, wanted.sizes, wanted.workload)
+    smallest = min(size for listed in wanted.sizes.values() for size in listed)
+    points = [point for rank, group in enumerate(groups) for point in group if rank < 2 or point.batch == smallest]
+    return sorted(points, key=lambda point: point.batch * (point.length_tokens if point.phase == "prefill" else 1))

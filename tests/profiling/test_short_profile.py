@@ -1,0 +1,160 @@
+"""The short profile that `plan` makes by itself: what is measured, what is kept, and where it is not tried."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from ds_llmpq import config
+from ds_llmpq.cluster.cluster import Cluster
+from ds_llmpq.cluster.config import ClusterConfig, DeviceConfig, DeviceTypeConfig, HostConfig, LinkConfig, LinksConfig
+from ds_llmpq.cluster.detect import parse_gpus
+from ds_llmpq.cost.fitted import load_model
+from ds_llmpq.cost.profile import current_setup, read_profile
+from ds_llmpq.errors import UserError
+from ds_llmpq.models.shape import read_shape
+from ds_llmpq.planner.config import WorkloadConfig
+from ds_llmpq.profiling import short_profile
+from ds_llmpq.profiling.short_profile import TimingTask, calibrate, find_obstacle
+from ds_llmpq.quant.config import QuantConfig
+from ds_llmpq.quant.packing import Groups
+from ds_llmpq.serving.planning import make_plan
+from ds_llmpq.shipped import asset
+
+CPU = DeviceTypeConfig("cpu", 1 << 30, 2e10, {"float32": 1e11}, source="datasheet: none")
+
+LINKS = LinksConfig(LinkConfig(1e-5, 1e9), LinkConfig(1e-5, 1e9))
+
+
+def make_cluster(*types, host="localhost", kind=CPU):
+    devices = [DeviceConfig(type=name, slot=slot, memory_bytes=1 << 28) for slot, name in enumerate(types)]
+    return Cluster.from_config(ClusterConfig("one", dict.fromkeys(types, kind), [HostConfig(host, devices)], LINKS))
+
+
+@pytest.fixture
+def wanted():
+    path = str(asset("tiny-llama"))
+    shape = read_shape(path)
+    setup = current_setup(shape, "float32", "dequantize", Groups())
+    sizes = {"prefill": [1, 2], "decode": [1, 2, 4]}
+    quant = QuantConfig(kernel="dequantize")
+    return TimingTask(path, shape, WorkloadConfig(4, 13, 6), quant, "float32", (8, 16), sizes, setup)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(short_profile, "POINT_SECONDS", {"cpu": 0.5, "cuda": 0.5})
+    return tmp_path / "cache" / "ds_llmpq" / "calibration"
+
+
+def test_both_devices_are_timed_once_and_then_read_from_the_cache(wanted, cache):
+    cluster, said = make_cluster("fast", "slow"), []
+    folder = calibrate(wanted, cluster, "always", said.append)
+    assert folder.parent == cache
+    assert [entry.name for entry in cache.iterdir()] == [folder.name]  # nothing half made is left
+    model = load_model(folder, wanted.shape, wanted.setup)
+    for name in ("fast", "slow"):
+        for part, phase, bits in (("layer", "prefill", 8), ("layer", "decode", 16), ("head", "decode", 0)):
+            fit = model.get(name, part, phase, bits)
+            assert all(entry.seconds > 0 for entry in fit.residuals)
+            assert fit.batch_range == (1, 4 if part == "head" or phase == "decode" else 2)
+        assert model.get(name, "middle", "decode") is not None
+        assert model.get(name, "layer", "prefill", 16).length_range == (4, 16)  # of 13 tokens: up to a power of two
+    assert "localhost:0,localhost:1,activation" in (folder / "links.csv").read_text()
+    assert calibrate(wanted, cluster, "never", said.append) is None
+
+
+def test_what_was_measured_before_is_taken_unless_always(wanted, cache, monkeypatch):
+    made = []
+
+    def measure(wanted, cluster, out):
+        made.append(out)
+        (out / "profile.csv").write_text("measured")
+
+    monkeypatch.setattr(short_profile, "_measure", measure)
+    monkeypatch.delenv(short_profile.ENVIRONMENT)
+    cluster, quiet = make_cluster("fast"), [].append
+    first = calibrate(wanted, cluster, "auto", quiet)
+    assert calibrate(replace(wanted, workload=WorkloadConfig(4, 9, 5)), cluster, "auto", quiet) == first
+    assert len(made) == 1
+    assert calibrate(wanted, cluster, "always", quiet) == first
+    assert len(made) == 2
+    others = (
+        replace(wanted, workload=WorkloadConfig(4, 17, 6)),
+        replace(wanted, setup=replace(wanted.setup, kernel="other")),
+        replace(wanted, sizes=wanted.sizes | {"decode": [1, 2, 4, 8]}),
+    )
+    assert len({first, *(calibrate(other, cluster, "auto", quiet) for other in others)}) == 4
+    assert calibrate(wanted, make_cluster("slow"), "auto", quiet) != first
+    monkeypatch.setenv(short_profile.ENVIRONMENT, "never")
+    assert calibrate(wanted, cluster, "auto", quiet) is None
+
+
+def test_a_cluster_elsewhere_is_not_measured_here(wanted, cache, monkeypatch):
+    said = []
+    monkeypatch.delenv(short_profile.ENVIRONMENT)
+    away = make_cluster("fast", host="a-host-elsewhere")
+    assert calibrate(wanted, away, "auto", said.append) is None
+    assert said == ["layer times are not measured: host a-host-elsewhere is not this one"]
+    with pytest.raises(UserError, match=r"planner\.calibrate=always cannot be: host a-host-elsewhere"):
+        calibrate(wanted, away, "always", said.append)
+    with pytest.raises(UserError, match="'often' but must be one of auto, always, never"):
+        calibrate(wanted, away, "often", said.append)
+    monkeypatch.setattr(short_profile, "available_memory_bytes", lambda: 1 << 20)
+    assert calibrate(wanted, make_cluster("fast"), "auto", said.append) is None
+    assert "more than half of the 1 MiB that are free" in said[-1]
+    assert not cache.exists()
+
+
+def test_a_gpu_of_another_type_is_not_measured_in_its_place(monkeypatch):
+    gpus = parse_gpus("0, 00000000:01:00.0, NVIDIA GeForce RTX 4090, 24564, 24000, 8.9\n")
+    monkeypatch.setattr(short_profile, "query_gpus", lambda: gpus)
+    kind = replace(CPU, kind="cuda")
+    assert find_obstacle(make_cluster("rtx_4090", kind=kind)) is None
+    assert "is a NVIDIA GeForce RTX 4090, not a v100" in find_obstacle(make_cluster("v100", kind=kind))
+    assert "no localhost:1" in find_obstacle(make_cluster("rtx_4090", "rtx_4090", kind=kind))
+
+
+@pytest.mark.parametrize("types", ["a", "ab", "aab", "abcd", "aaaa", "abcdefg", "aaaaab"])
+def test_every_type_is_timed_and_at_most_three_devices_at_once(types):
+    names = [f"type_{letter}" for letter in types]
+    devices = [DeviceConfig(type=name, slot=slot, memory_bytes=1 << 28) for slot, name in enumerate(names)]
+    cluster = Cluster.from_config(
+        ClusterConfig("one", dict.fromkeys(names, CPU), [HostConfig("localhost", devices)], LINKS)
+    )
+    groups = short_profile._trial_groups(cluster)
+    assert {device.type.name for group in groups for device in group} == set(names)
+    assert all(1 <= len(group) <= 3 for group in groups)
+    assert len(groups) == -(-len(set(names)) // 3)
+    assert sum(map(len, groups)) >= min(3, len(names))
+
+
+def test_a_plan_by_default_settings_stands_on_measured_times(cache, tmp_path, monkeypatch):
+    monkeypatch.delenv(short_profile.ENVIRONMENT)
+    composed = config.composed("plan", ["+experiment=demo", "planner.solver=search", f"out={tmp_path / 'plan'}"])
+    settings = config.load_cluster(config.to_object(composed, config.COMMANDS["plan"]))
+    (tmp_path / "plan").mkdir()
+    plan = make_plan(settings, tmp_path / "plan")
+    assert plan.provenance["layer_seconds.cpu_core"].startswith("fitted")
+    assert plan.provenance["links"].startswith("measured (links.csv)")
+    (folder,) = cache.iterdir()
+    kernel = read_profile(folder / "profile.csv").setup.kernel
+    assert f"(kernel {kernel};" in plan.provenance["layer_seconds.cpu_core"]
+    never = replace(settings, planner=replace(settings.planner, calibrate="never"))
+    plan = make_plan(never, tmp_path / "plan")
+    assert plan.provenance["layer_seconds.cpu_core"].startswith("roofline")
+    assert json.loads((tmp_path / "plan" / "problem.json").read_text())
+
+
+def test_light_points_come_first_and_the_smallest_micro_batch_has_all_lengths(wanted):
+    device = make_cluster("fast").devices[0]
+    points = short_profile._points(short_profile._with_round_sizes(wanted), device)
+    layers = [point for point in points if point.part == "layer" and point.bits == 8]
+    tokens = [point.batch * (point.length_tokens if point.phase == "prefill" else 1) for point in points]
+    assert tokens == sorted(tokens)
+    assert [(p.batch, p.length_tokens) for p in layers if p.phase == "prefill"] == [
+        (1, 4), (1, 8), (1, 16), (2, 8), (2, 16)
+    ]  # fmt: skip
+    assert {p.length_tokens for p in layers if p.phase == "decode" and p.batch == 1} == {8, 16, 20, 22}
+    assert {p.length_tokens for p in layers if p.phase == "decode" and p.batch == 4} == {16, 20}
