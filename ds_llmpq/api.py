@@ -241,11 +241,14 @@ def _write_prompts(file: Path, rows: list[dict[str, Any]]) -> None:
 
 def _outputs(folder: Path, prompts: list[Prompt]) -> list[RequestOutput]:
     """Both files of a finished run, in the order of the prompts."""
-    rows = {}
-    for name in (ERRORS_NAME, RESULTS_NAME):
-        for _, row in read_json_lines(folder / name, "results", "generate again"):
-            rows[int(row["custom_id"])] = row
-    return [_output(rows[index], prompt) for index, prompt in enumerate(prompts)]
+    rows, remedy = {}, "generate into another folder"
+    try:
+        for name in (ERRORS_NAME, RESULTS_NAME):
+            for _, row in read_json_lines(folder / name, "results", remedy):
+                rows[int(row["custom_id"])] = row
+        return [_output(rows[index], prompt) for index, prompt in enumerate(prompts)]
+    except (LookupError, TypeError, ValueError) as error:  # somebody changed them
+        raise UserError(f"{folder} holds results of another form ({type(error).__name__}); {remedy}.") from None
 
 
 def _output(row: dict[str, Any], prompt: Prompt) -> RequestOutput:

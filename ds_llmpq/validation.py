@@ -94,11 +94,13 @@ def validate(kind: type[T], value: Any, where: str, remedy: str, *, ignore_unkno
     if ignore_unknown and isinstance(value, dict):
         value = {name: value[name] for name in kind.__dataclass_fields__ if name in value}
     try:
-        return _adapter(dict[str, kind]).validate_json(json.dumps({"": value}))[""]
+        text = json.dumps({"": value})
+    except (RecursionError, TypeError, ValueError) as error:  # of a caller in Python: none of them is parsed JSON
+        raise UserError(f"{where} cannot be read ({type(error).__name__}); {remedy}.") from None
+    try:
+        return _adapter(dict[str, kind]).validate_json(text)[""]
     except ValidationError as error:
         raise UserError(_sentence(error, where, remedy)) from None
-    except (RecursionError, TypeError, ValueError) as error:
-        raise UserError(f"{where} cannot be read ({type(error).__name__}); {remedy}.") from None
 
 
 def validate_cells(kind: type[T], cells: Mapping[str, Any], where: str, remedy: str) -> T:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_llmpq.errors import UserError, make_printable
-from ds_llmpq.files import parse_json
+from ds_llmpq.files import open_regular, parse_json, read_lines
 
 _PROMPT_CHARACTERS, _ANSWER_CHARACTERS = 100, 160
 _MOST_ROWS = 1000  # of results without a word, after which there is nothing to show
@@ -47,8 +47,9 @@ def _find_prompts(input_file: Path, wanted: set[str]) -> dict[str, str]:
 
 def _rows(file: Path, most: int | None = None) -> Iterator[dict[str, Any]]:
     """Of the first `most` lines, those that are objects; of the input, others have become error rows."""
-    with open(file, "rb") as lines:
-        for line in islice(lines, most):
+    remedy = "give another file"
+    with open_regular(file, "rows", remedy) as lines:
+        for line in islice(read_lines(lines, f"rows {file}", remedy), most):
             with contextlib.suppress(UserError):
                 row = parse_json(line, "row", "mend it")
                 if isinstance(row, dict):

@@ -21,7 +21,7 @@ from ds_llmpq.plan import PredictedTotals, read_plan
 from ds_llmpq.report import figures
 from ds_llmpq.report.metrics_file import REMEDY, read_metrics
 from ds_llmpq.report.plan_table import format_table
-from ds_llmpq.validation import Note, validate
+from ds_llmpq.validation import Label, Note, validate
 
 _FAILURE = "failure.json"
 _WIDEST_CELL = 90  # characters; summary.csv has all of a long sentence
@@ -188,7 +188,8 @@ def _overrides(folder: Path) -> dict[str, str]:
     file = folder / ".hydra" / "overrides.yaml"
     if not file.is_file():
         return {}
-    pairs = (str(entry).partition("=") for entry in read_yaml(file, "overrides", REMEDY))
+    entries = validate(list[Label], read_yaml(file, "overrides", REMEDY), f"overrides {file}", REMEDY)
+    pairs = (entry.partition("=") for entry in entries)
     return {key.lstrip("+"): value for key, _, value in pairs if key not in ("out", "input")}
 
 

@@ -25,7 +25,7 @@ from ds_llmpq.files import read_json
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.planner.cost_source import FurtherSource
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS
-from ds_llmpq.validation import AboveZero, Bits, Name, Plain, Positive, Table, validate
+from ds_llmpq.validation import AboveZero, Name, Plain, Positive, Table, TableByNumber, validate
 
 FILE = Path(__file__).with_name("published_layers.json")
 KERNEL = "fused"  # its kernels read packed weights; memory has no dequantized copies
@@ -82,7 +82,7 @@ class _Record:
 
     source: Name
     at: _At
-    milliseconds: Table[dict[Bits, _Milliseconds]]
+    milliseconds: Table[TableByNumber[_Milliseconds]]
     reference: _Reference
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import read_json
-from ds_llmpq.validation import Count, Number, Plain, validate
+from ds_llmpq.validation import Number, Plain, TableByNumber, validate
 
 _SECONDS_BETWEEN_STATES = 30.0  # hidden states are large; rows are not
 
@@ -28,7 +28,7 @@ class _ProgressFile:
 
     identity: Plain = field(default_factory=dict)
     rows: list[list[Number]] = field(default_factory=list)
-    by_layer: dict[Count, list[Number]] = field(default_factory=dict)
+    by_layer: TableByNumber[list[Number]] = field(default_factory=dict)
 
 
 class Progress:
@@ -46,7 +46,7 @@ class Progress:
     def resume(self, first: Callable[[], torch.Tensor]) -> tuple[list[list[float]], torch.Tensor]:
         """(rows done, hidden states behind them); `first` gives the states where nothing is done."""
         found = self._read()
-        with contextlib.suppress(OSError, SafetensorError, KeyError, TypeError):
+        with contextlib.suppress(OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError):
             state = load_file(self._state_file)
             rows = found.rows[: int(state["layers"])]
             if len(rows) == int(state["layers"]):

@@ -164,7 +164,7 @@ def test_a_profile_file_reads_back(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ('"schema": 1', '"schema": 9', "schema is 9, but must be one of 1"),
+        ('"schema": 1', '"schema": 9', "schema is 9, but must be 1"),
         ("device_type,part", "device,part", "lacks the columns device_type"),
         ("layer,prefill", "cake,prefill", "line 3"),
         ("# {", "# [", "cannot be read as JSON"),

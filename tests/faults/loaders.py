@@ -29,6 +29,7 @@ from mutations import (
 
 from ds_llmpq import config
 from ds_llmpq.batch.config import BatchConfig
+from ds_llmpq.batch.jsonl_file import read_error_keys
 from ds_llmpq.batch.reader import read_requests
 from ds_llmpq.batch.results import ResultWriter, read_finished
 from ds_llmpq.cluster.cluster import Cluster
@@ -42,8 +43,10 @@ from ds_llmpq.errors import UserError, make_printable
 from ds_llmpq.evaluation.config import EvaluationConfig
 from ds_llmpq.evaluation.job import ScoreJob
 from ds_llmpq.files import read_json, read_text
+from ds_llmpq.launch.failures import FAILURE_MARK, Failure, read_failure
 from ds_llmpq.launch.journal import Journal
 from ds_llmpq.launch.launcher import Launch, build_command, build_environment
+from ds_llmpq.launch.progress import PROGRESS_MARK, parse_progress
 from ds_llmpq.lengths import dataset
 from ds_llmpq.lengths.predictor import load_predictor
 from ds_llmpq.lengths.records import read_examples
@@ -52,12 +55,15 @@ from ds_llmpq.models.generation import load_generation
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.plan import Plan, check_model, launch_order, read_assignment, read_plan
 from ds_llmpq.planner import Problem
+from ds_llmpq.report.answers import show_answers
 from ds_llmpq.report.plan_table import format_plan
 from ds_llmpq.report.sweep import read_point, summary_text
+from ds_llmpq.report.sweep_cache import is_done
 from ds_llmpq.report.traces import read_trace as read_spans
 from ds_llmpq.research.arrivals import read_trace
 from ds_llmpq.research.published_ssjf import read_cases, schedules
 from ds_llmpq.sensitivity.table import Sensitivity, read_sensitivity, write_sensitivity
+from ds_llmpq.serving.in_flight import read_in_flight
 from ds_llmpq.serving.job import Job
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
@@ -140,13 +146,13 @@ def all_loaders(folder: Path) -> dict[str, Loader]:
         "config.json": Loader((checkpoint / "config.json").read_bytes(), "config.json", _shape_of(checkpoint),
                               mutated_document, 12),
         "checkpoint": Loader((checkpoint / "config.json").read_bytes(), "config.json",
-                             _checkpoint_of(checkpoint, "config.json"), mutated_document, 6),
+                             _checkread_point(checkpoint, "config.json"), mutated_document, 6),
         "index": Loader(_index(checkpoint), "model.safetensors.index.json",
-                        _checkpoint_of(checkpoint, "model.safetensors.index.json"), mutated_document, 6),
+                        _checkread_point(checkpoint, "model.safetensors.index.json"), mutated_document, 6),
         "safetensors": Loader((checkpoint / "model.safetensors").read_bytes(), "model.safetensors",
-                              _checkpoint_of(checkpoint, "model.safetensors"), _mutated_header, 6,
+                              _checkread_point(checkpoint, "model.safetensors"), _mutated_header, 6,
                               every=_every_header),
-        "quantized": Loader(_quantized(checkpoint), "config.json", _checkpoint_of(checkpoint, "config.json", True),
+        "quantized": Loader(_quantized(checkpoint), "config.json", _checkread_point(checkpoint, "config.json", True),
                             mutated_document, 6),
         "generation": Loader(_GENERATION, "generation_config.json", _generation_of(checkpoint), mutated_document, 6),
         "tokenizer": Loader(_small_tokenizer(), "tokenizer.json", _tokenizer, mutated_document, 1),
@@ -173,6 +179,19 @@ def all_loaders(folder: Path) -> dict[str, Loader]:
         "pins": Loader(_PINS, "pins.json", partial(_pins, plan, problem), mutated_document, 6),
         "answers.csv": Loader(b"prompt,response,model\na b,c d,m\ne,f,m\n", "rows.csv", read_examples, mutated_bytes, 6,
                               exhaustive_table),
+        "errors": Loader(_ERRORS, "errors.jsonl", read_error_keys, mutated_lines, 6),
+        "in flight": Loader(_IN_FLIGHT, "in_flight.jsonl", lambda file: read_in_flight(file.parent, "f" * 64),
+                            mutated_lines, 6),
+        "progress lines": Loader(_PROGRESS, "progress", _marked(PROGRESS_MARK, parse_progress), mutated_lines, 6),
+        "failure lines": Loader(_FAILURES, "failure", _marked(FAILURE_MARK, read_failure), mutated_lines, 6),
+        "kept rows": Loader(_KEPT_ROWS, "progress.json", _kept_rows, mutated_document, 6),
+        "kept states": Loader(_kept_states(folder / "states"), "progress.safetensors", _kept_rows, _mutated_header, 6,
+                              every=_every_header),
+        "training state": Loader(_training_state(folder / "training"), "progress.safetensors", _resumed_training,
+                                 _mutated_header, 6, every=_every_header),
+        "swept": Loader(b"- planner.theta=2\n- +engine.dtype=float32\n", "overrides.yaml", _swept, mutated_bytes, 6),
+        "point": Loader(b'{"command": "run", "digest": "d"}', "point.json", _point, mutated_document, 6),
+        "shown answers": Loader(json.dumps(_RESULT).encode() + b"\n", "results.jsonl", _shown, mutated_lines, 6),
         "lengths": Loader(b'{"prompt": "a b", "response": "c d", "model": "m"}\n' * 3, "rows.jsonl", read_examples,
                           mutated_lines, 6),
     }  # fmt: skip
@@ -224,7 +243,10 @@ class Guard:
             if written and not isinstance(path, int):
                 self._check(event, path)
         elif event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.link", "os.truncate"):
-            self._check(event, arguments[1] if event in ("os.rename", "os.link", "os.symlink") else arguments[0])
+            path = arguments[1] if event in ("os.rename", "os.link", "os.symlink") else arguments[0]
+            if event != "os.truncate" and arguments[-1] > 0:  # below an open folder: so shutil.rmtree removes
+                path = os.path.join(os.readlink(f"/proc/self/fd/{arguments[-1]}"), os.fsdecode(path))
+            self._check(event, path)
         elif event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "socket.connect"):
             self.found.append(f"{event} {arguments!r}"[:300])
 
@@ -238,6 +260,21 @@ class Guard:
 
 # --- the loaders ---
 
+_ERROR = {"code": "bad_row", "message": "No.", "line": 7}
+_ERRORS = b"".join(
+    json.dumps({"id": "batch_req_1", "custom_id": name, "response": None, "error": _ERROR}).encode() + b"\n"
+    for name in ("a", None)
+)
+_IN_FLIGHT = b"""{"schema": 1, "identity": "%s"}
+{"row": 7, "tokens": [1, 2]}
+{"rows": [7, 8], "tokens": [3, 4]}
+""" % (b"f" * 64)
+_PROGRESS = b'{"phase": "serving", "done": 3, "total": 9, "note": "12 tokens/s", "pid": 5}\n'
+_FAILURES = json.dumps({
+    "kind": "fault", "type": "TypeError", "message": "no", "rank": 1, "stage": 1, "device": "b:0", "host": "b",
+    "file": "ds_llmpq/x.py", "line": 3, "function": "f",
+}).encode() + b"\n"  # fmt: skip
+_KEPT_ROWS = json.dumps({"identity": {"a": 1}, "rows": [[0.1, 0.2]], "by_layer": {"0": [0.5]}}).encode()
 _SCORES = b'{"loss_increase": {"predicted": 0.1, "measured": 0.2}, "perplexity": 3.5}'
 _SPANS = json.dumps({"traceEvents": [
     {"ph": "X", "pid": 0, "tid": 0, "name": "prefill", "ts": 1.0, "dur": 2.0},
@@ -275,6 +312,75 @@ def _latency_model(file: Path) -> object:
     model = read_model(file)
     pair_profile(model)
     return profile_table(model)
+
+
+def _marked(mark: str, parse: Callable[[str], object]) -> Callable[[Path], object]:
+    """Each line as a rank prints it, behind its host's name; what is no such line is None."""
+
+    def load(file: Path) -> object:
+        text = file.read_bytes().decode(errors="replace")
+        found = [parse(f"b: {mark}{line}") for line in text.split("\n")]
+        return [each.describe() for each in found if isinstance(each, Failure)]
+
+    return load
+
+
+def _kept_rows(file: Path) -> object:
+    from ds_llmpq.sensitivity.resume import Progress
+
+    if file.name != "progress.json":
+        (file.parent / "progress.json").write_bytes(_KEPT_ROWS)
+    progress = Progress(file.parent, {"a": 1})
+    return progress.read_rows(), progress.resume(lambda: None)
+
+
+def _kept_states(folder: Path) -> bytes:
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir(exist_ok=True)
+    save_file({"hidden": torch.zeros(1, 2, 3), "layers": torch.tensor(1)}, folder / "progress.safetensors")
+    return (folder / "progress.safetensors").read_bytes()
+
+
+def _training(folder: Path) -> tuple:
+    import numpy as np
+    import torch
+
+    from ds_llmpq.lengths.training_state import TrainingState
+
+    modules = {"head": torch.nn.Linear(2, 1)}
+    optimizer = torch.optim.AdamW(modules["head"].parameters())
+    return TrainingState(folder, {"a": 1}), modules, optimizer, np.random.default_rng(0)
+
+
+def _training_state(folder: Path) -> bytes:
+    state, modules, optimizer, generator = _training(folder)
+    modules["head"].weight.sum().backward()
+    optimizer.step()
+    state.keep(1, modules, optimizer, generator)
+    return (folder / "progress.safetensors").read_bytes()
+
+
+def _resumed_training(file: Path) -> object:
+    state, *rest = _training(file.parent)
+    return state.resume(*rest)
+
+
+def _swept(file: Path) -> object:
+    (file.parent / ".hydra").mkdir()
+    shutil.copyfile(file, file.parent / ".hydra" / "overrides.yaml")
+    return summary_text([read_point(file.parent)])
+
+
+def _point(file: Path) -> object:
+    (file.parent / "metrics.json").write_text("{}")
+    return is_done(file.parent, "run", "d")
+
+
+def _shown(file: Path) -> object:
+    (file.parent / "rows.jsonl").write_bytes(b"".join(json.dumps(row).encode() + b"\n" for row in _ROWS))
+    return show_answers(file.parent / "rows.jsonl", file)
 
 
 def _report(plan: dict, file: Path) -> object:
@@ -395,7 +501,7 @@ def _shape_of(checkpoint: Path) -> Callable[[Path], object]:
     return load
 
 
-def _checkpoint_of(checkpoint: Path, name: str, quantized: bool = False) -> Callable[[Path], object]:
+def _checkread_point(checkpoint: Path, name: str, quantized: bool = False) -> Callable[[Path], object]:
     """Opens it as a rank does, and reads every tensor that it names."""
 
     def load(file: Path) -> object:

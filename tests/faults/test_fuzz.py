@@ -15,7 +15,8 @@ NAMES = [
     "batch", "plan", "assignment", "problem", "sensitivity", "hostfile", "profile", "links", "cluster", "overrides",
     "config.json", "checkpoint", "index", "safetensors", "quantized", "tokenizer", "journal", "results", "job",
     "predictor", "lengths", "latency", "manifest", "metrics", "scores", "spans", "failure", "arrivals", "answers",
-    "cases", "dataset", "gpus", "pins", "answers.csv", "generation", "score job",
+    "cases", "dataset", "gpus", "pins", "answers.csv", "generation", "score job", "errors", "in flight",
+    "progress lines", "failure lines", "kept rows", "kept states", "training state", "swept", "point", "shown answers",
 ]  # fmt: skip
 SLOW = {
     "cluster": 5,

@@ -61,8 +61,8 @@ def test_other_model():
     [
         ({"schema": 2}, "schema is 2"),
         ({"head": [1.0]}, r"head is \[1.0\], but must be an object"),
-        ({"head": {"x": 1.0}}, r"head\.x.*must be one of 1"),
-        ({"head": {"16": 1.0}}, r"head\.16.*must be one of 1"),
+        ({"head": {"x": 1.0}}, "head has the key 'x', but must be one of 1"),
+        ({"head": {"16": 1.0}}, "head has the key '16', but must be one of 1"),
         ({"head": {"8": "x"}}, r"head\.8 is 'x', but must be a valid number"),
         ({"head": {"8": -1.0}}, r"head\.8 is -1.0"),
         ({"unit": "bits"}, "unit is 'bits'"),
