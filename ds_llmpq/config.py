@@ -17,7 +17,6 @@ from ds_llmpq import overrides
 from ds_llmpq.cluster.config import ClusterConfig, DeviceTypeConfig
 from ds_llmpq.commands.config import (
     DetectConfig,
-    EvaluateConfig,
     ExportConfig,
     LengthsConfig,
     PlanCommandConfig,
@@ -31,7 +30,7 @@ from ds_llmpq.errors import UserError, quote
 from ds_llmpq.files import absolute_or_none, make_absolute, read_yaml
 from ds_llmpq.launch.environment import check_environment
 from ds_llmpq.research.config import SimulateConfig
-from ds_llmpq.serving.config import PlanConfig, PlanningConfig, RunConfig
+from ds_llmpq.serving.config import EvaluateConfig, PlanConfig, PlanningConfig, RunConfig
 from ds_llmpq.shipped import asset, conf_folder
 
 COMMANDS = {

@@ -12,9 +12,7 @@ from dataclasses import dataclass, field
 from ds_llmpq.batch.config import BatchConfig
 from ds_llmpq.cluster.config import ClusterConfig
 from ds_llmpq.engine.config import ComputeConfig, EngineConfig
-from ds_llmpq.evaluation.config import EvaluationConfig
 from ds_llmpq.fields import path_field
-from ds_llmpq.launch.config import WatchConfig
 from ds_llmpq.lengths.config import LengthDataConfig, LengthTaskConfig, ProxyConfig
 from ds_llmpq.models.config import ModelConfig
 from ds_llmpq.planner.config import MicroBatchesConfig, WorkloadConfig
@@ -22,7 +20,7 @@ from ds_llmpq.profiling.config import ProfilingConfig
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.research.config import AblationConfig
 from ds_llmpq.sensitivity.config import CalibrationConfig
-from ds_llmpq.serving.config import PlanConfig, PlanningConfig
+from ds_llmpq.serving.config import PlanConfig
 
 
 @dataclass
@@ -128,17 +126,6 @@ class SensitivityConfig:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     seed: int = 0
     device: str = "cpu"  # cpu, cuda, cuda:1
-
-
-@dataclass
-class EvaluateConfig(PlanningConfig):
-    """`ds-llmpq evaluate`: the quality of a plan, scored on its pipeline, predicted against measured."""
-
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    plan: str | None = path_field()
-    quantized: str | None = path_field()  # folder of `ds-llmpq quantize` for this plan
-    run: WatchConfig = field(default_factory=WatchConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 
 @dataclass

@@ -15,7 +15,6 @@ from ds_llmpq import config
 from ds_llmpq.commands.config import ServeConfig
 from ds_llmpq.engine.openmp import wait_as_stage_needs
 from ds_llmpq.errors import PortTaken, UserError
-from ds_llmpq.evaluation.job import ScoreJob
 from ds_llmpq.launch.failures import PORT, build_failure, identify_rank
 from ds_llmpq.launch.heartbeat import dump_stacks_on_signal, exit_if_parent_dies
 from ds_llmpq.launch.progress import ERROR_MARK
@@ -30,40 +29,35 @@ SOME_FAILED = 3  # exit code: all rows are accounted for, some in errors.jsonl
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code of this rank; says what ended it in one line that the parent finds in the launcher's output."""
-    job: Job | ScoreJob | None = None
+    job: Job | None = None
     try:
         check_versions()  # those of this host, which may be others than where `run` was started
-        given = list(sys.argv[1:] if arguments is None else arguments)
-        job = _score_job(given) if "--score" in given else _job(given)
-        return _score(job) if isinstance(job, ScoreJob) else _serve(job)
+        job = _read_job(list(sys.argv[1:] if arguments is None else arguments))
+        return _serve(job)
     except PortTaken as error:
-        return _refused(error) if job.engine.master_port else _failed(job, error, PORT)
+        return _refuse(error) if job.engine.master_port else _fail(job, error, PORT)
     except UserError as error:
-        return _refused(error)
+        return _refuse(error)
     except (Exception, SystemExit) as error:
-        return _failed(job, error)
+        return _fail(job, error)
 
 
-def _refused(error: UserError) -> int:
+def _refuse(error: UserError) -> int:
     sys.stderr.write(f"{ERROR_MARK}{error}\n")  # in one piece: the ranks share the stream
     return error.exit_code
 
 
-def _failed(job: Job | ScoreJob | None, error: BaseException, kind: str | None = None) -> int:
+def _fail(job: Job | None, error: BaseException, kind: str | None = None) -> int:
     """The traceback is for launcher.log, the line after it for `run`, or for who started this by hand."""
     traceback.print_exception(error)
     failure = build_failure(error, **identify_rank(job.plan if job else None))
     failure = replace(failure, kind=kind) if kind else failure
-    by_hand = isinstance(job, Job) and not job.supervised
+    by_hand = job is not None and not job.supervised
     sys.stderr.write(f"{ERROR_MARK}{failure.describe()}\n" if by_hand else failure.to_line())
     return 1
 
 
-def _score_job(given: list[str]) -> ScoreJob:
-    return ScoreJob.from_token(given[given.index("--score") + 1])
-
-
-def _job(arguments: list[str]) -> Job:
+def _read_job(arguments: list[str]) -> Job:
     # the launcher puts its own idea of the local rank first; the plan knows better
     own = [argument for argument in arguments if not argument.startswith("--local_rank")]
     if len(own) == 2 and own[0] == "--job":
@@ -87,19 +81,6 @@ def _job(arguments: list[str]) -> Job:
     )
 
 
-def _score(job: ScoreJob) -> int:
-    """One rank of `evaluate`, which starts the same module."""
-    exit_if_parent_dies()
-    dump_stacks_on_signal()
-    _before_torch(job.plan)
-    from ds_llmpq.engine.rank_context import init_rank, shutdown
-    from ds_llmpq.evaluation.rank import evaluate
-
-    evaluate(job, init_rank(job.plan, job.engine.timeout_seconds))
-    shutdown()
-    return 0
-
-
 def _serve(job: Job) -> int:
     if not job.plan.is_deployed:
         raise UserError("The plan was made from plain data and names no devices; plan with cluster=... and model=...")
@@ -108,7 +89,7 @@ def _serve(job: Job) -> int:
     dump_stacks_on_signal()
     _before_torch(job.plan)
     from ds_llmpq.engine.rank_context import init_rank, shutdown
-    from ds_llmpq.serving.driver import serve
+    from ds_llmpq.serving.rank import serve
 
     metrics = serve(job, init_rank(job.plan, job.engine.timeout_seconds))
     shutdown()  # not after a failure: the others may be waiting, and a closed connection tells them at once

@@ -119,6 +119,30 @@ class KVStore:
         return self.capacity // self.block
 
 
+class NoCache:
+    """In the place of a `KVStore` where nothing is generated: attention sees the tokens of its own pass alone."""
+
+    allocated_bytes = 0
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def like(self, positions: int) -> NoCache:
+        return self
+
+    def shape_for(self, slots: int, capacity: int) -> None:
+        """Any shape will do."""
+
+    def clear(self, slot: int | None = None) -> None:
+        """Nothing is kept."""
+
+    def prefill(self, slots: Sequence[int]) -> None:
+        return None
+
+    def decode(self, start: int, stop: int, positions: torch.Tensor, kv_tokens: int) -> None:
+        return None
+
+
 @dataclass
 class PrefillCache:
     """Stores whole prompts from position 0 on; attention uses the fresh keys and values."""

@@ -14,7 +14,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from ds_llmpq.engine import schedules
 from ds_llmpq.engine.channels import ActivationChannel, TokenChannel
-from ds_llmpq.engine.kv_cache import KVStore
+from ds_llmpq.engine.kv_cache import KVStore, NoCache
 from ds_llmpq.engine.pipeline_module import PlannedPipelineModule
 from ds_llmpq.engine.processors import LogitsProcessors
 from ds_llmpq.engine.runner.capture import Capture
@@ -49,29 +49,38 @@ class StopRule(Protocol):
         """`generated` tokens it has now, with this one."""
 
 
+class Scorer(Protocol):
+    """Looks at what the last stage predicts at every position, instead of choosing a next token."""
+
+    def __call__(self, rows: list[Sequence], logits: torch.Tensor) -> list[bool]:
+        """Scores the rows' targets; logits [rows, tokens, vocabulary], right-padded. Whether each row's are numbers."""
+
+
 class InferencePipelineEngine(PipelineEngine):
     """Runs streams of sequences through one stage of the pipeline.
 
     All stages run the same micro-batches in the same order. `hidden_size` is the width of the hidden states between
     stages. A stream's state is kept in `stream`, None between streams. `neutral_tokens`: tokens that any model of the
     kind bears, should a pass raise and the question be whose fault that is; `faults` says why rows were given up.
-    `defaults`: the checkpoint's, of generation. `capture`: records decode passes; None: they run eagerly.
+    `defaults`: the checkpoint's, of generation. `capture`: records decode passes; None: they run eagerly. `scorer`:
+    ends each row with its prefill, having seen the logits of all positions; there is no `stop_rule` then.
     """
 
     def __init__(
         self,
         module: PlannedPipelineModule,
-        store: KVStore,
+        store: KVStore | NoCache,
         positional: Callable[[Step], None],
         activations: ActivationChannel,
         tokens: TokenChannel,
-        stop_rule: StopRule,
+        stop_rule: StopRule | None,
         trace: Trace,
         dtype: torch.dtype,
         hidden_size: int,
         neutral_tokens: abc.Sequence[int] = (0, 1),
         defaults: Generation = NO_DEFAULTS,
         capture: Capture | None = None,
+        scorer: Scorer | None = None,
     ):
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         grid = module.mpu()
@@ -83,6 +92,7 @@ class InferencePipelineEngine(PipelineEngine):
         self.activations = activations
         self.tokens = tokens
         self.stop_rule = stop_rule
+        self.scorer = scorer
         self.trace = trace
         self.dtype = dtype
         self.hidden_size = hidden_size
@@ -145,7 +155,7 @@ class InferencePipelineEngine(PipelineEngine):
         return stream.held_back
 
     def _admitted(self, slot: int, row: Sequence) -> None:
-        if self.is_last_stage():
+        if self.is_last_stage() and self.scorer is None:
             self.stop_rule.begin(slot, row)
             self.processors.begin(slot, row)
 
@@ -177,7 +187,7 @@ class InferencePipelineEngine(PipelineEngine):
             cache=self.store.prefill(batch.slots),
             kv_tokens=longest,
             causal_only=True,
-            last=to_device([len(tokens) - 1 for tokens in prompts], self.device),
+            last=None if self.scorer else to_device([len(tokens) - 1 for tokens in prompts], self.device),
         )
         if self.is_first_stage():
             # padding repeats the row's own token, so a token id that yields NaN affects only rows that contain it
@@ -249,7 +259,24 @@ class InferencePipelineEngine(PipelineEngine):
         self.faults.note(self.stream.slots.sequences[batch.slots[0]].key, "prefill", error, out_of_memory=True)
         self._hidden, self._logits = self.passes.nothing(1, tokens)
 
+    def _score(self, batch: MicroBatch) -> None:
+        """The rows end here; a row that a stage could not run, or whose logits are no numbers, as broken."""
+        rows = [self.stream.slots.sequences[slot] for slot in batch.slots]
+        given_up = self._hidden[:, 0, 0].isnan().tolist()
+        sound = [False] * batch.size
+        with self.trace.working("score", batch.size):
+            if not all(given_up):  # else the logits have no vocabulary
+                sound = self.scorer(rows, self._logits)
+        self._hidden = self._logits = None
+        ends = zip(given_up, sound, strict=True)
+        finish = [int(Finish.NAN_LOGITS if gone or not ok else Finish.STOP) for gone, ok in ends]
+        self.tokens.send(torch.zeros(batch.size, dtype=torch.int64), torch.tensor(finish))
+        self.stream.record(batch, [0] * batch.size, finish)
+
     def _sample(self, batch: MicroBatch) -> None:
+        if self.scorer is not None:
+            self._score(batch)
+            return
         early = self._sample_ahead(batch) if self.ahead is not None else None
         if early is not None:
             self._launch_next()

@@ -47,25 +47,6 @@ class ReceiveRequests(PipeInstruction):
     """All stages together: take the driver's next request group, or hear that there is none."""
 
 
-class OncePerBatch(PipeSchedule):
-    """Each micro-batch goes through once; the receive of the next is posted before the work on this one begins."""
-
-    def __init__(self, micro_batches: list[MicroBatch], stages: int, stage_id: int):
-        super().__init__(len(micro_batches), stages, stage_id)
-        self.batches = micro_batches
-
-    def steps(self) -> Iterator[list[PipeInstruction]]:
-        for index, batch in enumerate(self.batches):
-            commands: list[PipeInstruction] = []
-            if not self.is_first_stage:
-                commands.append(WaitActivation(batch=batch))
-                if index + 1 < len(self.batches):
-                    commands.append(PostReceive(batch=self.batches[index + 1]))
-            commands.append(PrefillPass(batch=batch))
-            commands.append(_send_on(self, batch))
-            yield commands
-
-
 class MicroBatchSource(Protocol):
     """Where a stage's micro-batches come from."""
 

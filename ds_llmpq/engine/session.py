@@ -12,8 +12,8 @@ import torch
 from ds_llmpq.engine import memory
 from ds_llmpq.engine.channels import ActivationChannel, TokenChannel
 from ds_llmpq.engine.config import EngineConfig
-from ds_llmpq.engine.kv_cache import KVStore
-from ds_llmpq.engine.pipeline_engine import InferencePipelineEngine, StopRule
+from ds_llmpq.engine.kv_cache import KVStore, NoCache
+from ds_llmpq.engine.pipeline_engine import InferencePipelineEngine, Scorer, StopRule
 from ds_llmpq.engine.pipeline_module import PlannedPipelineModule, pipeline_bounds, pipeline_layers
 from ds_llmpq.engine.rank_context import RankContext
 from ds_llmpq.engine.runner.capture import Capture, CudaGraphs, capture_trace
@@ -23,7 +23,7 @@ from ds_llmpq.engine.topology import PlannedTopology
 from ds_llmpq.engine.trace import Trace
 from ds_llmpq.integers import round_up
 from ds_llmpq.models.generation import load_generation
-from ds_llmpq.models.shape import read_shape
+from ds_llmpq.models.shape import ModelShape, read_shape
 from ds_llmpq.plan import Plan, check_model
 from ds_llmpq.quant.checkpoint import open_checkpoint
 from ds_llmpq.quant.hqq import stored_bytes
@@ -36,6 +36,7 @@ from ds_llmpq.scheduler.stream import OnFinished, OnTokens, TakeGroup
 
 OnBroken = Callable[[Sequence, Fault | None], None]
 
+_LOGIT_BYTES = 256 << 20  # in float32, of the positions that are scored together
 _WHY = b"?"  # the driver asks all ranks why rows were given up; no request group is so short
 
 
@@ -46,23 +47,23 @@ def _not_told(row: Sequence, fault: Fault | None) -> None:
 class Session:
     """A loaded stage of `plan`, ready for request groups. Every rank makes one with the same arguments.
 
-    `stop_rule` decides on the last stage when a row ends; `on_loaded(name)` is called for each layer read.
+    `stop_rule` decides on the last stage when a row ends; `on_loaded(name)` is called for each layer read. With a
+    `scorer` nothing is generated: rows have one prefill pass, and nothing is cached, captured or compiled for them.
     """
-
-    engine_type: type[InferencePipelineEngine] = InferencePipelineEngine
-    compiled = True  # where the plan's kernel runs whole stages
 
     def __init__(
         self,
         plan: Plan,
         context: RankContext,
         model_path: str | Path,
-        stop_rule: StopRule,
+        stop_rule: StopRule | None,
         on_loaded: Callable[[str], None] = lambda name: None,
         trust_remote_code: bool = False,
         options: EngineConfig | None = None,
+        scorer: Scorer | None = None,
     ):
         self.plan = plan
+        self.scorer = scorer
         self.options = options or EngineConfig()
         self.context = context
         self.dtype = getattr(torch, plan.deployment.compute_dtype)
@@ -79,7 +80,7 @@ class Session:
 
         loader = LayerLoader(
             checkpoint, [b for stage in plan.stages for b in stage.bits], plan.quant.to_config(), self.dtype,
-            context.device, loaded, packed=True, stage=range(*context.stage.layers) if self.compiled else range(0),
+            context.device, loaded, packed=True, stage=range(0) if scorer else range(*context.stage.layers),
         )  # fmt: skip
         module = PlannedPipelineModule(
             pipeline_layers(loader),
@@ -91,8 +92,10 @@ class Session:
             CpuShare(share).attach(module)
         self.load_seconds = time.perf_counter() - started
         self.trace = Trace(context.stage_index, context.device)
-        self.store = self._kv_store(model_path)
-        self.engine = self.engine_type(
+        shape = read_shape(model_path)
+        self.vocabulary = shape.vocab
+        self.store = self._kv_store(shape)
+        self.engine = InferencePipelineEngine(
             module,
             self.store,
             loader.decoder.positions(),
@@ -105,6 +108,7 @@ class Session:
             _neutral_tokens(checkpoint.config),
             load_generation(model_path),
             self._capture(),
+            scorer,
         )
         memory.release_freed()
         self._growth_of_loading = memory.held_bytes(context.device) - self._held_before
@@ -115,9 +119,10 @@ class Session:
     def limits(self) -> MicroBatchLimits:
         """Bounds of the micro-batches, as planned."""
         micro_batch, options = self.plan.micro_batch, self.options
+        tokens = micro_batch.prefill * self.plan.workload.prompt_tokens
         return MicroBatchLimits(
             prefill_rows=micro_batch.prefill,
-            prefill_tokens=micro_batch.prefill * self.plan.workload.prompt_tokens,
+            prefill_tokens=max(1, _LOGIT_BYTES // (4 * self.vocabulary)) if self.scorer else tokens,
             decode_rows=micro_batch.decode,
             patience_rounds=self._patience_rounds(),
             batch_invariant=options.batch_invariant,
@@ -127,6 +132,8 @@ class Session:
     @property
     def _captures(self) -> bool:
         """Whether any stage captures its decode passes. The same on all stages, whose micro-batches are the same."""
+        if self.scorer is not None:
+            return False
         if self.options.decode_graphs is not None:
             return self.options.decode_graphs
         return any(stage.kind == "cuda" for stage in self.plan.stages)
@@ -211,8 +218,9 @@ class Session:
             },
         }
 
-    def _kv_store(self, model_path: str | Path) -> KVStore:
-        shape = read_shape(model_path)
+    def _kv_store(self, shape: ModelShape) -> KVStore | NoCache:
+        if self.scorer is not None:
+            return NoCache(self.context.device)
         first, last = self.context.stage.layers
         positions = cache_positions(self.plan)
         return KVStore(

@@ -5,11 +5,13 @@ On a GPU, work is queued, so spans of work are timed by device events and resolv
 
 from __future__ import annotations
 
+import json
 import time
 from array import array
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -103,3 +105,11 @@ def chrome_events(seen: Mapping[str, Sequence]) -> Iterator[dict]:
             "dur": seconds * 1e6,
             "args": {"rows": rows, "tokens": tokens},
         }
+
+
+def trace_text(events: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """A Chrome trace, an event at a time: all of them together would take more memory than the batch."""
+    yield '{"displayTimeUnit": "ms", "traceEvents": ['
+    for index, event in enumerate(events):
+        yield f"{',' if index else ''}\n{json.dumps(event)}"
+    yield "\n]}\n"

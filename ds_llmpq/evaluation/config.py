@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from ds_llmpq.fields import path_field
 
+SCORES_NAME = "scores.json"
+
 
 @dataclass
 class EvaluationConfig:
@@ -20,3 +22,14 @@ class EvaluationConfig:
     tasks_path: str | None = path_field()  # folder of task files; null: the tasks that come with the harness
     fewshot: int | None = None
     limit_documents: int | None = None
+
+
+@dataclass(frozen=True)
+class ScoringTask:
+    """What the ranks of an evaluation are told: the settings, with absolute paths on rank 0's host, and `reference`, a
+    file on the last stage's host of what the unquantized model predicts: written (`keeps_reference`) or compared with;
+    None: neither."""
+
+    settings: EvaluationConfig
+    reference: str | None = None
+    keeps_reference: bool = False

@@ -5,13 +5,12 @@ Needs the extra: `pip install ds_llmpq[eval]`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from ds_llmpq.errors import UserError
-from ds_llmpq.evaluation.job import ScoreJob
-from ds_llmpq.evaluation.rows import ScoredRow
-from ds_llmpq.evaluation.scoring import ScoringSession
-from ds_llmpq.launch.progress import ProgressLines
+from ds_llmpq.evaluation.config import EvaluationConfig
+from ds_llmpq.evaluation.scoring import ScoringRounds, build_row
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.models.tokenizer import load_tokenizer
 
@@ -27,11 +26,12 @@ except ImportError:
 
 @register_model("ds_llmpq")
 class PipelineLM(TemplateLM):
-    """Scores what the harness asks for through a `ScoringSession`, on the driver of a running pipeline."""
+    """Scores what the harness asks for, on the driver of a running pipeline."""
 
-    def __init__(self, session: ScoringSession, tokenizer: Any, max_length: int):
+    def __init__(self, rounds: ScoringRounds, tokenizer: Any, max_length: int, show: Callable[[str, int, int], None]):
         super().__init__()
-        self.session = session
+        self.rounds = rounds
+        self.show = show
         self.tokenizer = tokenizer
         self.max_length = max_length
 
@@ -63,18 +63,15 @@ class PipelineLM(TemplateLM):
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens, verbose=False)
 
     def _loglikelihood_tokens(self, requests: list, **kwargs: Any) -> list[tuple[float, bool]]:
-        rows = []
+        asked = []
         for _, context, continuation in requests:
             tokens = (list(context) + list(continuation))[-(self.max_length + 1) :]
-            rows.append(ScoredRow.of(tokens, scored=min(len(continuation), len(tokens) - 1)))
+            asked.append((tokens, min(len(continuation), len(tokens) - 1)))
         # rows of like length share micro-batches without padding
-        order = sorted(range(len(rows)), key=lambda index: len(rows[index].prompt))
-        found: list[tuple[float, bool]] = [(0.0, False)] * len(rows)
-        progress = ProgressLines()
-        for done, score in enumerate(self.session.scores([rows[index] for index in order])):
-            found[order[done]] = (sum(score.logprobs), all(score.greedy))
-            progress.show("score", done + 1, len(rows))
-        return found
+        order = sorted(range(len(asked)), key=lambda index: len(asked[index][0]))
+        rows = [build_row(key, *asked[index]) for key, index in enumerate(order)]
+        scores = dict(zip(order, self.rounds.score(rows, self.show), strict=True))
+        return [(sum(scores[index].logprobs), all(scores[index].greedy)) for index in range(len(asked))]
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
         totals = []
@@ -93,18 +90,23 @@ class PipelineLM(TemplateLM):
         raise UserError("Tasks that generate text are not supported; choose multiple-choice or perplexity tasks.")
 
 
-def run_tasks(job: ScoreJob, session: ScoringSession) -> dict[str, Any]:
-    """The harness's results for the job's tasks. `UserError` for a task it does not know."""
-    settings = job.evaluation
-    tokenizer = load_tokenizer(job.model_path, job.trust_remote_code)
-    length = read_shape(job.model_path).max_positions or 2048
+def score_tasks(
+    settings: EvaluationConfig,
+    model_path: str,
+    trust_remote_code: bool,
+    rounds: ScoringRounds,
+    show: Callable[[str, int, int], None],
+) -> dict[str, Any]:
+    """The harness's results for `settings.tasks`. `UserError` for a task it does not know."""
+    tokenizer = load_tokenizer(model_path, trust_remote_code)
+    length = read_shape(model_path).max_positions or 2048
     manager = TaskManager(include_path=settings.tasks_path, include_defaults=settings.tasks_path is None)
     unknown = [task for task in settings.tasks if not manager.match_tasks([task])]
     if unknown:
         where = settings.tasks_path or "lm-evaluation-harness"
         raise UserError(f"Task {unknown[0]!r} is not known in {where}; name a task by its `task:` key.")
     found = simple_evaluate(
-        model=PipelineLM(session, tokenizer, length),
+        model=PipelineLM(rounds, tokenizer, length, show),
         tasks=list(settings.tasks),
         task_manager=manager,
         num_fewshot=settings.fewshot,

@@ -1,157 +1,160 @@
-"""Teacher-forced scoring on the pipeline engine: one prefill pass over all positions, nothing is generated.
+"""Teacher-forced scoring: rows of given tokens pass through a serving session, one prefill pass each.
 
-The same engine, stages, channels and schedule as in serving; only the last stage looks at every position instead of
-sampling from the last one, and nothing is cached.
+The engine, stages, channels and schedule are those of serving; only the last stage looks at every position instead of
+choosing a token from the last one, and nothing is cached.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import abc
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from ds_llmpq.engine import schedules
-from ds_llmpq.engine.kv_cache import KVStore
-from ds_llmpq.engine.pipeline_engine import InferencePipelineEngine
 from ds_llmpq.engine.session import Session
-from ds_llmpq.evaluation.rows import RowBatch, RowScore, ScoredRow
-from ds_llmpq.models.shape import read_shape
-from ds_llmpq.models.step import Step
-from ds_llmpq.scheduler.micro_batch import MicroBatch, cut_prefill
+from ds_llmpq.engine.stage_run.faults import Fault
+from ds_llmpq.errors import UserError
+from ds_llmpq.evaluation.config import ScoringTask
+from ds_llmpq.scheduler.request_group import RequestGroup, Sequence
 from ds_llmpq.scheduler.slot_table import Finish
+from ds_llmpq.scheduler.stream import OnFinished, TakeGroup
 
-_LOGIT_BYTES = 256 << 20  # of one micro-batch, in float32
-_ROWS_AT_ONCE = 64  # handed to the pipeline together
+_SLOTS = 64
+_CAPACITY = 1  # of a slot, which holds nothing
+
+
+@dataclass(frozen=True)
+class RowScore:
+    """Of one row: log-probability of each target in nats, whether it was the most likely token; and, against the
+    reference, the summed KL(reference || model) and at how many positions both find the same token most likely."""
+
+    logprobs: list[float]
+    greedy: list[bool]
+    kl: float | None = None
+    agree: int | None = None
+
+
+def build_row(key: int, tokens: abc.Sequence[int], scored: int | None = None) -> Sequence:
+    """The row that scores the last `scored` of `tokens` (None: all but the first)."""
+    count = len(tokens) - 1 if scored is None else scored
+    return Sequence(key, tuple(tokens[:-1]), 1, targets=tuple(tokens[len(tokens) - count :]))
 
 
 class Reference:
-    """Log-probabilities of the reference model, [targets, vocabulary] float32 in a file on the last stage's host."""
+    """Log-probabilities of the reference model in a file on the last stage's host: float32 [targets, vocabulary] of
+    each row in the order of the rows, which is the same each time; whole rows, until `most_bytes` are full."""
 
-    def __init__(self, path: Path, targets: int, vocabulary: int, write: bool):
-        self.write = write
-        self._values = np.memmap(path, np.float32, "w+" if write else "r", shape=(targets, vocabulary))
+    def __init__(self, path: Path, keeps: bool, most_bytes: int):
+        self.keeps = keeps
+        self._left = most_bytes
+        self._file = path.open("wb" if keeps else "rb")
 
-    def keep(self, offset: int, values: torch.Tensor) -> None:
-        self._values[offset : offset + len(values)] = values.cpu().numpy()
+    def holds(self, shape: abc.Sequence[int]) -> bool:
+        """Whether the next row is among those that are compared."""
+        self._left -= 4 * shape[0] * shape[1]
+        return self._left >= 0
 
-    def read(self, offset: int, count: int) -> torch.Tensor:
-        return torch.from_numpy(self._values[offset : offset + count].copy())
+    def write(self, values: torch.Tensor) -> None:
+        self._file.write(values.cpu().numpy().tobytes())
+
+    def read(self, shape: abc.Sequence[int]) -> torch.Tensor:
+        return torch.from_numpy(np.fromfile(self._file, np.float32, shape[0] * shape[1]).reshape(tuple(shape)))
 
     def close(self) -> None:
-        if self.write:
-            self._values.flush()
+        self._file.close()
 
 
-class ScoringEngine(InferencePipelineEngine):
-    """Scores the rows of a batch; `scores` holds them by row on the last stage."""
+class TargetScorer:
+    """The engine's `Scorer`: `scores` holds what the last stage found, by the rows' keys."""
 
-    asked: tuple[ScoredRow, ...]
-    scores: dict[int, RowScore]
-    reference: Reference | None = None
+    def __init__(self, task: ScoringTask, is_last: bool):
+        self.scores: dict[int, RowScore] = {}
+        self.reference: Reference | None = None
+        if task.reference and is_last:
+            self.reference = Reference(Path(task.reference), task.keeps_reference, task.settings.reference_bytes)
 
-    @torch.inference_mode()
-    def score(self, batch: RowBatch, micro_batches: list[MicroBatch]) -> list[RowScore] | None:
-        """The scores in the rows' order on the last stage, None elsewhere."""
-        self.asked, self.scores = batch.rows, {}
-        self._exec_schedule(schedules.OncePerBatch(micro_batches, stages=self.num_stages, stage_id=self.stage_id))
-        self.activations.flush()
-        return [self.scores[row] for row in range(len(batch.rows))] if self.is_last_stage() else None
+    def __call__(self, rows: list[Sequence], logits: torch.Tensor) -> list[bool]:
+        sound = []
+        for place, row in enumerate(rows):
+            stop = len(row.prompt)
+            found = logits[place, stop - len(row.targets) : stop].float().log_softmax(-1)
+            sound.append(bool(found.isfinite().any(-1).all()))
+            if sound[-1]:
+                self.scores[row.key] = self._score(row, found)
+        return sound
 
-    def _pass(self, batch: MicroBatch) -> None:
-        rows, longest = [self.asked[slot] for slot in batch.slots], self._tokens_of(batch)
-        step = Step(
-            positions=torch.arange(longest, device=self.device).expand(batch.size, longest),
-            cache=None,
-            kv_tokens=longest,
-            causal_only=True,
-        )
-        if self.is_first_stage():
-            padded = [row.prompt + (0,) * (longest - len(row.prompt)) for row in rows]
-            step.token_ids = torch.tensor(padded, device=self.device)
-        with self.trace.working("prefill", batch.size, tokens=sum(len(row.prompt) for row in rows)):
-            self._run("prefill", step)
-
-    def _tokens_of(self, batch: MicroBatch) -> int:
-        return max(len(self.asked[slot].prompt) for slot in batch.slots)
-
-    def _give(self, batch: MicroBatch) -> None:
-        self.activations.send(self._hidden)
-        self._hidden = None
-
-    def _look(self, batch: MicroBatch) -> None:
-        for place, row in enumerate(batch.slots):
-            asked = self.asked[row]
-            stop = len(asked.prompt)
-            logits = self._logits[place, stop - len(asked.targets) : stop].float()
-            self.scores[row] = self._score(asked, logits.log_softmax(-1))
-        self._hidden = self._logits = None
-
-    def _score(self, row: ScoredRow, found: torch.Tensor) -> RowScore:
+    def _score(self, row: Sequence, found: torch.Tensor) -> RowScore:
         targets = torch.tensor(row.targets, device=found.device)
         likely = found.argmax(-1)
         logprobs = found.gather(-1, targets[:, None])[:, 0].double().tolist()
         kl = agree = None
-        if self.reference is not None and row.offset is not None:
-            if self.reference.write:
-                self.reference.keep(row.offset, found)
+        if self.reference is not None and self.reference.holds(found.shape):
+            if self.reference.keeps:
+                self.reference.write(found)
             else:
-                wanted = self.reference.read(row.offset, len(row.targets)).to(found.device)
+                wanted = self.reference.read(found.shape).to(found.device)
                 kl = float((wanted.exp() * (wanted - found)).sum(-1).double().sum())
                 agree = int((wanted.argmax(-1) == likely).sum())
         return RowScore(logprobs, (likely == targets).tolist(), kl, agree)
 
-    _INSTRUCTION_MAP = {  # noqa: RUF012 -- the name and the form are DeepSpeed's
-        **InferencePipelineEngine._INSTRUCTION_MAP,
-        schedules.PrefillPass: _pass,
-        schedules.SendActivation: _give,
-        schedules.Sample: _look,
-    }
+    def close(self) -> None:
+        if self.reference is not None:
+            self.reference.close()
 
 
-class ScoringSession(Session):
-    """A loaded stage that scores. The driver calls `scores`, the other ranks `follow` until the driver is done."""
+class ScoringRounds:
+    """Rows through a session that has a `TargetScorer`, as often as the driver calls `score`; meanwhile the other ranks
+    `follow`, until the driver says that it is `done`."""
 
-    engine_type = ScoringEngine
+    def __init__(self, session: Session, scorer: TargetScorer):
+        self.session = session
+        self.scorer = scorer
+        self._data = session.context.data
 
-    def scores(self, rows: Sequence[ScoredRow]) -> Iterator[RowScore]:
-        """Driver: the scores of `rows`, in order, as they come."""
-        for start in range(0, len(rows), _ROWS_AT_ONCE):
-            batch = RowBatch(tuple(rows[start : start + _ROWS_AT_ONCE]))
-            self.context.data.broadcast(batch.to_bytes())
-            found = self._together(batch)
-            yield from (RowScore(**score) for score in found)
+    def score(self, rows: abc.Sequence[Sequence], show: Callable[[str, int, int], None]) -> list[RowScore]:
+        """Driver: the scores of `rows`, whose keys are 0, 1, ..., in their order. `UserError`: a row that a stage could
+        not run, or whose logits are no numbers."""
+        self._data.broadcast(b"rows")
+        micro_batch = self.session.plan.micro_batch
+        slots = max(_SLOTS, 2 * micro_batch.prefill, 2 * micro_batch.decode)
+        starts = iter(range(0, len(rows), slots))
+
+        def take() -> RequestGroup | None:
+            start = next(starts, None)
+            if start is None:
+                return None
+            return RequestGroup(tuple(rows[start : start + slots]), slots, _CAPACITY, joins=True)
+
+        ended = 0
+
+        def show_row(row: Sequence, tokens: list[int], finish: Finish) -> None:
+            nonlocal ended
+            ended += 1
+            show("score", ended, len(rows))
+
+        found = self._run(take, show_row)
+        return [RowScore(**found[row.key]) for row in rows]
 
     def follow(self) -> None:
-        while data := self.context.data.broadcast(None):
-            self._together(RowBatch.from_bytes(data))
+        while self._data.broadcast(None):
+            self._run(lambda: None, lambda *ended: None)
 
     def done(self) -> None:
         """Driver: lets the others go."""
-        self.context.data.broadcast(None)
+        self._data.broadcast(None)
 
-    def _together(self, batch: RowBatch) -> list[dict] | None:
-        lengths = [len(row.prompt) for row in batch.rows]
-        tokens = max(1, _LOGIT_BYTES // (4 * self._vocabulary))
-        own = self.engine.score(batch, cut_prefill(lengths, self.plan.micro_batch.prefill, tokens))
-        gathered = self.context.data.gather([score.to_json() for score in own] if own is not None else None)
-        return next(scores for scores in gathered if scores is not None) if gathered is not None else None
-
-    compiled = False  # a graph wants a cache of whole rows
-
-    def _kv_store(self, model_path: str | Path) -> KVStore:
-        """Nothing is cached, so the least that can be allocated."""
-        shape = read_shape(model_path)
-        self._vocabulary = shape.vocab
-        first, last = self.context.stage.layers
-        return KVStore(first, last - first, 1, shape.kv_heads, shape.head_dim, self.dtype, self.context.device)
+    def _run(self, take: TakeGroup, on_finished: OnFinished) -> dict[int, dict[str, Any]]:
+        """What the last stage found, on the driver, by key."""
+        self.session.run_all(take, on_finished, _refuse)
+        gathered = self._data.gather([[key, asdict(score)] for key, score in self.scorer.scores.items()])
+        self.scorer.scores.clear()
+        return {key: score for found in gathered or () for key, score in found}
 
 
-class NoStop:
-    """Nothing is generated, so nothing ends."""
-
-    def begin(self, slot: int, row: object) -> None: ...
-
-    def __call__(self, slot: int, token: int, generated: int) -> Finish:
-        return Finish.RUNNING
+def _refuse(row: Sequence, fault: Fault | None) -> None:
+    why = "its logits are not numbers; try another compute dtype" if fault is None else f"{fault.kind}: {fault.message}"
+    raise UserError(f"Row {row.key} of {len(row.prompt)} tokens cannot be scored ({why}).")

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import signal
 import sys
+import uuid
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import psutil
 
+from ds_llmpq.cluster.detect import count_memory_kills
 from ds_llmpq.errors import make_printable
-from ds_llmpq.launch.failures import CONNECTION, MEMORY, Failure, Tracebacks, find_root_cause, read_failure
+from ds_llmpq.launch.failures import CONNECTION, MEMORY, PORT, Failure, Tracebacks, find_root_cause, read_failure
 from ds_llmpq.launch.heartbeat import ALIVE_MARK
-from ds_llmpq.launch.launcher import LOG_NAME
-from ds_llmpq.launch.process_monitor import RUN_MARK, Exit, ExitReason, Line
+from ds_llmpq.launch.launcher import LOG_NAME, Launch, run_launcher
+from ds_llmpq.launch.process_monitor import RUN_MARK, Exit, ExitReason, Line, MonitorOptions
 from ds_llmpq.launch.progress import ERROR_MARK, ProgressBar, parse_progress
 
 SERVING_PHASE = "prompts"
 MISTAKE = "mistake"  # a kind of failure: what a rank named in one sentence of its own
+_MOST_PORTS = 5  # tried in a row, where another process is quicker each time
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Outcome:
         """What failure.json says of it."""
         return ({} if self.failure is None else asdict(self.failure)) | {"kind": self.kind}
 
-    def explain(self, hang_seconds: float, stopped_seconds: float) -> str:
+    def explain(self, hang_seconds: float) -> str:
         """In words, as the beginning of a sentence but for its capital letter."""
         reason, code, failure = self.exit.reason, self.exit.code, self.failure
         if self.ran_out:
@@ -47,7 +50,8 @@ class Outcome:
         if reason is ExitReason.HUNG:
             return f"nothing moved for {hang_seconds:g} s (stacks are in {LOG_NAME})"
         if reason is ExitReason.STOPPED:
-            return f"a process was stopped, and nobody woke it for {stopped_seconds:g} s (stacks are in {LOG_NAME})"
+            seconds = MonitorOptions.stopped_seconds
+            return f"a process was stopped, and nobody woke it for {seconds:g} s (stacks are in {LOG_NAME})"
         if failure is not None and failure.kind != CONNECTION:
             return failure.describe()
         if code is not None and code < 0:
@@ -55,6 +59,27 @@ class Outcome:
         if failure is not None:
             return failure.describe()
         return "the launcher ended before its ranks" if not code else f"the pipeline ended with exit code {code}"
+
+
+def run_attempt(launch: Launch, job: str, hang_seconds: float, drain_seconds: float | None = None) -> Outcome:
+    """Starts the ranks with a job's token and monitors them to their end; again on another port where another process
+    was quicker to take theirs. `drain_seconds`: how long requests in flight may take after a first Ctrl-C; None: it
+    ends everything at once, as KeyboardInterrupt."""
+    for _ in range(_MOST_PORTS):
+        listener, killed = Listener(uuid.uuid4().hex), count_memory_kills()
+        bound = 1.1 * hang_seconds  # a little longer than the ranks' own bound, after which each writes its stacks
+        watch = MonitorOptions(listener.on_line, bound, listener.alive)
+        if drain_seconds is not None:
+            watch = MonitorOptions(listener.on_line, bound, listener.serving, listener.drain, drain_seconds)
+        try:
+            ended = run_launcher(launch, ["--job", job], watch, listener.mark)
+        finally:
+            listener.bar.close()
+        outcome = listener.outcome(ended, count_memory_kills() > killed)
+        if outcome.kind != PORT:
+            break
+        say("another process took the ranks' port; starting again on another one")
+    return outcome
 
 
 class Listener:
@@ -86,7 +111,7 @@ class Listener:
         self._tracebacks.read(line)
         return Line.TEXT
 
-    def outcome(self, ended: Exit, kernel_killed: bool = False) -> Outcome:
+    def outcome(self, ended: Exit, kernel_killed: bool) -> Outcome:
         """`kernel_killed`: something on this machine, for want of memory."""
         failure = find_root_cause(self._failures)
         if failure is None and ended.reason is ExitReason.DIED and (ended.code or 0) > 0:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ds_llmpq.errors import UserError
+
+ON_LOSS = ("stop", "replan")
+
 
 @dataclass
 class WatchConfig:
@@ -20,3 +24,12 @@ class SupervisionConfig(WatchConfig):
     backoff_seconds: float = 5.0  # pause before the first of them, doubled each time, at most 300
     grace_seconds: float = 60.0  # after a first Ctrl-C or SIGTERM: for what is in flight; a second one ends at once
     on_loss: str = "stop"  # stop | replan: where a host or GPU does not come back, end, or plan on what is left
+
+
+def validate_supervision(settings: WatchConfig) -> None:
+    """`UserError` for a value out of range."""
+    for name, low in (("restarts", 0), ("backoff_seconds", 0), ("hang_seconds", 5), ("grace_seconds", 0)):
+        if not low <= (value := getattr(settings, name, low)) < float("inf"):
+            raise UserError(f"run.{name} is {value} but must be at least {low} and finite.")
+    if (chosen := getattr(settings, "on_loss", "stop")) not in ON_LOSS:
+        raise UserError(f"run.on_loss is {chosen!r} but must be one of {', '.join(ON_LOSS)}.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 # A free slot waits for company, where prefill of more rows is cheaper a row; but not for more rounds than this.
@@ -29,7 +28,8 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class MicroBatchLimits:
-    """Bounds of micro-batches: rows of each phase; `prefill_tokens` padded tokens (but at least one row).
+    """Bounds of micro-batches: rows of each phase; `prefill_tokens` padded tokens (but at least one row), which keeps
+    the workspace that the plan reserved when prompts are longer than it expected.
 
     `batch_invariant`: decode takes the whole group, live or not, and prefill one row, so that a row's arithmetic does
     not depend on which others it runs with. `row_buckets`: decode takes a power of two of the group's first slots, so
@@ -42,22 +42,3 @@ class MicroBatchLimits:
     patience_rounds: int = PATIENCE_ROUNDS
     batch_invariant: bool = False
     row_buckets: bool = False
-
-
-def cut_prefill(prompt_tokens: Sequence[int], rows: int, tokens: int) -> list[MicroBatch]:
-    """Cuts prompts of these lengths, in order, into prefill micro-batches of at most `rows` rows and `tokens` padded
-    tokens (at least one row each). Slot k is the k-th prompt.
-
-    The bound on tokens keeps the workspace that the plan reserved when prompts are longer than it expected.
-    """
-    spans: list[range] = []
-    start, longest = 0, 0
-    for row, length in enumerate(prompt_tokens):
-        longest = max(longest, length)
-        size = row - start + 1
-        if row > start and (size > rows or size * longest > tokens):
-            spans.append(range(start, row))
-            start, longest = row, length
-    if prompt_tokens:
-        spans.append(range(start, len(prompt_tokens)))
-    return [MicroBatch(number, "prefill", tuple(span), tuple(span)) for number, span in enumerate(spans)]

@@ -13,7 +13,8 @@ from ds_llmpq.scheduler.sampling_params import GREEDY, SamplingParams
 class Sequence:
     """One request as the engine sees it; `key` is the driver's own name for it.
 
-    `generated`: tokens it has already, from an earlier admission that its slot was too short for.
+    `generated`: tokens it has already, from an earlier admission that its slot was too short for. `targets`: where a
+    stage scores instead of choosing tokens, what the prompt's last positions shall predict, one target a position.
     """
 
     key: int
@@ -21,6 +22,7 @@ class Sequence:
     max_tokens: int
     sampling: SamplingParams = GREEDY
     generated: tuple[int, ...] = ()
+    targets: tuple[int, ...] = ()
 
     @property
     def prefill_tokens(self) -> tuple[int, ...]:
@@ -59,7 +61,7 @@ class RequestGroup:
     def to_bytes(self) -> bytes:
         rows = [[each.key, each.max_tokens, asdict(each.sampling)] for each in self.sequences]
         shape = {"slots": self.slots, "capacity": self.capacity, "joins": self.joins, "live": self.live}
-        tokens = chain.from_iterable((each.prompt, each.generated) for each in self.sequences)
+        tokens = chain.from_iterable((each.prompt, each.generated, each.targets) for each in self.sequences)
         return message.pack([rows, shape], tokens)
 
     @classmethod
@@ -67,7 +69,9 @@ class RequestGroup:
         """`ValueError` or `TypeError` for bytes that `to_bytes` has not made."""
         (rows, shape), tokens = message.unpack(data)
         sequences = tuple(
-            Sequence(key, prompt, max_tokens, SamplingParams(**sampling | {"stop": tuple(sampling["stop"])}), generated)
-            for (key, max_tokens, sampling), prompt, generated in zip(rows, tokens[::2], tokens[1::2], strict=True)
+            Sequence(key, prompt, most, SamplingParams(**sampling | {"stop": tuple(sampling["stop"])}), *further)
+            for (key, most, sampling), prompt, *further in zip(
+                rows, tokens[::3], tokens[1::3], tokens[2::3], strict=True
+            )
         )
         return cls(sequences, **shape)

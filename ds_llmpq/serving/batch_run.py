@@ -15,6 +15,7 @@ from ds_llmpq.batch.tally import InputRows, Tally
 from ds_llmpq.cluster.hostfile import find_hostfile_disagreements, parse_hostfile, write_hostfile
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import make_absolute, read_json, write_json
+from ds_llmpq.launch.config import validate_supervision
 from ds_llmpq.launch.environment import check_environment
 from ds_llmpq.launch.journal import (
     FINISHED,
@@ -39,7 +40,7 @@ from ds_llmpq.serving.ordering import validate_batch
 from ds_llmpq.serving.plan_owned import note_ignored
 from ds_llmpq.serving.planning import Progress, make_plan
 from ds_llmpq.serving.replan import plan_without
-from ds_llmpq.serving.supervisor import Supervisor, validate_supervision
+from ds_llmpq.serving.supervisor import Supervisor
 from ds_llmpq.shipped import asset
 
 Settings = TypeVar("Settings", bound=PlanningConfig)  # with `plan`: of run and evaluate

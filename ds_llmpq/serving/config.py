@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, fields
 from ds_llmpq.batch.config import BatchConfig
 from ds_llmpq.cluster.config import ClusterConfig
 from ds_llmpq.engine.config import ComputeConfig, EngineConfig
+from ds_llmpq.evaluation.config import EvaluationConfig
 from ds_llmpq.fields import path_field
-from ds_llmpq.launch.config import SupervisionConfig
+from ds_llmpq.launch.config import SupervisionConfig, WatchConfig
 from ds_llmpq.models.config import ModelConfig
 from ds_llmpq.planner.config import CostConfig, PlannerConfig, WorkloadConfig
 from ds_llmpq.quant.config import QuantConfig
@@ -58,3 +59,14 @@ class RunConfig(PlanningConfig):
     hostfile: str | None = path_field()  # null: written from the plan
     resume: str = "auto"  # auto: refused if what results depend on has changed | force: go on whatever changed
     run: SupervisionConfig = field(default_factory=SupervisionConfig)
+
+
+@dataclass
+class EvaluateConfig(PlanningConfig):
+    """`ds-llmpq evaluate`: the quality of a plan, scored on its pipeline, predicted against measured."""
+
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    plan: str | None = path_field()
+    quantized: str | None = path_field()  # folder of `ds-llmpq quantize` for this plan
+    run: WatchConfig = field(default_factory=WatchConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

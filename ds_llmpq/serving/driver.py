@@ -5,11 +5,9 @@ Rank 0, the driver, does all but the pipeline; the other ranks only run their st
 
 from __future__ import annotations
 
-import json
 import time
 from collections import abc
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import closing, nullcontext
+from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,17 +16,13 @@ from ds_llmpq.batch.prompts import PreparedRequest, prepare
 from ds_llmpq.batch.reader import RequestFile, read_requests
 from ds_llmpq.batch.request import RowError
 from ds_llmpq.batch.results import Result, ResultWriter
-from ds_llmpq.engine.preflight import check_memory
-from ds_llmpq.engine.rank_context import RankContext
 from ds_llmpq.engine.session import Session, cache_positions, plan_block, row_positions
 from ds_llmpq.engine.stage_run.faults import Fault, described
-from ds_llmpq.engine.trace import chrome_events
+from ds_llmpq.engine.trace import chrome_events, trace_text
 from ds_llmpq.files import write_json, write_whole
 from ds_llmpq.launch.heartbeat import Heartbeat, drain_on_signal
 from ds_llmpq.launch.progress import ProgressBar, ProgressLines
 from ds_llmpq.models.shape import read_shape
-from ds_llmpq.models.tokenizer import load_tokenizer
-from ds_llmpq.plan import check_model
 from ds_llmpq.scheduler.admission import AdmissionQueue
 from ds_llmpq.scheduler.request_group import Sequence
 from ds_llmpq.scheduler.slot_table import Finish
@@ -39,51 +33,9 @@ from ds_llmpq.serving.job import Job, check_input
 from ds_llmpq.serving.ordering import order_requests, predict_answers
 from ds_llmpq.serving.prediction import MOST_PASSES, decode_passes
 from ds_llmpq.serving.replay import Replay, replay_shape
-from ds_llmpq.serving.stop_rule import TextStopRule, build_stop_rule
+from ds_llmpq.serving.stop_rule import TextStopRule
 
 _REASON = {Finish.STOP: "stop", Finish.LENGTH: "length"}
-
-
-def serve(job: Job, context: RankContext) -> dict[str, Any] | None:
-    """Runs a job to its end; the driver writes all files and returns the metrics, the others return None.
-
-    Raises `UserError` on the rank that meets a mistake; the launcher ends the others.
-    """
-    check_model(job.plan, job.model_path)
-    tokenizer = load_tokenizer(job.model_path, job.trust_remote_code, job.template_time)
-    rule = build_stop_rule(job.model_path, tokenizer)
-    heartbeat = Heartbeat(job.hang_seconds, None if job.supervised else lambda: None)
-    driver = Driver(job, rule, heartbeat) if context.is_driver else None
-    with driver or nullcontext(), closing(heartbeat):
-        if job.engine.check_memory:
-            check_memory(job.plan, context, job.memory_wait_seconds)
-        session = Session(
-            job.plan,
-            context,
-            job.model_path,
-            rule,
-            driver.loading if driver else heartbeat.beat,
-            job.trust_remote_code,
-            job.engine,
-        )
-        heartbeat.watch(lambda: session.trace.spans)
-        if driver:
-            driver.begin_serving()
-        take = driver.source(session).take if driver else _no_requests
-        if driver:
-            session.run_all(take, driver.write_result, driver.write_error, driver.on_tokens)
-        else:
-            session.run_all(take, _not_written)
-        reports = context.data.gather(session.report() | {"trace": session.trace.spans_seen()})
-        return driver.conclude(session, reports) if driver else None
-
-
-def _no_requests() -> None:
-    """Only the driver has requests."""
-
-
-def _not_written(row: Sequence, tokens: list[int], finish: Finish) -> None:
-    """Only the driver writes."""
 
 
 class Driver:
@@ -323,11 +275,3 @@ def _reason(fault: Fault | None) -> tuple[str, str]:
     if fault.out_of_memory:
         return "out_of_memory", f"no memory for a prompt of this length ({where}); plan for longer prompts."
     return "execution_error", f"the model could not run this row ({where}); the other rows were not harmed."
-
-
-def trace_text(events: Iterable[dict[str, Any]]) -> Iterator[str]:
-    """A Chrome trace, an event at a time: all of them together would take more memory than the batch."""
-    yield '{"displayTimeUnit": "ms", "traceEvents": ['
-    for index, event in enumerate(events):
-        yield f"{',' if index else ''}\n{json.dumps(event)}"
-    yield "\n]}\n"

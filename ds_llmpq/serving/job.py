@@ -1,4 +1,4 @@
-"""What every rank is told: the plan, where the model and the files are, and how requests are read.
+"""What every rank is told: the plan, where the model and the files are, and what is wanted: answers or scores.
 
 The launcher carries it on the command line. Over several hosts that line passes a shell, so a job travels as one
 token of letters, digits, `-`, `_` and `=`; nothing a configuration holds is ever read by a shell.
@@ -10,34 +10,32 @@ import base64
 import binascii
 import json
 import zlib
-from dataclasses import asdict, dataclass
-from typing import Any, TypeVar, get_type_hints
+from dataclasses import asdict, dataclass, field, replace
+from typing import get_type_hints
 
 from ds_llmpq.batch.config import BatchConfig
 from ds_llmpq.engine.config import EngineConfig
 from ds_llmpq.errors import UserError, quote
+from ds_llmpq.evaluation.config import ScoringTask
 from ds_llmpq.files import parse_json
 from ds_llmpq.plan import Plan
 from ds_llmpq.validation import validate
 
-T = TypeVar("T")
 _MOST_BYTES = 64 << 20
-_PLAIN = (
-    "model_path", "input", "output", "trust_remote_code", "supervised", "input_sha256", "hang_seconds",
-    "memory_wait_seconds", "template_time",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Job:
-    """Paths are absolute. `input` and `output` lie on the first host, `model_path` on every host."""
+    """Paths are absolute. `input` and `output` lie on the first host, `model_path` on every host. With `scoring` the
+    ranks score given tokens instead of answering the input's requests."""
 
     plan: Plan
     model_path: str
-    input: str
+    input: str | None
     output: str
     engine: EngineConfig
-    batch: BatchConfig
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    scoring: ScoringTask | None = None
     trust_remote_code: bool = False
     # progress as lines for a parent process instead of a bar
     supervised: bool = False
@@ -51,37 +49,27 @@ class Job:
     template_time: str | None = None
 
     def to_token(self) -> str:
-        fields = {name: getattr(self, name) for name in _PLAIN} | {"plan": self.plan.to_json()}
-        fields |= {"engine": asdict(self.engine), "batch": asdict(self.batch)}
-        return to_token(fields)
+        return pack_token(asdict(replace(self, plan=None)) | {"plan": self.plan.to_json()})
 
     @classmethod
     def from_token(cls, token: str) -> Job:
-        """`UserError` for what `to_token` has not made."""
-        return from_token(cls, token, "start serve through `ds-llmpq run`")
+        """`UserError`: not a token of `to_token`, or one without a field, with an unknown one, or with a value that
+        cannot be."""
+        where, remedy = "The job token", "start it through `ds-llmpq run` or `ds-llmpq evaluate`"
+        try:
+            data = zlib.decompressobj().decompress(base64.urlsafe_b64decode(token), _MOST_BYTES)
+        except (binascii.Error, zlib.error, ValueError) as error:
+            raise UserError(f"{where} cannot be read ({error}); {remedy}.") from None
+        fields = parse_json(data, where, remedy, infinity=True)
+        types = get_type_hints(cls)
+        if not isinstance(fields, dict) or set(fields) != set(types):
+            raise UserError(f"{where} holds {quote(fields)}, but must hold the keys {', '.join(types)}; {remedy}.")
+        plan = Plan.from_json(fields.pop("plan"))
+        return cls(plan, **{name: validate(types[name], fields[name], f"{where}: {name}", remedy) for name in fields})
 
 
-def to_token(fields: dict[str, Any]) -> str:
+def pack_token(fields: object) -> str:
     return base64.urlsafe_b64encode(zlib.compress(json.dumps(fields).encode(), 9)).decode()
-
-
-def from_token(kind: type[T], token: str, remedy: str) -> T:
-    """The dataclass `kind`, one of whose fields is a plan, from the fields that `to_token` packed. `UserError`: no
-    token, or one without a field, with an unknown one, or with a value that cannot be."""
-    where = "The job token"
-    try:
-        data = zlib.decompressobj().decompress(base64.urlsafe_b64decode(token), _MOST_BYTES)
-    except (binascii.Error, zlib.error, ValueError) as error:
-        raise UserError(f"{where} cannot be read ({error}); {remedy}.") from None
-    fields = parse_json(data, where, remedy, infinity=True)
-    types = get_type_hints(kind)
-    if not isinstance(fields, dict) or set(fields) != set(types):
-        raise UserError(f"{where} holds {quote(fields)}, but must hold the keys {', '.join(types)}; {remedy}.")
-    values = {
-        name: Plan.from_json(value) if types[name] is Plan else validate(types[name], value, f"{where}: {name}", remedy)
-        for name, value in fields.items()
-    }
-    return kind(**values)
 
 
 def check_input(job: Job, sha256: str) -> None:

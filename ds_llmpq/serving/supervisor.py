@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,42 +17,20 @@ from typing import Any
 
 from ds_llmpq.batch.results import RESULTS_NAME
 from ds_llmpq.batch.tally import Tally
-from ds_llmpq.cluster.detect import count_memory_kills
 from ds_llmpq.errors import Interrupted, RunFailed, UserError
-from ds_llmpq.launch.attempt import MISTAKE, Listener, Outcome, say
-from ds_llmpq.launch.config import SupervisionConfig, WatchConfig
-from ds_llmpq.launch.failures import EXCEPTION, FAULT, PORT, Failure
+from ds_llmpq.launch.attempt import MISTAKE, Outcome, run_attempt, say
+from ds_llmpq.launch.config import SupervisionConfig
+from ds_llmpq.launch.failures import EXCEPTION, FAULT, Failure
 from ds_llmpq.launch.hosts import find_lost_devices
 from ds_llmpq.launch.journal import Journal
-from ds_llmpq.launch.launcher import LOG_NAME, Launch, is_local, run_launcher
-from ds_llmpq.launch.process_monitor import ExitReason, MonitorOptions
+from ds_llmpq.launch.launcher import LOG_NAME, Launch, is_local
+from ds_llmpq.launch.process_monitor import ExitReason
 from ds_llmpq.plan import Plan
 from ds_llmpq.serving.job import Job
 
 MEASUREMENTS = ("metrics.json", "trace.json")  # written at the end of a start
-ON_LOSS = ("stop", "replan")
 _LONGEST_PAUSE_SECONDS = 300.0
 _MEMORY_WAIT_SECONDS = 30.0  # what was started before may still be ending on another host
-_MOST_PORTS = 5  # tried in a row, where another process is quicker each time
-
-
-def check_hang_seconds(settings: WatchConfig) -> None:
-    """`UserError` for a number out of range."""
-    _check_range("hang_seconds", settings.hang_seconds, 5)
-
-
-def _check_range(name: str, value: float, low: float) -> None:
-    if not low <= value < float("inf"):
-        raise UserError(f"run.{name} is {value} but must be at least {low} and finite.")
-
-
-def validate_supervision(settings: SupervisionConfig) -> SupervisionConfig:
-    """`UserError` for a number out of range."""
-    if settings.on_loss not in ON_LOSS:
-        raise UserError(f"run.on_loss is {settings.on_loss!r} but must be one of {', '.join(ON_LOSS)}.")
-    for name, low in (("restarts", 0), ("backoff_seconds", 0), ("hang_seconds", 5), ("grace_seconds", 0)):
-        _check_range(name, getattr(settings, name), low)
-    return settings
 
 
 @dataclass
@@ -69,13 +46,11 @@ class Supervisor:
     replan: Callable[[list[str]], tuple[Job, Launch]]
     find_lost: Callable[[Plan], list[str]] = find_lost_devices
     pause: Callable[[float], None] = time.sleep
-    count_kills: Callable[[], int] = count_memory_kills
     restarts: int = 0
     replans: int = 0
     reasons: list[str] = field(default_factory=list)
     memory_warnings: list[dict[str, Any]] = field(default_factory=list)
     _failures: int = 0
-    _ports: int = 0
 
     @property
     def folder(self) -> Path:
@@ -118,27 +93,12 @@ class Supervisor:
         if failure is not None and not outcome.ran_out and _would_recur(failure, new_results):
             raise self._build_failure(f"{_capitalize(why)}; {self._suggest(failure)}", outcome)
         self._failures = 1 if new_results else self._failures + 1
-        if outcome.kind == PORT and (new_results or self._ports < _MOST_PORTS):
-            self._ports = 0 if new_results else self._ports + 1
-            self._failures = 0
-            self.reasons.append(why)
-            self.restarts += 1
-            say("another process took the ranks' port; starting again on another one")
-            return
         self._recover(why, self._halve_sequences() if outcome.ran_out else "", outcome)
 
     def _start(self) -> Outcome:
         """One start of the launcher."""
-        listener, killed = Listener(uuid.uuid4().hex), self.count_kills()
-        # a little longer than the ranks' own bound, after which each writes its stacks
-        bound = self.settings.hang_seconds * 1.1
         job = replace(self.job, memory_wait_seconds=_MEMORY_WAIT_SECONDS) if self.restarts else self.job
-        watch = MonitorOptions(listener.on_line, bound, listener.serving, listener.drain, self.settings.grace_seconds)
-        try:
-            ended = run_launcher(self.launch, ["--job", job.to_token()], watch, listener.mark)
-            return listener.outcome(ended, kernel_killed=self.count_kills() > killed)
-        finally:
-            listener.bar.close()
+        return run_attempt(self.launch, job.to_token(), self.settings.hang_seconds, self.settings.grace_seconds)
 
     def _recover(self, why: str, changed: str, outcome: Outcome) -> None:
         """Waits until a restart has a chance, within the bound on restarts; plans anew where a device stays away.
@@ -188,7 +148,7 @@ class Supervisor:
 
     def _explain(self, outcome: Outcome, tally: Tally) -> str:
         if outcome.exit.reason is not ExitReason.ENDED:
-            return outcome.explain(self.settings.hang_seconds, MonitorOptions.stopped_seconds)
+            return outcome.explain(self.settings.hang_seconds)
         if not is_local(self.launch.hosts[0]) and not (self.folder / RESULTS_NAME).exists():
             raise self._build_failure(
                 f"The pipeline ended well, but its files are not in {self.folder}: rank 0 wrote them on host "

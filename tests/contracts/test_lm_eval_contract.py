@@ -26,7 +26,7 @@ def test_scores_are_asked_for_by_tokens():
     tokenizer = SimpleNamespace(
         eos_token_id=0, bos_token_id=None, bos_token=None, encode=lambda text, **_: [ord(letter) for letter in text]
     )
-    model = Recording(None, tokenizer, 16)
+    model = Recording(None, tokenizer, 16, None)
     requests = [SimpleNamespace(args=("ab", "c")), SimpleNamespace(args=("", "de"))]
     assert model.loglikelihood(requests, disable_tqdm=True) == [(0.0, True)] * 2
     assert asked == [(("ab", "c"), [97, 98], [99]), (("", "de"), [0], [100, 101])]

@@ -9,8 +9,8 @@ import pytest
 
 from ds_llmpq.cost.memory import IN_FLIGHT_MESSAGES
 from ds_llmpq.engine import schedules
-from ds_llmpq.engine.schedules import OncePerBatch, StreamSchedule
-from ds_llmpq.scheduler.micro_batch import MicroBatch, MicroBatchLimits
+from ds_llmpq.engine.schedules import StreamSchedule
+from ds_llmpq.scheduler.micro_batch import MicroBatchLimits
 from ds_llmpq.scheduler.request_group import RequestGroup, Sequence
 from ds_llmpq.scheduler.slot_table import Finish
 from ds_llmpq.scheduler.stream import Stream
@@ -219,25 +219,6 @@ def test_all_stages_run_the_same_passes(stages):
             assert line.sent == line.posted, f"seed {seed}: a receive met another's message"
         early += sum(stage.early_posts for stage in run.stages)
     assert stages == 1 or early > 50
-
-
-def commands_of(schedule):
-    return [[type(command) for command in step] for step in schedule.steps()]
-
-
-def test_the_receive_of_the_next_prompts_is_posted_before_the_work_on_these():
-    batches = [MicroBatch(0, "prefill", (0, 1), (0, 1)), MicroBatch(1, "prefill", (2,), (2,))]
-    first, second = commands_of(OncePerBatch(batches, stages=3, stage_id=1))
-    assert first == [
-        schedules.WaitActivation, schedules.PostReceive, schedules.PrefillPass, schedules.SendActivation
-    ]  # fmt: skip
-    assert second == [schedules.WaitActivation, schedules.PrefillPass, schedules.SendActivation]
-    assert commands_of(OncePerBatch(batches, stages=3, stage_id=0))[0] == [
-        schedules.PrefillPass, schedules.SendActivation
-    ]  # fmt: skip
-    assert commands_of(OncePerBatch(batches, stages=3, stage_id=2))[1] == [
-        schedules.WaitActivation, schedules.PrefillPass, schedules.Sample
-    ]  # fmt: skip
 
 
 def stream_of(rows, slots, sizes, poll=lambda: None):

@@ -5,8 +5,7 @@ import json
 import torch
 
 from ds_llmpq.engine import trace as tracing
-from ds_llmpq.engine.trace import Trace, chrome_events
-from ds_llmpq.serving.driver import trace_text
+from ds_llmpq.engine.trace import Trace, chrome_events, trace_text
 
 
 def traced(spans):

@@ -14,12 +14,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ds_llmpq.commands import evaluate
-from ds_llmpq.commands.config import EvaluateConfig
 from ds_llmpq.config import asset
 from ds_llmpq.engine.config import EngineConfig
 from ds_llmpq.errors import UserError
-from ds_llmpq.evaluation.config import EvaluationConfig
-from ds_llmpq.evaluation.job import ScoreJob
+from ds_llmpq.evaluation.config import EvaluationConfig, ScoringTask
 from ds_llmpq.launch.launcher import Launch
 from ds_llmpq.models.fingerprint import fingerprint
 from ds_llmpq.plan import (
@@ -38,7 +36,8 @@ from ds_llmpq.plan import (
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.pretrained import load_quantized
 from ds_llmpq.quant.writer import write_quantized
-from ds_llmpq.serving.job import to_token
+from ds_llmpq.serving.config import EvaluateConfig
+from ds_llmpq.serving.job import Job, pack_token
 
 pytestmark = [pytest.mark.slow, pytest.mark.launcher]
 TINY = Path(asset("tiny-llama"))
@@ -182,10 +181,11 @@ def test_a_mistake_on_a_rank_is_one_sentence(quantized, text, tmp_path):
 
 
 def test_the_job_survives_its_token(tmp_path):
-    job = ScoreJob(make_plan(2), str(TINY), str(tmp_path), EngineConfig(), EvaluationConfig(tasks=["a"]), "r", True)
-    again = ScoreJob.from_token(job.to_token())
+    task = ScoringTask(EvaluationConfig(tasks=["a"]), "r", True)
+    job = Job(make_plan(2), str(TINY), None, str(tmp_path), EngineConfig(), scoring=task)
+    again = Job.from_token(job.to_token())
     assert again.to_token() == job.to_token()
-    assert again.plan.to_json() == job.plan.to_json()
+    assert again == job
     assert Launch.from_plan(again.plan, tmp_path).kind == "cpu"
 
 
@@ -195,16 +195,18 @@ def test_the_job_survives_its_token(tmp_path):
         ({"hang_seconds": "soon"}, "hang_seconds is 'soon', but must be a valid number"),
         ({"engine": {"timeout_seconds": None}}, "engine: timeout_seconds is None"),
         ({"engine": {"colour": 1}}, "has the unknown key 'colour'"),
-        ({"evaluation": []}, "evaluation is \\[\\], but must be an object"),
+        ({"scoring": []}, "scoring is \\[\\], but must be an object"),
+        ({"scoring": {"settings": {"fewshot": "two"}}}, "scoring: settings.fewshot is 'two'"),
         ({"more": 1}, "but must hold the keys plan, model_path"),
     ],
 )
 def test_a_token_of_another_form_is_one_sentence(change, words):
     fields = {
-        "plan": make_plan(1).to_json(), "model_path": "m", "output": "o", "engine": {}, "evaluation": {},
-        "reference": None, "keeps_reference": False, "trust_remote_code": False, "hang_seconds": None,
+        "plan": make_plan(1).to_json(), "model_path": "m", "input": None, "output": "o", "engine": {}, "batch": {},
+        "scoring": None, "trust_remote_code": False, "supervised": True, "input_sha256": None, "hang_seconds": None,
+        "memory_wait_seconds": 0.0, "template_time": None,
     }  # fmt: skip
-    assert ScoreJob.from_token(to_token(fields)).output == "o"
+    assert Job.from_token(pack_token(fields)).output == "o"
     with pytest.raises(UserError, match=words) as error:
-        ScoreJob.from_token(to_token(fields | change))
+        Job.from_token(pack_token(fields | change))
     assert "\n" not in str(error.value)

@@ -4,30 +4,20 @@ import math
 import random
 
 import pytest
+import torch
 
 from ds_llmpq.errors import UserError
-from ds_llmpq.evaluation.job import ScoreJob
-from ds_llmpq.evaluation.rank import scored_rows, spread, summary
-from ds_llmpq.evaluation.rows import RowBatch, RowScore, ScoredRow
+from ds_llmpq.evaluation.config import EvaluationConfig, ScoringTask
+from ds_llmpq.evaluation.perplexity import spread, summary
+from ds_llmpq.evaluation.scoring import RowScore, TargetScorer, build_row
 from ds_llmpq.models.corpus import CALIBRATION, EVALUATION, Text, calibration_rows, cut_rows, read_text
-from ds_llmpq.serving.job import to_token
+from ds_llmpq.serving.job import Job, pack_token
 
 
 def test_a_row_predicts_its_last_tokens():
-    row = ScoredRow.of([5, 6, 7, 8], scored=2)
-    assert (row.prompt, row.targets) == ((5, 6, 7), (7, 8))
-    assert ScoredRow.of([5, 6, 7]).targets == (6, 7)
-
-
-def test_batches_travel_unchanged():
-    generator = random.Random(1)
-    for _ in range(20):
-        rows = []
-        for _ in range(generator.randrange(1, 6)):
-            tokens = [generator.randrange(1 << 20) for _ in range(generator.randrange(2, 9))]
-            rows.append(ScoredRow.of(tokens, generator.randrange(1, len(tokens)), generator.choice([None, 0, 77])))
-        batch = RowBatch(tuple(rows))
-        assert RowBatch.from_bytes(batch.to_bytes()) == batch
+    row = build_row(3, [5, 6, 7, 8], scored=2)
+    assert (row.key, row.prompt, row.targets) == (3, (5, 6, 7), (7, 8))
+    assert build_row(0, [5, 6, 7]).targets == (6, 7)
 
 
 def test_every_token_but_the_first_is_scored_once():
@@ -35,19 +25,49 @@ def test_every_token_but_the_first_is_scored_once():
     for _ in range(50):
         tokens = [generator.randrange(99) for _ in range(generator.randrange(2, 40))]
         length = generator.randrange(1, 12)
-        rows = cut_rows(tokens, length)
-        scored, compared = scored_rows(rows, 10_000)
+        scored = [build_row(key, row) for key, row in enumerate(cut_rows(tokens, length))]
         assert [target for row in scored for target in row.targets] == tokens[1:]
         assert max(len(row.prompt) for row in scored) <= length
-        assert compared == len(tokens) - 1
-        assert [row.offset for row in scored] == [sum(len(r.targets) for r in scored[:i]) for i in range(len(scored))]
 
 
-def test_only_so_many_tokens_are_compared():
-    scored, compared = scored_rows(cut_rows(list(range(12)), 4), 9)
-    assert [row.offset for row in scored] == [0, 4, None]
-    assert compared == 8
-    assert scored_rows(cut_rows(list(range(12)), 4), 0)[1] == 0
+VOCABULARY = 11
+
+
+def logits_of(rows, seed):
+    longest = max(len(row.prompt) for row in rows)
+    return torch.randn(len(rows), longest, VOCABULARY, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("full", "compared"), [(1 << 20, 3), (4 * VOCABULARY * 8, 2), (4 * VOCABULARY * 3, 0)])
+def test_scores_and_divergence_are_the_formulas(tmp_path, full, compared):
+    """Rows of four targets against a reference file that holds as many whole rows as fit."""
+    rows = [build_row(key, [1, 2, 3, 4, key]) for key in range(3)]
+    plain, other = logits_of(rows, 1), logits_of(rows, 2)
+    for keeps, logits in ((True, plain), (False, other)):
+        task = ScoringTask(EvaluationConfig(reference_bytes=full), str(tmp_path / "reference"), keeps)
+        scorer = TargetScorer(task, is_last=True)
+        # as micro-batches come: one row, then two
+        assert scorer(rows[:1], logits[:1]) + scorer(rows[1:], logits[1:]) == [True] * 3
+        scorer.close()
+    for key, row in enumerate(rows):
+        found, wanted = other[key].log_softmax(-1), plain[key].log_softmax(-1)
+        score = scorer.scores[key]
+        assert score.logprobs == pytest.approx([found[k, token].item() for k, token in enumerate(row.targets)])
+        assert score.greedy == [found[k].argmax().item() == token for k, token in enumerate(row.targets)]
+        if key < compared:
+            assert score.kl == pytest.approx((wanted.exp() * (wanted - found)).sum().item(), rel=1e-4)
+            assert score.agree == (found.argmax(-1) == wanted.argmax(-1)).sum().item()
+        else:
+            assert score.kl is None
+
+
+def test_logits_that_are_no_numbers_score_nothing():
+    rows = [build_row(key, [1, 2, 3]) for key in range(2)]
+    logits = logits_of(rows, 3)
+    logits[1, 1, 4] = torch.nan
+    scorer = TargetScorer(ScoringTask(EvaluationConfig()), is_last=True)
+    assert scorer(rows, logits) == [True, False]
+    assert list(scorer.scores) == [0]
 
 
 def test_a_limit_takes_rows_from_all_of_the_text():
@@ -94,7 +114,7 @@ def test_calibration_rows_spread_over_the_text():
         cut_rows([1], 4)
 
 
-@pytest.mark.parametrize("token", ["no", "eJw=", to_token([1]), to_token({"a": 10**400}), "é"])
+@pytest.mark.parametrize("token", ["no", "eJw=", pack_token([1]), pack_token({"a": 10**400}), "é"])
 def test_a_broken_token(token):
     with pytest.raises(UserError, match=r"The job token (cannot be read|holds).*start it through"):
-        ScoreJob.from_token(token)
+        Job.from_token(token)

@@ -40,8 +40,7 @@ from ds_llmpq.cost.linktable import fit_link, read_links
 from ds_llmpq.cost.profile import read_profile
 from ds_llmpq.engine.config import EngineConfig
 from ds_llmpq.errors import UserError, make_printable
-from ds_llmpq.evaluation.config import EvaluationConfig
-from ds_llmpq.evaluation.job import ScoreJob
+from ds_llmpq.evaluation.config import EvaluationConfig, ScoringTask
 from ds_llmpq.files import read_json, read_text
 from ds_llmpq.launch.failures import FAILURE_MARK, Failure, read_failure
 from ds_llmpq.launch.journal import Journal
@@ -159,7 +158,7 @@ def all_loaders(folder: Path) -> dict[str, Loader]:
         "journal": Loader(_journal(), "run.json", lambda file: Journal.read(file.parent), mutated_document),
         "results": Loader(json.dumps(_RESULT).encode() + b"\n", "results.jsonl", _results, mutated_lines),
         "job": Loader(_token(folder / "plan" / "plan.json"), "token", _job, _mutated_token, 6, _every_token),
-        "score job": Loader(_score_token(folder / "plan" / "plan.json"), "token", _score_job, _mutated_token, 6,
+        "score job": Loader(_score_token(folder / "plan" / "plan.json"), "token", _job, _mutated_token, 6,
                             _every_token),
         "predictor": Loader(_predictor(folder / "predictor"), "predictor.json", _predictor_of(folder / "predictor"),
                             mutated_document, 6),
@@ -546,10 +545,6 @@ def _job(file: Path) -> object:
     return Job.from_token(file.read_bytes().decode(errors="replace"))
 
 
-def _score_job(file: Path) -> object:
-    return ScoreJob.from_token(file.read_bytes().decode(errors="replace"))
-
-
 def _predictor_of(folder: Path) -> Callable[[Path], object]:
     def load(file: Path) -> object:
         _copied(folder, file)
@@ -668,7 +663,8 @@ def _small_tokenizer() -> bytes:
 
 
 def _score_token(plan: Path) -> bytes:
-    return ScoreJob(read_plan(plan), "m", "o", EngineConfig(), EvaluationConfig(), "r").to_token().encode()
+    task = ScoringTask(EvaluationConfig(), "r")
+    return Job(read_plan(plan), "m", None, "o", EngineConfig(), scoring=task).to_token().encode()
 
 
 def _every_token(data: bytes) -> Iterator[bytes]:

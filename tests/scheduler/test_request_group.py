@@ -22,6 +22,7 @@ ROW = st.builds(
     max_tokens=st.integers(0, 2**31),
     sampling=SAMPLING,
     generated=st.lists(st.integers(0, 2**31 - 1), max_size=4).map(tuple),
+    targets=st.lists(st.integers(0, 2**31 - 1), max_size=4).map(tuple),
 )
 
 

@@ -1,10 +1,8 @@
 """The state that all stages keep of the sequences in flight, and how rows are cut into micro-batches."""
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from ds_llmpq.scheduler.micro_batch import MicroBatch, cut_prefill
+from ds_llmpq.scheduler.micro_batch import MicroBatch
 from ds_llmpq.scheduler.request_group import Sequence
 from ds_llmpq.scheduler.slot_table import Finish, SlotTable
 
@@ -55,19 +53,3 @@ def test_awaited_until_every_slot_s_token_is_there():
 def test_a_message_of_another_size_is_refused():
     with pytest.raises(ValueError, match="zip"):
         of_rows(1, 1).record(passing([0, 1]), [5], [0])
-
-
-LENGTHS = st.lists(st.integers(1, 200), max_size=40)
-
-
-@given(LENGTHS, st.integers(1, 9), st.integers(1, 600))
-def test_prefill_micro_batches_cover_the_rows_and_keep_both_bounds(lengths, rows, tokens):
-    batches = cut_prefill(lengths, rows, tokens)
-    assert [row for batch in batches for row in batch.slots] == list(range(len(lengths)))
-    for index, batch in enumerate(batches):
-        start, stop = batch.slots[0], batch.slots[-1] + 1
-        assert 1 <= batch.size <= rows
-        assert batch.size == 1 or batch.size * max(lengths[start:stop]) <= tokens
-        if index + 1 < len(batches):  # as large as the bounds allow
-            larger = (batch.size + 1) * max(lengths[start : stop + 1])
-            assert batch.size == rows or larger > tokens

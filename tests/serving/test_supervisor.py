@@ -9,16 +9,16 @@ from ds_llmpq.batch.config import BatchConfig
 from ds_llmpq.batch.tally import Tally
 from ds_llmpq.engine.config import EngineConfig
 from ds_llmpq.errors import Interrupted, RunFailed, UserError
-from ds_llmpq.launch.attempt import MISTAKE, Outcome
-from ds_llmpq.launch.config import SupervisionConfig
+from ds_llmpq.launch import attempt
+from ds_llmpq.launch.attempt import MISTAKE, Outcome, run_attempt
+from ds_llmpq.launch.config import SupervisionConfig, validate_supervision
 from ds_llmpq.launch.failures import CONNECTION, EXCEPTION, FAULT, MEMORY, PORT, Failure
 from ds_llmpq.launch.journal import Identity, Journal
 from ds_llmpq.launch.process_monitor import Exit, ExitReason
 from ds_llmpq.launch.progress import ERROR_MARK
 from ds_llmpq.plan import MicroBatches, Plan, PredictedTotals, Workload
-from ds_llmpq.serving import supervisor
 from ds_llmpq.serving.job import Job
-from ds_llmpq.serving.supervisor import Supervisor, validate_supervision
+from ds_llmpq.serving.supervisor import Supervisor
 
 DIED, HUNG, ENDED = Exit(ExitReason.DIED, -9), Exit(ExitReason.HUNG, None), Exit(ExitReason.ENDED, 0)
 DRAINED = Exit(ExitReason.DRAINED, 0)
@@ -142,22 +142,22 @@ def test_what_counts_as_out_of_memory(tmp_path, monkeypatch, said, killed, wante
     assert heard(tmp_path, monkeypatch, [said.to_line() if said else "text\n"], killed).ran_out == wanted
 
 
-def heard(tmp_path, monkeypatch, lines, killed=0, ended=DIED):
-    """What a real supervisor makes of the lines of one start."""
-    kills = iter([3, 3 + killed])
+def hear(tmp_path, monkeypatch, *starts, killed=0, ended=DIED):
+    """What is made of the lines of starts, one after another."""
+    kills, starts = iter([3, 3 + killed] * len(starts)), list(starts)
 
-    def followed(launch, arguments, watch, mark):
-        for line in lines:
+    def read(launch, arguments, watch, mark):
+        for line in starts.pop(0):
             watch.on_line(line.rstrip("\n"))
         return ended
 
-    monkeypatch.setattr(supervisor, "run_launcher", followed)
-    job = SimpleNamespace(output=str(tmp_path), plan="plan", to_token=lambda: "job")
-    made = Supervisor(
-        job, SimpleNamespace(folder=tmp_path), SupervisionConfig(), Journal(Identity("a", "b", "c", {})), None, None,
-        count_kills=lambda: next(kills),
-    )  # fmt: skip
-    return made._start()
+    monkeypatch.setattr(attempt, "run_launcher", read)
+    monkeypatch.setattr(attempt, "count_memory_kills", lambda: next(kills))
+    return run_attempt(SimpleNamespace(folder=tmp_path), "job", 900.0, 60.0), len(starts)
+
+
+def heard(tmp_path, monkeypatch, lines, killed=0, ended=DIED):
+    return hear(tmp_path, monkeypatch, lines, killed=killed, ended=ended)[0]
 
 
 def test_the_cause_is_what_is_no_lost_connection(tmp_path, monkeypatch):
@@ -171,7 +171,7 @@ def test_the_cause_is_what_is_no_lost_connection(tmp_path, monkeypatch):
 
 def test_lost_connections_alone_are_a_neighbours_death(tmp_path, monkeypatch):
     outcome = heard(tmp_path, monkeypatch, [failure(CONNECTION).to_line()])
-    assert outcome.explain(900, 30) == "the pipeline was ended by signal 9"
+    assert outcome.explain(900) == "the pipeline was ended by signal 9"
 
 
 def test_a_traceback_of_the_launcher_is_read_where_nobody_named_a_cause(tmp_path, monkeypatch):
@@ -216,13 +216,14 @@ def test_a_lost_connection_is(tmp_path, monkeypatch):
 
 
 def test_a_taken_port_is_left_to_who_took_it(tmp_path, monkeypatch):
-    scene = Scene(tmp_path, monkeypatch, (DIED, 0, failure(PORT)), (DIED, 0, failure(PORT)), (ENDED, 12))
-    scene.supervisor.run()
-    assert scene.pauses == []
-    assert scene.supervisor.restarts == 2
+    taken = [failure(PORT).to_line()]
+    outcome, left = hear(tmp_path, monkeypatch, taken, taken, [failure(EXCEPTION, "later").to_line()], ["not reached"])
+    assert (outcome.failure.message, left) == ("later", 1)
 
 
 def test_but_not_for_ever(tmp_path, monkeypatch):
+    outcome, left = hear(tmp_path, monkeypatch, *[[failure(PORT).to_line()]] * 9)
+    assert (outcome.kind, left) == (PORT, 4)
     scene = Scene(tmp_path, monkeypatch, *[(DIED, 0, failure(PORT))] * 20, restarts=2)
     with pytest.raises(UserError, match="2 restarts in a row"):
         scene.supervisor.run()

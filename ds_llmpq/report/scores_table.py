@@ -1,0 +1,42 @@
+"""What `evaluate` prints: one line a number, predicted against measured where both are known."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ds_llmpq.report.plan_table import format_table
+
+
+def scores_table(found: dict[str, Any]) -> str:
+    """Of scores.json, of a text or of tasks."""
+    return _tasks_table(found["tasks"]) if "tasks" in found else _text_table(found)
+
+
+def _text_table(found: dict[str, Any]) -> str:
+    rows = [
+        ["tokens scored", str(found["tokens"])],
+        ["loss (nats per token)", f"{found['nats_per_token']:.5f}"],
+        ["perplexity per token", f"{found['perplexity_per_token']:.4f}"],
+        ["perplexity per word", f"{found['perplexity_per_word']:.4g}"],
+    ]
+    if "kl_nats_per_token" in found:
+        rows += [
+            ["perplexity per token at 16 bits", f"{found['reference']['perplexity_per_token']:.4f}"],
+            ["KL to 16 bits (nats per token)", f"{found['kl_nats_per_token']:.6f}"],
+            ["same most likely token as 16 bits", f"{found['top1_agreement']:.2%}"],
+        ]
+    if increase := found.get("loss_increase"):
+        measured = f"{increase['measured']:.6f} +- {increase['standard_error']:.6f}"
+        rows += [["loss increase, measured", measured]]
+        rows += [["loss increase, predicted", f"{increase['predicted']:.6f} ({increase['predicted_from']})"]]
+    return format_table(["", "value"], rows)
+
+
+def _tasks_table(tasks: dict[str, dict[str, Any]]) -> str:
+    rows = [
+        [task, name.partition(",")[0], f"{value:.4f}"]
+        for task, values in tasks.items()
+        for name, value in values.items()
+        if isinstance(value, float) and "stderr" not in name
+    ]
+    return format_table(["task", "metric", "value"], rows)
