@@ -49,8 +49,8 @@ NAMES = {
         "_set_bounds": ("engine/pipeline_module.py",),
         "_topo": ("engine/pipeline_module.py",),
         "_broadcast_model": ("engine/pipeline_engine.py",),
-        "_exec_schedule": ("engine/pipeline_engine.py", "evaluation/scoring.py"),
-        "_INSTRUCTION_MAP": ("engine/pipeline_engine.py", "evaluation/scoring.py"),
+        "_exec_schedule": ("engine/pipeline_engine.py",),
+        "_INSTRUCTION_MAP": ("engine/pipeline_engine.py",),
     },
     "transformers": {
         "all_tied_weights_keys": ("quant/pretrained.py",),
