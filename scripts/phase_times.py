@@ -16,8 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
 from ds_llmpq import config
-from ds_llmpq.cluster.cluster import Cluster
-from ds_llmpq.cluster.gates import choose_dtype
+from ds_llmpq.cluster.cluster import Cluster, choose_dtype
 from ds_llmpq.cost.latency import RooflineCosts
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.shape import ModelShape, read_shape

@@ -10,7 +10,6 @@ from itertools import islice
 from typing import Any
 
 from ds_llmpq.batch.request import Request, RequestError, RowError
-from ds_llmpq.errors import UserError
 from ds_llmpq.scheduler.request_group import Sequence
 
 CHUNK_REQUESTS = 256  # texts handed to the tokenizer at once: fast tokenizers encode them in parallel
@@ -155,13 +154,6 @@ def limit_max_tokens(
             "reserves for a sequence; plan with larger workload.prompt_tokens or workload.generated_tokens.",
         )
     return max_tokens
-
-
-def required_tokens(prepared: list[PreparedRequest]) -> tuple[int, int]:
-    """(longest prompt, largest max_tokens) of a file: the smallest workload a plan needs to serve all of it."""
-    if not prepared:
-        raise UserError("no row of the input can be served; see errors.jsonl for what is wrong with each.")
-    return max(each.prompt_tokens for each in prepared), max(each.max_tokens for each in prepared)
 
 
 def _tokenize(texts: list[str], tokenizer: Any, add_special_tokens: bool) -> list[list[int] | RequestError]:

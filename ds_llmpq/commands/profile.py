@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_llmpq import config
-from ds_llmpq.cluster.cluster import Cluster
-from ds_llmpq.cluster.gates import choose_dtype
+from ds_llmpq.cluster.cluster import Cluster, choose_dtype
 from ds_llmpq.commands.config import ProfileConfig
 from ds_llmpq.cost.fit import LatencyModel, fit_profile
 from ds_llmpq.cost.fitted import profiled_kernel

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.decoder import Decoder
-from ds_llmpq.models.description import read_description
+from ds_llmpq.models.description import read_description, refuse_foreign
 from ds_llmpq.models.index import read_index
-from ds_llmpq.models.prequantized import refuse_foreign
 from ds_llmpq.models.tying import HEAD, list_embedding_names
 
 _SINGLE = "model.safetensors"
@@ -125,3 +125,24 @@ def _open_shard(path: Path):
 def _shorten(error: Exception) -> str:
     """The first sentence of an exception's message, on one line; its type where it has none."""
     return " ".join(str(error).split()).split(". ")[0][:300] or type(error).__name__
+
+
+def fill(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Puts `tensors` in the place of the module's parameters of those names (the module may be on `meta`).
+
+    `UserError` for a tensor of another shape than the configuration says.
+    """
+    for name, tensor in tensors.items():
+        check_shape(name, tensor, module.get_parameter(name).shape)
+    module.load_state_dict(tensors, strict=False, assign=True)
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+
+
+def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """`UserError` if a checkpoint's tensor has not the `shape` that follows from its config.json."""
+    if tensor.shape != shape:
+        raise UserError(
+            f"Tensor {name!r} has shape {tuple(tensor.shape)} instead of {tuple(shape)}: the weights are not those "
+            "that config.json describes; fetch the checkpoint again."
+        )

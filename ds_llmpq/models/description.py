@@ -38,3 +38,35 @@ def read_config(path: str | Path) -> dict[str, Any]:
         raise UserError(f"model folder {folder} has no config.json; give a local folder in Hugging Face format")
     what = "Model configuration"
     return validate(Plain, read_json(file, what, REMEDY), f"{what} {file}", REMEDY)
+
+
+# no method of transformers' own: its HQQ loader would quantize anew, at one width for all layers
+QUANT_METHOD = "ds_llmpq_hqq"
+# compressed-tensors wrote the second once
+_KEYS = ("quantization_config", "compression_config")
+
+
+def refuse_foreign(path: str | Path) -> None:
+    """`UserError` if the folder's config.json declares a quantization that is not ours (GPTQ, AWQ, bitsandbytes, FP8,
+    ...): its tensors mean nothing without that method's own loader. A file that cannot be read is left to who reads
+    the model, but not what is no file: that would never be read to its end."""
+    check_files(path, "Checkpoint file", "fetch the checkpoint again")
+    try:
+        config = read_json(Path(path) / "config.json", "Model configuration", "fetch the file again")
+    except UserError:
+        return
+    noted = next((config[key] for key in _KEYS if config.get(key)), None) if isinstance(config, dict) else None
+    if noted is None or (isinstance(noted, dict) and noted.get("quant_method") == QUANT_METHOD):
+        return
+    raise UserError(
+        f"{path} is quantized by {_method(noted)}, which is not read here; give the full-precision checkpoint as "
+        "model.path (`ds-llmpq quantize` makes quantized ones)."
+    )
+
+
+def _method(noted: Any) -> str:
+    """What the checkpoint calls it; bitsandbytes left the name out once."""
+    name = noted.get("quant_method") if isinstance(noted, dict) else None
+    if isinstance(noted, dict) and not name and (noted.get("load_in_8bit") or noted.get("load_in_4bit")):
+        return "bitsandbytes"
+    return repr(str(name)[:40]) if name else "a method it does not name"

@@ -15,7 +15,7 @@ from pydantic import AfterValidator
 
 from ds_llmpq.errors import UserError, quote
 from ds_llmpq.files import check_files, open_regular, parse_json, read_json
-from ds_llmpq.models.prequantized import QUANT_METHOD
+from ds_llmpq.models.description import QUANT_METHOD
 from ds_llmpq.validation import Count, Many, Name, Plain, Table, validate
 
 MANIFEST = "quantized.json"

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from ds_llmpq.errors import UserError
+from ds_llmpq.models.description import refuse_foreign
 from ds_llmpq.models.fingerprint import fingerprint
-from ds_llmpq.models.prequantized import refuse_foreign
 from ds_llmpq.plan.plan import Plan
 
 

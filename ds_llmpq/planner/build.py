@@ -9,9 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ds_llmpq.cluster.cluster import Cluster
+from ds_llmpq.cluster.cluster import Cluster, choose_dtype, gate
 from ds_llmpq.cluster.devices import BIT_WIDTHS, COMPUTE_DTYPES, DeviceType
-from ds_llmpq.cluster.gates import choose_dtype, gate
 from ds_llmpq.cost.kernels import check_kernel
 from ds_llmpq.cost.latency import LayerCosts, RooflineCosts
 from ds_llmpq.cost.links import link_table

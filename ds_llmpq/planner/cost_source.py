@@ -7,9 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from ds_llmpq.cluster.cluster import Cluster
+from ds_llmpq.cluster.cluster import Cluster, choose_dtype
 from ds_llmpq.cluster.devices import DeviceType
-from ds_llmpq.cluster.gates import choose_dtype
 from ds_llmpq.cost.fitted import FittedCosts, load_model
 from ds_llmpq.cost.kernels import check_kernel
 from ds_llmpq.cost.latency import LayerCosts, RooflineCosts

@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 
-from ds_llmpq.cluster.cluster import Cluster
+from ds_llmpq.cluster.cluster import Cluster, list_feasible_bits
 from ds_llmpq.cluster.devices import Device
-from ds_llmpq.cluster.gates import list_feasible_bits
 from ds_llmpq.cost.profile import (
     Point,
     Sample,

@@ -20,8 +20,8 @@ from hqq.core.quantize import HQQLinear
 from ds_llmpq.errors import UserError, quote
 from ds_llmpq.files import check_files, read_json
 from ds_llmpq.models.checkpoint import QUANTIZED_INDEX, Checkpoint
+from ds_llmpq.models.description import QUANT_METHOD
 from ds_llmpq.models.fingerprint import MANIFEST, read_manifest
-from ds_llmpq.models.prequantized import QUANT_METHOD
 from ds_llmpq.quant.config import QuantConfig, rename_former
 from ds_llmpq.quant.hqq import STORED_PARTS, restored_linear
 from ds_llmpq.quant.packing import PACKED_BITS, UNQUANTIZED_BITS, Groups, groups_of

@@ -17,10 +17,9 @@ from torch import nn
 
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.block import Block
-from ds_llmpq.models.checkpoint import Checkpoint
+from ds_llmpq.models.checkpoint import Checkpoint, check_shape, fill
 from ds_llmpq.models.decoder import Decoder
 from ds_llmpq.models.spec import LinearRole
-from ds_llmpq.models.weights import check_shape, fill
 from ds_llmpq.quant.checkpoint import QuantizedCheckpoint
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.hqq import quantize_linear, quantize_rows

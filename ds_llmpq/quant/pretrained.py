@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ds_llmpq.errors import UserError
-from ds_llmpq.models.weights import fill
+from ds_llmpq.models.checkpoint import fill
 from ds_llmpq.quant.checkpoint import HEAD, QuantizedCheckpoint, read_recipe
 from ds_llmpq.quant.kernel_linear import RowBlocks
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS

@@ -34,30 +34,6 @@ class StageTimes(Protocol):
 
 
 @dataclass(frozen=True)
-class UniformTimes:
-    """Constant times, one list entry a stage: P_j and D_j; p_j and d_j from stage j to j + 1, the last one the way
-    back (to every stage alike)."""
-
-    prefill: Sequence[float]
-    decode: Sequence[float]
-    prefill_links: Sequence[float]
-    decode_links: Sequence[float]
-
-    @property
-    def stages(self) -> int:
-        return len(self.prefill)
-
-    def work(self, stage: int, phase: str, rows: int, tokens: int, past: int) -> float:
-        return (self.prefill if phase == "prefill" else self.decode)[stage]
-
-    def hop(self, stage: int, phase: str, rows: int, tokens: int) -> float:
-        return (self.prefill_links if phase == "prefill" else self.decode_links)[stage]
-
-    def back(self, stage: int, rows: int) -> float:
-        return self.decode_links[-1]
-
-
-@dataclass(frozen=True)
 class Span:
     """What a stage does from `start` for `seconds`, about so many rows: prefill, decode, wait_receive, wait_send or
     wait_tokens."""

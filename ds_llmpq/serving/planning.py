@@ -9,17 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from ds_llmpq.batch.request_validation import check_defaults
-from ds_llmpq.cluster.cluster import Cluster
-from ds_llmpq.cluster.gates import choose_dtype
+from ds_llmpq.cluster.cluster import Cluster, choose_dtype
 from ds_llmpq.cluster.hostfile import write_hostfile
 from ds_llmpq.cost.fitted import profiled_kernel
 from ds_llmpq.cost.profile import current_setup
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import absolute_or_none, make_absolute, read_json, write_json
 from ds_llmpq.models.config import ModelConfig
+from ds_llmpq.models.description import refuse_foreign
 from ds_llmpq.models.fingerprint import fingerprint
 from ds_llmpq.models.notes import list_notes
-from ds_llmpq.models.prequantized import refuse_foreign
 from ds_llmpq.models.shape import ModelShape, read_shape
 from ds_llmpq.plan import Plan, PlannedModel, launch_order, read_assignment, write_plan
 from ds_llmpq.planner import Problem, ProgressEvent, check_plan, solve

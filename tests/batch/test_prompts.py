@@ -12,11 +12,9 @@ from ds_llmpq.batch.prompts import (
     limit_max_tokens,
     prepare,
     render_chat,
-    required_tokens,
 )
 from ds_llmpq.batch.reader import read_requests
 from ds_llmpq.batch.request import CHAT_URL, Request, RequestError
-from ds_llmpq.errors import UserError
 
 
 @pytest.fixture
@@ -134,17 +132,6 @@ def test_length_limits(requests_of, prompt, asked, context, capacity, expected):
         limit_max_tokens(request, prompt, context, capacity)
     assert caught.value.code == expected
     assert str(prompt) in caught.value.message
-
-
-def test_required_tokens_is_the_smallest_workload_that_serves_all(requests_of):
-    rows = [completion_row("a", [3] * 10, max_tokens=4), completion_row("b", [3] * 2, max_tokens=9)]
-    requests = requests_of(rows)
-    prepared, _ = prepare(requests, byte_level(), context_tokens=100)
-    assert required_tokens(prepared) == (10, 9)
-    assert [each.sequence_tokens for each in prepared] == [14, 11]
-    assert prepare(requests, byte_level(), context_tokens=100, capacity_tokens=10 + 9)[1] == []
-    with pytest.raises(UserError, match=r"errors\.jsonl"):
-        required_tokens([])
 
 
 def test_a_template_that_lacks_a_token_says_which():

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from ds_llmpq.cluster.cluster import Cluster
+from ds_llmpq.cluster.cluster import Cluster, choose_dtype, gate, list_feasible_bits
 from ds_llmpq.cluster.config import (
     ClusterConfig,
     DeviceConfig,
@@ -13,7 +13,6 @@ from ds_llmpq.cluster.config import (
     LinkConfig,
     LinkPairConfig,
 )
-from ds_llmpq.cluster.gates import choose_dtype, gate, list_feasible_bits
 from ds_llmpq.errors import UserError
 
 GIB = 1 << 30

@@ -4,6 +4,8 @@ import heapq
 import itertools
 import random
 from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +15,32 @@ from ds_llmpq.cost.memory import IN_FLIGHT_MESSAGES
 from ds_llmpq.planner.objective import decode_time, prefill_time
 from ds_llmpq.scheduler.micro_batch import MicroBatchLimits
 from ds_llmpq.scheduler.scheduler import Scheduler
-from ds_llmpq.scheduler.simulator import UniformTimes, simulate
+from ds_llmpq.scheduler.simulator import simulate
+
+
+@dataclass(frozen=True)
+class UniformTimes:
+    """Constant times, one list entry a stage: P_j and D_j; p_j and d_j from stage j to j + 1, the last one the way
+    back (to every stage alike)."""
+
+    prefill: Sequence[float]
+    decode: Sequence[float]
+    prefill_links: Sequence[float]
+    decode_links: Sequence[float]
+
+    @property
+    def stages(self) -> int:
+        return len(self.prefill)
+
+    def work(self, stage: int, phase: str, rows: int, tokens: int, past: int) -> float:
+        return (self.prefill if phase == "prefill" else self.decode)[stage]
+
+    def hop(self, stage: int, phase: str, rows: int, tokens: int) -> float:
+        return (self.prefill_links if phase == "prefill" else self.decode_links)[stage]
+
+    def back(self, stage: int, rows: int) -> float:
+        return self.decode_links[-1]
+
 
 SECONDS = st.floats(0.001, 1.0)
 

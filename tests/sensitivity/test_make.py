@@ -19,8 +19,7 @@ from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.hqq import quantize_linear
 from ds_llmpq.sensitivity.config import CalibrationConfig
 from ds_llmpq.sensitivity.layerwise import LossIncrease
-from ds_llmpq.sensitivity.make import METHODS, SensitivityRequest, make_sensitivity
-from ds_llmpq.sensitivity.scaling import loss_per_kl, scale_to_loss
+from ds_llmpq.sensitivity.make import METHODS, SensitivityRequest, loss_per_kl, make_sensitivity, scale_to_loss
 from ds_llmpq.sensitivity.table import read_sensitivity, write_sensitivity
 from scripts.make_checkpoint import make_checkpoint
 

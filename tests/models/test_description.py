@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from ds_llmpq.errors import UserError
-from ds_llmpq.models.prequantized import QUANT_METHOD, refuse_foreign
+from ds_llmpq.models.description import QUANT_METHOD, refuse_foreign
 from ds_llmpq.plan import check_model
 
 FOREIGN = {
