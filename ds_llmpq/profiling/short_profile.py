@@ -17,10 +17,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ds_llmpq.cluster.cluster import Cluster
+from ds_llmpq.cluster.cluster import Cluster, list_feasible_bits
 from ds_llmpq.cluster.detect import available_memory_bytes, find_type, query_gpus
 from ds_llmpq.cluster.devices import COMPUTE_DTYPES, Device
-from ds_llmpq.cluster.gates import list_feasible_bits
 from ds_llmpq.cost.memory import MemoryModel
 from ds_llmpq.cost.profile import Point, Sample, Setup, append, write_header
 from ds_llmpq.errors import UserError
