@@ -18,7 +18,7 @@ from typing import Any
 from ds_llmpq.errors import UserError, make_printable
 from ds_llmpq.files import parse_json
 from ds_llmpq.plan import Plan
-from ds_llmpq.validation import validate
+from ds_llmpq.validation import Count, Label, Note, one_of, validate
 
 FAILURE_MARK = "ds-llmpq failure: "
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -55,16 +55,16 @@ class Failure:
     """`kind` is one of this module's; `file`, `line`, `function` are the innermost frame of this package, else the
     innermost of all. What is not known is None."""
 
-    kind: str
-    type: str
-    message: str
-    rank: int | None = None
-    stage: int | None = None
-    device: str | None = None
-    host: str | None = None
-    file: str | None = None
-    line: int | None = None
-    function: str | None = None
+    kind: one_of(*KINDS)
+    type: Label
+    message: Note
+    rank: Count | None = None
+    stage: Count | None = None
+    device: Label | None = None
+    host: Label | None = None
+    file: Label | None = None
+    line: Count | None = None
+    function: Label | None = None
 
     def describe(self) -> str:
         """Who, what and where, with no full stop: `rank 1 (stage 1, b:0 on b) failed: TypeError: no (in f, g.py:1)`."""
@@ -91,10 +91,9 @@ def read_failure(line: str) -> Failure | None:
     if not mark:
         return None
     try:
-        failure = validate(Failure, parse_json(text, "failure", ""), "failure", "", ignore_unknown=True)
+        return validate(Failure, parse_json(text, "failure", ""), "failure", "", ignore_unknown=True)
     except UserError:
         return None
-    return failure if failure.kind in KINDS else None
 
 
 def build_failure(error: BaseException, **who: Any) -> Failure:

@@ -45,13 +45,13 @@ class Progress:
 
     def resume(self, first: Callable[[], torch.Tensor]) -> tuple[list[list[float]], torch.Tensor]:
         """(rows done, hidden states behind them); `first` gives the states where nothing is done."""
-        found = self._read()
+        found, start = self._read(), first()
         with contextlib.suppress(OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError):
             state = load_file(self._state_file)
-            rows = found.rows[: int(state["layers"])]
-            if len(rows) == int(state["layers"]):
-                return rows, state["hidden"]
-        return [], first()
+            rows, hidden = found.rows[: int(state["layers"])], state["hidden"]
+            if len(rows) == int(state["layers"]) and (hidden.shape, hidden.dtype) == (start.shape, start.dtype):
+                return rows, hidden
+        return [], start
 
     def keep(self, rows: list[list[float]], hidden: torch.Tensor) -> None:
         """The rows, now and then with the states: a restart begins at the last states kept."""
