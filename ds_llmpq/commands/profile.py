@@ -17,7 +17,7 @@ from ds_llmpq.launch.progress import ProgressBar
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.planner.build import check_workload, micro_batches, usable_bits
 from ds_llmpq.quant.config import QuantConfig
-from ds_llmpq.quant.kernels.registry import AUTO, label, resolved
+from ds_llmpq.quant.kernels.registry import AUTO, find_kernel, select_kernel
 from ds_llmpq.quant.packing import check_lm_head, groups_of
 from ds_llmpq.report.fidelity import profile_table
 from ds_llmpq.serving.workload import size_workload
@@ -51,7 +51,7 @@ def run(settings: ProfileConfig, out: Path) -> int:
         for phase in ("prefill", "decode")
     }
     quant, note = _with_kernel(settings, cluster, out, (shape, settings.quant, bits, dtype), (sizes, workload))
-    setup = current_setup(shape, dtype, quant.kernel, groups_of(quant), quant.lm_head_bits)
+    setup = current_setup(shape, dtype, find_kernel(quant.kernel), groups_of(quant), quant.lm_head_bits)
     task = Task(path, shape, workload, quant, dtype, tuple(bits), sizes, setup, settings.profiling, note)
     bar = ProgressBar()
     try:
@@ -72,17 +72,17 @@ def _with_kernel(
     kinds = sorted({device_type.kind for device_type in cluster.device_types.values()})
     of = {"spec": what[0].spec, "batch_invariant": settings.engine.batch_invariant}
     if quant.kernel == AUTO and (out / "profile.csv").is_file() and not settings.force:
-        return resolved(quant, kinds, dtype, measured=profiled_kernel(out), **of), {}
+        return select_kernel(quant, kinds, dtype, measured=profiled_kernel(out), **of), {}
     if quant.kernel != AUTO:
-        chosen = resolved(quant, kinds, dtype, **of)
-        return chosen, {"kernel": label(chosen.kernel)}
+        chosen = select_kernel(quant, kinds, dtype, **of)
+        return chosen, {"kernel": find_kernel(chosen.kernel).label}
     from ds_llmpq.profiling.kernel_choice import choose_kernel
     from ds_llmpq.profiling.profiler import local_types, open_timer
 
     with open_timer(local_types(cluster)[0]) as timer:
         choice = choose_kernel(*what, timer, *work)
     print(kernel_table(choice.note()))
-    return resolved(quant, kinds, dtype, measured=choice.kernel, **of), choice.note()
+    return select_kernel(quant, kinds, dtype, measured=choice.kernel.name, **of), choice.note()
 
 
 def summarize(out: Path, shape) -> LatencyModel:

@@ -5,7 +5,7 @@ Any non-negative mixture of them is therefore a time that is never negative and 
 
 from __future__ import annotations
 
-from ds_llmpq.cost import arithmetic, kernels
+from ds_llmpq.cost import arithmetic, products
 from ds_llmpq.cost.latency import RooflineCosts
 
 # rows from which on kernels change: matrix-vector, small and tall matrix products
@@ -21,7 +21,7 @@ def layer_features(roofline: RooflineCosts, bits: int, phase: str, batch: int, l
     shape, size = roofline.shape, roofline.dtype_bytes
     new, past = (length, 0) if phase == "prefill" else (1, length)
     rows = batch * new
-    weights = kernels.weight_bytes_read(shape, bits, roofline.kernel, roofline.groups, size)
+    weights = products.layer_read_bytes(shape, bits, roofline.kernel, roofline.groups, size)
     moved = shape.touched_share(rows) * weights + arithmetic.linear_activation_bytes(shape, rows, size)
     return [
         1.0,

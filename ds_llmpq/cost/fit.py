@@ -21,6 +21,7 @@ from ds_llmpq.cost.latency import RooflineCosts
 from ds_llmpq.cost.profile import Measured, Part, Phase, Profile, Setup, Width, rename_setup
 from ds_llmpq.files import read_json
 from ds_llmpq.models.shape import ModelShape
+from ds_llmpq.quant.kernels.registry import find_kernel
 from ds_llmpq.validation import Amount, Count, Many, Name, Positive, Some, one_of, validate
 
 SCHEMA = 1
@@ -138,7 +139,7 @@ def columns(roofline: RooflineCosts, part: str, phase: str, bits: int, batch: in
 
 def unit_roofline(shape: ModelShape, setup: Setup) -> RooflineCosts:
     """The roofline whose parts are the columns of all fits of a profile; no device's rates enter a fit."""
-    return RooflineCosts(_NEUTRAL, shape, setup.dtype, setup.groups, setup.kernel, setup.lm_head_bits)
+    return RooflineCosts(_NEUTRAL, shape, setup.dtype, setup.groups, find_kernel(setup.kernel), setup.lm_head_bits)
 
 
 def _fit_points(key: tuple[str, str, str, int], points: list[Measured], unit: RooflineCosts) -> Fit:

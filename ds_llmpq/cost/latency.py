@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from ds_llmpq.cluster.devices import COMPUTE_DTYPES, DeviceType
-from ds_llmpq.cost import arithmetic, kernels
+from ds_llmpq.cost import arithmetic, products
 from ds_llmpq.models.shape import ModelShape
+from ds_llmpq.quant.kernels.base import Kernel
+from ds_llmpq.quant.kernels.dequantize import DEQUANTIZE
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS, Groups
 
 # Share of a datasheet's peak that real kernels reach. Assumed; the published prefill time of an OPT-30B layer on a V100
@@ -63,7 +65,7 @@ class RooflineCosts:
     shape: ModelShape
     dtype: str
     groups: Groups = field(default_factory=Groups)
-    kernel: str = "dequantize"
+    kernel: Kernel = DEQUANTIZE
     lm_head_bits: int = UNQUANTIZED_BITS
 
     provenance = "roofline"
@@ -94,27 +96,27 @@ class RooflineCosts:
         """Without launches."""
         shape, size = self.shape, self.dtype_bytes
         how = shape, self.lm_head_bits, self.kernel, self.groups, size
-        moved = arithmetic.head_bytes_moved(shape, batch, size, kernels.head_bytes_read(*how))
+        moved = arithmetic.head_bytes_moved(shape, batch, size, products.lm_head_read_bytes(*how))
         seconds = self.roof(arithmetic.head_flops(shape, batch), moved)
-        return seconds + self.roof(0, kernels.head_dequantize_bytes(*how))
+        return seconds + self.roof(0, products.lm_head_unpacking_bytes(*how))
 
     def _layer_seconds(self, bits: int, batch: int, new: int, past: int) -> float | None:
         if bits not in self.device_type.bits:
             return None
         shape, rows, size = self.shape, batch * new, self.dtype_bytes
-        weights = kernels.weight_bytes_read(shape, bits, self.kernel, self.groups, size)
+        weights = products.layer_read_bytes(shape, bits, self.kernel, self.groups, size)
         touched = shape.touched_share(rows)  # below 1 where few tokens choose few experts
         moved = touched * weights + arithmetic.linear_activation_bytes(shape, rows, size)
         rates = self.device_type.flops_per_second
-        number = kernels.arithmetic_dtype(shape, bits, self.kernel, self.groups, self.dtype, rates)
+        number = products.product_dtype(shape, bits, self.kernel, self.groups, self.dtype, rates)
         seconds = self.roof(arithmetic.linear_flops(shape, rows) * rates[self.dtype] / rates[number], moved)
         seconds += self.roof(
             arithmetic.attention_flops(shape, batch, new, past),
             arithmetic.attention_bytes(shape, batch, new, past, size),
         )
         seconds += self.roof(0, arithmetic.elementwise_bytes(shape, rows, size))
-        seconds += self.roof(0, touched * kernels.dequantize_bytes(shape, bits, self.kernel, self.groups, size))
-        launches = kernels.launches_share(shape, bits, self.kernel, self.groups)
+        seconds += self.roof(0, touched * products.layer_unpacking_bytes(shape, bits, self.kernel, self.groups, size))
+        launches = products.launches_share(shape, bits, self.kernel, self.groups)
         return seconds + launches * self.device_type.kernel_overhead_seconds
 
     def roof(self, flops: float, moved_bytes: float) -> float:

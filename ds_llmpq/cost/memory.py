@@ -5,20 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ds_llmpq.cost import kernels
 from ds_llmpq.cost.arithmetic import FLOAT32_BYTES, kv_bytes, score_entries
-from ds_llmpq.cost.kernels import DEQUANTIZE_COPIES
+from ds_llmpq.cost.products import layer_kernel
 from ds_llmpq.integers import round_up
 from ds_llmpq.models.shape import ModelShape
-from ds_llmpq.quant.kernels.registry import (
-    OPENVINO_ROWS,
-    alone,
-    cache_block,
-    graph_workspace_bytes,
-    grouped,
-    is_whole_stage,
-)
-from ds_llmpq.quant.packing import PACKED_BITS, UNQUANTIZED_BITS, Groups, row_blocks
+from ds_llmpq.quant.kernels.base import Kernel
+from ds_llmpq.quant.kernels.dequantize import DEQUANTIZE
+from ds_llmpq.quant.kernels.linears import group_linears, layer_bytes, lm_head_bytes, lm_head_products, stack_features
+from ds_llmpq.quant.packing import PACKED_BITS, UNQUANTIZED_BITS, Groups
 
 IN_FLIGHT_MESSAGES = 2  # hidden-state buffers in each direction: one in use, one posted ahead
 
@@ -27,24 +21,24 @@ IN_FLIGHT_MESSAGES = 2  # hidden-state buffers in each direction: one in use, on
 class MemoryModel:
     """Memory of one model under one quantization setting; every method returns bytes.
 
-    kernel: what runs quantized linears (`cost.kernels`). It decides how many bytes a width takes, and `dequantize`
-    needs room for the largest weight in the compute type, three times over. lm_head_bits: width of lm_head.
+    kernel: what runs quantized linears. It decides how many bytes a width takes, and what its products need for
+    themselves. lm_head_bits: width of lm_head.
     """
 
     shape: ModelShape
     groups: Groups
     dtype_bytes: int
-    kernel: str = "dequantize"
+    kernel: Kernel = DEQUANTIZE
     lm_head_bits: int = UNQUANTIZED_BITS
 
     def layer_bytes(self, bits: int) -> int:
         """One decoder layer: weights as the kernel holds them; norms and biases in the compute type."""
-        linears = kernels.linears_bytes(self.shape, bits, self.kernel, self.groups, self.dtype_bytes)
+        linears = layer_bytes(self.kernel, self.shape.linears, bits, self.groups, self.dtype_bytes)
         return linears + self.shape.layer_other_parameters * self.dtype_bytes
 
     def kv_bytes_per_sequence_layer(self, capacity_tokens: int) -> int:
         """Static cache of one layer for one sequence of prompt + generated tokens, in the kernel's whole blocks."""
-        positions = round_up(capacity_tokens, cache_block(self.kernel))
+        positions = round_up(capacity_tokens, self.kernel.cache_block)
         return kv_bytes(self.shape, 1, positions, self.dtype_bytes)
 
     def embed_bytes(self) -> int:
@@ -71,7 +65,7 @@ class MemoryModel:
         needs for itself; alive when activations are not.
         """
         rows = sequences * new_tokens
-        if is_whole_stage(self.kernel):
+        if self.kernel.whole_stage:
             return self._graph_parts(rows, sequences)
         attention = rows * self._attention_width() * self.dtype_bytes
         attention += self._score_bytes(sequences, new_tokens, past_tokens)
@@ -89,12 +83,9 @@ class MemoryModel:
         behind it, and the rotary tables."""
         shape = self.shape
         width = 2 * shape.hidden + 4 * self._position_width()
-        buffers = graph_workspace_bytes(
-            2 * shape.hidden + 3 * shape.intermediate + (2 * shape.heads + 2 * shape.kv_heads) * shape.head_dim
-        )
         return {
             "activations": rows * width * self.dtype_bytes,
-            "dequantized": buffers,
+            "dequantized": self.kernel.stage_workspace_bytes(shape),
             "communication": 2 * IN_FLIGHT_MESSAGES * rows * shape.hidden * self.dtype_bytes,
             "logits": self._logit_bytes(sequences),
         }
@@ -104,12 +95,11 @@ class MemoryModel:
         return logits + self._head_buffer_bytes()
 
     def _head_buffer_bytes(self) -> int:
-        if self.lm_head_bits == UNQUANTIZED_BITS or self.kernel == kernels.FUSED:
+        if self.lm_head_bits == UNQUANTIZED_BITS:
             return 0
-        _, out, into, _ = self.shape.lm_head
-        if kernels.head_dequantizes(self.shape, self.lm_head_bits, self.kernel, self.groups):
-            return DEQUANTIZE_COPIES * max(row_blocks(out, into)) * into * self.dtype_bytes
-        return OPENVINO_ROWS * (out + into) * FLOAT32_BYTES if alone(self.kernel) == "openvino" else 0
+        _, *size, _ = self.shape.lm_head
+        kernel, products = lm_head_products(self.kernel, *size, self.lm_head_bits, self.groups)
+        return kernel.workspace_bytes(products, self.dtype_bytes)
 
     def workspace_bytes(self, sequences: int, new_tokens: int, past_tokens: int, quantized: bool) -> int:
         parts = self.workspace_parts(sequences, new_tokens, past_tokens, quantized)
@@ -133,7 +123,10 @@ class MemoryModel:
 
     def _matrix_bytes(self) -> int:
         """Of lm_head, which is the embedding where they are one."""
-        return kernels.head_bytes(self.shape, self.lm_head_bits, self.kernel, self.groups, self.dtype_bytes)
+        _, *size, _ = self.shape.lm_head
+        if self.lm_head_bits == UNQUANTIZED_BITS:
+            return self.shape.lm_head.weights * self.dtype_bytes
+        return lm_head_bytes(self.kernel, *size, self.lm_head_bits, self.groups, self.dtype_bytes)
 
     def _attention_width(self) -> int:
         """Elements per row alive in attention: residual and normed input, q/k/v twice (rotated or copied), outcome."""
@@ -171,10 +164,11 @@ class MemoryModel:
         return mask + copies + scores * 2 * (self.dtype_bytes + FLOAT32_BYTES)
 
     def _dequantized_bytes(self) -> int:
-        if self.kernel == "openvino":  # one buffer for inputs and one for outputs, shared by all products
-            products = grouped(self.kernel, self.shape.linears, 8, self.groups)
-            widest = max(entry[0][2] for entry in products), max(sum(part[1] for part in entry) for entry in products)
-            return OPENVINO_ROWS * sum(widest) * FLOAT32_BYTES
-        if not any(kernels.dequantizes(self.shape, bits, self.kernel, self.groups) for bits in PACKED_BITS):
-            return 0
-        return DEQUANTIZE_COPIES * max(linear.weights for linear in self.shape.linears) * self.dtype_bytes
+        """At whichever width it is most: what a kernel cannot take is dequantized."""
+        found = 0
+        for bits in PACKED_BITS:
+            kernel = layer_kernel(self.shape, bits, self.kernel, self.groups)
+            together = group_linears(kernel, self.shape.linears, bits, self.groups)
+            products = [stack_features(group) for group in together]
+            found = max(found, kernel.workspace_bytes(products, self.dtype_bytes))
+        return found

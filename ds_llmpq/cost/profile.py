@@ -25,7 +25,7 @@ from ds_llmpq.errors import UserError
 from ds_llmpq.files import parse_json, read_csv, read_text
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.quant.config import QuantConfig, rename_former
-from ds_llmpq.quant.kernels.registry import KERNELS
+from ds_llmpq.quant.kernels.base import Kernel
 from ds_llmpq.quant.packing import PACKED_BITS, UNQUANTIZED_BITS, Groups, groups_of
 from ds_llmpq.validation import (
     Amount,
@@ -160,14 +160,14 @@ def layer_signature(shape: ModelShape) -> str:
 
 
 def current_setup(
-    shape: ModelShape, dtype: str, kernel: str, groups: Groups, lm_head_bits: int = UNQUANTIZED_BITS
+    shape: ModelShape, dtype: str, kernel: Kernel, groups: Groups, lm_head_bits: int = UNQUANTIZED_BITS
 ) -> Setup:
     """With the libraries installed here, that of the kernel among them; none of them is imported."""
     libraries = {name: _version(name) for name in LIBRARIES}
-    if kernel in KERNELS:
-        libraries[KERNELS[kernel].library] = _version(KERNELS[kernel].library)
+    if kernel.library:
+        libraries[kernel.library] = _version(kernel.library)
     how = groups.to_json() | {"lm_head_bits": lm_head_bits}
-    return Setup(layer_signature(shape), dtype, kernel, libraries=libraries, **how)
+    return Setup(layer_signature(shape), dtype, kernel.name, libraries=libraries, **how)
 
 
 def _version(library: str) -> str:

@@ -1,8 +1,8 @@
 """How long threads of GNU OpenMP, under torch on Linux, stay awake for the next product. Imports no torch, which reads
 it once, when it is imported.
 
-Left alone they wait for milliseconds, as unquantized layers like it best. OpenVINO multiplies with threads of its own,
-which lack the cores meanwhile: where it does, they wait for about 0.3 ms. docs/decisions.md has the measurements.
+Left alone they wait for milliseconds, as unquantized layers like it best. A kernel that multiplies with threads of its
+own lacks the cores meanwhile: for one of these they wait for about 0.3 ms. docs/decisions.md has the measurements.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 
 from ds_llmpq.plan import Plan
-from ds_llmpq.quant.kernels.registry import is_whole_stage
+from ds_llmpq.quant.kernels.registry import find_stage_kernel
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS
 
 VARIABLE, _BRIEFLY = "GOMP_SPINCOUNT", "10000"
@@ -28,5 +28,6 @@ def wait_as_stage_needs(plan: Plan, rank: int) -> None:
     if stage is plan.stages[-1]:
         widths.append(plan.lm_head_bits)
     quantized = any(bits < UNQUANTIZED_BITS for bits in widths)
-    if is_whole_stage(stage.kernel) or (stage.kernel == "openvino" and quantized):
+    kernel = find_stage_kernel(stage.kernel)
+    if kernel.own_threads and (kernel.whole_stage or quantized):
         wait_briefly()

@@ -27,7 +27,7 @@ from ds_llmpq.models.shape import ModelShape, read_shape
 from ds_llmpq.plan import Plan, check_model
 from ds_llmpq.quant.checkpoint import open_checkpoint
 from ds_llmpq.quant.hqq import stored_bytes
-from ds_llmpq.quant.kernels.registry import cache_block, check_invariant, is_whole_stage
+from ds_llmpq.quant.kernels.registry import check_batch_invariant, find_stage_kernel
 from ds_llmpq.quant.layers import LayerLoader
 from ds_llmpq.scheduler.micro_batch import PATIENCE_ROUNDS, MicroBatchLimits
 from ds_llmpq.scheduler.request_group import RequestGroup, Sequence
@@ -67,7 +67,7 @@ class Session:
         self.options = options or EngineConfig()
         self.context = context
         self.dtype = getattr(torch, plan.deployment.compute_dtype)
-        check_invariant(context.stage.kernel, self.options.batch_invariant)
+        check_batch_invariant(find_stage_kernel(context.stage.kernel), self.options.batch_invariant)
         started = time.perf_counter()
         checkpoint = open_checkpoint(model_path, trust_remote_code)
         self._held_before = memory.held_bytes(context.device)
@@ -150,7 +150,7 @@ class Session:
         """The same on all stages."""
         if self.options.patience_rounds is not None:
             return self.options.patience_rounds
-        return 0 if all(is_whole_stage(stage.kernel) for stage in self.plan.stages) else PATIENCE_ROUNDS
+        return 0 if all(find_stage_kernel(stage.kernel).whole_stage for stage in self.plan.stages) else PATIENCE_ROUNDS
 
     def run_all(
         self,
@@ -258,4 +258,4 @@ def row_positions(plan: Plan) -> int:
 
 def plan_block(plan: Plan) -> int:
     """Positions in a block of the cache: one for all stages, whose slots are the same."""
-    return max(cache_block(stage.kernel) for stage in plan.stages)
+    return max(find_stage_kernel(stage.kernel).cache_block for stage in plan.stages)

@@ -11,7 +11,6 @@ from typing import Any
 
 from ds_llmpq.cluster.cluster import Cluster, choose_dtype, gate
 from ds_llmpq.cluster.devices import BIT_WIDTHS, COMPUTE_DTYPES, DeviceType
-from ds_llmpq.cost.kernels import check_kernel
 from ds_llmpq.cost.latency import LayerCosts, RooflineCosts
 from ds_llmpq.cost.links import link_table
 from ds_llmpq.cost.memory import MemoryModel
@@ -20,6 +19,8 @@ from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.planner.config import PlannerConfig, WorkloadConfig
 from ds_llmpq.planner.problem import SCHEMA, Problem
 from ds_llmpq.quant.config import QuantConfig
+from ds_llmpq.quant.kernels.base import Kernel
+from ds_llmpq.quant.kernels.dequantize import DEQUANTIZE
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS, check_lm_head, groups_of, quantization_problem
 from ds_llmpq.sensitivity.prior import make_prior
 from ds_llmpq.sensitivity.table import Sensitivity
@@ -46,7 +47,7 @@ def build_problem(
     planner: PlannerConfig,
     sensitivity: Sensitivity | None = None,
     dtype: str = "auto",
-    kernel: str = "dequantize",
+    kernel: Kernel = DEQUANTIZE,
     costs_of: CostsOf | None = None,
 ) -> Problem:
     """The problem of `prepare`, which see."""
@@ -61,18 +62,18 @@ def prepare(
     planner: PlannerConfig,
     sensitivity: Sensitivity | None = None,
     dtype: str = "auto",
-    kernel: str = "dequantize",
+    kernel: Kernel = DEQUANTIZE,
     costs_of: CostsOf | None = None,
 ) -> Prepared:
     """Fill the planning problem.
 
-    sensitivity: None takes the prior from published perplexities. kernel: how quantized linears run (`cost.kernels`).
+    sensitivity: None takes the prior from published perplexities. kernel: how quantized linears run.
     costs_of: gives the times of a device type; None is the roofline.
     UserError: lengths beyond the model's positions, no usable bit width, no common compute type, an objective without
     its bound, an sensitivity of another model, or a number out of range.
     """
     check_workload(workload, shape)
-    kernel, dtype = check_kernel(kernel), choose_dtype(cluster, dtype)
+    dtype = choose_dtype(cluster, dtype)
     bits, notes = usable_bits(shape, quant)
     check_lm_head(shape.vocab, shape.embed_dim, quant)
     groups = groups_of(quant)
@@ -310,11 +311,11 @@ def _objective(planner: PlannerConfig) -> dict[str, Any]:
 
 
 def _provenance(
-    cluster: Cluster, costs: Mapping[str, LayerCosts], sensitivity: Sensitivity, kernel: str
+    cluster: Cluster, costs: Mapping[str, LayerCosts], sensitivity: Sensitivity, kernel: Kernel
 ) -> dict[str, str]:
     """Origin of each group of numbers, as a plan reports it."""
     origins = {
-        f"layer_seconds.{name}": f"{costs[name].provenance} (kernel {kernel}; rates {device_type.source})"
+        f"layer_seconds.{name}": f"{costs[name].provenance} (kernel {kernel.name}; rates {device_type.source})"
         for name, device_type in cluster.device_types.items()
     }
     return {

@@ -10,7 +10,6 @@ from typing import NamedTuple
 from ds_llmpq.cluster.cluster import Cluster, choose_dtype
 from ds_llmpq.cluster.devices import DeviceType
 from ds_llmpq.cost.fitted import FittedCosts, load_model
-from ds_llmpq.cost.kernels import check_kernel
 from ds_llmpq.cost.latency import LayerCosts, RooflineCosts
 from ds_llmpq.cost.linktable import fit_link, read_links
 from ds_llmpq.cost.profile import current_setup
@@ -19,6 +18,8 @@ from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.planner.build import CostsOf
 from ds_llmpq.planner.config import CostConfig, PlannerConfig
 from ds_llmpq.quant.config import QuantConfig
+from ds_llmpq.quant.kernels.base import Kernel
+from ds_llmpq.quant.kernels.registry import find_kernel
 from ds_llmpq.quant.packing import groups_of
 
 SOURCES = ("auto", "roofline")
@@ -27,7 +28,7 @@ SOURCES = ("auto", "roofline")
 class FurtherSource(NamedTuple):
     """Layer times from elsewhere: their kernel, and `costs` of (device type, shape, compute dtype, lm_head bits)."""
 
-    kernel: str
+    kernel: Kernel
     costs: Callable[[DeviceType, ModelShape, str, int], LayerCosts]
 
 
@@ -38,9 +39,9 @@ def select_costs(
     cluster: Cluster,
     shape: ModelShape,
     dtype: str,
-    kernel: str,
+    kernel: Kernel,
     further: Mapping[str, FurtherSource] | None = None,
-) -> tuple[CostsOf | None, Cluster, str]:
+) -> tuple[CostsOf | None, Cluster, Kernel]:
     """(`costs_of` for `prepare`, the cluster with measured links, the kernel that the times and the memory are of).
 
     further: sources by name, beside our own. `UserError`: an unknown source, or one that a profile contradicts.
@@ -55,13 +56,19 @@ def select_costs(
     if planner.profile is not None:
         raise UserError(f"cost.source={cost.source} and planner.profile contradict each other; give one of them")
     if cost.source == "roofline":
-        return None, cluster, kernel if cost.kernel is None else check_kernel(cost.kernel)
+        return None, cluster, kernel if cost.kernel is None else _find_kernel(cost.kernel, further)
     dtype, source = choose_dtype(cluster, dtype), further[cost.source]
     return lambda device_type: source.costs(device_type, shape, dtype, quant.lm_head_bits), cluster, source.kernel
 
 
+def _find_kernel(name: str, further: Mapping[str, FurtherSource]) -> Kernel:
+    """A kernel to cost a plan for; those of further sources, which nothing runs, are known too."""
+    theirs = {source.kernel.name: source.kernel for source in further.values()}
+    return theirs[name] if name in theirs else find_kernel(name)
+
+
 def load_profile_costs(
-    planner: PlannerConfig, quant: QuantConfig, cluster: Cluster, shape: ModelShape, dtype: str, kernel: str
+    planner: PlannerConfig, quant: QuantConfig, cluster: Cluster, shape: ModelShape, dtype: str, kernel: Kernel
 ) -> tuple[CostsOf | None, Cluster]:
     """(`costs_of` for `prepare`, the cluster with measured links); both as they were where no profile is given.
 

@@ -23,6 +23,7 @@ from ds_llmpq.plan import (
 from ds_llmpq.planner.objective import Prediction, link_seconds
 from ds_llmpq.planner.problem import Problem
 from ds_llmpq.quant.config import QuantConfig
+from ds_llmpq.quant.kernels.base import Kernel
 
 if TYPE_CHECKING:
     from ds_llmpq.planner.build import Prepared
@@ -52,7 +53,7 @@ def compose_plan(problem: Problem, assignment: Assignment, prediction: Predictio
 
 
 def deploy(
-    plan: Plan, cluster: Cluster, prepared: Prepared, model: PlannedModel, quant: QuantConfig, kernel: str
+    plan: Plan, cluster: Cluster, prepared: Prepared, model: PlannedModel, quant: QuantConfig, kernel: Kernel
 ) -> Plan:
     """A solved plan with what launching needs. Hosts are launched in the cluster's order, the user's own host first,
     so a stage's rank is its device's place in that order and not its place in the pipeline."""
@@ -72,7 +73,7 @@ def deploy(
             stage,
             rank=ranks[place],
             host=device.host,
-            kernel=kernel,
+            kernel=kernel.name,
             kind=device.type.kind,
             slot=device.slot,
             threads=device.threads,

@@ -18,8 +18,11 @@ from ds_llmpq.planner.config import WorkloadConfig
 from ds_llmpq.profiling.timer import Timer
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.hqq import quantize_linear
-from ds_llmpq.quant.kernel_linear import converted
-from ds_llmpq.quant.kernels.registry import DEQUANTIZE, KERNELS, candidates, grouped, is_whole_stage, label, runs
+from ds_llmpq.quant.kernel_linear import build_linears
+from ds_llmpq.quant.kernels.base import Kernel
+from ds_llmpq.quant.kernels.dequantize import DEQUANTIZE
+from ds_llmpq.quant.kernels.linears import effective_kernel, group_linears
+from ds_llmpq.quant.kernels.registry import list_candidates
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS, groups_of
 
 MOST_ROWS = 1024  # beyond it time is proportional to rows
@@ -40,24 +43,23 @@ class KernelTime:
 class KernelChoice:
     """The fastest kernel for a workload, and all times it was chosen by."""
 
-    kernel: str
+    kernel: Kernel
     times: tuple[KernelTime, ...]
 
     def note(self) -> dict[str, Any]:
         """For a profile's header."""
         crossovers = {str(bits): self.crossover(bits) for bits in sorted({time.bits for time in self.times})}
         return {
-            "kernel": label(self.kernel),
+            "kernel": self.kernel.label,
             "kernel_times": [asdict(time) for time in self.times],
             "dequantize_faster_from_rows": crossovers,
         }
 
     def crossover(self, bits: int) -> int | None:
         """Fewest of the timed rows from which on `dequantize` is faster than the choice; None where it never is."""
-        products = KERNELS[self.kernel].alone or self.kernel if self.kernel in KERNELS else self.kernel
-        mine, plain = (self._seconds(kernel, bits) for kernel in (products, DEQUANTIZE))
+        mine, plain = (self._seconds(kernel.name, bits) for kernel in (self.kernel.product_kernel, DEQUANTIZE))
         slower = [rows for rows in sorted(mine) if rows in plain and plain[rows] < mine[rows]]
-        return slower[0] if slower and self.kernel != DEQUANTIZE else None
+        return slower[0] if slower and self.kernel is not DEQUANTIZE else None
 
     def _seconds(self, kernel: str, bits: int) -> dict[int, float]:
         return {time.rows: time.seconds for time in self.times if (time.kernel, time.bits) == (kernel, bits)}
@@ -74,29 +76,29 @@ def choose_kernel(
 ) -> KernelChoice:
     """Times the candidates in the compute type `dtype` on the timer's device. sizes: candidate micro-batches by
     phase."""
-    able = candidates(timer.device.type, dtype, quant, shape.linears, shape.spec)
-    stage = next((name for name in able if is_whole_stage(name)), None)
-    names = [name for name in able if not is_whole_stage(name)]
+    able = list_candidates(timer.device.type, dtype, quant, shape.linears, shape.spec)
+    stage = next((kernel for kernel in able if kernel.whole_stage), None)
+    kernels = [kernel for kernel in able if not kernel.whole_stage]
     widths = [width for width in bits if width != UNQUANTIZED_BITS]
     if not (widths or stage) and quant.lm_head_bits != UNQUANTIZED_BITS:
         widths = [quant.lm_head_bits]  # what multiplies layers multiplies with lm_head
-    if not widths or names == [DEQUANTIZE]:
+    if not widths or kernels == [DEQUANTIZE]:
         return KernelChoice(stage or DEQUANTIZE, ())  # no product of its own to be compared with
     prefill, decode = (sorted(sizes[phase])[len(sizes[phase]) // 2] for phase in ("prefill", "decode"))
     prompt_rows = min(MOST_ROWS, prefill * workload.prompt_tokens)
     rows = sorted({1, decode, prompt_rows})
-    times = [time for name in names for time in _times(shape, quant, widths, dtype, timer, rows, name)]
+    times = [time for kernel in kernels for time in _times(shape, quant, widths, dtype, timer, rows, kernel)]
     weights = {
         decode: workload.generated_tokens * workload.sequences / decode,
         prompt_rows: workload.prompt_tokens * workload.sequences / prompt_rows,
     }
     totals = {
-        name: sum(weights.get(time.rows, 0.0) * time.seconds for time in times if time.kernel == name)
-        for name in names
+        kernel: sum(weights.get(time.rows, 0.0) * time.seconds for time in times if time.kernel == kernel.name)
+        for kernel in kernels
     }  # fmt: skip
-    fastest = min(names, key=lambda name: totals[name])
+    fastest = min(kernels, key=lambda kernel: totals[kernel])
     # the same products, with less around them
-    return KernelChoice(stage if stage and KERNELS[stage].alone == fastest else fastest, tuple(times))
+    return KernelChoice(stage if stage and stage.product_kernel is fastest else fastest, tuple(times))
 
 
 @torch.inference_mode()
@@ -107,18 +109,18 @@ def _times(
     dtype: str,
     timer: Timer,
     rows: Sequence[int],
-    name: str,
+    kernel: Kernel,
 ) -> list[KernelTime]:
     found = []
     for bits in widths:
-        modules = _modules(shape, quant, bits, dtype, timer.device, name)
+        modules = _modules(shape, quant, bits, dtype, timer.device, kernel)
         for count in rows:
             seconds = 0.0
             for group, times in modules:
                 inputs = torch.randn(count, group[0].in_features, dtype=getattr(torch, dtype), device=timer.device)
                 action = _calls(group, inputs)
                 seconds += times * median(timer.time(action, _SHARE_SECONDS / 2).median_seconds for _ in range(2))
-            found.append(KernelTime(name, bits, count, seconds))
+            found.append(KernelTime(kernel.name, bits, count, seconds))
     return found
 
 
@@ -127,21 +129,21 @@ def _calls(group: Sequence[torch.nn.Module], inputs: torch.Tensor):
 
 
 def _modules(
-    shape: ModelShape, quant: QuantConfig, bits: int, dtype: str, device: torch.device, name: str
+    shape: ModelShape, quant: QuantConfig, bits: int, dtype: str, device: torch.device, kernel: Kernel
 ) -> list[tuple[list[torch.nn.Module], int]]:
     """(linears of one input, how often such a group occurs in a layer), with random weights."""
     quick, groups, kinds = replace(quant, optimize=False), groups_of(quant), {}
-    for group in grouped(name, shape.linears, bits, groups):
+    for group in group_linears(kernel, shape.linears, bits, groups):
         key = tuple(entry[1:3] for entry in group)
         kinds[key] = kinds.get(key, 0) + 1
     generator, found = torch.Generator().manual_seed(bits), []
     for key, times in kinds.items():
         out, into = sum(out for out, _ in key), key[0][1]
-        by_kernel = name in KERNELS and runs(name, out, into, bits, groups) == name
+        by_kernel = effective_kernel(kernel, out, into, bits, groups) is not DEQUANTIZE
         kept = torch.float32 if by_kernel else getattr(torch, dtype)
         weights = [torch.randn(*size, generator=generator) for size in key]
         linears = [quantize_linear(weight, None, bits, quick, kept, device) for weight in weights]
-        modules = converted(name, linears, bits, groups, getattr(torch, dtype)) if by_kernel else linears
+        modules = build_linears(kernel, linears, bits, groups, getattr(torch, dtype))
         for module, (_, in_features) in zip(modules, key, strict=True):
             module.in_features = in_features
         found.append((modules, times))

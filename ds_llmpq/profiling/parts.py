@@ -17,7 +17,7 @@ from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.models.step import Step
 from ds_llmpq.quant.config import QuantConfig
-from ds_llmpq.quant.kernels.registry import cache_block
+from ds_llmpq.quant.kernels.registry import find_stage_kernel
 from ds_llmpq.quant.layers import LayerLoader
 from ds_llmpq.quant.packing import groups_of
 
@@ -59,7 +59,7 @@ class Parts:
             self.layers[width] = [loader.decoder_layer(index) for index in range(self.chained)]
         self.embedding, self.head = loader.embedding(), loader.head()
         self._positional = loader.decoder.positions()
-        block = cache_block(quant.kernel)
+        block = find_stage_kernel(quant.kernel).cache_block
         self.store = KVStore(
             0, self.chained, rows * round_up(capacity, block), shape.kv_heads, shape.head_dim, self.dtype, device,
             block,

@@ -31,6 +31,7 @@ from ds_llmpq.profiling.points import sampling_plan
 from ds_llmpq.profiling.processes import RANKS, run_trial
 from ds_llmpq.profiling.trial_records import pass_sample, write_link_table
 from ds_llmpq.quant.config import QuantConfig
+from ds_llmpq.quant.kernels.registry import find_stage_kernel
 from ds_llmpq.quant.packing import groups_of
 
 CHOICES = ("auto", "always", "never")
@@ -155,7 +156,9 @@ def _find_shortage(wanted: TimingTask, cluster: Cluster) -> str | None:
     """Why this host's memory does not hold what is timed, or None."""
     if all(device.type.kind != "cpu" for device in cluster.devices):
         return None
-    memory = MemoryModel(wanted.shape, groups_of(wanted.quant), COMPUTE_DTYPES[wanted.dtype], wanted.quant.kernel)
+    memory = MemoryModel(
+        wanted.shape, groups_of(wanted.quant), COMPUTE_DTYPES[wanted.dtype], find_stage_kernel(wanted.quant.kernel)
+    )
     rank = _CHAINED_LAYERS * sum(memory.layer_bytes(bits) for bits in wanted.bits)
     needed = (rank + memory.embed_bytes() + memory.head_bytes()) * RANKS
     available = available_memory_bytes()

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Sequence
 
 import torch
 from hqq.core.quantize import HQQLinear
 from torch import nn
 
 from ds_llmpq.errors import UserError
-from ds_llmpq.quant.kernels.registry import DEQUANTIZE, KERNELS, runs
+from ds_llmpq.quant.kernels.base import Kernel, Product
+from ds_llmpq.quant.kernels.dequantize import DEQUANTIZE
+from ds_llmpq.quant.kernels.linears import effective_kernel, lm_head_products
 from ds_llmpq.quant.packing import Groups
 from ds_llmpq.quant.unpacked_weight import UnpackedWeight, stacked, unpack
-
-
-class Product(Protocol):
-    """A weight in a kernel's own layout. `held_bytes`: what it takes, without bias."""
-
-    held_bytes: int
-
-    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
-        """[rows, in] -> [rows, out]."""
 
 
 class KernelLinear(nn.Module):
@@ -73,49 +65,38 @@ class _Shared:
         return found
 
 
-def product_of(name: str, weight: UnpackedWeight, bits: int, dtype: torch.dtype) -> Product:
-    """`weight` in the layout of kernel `name`. `UserError`: its library is missing."""
-    return _maker(name)(weight, bits, dtype)
+def build_product(kernel: Kernel, weight: UnpackedWeight, bits: int, dtype: torch.dtype) -> Product:
+    """`weight` in the layout of `kernel`. `UserError`: its library is missing."""
+    try:
+        return kernel.build(weight, bits, dtype)
+    except ImportError as error:
+        raise UserError(
+            f"quant.kernel={kernel.name} needs {kernel.library}, which cannot be imported here ({error}); install it, "
+            f"or use quant.kernel={DEQUANTIZE.name}."
+        ) from None
 
 
-def converted(
-    name: str, linears: Sequence[HQQLinear], bits: int, groups: Groups, dtype: torch.dtype
+def build_linears(
+    kernel: Kernel, linears: Sequence[HQQLinear], bits: int, groups: Groups, dtype: torch.dtype
 ) -> list[nn.Module]:
     """Modules that take the place of linears of one input, computing in `dtype`; HQQ's own where nothing else runs
     them."""
-    out, into = sum(linear.out_features for linear in linears), linears[0].in_features
-    if runs(name, out, into, bits, groups) == DEQUANTIZE:
+    sizes, into = [linear.out_features for linear in linears], linears[0].in_features
+    if effective_kernel(kernel, sum(sizes), into, bits, groups) is DEQUANTIZE:
         return list(linears)
-    product = product_of(name, stacked([unpack(linear) for linear in linears]), bits, dtype)
-    shared = _Shared(product, [linear.out_features for linear in linears])
+    product = build_product(kernel, stacked([unpack(linear) for linear in linears]), bits, dtype)
+    shared = _Shared(product, sizes)
     biases = [None if linear.bias is None else linear.bias.to(dtype) for linear in linears]
     return [KernelLinear(shared, place, bias) for place, bias in enumerate(biases)]
 
 
-def build_lm_head(name: str, blocks: Sequence[HQQLinear], bits: int, groups: Groups, dtype: torch.dtype) -> nn.Module:
-    """A matrix quantized in blocks of rows, as one product where kernel `name` takes it; computes in `dtype`."""
-    out, into = sum(block.out_features for block in blocks), blocks[0].in_features
-    if runs(name, out, into, bits, groups) == DEQUANTIZE:
+def build_lm_head(
+    kernel: Kernel, blocks: Sequence[HQQLinear], bits: int, groups: Groups, dtype: torch.dtype
+) -> nn.Module:
+    """lm_head, quantized in blocks of rows, as one product where `kernel` takes it; computes in `dtype`."""
+    size = sum(block.out_features for block in blocks), blocks[0].in_features
+    found, _ = lm_head_products(kernel, *size, bits, groups)
+    if found is DEQUANTIZE:
         return RowBlocks(blocks)
-    product = product_of(name, stacked([unpack(block) for block in blocks]), bits, dtype)
-    return KernelLinear(_Shared(product, [out]), 0, None)
-
-
-def _maker(name: str) -> Callable[[UnpackedWeight, int, torch.dtype], Product]:
-    try:
-        if name == "openvino":
-            from ds_llmpq.quant.kernels.openvino import OpenVinoLinear
-
-            return lambda weight, bits, dtype: OpenVinoLinear(weight, bits)
-        if name == "torch_int4":
-            from ds_llmpq.quant.kernels.torch_int4 import TorchInt4Linear
-
-            return lambda weight, bits, dtype: TorchInt4Linear(weight, bits)
-        from ds_llmpq.quant.kernels.gemlite import GemliteLinear
-    except ImportError as error:
-        library = KERNELS[name].library
-        raise UserError(
-            f"quant.kernel={name} needs {library}, which cannot be imported here ({error}); install it, or use "
-            "quant.kernel=dequantize."
-        ) from None
-    return GemliteLinear
+    product = build_product(found, stacked([unpack(block) for block in blocks]), bits, dtype)
+    return KernelLinear(_Shared(product, [size[0]]), 0, None)

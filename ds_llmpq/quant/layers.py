@@ -9,41 +9,33 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 from hqq.core.quantize import HQQLinear
 from torch import nn
 
-from ds_llmpq.errors import UserError
 from ds_llmpq.models.block import Block
 from ds_llmpq.models.checkpoint import Checkpoint, check_shape, fill
 from ds_llmpq.models.decoder import Decoder
 from ds_llmpq.models.spec import LinearRole
+from ds_llmpq.models.step import Step
 from ds_llmpq.quant.checkpoint import QuantizedCheckpoint
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.hqq import quantize_linear, quantize_rows
-from ds_llmpq.quant.kernel_linear import build_lm_head, converted
-from ds_llmpq.quant.kernels.registry import (
-    AUTO,
-    DEQUANTIZE,
-    KERNELS,
-    alone,
-    check_name,
-    grouped,
-    is_whole_stage,
-    layer_linear_bytes,
-    problem,
-    runs,
+from ds_llmpq.quant.kernel_linear import build_linears, build_lm_head
+from ds_llmpq.quant.kernels.base import Kernel
+from ds_llmpq.quant.kernels.dequantize import DEQUANTIZE
+from ds_llmpq.quant.kernels.linears import (
+    effective_kernel,
+    group_linears,
+    layer_bytes,
+    lm_head_products,
+    stack_features,
 )
+from ds_llmpq.quant.kernels.registry import AUTO, find_kernel
 from ds_llmpq.quant.onednn_linear import pack_linears
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS, groups_of
-from ds_llmpq.quant.torch_cpu import computes_in_bfloat16
 from ds_llmpq.quant.unpacked_weight import stacked, unpack
-from ds_llmpq.versions import EXTRAS
-
-if TYPE_CHECKING:
-    from ds_llmpq.quant.kernels.openvino_graph.constants import Constants
 
 
 @dataclass
@@ -51,7 +43,7 @@ class LayerLoader:
     """Reads pipeline layers of `checkpoint` in `dtype` onto `device`.
 
     `bits` holds every decoder layer's width. `quant.kernel` runs quantized linears; `auto`, where nobody resolved it
-    (`quant.kernels.registry.resolved`), is HQQ's own forward. `on_loaded` is called after each layer, for a progress
+    (`kernels.registry.select_kernel`), is HQQ's own forward. `on_loaded` is called after each layer, for a progress
     bar. `packed`: unquantized linears as they are multiplied fastest (`quant.onednn_linear`), good for inference alone.
     `stage`: decoder layers that will run one after another, and may become one graph where the kernel takes whole
     stages.
@@ -69,14 +61,14 @@ class LayerLoader:
     _shared: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
-    def kernel(self) -> str:
+    def kernel(self) -> Kernel:
         """The kernel of decoder layers; `dequantize` for a compute type or setting that it cannot take."""
-        name = DEQUANTIZE if self.quant.kernel == AUTO else check_name(self.quant.kernel)
-        if is_whole_stage(name) and not self.stage:
-            name = alone(name)
+        kernel = DEQUANTIZE if self.quant.kernel == AUTO else find_kernel(self.quant.kernel)
+        if kernel.whole_stage and not self.stage:
+            kernel = kernel.product_kernel
         dtype = str(self.dtype).removeprefix("torch.")
-        reason = problem(name, self.device.type, dtype, self.quant, self.decoder.spec)
-        return DEQUANTIZE if reason else name
+        reason = kernel.unsupported_reason(self.device.type, dtype, self.quant, self.decoder.spec)
+        return DEQUANTIZE if reason else kernel
 
     @property
     def config(self):
@@ -115,8 +107,8 @@ class LayerLoader:
             module = self.decoder.layer(index)
         if isinstance(self.checkpoint, QuantizedCheckpoint):
             self.checkpoint.check_layer(index, self.bits[index], self.quant)
-        if is_whole_stage(self.kernel):
-            return self._ready(self._in_graph(module, index), f"layer {index}")
+        if self.kernel.whole_stage:
+            return self._ready(self._add_to_stage(module, index), f"layer {index}")
         if self.bits[index] < UNQUANTIZED_BITS:
             self._quantize_all(module, index)
         self._fill_layer(module, index)
@@ -132,50 +124,45 @@ class LayerLoader:
         empty = [name for name, parameter in layer.named_parameters() if parameter.device.type == "meta"]
         self._fill(layer, {name: self.decoder.tensor_name(index, name) for name in empty if name not in but})
 
-    def _in_graph(self, layer: Block, index: int) -> nn.Module:
+    def _add_to_stage(self, layer: Block, index: int) -> nn.Module:
         """Adds the layer to its stage's graph; the graph itself for the stage's last layer."""
-        GraphMember, StageGraph = _graph_classes(self.dtype)
         if index == self.stage.start:
-            self._graph = StageGraph(index, self.dtype)
-        weights = self._constants(index)
+            self.kernel.check_stage(self.dtype)
+            self._graph = self.kernel.open_stage(index, self.dtype)
+        weights = self._hold_weights(index)
         self._fill_layer(layer, index, but={f"{name}.weight" for names in weights for name in names})
         sizes = [role[:3] for role in self.decoder.linears(index).values()]
-        held = layer_linear_bytes(self.kernel, sizes, self.bits[index], groups_of(self.quant), self.dtype.itemsize)
+        held = layer_bytes(self.kernel, sizes, self.bits[index], groups_of(self.quant), self.dtype.itemsize)
         self._graph.add(layer, weights, held)
         if index < self.stage.stop - 1:
-            return GraphMember()
+            return StageMember()
         self._graph.compile()
         return self._graph
 
-    def _constants(self, index: int) -> dict[tuple[str, ...], Constants]:
-        """The weights of a layer's linears by our names, of those that run as one as one."""
-        from ds_llmpq.quant.kernels.openvino_graph.constants import plain_constants, quantized_constants
-
+    def _hold_weights(self, index: int) -> dict[tuple[str, ...], object]:
+        """The weights of a layer's linears by our names, of those that run as one as one, as the stage's graph takes
+        them."""
         bits, found = self.bits[index], {}
         for roles in self._grouped(index):
-            names = tuple(role.name for role in roles)
             if bits < UNQUANTIZED_BITS:
-                quantized = [self._quantized(index, role, torch.float32) for role in roles]
-                carried = KERNELS[self.kernel].carried[bits]
-                found[names] = quantized_constants(stacked([unpack(linear) for linear in quantized]), carried)
+                weight = stacked([unpack(self._quantized(index, role, torch.float32)) for role in roles])
             else:
-                parts = [self._weight(index, role) for role in roles]
-                found[names] = plain_constants(torch.cat([self._converted(part) for part in parts]))
+                weight = torch.cat([self._converted(self._weight(index, role)) for role in roles])
+            found[tuple(role.name for role in roles)] = self.kernel.hold(weight, bits)
         return found
 
     def _grouped(self, index: int) -> list[list[LinearRole]]:
         """The linears of a decoder layer as its kernel runs them: those of one input together."""
-        return grouped(self.kernel, self.decoder.spec.linears(index), self.bits[index], groups_of(self.quant))
+        return group_linears(self.kernel, self.decoder.spec.linears(index), self.bits[index], groups_of(self.quant))
 
     def _quantize_all(self, layer: Block, index: int) -> None:
         kernel, groups, bits = self.kernel, groups_of(self.quant), self.bits[index]
         for group in self._grouped(index):
-            out, into = sum(role.out_features for role in group), group[0].in_features
-            by_kernel = runs(kernel, out, into, bits, groups) != DEQUANTIZE
+            by_kernel = effective_kernel(kernel, *stack_features(group), bits, groups) is not DEQUANTIZE
             # scales and zeros stay as exact as they are stored until the kernel has taken them
             dtype = torch.float32 if by_kernel else self.dtype
             quantized = [self._quantized(index, role, dtype) for role in group]
-            modules = converted(kernel, quantized, bits, groups, self.dtype)
+            modules = build_linears(kernel, quantized, bits, groups, self.dtype)
             for role, module in zip(group, modules, strict=True):
                 layer.set_submodule(role.name, module)
 
@@ -189,8 +176,9 @@ class LayerLoader:
 
     def _lm_head(self, shape: tuple[int, int], name: str) -> nn.Module:
         """The matrix [vocabulary, features] from the checkpoint's tensor `name`."""
-        kernel, bits, groups = alone(self.kernel), self.quant.lm_head_bits, groups_of(self.quant)
-        dtype = torch.float32 if runs(kernel, *shape, bits, groups) != DEQUANTIZE else self.dtype
+        kernel, bits, groups = self.kernel, self.quant.lm_head_bits, groups_of(self.quant)
+        by_kernel = lm_head_products(kernel, *shape, bits, groups)[0] is not DEQUANTIZE
+        dtype = torch.float32 if by_kernel else self.dtype
         if isinstance(self.checkpoint, QuantizedCheckpoint):
             blocks = self.checkpoint.lm_head(shape, bits, dtype, self.device)
         else:
@@ -219,20 +207,8 @@ class LayerLoader:
         return module
 
 
-def _graph_classes(dtype: torch.dtype) -> tuple[type[nn.Module], type[nn.Module]]:
-    """`UserError`: OpenVINO is missing, or one whose paged attention is not that of the versions tried; the processor
-    has no arithmetic for `dtype`."""
-    remedy = "use quant.kernel=openvino or quant.kernel=dequantize."
-    try:
-        from ds_llmpq.quant.kernels.openvino_graph.stage_graph import GraphMember, StageGraph
-    except ImportError as error:
-        raise UserError(
-            f"quant.kernel=openvino_graph needs OpenVINO {EXTRAS['cpu']['openvino']}, which cannot be imported here "
-            f"({error}); install ds_llmpq[cpu], or {remedy}"
-        ) from None
-    if dtype == torch.bfloat16 and not computes_in_bfloat16():
-        raise UserError(
-            "quant.kernel=openvino_graph in bfloat16 needs a processor with bfloat16 arithmetic; plan with "
-            f"engine.dtype=float32, or {remedy}"
-        )
-    return GraphMember, StageGraph
+class StageMember(nn.Module):
+    """Stands for a layer that runs inside its stage's graph, which the stage's last layer holds."""
+
+    def forward(self, step: Step) -> Step:
+        return step

@@ -24,14 +24,30 @@ from ds_llmpq.errors import UserError
 from ds_llmpq.files import read_json
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.planner.cost_source import FurtherSource
-from ds_llmpq.quant.packing import UNQUANTIZED_BITS
+from ds_llmpq.quant.kernels.base import Kernel
+from ds_llmpq.quant.packing import UNQUANTIZED_BITS, Groups, packed_linear_bytes
 from ds_llmpq.validation import AboveZero, Name, Plain, Positive, Table, TableByNumber, validate
 
 FILE = Path(__file__).with_name("published_layers.json")
-KERNEL = "fused"  # its kernels read packed weights; memory has no dequantized copies
 _ROW_BY_ROW = (3, 4)
 _NEXT_OF_KIND = {8: 16, 3: 4}
 _DTYPES = ("float16", "bfloat16")
+
+
+class Fused(Kernel):
+    """Any kernel that reads HQQ's packed weights once and keeps the rest in registers: for studies, nothing runs it."""
+
+    name = "fused"
+    source = "assumed: bytes of HQQ's own layout, at the roofline"
+
+    def takes(self, out_features: int, in_features: int, bits: int, groups: Groups) -> bool:
+        return bits != UNQUANTIZED_BITS
+
+    def read_bytes(self, out_features: int, in_features: int, bits: int, groups: Groups, dtype_bytes: int) -> int:
+        return packed_linear_bytes(out_features, in_features, bits, groups, dtype_bytes)
+
+
+KERNEL = Fused()
 
 
 class Anchor(NamedTuple):

@@ -29,7 +29,7 @@ from ds_llmpq.planner.deploy import deploy
 from ds_llmpq.planner.simulation import simulate_plan
 from ds_llmpq.profiling.short_profile import TimingTask, calibrate
 from ds_llmpq.quant.config import QuantConfig
-from ds_llmpq.quant.kernels.registry import resolved
+from ds_llmpq.quant.kernels.registry import find_kernel, select_kernel
 from ds_llmpq.quant.packing import check_lm_head, groups_of
 from ds_llmpq.sensitivity.table import read_sensitivity
 from ds_llmpq.serving.config import PlanConfig, PlanningConfig
@@ -96,7 +96,7 @@ def build_problem(
     if (profile := _calibrate(settings, cluster, shape, workload, quant, show)) is not None:
         planner = replace(planner, profile=str(profile))
     costs_of, cluster, kernel = select_costs(
-        settings.cost, planner, quant, cluster, shape, dtype, quant.kernel, sources
+        settings.cost, planner, quant, cluster, shape, dtype, find_kernel(quant.kernel), sources
     )
     prepared = prepare(cluster, shape, workload, quant, planner, sensitivity, dtype, kernel, costs_of)
     return prepared.problem, lambda plan: deploy(plan, cluster, prepared, model, quant, kernel)
@@ -107,7 +107,9 @@ def _with_kernel(settings: PlanConfig, cluster: Cluster, shape: ModelShape) -> Q
     kinds = sorted({device_type.kind for device_type in cluster.device_types.values()})
     dtype = choose_dtype(cluster, settings.engine.dtype)
     measured = profiled_kernel(settings.planner.profile) if settings.planner.profile else None
-    return resolved(settings.quant, kinds, dtype, shape.linears, measured, shape.spec, settings.engine.batch_invariant)
+    return select_kernel(
+        settings.quant, kinds, dtype, shape.linears, measured, shape.spec, settings.engine.batch_invariant
+    )
 
 
 def _calibrate(
@@ -129,7 +131,7 @@ def _calibrate(
         phase: micro_batches(phase, getattr(planner.micro_batches, phase), workload.sequences)
         for phase in ("prefill", "decode")
     }
-    setup = current_setup(shape, dtype, quant.kernel, groups_of(quant), quant.lm_head_bits)
+    setup = current_setup(shape, dtype, find_kernel(quant.kernel), groups_of(quant), quant.lm_head_bits)
     wanted = TimingTask(str(make_absolute(path)), shape, workload, quant, dtype, tuple(bits), sizes, setup)
     return calibrate(wanted, cluster, planner.calibrate, show)
 

@@ -25,6 +25,7 @@ from ds_llmpq.planner import check_plan
 from ds_llmpq.planner.build import prepare
 from ds_llmpq.planner.config import MicroBatchesConfig, PlannerConfig, WorkloadConfig
 from ds_llmpq.planner.deploy import deploy
+from ds_llmpq.quant.kernels.registry import find_kernel
 
 GIB = 1 << 30
 SHAPE_8B = {
@@ -85,12 +86,12 @@ def plan_for(run: Run, folder: Path, sequences: int, prompt: int, generated: int
     sizes = MicroBatchesConfig([max(1, min(sequences, 8192 // prompt))], [sequences])
     prepared = prepare(
         cluster, shape, WorkloadConfig(sequences, prompt, generated), quant,
-        PlannerConfig(micro_batches=sizes), None, "bfloat16", quant.kernel,
+        PlannerConfig(micro_batches=sizes), None, "bfloat16", find_kernel(quant.kernel),
     )  # fmt: skip
     stage = StageAssignment(cluster.devices[0].name, 0, shape.layers, (16,) * shape.layers)
     solved = check_plan(prepared.problem, Assignment((stage,), sizes.prefill[0], sizes.decode[0]))
     model = PlannedModel(str(folder), shape.architecture, fingerprint(folder))
-    return deploy(solved, cluster, prepared, model, quant, quant.kernel)
+    return deploy(solved, cluster, prepared, model, quant, find_kernel(quant.kernel))
 
 
 def requests(mix: tuple, count: int, vocabulary: int) -> Iterator[tuple[tuple[int, ...], int]]:

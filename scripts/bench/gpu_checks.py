@@ -19,8 +19,10 @@ from ds_llmpq.engine.runner.captured_decode import CapturedDecode
 from ds_llmpq.models.step import Step
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.hqq import quantize_linear
-from ds_llmpq.quant.kernel_linear import converted
-from ds_llmpq.quant.kernels import registry
+from ds_llmpq.quant.kernel_linear import build_linears
+from ds_llmpq.quant.kernels.dequantize import DEQUANTIZE
+from ds_llmpq.quant.kernels.linears import effective_kernel
+from ds_llmpq.quant.kernels.registry import list_candidates
 from ds_llmpq.quant.packing import groups_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "models"))
@@ -138,8 +140,8 @@ def check_kernels(run: Run) -> None:
     """Each kernel that can run here against HQQ's dequantized weight, and its speed against an unquantized product."""
     out, into = (512, 256) if run.tiny else (28672, 4096)
     quant = QuantConfig(optimize=False)
-    names = registry.candidates(run.device.type, "bfloat16", quant)
-    names = [name for name in names if not registry.is_whole_stage(name)]
+    kernels = list_candidates(run.device.type, "bfloat16", quant)
+    kernels = [kernel for kernel in kernels if not kernel.whole_stage]
     weight = torch.randn(out, into, device=run.device, dtype=run.dtype) * into**-0.5
     # several weights, so that none is found in a cache
     copies = 1 if run.tiny else max(1, int(4e8 / weight.nbytes)) + 1
@@ -151,18 +153,19 @@ def check_kernels(run: Run) -> None:
         turn = iter(range(1 << 40))
         plain[rows] = timed_in_graph(run, lambda: nn.functional.linear(inputs[rows], weights[next(turn) % copies]))  # noqa: B023
         run.add(f"bfloat16 {out} x {into}", rows=rows, us=1e6 * plain[rows], gb_s=weight.nbytes / plain[rows] / 1e9)
-    pairs = [(name, bits) for bits in (4, 8, 3, 2) for name in names]
-    for name, bits in run.points("kernels", pairs):
+    pairs = [(kernel, bits) for bits in (4, 8, 3, 2) for kernel in kernels]
+    for kernel, bits in run.points("kernels", pairs):
+        name = kernel.name
         exact = quantize_linear(weight, None, bits, quant, torch.float32, run.device)
         reference = exact.dequantize().float()
         try:
             groups = groups_of(quant)
-            if registry.runs(name, out, into, bits, groups) == registry.DEQUANTIZE:
-                if name != registry.DEQUANTIZE:
-                    continue
-                [product] = [quantize_linear(weight, None, bits, quant, run.dtype, run.device)]
+            if effective_kernel(kernel, out, into, bits, groups) is not kernel:
+                continue
+            if kernel is DEQUANTIZE:
+                product = quantize_linear(weight, None, bits, quant, run.dtype, run.device)
             else:
-                [product] = converted(name, [exact], bits, groups, run.dtype)
+                [product] = build_linears(kernel, [exact], bits, groups, run.dtype)
             for rows in run.points(f"{name} {bits} bits", list(plain)):
                 wanted = inputs[rows].float() @ reference.T
                 error = float((product(inputs[rows]).float() - wanted).norm() / wanted.norm())

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
 from ds_llmpq.cluster.cluster import Cluster
 from ds_llmpq.cluster.config import ClusterConfig, DeviceConfig, DeviceTypeConfig, HostConfig
-from ds_llmpq.cost import kernels
+from ds_llmpq.cost import products
 from ds_llmpq.cost.arithmetic import attention_flops, head_flops, kv_bytes, linear_flops
 from ds_llmpq.cost.latency import RooflineCosts
 from ds_llmpq.engine.kv_cache import KVStore
@@ -24,7 +24,8 @@ from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.models.shape import ModelShape, read_shape
 from ds_llmpq.models.step import Step
 from ds_llmpq.quant.config import QuantConfig
-from ds_llmpq.quant.kernels import registry
+from ds_llmpq.quant.kernels.base import Kernel
+from ds_llmpq.quant.kernels.registry import select_kernel
 from ds_llmpq.quant.layers import LayerLoader
 from ds_llmpq.quant.packing import groups_of
 
@@ -51,7 +52,7 @@ def measure_ceilings(run: Run) -> None:
     run.add("small operation, eager", us=1e6 * timed(run, lambda: [small.add_(1) for _ in range(64)]) / 64)
 
 
-def costs_of(run: Run, shape: ModelShape, kernel: str) -> RooflineCosts:
+def costs_of(run: Run, shape: ModelShape, kernel: Kernel) -> RooflineCosts:
     """The planner's cost model with the rates that were measured just now, no profile."""
     cluster = Cluster.from_config(make_cluster(run))
     return RooflineCosts(cluster.devices[0].type, shape, "bfloat16", groups_of(QuantConfig()), kernel)
@@ -64,7 +65,7 @@ def make_cluster(run: Run) -> ClusterConfig:
         memory_bytes=int(0.95 * memory),
         memory_bandwidth_bytes_per_second=run.rates["bytes"],
         flops_per_second={name: run.rates[name] for name in ("bfloat16", "float32")},
-        kernel_overhead_seconds=kernels.LAYER_LAUNCHES * run.rates["launch"],
+        kernel_overhead_seconds=products.LAYER_LAUNCHES * run.rates["launch"],
         bits=[2, 3, 4, 8, 16],
         source="measured by scripts/bench/gpu.py",
     )
@@ -83,7 +84,7 @@ def time_passes(run: Run, folder: Path, bits: int) -> None:
     module, positional = Layers([loader.embedding(), *layers, loader.head()]), loader.decoder.positions()
     if run.on_gpu:
         torch.cuda.synchronize()
-    run.add(f"load at {bits} bits, kernel {loader.kernel}", seconds=time.monotonic() - began)
+    run.add(f"load at {bits} bits, kernel {loader.kernel.name}", seconds=time.monotonic() - began)
     costs = costs_of(run, shape, loader.kernel)
     _time_decode(run, module, positional, costs, bits)
     if bits in (4, 16):
@@ -91,7 +92,7 @@ def time_passes(run: Run, folder: Path, bits: int) -> None:
 
 
 def resolve_quant(run: Run, shape: ModelShape) -> QuantConfig:
-    quant = registry.resolved(
+    quant = select_kernel(
         QuantConfig(optimize=False), [run.device.type], "bfloat16", shape.linears, None, shape.spec, True
     )
     return dataclasses.replace(quant, optimize=False)
@@ -150,7 +151,7 @@ def _free_bytes(run: Run) -> int:
 def _bytes_read(costs: RooflineCosts, bits: int, rows: int, context: int) -> float:
     """Weights of the layers and of lm_head, and the cache."""
     shape, how = costs.shape, (costs.kernel, costs.groups, costs.dtype_bytes)
-    weights = shape.layers * kernels.weight_bytes_read(shape, bits, *how) + kernels.head_bytes_read(shape, 16, *how)
+    weights = shape.layers * products.layer_read_bytes(shape, bits, *how) + products.lm_head_read_bytes(shape, 16, *how)
     return weights + shape.layers * kv_bytes(shape, rows, context, costs.dtype_bytes)
 
 

@@ -33,6 +33,7 @@ from ds_llmpq.planner.build import prepare
 from ds_llmpq.planner.cost_source import load_profile_costs
 from ds_llmpq.planner.deploy import compose_plan, deploy
 from ds_llmpq.planner.simulation import simulate_plan
+from ds_llmpq.quant.kernels.registry import find_kernel
 from ds_llmpq.report.fidelity import Pair, error_table, scatter, verdict
 from ds_llmpq.report.plan_table import format_bits, format_table
 
@@ -83,7 +84,7 @@ def planning(options):
     kernel = profiled_kernel(options.profile)
     settings.quant.kernel = kernel
     costs_of, cluster = load_profile_costs(
-        settings.planner, settings.quant, cluster, shape, settings.engine.dtype, kernel
+        settings.planner, settings.quant, cluster, shape, settings.engine.dtype, find_kernel(kernel)
     )  # fmt: skip
     prepared = prepare(cluster, shape, settings.workload, settings.quant, settings.planner, costs_of=costs_of)
     return settings, cluster, prepared

@@ -16,7 +16,7 @@ FILES = {str(file.relative_to(PACKAGE)): ast.parse(file.read_text()) for file in
 
 _PIPELINE = ("engine/pipeline_engine.py", "engine/pipeline_module.py", "engine/schedules.py", "engine/topology.py")
 _OPENVINO = (
-    "quant/kernels/openvino.py", "quant/kernels/openvino_graph/constants.py",
+    "quant/kernels/openvino_graph/single_product.py", "quant/kernels/openvino_graph/constants.py",
     "quant/kernels/openvino_graph/decoder_layer.py", "quant/kernels/openvino_graph/stage_graph.py",
 )  # fmt: skip
 # module, or name in one -> files that may import it or what is below it

@@ -15,7 +15,9 @@ from ds_llmpq.cost.linktable import Message, fit_link, read_links, write_links
 from ds_llmpq.cost.profile import Point, Profile, Sample, append, current_setup, read_profile, write_header
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.shape import ModelShape
+from ds_llmpq.quant.kernels.dequantize import DEQUANTIZE
 from ds_llmpq.quant.packing import Groups
+from ds_llmpq.research.published_costs import KERNEL
 
 SHAPE = ModelShape.from_config(
     {
@@ -28,7 +30,7 @@ SHAPE = ModelShape.from_config(
         "vocab_size": 2048,
     }
 )
-SETUP = current_setup(SHAPE, "float32", "dequantize", Groups())
+SETUP = current_setup(SHAPE, "float32", DEQUANTIZE, Groups())
 CORE = DeviceType("core", "cpu", 0, 2e10, {"float32": 1e11}, 1e-4, (2, 3, 4, 8, 16), None, "measured: here")
 
 
@@ -93,7 +95,7 @@ PROFILES = {}
     st.integers(1, 300),
     st.integers(0, 16),
     st.integers(0, 200),
-    st.sampled_from(["dequantize", "fused"]),
+    st.sampled_from([DEQUANTIZE, KERNEL]),
 )
 def test_the_roofline_is_positive_and_monotone(bits, batch, length, more_rows, more_tokens, kernel):
     roofline = RooflineCosts(CORE, SHAPE, "float32", kernel=kernel)
@@ -180,7 +182,7 @@ def test_a_damaged_profile_is_refused(tmp_path, old, new, said):
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [
-        ("kernel", "fused", "measured with kernel fused, but kernel dequantize is in use"),
+        ("kernel", "openvino", "measured with kernel openvino, but kernel dequantize is in use"),
         ("dtype", "bfloat16", "dtype bfloat16"),
         ("group_size", 128, "group_size 128"),
         ("per_channel_bits", [8], r"measured with per_channel_bits \[8\], but per_channel_bits \[\] is in use"),

@@ -6,11 +6,14 @@ import itertools
 import pytest
 
 from ds_llmpq.cluster.devices import DeviceType
-from ds_llmpq.cost import arithmetic, kernels
+from ds_llmpq.cost import arithmetic
 from ds_llmpq.cost.latency import DATASHEET_BANDWIDTH_SHARE, DATASHEET_FLOPS_SHARE, RooflineCosts
-from ds_llmpq.errors import UserError
+from ds_llmpq.cost.products import layer_read_bytes
 from ds_llmpq.models.shape import ModelShape
-from ds_llmpq.quant.packing import Groups, packed_linear_bytes
+from ds_llmpq.quant.kernels import registry
+from ds_llmpq.quant.kernels.dequantize import DEQUANTIZE
+from ds_llmpq.quant.packing import PACKED_BITS, Groups, packed_linear_bytes
+from ds_llmpq.research.published_costs import KERNEL
 
 LLAMA = {
     "model_type": "llama",
@@ -32,6 +35,7 @@ OPT_30B = ModelShape.from_config(
         "vocab_size": 50272,
     }
 )
+KERNELS = registry.KERNELS | {KERNEL.name: KERNEL}
 V100 = DeviceType(
     "v100", "cuda", 1 << 34, 9e11, {"float16": 1.25e14}, 2e-4, (3, 4, 8, 16), "7.0", "datasheet: NVIDIA V100"
 )
@@ -87,7 +91,8 @@ def test_launches_are_those_that_hqq_makes():
                 self.names.append(str(function))
             return function(*args, **(kwargs or {}))
 
-    for bits, expected in kernels.DEQUANTIZE_LAUNCHES.items():
+    for bits in PACKED_BITS:
+        expected = DEQUANTIZE.extra_launches(bits)
         config = quantize.BaseQuantizeConfig(nbits=bits, group_size=64, axis=1)
         config["weight_quant_params"]["optimize"] = False
         plain = torch.nn.Linear(64, 64, bias=False)
@@ -122,9 +127,9 @@ def test_width_that_the_device_cannot_run():
     assert costs.prefill_seconds(2, 1, 8) is costs.decode_seconds(2, 1, 8) is None
 
 
-@pytest.mark.parametrize("kernel", kernels.KERNELS)
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_times_grow_with_work(kernel):
-    costs = RooflineCosts(V100, OPT_30B, "float16", kernel=kernel)
+    costs = RooflineCosts(V100, OPT_30B, "float16", kernel=KERNELS[kernel])
     for bits in (3, 4, 8, 16):
         prefill = [costs.prefill_seconds(bits, batch, 128) for batch in (1, 2, 8, 32)]
         decode = [costs.decode_seconds(bits, batch, 128) for batch in (1, 2, 8, 32)]
@@ -137,7 +142,7 @@ def test_times_grow_with_work(kernel):
 
 
 def test_fused_kernels_make_decode_faster_at_fewer_bits_and_dequantizing_slower():
-    fused, plain = (RooflineCosts(V100, OPT_30B, "float16", kernel=kernel) for kernel in ("fused", "dequantize"))
+    fused, plain = (RooflineCosts(V100, OPT_30B, "float16", kernel=kernel) for kernel in (KERNEL, DEQUANTIZE))
     fused_times = [fused.decode_seconds(bits, 1, 100) for bits in (3, 4, 8, 16)]
     assert fused_times == sorted(fused_times)
     assert all(plain.decode_seconds(bits, 1, 100) > plain.decode_seconds(16, 1, 100) for bits in (3, 4, 8))
@@ -146,7 +151,7 @@ def test_fused_kernels_make_decode_faster_at_fewer_bits_and_dequantizing_slower(
 
 def test_per_channel_read_less_and_what_no_kernel_takes_is_dequantized():
     def seconds(kernel, bits, groups):
-        return RooflineCosts(V100, OPT_30B, "float16", groups, kernel).decode_seconds(bits, 8, 100)
+        return RooflineCosts(V100, OPT_30B, "float16", groups, KERNELS[kernel]).decode_seconds(bits, 8, 100)
 
     apart, whole = Groups(), Groups(64, 1, (8,))
     for kernel in ("fused", "openvino"):
@@ -157,15 +162,13 @@ def test_per_channel_read_less_and_what_no_kernel_takes_is_dequantized():
 
 def test_fused_reads_exactly_the_packed_weights():
     packed = sum(packed_linear_bytes(n, k, 4, Groups(), 2) for _, n, k, *_ in SHAPE.linears)
-    assert kernels.weight_bytes_read(SHAPE, 4, "fused", Groups(), 2) == packed
-    assert kernels.weight_bytes_read(SHAPE, 4, "dequantize", Groups(), 2) == 2 * SHAPE.linear_weights
-    with pytest.raises(UserError, match="'magic' is not known"):
-        kernels.check_kernel("magic")
+    assert layer_read_bytes(SHAPE, 4, KERNEL, Groups(), 2) == packed
+    assert layer_read_bytes(SHAPE, 4, DEQUANTIZE, Groups(), 2) == 2 * SHAPE.linear_weights
 
 
 def test_an_lm_head_of_fewer_bits_reads_less_where_a_kernel_takes_it_and_is_dequantized_elsewhere():
     def moved(kernel, bits):
-        costs = RooflineCosts(V100, OPT_30B, "float16", kernel=kernel, lm_head_bits=bits)
+        costs = RooflineCosts(V100, OPT_30B, "float16", kernel=KERNELS[kernel], lm_head_bits=bits)
         return (costs.head_work(1) - RooflineCosts(V100, OPT_30B, "float16").head_work(1)) * bandwidth
 
     bandwidth = DATASHEET_BANDWIDTH_SHARE * V100.memory_bandwidth_bytes_per_second

@@ -9,6 +9,7 @@ from ds_llmpq.cost.memory import MemoryModel
 from ds_llmpq.models.families import describe
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.quant.packing import Groups
+from ds_llmpq.research.published_costs import KERNEL
 
 CONFIGS = {
     "llama": {"model_type": "llama", "intermediate_size": 512, "num_key_value_heads": 2},
@@ -155,5 +156,5 @@ def test_workspace_takes_the_larger_of_layer_and_logits():
     parts = memory.workspace_parts(8, 1, 100, True)
     assert parts["logits"] > parts["activations"] + parts["dequantized"]
     assert memory.workspace_bytes(8, 1, 100, True) == parts["logits"] + parts["communication"]
-    assert MemoryModel(shape, Groups(), 2, "fused").workspace_parts(8, 1, 100, True)["dequantized"] == 0
+    assert MemoryModel(shape, Groups(), 2, KERNEL).workspace_parts(8, 1, 100, True)["dequantized"] == 0
     assert memory.workspace_parts(8, 1, 100, False)["dequantized"] == 0

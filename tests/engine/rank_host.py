@@ -21,6 +21,7 @@ os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFN
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import deepspeed  # noqa: F401 -- imported before the fork, for all ranks
+import fake_kernel
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
@@ -35,6 +36,7 @@ from ds_llmpq.scheduler.request_group import RequestGroup, Sequence
 from ds_llmpq.scheduler.slot_table import Finish
 
 TIMEOUT_SECONDS = 120.0
+fake_kernel.register()
 
 
 class TokenRule:

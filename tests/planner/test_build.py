@@ -262,7 +262,6 @@ def test_widths_that_cannot_be_packed_are_left_out_with_a_reason():
         ({"planner": PlannerConfig(micro_batches=MicroBatchesConfig(decode=[7]))}, "from 1 to 6"),
         ({"planner": PlannerConfig(device_order="sorted")}, "device_order"),
         ({"dtype": "bfloat16"}, "does not compute in bfloat16"),
-        ({"kernel": "magic"}, "'magic'"),
     ],
 )
 def test_mistakes(changes, words):

@@ -9,7 +9,8 @@ from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.planner.config import CostConfig, PlannerConfig
 from ds_llmpq.planner.cost_source import select_costs
 from ds_llmpq.quant.config import QuantConfig
-from ds_llmpq.research.published_costs import SOURCES, PublishedCosts
+from ds_llmpq.quant.kernels.dequantize import DEQUANTIZE
+from ds_llmpq.research.published_costs import KERNEL, SOURCES, PublishedCosts
 from ds_llmpq.serving.config import PlanConfig
 
 
@@ -20,16 +21,16 @@ def place():
 
 
 def source(place, cost, planner=None):
-    return select_costs(cost, planner or PlannerConfig(), QuantConfig(), *place, "auto", "dequantize", SOURCES)
+    return select_costs(cost, planner or PlannerConfig(), QuantConfig(), *place, "auto", DEQUANTIZE, SOURCES)
 
 
 def test_each_source_says_its_kernel(place):
     cluster, _ = place
-    assert source(place, CostConfig()) == (None, cluster, "dequantize")
-    assert source(place, CostConfig("roofline")) == (None, cluster, "dequantize")
-    assert source(place, CostConfig("roofline", "fused")) == (None, cluster, "fused")
+    assert source(place, CostConfig()) == (None, cluster, DEQUANTIZE)
+    assert source(place, CostConfig("roofline")) == (None, cluster, DEQUANTIZE)
+    assert source(place, CostConfig("roofline", "fused")) == (None, cluster, KERNEL)
     costs_of, _, kernel = source(place, CostConfig("published"))
-    assert kernel == "fused"
+    assert kernel is KERNEL
     assert isinstance(costs_of(cluster.device_types["t4"]), PublishedCosts)
 
 
@@ -41,7 +42,7 @@ def test_lm_head_s_width_reaches_published_times(place):
             QuantConfig(lm_head_bits=lm_head_bits),
             *place,
             "auto",
-            "dequantize",
+            DEQUANTIZE,
             SOURCES,
         )
         return costs_of(cluster.device_types["t4"]).head_seconds(1)

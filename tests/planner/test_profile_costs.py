@@ -18,6 +18,7 @@ from ds_llmpq.planner.config import PlannerConfig, WorkloadConfig
 from ds_llmpq.planner.cost_source import load_profile_costs
 from ds_llmpq.planner.simulation import simulate_plan
 from ds_llmpq.quant.config import QuantConfig
+from ds_llmpq.quant.kernels.dequantize import DEQUANTIZE
 from ds_llmpq.quant.packing import groups_of
 
 SHAPE = ModelShape.from_config(
@@ -45,7 +46,7 @@ def cluster(count=3):
 @pytest.fixture
 def folder(tmp_path):
     """Layers take a second a sequence, so that where a number comes from is plain to see."""
-    write_header(tmp_path / "profile.csv", current_setup(SHAPE, "float32", "dequantize", groups_of(QUANT)), {})
+    write_header(tmp_path / "profile.csv", current_setup(SHAPE, "float32", DEQUANTIZE, groups_of(QUANT)), {})
     points = [
         (Point("core", "layer", phase, bits, batch, length), float(batch))
         for phase in ("prefill", "decode")
@@ -65,7 +66,7 @@ def folder(tmp_path):
 
 def prepared(folder, count=3, **changes):
     planner = PlannerConfig(profile=str(folder), **changes)
-    costs_of, here = load_profile_costs(planner, QUANT, cluster(count), SHAPE, "auto", "dequantize")
+    costs_of, here = load_profile_costs(planner, QUANT, cluster(count), SHAPE, "auto", DEQUANTIZE)
     return prepare(here, SHAPE, WORKLOAD, QUANT, planner, costs_of=costs_of)
 
 
@@ -92,7 +93,7 @@ def test_two_devices_have_no_middle_stage(folder):
 
 def test_without_a_profile_nothing_changes():
     here = cluster()
-    assert load_profile_costs(PlannerConfig(), QUANT, here, SHAPE, "auto", "dequantize") == (None, here)
+    assert load_profile_costs(PlannerConfig(), QUANT, here, SHAPE, "auto", DEQUANTIZE) == (None, here)
 
 
 def test_mistakes_are_said(folder, tmp_path):
@@ -100,10 +101,10 @@ def test_mistakes_are_said(folder, tmp_path):
         prepared(tmp_path / "nowhere")
     wide = dataclasses.replace(QUANT, group_size=128)
     with pytest.raises(UserError, match=r"group_size 64, but group_size 128 .*profile_force=true"):
-        load_profile_costs(PlannerConfig(profile=str(folder)), wide, cluster(), SHAPE, "auto", "dequantize")
+        load_profile_costs(PlannerConfig(profile=str(folder)), wide, cluster(), SHAPE, "auto", DEQUANTIZE)
     rows = dataclasses.replace(QUANT, per_channel_bits=[8])
     with pytest.raises(UserError, match=r"per_channel_bits \[\], but per_channel_bits \[8\] is in use; profile again"):
-        load_profile_costs(PlannerConfig(profile=str(folder)), rows, cluster(), SHAPE, "auto", "dequantize")
+        load_profile_costs(PlannerConfig(profile=str(folder)), rows, cluster(), SHAPE, "auto", DEQUANTIZE)
 
 
 def test_a_played_plan_is_close_to_its_formula(folder):
@@ -125,7 +126,7 @@ def test_a_played_plan_is_close_to_its_formula(folder):
 def test_a_partial_micro_batch_counts_as_the_next_larger_candidate(folder):
     planner = PlannerConfig(profile=str(folder))
     planner.micro_batches.prefill, planner.micro_batches.decode = [3, 8], [8]
-    costs_of, here = load_profile_costs(planner, QUANT, cluster(2), SHAPE, "auto", "dequantize")
+    costs_of, here = load_profile_costs(planner, QUANT, cluster(2), SHAPE, "auto", DEQUANTIZE)
     problem = prepare(here, SHAPE, WORKLOAD, QUANT, planner, costs_of=costs_of).problem
     simulated = simulate_plan(problem, Assignment((StageAssignment("localhost:0", 0, 6, (16,) * 6),), 3, 8))
     prefill = [span.seconds for span in simulated.spans if span.name == "prefill"]

@@ -10,7 +10,7 @@ from ds_llmpq.profiling import kernel_choice
 from ds_llmpq.profiling.kernel_choice import KernelTime, choose_kernel
 from ds_llmpq.profiling.timer import Timer
 from ds_llmpq.quant.config import QuantConfig
-from ds_llmpq.quant.kernels import registry
+from ds_llmpq.quant.kernels.registry import KERNELS
 
 SHAPE = ModelShape.from_config(
     {
@@ -36,14 +36,14 @@ def times(monkeypatch):
     """Milliseconds by kernel: [1 row, a decode micro-batch, a prefill micro-batch]."""
 
     def given(**milliseconds):
-        monkeypatch.setattr(kernel_choice, "candidates", lambda *_: list(milliseconds))
+        monkeypatch.setattr(kernel_choice, "list_candidates", lambda *_: [KERNELS[name] for name in milliseconds])
         monkeypatch.setattr(
             kernel_choice,
             "_times",
-            lambda shape, quant, widths, dtype, timer, rows, name: [
-                KernelTime(name, bits, count, cost / 1e3)
+            lambda shape, quant, widths, dtype, timer, rows, kernel: [
+                KernelTime(kernel.name, bits, count, cost / 1e3)
                 for bits in widths
-                for count, cost in zip(rows, milliseconds[name], strict=True)
+                for count, cost in zip(rows, milliseconds[kernel.name], strict=True)
             ],
         )
 
@@ -53,36 +53,36 @@ def times(monkeypatch):
 def test_the_workload_s_phases_decide(times):
     times(torch_int4=[1, 2, 90], dequantize=[8, 9, 10])
     long_answers = chosen(WorkloadConfig(8, 20, 200))
-    assert long_answers.kernel == "torch_int4"
+    assert long_answers.kernel is KERNELS["torch_int4"]
     assert long_answers.crossover(4) == 40  # rows of a prefill micro-batch: 2 sequences of 20 tokens
-    assert chosen(WorkloadConfig(8, 20, 2)).kernel == "dequantize"
+    assert chosen(WorkloadConfig(8, 20, 2)).kernel is KERNELS["dequantize"]
     assert chosen(WorkloadConfig(8, 20, 2)).crossover(4) is None
 
 
 def test_a_graph_is_taken_where_its_products_win(times):
     times(openvino_graph=[], openvino=[1, 2, 3], torch_int4=[2, 3, 4], dequantize=[8, 9, 1])
     choice = chosen(WorkloadConfig(8, 20, 200))
-    assert choice.kernel == "openvino_graph"
+    assert choice.kernel is KERNELS["openvino_graph"]
     assert {time.kernel for time in choice.times} == {"openvino", "torch_int4", "dequantize"}
     assert choice.crossover(4) == 40
-    assert chosen(WorkloadConfig(8, 20, 200), bits=(16,)).kernel == "openvino_graph"
+    assert chosen(WorkloadConfig(8, 20, 200), bits=(16,)).kernel is KERNELS["openvino_graph"]
     times(openvino_graph=[], openvino=[2, 3, 4], torch_int4=[1, 2, 3], dequantize=[8, 9, 10])
-    assert chosen(WorkloadConfig(8, 20, 200)).kernel == "torch_int4"
+    assert chosen(WorkloadConfig(8, 20, 200)).kernel is KERNELS["torch_int4"]
 
 
 def test_an_lm_head_below_16_bits_is_reason_enough_to_choose(times):
     times(openvino=[1, 2, 3], dequantize=[8, 9, 10])
     whole = (SHAPE, QuantConfig([16]), (16,), "bfloat16", TIMER, SIZES, WorkloadConfig(8, 20, 200))
-    assert choose_kernel(*whole).kernel == "dequantize"
+    assert choose_kernel(*whole).kernel is KERNELS["dequantize"]
     low = choose_kernel(SHAPE, QuantConfig([16], lm_head_bits=8), *whole[2:])
-    assert low.kernel == "openvino"
+    assert low.kernel is KERNELS["openvino"]
     assert {time.bits for time in low.times} == {8}
 
 
 def test_the_note_names_the_library_s_version_and_all_times(times):
     times(torch_int4=[1, 2, 3], dequantize=[8, 9, 10])
     note = chosen(WorkloadConfig(8, 20, 200)).note()
-    assert note["kernel"] == f"torch_int4 (torch {registry.version('torch_int4')})"
+    assert note["kernel"] == f"torch_int4 (torch {KERNELS['torch_int4'].version})"
     assert len(note["kernel_times"]) == 6
     assert note["dequantize_faster_from_rows"] == {"4": None}
     assert "dequantize 4 bits" in kernel_table(note)
@@ -90,7 +90,7 @@ def test_the_note_names_the_library_s_version_and_all_times(times):
 
 def test_nothing_is_timed_where_there_is_nothing_to_choose():
     assert chosen(WorkloadConfig(8, 20, 200), bits=(16,)).times == ()
-    assert chosen(WorkloadConfig(8, 20, 200), dtype="float32").kernel == "dequantize"
+    assert chosen(WorkloadConfig(8, 20, 200), dtype="float32").kernel is KERNELS["dequantize"]
 
 
 def test_real_times(monkeypatch):
@@ -98,4 +98,4 @@ def test_real_times(monkeypatch):
     choice = chosen(WorkloadConfig(8, 4, 200), bits=(4, 8, 16))
     assert {(time.kernel, time.bits) for time in choice.times} >= {("torch_int4", 4), ("dequantize", 8)}
     assert all(time.seconds > 0 for time in choice.times)
-    assert choice.kernel in registry.NAMES
+    assert choice.kernel in KERNELS.values()

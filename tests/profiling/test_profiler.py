@@ -27,6 +27,7 @@ from ds_llmpq.profiling.processes import run_trial
 from ds_llmpq.profiling.timer import Timer
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.hqq import stored_bytes
+from ds_llmpq.quant.kernels.dequantize import DEQUANTIZE
 from ds_llmpq.quant.packing import groups_of
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "opt", "bloom")
@@ -50,7 +51,7 @@ def folder(tmp_path_factory):
 def task(path, seconds=0.5, **changes):
     shape, quant = read_shape(path), QuantConfig(bits=[4, 16])
     sizes = {"prefill": [1, 4], "decode": [2, 4]}
-    setup = current_setup(shape, "float32", "dequantize", groups_of(quant))
+    setup = current_setup(shape, "float32", DEQUANTIZE, groups_of(quant))
     config = ProfilingConfig(seconds=seconds, rounds=2, links=False, chained_layers=2)
     made = profiler.Task(str(path), shape, WORKLOAD, quant, "float32", (4, 16), sizes, setup, config)
     return replace(made, **changes)

@@ -17,6 +17,7 @@ from ds_llmpq.planner.config import WorkloadConfig
 from ds_llmpq.profiling import short_profile
 from ds_llmpq.profiling.short_profile import TimingTask, calibrate, find_obstacle
 from ds_llmpq.quant.config import QuantConfig
+from ds_llmpq.quant.kernels.dequantize import DEQUANTIZE
 from ds_llmpq.quant.packing import Groups
 from ds_llmpq.serving.planning import make_plan
 from ds_llmpq.shipped import asset
@@ -35,7 +36,7 @@ def make_cluster(*types, host="localhost", kind=CPU):
 def wanted():
     path = str(asset("tiny-llama"))
     shape = read_shape(path)
-    setup = current_setup(shape, "float32", "dequantize", Groups())
+    setup = current_setup(shape, "float32", DEQUANTIZE, Groups())
     sizes = {"prefill": [1, 2], "decode": [1, 2, 4]}
     quant = QuantConfig(kernel="dequantize")
     return TimingTask(path, shape, WorkloadConfig(4, 13, 6), quant, "float32", (8, 16), sizes, setup)

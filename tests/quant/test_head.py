@@ -125,14 +125,15 @@ def test_every_kernel_multiplies_with_that_matrix_and_holds_what_the_memory_mode
     path, quant = path_of("llama-tied"), settings(bits, name)
     loading = loader(Checkpoint(path), quant, torch.bfloat16)
     embedding, head = loading.embedding(), loading.head()
-    by_kernel = name != "dequantize" and bits in KERNELS[name].carried
+    by_kernel = name != "dequantize" and bits in KERNELS[name].storage_bits
     assert isinstance(head.lm_head, KernelLinear if by_kernel else RowBlocks)
     found, expected = product(head.lm_head, matrix_of(path, bits), torch.bfloat16)
     assert (found - expected).norm() < TOLERANCE[name] * expected.norm()
-    memory = MemoryModel(read_shape(path), Groups(32), 2, name, bits)
+    memory = MemoryModel(read_shape(path), Groups(32), 2, KERNELS[name], bits)
     held = memory.stage_bytes([16, 16], 1, 1, first=True, last=True)
     assert (stored_bytes(embedding), stored_bytes(head)) == (held["embed"], held["head"])
-    plain = MemoryModel(read_shape(path), Groups(32), 2, name).stage_bytes([16, 16], 1, 1, first=True, last=True)
+    unquantized = MemoryModel(read_shape(path), Groups(32), 2, KERNELS[name])
+    plain = unquantized.stage_bytes([16, 16], 1, 1, first=True, last=True)
     assert plain["head"] == 64 * 2  # the norm: the matrix is the embedding's
 
 
@@ -143,7 +144,7 @@ def test_a_whole_stage_s_kernel_leaves_it_to_the_one_for_single_weights(path_of)
     graph = LayerLoader(Checkpoint(path), [8, 8], quant, torch.bfloat16, CPU, stage=range(2))
     head = graph.head()
     assert isinstance(head.lm_head, KernelLinear)
-    assert stored_bytes(head) == MemoryModel(read_shape(path), Groups(32), 2, "openvino_graph", 8).head_bytes()
+    assert stored_bytes(head) == MemoryModel(read_shape(path), Groups(32), 2, KERNELS["openvino_graph"], 8).head_bytes()
 
 
 def test_a_scored_row_has_logits_at_every_token(path_of, small_blocks):

@@ -12,8 +12,9 @@ from hqq.core.quantize import HQQLinear
 from ds_llmpq.errors import UserError
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.hqq import quantize_linear, stored_bytes
-from ds_llmpq.quant.kernel_linear import KernelLinear, converted, product_of
-from ds_llmpq.quant.kernels.registry import KERNELS, runs
+from ds_llmpq.quant.kernel_linear import KernelLinear, build_linears, build_product
+from ds_llmpq.quant.kernels.linears import effective_kernel
+from ds_llmpq.quant.kernels.registry import KERNELS
 from ds_llmpq.quant.packing import Groups
 from ds_llmpq.quant.unpacked_weight import stacked, unpack
 
@@ -27,7 +28,7 @@ WEIGHT_TOLERANCE = {"openvino": 1e-6, "torch_int4": 2**-7}
 CASES = [
     (name, bits, size)
     for name in THERE
-    for bits in KERNELS[name].carried
+    for bits in KERNELS[name].storage_bits
     for size in (*KERNELS[name].group_sizes, *(["row"] if KERNELS[name].per_channel else []))
 ]  # fmt: skip
 
@@ -51,7 +52,7 @@ def test_unpacked_is_what_hqq_dequantizes(bits, group_size):
 def test_products_are_those_of_the_dequantized_weight(name, bits, group_size):
     linear = quantized(80, 512, bits, group_size)
     weight = linear.dequantize()
-    product = product_of(name, unpack(linear), bits, torch.bfloat16)
+    product = build_product(KERNELS[name], unpack(linear), bits, torch.bfloat16)
     for rows in (1, 7, 33, 100):
         inputs = torch.randn(rows, 512, generator=torch.Generator().manual_seed(rows)).bfloat16()
         expected = inputs.float() @ weight.t()
@@ -65,7 +66,7 @@ def test_products_are_those_of_the_dequantized_weight(name, bits, group_size):
 def test_each_weight_is_the_same_number(name, bits, group_size):
     linear = quantized(32, 256, bits, group_size)
     weight, dtype = linear.dequantize(), torch.float32 if name == "openvino" else torch.bfloat16
-    found = product_of(name, unpack(linear), bits, torch.bfloat16)(torch.eye(256, dtype=dtype)).float().t()
+    found = build_product(KERNELS[name], unpack(linear), bits, torch.bfloat16)(torch.eye(256, dtype=dtype)).float().t()
     assert (found - weight).abs().max() <= WEIGHT_TOLERANCE[name] * weight.abs().max()
 
 
@@ -74,8 +75,8 @@ def test_linears_of_one_input_give_what_they_give_alone(name):
     torch.manual_seed(0)
     biases = [None, torch.randn(32).bfloat16(), torch.randn(16).bfloat16()]
     linears = [quantized(size, 128, 4, bias=bias, seed=size) for size, bias in zip((64, 32, 16), biases, strict=True)]
-    together = converted(name, linears, 4, Groups(), torch.bfloat16)
-    alone = [converted(name, [linear], 4, Groups(), torch.bfloat16)[0] for linear in linears]
+    together = build_linears(KERNELS[name], linears, 4, Groups(), torch.bfloat16)
+    alone = [build_linears(KERNELS[name], [linear], 4, Groups(), torch.bfloat16)[0] for linear in linears]
     assert all(isinstance(module, KernelLinear) for module in together)
     inputs = torch.randn(2, 3, 128).bfloat16()
     for order in ([0, 1, 2], [2, 0, 1], [1, 1, 0, 2]):
@@ -89,7 +90,7 @@ def test_linears_of_one_input_give_what_they_give_alone(name):
 
 @pytest.mark.parametrize("name", THERE)
 def test_inference_mode_and_plain_mode_mix(name):
-    module = converted(name, [quantized(32, 64, 4)], 4, Groups(), torch.bfloat16)[0]
+    module = build_linears(KERNELS[name], [quantized(32, 64, 4)], 4, Groups(), torch.bfloat16)[0]
     inputs = torch.randn(3, 64).bfloat16()
     with torch.inference_mode():
         inside = module(inputs)
@@ -99,22 +100,22 @@ def test_inference_mode_and_plain_mode_mix(name):
 @pytest.mark.parametrize("name", THERE)
 def test_held_bytes_are_counted_once(name):
     linears = [quantized(size, 128, 4, bias=torch.zeros(size).bfloat16()) for size in (64, 32)]
-    modules = torch.nn.ModuleList(converted(name, linears, 4, Groups(), torch.bfloat16))
-    product = product_of(name, stacked([unpack(linear) for linear in linears]), 4, torch.bfloat16)
+    modules = torch.nn.ModuleList(build_linears(KERNELS[name], linears, 4, Groups(), torch.bfloat16))
+    product = build_product(KERNELS[name], stacked([unpack(linear) for linear in linears]), 4, torch.bfloat16)
     assert stored_bytes(modules) == product.held_bytes + 2 * (64 + 32)
 
 
 def test_what_no_kernel_takes_stays_hqq_s():
     linear = quantized(64, 64, 8, dtype=torch.bfloat16)
-    assert runs("torch_int4", 64, 64, 8, Groups()) == "dequantize"
-    assert converted("torch_int4", [linear], 8, Groups(), torch.bfloat16) == [linear]
+    assert effective_kernel(KERNELS["torch_int4"], 64, 64, 8, Groups()).name == "dequantize"
+    assert build_linears(KERNELS["torch_int4"], [linear], 8, Groups(), torch.bfloat16) == [linear]
     assert isinstance(linear, HQQLinear)
 
 
 @pytest.mark.parametrize("name", THERE)
 def test_per_channel_stay_hqq_s_where_the_kernel_cannot_take_them(name):
     linear, groups = quantized(64, 512, 4, "row", dtype=torch.bfloat16), Groups(64, 1, (4,))
-    (module,) = converted(name, [linear], 4, groups, torch.bfloat16)
+    (module,) = build_linears(KERNELS[name], [linear], 4, groups, torch.bfloat16)
     assert isinstance(module, KernelLinear if KERNELS[name].per_channel else HQQLinear)
     inputs = torch.randn(5, 512).bfloat16()
     expected = inputs.float() @ linear.dequantize().float().t()
@@ -123,16 +124,16 @@ def test_per_channel_stay_hqq_s_where_the_kernel_cannot_take_them(name):
 
 def test_a_missing_library_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "gemlite.helper", None)
-    monkeypatch.delitem(sys.modules, "ds_llmpq.quant.kernels.gemlite", raising=False)
     with pytest.raises(UserError, match="kernel=gemlite needs gemlite"):
-        product_of("gemlite", unpack(quantized(32, 64, 4)), 4, torch.float16)
+        build_product(KERNELS["gemlite"], unpack(quantized(32, 64, 4)), 4, torch.float16)
 
 
 MEMORY = """
 import re
 import torch
 from ds_llmpq.engine.memory import release_freed
-from ds_llmpq.quant.kernel_linear import product_of
+from ds_llmpq.quant.kernel_linear import build_product
+from ds_llmpq.quant.kernels.registry import KERNELS
 from ds_llmpq.quant.unpacked_weight import UnpackedWeight
 
 def anonymous():
@@ -142,7 +143,7 @@ def anonymous():
 def product():
     codes = torch.randint(0, 16, (1024, 2048), dtype=torch.uint8)
     scale, zero = torch.rand(1024, 2048 // SIZE) + 1, 8 * torch.rand(1024, 2048 // SIZE)
-    made = product_of(NAME, UnpackedWeight(codes, scale, zero, SIZE), BITS, torch.bfloat16)
+    made = build_product(KERNELS[NAME], UnpackedWeight(codes, scale, zero, SIZE), BITS, torch.bfloat16)
     made(torch.randn(64, 2048).bfloat16())
     return made
 
@@ -157,7 +158,7 @@ print((anonymous() - before) / sum(made.held_bytes for made in more))
 @pytest.mark.parametrize("name", THERE)
 @pytest.mark.parametrize(("bits", "size"), [(4, 64), (8, 64), (8, 2048)])
 def test_held_bytes_are_what_the_process_grows_by(name, bits, size):
-    if bits not in KERNELS[name].carried:
+    if bits not in KERNELS[name].storage_bits:
         pytest.skip("runs through HQQ's own forward")
     code = f"NAME, BITS, SIZE = {name!r}, {bits}, {size}\n{MEMORY}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)

@@ -2,14 +2,17 @@
 
 import pytest
 
-from ds_llmpq.cost.kernels import linears_bytes, weight_bytes_read
 from ds_llmpq.cost.memory import MemoryModel
+from ds_llmpq.cost.products import layer_read_bytes
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.families import describe
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.quant.config import QuantConfig
-from ds_llmpq.quant.kernels import registry
+from ds_llmpq.quant.kernels import openvino, registry
+from ds_llmpq.quant.kernels.base import Kernel
+from ds_llmpq.quant.kernels.linears import effective_kernel, group_linears, layer_bytes
 from ds_llmpq.quant.packing import Groups
+from ds_llmpq.research.published_costs import KERNEL
 
 SHAPE = ModelShape.from_config(
     {
@@ -22,6 +25,7 @@ SHAPE = ModelShape.from_config(
         "vocab_size": 128,
     }
 )
+KERNELS = registry.KERNELS | {KERNEL.name: KERNEL}
 GROUPS, ROWS = Groups(), Groups(64, 1, (8,))
 
 
@@ -30,7 +34,7 @@ def installed(monkeypatch):
     """Sets which kernels' libraries are there."""
 
     def only(*names):
-        monkeypatch.setattr(registry, "version", lambda name: "1" if name in names else None)
+        monkeypatch.setattr(Kernel, "version", property(lambda self: "1" if self.name in names else None))
 
     return only
 
@@ -53,13 +57,13 @@ def installed(monkeypatch):
 )
 def test_auto_takes_the_first_that_is_there_and_able(installed, there, kind, dtype, quant, chosen):
     installed(*there)
-    assert registry.resolved(QuantConfig(**quant), [kind], dtype).kernel == chosen
-    assert registry.candidates(kind, dtype, QuantConfig(**quant))[0] == chosen
+    assert registry.select_kernel(QuantConfig(**quant), [kind], dtype).kernel == chosen
+    assert registry.list_candidates(kind, dtype, QuantConfig(**quant))[0].name == chosen
 
 
 def test_devices_of_two_kinds_share_only_hqq_s_own_forward(installed):
     installed("openvino", "gemlite")
-    assert registry.resolved(QuantConfig(), ["cpu", "cuda"], "bfloat16").kernel == "dequantize"
+    assert registry.select_kernel(QuantConfig(), ["cpu", "cuda"], "bfloat16").kernel == "dequantize"
 
 
 @pytest.mark.parametrize(
@@ -80,9 +84,9 @@ def test_auto_takes_whole_stages_where_they_can_be_had(
 ):
     installed(*there)
     instructions = frozenset({"avx2", "avx512_bf16"} if bfloat16 else {"avx2"})
-    monkeypatch.setattr(registry, "_instructions", lambda: instructions)
+    monkeypatch.setattr(openvino, "_instructions", lambda: instructions)
     spec, quant = spec_of(architecture), QuantConfig(**quant)
-    found = registry.resolved(quant, ["cpu"], "bfloat16", spec=spec, batch_invariant=batch_invariant)
+    found = registry.select_kernel(quant, ["cpu"], "bfloat16", spec=spec, batch_invariant=batch_invariant)
     assert found.kernel == chosen
 
 
@@ -100,8 +104,8 @@ def test_float32_takes_whole_stages_where_there_is_no_bfloat16(
     installed, monkeypatch, instructions, quant, architecture, chosen
 ):
     installed("openvino_graph", "openvino")
-    monkeypatch.setattr(registry, "_instructions", lambda: frozenset(instructions))
-    assert registry.resolved(QuantConfig(**quant), ["cpu"], "float32", spec=spec_of(architecture)).kernel == chosen
+    monkeypatch.setattr(openvino, "_instructions", lambda: frozenset(instructions))
+    assert registry.select_kernel(QuantConfig(**quant), ["cpu"], "float32", spec=spec_of(architecture)).kernel == chosen
 
 
 def spec_of(architecture):
@@ -112,7 +116,7 @@ def spec_of(architecture):
 def test_whole_stages_that_were_asked_for_must_be_possible():
     def asked(batch_invariant=False, architecture="llama", **quant):
         quant = QuantConfig(kernel="openvino_graph", **quant)
-        return registry.resolved(quant, ["cpu"], "bfloat16", (), None, spec_of(architecture), batch_invariant)
+        return registry.select_kernel(quant, ["cpu"], "bfloat16", (), None, spec_of(architecture), batch_invariant)
 
     assert asked().kernel == "openvino_graph"
     with pytest.raises(UserError, match="its attention does not cap scores"):
@@ -127,14 +131,14 @@ def test_whole_stages_that_were_asked_for_must_be_possible():
 
 def test_batch_invariance_is_refused_in_one_sentence():
     with pytest.raises(UserError, match=r"plan with quant\.kernel=openvino"):
-        registry.check_invariant("openvino_graph", True)
-    registry.check_invariant("openvino", True)
-    registry.check_invariant(None, True)
+        registry.check_batch_invariant(KERNELS["openvino_graph"], True)
+    registry.check_batch_invariant(KERNELS["openvino"], True)
+    registry.check_batch_invariant(registry.find_stage_kernel(None), True)
 
 
 def test_a_profile_of_whole_stages_gives_single_products_where_those_are_ruled_out(installed):
     installed("openvino_graph", "openvino")
-    found = registry.resolved(QuantConfig(), ["cpu"], "bfloat16", (), "openvino_graph", spec_of("llama"), True)
+    found = registry.select_kernel(QuantConfig(), ["cpu"], "bfloat16", (), "openvino_graph", spec_of("llama"), True)
     assert found.kernel == "openvino"
 
 
@@ -142,45 +146,50 @@ def test_a_kernel_that_would_make_small_layers_larger_is_passed_over(installed):
     installed("openvino", "torch_int4")
     small = SHAPE.linears
     large = [(name, 8 * out, 8 * into) for name, out, into, *_ in small]
-    assert registry.resolved(QuantConfig(), ["cpu"], "bfloat16", small).kernel == "torch_int4"
-    assert registry.resolved(QuantConfig(), ["cpu"], "bfloat16", large).kernel == "openvino"
-    assert registry.candidates("cpu", "bfloat16", QuantConfig(), small) == ["torch_int4", "dequantize"]
+    assert registry.select_kernel(QuantConfig(), ["cpu"], "bfloat16", small).kernel == "torch_int4"
+    assert registry.select_kernel(QuantConfig(), ["cpu"], "bfloat16", large).kernel == "openvino"
+    found = registry.list_candidates("cpu", "bfloat16", QuantConfig(), small)
+    assert found == [KERNELS["torch_int4"], KERNELS["dequantize"]]
 
 
 def test_a_profile_s_kernel_goes_before_the_table(installed):
     installed("openvino", "torch_int4")
     quant = QuantConfig()
-    assert registry.resolved(quant, ["cpu"], "bfloat16", measured="torch_int4").kernel == "torch_int4"
-    assert registry.resolved(quant, ["cpu"], "bfloat16", measured="dequantize").kernel == "dequantize"
-    assert registry.resolved(quant, ["cpu"], "float32", measured="openvino").kernel == "dequantize"
+    assert registry.select_kernel(quant, ["cpu"], "bfloat16", measured="torch_int4").kernel == "torch_int4"
+    assert registry.select_kernel(quant, ["cpu"], "bfloat16", measured="dequantize").kernel == "dequantize"
+    assert registry.select_kernel(quant, ["cpu"], "float32", measured="openvino").kernel == "dequantize"
 
 
 def test_a_kernel_that_was_asked_for_need_not_be_installed_here_but_must_be_able(installed):
     installed()
-    assert registry.resolved(QuantConfig(kernel="gemlite"), ["cuda"], "float16").kernel == "gemlite"
+    assert registry.select_kernel(QuantConfig(kernel="gemlite"), ["cuda"], "float16").kernel == "gemlite"
     with pytest.raises(UserError, match="kernel=gemlite cannot be used: it runs on cuda, not on cpu"):
-        registry.resolved(QuantConfig(kernel="gemlite"), ["cpu"], "bfloat16")
+        registry.select_kernel(QuantConfig(kernel="gemlite"), ["cpu"], "bfloat16")
     with pytest.raises(UserError, match="computes in bfloat16, not in float32"):
-        registry.resolved(QuantConfig(kernel="openvino"), ["cpu"], "float32")
+        registry.select_kernel(QuantConfig(kernel="openvino"), ["cpu"], "float32")
     with pytest.raises(UserError, match="'magic'"):
-        registry.resolved(QuantConfig(kernel="magic"), ["cpu"], "float32")
+        registry.select_kernel(QuantConfig(kernel="magic"), ["cpu"], "float32")
+
+
+def effective(name, *size_bits_groups):
+    return effective_kernel(KERNELS[name], *size_bits_groups).name
 
 
 def test_widths_and_shapes_a_kernel_cannot_take_run_through_hqq():
-    assert registry.runs("torch_int4", 64, 64, 4, GROUPS) == "torch_int4"
-    assert registry.runs("torch_int4", 64, 64, 8, GROUPS) == "dequantize"
-    assert registry.runs("torch_int4", 72, 64, 4, GROUPS) == "dequantize"
-    assert registry.runs("gemlite", 64, 80, 4, GROUPS) == "dequantize"
-    assert registry.runs("openvino", 72, 64, 1, GROUPS) == "openvino"
-    assert registry.runs("openvino", 64, 64, 16, GROUPS) == "dequantize"
+    assert effective("torch_int4", 64, 64, 4, GROUPS) == "torch_int4"
+    assert effective("torch_int4", 64, 64, 8, GROUPS) == "dequantize"
+    assert effective("torch_int4", 72, 64, 4, GROUPS) == "dequantize"
+    assert effective("gemlite", 64, 80, 4, GROUPS) == "dequantize"
+    assert effective("openvino", 72, 64, 1, GROUPS) == "openvino"
+    assert effective("openvino", 64, 64, 16, GROUPS) == "dequantize"
 
 
 def test_per_channel_run_only_where_the_table_says_so():
     rows = Groups(64, 1, (4, 8))
-    assert registry.runs("openvino", 64, 512, 8, rows) == registry.runs("openvino", 64, 512, 2, rows) == "openvino"
-    assert registry.runs("torch_int4", 64, 512, 4, rows) == registry.runs("gemlite", 64, 512, 8, rows) == "dequantize"
-    assert registry.runs("torch_int4", 64, 512, 3, rows) == "torch_int4"
-    assert registry.runs("gemlite", 64, 512, 2, rows) == "gemlite"
+    assert effective("openvino", 64, 512, 8, rows) == effective("openvino", 64, 512, 2, rows) == "openvino"
+    assert effective("torch_int4", 64, 512, 4, rows) == effective("gemlite", 64, 512, 8, rows) == "dequantize"
+    assert effective("torch_int4", 64, 512, 3, rows) == "torch_int4"
+    assert effective("gemlite", 64, 512, 2, rows) == "gemlite"
 
 
 def test_linears_of_one_input_go_together_only_where_all_can():
@@ -188,7 +197,7 @@ def test_linears_of_one_input_go_together_only_where_all_can():
     linears += [("m.gate_proj", 96, 64), ("m.up_proj", 96, 64), ("m.down_proj", 64, 96)]
 
     def names(kernel, bits):
-        return [[entry[0] for entry in group] for group in registry.grouped(kernel, linears, bits, GROUPS)]
+        return [[entry[0] for entry in group] for group in group_linears(KERNELS[kernel], linears, bits, GROUPS)]
 
     apart = [[entry[0]] for entry in linears]
     qkv, mlp = ["a.q_proj", "a.k_proj", "a.v_proj"], ["m.gate_proj", "m.up_proj"]
@@ -202,20 +211,20 @@ def test_linears_of_one_input_go_together_only_where_all_can():
 
 def test_bytes_by_hand():
     """64 x 128 weights in groups of 64: 128 groups."""
-    assert registry.read_bytes("openvino", 64, 128, 8, 64, 2) == 64 * 128 + 128 * 9
-    assert registry.read_bytes("openvino", 64, 128, 2, 64, 2) == 64 * 128 // 4 + 128 * 9
-    assert registry.held_bytes("torch_int4", 64, 128, 3, 64, 2) == 64 * 128 // 2 + 128 * 4
-    assert registry.held_bytes("gemlite", 64, 128, 8, 64, 2) == 64 * 128 + 128 * 4
+    assert KERNELS["openvino"].read_bytes(64, 128, 8, GROUPS, 2) == 64 * 128 + 128 * 9
+    assert KERNELS["openvino"].read_bytes(64, 128, 2, GROUPS, 2) == 64 * 128 // 4 + 128 * 9
+    assert KERNELS["torch_int4"].weight_bytes(64, 128, 3, GROUPS, 2) == 64 * 128 // 2 + 128 * 4
+    assert KERNELS["gemlite"].weight_bytes(64, 128, 8, GROUPS, 2) == 64 * 128 + 128 * 4
 
 
 def test_bytes_of_per_channel_by_hand():
     """A layer at 8 bits against groups of 64: a scale, a zero and a correction a row instead of one for each group."""
     rows, wide = sum(out for _, out, *_ in SHAPE.linears), SHAPE.linear_weights // 64
     for kernel, each in (("openvino", 9), ("dequantize", 2 * 2)):
-        apart, whole = (MemoryModel(SHAPE, groups, 2, kernel) for groups in (GROUPS, ROWS))
+        apart, whole = (MemoryModel(SHAPE, groups, 2, KERNELS[kernel]) for groups in (GROUPS, ROWS))
         assert apart.layer_bytes(8) - whole.layer_bytes(8) == each * (wide - rows)
         assert apart.layer_bytes(4) == whole.layer_bytes(4)
-    read = weight_bytes_read(SHAPE, 8, "openvino", ROWS, 2)
+    read = layer_read_bytes(SHAPE, 8, KERNELS["openvino"], ROWS, 2)
     assert read == SHAPE.linear_weights + 9 * rows
 
 
@@ -225,28 +234,28 @@ def test_models_of_cost_agree_on_a_kernel(bits, groups):
     for kernel in ("openvino_graph", "openvino", "torch_int4", "gemlite", "dequantize"):
         if kernel == "openvino_graph" and bits == 2:
             continue
-        layer = MemoryModel(SHAPE, groups, 2, kernel).layer_bytes(bits)
-        assert layer == linears_bytes(SHAPE, bits, kernel, groups, 2) + 2 * SHAPE.layer_other_parameters
+        layer = MemoryModel(SHAPE, groups, 2, KERNELS[kernel]).layer_bytes(bits)
+        assert layer == layer_bytes(KERNELS[kernel], SHAPE.linears, bits, groups, 2) + 2 * SHAPE.layer_other_parameters
         unable = ("torch_int4", "gemlite") if groups == ROWS else ("torch_int4",)
         plain = kernel == "dequantize" or (kernel in unable and bits == 8)
-        read = weight_bytes_read(SHAPE, bits, kernel, groups, 2)
+        read = layer_read_bytes(SHAPE, bits, KERNELS[kernel], groups, 2)
         assert (read == 2 * SHAPE.linear_weights) == plain
         assert plain or read <= layer
 
 
 def test_workspace_of_a_kernel():
     def of(kernel, groups=GROUPS):
-        return MemoryModel(SHAPE, groups, 2, kernel).workspace_parts(4, 8, 0, True)["dequantized"]
+        return MemoryModel(SHAPE, groups, 2, KERNELS[kernel]).workspace_parts(4, 8, 0, True)["dequantized"]
 
     assert of("gemlite") == of("fused") == 0
     assert of("torch_int4") == of("dequantize") == 3 * 256 * 512 * 2  # its 8 bits run through HQQ's own forward
     assert of("gemlite", ROWS) == of("dequantize")
-    assert of("openvino") == of("openvino", ROWS) == registry.OPENVINO_ROWS * (512 + 2 * 512) * 4
+    assert of("openvino") == of("openvino", ROWS) == openvino.PRODUCT_ROWS * (512 + 2 * 512) * 4
 
 
 def test_memory_of_whole_stages():
     """The cache comes in blocks; buffers are the same for any pass, quantized or not."""
-    of_graph, by_layer = (MemoryModel(SHAPE, GROUPS, 2, kernel) for kernel in ("openvino_graph", "dequantize"))
+    of_graph, by_layer = (MemoryModel(SHAPE, GROUPS, 2, KERNELS[kernel]) for kernel in ("openvino_graph", "dequantize"))
     assert of_graph.kv_bytes_per_sequence_layer(1) == 32 * by_layer.kv_bytes_per_sequence_layer(1)
     assert of_graph.kv_bytes_per_sequence_layer(64) == by_layer.kv_bytes_per_sequence_layer(64)
     small, large = (of_graph.workspace_parts(rows, tokens, 0, False) for rows, tokens in ((1, 1), (8, 500)))

@@ -16,18 +16,19 @@ from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.models.spec import ACTIVATIONS
 from ds_llmpq.models.step import Step
-from ds_llmpq.quant import layers
+from ds_llmpq.quant import torch_cpu
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.hqq import stored_bytes
-from ds_llmpq.quant.kernels.registry import CACHE_BLOCK, GRAPH_TOKENS, runs_here
-from ds_llmpq.quant.layers import LayerLoader
+from ds_llmpq.quant.kernels.dequantize import DEQUANTIZE
+from ds_llmpq.quant.kernels.openvino import CACHE_BLOCK, GRAPH_TOKENS, OPENVINO, OPENVINO_GRAPH
+from ds_llmpq.quant.layers import LayerLoader, StageMember
 from ds_llmpq.quant.packing import Groups
 from ds_llmpq.quant.torch_cpu import computes_in_bfloat16
 
 if not importlib.util.find_spec("openvino") or not computes_in_bfloat16():
     pytest.skip("needs OpenVINO, and a processor with bfloat16 arithmetic", allow_module_level=True)
 
-from ds_llmpq.quant.kernels.openvino_graph.stage_graph import GraphMember, StageGraph, chunks
+from ds_llmpq.quant.kernels.openvino_graph.stage_graph import StageGraph, chunks
 
 CPU = torch.device("cpu")
 LAYERS, SLOTS, CAPACITY = 3, 5, 320
@@ -233,17 +234,17 @@ def test_chunks_hold_each_token_once_and_in_order():
 def test_held_bytes_are_the_memory_model_s(checkpoint_of, bits, dtype):
     path = checkpoint_of("llama-biased")
     stage = Stage(path, bits, dtype=dtype)
-    memory = MemoryModel(read_shape(path), Groups(32), dtype.itemsize, "openvino_graph")
+    memory = MemoryModel(read_shape(path), Groups(32), dtype.itemsize, OPENVINO_GRAPH)
     assert stored_bytes(stage.layers) == sum(map(memory.layer_bytes, bits))
-    assert [type(layer) for layer in stage.layers] == [GraphMember, GraphMember, StageGraph]
+    assert [type(layer) for layer in stage.layers] == [StageMember, StageMember, StageGraph]
 
 
 def test_without_a_stage_layers_multiply_one_by_one(checkpoint_of):
     quant = QuantConfig([4], 32, 1, False, "openvino_graph")
     loader = LayerLoader(Checkpoint(checkpoint_of("llama")), [4] * 3, quant, torch.bfloat16, CPU)
-    assert loader.kernel == "openvino"
-    assert replace(loader, dtype=torch.float32).kernel == "dequantize"
-    assert replace(loader, stage=range(3), dtype=torch.float32).kernel == "openvino_graph"
+    assert loader.kernel is OPENVINO
+    assert replace(loader, dtype=torch.float32).kernel is DEQUANTIZE
+    assert replace(loader, stage=range(3), dtype=torch.float32).kernel is OPENVINO_GRAPH
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -260,7 +261,7 @@ def test_activations(tmp_path_factory, activation):
 
 def test_a_processor_or_library_that_cannot_is_said(checkpoint_of, monkeypatch):
     path = checkpoint_of("llama")
-    monkeypatch.setattr(layers, "computes_in_bfloat16", lambda: False)
+    monkeypatch.setattr(torch_cpu, "computes_in_bfloat16", lambda: False)
     with pytest.raises(UserError, match=r"needs a processor with bfloat16 arithmetic; plan with engine\.dtype=float32"):
         Stage(path, [4] * 3)
     monkeypatch.setitem(sys.modules, "ds_llmpq.quant.kernels.openvino_graph.stage_graph", None)
@@ -269,8 +270,8 @@ def test_a_processor_or_library_that_cannot_is_said(checkpoint_of, monkeypatch):
 
 
 def test_this_processor_is_seen_as_torch_sees_it():
-    assert runs_here("openvino_graph", "bfloat16")
-    assert not runs_here("openvino_graph", "float32")
+    assert OPENVINO_GRAPH.is_usable("bfloat16")
+    assert not OPENVINO_GRAPH.is_usable("float32")
 
 
 MEMORY = """
@@ -283,6 +284,7 @@ from ds_llmpq.cost.memory import MemoryModel
 from ds_llmpq.quant.layers import LayerLoader
 from ds_llmpq.quant.packing import Groups
 from ds_llmpq.quant.config import QuantConfig
+from ds_llmpq.quant.kernels.openvino import OPENVINO_GRAPH
 
 cpu, (path, bits) = torch.device("cpu"), sys.argv[1:]
 quant = QuantConfig([int(bits)], 64, 1, False, "openvino_graph")
@@ -293,7 +295,7 @@ before = held_bytes(cpu)
 loader = LayerLoader(checkpoint, [int(bits)] * 8, quant, torch.bfloat16, cpu, stage=range(8))
 layers = [loader.decoder_layer(index) for index in range(8)]
 release_freed()
-memory = MemoryModel(read_shape(path), Groups(), 2, "openvino_graph")
+memory = MemoryModel(read_shape(path), Groups(), 2, OPENVINO_GRAPH)
 said = 8 * memory.layer_bytes(int(bits)) + memory.workspace_parts(1, 1, 0, True)["dequantized"]
 print((held_bytes(cpu) - before) / said)
 """

@@ -1,99 +1,172 @@
-"""Quantized products by OpenVINO's CPU plugin, one by one; `openvino_graph.constants` says how they are computed."""
+"""OpenVINO on CPUs: single products (`openvino`), and all layers of a stage as one graph (`openvino_graph`).
+
+`openvino_graph.constants` says how a product with HQQ's weights is computed, `openvino_graph.stage_graph` what the
+graph of a stage is.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
-import openvino
-import torch
-from openvino import opset13
+from ds_llmpq.errors import UserError
+from ds_llmpq.models.shape import ModelShape
+from ds_llmpq.models.spec import DecoderSpec, ExpertsSpec
+from ds_llmpq.quant.config import QuantConfig
+from ds_llmpq.quant.kernels.base import ATTENTION_INPUT, SHARED_INPUTS, Kernel
+from ds_llmpq.quant.packing import UNQUANTIZED_BITS, Groups
+from ds_llmpq.versions import EXTRAS
 
-from ds_llmpq.quant.kernels.openvino_graph.constants import (
-    Constants,
-    core,
-    input_group,
-    product,
-    quantized_constants,
-    threading_properties,
-)
-from ds_llmpq.quant.kernels.registry import KERNELS, OPENVINO_ROWS, held_bytes
-from ds_llmpq.quant.unpacked_weight import UnpackedWeight
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
+    from ds_llmpq.quant.kernels.openvino_graph.constants import Constants
+    from ds_llmpq.quant.kernels.openvino_graph.single_product import OpenVinoProduct
+    from ds_llmpq.quant.unpacked_weight import UnpackedWeight
 
-class OpenVinoLinear:
-    """Multiplies inputs [rows, in] with one weight [out, in]; several linears of one input are one weight, stacked."""
-
-    def __init__(self, weight: UnpackedWeight, bits: int):
-        out_features, self.in_features = weight.codes.shape
-        self.out_features = out_features
-        self.carried = KERNELS["openvino"].carried[bits]
-        self._constants = quantized_constants(weight, self.carried)
-        self._request = _compiled(self._constants)
-        self._bound: tuple[int, int, int] | None = None
-        # packs the weight and takes all buffers, so that what this frees can be given back before serving
-        self._run(torch.zeros(OPENVINO_ROWS, self.in_features), torch.empty(OPENVINO_ROWS, out_features))
-        self._constants.drop_pages()
-        self.held_bytes = held_bytes("openvino", out_features, self.in_features, bits, weight.group_size, 0)
-
-    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
-        """[rows, in] of any floating type -> [rows, out] of the same."""
-        rows = inputs.shape[0]
-        outputs = inputs.new_empty(rows, self.out_features)
-        for start in range(0, rows, OPENVINO_ROWS):
-            stop = min(start + OPENVINO_ROWS, rows)
-            self._run(inputs[start:stop], outputs[start:stop])
-        return outputs
-
-    def _run(self, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
-        rows = inputs.shape[0]
-        source, target = _buffer("in", rows, self.in_features), _buffer("out", rows, self.out_features)
-        self._bind(source, target)
-        with _one_thread():
-            source.copy_(inputs)
-            self._request.infer(share_outputs=True)
-            outputs.copy_(target)
-
-    def _bind(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        wanted = (source.shape[0], source.data_ptr(), target.data_ptr())
-        if wanted != self._bound:
-            self._request.set_input_tensor(openvino.Tensor(source.numpy(), shared_memory=True))
-            self._request.set_output_tensor(openvino.Tensor(target.numpy(), shared_memory=True))
-            self._bound = wanted
+CACHE_BLOCK = 32  # positions: attention inside of OpenVINO's graph knows no other size on a processor
+GRAPH_TOKENS = 128  # that run through such a graph at a time: its buffers grow with them, its speed no longer does
+PRODUCT_ROWS = 32  # multiplied at a time: what OpenVINO keeps for itself grows with them, speed hardly does
+# Measured by resident memory over 64 to 10752 outputs and 1536 to 5632 inputs: a compiled model as such, and, for each
+# of `PRODUCT_ROWS`, its outputs (of the product, of the correction, their sum) and its quantized input.
+_PRODUCT_BYTES = 550_000
+_PRODUCT_ROW_BYTES_OUT = 12.2
+_PRODUCT_ROW_BYTES_IN = 1.1
+# Likewise, over 1 to 12 layers of 135M and 850M at 16, 8 and 4 bits: a layer of a stage's graph beside its weights, and
+# the graph as such.
+_GRAPH_LAYER_BYTES, _GRAPH_BYTES = 1_400_000, 12_000_000
+# A float32 scale, an 8-bit zero, and a float32 correction for what rounding the zero left out.
+_GROUP_BYTES = 9
+_FLOAT32_BYTES = 4
+_REMEDY = "use quant.kernel=openvino or quant.kernel=dequantize."
 
 
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """OpenVINO's threads stay awake for a while after a product; torch's, for the little that is around it, would
-    compete with them for the cores."""
-    threads = torch.get_num_threads()
-    if threads == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+class _OpenVino(Kernel):
+    """What both have in common."""
+
+    source = "measured by resident memory on one processor with AVX-512 (docs/kernels.md)"
+    library = "openvino"
+    kinds = ("cpu",)
+    group_sizes = (32, 64, 128, 256)
+    per_channel = True
+    integer_activations = True
+    own_threads = True
+
+    def read_bytes(self, out_features: int, in_features: int, bits: int, groups: Groups, dtype_bytes: int) -> int:
+        weights = out_features * in_features
+        return weights * self.storage_bits[bits] // 8 + _GROUP_BYTES * (weights // groups.of(bits, in_features))
 
 
-_buffers: dict[str, torch.Tensor] = {}
+class OpenVino(_OpenVino):
+    name = "openvino"
+    dtypes = ("bfloat16",)
+    storage_bits: ClassVar[Mapping[int, int]] = {1: 2, 2: 2, 3: 4, 4: 4, 8: 8}
+    shared_inputs = SHARED_INPUTS
+
+    def weight_bytes(self, out_features: int, in_features: int, bits: int, groups: Groups, dtype_bytes: int) -> int:
+        """With what a compiled model and its buffers take."""
+        row = _PRODUCT_ROW_BYTES_OUT * out_features + _PRODUCT_ROW_BYTES_IN * in_features
+        read = self.read_bytes(out_features, in_features, bits, groups, dtype_bytes)
+        return read + _PRODUCT_BYTES + round(PRODUCT_ROWS * row)
+
+    def workspace_bytes(self, products: Sequence[tuple[int, int]], dtype_bytes: int) -> int:
+        """One buffer for inputs and one for outputs, shared by all products."""
+        widest = max(out for out, _ in products) + max(into for _, into in products)
+        return PRODUCT_ROWS * widest * _FLOAT32_BYTES
+
+    def build(self, weight: UnpackedWeight, bits: int, dtype: torch.dtype) -> OpenVinoProduct:
+        from ds_llmpq.quant.kernels.openvino_graph.single_product import OpenVinoProduct
+
+        out_features, in_features = weight.codes.shape
+        held = self.weight_bytes(out_features, in_features, bits, Groups(weight.group_size), dtype.itemsize)
+        return OpenVinoProduct(weight, self.storage_bits[bits], held)
 
 
-def _buffer(name: str, rows: int, features: int) -> torch.Tensor:
-    """A float32 view [rows, features] of the one buffer that all products of this process share."""
-    held = _buffers.get(name)
-    if held is None or held.numel() < rows * features:
-        with torch.inference_mode(False):  # else it could not be written outside of that mode
-            held = _buffers[name] = torch.empty(OPENVINO_ROWS * features)
-    return held[: rows * features].view(rows, features)
+class OpenVinoGraph(_OpenVino):
+    name = "openvino_graph"
+    dtypes = ("bfloat16", "float32")
+    storage_bits: ClassVar[Mapping[int, int]] = {3: 4, 4: 4, 8: 8}
+    # gate and up apart take the activation into their products
+    shared_inputs = (ATTENTION_INPUT,)
+    cache_block = CACHE_BLOCK
+    whole_stage = True
+    layer_overhead_bytes = _GRAPH_LAYER_BYTES
+
+    @property
+    def product_kernel(self) -> Kernel:
+        return OPENVINO
+
+    def unsupported_reason(self, kind: str, dtype: str, quant: QuantConfig, spec: DecoderSpec | None) -> str | None:
+        if reason := super().unsupported_reason(kind, dtype, quant, spec):
+            return reason
+        if spec is not None and spec.attention.soft_cap is not None:
+            return "its attention does not cap scores, as this model's does (attn_logit_softcapping)"
+        if spec is not None and any(isinstance(layer.mlp, ExpertsSpec) for layer in spec.layers):
+            return "it has no mixtures of experts"
+        if dtype == "float32" and quant.lm_head_bits < UNQUANTIZED_BITS:
+            return f"in float32 nothing but dequantize multiplies with an lm_head of {quant.lm_head_bits} bits"
+        for bits in quant.bits:
+            if bits not in self.storage_bits and bits != UNQUANTIZED_BITS:
+                return f"it has no layers of {bits} bits"
+        return None
+
+    def is_usable(self, dtype: str) -> bool:
+        """Where the processor has arithmetic for `dtype`; where it has bfloat16, float32 is left to `dequantize`."""
+        if not super().is_usable(dtype):
+            return False
+        instructions = _instructions()
+        bfloat16 = bool({"avx512_bf16", "amx_bf16"} & instructions)
+        return bfloat16 if dtype == "bfloat16" else "avx2" in instructions and not bfloat16
+
+    def stage_workspace_bytes(self, shape: ModelShape) -> int:
+        """The graph as such, and the tensors of one layer in 32 bits, for as many tokens as run at a time."""
+        width = 2 * shape.hidden + 3 * shape.intermediate + (2 * shape.heads + 2 * shape.kv_heads) * shape.head_dim
+        return _GRAPH_BYTES + GRAPH_TOKENS * width * _FLOAT32_BYTES
+
+    def check_stage(self, dtype: torch.dtype) -> None:
+        """`UserError`: OpenVINO is missing, or one whose paged attention is not that of the versions tried; the
+        processor has no arithmetic for `dtype`."""
+        import torch
+
+        from ds_llmpq.quant.torch_cpu import computes_in_bfloat16
+
+        try:
+            import ds_llmpq.quant.kernels.openvino_graph.stage_graph  # noqa: F401
+        except ImportError as error:
+            raise UserError(
+                f"quant.kernel={self.name} needs OpenVINO {EXTRAS['cpu']['openvino']}, which cannot be imported here "
+                f"({error}); install ds_llmpq[cpu], or {_REMEDY}"
+            ) from None
+        if dtype == torch.bfloat16 and not computes_in_bfloat16():
+            raise UserError(
+                f"quant.kernel={self.name} in bfloat16 needs a processor with bfloat16 arithmetic; plan with "
+                f"engine.dtype=float32, or {_REMEDY}"
+            )
+
+    def open_stage(self, first_layer: int, dtype: torch.dtype) -> nn.Module:
+        from ds_llmpq.quant.kernels.openvino_graph.stage_graph import StageGraph
+
+        return StageGraph(first_layer, dtype)
+
+    def hold(self, weight: UnpackedWeight | torch.Tensor, bits: int) -> Constants:
+        from ds_llmpq.quant.kernels.openvino_graph.constants import plain_constants, quantized_constants
+
+        if bits == UNQUANTIZED_BITS:
+            return plain_constants(weight)
+        return quantized_constants(weight, self.storage_bits[bits])
 
 
-def _compiled(weight: Constants) -> openvino.InferRequest:
-    inputs = opset13.parameter([-1, weight.in_features], openvino.Type.f32)
-    model = openvino.Model([opset13.result(product(inputs, weight))], [inputs])
-    properties = threading_properties() | {
-        "INFERENCE_PRECISION_HINT": "f32",
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(input_group(weight.group_size, weight.in_features)),
-    }
-    return core().compile_model(model, "CPU", properties).create_infer_request()
+@cache
+def _instructions() -> frozenset[str]:
+    """Of the processor, as Linux lists them; elsewhere they are not known, and taken as absent."""
+    with contextlib.suppress(OSError):
+        return frozenset(Path("/proc/cpuinfo").read_text().split())
+    return frozenset()
+
+
+OPENVINO = OpenVino()
+OPENVINO_GRAPH = OpenVinoGraph()

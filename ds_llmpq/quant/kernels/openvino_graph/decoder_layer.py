@@ -16,8 +16,8 @@ from openvino.op import _PagedAttentionExtension
 
 from ds_llmpq.models.block import Attention, Block, Norm
 from ds_llmpq.models.ends import compute_alibi_slopes
+from ds_llmpq.quant.kernels.openvino import CACHE_BLOCK
 from ds_llmpq.quant.kernels.openvino_graph.constants import Constants, product, wide
-from ds_llmpq.quant.kernels.registry import CACHE_BLOCK
 
 
 def _scalar(value: float) -> Node:

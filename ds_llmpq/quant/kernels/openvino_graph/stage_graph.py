@@ -20,6 +20,7 @@ from torch import nn
 from ds_llmpq.models.block import Block
 from ds_llmpq.models.spec import DecoderSpec
 from ds_llmpq.models.step import Step
+from ds_llmpq.quant.kernels.openvino import CACHE_BLOCK, GRAPH_TOKENS
 from ds_llmpq.quant.kernels.openvino_graph.constants import (
     Constants,
     convert,
@@ -29,7 +30,6 @@ from ds_llmpq.quant.kernels.openvino_graph.constants import (
     wide,
 )
 from ds_llmpq.quant.kernels.openvino_graph.decoder_layer import LayerNodes, Rows, cache_parameter
-from ds_llmpq.quant.kernels.registry import CACHE_BLOCK, GRAPH_TOKENS
 
 
 class _Kind(NamedTuple):
@@ -235,13 +235,6 @@ class _ScratchStore:
 
     def blocks(self, layer_idx: int) -> torch.Tensor:
         return self._blocks
-
-
-class GraphMember(nn.Module):
-    """Stands for a layer that runs inside the stage's graph, which the stage's last layer holds."""
-
-    def forward(self, step: Step) -> Step:
-        return step
 
 
 def chunks(lengths: list[int], places: list[tuple[int, int]]) -> Iterator[list[Piece]]:

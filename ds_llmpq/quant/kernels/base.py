@@ -1,0 +1,152 @@
+"""What a kernel is: one way to multiply with quantized weights, and all that planning and loading ask about it.
+
+A backend is one file in this package with a subclass of `Kernel`, and one line in `registry.py`; nothing outside of its
+file asks for its name. Plans are made without torch, so a file imports torch and its library inside of `build`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Protocol
+
+from ds_llmpq.models.shape import ModelShape
+from ds_llmpq.models.spec import DecoderSpec
+from ds_llmpq.quant.config import QuantConfig
+from ds_llmpq.quant.packing import Groups
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from ds_llmpq.quant.unpacked_weight import UnpackedWeight
+
+# Linears of a decoder layer that read the same input, by the last part of their names.
+ATTENTION_INPUT = ("q_proj", "k_proj", "v_proj")
+SHARED_INPUTS = (ATTENTION_INPUT, ("gate_proj", "up_proj"), ("w1", "w3"))
+
+
+class Product(Protocol):
+    """A weight in a kernel's own layout. `held_bytes`: what it takes, without bias."""
+
+    held_bytes: int
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        """[rows, in] -> [rows, out]."""
+
+
+class Kernel:
+    """One way to run quantized linears: what it can take, what it holds and reads, and how it is built.
+
+    name: as `quant.kernel` and files have it. source: where its figures come from.
+    library: the distribution that it needs, whose version profiles note.
+    kinds, dtypes: of devices, and compute dtypes, that it runs in.
+    storage_bits: for each bit width the bits in which its codes are held.
+    group_sizes: that it takes, along the input. per_channel: it also takes one group a row, of any length.
+    out_multiple, in_multiple: what features must divide by.
+    shared_inputs: linears of one input that are held and run as one.
+    integer_activations: inputs are rounded to 8 bits by groups, and sums are taken in integers.
+    own_threads: products run on threads of its library's own.
+    cache_block: positions in a block of the KV cache; slots take whole blocks.
+    whole_stage: all layers of a stage, unquantized ones too, run as one graph, and sums depend on all rows of a pass.
+    layer_overhead_bytes: held for each layer beside its weights.
+    """
+
+    name: str
+    source: str
+    library: str | None = None
+    kinds: tuple[str, ...] = ("cpu", "cuda")
+    dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
+    storage_bits: Mapping[int, int] = MappingProxyType({})
+    group_sizes: tuple[int, ...] = ()
+    out_multiple = 1
+    in_multiple = 1
+    per_channel = False
+    shared_inputs: Sequence[Sequence[str]] = ()
+    integer_activations = False
+    own_threads = False
+    cache_block = 1
+    whole_stage = False
+    layer_overhead_bytes = 0
+
+    @property
+    def product_kernel(self) -> Kernel:
+        """What multiplies with a weight by itself, as with lm_head, where this kernel runs the layers."""
+        return self
+
+    @property
+    def version(self) -> str | None:
+        """Of the library as installed here; None where it is missing."""
+        try:
+            return metadata.version(self.library).partition("+")[0] if self.library else ""
+        except metadata.PackageNotFoundError:
+            return None
+
+    @property
+    def label(self) -> str:
+        """The name with the library's version, as a profile notes it."""
+        return f"{self.name} ({self.library} {self.version})" if self.library else self.name
+
+    def unsupported_reason(self, kind: str, dtype: str, quant: QuantConfig, spec: DecoderSpec | None) -> str | None:
+        """Why no layer can run on it, or None. The library need not be installed here; spec: None where not known."""
+        if kind not in self.kinds:
+            return f"it runs on {' and '.join(self.kinds)}, not on {kind}"
+        if dtype not in self.dtypes:
+            return f"it computes in {' and '.join(self.dtypes)}, not in {dtype}"
+        if quant.axis != 1:
+            return f"it reads groups along the input (axis 1), not axis {quant.axis}"
+        if quant.group_size not in self.group_sizes:
+            return f"it takes groups of {', '.join(map(str, self.group_sizes))}, not of {quant.group_size}"
+        return None
+
+    def is_usable(self, dtype: str) -> bool:
+        """Whether this host could run it in `dtype`, and would without being asked to."""
+        return self.version is not None
+
+    def takes(self, out_features: int, in_features: int, bits: int, groups: Groups) -> bool:
+        """Whether it multiplies with such a weight; `dequantize` does where it does not."""
+        fits = out_features % self.out_multiple == 0 and in_features % self.in_multiple == 0
+        fits &= self.per_channel or bits not in groups.per_channel_bits
+        return bits in self.storage_bits and fits
+
+    def weight_bytes(self, out_features: int, in_features: int, bits: int, groups: Groups, dtype_bytes: int) -> int:
+        """Bytes of one weight (or of several as one) in its own layout, without bias."""
+        return self.read_bytes(out_features, in_features, bits, groups, dtype_bytes)
+
+    def read_bytes(self, out_features: int, in_features: int, bits: int, groups: Groups, dtype_bytes: int) -> int:
+        """Bytes of a weight that one product reads: here codes, and scale and zero of each group."""
+        weights = out_features * in_features
+        size = groups.of(bits, in_features)
+        return weights * self.storage_bits[bits] // 8 + 2 * dtype_bytes * (weights // size)
+
+    def workspace_bytes(self, products: Sequence[tuple[int, int]], dtype_bytes: int) -> int:
+        """Bytes beside inputs, weights and outputs while one of these (out, in features) is multiplied with."""
+        return 0
+
+    def stage_workspace_bytes(self, shape: ModelShape) -> int:
+        """Bytes of a whole stage's own buffers, for passes of any size."""
+        return 0
+
+    def unpacking_bytes(self, weights: int, bits: int, dtype_bytes: int) -> float:
+        """Bytes moved for so many weights before they can be multiplied with, written ones counted too."""
+        return 0.0
+
+    def extra_launches(self, bits: int) -> int:
+        """Launches of a product beyond the one of an unquantized linear."""
+        return 0
+
+    def build(self, weight: UnpackedWeight, bits: int, dtype: torch.dtype) -> Product:
+        """`weight` in its own layout, for inputs in `dtype`. ImportError: the library cannot be imported."""
+        raise NotImplementedError(f"{self.name} multiplies with no weight by itself")
+
+    def check_stage(self, dtype: torch.dtype) -> None:
+        """`UserError` where a whole stage cannot run here in `dtype`."""
+
+    def open_stage(self, first_layer: int, dtype: torch.dtype) -> nn.Module:
+        """An empty stage whose first layer is `first_layer`: layers are given to `add`, then `compile` is called."""
+        raise NotImplementedError(f"{self.name} runs no whole stages")
+
+    def hold(self, weight: UnpackedWeight | torch.Tensor, bits: int) -> object:
+        """A weight as a whole stage's `add` takes it; an unquantized one is a plain tensor [out, in]."""
+        raise NotImplementedError(f"{self.name} runs no whole stages")

@@ -1,0 +1,72 @@
+"""How a kernel runs the linears of a decoder layer and lm_head: which of them together, which not itself, and their
+bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ds_llmpq.quant.kernels.base import Kernel
+from ds_llmpq.quant.kernels.dequantize import DEQUANTIZE
+from ds_llmpq.quant.packing import UNQUANTIZED_BITS, Groups, row_blocks
+
+
+def effective_kernel(kernel: Kernel, out_features: int, in_features: int, bits: int, groups: Groups) -> Kernel:
+    """What really runs a linear where `kernel` is chosen: `dequantize` for what it cannot take."""
+    return kernel if kernel.takes(out_features, in_features, bits, groups) else DEQUANTIZE
+
+
+def group_linears(
+    kernel: Kernel, linears: Sequence[tuple[str, int, int]], bits: int, groups: Groups
+) -> list[list[tuple[str, int, int]]]:
+    """Linears (dotted name, out, in features) of one decoder layer as they run: those of one input together."""
+    unquantized = bits == UNQUANTIZED_BITS
+    if unquantized and not kernel.whole_stage:
+        return [[linear] for linear in linears]
+    together: dict[tuple[str, str], list[tuple[str, int, int]]] = {}
+    for linear in linears:
+        parent, _, own = linear[0].rpartition(".")
+        shared = next((str(names) for names in kernel.shared_inputs if own in names), own)
+        able = unquantized or kernel.takes(linear[1], linear[2], bits, groups)
+        together.setdefault((parent, shared if able else own), []).append(linear)
+    return list(together.values())
+
+
+def stack_features(group: Sequence[tuple[str, int, int]]) -> tuple[int, int]:
+    """(out, in features) of linears of one input as one weight."""
+    return sum(linear[1] for linear in group), group[0][2]
+
+
+def layer_bytes(
+    kernel: Kernel, linears: Sequence[tuple[str, int, int]], bits: int, groups: Groups, dtype_bytes: int
+) -> int:
+    """Bytes that the weights of one decoder layer's linears take at `bits`, however they run."""
+    total = kernel.layer_overhead_bytes
+    for group in group_linears(kernel, linears, bits, groups):
+        size = stack_features(group)
+        total += effective_kernel(kernel, *size, bits, groups).weight_bytes(*size, bits, groups, dtype_bytes)
+    return total
+
+
+def lm_head_products(
+    kernel: Kernel, out_features: int, in_features: int, bits: int, groups: Groups
+) -> tuple[Kernel, list[tuple[int, int]]]:
+    """What multiplies with lm_head where `kernel` runs the layers, and (out, in features) of its products: one where a
+    library takes it, else `row_blocks`."""
+    found = effective_kernel(kernel.product_kernel, out_features, in_features, bits, groups)
+    if found is not DEQUANTIZE:
+        return found, [(out_features, in_features)]
+    return found, [(rows, in_features) for rows in row_blocks(out_features, in_features)]
+
+
+def lm_head_bytes(
+    kernel: Kernel, out_features: int, in_features: int, bits: int, groups: Groups, dtype_bytes: int
+) -> int:
+    """Bytes that lm_head takes at `bits`."""
+    found, products = lm_head_products(kernel, out_features, in_features, bits, groups)
+    return sum(found.weight_bytes(*size, bits, groups, dtype_bytes) for size in products)
+
+
+def saves_memory(kernel: Kernel, linears: Sequence[tuple[str, int, int]]) -> bool:
+    """False where a layer at 4 bits would take more than its plain weights: what a kernel holds beside tiny ones."""
+    weights = sum(linear[1] * linear[2] for linear in linears)
+    return not weights or layer_bytes(kernel, linears, 4, Groups(), 2) <= 2 * weights
