@@ -175,7 +175,7 @@ def read_yaml(path: str | Path, what: str, remedy: str, most_bytes: int = 4 << 2
         _check_events(yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
         loaded = OmegaConf.load(io.StringIO(text))
         return OmegaConf.to_container(loaded, resolve=False) if OmegaConf.is_config(loaded) else loaded
-    except Exception as error:  # beside their own, PyYAML and OmegaConf let pass whatever a conversion raises
+    except Exception as error:  # PyYAML and OmegaConf also pass on whatever a conversion raises
         raise UserError(f"{where} cannot be read as YAML ({_reason(error)}); {remedy}.") from None
 
 

@@ -5,11 +5,10 @@
     python scripts/measured_table.py OUT planner.profile=PROFILE planner.sensitivity=SENSITIVITY/sensitivity.json \\
         [--memory 18,9 12,12]
 
-Stages are unlike CPU processes; a row of `--memory` is the MiB that each may hold. Every baseline chooses its width and
-micro-batches on the same profile; against each, ours is the fastest plan whose predicted loss is no higher. Every plan
-runs through the real launcher on prompts of the planned length and is evaluated; medians of runs that take turns. OUT
-keeps all, and an interrupted table goes on.
-"""
+Stages are CPU processes of different speeds; a row of `--memory` is the MiB that each may hold. Every baseline
+chooses its width and micro-batches on the same profile; against each, ours is the fastest plan whose predicted loss
+is no higher. Every plan runs through the real launcher on prompts of the planned length and is evaluated; medians of
+runs that take turns. OUT keeps all, and an interrupted table goes on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Why phases and devices want unlike widths: time of one layer by phase, width and device, by both cost sources.
+"""Why phases and devices want different bit widths: time of one layer by phase, width and device, by both cost sources.
 
     python scripts/phase_times.py --out runs/motivation +experiment=motivation
 

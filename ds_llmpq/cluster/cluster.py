@@ -49,7 +49,7 @@ class Cluster:
 
     @property
     def device_types(self) -> dict[str, DeviceType]:
-        """Types in use by name; CPU devices with unlike thread counts are unlike types."""
+        """Types in use by name; CPU devices with different thread counts are different types."""
         return {device.type.name: device.type for device in self.devices}
 
     def device(self, name: str) -> Device:
@@ -193,7 +193,7 @@ def list_feasible_bits(device_type: DeviceType, dtype: str | None = None) -> tup
 
 
 def choose_dtype(cluster: Cluster, requested: str = "auto") -> str:
-    """The one compute type of a pipeline: `requested`, or for "auto" the type whose slowest device is fastest.
+    """The one compute dtype of a pipeline: `requested`, or for "auto" the type whose slowest device is fastest.
 
     Hidden states cross from stage to stage, so all stages compute in one type. UserError: unknown type, a device that
     lacks it, or no type that all devices share.
@@ -202,7 +202,7 @@ def choose_dtype(cluster: Cluster, requested: str = "auto") -> str:
     if requested == "auto":
         shared = [name for name in COMPUTE_DTYPES if all(name in entry.flops_per_second for entry in types)]
         if not shared:
-            raise UserError("the cluster's device types share no compute type; remove one of them or add its rates")
+            raise UserError("the cluster's device types share no compute dtype; remove one of them or add its rates")
         return max(shared, key=lambda name: min(entry.flops_per_second[name] for entry in types))
     if requested not in COMPUTE_DTYPES:
         raise UserError(f"dtype {requested!r} is not known; use auto or one of {', '.join(COMPUTE_DTYPES)}")

@@ -94,7 +94,7 @@ def query_gpus(run: Callable[..., Any] = subprocess.run) -> list[Gpu]:
 
 
 def find_type(gpu: Gpu) -> str | None:
-    """Name of its type, which conf/device need not have, or None. Laptops' GPUs bear the names of faster cards."""
+    """Name of its type, which conf/device need not have, or None. Laptops' GPUs have the names of faster cards."""
     words = gpu.name.replace("-", " ")
     if re.search(r"\b(Laptop|Mobile|Max Q)\b", words):
         return None
@@ -186,7 +186,7 @@ def detect(
 
 
 def merge(clusters: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
-    """Join detected hosts into one cluster. Types of one name but unlike rates get the host's name as a suffix.
+    """Join detected hosts into one cluster. Types of one name but different rates get the host's name as a suffix.
 
     UserError: a host given twice. Links are those of the first file: measure them once all hosts are known.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-BIT_WIDTHS = (1, 2, 3, 4, 8, 16)  # 16: unquantized, in the compute type
+BIT_WIDTHS = (1, 2, 3, 4, 8, 16)  # 16: unquantized, in the compute dtype
 KINDS = ("cuda", "cpu")
 COMPUTE_DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4}  # name -> bytes of one element
 RATE_DTYPES = (*COMPUTE_DTYPES, "int8")
@@ -19,7 +19,7 @@ class DeviceType:
     kind: str
     memory_bytes: int
     memory_bandwidth_bytes_per_second: float
-    flops_per_second: Mapping[str, float]  # by arithmetic type; a missing one cannot be computed in
+    flops_per_second: Mapping[str, float]  # by compute dtype; a missing one cannot be computed in
     kernel_overhead_seconds: float
     bits: tuple[int, ...]
     compute_capability: str | None

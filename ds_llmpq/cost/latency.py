@@ -33,7 +33,7 @@ class PassOverhead:
 
 
 class LayerCosts(Protocol):
-    """Times on one device type for one model and compute type. None: this combination is not available."""
+    """Times on one device type for one model and compute dtype. None: this combination is not available."""
 
     provenance: str
 
@@ -129,7 +129,7 @@ class RooflineCosts:
 
     @property
     def dtype_bytes(self) -> int:
-        """Of one element of the compute type."""
+        """Of one element of the compute dtype."""
         return COMPUTE_DTYPES[self.dtype]
 
     @property

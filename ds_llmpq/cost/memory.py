@@ -32,7 +32,7 @@ class MemoryModel:
     lm_head_bits: int = UNQUANTIZED_BITS
 
     def layer_bytes(self, bits: int) -> int:
-        """One decoder layer: weights as the kernel holds them; norms and biases in the compute type."""
+        """One decoder layer: weights as the kernel holds them; norms and biases in the compute dtype."""
         linears = layer_bytes(self.kernel, self.shape.linears, bits, self.groups, self.dtype_bytes)
         return linears + self.shape.layer_other_parameters * self.dtype_bytes
 

@@ -210,7 +210,7 @@ class InferencePipelineEngine(PipelineEngine):
         step = self._decode_step(batch, [table.position(slot) for slot in batch.live])
         if self.is_first_stage():
             live = set(batch.live)
-            # slots that go along bring a running row's token, which the model can bear or that row is given up
+            # slots that go along bring a running row's token, which the model can process, or that row is given up
             along = table.generated[batch.live[0]][-1]
             tokens = [table.generated[slot][-1] if slot in live else along for slot in batch.slots]
             step.token_ids = to_device(tokens, self.device)[:, None]

@@ -1,4 +1,4 @@
-"""A stage that gets only a share of its processor, so that unlike speeds can be had on one machine.
+"""A stage that gets only a share of its processor, so that different speeds can be had on one machine.
 
 What a control group's CPU quota does, done from inside where no such group can be made: after each pipeline layer the
 process sleeps until the layer has taken its processor time divided by the share. It emulates a slower processor, not

@@ -47,7 +47,7 @@ class Identity:
     texts: Label | None = None  # of the checkpoint's tokenizer, templates and generation defaults
 
     def changes(self, now: Identity) -> list[str]:
-        """What differs, in words, for a person; what either side does not know is let pass."""
+        """What differs, in words, for a person; fields unknown to either side are ignored."""
         found = []
         if self.input != now.input:
             found.append(f"the input (sha256 {self.input[:12]}, now {now.input[:12]})")
@@ -139,7 +139,7 @@ class _JournalFile:
 
 
 def fingerprint_plan(plan: Plan) -> str:
-    """SHA-256 of what a plan decides about results: widths, quantization and compute type. Where layers run, in which
+    """SHA-256 of what a plan decides about results: widths, quantization and compute dtype. Where layers run, in which
     groups and for how many sequences changes when a row runs, not what it says, as far as the engine promises that."""
     decided = {
         "model": plan.model.fingerprint if plan.model else None,

@@ -120,7 +120,7 @@ class Norm(nn.Module):
             return F.layer_norm(states, self.shape, self.weight, self.bias, self.spec.eps)
         if self.spec.plus_one:
             return F.rms_norm(states.float(), self.shape, 1 + self.weight.float(), self.spec.eps).to(states.dtype)
-        # rounded to the compute type before the weight, as transformers does: models were trained so
+        # rounded to the compute dtype before the weight, as transformers does: models were trained so
         return F.rms_norm(states, self.shape, None, self.spec.eps) * self.weight
 
 

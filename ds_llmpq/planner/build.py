@@ -69,7 +69,7 @@ def prepare(
 
     sensitivity: None takes the prior from published perplexities. kernel: how quantized linears run.
     costs_of: gives the times of a device type; None is the roofline.
-    UserError: lengths beyond the model's positions, no usable bit width, no common compute type, an objective without
+    UserError: lengths beyond the model's positions, no usable bit width, no common compute dtype, an objective without
     its bound, an sensitivity of another model, or a number out of range.
     """
     check_workload(workload, shape)

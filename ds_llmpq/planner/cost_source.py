@@ -72,7 +72,7 @@ def load_profile_costs(
 ) -> tuple[CostsOf | None, Cluster]:
     """(`costs_of` for `prepare`, the cluster with measured links); both as they were where no profile is given.
 
-    `UserError`: the profile was made with other libraries, kernel, compute type or layer shape.
+    `UserError`: the profile was made with other libraries, kernel, compute dtype or layer shape.
     """
     if planner.profile is None:
         return None, cluster

@@ -104,7 +104,7 @@ def _gptq(plan: Plan, widths: dict[int, list[int]], base: int) -> dict[str, obje
 
 
 def _gptq_group(plan: Plan, width: int) -> int:
-    """-1 is GPTQ's word for whole rows."""
+    """-1 is GPTQ's word for per-channel groups."""
     quant = plan.quant or Quantization()
     return -1 if width in quant.per_channel_bits else quant.group_size
 

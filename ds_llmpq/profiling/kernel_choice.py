@@ -74,7 +74,7 @@ def choose_kernel(
     sizes: Mapping[str, Sequence[int]],
     workload: WorkloadConfig,
 ) -> KernelChoice:
-    """Times the candidates in the compute type `dtype` on the timer's device. sizes: candidate micro-batches by
+    """Times the candidates in the compute dtype `dtype` on the timer's device. sizes: candidate micro-batches by
     phase."""
     able = list_candidates(timer.device.type, dtype, quant, shape.linears, shape.spec)
     stage = next((kernel for kernel in able if kernel.whole_stage), None)

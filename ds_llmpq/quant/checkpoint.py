@@ -3,7 +3,7 @@
 It is a Hugging Face folder: safetensors shards with an index, `quantization_config` in config.json, the tokenizer. The
 index has a name of its own, so that transformers says that there are no weights instead of making some up. One
 shard holds one pipeline layer, so a rank opens only its own. A quantized linear `NAME` is stored as `NAME.W_q` (HQQ's
-packing), `NAME.scale` and `NAME.zero` (float32, so that one checkpoint serves every compute type), `NAME.bias`. A
+packing), `NAME.scale` and `NAME.zero` (float32, so that one checkpoint serves every compute dtype), `NAME.bias`. A
 quantized lm_head is stored in blocks of `head_rows`, `lm_head.0` and on, also where the model ties it.
 """
 

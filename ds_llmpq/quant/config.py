@@ -13,7 +13,7 @@ FORMER_NAMES = {"head_bits": "lm_head_bits", "whole_rows": "per_channel_bits"}
 
 @dataclass
 class QuantConfig:
-    """HQQ settings. `bits` are the widths the planner may choose from; 16 means unquantized in the compute type."""
+    """HQQ settings. `bits` are the widths the planner may choose from; 16 means unquantized in the compute dtype."""
 
     bits: list[int] = field(default_factory=lambda: [3, 4, 8, 16])
     group_size: int = 64

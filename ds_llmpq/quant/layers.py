@@ -62,7 +62,7 @@ class LayerLoader:
 
     @property
     def kernel(self) -> Kernel:
-        """The kernel of decoder layers; `dequantize` for a compute type or setting that it cannot take."""
+        """The kernel of decoder layers; `dequantize` for a compute dtype or setting that it cannot take."""
         kernel = DEQUANTIZE if self.quant.kernel == AUTO else find_kernel(self.quant.kernel)
         if kernel.whole_stage and not self.stage:
             kernel = kernel.product_kernel

@@ -2,7 +2,7 @@
 
 HQQ reshapes a weight [out, in] into a matrix of groups (axis 1: [weights / group, group]; axis 0: [group, weights /
 group]) and packs it along dimension 0: the rows are cut into as many equal parts as fit in one stored integer. Beside
-it stand one scale and one zero per group in the compute type.
+it stand one scale and one zero per group in the compute dtype.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from ds_llmpq.errors import UserError
 from ds_llmpq.quant.config import QuantConfig
 
-UNQUANTIZED_BITS = 16  # stands for the compute type, whatever its width
+UNQUANTIZED_BITS = 16  # stands for the compute dtype, whatever its width
 PACKED_BITS = (1, 2, 3, 4, 8)
 _WEIGHTS_PER_INTEGER = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}
 _INTEGER_BYTES = {8: 1, 4: 1, 3: 4, 2: 1, 1: 1}
@@ -130,12 +130,12 @@ def packed_weight_bytes(out_features: int, in_features: int, bits: int, group_si
 
 
 def metadata_bytes(out_features: int, in_features: int, group_size: int, dtype_bytes: int) -> int:
-    """Bytes of scales and zeros: one of each per group in the compute type."""
+    """Bytes of scales and zeros: one of each per group in the compute dtype."""
     return 2 * (out_features * in_features // group_size) * dtype_bytes
 
 
 def packed_linear_bytes(out_features: int, in_features: int, bits: int, groups: Groups, dtype_bytes: int) -> int:
-    """Bytes of one linear's weight as stored, without its bias; 16 bits is the plain weight in the compute type.
+    """Bytes of one linear's weight as stored, without its bias; 16 bits is the plain weight in the compute dtype.
 
     UserError if HQQ cannot pack it (`packing_problem` says why).
     """

@@ -20,7 +20,7 @@ def load_quantized(
 ) -> PreTrainedModel:
     """The `PreTrainedModel` of a folder that `ds-llmpq quantize` wrote, its linears HQQ layers, ready to generate.
 
-    `dtype` is the compute type (None: the checkpoint's). Weights are never held unquantized. transformers'
+    `dtype` is the compute dtype (None: the checkpoint's). Weights are never held unquantized. transformers'
     `from_pretrained` cannot do this: its HQQ support knows one width for all layers and quantizes while loading.
     Raises `UserError` for a folder of another kind and for damaged shards.
     """

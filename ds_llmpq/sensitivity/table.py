@@ -93,7 +93,7 @@ class Sensitivity:
         return self.head[bits]
 
     def check_model(self, layers: int, fingerprint: str | None = None) -> None:
-        """UserError if the table was made for another model. A missing fingerprint on either side is let pass."""
+        """UserError if the table was made for another model. A fingerprint that either side lacks is not compared."""
         if layers != self.layers:
             raise UserError(
                 f"sensitivity is for {self.layers} layers, but the model has {layers}; make it anew for this model"

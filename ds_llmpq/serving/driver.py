@@ -269,7 +269,7 @@ def _reason(fault: Fault | None) -> tuple[str, str]:
     """Code and message of the error row."""
     if fault is None:
         return "nan_logits", (
-            "the model's logits were not numbers for this prompt; try another compute type or bit width."
+            "the model's logits were not numbers for this prompt; try another compute dtype or bit width."
         )
     where = f"stage {fault.stage}, {fault.phase}: {fault.kind}: {fault.message}"
     if fault.out_of_memory:

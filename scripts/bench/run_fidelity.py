@@ -1,4 +1,4 @@
-"""Predicted against measured latency of whole runs: random plans on unlike CPU stages, and whether their ranking holds.
+"""Predicted against measured latency of whole runs of random plans on heterogeneous CPU stages, and of their ranking.
 
     ds-llmpq profile model.path=MODEL workload=demo cluster=local_unlike3 out=PROFILE
     python scripts/bench/run_fidelity.py MODEL PROFILE OUT [--cluster local_unlike3] [--plans 12] [--waves 5] [--seed 0]

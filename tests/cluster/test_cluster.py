@@ -155,5 +155,5 @@ def test_common_dtype():
     alone.hosts, alone.links.pairs = alone.hosts[:1], []
     assert choose_dtype(Cluster.from_config(alone)) == "float16"
     apart = change("device_types.core.flops_per_second", {"bfloat16": 1.0})
-    with pytest.raises(UserError, match="share no compute type"):
+    with pytest.raises(UserError, match="share no compute dtype"):
         choose_dtype(Cluster.from_config(apart))

@@ -8,7 +8,7 @@ from ds_llmpq.errors import UserError
 
 
 def cluster(*devices, kind="cpu"):
-    config = ClusterConfig(name="unlike")
+    config = ClusterConfig(name="uneven")
     config.device_types = {"core": DeviceTypeConfig(kind, 1 << 30, 2e10, {"float32": 1e11}, 1e-4)}
     config.hosts = [HostConfig("localhost", list(devices))]
     config.links.intra_host = LinkConfig(1e-5, 1e10)

@@ -29,7 +29,7 @@ def graph_plan(path, stages, bits=None, workload=(SLOTS, PROMPT, GENERATED), dty
 
 
 def refilled(path, stages, bits=None, dtype="bfloat16"):
-    """Eleven requests of unlike prompts and answers for four slots, which are in two decode groups."""
+    """Eleven requests of different prompts and answers for four slots, which are in two decode groups."""
     draw = Draw(seed=len(str(path.name)))
     answers = [1, 40, 3, 17, 9, 30, 2, 5, 21, 12, 7]
     rows = tuple(

@@ -66,7 +66,7 @@ def test_a_whole_pass_gives_the_logits_of_transformers(models, name):
 
 @pytest.mark.parametrize("name", SAME_ANGLES)
 def test_prompts_of_any_length_and_cached_tokens_give_the_logits_of_transformers(models, name):
-    """Rows of unlike lengths are padded together, then go on together at positions of their own."""
+    """Rows of different lengths are padded together, then go on together at positions of their own."""
     theirs, ours, _ = models(name)
     whole = drawn(2, (14, 9, 17, 10))
     prompts = [row[: len(row) - 8] for row in whole]

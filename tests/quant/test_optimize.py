@@ -10,7 +10,7 @@ from ds_llmpq.quant.optimize import fast_optimizer, optimize_zeros
 
 
 def weights(seed, rows=256, columns=512):
-    """Rows of unlike size with a few outliers, as trained weights have them."""
+    """Rows of different sizes with a few outliers, as trained weights have them."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=generator) * torch.rand(rows, 1, generator=generator) * 0.05
     weight[torch.rand(rows, columns, generator=generator) < 0.002] *= 8

@@ -64,7 +64,7 @@ class LookAhead:
         self._tokens.index_copy_(0, to_device(slots, self.device), tokens)
 
     def tokens(self, batch: MicroBatch) -> torch.Tensor:
-        """[rows, 1], each slot's last; a slot that goes along brings a running row's, which the model can bear."""
+        """[rows, 1], each slot's last; a slot that goes along brings a running row's, which the model can process."""
         live = set(batch.live)
         index = [slot if slot in live else batch.live[0] for slot in batch.slots]
         return self._tokens[to_device(index, self.device)][:, None]
