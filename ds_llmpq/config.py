@@ -29,7 +29,7 @@ from ds_llmpq.commands.config import (
 from ds_llmpq.errors import UserError, quote
 from ds_llmpq.files import absolute_or_none, make_absolute, read_yaml
 from ds_llmpq.launch.environment import check_environment
-from ds_llmpq.research.config import SimulateConfig
+from ds_llmpq.research.config import SimulateConfig, find_published_model
 from ds_llmpq.serving.config import EvaluateConfig, PlanConfig, PlanningConfig, RunConfig
 from ds_llmpq.shipped import asset, conf_folder
 
@@ -60,6 +60,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("gib", lambda number: int(float(number) * 2**30), replace=True)
     OmegaConf.register_new_resolver("mib", lambda number: int(float(number) * 2**20), replace=True)
     OmegaConf.register_new_resolver("point_folder", overrides.point_folder, replace=True)
+    OmegaConf.register_new_resolver("published_model", find_published_model, replace=True)
     store = ConfigStore.instance()
     for command, node in COMMANDS.items():
         if f"{command}_schema.yaml" not in store.repo:
@@ -191,7 +192,12 @@ def _first(error: Exception) -> str:
 
 
 def _sentence(error: Exception) -> str:
-    """Hydra's and OmegaConf's messages go over several lines; the first ones say what is wrong."""
+    """Hydra's and OmegaConf's messages go over several lines; the first ones say what is wrong. One of our own within
+    them, from a resolver, says it alone."""
+    within: BaseException | None = error
+    while within := within.__cause__ or within.__context__:
+        if isinstance(within, UserError):
+            return str(within)
     cause = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if cause is not None:

@@ -1,6 +1,7 @@
 """The paper's main table beside ours: published tokens/s, our predictions, and what the baselines' micro-batches do.
 
-    ds-llmpq plan -m '+experiment=glob(cluster*)' cost.source=published out=runs/paper
+    ds-llmpq plan -m +experiment=paper 'cluster=glob(cluster*)' cost.source=published out=runs/paper
+    ds-llmpq plan -m ... workload=paper_latency cluster=cluster1,cluster4,cluster6      likewise, into the same folder
     python scripts/paper_table.py runs/paper
 
 A baseline is costed twice on the same problem: at the micro-batches that suit it best, as `plan` prints it, and at the
@@ -23,7 +24,7 @@ from ds_llmpq.planner.baselines import all_baselines
 from ds_llmpq.planner.problem import MicroBatchCandidates
 from ds_llmpq.report import sweep
 
-# experiment -> published tokens/s of PipeEdge, Uniform, adabits, LLM-PQ; None: it crashed or was not shown
+# cluster and workload -> published tokens/s of PipeEdge, Uniform, adabits, LLM-PQ; None: it crashed or was not shown
 PUBLISHED = {
     "cluster1": (11.8, 11.8, 25.8, 83.5),
     "cluster2": (130.6, 131.5, 161.5, 173.6),
@@ -80,7 +81,8 @@ def at_fixed_micro_batch(problem: Problem) -> dict[str, float | None]:
 
 def _name(place: Path) -> str:
     overrides = sweep.read_point(place)["overrides"]
-    return overrides.get("experiment", place.name)
+    latency = "_latency" if overrides.get("workload") == "paper_latency" else ""
+    return overrides.get("cluster", place.name) + latency
 
 
 def _speed(entry: PredictedTotals | str) -> float | None:

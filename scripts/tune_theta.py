@@ -1,7 +1,7 @@
 """Tunes planner.theta to a quality target with Optuna: the fastest plan that promises to lose no more than so much.
 
     pip install optuna
-    python scripts/tune_theta.py --target 0.01 --trials 12 --out runs/tuned +experiment=cluster3
+    python scripts/tune_theta.py --target 0.01 --trials 12 --out runs/tuned +experiment=paper
 
 All further arguments are overrides of `ds-llmpq plan`. Each trial's plan lies in its own folder of OUT; OUT/study.json
 lists them. `planner.mode=max_quality_loss` finds such a plan directly, with a bound: this shows how to tune a key that

@@ -88,8 +88,15 @@ def test_an_experiment_composes_with_the_ends_of_what_it_sweeps(group, entry):
 
 
 def test_a_cluster_and_an_ablation_go_together():
-    made = config.to_object(config.composed("plan", ["+experiment=[cluster3,grouping]"]), PlanConfig)
-    assert (made.cluster.name, made.ablation.variant) == ("cluster3", "grouped")
+    made = config.to_object(config.composed("plan", ["cluster=cluster9", "+experiment=[paper,grouping]"]), PlanConfig)
+    assert (made.cluster.name, made.ablation.variant) == ("cluster9", "grouped")
+    assert made.model.shape["num_hidden_layers"] == 48
+
+
+def test_a_cluster_without_a_published_model_is_one_sentence():
+    with pytest.raises(config.UserError, match=r"cluster=demo_cpu2 was not published .*; give model=NAME, too\.$"):
+        config.composed("plan", ["+experiment=paper", "cluster=demo_cpu2"])
+    assert config.composed("plan", ["+experiment=paper", "cluster=demo_cpu2", "model=tiny"]).cluster.name == "demo_cpu2"
 
 
 def test_the_papers_clusters_are_all_there():

@@ -10,6 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from ds_llmpq import config
+from ds_llmpq.research.config import PUBLISHED_MODELS
 
 CONF = config.conf_folder()
 pytestmark = pytest.mark.slow
@@ -58,9 +59,11 @@ def test_a_shipped_configuration_runs(group, entry, tmp_path, monkeypatch, capsy
     if named := re.search(r"^# CommandConfig: (\w+)$", text, re.MULTILINE):
         command, quick = named[1], OF_COMMAND[named[1]]
     chosen = {"experiment": f"+experiment={entry}", "device": ""}.get(group, f"{group}={entry}")
+    if group == "cluster" and entry in PUBLISHED_MODELS:
+        chosen, quick = f"+experiment=paper cluster={entry}", QUICK_PLAN
     if together := re.search(rf"\+experiment=\[\w+,{entry}\]", text):  # what it says it is to be combined with
         chosen = together[0]
-    arguments = [*filter(None, [chosen]), *quick, *needs(group, entry, tmp_path)]
+    arguments = [*chosen.split(), *quick, *needs(group, entry, tmp_path)]
     swept = OmegaConf.select(OmegaConf.create(text), "hydra.sweeper.params") or {}
     for end in {0, -1} if swept else {0}:
         point = [f"{key}={values(key, listed)[end]}" for key, listed in swept.items()]

@@ -4,7 +4,30 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ds_llmpq.errors import UserError
 from ds_llmpq.fields import path_field
+
+# cluster of the published evaluation -> the model it was evaluated with
+PUBLISHED_MODELS = {
+    "cluster1": "opt_13b",
+    "cluster2": "opt_13b",
+    "cluster3": "opt_30b",
+    "cluster4": "opt_30b",
+    "cluster5": "opt_66b",
+    "cluster6": "opt_66b",
+    "cluster7": "bloom_176b",
+    "cluster8": "bloom_176b",
+    "cluster9": "opt_30b",
+    "cluster10": "opt_66b",
+    "cluster11": "bloom_176b",
+}
+
+
+def find_published_model(cluster: str) -> str:
+    """Resolver of `${published_model:CLUSTER}`."""
+    if cluster not in PUBLISHED_MODELS:
+        raise UserError(f"cluster={cluster} was not published with a model; give model=NAME, too.")
+    return PUBLISHED_MODELS[cluster]
 
 
 @dataclass

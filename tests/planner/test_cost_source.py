@@ -16,7 +16,7 @@ from ds_llmpq.serving.config import PlanConfig
 
 @pytest.fixture(scope="module")
 def place():
-    settings = to_object(composed("plan", ["+experiment=cluster9"]), PlanConfig)
+    settings = to_object(composed("plan", ["+experiment=paper", "cluster=cluster9"]), PlanConfig)
     return Cluster.from_config(settings.cluster), ModelShape.from_config(settings.model.shape)
 
 

@@ -62,7 +62,7 @@ def test_the_fastest_trial_within_the_target_wins(tmp_path):
 
 def test_a_fixed_micro_batch_never_helps_a_baseline(tmp_path):
     paper_table = script("paper_table")
-    made = settings("+experiment=cluster9", "cost.source=published", "planner.solver=search")
+    made = settings("+experiment=paper", "cluster=cluster9", "cost.source=published", "planner.solver=search")
     made.planner.micro_batches.prefill, made.planner.micro_batches.decode = [1, 8], [8, 32]
     plan = make_plan(made, tmp_path, sources=SOURCES)
     problem = Problem.from_json(json.loads((tmp_path / "problem.json").read_text()))
