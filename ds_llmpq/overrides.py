@@ -33,6 +33,7 @@ FORMER_KEYS: dict[str, str] = {
     "quant.head_bits": "quant.lm_head_bits",
     "quant.whole_rows": "quant.per_channel_bits",
     "planner.variant": "ablation.variant",
+    "planner.objective": "ablation.objective",
     "planner.group_layers": "ablation.group_layers",
 }
 _OVERRIDE = re.compile(r"(\+\+|\+|~)?([^=]*)(?:=(.*))?", re.DOTALL)

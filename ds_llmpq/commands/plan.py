@@ -25,7 +25,9 @@ def run(settings: PlanCommandConfig, out: Path) -> int:
     if settings.planner.mode == "pareto":
         return _front(settings, out)
     ablation = settings.ablation
-    solver = partial(solve_ablation, variant=ablation.variant, group_layers=ablation.group_layers)
+    solver = partial(
+        solve_ablation, variant=ablation.variant, group_layers=ablation.group_layers, objective=ablation.objective
+    )
     plan = make_plan(settings, out, progress_line(), solver, SOURCES)
     if plan.model_path is not None:
         print("".join(f"{note}\n" for note in describe_notes(plan.model_path)), end="")
@@ -41,7 +43,6 @@ def _front(settings: PlanCommandConfig, out: Path) -> int:
     problem, deploy = build_problem(settings, SOURCES)
     write_json(out / "problem.json", problem.to_json())
     options = solver_options(settings.planner)
-    del options["formula"]
     points = []
     for index, plan in enumerate(pareto(problem, **options)):
         folder = out / f"plan{index}"

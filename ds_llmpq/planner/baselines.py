@@ -34,12 +34,12 @@ class Baseline:
         return self.prediction if isinstance(self.prediction, PredictedTotals) else self.prediction.summary()
 
 
-def all_baselines(problem: Problem, formula: str = "pipeline") -> dict[str, Baseline]:
+def all_baselines(problem: Problem) -> dict[str, Baseline]:
     """Name -> baseline, for every one there is."""
-    return dict(each_baseline(problem, formula))
+    return dict(each_baseline(problem))
 
 
-def each_baseline(problem: Problem, formula: str = "pipeline") -> Iterator[tuple[str, Baseline]]:
+def each_baseline(problem: Problem) -> Iterator[tuple[str, Baseline]]:
     """(name, baseline) as they are found; `pipeedge`, whose dynamic program takes longest, late."""
     rules: dict[str, Callable[[Problem], Iterable[Assignment]]] = {
         "uniform": uniform,
@@ -49,17 +49,17 @@ def each_baseline(problem: Problem, formula: str = "pipeline") -> Iterator[tuple
         "pipeedge": pipeedge,
     }
     for name, rule in rules.items():
-        yield name, _best(problem, rule, formula)
+        yield name, _best(problem, rule)
     yield "offload_estimate", offload_estimate(problem)
 
 
-def _best(problem: Problem, rule: Callable[[Problem], Iterable[Assignment]], formula: str) -> Baseline:
+def _best(problem: Problem, rule: Callable[[Problem], Iterable[Assignment]]) -> Baseline:
     """The fastest of what a rule proposes: micro-batches are the only thing left to choose."""
     best: Baseline | None = None
     unbounded = _without_limit(problem)
     for assignment in rule(problem):
-        if not violations(unbounded, assignment, formula):
-            prediction = evaluate(problem, assignment, formula)
+        if not violations(unbounded, assignment):
+            prediction = evaluate(problem, assignment)
             if best is None or prediction.latency_seconds < best.prediction.latency_seconds:
                 best = Baseline(prediction, assignment)
     return best or Baseline(None, reason="infeasible: no bit width and micro-batch fit the memory of this split")

@@ -1,7 +1,4 @@
-"""From a cluster, a model's shape and a workload to the planning problem: all tables filled, all origins kept.
-
-`prepare` does the work and keeps notes and provenance beside the problem; `build_problem` gives the problem alone.
-"""
+"""From a cluster, a model's shape and a workload to the planning problem: all tables filled, all origins kept."""
 
 from __future__ import annotations
 
@@ -37,21 +34,6 @@ class Prepared:
     memory: MemoryModel
     provenance: dict[str, str]  # number -> measured, fitted, roofline, datasheet, assumed (with its source)
     notes: tuple[str, ...]  # widths left out, and why
-
-
-def build_problem(
-    cluster: Cluster,
-    shape: ModelShape,
-    workload: WorkloadConfig,
-    quant: QuantConfig,
-    planner: PlannerConfig,
-    sensitivity: Sensitivity | None = None,
-    dtype: str = "auto",
-    kernel: Kernel = DEQUANTIZE,
-    costs_of: CostsOf | None = None,
-) -> Problem:
-    """The problem of `prepare`, which see."""
-    return prepare(cluster, shape, workload, quant, planner, sensitivity, dtype, kernel, costs_of).problem
 
 
 def prepare(

@@ -33,7 +33,6 @@ class PlannerConfig:
     theta: float = 1.0  # seconds per nat of predicted loss increase
     max_quality_loss: float | None = None
     max_latency_seconds: float | None = None
-    objective: str = "pipeline"  # pipeline | reference
     solver: str = "auto"  # auto | gurobi | highs | search
     time_limit_seconds: float = 30.0
     gap: float = 0.01

@@ -13,14 +13,14 @@ from ds_llmpq.wording import format_number, pluralize
 GIGABYTE = 1e9
 
 
-def explain_plan(problem: Problem, plan: Plan, formula: str) -> list[str]:
+def explain_plan(problem: Problem, plan: Plan) -> list[str]:
     """Sentences about the plan, the most important first."""
     assignment = plan.assignment()
-    prediction = evaluate(problem, assignment, formula)
+    prediction = evaluate(problem, assignment)
     sentences = [_balance(problem, assignment, prediction)]
     sentences += [_bottleneck(problem, plan, prediction, phase) for phase in ("prefill", "decode")]
     sentences += _left_out(problem, plan)
-    sentences += _memory_worth(problem, plan, prediction, formula)
+    sentences += _memory_worth(problem, plan, prediction)
     sentences += _theta_worth(problem, plan)
     sentences += _against_baselines(problem, plan)
     return sentences
@@ -92,7 +92,7 @@ def _left_out(problem: Problem, plan: Plan) -> list[str]:
     return [f"{len(idle)} of {len(problem.devices)} devices are left out: {names}."]
 
 
-def _memory_worth(problem: Problem, plan: Plan, seen: Prediction, formula: str) -> list[str]:
+def _memory_worth(problem: Problem, plan: Plan, seen: Prediction) -> list[str]:
     """What one GB more on one device would gain at least: the same stages, its widths chosen anew. No extrapolated
     price, which promises more than there is to gain where a GB is much for the model."""
     if problem.objective.mode != "theta":
@@ -101,7 +101,7 @@ def _memory_worth(problem: Problem, plan: Plan, seen: Prediction, formula: str) 
     found = []
     for j, stage in enumerate(plan.stages):
         before, after = (
-            _value_with(problem, plan, j, _widths_within(problem, arrays, plan, seen, j, more), formula)
+            _value_with(problem, plan, j, _widths_within(problem, arrays, plan, seen, j, more))
             for more in (0.0, GIGABYTE)
         )
         if before - after > 1e-6 * abs(before):
@@ -149,10 +149,10 @@ def _widths_within(
     return tuple(problem.bits[b] for b in now)
 
 
-def _value_with(problem: Problem, plan: Plan, j: int, bits: tuple[int, ...], formula: str) -> float:
+def _value_with(problem: Problem, plan: Plan, j: int, bits: tuple[int, ...]) -> float:
     assignment = plan.assignment()
     stages = tuple(replace(s, bits=bits) if i == j else s for i, s in enumerate(assignment.stages))
-    return objective_value(problem, evaluate(problem, replace(assignment, stages=stages), formula))
+    return objective_value(problem, evaluate(problem, replace(assignment, stages=stages)))
 
 
 def _theta_worth(problem: Problem, plan: Plan) -> list[str]:

@@ -39,7 +39,6 @@ class Incumbent:
     """Keeps the best feasible assignment; the objective decides, ties go to the faster (or better) plan."""
 
     problem: Problem
-    formula: str = "pipeline"
     accepts: Callable[[Assignment], bool] = lambda assignment: True
     assignment: Assignment | None = None
     prediction: Prediction | None = None
@@ -51,9 +50,9 @@ class Incumbent:
 
     def offer(self, assignment: Assignment) -> bool:
         """Take the assignment if it is feasible and better; tells whether it was taken."""
-        if violations(self.problem, assignment, self.formula) or not self.accepts(assignment):
+        if violations(self.problem, assignment) or not self.accepts(assignment):
             return False
-        prediction = evaluate(self.problem, assignment, self.formula)
+        prediction = evaluate(self.problem, assignment)
         value, tie = objective_value(self.problem, prediction), tie_value(self.problem, prediction)
         if (value, tie) >= (self.value, self.tie):
             return False

@@ -15,7 +15,6 @@ from typing import Protocol
 from ds_llmpq.plan import Assignment, PredictedTotals, StageAssignment
 from ds_llmpq.planner.problem import Problem
 
-FORMULAS = ("pipeline", "reference")
 # Decoded solver output may exceed a hard limit by rounding only.
 RELATIVE_TOLERANCE = 1e-9
 
@@ -110,39 +109,19 @@ def charge_head(held: HeadBytes, first: bool, last: bool) -> float:
     return held.head_bytes if last and not (held.tied_head and first) else 0
 
 
-def prefill_time(total: float, links: float, slowest: float, micro_batches: int) -> float:
-    """sum P + sum p + (m_p - 1) * slowest resource."""
-    return total + links + (micro_batches - 1) * slowest
-
-
-def decode_time(total: float, links: float, slowest: float, micro_batches: int, generated_tokens: int) -> float:
-    """n - 1 rounds, each bound by the slowest resource or by one micro-batch's trip around the ring."""
-    return (generated_tokens - 1) * max(micro_batches * slowest, total + links)
-
-
-def evaluate(problem: Problem, assignment: Assignment, formula: str = "pipeline") -> Prediction:
-    """Predicted times, throughput and quality loss of a structurally valid assignment (see `violations`).
-
-    `formula="reference"` uses LLM-PQ's published objective, which counts no link and only (m_d - 1)(n - 1) slowest
-    stages plus one pass for decoding; it is there for comparison.
-    """
-    stages, (m_p, m_d) = (
-        assignment.stages,
-        rounds(problem, assignment.prefill_micro_batch, assignment.decode_micro_batch),
-    )
+def evaluate(problem: Problem, assignment: Assignment) -> Prediction:
+    """Predicted times, throughput and quality loss of a structurally valid assignment (see `violations`)."""
+    stages = assignment.stages
+    m_p, m_d = rounds(problem, assignment.prefill_micro_batch, assignment.decode_micro_batch)
     tokens = problem.workload.generated_tokens
     prefill_stages = tuple(stage_seconds(problem, stage, "prefill", assignment.prefill_micro_batch) for stage in stages)
     decode_stages = tuple(stage_seconds(problem, stage, "decode", assignment.decode_micro_batch) for stage in stages)
     prefill_links = link_seconds(problem, stages, "prefill", assignment.prefill_micro_batch)
     decode_links = link_seconds(problem, stages, "decode", assignment.decode_micro_batch)
-    if formula == "reference":
-        prefill = prefill_time(sum(prefill_stages), 0.0, max(prefill_stages), m_p)
-        decode = sum(decode_stages) + (m_d - 1) * (tokens - 1) * max(decode_stages)
-    else:
-        slowest = max(*prefill_stages, *prefill_links)
-        prefill = prefill_time(sum(prefill_stages), sum(prefill_links), slowest, m_p)
-        slowest = max(*decode_stages, *decode_links)
-        decode = decode_time(sum(decode_stages), sum(decode_links), slowest, m_d, tokens) if tokens > 1 else 0.0
+    prefill = sum(prefill_stages) + sum(prefill_links) + (m_p - 1) * max(*prefill_stages, *prefill_links)
+    # each decode round is bound by the slowest resource or by one micro-batch's trip around the ring
+    ring = sum(decode_stages) + sum(decode_links)
+    decode = (tokens - 1) * max(m_d * max(*decode_stages, *decode_links), ring) if tokens > 1 else 0.0
     if not all(map(math.isfinite, (*prefill_stages, *decode_stages))):
         prefill = decode = math.inf
     latency = prefill + decode
@@ -186,13 +165,13 @@ def tie_value(problem: Problem, prediction: Prediction) -> float:
     return prediction.quality_loss if problem.objective.mode == "max_quality_loss" else prediction.latency_seconds
 
 
-def violations(problem: Problem, assignment: Assignment, formula: str = "pipeline") -> list[str]:
+def violations(problem: Problem, assignment: Assignment) -> list[str]:
     """Every rule the assignment breaks, one sentence each; empty means feasible. Independent of all solvers."""
     found = _structure(problem, assignment)
     if found:
         return found
     found += _availability(problem, assignment) + _memory(problem, assignment)
-    return found or _limits(problem, evaluate(problem, assignment, formula))
+    return found or _limits(problem, evaluate(problem, assignment))
 
 
 def _structure(problem: Problem, assignment: Assignment) -> list[str]:

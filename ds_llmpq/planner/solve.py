@@ -15,7 +15,7 @@ from ds_llmpq.planner.feasibility import explain_memory, memory_feasible, pairs
 from ds_llmpq.planner.incumbent import Incumbent, ProgressEvent
 from ds_llmpq.planner.milp.exact import solve_exact
 from ds_llmpq.planner.milp.polish import polish
-from ds_llmpq.planner.objective import FORMULAS, evaluate, objective_value, violations
+from ds_llmpq.planner.objective import evaluate, objective_value, violations
 from ds_llmpq.planner.pins import Pins
 from ds_llmpq.planner.problem import Objective, Problem
 from ds_llmpq.planner.search.branch_and_bound import Search, is_small
@@ -61,24 +61,22 @@ def solve(
     progress: Callable[[ProgressEvent], None] | None = None,
     pins: Pins | Mapping[str, Any] | None = None,
     baselines: bool = True,
-    formula: str = "pipeline",
 ) -> Plan:
     """The best plan found, with a proven bound on how far from the optimum it can be.
 
     `problem` is a `Problem` or the parsed `problem.json`. The search stops at relative gap `gap`, at the time limit, or
     at Ctrl-C; the last two keep the incumbent and its bound. `solver`: "auto" (search, then polish by a mixed-integer
     solver if one is installed), "search" alone, or "gurobi" / "highs" (the whole-problem models alone: small problems).
-    `formula="reference"` plans with LLM-PQ's published objective, for comparison. Raises `UserError` for a malformed
-    problem and `InfeasibleError` with an explanation when no plan exists.
+    Raises `UserError` for a malformed problem and `InfeasibleError` with an explanation when no plan exists.
     """
     started = time.monotonic()
-    _check_options(time_limit_seconds, gap, solver, formula)
+    _check_options(time_limit_seconds, gap, solver)
     problem = problem if isinstance(problem, Problem) else Problem.from_json(problem)
     pins = Pins.from_json(pins, problem)
     problem = pins.apply(problem)
     if not memory_feasible(problem):
         raise explain_memory(problem)
-    best = Incumbent(problem, formula, accepts=pins.respected, started=started, progress=progress)
+    best = Incumbent(problem, accepts=pins.respected, started=started, progress=progress)
     run = _Run(problem, pins, best, solver, gap, started + time_limit_seconds, seed)
     status = "optimal"
     found: dict[str, Baseline] = {}
@@ -99,7 +97,7 @@ def solve(
     plan = compose_plan(problem, best.assignment, best.prediction, report)
     reported = {name: b.outcome() for name, b in found.items()} if baselines else {}
     plan = replace(plan, baselines=reported, provenance=PROVENANCE)
-    return replace(plan, explanation=tuple(explain_plan(problem, plan, formula)))
+    return replace(plan, explanation=tuple(explain_plan(problem, plan)))
 
 
 def check_plan(problem: Problem | Mapping[str, Any], plan: Plan | Assignment | Mapping[str, Any]) -> Plan:
@@ -126,7 +124,7 @@ def check_plan(problem: Problem | Mapping[str, Any], plan: Plan | Assignment | M
         baselines={name: b.outcome() for name, b in all_baselines(problem).items()},
         provenance=plan.provenance if isinstance(plan, Plan) else PROVENANCE,
     )
-    return replace(checked, explanation=tuple(explain_plan(problem, checked, "pipeline")))
+    return replace(checked, explanation=tuple(explain_plan(problem, checked)))
 
 
 def _placed_as(kept: Stage, stage: Stage) -> Stage:
@@ -170,11 +168,9 @@ def _undominated(plans: list[Plan]) -> list[Plan]:
     return kept
 
 
-def _check_options(time_limit_seconds: float, gap: float, solver: str, formula: str) -> None:
+def _check_options(time_limit_seconds: float, gap: float, solver: str) -> None:
     if solver not in SOLVERS:
         raise UserError(f"solver is {solver!r}, but must be one of {', '.join(SOLVERS)}.")
-    if formula not in FORMULAS:
-        raise UserError(f"formula is {formula!r}, but must be one of {', '.join(FORMULAS)}.")
     if not time_limit_seconds > 0:
         raise UserError(f"time_limit_seconds is {time_limit_seconds}, but must be above 0.")
     if not 0 <= gap < 1:
@@ -185,13 +181,13 @@ def _begin(run: _Run) -> dict[str, Baseline]:
     """What is had at once, whatever the time limit: a first bound by arithmetic, the best baseline as the first plan.
     Then, in the time there is, a better bound and plans rounded from it."""
     problem, pins, best = run.problem, run.pins, run.best
-    best.raise_bound(min(simple_bound(problem, pins, pair, best.formula) for pair in pairs(problem)))
+    best.raise_bound(min(simple_bound(problem, pins, pair) for pair in pairs(problem)))
     found = {}
-    for name, baseline in each_baseline(problem, best.formula):
+    for name, baseline in each_baseline(problem):
         found[name] = baseline
         if baseline.assignment is not None:
             best.offer(baseline.assignment)
-    run.first = first_bounds(problem, pins, best.formula, run.deadline)
+    run.first = first_bounds(problem, pins, run.deadline)
     best.raise_bound(min((known.bound for known in run.first.values()), default=math.inf))
     return found
 
@@ -250,7 +246,6 @@ def _polish(run: _Run, seconds: float, start: Assignment | None = None) -> None:
                 start,
                 seconds=min(seconds, run.left),
                 seed=run.seed,
-                solver="auto",
                 gap=min(1e-3, run.gap / 4),
             )
         except UserError:
@@ -284,7 +279,6 @@ def _no_plan(run: _Run) -> UserError:
     options: dict[str, Any] = {
         "baselines": False,
         "pins": run.pins,
-        "formula": best.formula,
         "time_limit_seconds": min(20.0, run.deadline - best.started),
     }
     fastest = solve(replace(problem, objective=Objective("theta", theta=0.0)), **options)

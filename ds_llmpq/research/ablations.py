@@ -3,6 +3,8 @@
 `phase_blind` sees generation as one pass: it plans for prefill alone, and only then takes its best decode micro-batch.
 `equal_micro_batches` knows both phases but uses one size for both. `grouped` decides for groups of layers at once.
 `heuristic` starts from adabits and moves widths and stage boundaries while that helps. None has a bound.
+
+`objective=reference` plans for the latency that LLM-PQ published instead, by the same moves from the best plan.
 """
 
 from __future__ import annotations
@@ -16,24 +18,33 @@ from typing import Any
 from ds_llmpq.errors import InfeasibleError, UserError
 from ds_llmpq.plan import Assignment, Plan, StageAssignment
 from ds_llmpq.planner.baselines import adabits, memory_proportional, pipeedge, uniform
-from ds_llmpq.planner.objective import evaluate, objective_value, violations
+from ds_llmpq.planner.objective import evaluate, objective_value, rounds, violations
 from ds_llmpq.planner.problem import Problem
 from ds_llmpq.planner.solve import check_plan, solve
 
+OBJECTIVES = ("pipeline", "reference")
 VARIANTS = ("full", "phase_blind", "equal_micro_batches", "grouped", "heuristic")
 
 
-def solve_ablation(problem: Problem, variant: str, group_layers: int = 1, **options: Any) -> Plan:
+def solve_ablation(
+    problem: Problem, variant: str = "full", group_layers: int = 1, objective: str = "pipeline", **options: Any
+) -> Plan:
     """The plan of a variant; `full` is `solve` itself. `options` as those of `solve`.
 
-    UserError: unknown variant, or groups that do not divide the layers. InfeasibleError: the variant finds no plan.
+    UserError: unknown variant or objective, or groups that do not divide the layers. InfeasibleError: no plan found.
     """
-    if variant not in VARIANTS:
+    if objective not in OBJECTIVES:
+        raise UserError(f"ablation.objective={objective!r}; use one of {', '.join(OBJECTIVES)}")
+    if objective == "reference":
+        if variant != "full":
+            raise UserError(f"ablation.objective=reference needs ablation.variant=full, not {variant}")
+        variant = objective
+    if variant not in (*VARIANTS, objective):
         raise UserError(f"ablation.variant={variant!r}; use one of {', '.join(VARIANTS)}")
     if variant == "full":
         return solve(problem, **options)
-    if options.get("pins") or options.get("formula", "pipeline") != "pipeline":
-        raise UserError(f"ablation.variant={variant} knows neither pins nor another objective; leave them out")
+    if options.get("pins"):
+        raise UserError(f"ablation.variant={variant} knows no pins; leave them out")
     started = time.monotonic()
     if variant == "phase_blind":
         assignment = _phase_blind(problem, options)
@@ -41,8 +52,10 @@ def solve_ablation(problem: Problem, variant: str, group_layers: int = 1, **opti
         assignment = _equal_micro_batches(problem, options)
     elif variant == "grouped":
         assignment = _grouped(problem, group_layers, options)
-    else:
+    elif variant == "heuristic":
         assignment = _heuristic(problem, started + options.get("time_limit_seconds", 60.0))
+    else:
+        assignment = _reference(problem, started + options.get("time_limit_seconds", 60.0), options)
     plan = check_plan(problem, assignment)
     name = f"groups of {group_layers}" if variant == "grouped" else variant
     return replace(plan, solver=replace(plan.solver, name=name, seconds=time.monotonic() - started))
@@ -121,9 +134,32 @@ def _heuristic(problem: Problem, deadline: float) -> Assignment:
     if not starts:
         raise InfeasibleError("The heuristic finds no plan to start from; use ablation.variant=full.")
     best = min(starts[: len(problem.micro_batches.prefill) * len(problem.micro_batches.decode)], key=_value(problem))
-    value = _value(problem)(best)
+    return _improve(problem, best, _value(problem), deadline)
+
+
+def _reference(problem: Problem, deadline: float, options: Mapping[str, Any]) -> Assignment:
+    """LLM-PQ's published objective: found by moves from the best plan, so with no bound."""
+    found = solve(problem, **{**options, "baselines": False}).assignment()
+    return _improve(problem, found, lambda assignment: reference_value(problem, assignment), deadline)
+
+
+def reference_value(problem: Problem, assignment: Assignment) -> float:
+    """The problem's objective with LLM-PQ's published latency, which counts no link, and for decoding one pass and
+    (m_d - 1)(n - 1) times the slowest stage."""
+    seen, tokens = evaluate(problem, assignment), problem.workload.generated_tokens
+    m_p, m_d = rounds(problem, assignment.prefill_micro_batch, assignment.decode_micro_batch)
+    prefill, decode = seen.stage_prefill_seconds, seen.stage_decode_seconds
+    seconds = sum(prefill) + (m_p - 1) * max(prefill) + sum(decode) + (m_d - 1) * (tokens - 1) * max(decode)
+    return objective_value(problem, replace(seen, latency_seconds=seconds))
+
+
+def _improve(
+    problem: Problem, best: Assignment, value_of: Callable[[Assignment], float], deadline: float
+) -> Assignment:
+    """The best allowed move, as long as one helps."""
+    value = value_of(best)
     while time.monotonic() < deadline:
-        better = [(v, i, a) for i, a in enumerate(_moves(problem, best)) if (v := _value(problem)(a)) < value]
+        better = [(v, i, a) for i, a in enumerate(_moves(problem, best)) if (v := value_of(a)) < value]
         step = next((entry for entry in sorted(better) if not violations(problem, entry[2])), None)
         if step is None:
             break

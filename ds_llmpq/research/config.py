@@ -36,6 +36,7 @@ class AblationConfig:
 
     variant: str = "full"  # full | phase_blind | equal_micro_batches | grouped | heuristic
     group_layers: int = 1  # of variant=grouped: so many layers are decided at once
+    objective: str = "pipeline"  # pipeline | reference (LLM-PQ's published latency, without a bound)
 
 
 @dataclass

@@ -146,7 +146,6 @@ def solver_options(planner: PlannerConfig) -> dict[str, Any]:
         "gap": planner.gap,
         "solver": planner.solver,
         "seed": planner.seed,
-        "formula": planner.objective,
         "pins": planner.pins or None,
     }
 

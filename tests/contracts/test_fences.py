@@ -78,7 +78,6 @@ NAMES = {
     "lm_eval": {"_loglikelihood_tokens": ("evaluation/harness.py",)},
     "highspy": {
         "HandleKeyboardInterrupt": ("planner/milp/model.py",),
-        "cbMipLogging": ("planner/milp/model.py",),
         "enableCallbacks": ("planner/linear.py",),
     },
 }

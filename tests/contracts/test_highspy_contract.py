@@ -17,18 +17,6 @@ def test_ctrl_c_ends_a_solve():
     assert isinstance(highspy.Highs.__dict__["HandleKeyboardInterrupt"], property)
 
 
-def test_progress_of_a_solve():
-    """`Highs.cbMipLogging`, in planner/milp/model.py: `+=` adds a callback; its `data_out` has `mip_primal_bound`
-    and `mip_dual_bound`."""
-    import highspy
-
-    highs = highspy.Highs()
-    highs.cbMipLogging += lambda event: None
-    output = highspy.cb.HighsCallbackOutput()
-    assert {type(output.mip_primal_bound), type(output.mip_dual_bound)} == {float}
-    assert "data_out" in highspy.highs.HighsCallbackEvent.__slots__
-
-
 def test_model_handed_over_as_arrays():
     """`highs.passModel(HighsLp)`, in planner/milp/model.py: a model as arrays, rows first; solved with our options,
     and read back."""
@@ -38,7 +26,7 @@ def test_model_handed_over_as_arrays():
     x, y = (model.column(cost, 0, 10, integer=True) for cost in (-2.0, -3.0))
     model.row([(x, 2.0), (y, 4.0)], high=11.0)
     model.row([(x, 1.0), (y, -1.0)], high=1.5)
-    found = solve_model(model, "highs", progress=lambda best, bound: None)
+    found = solve_model(model, "highs")
     assert found.x.round().tolist() == [1, 2]
     assert found.objective == found.bound == -8.0
 

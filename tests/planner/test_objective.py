@@ -79,12 +79,6 @@ def test_single_stage_has_no_link_and_shares_the_tied_head():
     assert seen.decode_seconds == pytest.approx(2 * 2 * (0.1 + 0.1 + 0.05 + 0.02))
 
 
-def test_reference_formula_by_hand():
-    seen = evaluate(by_hand(), two_stages(), "reference")
-    assert seen.prefill_seconds == pytest.approx(1.5 + 2.25 + 2 * 2.25)
-    assert seen.decode_seconds == pytest.approx(0.15 + 0.32 + (2 - 1) * 2 * 0.32)
-
-
 BROKEN = [
     (Assignment((StageAssignment("a", 0, 1, (4,)),), 2, 4), "end at layer 1"),
     (Assignment((StageAssignment("a", 0, 1, (4,)), StageAssignment("a", 1, 2, (4,))), 2, 4), "already uses"),

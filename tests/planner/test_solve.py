@@ -243,7 +243,7 @@ def test_one_layer_on_one_device():
 
 def test_unknown_options_are_refused():
     obj = random_problem(0)
-    for options in ({"solver": "cplex"}, {"gap": -1}, {"time_limit_seconds": 0}, {"formula": "mine"}):
+    for options in ({"solver": "cplex"}, {"gap": -1}, {"time_limit_seconds": 0}):
         with pytest.raises(UserError, match=next(iter(options))):
             solve(obj, **options)
 

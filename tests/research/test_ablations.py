@@ -8,10 +8,11 @@ import pytest
 from ds_llmpq.errors import InfeasibleError, UserError
 from ds_llmpq.planner import Problem, solve, violations
 from ds_llmpq.planner.objective import evaluate
-from ds_llmpq.research.ablations import VARIANTS, grouped_problem, solve_ablation
+from ds_llmpq.research.ablations import VARIANTS, grouped_problem, reference_value, solve_ablation
 
 sys.path.append(str(Path(__file__).parents[1] / "planner"))
 from random_problems import random_problem
+from test_objective import by_hand, two_stages
 
 
 def problems():
@@ -65,13 +66,32 @@ def test_a_grouped_plan_costs_what_its_layers_cost():
         assert plan.predicted.quality_loss == pytest.approx(same.predicted.quality_loss)
 
 
+def test_the_published_latency_by_hand():
+    prefill, decode = 1.5 + 2.25 + 2 * 2.25, 0.15 + 0.32 + (2 - 1) * 2 * 0.32
+    assert reference_value(by_hand(), two_stages()) == pytest.approx(prefill + decode + 10 * 1.25)
+
+
+def test_a_plan_for_the_published_latency_is_no_worse_by_it_than_the_full_one():
+    better = 0
+    for problem, best in PROBLEMS:
+        plan = solve_ablation(problem, objective="reference", solver="search", gap=1e-6)
+        assert not violations(problem, plan.assignment())
+        own, full = (reference_value(problem, entry.assignment()) for entry in (plan, best))
+        assert own <= full * (1 + 1e-9)
+        better += own < full * (1 - 1e-9)
+        assert plan.solver.objective >= best.solver.bound * (1 - 1e-9)
+    assert better > 0
+
+
 @pytest.mark.parametrize(
     ("variant", "options", "said"),
     [
         ("best", {}, "ablation.variant"),
         ("grouped", {"group_layers": 5}, "must divide"),
         ("grouped", {"group_layers": 0}, "must divide"),
-        ("phase_blind", {"pins": {"micro_batch": {"decode": 2}}}, "neither pins"),
+        ("phase_blind", {"pins": {"micro_batch": {"decode": 2}}}, "no pins"),
+        ("full", {"objective": "mine"}, "ablation.objective"),
+        ("grouped", {"objective": "reference"}, "needs ablation.variant=full"),
     ],
 )
 def test_a_mistake_is_one_sentence(variant, options, said):

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_llmpq.cost.memory import IN_FLIGHT_MESSAGES
-from ds_llmpq.planner.objective import decode_time, prefill_time
 from ds_llmpq.scheduler.micro_batch import MicroBatchLimits
 from ds_llmpq.scheduler.scheduler import Scheduler
 from ds_llmpq.scheduler.simulator import simulate
@@ -227,12 +226,11 @@ def test_simulation_is_the_step_by_step_reference(stages, seed, lengths, slots, 
     assert min(simulated.last_token_seconds) > 0
 
 
-def formula(times, eta_count, xi_count, generated):
-    prefill = prefill_time(
-        sum(times.prefill), sum(times.prefill_links), max(*times.prefill, *times.prefill_links), eta_count
-    )
-    slowest = max(*times.decode, *times.decode_links)
-    return prefill, decode_time(sum(times.decode), sum(times.decode_links), slowest, xi_count, generated)
+def formula(times, m_p, m_d, generated):
+    """(prefill, decode) as docs/planner.md has them."""
+    ends = [(times.prefill, times.prefill_links), (times.decode, times.decode_links)]
+    (prefill, slow), (ring, slowest) = ((sum(own) + sum(links), max(*own, *links)) for own, links in ends)
+    return prefill + (m_p - 1) * slow, (generated - 1) * max(m_d * slowest, ring)
 
 
 @settings(max_examples=200, deadline=None)

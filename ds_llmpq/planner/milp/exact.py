@@ -30,7 +30,7 @@ def solve_exact(
         if math.isfinite(best.value):
             scale = typical_scale(problem, best.value)
         arrays = pair_arrays(problem, *pair)
-        form = formulate(problem, arrays, allowed=allowed, scale=scale, formula=best.formula)
+        form = formulate(problem, arrays, allowed=allowed, scale=scale)
         # Plans that improve by less than the gap are not worth proving; with no gap, ties may still be decided.
         cutoff = math.inf
         if math.isfinite(best.value):

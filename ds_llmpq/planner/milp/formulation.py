@@ -53,18 +53,15 @@ def formulate(
     problem: Problem,
     arrays: PairArrays,
     *,
-    objective: Objective | None = None,
     chain: list[int] | None = None,
     allowed: np.ndarray | None = None,
     scale: float = 1000.0,
-    formula: str = "pipeline",
 ) -> Formulation:
     """`chain`: device indices in order, all used; None: any subset, in any order the problem permits.
 
     `allowed[i, d, b]` (bool, all devices of the problem) restricts z further. `scale` turns objective units into model
     units.
     """
-    objective = objective or problem.objective
     devices = chain if chain is not None else list(range(len(problem.devices)))
     usable = arrays.available[None, :, :] & np.ones((problem.layers, 1, 1), dtype=bool)
     if allowed is not None:
@@ -88,7 +85,7 @@ def formulate(
         _monotone(form, problem.layers)
     links = _chain_links(form) if chain is not None else _free_links(form, problem.layers)
     _memory(form, problem.layers)
-    _costs(form, problem.layers, objective, links, formula)
+    _costs(form, problem.layers, problem.objective, links)
     return form
 
 
@@ -174,20 +171,17 @@ def _memory(form: Formulation, layers: int) -> None:
         form.model.row([(c, value / unit) for c, value in terms], high=capacity / unit)
 
 
-def _costs(form: Formulation, layers: int, objective: Objective, links, formula: str) -> None:
+def _costs(form: Formulation, layers: int, objective: Objective, links) -> None:
     """P, D, the slowest resources, the decode round, and the mode's objective and bound."""
     model, arrays = form.model, form.arrays
-    contract = formula == "pipeline"
     theta_mode = objective.mode != "max_latency"
     time_unit = form.scale if theta_mode else 1000.0 / (objective.limit or 1.0)
     loss_weight = {"theta": objective.theta * form.scale, "max_quality_loss": 0.0, "max_latency": form.scale}
     for (i, _, b), column in form.z.items():
         model.cost[column] = loss_weight[objective.mode] * arrays.sensitivity[i, b]
     totals: list[tuple[int, float]] = []
-    weights = _weights(arrays, contract)
-    for phase, (table, per_pass, per_slowest) in enumerate(
-        ((arrays.prefill, 1.0, weights[0]), (arrays.decode, weights[1], weights[2]))
-    ):
+    steps = arrays.generated_tokens - 1
+    for phase, table in enumerate((arrays.prefill, arrays.decode)):
         slowest, total = model.column(), []
         for d in form.devices:
             stage = [(c, float(table[d, b]) * time_unit) for (_, e, b), c in form.z.items() if e == d]
@@ -195,16 +189,16 @@ def _costs(form: Formulation, layers: int, objective: Objective, links, formula:
             stage += [(c, float(arrays.head[phase, d]) * time_unit) for c, _ in form.u[layers - 1, d]]
             model.row([*stage, (slowest, -1.0)], high=0)
             total += stage
-        for column, seconds in links[phase] if contract else ():
+        for column, seconds in links[phase]:
             model.row([(column, seconds * time_unit), (slowest, -1.0)], high=0)
             total.append((column, seconds * time_unit))
-        if phase == 0 or not contract:
-            totals += [(c, value * per_pass) for c, value in total] + [(slowest, per_slowest)]
+        if phase == 0:
+            totals += [*total, (slowest, arrays.prefill_rounds - 1)]
         else:
-            model_round = model.column()
-            model.row([(slowest, per_slowest), (model_round, -1.0)], high=0)
-            model.row([*((c, value * per_pass) for c, value in total), (model_round, -1.0)], high=0)
-            totals.append((model_round, 1.0))
+            decode = model.column()
+            model.row([(slowest, steps * arrays.decode_rounds), (decode, -1.0)], high=0)
+            model.row([*((c, value * steps) for c, value in total), (decode, -1.0)], high=0)
+            totals.append((decode, 1.0))
     if theta_mode:
         for column, value in totals:
             model.cost[column] += value
@@ -214,14 +208,6 @@ def _costs(form: Formulation, layers: int, objective: Objective, links, formula:
         unit = 1.0 / objective.limit if objective.limit > 0 else 1.0
         loss = [(c, float(arrays.sensitivity[i, b]) * unit) for (i, _, b), c in form.z.items()]
         model.row(loss, high=objective.limit * unit)
-
-
-def _weights(arrays: PairArrays, contract: bool) -> tuple[float, float, float]:
-    """Weights of the slowest prefill resource, of one decode pass, and of the slowest decode resource."""
-    rounds = arrays.generated_tokens - 1
-    if contract:
-        return arrays.prefill_rounds - 1, rounds, rounds * arrays.decode_rounds
-    return arrays.prefill_rounds - 1, 1.0, (arrays.decode_rounds - 1) * rounds
 
 
 def typical_scale(problem: Problem, reference_value: float) -> float:

@@ -5,7 +5,7 @@ Both solvers are imported when first used. pip's Gurobi licence is restricted to
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 
@@ -20,7 +20,6 @@ GUROBI_LICENCE_ERRORS = (10009, 10010)  # expired or missing; too large for the 
 MOST_THREADS = 8  # of a solver: beyond, branch and bound gains little and memory grows with each
 TOLERANCE = 1e-9  # the finest both solvers take: with their defaults (1e-5, 1e-6) a plan may exceed a device's memory
 ABSOLUTE_GAP = 1e-7  # of objectives scaled to about 1,000: never what stops a solver before the relative gap does
-Progress = Callable[[float | None, float | None], None]
 
 
 @dataclass
@@ -88,7 +87,6 @@ def solve_model(
     gap: float = 1e-6,
     cutoff: float = math.inf,
     seed: int = 0,
-    progress: Progress | None = None,
 ) -> Solution:
     """Minimise; only solutions better than `cutoff` count, so x is None when there is none."""
     backends = {"gurobi": (_gurobi,), "highs": (_highs,), "auto": (_gurobi, _highs)}[solver]
@@ -97,7 +95,7 @@ def solve_model(
         if backend is _gurobi and solver == "auto" and not model.fits_restricted_licence():
             continue
         try:
-            return backend(model, max(seconds, 0.05), gap, cutoff, seed, progress)
+            return backend(model, max(seconds, 0.05), gap, cutoff, seed)
         except SolverUnavailable as error:
             reason = str(error)
     name = "planner.solver=gurobi" if solver == "gurobi" else "a mixed-integer solver"
@@ -112,7 +110,7 @@ def _remedy(solver: str) -> str:
     return f"install highspy, or give {search}"
 
 
-def _gurobi(model: Model, seconds: float, gap: float, cutoff: float, seed: int, progress: Progress | None) -> Solution:
+def _gurobi(model: Model, seconds: float, gap: float, cutoff: float, seed: int) -> Solution:
     try:
         import gurobipy as gp
         from scipy.sparse import csr_matrix
@@ -147,7 +145,7 @@ def _gurobi(model: Model, seconds: float, gap: float, cutoff: float, seed: int, 
                 m.setParam(name, value)
             if math.isfinite(cutoff):
                 m.setParam("Cutoff", cutoff)
-            m.optimize(_gurobi_callback(gp, progress))
+            m.optimize()
             found = np.array(x.X) if m.SolCount else None
             if m.Status in (gp.GRB.INFEASIBLE, gp.GRB.INF_OR_UNBD, gp.GRB.CUTOFF):
                 bound = cutoff if m.Status == gp.GRB.CUTOFF or math.isfinite(cutoff) else math.inf
@@ -162,20 +160,7 @@ def _gurobi(model: Model, seconds: float, gap: float, cutoff: float, seed: int, 
         raise
 
 
-def _gurobi_callback(gp, progress: Progress | None):
-    if progress is None:
-        return None
-
-    def callback(model, where: int) -> None:
-        if where == gp.GRB.Callback.MIP:
-            best = model.cbGet(gp.GRB.Callback.MIP_OBJBST)
-            bound = model.cbGet(gp.GRB.Callback.MIP_OBJBND)
-            progress(best if best < 1e99 else None, bound if bound > -1e99 else None)
-
-    return callback
-
-
-def _highs(model: Model, seconds: float, gap: float, cutoff: float, seed: int, progress: Progress | None) -> Solution:
+def _highs(model: Model, seconds: float, gap: float, cutoff: float, seed: int) -> Solution:
     try:
         import highspy
     except ImportError as error:
@@ -205,10 +190,6 @@ def _highs(model: Model, seconds: float, gap: float, cutoff: float, seed: int, p
         highs.setOptionValue("objective_bound", cutoff)
     highs.HandleKeyboardInterrupt = True  # solves in a thread, so that Ctrl-C is seen at once
     highs.passModel(lp)
-    if progress is not None:
-        highs.cbMipLogging += lambda event: progress(
-            _finite(event.data_out.mip_primal_bound), _finite(event.data_out.mip_dual_bound)
-        )
     with contextlib.redirect_stdout(None):
         highs.solve()
     info, status = highs.getInfo(), highs.getModelStatus()
@@ -223,7 +204,3 @@ def _highs(model: Model, seconds: float, gap: float, cutoff: float, seed: int, p
         highspy.HighsModelStatus.kOptimal,
     )
     return Solution(None, math.inf, cutoff if exhausted else info.mip_dual_bound, "highs")
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

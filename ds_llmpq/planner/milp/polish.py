@@ -3,8 +3,6 @@
 The model has a few hundred to two thousand columns; all widths are free. What it finds is judged like any other plan.
 """
 
-import time
-
 import numpy as np
 
 from ds_llmpq.plan import Assignment
@@ -26,7 +24,6 @@ def polish(
     *,
     seconds: float,
     seed: int,
-    solver: str,
     gap: float,
 ) -> str | None:
     """Solve the neighbourhood of `assignment`, offer what is found; returns the name of the solver used."""
@@ -40,11 +37,8 @@ def polish(
         near = _near(problem, assignment, chain, reach)
         if (allowed & near[:, :, None]).sum() <= COLUMN_LIMIT:
             break
-    form = formulate(
-        problem, arrays, chain=chain, allowed=allowed & near[:, :, None], scale=scale, formula=best.formula
-    )
-    deadline = time.monotonic() + seconds
-    solution = solve_model(form.model, solver, seconds=deadline - time.monotonic(), gap=gap, cutoff=cutoff, seed=seed)
+    form = formulate(problem, arrays, chain=chain, allowed=allowed & near[:, :, None], scale=scale)
+    solution = solve_model(form.model, seconds=seconds, gap=gap, cutoff=cutoff, seed=seed)
     if solution.x is not None:
         best.offer(form.decode(problem, solution.x))
     return solution.solver

@@ -50,10 +50,10 @@ class Search:
         """`first`: what is known of the micro-batch pairs already; None finds it out."""
         self.problem, self.best, self.gap, self.deadline = problem, best, gap, deadline
         self.mode = problem.objective.mode
-        self.first = first_bounds(problem, pins, best.formula, deadline) if first is None else first
+        self.first = first_bounds(problem, pins, deadline) if first is None else first
         worth = sufficient_bound(best.value, gap)
         chosen = [pair for pair, known in self.first.items() if known.bound < worth]
-        self.relaxed = Relaxation(problem, pins, best.formula, chosen, deadline)
+        self.relaxed = Relaxation(problem, pins, chosen, deadline)
         self.pairs, self.classes, self.priced = self.relaxed.pairs, self.relaxed.classes, self.relaxed.priced
         self.goal = Target(best, gap, self.relaxed.ceiling())
         self.small = is_small(problem)
@@ -170,7 +170,7 @@ class Search:
         if assignment is None:
             return None
         self.best.offer(assignment)
-        return evaluate(self.problem, assignment, self.best.formula)
+        return evaluate(self.problem, assignment)
 
     def _inexact(self, node: Node, path: list[Step]) -> frozenset[tuple[int, int]]:
         """Lengths around the path's longer stages, once the box is narrow enough for their Lagrangian gap to matter."""
@@ -185,7 +185,7 @@ class Search:
         """Move w towards the side that binds, theta towards the limit, prices with the overuse."""
         pair, duals, seen = self.pairs[node.pair], node.duals, node.prediction
         w, theta = duals.w, duals.theta
-        if seen is not None and pair.split_round:
+        if seen is not None:
             near = min(range(len(ROUND_STEPS)), key=lambda i: abs(ROUND_STEPS[i] - w))
             move = -1 if _ring_binds(pair, seen) else 1
             w = ROUND_STEPS[min(max(near + move, 0), len(ROUND_STEPS) - 1)]
@@ -260,7 +260,7 @@ class Search:
         p_gap = pair.slow * max(p_top - box.p_low, 0.0)
         # Where a pass around the ring binds, the slowest decode resource matters through its limit alone.
         least = RING_WEIGHT if seen is not None and _ring_binds(pair, seen) else SLOWEST_WEIGHT
-        if pair.split_round and pair.arrays.decode_rounds == 1:
+        if pair.arrays.decode_rounds == 1:
             least = 0.0  # it always binds
         return p_gap, pair.slowest * max(node.duals.w, least) * max(d_top - box.d_low, 0.0)
 

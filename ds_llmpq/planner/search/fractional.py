@@ -39,9 +39,9 @@ class Fractional:
     theta: float | None = None
 
 
-def simple_bound(problem: Problem, pins: Pins, pair: tuple[int, int], formula: str = "pipeline") -> float:
+def simple_bound(problem: Problem, pins: Pins, pair: tuple[int, int]) -> float:
     """What no plan of this pair undercuts: each layer at its fastest, the slowest stage at perfect balance."""
-    relaxed = _Kinds(problem, pins, pair, formula)
+    relaxed = _Kinds(problem, pins, pair)
     if not relaxed.usable.any():
         return math.inf
     loss = float(np.where(relaxed.allowed, relaxed.sensitivity, np.inf).min(axis=1).sum())
@@ -54,13 +54,13 @@ def simple_bound(problem: Problem, pins: Pins, pair: tuple[int, int], formula: s
     seconds += relaxed.layers * least[0] + relaxed.slow * slowest[0]
     passes = relaxed.ring * relaxed.layers * least[1]
     rounds = relaxed.slowest * slowest[1]
-    seconds += max(passes, rounds) if formula == "pipeline" else passes + rounds
+    seconds += max(passes, rounds)
     return (seconds + (problem.objective.theta * loss if mode == "theta" else 0.0)) * (1 - SLACK)
 
 
-def solve_fractional(problem: Problem, pins: Pins, pair: tuple[int, int], formula: str = "pipeline") -> Fractional:
+def solve_fractional(problem: Problem, pins: Pins, pair: tuple[int, int]) -> Fractional:
     """The linear program of one pair."""
-    relaxed = _Kinds(problem, pins, pair, formula)
+    relaxed = _Kinds(problem, pins, pair)
     if not relaxed.usable.any():
         return Fractional(math.inf)
     return _Program(problem, relaxed).solve()
@@ -69,7 +69,7 @@ def solve_fractional(problem: Problem, pins: Pins, pair: tuple[int, int], formul
 class _Kinds:
     """The numbers of one pair by kind of device, those that cannot hold even the workspace left out."""
 
-    def __init__(self, problem: Problem, pins: Pins, pair: tuple[int, int], formula: str):
+    def __init__(self, problem: Problem, pins: Pins, pair: tuple[int, int]):
         arrays = pair_arrays(problem, *pair)
         first: dict[tuple[str, float], int] = {}
         counts: dict[tuple[str, float], int] = {}
@@ -79,7 +79,7 @@ class _Kinds:
                 first.setdefault(key, d)
                 counts[key] = counts.get(key, 0) + 1
         rows = list(first.values())
-        self.formula, self.layers, self.widths = formula, *arrays.sensitivity.shape
+        self.layers, self.widths = arrays.sensitivity.shape
         self.counts = np.array(list(counts.values()), dtype=float)
         self.usable = arrays.available[rows].reshape(len(rows), self.widths)
         self.seconds = (arrays.prefill[rows], arrays.decode[rows])
@@ -87,15 +87,14 @@ class _Kinds:
         self.capacity = arrays.capacity[rows]
         self.bytes = arrays.layer_bytes.min(axis=0)
         self.allowed, self.sensitivity = pins.widths(problem), arrays.sensitivity
-        contract, steps = formula == "pipeline", arrays.generated_tokens - 1.0
         self.slow = arrays.prefill_rounds - 1.0
-        self.ring = steps if contract else 1.0
-        self.slowest = steps * (arrays.decode_rounds if contract else arrays.decode_rounds - 1)
+        self.ring = arrays.generated_tokens - 1.0
+        self.slowest = self.ring * arrays.decode_rounds
         self.stages = self._least_stages(arrays)
         self.embed_bytes = arrays.embed_bytes
         self.head_bytes = charge_head(arrays, first=self.stages == 1, last=True)
         self.constant = self.hops = 0.0
-        if contract and self.stages > 1:
+        if self.stages > 1:
             self.constant, self.hops = self._links(arrays)
 
     def _least_stages(self, arrays: PairArrays) -> int:
@@ -168,7 +167,7 @@ class _Program:
         reduced = cost + upper.T @ prices - equal.T @ free
         bound = free @ totals - prices @ sides + reduced @ np.where(reduced > 0, self.low, self.high)
         prices = prices / scales
-        share = prices[rounds[0]] / prices[rounds].sum() if len(rounds) == 2 and prices[rounds].any() else 0.5
+        share = prices[rounds[0]] / prices[rounds].sum() if prices[rounds].any() else 0.5
         slowest = self._slowest(found.x)
         bound += 0.0 if self.objective.mode == "max_latency" else self.kinds.constant
         return Fractional(max(0.0, float(bound)) * (1 - SLACK), *slowest, float(share), self._theta(float(prices[-1])))
@@ -178,7 +177,7 @@ class _Program:
         kinds = self.kinds
         prefill = x[self.p] if kinds.slow > 0 else self.high[self.p]
         decode = x[self.d] if kinds.slowest > 0 else self.high[self.d]
-        if kinds.slowest > 0 and kinds.formula == "pipeline":
+        if kinds.slowest > 0:
             decode = max(decode, x[self.r] / kinds.slowest)
         return float(prefill), float(decode)
 
@@ -237,15 +236,14 @@ class _Program:
             self._add(row, count * kinds.capacity[q] * (1 + SLACK))
 
     def _add_decode_rounds(self) -> list[int]:
-        """R is no less than the slowest resource's work and one micro-batch's passes (their sum in the reference
-        formula); returns the rows, the slowest resource's first."""
+        """R is no less than the slowest resource's work and one micro-batch's passes; the two rows, in that order."""
         kinds, first = self.kinds, len(self.rows)
         slowest, ring = np.zeros(self.columns), kinds.ring * self._pass(1)
         slowest[self.d] = kinds.slowest
-        for row in (slowest, ring) if kinds.formula == "pipeline" else (slowest + ring,):
+        for row in (slowest, ring):
             row[self.r] = -1.0
             self._add(row, -kinds.ring * kinds.hops if row is ring else 0.0)
-        return list(range(first, len(self.rows)))
+        return [first, first + 1]
 
     def _cost_and_limit(self) -> np.ndarray:
         """The mode's cost of each column; the other of latency and loss becomes the last row, if it is limited."""
@@ -277,12 +275,12 @@ class _Program:
 Fractionals = dict[tuple[int, int], Fractional]
 
 
-def first_bounds(problem: Problem, pins: Pins, formula: str = "pipeline", deadline: float = math.inf) -> Fractionals:
+def first_bounds(problem: Problem, pins: Pins, deadline: float = math.inf) -> Fractionals:
     """Micro-batch pair -> what is known of it, the most promising first; after the deadline by arithmetic alone."""
-    found = {pair: Fractional(simple_bound(problem, pins, pair, formula)) for pair in pairs(problem)}
+    found = {pair: Fractional(simple_bound(problem, pins, pair)) for pair in pairs(problem)}
     for pair in sorted(found, key=lambda pair: found[pair].bound):
         if time.monotonic() > deadline:
             break
-        solved = solve_fractional(problem, pins, pair, formula)
+        solved = solve_fractional(problem, pins, pair)
         found[pair] = max(solved, found[pair], key=lambda entry: entry.bound)
     return dict(sorted(found.items(), key=lambda entry: entry[1].bound))

@@ -57,10 +57,9 @@ class Pair:
     slow: float  # weight of the slowest prefill resource, m_p - 1
     ring: float  # weight of a decode pass
     slowest: float  # weight of the slowest decode resource
-    split_round: bool  # the contract's max of the two (else the reference formula adds them)
     root: Box
 
 
 def round_weights(pair: Pair, w: float) -> tuple[float, float]:
     """Weights of (ring, slowest decode resource) under the share w."""
-    return ((1 - w) * pair.ring, w * pair.slowest) if pair.split_round else (pair.ring, pair.slowest)
+    return (1 - w) * pair.ring, w * pair.slowest

@@ -42,12 +42,11 @@ class Relaxation:
         self,
         problem: Problem,
         pins: Pins,
-        formula: str,
         chosen: Sequence[tuple[int, int]] | None = None,
         deadline: float = math.inf,
     ):
         """`chosen`: the micro-batch pairs to look at, in this order; None means all that memory permits."""
-        self.problem, self.pins, self.formula, self.deadline = problem, pins, formula, deadline
+        self.problem, self.pins, self.deadline = problem, pins, deadline
         self.mode = problem.objective.mode
         fixed = problem.device_order == "fixed"
         self.classes, self.space, self.priced = _state_space(problem, pins, fixed)
@@ -62,7 +61,6 @@ class Relaxation:
 
     def _pair(self, pair: tuple[int, int]) -> Pair:
         arrays = pair_arrays(self.problem, *pair)
-        contract = self.formula == "pipeline"
         representatives = self.classes.representatives()
         allowed = self.pins.widths(self.problem)
         if self.compositions is None:
@@ -70,9 +68,8 @@ class Relaxation:
         masks = [self.pins.intervals(self.problem, d) for d in representatives]
         stages = StageBounds(arrays, representatives, allowed, masks, self.compositions)
         rounds = arrays.generated_tokens - 1
-        link, back = (
-            _weighted_links(class_links(table, self.classes), contract) for table in (arrays.link, arrays.back)
-        )
+        # a class without a second member cannot follow itself
+        link, back = (np.minimum(class_links(table, self.classes), NEVER) for table in (arrays.link, arrays.back))
         return Pair(
             arrays,
             stages,
@@ -80,9 +77,8 @@ class Relaxation:
             link,
             back,
             slow=arrays.prefill_rounds - 1.0,
-            ring=float(rounds) if contract else 1.0,
-            slowest=float(rounds * arrays.decode_rounds if contract else rounds * (arrays.decode_rounds - 1)),
-            split_round=contract,
+            ring=float(rounds),
+            slowest=float(rounds * arrays.decode_rounds),
             root=_root_box(arrays),
         )
 
@@ -254,11 +250,6 @@ def _state_space(problem: Problem, pins: Pins, fixed: bool) -> tuple[Classes, Pa
         if classes.states * len(classes.members) <= STATE_LIMIT:
             return classes, PathSpace(len(classes.members), classes.counts), False
     return classes, PathSpace(len(classes.members), None), True
-
-
-def _weighted_links(table: np.ndarray, counted: bool) -> np.ndarray:
-    """Link times (none in the reference formula); a class without a second member cannot follow itself."""
-    return np.where(np.isfinite(table), table if counted else 0.0, NEVER)
 
 
 def _longest_stage(stage: np.ndarray) -> int:
