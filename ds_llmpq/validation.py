@@ -138,6 +138,9 @@ def _sentence(error: ValidationError, where: str, remedy: str) -> str:
     if kind in ("missing", "missing_argument"):
         if not place:
             return f"{where} is empty; {remedy}."
+        if isinstance(key, int):
+            path, found = _path(where, place[:-1]), quote(first["input"])
+            return f"{path} is {found}, but must have more than {key} entries; {remedy}."
         return f"{_path(where, place[:-1])} lacks the key {quote(key)}; {remedy}."
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"{_path(where, place[:-1])} has the unknown key {quote(key)}; {remedy}."

@@ -5,22 +5,69 @@ Each key is honoured, left to the rows and `batch.*`, or named as not honoured; 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
+
+from annotated_types import Ge, Le, Lt, MaxLen, MinLen
+from pydantic import AfterValidator
 
 from ds_llmpq.errors import UserError, quote
 from ds_llmpq.files import read_json
 from ds_llmpq.models.description import read_config, read_description
 from ds_llmpq.models.families import find_family
-from ds_llmpq.validation import Plain, validate
+from ds_llmpq.validation import AboveZero, Number, OneOrMany, Plain, Share, validate
 
 NAME = "generation_config.json"
 _MOST_BYTES = 16 << 20
-_MOST_TOKEN = 2**31 - 1
+_REMEDY = "mend or remove that key"
+T = TypeVar("T")
 Sequence = tuple[int, ...]  # of token ids
+
+
+def _filled(tokens: Any) -> Any:
+    if tokens == ():
+        raise ValueError("must be a token id or a list of them")
+    return tokens
+
+
+def _whole(value: float) -> int:
+    if value != int(value):
+        raise ValueError("must be a whole number")
+    return int(value)
+
+
+_Token = Annotated[int, Ge(-(2**31)), Lt(2**31)]  # those that no vocabulary has are met below
+_Word = Annotated[tuple[_Token, ...], MinLen(1), MaxLen(100_000)]
+_Words = Annotated[tuple[T, ...], MaxLen(100_000)]
+_Count = Annotated[int, Ge(0), Lt(2**31)]
+_ShareAboveZero = Annotated[float, Ge(1e-9), Le(1)]
+
+
+@dataclass(frozen=True)
+class _Honoured:
+    """The keys of the file that have an effect."""
+
+    eos_token_id: OneOrMany[_Token] | None = None
+    repetition_penalty: Annotated[float, Ge(1e-6), Le(1e6)] | None = None
+    no_repeat_ngram_size: _Count | None = None
+    sequence_bias: _Words[tuple[_Word, Number]] | None = None
+    bad_words_ids: _Words[_Word] | None = None
+    min_length: _Count | None = None
+    min_new_tokens: _Count | None = None
+    forced_bos_token_id: _Token | None = None
+    forced_eos_token_id: Annotated[OneOrMany[_Token], AfterValidator(_filled)] | None = None
+    exponential_decay_length_penalty: tuple[Annotated[Number, AfterValidator(_whole)], AboveZero] | None = None
+    suppress_tokens: OneOrMany[_Token] | None = None
+    begin_suppress_tokens: OneOrMany[_Token] | None = None
+    top_h: _ShareAboveZero | None = None
+    min_p: Share | None = None
+    typical_p: _ShareAboveZero | None = None
+    epsilon_cutoff: Share | None = None
+    eta_cutoff: Share | None = None
+    stop_strings: OneOrMany[Annotated[str, MinLen(1), MaxLen(10_000)]] | None = None
 
 
 @dataclass(frozen=True)
@@ -84,13 +131,10 @@ def read_generation(path: str | Path, config: Mapping[str, Any], vocabulary: int
     file = Path(path) / NAME
     given = _read(file) if file.exists() or file.is_symlink() else None
     values = {key: value for key, value in (given or {}).items() if value is not None}
-    chosen = {}
-    for key, read in _HONOURED.items():
-        if key in values:
-            chosen[key] = read(_Value(file, key, values[key], vocabulary))
+    keys = validate(_Honoured, values, str(file), _REMEDY, ignore_unknown=True)
     eos, ending = _choose_eos(file, given, config)
     left_out = [(f"{key} {quote(values[key])}", why) for key, why in _explain_left_out(values).items()]
-    return Generation(eos_token_ids=eos, left_out=(*left_out, *ending), **chosen)
+    return Generation(eos_token_ids=eos, left_out=(*left_out, *ending), **_convert(keys, file, vocabulary))
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -104,113 +148,47 @@ def _choose_eos(
     """As transformers has it: of generation_config.json where there is one, else of config.json. A file that names none
     would never end an answer; there config.json has a word."""
     if given is not None and given.get("eos_token_id") is not None:
-        return _Value(file, "eos_token_id", given["eos_token_id"], None).tokens(), []
+        return _read_eos(file, given["eos_token_id"]), []
     family = find_family(config.get("model_type"))
     named = config.get("eos_token_id", family.eos_token_id if family else None)
-    found = () if named is None else _Value(file.with_name("config.json"), "eos_token_id", named, None).tokens()
+    found = () if named is None else _read_eos(file.with_name("config.json"), named)
     if given is None or not found:
         return found, []
     return found, [("eos_token_id null", f"answers end at config.json's {quote(_as_lists(found))}")]
 
 
-class _Value:
-    """One key's value and what it may be."""
-
-    def __init__(self, file: Path, key: str, value: Any, vocabulary: int | None):
-        self.file, self.key, self.value, self.vocabulary = file, key, value, vocabulary
-
-    def error(self, bound: str) -> UserError:
-        return UserError(
-            f"{self.file} has {self.key}={quote(self.value)}; it must be {bound}; mend or remove that key."
-        )
-
-    def number(self, low: float, high: float, bound: str) -> float:
-        value = self.value
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-            raise self.error(bound)
-        return float(value)
-
-    def count(self) -> int:
-        value = self.value
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MOST_TOKEN:
-            raise self.error(f"a whole number from 0 to {_MOST_TOKEN}")
-        return value
-
-    def tokens(self, value: Any = None, least: int = 0) -> Sequence:
-        """A token id or a list of them."""
-        value = self.value if value is None else value
-        listed = value if isinstance(value, list) else [value]
-        whole = all(isinstance(token, int) and not isinstance(token, bool) for token in listed)
-        if not whole or len(listed) < least or not all(abs(token) <= _MOST_TOKEN for token in listed):
-            raise self.error("a token id or a list of token ids")
-        return tuple(listed)
-
-    def known_tokens(self, value: Any = None) -> Sequence:
-        """Ids that the model has, each of them."""
-        found = self.tokens(value, least=1)
-        if not all(0 <= token < self.vocabulary for token in found):
-            raise self.error(f"of token ids from 0 to {self.vocabulary - 1}")
-        return found
-
-    def suppressed(self) -> Sequence:
-        """Ids that the model lacks cannot be generated anyway."""
-        return tuple(token for token in self.tokens() if 0 <= token < self.vocabulary)
-
-    def words(self) -> tuple[Sequence, ...]:
-        if not isinstance(self.value, list) or not all(isinstance(word, list) and word for word in self.value):
-            raise self.error("a list of lists of token ids")
-        return tuple(self.known_tokens(word) for word in self.value)
-
-    def biases(self) -> tuple[tuple[Sequence, float], ...]:
-        pairs = self.value if isinstance(self.value, list) else [None]
-        if not all(
-            isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], list) and _finite(pair[1])
-            for pair in pairs
-        ):
-            raise self.error("a list of pairs of a list of token ids and a number")
-        return tuple({self.known_tokens(words): float(bias) for words, bias in pairs}.items())
-
-    def decay(self) -> tuple[int, float]:
-        value = self.value
-        pair = value if isinstance(value, list) and len(value) == 2 else [None, None]
-        if not _finite(pair[0]) or pair[0] != int(pair[0]) or not _finite(pair[1]) or pair[1] <= 0:
-            raise self.error("a pair of a whole number of tokens and a number above 0")
-        return int(pair[0]), float(pair[1])
-
-    def strings(self) -> tuple[str, ...]:
-        listed = self.value if isinstance(self.value, list) else [self.value]
-        if not all(isinstance(each, str) and each for each in listed):
-            raise self.error("a string or a list of strings that are not empty")
-        return tuple(listed)
+def _read_eos(file: Path, value: Any) -> Sequence:
+    return _listed(validate(_Honoured, {"eos_token_id": value}, str(file), _REMEDY).eos_token_id)
 
 
-def _finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _listed(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
 
 
-def _read_share(value: _Value) -> float:
-    return value.number(0, 1, "a number from 0 to 1")
+def _convert(keys: _Honoured, file: Path, vocabulary: int) -> dict[str, Any]:
+    """As `Generation` holds them. `UserError`: a token id that the model lacks, where it would have to be generated."""
+    found = {name: value for name, value in vars(keys).items() if value is not None and name != "eos_token_id"}
+    for name in ("forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens", "stop_strings"):
+        if name in found:
+            found[name] = _listed(found[name])
+    for name in ("suppress_tokens", "begin_suppress_tokens"):  # ids that the model lacks cannot be generated anyway
+        if name in found:
+            found[name] = tuple(token for token in found[name] if 0 <= token < vocabulary)
+    named = {
+        "forced_bos_token_id": _listed(found.get("forced_bos_token_id", ())),
+        "forced_eos_token_id": found.get("forced_eos_token_id", ()),
+        "bad_words_ids": chain(*found.get("bad_words_ids", ())),
+        "sequence_bias": chain(*(words for words, _ in found.get("sequence_bias", ()))),
+    }
+    for name, tokens in named.items():
+        for token in tokens:
+            if not 0 <= token < vocabulary:
+                bound = f"of token ids from 0 to {vocabulary - 1}"
+                raise UserError(f"{file}: {name} has {token}, but must be {bound}; {_REMEDY}.")
+    if "sequence_bias" in found:
+        found["sequence_bias"] = tuple(dict(found["sequence_bias"]).items())
+    return found
 
-
-_HONOURED: dict[str, Callable[[_Value], Any]] = {
-    "repetition_penalty": lambda value: value.number(1e-6, 1e6, "a number above 0"),
-    "no_repeat_ngram_size": _Value.count,
-    "sequence_bias": _Value.biases,
-    "bad_words_ids": _Value.words,
-    "min_length": _Value.count,
-    "min_new_tokens": _Value.count,
-    "forced_bos_token_id": lambda value: value.known_tokens([value.value])[0],
-    "forced_eos_token_id": _Value.known_tokens,
-    "exponential_decay_length_penalty": _Value.decay,
-    "suppress_tokens": _Value.suppressed,
-    "begin_suppress_tokens": _Value.suppressed,
-    "top_h": lambda value: value.number(1e-9, 1, "a number above 0 and at most 1"),
-    "min_p": _read_share,
-    "typical_p": lambda value: value.number(1e-9, 1, "a number above 0 and at most 1"),
-    "epsilon_cutoff": _read_share,
-    "eta_cutoff": _read_share,
-    "stop_strings": _Value.strings,
-}
 
 _BATCH = "rows and batch.* decide"
 _ONE_ANSWER = "every row gets one answer, chosen token by token"
