@@ -90,6 +90,7 @@ def _through_hydra(command: str, arguments: list[str]) -> int:
     config.register()
     if command == "run" and all(argument.startswith("out=") for argument in arguments):
         arguments = ["+experiment=demo", *arguments]
+    arguments = ["verbose=true" if argument in ("-v", "--verbose") else argument for argument in arguments]
     flags = [argument for argument in arguments if argument.startswith("-")]
     arguments = config.prepare(command, arguments, sweep=bool({"-m", "--multirun"} & set(flags)))
     if not flags:

@@ -7,9 +7,8 @@ from pathlib import Path
 from ds_llmpq import config
 from ds_llmpq.batch.tally import Tally
 from ds_llmpq.commands.serve import SOME_FAILED
-from ds_llmpq.plan import Plan
 from ds_llmpq.report.answers import show_answers
-from ds_llmpq.report.plan_table import format_plan
+from ds_llmpq.report.plan_table import describe_plan, format_plan
 from ds_llmpq.report.run_summary import run_summary
 from ds_llmpq.report.solver_progress import progress_line
 from ds_llmpq.serving.batch_run import BatchRun, Screen, run_batch
@@ -17,20 +16,18 @@ from ds_llmpq.serving.config import RunConfig
 
 
 def run(settings: RunConfig, out: Path) -> int:
-    done = run_batch(config.load_cluster(settings), out, Screen(print, _print_plan, progress_line()))
-    _print_end(done, config.make_absolute(settings.input), out)
+    describe = format_plan if settings.verbose else describe_plan
+    screen = Screen(print, lambda plan: print(describe(plan), flush=True), progress_line())
+    done = run_batch(config.load_cluster(settings), out, screen)
+    _print_end(done, config.make_absolute(settings.input), out, settings.verbose)
     return SOME_FAILED if done.tally.failed else 0
 
 
-def _print_plan(plan: Plan) -> None:
-    print(format_plan(plan), flush=True)
-
-
-def _print_end(done: BatchRun, input_file: Path, out: Path) -> None:
+def _print_end(done: BatchRun, input_file: Path, out: Path, verbose: bool) -> None:
     if done.metrics is None:
         print(f"{out} is finished: {_describe_counts(done.tally)}; nothing is left to do.")
         return
-    print(run_summary(done.metrics))
+    print(run_summary(done.metrics, verbose))
     if done.restarts:
         print(f"the pipeline was started again {done.restarts} times ({'; '.join(done.reasons)})")
     if answers := show_answers(input_file, out / "results.jsonl"):

@@ -18,23 +18,37 @@ from ds_llmpq.validation import Count, Label, validate
 PROGRESS_MARK = "ds-llmpq progress "
 ERROR_MARK = "ds-llmpq error: "
 _SECONDS_BETWEEN = 0.2
+_SECONDS_BETWEEN_LINES = 10.0
 
 
 class ProgressBar:
-    """A progress bar over phases of known length, on standard error."""
+    """How far phases of known length are, on standard error: a bar on a terminal, now and then a line in a log."""
 
     def __init__(self, stream: TextIO | None = None):
         self._stream = stream or sys.stderr
         self._bar: tqdm | None = None
         self._phase = ""
+        self._said, self._finished = 0.0, False
 
     def show(self, phase: str, done: int, total: int, note: str = "") -> None:
+        if not self._stream.isatty():
+            self._show_line(phase, done, total, note)
+            return
         if phase != self._phase:
             self.close()
             self._bar = tqdm(total=total, desc=phase, file=self._stream, dynamic_ncols=True)
             self._phase = phase
         self._bar.update(done - self._bar.n)
         self._bar.set_postfix_str(note, refresh=False)
+
+    def _show_line(self, phase: str, done: int, total: int, note: str) -> None:
+        now = time.monotonic()
+        if phase == self._phase and done < total and now - self._said < _SECONDS_BETWEEN_LINES:
+            return
+        if phase == self._phase and done >= total and self._finished:
+            return
+        self._phase, self._said, self._finished = phase, now, done >= total
+        print(f"{phase}: {done} of {total}" + (f", {note}" if note else ""), file=self._stream, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -6,8 +6,9 @@ import numpy as np
 
 from ds_llmpq.plan import Assignment, Plan, Stage
 from ds_llmpq.planner.arrays import PairArrays, pair_arrays
-from ds_llmpq.planner.objective import Prediction, evaluate, objective_value
+from ds_llmpq.planner.objective import Prediction, evaluate, objective_value, stage_memory
 from ds_llmpq.planner.problem import Problem
+from ds_llmpq.quant.packing import UNQUANTIZED_BITS
 from ds_llmpq.wording import format_number, pluralize
 
 GIGABYTE = 1e9
@@ -17,13 +18,36 @@ def explain_plan(problem: Problem, plan: Plan) -> list[str]:
     """Sentences about the plan, the most important first."""
     assignment = plan.assignment()
     prediction = evaluate(problem, assignment)
-    sentences = [_balance(problem, assignment, prediction)]
+    sentences = [_quantization(problem, plan), _balance(problem, assignment, prediction)]
     sentences += [_bottleneck(problem, plan, prediction, phase) for phase in ("prefill", "decode")]
     sentences += _left_out(problem, plan)
     sentences += _memory_worth(problem, plan, prediction)
     sentences += _theta_worth(problem, plan)
     sentences += _against_baselines(problem, plan)
     return sentences
+
+
+def _quantization(problem: Problem, plan: Plan) -> str:
+    """What is below 16 bits, and whether memory asked for it."""
+    bits = [width for stage in plan.stages for width in stage.bits]
+    low = [width for width in bits if width < UNQUANTIZED_BITS]
+    if not low:
+        return f"Nothing is quantized: all {pluralize(len(bits), 'layer')} stay at {UNQUANTIZED_BITS} bits."
+    counts = ", ".join(f"{low.count(width)} at {width} bits" for width in sorted(set(low)))
+    return (
+        f"Quantized: {len(low)} of {pluralize(len(bits), 'layer')} ({counts}), because {_why_quantized(problem, plan)}."
+    )
+
+
+def _why_quantized(problem: Problem, plan: Plan) -> str:
+    if UNQUANTIZED_BITS not in problem.bits:
+        return f"{UNQUANTIZED_BITS} bits are not among the choices"
+    assignment, budgets = plan.assignment(), {device.name: device.memory_bytes for device in problem.devices}
+    for stage in assignment.stages:
+        whole = replace(stage, bits=(UNQUANTIZED_BITS,) * len(stage.bits))
+        if sum(stage_memory(problem, assignment, whole).values()) > budgets[stage.device]:
+            return "they do not fit the devices' memory otherwise"
+    return "that is faster"
 
 
 def _balance(problem: Problem, assignment: Assignment, seen: Prediction) -> str:

@@ -9,6 +9,7 @@ from ds_llmpq.plan import Plan, PredictedTotals, Stage
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS
 from ds_llmpq.wording import format_number
 
+_MOST_STAGES = 4  # named in a line
 _UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
 
@@ -31,6 +32,29 @@ def format_plan(plan: Plan) -> str:
     head = ["stage", "device", "type", "layers", "bits", "memory", "used / budget", "prefill ms", "decode ms"]
     parts = [format_table(head, rows), *_summary(plan)]
     return "\n".join(parts)
+
+
+def describe_plan(plan: Plan) -> str:
+    """Three lines: the stages, what was quantized and why, and what the plan predicts for the planned workload."""
+    shown = [
+        f"{stage.device} layers {stage.layers[0]}-{stage.layers[1] - 1} at {_list_widths(stage.bits)} bits"
+        for stage in plan.stages
+    ]
+    stages = "; ".join(shown[:_MOST_STAGES]) + ("; ..." if len(shown) > _MOST_STAGES else "")
+    predicted = plan.predicted
+    lines = [
+        f"plan: {stages}",
+        *plan.explanation[:1],
+        f"planned: {format_number(predicted.throughput_tokens_per_second, 4)} tokens/s on "
+        f"{plan.workload.sequences} sequences of {plan.workload.prompt_tokens} + {plan.workload.generated_tokens} "
+        f"tokens, loss {format_number(predicted.quality_loss)} nats per token"
+        + "".join(f" ({origin})" for name, origin in plan.provenance.items() if name == "sensitivity"),
+    ]
+    return "\n".join(lines)
+
+
+def _list_widths(bits: Sequence[int]) -> str:
+    return ", ".join(map(str, sorted(set(bits))))
 
 
 def format_bits(bits: Sequence[int]) -> str:

@@ -2,39 +2,76 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from ds_llmpq.report.plan_table import format_size, format_table
+from ds_llmpq.wording import format_number
+
+TRUSTED = 0.15  # a run within that share of its prediction confirms the plan's times
+RANKING = 1.0  # a run within a factor of two: what is off is off alike for all plans of a model and machine
 
 
-def run_summary(metrics: dict[str, Any]) -> str:
-    """`metrics` as in metrics.json."""
+def run_summary(metrics: dict[str, Any], verbose: bool = False) -> str:
+    """`metrics` as in metrics.json. verbose: also a line a stage."""
     counts, measured = metrics["counts"], metrics["measured"]
     lines = [f"requests: {counts['total']} in all, {counts['completed']} completed, {counts['failed']} failed"]
     if not metrics["stages"]:
         return "\n".join([*lines, "measured: nothing; the pipeline that served the last rows ended before it reported"])
     lines.append(
-        f"measured: prefill {_number(measured['prefill_tokens_per_second'])} tokens/s, decode "
-        f"{_number(measured['decode_tokens_per_second'])} tokens/s, {measured['generated_tokens']} tokens generated in "
-        f"{measured['serving_seconds']:.2f} s; start-up {measured['startup_seconds']:.1f} s"
+        f"measured: {_number(measured['throughput_tokens_per_second'])} tokens/s, "
+        f"{measured['generated_tokens']} tokens in {measured['serving_seconds']:.2f} s "
+        f"(prefill {_number(measured['prefill_tokens_per_second'])} tokens/s, decode "
+        f"{_number(measured['decode_tokens_per_second'])}); start-up {measured['startup_seconds']:.1f} s"
     )
-    fidelity = metrics["predicted_against_measured"]
-    if fidelity:
-        for phase in ("latency", "prefill", "decode"):
-            entry = fidelity[f"{phase}_seconds"]
-            # one-token answers have no decode, neither predicted nor measured
-            ratio = "" if entry["ratio"] is None else f" (measured is {entry['ratio']:.2f}x)"
-            pair = f"{entry['predicted']:.3f} s against {entry['measured']:.3f} s"
-            lines.append(f"predicted against measured {phase}: {pair}{ratio}")
-    else:
-        lines.append("predicted against measured: nothing ran that the prediction can be held against")
-    lines.append(_stages(metrics["stages"]))
+    lines += compare_with_plan(metrics)
+    if verbose:
+        lines.append(_stages(metrics["stages"]))
     if warnings := metrics.get("memory_warnings"):
         lines.append(
             f"memory ran out {len(warnings)} times, and the run went on with less at a time; "
             "metrics.json says where (memory_warnings)"
         )
     return "\n".join(lines)
+
+
+def compare_with_plan(metrics: dict[str, Any]) -> list[str]:
+    """Two lines: the plan's figures for these very requests, in the units of the measured ones, and a verdict."""
+    found = metrics["predicted_against_measured"]
+    if not found:
+        return ["predicted: nothing ran that the prediction can be held against"]
+    measured = metrics["measured"]
+    tokens = {
+        "latency": measured["generated_tokens"],
+        "prefill": measured["prompt_tokens"],
+        "decode": measured["generated_tokens"] - measured["rows"],
+    }
+    pairs = {phase: found[f"{phase}_seconds"] for phase in tokens}
+    rates = {
+        phase: _number(tokens[phase] / seconds if (seconds := pair["predicted"]) else None)
+        for phase, pair in pairs.items()
+    }
+    return [
+        f"predicted: {rates['latency']} tokens/s, in {pairs['latency']['predicted']:.2f} s "
+        f"(prefill {rates['prefill']} tokens/s, decode {rates['decode']})",
+        f"verdict: {_judge(pairs)}",
+    ]
+
+
+def _judge(pairs: dict[str, dict[str, float | None]]) -> str:
+    """A sentence on how far the whole run was off, and by which phase. A ratio is measured over predicted seconds; None
+    where a phase has no work, as decode has none in answers of one token."""
+    ratio = pairs["latency"]["ratio"]
+    if ratio is None:
+        return "nothing was predicted to take any time"
+    off = max(ratio, 1 / ratio) - 1
+    if off <= TRUSTED:
+        return f"the run took {ratio:.2f} times as long as predicted: the plan's times hold"
+    phases = {phase: pairs[phase]["ratio"] for phase in ("prefill", "decode") if pairs[phase]["ratio"]}
+    worst = max(phases, key=lambda phase: abs(math.log(phases[phase])), default=None)
+    cause = f" ({worst} {phases[worst]:.2f} times)" if worst else ""
+    use = "good for ranking plans, not as absolute figures" if off <= RANKING else "do not trust them"
+    return f"the run took {ratio:.2f} times as long as predicted{cause}: the plan's times are off; {use}"
 
 
 def _stages(stages: list[dict[str, Any]]) -> str:
@@ -72,4 +109,4 @@ def _stages(stages: list[dict[str, Any]]) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
+    return "-" if value is None else format_number(value, 4)

@@ -59,6 +59,7 @@ class RunConfig(PlanningConfig):
     hostfile: str | None = path_field()  # null: written from the plan
     resume: str = "auto"  # auto: refused if what results depend on has changed | force: go on whatever changed
     run: SupervisionConfig = field(default_factory=SupervisionConfig)
+    verbose: bool = False  # (-v) print the whole plan with its notes, and each stage's memory and time
 
 
 @dataclass

@@ -1,11 +1,13 @@
 """What a plan says of itself is true and in plain figures."""
 
+import dataclasses
 import re
 
 from random_problems import random_problem
 
 from ds_llmpq.errors import InfeasibleError
-from ds_llmpq.planner import solve
+from ds_llmpq.planner import Problem, solve
+from ds_llmpq.planner.objective import violations
 from ds_llmpq.wording import pluralize
 
 WORTH = re.compile(r"objective of [^ ]+ by at least \(the same stages, other widths\): (.*)\.$")
@@ -48,3 +50,26 @@ def test_sentences_hold_no_exponents_and_count_rightly():
 def test_counted():
     assert [pluralize(n, "micro-batch") for n in (1, 2)] == ["1 micro-batch", "2 micro-batches"]
     assert [pluralize(n, "layer") for n in (1, 1000)] == ["1 layer", "1,000 layers"]
+
+
+def test_the_first_sentence_says_what_is_quantized_and_whether_memory_asked_for_it():
+    seen = set()
+    for obj, plan in plans(range(40), layers=4, devices=2, widths=3):
+        bits = [width for stage in plan.stages for width in stage.bits]
+        low = sum(width < 16 for width in bits)
+        sentence = plan.explanation[0]
+        if low == 0:
+            assert sentence == f"Nothing is quantized: all {len(bits)} layers stay at 16 bits."
+            seen.add("nothing")
+            continue
+        assert sentence.startswith(f"Quantized: {low} of {len(bits)} layers (")
+        stages = [dataclasses.replace(stage, bits=(16,) * len(stage.bits)) for stage in plan.assignment().stages]
+        unquantized = dataclasses.replace(plan.assignment(), stages=tuple(stages))
+        problem = Problem.from_json(obj)
+        if 16 not in problem.bits:
+            assert sentence.endswith("because 16 bits are not among the choices.")
+            continue
+        short = [each for each in violations(problem, unquantized) if " bytes on " in each]
+        assert sentence.endswith("do not fit the devices' memory otherwise." if short else "that is faster.")
+        seen.add(bool(short))
+    assert seen == {"nothing", True, False}

@@ -88,6 +88,8 @@ def write_run(folder):
         "measured": {
             "startup_seconds": 1.0,
             "serving_seconds": 0.6,
+            "rows": 4,
+            "prompt_tokens": 16,
             "generated_tokens": 24,
             "prefill_tokens_per_second": 10.0,
             "decode_tokens_per_second": 20.0,

@@ -76,7 +76,7 @@ def test_a_run_has_every_section_filled(tmp_path):
     for stage in plan.stages:
         assert stage.device in text
         assert stage.device in page
-    assert "predicted against measured latency: 0.500 s against 0.600 s" in text
+    assert "verdict: the run took 1.20 times as long as predicted" in text
     assert {file.name for file in (tmp_path / "out").glob("*.png")} == {
         f"{name}.png" for name in ("gantt", "memory", "bits", "phases", "fidelity", "baselines")
     }

@@ -1,6 +1,7 @@
 """What is said of a run with answers of one token, and of one whose pipeline ended before it reported."""
 
 import json
+import re
 
 import pytest
 from report_folders import write_planned, write_run
@@ -20,7 +21,9 @@ def test_answers_of_one_token_have_no_decode(tmp_path):
     metrics["predicted_against_measured"]["decode_seconds"] = {"predicted": 0.0, "measured": 0.0, "ratio": None}
     metrics["measured"]["decode_tokens_per_second"] = None
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
-    assert "predicted against measured decode: 0.000 s against 0.000 s\n" in run_summary(metrics)
+    text = run_summary(metrics)
+    assert re.search(r"^predicted: \S+ tokens/s, in 0\.50 s \(prefill \S+ tokens/s, decode -\)$", text, re.MULTILINE)
+    assert re.search(r"^verdict: the run took 1\.20 times .*\(prefill [\d.]+ times\)", text, re.MULTILINE)
     assert "decode: predicted 0.000 s, measured 0.000 s\n" in write_run_report(tmp_path, tmp_path / "page")
 
 
@@ -34,3 +37,28 @@ def test_a_run_that_nobody_measured_has_counts_alone(tmp_path, failed):
     assert f"4 in all, {4 - failed} completed, {failed} failed" in text
     assert "measured: nothing" in text
     assert "measured: nothing" in write_run_report(tmp_path, tmp_path / "page")
+
+
+@pytest.mark.parametrize(
+    ("latency", "decode", "expected"),
+    [
+        (1.0, 1.0, "1.00 times as long as predicted: the plan's times hold"),
+        (1.15, 3.0, "1.15 times as long as predicted: the plan's times hold"),
+        (0.9, 1.0, "0.90 times as long as predicted: the plan's times hold"),
+        (1.5, 1.8, "1.50 times as long as predicted (decode 1.80 times): the plan's times are off; good for ranking"),
+        (0.6, 0.5, "0.60 times as long as predicted (decode 0.50 times): the plan's times are off; good for ranking"),
+        (7.5, 8.0, "7.50 times as long as predicted (decode 8.00 times): the plan's times are off; do not trust them"),
+    ],
+)
+def test_the_verdict_follows_the_whole_run_and_names_the_phase_that_was_off(tmp_path, latency, decode, expected):
+    write_run(tmp_path)
+    metrics = read(tmp_path)
+    found = metrics["predicted_against_measured"]
+    for phase, ratio in (("latency", latency), ("prefill", 1.1), ("decode", decode)):
+        found[f"{phase}_seconds"] = {"predicted": 2.0, "measured": 2.0 * ratio, "ratio": ratio}
+    metrics["measured"] |= {"generated_tokens": 30, "prompt_tokens": 100, "rows": 10}
+    lines = run_summary(metrics).splitlines()
+    assert lines[2] == "predicted: 15 tokens/s, in 2.00 s (prefill 50 tokens/s, decode 10)"
+    assert lines[3].startswith(f"verdict: the run took {expected}")
+    assert len(lines) == 4
+    assert metrics["stages"][0]["device"] in run_summary(metrics, verbose=True)
