@@ -52,9 +52,16 @@ def test_counted():
     assert [pluralize(n, "layer") for n in (1, 1000)] == ["1 layer", "1,000 layers"]
 
 
+def roomy_plans(seeds):
+    for seed in seeds:
+        obj = random_problem(seed, mode="theta", layers=4, devices=2, widths=3)
+        roomy = obj | {"devices": [device | {"memory_bytes": 10**15} for device in obj["devices"]]}
+        yield roomy, solve(roomy, solver="search", gap=0)
+
+
 def test_the_first_sentence_says_what_is_quantized_and_whether_memory_asked_for_it():
     seen = set()
-    for obj, plan in plans(range(40), layers=4, devices=2, widths=3):
+    for obj, plan in [*plans(range(30), layers=4, devices=2, widths=3), *roomy_plans(range(30))]:
         bits = [width for stage in plan.stages for width in stage.bits]
         low = sum(width < 16 for width in bits)
         sentence = plan.explanation[0]
