@@ -52,7 +52,9 @@ def run(settings: ProfileConfig, out: Path) -> int:
     }
     quant, note = _with_kernel(settings, cluster, out, (shape, settings.quant, bits, dtype), (sizes, workload))
     setup = current_setup(shape, dtype, find_kernel(quant.kernel), groups_of(quant), quant.lm_head_bits)
-    task = Task(path, shape, workload, quant, dtype, tuple(bits), sizes, setup, settings.profiling, note)
+    kinds = {device.type.kind for device in cluster.devices}
+    captured = "cuda" in kinds and settings.engine.captures(kinds)
+    task = Task(path, shape, workload, quant, dtype, tuple(bits), sizes, setup, settings.profiling, note, captured)
     bar = ProgressBar()
     try:
         profile(task, cluster, out, settings.force, bar.show)

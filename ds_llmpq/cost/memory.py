@@ -105,6 +105,12 @@ class MemoryModel:
         parts = self.workspace_parts(sequences, new_tokens, past_tokens, quantized)
         return max(parts["activations"] + parts["dequantized"], parts["logits"]) + parts["communication"]
 
+    def captured_pool_bytes(self, sequences: int, past_tokens: int, quantized: bool) -> int:
+        """What captured decode passes of so many sequences work in: memory of the graphs' own, which nothing else
+        may use between passes. All graphs share it; the logits they leave are in it."""
+        parts = self.workspace_parts(sequences, 1, past_tokens, quantized)
+        return parts["activations"] + parts["dequantized"] + sequences * self.shape.vocab * self.dtype_bytes
+
     def stage_bytes(
         self, bits: Sequence[int], sequences: int, capacity_tokens: int, first: bool, last: bool
     ) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -14,6 +15,14 @@ class ComputeConfig:
     # a request's greedy answer does not depend on which others it runs with: full decode micro-batches always, prefill
     # one by one
     batch_invariant: bool = False
+    # decode passes are captured once for each shape and replayed: as CUDA graphs; null: where a stage is a GPU. true
+    # without a GPU replays a trace, which proves that a model's passes can be captured and gains no speed
+    decode_graphs: bool | None = None
+
+    def captures(self, kinds: Iterable[str]) -> bool:
+        """Whether decode passes of stages on devices of these kinds are captured: the same on all stages, whose
+        micro-batches are the same."""
+        return "cuda" in kinds if self.decode_graphs is None else self.decode_graphs
 
 
 @dataclass
@@ -26,6 +35,3 @@ class EngineConfig(ComputeConfig):
     # decode rounds that a free slot waits for others, to be refilled in one prefill pass; null: 8, but 0 where stages
     # are graphs, whose prefill costs the same a token for one row as for many
     patience_rounds: int | None = None
-    # decode passes are captured once for each shape and replayed: as CUDA graphs; null: where a stage is a GPU. true
-    # without a GPU replays a trace, which proves that a model's passes can be captured and gains no speed
-    decode_graphs: bool | None = None

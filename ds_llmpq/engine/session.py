@@ -131,12 +131,7 @@ class Session:
 
     @property
     def _captures(self) -> bool:
-        """Whether any stage captures its decode passes. The same on all stages, whose micro-batches are the same."""
-        if self.scorer is not None:
-            return False
-        if self.options.decode_graphs is not None:
-            return self.options.decode_graphs
-        return any(stage.kind == "cuda" for stage in self.plan.stages)
+        return self.scorer is None and self.options.captures(stage.kind for stage in self.plan.stages)
 
     def _capture(self) -> Capture | None:
         """How this stage does it. Without a GPU a trace is no faster, and runs only if it was asked for."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from ds_llmpq.cluster.cluster import Cluster, choose_dtype, gate
 from ds_llmpq.cluster.devices import BIT_WIDTHS, COMPUTE_DTYPES, DeviceType
+from ds_llmpq.cost.captured_graphs import estimate_graph_bytes
 from ds_llmpq.cost.latency import LayerCosts, RooflineCosts
 from ds_llmpq.cost.links import link_table
 from ds_llmpq.cost.memory import MemoryModel
@@ -46,11 +47,13 @@ def prepare(
     dtype: str = "auto",
     kernel: Kernel = DEQUANTIZE,
     costs_of: CostsOf | None = None,
+    captured: bool = False,
 ) -> Prepared:
     """Fill the planning problem.
 
     sensitivity: None takes the prior from published perplexities. kernel: how quantized linears run.
-    costs_of: gives the times of a device type; None is the roofline.
+    costs_of: gives the times of a device type; None is the roofline. captured: GPU stages will capture their decode
+    passes, whose graphs take memory.
     UserError: lengths beyond the model's positions, no usable bit width, no common compute dtype, an objective without
     its bound, an sensitivity of another model, or a number out of range.
     """
@@ -103,7 +106,7 @@ def prepare(
             for device in cluster.devices
         ],
         "device_order": planner.device_order,
-        "memory": _memory_entry(memory, bits, sizes, workload),
+        "memory": _memory_entry(memory, bits, sizes, workload, len(cluster.devices) if captured else 0),
         "links": link_table(cluster, shape, COMPUTE_DTYPES[dtype]),
         "sensitivity": add_head_loss(sensitivity, bits, quant.lm_head_bits),
         "objective": _objective(planner),
@@ -112,7 +115,7 @@ def prepare(
         Problem.from_json(record),
         dtype,
         memory,
-        _provenance(cluster, costs, sensitivity, kernel),
+        _provenance(cluster, costs, sensitivity, kernel, captured),
         tuple(dict.fromkeys([*notes, *(note for cost in costs.values() for note in getattr(cost, "notes", ()))])),
     )
 
@@ -261,12 +264,20 @@ def _without_head(cluster: Cluster, lm_head_bits: int) -> list[str]:
 
 
 def _memory_entry(
-    memory: MemoryModel, bits: list[int], sizes: Mapping[str, list[int]], workload: WorkloadConfig
+    memory: MemoryModel, bits: list[int], sizes: Mapping[str, list[int]], workload: WorkloadConfig, capturing: int
 ) -> dict[str, Any]:
+    """`capturing`: so many devices capture decode passes; graphs are then counted in the workspace, those of an even
+    share of layers and of one decode group a device. Their own memory is held while prefill works in its."""
     capacity = workload.prompt_tokens + workload.generated_tokens
     quantized = any(width != UNQUANTIZED_BITS for width in bits)
     prefill = {s: memory.workspace_bytes(s, workload.prompt_tokens, 0, quantized) for s in sizes["prefill"]}
     decode = {s: memory.workspace_bytes(s, 1, capacity - 1, quantized) for s in sizes["decode"]}
+    if capturing:
+        rows, layers = -(-workload.sequences // capturing), -(-memory.shape.layers // capturing)
+        graphs = estimate_graph_bytes(layers, workload.sequences, rows, capacity)
+        pool = {s: memory.captured_pool_bytes(s, capacity - 1, quantized) for s in sizes["decode"]}
+        prefill = {s: value + graphs + max(pool.values()) for s, value in prefill.items()}
+        decode = {s: value + graphs + pool[s] for s, value in decode.items()}
     return {
         "layer_bytes": {str(width): memory.layer_bytes(width) for width in bits},
         "kv_bytes_per_sequence_layer": memory.kv_bytes_per_sequence_layer(capacity),
@@ -293,7 +304,7 @@ def _objective(planner: PlannerConfig) -> dict[str, Any]:
 
 
 def _provenance(
-    cluster: Cluster, costs: Mapping[str, LayerCosts], sensitivity: Sensitivity, kernel: Kernel
+    cluster: Cluster, costs: Mapping[str, LayerCosts], sensitivity: Sensitivity, kernel: Kernel, captured: bool
 ) -> dict[str, str]:
     """Origin of each group of numbers, as a plan reports it."""
     origins = {
@@ -302,7 +313,8 @@ def _provenance(
     }
     return {
         **origins,
-        "memory_bytes": "arithmetic (weights, kv, embed, head as allocated; workspace estimated)",
+        "memory_bytes": "arithmetic (weights, kv, embed, head as allocated; workspace estimated)"
+        + ("; captured graphs estimated, not measured, in the workspace" if captured else ""),
         "links": cluster.links.source,
         "sensitivity": f"{sensitivity.provenance} ({sensitivity.method})",
     }

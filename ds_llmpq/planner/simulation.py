@@ -44,13 +44,14 @@ class PlannedTimes:
         return min((size for size in sizes if size >= rows), default=max(sizes))
 
 
-def simulate_plan(problem: Problem, assignment: Assignment) -> SimulatedRun | None:
-    """The plan's own workload, all rows alike; None where that is too many passes to be worth it."""
+def simulate_plan(problem: Problem, assignment: Assignment, row_buckets: bool = False) -> SimulatedRun | None:
+    """The plan's own workload, all rows alike; None where that is too many passes to be worth it. `row_buckets`: as
+    passes that are captured have them."""
     workload, rows = problem.workload, problem.workload.sequences
     eta, xi = assignment.prefill_micro_batch, assignment.decode_micro_batch
     passes = -(-rows // eta) + -(-rows // xi) * (workload.generated_tokens - 1)
     if passes * len(assignment.stages) > MOST_PASSES:
         return None
-    limits = MicroBatchLimits(eta, eta * workload.prompt_tokens, xi)
+    limits = MicroBatchLimits(eta, eta * workload.prompt_tokens, xi, row_buckets=row_buckets)
     lengths = [(workload.prompt_tokens, workload.generated_tokens)] * rows
     return simulate(PlannedTimes(problem, assignment), lengths, rows, limits)

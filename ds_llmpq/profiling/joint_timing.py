@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from ds_llmpq.cost.profile import Point, Sample
+from ds_llmpq.engine.runner.capture import CudaGraphs
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.profiling.parts import Parts
 from ds_llmpq.profiling.timer import Timer
@@ -97,4 +98,5 @@ def _load(wanted: dict[str, Any], spec: dict[str, Any], points: list[Point], dev
         wanted["rows"],
         wanted["capacity"],
         wanted["chained"],
+        capture=CudaGraphs(device) if wanted["captured"] and device.type == "cuda" else None,
     )

@@ -7,10 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
+from ds_llmpq.cost.captured_graphs import context_bucket
 from ds_llmpq.cost.memory import MemoryModel
 from ds_llmpq.cost.profile import Point
 from ds_llmpq.engine.kv_cache import KVStore
+from ds_llmpq.engine.runner.capture import Capture
+from ds_llmpq.engine.runner.captured_decode import fixed_shapes
 from ds_llmpq.engine.throttle import CpuShare
 from ds_llmpq.integers import round_up
 from ds_llmpq.models.checkpoint import Checkpoint
@@ -29,6 +33,7 @@ class Parts:
 
     chained: how many decoder layers run one after another (fewer for large layers), as in a stage, so that a small
     layer's weights are no warmer in the caches than they will be. HQQ's optimiser is left off: it changes values only.
+    capture: records what decode passes do, as runs that capture them have it; None: everything runs eagerly.
     """
 
     def __init__(
@@ -43,8 +48,10 @@ class Parts:
         capacity: int,
         chained: int,
         on_loaded: Callable[[str], None] = lambda name: None,
+        capture: Capture | None = None,
     ):
         self.shape, self.device, self.dtype = shape, device, getattr(torch, dtype)
+        self.capture = capture
         checkpoint = Checkpoint(path)
         self._positional = None
         largest = MemoryModel(shape, groups_of(quant), self.dtype.itemsize).layer_bytes(16)
@@ -80,31 +87,41 @@ class Parts:
     def action(self, point: Point) -> tuple[Callable[[], object], int]:
         """(what to time, how many times the part runs in it)."""
         if point.part == "layer":
-            return self._layers(point), self.chained
+            return self._captured(self._layers(point), point), self.chained
         if point.part == "embed":
             tokens = torch.zeros(point.batch, point.length_tokens, dtype=torch.long, device=self.device)
             step = Step(tokens, None, point.length_tokens, True, token_ids=tokens)
-            return lambda: self.embedding(step), 1
+            return self._captured(lambda: self.embedding(step).hidden, point), 1
         hidden = self._hidden(point.batch, 1)
         step = Step(torch.zeros(point.batch, 1, dtype=torch.long, device=self.device), None, 1, True, hidden=hidden)
-        return lambda: self.head(step), 1
+        return self._captured(lambda: self.head(step).logits, point), 1
 
-    def _layers(self, point: Point) -> Callable[[], object]:
+    def _captured(self, action: Callable[[], torch.Tensor], point: Point) -> Callable[[], torch.Tensor]:
+        if self.capture is None or point.phase == "prefill":
+            return action
+        with fixed_shapes(nn.ModuleList(self.layers[point.bits] if point.part == "layer" else ())):
+            action()  # masks are computed once a step, outside of what is recorded
+            return self.capture(action, ())
+
+    def _layers(self, point: Point) -> Callable[[], torch.Tensor]:
         batch, length = point.batch, point.length_tokens
         if point.phase == "prefill":
             positions = torch.arange(length, device=self.device).expand(batch, length)
             step = Step(positions, self.store.prefill(range(batch)), length, True, hidden=self._hidden(batch, length))
         else:
             at = torch.full((batch,), length, device=self.device)
-            cache = self.store.decode(0, batch, at, length + 1)
-            step = Step(at[:, None], cache, length + 1, True, hidden=self._hidden(batch, 1))
+            alike, seen = self.capture is None, length + 1
+            if self.capture is not None:
+                seen = context_bucket(seen, self.store.capacity)
+            step = Step(at[:, None], self.store.decode(0, batch, at, seen), seen, alike, hidden=self._hidden(batch, 1))
         self._positional(step)  # once a stage and micro-batch, so not a layer's
         hidden, chain = step.hidden, self.layers[point.bits]
 
-        def run() -> None:
+        def run() -> torch.Tensor:
             step.hidden = hidden
             for layer in chain:
                 layer(step)
+            return step.hidden
 
         return run
 

@@ -25,6 +25,7 @@ from ds_llmpq.cost.profile import (
     write_header,
 )
 from ds_llmpq.engine import memory
+from ds_llmpq.engine.runner.capture import CudaGraphs
 from ds_llmpq.errors import UserError
 from ds_llmpq.launch.launcher import is_local
 from ds_llmpq.models.shape import ModelShape
@@ -56,6 +57,7 @@ class Task:
     setup: Setup
     profiling: ProfilingConfig
     kernel_note: Mapping[str, Any] = field(default_factory=dict)  # which kernel runs, and what it was chosen by
+    captured: bool = False  # decode passes on GPUs are timed as captured graphs
 
 
 def local_types(cluster: Cluster) -> list[Device]:
@@ -73,7 +75,7 @@ def profile(task: Task, cluster: Cluster, out: Path, force: bool, show: Show) ->
     devices = local_types(cluster)
     done = _find_done(file, task.setup, force)
     if done is None:
-        write_header(file, task.setup, _note(devices) | task.kernel_note)
+        write_header(file, task.setup, _note(devices) | task.kernel_note | {"decode_graphs": task.captured})
         done = set()
     if task.profiling.links:
         _trials(task, devices, cluster, out, done, show)
@@ -133,6 +135,7 @@ def _parts(task: Task, bits: Sequence[int], where: torch.device) -> Parts:
         rows,
         capacity,
         task.profiling.chained_layers,
+        capture=CudaGraphs(where) if task.captured and where.type == "cuda" else None,
     )
 
 

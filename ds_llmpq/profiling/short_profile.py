@@ -44,7 +44,8 @@ Show = Callable[[str], None]
 
 @dataclass(frozen=True)
 class TimingTask:
-    """What to measure. `sizes`: candidate micro-batches by phase; `bits`: widths the model can be stored in."""
+    """What to measure. `sizes`: candidate micro-batches by phase; `bits`: widths the model can be stored in.
+    `captured`: decode passes on GPUs are timed as captured graphs."""
 
     path: str
     shape: ModelShape
@@ -54,6 +55,7 @@ class TimingTask:
     bits: tuple[int, ...]
     sizes: dict[str, list[int]]
     setup: Setup
+    captured: bool = False
 
 
 def cache_folder() -> Path:
@@ -141,6 +143,7 @@ def _key(wanted: TimingTask, cluster: Cluster) -> str:
     what: dict[str, Any] = {
         "setup": asdict(wanted.setup),
         "bits": wanted.bits,
+        "captured": wanted.captured,
         "sizes": wanted.sizes,
         "lengths": [wanted.workload.prompt_tokens, wanted.workload.generated_tokens],
         "devices": [
@@ -224,6 +227,7 @@ def _trial(wanted: TimingTask, devices: list[Device], links: bool) -> dict[str, 
             "rows": sizes[-1],
             "capacity": workload.prompt_tokens + workload.generated_tokens,
             "chained": _CHAINED_LAYERS,
+            "captured": wanted.captured,
             "seconds": POINT_SECONDS[devices[0].type.kind],
         },
     }

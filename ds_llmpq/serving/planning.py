@@ -60,7 +60,7 @@ def make_plan(
         solved = solver(problem, progress=progress, **solver_options(settings.planner))
     plan = finish(solved)
     write_artefacts(plan, out)
-    if (simulated := simulate_plan(problem, solved.assignment())) is not None:
+    if (simulated := simulate_plan(problem, solved.assignment(), row_buckets=_captures(settings))) is not None:
         events = {"traceEvents": simulated.chrome_events(), "displayTimeUnit": "ms"}
         write_json(out / "predicted_trace.json", events)  # to lay beside a run's trace.json
     return plan
@@ -98,8 +98,18 @@ def build_problem(
     costs_of, cluster, kernel = select_costs(
         settings.cost, planner, quant, cluster, shape, dtype, find_kernel(quant.kernel), sources
     )
-    prepared = prepare(cluster, shape, workload, quant, planner, sensitivity, dtype, kernel, costs_of)
+    # further sources have times of other systems, which captured nothing
+    captured = _captures(settings) and settings.cost.source not in (sources or {})
+    prepared = prepare(cluster, shape, workload, quant, planner, sensitivity, dtype, kernel, costs_of, captured)
     return prepared.problem, lambda plan: deploy(plan, cluster, prepared, model, quant, kernel)
+
+
+def _captures(settings: PlanConfig) -> bool:
+    """Whether there are GPUs, whose stages will capture their decode passes."""
+    kinds = {
+        settings.cluster.device_types[device.type].kind for host in settings.cluster.hosts for device in host.devices
+    }
+    return "cuda" in kinds and settings.engine.captures(kinds)
 
 
 def _with_kernel(settings: PlanConfig, cluster: Cluster, shape: ModelShape) -> QuantConfig:
@@ -132,7 +142,9 @@ def _calibrate(
         for phase in ("prefill", "decode")
     }
     setup = current_setup(shape, dtype, find_kernel(quant.kernel), groups_of(quant), quant.lm_head_bits)
-    wanted = TimingTask(str(make_absolute(path)), shape, workload, quant, dtype, tuple(bits), sizes, setup)
+    wanted = TimingTask(
+        str(make_absolute(path)), shape, workload, quant, dtype, tuple(bits), sizes, setup, _captures(settings)
+    )
     return calibrate(wanted, cluster, planner.calibrate, show)
 
 

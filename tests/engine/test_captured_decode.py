@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ds_llmpq.engine.runner.capture import capture_trace
-from ds_llmpq.engine.runner.captured_decode import CapturedDecode, context_bucket
+from ds_llmpq.engine.runner.captured_decode import CapturedDecode
 from ds_llmpq.models.step import Step
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
@@ -191,11 +191,3 @@ def test_experts_see_every_token_only_while_a_pass_is_captured(models):
     runner.run(decode_step(store, 0, [4, 5], [3, 3], 4))
     assert runner.graphs == 1
     assert not any(layer.mlp.static for layer in ours.layers)
-
-
-@pytest.mark.parametrize(
-    ("kv_tokens", "bucket"), [(1, 128), (128, 128), (129, 192), (193, 256), (257, 384), (385, 512), (2000, 2048)]
-)
-def test_contexts_go_by_buckets(kv_tokens, bucket):
-    assert context_bucket(kv_tokens, 1 << 20) == bucket
-    assert context_bucket(kv_tokens, kv_tokens + 1) <= kv_tokens + 1

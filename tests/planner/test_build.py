@@ -13,6 +13,7 @@ from ds_llmpq.cluster.config import (
     LinkConfig,
     LinkPairConfig,
 )
+from ds_llmpq.cost.captured_graphs import estimate_graph_bytes
 from ds_llmpq.cost.latency import PassOverhead
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.shape import ModelShape
@@ -173,6 +174,19 @@ def test_whole_output_matrices_go_on_devices_whose_layers_cannot_be_whole():
 def test_problem_survives_json():
     built = make()
     assert Problem.from_json(built.problem.to_json()) == built.problem
+
+
+def test_captured_graphs_take_memory_in_both_phases_and_are_said_to_be_an_estimate():
+    plain, captured = make().problem.memory, make(captured=True).problem.memory
+    graphs = estimate_graph_bytes(1, 6, 2, 30)  # 3 layers and 6 sequences over 4 devices
+    pool = {size: make().memory.captured_pool_bytes(size, 29, True) for size in (1, 2, 4, 6)}
+    assert pool[6] > pool[1] > 0
+    for size, value in plain.workspace_bytes.decode.items():
+        assert captured.workspace_bytes.decode[size] == value + graphs + pool[size]
+    for size, value in plain.workspace_bytes.prefill.items():
+        assert captured.workspace_bytes.prefill[size] == value + graphs + pool[6]
+    assert "captured graphs estimated, not measured" in make(captured=True).provenance["memory_bytes"]
+    assert "graphs" not in make().provenance["memory_bytes"]
 
 
 def test_origins_and_notes():

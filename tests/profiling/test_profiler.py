@@ -14,7 +14,8 @@ from ds_llmpq.cluster.cluster import Cluster
 from ds_llmpq.cluster.config import ClusterConfig, DeviceConfig, DeviceTypeConfig, HostConfig, LinkConfig
 from ds_llmpq.cost.fit import fit_profile
 from ds_llmpq.cost.memory import MemoryModel
-from ds_llmpq.cost.profile import current_setup, read_profile
+from ds_llmpq.cost.profile import Point, current_setup, read_profile
+from ds_llmpq.engine.runner.capture import capture_trace
 from ds_llmpq.engine.throttle import CpuShare
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.shape import read_shape
@@ -79,6 +80,20 @@ def test_every_point_runs_on_the_engines_own_parts(folder, arch):
                 action, times = parts.action(point)
                 action()
                 assert times == (2 if point.part == "layer" else 1)
+
+
+def test_decode_parts_that_are_captured_compute_the_same(folder):
+    made = task(folder("llama"))
+    arguments = made.path, made.shape, (4, 16), made.quant, "float32", CPU, 4, 18, 2
+    eager, captured = Parts(*arguments), Parts(*arguments, capture=capture_trace)
+    with torch.inference_mode():
+        for point in (Point("core", "layer", "decode", 4, 3, 10), Point("core", "head", "decode", 0, 2, 1)):
+            (action, times), (replay, again) = eager.action(point), captured.action(point)
+            assert times == again
+            assert torch.allclose(action(), replay(), atol=1e-5)
+            assert torch.equal(replay(), replay())
+        prefill = Point("core", "layer", "prefill", 16, 2, 8)
+        assert torch.equal(eager.action(prefill)[0](), captured.action(prefill)[0]())
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

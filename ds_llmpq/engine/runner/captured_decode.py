@@ -15,23 +15,13 @@ from functools import partial
 import torch
 from torch import nn
 
+from ds_llmpq.cost.captured_graphs import MOST_GRAPHS, context_bucket
 from ds_llmpq.engine.kv_cache import DecodeCache, KVStore
 from ds_llmpq.engine.runner.capture import Capture
 from ds_llmpq.models.block import Experts
 from ds_llmpq.models.step import Step
 
 Outputs = tuple[torch.Tensor, torch.Tensor | None]  # hidden states, and logits on the last stage
-_LEAST_CONTEXT = 128
-_MOST_GRAPHS = 256
-
-
-def context_bucket(kv_tokens: int, capacity: int) -> int:
-    """The context that a graph for `kv_tokens` attends over: the next of 128, 192, 256, 384, 512, 768 ..., so at most
-    half as much again; never more than `capacity`."""
-    bucket = _LEAST_CONTEXT
-    while bucket < kv_tokens:
-        bucket = bucket * 3 // 2 if bucket & (bucket - 1) == 0 else bucket // 3 * 4
-    return min(bucket, capacity)
 
 
 @dataclass(frozen=True)
@@ -43,6 +33,19 @@ class _Shape:
     kv_tokens: int
     slots: int
     capacity: int
+
+
+@contextlib.contextmanager
+def fixed_shapes(module: nn.Module) -> Iterator[None]:
+    """Every expert sees every token, while a pass is captured and no longer: prefill would pay for it."""
+    experts = [part for part in module.modules() if isinstance(part, Experts)]
+    for part in experts:
+        part.static = True
+    try:
+        yield
+    finally:
+        for part in experts:
+            part.static = False
 
 
 class CapturedDecode:
@@ -60,7 +63,7 @@ class CapturedDecode:
         capture: Capture,
         dtype: torch.dtype,
         hidden_size: int = 0,
-        most_graphs: int = _MOST_GRAPHS,
+        most_graphs: int = MOST_GRAPHS,
     ):
         self.module = module
         self.store = store
@@ -69,7 +72,6 @@ class CapturedDecode:
         self.most_graphs = most_graphs
         self._hidden_size, self._dtype = hidden_size, dtype
         self._graphs: OrderedDict[_Shape, Callable[[], Outputs]] = OrderedDict()
-        self._experts = [part for part in module.modules() if isinstance(part, Experts)]
         self._make_buffers(1)
 
     def run(self, step: Step) -> Outputs:
@@ -103,21 +105,10 @@ class CapturedDecode:
             while len(self._graphs) >= self.most_graphs:
                 self._graphs.popitem(last=False)
             buffers = self._inputs[: shape.rows], self._positions[: shape.rows], self.store.memory
-            with self._fixed_shapes():
+            with fixed_shapes(self.module):
                 self._graphs[shape] = self.capture(partial(self._step, shape), buffers)
         self._graphs.move_to_end(shape)
         return self._graphs[shape]
-
-    @contextlib.contextmanager
-    def _fixed_shapes(self) -> Iterator[None]:
-        """Every expert sees every token, while a pass is captured and no longer: prefill would pay for it."""
-        for part in self._experts:
-            part.static = True
-        try:
-            yield
-        finally:
-            for part in self._experts:
-                part.static = False
 
     def _step(self, shape: _Shape, inputs: torch.Tensor, positions: torch.Tensor, memory: torch.Tensor) -> Outputs:
         """Nothing changes from call to call but what the three tensors hold."""
