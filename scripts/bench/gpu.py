@@ -24,7 +24,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout that is not installed
 
 import torch
-from gpu_batches import run_batches, write_model
+from gpu_batches import check_engine, run_batches, write_model
 from gpu_checks import check_families, check_kernels
 from gpu_run import Run, environment, write_table
 from gpu_speed import measure_ceilings, time_passes, time_transformers
@@ -33,7 +33,7 @@ QUICK_MINUTES = 1.5
 GRACE_SECONDS = 4.0  # before the end, when whatever still runs is left
 # (section, share of the whole time that it may take at most)
 SHARES = {
-    "ceilings": 0.04, "families": 0.2, "kernels": 0.15, "model": 0.12, "16 bits": 0.2, "batches": 0.25,
+    "ceilings": 0.04, "families": 0.2, "kernels": 0.15, "engine": 0.1, "model": 0.12, "16 bits": 0.2, "batches": 0.25,
     "transformers": 0.2, "4 bits": 0.15, "8 bits": 0.15,
 }  # fmt: skip
 
@@ -75,6 +75,7 @@ def run_sections(run: Run, sections: list[str], folder: Path, seconds: float) ->
         "ceilings": measure_ceilings,
         "families": check_families,
         "kernels": check_kernels,
+        "engine": check_engine,
         "model": partial(write_model, folder=folder),
         "16 bits": partial(time_passes, folder=folder, bits=16),
         "batches": partial(run_batches, folder=folder),

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import random
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from gpu_run import Run, free
 from gpu_speed import PREDICTED, make_cluster, resolve_quant
 from safetensors.torch import save_file
-from transformers import LlamaConfig
+from transformers import GenerationConfig, LlamaConfig
 
 from ds_llmpq.cluster.cluster import Cluster
 from ds_llmpq.cost.arithmetic import kv_bytes
@@ -78,15 +79,15 @@ def write_model(run: Run, folder: Path) -> Path:
     return folder
 
 
-def plan_for(run: Run, folder: Path, sequences: int, prompt: int, generated: int) -> Plan:
+def plan_for(run: Run, folder: Path, sequences: int, prompt: int, generated: int, dtype: str = "bfloat16") -> Plan:
     """All layers at 16 bits on the one device, memory and times as the planner counts them."""
     shape, config = read_shape(folder), make_cluster(run)
     cluster = Cluster.from_config(config)
-    quant = dataclasses.replace(resolve_quant(run, shape), bits=[16])
+    quant = dataclasses.replace(resolve_quant(run, shape, dtype), bits=[16])
     sizes = MicroBatchesConfig([max(1, min(sequences, 8192 // prompt))], [sequences])
     prepared = prepare(
         cluster, shape, WorkloadConfig(sequences, prompt, generated), quant,
-        PlannerConfig(micro_batches=sizes), None, "bfloat16", find_kernel(quant.kernel),
+        PlannerConfig(micro_batches=sizes), None, dtype, find_kernel(quant.kernel), captured=run.on_gpu,
     )  # fmt: skip
     stage = StageAssignment(cluster.devices[0].name, 0, shape.layers, (16,) * shape.layers)
     solved = check_plan(prepared.problem, Assignment((stage,), sizes.prefill[0], sizes.decode[0]))
@@ -128,12 +129,7 @@ class LengthRule:
 def run_batches(run: Run, folder: Path) -> None:
     """The engine from end to end, in this process: requests of two mixes of lengths, against the plan's times and
     memory."""
-    from ds_llmpq.engine.rank_context import init_rank, shutdown
-    from ds_llmpq.launch.launcher import find_free_port
-
     mixes = MIXES_TINY if run.tiny else MIXES
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    os.environ |= {"MASTER_PORT": str(find_free_port()), "GLOO_SOCKET_IFNAME": "lo"}
     shape = read_shape(folder)
     sequences = 4 if run.tiny else 256
     room = torch.cuda.mem_get_info()[0] if run.on_gpu else GIB
@@ -142,20 +138,70 @@ def run_batches(run: Run, folder: Path) -> None:
     longest = max(mix[3] + mix[4] for mix in mixes.values())
     while sequences > 1 and weights + sequences * longest * a_token > 0.7 * room:
         sequences //= 2
-    context = None
-    try:
-        for name, mix in mixes.items():
-            plan = plan_for(run, folder, sequences, mix[3], mix[4])
-            context = context or init_rank(plan, 600.0)
-            share = run.left() / (1 if name == list(mixes)[-1] else 2)
-            _run_batch(run, plan, dataclasses.replace(context, stage=plan.stages[0]), folder, name, mix, share)
-            free(run.device)
-    finally:
-        if context is not None:
-            shutdown()
+    for name, mix in mixes.items():
+        plan = plan_for(run, folder, sequences, mix[3], mix[4])
+        _run_batch(run, plan, folder, name, mix, run.left() / (1 if name == list(mixes)[-1] else 2))
+        free(run.device)
 
 
-def _run_batch(run: Run, plan: Plan, context: object, folder: Path, name: str, mix: tuple, seconds: float) -> None:
+def join(run: Run, plan: Plan) -> object:
+    """The one rank's context, for this plan."""
+    from ds_llmpq.engine.rank_context import init_rank
+    from ds_llmpq.launch.launcher import find_free_port
+
+    if run.context is None:
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1", "LOCAL_RANK": "0"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_port()), "GLOO_SOCKET_IFNAME": "lo"}
+        run.context = init_rank(plan, 600.0)
+    return dataclasses.replace(run.context, stage=plan.stages[0])
+
+
+def check_engine(run: Run) -> None:
+    """A tiny Llama in float32 through the engine, one decode pass ahead of the host: greedy tokens are those of
+    transformers, seeded ones those of a run that waits for each token."""
+    from tiny_models import VOCABULARY, transformers_model
+
+    from ds_llmpq.scheduler.request_group import Sequence
+    from ds_llmpq.scheduler.sampling_params import SamplingParams
+
+    theirs, dice = transformers_model("llama"), random.Random(3)
+    prompts = [tuple(dice.randrange(3, VOCABULARY) for _ in range(dice.randint(1, 16))) for _ in range(12)]
+    limits = [dice.randint(2, 12) for _ in prompts]
+    seeded = [SamplingParams(temperature=0.9, top_p=0.95, seed=key) for key in range(len(prompts))]
+    rows = [Sequence(key, *each) for key, each in enumerate(zip(prompts, limits, strict=True))]
+    rows += [Sequence(len(rows) + key, *each) for key, each in enumerate(zip(prompts, limits, seeded, strict=True))]
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        ahead, early = _generate(run, Path(folder), rows, wait=False)
+        waited, late = _generate(run, Path(folder), rows, wait=True)
+    theirs = theirs.to(run.device)
+    wanted = []
+    for prompt, limit in zip(prompts, limits, strict=True):
+        settings = GenerationConfig(max_new_tokens=limit, do_sample=False, pad_token_id=0, eos_token_id=None)
+        ids = torch.tensor([prompt], device=run.device)
+        with torch.no_grad():
+            made = theirs.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+        wanted.append(made[0, len(prompt) :].tolist())
+    run.check("greedy tokens are those of generate", [ahead[key] for key in range(len(wanted))] == wanted)
+    run.check("the same tokens where the host waits", ahead == waited and late == 0 < early, passes_ahead=early)
+
+
+def _generate(run: Run, folder: Path, rows: list, wait: bool) -> tuple[dict[int, list[int]], int]:
+    """Tokens by key, and how many decode passes were launched ahead."""
+    from ds_llmpq.engine.config import EngineConfig
+    from ds_llmpq.engine.session import Session
+    from ds_llmpq.scheduler.request_group import RequestGroup
+
+    plan, found = plan_for(run, folder, 4, 16, 12, "float32"), {}
+    session = Session(plan, join(run, plan), folder, LengthRule(run.ends), options=EngineConfig(decode_graphs=True))
+    if wait:
+        session.engine.ahead = None
+    groups = iter([RequestGroup(tuple(rows), 4, 28, joins=True)])
+    session.run_all(lambda: next(groups, None), lambda row, tokens, _: found.update({row.key: list(tokens)}))
+    return found, session.report()["passes_ahead"]
+
+
+def _run_batch(run: Run, plan: Plan, folder: Path, name: str, mix: tuple, seconds: float) -> None:
     from ds_llmpq.engine.config import EngineConfig
     from ds_llmpq.engine.session import Session
     from ds_llmpq.scheduler.request_group import RequestGroup, Sequence
@@ -163,7 +209,7 @@ def _run_batch(run: Run, plan: Plan, context: object, folder: Path, name: str, m
 
     began = time.monotonic()
     rule = LengthRule(began + seconds)
-    session = Session(plan, context, folder, rule, options=EngineConfig(decode_graphs=True))
+    session = Session(plan, join(run, plan), folder, rule, options=EngineConfig(decode_graphs=True))
     load = time.monotonic() - began
     rule.ends -= 0.1 * seconds  # what is running has to end, too
     slots, capacity = plan.workload.sequences, plan.workload.prompt_tokens + plan.workload.generated_tokens
@@ -200,12 +246,13 @@ def _run_batch(run: Run, plan: Plan, context: object, folder: Path, name: str, m
         **{f"{phase}_seconds": report["seconds"].get(phase, 0.0) for phase in ("prefill", "decode", "sample")},
     )  # fmt: skip
     planned, memory = plan.stages[0].memory_bytes, report["memory_bytes"]
+    device_bytes = (lambda free, total: total - free)(*torch.cuda.mem_get_info()) if run.on_gpu else 0
     peak = memory["peak"] if run.on_gpu else memory["peak_growth"]
     run.add(
         f"memory: {name}", "measured; planned: computed", weights_gib=memory["weights"] / GIB,
         planned_weights_gib=(planned.weights + planned.embed + planned.head) / GIB, kv_gib=memory["kv"] / GIB,
         planned_kv_gib=planned.kv / GIB, peak_gib=peak / GIB, planned_gib=planned.total / GIB,
-        peak_over_planned=peak / planned.total,
+        peak_over_planned=peak / planned.total, device_gib=device_bytes / GIB,
     )  # fmt: skip
 
 

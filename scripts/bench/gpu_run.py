@@ -34,6 +34,7 @@ class Run:
         self.dtype = torch.bfloat16
         self.lines: list[dict[str, Any]] = []
         self.rates: dict[str, float] = {}  # measured ceilings: bytes/s and FLOP/s
+        self.context = None  # of the one rank, once the engine has been asked
         self._section = ""
         out.mkdir(parents=True, exist_ok=True)
         self._file = (out / "results.jsonl").open("w", encoding="utf-8")

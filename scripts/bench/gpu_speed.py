@@ -91,10 +91,8 @@ def time_passes(run: Run, folder: Path, bits: int) -> None:
         _time_prefill(run, module, positional, costs, bits)
 
 
-def resolve_quant(run: Run, shape: ModelShape) -> QuantConfig:
-    quant = select_kernel(
-        QuantConfig(optimize=False), [run.device.type], "bfloat16", shape.linears, None, shape.spec, True
-    )
+def resolve_quant(run: Run, shape: ModelShape, dtype: str = "bfloat16") -> QuantConfig:
+    quant = select_kernel(QuantConfig(optimize=False), [run.device.type], dtype, shape.linears, None, shape.spec, True)
     return dataclasses.replace(quant, optimize=False)
 
 

@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SECTIONS = (
-    "environment", "ceilings", "families", "kernels", "model", "16 bits", "batches", "transformers", "4 bits", "8 bits",
-    "checks",
+    "environment", "ceilings", "families", "kernels", "engine", "model", "16 bits", "batches", "transformers", "4 bits",
+    "8 bits", "checks",
 )  # fmt: skip
 
 
