@@ -285,8 +285,6 @@ class InferencePipelineEngine(PipelineEngine):
         else:
             with self.trace.working("sample", batch.size):
                 chosen = self._sample_rows(batch)
-            if self.ahead is not None:
-                self.ahead.keep_tokens(batch.live, to_device([token for token, _ in chosen], self.device))
         self._hidden = self._logits = self._early = None
         tokens, finish = [0] * batch.size, [int(Finish.RUNNING)] * batch.size
         places = dict(zip(batch.slots, range(batch.size), strict=True))
@@ -299,7 +297,9 @@ class InferencePipelineEngine(PipelineEngine):
     def _sample_rows(self, batch: MicroBatch) -> list[tuple[int, bool]]:
         """The next token of each live slot, and whether its logits are numbers. Rows that raise are given up."""
         logits = self._live_logits(batch)
-        suspects = Suspects(lambda: _sample_neutral(logits), lambda: torch.tensor([[0], [0]]))
+        suspects = Suspects(
+            lambda: _sample_neutral(logits), lambda: torch.zeros(2, 1, dtype=torch.long, device=self.device)
+        )
         counts = [len(self.stream.slots.generated[slot]) for slot in batch.live]
         found = self.splitter.run(
             "sample",
@@ -310,12 +310,16 @@ class InferencePipelineEngine(PipelineEngine):
         )
         for place, error in suspects.failed.items():
             self.faults.note(self.stream.slots.sequences[batch.live[place]].key, "sampling", error)
-        # a head of few bits may make numbers of what is none
-        given_up = dict(zip(batch.slots, self._hidden[:, 0, 0].isnan().tolist(), strict=True))
-        tokens, sound = torch.cat([part.cpu() for part in found], 1).tolist()
-        return [
-            (token, bool(ok) and not given_up[slot]) for slot, token, ok in zip(batch.live, tokens, sound, strict=True)
-        ]
+        chosen = torch.cat(found, 1)
+        self._mark_given_up(batch, chosen)
+        if self.ahead is not None:
+            self.ahead.keep_tokens(batch.live, chosen[0])
+        return [(token, bool(sound)) for token, sound in zip(*chosen.tolist(), strict=True)]
+
+    def _mark_given_up(self, batch: MicroBatch, chosen: torch.Tensor) -> None:
+        """Rows that a stage could not run: a head of few bits may make numbers of what is none."""
+        hidden = self._hidden if len(batch.live) == batch.size else self._hidden[self._live_places(batch)]
+        chosen[1] *= ~hidden[:, 0, 0].isnan()
 
     def _live_logits(self, batch: MicroBatch) -> torch.Tensor:
         logits = self._logits.reshape(batch.size, -1)
@@ -358,9 +362,7 @@ class InferencePipelineEngine(PipelineEngine):
         counts = [len(table.generated[slot]) + ahead * table.are_awaited([slot]) for slot in batch.live]
         with self.trace.working("sample", batch.size):
             chosen = self._choose(batch.live, self._live_logits(batch).float(), counts)
-            hidden = self._hidden if len(batch.live) == batch.size else self._hidden[self._live_places(batch)]
-            # a head of few bits may make numbers of what is none
-            chosen[1] *= ~hidden[:, 0, 0].isnan()
+            self._mark_given_up(batch, chosen)
             self.ahead.keep_tokens(batch.live, chosen[0])
         return Launched({slot: (table.sequences[slot], positions[slot]) for slot in batch.live}, HostCopy(chosen))
 
