@@ -86,7 +86,8 @@ def _check_family(run: Run, name: str, captured: bool) -> None:
             limit = FLOAT32_ERROR
         else:
             low = copy.deepcopy(theirs).to(run.device, dtype)
-            limit = 2 * _error([low(torch.tensor([row], device=run.device)).logits[0] for row in rows], wanted) + 0.01
+            own = [low(torch.tensor([row], device=run.device)).logits[0] for row in rows]
+            limit = 2 * _error(own, wanted) + 0.01
         what = f"{name}, {'captured' if captured else 'eager'}, {str(dtype).removeprefix('torch.')}"
         run.check(what, error <= limit, error=error, limit=limit)
 

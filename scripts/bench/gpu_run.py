@@ -85,8 +85,9 @@ class Run:
 
 def free(device: torch.device) -> None:
     if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
+        with contextlib.suppress(Exception):  # a device in error is said by what comes next
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
 
 
 def plain(value: Any) -> str:

@@ -194,30 +194,29 @@ def _prefill(
 
 
 @torch.inference_mode()
-def time_transformers(run: Run, folder: Path) -> None:
-    """transformers' own `generate` with a static cache, without and then with its compilation."""
+def time_transformers(run: Run, folder: Path, compiled: bool) -> None:
+    """transformers' own `generate` with a static cache, with its compilation or without."""
     config = LlamaConfig.from_pretrained(folder)
     with torch.device(run.device):
         model = AutoModelForCausalLM.from_config(config, dtype=run.dtype).eval()
     prompt, few, many = (8, 2, 8) if run.tiny else (192, 8, 64)
-    rows = (1, 2) if run.tiny else (64, 1, 8, 256)
-    points = [(count, True) for count in rows] + ([(1, False), (64, False)] if run.on_gpu and not run.tiny else [])
-    for count, eager in run.points("transformers", points):
+    rows = (1, 2) if run.tiny else (64, 1) if compiled else (64, 1, 8, 256)
+    for count in run.points("transformers", list(rows)):
         ids = torch.randint(3, config.vocab_size, (count, prompt), device=run.device)
 
-        seconds = partial(_generate_seconds, model, ids, eager)
+        seconds = partial(_generate_seconds, model, ids, compiled)
         seconds(many), seconds(few)  # what comes first is slower
         step = (seconds(many) - seconds(few)) / (many - few)
         run.add(
-            f"generate, static cache, {'not compiled' if eager else 'compiled'}", rows=count, context=prompt + many,
+            f"generate, static cache, {'compiled' if compiled else 'not compiled'}", rows=count, context=prompt + many,
             ms=1e3 * step, tokens_s=count / step,
         )  # fmt: skip
 
 
-def _generate_seconds(model: torch.nn.Module, ids: torch.Tensor, eager: bool, tokens: int) -> float:
+def _generate_seconds(model: torch.nn.Module, ids: torch.Tensor, compiled: bool, tokens: int) -> float:
     settings = GenerationConfig(
         max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0, eos_token_id=None,
-        cache_implementation="static", disable_compile=eager,
+        cache_implementation="static", disable_compile=not compiled,
     )  # fmt: skip
     began = time.monotonic()
     model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings).tolist()

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SECTIONS = (
     "environment", "ceilings", "families", "kernels", "engine", "model", "16 bits", "batches", "transformers", "4 bits",
-    "8 bits", "checks",
+    "8 bits", "transformers, compiled", "checks",
 )  # fmt: skip
 
 
