@@ -179,8 +179,7 @@ def all_loaders(folder: Path) -> dict[str, Loader]:
         "answers.csv": Loader(b"prompt,response,model\na b,c d,m\ne,f,m\n", "rows.csv", read_examples, mutated_bytes, 6,
                               exhaustive_table),
         "errors": Loader(_ERRORS, "errors.jsonl", read_error_keys, mutated_lines, 6),
-        "in flight": Loader(_IN_FLIGHT, "in_flight.jsonl", lambda file: read_in_flight(file.parent, "f" * 64),
-                            mutated_lines, 6),
+        "in flight": Loader(_IN_FLIGHT, "in_flight.jsonl", _in_flight, mutated_lines, 6),
         "progress lines": Loader(_PROGRESS, "progress", _marked(PROGRESS_MARK, parse_progress), mutated_lines, 6),
         "failure lines": Loader(_FAILURES, "failure", _marked(FAILURE_MARK, read_failure), mutated_lines, 6),
         "kept rows": Loader(_KEPT_ROWS, "progress.json", _kept_rows, mutated_document, 6),
@@ -322,6 +321,12 @@ def _marked(mark: str, parse: Callable[[str], object]) -> Callable[[Path], objec
         return [each.describe() for each in found if isinstance(each, Failure)]
 
     return load
+
+
+def _in_flight(file: Path) -> object:
+    found = read_in_flight(file.parent, "f" * 64)
+    assert all(0 <= token < 1 << 31 for tokens in found.values() for token in tokens), "tokens that are none"
+    return found
 
 
 def _kept_rows(file: Path) -> object:
