@@ -6,15 +6,17 @@ The choice is one kernel for all widths, for a stage's memory follows from it; w
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
 
 import torch
 
+from ds_llmpq.cluster.cluster import Cluster
 from ds_llmpq.models.shape import ModelShape
-from ds_llmpq.planner.config import WorkloadConfig
+from ds_llmpq.profiling.profiler import list_local_types, open_timer
+from ds_llmpq.profiling.task import TimingTask
 from ds_llmpq.profiling.timer import Timer
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.hqq import quantize_linear
@@ -22,7 +24,7 @@ from ds_llmpq.quant.kernel_linear import build_linears
 from ds_llmpq.quant.kernels.base import Kernel
 from ds_llmpq.quant.kernels.dequantize import DEQUANTIZE
 from ds_llmpq.quant.kernels.linears import effective_kernel, group_linears
-from ds_llmpq.quant.kernels.registry import list_candidates
+from ds_llmpq.quant.kernels.registry import AUTO, find_kernel, list_candidates, select_kernel
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS, groups_of
 
 MOST_ROWS = 1024  # beyond it time is proportional to rows
@@ -65,17 +67,32 @@ class KernelChoice:
         return {time.rows: time.seconds for time in self.times if (time.kernel, time.bits) == (kernel, bits)}
 
 
-def choose_kernel(
-    shape: ModelShape,
-    quant: QuantConfig,
-    bits: Sequence[int],
-    dtype: str,
-    timer: Timer,
-    sizes: Mapping[str, Sequence[int]],
-    workload: WorkloadConfig,
-) -> KernelChoice:
-    """Times the candidates in the compute dtype `dtype` on the timer's device. sizes: candidate micro-batches by
-    phase."""
+def settle_kernel(
+    task: TimingTask, cluster: Cluster, profiled: str | None, batch_invariant: bool
+) -> tuple[QuantConfig, dict[str, Any]]:
+    """The HQQ settings with the kernel that will run, and a note on how it was chosen: the one asked for, the one that
+    an interrupted profile began with (`profiled`), or the fastest on this host's first device."""
+    kinds = sorted({device_type.kind for device_type in cluster.device_types.values()})
+
+    def resolve(measured: str | None = None) -> QuantConfig:
+        return select_kernel(
+            task.quant, kinds, task.dtype, measured=measured, spec=task.shape.spec, batch_invariant=batch_invariant
+        )
+
+    if task.quant.kernel != AUTO:
+        quant = resolve()
+        return quant, {"kernel": find_kernel(quant.kernel).label}
+    if profiled is not None:
+        return resolve(profiled), {}
+    with open_timer(list_local_types(cluster)[0]) as timer:
+        choice = choose_kernel(task, timer)
+    return resolve(choice.kernel.name), choice.note()
+
+
+def choose_kernel(task: TimingTask, timer: Timer) -> KernelChoice:
+    """Times the candidates on the timer's device."""
+    shape, quant, bits, dtype = task.shape, task.quant, task.bits, task.dtype
+    sizes, workload = task.sizes, task.workload
     able = list_candidates(timer.device.type, dtype, quant, shape.linears, shape.spec)
     stage = next((kernel for kernel in able if kernel.whole_stage), None)
     kernels = [kernel for kernel in able if not kernel.whole_stage]

@@ -5,9 +5,8 @@ from __future__ import annotations
 import datetime
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,39 +27,19 @@ from ds_llmpq.engine import memory
 from ds_llmpq.engine.runner.capture import CudaGraphs
 from ds_llmpq.errors import UserError
 from ds_llmpq.launch.launcher import is_local
-from ds_llmpq.models.shape import ModelShape
-from ds_llmpq.planner.config import WorkloadConfig
-from ds_llmpq.profiling.config import ProfilingConfig
 from ds_llmpq.profiling.hardware import processor_name
 from ds_llmpq.profiling.parts import Parts
 from ds_llmpq.profiling.points import sampling_plan
 from ds_llmpq.profiling.processes import run_trial
+from ds_llmpq.profiling.task import ProfilingTask
 from ds_llmpq.profiling.timer import Timer
 from ds_llmpq.profiling.trial_records import pass_sample, write_link_table
-from ds_llmpq.quant.config import QuantConfig
 
 Show = Callable[[str, int, int, str], None]
 _RESTLESS = 0.25  # spread of a point's repeats from which on it is timed once more
 
 
-@dataclass(frozen=True)
-class Task:
-    """What to profile. `sizes`: candidate micro-batches by phase; `bits`: widths the model can be stored in."""
-
-    path: str
-    shape: ModelShape
-    workload: WorkloadConfig
-    quant: QuantConfig
-    dtype: str
-    bits: tuple[int, ...]
-    sizes: dict[str, list[int]]
-    setup: Setup
-    profiling: ProfilingConfig
-    kernel_note: Mapping[str, Any] = field(default_factory=dict)  # which kernel runs, and what it was chosen by
-    captured: bool = False  # decode passes on GPUs are timed as captured graphs
-
-
-def local_types(cluster: Cluster) -> list[Device]:
+def list_local_types(cluster: Cluster) -> list[Device]:
     """One device of each type that this host has, under the cluster's name for this host. `UserError`: none."""
     local = [device for device in cluster.devices if is_local(device.host)]
     if not local:
@@ -69,10 +48,10 @@ def local_types(cluster: Cluster) -> list[Device]:
     return list({device.type.name: device for device in local}.values())
 
 
-def profile(task: Task, cluster: Cluster, out: Path, force: bool, show: Show) -> None:
+def profile(task: ProfilingTask, cluster: Cluster, out: Path, force: bool, show: Show) -> None:
     """Writes or continues `out`/profile.csv. `UserError`: it was begun with another setup and `force` is off."""
     file = out / "profile.csv"
-    devices = local_types(cluster)
+    devices = list_local_types(cluster)
     done = _find_done(file, task.setup, force)
     if done is None:
         write_header(file, task.setup, _note(devices) | task.kernel_note | {"decode_graphs": task.captured})
@@ -95,7 +74,9 @@ def _find_done(file: Path, setup: Setup, force: bool) -> set[tuple[Point, int]] 
     return {(sample.point, sample.round) for sample in found.samples}
 
 
-def _profile_type(task: Task, device: Device, types: int, file: Path, done: set[tuple[Point, int]], show: Show) -> None:
+def _profile_type(
+    task: ProfilingTask, device: Device, types: int, file: Path, done: set[tuple[Point, int]], show: Show
+) -> None:
     kind = device.type
     bits = [width for width in task.bits if width in list_feasible_bits(kind, task.dtype)]
     groups = sampling_plan(kind.name, bits, task.sizes, task.workload)
@@ -122,7 +103,7 @@ def open_timer(device: Device) -> Iterator[Timer]:
         torch.set_num_threads(threads)
 
 
-def _parts(task: Task, bits: Sequence[int], where: torch.device) -> Parts:
+def _parts(task: ProfilingTask, bits: Sequence[int], where: torch.device) -> Parts:
     capacity = task.workload.prompt_tokens + task.workload.generated_tokens
     rows = max(*task.sizes["prefill"], *task.sizes["decode"])
     return Parts(
@@ -141,7 +122,7 @@ def _parts(task: Task, bits: Sequence[int], where: torch.device) -> Parts:
 
 @torch.inference_mode()
 def _time_points(
-    task: Task,
+    task: ProfilingTask,
     timer: Timer,
     parts: Parts,
     left: list[tuple[Point, int]],
@@ -183,7 +164,12 @@ def _sample(timer: Timer, parts: Parts, point: Point, turn: int, seconds: float,
 
 
 def _trials(
-    task: Task, devices: Sequence[Device], cluster: Cluster, out: Path, done: set[tuple[Point, int]], show: Show
+    task: ProfilingTask,
+    devices: Sequence[Device],
+    cluster: Cluster,
+    out: Path,
+    done: set[tuple[Point, int]],
+    show: Show,
 ) -> None:
     """One trial pipeline for each kind of process; types that differ in their share alone have it in common.
 

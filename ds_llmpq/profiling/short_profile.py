@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,14 @@ from ds_llmpq.cluster.cluster import Cluster, list_feasible_bits
 from ds_llmpq.cluster.detect import available_memory_bytes, find_type, query_gpus
 from ds_llmpq.cluster.devices import COMPUTE_DTYPES, Device
 from ds_llmpq.cost.memory import MemoryModel
-from ds_llmpq.cost.profile import Point, Sample, Setup, append, write_header
+from ds_llmpq.cost.profile import Point, Sample, append, write_header
 from ds_llmpq.errors import UserError
 from ds_llmpq.launch.launcher import is_local
-from ds_llmpq.models.shape import ModelShape
-from ds_llmpq.planner.config import WorkloadConfig
 from ds_llmpq.profiling.hardware import gpu_names, processor_name
 from ds_llmpq.profiling.points import sampling_plan
 from ds_llmpq.profiling.processes import RANKS, run_trial
+from ds_llmpq.profiling.task import TimingTask
 from ds_llmpq.profiling.trial_records import pass_sample, write_link_table
-from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.kernels.registry import find_stage_kernel
 from ds_llmpq.quant.packing import groups_of
 
@@ -40,22 +38,6 @@ ENVIRONMENT = "DS_LLMPQ_CALIBRATE"  # what planner.calibrate=auto stands for
 _CHAINED_LAYERS = 2
 _MEMORY_SHARE = 0.5  # of what is available, for all ranks together
 Show = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class TimingTask:
-    """What to measure. `sizes`: candidate micro-batches by phase; `bits`: widths the model can be stored in.
-    `captured`: decode passes on GPUs are timed as captured graphs."""
-
-    path: str
-    shape: ModelShape
-    workload: WorkloadConfig
-    quant: QuantConfig
-    dtype: str
-    bits: tuple[int, ...]
-    sizes: dict[str, list[int]]
-    setup: Setup
-    captured: bool = False
 
 
 def cache_folder() -> Path:

@@ -61,6 +61,19 @@ def profile_table(model: LatencyModel) -> str:
     return "\n".join(lines)
 
 
+def kernel_table(note: dict[str, Any]) -> str:
+    """Milliseconds of one decoder layer's linears by kernel, width and rows."""
+    times = note["kernel_times"]
+    if not times:
+        return f"kernel: {note['kernel']}"
+    rows = sorted({time["rows"] for time in times})
+    lines = [f"{'linears of a layer, ms':<24}" + "".join(f"{f'{count} rows':>12}" for count in rows)]
+    for kernel, bits in dict.fromkeys((time["kernel"], time["bits"]) for time in times):
+        found = {time["rows"]: time["seconds"] for time in times if (time["kernel"], time["bits"]) == (kernel, bits)}
+        lines.append(f"{f'{kernel} {bits} bits':<24}" + "".join(f"{1e3 * found[count]:>12.2f}" for count in rows))
+    return "\n".join([*lines, f"kernel: {note['kernel']}"])
+
+
 def error_table(pairs: Iterable[TimePair]) -> str:
     """Mean and worst absolute relative error, and the bias, by device, phase and width."""
     groups: dict[tuple[str, str, str], list[TimePair]] = defaultdict(list)

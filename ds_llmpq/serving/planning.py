@@ -27,7 +27,8 @@ from ds_llmpq.planner.config import PlannerConfig, WorkloadConfig
 from ds_llmpq.planner.cost_source import FurtherSource, select_costs
 from ds_llmpq.planner.deploy import deploy
 from ds_llmpq.planner.simulation import simulate_plan
-from ds_llmpq.profiling.short_profile import TimingTask, calibrate
+from ds_llmpq.profiling.short_profile import calibrate
+from ds_llmpq.profiling.task import TimingTask
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.kernels.registry import find_kernel, select_kernel
 from ds_llmpq.quant.packing import check_lm_head, groups_of

@@ -3,14 +3,15 @@
 import pytest
 import torch
 
-from ds_llmpq.commands.profile import kernel_table
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.planner.config import WorkloadConfig
 from ds_llmpq.profiling import kernel_choice
 from ds_llmpq.profiling.kernel_choice import KernelTime, choose_kernel
+from ds_llmpq.profiling.task import TimingTask
 from ds_llmpq.profiling.timer import Timer
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.kernels.registry import KERNELS
+from ds_llmpq.report.fidelity import kernel_table
 
 SHAPE = ModelShape.from_config(
     {
@@ -27,8 +28,9 @@ SIZES = {"prefill": [1, 2, 4], "decode": [2, 4, 8]}
 TIMER = Timer(torch.device("cpu"))
 
 
-def chosen(workload, bits=(4, 16), dtype="bfloat16"):
-    return choose_kernel(SHAPE, QuantConfig(list(bits)), bits, dtype, TIMER, SIZES, workload)
+def chosen(workload, bits=(4, 16), dtype="bfloat16", lm_head_bits=16):
+    quant = QuantConfig(list(bits), lm_head_bits=lm_head_bits)
+    return choose_kernel(TimingTask("", SHAPE, workload, quant, dtype, bits, SIZES), TIMER)
 
 
 @pytest.fixture
@@ -72,9 +74,8 @@ def test_a_graph_is_taken_where_its_products_win(times):
 
 def test_an_lm_head_below_16_bits_is_reason_enough_to_choose(times):
     times(openvino=[1, 2, 3], dequantize=[8, 9, 10])
-    whole = (SHAPE, QuantConfig([16]), (16,), "bfloat16", TIMER, SIZES, WorkloadConfig(8, 20, 200))
-    assert choose_kernel(*whole).kernel is KERNELS["dequantize"]
-    low = choose_kernel(SHAPE, QuantConfig([16], lm_head_bits=8), *whole[2:])
+    assert chosen(WorkloadConfig(8, 20, 200), bits=(16,)).kernel is KERNELS["dequantize"]
+    low = chosen(WorkloadConfig(8, 20, 200), bits=(16,), lm_head_bits=8)
     assert low.kernel is KERNELS["openvino"]
     assert {time.bits for time in low.times} == {8}
 

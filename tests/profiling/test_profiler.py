@@ -25,6 +25,7 @@ from ds_llmpq.profiling.config import ProfilingConfig
 from ds_llmpq.profiling.parts import Parts
 from ds_llmpq.profiling.points import sampling_plan
 from ds_llmpq.profiling.processes import run_trial
+from ds_llmpq.profiling.task import ProfilingTask
 from ds_llmpq.profiling.timer import Timer
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.hqq import stored_bytes
@@ -54,7 +55,7 @@ def task(path, seconds=0.5, **changes):
     sizes = {"prefill": [1, 4], "decode": [2, 4]}
     setup = current_setup(shape, "float32", DEQUANTIZE, groups_of(quant))
     config = ProfilingConfig(seconds=seconds, rounds=2, links=False, chained_layers=2)
-    made = profiler.Task(str(path), shape, WORKLOAD, quant, "float32", (4, 16), sizes, setup, config)
+    made = ProfilingTask(str(path), shape, WORKLOAD, quant, "float32", (4, 16), sizes, setup, config)
     return replace(made, **changes)
 
 
@@ -157,13 +158,13 @@ def test_a_profile_of_another_kernel_or_version_is_not_extended(folder, tmp_path
 
 def test_each_type_is_profiled_once_and_only_here():
     here = cluster(DeviceConfig("core", 0), DeviceConfig("core", 1, cpu_share=0.5), DeviceConfig("core", 2))
-    assert [device.type.name for device in profiler.local_types(here)] == ["core", "core_share50"]
+    assert [device.type.name for device in profiler.list_local_types(here)] == ["core", "core_share50"]
     config = ClusterConfig(name="far")
     config.device_types = {"core": DeviceTypeConfig("cpu", 1 << 28, 2e10, {"float32": 1e11}, 1e-4)}
     config.hosts = [HostConfig("far-away.invalid", [DeviceConfig("core", 0)])]
     far = Cluster.from_config(config)
     with pytest.raises(UserError, match="none of the cluster's hosts"):
-        profiler.local_types(far)
+        profiler.list_local_types(far)
 
 
 def test_an_undisturbed_timing_is_wall_time_and_a_disturbed_one_processor_time(monkeypatch):
