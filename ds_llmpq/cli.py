@@ -88,8 +88,8 @@ def report(error: UserError) -> int:
 def _through_hydra(command: str, arguments: list[str]) -> int:
     """Runs a command once, or many times with -m; the worst exit code of all."""
     config.register()
-    if command == "run" and all(argument.startswith("out=") for argument in arguments):
-        arguments = ["+experiment=demo", *arguments]
+    if all(argument.startswith("out=") for argument in arguments):
+        arguments = [*config.EXAMPLES.get(command, ()), *arguments]
     arguments = ["verbose=true" if argument in ("-v", "--verbose") else argument for argument in arguments]
     flags = [argument for argument in arguments if argument.startswith("-")]
     arguments = config.prepare(command, arguments, sweep=bool({"-m", "--multirun"} & set(flags)))
@@ -99,16 +99,15 @@ def _through_hydra(command: str, arguments: list[str]) -> int:
         if any(argument.startswith("out=") for argument in arguments):
             _check_room(check_folder(config.make_absolute(composed.out)))
     codes: list[int] = []
-    sweep.failure_codes.clear()  # of a sweep that this process ran before
 
     def task(composed: DictConfig) -> int:
         codes.append(_run(command, composed))
         return codes[-1]
 
     sys.argv = [f"ds-llmpq {command}", *arguments]
-    hydra.main(version_base="1.3", config_path=str(config.conf_folder()), config_name=command)(task)()
-    # the points of a sweep run in processes of their own; what failed there is known from what they left behind
-    return max([0, *codes, *sweep.failure_codes])
+    with sweep.collect_exit_codes() as of_points:
+        hydra.main(version_base="1.3", config_path=str(config.conf_folder()), config_name=command)(task)()
+    return max([0, *codes, *of_points])
 
 
 def _check_room(folder: Path) -> None:

@@ -18,7 +18,6 @@ from ds_llmpq.cluster.config import ClusterConfig, DeviceTypeConfig
 from ds_llmpq.commands.config import (
     DetectConfig,
     ExportConfig,
-    LengthsConfig,
     PlanCommandConfig,
     ProfileConfig,
     QuantizeConfig,
@@ -29,6 +28,7 @@ from ds_llmpq.commands.config import (
 from ds_llmpq.errors import UserError, quote
 from ds_llmpq.files import absolute_or_none, make_absolute, read_yaml
 from ds_llmpq.launch.environment import check_environment
+from ds_llmpq.lengths.config import LengthsConfig
 from ds_llmpq.research.config import SimulateConfig, find_published_model
 from ds_llmpq.serving.config import EvaluateConfig, PlanConfig, PlanningConfig, RunConfig
 from ds_llmpq.shipped import asset, conf_folder
@@ -47,6 +47,9 @@ COMMANDS = {
     "evaluate": EvaluateConfig,
     "export": ExportConfig,
 }
+
+# what a command runs that is given nothing, but perhaps a folder for it
+EXAMPLES = {"run": ("+experiment=demo",)}
 
 __all__ = ["absolute_or_none", "asset", "conf_folder", "make_absolute"]  # beside what is defined here
 

@@ -13,7 +13,6 @@ from ds_llmpq.batch.config import BatchConfig
 from ds_llmpq.cluster.config import ClusterConfig
 from ds_llmpq.engine.config import ComputeConfig, EngineConfig
 from ds_llmpq.fields import path_field
-from ds_llmpq.lengths.config import LengthDataConfig, LengthTaskConfig, ProxyConfig
 from ds_llmpq.models.config import ModelConfig
 from ds_llmpq.planner.config import MicroBatchesConfig, WorkloadConfig
 from ds_llmpq.profiling.config import ProfilingConfig
@@ -126,17 +125,3 @@ class SensitivityConfig:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     seed: int = 0
     device: str = "cpu"  # cpu, cuda, cuda:1
-
-
-@dataclass
-class LengthsConfig:
-    """`ds-llmpq lengths prepare | train | evaluate | predict | characterize`."""
-
-    out: str = path_field("")
-    action: str = ""
-    data: str | None = path_field()  # answers of the past (JSON lines, CSV, parquet), or a folder that `prepare` wrote
-    input: str | None = path_field()  # predict: prompts, an OpenAI batch file or rows like data's
-    predictor: str | None = path_field()  # evaluate, predict: a folder that `train` wrote
-    lengths: LengthDataConfig = field(default_factory=LengthDataConfig)
-    task: LengthTaskConfig = field(default_factory=LengthTaskConfig)
-    proxy: ProxyConfig = field(default_factory=ProxyConfig)

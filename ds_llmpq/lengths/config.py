@@ -47,3 +47,17 @@ class ProxyConfig:
     batch_size: int = 16
     learning_rate: float = 1e-5
     hidden: int = 128  # of the head
+
+
+@dataclass
+class LengthsConfig:
+    """`ds-llmpq lengths prepare | train | evaluate | predict | characterize`."""
+
+    out: str = path_field("")
+    action: str = ""
+    data: str | None = path_field()  # answers of the past (JSON lines, CSV, parquet), or a folder that `prepare` wrote
+    input: str | None = path_field()  # predict: prompts, an OpenAI batch file or rows like data's
+    predictor: str | None = path_field()  # evaluate, predict: a folder that `train` wrote
+    lengths: LengthDataConfig = field(default_factory=LengthDataConfig)
+    task: LengthTaskConfig = field(default_factory=LengthTaskConfig)
+    proxy: ProxyConfig = field(default_factory=ProxyConfig)

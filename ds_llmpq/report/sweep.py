@@ -7,6 +7,8 @@ import csv
 import json
 import math
 import re
+from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,8 +31,22 @@ _SHOWN = ("throughput_tokens_per_second", "latency_seconds", "quality_loss", "st
 _MEASURED = ("measured_throughput_tokens_per_second", "measured_quality_loss")
 BASELINES = ("uniform", "pipeedge", "adabits", "memory_proportional", "single_device", "offload_estimate")
 
-# exit codes of the points of a finished sweep that failed
-failure_codes: list[int] = []
+_exit_codes: ContextVar[list[int]] = ContextVar("exit codes of the points of a sweep that failed")
+
+
+@contextlib.contextmanager
+def collect_exit_codes() -> Iterator[list[int]]:
+    """The list that sweeps which end within put their failed points' exit codes into. A Hydra callback returns nothing,
+    and the points ran in processes of their own, so what failed is known from what they left behind."""
+    token = _exit_codes.set([])
+    try:
+        yield _exit_codes.get()
+    finally:
+        _exit_codes.reset(token)
+
+
+def note_exit_codes(codes: Iterable[int]) -> None:
+    _exit_codes.get([]).extend(codes)
 
 
 @dataclass(frozen=True)
@@ -74,7 +90,7 @@ class SweepSummary(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
         points = [read_point(place) for place in list_points(folder)]
-        failure_codes.extend(point["exit_code"] for point in points if point["failure"])
+        note_exit_codes(point["exit_code"] for point in points if point["failure"])
         write_summary(folder, points)
         print(summary_text(points))
         print(f"sweep: {folder / 'summary.csv'} (a page with pictures: `ds-llmpq report sweep={folder}`)")

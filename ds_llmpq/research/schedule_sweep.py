@@ -28,7 +28,7 @@ class SimulationSummary(Callback):
         for point in points:
             if (point / "failure.json").is_file():
                 failure = sweep.read_failure(point)
-                sweep.failure_codes.append(failure.exit_code)
+                sweep.note_exit_codes([failure.exit_code])
                 print(f"{point.name}: {failure.message}")
         found = [metrics for point in points if (metrics := read_metrics(point / "metrics.json")) is not None]
         if found:

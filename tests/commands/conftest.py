@@ -6,7 +6,6 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 from ds_llmpq import cli
-from ds_llmpq.report import sweep
 
 
 @pytest.fixture
@@ -16,7 +15,6 @@ def call(monkeypatch, capsys):
 
     def run(*arguments):
         GlobalHydra.instance().clear()
-        sweep.failure_codes.clear()
         with pytest.raises(SystemExit) as exit_:
             cli.main(list(arguments))
         out, err = capsys.readouterr()

@@ -6,7 +6,7 @@ import sys
 
 from ds_llmpq import config
 from ds_llmpq.commands import lengths
-from ds_llmpq.commands.config import LengthsConfig
+from ds_llmpq.lengths.config import LengthsConfig
 from ds_llmpq.lengths.synthetic import make_answers, make_rows
 
 
