@@ -14,7 +14,9 @@ from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
 from ds_llmpq import overrides
-from ds_llmpq.cluster.config import ClusterConfig, DeviceTypeConfig
+from ds_llmpq.cluster.config import DETECTED, ClusterConfig, DeviceTypeConfig
+from ds_llmpq.cluster.detect import computes_bfloat16, detect
+from ds_llmpq.cluster.rates import measure_gpu
 from ds_llmpq.commands.config import (
     DetectConfig,
     ExportConfig,
@@ -104,10 +106,10 @@ def known_device_types() -> dict[str, DeviceTypeConfig]:
 
 
 def cluster_of(settings: PlanningConfig | ProfileConfig) -> ClusterConfig:
-    """The cluster group's entry, or the file that takes its place; variables that the file sets for the ranks are held
-    to a list, unless the command line asks for them too."""
+    """The cluster group's entry (detected now for `cluster=auto`), or the file that takes its place; variables that the
+    file sets for the ranks are held to a list, unless the command line asks for them too."""
     if settings.cluster_file is None:
-        return settings.cluster
+        return _detect_cluster() if _is_to_detect(settings) else settings.cluster
     file = make_absolute(settings.cluster_file)
     found = _typed(file, ClusterConfig)
     check_environment(found.env, settings.cluster.env, f"cluster_file={file}")
@@ -116,10 +118,24 @@ def cluster_of(settings: PlanningConfig | ProfileConfig) -> ClusterConfig:
 
 def load_cluster(settings: P) -> P:
     """`settings` with the cluster that its file describes; variables of the command line go to the ranks too."""
-    if settings.cluster_file is None:
+    if settings.cluster_file is None and not _is_to_detect(settings):
         return settings
     found = cluster_of(settings)
     return replace(settings, cluster=replace(found, env=found.env | settings.cluster.env), cluster_file=None)
+
+
+def _is_to_detect(settings: PlanningConfig | ProfileConfig) -> bool:
+    return settings.cluster.name == DETECTED and not settings.cluster.hosts
+
+
+def _detect_cluster() -> ClusterConfig:
+    """This host's GPUs, or its processor as one stage; rates are not measured, but for a GPU that no type covers."""
+    known = known_device_types()
+    rates = known["cpu_core"].flops_per_second
+    if not computes_bfloat16():
+        rates = {dtype: rate for dtype, rate in rates.items() if dtype != "bfloat16"}
+    found = detect(known, cpu_rates={"flops_per_second": rates}, measure_gpu=measure_gpu)
+    return parse_cluster(found | {"name": DETECTED})
 
 
 def parse_cluster(values: Mapping[str, Any]) -> ClusterConfig:

@@ -69,3 +69,6 @@ class ClusterConfig:
     links: LinksConfig = field(default_factory=LinksConfig)
     # environment passed to every host, e.g. GLOO_SOCKET_IFNAME
     env: dict[str, str] = field(default_factory=dict)
+
+
+DETECTED = "auto"  # name of the cluster that is whatever this host has

@@ -140,6 +140,16 @@ def count_memory_kills(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/
     return 0
 
 
+def computes_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this host's processor multiplies in bfloat16; elsewhere that is slower than float32. True where no one
+    tells."""
+    try:
+        found = re.search(r"^(flags|Features)\s*:(.*)$", cpuinfo.read_text(), re.MULTILINE)
+    except OSError:
+        return True
+    return found is None or bool({"avx512_bf16", "amx_bf16", "bf16"} & set(found[2].split()))
+
+
 def count_usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

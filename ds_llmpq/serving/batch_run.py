@@ -12,6 +12,7 @@ from ds_llmpq import validation
 from ds_llmpq.batch.reader import read_requests
 from ds_llmpq.batch.results import check_folder, read_finished
 from ds_llmpq.batch.tally import InputRows, Tally
+from ds_llmpq.cluster.config import DETECTED
 from ds_llmpq.cluster.hostfile import find_hostfile_disagreements, parse_hostfile, write_hostfile
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import make_absolute, read_json, write_json
@@ -165,7 +166,9 @@ def _list_plan_inputs(settings: RunConfig, given: Plan | None) -> dict[str, Any]
     if given is not None:
         return {"plan": fingerprint_plan(given), "quantized": settings.quantized}
     groups = {name: asdict(getattr(settings, name)) for name in ("model", "workload", "quant", "planner")}
-    groups |= {"cluster": asdict(settings.cluster), "engine": {"dtype": settings.engine.dtype}}
+    # of a detected cluster the free memory is another one every time
+    cluster = {"name": DETECTED} if settings.cluster.name == DETECTED else asdict(settings.cluster)
+    groups |= {"cluster": cluster, "engine": {"dtype": settings.engine.dtype}}
     settings_of = flatten("", groups) | {"quantized": settings.quantized}
     # variables change no result, and may be nobody else's business; when layers are timed changes none either
     return {
