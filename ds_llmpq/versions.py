@@ -38,7 +38,7 @@ REQUIREMENTS = {
 }
 EXTRAS = {
     "cpu": {"openvino": ">=2026.2,<2026.5"},  # fast products with quantized weights
-    "gpu": {"gemlite": ">=0.5.1,<0.7", "nvidia-ml-py": ">=12.0,<14"},
+    "gpu": {"nvidia-ml-py": ">=12.0,<14"},
     "eval": {"lm_eval": ">=0.4.11,<0.5"},
     "slurm": {"hydra-submitit-launcher": ">=1.2,<2"},  # sweeps as Slurm jobs
     "mlflow": {"mlflow": ">=3.0,<4"},

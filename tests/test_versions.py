@@ -123,7 +123,7 @@ def test_a_missing_package_is_named_and_an_optional_one_not_missed(monkeypatch):
     monkeypatch.setattr(metadata, "version", not_found)
     with pytest.raises(UserError, match=r"torch is not installed; install it with: pip install 'torch>=2\.11'"):
         versions.check_version("torch", ">=2.11")
-    versions.check_version("gemlite", ">=0.5", required=False)
+    versions.check_version("humming-kernels", ">=0.5", required=False)
 
 
 def test_the_command_line_says_it_before_anything_else(tmp_path):

@@ -20,7 +20,7 @@ class QuantConfig:
     axis: int = 1  # groups run along the input dimension (1) or the output dimension (0)
     optimize: bool = True  # HQQ's own fine-tuning of scale and zero
     # what runs decoder layers: auto | dequantize (HQQ's own forward) | openvino_graph (a stage as one, unquantized
-    # layers too) | openvino | torch_int4 | gemlite
+    # layers too) | openvino
     kernel: str = "auto"
     # widths at which all weights of a row are one group, e.g. [8]; the others keep group_size
     per_channel_bits: list[int] = field(default_factory=list)

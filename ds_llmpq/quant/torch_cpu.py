@@ -18,14 +18,3 @@ def reordered(weight: torch.Tensor, rows: int) -> torch.Tensor:
 def reordered_product(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """inputs [..., in] -> [..., out], of a `reordered` weight."""
     return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
-
-
-def packed_codes(codes: torch.Tensor) -> torch.Tensor:
-    """Codes 0 to 15 [out, in], int32, as `packed_product` wants them: two to a byte."""
-    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-
-
-def packed_product(inputs: torch.Tensor, packed: torch.Tensor, group_size: int, scales: torch.Tensor) -> torch.Tensor:
-    """inputs [rows, in] -> [rows, out], bfloat16, with the weight (code - 8) x scale + offset; `scales` holds scale and
-    offset, [groups of a row, out, 2], bfloat16."""
-    return torch.ops.aten._weight_int4pack_mm_for_cpu(inputs, packed, group_size, scales)

@@ -18,7 +18,7 @@ import torch
 from ds_llmpq.engine.runner.capture import CudaGraphs
 
 LIBRARIES = (
-    "torch", "transformers", "triton", "deepspeed", "hqq", "safetensors", "numpy", "humming-kernels", "gemlite",
+    "torch", "transformers", "triton", "deepspeed", "hqq", "safetensors", "numpy", "humming-kernels",
     "openvino",
 )  # fmt: skip
 

@@ -42,27 +42,6 @@ def test_whether_onednn_computes_in_bfloat16():
     assert isinstance(torch.ops.mkldnn._is_mkldnn_bf16_supported(), bool)
 
 
-def test_packed_codes():
-    """`torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)`, in quant/torch_cpu.py: codes 0 to 15 [out, in]
-    in int32, two to a byte afterwards."""
-    codes = torch.randint(0, 16, (64, 128), dtype=torch.int32)
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-    assert packed.nbytes == codes.numel() // 2
-
-
-def test_products_with_packed_codes():
-    """`torch.ops.aten._weight_int4pack_mm_for_cpu(inputs, packed, group size, scales and zeros)`, in
-    quant/torch_cpu.py: inputs times ((code - 8) x scale + zero), scales and zeros [groups of a row, out, 2]."""
-    codes, inputs = torch.randint(0, 16, (64, 128)), torch.randn(3, 128).bfloat16()
-    scale, zero = torch.rand(64, 4) + 0.5, torch.rand(64, 4)
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
-    both = torch.stack([scale, zero], dim=-1).transpose(0, 1).contiguous().bfloat16()
-    found = torch.ops.aten._weight_int4pack_mm_for_cpu(inputs, packed, 32, both).float()
-    grouped = codes.view(64, 4, 32) - 8
-    wanted = inputs.float() @ (grouped * scale[..., None] + zero[..., None]).view(64, 128).T
-    assert found == pytest.approx(wanted, rel=0.05, abs=1.5)
-
-
 def test_rendezvous_of_our_own():
     """`register_rendezvous_handler(scheme, handler)`, in launch/rendezvous.py: chosen by the URL's scheme, called with
     the URL and keywords; a scheme that is known already is a RuntimeError."""

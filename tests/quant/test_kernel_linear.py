@@ -19,12 +19,12 @@ from ds_llmpq.quant.packing import Groups
 from ds_llmpq.quant.unpacked_weight import stacked, unpack
 
 CPU = torch.device("cpu")
-THERE = [name for name in ("openvino", "torch_int4") if importlib.util.find_spec(KERNELS[name].library)]
+THERE = [name for name in ("openvino",) if importlib.util.find_spec(KERNELS[name].library)]
 # relative error of products with normal inputs. openvino rounds inputs to 8 bits by groups: 0.006 as measured, and
-# sums integers; torch_int4 takes bfloat16 inputs as they are, scales rounded to bfloat16, and sums in float32
-TOLERANCE = {"openvino": 0.012, "torch_int4": 0.006}
+# sums integers
+TOLERANCE = {"openvino": 0.012}
 # relative to the largest weight: single weights, read out with inputs that no kernel rounds
-WEIGHT_TOLERANCE = {"openvino": 1e-6, "torch_int4": 2**-7}
+WEIGHT_TOLERANCE = {"openvino": 1e-6}
 CASES = [
     (name, bits, size)
     for name in THERE
@@ -106,9 +106,9 @@ def test_held_bytes_are_counted_once(name):
 
 
 def test_what_no_kernel_takes_stays_hqq_s():
-    linear = quantized(64, 64, 8, dtype=torch.bfloat16)
-    assert effective_kernel(KERNELS["torch_int4"], 64, 64, 8, Groups()).name == "dequantize"
-    assert build_linears(KERNELS["torch_int4"], [linear], 8, Groups(), torch.bfloat16) == [linear]
+    linear = quantized(64, 64, 2, dtype=torch.bfloat16)
+    assert effective_kernel(KERNELS["openvino_graph"], 64, 64, 2, Groups()).name == "dequantize"
+    assert build_linears(KERNELS["openvino_graph"], [linear], 2, Groups(), torch.bfloat16) == [linear]
     assert isinstance(linear, HQQLinear)
 
 
@@ -123,9 +123,9 @@ def test_per_channel_stay_hqq_s_where_the_kernel_cannot_take_them(name):
 
 
 def test_a_missing_library_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "gemlite.helper", None)
-    with pytest.raises(UserError, match="kernel=gemlite needs gemlite"):
-        build_product(KERNELS["gemlite"], unpack(quantized(32, 64, 4)), 4, torch.float16)
+    monkeypatch.setitem(sys.modules, "ds_llmpq.quant.kernels.openvino_graph.single_product", None)
+    with pytest.raises(UserError, match="kernel=openvino needs openvino"):
+        build_product(KERNELS["openvino"], unpack(quantized(32, 64, 4)), 4, torch.bfloat16)
 
 
 MEMORY = """

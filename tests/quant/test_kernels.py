@@ -9,7 +9,7 @@ from ds_llmpq.models.families import describe
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.kernels import openvino, registry
-from ds_llmpq.quant.kernels.base import Kernel
+from ds_llmpq.quant.kernels.base import SHARED_INPUTS, Kernel
 from ds_llmpq.quant.kernels.linears import effective_kernel, group_linears, layer_bytes
 from ds_llmpq.quant.packing import Groups
 from ds_llmpq.research.published_costs import KERNEL
@@ -25,8 +25,25 @@ SHAPE = ModelShape.from_config(
         "vocab_size": 128,
     }
 )
-KERNELS = registry.KERNELS | {KERNEL.name: KERNEL}
+
+
+class Narrow(Kernel):
+    """Of a test: up to 4 bits, held as 4, outputs in sixteens, no per-channel weights."""
+
+    name, source, library = "narrow", "made up", "torch"
+    kinds, dtypes = ("cpu",), ("bfloat16",)
+    storage_bits = {1: 4, 2: 4, 3: 4, 4: 4}  # noqa: RUF012
+    group_sizes, out_multiple, shared_inputs = (32, 64, 128, 256), 16, SHARED_INPUTS
+
+
+NARROW = Narrow()
+KERNELS = registry.KERNELS | {KERNEL.name: KERNEL, NARROW.name: NARROW}
 GROUPS, ROWS = Groups(), Groups(64, 1, (8,))
+
+
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch):
+    monkeypatch.setitem(registry.KERNELS, NARROW.name, NARROW)
 
 
 @pytest.fixture
@@ -42,17 +59,13 @@ def installed(monkeypatch):
 @pytest.mark.parametrize(
     ("there", "kind", "dtype", "quant", "chosen"),
     [
-        (("openvino", "torch_int4"), "cpu", "bfloat16", {}, "openvino"),
-        (("torch_int4",), "cpu", "bfloat16", {}, "torch_int4"),
+        (("openvino", "narrow"), "cpu", "bfloat16", {}, "openvino"),
+        (("narrow",), "cpu", "bfloat16", {}, "narrow"),
         ((), "cpu", "bfloat16", {}, "dequantize"),
-        (("openvino", "torch_int4"), "cpu", "float32", {}, "dequantize"),  # what is exact in float32
-        (("openvino", "torch_int4"), "cpu", "bfloat16", {"axis": 0}, "dequantize"),
-        (("openvino", "torch_int4"), "cpu", "bfloat16", {"group_size": 16}, "dequantize"),
-        (("openvino", "torch_int4"), "cuda", "float16", {}, "dequantize"),
-        (("gemlite", "openvino"), "cuda", "float16", {}, "gemlite"),
-        (("gemlite",), "cuda", "bfloat16", {"group_size": 16}, "gemlite"),
-        (("gemlite",), "cuda", "float32", {}, "dequantize"),
-        (("gemlite",), "cuda", "float16", {"axis": 0}, "dequantize"),
+        (("openvino", "narrow"), "cpu", "float32", {}, "dequantize"),  # what is exact in float32
+        (("openvino", "narrow"), "cpu", "bfloat16", {"axis": 0}, "dequantize"),
+        (("openvino", "narrow"), "cpu", "bfloat16", {"group_size": 16}, "dequantize"),
+        (("openvino", "narrow"), "cuda", "float16", {}, "dequantize"),
     ],
 )
 def test_auto_takes_the_first_that_is_there_and_able(installed, there, kind, dtype, quant, chosen):
@@ -62,7 +75,7 @@ def test_auto_takes_the_first_that_is_there_and_able(installed, there, kind, dty
 
 
 def test_devices_of_two_kinds_share_only_hqq_s_own_forward(installed):
-    installed("openvino", "gemlite")
+    installed("openvino", "narrow")
     assert registry.select_kernel(QuantConfig(), ["cpu", "cuda"], "bfloat16").kernel == "dequantize"
 
 
@@ -143,28 +156,28 @@ def test_a_profile_of_whole_stages_gives_single_products_where_those_are_ruled_o
 
 
 def test_a_kernel_that_would_make_small_layers_larger_is_passed_over(installed):
-    installed("openvino", "torch_int4")
+    installed("openvino", "narrow")
     small = SHAPE.linears
     large = [(name, 8 * out, 8 * into) for name, out, into, *_ in small]
-    assert registry.select_kernel(QuantConfig(), ["cpu"], "bfloat16", small).kernel == "torch_int4"
+    assert registry.select_kernel(QuantConfig(), ["cpu"], "bfloat16", small).kernel == "narrow"
     assert registry.select_kernel(QuantConfig(), ["cpu"], "bfloat16", large).kernel == "openvino"
     found = registry.list_candidates("cpu", "bfloat16", QuantConfig(), small)
-    assert found == [KERNELS["torch_int4"], KERNELS["dequantize"]]
+    assert found == [KERNELS["narrow"], KERNELS["dequantize"]]
 
 
 def test_a_profile_s_kernel_goes_before_the_table(installed):
-    installed("openvino", "torch_int4")
+    installed("openvino", "narrow")
     quant = QuantConfig()
-    assert registry.select_kernel(quant, ["cpu"], "bfloat16", measured="torch_int4").kernel == "torch_int4"
+    assert registry.select_kernel(quant, ["cpu"], "bfloat16", measured="narrow").kernel == "narrow"
     assert registry.select_kernel(quant, ["cpu"], "bfloat16", measured="dequantize").kernel == "dequantize"
     assert registry.select_kernel(quant, ["cpu"], "float32", measured="openvino").kernel == "dequantize"
 
 
 def test_a_kernel_that_was_asked_for_need_not_be_installed_here_but_must_be_able(installed):
     installed()
-    assert registry.select_kernel(QuantConfig(kernel="gemlite"), ["cuda"], "float16").kernel == "gemlite"
-    with pytest.raises(UserError, match="kernel=gemlite cannot be used: it runs on cuda, not on cpu"):
-        registry.select_kernel(QuantConfig(kernel="gemlite"), ["cpu"], "bfloat16")
+    assert registry.select_kernel(QuantConfig(kernel="openvino"), ["cpu"], "bfloat16").kernel == "openvino"
+    with pytest.raises(UserError, match="kernel=openvino cannot be used: it runs on cpu, not on cuda"):
+        registry.select_kernel(QuantConfig(kernel="openvino"), ["cuda"], "bfloat16")
     with pytest.raises(UserError, match="computes in bfloat16, not in float32"):
         registry.select_kernel(QuantConfig(kernel="openvino"), ["cpu"], "float32")
     with pytest.raises(UserError, match="'magic'"):
@@ -176,10 +189,9 @@ def effective(name, *size_bits_groups):
 
 
 def test_widths_and_shapes_a_kernel_cannot_take_run_through_hqq():
-    assert effective("torch_int4", 64, 64, 4, GROUPS) == "torch_int4"
-    assert effective("torch_int4", 64, 64, 8, GROUPS) == "dequantize"
-    assert effective("torch_int4", 72, 64, 4, GROUPS) == "dequantize"
-    assert effective("gemlite", 64, 80, 4, GROUPS) == "dequantize"
+    assert effective("narrow", 64, 64, 4, GROUPS) == "narrow"
+    assert effective("narrow", 64, 64, 8, GROUPS) == "dequantize"
+    assert effective("narrow", 72, 64, 4, GROUPS) == "dequantize"
     assert effective("openvino", 72, 64, 1, GROUPS) == "openvino"
     assert effective("openvino", 64, 64, 16, GROUPS) == "dequantize"
 
@@ -187,9 +199,8 @@ def test_widths_and_shapes_a_kernel_cannot_take_run_through_hqq():
 def test_per_channel_run_only_where_the_table_says_so():
     rows = Groups(64, 1, (4, 8))
     assert effective("openvino", 64, 512, 8, rows) == effective("openvino", 64, 512, 2, rows) == "openvino"
-    assert effective("torch_int4", 64, 512, 4, rows) == effective("gemlite", 64, 512, 8, rows) == "dequantize"
-    assert effective("torch_int4", 64, 512, 3, rows) == "torch_int4"
-    assert effective("gemlite", 64, 512, 2, rows) == "gemlite"
+    assert effective("narrow", 64, 512, 4, rows) == "dequantize"
+    assert effective("narrow", 64, 512, 3, rows) == "narrow"
 
 
 def test_linears_of_one_input_go_together_only_where_all_can():
@@ -202,19 +213,18 @@ def test_linears_of_one_input_go_together_only_where_all_can():
     apart = [[entry[0]] for entry in linears]
     qkv, mlp = ["a.q_proj", "a.k_proj", "a.v_proj"], ["m.gate_proj", "m.up_proj"]
     assert names("openvino", 4) == [qkv, ["a.o_proj"], mlp, ["m.down_proj"]]
-    assert names("torch_int4", 4) == [["a.q_proj", "a.v_proj"], ["a.k_proj"], ["a.o_proj"], mlp, ["m.down_proj"]]
+    assert names("narrow", 4) == [["a.q_proj", "a.v_proj"], ["a.k_proj"], ["a.o_proj"], mlp, ["m.down_proj"]]
     gate_and_up = [[name] for name in mlp]
     assert names("openvino_graph", 4) == [qkv, ["a.o_proj"], *gate_and_up, ["m.down_proj"]]
     assert names("openvino_graph", 16) == names("openvino_graph", 4)
-    assert names("openvino", 16) == names("dequantize", 4) == names("gemlite", 4) == apart
+    assert names("openvino", 16) == names("dequantize", 4) == apart
 
 
 def test_bytes_by_hand():
     """64 x 128 weights in groups of 64: 128 groups."""
     assert KERNELS["openvino"].read_bytes(64, 128, 8, GROUPS, 2) == 64 * 128 + 128 * 9
     assert KERNELS["openvino"].read_bytes(64, 128, 2, GROUPS, 2) == 64 * 128 // 4 + 128 * 9
-    assert KERNELS["torch_int4"].weight_bytes(64, 128, 3, GROUPS, 2) == 64 * 128 // 2 + 128 * 4
-    assert KERNELS["gemlite"].weight_bytes(64, 128, 8, GROUPS, 2) == 64 * 128 + 128 * 4
+    assert KERNELS["narrow"].weight_bytes(64, 128, 3, GROUPS, 2) == 64 * 128 // 2 + 128 * 4
 
 
 def test_bytes_of_per_channel_by_hand():
@@ -231,13 +241,12 @@ def test_bytes_of_per_channel_by_hand():
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("groups", [GROUPS, ROWS])
 def test_models_of_cost_agree_on_a_kernel(bits, groups):
-    for kernel in ("openvino_graph", "openvino", "torch_int4", "gemlite", "dequantize"):
+    for kernel in ("openvino_graph", "openvino", "narrow", "dequantize"):
         if kernel == "openvino_graph" and bits == 2:
             continue
         layer = MemoryModel(SHAPE, groups, 2, KERNELS[kernel]).layer_bytes(bits)
         assert layer == layer_bytes(KERNELS[kernel], SHAPE.linears, bits, groups, 2) + 2 * SHAPE.layer_other_parameters
-        unable = ("torch_int4", "gemlite") if groups == ROWS else ("torch_int4",)
-        plain = kernel == "dequantize" or (kernel in unable and bits == 8)
+        plain = kernel == "dequantize" or (kernel == "narrow" and bits == 8)
         read = layer_read_bytes(SHAPE, bits, KERNELS[kernel], groups, 2)
         assert (read == 2 * SHAPE.linear_weights) == plain
         assert plain or read <= layer
@@ -247,9 +256,8 @@ def test_workspace_of_a_kernel():
     def of(kernel, groups=GROUPS):
         return MemoryModel(SHAPE, groups, 2, KERNELS[kernel]).workspace_parts(4, 8, 0, True)["dequantized"]
 
-    assert of("gemlite") == of("fused") == 0
-    assert of("torch_int4") == of("dequantize") == 3 * 256 * 512 * 2  # its 8 bits run through HQQ's own forward
-    assert of("gemlite", ROWS) == of("dequantize")
+    assert of("fused") == 0
+    assert of("narrow") == of("dequantize") == 3 * 256 * 512 * 2  # its 8 bits run through HQQ's own forward
     assert of("openvino") == of("openvino", ROWS) == openvino.PRODUCT_ROWS * (512 + 2 * 512) * 4
 
 
@@ -262,3 +270,14 @@ def test_memory_of_whole_stages():
     assert small["dequantized"] == large["dequantized"] > 12e6
     assert large["activations"] == 8 * 500 * (2 * 256 + 4 * 2 * 64) * 2
     assert of_graph.layer_bytes(16) - by_layer.layer_bytes(16) == 1_400_000
+
+
+@pytest.mark.parametrize(("name", "instead"), [("torch_int4", "openvino"), ("gemlite", "dequantize")])
+def test_a_kernel_that_is_gone_names_what_runs_instead(name, instead):
+    said = f"kernel '{name}' is gone; use quant.kernel={instead} "
+    with pytest.raises(UserError, match=said):
+        registry.select_kernel(QuantConfig(kernel=name), ["cpu"], "bfloat16")
+    with pytest.raises(UserError, match=said):
+        registry.select_kernel(QuantConfig(), ["cpu"], "bfloat16", measured=name)
+    with pytest.raises(UserError, match=said):
+        registry.find_stage_kernel(name)

@@ -14,10 +14,8 @@ from ds_llmpq.models.spec import DecoderSpec
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.kernels.base import Kernel
 from ds_llmpq.quant.kernels.dequantize import DEQUANTIZE
-from ds_llmpq.quant.kernels.gemlite import GEMLITE
 from ds_llmpq.quant.kernels.linears import saves_memory
 from ds_llmpq.quant.kernels.openvino import OPENVINO, OPENVINO_GRAPH
-from ds_llmpq.quant.kernels.torch_int4 import TORCH_INT4
 
 AUTO = "auto"
 # In the order of what measured fastest.
@@ -26,23 +24,28 @@ KERNELS: dict[str, Kernel] = {
     for kernel in (
         OPENVINO_GRAPH,
         OPENVINO,
-        TORCH_INT4,
-        GEMLITE,
         DEQUANTIZE,
     )
 }
 
 
+# Kernels that are gone, and what runs in their place: named for one more version.
+RETIRED = {"gemlite": DEQUANTIZE.name, "torch_int4": OPENVINO.name}
+
+
 def find_kernel(name: str) -> Kernel:
     """`UserError` for a name that is no kernel's."""
+    if name in RETIRED:
+        raise UserError(f"kernel {name!r} is gone; use quant.kernel={RETIRED[name]} (or {AUTO}), and plan again.")
     if name not in KERNELS:
         raise UserError(f"kernel {name!r} is not known; use {AUTO} or one of {', '.join(KERNELS)}")
     return KERNELS[name]
 
 
 def find_stage_kernel(name: str | None) -> Kernel:
-    """The kernel of a plan's stage; `dequantize` where a plan names none, or one that nothing runs."""
-    return KERNELS.get(name, DEQUANTIZE)
+    """The kernel of a plan's stage; `dequantize` where a plan names none, or one that nothing runs. `UserError`: one
+    that is gone."""
+    return find_kernel(name) if name in RETIRED else KERNELS.get(name, DEQUANTIZE)
 
 
 def select_kernel(
