@@ -127,12 +127,12 @@ def test_prepared_data_comes_back_and_changes_are_noticed(tmp_path):
 
 def test_truncation_keeps_the_tail_or_head_and_tail():
     words = list(range(20))
-    assert dataset.truncated(words, 8, "tail") == words[-8:]
-    assert dataset.truncated(words, 8, "head_tail") == [0, 1, *words[-6:]]
-    assert dataset.truncated(words, 1, "head_tail") == [19]
-    assert dataset.truncated(words, 20, "tail") == words
+    assert dataset.truncate(words, 8, "tail") == words[-8:]
+    assert dataset.truncate(words, 8, "head_tail") == [0, 1, *words[-6:]]
+    assert dataset.truncate(words, 1, "head_tail") == [19]
+    assert dataset.truncate(words, 20, "tail") == words
     with pytest.raises(UserError, match=r"lengths\.truncation"):
-        dataset.truncated(words, 8, "middle")
+        dataset.truncate(words, 8, "middle")
 
 
 def test_lengths_are_floats():
