@@ -1,8 +1,8 @@
-"""What values from outside must be: one type for each, checked by pydantic, and a mistake said in one sentence.
+"""Types of values from outside, validated by pydantic; a mistake becomes one sentence.
 
 Loaders read a file with `ds_llmpq.files` and hand its values to `validate` (JSON), `validate_cells` (a row of CSV) or
 `validate_line` (JSON lines that this program writes by the thousand), with the dataclass they want or any other type.
-Nothing is converted: `"3"` is no number, 3.0 no whole number. The types below carry the bounds; a dataclass's own
+Nothing is converted: `"3"` is not a number, and 3.0 not an integer. The types below carry the bounds; a dataclass's own
 `__post_init__` says what several fields must be together.
 """
 

@@ -77,7 +77,7 @@ class _Search:
 
 
 class _SpecialSearch(_Search):
-    """The same in the text with special tokens, for stop strings that hold one."""
+    """`_Search` in the text with special tokens, for stop strings that contain one."""
 
     with_special = True
 
@@ -95,7 +95,7 @@ class _SpecialSearch(_Search):
 
 
 def _find_special_stops(tokenizer: Any, stops: tuple[str, ...]) -> tuple[str, ...]:
-    """Those that hold a special token's text."""
+    """The stop strings that contain the text of a special token."""
     if not stops:
         return ()
     special = [token.content for token in _list_special_tokens(tokenizer).values() if token.content]
@@ -144,7 +144,7 @@ def decode(tokenizer: Any, token_ids: list[int]) -> str:
 
 
 def _decode_all(tokenizer: Any, token_ids: list[int]) -> str:
-    """The same with special tokens."""
+    """`decode` with special tokens."""
     return tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 

@@ -1,4 +1,4 @@
-"""What a file is that was given as a batch file and is none, told from its first and last bytes."""
+"""Recognizes files of other formats that were given as a batch file, by their first and last bytes."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """The parameters that a request's body may hold, one entry each: where it may stand, and how its value is checked.
 
-A value is used (sampling parameters), has no effect on the text (`user`, a cache hint), or is the neutral one of a
-feature that is not there (`logit_bias` {}): that one is honoured by doing nothing, every other is refused. Client
-libraries and other servers write neutral values into every row.
+A value is used (sampling parameters), has no effect on the text (`user`, a cache hint), or belongs to an unsupported
+feature (`logit_bias`). Of those only the neutral value ({}) is accepted: client libraries write it into every row.
 """
 
 from __future__ import annotations
@@ -91,7 +90,7 @@ def _check_kind(kind: type, name: str) -> Check:
 
 
 def _allow_only(*neutral: Any, remedy: str = "drop it") -> Check:
-    """The neutral values of what is not there. 0 and 0.0 are the same number, but false is none."""
+    """Accepts only the neutral values of an unsupported feature. 0 and 0.0 are equal, but false is not a number."""
 
     def check(field: str, value: Any) -> Any:
         for each in neutral:

@@ -1,4 +1,4 @@
-"""What one row of a batch file asks for, and what went wrong with a row that cannot be served."""
+"""A valid row of a batch file, and the error of a row that cannot be served."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Request:
     model: str | None  # as the row names it; recorded in the result, otherwise ignored
     prompt: Prompt
     params: SamplingParams
-    arrival_seconds: float = 0.0  # looked at with batch.replay=trace alone
+    arrival_seconds: float = 0.0  # used only with batch.replay=trace
     return_token_ids: bool = False  # in the result, beside the text
 
     @property

@@ -1,7 +1,7 @@
-"""What of a batch is done, counted from its files: the one thing that decides whether a run is finished.
+"""Counts from the files what is done of a batch. Nothing else decides whether a run is finished.
 
-No exit code and no metrics.json stands in for it: launchers end with code 0 when their child was killed, and files may
-be deleted while they are written.
+Exit codes and metrics.json do not count: launchers end with code 0 when their child was killed, and files may be
+deleted while they are written.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from ds_llmpq.batch.results import ERRORS_NAME, read_finished
 
 @dataclass(frozen=True)
 class Tally:
-    """Rows of the input: in all, with a result, with an error. `lacking`: those that do not stand exactly once in
-    results.jsonl or errors.jsonl."""
+    """Rows of the input: in all, with a result, with an error. `lacking`: rows that are not in results.jsonl
+    or errors.jsonl exactly once."""
 
     total: int
     completed: int
@@ -35,8 +35,8 @@ class Tally:
 
 @dataclass(frozen=True)
 class InputRows:
-    """What remains of an input once it was checked: its hash, and what each row is known by in the output: its
-    custom_id, or its line where none can be read."""
+    """What is kept of a checked input: its hash, and the key of each row in the output (its custom_id, or its line
+    if it has none)."""
 
     sha256: str
     keys: tuple[Key, ...]

@@ -1,4 +1,4 @@
-"""What a training has done so far, after each epoch, so that a killed one goes on where it was: on CPU to the bit."""
+"""Saves the state of a training after each epoch, so that a killed one resumes; on CPU bit for bit."""
 
 from __future__ import annotations
 

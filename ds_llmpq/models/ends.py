@@ -1,4 +1,4 @@
-"""What stands before and behind the decoder blocks of a `DecoderSpec`: embedding, head, and positions."""
+"""The modules around the decoder blocks of a `DecoderSpec`: embedding, head, and positions."""
 
 from __future__ import annotations
 

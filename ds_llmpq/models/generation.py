@@ -1,4 +1,4 @@
-"""What a checkpoint's generation_config.json asks of every answer, as transformers' `generate` takes it. No torch.
+"""The defaults of a checkpoint's generation_config.json, read as transformers' `generate` reads them. No torch.
 
 Each key is honoured, left to the rows and `batch.*`, or named as not honoured; `docs/batch_files.md` has the table.
 """
@@ -106,7 +106,7 @@ class Generation:
         return {entry.name: value for entry in plain if (value := getattr(self, entry.name)) != entry.default}
 
     def lines(self) -> list[str]:
-        """What a user should know of it: at most one line of what is taken and one of what is not."""
+        """For the user: at most one line of the defaults that are used, and one of those that are not."""
         said = []
         if self.effective:
             listed = ", ".join(f"{name} {quote(_as_lists(value))}" for name, value in self.effective.items())

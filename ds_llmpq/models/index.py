@@ -1,4 +1,4 @@
-"""What the files of a safetensors checkpoint say they hold: an index's tensor names, a shard's header. No torch."""
+"""Reads the index and the shard headers of a safetensors checkpoint. No torch."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Whether a checkpoint's lm_head is its embedding, told from the files: config.json may say otherwise. No torch.
+"""Whether a checkpoint's lm_head is its embedding. The stored tensors decide, whatever config.json says. No torch.
 
-As transformers has it: where the configuration ties them but both are stored and differ, both count; where only one is
-stored, it serves as both.
+As in transformers: if the configuration ties them but both are stored and differ, both are used; if only one is stored,
+it serves as both.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ class TimePair:
 
 
 def pair_profile(model: LatencyModel) -> list[TimePair]:
-    """Every profiled point against a fit that was not told of it."""
+    """Every profiled point against a fit without that point."""
     return [
         TimePair(fit.device_type, _name_phase(fit.part, fit.phase), str(fit.bits or "-"), r.left_out_seconds, r.seconds)
         for fit in model.fits.values()

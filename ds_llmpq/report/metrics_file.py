@@ -1,4 +1,4 @@
-"""metrics.json, scores.json and the like, read for a report: bounded, finite, fit to print, or refused."""
+"""Reads metrics.json, scores.json and the like for a report; texts are made printable."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def read_metrics(file: Path) -> dict[str, Any] | None:
 
 @contextmanager
 def refuse_other_forms(file: Path) -> Iterator[None]:
-    """What fails inside fails because `file` has other keys or values than this version writes: `UserError`."""
+    """Turns an exception of the block into a `UserError`: `file` has other keys or values than this version writes."""
     try:
         yield
     except _WRONG as error:

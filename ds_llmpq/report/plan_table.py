@@ -1,4 +1,4 @@
-"""A plan as plain text: who holds what, what it should cost, how sure that is."""
+"""A plan as plain text: stages, predicted cost, and how far it is proven."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _list_widths(bits: Sequence[int]) -> str:
 
 
 def format_bits(bits: Sequence[int]) -> str:
-    """Runs of equal widths: `4x3 8x2` is three layers at 4 bits, then two at 8."""
+    """Runs of equal bit widths: `4x3 8x2` means three layers at 4 bits, then two at 8."""
     return " ".join(f"{width}x{len(list(run))}" for width, run in groupby(bits))
 
 

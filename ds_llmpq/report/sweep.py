@@ -1,4 +1,4 @@
-"""What a Hydra multirun made, gathered: summary.csv, summary.json and a picture of throughput against quality loss."""
+"""Summary of a Hydra multirun: summary.csv, summary.json and a picture of throughput against quality loss."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ def forget_failure(out: Path) -> None:
 
 
 def holds_work(out: Path) -> bool:
-    """Whether a folder holds what an earlier command made, and did not leave as a failure: a refusal to touch it then
-    is none of the folder's failures."""
+    """Whether a folder holds the output of an earlier command that did not fail. Refusing to touch it is not a failure
+    of that folder."""
     made = (path.name for path in out.iterdir() if path.suffix != ".log" and not path.name.startswith("."))
     return not (out / _FAILURE).exists() and any(made)
 

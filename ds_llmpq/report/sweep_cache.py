@@ -1,4 +1,4 @@
-"""Which points of a sweep need no work: their artefact is there, made from the same configuration and files.
+"""Which points of a sweep are done: their output exists, made from the same configuration and files.
 
 Beside a finished point lies point.json with a digest of its configuration (all but `out`), of the version, and of the
 size and time of every file that the configuration names.

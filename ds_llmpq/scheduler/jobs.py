@@ -1,4 +1,4 @@
-"""The jobs of a simulation: when they come, how long their prompts and answers are, what was predicted of them."""
+"""The jobs of a simulation: arrival times, lengths of prompts and answers, and predicted lengths."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ PREDICTING = frozenset({"ssjf", "longest_first"})
 
 @dataclass(frozen=True)
 class Guard:
-    """Keeps long jobs from starving, with what a scheduler can see: waiting, and the run time it believes a job has.
+    """Keeps long jobs from starving, with what a scheduler can see: waiting time and estimated run time.
 
     A job's limit is the smaller of `threshold_seconds` and `coefficient` times its estimated run time (None: no such
     bound). `aging`: jobs go by arrival + limit, so none is overtaken by one that came more than its limit later.
@@ -73,7 +73,7 @@ def make_queue(policy: str, jobs: Jobs, cost: ExecutionCost, guard: Guard) -> Qu
 class Queue:
     """Jobs by priority. Ties go to the job that came first.
 
-    `estimated_tokens`: length by job as the scheduler believes it. `sign`: 1 smallest remaining first, -1 largest, 0
+    `estimated_tokens`: estimated length by job. `sign`: 1 smallest remaining first, -1 largest, 0
     all alike.
     """
 
@@ -123,7 +123,7 @@ class Queue:
         return job
 
     def _estimate_left(self, job: int, done: float) -> float:
-        """Believed remaining tokens; a job that outran its prediction is expected to go on for as long as it ran."""
+        """Estimated remaining tokens; a job that outran its prediction is expected to go on for as long as it ran."""
         left = self._estimated[job] - done
         return left if left > 0 or not done else done
 

@@ -1,4 +1,4 @@
-"""What a sensitivity run has done so far, so that a killed one goes on; belongs to one model, text and setting."""
+"""Saves the progress of a sensitivity run, so that a killed one resumes with the same model, text and settings."""
 
 from __future__ import annotations
 
