@@ -17,7 +17,7 @@ KNOWN_CLASSES = {
     "_Record",
     "_Run",
 }
-KNOWN_FILES = {"checkpoint.py", "job.py", "memory.py"}
+KNOWN_FILES = {"job.py", "memory.py"}
 
 
 def twice(names):

@@ -26,7 +26,7 @@ from ds_llmpq.files import parse_json, read_csv, read_text
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.quant.config import QuantConfig, rename_former
 from ds_llmpq.quant.kernels.base import Kernel
-from ds_llmpq.quant.packing import PACKED_BITS, UNQUANTIZED_BITS, Groups, groups_of
+from ds_llmpq.quant.packing import PACKED_BITS, UNQUANTIZED_BITS, Groups, make_groups
 from ds_llmpq.validation import (
     Amount,
     Count,
@@ -72,7 +72,7 @@ class Setup:
     @property
     def groups(self) -> Groups:
         """`UserError` where a file noted what cannot be."""
-        return groups_of(
+        return make_groups(
             QuantConfig(group_size=self.group_size, axis=self.axis, per_channel_bits=self.per_channel_bits)
         )
 

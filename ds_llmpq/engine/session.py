@@ -25,10 +25,10 @@ from ds_llmpq.integers import round_up
 from ds_llmpq.models.generation import load_generation
 from ds_llmpq.models.shape import ModelShape, read_shape
 from ds_llmpq.plan import Plan, check_model
-from ds_llmpq.quant.checkpoint import open_checkpoint
 from ds_llmpq.quant.hqq import stored_bytes
 from ds_llmpq.quant.kernels.registry import check_batch_invariant, find_stage_kernel
 from ds_llmpq.quant.layers import LayerLoader
+from ds_llmpq.quant.quantized_checkpoint import open_checkpoint
 from ds_llmpq.scheduler.micro_batch import PATIENCE_ROUNDS, MicroBatchLimits
 from ds_llmpq.scheduler.request_group import RequestGroup, Sequence
 from ds_llmpq.scheduler.slot_table import Finish

@@ -19,7 +19,7 @@ from ds_llmpq.planner.problem import SCHEMA, Problem
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.kernels.base import Kernel
 from ds_llmpq.quant.kernels.dequantize import DEQUANTIZE
-from ds_llmpq.quant.packing import UNQUANTIZED_BITS, check_lm_head, groups_of, quantization_problem
+from ds_llmpq.quant.packing import UNQUANTIZED_BITS, check_lm_head, make_groups, quantization_problem
 from ds_llmpq.sensitivity.prior import make_prior
 from ds_llmpq.sensitivity.table import Sensitivity
 
@@ -61,7 +61,7 @@ def prepare(
     dtype = choose_dtype(cluster, dtype)
     bits, notes = usable_bits(shape, quant)
     check_lm_head(shape.vocab, shape.embed_dim, quant)
-    groups = groups_of(quant)
+    groups = make_groups(quant)
     memory = MemoryModel(shape, groups, COMPUTE_DTYPES[dtype], kernel, quant.lm_head_bits)
     if costs_of is None:
 
@@ -183,7 +183,7 @@ def micro_batches(phase: str, given: list[int] | None, sequences: int) -> list[i
 
 
 def _why_not(linear: Any, width: int, quant: QuantConfig) -> str | None:
-    reason = quantization_problem(linear.out_features, linear.in_features, width, groups_of(quant))
+    reason = quantization_problem(linear.out_features, linear.in_features, width, make_groups(quant))
     return f"{width} bits is left out: {linear.name} cannot be packed ({reason})" if reason else None
 
 

@@ -20,7 +20,7 @@ from ds_llmpq.planner.config import CostConfig, PlannerConfig
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.kernels.base import Kernel
 from ds_llmpq.quant.kernels.registry import find_kernel
-from ds_llmpq.quant.packing import groups_of
+from ds_llmpq.quant.packing import make_groups
 
 SOURCES = ("auto", "roofline")
 
@@ -78,7 +78,7 @@ def load_profile_costs(
         return None, cluster
     folder = Path(planner.profile).expanduser().absolute()
     dtype = choose_dtype(cluster, dtype)
-    groups = groups_of(quant)
+    groups = make_groups(quant)
     setup = current_setup(shape, dtype, kernel, groups, quant.lm_head_bits)
     model = load_model(folder, shape, setup, planner.profile_force)
 

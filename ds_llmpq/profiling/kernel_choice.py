@@ -25,7 +25,7 @@ from ds_llmpq.quant.kernels.base import Kernel
 from ds_llmpq.quant.kernels.dequantize import DEQUANTIZE
 from ds_llmpq.quant.kernels.linears import effective_kernel, group_linears
 from ds_llmpq.quant.kernels.registry import AUTO, find_kernel, list_candidates, select_kernel
-from ds_llmpq.quant.packing import UNQUANTIZED_BITS, groups_of
+from ds_llmpq.quant.packing import UNQUANTIZED_BITS, make_groups
 
 MOST_ROWS = 1024  # beyond it time is proportional to rows
 _SHARE_SECONDS = 0.15  # for each kernel, width and number of rows
@@ -149,7 +149,7 @@ def _modules(
     shape: ModelShape, quant: QuantConfig, bits: int, dtype: str, device: torch.device, kernel: Kernel
 ) -> list[tuple[list[torch.nn.Module], int]]:
     """(linears of one input, how often such a group occurs in a layer), with random weights."""
-    quick, groups, kinds = replace(quant, optimize=False), groups_of(quant), {}
+    quick, groups, kinds = replace(quant, optimize=False), make_groups(quant), {}
     for group in group_linears(kernel, shape.linears, bits, groups):
         key = tuple(entry[1:3] for entry in group)
         kinds[key] = kinds.get(key, 0) + 1

@@ -23,7 +23,7 @@ from ds_llmpq.models.step import Step
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.kernels.registry import find_stage_kernel
 from ds_llmpq.quant.layers import LayerLoader
-from ds_llmpq.quant.packing import groups_of
+from ds_llmpq.quant.packing import make_groups
 
 _MOST_CHAIN_BYTES = 1 << 30  # of the layers timed together at one width
 
@@ -54,7 +54,7 @@ class Parts:
         self.capture = capture
         checkpoint = Checkpoint(path)
         self._positional = None
-        largest = MemoryModel(shape, groups_of(quant), self.dtype.itemsize).layer_bytes(16)
+        largest = MemoryModel(shape, make_groups(quant), self.dtype.itemsize).layer_bytes(16)
         self.chained = max(1, min(chained, shape.layers, _MOST_CHAIN_BYTES // largest))
         quick = replace(quant, optimize=False)
         self.layers = {}

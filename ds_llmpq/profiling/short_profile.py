@@ -30,7 +30,7 @@ from ds_llmpq.profiling.processes import RANKS, run_trial
 from ds_llmpq.profiling.task import TimingTask
 from ds_llmpq.profiling.trial_records import pass_sample, write_link_table
 from ds_llmpq.quant.kernels.registry import find_stage_kernel
-from ds_llmpq.quant.packing import groups_of
+from ds_llmpq.quant.packing import make_groups
 
 CHOICES = ("auto", "always", "never")
 POINT_SECONDS = {"cpu": 3.0, "cuda": 10.0}  # for the points of a device; the trial pipeline comes on top
@@ -142,7 +142,7 @@ def _find_shortage(wanted: TimingTask, cluster: Cluster) -> str | None:
     if all(device.type.kind != "cpu" for device in cluster.devices):
         return None
     memory = MemoryModel(
-        wanted.shape, groups_of(wanted.quant), COMPUTE_DTYPES[wanted.dtype], find_stage_kernel(wanted.quant.kernel)
+        wanted.shape, make_groups(wanted.quant), COMPUTE_DTYPES[wanted.dtype], find_stage_kernel(wanted.quant.kernel)
     )
     rank = _CHAINED_LAYERS * sum(memory.layer_bytes(bits) for bits in wanted.bits)
     needed = (rank + memory.embed_bytes() + memory.head_bytes()) * RANKS

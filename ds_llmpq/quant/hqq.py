@@ -12,7 +12,7 @@ from torch import nn
 from ds_llmpq.errors import UserError
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.optimize import fast_optimizer
-from ds_llmpq.quant.packing import groups_of, quantization_problem, row_blocks
+from ds_llmpq.quant.packing import make_groups, quantization_problem, row_blocks
 
 STORED_PARTS = ("W_q", "scale", "zero")
 
@@ -30,7 +30,7 @@ def quantize_linear(
     Raises `UserError` if HQQ cannot pack this shape with the configured group size.
     """
     # HQQ itself drops weights without a word where packed rows do not divide
-    reason = quantization_problem(*weight.shape, bits, groups_of(quant))
+    reason = quantization_problem(*weight.shape, bits, make_groups(quant))
     if reason:
         raise UserError(f"A {weight.shape[0]} x {weight.shape[1]} linear cannot be kept at {bits} bits: {reason}.")
     with fast_optimizer():
@@ -51,7 +51,7 @@ def quantize_rows(
     return [quantize_linear(block, None, bits, quant, dtype, device) for block in blocks]
 
 
-def restored_linear(
+def restore_linear(
     parts: Mapping[str, torch.Tensor],
     shape: tuple[int, int],
     bias: torch.Tensor | None,
@@ -68,7 +68,7 @@ def restored_linear(
     linear.W_q = parts["W_q"]
     linear.meta = {
         "nbits": bits,
-        "group_size": groups_of(quant).of(bits, shape[1]),
+        "group_size": make_groups(quant).of(bits, shape[1]),
         "shape": torch.Size(shape),
         "scale": parts["scale"],
         "zero": parts["zero"],
@@ -86,13 +86,13 @@ def restored_linear(
     return linear
 
 
-def stored_parts(linear: HQQLinear) -> dict[str, torch.Tensor]:
+def split_parts(linear: HQQLinear) -> dict[str, torch.Tensor]:
     """The tensors that make up a quantized weight, by the names they are stored under."""
     return {"W_q": linear.W_q.data, "scale": linear.meta["scale"], "zero": linear.meta["zero"]}
 
 
 def _hqq_config(bits: int, in_features: int, quant: QuantConfig) -> dict[str, Any]:
-    group_size = groups_of(quant).of(bits, in_features)
+    group_size = make_groups(quant).of(bits, in_features)
     config = BaseQuantizeConfig(nbits=bits, group_size=group_size, axis=quant.axis)
     config["weight_quant_params"]["optimize"] = quant.optimize
     return config

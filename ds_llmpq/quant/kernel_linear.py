@@ -13,7 +13,7 @@ from ds_llmpq.quant.kernels.base import Kernel, Product
 from ds_llmpq.quant.kernels.dequantize import DEQUANTIZE
 from ds_llmpq.quant.kernels.linears import effective_kernel, lm_head_products
 from ds_llmpq.quant.packing import Groups
-from ds_llmpq.quant.unpacked_weight import UnpackedWeight, stacked, unpack
+from ds_llmpq.quant.unpacked_weight import UnpackedWeight, stack, unpack
 
 
 class KernelLinear(nn.Module):
@@ -84,7 +84,7 @@ def build_linears(
     sizes, into = [linear.out_features for linear in linears], linears[0].in_features
     if effective_kernel(kernel, sum(sizes), into, bits, groups) is DEQUANTIZE:
         return list(linears)
-    product = build_product(kernel, stacked([unpack(linear) for linear in linears]), bits, dtype)
+    product = build_product(kernel, stack([unpack(linear) for linear in linears]), bits, dtype)
     shared = _Shared(product, sizes)
     biases = [None if linear.bias is None else linear.bias.to(dtype) for linear in linears]
     return [KernelLinear(shared, place, bias) for place, bias in enumerate(biases)]
@@ -98,5 +98,5 @@ def build_lm_head(
     found, _ = lm_head_products(kernel, *size, bits, groups)
     if found is DEQUANTIZE:
         return RowBlocks(blocks)
-    product = build_product(found, stacked([unpack(block) for block in blocks]), bits, dtype)
+    product = build_product(found, stack([unpack(block) for block in blocks]), bits, dtype)
     return KernelLinear(_Shared(product, [size[0]]), 0, None)

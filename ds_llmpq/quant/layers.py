@@ -19,7 +19,6 @@ from ds_llmpq.models.checkpoint import Checkpoint, check_shape, fill
 from ds_llmpq.models.decoder import Decoder
 from ds_llmpq.models.spec import LinearRole
 from ds_llmpq.models.step import Step
-from ds_llmpq.quant.checkpoint import QuantizedCheckpoint
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.hqq import quantize_linear, quantize_rows
 from ds_llmpq.quant.kernel_linear import build_linears, build_lm_head
@@ -34,8 +33,9 @@ from ds_llmpq.quant.kernels.linears import (
 )
 from ds_llmpq.quant.kernels.registry import AUTO, find_kernel
 from ds_llmpq.quant.onednn_linear import pack_linears
-from ds_llmpq.quant.packing import UNQUANTIZED_BITS, groups_of
-from ds_llmpq.quant.unpacked_weight import stacked, unpack
+from ds_llmpq.quant.packing import UNQUANTIZED_BITS, make_groups
+from ds_llmpq.quant.quantized_checkpoint import QuantizedCheckpoint
+from ds_llmpq.quant.unpacked_weight import stack, unpack
 
 
 @dataclass
@@ -86,7 +86,7 @@ class LayerLoader:
         # a tied head on the same stage uses this very tensor
         for parameter, tensor_name in names.items():
             self._shared[tensor_name] = module.get_parameter(parameter)
-        return self._ready(module, "embedding")
+        return self._finish(module, "embedding")
 
     def head(self) -> nn.Module:
         with torch.device("meta"):
@@ -95,12 +95,12 @@ class LayerLoader:
         if isinstance(self.checkpoint, QuantizedCheckpoint):
             self.checkpoint.check_head(self.quant)
         if self.quant.lm_head_bits < UNQUANTIZED_BITS:
-            module.lm_head = self._lm_head(tuple(module.lm_head.weight.shape), names.pop("lm_head.weight"))
+            module.lm_head = self._build_lm_head(tuple(module.lm_head.weight.shape), names.pop("lm_head.weight"))
         shared = {local: self._shared[name].data for local, name in names.items() if name in self._shared}
         self._fill(module, {local: name for local, name in names.items() if local not in shared})
         fill(module, shared)
         # a tied one stays as the embedding has it, so that it is not held twice
-        return self._ready(module, "head", packed=self.packed and not shared)
+        return self._finish(module, "head", packed=self.packed and not shared)
 
     def decoder_layer(self, index: int) -> nn.Module:
         with torch.device("meta"):
@@ -108,16 +108,16 @@ class LayerLoader:
         if isinstance(self.checkpoint, QuantizedCheckpoint):
             self.checkpoint.check_layer(index, self.bits[index], self.quant)
         if self.kernel.whole_stage:
-            return self._ready(self._add_to_stage(module, index), f"layer {index}")
+            return self._finish(self._add_to_stage(module, index), f"layer {index}")
         if self.bits[index] < UNQUANTIZED_BITS:
             self._quantize_all(module, index)
         self._fill_layer(module, index)
-        return self._ready(module, f"layer {index}", packed=self.packed)
+        return self._finish(module, f"layer {index}", packed=self.packed)
 
     def _fill(self, module: nn.Module, names: dict[str, str]) -> None:
         local = {tensor: parameter for parameter, tensor in names.items()}
         for tensor_name, tensor in self.checkpoint.tensors(list(local)):
-            fill(module, {local[tensor_name]: self._converted(tensor)})
+            fill(module, {local[tensor_name]: self._convert(tensor)})
 
     def _fill_layer(self, layer: Block, index: int, but: set[str] = frozenset()) -> None:
         """Parameters that are still empty, without those named `but`."""
@@ -132,7 +132,7 @@ class LayerLoader:
         weights = self._hold_weights(index)
         self._fill_layer(layer, index, but={f"{name}.weight" for names in weights for name in names})
         sizes = [role[:3] for role in self.decoder.linears(index).values()]
-        held = layer_bytes(self.kernel, sizes, self.bits[index], groups_of(self.quant), self.dtype.itemsize)
+        held = layer_bytes(self.kernel, sizes, self.bits[index], make_groups(self.quant), self.dtype.itemsize)
         self._graph.add(layer, weights, held)
         if index < self.stage.stop - 1:
             return StageMember()
@@ -143,63 +143,63 @@ class LayerLoader:
         """The weights of a layer's linears by our names, of those that run as one as one, as the stage's graph takes
         them."""
         bits, found = self.bits[index], {}
-        for roles in self._grouped(index):
+        for roles in self._group(index):
             if bits < UNQUANTIZED_BITS:
-                weight = stacked([unpack(self._quantized(index, role, torch.float32)) for role in roles])
+                weight = stack([unpack(self._quantize(index, role, torch.float32)) for role in roles])
             else:
-                weight = torch.cat([self._converted(self._weight(index, role)) for role in roles])
+                weight = torch.cat([self._convert(self._read_weight(index, role)) for role in roles])
             found[tuple(role.name for role in roles)] = self.kernel.hold(weight, bits)
         return found
 
-    def _grouped(self, index: int) -> list[list[LinearRole]]:
+    def _group(self, index: int) -> list[list[LinearRole]]:
         """The linears of a decoder layer as its kernel runs them: those of one input together."""
-        return group_linears(self.kernel, self.decoder.spec.linears(index), self.bits[index], groups_of(self.quant))
+        return group_linears(self.kernel, self.decoder.spec.linears(index), self.bits[index], make_groups(self.quant))
 
     def _quantize_all(self, layer: Block, index: int) -> None:
-        kernel, groups, bits = self.kernel, groups_of(self.quant), self.bits[index]
-        for group in self._grouped(index):
+        kernel, groups, bits = self.kernel, make_groups(self.quant), self.bits[index]
+        for group in self._group(index):
             by_kernel = effective_kernel(kernel, *stack_features(group), bits, groups) is not DEQUANTIZE
             # scales and zeros stay as exact as they are stored until the kernel has taken them
             dtype = torch.float32 if by_kernel else self.dtype
-            quantized = [self._quantized(index, role, dtype) for role in group]
+            quantized = [self._quantize(index, role, dtype) for role in group]
             modules = build_linears(kernel, quantized, bits, groups, self.dtype)
             for role, module in zip(group, modules, strict=True):
                 layer.set_submodule(role.name, module)
 
-    def _quantized(self, index: int, role: LinearRole, dtype: torch.dtype) -> HQQLinear:
+    def _quantize(self, index: int, role: LinearRole, dtype: torch.dtype) -> HQQLinear:
         path, bits = self.decoder.tensor_name(index, role.name), self.bits[index]
-        bias = self._converted(self._tensor(f"{path}.bias")) if role.bias else None
+        bias = self._convert(self._read_tensor(f"{path}.bias")) if role.bias else None
         if isinstance(self.checkpoint, QuantizedCheckpoint):
             shape = (role.out_features, role.in_features)
             return self.checkpoint.linear(path, shape, bias, bits, dtype, self.device)
-        return quantize_linear(self._weight(index, role), bias, bits, self.quant, dtype, self.device)
+        return quantize_linear(self._read_weight(index, role), bias, bits, self.quant, dtype, self.device)
 
-    def _lm_head(self, shape: tuple[int, int], name: str) -> nn.Module:
+    def _build_lm_head(self, shape: tuple[int, int], name: str) -> nn.Module:
         """The matrix [vocabulary, features] from the checkpoint's tensor `name`."""
-        kernel, bits, groups = self.kernel, self.quant.lm_head_bits, groups_of(self.quant)
+        kernel, bits, groups = self.kernel, self.quant.lm_head_bits, make_groups(self.quant)
         by_kernel = lm_head_products(kernel, *shape, bits, groups)[0] is not DEQUANTIZE
         dtype = torch.float32 if by_kernel else self.dtype
         if isinstance(self.checkpoint, QuantizedCheckpoint):
             blocks = self.checkpoint.lm_head(shape, bits, dtype, self.device)
         else:
-            weight = self._tensor(name)
+            weight = self._read_tensor(name)
             check_shape(name, weight, shape)
             blocks = quantize_rows(weight, bits, self.quant, dtype, self.device)
         return build_lm_head(kernel, blocks, bits, groups, self.dtype)
 
-    def _weight(self, index: int, role: LinearRole) -> torch.Tensor:
+    def _read_weight(self, index: int, role: LinearRole) -> torch.Tensor:
         name = self.decoder.tensor_name(index, role.name) + ".weight"
-        weight = self._tensor(name)
+        weight = self._read_tensor(name)
         check_shape(name, weight, (role.out_features, role.in_features))
         return weight
 
-    def _tensor(self, name: str) -> torch.Tensor:
+    def _read_tensor(self, name: str) -> torch.Tensor:
         return next(tensor for _, tensor in self.checkpoint.tensors([name]))
 
-    def _converted(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _convert(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(device=self.device, dtype=self.dtype)
 
-    def _ready(self, module: nn.Module, name: str, packed: bool = False) -> nn.Module:
+    def _finish(self, module: nn.Module, name: str, packed: bool = False) -> nn.Module:
         module.eval()
         if packed:
             pack_linears(module)

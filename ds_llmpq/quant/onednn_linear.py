@@ -9,8 +9,6 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ds_llmpq.quant import torch_cpu
-
 _ROWS = 8  # the layout is chosen for so many; for others it is as good
 _MULTIPLE = 64  # of outputs and inputs: others would be padded, and take more than the plan says
 
@@ -23,19 +21,24 @@ class OneDnnLinear(nn.Module):
         self.out_features, self.in_features = linear.weight.shape
         self.bias = linear.bias
         self.held_bytes = linear.weight.nbytes
-        self._weight = torch_cpu.reordered(linear.weight.data, _ROWS)
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.data, _ROWS)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return torch_cpu.reordered_product(inputs, self._weight, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(inputs, self._weight, self.bias, "none", [], "")
 
 
 def pack_linears(module: nn.Module) -> None:
     """Replaces the linears of `module` that can be packed: bfloat16, on a processor whose oneDNN computes in it."""
     for name, child in list(module.named_modules()):
-        if type(child) is nn.Linear and _packs(child.weight):
+        if type(child) is nn.Linear and _can_pack(child.weight):
             module.set_submodule(name, OneDnnLinear(child))
 
 
-def _packs(weight: torch.Tensor) -> bool:
+def _can_pack(weight: torch.Tensor) -> bool:
     whole = all(size % _MULTIPLE == 0 for size in weight.shape)
-    return whole and weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and torch_cpu.computes_in_bfloat16()
+    return whole and weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and computes_in_bfloat16()
+
+
+def computes_in_bfloat16() -> bool:
+    """Whether this processor's oneDNN does."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()

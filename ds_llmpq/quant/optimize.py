@@ -43,13 +43,13 @@ def optimize_zeros(
     for start in range(0, tensor.shape[across], size):
         length = min(size, tensor.shape[across] - start)
         piece, inverse, offset = (t.narrow(across, start, length).contiguous() for t in (tensor, scale, zero))
-        found = _piece(piece, inverse, offset, min_max, axis)
+        found = _optimize_piece(piece, inverse, offset, min_max, axis)
         quantized.narrow(across, start, length).copy_(found[0])
         zeros.narrow(across, start, length).copy_(found[1])
     return quantized, scale, zeros
 
 
-def _piece(
+def _optimize_piece(
     weight: torch.Tensor, scale: torch.Tensor, first: torch.Tensor, min_max: list[float], axis: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     zero, beta, before = first, _BETA, None
@@ -61,15 +61,15 @@ def _piece(
             before = _error(weight, restored, axis)
         zero = torch.lerp(zero, stepped, RELAXATION)
         beta *= _KAPPA
-    quantized = _quantized(weight, scale, zero, min_max)
+    quantized = _quantize(weight, scale, zero, min_max)
     worse = _error(weight, (quantized - zero) / scale, axis) > before
     if worse.any():
         zero = torch.where(worse, first, zero)
-        quantized = _quantized(weight, scale, zero, min_max)
+        quantized = _quantize(weight, scale, zero, min_max)
     return quantized, zero
 
 
-def _quantized(weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, min_max: list[float]) -> torch.Tensor:
+def _quantize(weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, min_max: list[float]) -> torch.Tensor:
     return (weight * scale).add_(zero).round_().clamp_(min_max[0], min_max[1])
 
 

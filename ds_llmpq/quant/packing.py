@@ -46,7 +46,7 @@ class Groups:
         return {"group_size": self.group_size, "axis": self.axis, "per_channel_bits": list(self.per_channel_bits)}
 
 
-def groups_of(quant: QuantConfig) -> Groups:
+def make_groups(quant: QuantConfig) -> Groups:
     """`UserError`: `per_channel_bits` is no list of packed widths, or does not go with the axis."""
     axis, widths = quant.axis, quant.per_channel_bits
     known = isinstance(widths, list) and all(width in PACKED_BITS for width in widths)
@@ -112,7 +112,7 @@ def check_lm_head(out_features: int, in_features: int, quant: QuantConfig) -> No
     width, known = quant.lm_head_bits, (*PACKED_BITS, UNQUANTIZED_BITS)
     if width not in known:
         raise UserError(f"quant.lm_head_bits={width}; it must be one of {', '.join(map(str, known))}")
-    if reason := lm_head_problem(out_features, in_features, width, groups_of(quant)):
+    if reason := lm_head_problem(out_features, in_features, width, make_groups(quant)):
         raise UserError(
             f"quant.lm_head_bits={width}: lm_head of {out_features} x {in_features} cannot be packed ({reason})"
             f"; set quant.lm_head_bits={UNQUANTIZED_BITS}"

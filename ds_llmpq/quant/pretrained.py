@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.checkpoint import fill
-from ds_llmpq.quant.checkpoint import HEAD, QuantizedCheckpoint, read_recipe
 from ds_llmpq.quant.kernel_linear import RowBlocks
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS
+from ds_llmpq.quant.quantized_checkpoint import HEAD, QuantizedCheckpoint, read_recipe
 
 
 def load_quantized(
@@ -42,7 +42,7 @@ def load_quantized(
     for index, bits in enumerate(recipe.bits):
         for role in decoder.spec.linears(index) if bits < UNQUANTIZED_BITS else ():
             name = decoder.tensor_name(index, role.name)
-            bias = _tensor(checkpoint, f"{name}.bias", dtype, device) if role.bias else None
+            bias = _read_tensor(checkpoint, f"{name}.bias", dtype, device) if role.bias else None
             shape = (role.out_features, role.in_features)
             model.set_submodule(name, checkpoint.linear(name, shape, bias, bits, dtype, device))
     if own_head:
@@ -59,19 +59,19 @@ def _fill_rest(
     tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
     for name, parameter in list(model.named_parameters()):
         if parameter.device.type == "meta" and name not in tied:
-            fill(model, {name: _tensor(checkpoint, name, dtype, device)})
+            fill(model, {name: _read_tensor(checkpoint, name, dtype, device)})
     model.tie_weights()
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Embedding) and embedding_scale is not None:
             module.embed_scale = torch.tensor(embedding_scale, device=device)  # Gemma's, no tensor of a checkpoint
         elif any(buffer.device.type == "meta" for buffer in module.buffers(recurse=False)):
-            model.set_submodule(name, _rebuilt(module, model).to(device))
+            model.set_submodule(name, _rebuild(module, model).to(device))
 
 
-def _rebuilt(module: nn.Module, model: PreTrainedModel) -> nn.Module:
+def _rebuild(module: nn.Module, model: PreTrainedModel) -> nn.Module:
     """Buffers that no checkpoint holds (rotary frequencies) are computed when a module is built."""
     return type(module)(model.config)
 
 
-def _tensor(checkpoint: QuantizedCheckpoint, name: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def _read_tensor(checkpoint: QuantizedCheckpoint, name: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     return next(tensor for _, tensor in checkpoint.tensors([name])).to(device=device, dtype=dtype)

@@ -18,7 +18,7 @@ _ON_DISK = "/var/tmp"
 
 
 @cache
-def scratch_folder() -> str:
+def find_temp_folder() -> str:
     """The user's TMPDIR, or else the system's folder, or /var/tmp where that one is in memory and this one is not."""
     folder = tempfile.gettempdir()
     if "TMPDIR" in os.environ or not in_memory(folder):

@@ -21,7 +21,7 @@ class UnpackedWeight:
     zero: torch.Tensor
     group_size: int
 
-    def dequantized(self) -> torch.Tensor:
+    def dequantize(self) -> torch.Tensor:
         """The weight, float32 [out, in]."""
         groups = self.codes.float().view(*self.scale.shape, self.group_size)
         return ((groups - self.zero[..., None]) * self.scale[..., None]).view(self.codes.shape)
@@ -38,7 +38,7 @@ def unpack(linear: HQQLinear) -> UnpackedWeight:
     return UnpackedWeight(codes, scale, zero, size)
 
 
-def stacked(weights: Sequence[UnpackedWeight]) -> UnpackedWeight:
+def stack(weights: Sequence[UnpackedWeight]) -> UnpackedWeight:
     """Several weights of one input as one, outputs in order."""
     if len(weights) == 1:
         return weights[0]

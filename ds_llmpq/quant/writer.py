@@ -26,10 +26,10 @@ from ds_llmpq.models.checkpoint import QUANTIZED_INDEX, Checkpoint
 from ds_llmpq.models.description import read_config
 from ds_llmpq.models.fingerprint import MANIFEST, TEXT_FILES, fingerprint, read_manifest
 from ds_llmpq.models.shape import read_shape
-from ds_llmpq.quant.checkpoint import FORMAT, FORMER_INDEX, HEAD, Recipe, file_sha256
 from ds_llmpq.quant.config import QuantConfig
-from ds_llmpq.quant.hqq import quantize_linear, quantize_rows, stored_parts
-from ds_llmpq.quant.packing import UNQUANTIZED_BITS, check_lm_head, groups_of, row_blocks
+from ds_llmpq.quant.hqq import quantize_linear, quantize_rows, split_parts
+from ds_llmpq.quant.packing import UNQUANTIZED_BITS, check_lm_head, make_groups, row_blocks
+from ds_llmpq.quant.quantized_checkpoint import FORMAT, FORMER_INDEX, HEAD, Recipe, file_sha256
 
 _RECIPE_VERSION = 1  # raised when the same settings give other weights
 _COPIED = (*TEXT_FILES, "LICENSE*")
@@ -194,7 +194,7 @@ def write_quantized(
     check_lm_head(shape.vocab, shape.embed_dim, quant)
     rows = row_blocks(shape.vocab, shape.embed_dim) if quant.lm_head_bits < UNQUANTIZED_BITS else ()
     recipe = Recipe(
-        tuple(bits), groups_of(quant), quant.optimize, fingerprint(source), quant.lm_head_bits, tuple(rows)
+        tuple(bits), make_groups(quant), quant.optimize, fingerprint(source), quant.lm_head_bits, tuple(rows)
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     if not _parts(folder) and any(folder.glob("*.safetensors")):
@@ -215,7 +215,7 @@ def write_quantized(
 
 
 def _stored(linear: HQQLinear, prefix: str) -> dict[str, torch.Tensor]:
-    return {f"{prefix}{part}": value.cpu().contiguous() for part, value in stored_parts(linear).items()}
+    return {f"{prefix}{part}": value.cpu().contiguous() for part, value in split_parts(linear).items()}
 
 
 def _parts(folder: Path) -> dict[str, dict[str, Any]]:

@@ -13,7 +13,7 @@ from torch import nn
 
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.hqq import linear_names
-from ds_llmpq.quant.packing import UNQUANTIZED_BITS, groups_of
+from ds_llmpq.quant.packing import UNQUANTIZED_BITS, make_groups
 from ds_llmpq.sensitivity.layerwise import Layerwise, measure
 from ds_llmpq.sensitivity.resume import Progress
 
@@ -70,7 +70,7 @@ class _Statistics:
         self.counts[name] = self.counts.get(name, 0) + entered[..., 0].numel()
 
     def added_variance(self, widths: list[int], quant: QuantConfig) -> list[float]:
-        found, groups = dict.fromkeys(widths, 0.0), groups_of(quant)
+        found, groups = dict.fromkeys(widths, 0.0), make_groups(quant)
         for name, linear in self.linears.items():
             mean, square = self.sums[name] / self.counts[name]
             spread = (square - mean.square()).clamp_min(0).float()

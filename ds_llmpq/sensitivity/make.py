@@ -20,8 +20,8 @@ from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.packing import (
     UNQUANTIZED_BITS,
     check_lm_head,
-    groups_of,
     lm_head_problem,
+    make_groups,
     quantization_problem,
 )
 from ds_llmpq.sensitivity import indicators
@@ -79,7 +79,7 @@ def make_sensitivity(request: SensitivityRequest) -> Sensitivity:
         "text": text.name,
         "rows": calibration.rows,
         "tokens": tokens[:, 1:].numel(),
-        "quant": {**groups_of(quant).to_json(), "optimize": quant.optimize},
+        "quant": {**make_groups(quant).to_json(), "optimize": quant.optimize},
         "raw": raw,
         "whole_model": dict(zip(map(str, widths), notes, strict=True)),
         "loss_per_kl": ratio,
@@ -142,7 +142,7 @@ def _choose_head_bits(path: Path, widths: list[int], quant: QuantConfig) -> list
     matrix = read_shape(path).lm_head
     size = matrix.out_features, matrix.in_features
     check_lm_head(*size, quant)
-    able = [width for width in widths if lm_head_problem(*size, width, groups_of(quant)) is None]
+    able = [width for width in widths if lm_head_problem(*size, width, make_groups(quant)) is None]
     return sorted({*able, quant.lm_head_bits} - {UNQUANTIZED_BITS}, reverse=True)
 
 
@@ -151,7 +151,7 @@ def _check_bits(model: Layerwise, widths: list[int], quant: QuantConfig) -> None
         raise UserError("quant.bits holds no width below 16; there is nothing to be sensitive to.")
     for name, linear in model.linear_shapes().items():
         for width in widths:
-            if reason := quantization_problem(*linear, width, groups_of(quant)):
+            if reason := quantization_problem(*linear, width, make_groups(quant)):
                 raise UserError(f"{name} cannot be kept at {width} bits: {reason}; leave the width out of quant.bits.")
 
 

@@ -31,7 +31,7 @@ from ds_llmpq.profiling.short_profile import calibrate
 from ds_llmpq.profiling.task import TimingTask
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.kernels.registry import find_kernel, select_kernel
-from ds_llmpq.quant.packing import check_lm_head, groups_of
+from ds_llmpq.quant.packing import check_lm_head, make_groups
 from ds_llmpq.sensitivity.table import read_sensitivity
 from ds_llmpq.serving.config import PlanConfig, PlanningConfig
 from ds_llmpq.serving.workload import size_workload
@@ -142,7 +142,7 @@ def _calibrate(
         phase: micro_batches(phase, getattr(planner.micro_batches, phase), workload.sequences)
         for phase in ("prefill", "decode")
     }
-    setup = current_setup(shape, dtype, find_kernel(quant.kernel), groups_of(quant), quant.lm_head_bits)
+    setup = current_setup(shape, dtype, find_kernel(quant.kernel), make_groups(quant), quant.lm_head_bits)
     wanted = TimingTask(
         str(make_absolute(path)), shape, workload, quant, dtype, tuple(bits), sizes, setup, _captures(settings)
     )

@@ -23,7 +23,7 @@ from ds_llmpq.quant.kernel_linear import build_linears
 from ds_llmpq.quant.kernels.dequantize import DEQUANTIZE
 from ds_llmpq.quant.kernels.linears import effective_kernel
 from ds_llmpq.quant.kernels.registry import list_candidates
-from ds_llmpq.quant.packing import groups_of
+from ds_llmpq.quant.packing import make_groups
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "models"))
 
@@ -160,7 +160,7 @@ def check_kernels(run: Run) -> None:
         exact = quantize_linear(weight, None, bits, quant, torch.float32, run.device)
         reference = exact.dequantize().float()
         try:
-            groups = groups_of(quant)
+            groups = make_groups(quant)
             if effective_kernel(kernel, out, into, bits, groups) is not kernel:
                 continue
             if kernel is DEQUANTIZE:

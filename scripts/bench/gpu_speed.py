@@ -27,7 +27,7 @@ from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.kernels.base import Kernel
 from ds_llmpq.quant.kernels.registry import select_kernel
 from ds_llmpq.quant.layers import LayerLoader
-from ds_llmpq.quant.packing import groups_of
+from ds_llmpq.quant.packing import make_groups
 
 PREDICTED = "measured; predicted: fitted to the ceilings"
 LAUNCHES = 64  # of the graph whose launches are timed
@@ -55,7 +55,7 @@ def measure_ceilings(run: Run) -> None:
 def costs_of(run: Run, shape: ModelShape, kernel: Kernel) -> RooflineCosts:
     """The planner's cost model with the rates that were measured just now, no profile."""
     cluster = Cluster.from_config(make_cluster(run))
-    return RooflineCosts(cluster.devices[0].type, shape, "bfloat16", groups_of(QuantConfig()), kernel)
+    return RooflineCosts(cluster.devices[0].type, shape, "bfloat16", make_groups(QuantConfig()), kernel)
 
 
 def make_cluster(run: Run) -> ClusterConfig:

@@ -67,9 +67,9 @@ NAMES = {
     },
     "openvino": {"get_rt_info": ("quant/kernels/openvino_graph/decoder_layer.py",)},
     "torch": {
-        "_reorder_linear_weight": ("quant/torch_cpu.py",),
-        "_linear_pointwise": ("quant/torch_cpu.py",),
-        "_is_mkldnn_bf16_supported": ("quant/torch_cpu.py",),
+        "_reorder_linear_weight": ("quant/onednn_linear.py",),
+        "_linear_pointwise": ("quant/onednn_linear.py",),
+        "_is_mkldnn_bf16_supported": ("quant/onednn_linear.py",),
         "master_listen_fd": ("launch/rendezvous.py",),
     },
     "lm_eval": {"_loglikelihood_tokens": ("evaluation/harness.py",)},

@@ -91,12 +91,12 @@ def test_layers_put_together_from_stored_parts(bits):
     from hqq.core.quantize import HQQLinear
 
     from ds_llmpq.quant.config import QuantConfig
-    from ds_llmpq.quant.hqq import quantize_linear, restored_linear, stored_parts
+    from ds_llmpq.quant.hqq import quantize_linear, restore_linear, split_parts
 
     quant, cpu = QuantConfig([3, 4, 8, 16], 32, 1, False), torch.device("cpu")
     bias = torch.randn(80)
     made = quantize_linear(torch.randn(80, 64), bias, bits, quant, torch.float32, cpu)
-    restored = restored_linear(stored_parts(made), (80, 64), bias, bits, quant, torch.float32, cpu)
+    restored = restore_linear(split_parts(made), (80, 64), bias, bits, quant, torch.float32, cpu)
     assert isinstance(made, HQQLinear)
     # `compute_dtype` and the like appear once it has run
     assert {name: type(value) for name, value in restored.meta.items()} == {

@@ -15,7 +15,7 @@ def schema(name: str) -> str:
 
 
 def test_reordered_weights():
-    """`torch.ops.mkldnn._reorder_linear_weight(weight, rows)`, in quant/torch_cpu.py: the layout that oneDNN
+    """`torch.ops.mkldnn._reorder_linear_weight(weight, rows)`, in quant/onednn_linear.py: the layout that oneDNN
     multiplies with."""
     assert schema("mkldnn::_reorder_linear_weight").startswith(
         "mkldnn::_reorder_linear_weight(Tensor self, int? batch_size=None) -> Tensor"
@@ -23,7 +23,7 @@ def test_reordered_weights():
 
 
 def test_products_with_reordered_weights():
-    """`torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")`, in quant/torch_cpu.py: the
+    """`torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")`, in quant/onednn_linear.py: the
     product with a reordered weight, the same as with the plain one."""
     assert schema("mkldnn::_linear_pointwise").startswith(
         "mkldnn::_linear_pointwise(Tensor X, Tensor W, Tensor? B, str attr, Scalar?[] scalars, str? algorithm) -> "
@@ -38,7 +38,7 @@ def test_products_with_reordered_weights():
 
 
 def test_whether_onednn_computes_in_bfloat16():
-    """`torch.ops.mkldnn._is_mkldnn_bf16_supported()`, in quant/torch_cpu.py: of this processor."""
+    """`torch.ops.mkldnn._is_mkldnn_bf16_supported()`, in quant/onednn_linear.py: of this processor."""
     assert isinstance(torch.ops.mkldnn._is_mkldnn_bf16_supported(), bool)
 
 

@@ -9,7 +9,7 @@ from pipeline_cases import LAYERS, QUANT, VARIANTS, Case, Draw, make_plan, refer
 
 from ds_llmpq.integers import round_up
 from ds_llmpq.quant.kernels.openvino import CACHE_BLOCK
-from ds_llmpq.quant.torch_cpu import computes_in_bfloat16
+from ds_llmpq.quant.onednn_linear import computes_in_bfloat16
 from ds_llmpq.scheduler.request_group import RequestGroup, Sequence
 from ds_llmpq.scheduler.sampling_params import SamplingParams
 from ds_llmpq.scheduler.slot_table import Finish

@@ -16,7 +16,7 @@ from ds_llmpq.models.shape import read_shape
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.hqq import linear_names, stored_bytes
 from ds_llmpq.quant.layers import LayerLoader
-from ds_llmpq.quant.packing import groups_of
+from ds_llmpq.quant.packing import make_groups
 
 WIDTHS = [16, 8, 4, 3, 2]
 QUANT = QuantConfig(bits=WIDTHS, group_size=GROUP_SIZE, axis=1, optimize=False)
@@ -33,7 +33,7 @@ def test_bytes_are_the_memory_model_s(checkpoint_of, variant, dtype, per_channel
     """Of every layer at every width, and of a whole stage with a tied head, which then costs nothing."""
     path = checkpoint_of(variant)
     quant = replace(QUANT, per_channel_bits=per_channel_bits)
-    memory = MemoryModel(read_shape(path), groups_of(quant), dtype.itemsize)
+    memory = MemoryModel(read_shape(path), make_groups(quant), dtype.itemsize)
     loader = loader_of(path, dtype, quant=quant)
     layers = [loader.decoder_layer(index) for index in range(LAYERS)]
     assert [stored_bytes(layer) for layer in layers] == [memory.layer_bytes(width) for width in WIDTHS]
@@ -50,7 +50,7 @@ def test_bytes_are_the_memory_model_s(checkpoint_of, variant, dtype, per_channel
 def test_bytes_for_other_groups(checkpoint_of, group_size, axis):
     path = checkpoint_of("qwen2")
     quant = QuantConfig(bits=WIDTHS, group_size=group_size, axis=axis, optimize=False)
-    memory = MemoryModel(read_shape(path), groups_of(quant), 4)
+    memory = MemoryModel(read_shape(path), make_groups(quant), 4)
     loader = loader_of(path, quant=quant)
     for index, width in enumerate(WIDTHS):
         assert stored_bytes(loader.decoder_layer(index)) == memory.layer_bytes(width)

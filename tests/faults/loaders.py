@@ -435,7 +435,7 @@ def _quantized_of(checkpoint: Path) -> Callable[[Path], object]:
     """A quantized folder whose manifest is the damaged file."""
 
     def load(file: Path) -> object:
-        from ds_llmpq.quant.checkpoint import open_checkpoint
+        from ds_llmpq.quant.quantized_checkpoint import open_checkpoint
 
         _copied(checkpoint, file)
         (file.parent / "config.json").write_bytes(_quantized(checkpoint))
@@ -511,7 +511,7 @@ def _checkread_point(checkpoint: Path, name: str, quantized: bool = False) -> Ca
     """Opens it as a rank does, and reads every tensor that it names."""
 
     def load(file: Path) -> object:
-        from ds_llmpq.quant.checkpoint import open_checkpoint
+        from ds_llmpq.quant.quantized_checkpoint import open_checkpoint
 
         _copied(checkpoint, file)
         if quantized:

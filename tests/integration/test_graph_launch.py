@@ -7,7 +7,7 @@ import pytest
 from launching import WORKLOAD, completion, error_sentence, read_rows, run, write_cluster, write_rows
 
 from ds_llmpq.plan import read_plan
-from ds_llmpq.quant.torch_cpu import computes_in_bfloat16
+from ds_llmpq.quant.onednn_linear import computes_in_bfloat16
 
 pytestmark = [
     pytest.mark.launcher,

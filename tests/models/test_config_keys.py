@@ -12,9 +12,9 @@ from ds_llmpq.models.families import describe
 from ds_llmpq.models.notes import list_notes
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.models.step import Step
-from ds_llmpq.quant.checkpoint import open_checkpoint
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.layers import LayerLoader
+from ds_llmpq.quant.quantized_checkpoint import open_checkpoint
 from scripts.make_checkpoint import make_checkpoint
 
 SMALL = {"layers": 3, "hidden": 48, "heads": 4, "vocab": 96, "max_positions": 64, "dtype": "float32"}

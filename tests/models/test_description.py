@@ -55,7 +55,7 @@ def test_a_damaged_file_is_left_to_who_reads_the_model(tmp_path, text):
 
 def test_plan_run_and_the_readers_of_weights_refuse_it(tmp_path):
     from ds_llmpq.models.config import ModelConfig
-    from ds_llmpq.quant.checkpoint import open_checkpoint
+    from ds_llmpq.quant.quantized_checkpoint import open_checkpoint
     from ds_llmpq.serving.config import PlanConfig
     from ds_llmpq.serving.planning import make_plan
 

@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM
 from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.models.families import find_family
 from ds_llmpq.models.shape import read_shape
-from ds_llmpq.quant.checkpoint import open_checkpoint
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.layers import LayerLoader
 from ds_llmpq.quant.pretrained import load_quantized
+from ds_llmpq.quant.quantized_checkpoint import open_checkpoint
 from ds_llmpq.quant.writer import write_quantized
 from scripts.make_checkpoint import make_checkpoint
 

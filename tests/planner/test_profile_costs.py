@@ -19,7 +19,7 @@ from ds_llmpq.planner.cost_source import load_profile_costs
 from ds_llmpq.planner.simulation import simulate_plan
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.kernels.dequantize import DEQUANTIZE
-from ds_llmpq.quant.packing import groups_of
+from ds_llmpq.quant.packing import make_groups
 
 SHAPE = ModelShape.from_config(
     {
@@ -46,7 +46,7 @@ def cluster(count=3):
 @pytest.fixture
 def folder(tmp_path):
     """Layers take a second a sequence, so that where a number comes from is plain to see."""
-    write_header(tmp_path / "profile.csv", current_setup(SHAPE, "float32", DEQUANTIZE, groups_of(QUANT)), {})
+    write_header(tmp_path / "profile.csv", current_setup(SHAPE, "float32", DEQUANTIZE, make_groups(QUANT)), {})
     points = [
         (Point("core", "layer", phase, bits, batch, length), float(batch))
         for phase in ("prefill", "decode")

@@ -30,7 +30,7 @@ from ds_llmpq.profiling.timer import Timer
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.hqq import stored_bytes
 from ds_llmpq.quant.kernels.dequantize import DEQUANTIZE
-from ds_llmpq.quant.packing import groups_of
+from ds_llmpq.quant.packing import make_groups
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "opt", "bloom")
 WORKLOAD = WorkloadConfig(4, 12, 6)
@@ -53,7 +53,7 @@ def folder(tmp_path_factory):
 def task(path, seconds=0.5, **changes):
     shape, quant = read_shape(path), QuantConfig(bits=[4, 16])
     sizes = {"prefill": [1, 4], "decode": [2, 4]}
-    setup = current_setup(shape, "float32", DEQUANTIZE, groups_of(quant))
+    setup = current_setup(shape, "float32", DEQUANTIZE, make_groups(quant))
     config = ProfilingConfig(seconds=seconds, rounds=2, links=False, chained_layers=2)
     made = ProfilingTask(str(path), shape, WORKLOAD, quant, "float32", (4, 16), sizes, setup, config)
     return replace(made, **changes)
@@ -104,7 +104,7 @@ def test_memory_model_is_what_the_loader_allocates(folder, arch, dtype):
     path, widths = folder(arch), [1, 2, 3, 4, 8, 16]
     shape, quant = read_shape(path), QuantConfig()
     parts = Parts(path, shape, widths, quant, dtype, CPU, 4, 18, 2)
-    model = MemoryModel(shape, groups_of(quant), getattr(torch, dtype).itemsize)
+    model = MemoryModel(shape, make_groups(quant), getattr(torch, dtype).itemsize)
     for bits in widths:
         for layer in parts.layers[bits]:
             assert stored_bytes(layer) == model.layer_bytes(bits), f"{bits} bits"

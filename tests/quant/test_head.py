@@ -21,7 +21,6 @@ from ds_llmpq.models.fingerprint import fingerprint
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.models.step import Step
 from ds_llmpq.quant import packing
-from ds_llmpq.quant.checkpoint import open_checkpoint, read_recipe
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.hqq import quantize_linear, stored_bytes
 from ds_llmpq.quant.kernel_linear import KernelLinear, RowBlocks
@@ -29,6 +28,7 @@ from ds_llmpq.quant.kernels.registry import KERNELS
 from ds_llmpq.quant.layers import LayerLoader
 from ds_llmpq.quant.packing import Groups, row_blocks
 from ds_llmpq.quant.pretrained import load_quantized
+from ds_llmpq.quant.quantized_checkpoint import open_checkpoint, read_recipe
 from ds_llmpq.quant.writer import write_quantized
 from scripts.make_checkpoint import make_checkpoint
 

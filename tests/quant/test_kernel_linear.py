@@ -16,7 +16,7 @@ from ds_llmpq.quant.kernel_linear import KernelLinear, build_linears, build_prod
 from ds_llmpq.quant.kernels.linears import effective_kernel
 from ds_llmpq.quant.kernels.registry import KERNELS
 from ds_llmpq.quant.packing import Groups
-from ds_llmpq.quant.unpacked_weight import stacked, unpack
+from ds_llmpq.quant.unpacked_weight import stack, unpack
 
 CPU = torch.device("cpu")
 THERE = [name for name in ("openvino",) if importlib.util.find_spec(KERNELS[name].library)]
@@ -45,7 +45,7 @@ def quantized(out_features, in_features, bits, group_size=64, bias=None, seed=0,
 @pytest.mark.parametrize("group_size", [32, "row"])
 def test_unpacked_is_what_hqq_dequantizes(bits, group_size):
     linear = quantized(48, 256, bits, group_size)
-    assert torch.equal(unpack(linear).dequantized(), linear.dequantize())
+    assert torch.equal(unpack(linear).dequantize(), linear.dequantize())
 
 
 @pytest.mark.parametrize(("name", "bits", "group_size"), CASES)
@@ -101,7 +101,7 @@ def test_inference_mode_and_plain_mode_mix(name):
 def test_held_bytes_are_counted_once(name):
     linears = [quantized(size, 128, 4, bias=torch.zeros(size).bfloat16()) for size in (64, 32)]
     modules = torch.nn.ModuleList(build_linears(KERNELS[name], linears, 4, Groups(), torch.bfloat16))
-    product = build_product(KERNELS[name], stacked([unpack(linear) for linear in linears]), 4, torch.bfloat16)
+    product = build_product(KERNELS[name], stack([unpack(linear) for linear in linears]), 4, torch.bfloat16)
     assert stored_bytes(modules) == product.held_bytes + 2 * (64 + 32)
 
 

@@ -11,13 +11,13 @@ from ds_llmpq.cost.memory import MemoryModel
 from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.models.step import Step
-from ds_llmpq.quant.checkpoint import open_checkpoint
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.hqq import quantize_linear, stored_bytes
 from ds_llmpq.quant.kernel_linear import KernelLinear
 from ds_llmpq.quant.kernels.registry import KERNELS
 from ds_llmpq.quant.layers import LayerLoader
 from ds_llmpq.quant.packing import Groups
+from ds_llmpq.quant.quantized_checkpoint import open_checkpoint
 from ds_llmpq.quant.writer import write_quantized
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"

@@ -5,8 +5,7 @@ import torch
 from torch import nn
 
 from ds_llmpq.quant.hqq import stored_bytes
-from ds_llmpq.quant.onednn_linear import OneDnnLinear, pack_linears
-from ds_llmpq.quant.torch_cpu import computes_in_bfloat16
+from ds_llmpq.quant.onednn_linear import OneDnnLinear, computes_in_bfloat16, pack_linears
 
 bf16 = pytest.mark.skipif(not computes_in_bfloat16(), reason="this processor's oneDNN has no bfloat16")
 

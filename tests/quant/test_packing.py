@@ -9,7 +9,7 @@ from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.packing import (
     PACKED_BITS,
     Groups,
-    groups_of,
+    make_groups,
     metadata_bytes,
     packed_linear_bytes,
     packing_problem,
@@ -80,7 +80,7 @@ def test_bytes_of_per_channel_are_what_hqq_holds(bits, dtype):
 
 
 def test_only_the_widths_named_have_per_channel():
-    groups = groups_of(QuantConfig(per_channel_bits=[8, 3]))
+    groups = make_groups(QuantConfig(per_channel_bits=[8, 3]))
     assert groups == Groups(64, 1, (3, 8))
     assert [groups.of(bits, 256) for bits in (2, 3, 4, 8)] == [64, 256, 64, 256]
     assert quantization_problem(64, 80, 8, groups) is None
@@ -102,7 +102,7 @@ def test_only_the_widths_named_have_per_channel():
 )
 def test_per_channel_that_cannot_be(per_channel_bits, axis, words):
     with pytest.raises(UserError, match=words):
-        groups_of(QuantConfig(axis=axis, per_channel_bits=per_channel_bits))
+        make_groups(QuantConfig(axis=axis, per_channel_bits=per_channel_bits))
 
 
 def test_gate_and_bytes_on_random_shapes():

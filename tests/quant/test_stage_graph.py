@@ -16,14 +16,14 @@ from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.models.spec import ACTIVATIONS
 from ds_llmpq.models.step import Step
-from ds_llmpq.quant import torch_cpu
+from ds_llmpq.quant import onednn_linear
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.hqq import stored_bytes
 from ds_llmpq.quant.kernels.dequantize import DEQUANTIZE
 from ds_llmpq.quant.kernels.openvino import CACHE_BLOCK, GRAPH_TOKENS, OPENVINO, OPENVINO_GRAPH
 from ds_llmpq.quant.layers import LayerLoader, StageMember
+from ds_llmpq.quant.onednn_linear import computes_in_bfloat16
 from ds_llmpq.quant.packing import Groups
-from ds_llmpq.quant.torch_cpu import computes_in_bfloat16
 
 if not importlib.util.find_spec("openvino") or not computes_in_bfloat16():
     pytest.skip("needs OpenVINO, and a processor with bfloat16 arithmetic", allow_module_level=True)
@@ -261,7 +261,7 @@ def test_activations(tmp_path_factory, activation):
 
 def test_a_processor_or_library_that_cannot_is_said(checkpoint_of, monkeypatch):
     path = checkpoint_of("llama")
-    monkeypatch.setattr(torch_cpu, "computes_in_bfloat16", lambda: False)
+    monkeypatch.setattr(onednn_linear, "computes_in_bfloat16", lambda: False)
     with pytest.raises(UserError, match=r"needs a processor with bfloat16 arithmetic; plan with engine\.dtype=float32"):
         Stage(path, [4] * 3)
     monkeypatch.setitem(sys.modules, "ds_llmpq.quant.kernels.openvino_graph.stage_graph", None)

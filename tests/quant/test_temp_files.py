@@ -22,13 +22,13 @@ def mounted(monkeypatch, tmp_path):
         monkeypatch.delenv("TMPDIR", raising=False)
         if tmpdir:
             monkeypatch.setenv("TMPDIR", tmpdir)
-        temp_files.scratch_folder.cache_clear()
-        return temp_files.scratch_folder()
+        temp_files.find_temp_folder.cache_clear()
+        return temp_files.find_temp_folder()
 
     (tmp_path / "tmp").mkdir()
     (tmp_path / "var").mkdir()
     yield chosen
-    temp_files.scratch_folder.cache_clear()
+    temp_files.find_temp_folder.cache_clear()
 
 
 def test_a_folder_in_memory_is_left_for_one_on_disk_unless_the_user_named_it(mounted, tmp_path):
@@ -52,4 +52,4 @@ def test_a_folder_without_room_is_named(mounted, tmp_path):
 
     mounted({"/": "ext4"}, tmpdir=str(tmp_path / "gone"))
     with pytest.raises(UserError, match=r"gone has no room for .* set TMPDIR to a folder with room"):
-        constants.plain_constants(torch.zeros(8, 8).bfloat16())
+        constants.hold_plain(torch.zeros(8, 8).bfloat16())

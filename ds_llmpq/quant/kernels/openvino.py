@@ -132,7 +132,7 @@ class OpenVinoGraph(_OpenVino):
         processor has no arithmetic for `dtype`."""
         import torch
 
-        from ds_llmpq.quant.torch_cpu import computes_in_bfloat16
+        from ds_llmpq.quant.onednn_linear import computes_in_bfloat16
 
         try:
             import ds_llmpq.quant.kernels.openvino_graph.stage_graph  # noqa: F401
@@ -153,11 +153,11 @@ class OpenVinoGraph(_OpenVino):
         return StageGraph(first_layer, dtype)
 
     def hold(self, weight: UnpackedWeight | torch.Tensor, bits: int) -> Constants:
-        from ds_llmpq.quant.kernels.openvino_graph.constants import plain_constants, quantized_constants
+        from ds_llmpq.quant.kernels.openvino_graph.constants import hold_plain, hold_quantized
 
         if bits == UNQUANTIZED_BITS:
-            return plain_constants(weight)
-        return quantized_constants(weight, self.storage_bits[bits])
+            return hold_plain(weight)
+        return hold_quantized(weight, self.storage_bits[bits])
 
 
 @cache

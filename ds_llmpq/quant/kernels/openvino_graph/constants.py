@@ -20,7 +20,7 @@ import torch
 from openvino import opset13
 
 from ds_llmpq.errors import UserError
-from ds_llmpq.quant.temp_files import scratch_folder
+from ds_llmpq.quant.temp_files import find_temp_folder
 from ds_llmpq.quant.unpacked_weight import UnpackedWeight
 
 _TYPES = {2: openvino.Type.u2, 4: openvino.Type.u4, 8: openvino.Type.u8}
@@ -66,14 +66,14 @@ def input_group(group_size: int, in_features: int) -> int:
     return math.gcd(group_size, largest)
 
 
-def quantized_constants(weight: UnpackedWeight, bits: int) -> Constants:
+def hold_quantized(weight: UnpackedWeight, bits: int) -> Constants:
     """Codes held in `bits`, rounded zeros, scales, and what rounding the zeros left out."""
     out_features, in_features = weight.codes.shape
     groups, size = in_features // weight.group_size, weight.group_size
     rounded = weight.zero.round().clamp_(0, 255)
     left_out = (rounded - weight.zero) * weight.scale
-    parts = [_packed(weight.codes, bits), rounded.to(torch.uint8).numpy(), weight.scale.numpy(), left_out.numpy()]
-    mapping, (codes, zeros, scales, left_out) = _file_backed(parts)
+    parts = [_pack(weight.codes, bits), rounded.to(torch.uint8).numpy(), weight.scale.numpy(), left_out.numpy()]
+    mapping, (codes, zeros, scales, left_out) = _map_file(parts)
     nodes = (
         constant(codes, [out_features, groups, size], _TYPES[bits]),
         constant(zeros, [out_features, groups, 1], openvino.Type.u8),
@@ -83,10 +83,10 @@ def quantized_constants(weight: UnpackedWeight, bits: int) -> Constants:
     return Constants(mapping, nodes, in_features, size)
 
 
-def plain_constants(weight: torch.Tensor) -> Constants:
+def hold_plain(weight: torch.Tensor) -> Constants:
     """An unquantized weight [out, in], bfloat16 or float32."""
     narrow = weight.dtype == torch.bfloat16
-    mapping, (values,) = _file_backed([weight.contiguous().view(torch.int16 if narrow else torch.float32).numpy()])
+    mapping, (values,) = _map_file([weight.contiguous().view(torch.int16 if narrow else torch.float32).numpy()])
     kind = openvino.Type.bf16 if narrow else openvino.Type.f32
     return Constants(mapping, (constant(values, list(weight.shape), kind),), weight.shape[1])
 
@@ -97,7 +97,7 @@ def product(inputs: openvino.Node, weight: Constants) -> openvino.Node:
     bits."""
     if not weight.group_size:
         return opset13.matmul(convert(inputs, weight.nodes[0].get_element_type()), weight.nodes[0], False, True)
-    inputs, matrix = wide(inputs), opset13.convert(weight.nodes[0], numpy.float32)
+    inputs, matrix = widen(inputs), opset13.convert(weight.nodes[0], numpy.float32)
     _, zeros, scales, left_out = weight.nodes
     out_features, groups, size = weight.nodes[0].shape
     matrix = opset13.multiply(opset13.subtract(matrix, opset13.convert(zeros, numpy.float32)), scales)
@@ -113,7 +113,7 @@ def convert(node: openvino.Node, kind: openvino.Type) -> openvino.Node:
     return node if node.get_element_type() == kind else opset13.convert(node, kind)
 
 
-def wide(node: openvino.Node) -> openvino.Node:
+def widen(node: openvino.Node) -> openvino.Node:
     """In 32 bits."""
     return convert(node, openvino.Type.f32)
 
@@ -123,7 +123,7 @@ def constant(data: numpy.ndarray, shape: list[int], kind: openvino.Type) -> open
     return openvino.op.Constant(openvino.Tensor(data, openvino.Shape(shape), kind), shared_memory=True)
 
 
-def _packed(codes: torch.Tensor, bits: int) -> numpy.ndarray:
+def _pack(codes: torch.Tensor, bits: int) -> numpy.ndarray:
     """Codes [out, in] as bytes, the first of a byte in its lowest bits."""
     if bits == 8:
         return codes.contiguous().view(-1).numpy()
@@ -134,13 +134,13 @@ def _packed(codes: torch.Tensor, bits: int) -> numpy.ndarray:
     return packed.numpy()
 
 
-def _file_backed(parts: list[numpy.ndarray]) -> tuple[mmap.mmap, list[numpy.ndarray]]:
+def _map_file(parts: list[numpy.ndarray]) -> tuple[mmap.mmap, list[numpy.ndarray]]:
     places, length = [], 0
     for part in parts:
         places.append(length)
         length += -(-part.nbytes // _ALIGNMENT) * _ALIGNMENT
     try:
-        with tempfile.TemporaryFile(dir=scratch_folder()) as file:
+        with tempfile.TemporaryFile(dir=find_temp_folder()) as file:
             for place, part in zip(places, parts, strict=True):
                 file.seek(place)
                 file.write(part.data)
@@ -149,7 +149,7 @@ def _file_backed(parts: list[numpy.ndarray]) -> tuple[mmap.mmap, list[numpy.ndar
             mapping = mmap.mmap(file.fileno(), length, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
     except OSError as error:
         raise UserError(
-            f"{scratch_folder()} has no room for {length / 1e6:.0f} MB of packed weights ({error.strerror}); "
+            f"{find_temp_folder()} has no room for {length / 1e6:.0f} MB of packed weights ({error.strerror}); "
             "set TMPDIR to a folder with room, or quant.kernel=dequantize."
         ) from None
     whole = numpy.frombuffer(mapping, numpy.uint8)

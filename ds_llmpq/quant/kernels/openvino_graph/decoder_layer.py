@@ -17,7 +17,7 @@ from openvino.op import _PagedAttentionExtension
 from ds_llmpq.models.block import Attention, Block, Norm
 from ds_llmpq.models.ends import compute_alibi_slopes
 from ds_llmpq.quant.kernels.openvino import CACHE_BLOCK
-from ds_llmpq.quant.kernels.openvino_graph.constants import Constants, product, wide
+from ds_llmpq.quant.kernels.openvino_graph.constants import Constants, product, widen
 
 
 def _scalar(value: float) -> Node:
@@ -103,9 +103,9 @@ class LayerNodes:
     def _half(self, hidden: Node, work: Callable[[Node], Node], norm: Norm, out_norm: Norm | None) -> Node:
         """As `Block._half`."""
         if self.layer.spec.norms == "after":
-            return _norm(opset13.add(hidden, wide(work(hidden))), norm)
+            return _norm(opset13.add(hidden, widen(work(hidden))), norm)
         normed = _norm(hidden, norm)
-        outputs = wide(work(normed))
+        outputs = widen(work(normed))
         if out_norm is not None:
             outputs = _norm(outputs, out_norm)
         return opset13.add(normed if self.layer.spec.residual_from_norm else hidden, outputs)
@@ -125,13 +125,13 @@ class LayerNodes:
     def _attention(self, normed: Node, rows: Rows, key_cache: Node, value_cache: Node) -> Node:
         spec, attention = self.spec, self.layer.self_attn
         query, key, value = self._heads(normed)
-        query = self._placed(query, spec.heads, rows, attention, "q_norm")
-        key = self._placed(key, spec.kv_heads, rows, attention, "k_norm")
+        query = self._place(query, spec.heads, rows, attention, "q_norm")
+        key = self._place(key, spec.kv_heads, rows, attention, "k_norm")
         attention = _PagedAttentionExtension(self._attention_inputs(query, key, value, rows, key_cache, value_cache))
         known = attention.get_rt_info()
         known["num_k_heads"] = known["num_v_heads"] = spec.kv_heads
         known["k_head_size"] = known["v_head_size"] = spec.head_dim
-        return _shaped(attention.output(0), [0, spec.heads * spec.head_dim])
+        return _reshape(attention.output(0), [0, spec.heads * spec.head_dim])
 
     def _heads(self, normed: Node) -> list[openvino.Output | Node]:
         """Queries, keys, values: [tokens, heads x features] each."""
@@ -141,23 +141,23 @@ class LayerNodes:
         else:
             together = self._product(normed, "self_attn.qkv_proj")
         if spec.qkv == "interleaved":
-            by_head = _shaped(wide(together), [0, spec.heads, 3, size])
+            by_head = _reshape(widen(together), [0, spec.heads, 3, size])
             parts = opset13.split(by_head, opset13.constant(2), 3).outputs()
-            return [_shaped(part, [0, spec.heads * size]) for part in parts]
-        return _split(wide(together), [spec.heads * size, spec.kv_heads * size, spec.kv_heads * size])
+            return [_reshape(part, [0, spec.heads * size]) for part in parts]
+        return _split(widen(together), [spec.heads * size, spec.kv_heads * size, spec.kv_heads * size])
 
-    def _placed(self, states: Node, heads: int, rows: Rows, attention: Attention, norm: str) -> Node:
+    def _place(self, states: Node, heads: int, rows: Rows, attention: Attention, norm: str) -> Node:
         """Queries or keys, each head normed where the family does so, and rotated to their positions: written in the
         form that OpenVINO knows as one operation."""
         spec, size = self.spec, self.spec.head_dim
         if spec.qk_norm is None and attention.rotary is None:
             return states
-        split = _shaped(states, [0, heads, 1, size])
+        split = _reshape(states, [0, heads, 1, size])
         if spec.qk_norm is not None:
             split = _norm(split, getattr(attention, norm))
         if attention.rotary is not None:
             split = _rotate(split, size, *rows.rotary[attention.rotary])
-        return _shaped(split, [0, heads * size])
+        return _reshape(split, [0, heads * size])
 
     def _attention_inputs(
         self, query: Node, key: Node, value: Node, rows: Rows, key_cache: Node, value_cache: Node
@@ -183,7 +183,7 @@ class LayerNodes:
         if biases[0] is None:
             return outputs
         together = numpy.concatenate([bias.detach().float().numpy() for bias in biases])
-        return opset13.add(wide(outputs), opset13.constant(together[None]))
+        return opset13.add(widen(outputs), opset13.constant(together[None]))
 
 
 def cache_parameter(kv_heads: int, head_dim: int, kind: openvino.Type) -> Node:
@@ -225,7 +225,7 @@ def _split(states: Node, sizes: list[int]) -> list[openvino.Output]:
     return opset13.variadic_split(states, opset13.constant(1), opset13.constant(sizes)).outputs()
 
 
-def _shaped(states: Node, shape: list[int]) -> Node:
+def _reshape(states: Node, shape: list[int]) -> Node:
     return opset13.reshape(states, opset13.constant(numpy.array(shape)), True)
 
 

@@ -13,9 +13,9 @@ from ds_llmpq.quant.kernels.openvino import PRODUCT_ROWS
 from ds_llmpq.quant.kernels.openvino_graph.constants import (
     Constants,
     core,
+    hold_quantized,
     input_group,
     product,
-    quantized_constants,
     threading_properties,
 )
 from ds_llmpq.quant.unpacked_weight import UnpackedWeight
@@ -27,8 +27,8 @@ class OpenVinoProduct:
     def __init__(self, weight: UnpackedWeight, storage_bits: int, held_bytes: int):
         out_features, self.in_features = weight.codes.shape
         self.out_features = out_features
-        self._constants = quantized_constants(weight, storage_bits)
-        self._request = _compiled(self._constants)
+        self._constants = hold_quantized(weight, storage_bits)
+        self._request = _compile(self._constants)
         self._bound: tuple[int, int, int] | None = None
         # packs the weight and takes all buffers, so that what this frees can be given back before serving
         self._run(torch.zeros(PRODUCT_ROWS, self.in_features), torch.empty(PRODUCT_ROWS, out_features))
@@ -88,7 +88,7 @@ def _buffer(name: str, rows: int, features: int) -> torch.Tensor:
     return held[: rows * features].view(rows, features)
 
 
-def _compiled(weight: Constants) -> openvino.InferRequest:
+def _compile(weight: Constants) -> openvino.InferRequest:
     inputs = opset13.parameter([-1, weight.in_features], openvino.Type.f32)
     model = openvino.Model([opset13.result(product(inputs, weight))], [inputs])
     properties = threading_properties() | {

@@ -27,7 +27,7 @@ from ds_llmpq.quant.kernels.openvino_graph.constants import (
     core,
     input_group,
     threading_properties,
-    wide,
+    widen,
 )
 from ds_llmpq.quant.kernels.openvino_graph.decoder_layer import LayerNodes, Rows, cache_parameter
 
@@ -168,8 +168,8 @@ class StageGraph(nn.Module):
         for name, node in inputs.items():
             node.output(0).set_names({name})
         heads = opset13.constant(numpy.array([1, 2]))
-        by_head = {name: opset13.unsqueeze(wide(inputs[name]), heads) for name in angles}
-        self._inputs, self._hidden = inputs, wide(inputs["hidden"])
+        by_head = {name: opset13.unsqueeze(widen(inputs[name]), heads) for name in angles}
+        self._inputs, self._hidden = inputs, widen(inputs["hidden"])
         self._rows = Rows(
             {name: (by_head[f"cos {name}"], by_head[f"sin {name}"]) for name in self._rotary},
             **{name: inputs[name] for name in (*_TABLES, "max_context_len")},
@@ -192,7 +192,7 @@ class StageGraph(nn.Module):
         self._store = store
         for index in range(self.layers):
             for part, memory in zip(("keys", "values"), store.blocks(self.first_layer + index), strict=True):
-                self._request.set_tensor(f"{part}{index}", _shared(memory))
+                self._request.set_tensor(f"{part}{index}", _share(memory))
 
     def _infer(self, chunk: list[Piece]) -> int:
         """Runs the tokens gathered in the buffers; how many there are."""
@@ -212,8 +212,8 @@ class StageGraph(nn.Module):
         count = sum(lengths)
         if count != self._bound_tokens:
             for name in self._sizes:
-                self._request.set_tensor(name, _shared(self._staging[name][:count]))
-            self._request.set_output_tensor(_shared(self._staging["outputs"][:count]))
+                self._request.set_tensor(name, _share(self._staging[name][:count]))
+            self._request.set_output_tensor(_share(self._staging["outputs"][:count]))
             self._bound_tokens = count
         self._request.infer(share_outputs=True)
         return count
@@ -281,7 +281,7 @@ def _scatter(target: torch.Tensor, source: torch.Tensor, spans: list[tuple[int, 
         place += stop - start
 
 
-def _shared(memory: torch.Tensor) -> openvino.Tensor:
+def _share(memory: torch.Tensor) -> openvino.Tensor:
     """The tensor's own memory, which must outlive its use."""
     kind = _KINDS[memory.dtype]
     return openvino.Tensor(memory.view(kind.as_numpy).numpy(), openvino.Shape(list(memory.shape)), kind.ours)

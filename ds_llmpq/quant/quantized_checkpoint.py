@@ -23,8 +23,8 @@ from ds_llmpq.models.checkpoint import QUANTIZED_INDEX, Checkpoint
 from ds_llmpq.models.description import QUANT_METHOD
 from ds_llmpq.models.fingerprint import MANIFEST, read_manifest
 from ds_llmpq.quant.config import QuantConfig, rename_former
-from ds_llmpq.quant.hqq import STORED_PARTS, restored_linear
-from ds_llmpq.quant.packing import PACKED_BITS, UNQUANTIZED_BITS, Groups, groups_of
+from ds_llmpq.quant.hqq import STORED_PARTS, restore_linear
+from ds_llmpq.quant.packing import PACKED_BITS, UNQUANTIZED_BITS, Groups, make_groups
 from ds_llmpq.validation import Digest, Many, Name, Positive, Some, one_of, validate
 
 HEAD = "lm_head"
@@ -86,7 +86,7 @@ def read_recipe(path: str | Path) -> Recipe | None:
         )
     kept = validate(_Noted, rename_former(noted), f"quantization_config of {file}", "quantize the model again")
     try:
-        groups = groups_of(
+        groups = make_groups(
             QuantConfig(group_size=kept.group_size, axis=kept.axis, per_channel_bits=list(kept.per_channel_bits))
         )
     except UserError as error:
@@ -140,7 +140,7 @@ class QuantizedCheckpoint(Checkpoint):
             raise UserError(f"{what} is kept at {kept} bits in {self.path}, but {bits} are asked for; {again}.")
         if bits == UNQUANTIZED_BITS:
             return
-        asked = groups_of(quant).to_json()
+        asked = make_groups(quant).to_json()
         for name, here in self.recipe.groups.to_json().items():
             if here != asked[name]:
                 raise UserError(
@@ -160,7 +160,7 @@ class QuantizedCheckpoint(Checkpoint):
         prefix = f"{name}."
         tensors = self.tensors([prefix + part for part in STORED_PARTS])
         parts = {stored.removeprefix(prefix): tensor for stored, tensor in tensors}
-        return restored_linear(parts, shape, bias, bits, self.recipe.quant, dtype, device)
+        return restore_linear(parts, shape, bias, bits, self.recipe.quant, dtype, device)
 
     def lm_head(self, shape: tuple[int, int], bits: int, dtype: torch.dtype, device: torch.device) -> list[HQQLinear]:
         """The blocks of the quantized lm_head [vocabulary, features]."""
