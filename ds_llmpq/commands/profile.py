@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from ds_llmpq.cost.fit import fit_profile
 from ds_llmpq.cost.fitted import profiled_kernel
 from ds_llmpq.cost.profile import current_setup, read_profile
 from ds_llmpq.errors import UserError
+from ds_llmpq.launch.environment import choose_accelerator
 from ds_llmpq.launch.progress import ProgressBar
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.planner.build import check_workload, micro_batches, usable_bits
@@ -29,8 +29,7 @@ def run(settings: ProfileConfig, out: Path) -> int:
         raise UserError("profile times real layers and needs a checkpoint; set model.path=DIR.")
     out.mkdir(parents=True, exist_ok=True)
     cluster = Cluster.from_config(config.cluster_of(settings))
-    # before anything imports deepspeed, which looks for an accelerator when it is imported
-    os.environ.setdefault("DS_ACCELERATOR", cluster.devices[0].type.kind)
+    choose_accelerator(cluster.devices[0].type.kind)
     from ds_llmpq.profiling.kernel_choice import settle_kernel
     from ds_llmpq.profiling.profiler import profile
 

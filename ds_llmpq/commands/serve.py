@@ -15,10 +15,10 @@ from ds_llmpq import config
 from ds_llmpq.commands.config import ServeConfig
 from ds_llmpq.engine.openmp import wait_as_stage_needs
 from ds_llmpq.errors import PortTaken, UserError
+from ds_llmpq.launch.environment import choose_accelerator, read_rank
 from ds_llmpq.launch.failures import PORT, build_failure, identify_rank
 from ds_llmpq.launch.heartbeat import dump_stacks_on_signal, exit_if_parent_dies
 from ds_llmpq.launch.progress import ERROR_MARK
-from ds_llmpq.launch.ranks import read_rank
 from ds_llmpq.plan import Plan, read_plan
 from ds_llmpq.serving.job import Job
 from ds_llmpq.serving.ordering import validate_batch
@@ -101,7 +101,7 @@ def _serve(job: Job) -> int:
 def _before_torch(plan: Plan) -> None:
     """What must be known before torch takes its seconds, or is read when it or deepspeed is imported."""
     rank = read_rank(plan)
-    os.environ["DS_ACCELERATOR"] = plan.stages[0].kind
+    choose_accelerator(plan.stages[0].kind)
     wait_as_stage_needs(plan, rank)
 
 

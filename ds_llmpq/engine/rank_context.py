@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 import socket
 from dataclasses import dataclass
 
@@ -13,7 +12,13 @@ import torch.distributed as dist
 
 from ds_llmpq.engine.channels import DataChannel
 from ds_llmpq.launch import rendezvous
-from ds_llmpq.launch.ranks import find_local_rank, read_rank
+from ds_llmpq.launch.environment import (
+    choose_accelerator,
+    find_local_rank,
+    prefer_interface,
+    read_meeting_place,
+    read_rank,
+)
 from ds_llmpq.plan import Plan, Stage
 
 
@@ -41,14 +46,12 @@ def init_rank(plan: Plan, timeout_seconds: float) -> RankContext:
     stage_index = next(index for index, stage in enumerate(plan.stages) if stage.rank == rank)
     stage = plan.stages[stage_index]
     kind = stage_kind(plan, stage_index)
-    os.environ["DS_ACCELERATOR"] = kind
     local_index = find_local_rank(plan, rank)
-    # DeepSpeed takes LOCAL_RANK for the device's index; the launcher's is wrong where hosts have unequal slots
-    os.environ["LOCAL_RANK"] = str(local_index)
+    choose_accelerator(kind, local_index)
     threads = plan.stages[stage_index].threads
     if kind == "cpu" and threads:
         torch.set_num_threads(threads)
-    choose_interface(os.environ.get("MASTER_ADDR", ""))
+    choose_interface(read_meeting_place()[0])
     timeout = datetime.timedelta(seconds=timeout_seconds)
     _init_process_group(kind, timeout)
     side_group = dist.new_group(backend="gloo", timeout=timeout)
@@ -84,8 +87,7 @@ def choose_interface(master_address: str) -> None:
         return
     for name, addresses in psutil.net_if_addrs().items():
         if any(address.address == own for address in addresses):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+            prefer_interface(name)
 
 
 def _init_process_group(kind: str, timeout: datetime.timedelta) -> None:

@@ -12,10 +12,11 @@ import psutil
 
 from ds_llmpq.cluster.detect import count_memory_kills
 from ds_llmpq.errors import make_printable
+from ds_llmpq.launch.environment import RUN_MARK
 from ds_llmpq.launch.failures import CONNECTION, MEMORY, PORT, Failure, Tracebacks, find_root_cause, read_failure
 from ds_llmpq.launch.heartbeat import ALIVE_MARK
 from ds_llmpq.launch.launcher import LOG_NAME, Launch, run_launcher
-from ds_llmpq.launch.process_monitor import RUN_MARK, Exit, ExitReason, Line, MonitorOptions
+from ds_llmpq.launch.process_monitor import Exit, ExitReason, Line, MonitorOptions
 from ds_llmpq.launch.progress import ERROR_MARK, ProgressBar, parse_progress
 
 SERVING_PHASE = "prompts"

@@ -6,7 +6,6 @@ Several ranks end when one does: its neighbours lose their connections. The caus
 from __future__ import annotations
 
 import json
-import os
 import re
 import socket
 import traceback
@@ -17,6 +16,7 @@ from typing import Any
 
 from ds_llmpq.errors import UserError, make_printable
 from ds_llmpq.files import parse_json
+from ds_llmpq.launch.environment import read_place
 from ds_llmpq.plan import Plan
 from ds_llmpq.validation import Count, Label, Note, one_of, validate
 
@@ -115,7 +115,7 @@ def find_root_cause(failures: Iterable[Failure]) -> Failure | None:
 def identify_rank(plan: Plan | None) -> dict[str, Any]:
     """This process as a rank of a plan; what its environment does not say is left out."""
     try:
-        rank = int(os.environ["RANK"])
+        rank, _ = read_place()
         found = {index: stage for index, stage in enumerate(plan.stages) if stage.rank == rank} if plan else {}
     except (KeyError, ValueError):
         return {}

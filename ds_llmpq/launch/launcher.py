@@ -20,7 +20,8 @@ from pathlib import Path
 from ds_llmpq.cluster.hostfile import format_include
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import write_whole
-from ds_llmpq.launch.process_monitor import RUN_MARK, Exit, MonitorOptions, kill_marked, monitor
+from ds_llmpq.launch.environment import RUN_MARK, extend
+from ds_llmpq.launch.process_monitor import Exit, MonitorOptions, kill_marked, monitor
 from ds_llmpq.plan import Plan, launch_order
 
 ENVIRONMENT_NAME = "deepspeed_env"
@@ -128,9 +129,7 @@ def run_launcher(launch: Launch, arguments: list[str], options: MonitorOptions, 
     options = replace(options, hidden=arguments[-1])
     mark = mark or uuid.uuid4().hex
     file = write_environment(launch, mark)
-    package = str(Path(__file__).resolve().parents[2])
-    paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
-    env = os.environ | build_environment(launch) | {"DS_ENV_FILE": str(file), "PYTHONPATH": os.pathsep.join(paths)}
+    env = extend(build_environment(launch) | {"DS_ENV_FILE": str(file)})
     try:
         return monitor(build_command(launch, arguments), env, launch.folder / LOG_NAME, mark, options)
     except OSError as error:

@@ -22,7 +22,8 @@ from typing import BinaryIO
 
 import psutil
 
-RUN_MARK = "DS_LLMPQ_RUN"
+from ds_llmpq.launch.environment import RUN_MARK
+
 # what DeepSpeed's per-host launcher says when one of its ranks died (0.16 to 0.19); the number is the rank's
 _RANK_DIED = re.compile(rb"exits with return code = (-?\d+)")
 # how long the other ranks have to end by themselves, so that their messages reach the log

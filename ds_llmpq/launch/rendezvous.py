@@ -10,7 +10,6 @@ import contextlib
 import datetime
 import errno
 import hashlib
-import os
 import socket
 from collections.abc import Iterator
 
@@ -18,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import register_rendezvous_handler
 
 from ds_llmpq.errors import PortTaken
-from ds_llmpq.launch.process_monitor import RUN_MARK
+from ds_llmpq.launch.environment import read_mark, read_meeting_place, read_place
 
 METHOD = "dsllmpq://"
 
@@ -32,8 +31,7 @@ def register() -> str:
 
 def _rendezvous(url: str, timeout: datetime.timedelta = datetime.timedelta(minutes=30), **_: object) -> Iterator[tuple]:
     """torch's protocol: yields (store, rank, world size) once."""
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    (host, port), (rank, world_size) = read_meeting_place(), read_place()
     listener = listen(host, port) if rank == 0 else None
     given = {} if listener is None else {"master_listen_fd": listener.detach()}
     store = dist.TCPStore(host, port, world_size, rank == 0, timeout, **given)
@@ -44,7 +42,7 @@ def _build_prefix() -> str:
     """Of every key, from the run's own random mark, which its ranks alone have in their environment: another process
     that reaches the store by mistake, or guesses at torch's keys, meets none. It is no lock: a store lists its keys to
     who asks."""
-    mark = os.environ.get(RUN_MARK, "")
+    mark = read_mark()
     return hashlib.sha256(b"ranks of " + mark.encode()).hexdigest() if mark else "by hand"
 
 

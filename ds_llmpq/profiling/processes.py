@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_llmpq.errors import UserError
+from ds_llmpq.launch.environment import extend
 from ds_llmpq.launch.launcher import find_free_port
 
 _TIMEOUT_SECONDS = 240
@@ -21,17 +22,16 @@ RANKS = 3
 def run_trial(spec: dict[str, Any], log: Path, ranks: int = RANKS) -> dict[str, Any]:
     """{"links": [...], "passes": [...], "samples": [...]} of `trial.main`; with less than three ranks no passes.
     `UserError`: a rank failed, with its log's name."""
-    package = str(Path(__file__).resolve().parents[2])
-    paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
-    shared = os.environ | {
-        "WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(find_free_port()),
-        "DS_ACCELERATOR": spec["kind"],
-        "OMP_NUM_THREADS": str(spec["threads"]),
-        "GLOO_SOCKET_IFNAME": "lo",
-        "PYTHONPATH": os.pathsep.join(paths),
-    }
+    shared = extend(
+        {
+            "WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(find_free_port()),
+            "DS_ACCELERATOR": spec["kind"],
+            "OMP_NUM_THREADS": str(spec["threads"]),
+            "GLOO_SOCKET_IFNAME": "lo",
+        }
+    )
     line = [sys.executable, "-m", "ds_llmpq.profiling.trial", json.dumps(spec)]
     # a GPU's runtime does not survive a fork; without one, the libraries are imported once for all ranks
     environments = [{}] if spec["kind"] == "cpu" else [{"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(ranks)]

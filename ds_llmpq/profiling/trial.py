@@ -30,6 +30,7 @@ from ds_llmpq.engine.pipeline_module import LazyLayer, PlannedPipelineModule
 from ds_llmpq.engine.rank_context import _init_process_group
 from ds_llmpq.engine.topology import PlannedTopology
 from ds_llmpq.engine.trace import Trace
+from ds_llmpq.launch.environment import read_place
 from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.profiling.joint_timing import time_points
@@ -88,7 +89,7 @@ class PartClock:
 
 
 def main(spec: dict[str, Any]) -> None:
-    rank = int(os.environ["RANK"])
+    rank, _ = read_place()
     torch.set_num_threads(spec["threads"])
     timeout = datetime.timedelta(seconds=120)
     _init_process_group(spec["kind"], timeout)

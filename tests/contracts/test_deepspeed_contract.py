@@ -179,8 +179,8 @@ def test_what_the_launcher_says_of_a_dead_rank():
 
 
 def test_variables_of_a_rank():
-    """`LOCAL_SIZE`, in launch/ranks.py: beside torch's RANK, WORLD_SIZE and LOCAL_RANK, how many ranks the per-host
-    launcher has started."""
+    """`LOCAL_SIZE`, in launch/environment.py: beside torch's RANK, WORLD_SIZE and LOCAL_RANK, how many ranks the
+    per-host launcher has started."""
     from deepspeed.launcher import launch
 
     source = inspect.getsource(launch)

@@ -10,7 +10,7 @@ from pipeline_cases import make_plan
 from ds_llmpq.engine.pipeline_module import pipeline_bounds
 from ds_llmpq.engine.topology import PlannedTopology
 from ds_llmpq.errors import UserError
-from ds_llmpq.launch.ranks import find_local_rank, read_rank
+from ds_llmpq.launch.environment import find_local_rank, read_rank
 
 
 @pytest.mark.parametrize("ranks", [[0], *map(list, list(itertools.permutations(range(4)))[::5])])

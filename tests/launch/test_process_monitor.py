@@ -13,7 +13,8 @@ import psutil
 import pytest
 
 from ds_llmpq.launch import process_monitor
-from ds_llmpq.launch.process_monitor import RUN_MARK, ExitReason, Line, MonitorOptions, list_marked, monitor
+from ds_llmpq.launch.environment import RUN_MARK
+from ds_llmpq.launch.process_monitor import ExitReason, Line, MonitorOptions, list_marked, monitor
 
 
 @pytest.fixture(autouse=True)
