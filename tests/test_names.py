@@ -12,10 +12,6 @@ KNOWN_CLASSES = {
     "Link",
     "Links",
     "Sample",
-    "Step",
-    "Trace",
-    "_Record",
-    "_Run",
 }
 KNOWN_FILES = {"job.py", "memory.py"}
 

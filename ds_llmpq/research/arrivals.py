@@ -20,7 +20,7 @@ TRACE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 
 
 @dataclass(frozen=True)
-class Trace:
+class ArrivalTrace:
     """Rows of a trace file: seconds since the first row, prompt and answer lengths."""
 
     arrival_seconds: np.ndarray
@@ -54,7 +54,7 @@ def arrival_times(kind: str, count: int, rate: float, cv: float, generator: np.r
     return np.cumsum(gaps)
 
 
-def read_trace(path: Path, start_row: int = 0, count: int | None = None, scale: float = 1.0) -> Trace:
+def read_trace(path: Path, start_row: int = 0, count: int | None = None, scale: float = 1.0) -> ArrivalTrace:
     """`count` rows from `start_row` on, with gaps `scale` times as long. `UserError`: not such a file, or no rows."""
     if start_row < 0 or not scale > 0:
         raise UserError(f"arrivals.start_row is {start_row} and arrivals.scale is {scale}; give at least 0, above 0.")
@@ -66,7 +66,7 @@ def read_trace(path: Path, start_row: int = 0, count: int | None = None, scale: 
     lengths = [np.array([row[place] for row in read], dtype=np.int64) for place in (1, 2)]
     if not len(seconds):
         raise UserError(f"{path} has no row {start_row}; give a smaller arrivals.start_row.")
-    return Trace((seconds - seconds[0]) * scale, lengths[0], np.maximum(lengths[1], 1))
+    return ArrivalTrace((seconds - seconds[0]) * scale, lengths[0], np.maximum(lengths[1], 1))
 
 
 def _row(row: dict[str, str], where: str) -> tuple[float, int, int]:

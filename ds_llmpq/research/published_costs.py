@@ -93,7 +93,7 @@ class _Reference:
 
 
 @dataclass(frozen=True)
-class _Record:
+class _PublishedFile:
     """The file."""
 
     source: Name
@@ -106,7 +106,7 @@ class _Record:
 def read_figures(file: Path = FILE) -> Figures:
     """`UserError`: unreadable, or not of this form."""
     what, remedy = "Published layer times", "install the package again"
-    record = validate(_Record, read_json(file, what, remedy), f"{what} {file}", remedy, ignore_unknown=True)
+    record = validate(_PublishedFile, read_json(file, what, remedy), f"{what} {file}", remedy, ignore_unknown=True)
     at, reference = record.at, record.reference
     anchors = {
         (name, width): Anchor(entry.prefill / 1e3, entry.decode / 1e3, "published")

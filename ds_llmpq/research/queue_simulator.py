@@ -66,7 +66,7 @@ def simulate(
     scheduled by a policy that predicts. `UserError`: unknown policy or batching."""
     if not prediction_seconds >= 0:
         raise UserError(f"prediction.latency_seconds is {prediction_seconds} but must not be negative.")
-    run = _Run(jobs, cost, policy, server, guard, prediction_seconds if policy in PREDICTING else 0.0)
+    run = _QueueRun(jobs, cost, policy, server, guard, prediction_seconds if policy in PREDICTING else 0.0)
     if server.batching == "continuous":
         _run_continuous(run)
     else:
@@ -82,7 +82,7 @@ def ready_seconds(arrival_seconds: np.ndarray, prediction_seconds: float) -> np.
 
 
 @dataclass
-class _Run:
+class _QueueRun:
     """State of a simulation: the clock, the queue, who has arrived, what was spent."""
 
     jobs: Jobs
@@ -136,7 +136,7 @@ class _Run:
         self.busy_seconds += seconds
 
 
-def _run_batches(run: _Run) -> None:
+def _run_batches(run: _QueueRun) -> None:
     """No, static and dynamic batching."""
     dynamic = run.server.batching == "dynamic"
     rows = 1 if run.server.batching == "none" else run.server.max_batch
@@ -166,7 +166,7 @@ def _run_batches(run: _Run) -> None:
         run.generated_slots = int(run.jobs.generated_tokens.sum())
 
 
-def _wait_to_fill(run: _Run, rows: int) -> None:
+def _wait_to_fill(run: _QueueRun, rows: int) -> None:
     missing = rows - len(run.queue)
     if missing <= 0 or run.server.batch_wait_seconds == 0:
         return
@@ -176,7 +176,7 @@ def _wait_to_fill(run: _Run, rows: int) -> None:
     run.admit()
 
 
-def _run_continuous(run: _Run) -> None:
+def _run_continuous(run: _QueueRun) -> None:
     """Slots are refilled between iterations; nothing is computed one token at a time: the clock jumps to the next
     iteration at which a job ends or, with a free slot, to the first one after the next arrival."""
     active: list[tuple[int, int]] = []  # (iteration at which a job ends, job)
@@ -203,7 +203,7 @@ def _run_continuous(run: _Run) -> None:
     run.generated_slots = int(run.jobs.generated_tokens.sum())
 
 
-def _steps_until(run: _Run, rows: int, context: int, when: float, most: int) -> int:
+def _steps_until(run: _QueueRun, rows: int, context: int, when: float, most: int) -> int:
     """The fewest steps, at least one, after which the clock has reached `when`; at most `most`."""
     low, high = 1, most
     while low < high:

@@ -20,7 +20,7 @@ from ds_llmpq.planner.search.enumeration import Enumeration
 from ds_llmpq.planner.search.fractional import Fractional, Fractionals, first_bounds
 from ds_llmpq.planner.search.node import Duals, Guess, Node, Pair, round_weights
 from ds_llmpq.planner.search.relaxation import Relaxation
-from ds_llmpq.planner.search.shortest_path import Step
+from ds_llmpq.planner.search.shortest_path import PathStep
 from ds_llmpq.planner.search.stage_bounds import Box
 from ds_llmpq.planner.search.target import Target
 
@@ -164,7 +164,7 @@ class Search:
             heapq.heappush(self.open, (best.bound, next(self.ticket), best))
         self.active.remove(node)
 
-    def _plan(self, node: Node, path: list[Step]) -> Prediction | None:
+    def _plan(self, node: Node, path: list[PathStep]) -> Prediction | None:
         """Round the path to a plan and offer it."""
         assignment = self.relaxed.rounded(node, path)
         if assignment is None:
@@ -172,7 +172,7 @@ class Search:
         self.best.offer(assignment)
         return evaluate(self.problem, assignment)
 
-    def _inexact(self, node: Node, path: list[Step]) -> frozenset[tuple[int, int]]:
+    def _inexact(self, node: Node, path: list[PathStep]) -> frozenset[tuple[int, int]]:
         """Lengths around the path's longer stages, once the box is narrow enough for their Lagrangian gap to matter."""
         compositions = self.pairs[node.pair].stages.compositions
         if node.depth < EXACT_DEPTH or not math.isfinite(self.best.value):

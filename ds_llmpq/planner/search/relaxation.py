@@ -26,7 +26,7 @@ from ds_llmpq.planner.search.dual_prices import best_prices
 from ds_llmpq.planner.search.multipliers import Multipliers
 from ds_llmpq.planner.search.node import Node, Pair, round_weights
 from ds_llmpq.planner.search.rounding import Place, choose_bits, find_multipliers
-from ds_llmpq.planner.search.shortest_path import PathSpace, Step
+from ds_llmpq.planner.search.shortest_path import PathSpace, PathStep
 from ds_llmpq.planner.search.stage_bounds import NEVER, Box, Prices, StageBounds
 
 STATE_LIMIT = 3000  # count states times classes beyond which device limits are priced instead of counted
@@ -82,16 +82,16 @@ class Relaxation:
             root=_root_box(arrays),
         )
 
-    def evaluate(self, nodes: list[Node]) -> list[tuple[float, list[Step]]]:
+    def evaluate(self, nodes: list[Node]) -> list[tuple[float, list[PathStep]]]:
         """(bound in units of the objective, best path) of each node; the path is empty when nothing is possible."""
-        found: list[tuple[float, list[Step]]] = []
+        found: list[tuple[float, list[PathStep]]] = []
         size = max(1, BATCH_ENTRIES // (self.space.states * self.space.classes * self.problem.layers))
         for i in range(0, len(nodes), size):
             found += self._evaluate_batch(nodes[i : i + size])
         self.evaluated += len(nodes)
         return found
 
-    def _evaluate_batch(self, nodes: list[Node]) -> list[tuple[float, list[Step]]]:
+    def _evaluate_batch(self, nodes: list[Node]) -> list[tuple[float, list[PathStep]]]:
         parts = [self.tables(node) for node in nodes]
         longest = max(_longest_stage(stage) for stage, _, _ in parts)
         stage = np.stack([_at_length(stage, longest) for stage, _, _ in parts])
@@ -167,7 +167,7 @@ class Relaxation:
         )
         return replace(node, duals=replace(node.duals, prices=tuple(prices.tolist())))
 
-    def rounded(self, node: Node, path: list[Step]) -> Assignment | None:
+    def rounded(self, node: Node, path: list[PathStep]) -> Assignment | None:
         """The path as a plan, None where it makes none; adds to the pair's multipliers."""
         pair, duals = self.pairs[node.pair], node.duals
         if self.priced:
@@ -194,7 +194,7 @@ class Relaxation:
         )
         return Assignment(stages, pair.arrays.prefill_micro_batch, pair.arrays.decode_micro_batch)
 
-    def _within_counts(self, node: Node, path: list[Step]) -> list[Step]:
+    def _within_counts(self, node: Node, path: list[PathStep]) -> list[PathStep]:
         """Where devices are priced, a path may use too many: place all devices in a row, class by class in the order
         of the path, and take the best path along it."""
         seen = [[step.first for step in path if step.kind == c] for c in range(self.space.classes)]
@@ -212,7 +212,7 @@ class Relaxation:
             return path
         return [replace(step, kind=int(row[step.kind])) for step in costs.path(0)]
 
-    def _devices(self, pair: Pair, path: list[Step]) -> list[int] | None:
+    def _devices(self, pair: Pair, path: list[PathStep]) -> list[int] | None:
         """Members for the classes of a path: each the nearest unused one to its predecessor."""
         free = [list(devices) for devices in self.classes.members]
         chosen: list[int] = []

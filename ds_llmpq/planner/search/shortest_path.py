@@ -57,7 +57,7 @@ class CostsToGo:
         """The cost of box x's best path."""
         return float(self.lead[x, 0, 0].min())
 
-    def path(self, x: int) -> list["Step"]:
+    def path(self, x: int) -> list["PathStep"]:
         """The best path of box x: stages in pipeline order."""
         layers = self.stage.shape[2]
         a, state, last, steps = 0, 0, -1, []
@@ -66,13 +66,13 @@ class CostsToGo:
             c = int(np.argmin(options))
             reach = min(self.stage.shape[3], layers - a)
             k = 1 + int(np.argmin(self.stage[x, c, a, :reach] + self.after[x, a + 1 : a + 1 + reach, state, c]))
-            steps.append(Step(c, a, a + k))
+            steps.append(PathStep(c, a, a + k))
             a, state, last = a + k, int(self.space.next[state, c]), c
         return steps
 
 
 @dataclass(frozen=True)
-class Step:
+class PathStep:
     """One stage of a path: layers [first, last) on some device of class `kind`."""
 
     kind: int
