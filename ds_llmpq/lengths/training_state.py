@@ -5,21 +5,39 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from annotated_types import Ge, Le, Lt
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import parse_json
-from ds_llmpq.validation import Count, Digest, Plain, validate
+from ds_llmpq.validation import Count, Digest, one_of, validate
 
 FILE_NAME = "progress.safetensors"
+_OF_ADAM = {"step", "exp_avg", "exp_avg_sq"}
+
+
+@dataclass(frozen=True)
+class _Pcg64:
+    state: Annotated[int, Ge(0), Lt(2**128)]
+    inc: Annotated[int, Ge(0), Lt(2**128)]
+
+
+@dataclass(frozen=True)
+class _GeneratorState:
+    """Of numpy's default generator, as numpy names it."""
+
+    bit_generator: one_of("PCG64")
+    state: _Pcg64
+    has_uint32: Annotated[int, Ge(0), Le(1)]
+    uinteger: Annotated[int, Ge(0), Lt(2**32)]
 
 
 @dataclass(frozen=True)
@@ -28,7 +46,7 @@ class _About:
 
     identity: Digest
     epochs: Count
-    generator: Plain
+    generator: _GeneratorState
 
 
 class TrainingState:
@@ -80,7 +98,7 @@ class TrainingState:
             if about.identity != self._identity:
                 return 0
             self._put_back(tensors, about, modules, optimizer, generator)
-        except (SafetensorError, UserError, OSError, ValueError, KeyError, TypeError, RuntimeError):
+        except (SafetensorError, UserError, OSError, ValueError, LookupError, TypeError, RuntimeError):
             return 0  # a file of this training that cannot be used: it begins anew
         return about.epochs
 
@@ -89,17 +107,31 @@ class TrainingState:
         tensors: dict[str, torch.Tensor], about: _About, modules: dict[str, nn.Module],
         optimizer: torch.optim.Optimizer, generator: np.random.Generator,
     ) -> None:  # fmt: skip
-        for name, module in modules.items():
-            own = {key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")}
-            module.load_state_dict(own)
+        """All or nothing: what does not fit is met before the first change."""
+        parameters = dict(enumerate(each for group in optimizer.param_groups for each in group["params"]))
         state: dict[int, dict[str, torch.Tensor]] = {}
+        own: dict[str, dict[str, torch.Tensor]] = {name: {} for name in modules}
         for key, value in tensors.items():
-            if key.startswith("optimizer/"):
-                _, index, what = key.split("/")
+            name, _, what = key.partition("/")
+            if name == "optimizer":
+                index, _, what = what.partition("/")
                 state.setdefault(int(index), {})[what] = value
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+                if value.shape not in (parameters[int(index)].shape, ()):
+                    raise ValueError(f"{key} has another shape")
+            elif name != "random":
+                own[name][what] = value
+        for name, module in modules.items():
+            if {key: value.shape for key, value in module.state_dict().items()} != {
+                key: value.shape for key, value in own[name].items()
+            }:
+                raise ValueError(f"{name} has other weights")
+        if any(set(of_one) != _OF_ADAM for of_one in state.values()):
+            raise ValueError("the optimizer is another")
         torch.set_rng_state(tensors["random"])
-        generator.bit_generator.state = about.generator
+        generator.bit_generator.state = asdict(about.generator)
+        for name, module in modules.items():
+            module.load_state_dict(own[name])
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
     def clear(self) -> None:
         if self._file is not None:

@@ -369,8 +369,14 @@ def _training_state(folder: Path) -> bytes:
 
 
 def _resumed_training(file: Path) -> object:
-    state, *rest = _training(file.parent)
-    return state.resume(*rest)
+    state, modules, optimizer, generator = _training(file.parent)
+    before = {name: value.clone() for name, value in modules["head"].state_dict().items()}
+    done = state.resume(modules, optimizer, generator)
+    if not done:
+        assert all(value.equal(before[name]) for name, value in modules["head"].state_dict().items()), "half put back"
+    modules["head"].weight.sum().backward()
+    optimizer.step()  # with what was put back
+    return done
 
 
 def _swept(file: Path) -> object:
