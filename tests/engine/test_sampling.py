@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from ds_llmpq.engine.runner.capture import capture_trace
 from ds_llmpq.engine.sampling import sample, uniform_draw
+from ds_llmpq.models.generation import Generation
 from ds_llmpq.scheduler.sampling_params import GREEDY, SamplingParams
 
 
@@ -155,3 +157,16 @@ def test_broken_logits_still_give_tokens_of_the_vocabulary():
     logits[0], logits[1, 4], logits[2, 3] = torch.nan, torch.nan, torch.inf
     for row in (GREEDY, SamplingParams(1.0), SamplingParams(0.5, top_p=0.5, top_k=3)):
         assert all(0 <= token < 10 for token in sample(logits, [row] * 3, [0] * 3).tolist())
+
+
+@pytest.mark.parametrize(
+    "defaults", [Generation(), Generation(typical_p=0.8, epsilon_cutoff=1e-3, eta_cutoff=1e-3), Generation(top_h=0.6)]
+)
+def test_choosing_reads_nothing_on_the_host(defaults):
+    """Else the host could not be a pass behind: recorded without values, it chooses the same from other logits."""
+    rows = [SamplingParams(), SamplingParams(0.8, top_p=0.9, seed=1), SamplingParams(1.2, top_k=5, min_p=0.05, seed=2)]
+    logits, generator = torch.zeros(3, 50), torch.Generator().manual_seed(0)
+    replay = capture_trace(lambda logits: sample(logits, rows, [0, 3, 9], defaults), (logits,))
+    for _ in range(5):
+        logits.normal_(generator=generator)
+        assert torch.equal(replay(), sample(logits, rows, [0, 3, 9], defaults))
