@@ -13,7 +13,7 @@ KNOWN_CLASSES = {
     "Links",
     "Sample",
 }
-KNOWN_FILES = {"job.py", "memory.py"}
+KNOWN_FILES = {"memory.py"}
 
 
 def twice(names):
