@@ -76,7 +76,7 @@ def at_fixed_micro_batch(problem: Problem) -> dict[str, float | None]:
     wanted = -(-problem.workload.sequences // len(problem.devices))
     size = min(s for s in problem.micro_batches.decode if s >= wanted)
     found = all_baselines(replace(problem, micro_batches=MicroBatchCandidates((size,), (size,))))
-    return {name: _speed(found[name].outcome()) for name in NAMES}
+    return {name: _speed(found[name].outcome) for name in NAMES}
 
 
 def _name(place: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ds_llmpq.cost.arithmetic import FLOAT32_BYTES, kv_bytes, score_entries
@@ -110,22 +109,6 @@ class MemoryModel:
         may use between passes. All graphs share it; the logits they leave are in it."""
         parts = self.workspace_parts(sequences, 1, past_tokens, quantized)
         return parts["activations"] + parts["dequantized"] + sequences * self.shape.vocab * self.dtype_bytes
-
-    def stage_bytes(
-        self, bits: Sequence[int], sequences: int, capacity_tokens: int, first: bool, last: bool
-    ) -> dict[str, int]:
-        """What a stage holds for good: weights, kv, embed, head. A single stage with tied embeddings has no own matrix
-        of the head, only the final norm before it.
-
-        bits: width of each of its layers; first, last: whether it is at that end of the pipeline.
-        """
-        shared = first and last and self.shares_embedding
-        return {
-            "weights": sum(self.layer_bytes(width) for width in bits),
-            "kv": len(bits) * sequences * self.kv_bytes_per_sequence_layer(capacity_tokens),
-            "embed": self.embed_bytes() if first else 0,
-            "head": self.head_bytes() - shared * self._matrix_bytes() if last else 0,
-        }
 
     def _matrix_bytes(self) -> int:
         """Of lm_head, which is the embedding where they are one."""

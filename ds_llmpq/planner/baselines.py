@@ -13,7 +13,7 @@ import numpy as np
 from ds_llmpq.plan import Assignment, PredictedTotals, StageAssignment
 from ds_llmpq.planner.arrays import PairArrays, pair_arrays
 from ds_llmpq.planner.feasibility import pairs, path_finder
-from ds_llmpq.planner.objective import Prediction, charge_head, evaluate, violations
+from ds_llmpq.planner.objective import charge_head, evaluate, violations
 from ds_llmpq.planner.problem import Objective, Problem
 
 OFFLOAD_BYTES_PER_SECOND = 12e9  # host to device, assumed: PCIe 3 x16 in practice
@@ -21,17 +21,10 @@ OFFLOAD_BYTES_PER_SECOND = 12e9  # host to device, assumed: PCIe 3 x16 in practi
 
 @dataclass(frozen=True)
 class Baseline:
-    """An assignment with its prediction; or a prediction alone (an estimate); or the reason why there is none."""
+    """`outcome`: the totals, or why there are none; an estimate has no assignment."""
 
-    prediction: Prediction | PredictedTotals | None
+    outcome: PredictedTotals | str
     assignment: Assignment | None = None
-    reason: str = ""
-
-    def outcome(self) -> PredictedTotals | str:
-        """The totals, or why there are none."""
-        if self.prediction is None:
-            return self.reason
-        return self.prediction if isinstance(self.prediction, PredictedTotals) else self.prediction.summary()
 
 
 def all_baselines(problem: Problem) -> dict[str, Baseline]:
@@ -55,14 +48,12 @@ def each_baseline(problem: Problem) -> Iterator[tuple[str, Baseline]]:
 
 def _best(problem: Problem, rule: Callable[[Problem], Iterable[Assignment]]) -> Baseline:
     """The fastest of what a rule proposes: micro-batches are the only thing left to choose."""
-    best: Baseline | None = None
     unbounded = _without_limit(problem)
-    for assignment in rule(problem):
-        if not violations(unbounded, assignment):
-            prediction = evaluate(problem, assignment)
-            if best is None or prediction.latency_seconds < best.prediction.latency_seconds:
-                best = Baseline(prediction, assignment)
-    return best or Baseline(None, reason="infeasible: no bit width and micro-batch fit the memory of this split")
+    fitting = [assignment for assignment in rule(problem) if not violations(unbounded, assignment)]
+    found = [Baseline(evaluate(problem, assignment).summary(), assignment) for assignment in fitting]
+    if not found:
+        return Baseline("infeasible: no bit width and micro-batch fit the memory of this split")
+    return min(found, key=lambda baseline: baseline.outcome.latency_seconds)
 
 
 def _without_limit(problem: Problem) -> Problem:
@@ -234,7 +225,7 @@ def offload_estimate(problem: Problem) -> Baseline:
                 predicted = _offload(arrays, d, int(b), problem.workload.sequences)
                 if predicted and (best is None or predicted.latency_seconds < best.latency_seconds):
                     best = predicted
-    return Baseline(best, reason="infeasible: no device can hold its own workspace with embedding and head")
+    return Baseline(best or "infeasible: no device can hold its own workspace with embedding and head")
 
 
 def _offload(arrays: PairArrays, d: int, b: int, sequences: int) -> PredictedTotals | None:

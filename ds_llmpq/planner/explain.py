@@ -52,9 +52,9 @@ def _why_quantized(problem: Problem, plan: Plan) -> str:
 
 def _balance(problem: Problem, assignment: Assignment, seen: Prediction) -> str:
     share = 100 * seen.decode_seconds / seen.latency_seconds if seen.latency_seconds > 0 else 0.0
-    ring = sum(seen.stage_decode_seconds) + sum(seen.link_decode_seconds)
+    ring = seen.ring_seconds
     groups = -(-problem.workload.sequences // assignment.decode_micro_batch)
-    slowest = groups * max(*seen.stage_decode_seconds, *seen.link_decode_seconds)
+    slowest = groups * seen.slowest_decode_seconds
     bound = "the slowest stage working through all micro-batches" if slowest >= ring else "one trip around the ring"
     return (
         f"Decoding takes {share:.0f} % of {format_number(seen.latency_seconds, 4)} s; a decode round of "
@@ -147,9 +147,7 @@ def _widths_within(
     width after the other."""
     stage = plan.stages[j]
     d = next(i for i, device in enumerate(problem.devices) if device.name == stage.device)
-    ring = sum(seen.stage_decode_seconds) + sum(seen.link_decode_seconds)
-    binds = ring >= arrays.decode_rounds * max(*seen.stage_decode_seconds, *seen.link_decode_seconds)
-    passes = (arrays.generated_tokens - 1.0) * binds
+    passes = (arrays.generated_tokens - 1.0) * seen.ring_binds(arrays.decode_rounds)
     rows, column = np.arange(len(stage.bits)), {bits: b for b, bits in enumerate(problem.bits)}
     usable = arrays.available[d]
     times = [np.where(usable, table[d], np.inf) for table in (arrays.prefill, arrays.decode)]

@@ -37,7 +37,7 @@ def furthest_layer(problem: Problem, prefill_micro_batch: int, decode_micro_batc
     """
     arrays = pair_arrays(problem, prefill_micro_batch, decode_micro_batch)
     least = np.where(arrays.available[:, None, :], arrays.layer_bytes[None], np.inf).min(axis=2)  # [D, L]
-    reaches = _alike(problem, lambda d: _reach(arrays, d, least[d]))
+    reaches = _compute_by_kind(problem, lambda d: _reach(arrays, d, least[d]))
     if problem.device_order == "free" and _states(_kinds(reaches).values()) > STATE_LIMIT:
         longest = sum(int((reach - np.arange(len(reach))).max()) for reach in reaches)
         if longest >= problem.layers:
@@ -45,17 +45,17 @@ def furthest_layer(problem: Problem, prefill_micro_batch: int, decode_micro_batc
     return max((last for _, _, last in _cover(problem, reaches)), default=0)
 
 
-def _alike(problem: Problem, reach_of: Callable[[int], np.ndarray]) -> list[np.ndarray]:
+def _compute_by_kind(problem: Problem, compute_reach: Callable[[int], np.ndarray]) -> list[np.ndarray]:
     """One reach per device, computed once for devices of equal type and memory."""
     known: dict[tuple, np.ndarray] = {}
     for d, device in enumerate(problem.devices):
         if (device.type, device.memory_bytes) not in known:
-            known[device.type, device.memory_bytes] = reach_of(d)
+            known[device.type, device.memory_bytes] = compute_reach(d)
     return [known[device.type, device.memory_bytes] for device in problem.devices]
 
 
 def _kinds(reaches: list[np.ndarray]) -> dict[bytes, list[int]]:
-    """Devices by reach; `_alike` lets equal ones share an array, so that few have to be compared."""
+    """Devices by reach; `_compute_by_kind` lets equal ones share an array, so that few have to be compared."""
     known: dict[int, bytes] = {}
     members: dict[bytes, list[int]] = {}
     for d, reach in enumerate(reaches):
@@ -76,13 +76,13 @@ def path_finder(
     longer than the threshold; or None. `per_layer[D]` and `ends` (embedding [D], head [D]) are seconds.
     """
 
-    def reach_of(d: int) -> np.ndarray:
+    def compute_reach(d: int) -> np.ndarray:
         return _reach(arrays, d, np.where(arrays.available[d, width], arrays.layer_bytes[:, width], np.inf))
 
-    held = _alike(problem, reach_of)
+    held = _compute_by_kind(problem, compute_reach)
 
     def find(threshold: float) -> list[tuple[int, int, int]] | None:
-        reaches = _alike(problem, lambda d: _within(held[d], per_layer[d], ends[0][d], ends[1][d], threshold))
+        reaches = _compute_by_kind(problem, lambda d: _within(held[d], per_layer[d], ends[0][d], ends[1][d], threshold))
         path = _cover(problem, reaches)
         return path if path and path[-1][2] == problem.layers else None
 
@@ -275,7 +275,7 @@ def _fewer_bits(problem: Problem) -> list[str]:
     for width in sorted(problem.bits, reverse=True):
         opened = {
             name: replace(
-                kind, bits=tuple(b for b in problem.bits if b in kind.bits or (b == width and _timed(kind, b)))
+                kind, bits=tuple(b for b in problem.bits if b in kind.bits or (b == width and _has_times(kind, b)))
             )
             for name, kind in problem.device_types.items()
         }
@@ -290,5 +290,5 @@ def _fewer_bits(problem: Problem) -> list[str]:
     return []
 
 
-def _timed(kind: DeviceType, width: int) -> bool:
+def _has_times(kind: DeviceType, width: int) -> bool:
     return bool(kind.prefill_layer_seconds.get(width)) and bool(kind.decode_layer_seconds.get(width))

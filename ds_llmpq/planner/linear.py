@@ -1,4 +1,4 @@
-"""Small linear programs, by HiGHS: through highspy, which loads at once, else through scipy, which takes a while."""
+"""Small linear programs, by HiGHS."""
 
 from __future__ import annotations
 
@@ -40,10 +40,8 @@ def minimise(
     """
     if equal is None or totals is None:
         equal, totals = np.zeros((0, len(cost))), np.zeros(0)
-    try:
-        import highspy
-    except ImportError:
-        return _by_scipy(cost, upper, sides, low, high, equal, totals)
+    import highspy
+
     rows = np.concatenate([upper, equal])
     at, columns = np.nonzero(rows)
     lp = highspy.HighsLp()
@@ -82,15 +80,3 @@ def quiet_highs() -> highspy.Highs:
             super().enableCallbacks()
 
     return Quiet()
-
-
-def _by_scipy(cost, upper, sides, low, high, equal, totals) -> LinearOptimum | None:
-    from scipy.optimize import linprog
-
-    bounds = np.stack([low, high], axis=1)
-    found = linprog(cost, upper, sides, equal, totals, bounds=bounds, method="highs")
-    if found.status == 2:
-        raise Infeasible
-    if found.status != 0:
-        return None
-    return LinearOptimum(found.x, found.fun, found.ineqlin.marginals, found.eqlin.marginals)

@@ -35,6 +35,23 @@ class Prediction:
     link_decode_seconds: tuple[float, ...]
     stage_memory_bytes: tuple[dict[str, float], ...]
 
+    @property
+    def slowest_prefill_seconds(self) -> float:
+        return max(*self.stage_prefill_seconds, *self.link_prefill_seconds)
+
+    @property
+    def slowest_decode_seconds(self) -> float:
+        return max(*self.stage_decode_seconds, *self.link_decode_seconds)
+
+    @property
+    def ring_seconds(self) -> float:
+        """One micro-batch's decode pass through all stages and links."""
+        return sum(self.stage_decode_seconds) + sum(self.link_decode_seconds)
+
+    def ring_binds(self, decode_rounds: int) -> bool:
+        """A pass takes no less than the slowest resource needs for all micro-batches of a decode round."""
+        return self.ring_seconds >= decode_rounds * self.slowest_decode_seconds
+
     def summary(self) -> PredictedTotals:
         """The five totals, as `plan.json` holds them."""
         return PredictedTotals(

@@ -107,7 +107,7 @@ class Pins:
             allowed[start:stop, others] = False
         return allowed
 
-    def respected(self, assignment: Assignment) -> bool:
+    def respects(self, assignment: Assignment) -> bool:
         """True if the assignment keeps every pin (the order and sizes are the problem's own business)."""
         spans = {stage.device: (stage.first, stage.last) for stage in assignment.stages}
         widths = [width for stage in assignment.stages for width in stage.bits]

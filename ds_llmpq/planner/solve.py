@@ -46,8 +46,8 @@ class _Run:
     def left(self) -> float:
         return self.deadline - time.monotonic()
 
-    def used(self, name: str | None) -> None:
-        if name and name not in self.names:
+    def note_solver(self, name: str) -> None:
+        if name not in self.names:
             self.names.append(name)
 
 
@@ -66,7 +66,7 @@ def solve(
 
     `problem` is a `Problem` or the parsed `problem.json`. The search stops at relative gap `gap`, at the time limit, or
     at Ctrl-C; the last two keep the incumbent and its bound. `solver`: "auto" (search, then polish by a mixed-integer
-    solver if one is installed), "search" alone, or "gurobi" / "highs" (the whole-problem models alone: small problems).
+    solver), "search" alone, or "gurobi" / "highs" (the whole-problem models alone: small problems).
     Raises `UserError` for a malformed problem and `InfeasibleError` with an explanation when no plan exists.
     """
     started = time.monotonic()
@@ -76,7 +76,7 @@ def solve(
     problem = pins.apply(problem)
     if not memory_feasible(problem):
         raise explain_memory(problem)
-    best = Incumbent(problem, accepts=pins.respected, started=started, progress=progress)
+    best = Incumbent(problem, accepts=pins.respects, started=started, progress=progress)
     run = _Run(problem, pins, best, solver, gap, started + time_limit_seconds, seed)
     status = "optimal"
     found: dict[str, Baseline] = {}
@@ -95,7 +95,7 @@ def solve(
         "+".join(run.names) or solver, best.value, best.bound, _finite(best.gap), time.monotonic() - started, status
     )
     plan = compose_plan(problem, best.assignment, best.prediction, report)
-    reported = {name: b.outcome() for name, b in found.items()} if baselines else {}
+    reported = {name: b.outcome for name, b in found.items()} if baselines else {}
     plan = replace(plan, baselines=reported, provenance=PROVENANCE)
     return replace(plan, explanation=tuple(explain_plan(problem, plan)))
 
@@ -117,17 +117,17 @@ def check_plan(problem: Problem | Mapping[str, Any], plan: Plan | Assignment | M
     checked = compose_plan(problem, assignment, prediction, report)
     if isinstance(plan, Plan):
         kept = {(s.device, s.layers): s for s in plan.stages}
-        stages = tuple(_placed_as(kept[s.device, s.layers], s) for s in checked.stages)
+        stages = tuple(_copy_placement(kept[s.device, s.layers], s) for s in checked.stages)
         checked = replace(checked, model=plan.model, stages=stages, quant=plan.quant, deployment=plan.deployment)
     checked = replace(
         checked,
-        baselines={name: b.outcome() for name, b in all_baselines(problem).items()},
+        baselines={name: b.outcome for name, b in all_baselines(problem).items()},
         provenance=plan.provenance if isinstance(plan, Plan) else PROVENANCE,
     )
     return replace(checked, explanation=tuple(explain_plan(problem, checked)))
 
 
-def _placed_as(kept: Stage, stage: Stage) -> Stage:
+def _copy_placement(kept: Stage, stage: Stage) -> Stage:
     """The stage with what the plan given said of where and how it runs."""
     names = ("rank", "host", "kernel", "kind", "slot", "threads", "cpu_share")
     return replace(stage, **{name: getattr(kept, name) for name in names})
@@ -157,10 +157,10 @@ def pareto(
         except UserError:
             continue  # no plan found below this bound within the share of time
     plans.append(best)
-    return _undominated(plans)
+    return _drop_dominated(plans)
 
 
-def _undominated(plans: list[Plan]) -> list[Plan]:
+def _drop_dominated(plans: list[Plan]) -> list[Plan]:
     kept: list[Plan] = []
     for plan in sorted(plans, key=lambda p: (p.predicted.latency_seconds, p.predicted.quality_loss)):
         if not kept or plan.predicted.quality_loss < kept[-1].predicted.quality_loss:
@@ -195,10 +195,10 @@ def _begin(run: _Run) -> dict[str, Baseline]:
 def _optimise(run: _Run) -> None:
     """Raise the bound and improve the incumbent of `run.best` by the solver asked for."""
     if run.solver in ("gurobi", "highs"):
-        run.used(solve_exact(run.problem, run.best, run.solver, run.pins, run.deadline, run.gap, run.seed))
+        run.note_solver(solve_exact(run.problem, run.best, run.solver, run.pins, run.deadline, run.gap, run.seed))
         return
     improve = (lambda start=None: _polish(run, 2.0, start)) if run.solver == "auto" else None
-    run.used("search")
+    run.note_solver("search")
     options = {"gap": run.gap, "deadline": run.deadline, "improve": improve, "first": run.first}
     search = Search(run.problem, run.best, run.pins, **options)
     offer_first_plans(search.relaxed, search.roots(PAIRS), search.goal, bound=search.bound, deadline=run.deadline)
@@ -219,40 +219,22 @@ def _optimise(run: _Run) -> None:
         return
     size = run.problem.layers * len(run.problem.devices) * len(run.problem.bits)
     if run.best.gap > run.gap and run.left > 0 and size <= EXACT_COLUMNS and not math.isinf(search.bound):
-        run.used(_exact_if_possible(run))
+        run.note_solver(solve_exact(run.problem, run.best, "auto", run.pins, run.deadline, run.gap, run.seed))
     elif run.best.assignment is not None:
         _polish(run, 2.0)
 
 
-def _exact_if_possible(run: _Run) -> str | None:
-    try:
-        return solve_exact(run.problem, run.best, "auto", run.pins, run.deadline, run.gap, run.seed)
-    except UserError:
-        return None  # no mixed-integer solver: the search's bound stands
-
-
 def _polish(run: _Run, seconds: float, start: Assignment | None = None) -> None:
-    """Repeat the polish while it helps, from the incumbent or another plan; without any mixed-integer solver the
-    search's plan stands."""
+    """Repeat the polish while it helps, from the incumbent or another plan."""
     for _ in range(3):
         before, start = run.best.value, start or run.best.assignment
         if start is None or run.left <= 0:
             return
-        try:
-            name = polish(
-                run.problem,
-                run.best,
-                run.pins,
-                start,
-                seconds=min(seconds, run.left),
-                seed=run.seed,
-                gap=min(1e-3, run.gap / 4),
-            )
-        except UserError:
-            return
+        limits = {"seconds": min(seconds, run.left), "seed": run.seed, "gap": min(1e-3, run.gap / 4)}
+        name = polish(run.problem, run.best, run.pins, start, **limits)
         if run.best.value >= before:
             return
-        run.used(name)
+        run.note_solver(name)
         start = None
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from ds_llmpq.errors import InfeasibleError, UserError
 from ds_llmpq.plan import Assignment, Plan, StageAssignment
 from ds_llmpq.planner.baselines import adabits, memory_proportional, pipeedge, uniform
+from ds_llmpq.planner.feasibility import pairs
 from ds_llmpq.planner.objective import evaluate, objective_value, rounds, violations
 from ds_llmpq.planner.problem import Problem
 from ds_llmpq.planner.solve import check_plan, solve
@@ -138,9 +139,15 @@ def _heuristic(problem: Problem, deadline: float) -> Assignment:
 
 
 def _reference(problem: Problem, deadline: float, options: Mapping[str, Any]) -> Assignment:
-    """LLM-PQ's published objective: found by moves from the best plan, so with no bound."""
+    """LLM-PQ's published objective: the best plan at its best micro-batches, then moves; so with no bound."""
     found = solve(problem, **{**options, "baselines": False}).assignment()
-    return _improve(problem, found, lambda assignment: reference_value(problem, assignment), deadline)
+
+    def rate(assignment: Assignment) -> float:
+        return reference_value(problem, assignment)
+
+    sized = [replace(found, prefill_micro_batch=eta, decode_micro_batch=xi) for eta, xi in pairs(problem)]
+    start = min((assignment for assignment in sized if not violations(problem, assignment)), key=rate)
+    return _improve(problem, start, rate, deadline)
 
 
 def reference_value(problem: Problem, assignment: Assignment) -> float:
@@ -153,13 +160,11 @@ def reference_value(problem: Problem, assignment: Assignment) -> float:
     return objective_value(problem, replace(seen, latency_seconds=seconds))
 
 
-def _improve(
-    problem: Problem, best: Assignment, value_of: Callable[[Assignment], float], deadline: float
-) -> Assignment:
+def _improve(problem: Problem, best: Assignment, rate: Callable[[Assignment], float], deadline: float) -> Assignment:
     """The best allowed move, as long as one helps."""
-    value = value_of(best)
+    value = rate(best)
     while time.monotonic() < deadline:
-        better = [(v, i, a) for i, a in enumerate(_moves(problem, best)) if (v := value_of(a)) < value]
+        better = [(v, i, a) for i, a in enumerate(_moves(problem, best)) if (v := rate(a)) < value]
         step = next((entry for entry in sorted(better) if not violations(problem, entry[2])), None)
         if step is None:
             break

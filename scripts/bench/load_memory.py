@@ -48,8 +48,13 @@ def plan_of(options: argparse.Namespace) -> Plan:
     stages = []
     for rank, (first, last) in enumerate([(0, options.cut), (options.cut, shape.layers)]):
         bits = (options.bits,) * (last - first)
-        parts = memory.stage_bytes(bits, WORKLOAD.sequences, capacity, rank == 0, rank == 1)
-        sizes = StageMemory(**parts, workspace=0.0)
+        sizes = StageMemory(
+            weights=len(bits) * memory.layer_bytes(options.bits),
+            kv=len(bits) * WORKLOAD.sequences * memory.kv_bytes_per_sequence_layer(capacity),
+            embed=memory.embed_bytes() if rank == 0 else 0,
+            head=memory.head_bytes() if rank == 1 else 0,
+            workspace=0.0,
+        )
         stages.append(
             Stage(
                 rank,

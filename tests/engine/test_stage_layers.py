@@ -42,8 +42,9 @@ def test_bytes_are_the_memory_model_s(checkpoint_of, variant, dtype, per_channel
     embedding = loader.embedding()
     assert stored_bytes(embedding) == memory.embed_bytes()
     stage = torch.nn.ModuleList([embedding, *layers, loader.head()])
-    planned = memory.stage_bytes(WIDTHS, 1, 1, True, True)
-    assert stored_bytes(stage) == planned["weights"] + planned["embed"] + planned["head"]
+    shared = memory.shares_embedding * memory.shape.lm_head.weights * dtype.itemsize
+    ends = memory.embed_bytes() + memory.head_bytes() - shared
+    assert stored_bytes(stage) == sum(memory.layer_bytes(width) for width in WIDTHS) + ends
 
 
 @pytest.mark.parametrize(("group_size", "axis"), [(8, 1), (64, 1), (16, 0)])

@@ -4,7 +4,7 @@ import copy
 from dataclasses import asdict
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from random_problems import random_problem
 
@@ -105,17 +105,21 @@ def test_a_plan_never_breaks_a_rule(seed, layers, devices):
     try:
         plan = solve(obj, solver="search", gap=0.05, time_limit_seconds=5)
     except UserError:
-        return
+        reject()  # 40 examples that have a plan are looked at
     problem = Problem.from_json(obj)
     assert violations(problem, plan.assignment()) == []
     assert plan.predicted == evaluate(problem, plan.assignment()).summary()
     assert plan.solver.bound <= plan.solver.objective * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_pins_are_respected_and_cost_something(seed):
+def test_pins_are_respected_and_cost_something():
+    assert sum(pins_are_respected(seed) for seed in range(8)) >= 28  # of 32: a pinned width may leave no plan
+
+
+def pins_are_respected(seed):
+    """How many pinned problems had a plan."""
     obj, free = solved(seed, layers=4, devices=3)
-    width = obj["bits"][0]
+    width, made = obj["bits"][0], 0
     last = free.stages[-1]
     for pins in (
         {"bits": {"0": width, "3": free.stages[-1].bits[-1]}},
@@ -135,6 +139,8 @@ def test_pins_are_respected_and_cost_something(seed):
             assert plan.stages[0].bits[0] == width
         else:
             assert plan.solver.objective == pytest.approx(free.solver.objective, rel=1e-9)
+        made += 1
+    return made
 
 
 def test_malformed_pins_give_their_sentence():

@@ -130,11 +130,11 @@ def test_every_kernel_multiplies_with_that_matrix_and_holds_what_the_memory_mode
     found, expected = product(head.lm_head, matrix_of(path, bits), torch.bfloat16)
     assert (found - expected).norm() < TOLERANCE[name] * expected.norm()
     memory = MemoryModel(read_shape(path), Groups(32), 2, KERNELS[name], bits)
-    held = memory.stage_bytes([16, 16], 1, 1, first=True, last=True)
-    assert (stored_bytes(embedding), stored_bytes(head)) == (held["embed"], held["head"])
+    assert not memory.shares_embedding
+    assert (stored_bytes(embedding), stored_bytes(head)) == (memory.embed_bytes(), memory.head_bytes())
     unquantized = MemoryModel(read_shape(path), Groups(32), 2, KERNELS[name])
-    plain = unquantized.stage_bytes([16, 16], 1, 1, first=True, last=True)
-    assert plain["head"] == 64 * 2  # the norm: the matrix is the embedding's
+    assert unquantized.shares_embedding
+    assert unquantized.head_bytes() == unquantized.embed_bytes() + 64 * 2  # and the norm
 
 
 def test_a_whole_stage_s_kernel_leaves_it_to_the_one_for_single_weights(path_of):

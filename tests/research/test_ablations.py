@@ -55,6 +55,7 @@ def test_no_variant_beats_the_bound(variant):
 
 
 def test_a_grouped_plan_costs_what_its_layers_cost():
+    made = 0
     for problem, _ in PROBLEMS:
         coarse = grouped_problem(problem, 2)
         try:
@@ -64,6 +65,8 @@ def test_a_grouped_plan_costs_what_its_layers_cost():
             continue
         assert plan.predicted.latency_seconds == pytest.approx(same.predicted.latency_seconds)
         assert plan.predicted.quality_loss == pytest.approx(same.predicted.quality_loss)
+        made += 1
+    assert made >= 2
 
 
 def test_the_published_latency_by_hand():
@@ -71,16 +74,15 @@ def test_the_published_latency_by_hand():
     assert reference_value(by_hand(), two_stages()) == pytest.approx(prefill + decode + 10 * 1.25)
 
 
-def test_a_plan_for_the_published_latency_is_no_worse_by_it_than_the_full_one():
-    better = 0
-    for problem, best in PROBLEMS:
-        plan = solve_ablation(problem, objective="reference", solver="search", gap=1e-6)
-        assert not violations(problem, plan.assignment())
-        own, full = (reference_value(problem, entry.assignment()) for entry in (plan, best))
-        assert own <= full * (1 + 1e-9)
-        better += own < full * (1 - 1e-9)
-        assert plan.solver.objective >= best.solver.bound * (1 - 1e-9)
-    assert better > 0
+@pytest.mark.parametrize("seed", [2, 36])
+def test_a_plan_for_the_published_latency_is_better_by_it_than_the_full_one(seed):
+    problem = Problem.from_json(random_problem(seed, layers=5, devices=2, sizes=2, widths=3, mode="theta"))
+    best = solve(problem, solver="search", gap=1e-6)
+    plan = solve_ablation(problem, objective="reference", solver="search", gap=1e-6)
+    assert not violations(problem, plan.assignment())
+    own, full = (reference_value(problem, entry.assignment()) for entry in (plan, best))
+    assert own < 0.9 * full
+    assert plan.solver.objective >= best.solver.bound * (1 - 1e-9)  # costed as any plan is
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import contextlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 
 import numpy as np
 
@@ -70,8 +69,8 @@ class Solution:
     solver: str
 
 
-class SolverUnavailable(Exception):
-    """The solver is not installed, or its licence does not allow this model."""
+class LicenceRefused(Exception):
+    """Gurobi's licence does not allow this model."""
 
 
 def count_threads() -> int:
@@ -89,33 +88,20 @@ def solve_model(
     seed: int = 0,
 ) -> Solution:
     """Minimise; only solutions better than `cutoff` count, so x is None when there is none."""
-    backends = {"gurobi": (_gurobi,), "highs": (_highs,), "auto": (_gurobi, _highs)}[solver]
-    reason = ""
-    for backend in backends:
-        if backend is _gurobi and solver == "auto" and not model.fits_restricted_licence():
-            continue
+    limits = (max(seconds, 0.05), gap, cutoff, seed)
+    if solver == "gurobi" or (solver == "auto" and model.fits_restricted_licence()):
         try:
-            return backend(model, max(seconds, 0.05), gap, cutoff, seed)
-        except SolverUnavailable as error:
-            reason = str(error)
-    name = "planner.solver=gurobi" if solver == "gurobi" else "a mixed-integer solver"
-    raise UserError(f"{name} cannot be used ({reason or 'none is installed'}); {_remedy(solver)}.")
-
-
-def _remedy(solver: str) -> str:
-    """What is sure to work on this machine."""
-    search = "planner.solver=search, which needs no other program"
-    if solver == "gurobi" and find_spec("highspy"):
-        return f"give planner.solver=highs, which is installed, or {search}"
-    return f"install highspy, or give {search}"
+            return _gurobi(model, *limits)
+        except LicenceRefused as error:
+            if solver == "gurobi":
+                raise UserError(f"planner.solver=gurobi cannot be used ({error}); give planner.solver=highs.") from None
+    return _highs(model, *limits)
 
 
 def _gurobi(model: Model, seconds: float, gap: float, cutoff: float, seed: int) -> Solution:
-    try:
-        import gurobipy as gp
-        from scipy.sparse import csr_matrix
-    except ImportError as error:
-        raise SolverUnavailable(f"gurobipy or scipy is not installed: {error}") from None
+    import gurobipy as gp
+    from scipy.sparse import csr_matrix
+
     try:
         with gp.Env(params={"OutputFlag": 0}) as env, gp.Model(env=env) as m:
             kinds = [
@@ -156,15 +142,13 @@ def _gurobi(model: Model, seconds: float, gap: float, cutoff: float, seed: int) 
             return Solution(found, m.ObjVal if m.SolCount else math.inf, bound, "gurobi")
     except gp.GurobiError as error:
         if error.errno in GUROBI_LICENCE_ERRORS:
-            raise SolverUnavailable(f"Gurobi's licence does not allow it: {error}") from None
+            raise LicenceRefused(f"its licence does not allow it: {error}") from None
         raise
 
 
 def _highs(model: Model, seconds: float, gap: float, cutoff: float, seed: int) -> Solution:
-    try:
-        import highspy
-    except ImportError as error:
-        raise SolverUnavailable(f"highspy is not installed: {error}") from None
+    import highspy
+
     lp = highspy.HighsLp()
     lp.num_col_, lp.num_row_ = len(model.cost), len(model.row_low)
     lp.col_cost_, lp.col_lower_, lp.col_upper_ = map(np.array, (model.cost, model.low, model.high))

@@ -25,7 +25,7 @@ def polish(
     seconds: float,
     seed: int,
     gap: float,
-) -> str | None:
+) -> str:
     """Solve the neighbourhood of `assignment`, offer what is found; returns the name of the solver used."""
     index = {device.name: d for d, device in enumerate(problem.devices)}
     chain = [index[stage.device] for stage in assignment.stages]

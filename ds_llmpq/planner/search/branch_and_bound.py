@@ -18,11 +18,10 @@ from ds_llmpq.planner.pins import Pins
 from ds_llmpq.planner.problem import Problem
 from ds_llmpq.planner.search.enumeration import Enumeration
 from ds_llmpq.planner.search.fractional import Fractional, Fractionals, first_bounds
-from ds_llmpq.planner.search.node import Duals, Guess, Node, Pair, round_weights
+from ds_llmpq.planner.search.node import Duals, Guess, Node, Pair, Target, round_weights
 from ds_llmpq.planner.search.relaxation import Relaxation
 from ds_llmpq.planner.search.shortest_path import PathStep
 from ds_llmpq.planner.search.stage_bounds import Box
-from ds_llmpq.planner.search.target import Target
 
 EXACT_DEPTH = 6  # splits after which long stages on the path are costed exactly
 SMALL = 150  # layers x devices x widths, up to which boxes are enumerated on the way
@@ -145,7 +144,7 @@ class Search:
             tried = replace(node, duals=duals, exact=best.exact, settled=True)
             if self.priced:
                 tried = self.relaxed.with_better_prices(tried, 30 if node.depth == 0 else 15, self._goal(tried))
-            ((bound, path),) = self.relaxed.evaluate([tried])
+            bound, path = self.relaxed.evaluate(tried)
             if not path or bound >= self.target:
                 best = replace(best, bound=max(best.bound, bound))
                 break
@@ -166,7 +165,7 @@ class Search:
 
     def _plan(self, node: Node, path: list[PathStep]) -> Prediction | None:
         """Round the path to a plan and offer it."""
-        assignment = self.relaxed.rounded(node, path)
+        assignment = self.relaxed.round_path(node, path)
         if assignment is None:
             return None
         self.best.offer(assignment)
@@ -187,7 +186,7 @@ class Search:
         w, theta = duals.w, duals.theta
         if seen is not None:
             near = min(range(len(ROUND_STEPS)), key=lambda i: abs(ROUND_STEPS[i] - w))
-            move = -1 if _ring_binds(pair, seen) else 1
+            move = -1 if seen.ring_binds(pair.arrays.decode_rounds) else 1
             w = ROUND_STEPS[min(max(near + move, 0), len(ROUND_STEPS) - 1)]
         return Duals(theta, w, duals.prices)
 
@@ -249,17 +248,14 @@ class Search:
         seen = node.prediction
         if seen is None:
             return box.p_high, box.d_high
-        return (
-            min(box.p_high, max(*seen.stage_prefill_seconds, *seen.link_prefill_seconds)),
-            min(box.d_high, max(*seen.stage_decode_seconds, *seen.link_decode_seconds)),
-        )
+        return min(box.p_high, seen.slowest_prefill_seconds), min(box.d_high, seen.slowest_decode_seconds)
 
     def _gaps(self, node: Node, box: Box, p_top: float, d_top: float) -> tuple[float, float]:
         """What the thresholds' uncertainty contributes to the difference between plan and bound."""
         pair, seen = self.pairs[node.pair], node.prediction
         p_gap = pair.slow * max(p_top - box.p_low, 0.0)
         # Where a pass around the ring binds, the slowest decode resource matters through its limit alone.
-        least = RING_WEIGHT if seen is not None and _ring_binds(pair, seen) else SLOWEST_WEIGHT
+        least = RING_WEIGHT if seen is not None and seen.ring_binds(pair.arrays.decode_rounds) else SLOWEST_WEIGHT
         if pair.arrays.decode_rounds == 1:
             least = 0.0  # it always binds
         return p_gap, pair.slowest * max(node.duals.w, least) * max(d_top - box.d_low, 0.0)
@@ -335,12 +331,6 @@ def plausible_theta(pair: Pair, seconds: float = 0.0) -> float:
     spread = float((loss.max(axis=1) - loss.min(axis=1)).sum())
     least = (pair.slow + 1) * pair.root.p_low + max(pair.slowest, pair.ring) * pair.root.d_low
     return max(least, seconds, 1e-9) / max(spread, 1e-9)
-
-
-def _ring_binds(pair: Pair, seen: Prediction) -> bool:
-    """One micro-batch's pass takes no less than the slowest resource needs for all of them."""
-    ring = sum(seen.stage_decode_seconds) + sum(seen.link_decode_seconds)
-    return ring >= pair.arrays.decode_rounds * max(*seen.stage_decode_seconds, *seen.link_decode_seconds)
 
 
 def _middle(low: float, high: float) -> float:

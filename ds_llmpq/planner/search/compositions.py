@@ -70,7 +70,7 @@ class Compositions:
         self._loss.append(best)
         self._index.append({tuple(row): i for i, row in enumerate(rows.tolist())})
 
-    def widths_of(self, row: int, length: int, first: int) -> np.ndarray:
+    def best_widths(self, row: int, length: int, first: int) -> np.ndarray:
         """Width indices of layers [first, first + length) that reach the least loss of a composition."""
         counts = self._counts[length][row].copy()
         chosen = np.zeros(length, dtype=np.int64)
@@ -105,28 +105,20 @@ class StageCosts:
             self._uses[length] = self.table.counts(length) @ self.weights
         return self._uses[length]
 
-    def least_short(self, limits: np.ndarray, pass_weight: float, theta: float) -> np.ndarray:
-        """[short, L] at (k - 1, a): least P + a_D D + theta * loss within the limits [3]."""
-        found = np.full((self.table.short, self.table.layers), np.inf)
+    def least_short(
+        self, limits: np.ndarray, pass_weight: float, theta: float, first: np.ndarray | None = None
+    ) -> np.ndarray:
+        """[short, L] at (k - 1, a): least P + a_D D + theta * loss within the limits [3]. With `first[k - 1]`, a first
+        layer for each length: [short, 1], at that layer alone."""
+        found = np.full((self.table.short, self.table.layers if first is None else 1), np.inf)
         rows = np.flatnonzero(_keeps(self.short_uses, limits))
         if len(rows):
-            times = self.short_uses[rows, 0] + pass_weight * self.short_uses[rows, 1]
-            cost = times[:, None] + theta * self.short_loss[rows]
             lengths = self.short_length[rows]
+            loss = self.short_loss[rows] if first is None else self.short_loss[rows, first[lengths - 1]][:, None]
+            times = self.short_uses[rows, 0] + pass_weight * self.short_uses[rows, 1]
+            cost = times[:, None] + theta * loss
             heads = np.flatnonzero(np.diff(lengths, prepend=0))
             found[lengths[heads] - 1] = np.minimum.reduceat(cost, heads, axis=0)
-        return found
-
-    def least_short_at(self, limits: np.ndarray, pass_weight: float, theta: float, first: np.ndarray) -> np.ndarray:
-        """[short]: the same at one first layer per length (`first[k - 1]`), with these limits."""
-        found = np.full(self.table.short, np.inf)
-        rows = np.flatnonzero(_keeps(self.short_uses, limits))
-        if len(rows):
-            lengths = self.short_length[rows]
-            loss = self.short_loss[rows, first[lengths - 1]]
-            cost = self.short_uses[rows, 0] + pass_weight * self.short_uses[rows, 1] + theta * loss
-            heads = np.flatnonzero(np.diff(lengths, prepend=0))
-            found[lengths[heads] - 1] = np.minimum.reduceat(cost, heads)
         return found
 
     def least(self, length: int, limits: np.ndarray, pass_weight: float, theta: float) -> np.ndarray:
@@ -151,7 +143,7 @@ class StageCosts:
         best = int(np.argmin(cost))
         if not cost[best] < self.table.never / 2:
             return None, np.inf
-        return self.table.widths_of(int(rows[best]), length, first), float(cost[best])
+        return self.table.best_widths(int(rows[best]), length, first), float(cost[best])
 
 
 def _keeps(uses: np.ndarray, limits: np.ndarray) -> np.ndarray:

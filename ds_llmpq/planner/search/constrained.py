@@ -48,7 +48,7 @@ def find_price_of_limit(
         if left < 3 * share or high / max(low, 1e-300) < NARROW:
             break
         priced = replace(problem, objective=Objective("theta", theta=theta))
-        found = Incumbent(priced, accepts=pins.respected)
+        found = Incumbent(priced, accepts=pins.respects)
         if best.assignment is not None:
             found.offer(best.assignment)
         Search(priced, found, pins, gap=max(gap, COARSE_GAP), deadline=time.monotonic() + share).run()

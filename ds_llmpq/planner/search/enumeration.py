@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ds_llmpq.plan import Assignment, StageAssignment
-from ds_llmpq.planner.search.node import Node
+from ds_llmpq.planner.search.node import Node, Target
 from ds_llmpq.planner.search.relaxation import Relaxation
 from ds_llmpq.planner.search.stage_bounds import NEVER
-from ds_llmpq.planner.search.target import Target
 
 OPTION_LIMIT = 4000
 
@@ -41,7 +40,7 @@ class Enumeration:
         node = self.node
         self.pair = self.relaxed.pairs[node.pair]
         self.stage, self.link, self.final = self.relaxed.tables(node)
-        self.after = self.relaxed.space.costs_to_go(self.stage[None], self.link[None], self.final[None]).after[0]
+        self.after = self.relaxed.space.costs_to_go(self.stage, self.link, self.final).after
         self.constant = self.relaxed.constant(node)
         self.ring = self.relaxed.ring_weight(node)
         try:
@@ -106,7 +105,7 @@ class Enumeration:
                 found = self._with_layer(found, q, layer, limits)
             ends = [int(at_start) * stages.embed[p, q] + int(at_end) * stages.head[p, q] for p in (0, 1)]
             options = [(p + ends[0], d + ends[1], loss, bits) for p, d, _, loss, bits in found.values()]
-            self.options[key] = _undominated(options)
+            self.options[key] = _drop_dominated(options)
         return self.options[key]
 
     def _with_layer(self, found: dict, q: int, layer: int, limits: np.ndarray) -> dict:
@@ -128,7 +127,7 @@ class Enumeration:
         return grown
 
 
-def _undominated(options: list[tuple]) -> list[tuple]:
+def _drop_dominated(options: list[tuple]) -> list[tuple]:
     """Without those that another equals or beats in P, D and loss."""
     if not options:
         return []

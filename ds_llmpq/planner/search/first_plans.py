@@ -8,10 +8,9 @@ import time
 from collections.abc import Sequence
 
 from ds_llmpq.planner.search.fractional import Fractional
-from ds_llmpq.planner.search.node import Duals, Node
+from ds_llmpq.planner.search.node import Duals, Node, Target
 from ds_llmpq.planner.search.relaxation import Relaxation
 from ds_llmpq.planner.search.stage_bounds import Box
-from ds_llmpq.planner.search.target import Target
 
 PAIRS = 3  # the most promising ones
 FACTORS = (1.05, 1.15, 1.4, 2.0)  # of the fractional optimum's slowest resources
@@ -58,7 +57,7 @@ def _aim(root: Node, known: Fractional, factor: float, theta: float) -> Node | N
 def _offer(relaxed: Relaxation, node: Node, target: Target) -> None:
     if relaxed.priced:
         node = relaxed.with_better_prices(node, PRICE_ROUNDS, target.value)
-    ((_, path),) = relaxed.evaluate([node])
-    assignment = relaxed.rounded(node, path) if path else None
+    _, path = relaxed.evaluate(node)
+    assignment = relaxed.round_path(node, path) if path else None
     if assignment is not None:
         target.best.offer(assignment)

@@ -23,19 +23,17 @@ from ds_llmpq.planner.problem import Problem
 from ds_llmpq.planner.search.compositions import Compositions
 from ds_llmpq.planner.search.device_classes import Classes, class_links, group
 from ds_llmpq.planner.search.dual_prices import best_prices
-from ds_llmpq.planner.search.multipliers import Multipliers
-from ds_llmpq.planner.search.node import Node, Pair, round_weights
+from ds_llmpq.planner.search.node import Multipliers, Node, Pair, round_weights
 from ds_llmpq.planner.search.rounding import Place, choose_bits, find_multipliers
 from ds_llmpq.planner.search.shortest_path import PathSpace, PathStep
 from ds_llmpq.planner.search.stage_bounds import NEVER, Box, Prices, StageBounds
 
 STATE_LIMIT = 3000  # count states times classes beyond which device limits are priced instead of counted
 POOL_LIMIT = 90
-BATCH_ENTRIES = 40_000
 
 
 class Relaxation:
-    """Bounds and paths of boxes, for all micro-batch pairs. `rounded` adds to the pairs' multipliers, and nothing else
+    """Bounds and paths of boxes, for all micro-batch pairs. `round_path` adds multipliers to pairs, and nothing else
     changes what a node's bound is."""
 
     def __init__(
@@ -82,31 +80,15 @@ class Relaxation:
             root=_root_box(arrays),
         )
 
-    def evaluate(self, nodes: list[Node]) -> list[tuple[float, list[PathStep]]]:
-        """(bound in units of the objective, best path) of each node; the path is empty when nothing is possible."""
-        found: list[tuple[float, list[PathStep]]] = []
-        size = max(1, BATCH_ENTRIES // (self.space.states * self.space.classes * self.problem.layers))
-        for i in range(0, len(nodes), size):
-            found += self._evaluate_batch(nodes[i : i + size])
-        self.evaluated += len(nodes)
-        return found
-
-    def _evaluate_batch(self, nodes: list[Node]) -> list[tuple[float, list[PathStep]]]:
-        parts = [self.tables(node) for node in nodes]
-        longest = max(_longest_stage(stage) for stage, _, _ in parts)
-        stage = np.stack([_at_length(stage, longest) for stage, _, _ in parts])
-        link, final = (np.stack(tables) for tables in zip(*(rest for _, *rest in parts), strict=True))
-        costs = self.space.costs_to_go(stage, link, final)
-        results = []
-        for x, node in enumerate(nodes):
-            value = costs.least(x)
-            if math.isinf(value):
-                results.append((math.inf, []))
-                continue
-            value += self.constant(node)
-            value -= 1e-9 * abs(value)
-            results.append((self.in_objective_units(value, node.duals.theta), costs.path(x)))
-        return results
+    def evaluate(self, node: Node) -> tuple[float, list[PathStep]]:
+        """(bound in units of the objective, best path) of a node; the path is empty when nothing is possible."""
+        self.evaluated += 1
+        stage, link, final = self.tables(node)
+        costs = self.space.costs_to_go(_cut(stage), link, final)
+        if math.isinf(costs.least):
+            return math.inf, []
+        value = costs.least + self.constant(node)
+        return self.in_objective_units(value - 1e-9 * abs(value), node.duals.theta), costs.path()
 
     def constant(self, node: Node) -> float:
         """What every plan in the box costs beside its stages: the low thresholds, less the prices of all devices."""
@@ -146,15 +128,15 @@ class Relaxation:
         """The node with better prices of device classes; its other duals stay. `goal`: a bound that is enough."""
         bare = replace(node, duals=replace(node.duals, prices=(0.0,) * self.space.classes))
         stage, link, final = self.tables(bare)
-        stage = _at_length(stage, _longest_stage(stage))
+        stage = _cut(stage)
         counts, constant = np.array(self.classes.counts), self.constant(bare)
 
         def value_and_slope(prices: np.ndarray) -> tuple[float, np.ndarray | None]:
-            costs = self.space.costs_to_go((stage + prices[:, None, None])[None], link[None], final[None])
-            value = costs.least(0) + constant - float(prices @ counts)
+            costs = self.space.costs_to_go(stage + prices[:, None, None], link, final)
+            value = costs.least + constant - float(prices @ counts)
             if math.isinf(value):
                 return value, None
-            return value, np.bincount([step.kind for step in costs.path(0)], minlength=len(counts)) - counts
+            return value, np.bincount([step.kind for step in costs.path()], minlength=len(counts)) - counts
 
         reference = goal if math.isfinite(goal) else abs(constant)
         prices = best_prices(
@@ -167,7 +149,7 @@ class Relaxation:
         )
         return replace(node, duals=replace(node.duals, prices=tuple(prices.tolist())))
 
-    def rounded(self, node: Node, path: list[PathStep]) -> Assignment | None:
+    def round_path(self, node: Node, path: list[PathStep]) -> Assignment | None:
         """The path as a plan, None where it makes none; adds to the pair's multipliers."""
         pair, duals = self.pairs[node.pair], node.duals
         if self.priced:
@@ -203,14 +185,12 @@ class Relaxation:
         middle = [np.mean(steps) if steps else self.problem.layers / 2 for steps in seen]
         row = [c for c in np.argsort(middle, kind="stable") for _ in range(self.classes.counts[c])]
         stage, link, final = self.tables(node)
-        stage = _at_length(stage, _longest_stage(stage)) - np.array(node.duals.prices)[:, None, None]
+        stage = _cut(stage) - np.array(node.duals.prices)[:, None, None]
         forward = np.where(np.tri(len(row), dtype=bool), np.inf, 0.0)
-        costs = PathSpace(len(row), None).costs_to_go(
-            stage[row][None], (link[np.ix_(row, row)] + forward)[None], final[row][None]
-        )
-        if math.isinf(costs.least(0)):
+        costs = PathSpace(len(row), None).costs_to_go(stage[row], link[np.ix_(row, row)] + forward, final[row])
+        if math.isinf(costs.least):
             return path
-        return [replace(step, kind=int(row[step.kind])) for step in costs.path(0)]
+        return [replace(step, kind=int(row[step.kind])) for step in costs.path()]
 
     def _devices(self, pair: Pair, path: list[PathStep]) -> list[int] | None:
         """Members for the classes of a path: each the nearest unused one to its predecessor."""
@@ -252,16 +232,10 @@ def _state_space(problem: Problem, pins: Pins, fixed: bool) -> tuple[Classes, Pa
     return classes, PathSpace(len(classes.members), None), True
 
 
-def _longest_stage(stage: np.ndarray) -> int:
-    """The greatest length with a finite cost."""
+def _cut(stage: np.ndarray) -> np.ndarray:
+    """[C, L, K] up to the greatest length with a finite cost."""
     finite = np.flatnonzero(np.isfinite(stage).any(axis=(0, 1)))
-    return int(finite[-1]) + 1 if len(finite) else 1
-
-
-def _at_length(stage: np.ndarray, longest: int) -> np.ndarray:
-    """[C, L, longest]: cut, or filled with infinity."""
-    kept = stage[..., :longest]
-    return np.pad(kept, ((0, 0), (0, 0), (0, longest - kept.shape[2])), constant_values=np.inf)
+    return stage[..., : int(finite[-1]) + 1 if len(finite) else 1]
 
 
 def _root_box(arrays: PairArrays) -> Box:

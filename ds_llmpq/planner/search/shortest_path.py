@@ -27,25 +27,24 @@ class PathSpace:
         self.columns = np.arange(classes)
 
     def costs_to_go(self, stage: np.ndarray, link: np.ndarray, final: np.ndarray) -> "CostsToGo":
-        """Costs of placing the layers from each one on, for `stage[X, C, L, K]` at (a, k - 1), `link[X, C, C]` from
-        class to class, and `final[X, C]` that follows the last stage."""
-        boxes, classes, layers, longest = stage.shape
-        after = np.full((boxes, layers + 1, self.states, classes), np.inf)
+        """Costs of placing the layers from each one on, for `stage[C, L, K]` at (a, k - 1), `link[C, C]` from class to
+        class, and `final[C]` that follows the last stage."""
+        _, layers, longest = stage.shape
+        after = np.full((layers + 1, self.states, self.classes), np.inf)
         lead = np.full_like(after, np.inf)
-        after[:, layers] = np.where(self.full[None], np.inf, final[:, None, :])
+        after[layers] = np.where(self.full, np.inf, final)
         for a in range(layers - 1, -1, -1):
             reach = min(longest, layers - a)
-            step = stage[:, :, a, :reach].transpose(0, 2, 1)[:, :, None, :]
-            lead[:, a] = (step + after[:, a + 1 : a + 1 + reach]).min(axis=1)
-            onward = (lead[:, a][:, :, None, :] + link[:, None, :, :]).min(axis=3)  # [X, S, last class]
-            after[:, a] = np.where(self.full[None], np.inf, onward[:, self.next, self.columns])
+            lead[a] = (stage[:, a, :reach].T[:, None, :] + after[a + 1 : a + 1 + reach]).min(axis=0)
+            onward = (lead[a][:, None, :] + link).min(axis=2)  # [S, last class]
+            after[a] = np.where(self.full, np.inf, onward[self.next, self.columns])
         return CostsToGo(self, stage, link, lead, after)
 
 
 @dataclass(frozen=True)
 class CostsToGo:
-    """`lead[x, a, s, c]`: a stage of class c begins at layer a, s counts the devices used before; the link that leads
-    to it is not included. `after[x, b, s, c]`: what follows a stage of class c, begun at s, that ended at layer b."""
+    """`lead[a, s, c]`: a stage of class c begins at layer a, s counts the devices used before; the link that leads to
+    it is not included. `after[b, s, c]`: what follows a stage of class c, begun at s, that ended at layer b."""
 
     space: PathSpace
     stage: np.ndarray
@@ -53,19 +52,19 @@ class CostsToGo:
     lead: np.ndarray
     after: np.ndarray
 
-    def least(self, x: int) -> float:
-        """The cost of box x's best path."""
-        return float(self.lead[x, 0, 0].min())
+    @property
+    def least(self) -> float:
+        """The cost of the best path."""
+        return float(self.lead[0, 0].min())
 
-    def path(self, x: int) -> list["PathStep"]:
-        """The best path of box x: stages in pipeline order."""
-        layers = self.stage.shape[2]
+    def path(self) -> list["PathStep"]:
+        """The best path: stages in pipeline order."""
+        _, layers, longest = self.stage.shape
         a, state, last, steps = 0, 0, -1, []
         while a < layers:
-            options = self.lead[x, a, state] + (self.link[x, last] if last >= 0 else 0.0)
-            c = int(np.argmin(options))
-            reach = min(self.stage.shape[3], layers - a)
-            k = 1 + int(np.argmin(self.stage[x, c, a, :reach] + self.after[x, a + 1 : a + 1 + reach, state, c]))
+            c = int(np.argmin(self.lead[a, state] + (self.link[last] if last >= 0 else 0.0)))
+            reach = min(longest, layers - a)
+            k = 1 + int(np.argmin(self.stage[c, a, :reach] + self.after[a + 1 : a + 1 + reach, state, c]))
             steps.append(PathStep(c, a, a + k))
             a, state, last = a + k, int(self.space.next[state, c]), c
         return steps

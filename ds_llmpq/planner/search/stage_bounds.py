@@ -7,11 +7,11 @@ one minimum a layer, so prefix sums give the Lagrangian bound of every interval:
     bound(a, k) = max over (l_P, l_D, l_M) of  S[a + k] - S[a] - (l_P - 1) P_high - (l_D - a_D) D_high - l_M capacity,
     S[i + 1] - S[i] = min over widths b of  l_P P_b + l_D D_b + l_M bytes[i, b] + theta * loss[i, b].
 
-The multipliers are a pool per device kind that grows where the search needs them (`multipliers.py`); S does not depend
+The multipliers are a pool per device kind that grows where they are needed (`node.Multipliers`); S does not depend
 on the box, only the constants do. A "kind" is a set of devices with equal times and capacity.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -174,41 +174,40 @@ class StageBounds:
 
         def worst(part: np.ndarray, first: bool, last: bool) -> np.ndarray:
             constants = surplus @ self.limits(q, box, first, last)
-            return (part - constants.reshape(-1, *[1] * (part.ndim - 1))).max(axis=0) + self.ends_cost(
-                q, pass_weight, first, last
-            )
+            rise = part - constants.reshape(-1, *[1] * (part.ndim - 1))
+            return rise.max(axis=0) + self.ends_cost(q, pass_weight, first, last)
 
-        bound = worst(table, False, False)
-        bound[0] = worst(table[:, 0], True, False)
-        first, length = self._last_stages()
-        bound[first, length - 1] = worst(table[:, first, length - 1], False, True)
-        if self.longest == self.layers:
-            bound[0, -1] = worst(table[:, 0, -1], True, True)
-        return bound
+        return self._by_place(table, worst)
 
-    def _last_stages(self) -> tuple[np.ndarray, np.ndarray]:
-        """First layers and lengths of the stages that end with the model."""
+    def _by_place(self, table: np.ndarray, reduce: Callable[[np.ndarray, bool, bool], np.ndarray]) -> np.ndarray:
+        """[L, K] from [M, L, K]: `reduce(part, first, last)` of the stages inside, at either end, and of the whole."""
+        found = reduce(table, False, False)
+        found[0] = reduce(table[:, 0], True, False)
         length = np.arange(1, self.longest + 1)
-        return self.layers - length, length
+        first = self.layers - length
+        found[first, length - 1] = reduce(table[:, first, length - 1], False, True)
+        if self.longest == self.layers:
+            found[0, -1] = reduce(table[:, 0, -1], True, True)
+        return found
 
     def _raise_short(self, q: int, box: Box, prices: Prices, bound: np.ndarray) -> None:
         """Put the exact costs of short stages in place."""
         costs, short = self.costs[q], min(self.compositions.short, self.longest)
         if not short:
             return
-        pass_weight = prices.pass_weight
-        place = (pass_weight, prices.theta)
-        found = costs.least_short(self.limits(q, box, False, False), *place)
-        zeros = np.zeros(self.compositions.short, dtype=np.int64)
-        found[:, 0] = costs.least_short_at(self.limits(q, box, True, False), *place, zeros)
-        found[:, 0] += self.ends_cost(q, pass_weight, True, False)
         lengths = np.arange(1, self.compositions.short + 1)
-        ends = self.layers - lengths
-        last = costs.least_short_at(self.limits(q, box, False, True), *place, ends)
-        found[lengths - 1, ends] = last + self.ends_cost(q, pass_weight, False, True)
+        start, end = np.zeros_like(lengths), self.layers - lengths
+
+        def least(first: bool, last: bool, at: np.ndarray | None) -> np.ndarray:
+            limits = self.limits(q, box, first, last)
+            found = costs.least_short(limits, prices.pass_weight, prices.theta, at)
+            return found + self.ends_cost(q, prices.pass_weight, first, last)
+
+        found = least(False, False, None)
+        found[:, 0] = least(True, False, start)[:, 0]
+        found[lengths - 1, end] = least(False, True, end)[:, 0]
         if short == self.layers:
-            whole = costs.least_short_at(self.limits(q, box, True, True), *place, zeros)[-1]
-            found[-1, 0] = whole + self.ends_cost(q, pass_weight, True, True)
+            found[-1, 0] = least(True, True, start)[-1, 0]
         np.maximum(bound[:, :short], found[:short].T, out=bound[:, :short])
 
     def _raise_long(self, q: int, length: int, box: Box, prices: Prices, bound: np.ndarray) -> None:
@@ -224,19 +223,13 @@ class StageBounds:
 
     def _impossible(self, q: int, box: Box) -> np.ndarray:
         """[L, K] bool: even the least possible P, D or memory exceeds its limit, or the interval leaves the model."""
-        least = self.least[q]
 
         def over(part: np.ndarray, first: bool, last: bool) -> np.ndarray:
             limits = self.limits(q, box, first, last)
             room = limits + np.abs(limits) * 1e-9 + 1e-15
             return (part > room.reshape(-1, *[1] * (part.ndim - 1))).any(axis=0)
 
-        bad = over(least, False, False)
-        bad[0] = over(least[:, 0], True, False)
-        first, length = self._last_stages()
-        bad[first, length - 1] = over(least[:, first, length - 1], False, True)
-        if self.longest == self.layers:
-            bad[0, -1] = over(least[:, 0, -1], True, True)
+        bad = self._by_place(self.least[q], over)
         bad[np.arange(self.layers)[:, None] + np.arange(self.longest) >= self.layers] = True
         return bad
 
