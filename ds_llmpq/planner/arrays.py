@@ -35,7 +35,7 @@ class PairArrays:
 
     @property
     def available(self) -> np.ndarray:
-        """[D, B]: the device can run the width at both micro-batch sizes."""
+        """[D, B]: the device can run the bit width at both micro-batch sizes."""
         return np.isfinite(self.prefill) & np.isfinite(self.decode)
 
 

@@ -23,7 +23,7 @@ from ds_llmpq.quant.packing import UNQUANTIZED_BITS, check_lm_head, make_groups,
 from ds_llmpq.sensitivity.prior import make_prior
 from ds_llmpq.sensitivity.table import Sensitivity
 
-CostsOf = Callable[[DeviceType], LayerCosts]
+CostFactory = Callable[[DeviceType], LayerCosts]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Prepared:
     dtype: str  # of arithmetic, cache and unquantized weights
     memory: MemoryModel
     provenance: dict[str, str]  # number -> measured, fitted, roofline, datasheet, assumed (with its source)
-    notes: tuple[str, ...]  # widths left out, and why
+    notes: tuple[str, ...]  # bit widths left out, and why
 
 
 def prepare(
@@ -46,13 +46,13 @@ def prepare(
     sensitivity: Sensitivity | None = None,
     dtype: str = "auto",
     kernel: Kernel = DEQUANTIZE,
-    costs_of: CostsOf | None = None,
+    make_costs: CostFactory | None = None,
     captured: bool = False,
 ) -> Prepared:
     """Fill the planning problem.
 
     sensitivity: None takes the prior from published perplexities. kernel: how quantized linears run.
-    costs_of: gives the times of a device type; None is the roofline. captured: GPU stages will capture their decode
+    make_costs: gives the times of a device type; None is the roofline. captured: GPU stages will capture their decode
     passes, whose graphs take memory.
     UserError: lengths beyond the model's positions, no usable bit width, no common compute dtype, an objective without
     its bound, an sensitivity of another model, or a number out of range.
@@ -63,12 +63,12 @@ def prepare(
     check_lm_head(shape.vocab, shape.embed_dim, quant)
     groups = make_groups(quant)
     memory = MemoryModel(shape, groups, COMPUTE_DTYPES[dtype], kernel, quant.lm_head_bits)
-    if costs_of is None:
+    if make_costs is None:
 
-        def costs_of(device_type: DeviceType) -> LayerCosts:
+        def make_costs(device_type: DeviceType) -> LayerCosts:
             return RooflineCosts(device_type, shape, dtype, groups, kernel, quant.lm_head_bits)
 
-    costs = {name: costs_of(device_type) for name, device_type in cluster.device_types.items()}
+    costs = {name: make_costs(device_type) for name, device_type in cluster.device_types.items()}
     for device_type in cluster.device_types.values():
         notes += [reason for width in bits if (reason := gate(device_type, width, dtype))]
     notes += _without_head(cluster, quant.lm_head_bits)
@@ -141,9 +141,9 @@ def check_workload(workload: WorkloadConfig, shape: ModelShape) -> None:
 
 
 def usable_bits(shape: ModelShape, quant: QuantConfig) -> tuple[list[int], list[str]]:
-    """(widths of `quant.bits` that every linear of a layer can be stored in, one note for each width left out).
+    """(bit widths of `quant.bits` that every linear of a layer can be stored in, one note for each bit width left out).
 
-    UserError: an unknown or doubled width, none left, or `quant.per_channel_bits` that cannot be.
+    UserError: an unknown or doubled bit width, none left, or `quant.per_channel_bits` that cannot be.
     """
     if not quant.bits:
         raise UserError(f"quant.bits is empty; list widths of {', '.join(map(str, BIT_WIDTHS))}")
@@ -159,13 +159,15 @@ def usable_bits(shape: ModelShape, quant: QuantConfig) -> tuple[list[int], list[
         else:
             kept.append(width)
     if not kept:
-        raise UserError(f"no width of quant.bits={list(quant.bits)} is usable, e.g. {notes[0]}; add {UNQUANTIZED_BITS}")
+        raise UserError(
+            f"no bit width of quant.bits={list(quant.bits)} is usable, e.g. {notes[0]}; add {UNQUANTIZED_BITS}"
+        )
     return kept, notes
 
 
 def add_head_loss(sensitivity: Sensitivity, bits: list[int], lm_head_bits: int) -> list[list[float]]:
     """Layers x `bits`. What lm_head loses is the same in every plan, and charged to the last layer, which is
-    in every plan: so it counts against a bound on the loss. UserError: a width that sensitivity does not know."""
+    in every plan: so it counts against a bound on the loss. UserError: a bit width that sensitivity does not know."""
     *others, last = sensitivity.select_bits(bits)
     return [*map(list, others), [value + sensitivity.head_loss(lm_head_bits) for value in last]]
 
@@ -245,7 +247,7 @@ def _type_entry(
 
 
 def _holds_head(device_type: DeviceType, lm_head_bits: int) -> bool:
-    """Any type does at 16 bits, whatever the widths of its layers."""
+    """Any type does at 16 bits, whatever the bit widths of its layers."""
     return lm_head_bits == UNQUANTIZED_BITS or lm_head_bits in device_type.bits
 
 
@@ -257,7 +259,7 @@ def _without_head(cluster: Cluster, lm_head_bits: int) -> list[str]:
     if len(found) == len(types):
         widths = sorted({width for entry in types for width in entry.bits} | {UNQUANTIZED_BITS})
         raise UserError(
-            f"quant.lm_head_bits={lm_head_bits}, but no device type of the cluster has that width; use one of "
+            f"quant.lm_head_bits={lm_head_bits}, but no device type of the cluster has that bit width; use one of "
             f"{', '.join(map(str, widths))}"
         )
     return found

@@ -15,7 +15,7 @@ from ds_llmpq.cost.linktable import fit_link, read_links
 from ds_llmpq.cost.profile import current_setup
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.shape import ModelShape
-from ds_llmpq.planner.build import CostsOf
+from ds_llmpq.planner.build import CostFactory
 from ds_llmpq.planner.config import CostConfig, PlannerConfig
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.kernels.base import Kernel
@@ -41,8 +41,8 @@ def select_costs(
     dtype: str,
     kernel: Kernel,
     further: Mapping[str, FurtherSource] | None = None,
-) -> tuple[CostsOf | None, Cluster, Kernel]:
-    """(`costs_of` for `prepare`, the cluster with measured links, the kernel that the times and the memory are of).
+) -> tuple[CostFactory | None, Cluster, Kernel]:
+    """(`make_costs` for `prepare`, the cluster with measured links, the kernel that the times and the memory are of).
 
     further: sources by name, beside our own. `UserError`: an unknown source, or one that a profile contradicts.
     """
@@ -69,8 +69,8 @@ def _find_kernel(name: str, further: Mapping[str, FurtherSource]) -> Kernel:
 
 def load_profile_costs(
     planner: PlannerConfig, quant: QuantConfig, cluster: Cluster, shape: ModelShape, dtype: str, kernel: Kernel
-) -> tuple[CostsOf | None, Cluster]:
-    """(`costs_of` for `prepare`, the cluster with measured links); both as they were where no profile is given.
+) -> tuple[CostFactory | None, Cluster]:
+    """(`make_costs` for `prepare`, the cluster with measured links); both as they were where no profile is given.
 
     `UserError`: the profile was made with other libraries, kernel, compute dtype or layer shape.
     """
@@ -82,12 +82,12 @@ def load_profile_costs(
     setup = current_setup(shape, dtype, kernel, groups, quant.lm_head_bits)
     model = load_model(folder, shape, setup, planner.profile_force)
 
-    def costs_of(device_type: DeviceType) -> FittedCosts:
+    def make_costs(device_type: DeviceType) -> FittedCosts:
         roofline = RooflineCosts(device_type, shape, dtype, groups, kernel, quant.lm_head_bits)
         return FittedCosts(device_type, model, roofline)
 
     table = (folder if folder.is_dir() else folder.parent) / "links.csv"
-    return costs_of, _with_links(cluster, table) if table.is_file() else cluster
+    return make_costs, _with_links(cluster, table) if table.is_file() else cluster
 
 
 def _with_links(cluster: Cluster, table: Path) -> Cluster:

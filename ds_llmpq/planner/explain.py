@@ -88,18 +88,18 @@ def _widths(stage: Stage) -> str:
 
 
 def _limit(problem: Problem, plan: Plan, stage: Stage, phase: str) -> str:
-    """Memory, if a faster width of this stage or one layer more elsewhere does not fit; else compute."""
+    """Memory, if a faster bit width of this stage or one layer more elsewhere does not fit; else compute."""
     kind = problem.device_types[stage.device_type]
     size = getattr(plan.micro_batch, phase)
     times = {b: getattr(kind, f"{phase}_layer_seconds").get(b, {}).get(size) for b in kind.bits}
     usable = {b: seconds for b, seconds in times.items() if seconds is not None}
     fastest = min(usable, key=lambda b: usable[b])
-    size_of = {b: max(problem.memory.layer_bytes[b]) for b in usable}
+    most_bytes = {b: max(problem.memory.layer_bytes[b]) for b in usable}
     slower = [b for b in stage.bits if usable[b] > usable[fastest]]
     free = stage.memory_budget_bytes - stage.memory_bytes.total
-    if slower and size_of[fastest] - size_of[slower[0]] > free:
+    if slower and most_bytes[fastest] - most_bytes[slower[0]] > free:
         return f"memory limits it: {fastest} bits would be faster, but only {free:,.0f} bytes are free"
-    lightest = min(size_of.values()) + problem.memory.kv_bytes_per_sequence_layer * problem.workload.sequences
+    lightest = min(most_bytes.values()) + problem.memory.kv_bytes_per_sequence_layer * problem.workload.sequences
     others = [s for s in plan.stages if s is not stage]
     spare = [s for s in others if s.memory_budget_bytes - s.memory_bytes.total >= lightest]
     if others and not spare:
@@ -117,7 +117,7 @@ def _left_out(problem: Problem, plan: Plan) -> list[str]:
 
 
 def _memory_worth(problem: Problem, plan: Plan, seen: Prediction) -> list[str]:
-    """What one GB more on one device would gain at least: the same stages, its widths chosen anew. No extrapolated
+    """What one GB more on one device would gain at least: the same stages, its bit widths chosen anew. No extrapolated
     price, which promises more than there is to gain where a GB is much for the model."""
     if problem.objective.mode != "theta":
         return []
@@ -136,7 +136,7 @@ def _memory_worth(problem: Problem, plan: Plan, seen: Prediction) -> list[str]:
     listed = ", ".join(f"{format_number(gain)} on {device}" for gain, device in found[:4])
     return [
         f"One GB more memory on one device would lower the objective of {format_number(plan.solver.objective, 4)} by "
-        f"at least (the same stages, other widths): {listed}."
+        f"at least (the same stages, other bit widths): {listed}."
     ]
 
 
@@ -144,7 +144,7 @@ def _widths_within(
     problem: Problem, arrays: PairArrays, plan: Plan, seen: Prediction, j: int, more: float
 ) -> tuple[int, ...]:
     """Widths of stage j with so many bytes more, no slower than the slowest stages: the best exchange of one layer's
-    width after the other."""
+    bit width after the other."""
     stage = plan.stages[j]
     d = next(i for i, device in enumerate(problem.devices) if device.name == stage.device)
     passes = (arrays.generated_tokens - 1.0) * seen.ring_binds(arrays.decode_rounds)

@@ -1,6 +1,6 @@
 """A plan in the words of other systems: vLLM's layer partition and GPTQ overrides, llama.cpp's arguments.
 
-Cuts carry over exactly and widths as far as the other system has them; the schedule, the micro-batches and the
+Cuts carry over exactly and bit widths as far as the other system has them; the schedule, the micro-batches and the
 predicted times are this engine's own. What does not carry over is said in `notes`.
 """
 
@@ -44,7 +44,7 @@ def export(plan: Plan, to: str) -> Export:
 
 
 def layers_by_width(plan: Plan) -> dict[int, list[int]]:
-    """Width -> its decoder layers, the most frequent width first."""
+    """Width -> its decoder layers, the most frequent bit width first."""
     bits = [width for stage in plan.stages for width in stage.bits]
     order = [width for width, _ in Counter(bits).most_common()]
     return {width: [layer for layer, own in enumerate(bits) if own == width] for width in order}

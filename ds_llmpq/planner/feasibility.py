@@ -201,7 +201,7 @@ def explain_memory(problem: Problem) -> InfeasibleError:
     smallest = _smallest_total(arrays)
     room = float(np.clip(arrays.capacity, 0, None).sum())
     return InfeasibleError(
-        f"No plan fits the memory: with every layer at its smallest width and micro-batches {pair} the devices "
+        f"No plan fits the memory: with every layer at its smallest bit width and micro-batches {pair} the devices "
         f"hold {held} of {problem.layers} layers; {_shortfall(problem, arrays, smallest, room)}; {_remedies(problem)}."
     )
 
@@ -271,7 +271,7 @@ def _remedies(problem: Problem) -> str:
 
 
 def _fewer_bits(problem: Problem) -> list[str]:
-    """A width below the smallest, its weights in proportion; or, ungated, one that the problem lists already."""
+    """A bit width below the smallest, its weights in proportion; or, ungated, one that the problem lists already."""
     for width in sorted(problem.bits, reverse=True):
         opened = {
             name: replace(

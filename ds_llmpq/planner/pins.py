@@ -1,4 +1,4 @@
-"""Decisions the user has made already: the order of devices, the layers of a device, the width of a layer."""
+"""Decisions the user has made already: the order of devices, the layers of a device, the bit width of a layer."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -78,7 +78,7 @@ class Pins:
         return {d: self.layers[device.name] for d, device in enumerate(problem.devices) if device.name in self.layers}
 
     def widths(self, problem: Problem) -> np.ndarray:
-        """[L, B] bool: the widths a layer may take."""
+        """[L, B] bool: the bit widths a layer may take."""
         allowed = np.ones((problem.layers, len(problem.bits)), dtype=bool)
         for layer, width in self.bits.items():
             allowed[layer] = [b == width for b in problem.bits]

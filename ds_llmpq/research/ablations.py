@@ -2,7 +2,7 @@
 
 `phase_blind` sees generation as one pass: it plans for prefill alone, and only then takes its best decode micro-batch.
 `equal_micro_batches` knows both phases but uses one size for both. `grouped` decides for groups of layers at once.
-`heuristic` starts from adabits and moves widths and stage boundaries while that helps. None has a bound.
+`heuristic` starts from adabits and moves bit widths and stage boundaries while that helps. None has a bound.
 
 `objective=reference` plans for the latency that LLM-PQ published instead, by the same moves from the best plan.
 """
@@ -63,7 +63,7 @@ def solve_ablation(
 
 
 def _phase_blind(problem: Problem, options: Mapping[str, Any]) -> Assignment:
-    """Plans as if nothing were decoded: cuts, widths and prefill size are prefill's; then the best decode size."""
+    """Plans as if nothing were decoded: cuts, bit widths and prefill size are prefill's; then the best decode size."""
     blind = replace(problem, workload=replace(problem.workload, generated_tokens=1))
     found = solve(blind, **{**options, "baselines": False}).assignment()
     candidates = [replace(found, decode_micro_batch=size) for size in problem.micro_batches.decode]
@@ -91,7 +91,7 @@ def _equal_micro_batches(problem: Problem, options: Mapping[str, Any]) -> Assign
 
 
 def _grouped(problem: Problem, group: int, options: Mapping[str, Any]) -> Assignment:
-    """Solves the problem of L / g super-layers and gives each layer its group's width and device."""
+    """Solves the problem of L / g super-layers and gives each layer its group's bit width and device."""
     found = solve(grouped_problem(problem, group), **{**options, "baselines": False}).assignment()
     stages = tuple(
         StageAssignment(
@@ -177,7 +177,7 @@ def _value(problem: Problem) -> Callable[[Assignment], float]:
 
 
 def _moves(problem: Problem, assignment: Assignment) -> Iterator[Assignment]:
-    """One layer to another width; a boundary by one layer, the layer taking any width."""
+    """One layer to another bit width; a boundary by one layer, the layer taking any width."""
     stages = assignment.stages
     for j, stage in enumerate(stages):
         for width in problem.bits:
@@ -195,7 +195,7 @@ def _moves(problem: Problem, assignment: Assignment) -> Iterator[Assignment]:
 
 
 def _first_of_each_width(stage: StageAssignment) -> list[int]:
-    """Layers differ little within a stage: one of each width stands for all."""
+    """Layers differ little within a stage: one of each bit width stands for all."""
     return [stage.bits.index(width) for width in sorted(set(stage.bits))]
 
 

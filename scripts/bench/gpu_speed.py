@@ -52,7 +52,7 @@ def measure_ceilings(run: Run) -> None:
     run.add("small operation, eager", us=1e6 * timed(run, lambda: [small.add_(1) for _ in range(64)]) / 64)
 
 
-def costs_of(run: Run, shape: ModelShape, kernel: Kernel) -> RooflineCosts:
+def make_costs(run: Run, shape: ModelShape, kernel: Kernel) -> RooflineCosts:
     """The planner's cost model with the rates that were measured just now, no profile."""
     cluster = Cluster.from_config(make_cluster(run))
     return RooflineCosts(cluster.devices[0].type, shape, "bfloat16", make_groups(QuantConfig()), kernel)
@@ -85,7 +85,7 @@ def time_passes(run: Run, folder: Path, bits: int) -> None:
     if run.on_gpu:
         torch.cuda.synchronize()
     run.add(f"load at {bits} bits, kernel {loader.kernel.name}", seconds=time.monotonic() - began)
-    costs = costs_of(run, shape, loader.kernel)
+    costs = make_costs(run, shape, loader.kernel)
     _time_decode(run, module, positional, costs, bits)
     if bits in (4, 16):
         _time_prefill(run, module, positional, costs, bits)

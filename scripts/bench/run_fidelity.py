@@ -83,10 +83,10 @@ def planning(options):
     cluster, shape = Cluster.from_config(settings.cluster), read_shape(options.model)
     kernel = profiled_kernel(options.profile)
     settings.quant.kernel = kernel
-    costs_of, cluster = load_profile_costs(
+    make_costs, cluster = load_profile_costs(
         settings.planner, settings.quant, cluster, shape, settings.engine.dtype, find_kernel(kernel)
     )  # fmt: skip
-    prepared = prepare(cluster, shape, settings.workload, settings.quant, settings.planner, costs_of=costs_of)
+    prepared = prepare(cluster, shape, settings.workload, settings.quant, settings.planner, make_costs=make_costs)
     return settings, cluster, prepared
 
 

@@ -109,7 +109,7 @@ def test_an_infeasible_cluster_exits_with_two(call, small, tmp_path):
         (["quant.bits=[4]", "quant.group_size=7"], "7"),
         (["quant.lm_head_bits=7"], "quant.lm_head_bits=7; it must be one of"),
         (["quant.lm_head_bits=7", "planner.profile=/nowhere"], "quant.lm_head_bits=7; it must be one of"),
-        (["quant.lm_head_bits=1"], "no device type of the cluster has that width"),
+        (["quant.lm_head_bits=1"], "no device type of the cluster has that bit width"),
         (["quant.per_channel_bits=[16]"], "quant.per_channel_bits=[16]: list each width once"),
         (["quant.per_channel_bits=[8]", "quant.axis=0"], "set quant.axis=1, or quant.per_channel_bits=[]"),
         (["planner.sensitivity=/nowhere.json"], "/nowhere.json"),

@@ -82,7 +82,7 @@ def test_every_command_names_a_command_and_keys_that_exist():
 
 
 _INLINE = re.compile(r"`([^`\n]+)`")
-_ARGUMENTS = {"key=", "costs_of=", "formula=", "solver=", "pins=", "settings="}  # of Python functions, or any key
+_ARGUMENTS = {"key=", "make_costs=", "formula=", "solver=", "pins=", "settings="}  # of Python functions, or any key
 _OPTION = re.compile(r"^'?(\+{0,2}[a-z_]+(?:[./][a-z_]+)*=)")
 
 

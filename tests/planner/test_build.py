@@ -84,7 +84,7 @@ class CountedCosts:
 
 
 def test_tables_hold_what_the_costs_say():
-    problem = make(costs_of=lambda _: CountedCosts()).problem
+    problem = make(make_costs=lambda _: CountedCosts()).problem
     assert problem.bits == (16, 4, 8)
     assert problem.micro_batches.prefill == problem.micro_batches.decode == (1, 2, 4, 6)
     assert set(problem.device_types) == {"gpu", "core", "core_x2"}
@@ -167,7 +167,7 @@ def test_whole_output_matrices_go_on_devices_whose_layers_cannot_be_whole():
     only = dataclasses.replace(only, devices=tuple(narrow))
     problem = make(cluster=only, quant=QuantConfig(bits=[4, 8])).problem
     assert all(entry.decode_head_seconds for entry in problem.device_types.values())
-    with pytest.raises(UserError, match="no device type of the cluster has that width; use one of 4, 8, 16"):
+    with pytest.raises(UserError, match="no device type of the cluster has that bit width; use one of 4, 8, 16"):
         make(cluster=only, quant=QuantConfig(bits=[4, 8], lm_head_bits=3))
 
 
@@ -194,7 +194,7 @@ def test_origins_and_notes():
     assert built.provenance["sensitivity"] == "assumed (prior)"
     assert built.provenance["layer_seconds.core_x2"].startswith("roofline")
     assert "measured: here" in built.provenance["layer_seconds.core_x2"]
-    assert make(costs_of=lambda _: CountedCosts()).provenance["layer_seconds.gpu"].startswith("fitted")
+    assert make(make_costs=lambda _: CountedCosts()).provenance["layer_seconds.gpu"].startswith("fitted")
     assert [note for note in built.notes if "gpu has no kernel for 8 bits" in note]
 
 
@@ -236,7 +236,7 @@ def test_widths_that_cannot_be_packed_are_left_out_with_a_reason():
     kept, notes = usable_bits(odd, QuantConfig(bits=[4, 16]))
     assert kept == [16]
     assert "mlp.down_proj" in notes[0]
-    with pytest.raises(UserError, match=r"no width of quant\.bits=\[4, 8\]"):
+    with pytest.raises(UserError, match=r"no bit width of quant\.bits=\[4, 8\]"):
         make(shape=odd, quant=QuantConfig(bits=[4, 8]))
     assert usable_bits(odd, QuantConfig(bits=[4], group_size=8))[0] == [4]
     assert usable_bits(odd, QuantConfig(bits=[4, 8], per_channel_bits=[8]))[0] == [8]

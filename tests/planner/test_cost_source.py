@@ -29,14 +29,14 @@ def test_each_source_says_its_kernel(place):
     assert source(place, CostConfig()) == (None, cluster, DEQUANTIZE)
     assert source(place, CostConfig("roofline")) == (None, cluster, DEQUANTIZE)
     assert source(place, CostConfig("roofline", "fused")) == (None, cluster, KERNEL)
-    costs_of, _, kernel = source(place, CostConfig("published"))
+    make_costs, _, kernel = source(place, CostConfig("published"))
     assert kernel is KERNEL
-    assert isinstance(costs_of(cluster.device_types["t4"]), PublishedCosts)
+    assert isinstance(make_costs(cluster.device_types["t4"]), PublishedCosts)
 
 
 def test_lm_head_s_width_reaches_published_times(place):
     def seconds(lm_head_bits):
-        costs_of, cluster, _ = select_costs(
+        make_costs, cluster, _ = select_costs(
             CostConfig("published"),
             PlannerConfig(),
             QuantConfig(lm_head_bits=lm_head_bits),
@@ -45,7 +45,7 @@ def test_lm_head_s_width_reaches_published_times(place):
             DEQUANTIZE,
             SOURCES,
         )
-        return costs_of(cluster.device_types["t4"]).head_seconds(1)
+        return make_costs(cluster.device_types["t4"]).head_seconds(1)
 
     assert seconds(4) < 0.5 * seconds(16)
 

@@ -10,7 +10,7 @@ from ds_llmpq.planner import Problem, solve
 from ds_llmpq.planner.objective import violations
 from ds_llmpq.wording import pluralize
 
-WORTH = re.compile(r"objective of [^ ]+ by at least \(the same stages, other widths\): (.*)\.$")
+WORTH = re.compile(r"objective of [^ ]+ by at least \(the same stages, other bit widths\): (.*)\.$")
 
 
 def plans(seeds, **options):

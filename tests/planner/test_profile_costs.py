@@ -66,8 +66,8 @@ def folder(tmp_path):
 
 def prepared(folder, count=3, **changes):
     planner = PlannerConfig(profile=str(folder), **changes)
-    costs_of, here = load_profile_costs(planner, QUANT, cluster(count), SHAPE, "auto", DEQUANTIZE)
-    return prepare(here, SHAPE, WORKLOAD, QUANT, planner, costs_of=costs_of)
+    make_costs, here = load_profile_costs(planner, QUANT, cluster(count), SHAPE, "auto", DEQUANTIZE)
+    return prepare(here, SHAPE, WORKLOAD, QUANT, planner, make_costs=make_costs)
 
 
 def test_fitted_times_overheads_and_links_reach_the_problem(folder):
@@ -126,8 +126,8 @@ def test_a_played_plan_is_close_to_its_formula(folder):
 def test_a_partial_micro_batch_counts_as_the_next_larger_candidate(folder):
     planner = PlannerConfig(profile=str(folder))
     planner.micro_batches.prefill, planner.micro_batches.decode = [3, 8], [8]
-    costs_of, here = load_profile_costs(planner, QUANT, cluster(2), SHAPE, "auto", DEQUANTIZE)
-    problem = prepare(here, SHAPE, WORKLOAD, QUANT, planner, costs_of=costs_of).problem
+    make_costs, here = load_profile_costs(planner, QUANT, cluster(2), SHAPE, "auto", DEQUANTIZE)
+    problem = prepare(here, SHAPE, WORKLOAD, QUANT, planner, make_costs=make_costs).problem
     simulated = simulate_plan(problem, Assignment((StageAssignment("localhost:0", 0, 6, (16,) * 6),), 3, 8))
     prefill = [span.seconds for span in simulated.spans if span.name == "prefill"]
     assert len(prefill) == 3  # 3 + 3 + 2 rows

@@ -1,6 +1,6 @@
 """The mixed-integer model of one micro-batch pair, for free or given device orders.
 
-One binary z[i, d, b] a layer, device and width; u[i, d] = sum_b z[i, d, b] says who holds layer i.
+One binary z[i, d, b] a layer, device and bit width; u[i, d] = sum_b z[i, d, b] says who holds layer i.
 
 - Free order: s[i, d] >= u[i, d] - u[i-1, d] and sum_i s[i, d] <= 1 make every device's layers contiguous; the order
   follows from the layers and need not be enumerated. y[d, e] >= s[i, e] + u[i-1, d] - 1 sees the neighbours.

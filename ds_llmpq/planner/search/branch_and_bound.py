@@ -24,7 +24,7 @@ from ds_llmpq.planner.search.shortest_path import PathStep
 from ds_llmpq.planner.search.stage_bounds import Box
 
 EXACT_DEPTH = 6  # splits after which long stages on the path are costed exactly
-SMALL = 150  # layers x devices x widths, up to which boxes are enumerated on the way
+SMALL = 150  # layers x devices x bit widths, up to which boxes are enumerated on the way
 GLANCE_STEPS, STUCK_STEPS = 1_000, 30_000  # of the enumeration: on the way, and when splitting has ended
 SHARE_STEPS = 200  # steps of enumeration that an evaluated box permits: about as much time
 SLOWEST_WEIGHT, RING_WEIGHT = 0.3, 0.02  # least share of a decode round by which the splitting counts its threshold

@@ -1,7 +1,7 @@
 """Exact costs of stages by composition: no Lagrangian gap, which matters where stages are short.
 
 Times depend on how many layers take each width, not on which; loss depends on which. For every composition of k layers
-into widths the least loss of layers [a, a + k) is a small dynamic program, shared by all kinds and boxes. The exact
+into bit widths the least loss of layers [a, a + k) is a small dynamic program, shared by all kinds and boxes. The exact
 cost of a stage is then the minimum over the compositions that keep its limits. Short lengths are always priced this
 way, longer ones only where the search asks. Bytes are taken per width as the least over all layers: exact when layers
 are alike, a bound otherwise.
@@ -17,7 +17,7 @@ LONG_ENTRIES = 3_000_000  # and those that may be kept at all
 
 
 class Compositions:
-    """Ways to give k layers widths: `counts(k)` [n, B] and `loss(k)` [n, L], the least loss by first layer.
+    """Ways to give k layers bit widths: `counts(k)` [n, B] and `loss(k)` [n, L], the least loss by first layer.
 
     Lengths up to `short` are priced for every box, lengths up to `long` can be built when needed. A first layer that is
     too late for the length has the loss `never`.
@@ -133,7 +133,7 @@ class StageCosts:
     def choose(
         self, limits: np.ndarray, pass_weight: float, theta: float, first: int, length: int
     ) -> tuple[np.ndarray | None, float]:
-        """Best widths of layers [first, first + length) and their cost; (None, inf) if nothing keeps the limits."""
+        """Best bit widths of layers [first, first + length) and their cost; (None, inf) if nothing keeps the limits."""
         uses = self.uses(length)
         rows = np.flatnonzero(_keeps(uses, limits))
         if not len(rows):

@@ -1,4 +1,4 @@
-"""A first bound at once: layers may be split between devices and widths, and the order of devices is ignored.
+"""A first bound at once: layers may be split between devices and bit widths, and the order of devices is ignored.
 
 Two relaxations of one micro-batch pair, both valid for every plan. `simple_bound` is arithmetic alone: total work over
 total speed. `solve_fractional` is a linear program over x[q, b], the layers that devices of kind q hold at width b, and
@@ -260,7 +260,7 @@ class _Program:
         return latency + self.objective.theta * loss
 
     def _equalities(self) -> tuple[np.ndarray, np.ndarray]:
-        """Every layer has one width, widths are the same on both sides, one embedding, one head."""
+        """Every layer has one bit width, bit widths are the same on both sides, one embedding, one head."""
         kinds, groups = self.kinds, len(self.group)
         rows = np.zeros((groups + kinds.widths + 2, self.columns))
         for g in range(groups):

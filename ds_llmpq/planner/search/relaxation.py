@@ -239,7 +239,7 @@ def _cut(stage: np.ndarray) -> np.ndarray:
 
 
 def _root_box(arrays: PairArrays) -> Box:
-    """Thresholds between perfect balance over all devices at their fastest width, and everything on the slowest."""
+    """Thresholds between perfect balance over all devices at their fastest bit width, and everything on the slowest."""
     layers = len(arrays.sensitivity)
     edges = []
     for table, ends in (

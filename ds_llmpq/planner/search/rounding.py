@@ -1,4 +1,4 @@
-"""From a path to a plan: better multipliers and whole-number widths for the stages on it.
+"""From a path to a plan: better multipliers and whole-number bit widths for the stages on it.
 
 `find_multipliers` climbs the Lagrangian dual of one stage; `choose_bits` takes the best feasible minimiser over the
 multipliers known and improves it by exchanging single layers.
@@ -65,7 +65,7 @@ def find_multipliers(place: Place, pool: np.ndarray, cost: float) -> np.ndarray 
                 break
             best, value = tried[np.argmax(found)], found.max()
     if value <= before + 5e-4 * abs(before) and not np.isfinite(cost):
-        # no widths fit: two constraints exclude one another, and only both multipliers together raise the bound
+        # no bit widths fit: two constraints exclude one another, and only both multipliers together raise the bound
         best = layers.excluding(base, limits, abs(before))
         value = values(best[None])[0] if best is not None else before
     if value <= before + 5e-4 * abs(before):
@@ -93,7 +93,7 @@ class _Layers:
 
     def excluding(self, base: np.ndarray, limits: np.ndarray, scale: float) -> np.ndarray | None:
         """Multipliers [3] beyond `base` at the optimum of the linear program over fractional widths, where exceeding a
-        limit by one part in `_EXCESS` costs `scale`: bounded, and great where no widths keep all limits."""
+        limit by one part in `_EXCESS` costs `scale`: bounded, and great where no bit widths keep all limits."""
         use = np.stack(np.broadcast_arrays(self.prefill[None], self.decode[None], self.bytes))  # [3, k, B]
         penalty = _EXCESS * scale / np.maximum(np.abs(limits), 1e-12)
         layers, widths = np.nonzero(self.fixed < NEVER / 2)  # one variable each
@@ -124,20 +124,20 @@ def choose_bits(place: Place, pool: np.ndarray) -> tuple[np.ndarray | None, floa
     chosen = np.unique(chosen, axis=0)
     use = np.stack([layers.prefill[chosen].sum(1), layers.decode[chosen].sum(1), _bytes(layers, chosen)], axis=1)
     rows = np.arange(length)
-    cost_of = layers.prefill + place.prices.pass_weight * layers.decode + layers.fixed  # [k, B]
-    cost = cost_of[rows, chosen].sum(axis=1)
+    price = layers.prefill + place.prices.pass_weight * layers.decode + layers.fixed  # [k, B]
+    cost = price[rows, chosen].sum(axis=1)
     excess = np.clip((use - limits) / np.maximum(np.abs(limits), 1e-12), 0, None).sum(axis=1)
     fits = excess <= 0
     m = int(np.argmin(np.where(fits, cost, np.inf))) if fits.any() else int(np.argmin(excess))
-    bits = _exchange(layers, chosen[m].copy(), limits, cost_of)
-    return bits, float(cost_of[rows, bits].sum()) if bits is not None else np.inf
+    bits = _exchange(layers, chosen[m].copy(), limits, price)
+    return bits, float(price[rows, bits].sum()) if bits is not None else np.inf
 
 
 def _bytes(layers: _Layers, chosen: np.ndarray) -> np.ndarray:
     return np.take_along_axis(layers.bytes[None], chosen[:, :, None], axis=2)[:, :, 0].sum(axis=1)
 
 
-def _exchange(layers: _Layers, bits: np.ndarray, limits: np.ndarray, cost_of: np.ndarray) -> np.ndarray | None:
+def _exchange(layers: _Layers, bits: np.ndarray, limits: np.ndarray, price: np.ndarray) -> np.ndarray | None:
     """Change one layer at a time: first towards feasibility, then towards lower cost."""
     rows = np.arange(len(bits))
     parts = np.stack(np.broadcast_arrays(layers.prefill[None], layers.decode[None], layers.bytes), axis=2)  # [k, B, 3]
@@ -146,16 +146,16 @@ def _exchange(layers: _Layers, bits: np.ndarray, limits: np.ndarray, cost_of: np
         now = parts[rows, bits]
         use = now.sum(axis=0)
         after = use + parts - now[:, None, :]  # [k, B, 3]
-        rise = cost_of - cost_of[rows, bits][:, None]
+        rise = price - price[rows, bits][:, None]
         excess = np.clip((use - limits) / unit, 0, None).sum()
         later = np.clip((after - limits) / unit, 0, None).sum(axis=2)
         if excess > 0:
             gain = np.where((later < excess - 1e-12) & (rise < NEVER / 2), excess - later, 0.0)
             if not gain.any():
                 return None
-            score = np.where(gain > 0, gain / np.maximum(rise, 1e-9 * np.abs(cost_of).min() + 1e-15), -np.inf)
+            score = np.where(gain > 0, gain / np.maximum(rise, 1e-9 * np.abs(price).min() + 1e-15), -np.inf)
         else:
-            score = np.where((later <= 0) & (rise < -1e-12 * np.abs(cost_of).min()), -rise, -np.inf)
+            score = np.where((later <= 0) & (rise < -1e-12 * np.abs(price).min()), -rise, -np.inf)
             if not np.isfinite(score).any():
                 return bits
         i, b = np.unravel_index(int(np.argmax(score)), score.shape)

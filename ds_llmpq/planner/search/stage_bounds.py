@@ -1,11 +1,11 @@
 """Lower bounds on what a stage costs, for all layer intervals and device kinds at once.
 
-A stage holding layers [a, a + k) chooses one width a layer and pays P + a_D * D + theta * loss, subject to
+A stage holding layers [a, a + k) chooses one bit width a layer and pays P + a_D * D + theta * loss, subject to
 P <= P_high, D <= D_high and memory <= capacity. With multipliers on the three constraints the choice falls apart into
 one minimum a layer, so prefix sums give the Lagrangian bound of every interval:
 
     bound(a, k) = max over (l_P, l_D, l_M) of  S[a + k] - S[a] - (l_P - 1) P_high - (l_D - a_D) D_high - l_M capacity,
-    S[i + 1] - S[i] = min over widths b of  l_P P_b + l_D D_b + l_M bytes[i, b] + theta * loss[i, b].
+    S[i + 1] - S[i] = min over bit widths b of  l_P P_b + l_D D_b + l_M bytes[i, b] + theta * loss[i, b].
 
 The multipliers are a pool per device kind that grows where they are needed (`node.Multipliers`); S does not depend
 on the box, only the constants do. A "kind" is a set of devices with equal times and capacity.
@@ -20,7 +20,7 @@ from ds_llmpq.planner.arrays import PairArrays
 from ds_llmpq.planner.objective import charge_head
 from ds_llmpq.planner.search.compositions import Compositions, StageCosts
 
-NEVER = 1e30  # an absent width; finite, so that zero weights stay harmless
+NEVER = 1e30  # an absent bit width; finite, so that zero weights stay harmless
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class StageBounds:
         return np.array(grid)
 
     def _longest(self, q: int) -> int:
-        """The most layers that fit the memory of a kind at the smallest widths; at least 1."""
+        """The most layers that fit the memory of a kind at the smallest bit widths; at least 1."""
         least = np.where(self.usable[q] & self.allowed, self.bytes, NEVER).min(axis=1)
         used = np.concatenate([[0.0], np.cumsum(np.minimum(least, NEVER))])
         room = used[:-1] + self.capacity[q] * (1 + 1e-9) + 1e-12
@@ -106,7 +106,7 @@ class StageBounds:
         return max(1, int(reach.max()))
 
     def _least(self, q: int) -> np.ndarray:
-        """[3, L, K]: the least P, D and bytes any allowed widths need: quick infeasibility."""
+        """[3, L, K]: the least P, D and bytes any allowed bit widths need: quick infeasibility."""
         penalty = self.absent[q] + self.blocked  # [L, B]
         parts = np.stack([self.prefill[q] + penalty, self.decode[q] + penalty, self.bytes + penalty])
         return self._differences(_prefix_sums(parts.min(axis=2)))
