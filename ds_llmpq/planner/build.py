@@ -315,6 +315,7 @@ def _provenance(
     }
     return {
         **origins,
+        "kernel": f"{kernel.name}: {kernel.source}",
         "memory_bytes": "arithmetic (weights, kv, embed, head as allocated; workspace estimated)"
         + ("; captured graphs estimated, not measured, in the workspace" if captured else ""),
         "links": cluster.links.source,

@@ -28,7 +28,7 @@ class FakeProduct:
     built = 0
 
     def __init__(self, weight, dtype):
-        self.matrix = weight.dequantized().to(dtype)
+        self.matrix = weight.dequantize().to(dtype)
         self.held_bytes = weight.codes.nbytes + weight.scale.nbytes + weight.zero.nbytes
         FakeProduct.built += 1
 

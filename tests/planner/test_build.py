@@ -194,6 +194,7 @@ def test_origins_and_notes():
     assert built.provenance["sensitivity"] == "assumed (prior)"
     assert built.provenance["layer_seconds.core_x2"].startswith("roofline")
     assert "measured: here" in built.provenance["layer_seconds.core_x2"]
+    assert built.provenance["kernel"] == "dequantize: counted from HQQ's code"
     assert make(make_costs=lambda _: CountedCosts()).provenance["layer_seconds.gpu"].startswith("fitted")
     assert [note for note in built.notes if "gpu has no kernel for 8 bits" in note]
 
