@@ -111,8 +111,8 @@ def test_real_times(monkeypatch):
     # large enough for OpenVINO to save memory
     shape = ModelShape.from_config(SIZES_OF_MODEL | {"hidden_size": 768, "intermediate_size": 1536})
     widths = (4, 8, 16)
-    what = QuantConfig(list(widths)), widths, "bfloat16", TIMER, SIZES, WorkloadConfig(8, 4, 200)
-    choice = choose_kernel(shape, *what)
+    task = TimingTask("", shape, WorkloadConfig(8, 4, 200), QuantConfig(list(widths)), "bfloat16", widths, SIZES)
+    choice = choose_kernel(task, TIMER)
     assert {(time.kernel, time.bits) for time in choice.times} >= {("openvino", 4), ("dequantize", 8)}
     assert all(time.seconds > 0 for time in choice.times)
     assert choice.kernel in KERNELS.values()

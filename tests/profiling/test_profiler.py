@@ -55,7 +55,7 @@ def task(path, seconds=0.5, **changes):
     sizes = {"prefill": [1, 4], "decode": [2, 4]}
     setup = current_setup(shape, "float32", DEQUANTIZE, make_groups(quant))
     config = ProfilingConfig(seconds=seconds, rounds=2, links=False, chained_layers=2)
-    made = ProfilingTask(str(path), shape, WORKLOAD, quant, "float32", (4, 16), sizes, setup, config)
+    made = ProfilingTask(str(path), shape, WORKLOAD, quant, "float32", (4, 16), sizes, setup, profiling=config)
     return replace(made, **changes)
 
 
