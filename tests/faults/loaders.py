@@ -145,13 +145,13 @@ def all_loaders(folder: Path) -> dict[str, Loader]:
         "config.json": Loader((checkpoint / "config.json").read_bytes(), "config.json", _shape_of(checkpoint),
                               mutated_document, 12),
         "checkpoint": Loader((checkpoint / "config.json").read_bytes(), "config.json",
-                             _checkread_point(checkpoint, "config.json"), mutated_document, 6),
+                             read_checkpoint(checkpoint, "config.json"), mutated_document, 6),
         "index": Loader(_index(checkpoint), "model.safetensors.index.json",
-                        _checkread_point(checkpoint, "model.safetensors.index.json"), mutated_document, 6),
+                        read_checkpoint(checkpoint, "model.safetensors.index.json"), mutated_document, 6),
         "safetensors": Loader((checkpoint / "model.safetensors").read_bytes(), "model.safetensors",
-                              _checkread_point(checkpoint, "model.safetensors"), _mutated_header, 6,
+                              read_checkpoint(checkpoint, "model.safetensors"), _mutated_header, 6,
                               every=_every_header),
-        "quantized": Loader(_quantized(checkpoint), "config.json", _checkread_point(checkpoint, "config.json", True),
+        "quantized": Loader(_quantized(checkpoint), "config.json", read_checkpoint(checkpoint, "config.json", True),
                             mutated_document, 6),
         "generation": Loader(_GENERATION, "generation_config.json", _generation_of(checkpoint), mutated_document, 6),
         "tokenizer": Loader(_small_tokenizer(), "tokenizer.json", _tokenizer, mutated_document, 1),
@@ -513,7 +513,7 @@ def _shape_of(checkpoint: Path) -> Callable[[Path], object]:
     return load
 
 
-def _checkread_point(checkpoint: Path, name: str, quantized: bool = False) -> Callable[[Path], object]:
+def read_checkpoint(checkpoint: Path, name: str, quantized: bool = False) -> Callable[[Path], object]:
     """Opens it as a rank does, and reads every tensor that it names."""
 
     def load(file: Path) -> object:

@@ -36,7 +36,10 @@ RETIRED = {"gemlite": DEQUANTIZE.name, "torch_int4": OPENVINO.name}
 def find_kernel(name: str) -> Kernel:
     """`UserError` for a name that is no kernel's."""
     if name in RETIRED:
-        raise UserError(f"kernel {name!r} is gone; use quant.kernel={RETIRED[name]} (or {AUTO}), and plan again.")
+        raise UserError(
+            f"kernel {name!r} is gone; use quant.kernel={RETIRED[name]} (or {AUTO}), and plan again. A run begun with it "
+            "goes on with resume=force, and keeps its results."
+        )
     if name not in KERNELS:
         raise UserError(f"kernel {name!r} is not known; use {AUTO} or one of {', '.join(KERNELS)}")
     return KERNELS[name]
