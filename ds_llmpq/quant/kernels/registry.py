@@ -37,8 +37,8 @@ def find_kernel(name: str) -> Kernel:
     """`UserError` for a name that is no kernel's."""
     if name in RETIRED:
         raise UserError(
-            f"kernel {name!r} is gone; use quant.kernel={RETIRED[name]} (or {AUTO}), and plan again. A run begun with it "
-            "goes on with resume=force, and keeps its results."
+            f"kernel {name!r} is gone; use quant.kernel={RETIRED[name]} (or {AUTO}), and plan again. A run begun with "
+            "it goes on with resume=force, and keeps its results."
         )
     if name not in KERNELS:
         raise UserError(f"kernel {name!r} is not known; use {AUTO} or one of {', '.join(KERNELS)}")
