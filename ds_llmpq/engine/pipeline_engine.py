@@ -422,7 +422,7 @@ class InferencePipelineEngine(PipelineEngine):
         schedules.SendActivation: _send_activation,
         schedules.PrefillPass: _prefill_pass,
         schedules.DecodePass: _decode_pass,
-        schedules.Sample: _sample,
+        schedules.SampleTokens: _sample,
         schedules.WaitTokens: _wait_tokens,
         schedules.ReceiveRequests: _receive_requests,
     }

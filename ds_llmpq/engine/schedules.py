@@ -35,7 +35,7 @@ class DecodePass(PipeInstruction):
     """Run the stage's layers over one new token a row."""
 
 
-class Sample(PipeInstruction):
+class SampleTokens(PipeInstruction):
     """Last stage: choose each row's next token and send it to all other stages."""
 
 
@@ -107,4 +107,4 @@ class StreamSchedule(PipeSchedule):
 
 
 def _send_on(schedule: PipeSchedule, batch: MicroBatch) -> PipeInstruction:
-    return Sample(batch=batch) if schedule.is_last_stage else SendActivation(batch=batch)
+    return SampleTokens(batch=batch) if schedule.is_last_stage else SendActivation(batch=batch)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ds_llmpq.engine import memory
+from ds_llmpq.engine import device_memory
 from ds_llmpq.engine.channels import ActivationChannel, TokenChannel
 from ds_llmpq.engine.config import EngineConfig
 from ds_llmpq.engine.kv_cache import KVStore, NoCache
@@ -70,12 +70,12 @@ class Session:
         check_batch_invariant(find_stage_kernel(context.stage.kernel), self.options.batch_invariant)
         started = time.perf_counter()
         checkpoint = open_checkpoint(model_path, trust_remote_code)
-        self._held_before = memory.held_bytes(context.device)
+        self._held_before = device_memory.held_bytes(context.device)
         check_model(plan, model_path)
 
         def loaded(name: str) -> None:
             # layer by layer: what quantizing freed lies scattered among the packed weights, hundreds of MB in the end
-            memory.release_freed()
+            device_memory.release_freed()
             on_loaded(name)
 
         loader = LayerLoader(
@@ -110,10 +110,10 @@ class Session:
             self._capture(),
             scorer,
         )
-        memory.release_freed()
-        self._growth_of_loading = memory.held_bytes(context.device) - self._held_before
-        self._peak_of_loading = memory.peak_bytes(context.device)
-        memory.restart_peak(context.device)
+        device_memory.release_freed()
+        self._growth_of_loading = device_memory.held_bytes(context.device) - self._held_before
+        self._peak_of_loading = device_memory.peak_bytes(context.device)
+        device_memory.restart_peak(context.device)
 
     @property
     def limits(self) -> MicroBatchLimits:
@@ -207,9 +207,9 @@ class Session:
                 "weights": stored_bytes(self.engine.module),
                 "kv": self.store.allocated_bytes,
                 "before_loading": self._held_before,
-                "peak": max(self._peak_of_loading, memory.peak_bytes(device)),
+                "peak": max(self._peak_of_loading, device_memory.peak_bytes(device)),
                 "growth_of_loading": self._growth_of_loading,
-                "peak_growth": memory.held_peak_bytes(device) - self._held_before,
+                "peak_growth": device_memory.held_peak_bytes(device) - self._held_before,
             },
         }
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ds_llmpq.planner.objective import rounds
-from ds_llmpq.planner.problem import DeviceType, Problem
+from ds_llmpq.planner.problem import DeviceSpeeds, Problem
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,6 @@ def pair_arrays(problem: Problem, prefill_micro_batch: int, decode_micro_batch: 
     )
 
 
-def _layer_times(problem: Problem, entry: DeviceType, phase: str, size: int) -> list[float]:
+def _layer_times(problem: Problem, entry: DeviceSpeeds, phase: str, size: int) -> list[float]:
     table = getattr(entry, f"{phase}_layer_seconds")
     return [table.get(bits, {}).get(size, np.inf) if bits in entry.bits else np.inf for bits in problem.bits]

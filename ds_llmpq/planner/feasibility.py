@@ -15,7 +15,7 @@ import numpy as np
 from ds_llmpq.errors import InfeasibleError
 from ds_llmpq.planner.arrays import PairArrays, pair_arrays
 from ds_llmpq.planner.objective import charge_head
-from ds_llmpq.planner.problem import DeviceType, Problem
+from ds_llmpq.planner.problem import DeviceSpeeds, Problem
 
 STATE_LIMIT = 50_000
 
@@ -290,5 +290,5 @@ def _fewer_bits(problem: Problem) -> list[str]:
     return []
 
 
-def _has_times(kind: DeviceType, width: int) -> bool:
+def _has_times(kind: DeviceSpeeds, width: int) -> bool:
     return bool(kind.prefill_layer_seconds.get(width)) and bool(kind.decode_layer_seconds.get(width))

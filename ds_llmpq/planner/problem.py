@@ -55,7 +55,7 @@ class MicroBatchCandidates:
 
 
 @dataclass(frozen=True)
-class DeviceType:
+class DeviceSpeeds:
     """What one type of device can run and how fast. An absent entry, null or infinity means: not available; a type with
     no bits cannot hold a layer.
 
@@ -73,7 +73,7 @@ class DeviceType:
 
 
 @dataclass(frozen=True)
-class Device:
+class ProblemDevice:
     name: Name
     type: Name
     memory_bytes: Bytes
@@ -100,7 +100,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Link:
+class LinkCost:
     latency_seconds: Amount
     seconds_per_byte: Amount
 
@@ -113,26 +113,26 @@ class _Pair:
     seconds_per_byte: Amount
 
 
-def _by_ends(pairs: Iterable[_Pair]) -> dict[tuple[str, str], Link]:
-    found: dict[tuple[str, str], Link] = {}
+def _by_ends(pairs: Iterable[_Pair]) -> dict[tuple[str, str], LinkCost]:
+    found: dict[tuple[str, str], LinkCost] = {}
     for pair in pairs:
         ends = (pair.sender, pair.receiver)
         if ends in found:
             raise ValueError(f"must list each direction once, and repeats the link from {ends[0]!r} to {ends[1]!r}")
-        found[ends] = Link(pair.latency_seconds, pair.seconds_per_byte)
+        found[ends] = LinkCost(pair.latency_seconds, pair.seconds_per_byte)
     return found
 
 
 @dataclass(frozen=True)
-class Links:
+class LinkCosts:
     """Directed links between devices, by (sender, receiver); a pair that is not listed is the default link."""
 
-    default: Link
+    default: LinkCost
     hidden_bytes_per_token: Bytes
     token_bytes: Bytes
     pairs: Annotated[Many[_Pair], AfterValidator(_by_ends)] = field(default_factory=dict)
 
-    def between(self, sender: str, receiver: str) -> Link:
+    def between(self, sender: str, receiver: str) -> LinkCost:
         return self.pairs.get((sender, receiver), self.default)
 
 
@@ -159,10 +159,10 @@ class Problem:
     bits: Distinct[LayerBits]
     workload: Workload
     micro_batches: MicroBatchCandidates
-    device_types: Table[DeviceType]
-    devices: Some[Device]
+    device_types: Table[DeviceSpeeds]
+    devices: Some[ProblemDevice]
     memory: Memory
-    links: Links
+    links: LinkCosts
     sensitivity: Many[Many[Amount]]
     objective: Objective
     device_order: one_of("free", "fixed") = "free"

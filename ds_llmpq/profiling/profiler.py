@@ -23,7 +23,7 @@ from ds_llmpq.cost.profile import (
     read_profile,
     write_header,
 )
-from ds_llmpq.engine import memory
+from ds_llmpq.engine import device_memory
 from ds_llmpq.engine.runner.capture import CudaGraphs
 from ds_llmpq.errors import UserError
 from ds_llmpq.launch.launcher import is_local
@@ -229,7 +229,7 @@ def _context_bytes(kind: str) -> int:
     """CPU: resident memory of this process after its imports, which are those of a stage. GPU: what the first
     allocation takes beside what the allocator says."""
     if kind == "cpu":
-        return memory.used_bytes(torch.device("cpu"))
+        return device_memory.used_bytes(torch.device("cpu"))
     device = torch.device("cuda", 0)
     torch.zeros(1, device=device)
     free, total = torch.cuda.mem_get_info(device)

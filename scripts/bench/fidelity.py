@@ -13,7 +13,7 @@ import random
 from ds_llmpq.cost.fit import columns, fit_profile, unit_roofline
 from ds_llmpq.cost.profile import read_profile
 from ds_llmpq.models.shape import read_shape
-from ds_llmpq.report.fidelity import Pair, error_table, verdict
+from ds_llmpq.report.fidelity import TimePair, error_table, verdict
 
 
 def main() -> None:
@@ -34,7 +34,7 @@ def main() -> None:
         print(f"{phase}: " + verdict([pair for pair in pairs if pair.phase == phase], "held-out points"))
 
 
-def held_out(profile, shape, share: float, seed: int) -> list[Pair]:
+def held_out(profile, shape, share: float, seed: int) -> list[TimePair]:
     """Predictions of a random share of the layers' points by a fit to all others."""
     layers = [entry for entry in profile.measured() if entry.point.part == "layer"]
     generator = random.Random(seed)
@@ -49,7 +49,7 @@ def held_out(profile, shape, share: float, seed: int) -> list[Pair]:
             continue
         values = columns(unit, "layer", point.phase, point.bits, point.batch, point.length_tokens)
         predicted = sum(weight * value for weight, value in zip(fit.weights, values, strict=True))
-        pairs.append(Pair(point.device_type, point.phase, str(point.bits), predicted, entry.seconds))
+        pairs.append(TimePair(point.device_type, point.phase, str(point.bits), predicted, entry.seconds))
     return pairs
 
 

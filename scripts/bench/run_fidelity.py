@@ -34,7 +34,7 @@ from ds_llmpq.planner.cost_source import load_profile_costs
 from ds_llmpq.planner.deploy import compose_plan, deploy
 from ds_llmpq.planner.simulation import simulate_plan
 from ds_llmpq.quant.kernels.registry import find_kernel
-from ds_llmpq.report.fidelity import Pair, error_table, scatter, verdict
+from ds_llmpq.report.fidelity import TimePair, error_table, scatter, verdict
 from ds_llmpq.report.plan_table import format_bits, format_table
 
 ROOM = 8 << 30  # budgets are not what is measured here
@@ -151,7 +151,7 @@ def measured_seconds(folder: Path, waves: int) -> float:
     return median(seconds[1:]) / 1e6
 
 
-def pass_pairs(folder: Path) -> list[Pair]:
+def pass_pairs(folder: Path) -> list[TimePair]:
     """Each stage's planned pass beside the lower quartile of its passes in the trace: what other programs on the
     machine add to some passes does not move it. A last stage's sampling counts; time between spans is not in it."""
     plan = read_plan(folder.with_suffix(".json"))
@@ -164,7 +164,7 @@ def pass_pairs(folder: Path) -> list[Pair]:
         bits = "/".join(map(str, sorted(set(stage.bits))))
         for phase in ("prefill", "decode"):
             measured = lower_quartile(spans[index, phase]) + sampling
-            pairs.append(Pair(stage.device_type, phase, bits, getattr(stage, f"{phase}_seconds"), measured))
+            pairs.append(TimePair(stage.device_type, phase, bits, getattr(stage, f"{phase}_seconds"), measured))
     return pairs
 
 

@@ -51,7 +51,7 @@ def test_peak_is_near_the_share(checkpoint, bits):
 
 def test_the_peak_is_this_process_s_own():
     """Not that of the process that started it, which the kernel's resource usage would count in."""
-    child = "import torch; from ds_llmpq.engine.memory import peak_bytes; print(peak_bytes(torch.device('cpu')))"
+    child = "import torch; from ds_llmpq.engine.device_memory import peak_bytes; print(peak_bytes(torch.device('cpu')))"
     parent = (
         "import subprocess, sys\n"
         "held = b'x' * 1_000_000_000\n"

@@ -140,7 +140,7 @@ def test_a_prompt_longer_than_planned_harms_no_other(ranks, llama, stage):
 REAL = """
 import resource, sys, torch
 from ds_llmpq.engine.stage_run.oom_split import MicroBatchSplitter
-from ds_llmpq.engine import memory
+from ds_llmpq.engine import device_memory
 torch.set_num_threads(1)
 weight = torch.randn(64, 64)
 wide = torch.randn(64, 40_000)
@@ -150,7 +150,7 @@ def work(start, stop):
     return (values[start:stop] @ wide).relu() @ wide.T   # 160 KB a row in between
 
 wanted = torch.cat([work(start, start + 64) for start in range(0, 1024, 64)])
-memory.release_freed()
+device_memory.release_freed()
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (60 << 20), resource.RLIM_INFINITY))
 parts = MicroBatchSplitter(0, torch.device("cpu"))

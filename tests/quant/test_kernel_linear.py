@@ -131,7 +131,7 @@ def test_a_missing_library_is_named(monkeypatch):
 MEMORY = """
 import re
 import torch
-from ds_llmpq.engine.memory import release_freed
+from ds_llmpq.engine.device_memory import release_freed
 from ds_llmpq.quant.kernel_linear import build_product
 from ds_llmpq.quant.kernels.registry import KERNELS
 from ds_llmpq.quant.unpacked_weight import UnpackedWeight

@@ -277,7 +277,7 @@ def test_this_processor_is_seen_as_torch_sees_it():
 MEMORY = """
 import sys
 import torch
-from ds_llmpq.engine.memory import held_bytes, release_freed
+from ds_llmpq.engine.device_memory import held_bytes, release_freed
 from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.cost.memory import MemoryModel

@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from ds_llmpq.engine import memory
+from ds_llmpq.engine import device_memory
 from ds_llmpq.launch.failures import is_out_of_memory
 
 Result = TypeVar("Result")
@@ -92,4 +92,4 @@ class MicroBatchSplitter:
             f"ds-llmpq: stage {entry['stage']} ran out of memory in {entry['phase']} of {entry['rows']} rows of "
             f"{entry['tokens']} tokens and {rest}\n"
         )
-        memory.release_cached(self.device)
+        device_memory.release_cached(self.device)
