@@ -117,7 +117,7 @@ class Stage:
         self.expected.append(batch)
         return True
 
-    def do_Sample(self, batch):
+    def do_SampleTokens(self, batch):
         table = self.stream.slots
         tokens, finish = [], []
         for slot in batch.slots:
