@@ -10,7 +10,7 @@ tokens, `--generate` tokens each, greedy, end-of-sequence off, so that every eng
 threads shared out among its stages; `8rows` is 8 bits with one group a row (quant.per_channel_bits=[8]), as
 CTranslate2 has it; `mix` is half of the layers at 4, half at 8. `--prefill-rows`: most prompts of ours in a prefill
 pass (0: 4 on one stage, 1 on more, as the planner takes them, so that the second begins early); `--lm-head-bits`: width
-of lm_head of ours at 8 bits and below; `--longest-first`. OUT does not tell these apart, so give each a folder of its own.
+of lm_head of ours at 8 bits and below; `--longest-first`. OUT does not tell these apart, so give each its own folder.
 
 `--requests 48`: instead, so many requests whose answers have a long tail of lengths (`--generate` on average, cut off
 at three times that), `--batch` of them under way at a time; ours refills its slots.
