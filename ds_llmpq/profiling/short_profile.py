@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -20,8 +21,9 @@ from typing import Any
 from ds_llmpq.cluster.cluster import Cluster, list_feasible_bits
 from ds_llmpq.cluster.detect import available_memory_bytes, find_type, query_gpus
 from ds_llmpq.cluster.devices import COMPUTE_DTYPES, Device
+from ds_llmpq.cost.linktable import read_links
 from ds_llmpq.cost.memory import MemoryModel
-from ds_llmpq.cost.profile import Point, Sample, append, write_header
+from ds_llmpq.cost.profile import Point, Sample, append, read_profile, write_header
 from ds_llmpq.errors import UserError
 from ds_llmpq.launch.launcher import is_local
 from ds_llmpq.profiling.hardware import gpu_names, processor_name
@@ -77,13 +79,30 @@ def calibrate(wanted: TimingTask, cluster: Cluster, choice: str, show: Show) -> 
         show(f"layer times are not measured: {obstacle}")
         return None
     folder = cache_folder() / _key(wanted, cluster)
-    if (folder / "profile.csv").is_file() and choice != "always":
+    if choice != "always" and _is_kept(folder):
         return folder
     show("timing layers on these devices, once for this model and machine (planner.calibrate=never does without)")
     begin = time.monotonic()
-    _measure_into(wanted, cluster, folder)
+    try:
+        _measure_into(wanted, cluster, folder)
+    except (UserError, OSError) as error:  # a plan on a roofline is better than none
+        if choice == "always":
+            raise UserError(f"planner.calibrate=always cannot be: {error}") from None
+        show(f"layer times are not measured: {error}")
+        return None
     show(f"timed in {time.monotonic() - begin:.0f} s, kept in {folder}")
     return folder
+
+
+def _is_kept(folder: Path) -> bool:
+    """Whether the folder holds a profile that can be read; a damaged one is measured again."""
+    try:
+        read_profile(folder / "profile.csv")
+        if (folder / "links.csv").exists():
+            read_links(folder / "links.csv")
+    except UserError:
+        return False
+    return True
 
 
 def _measure_into(wanted: TimingTask, cluster: Cluster, folder: Path) -> None:
@@ -104,11 +123,10 @@ def _measure_into(wanted: TimingTask, cluster: Cluster, folder: Path) -> None:
 def _with_round_sizes(wanted: TimingTask) -> TimingTask:
     """Lengths up to the next power of two, so that batches of about the same lengths share a calibration; micro-batches
     thinned to the smallest, the middle and the largest."""
-    workload = replace(
-        wanted.workload,
-        prompt_tokens=_next_power(wanted.workload.prompt_tokens),
-        generated_tokens=_next_power(wanted.workload.generated_tokens),
-    )
+    prompt, generated = _next_power(wanted.workload.prompt_tokens), _next_power(wanted.workload.generated_tokens)
+    workload = wanted.workload
+    if prompt + generated <= (wanted.shape.max_positions or math.inf):
+        workload = replace(workload, prompt_tokens=prompt, generated_tokens=generated)
     sizes = {
         phase: sorted({listed[0], listed[len(listed) // 2], listed[-1]})
         for phase, listed in ((phase, sorted(listed)) for phase, listed in wanted.sizes.items())

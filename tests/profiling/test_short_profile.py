@@ -10,7 +10,7 @@ from ds_llmpq.cluster.cluster import Cluster
 from ds_llmpq.cluster.config import ClusterConfig, DeviceConfig, DeviceTypeConfig, HostConfig, LinkConfig, LinksConfig
 from ds_llmpq.cluster.detect import parse_gpus
 from ds_llmpq.cost.fitted import load_model
-from ds_llmpq.cost.profile import current_setup, read_profile
+from ds_llmpq.cost.profile import current_setup, read_profile, write_header
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.planner.config import WorkloadConfig
@@ -72,7 +72,7 @@ def test_what_was_measured_before_is_taken_unless_always(wanted, cache, monkeypa
 
     def measure(wanted, cluster, out):
         made.append(out)
-        (out / "profile.csv").write_text("measured")
+        write_header(out / "profile.csv", wanted.setup, {})
 
     monkeypatch.setattr(short_profile, "_measure", measure)
     monkeypatch.delenv(short_profile.ENVIRONMENT)
@@ -91,6 +91,47 @@ def test_what_was_measured_before_is_taken_unless_always(wanted, cache, monkeypa
     assert calibrate(wanted, make_cluster("slow"), "auto", quiet) != first
     monkeypatch.setenv(short_profile.ENVIRONMENT, "never")
     assert calibrate(wanted, cluster, "auto", quiet) is None
+
+
+def test_what_cannot_be_measured_or_kept_leaves_a_plan_on_the_roofline(wanted, cache, tmp_path, monkeypatch):
+    def fail(wanted, cluster, out):
+        raise UserError("the trial pipeline failed; see LOG")
+
+    said = []
+    monkeypatch.delenv(short_profile.ENVIRONMENT)
+    monkeypatch.setattr(short_profile, "_measure", fail)
+    assert calibrate(wanted, make_cluster("fast"), "auto", said.append) is None
+    assert said[-1] == "layer times are not measured: the trial pipeline failed; see LOG"
+    assert not list(cache.iterdir())
+    with pytest.raises(UserError, match=r"planner\.calibrate=always cannot be: the trial pipeline failed"):
+        calibrate(wanted, make_cluster("fast"), "always", said.append)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert calibrate(wanted, make_cluster("fast"), "auto", said.append) is None
+    assert "Not a directory" in said[-1]
+
+
+def test_a_damaged_profile_is_measured_again(wanted, cache, monkeypatch):
+    made = []
+
+    def measure(wanted, cluster, out):
+        made.append(out)
+        write_header(out / "profile.csv", wanted.setup, {})
+
+    monkeypatch.setattr(short_profile, "_measure", measure)
+    monkeypatch.delenv(short_profile.ENVIRONMENT)
+    folder = calibrate(wanted, make_cluster("fast"), "auto", [].append)
+    assert calibrate(wanted, make_cluster("fast"), "auto", [].append) == folder
+    assert len(made) == 1
+    (folder / "profile.csv").write_text("damaged")
+    assert calibrate(wanted, make_cluster("fast"), "auto", [].append) == folder
+    assert len(made) == 2
+
+
+def test_lengths_are_not_rounded_beyond_the_models_positions(wanted):
+    most = wanted.shape.max_positions
+    rounded = short_profile._with_round_sizes(replace(wanted, workload=WorkloadConfig(4, most - 100, 90)))
+    assert (rounded.workload.prompt_tokens, rounded.workload.generated_tokens) == (most - 100, 90)
 
 
 def test_a_cluster_elsewhere_is_not_measured_here(wanted, cache, monkeypatch):
