@@ -6,6 +6,7 @@ same moment, one rank a device, so that what stages take from one another is in 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import math
@@ -13,7 +14,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -81,17 +83,25 @@ def calibrate(wanted: TimingTask, cluster: Cluster, choice: str, show: Show) -> 
     folder = cache_folder() / _key(wanted, cluster)
     if choice != "always" and _is_kept(folder):
         return folder
-    show("timing layers on these devices, once for this model and machine (planner.calibrate=never does without)")
-    begin = time.monotonic()
     try:
-        _measure_into(wanted, cluster, folder)
+        with _one_at_a_time(folder.parent):
+            if choice == "always" or not _is_kept(folder):  # another process may have been faster
+                _measure_into(wanted, cluster, folder, show)
     except (UserError, OSError) as error:  # a plan on a roofline is better than none
         if choice == "always":
             raise UserError(f"planner.calibrate=always cannot be: {error}") from None
         show(f"layer times are not measured: {error}")
         return None
-    show(f"timed in {time.monotonic() - begin:.0f} s, kept in {folder}")
     return folder
+
+
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """The points of a sweep are planned side by side: one measures, undisturbed by the others."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _is_kept(folder: Path) -> bool:
@@ -105,19 +115,17 @@ def _is_kept(folder: Path) -> bool:
     return True
 
 
-def _measure_into(wanted: TimingTask, cluster: Cluster, folder: Path) -> None:
-    """Complete or not at all; of two processes that do so at the same time, either one's folder is left."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
+def _measure_into(wanted: TimingTask, cluster: Cluster, folder: Path, show: Show) -> None:
+    """Complete or not at all."""
+    show("timing layers on these devices, once for this model and machine (planner.calibrate=never does without)")
+    begin = time.monotonic()
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as name:
         made = Path(name) / "made"
         made.mkdir()
         _measure(wanted, cluster, made)
         shutil.rmtree(folder, ignore_errors=True)
-        try:
-            made.replace(folder)
-        except OSError:
-            if not (folder / "profile.csv").is_file():
-                raise
+        made.replace(folder)
+    show(f"timed in {time.monotonic() - begin:.0f} s, kept in {folder}")
 
 
 def _with_round_sizes(wanted: TimingTask) -> TimingTask:

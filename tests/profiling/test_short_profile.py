@@ -1,6 +1,8 @@
 """The short profile that `plan` makes by itself: what is measured, what is kept, and where it is not tried."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -54,7 +56,7 @@ def test_both_devices_are_timed_once_and_then_read_from_the_cache(wanted, cache)
     cluster, said = make_cluster("fast", "slow"), []
     folder = calibrate(wanted, cluster, "always", said.append)
     assert folder.parent == cache
-    assert [entry.name for entry in cache.iterdir()] == [folder.name]  # nothing half made is left
+    assert {entry.name for entry in cache.iterdir()} == {".lock", folder.name}  # nothing half made is left
     model = load_model(folder, wanted.shape, wanted.setup)
     for name in ("fast", "slow"):
         for part, phase, bits in (("layer", "prefill", 8), ("layer", "decode", 16), ("head", "decode", 0)):
@@ -102,7 +104,7 @@ def test_what_cannot_be_measured_or_kept_leaves_a_plan_on_the_roofline(wanted, c
     monkeypatch.setattr(short_profile, "_measure", fail)
     assert calibrate(wanted, make_cluster("fast"), "auto", said.append) is None
     assert said[-1] == "layer times are not measured: the trial pipeline failed; see LOG"
-    assert not list(cache.iterdir())
+    assert [entry.name for entry in cache.iterdir()] == [".lock"]
     with pytest.raises(UserError, match=r"planner\.calibrate=always cannot be: the trial pipeline failed"):
         calibrate(wanted, make_cluster("fast"), "always", said.append)
     (tmp_path / "file").write_text("")
@@ -126,6 +128,22 @@ def test_a_damaged_profile_is_measured_again(wanted, cache, monkeypatch):
     (folder / "profile.csv").write_text("damaged")
     assert calibrate(wanted, make_cluster("fast"), "auto", [].append) == folder
     assert len(made) == 2
+
+
+def test_of_plans_made_side_by_side_one_measures(wanted, cache, monkeypatch):
+    made = []
+
+    def measure(wanted, cluster, out):
+        made.append(out)
+        time.sleep(0.3)
+        write_header(out / "profile.csv", wanted.setup, {})
+
+    monkeypatch.setattr(short_profile, "_measure", measure)
+    monkeypatch.delenv(short_profile.ENVIRONMENT)
+    with ThreadPoolExecutor(4) as pool:
+        folders = [pool.submit(calibrate, wanted, make_cluster("fast"), "auto", [].append) for _ in range(4)]
+        assert len({folder.result() for folder in folders}) == 1
+    assert len(made) == 1
 
 
 def test_lengths_are_not_rounded_beyond_the_models_positions(wanted):
@@ -181,7 +199,7 @@ def test_a_plan_by_default_settings_stands_on_measured_times(cache, tmp_path, mo
     plan = make_plan(settings, tmp_path / "plan")
     assert plan.provenance["layer_seconds.cpu_core"].startswith("fitted")
     assert plan.provenance["links"].startswith("measured (links.csv)")
-    (folder,) = cache.iterdir()
+    (folder,) = (entry for entry in cache.iterdir() if entry.is_dir())
     kernel = read_profile(folder / "profile.csv").setup.kernel
     assert f"(kernel {kernel};" in plan.provenance["layer_seconds.cpu_core"]
     never = replace(settings, planner=replace(settings.planner, calibrate="never"))
