@@ -77,7 +77,7 @@ def times(settings: PlanConfig) -> list[dict]:
 def draw(rows: list[dict], path: Path) -> None:
     """A row of panels a source, a column a phase; bars by device, coloured by width, on a logarithmic axis."""
     sources, phases, devices, widths = (list(dict.fromkeys(row[k] for row in rows)) for k in list(rows[0])[:4])
-    figure, axes = figures.new(len(sources), len(phases), width=10, height=3.2 * len(sources))
+    figure, axes = figures.make_figure(len(sources), len(phases), width=10, height=3.2 * len(sources))
     found = {(row["source"], row["phase"], row["device"], row["bits"]): row["milliseconds"] for row in rows}
     for line, source in zip(axes, sources, strict=True):
         for axis, phase in zip(line, phases, strict=True):
@@ -88,7 +88,7 @@ def draw(rows: list[dict], path: Path) -> None:
             axis.set_xticks([i + 0.3 for i in range(len(devices))], devices)
             axis.set(yscale="log", title=f"{phase}, {source}", ylabel="ms a layer")
     axes[0][0].legend(frameon=False, fontsize=8)
-    figures.save(figure, path)
+    figures.save_figure(figure, path)
 
 
 if __name__ == "__main__":

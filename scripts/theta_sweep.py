@@ -34,7 +34,7 @@ from ds_llmpq.serving.config import PlanConfig
 from ds_llmpq.serving.planning import make_plan
 
 ROOT = Path(__file__).resolve().parents[1]
-DEFAULTS = ("model=tiny", "cluster=demo_cpu2", "workload=demo", "quant.bits=[2,3,4,8,16]")
+DEFAULTS = ("model=tiny", "cluster=local_cpu2", "workload=demo", "quant.bits=[2,3,4,8,16]", "quant.kernel=openvino")
 
 
 def main() -> int:
@@ -140,7 +140,7 @@ def measured(row: dict[str, Any], repeats: int) -> dict[str, Any]:
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Measured and predicted points, joined in the order of theta."""
-    figure, [axes] = figures.new(1, 2, width=10, height=3.8)
+    figure, [axes] = figures.make_figure(1, 2, width=10, height=3.8)
     for axis, speed, loss, name in (
         (axes[0], "tokens/s", "loss increase", "measured"),
         (axes[1], "predicted tokens/s", "predicted loss", "predicted"),
@@ -156,7 +156,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         for row in rows:
             axis.annotate(row["theta"], (row[speed], row[loss]), textcoords="offset points", xytext=(4, 4), fontsize=7)
         axis.set(xlabel=f"{name} tokens/s", ylabel="loss increase (nats/token)", title=f"{name}, by theta")
-    figures.save(figure, path)
+    figures.save_figure(figure, path)
 
 
 def _cell(value: Any) -> str:

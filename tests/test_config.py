@@ -124,7 +124,7 @@ def test_a_wrong_override_is_one_line(override, said):
 
 
 def test_a_missing_group_entry_names_those_that_exist():
-    with pytest.raises(UserError, match=r"Available in 'cluster' are cluster1, .*local_cpu2"):
+    with pytest.raises(UserError, match=r"Available in 'cluster' are auto, cluster1, .*local_cpu2"):
         config.composed("plan", ["cluster=nope"])
 
 
