@@ -100,5 +100,4 @@ def test_a_port_taken_meanwhile_is_left_to_who_took_it(monkeypatch, tmp_path):
     assert undisturbed(tmp_path / "taken", rows) == expected
     assert mark.exists()
     restarts = json.loads((tmp_path / "taken" / "out" / "metrics.json").read_text())["restarts"]
-    assert restarts["restarts"] == 1
-    assert "cannot be listened on" in restarts["reasons"][0]
+    assert restarts["restarts"] == 0  # nothing of the run's own failed
