@@ -17,7 +17,7 @@ from ds_llmpq.batch.reader import RequestFile, read_requests
 from ds_llmpq.batch.request import RowError
 from ds_llmpq.batch.results import Result, ResultWriter
 from ds_llmpq.engine.session import Session, cache_positions, plan_block, row_positions
-from ds_llmpq.engine.stage_run.faults import Fault, described
+from ds_llmpq.engine.stage_run.faults import Fault, describe_error
 from ds_llmpq.engine.trace import chrome_events, trace_text
 from ds_llmpq.files import write_json, write_whole
 from ds_llmpq.launch.heartbeat import Heartbeat, drain_on_signal
@@ -119,7 +119,7 @@ class Driver:
         try:
             text = self.rule.text(row, tokens)
         except Exception as error:
-            self.write_error(row, Fault(0, "decoding its tokens", type(error).__name__, described(error)))
+            self.write_error(row, Fault(0, "decoding its tokens", type(error).__name__, describe_error(error)))
             return
         ids = (request.prompt_ids, tokens) if request.request.return_token_ids else (None, None)
         self.writer.write_result(

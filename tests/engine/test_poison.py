@@ -7,7 +7,7 @@ from test_finish import prompts_of, rows_of
 from test_graph_pipeline import graph_plan, needs_openvino
 from test_oom_split import THREE, greedy
 
-from ds_llmpq.engine.stage_run.faults import Suspects, described, first_faults
+from ds_llmpq.engine.stage_run.faults import Suspects, describe_error, first_faults
 from ds_llmpq.engine.stage_run.oom_split import MicroBatchSplitter
 from ds_llmpq.scheduler.request_group import RequestGroup
 from ds_llmpq.scheduler.sampling_params import SamplingParams
@@ -198,11 +198,13 @@ def test_the_exception_itself_ends_a_stage_that_runs_no_row():
 
 
 def test_messages_are_printable_and_short():
-    assert described(ValueError("a\x1b[31m\nb\u2028c\x85" + "x" * 5000)).startswith("a\\x1b[31m\\nb\\u2028c\\x85xxx")
-    assert described(ValueError("a\nb")) == "a\\nb"
-    assert len(described(ValueError("\x00" * 5000))) <= 300
-    assert described(ValueError("shapes do not match")) == "shapes do not match"
-    lone = described(ValueError("\ud800"))
+    assert describe_error(ValueError("a\x1b[31m\nb\u2028c\x85" + "x" * 5000)).startswith(
+        "a\\x1b[31m\\nb\\u2028c\\x85xxx"
+    )
+    assert describe_error(ValueError("a\nb")) == "a\\nb"
+    assert len(describe_error(ValueError("\x00" * 5000))) <= 300
+    assert describe_error(ValueError("shapes do not match")) == "shapes do not match"
+    lone = describe_error(ValueError("\ud800"))
     assert lone.encode()
 
 

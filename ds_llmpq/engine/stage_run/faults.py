@@ -37,7 +37,7 @@ class Fault:
     out_of_memory: bool = False
 
 
-def described(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """The exception's message on one line, fit for a terminal."""
     try:
         return make_printable(error, _MESSAGE_CHARACTERS, keep="")
@@ -55,7 +55,7 @@ class FaultLog:
         self._traced: set[str] = set()
 
     def note(self, key: int, phase: str, error: BaseException, out_of_memory: bool = False) -> None:
-        fault = Fault(self.stage, phase, type(error).__name__, described(error), out_of_memory)
+        fault = Fault(self.stage, phase, type(error).__name__, describe_error(error), out_of_memory)
         self._faults.setdefault(key, fault)
         frames = ""
         if fault.kind not in self._traced and len(self._traced) < _MOST_TRACES:

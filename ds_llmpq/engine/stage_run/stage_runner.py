@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ds_llmpq.engine.runner.captured_decode import CapturedDecode
-from ds_llmpq.engine.stage_run.faults import FaultLog, NeutralRow, Suspects, described
+from ds_llmpq.engine.stage_run.faults import FaultLog, NeutralRow, Suspects, describe_error
 from ds_llmpq.engine.stage_run.oom_split import MicroBatchSplitter
 from ds_llmpq.launch.failures import is_out_of_memory
 from ds_llmpq.models.step import Step
@@ -77,7 +77,7 @@ class StageRunner:
                 raise
             sys.stderr.write(
                 f"ds-llmpq: stage {self.faults.stage} cannot capture its decode passes ({type(error).__name__}: "
-                f"{described(error)}) and runs them eagerly, which is slower\n"
+                f"{describe_error(error)}) and runs them eagerly, which is slower\n"
             )
             self.captured = None
             done = self.module(step.rows(0, len(step.positions)))
