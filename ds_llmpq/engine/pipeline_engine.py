@@ -380,8 +380,8 @@ class InferencePipelineEngine(PipelineEngine):
             with self.trace.working("decode", batch.size, tokens=len(batch.live)):
                 self._run("decode", step)
             self.ahead.launch(self._group(batch), self._choose_ahead(batch, positions, 1))
-        except Exception:
-            return
+        except Exception as error:
+            self.ahead.note_failure(error)
 
     def _ends_by_length(self, slot: int) -> bool:
         """Whether the slot's sequence is sure to leave its slot with the token it has or that is awaited."""

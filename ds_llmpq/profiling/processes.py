@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ds_llmpq.errors import UserError
+from ds_llmpq.errors import UserError, make_printable
 from ds_llmpq.launch.environment import extend
 from ds_llmpq.launch.launcher import find_free_port
 
@@ -21,7 +21,7 @@ RANKS = 3
 
 def run_trial(spec: dict[str, Any], log: Path, ranks: int = RANKS) -> dict[str, Any]:
     """{"links": [...], "passes": [...], "samples": [...]} of `trial.main`; with less than three ranks no passes.
-    `UserError`: a rank failed, with its log's name."""
+    `UserError`: a rank failed, with what it said last and the name of its log."""
     shared = extend(
         {
             "WORLD_SIZE": str(ranks),
@@ -32,6 +32,7 @@ def run_trial(spec: dict[str, Any], log: Path, ranks: int = RANKS) -> dict[str, 
             "GLOO_SOCKET_IFNAME": "lo",
         }
     )
+    shared.pop("RANK", None)  # of a launcher that started this process: a trial without one forks its ranks
     line = [sys.executable, "-m", "ds_llmpq.profiling.trial", json.dumps(spec)]
     # a GPU's runtime does not survive a fork; without one, the libraries are imported once for all ranks
     environments = [{}] if spec["kind"] == "cpu" else [{"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(ranks)]
@@ -53,8 +54,13 @@ def run_trial(spec: dict[str, Any], log: Path, ranks: int = RANKS) -> dict[str, 
     mark = "ds-llmpq trial "
     found = [line.removeprefix(mark) for line in output.splitlines() if line.startswith(mark)]
     if any(codes) or not found:
-        raise UserError(f"the trial pipeline failed; see {log}, or profile without it: profiling.links=false")
+        raise UserError(f"the trial pipeline failed ({_last_line(log)}); see {log}")
     return json.loads(found[0])
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+    return make_printable(next((line.strip() for line in reversed(lines) if line.strip()), "without a word"), 200)
 
 
 def _kill_group(child: subprocess.Popen) -> None:

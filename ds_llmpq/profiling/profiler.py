@@ -197,7 +197,10 @@ def _trials(
             "prompt_tokens": task.workload.prompt_tokens,
             "rounds": task.profiling.rounds,
         }
-        found = run_trial(spec, out / "trial.log")
+        try:
+            found = run_trial(spec, out / "trial.log")
+        except UserError as error:
+            raise UserError(f"{error}, or profile without it: profiling.links=false") from None
         if index == 0:
             write_link_table(out / "links.csv", cluster, found["links"])
         for device in alike:

@@ -179,12 +179,13 @@ def _find_shortage(wanted: TimingTask, cluster: Cluster) -> str | None:
 
 
 def _measure(wanted: TimingTask, cluster: Cluster, out: Path) -> None:
-    """profile.csv and links.csv, from one trial for devices that are started alike and three at a time."""
+    """profile.csv and links.csv, from one trial for devices that are started alike and three at a time. The log of the
+    last trial stays beside the kept folders, for it is wanted where nothing was kept."""
     samples: list[Sample] = []
     for index, devices in enumerate(_trial_groups(cluster)):
         kind = devices[0].type.kind
         ranks = RANKS if kind == "cpu" else len(devices)
-        found = run_trial(_trial(wanted, devices, links=index == 0), out / "trial.log", ranks)
+        found = run_trial(_trial(wanted, devices, links=index == 0), cache_folder() / "trial.log", ranks)
         if index == 0 and found["links"]:
             write_link_table(out / "links.csv", cluster, found["links"])
         for device in {device.type.name: device for device in devices}.values():

@@ -4,10 +4,12 @@ import dataclasses
 import random
 
 import pytest
+import torch
 from pipeline_cases import LAYERS, VOCABULARY, Case, make_plan
 from test_finish import POISON, poisoned  # noqa: F401 -- a fixture
 from test_refill import joining
 
+from ds_llmpq.engine.runner.look_ahead import LookAhead
 from ds_llmpq.scheduler.request_group import Sequence
 from ds_llmpq.scheduler.sampling_params import SamplingParams
 
@@ -82,3 +84,12 @@ def test_pipelines_of_more_stages_have_none(ranks, llama):
     case = Case(llama, make_plan(llama, [(0, 2), (2, LAYERS)], workload=(4, 10, 10)), joining(rows, 3, 4, 20))
     [outcome] = check(ranks, case)
     assert all(rank["report"]["passes_ahead"] == 0 for rank in outcome.ranks)
+
+
+def test_a_launch_that_fails_is_said_once(capsys):
+    ahead = LookAhead(torch.device("cpu"))
+    for _ in range(3):
+        ahead.note_failure(RuntimeError("no such kernel"))
+    assert capsys.readouterr().err == (
+        "ds-llmpq: a decode pass ahead of the host failed (no such kernel); it runs in its turn\n"
+    )

@@ -1,9 +1,11 @@
 """The short profile that `plan` makes by itself: what is measured, what is kept, and where it is not tried."""
 
 import json
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -52,11 +54,26 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache" / "ds_llmpq" / "calibration"
 
 
+@pytest.fixture
+def made(cache, monkeypatch):
+    """Nothing is really measured: the folders that were asked for, each an empty profile's."""
+    found = []
+
+    def measure(wanted, cluster, out):
+        found.append(out)
+        time.sleep(0.1)
+        write_header(out / "profile.csv", wanted.setup, {})
+
+    monkeypatch.setattr(short_profile, "_measure", measure)
+    monkeypatch.delenv(short_profile.ENVIRONMENT)
+    return found
+
+
 def test_both_devices_are_timed_once_and_then_read_from_the_cache(wanted, cache):
     cluster, said = make_cluster("fast", "slow"), []
     folder = calibrate(wanted, cluster, "always", said.append)
     assert folder.parent == cache
-    assert {entry.name for entry in cache.iterdir()} == {".lock", folder.name}  # nothing half made is left
+    assert {entry.name for entry in cache.iterdir()} == {".lock", "trial.log", folder.name}  # nothing half made is left
     model = load_model(folder, wanted.shape, wanted.setup)
     for name in ("fast", "slow"):
         for part, phase, bits in (("layer", "prefill", 8), ("layer", "decode", 16), ("head", "decode", 0)):
@@ -69,15 +86,7 @@ def test_both_devices_are_timed_once_and_then_read_from_the_cache(wanted, cache)
     assert calibrate(wanted, cluster, "never", said.append) is None
 
 
-def test_what_was_measured_before_is_taken_unless_always(wanted, cache, monkeypatch):
-    made = []
-
-    def measure(wanted, cluster, out):
-        made.append(out)
-        write_header(out / "profile.csv", wanted.setup, {})
-
-    monkeypatch.setattr(short_profile, "_measure", measure)
-    monkeypatch.delenv(short_profile.ENVIRONMENT)
+def test_what_was_measured_before_is_taken_unless_always(wanted, made, monkeypatch):
     cluster, quiet = make_cluster("fast"), [].append
     first = calibrate(wanted, cluster, "auto", quiet)
     assert calibrate(replace(wanted, workload=WorkloadConfig(4, 9, 5)), cluster, "auto", quiet) == first
@@ -113,15 +122,17 @@ def test_what_cannot_be_measured_or_kept_leaves_a_plan_on_the_roofline(wanted, c
     assert "Not a directory" in said[-1]
 
 
-def test_a_damaged_profile_is_measured_again(wanted, cache, monkeypatch):
-    made = []
-
-    def measure(wanted, cluster, out):
-        made.append(out)
-        write_header(out / "profile.csv", wanted.setup, {})
-
-    monkeypatch.setattr(short_profile, "_measure", measure)
+def test_a_trial_that_fails_says_why_and_keeps_its_log(wanted, cache, monkeypatch):
+    said = []
     monkeypatch.delenv(short_profile.ENVIRONMENT)
+    monkeypatch.setenv("RANK", "1")  # as where another launcher started this process
+    broken = replace(wanted, path=str(cache))
+    assert calibrate(broken, make_cluster("fast"), "auto", said.append) is None
+    assert re.search(r"the trial pipeline failed \(\w+.*\); see ", said[-1])
+    assert "Traceback" in Path(said[-1].rpartition("see ")[2]).read_text()
+
+
+def test_a_damaged_profile_is_measured_again(wanted, made):
     folder = calibrate(wanted, make_cluster("fast"), "auto", [].append)
     assert calibrate(wanted, make_cluster("fast"), "auto", [].append) == folder
     assert len(made) == 1
@@ -130,16 +141,7 @@ def test_a_damaged_profile_is_measured_again(wanted, cache, monkeypatch):
     assert len(made) == 2
 
 
-def test_of_plans_made_side_by_side_one_measures(wanted, cache, monkeypatch):
-    made = []
-
-    def measure(wanted, cluster, out):
-        made.append(out)
-        time.sleep(0.3)
-        write_header(out / "profile.csv", wanted.setup, {})
-
-    monkeypatch.setattr(short_profile, "_measure", measure)
-    monkeypatch.delenv(short_profile.ENVIRONMENT)
+def test_of_plans_made_side_by_side_one_measures(wanted, made):
     with ThreadPoolExecutor(4) as pool:
         folders = [pool.submit(calibrate, wanted, make_cluster("fast"), "auto", [].append) for _ in range(4)]
         assert len({folder.result() for folder in folders}) == 1

@@ -9,12 +9,14 @@ one more token into its slot, where the next sequence there writes before it rea
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ds_llmpq.engine.runner.host_copies import HostCopy, to_device
+from ds_llmpq.engine.stage_run.faults import describe_error
 from ds_llmpq.scheduler.micro_batch import MicroBatch
 from ds_llmpq.scheduler.request_group import Sequence as Request
 from ds_llmpq.scheduler.slot_table import SlotTable
@@ -50,6 +52,7 @@ class LookAhead:
     def __init__(self, device: torch.device):
         self.device = device
         self.launched = self.used = 0
+        self._failed = False
         self._passes: dict[int, Launched] = {}
         self._tokens = torch.zeros(0, dtype=torch.long, device=device)
 
@@ -68,6 +71,14 @@ class LookAhead:
         live = set(batch.live)
         index = [slot if slot in live else batch.live[0] for slot in batch.slots]
         return self._tokens[to_device(index, self.device)][:, None]
+
+    def note_failure(self, error: Exception) -> None:
+        """Says it once: what raises every time would leave the device waiting for the host, and nobody would know."""
+        if not self._failed:
+            sys.stderr.write(
+                f"ds-llmpq: a decode pass ahead of the host failed ({describe_error(error)}); it runs in its turn\n"
+            )
+        self._failed = True
 
     def launch(self, group: int, launched: Launched) -> None:
         self._passes[group] = launched
