@@ -36,6 +36,11 @@ FORMER_KEYS: dict[str, str] = {
     "planner.objective": "ablation.objective",
     "planner.group_layers": "ablation.group_layers",
 }
+# The same for entries of groups: (group, former name) -> present name.
+FORMER_ENTRIES: dict[tuple[str, str], str] = {
+    ("cluster", "local_unlike2"): "local_heterogeneous2",
+    ("cluster", "local_unlike3"): "local_heterogeneous3",
+}
 _OVERRIDE = re.compile(r"(\+\+|\+|~)?([^=]*)(?:=(.*))?", re.DOTALL)
 _LONGEST_NAME = 120  # bytes; file systems take 255, some encrypted ones 143
 _DIGEST_CHARACTERS = 10
@@ -56,13 +61,23 @@ def prepare(command: str, kind: type, arguments: Iterable[str], conf: Path, swee
 
 
 def rename_former(argument: str) -> str:
-    """The override under its key's present name, if it has a former one, and a line on stderr that says so."""
+    """The override by present names of its key and of a group's entries, and a line on stderr for each former one."""
     prefix, key, value = _OVERRIDE.fullmatch(argument).groups()
-    present = find_present(key)
+    present = _say_renamed(key, find_present(key))
+    if value is None:
+        return f"{prefix or ''}{present}"
+    entries = (
+        _say_renamed(entry, FORMER_ENTRIES.get((key, entry))) for entry in value.split(",")
+    )  # a sweep has several
+    return f"{prefix or ''}{present}={','.join(entries)}"
+
+
+def _say_renamed(former: str, present: str | None) -> str:
+    """`present`, after a line about it; `former` where nothing was renamed."""
     if present is None:
-        return argument
-    print(f"note: {key} is now called {present}; the former name will go with the next version.", file=sys.stderr)
-    return f"{prefix or ''}{present}" + ("" if value is None else f"={value}")
+        return former
+    print(f"note: {former} is now called {present}; the former name will go with the next version.", file=sys.stderr)
+    return present
 
 
 def find_present(key: str) -> str | None:

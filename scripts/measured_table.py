@@ -1,6 +1,6 @@
 """The project's own main table, measured: plans of ours beside Uniform's, PipeEdge's, adabits' and a split by memory.
 
-    ds-llmpq profile model=tiny cluster=local_unlike2 workload=demo out=PROFILE
+    ds-llmpq profile model=tiny cluster=local_heterogeneous2 workload=demo out=PROFILE
     ds-llmpq sensitivity model=tiny out=SENSITIVITY
     python scripts/measured_table.py OUT planner.profile=PROFILE planner.sensitivity=SENSITIVITY/sensitivity.json \\
         [--memory 18,9 12,12]
@@ -37,7 +37,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out")
     parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--cluster", default="local_unlike2")
+    parser.add_argument("--cluster", default="local_heterogeneous2")
     parser.add_argument("--memory", nargs="+", default=["18,9", "14,14", "40,40"])
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_intermixed_args()

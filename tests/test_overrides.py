@@ -124,6 +124,19 @@ def test_a_former_key_sets_the_present_one_with_one_line(capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_former_entry_of_a_group_is_taken_and_the_present_one_named(capsys):
+    assert plan("cluster=local_unlike2").cluster.name == "local_heterogeneous2"
+    assert capsys.readouterr().err.count("local_unlike2 is now called local_heterogeneous2") == 1
+    swept = config.prepare("plan", ["cluster=local_unlike3,local_cpu2"], sweep=True)
+    assert swept == ["cluster=local_heterogeneous3,local_cpu2"]
+
+
+def test_every_former_entry_names_a_present_one():
+    for (group, former), present in overrides.FORMER_ENTRIES.items():
+        assert (config.conf_folder() / group / f"{present}.yaml").is_file()
+        assert not (config.conf_folder() / group / f"{former}.yaml").exists()
+
+
 def test_every_former_key_names_a_present_one():
     known = {key for kind in config.COMMANDS.values() for key in overrides.keys_of(kind)}
     assert set(overrides.FORMER_KEYS.values()) <= known

@@ -1,7 +1,7 @@
 """Predicted against measured latency of whole runs of random plans on heterogeneous CPU stages, and of their ranking.
 
-    ds-llmpq profile model.path=MODEL workload=demo cluster=local_unlike3 out=PROFILE
-    python scripts/bench/run_fidelity.py MODEL PROFILE OUT [--cluster local_unlike3] [--plans 12] [--waves 5] [--seed 0]
+    ds-llmpq profile model.path=MODEL workload=demo cluster=local_heterogeneous3 out=PROFILE
+    python scripts/bench/run_fidelity.py MODEL PROFILE OUT [--cluster local_heterogeneous3] [--plans 12] [--waves 5]
 
 Plans differ in the devices used and their order, in cuts, widths and micro-batches. Each runs under the real launcher
 on waves of equal rows; the median of all but the first counts, each from the first stage's first pass to the last
@@ -44,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("model", "profile", "out"):
         parser.add_argument(name)
-    parser.add_argument("--cluster", default="local_unlike3")
+    parser.add_argument("--cluster", default="local_heterogeneous3")
     parser.add_argument("--plans", type=int, default=12)
     parser.add_argument("--waves", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
