@@ -128,14 +128,14 @@ def run_case(case: dict, joined: RankContext) -> dict:
 
 def _record_logits(session: Session, into: list[list]) -> None:
     """Keeps (key, tokens generated before, logits) of every row that is sampled."""
-    engine, choose = session.engine, session.engine._choose
+    chooser, choose = session.engine.chooser, session.engine.chooser._choose
 
-    def recording(slots, logits, counts):
+    def recording(table, slots, logits, counts):
         for slot, values, count in zip(slots, logits.tolist(), counts, strict=True):
-            into.append([engine.stream.slots.sequences[slot].key, count, values])
-        return choose(slots, logits, counts)
+            into.append([table.sequences[slot].key, count, values])
+        return choose(table, slots, logits, counts)
 
-    engine._choose = recording
+    chooser._choose = recording
 
 
 def _poison(
@@ -155,10 +155,10 @@ def _poison(
         if not keys or (cache.store is session.store and any(bad(slot) for slot, _ in cache.row_places())):
             raise LookupError(message)
 
-    def in_sampling(slots, logits, counts):
+    def in_sampling(table, slots, logits, counts):
         if any(map(bad, slots)):
             raise LookupError(message)
-        return choose(slots, logits, counts)
+        return choose(table, slots, logits, counts)
 
     def in_embedding(layer, inputs):
         if set(keys) & set(inputs[0].token_ids.flatten().tolist()):
@@ -167,7 +167,7 @@ def _poison(
     if where == "tokens":
         engine.module.forward_funcs[0].register_forward_pre_hook(in_embedding)
     elif where == "sampling":
-        choose, engine._choose = engine._choose, in_sampling
+        choose, engine.chooser._choose = engine.chooser._choose, in_sampling
     else:
         place = 0 if where == "first layer" else -1
         engine.module.forward_funcs[place].register_forward_pre_hook(in_layer)

@@ -87,7 +87,7 @@ def test_pipelines_of_more_stages_have_none(ranks, llama):
 
 
 def test_a_launch_that_fails_is_said_once(capsys):
-    ahead = LookAhead(torch.device("cpu"))
+    ahead = LookAhead(None, None, None, None, torch.device("cpu"))
     for _ in range(3):
         ahead.note_failure(RuntimeError("no such kernel"))
     assert capsys.readouterr().err == (

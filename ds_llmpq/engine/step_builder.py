@@ -1,0 +1,80 @@
+"""The steps that a micro-batch's passes are: which tokens, at which positions, with which part of the KV cache."""
+
+from __future__ import annotations
+
+from collections import abc
+from collections.abc import Callable
+
+import torch
+
+from ds_llmpq.engine.kv_cache import KVStore, NoCache
+from ds_llmpq.engine.runner.host_copies import to_device
+from ds_llmpq.models.step import Step
+from ds_llmpq.scheduler.micro_batch import MicroBatch
+from ds_llmpq.scheduler.stream import Stream
+
+
+class StepBuilder:
+    """`is_first`: the stage takes token ids; others take hidden states. `every_position`: the head is applied to all of
+    a prompt's tokens, not to the last one alone."""
+
+    def __init__(
+        self, store: KVStore | NoCache, positional: Callable[[Step], None], device: torch.device, is_first: bool,
+        every_position: bool = False,
+    ):  # fmt: skip
+        self.store = store
+        self.positional = positional
+        self.device = device
+        self.is_first = is_first
+        self.every_position = every_position
+
+    def prefill(self, stream: Stream, batch: MicroBatch) -> Step:
+        """Whole prompts, padded to the longest."""
+        prompts = [stream.slots.sequences[slot].prefill_tokens for slot in batch.slots]
+        longest = max(map(len, prompts))
+        step = Step(
+            positions=torch.arange(longest, device=self.device).expand(batch.size, longest),
+            cache=self.store.prefill(batch.slots),
+            kv_tokens=longest,
+            causal_only=True,
+            last=None if self.every_position else to_device([len(tokens) - 1 for tokens in prompts], self.device),
+            prepare=self.positional,
+        )
+        if self.is_first:
+            # padding repeats the row's own token, so a token id that yields NaN affects only rows that contain it
+            padded = [tokens + tokens[-1:] * (longest - len(tokens)) for tokens in prompts]
+            step.token_ids = to_device(padded, self.device)
+        return step
+
+    def decode(self, stream: Stream, batch: MicroBatch) -> Step:
+        """The last token of each slot."""
+        table = stream.slots
+        step = self.decode_at(stream, batch, [table.position(slot) for slot in batch.live])
+        if self.is_first:
+            live = set(batch.live)
+            # slots that go along bring a running row's token, which the model can process, or that row is given up
+            along = table.generated[batch.live[0]][-1]
+            tokens = [table.generated[slot][-1] if slot in live else along for slot in batch.slots]
+            step.token_ids = to_device(tokens, self.device)[:, None]
+        return step
+
+    def decode_at(self, stream: Stream, batch: MicroBatch, positions: abc.Sequence[int]) -> Step:
+        """A decode step without its tokens. `positions`: of the live slots' last tokens."""
+        # how sums over the cache are grouped depends on how much of it is read
+        kv_tokens = self.store.capacity if stream.batch_invariant else max(positions) + 1
+        live = dict(zip(batch.live, positions, strict=True))
+        places = [live[slot] if slot in live else self._find_unread_place(stream, slot) for slot in batch.slots]
+        at = to_device(places, self.device)
+        return Step(
+            positions=at[:, None],
+            cache=self.store.decode(batch.slots[0], batch.slots[-1] + 1, at, kv_tokens),
+            kv_tokens=kv_tokens,
+            causal_only=not stream.batch_invariant and min(positions) + 1 == kv_tokens,
+            prepare=self.positional,
+        )
+
+    def _find_unread_place(self, stream: Stream, slot: int) -> int:
+        """Where a slot that goes along may write: behind what its sequence's prefill has stored, where the sequence
+        itself writes before it reads; what an ended one left is read by none. The same on every stage."""
+        row = stream.slots.sequences[slot]
+        return 0 if row is None else min(len(row.prefill_tokens), self.store.capacity - 1)
