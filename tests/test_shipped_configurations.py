@@ -121,7 +121,7 @@ def needs(group, entry, folder):
 
 
 def training_data(group, entry, folder):
-    from ds_llmpq.lengths.synthetic import make_answers
+    from scripts.make_length_data import make_answers
 
     made = make_answers(120, 0)
     if (group, entry) == ("lengths", "lmsys"):

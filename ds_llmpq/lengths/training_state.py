@@ -55,7 +55,7 @@ class TrainingState:
     def resume(
         self, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer, generator: np.random.Generator
     ) -> int:
-        """Restores everything as it was, and returns how many epochs are done; 0 if nothing of this training is kept."""
+        """Restores everything as it was. Returns the number of epochs done, 0 if nothing of this training is kept."""
         if self._file is None or not self._file.is_file():
             return 0
         try:

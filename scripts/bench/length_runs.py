@@ -18,13 +18,13 @@ from scipy.optimize import brentq
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout that is not installed
 
 from ds_llmpq.config import asset
-from ds_llmpq.lengths.synthetic import SyntheticAnswer, make_answers
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.models.tokenizer import load_tokenizer
+from scripts.make_length_data import SyntheticAnswer, make_answers
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = asset("tiny-llama")
-_ALL_MEAN_TOKENS = 198.0  # of `synthetic.make_answers`
+_ALL_MEAN_TOKENS = 198.0  # of `make_answers`
 
 
 def scaled_answers(count: int, seed: int, mean_tokens: float, longest: int) -> list[SyntheticAnswer]:

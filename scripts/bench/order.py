@@ -4,7 +4,7 @@
 
 The shipped model in two processes under the real launcher. OUT keeps every run; variants take turns.
 
-order: synthetic prompts with a long tail of lengths (`lengths/synthetic.py`); max_tokens is the true length and
+order: synthetic prompts with a long tail of lengths (`scripts/make_length_data.py`); max_tokens is the true length and
 end-of-sequence is ignored, so `predicted_length` and `bucketed` without a predictor know all lengths: the best that
 prediction could buy. admission: questions about functions, answered by the model itself until it ends them, all with
 one generous limit. Past answers (another draw, run first) train the predictor, which sizes one plan for all variants.

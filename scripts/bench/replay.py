@@ -3,7 +3,7 @@
     python scripts/bench/replay.py OUT [--loads 0.7 0.9] [--seeds 3] [--requests 120] [--policies fcfs ssjf sjf]
 
 The shipped model in two processes under the real launcher, few slots. Prompts are synthetic, their lengths depend on
-what they say, long tail included (`lengths/synthetic.py`); max_tokens is the true length, end-of-sequence is ignored.
+what they say, long tail included (`make_length_data.py`); max_tokens is the true length, end-of-sequence is ignored.
 So `sjf`, which takes limits for lengths, is the oracle; `ssjf` has a predictor trained on another draw and sees no
 limit. For each seed: the requests all at once give the capacity (requests/s), then Poisson arrivals at each load,
 under one policy after the other. OUT keeps every run, and an interrupted series goes on.

@@ -7,7 +7,7 @@ import sys
 from ds_llmpq import config
 from ds_llmpq.commands import lengths
 from ds_llmpq.lengths.config import LengthsConfig
-from ds_llmpq.lengths.synthetic import make_answers, make_rows
+from scripts.make_length_data import make_answers, make_rows
 
 
 def command(out, *overrides):

@@ -726,7 +726,7 @@ def _predictor(folder: Path) -> bytes:
     from ds_llmpq.lengths.config import LengthDataConfig, LengthTaskConfig, ProxyConfig
     from ds_llmpq.lengths.predictor import train
     from ds_llmpq.lengths.records import Example
-    from ds_llmpq.lengths.synthetic import make_answers
+    from scripts.make_length_data import make_answers
 
     found = make_answers(200, 0)
     examples = [Example(a.text, a.output_tokens, a.model, len(a.text.split()), str(n)) for n, a in enumerate(found)]

@@ -9,7 +9,7 @@ from ds_llmpq.lengths.config import LengthDataConfig, LengthTaskConfig, ProxyCon
 from ds_llmpq.lengths.dataset import split
 from ds_llmpq.lengths.predictor import train
 from ds_llmpq.lengths.records import Example
-from ds_llmpq.lengths.synthetic import make_answers
+from scripts.make_length_data import make_answers
 
 pytestmark = pytest.mark.launcher
 TEXT = "The quick brown fox jumps over the lazy dog."

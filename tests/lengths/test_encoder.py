@@ -6,8 +6,8 @@ from ds_llmpq.lengths import dataset
 from ds_llmpq.lengths.config import LengthDataConfig, LengthTaskConfig, ProxyConfig
 from ds_llmpq.lengths.predictor import load_predictor, train
 from ds_llmpq.lengths.records import Example
-from ds_llmpq.lengths.synthetic import make_answers
 from ds_llmpq.lengths.tasks import KINDS
+from scripts.make_length_data import make_answers
 
 torch = pytest.importorskip("torch")
 CONFIG = LengthDataConfig(max_tokens=32, truncation="head_tail")

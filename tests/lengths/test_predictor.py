@@ -12,8 +12,8 @@ from ds_llmpq.lengths.config import LengthDataConfig, LengthTaskConfig, ProxyCon
 from ds_llmpq.lengths.length_metrics import regression_metrics
 from ds_llmpq.lengths.predictor import evaluate, load_predictor, train
 from ds_llmpq.lengths.records import Example
-from ds_llmpq.lengths.synthetic import make_answers
 from ds_llmpq.lengths.tasks import KINDS
+from scripts.make_length_data import make_answers
 
 CONFIG = LengthDataConfig()
 

@@ -17,7 +17,6 @@ from ds_llmpq.lengths.config import LengthDataConfig, LengthTaskConfig, ProxyCon
 from ds_llmpq.lengths.dataset import split
 from ds_llmpq.lengths.predictor import train
 from ds_llmpq.lengths.records import Example
-from ds_llmpq.lengths.synthetic import make_answers
 from ds_llmpq.models.config import ModelConfig
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.models.tokenizer import load_tokenizer
@@ -25,6 +24,7 @@ from ds_llmpq.planner.config import WorkloadConfig
 from ds_llmpq.scheduler.admission import AdmissionQueue
 from ds_llmpq.serving.ordering import predict_answers
 from ds_llmpq.serving.workload import size_workload
+from scripts.make_length_data import make_answers
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
 LIMIT = 400
