@@ -110,12 +110,8 @@ def _bound_classes(task: LengthTask, predicted: np.ndarray, tokens: np.ndarray) 
 
 
 def _fit_monotone(scores: np.ndarray, tokens: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Knots of the best increasing step function of scores (pool adjacent violators), one at each block's middle."""
-    order = np.argsort(scores, kind="stable")
-    blocks: list[list[float]] = []  # sum of scores, sum of tokens, count
-    for score, length in zip(scores[order].tolist(), tokens[order].tolist(), strict=True):
-        blocks.append([score, length, 1.0])
-        while len(blocks) > 1 and blocks[-2][1] / blocks[-2][2] >= blocks[-1][1] / blocks[-1][2]:
-            last = blocks.pop()
-            blocks[-1] = [one + other for one, other in zip(blocks[-1], last, strict=True)]
-    return tuple(block[0] / block[2] for block in blocks), tuple(block[1] / block[2] for block in blocks)
+    """Knots of the best increasing step function of scores."""
+    from sklearn.isotonic import IsotonicRegression
+
+    fitted = IsotonicRegression().fit(scores, tokens)
+    return tuple(fitted.X_thresholds_.tolist()), tuple(fitted.y_thresholds_.tolist())

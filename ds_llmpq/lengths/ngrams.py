@@ -22,14 +22,13 @@ from ds_llmpq.errors import UserError, quote
 from ds_llmpq.files import open_regular
 from ds_llmpq.lengths.config import ProxyConfig
 from ds_llmpq.lengths.dataset import TRUNCATIONS, collect_lengths, truncate
-from ds_llmpq.lengths.records import MOST_TOKENS, Example
+from ds_llmpq.lengths.records import MOST_TOKENS, WORD, Example
 from ds_llmpq.lengths.tasks import LengthTask
 from ds_llmpq.validation import AboveZero, Label, Many, Number, one_of, validate
 
 if TYPE_CHECKING:
     from sklearn.linear_model import Ridge
 
-_WORD = re.compile(r"\w+|[^\w\s]")
 _ALPHAS = (0.3, 1.0, 3.0, 10.0, 30.0)
 _CLASS_ALPHAS = (3.0, 10.0, 30.0)
 _LOGISTIC = {"max_iter": 100, "tol": 1e-3}
@@ -79,7 +78,7 @@ class Features:
 
     def _words(self, example: Example) -> list[str]:
         """Words and pairs of neighbouring words of the part of the prompt that is kept."""
-        words = truncate(_WORD.findall(example.text.lower()), self.max_tokens, self.truncation)
+        words = truncate(WORD.findall(example.text.lower()), self.max_tokens, self.truncation)
         return words + [f"{one} {other}" for one, other in pairwise(words)]
 
 
@@ -87,7 +86,7 @@ def _counts(example: Example) -> list[float]:
     """Prompt length, words, the first number in the text, and marks that tell lists and code from chat."""
     text = example.text[-20_000:]
     number = re.search(r"\d{1,6}", text)
-    words = len(_WORD.findall(text))
+    words = len(WORD.findall(text))
     return [
         float(np.log1p(max(example.prompt_tokens, words))),
         float(np.log1p(words)),
@@ -196,10 +195,12 @@ class _Data:
 
 def _fit_regression(task: LengthTask, data: _Data, counts: np.ndarray) -> dict[str, np.ndarray]:
     """Ridge, then quantile regressions over what it predicts for examples it has not seen."""
+    from sklearn.model_selection import KFold, cross_val_predict
+
     target, wanted = task.targets(data.train_tokens), task.targets(data.validation_tokens)
     tried = []
     for alpha in data.alphas(_ALPHAS):
-        model = _ridge(data.train, target, alpha)
+        model = _ridge(alpha).fit(data.train, target)
         tried.append((float(np.abs(model.predict(data.validation) - wanted).mean()), alpha, model))
     _, alpha, model = min(tried, key=lambda entry: entry[:2])
     weights = {"coefficients": model.coef_[:, None], "intercepts": np.array([model.intercept_])}
@@ -207,26 +208,17 @@ def _fit_regression(task: LengthTask, data: _Data, counts: np.ndarray) -> dict[s
     points = [] if task.loss == "mse" else [0.5]
     if not levels and not points:
         return weights
-    unseen = _out_of_fold(data, target, alpha)
+    folds = KFold(min(_FOLDS, len(target)), shuffle=True, random_state=data.seed)
+    unseen = cross_val_predict(_ridge(alpha), data.train, target, cv=folds)
     weights["heads"] = _quantile_heads(_head_inputs(unseen, counts), target, points + levels, data.seed)
     weights["quantiles"] = np.array(levels)
     return weights
 
 
-def _ridge(matrix: sparse.csr_matrix, target: np.ndarray, alpha: float) -> Ridge:
+def _ridge(alpha: float) -> Ridge:
     from sklearn.linear_model import Ridge
 
-    return Ridge(alpha=alpha, solver="sparse_cg", tol=1e-4).fit(matrix, target)
-
-
-def _out_of_fold(data: _Data, target: np.ndarray, alpha: float) -> np.ndarray:
-    count = len(target)
-    fold = np.random.default_rng(data.seed).permutation(count) % min(_FOLDS, count)
-    unseen = np.zeros(count)
-    for number in range(fold.max() + 1):
-        rest = fold != number
-        unseen[~rest] = _ridge(data.train[rest], target[rest], alpha).predict(data.train[~rest])
-    return unseen
+    return Ridge(alpha=alpha, solver="sparse_cg", tol=1e-4)
 
 
 def _head_inputs(predicted: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -167,8 +167,7 @@ def evaluate(predictor: Predictor, examples: Sequence[Example]) -> dict[str, flo
     metrics = {"examples": len(examples)} | regression_metrics(true, found.tokens)
     metrics["mae_of_constant_tokens"] = float(np.abs(true - predictor.about["median_tokens"]).mean())
     if found.classes is not None:
-        labels = predictor.task.labels(true)
-        metrics |= class_metrics(labels, found.classes, len(predictor.task.class_tokens))
+        metrics |= class_metrics(predictor.task.labels(true), found.classes)
     metrics |= bound_metrics(true, found.bounds)
     return metrics | {"cpu_seconds_per_prediction": together, "cpu_seconds_per_prediction_alone": alone}
 

@@ -22,7 +22,7 @@ _LENGTH = ("output_tokens", "completion_tokens", "output_token_length", "respons
 _PROMPT_LENGTH = ("prompt_tokens", "prompt_token_length", "ContextTokens")
 _MODEL = ("model", "model_name")
 _CONVERSATION = ("conversation", "conversations", "messages")
-_WORD = re.compile(r"\w+|[^\w\s]")
+WORD = re.compile(r"\w+|[^\w\s]")
 
 Counter = Callable[[str], int]
 MOST_TOKENS = 10**9
@@ -50,7 +50,7 @@ class Example:
 
 def count_words(text: str) -> int:
     """Words and punctuation marks: the stand-in for tokens when no tokenizer is given."""
-    return sum(1 for _ in _WORD.finditer(text))
+    return sum(1 for _ in WORD.finditer(text))
 
 
 def make_counter(folder: str | None) -> Counter:
