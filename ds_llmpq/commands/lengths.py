@@ -1,4 +1,4 @@
-"""`lengths`: prepare data, train, evaluate and use a predictor of output lengths, or show how lengths are spread."""
+"""`lengths`: prepare data, train, evaluate and use a length predictor, or show how lengths are distributed."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""How long answers will be: predictors of output length, and what a scheduler gains from them (simulated)."""
+"""Predictors of output length."""

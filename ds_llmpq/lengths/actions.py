@@ -1,4 +1,4 @@
-"""What the actions of `lengths` read, and the predictions they write."""
+"""What the actions of `ds-llmpq lengths` read and write."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from ds_llmpq.lengths.records import Example, make_counter, read_batch_examples,
 
 
 def load_dataset(settings: LengthsConfig) -> dataset.Dataset:
-    return dataset.load(_resolve(settings.data, "data"), settings.lengths)
+    """A folder that `prepare` wrote, or a file of answers, split now. `UserError`: too few examples."""
+    path = _resolve(settings.data, "data")
+    if (path / dataset.DATASET_NAME).is_file():
+        return dataset.read(path)
+    return dataset.split(load_answers(settings), settings.lengths)
 
 
 def load_chosen_predictor(settings: LengthsConfig) -> Predictor:
@@ -23,7 +27,7 @@ def load_chosen_predictor(settings: LengthsConfig) -> Predictor:
 
 
 def load_answers(settings: LengthsConfig) -> list[Example]:
-    """All of the data's answers: of a prepared folder, or of files, sampled as the settings say."""
+    """All answers of a prepared folder, or those of a file that the settings select."""
     path = _resolve(settings.data, "data")
     if (path / dataset.DATASET_NAME).is_file():
         return list(dataset.read(path).examples)
@@ -31,7 +35,7 @@ def load_answers(settings: LengthsConfig) -> list[Example]:
 
 
 def select_unseen(settings: LengthsConfig, predictor: Predictor) -> tuple[list[Example], bool]:
-    """The test split of the data the predictor was trained on (True), or all of other data (False)."""
+    """The test split if the predictor was trained on this data (True), else all examples (False)."""
     path = _resolve(settings.data, "data")
     try:
         data = load_dataset(settings)
@@ -44,7 +48,7 @@ def select_unseen(settings: LengthsConfig, predictor: Predictor) -> tuple[list[E
 
 
 def write_predictions(settings: LengthsConfig, predictor: Predictor, file: Path) -> int:
-    """Predicts the answers to `settings.input`, one JSON line each; how many there are."""
+    """Predicts the answers to `settings.input`, one JSON line each. Returns their number."""
     named = _read_prompts(settings)
     found = predictor.predict([example for _, example in named])
     with open(file, "w", encoding="utf-8") as stream:

@@ -1,9 +1,9 @@
-"""From a model's scores to tokens and upper bounds, fitted on validation data (split conformal prediction)."""
+"""Turns a model's scores into tokens and upper bounds, fitted on validation data (split conformal prediction)."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 from annotated_types import Ge, Le
@@ -29,19 +29,19 @@ def conformal_quantile(values: np.ndarray, level: float) -> float:
 
 @dataclass(frozen=True)
 class Calibration:
-    """`offsets` [levels]: added to log(1 + base bound). `class_bounds` [classes][levels]: tokens. `scores`, `tokens`:
-    knots of the increasing map of pairwise scores to tokens. `shift`: of regression targets (mse: to the mean)."""
+    """`offsets` [levels] are added to log(1 + base bound). `class_bounds` [classes][levels] are in tokens. `scores` and
+    `tokens` are knots of the increasing map from pairwise scores to tokens. `factor` multiplies regressed tokens."""
 
     offsets: Many[Offset] = ()
     class_bounds: Many[Many[Amount]] = ()
     scores: Many[Number] = ()
     tokens: Many[Amount] = ()
-    factor: Amount = 1.0  # on tokens
+    factor: Amount = 1.0
 
     def check(self, task: LengthTask) -> None:
-        """ValueError where it does not go with `task`."""
+        """ValueError if it does not fit `task`."""
         levels = len(task.quantiles)
-        if task.is_classifying or task.is_ordinal:
+        if task.has_classes:
             if [len(row) for row in self.class_bounds] != [levels] * len(task.class_tokens):
                 raise ValueError("class_bounds must hold one bound for each class and quantile")
         elif self.class_bounds or len(self.offsets) != levels:
@@ -52,12 +52,12 @@ class Calibration:
     @classmethod
     def fit(cls, task: LengthTask, scores: np.ndarray, tokens: np.ndarray) -> Calibration:
         """From validation scores [n, k] and true lengths [n]."""
-        if task.is_classifying or task.is_ordinal:
+        if task.has_classes:
             return cls(class_bounds=_bound_classes(task, decode_classes(task, scores), tokens))
         base = cls()
         if task.kind == "pairwise":
             base = cls(scores=(knots := _fit_monotone(scores[:, 0], tokens))[0], tokens=knots[1])
-        elif task.loss == "mse":  # the exponential of a mean logarithm is a median: bring the mean back
+        elif task.loss == "mse":  # exp of a mean logarithm is a median; this corrects it to the mean
             base = cls(factor=float(tokens.mean() / base.point(task, scores).mean()))
         offsets = []
         for place, level in enumerate(task.quantiles):
@@ -67,14 +67,14 @@ class Calibration:
 
     def point(self, task: LengthTask, scores: np.ndarray) -> np.ndarray:
         """Predicted tokens [n]."""
-        if task.is_classifying or task.is_ordinal:
+        if task.has_classes:
             return np.array(task.class_tokens)[decode_classes(task, scores)]
         if task.kind == "pairwise":
             return np.interp(scores[:, 0], self.scores, self.tokens)
         return np.maximum(task.tokens(scores[:, 0]) * self.factor, 1.0)
 
     def bounds(self, task: LengthTask, scores: np.ndarray) -> dict[str, np.ndarray]:
-        """Upper bounds [n] by name (`q90`), rising with the level."""
+        """Upper bounds [n] by name (`q90`); a higher level never has a lower bound."""
         found, lower = {}, np.ones(len(scores))
         for place, level in enumerate(task.quantiles):
             if self.class_bounds:
@@ -86,17 +86,14 @@ class Calibration:
         return found
 
     def _base_bound(self, task: LengthTask, scores: np.ndarray, place: int) -> np.ndarray:
-        """The model's own quantile where it has one (a column after the point's), else its point prediction."""
+        """The model's own quantile if it has one (a column after the point prediction), else the point prediction."""
         if task.kind == "regression" and scores.shape[1] > 1 + place:
             return task.tokens(scores[:, 1 + place])
         return self.point(task, scores)
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def decode_classes(task: LengthTask, scores: np.ndarray) -> np.ndarray:
-    """Class [n] of a classifying (logits [n, C]) or ordinal (index [n, 1]) model's scores."""
+    """Class [n] from the scores of a classifying (logits [n, C]) or ordinal (index [n, 1]) model."""
     return task.nearest_class(scores[:, 0]) if task.is_ordinal else scores.argmax(1)
 
 

@@ -1,4 +1,4 @@
-"""How output lengths are distributed, by model."""
+"""The distribution of output lengths, by model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ALL = "all"
 
 
 def group_lengths(examples: Sequence[Example]) -> dict[str, np.ndarray]:
-    """Output tokens of all models together, then (if there are several) of each, most examples first."""
+    """Output tokens of all models together, then, if there are several, of each; most examples first."""
     groups: dict[str, list[Example]] = {}
     for example in examples:
         groups.setdefault(example.model or "?", []).append(example)
@@ -26,8 +26,8 @@ def group_lengths(examples: Sequence[Example]) -> dict[str, np.ndarray]:
 
 
 def distribution(tokens: np.ndarray) -> dict[str, float]:
-    """Mean, percentiles, the tail ratio p99 / p50, and the expected longest of 8, 16 and 32 answers: what a
-    micro-batch that runs to its longest row must be planned for."""
+    """Mean, percentiles, the tail ratio p99 / p50, and the expected longest of 8, 16 and 32 answers, which is what a
+    micro-batch that runs until its longest row ends must be planned for."""
     p50, p90, p95, p99 = np.percentile(tokens, [50, 90, 95, 99])
     found = {"answers": len(tokens), "mean": float(tokens.mean()), "p50": p50, "p90": p90, "p95": p95, "p99": p99}
     found |= {"max": float(tokens.max()), "tail_ratio": p99 / p50}

@@ -9,16 +9,18 @@ from ds_llmpq.fields import path_field
 
 @dataclass
 class LengthDataConfig:
-    """How answers of the past become training data."""
+    """How past answers become training data."""
 
     layout: str = "auto"  # auto | rows | lmsys | results
     input: str | None = path_field()  # the batch file that a results.jsonl answers (layout results)
     model: str | None = None  # only this model's answers; null: all
     rounds: str = "single"  # single: the first turn of a conversation | multi: every turn, its history as text
-    limit: int | None = None  # data size: so many examples, drawn with the seed
+    limit: int | None = None  # at most so many examples, drawn with the seed
     truncation: str = "tail"  # which part of a long prompt is kept: tail | head_tail
     max_tokens: int = 512  # of a prompt, for the predictor
-    tokenizer: str | None = path_field()  # local folder: counts tokens of answers given as text; null: words and marks
+    tokenizer: str | None = (
+        path_field()
+    )  # local folder, counts tokens of answers given as text; null: words and marks
     test_share: float = 0.2
     validation_share: float = 0.2
     seed: int = 0
@@ -26,7 +28,7 @@ class LengthDataConfig:
 
 @dataclass
 class LengthTaskConfig:
-    """What is predicted, and what it is trained for."""
+    """What is predicted, and with which loss."""
 
     # regression | binary | multiclass | multiclass_ordinal | binary_ordinal | pairwise
     kind: str = "regression"

@@ -1,4 +1,4 @@
-"""Examples split into training, validation and test data, as files, and what they are known by."""
+"""Examples split into training, validation and test data, and the files that hold them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from ds_llmpq.errors import UserError, quote
 from ds_llmpq.files import read_json, read_json_lines
 from ds_llmpq.lengths.config import LengthDataConfig
-from ds_llmpq.lengths.records import Example, make_counter, read_examples
+from ds_llmpq.lengths.records import Example
 from ds_llmpq.validation import Plain, validate
 
 SPLITS = ("train", "validation", "test")
@@ -24,7 +24,7 @@ _FEWEST = 10
 
 @dataclass(frozen=True)
 class Dataset:
-    """Examples by split. No conversation stands in two splits."""
+    """Examples by split. No conversation is in two splits."""
 
     train: tuple[Example, ...]
     validation: tuple[Example, ...]
@@ -52,23 +52,13 @@ def fingerprint(examples: Sequence[Example]) -> str:
     return digest.hexdigest()
 
 
-def load(path: Path, config: LengthDataConfig) -> Dataset:
-    """A dataset from a folder that `write` made, or from a file of answers. `UserError`: too few examples."""
-    if (path / DATASET_NAME).is_file():
-        return read(path)
-    batch_input = Path(config.input).expanduser() if config.input else None
-    counter = make_counter(config.tokenizer)
-    examples = read_examples(path, config.layout, config.rounds, batch_input, counter)
-    return split(select_examples(examples, config), config)
-
-
 def select_examples(examples: Sequence[Example], config: LengthDataConfig) -> list[Example]:
-    """Those of one model, if one is named; `limit` of them, drawn by the seed."""
+    """Those of `config.model`, if it is set; at most `config.limit` of them, drawn with the seed."""
     if config.model is not None:
         known = sorted({example.model for example in examples})
         examples = [example for example in examples if example.model == config.model]
         if not examples:
-            raise UserError(f"lengths.model is {config.model!r}, but the data knows {', '.join(known[:30])}.")
+            raise UserError(f"lengths.model is {config.model!r}, but the data has {', '.join(known[:30])}.")
     if config.limit is not None and config.limit < len(examples):
         if config.limit < 1:
             raise UserError(f"lengths.limit is {config.limit} but must be at least 1.")
@@ -78,7 +68,7 @@ def select_examples(examples: Sequence[Example], config: LengthDataConfig) -> li
 
 
 def split(examples: Sequence[Example], config: LengthDataConfig) -> Dataset:
-    """Whole conversations are drawn into test and validation data; the rest trains."""
+    """Draws whole conversations for test and validation; the rest is for training."""
     test, validation = config.test_share, config.validation_share
     if not (test > 0 and validation > 0 and test + validation < 1):
         raise UserError(
@@ -99,7 +89,7 @@ def split(examples: Sequence[Example], config: LengthDataConfig) -> Dataset:
 
 
 def write(folder: Path, dataset: Dataset, config: LengthDataConfig) -> None:
-    """records.jsonl (one example a line, with its split) and dataset.json."""
+    """Writes records.jsonl (one example a line, with its split) and dataset.json."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / RECORDS_NAME, "w", encoding="utf-8") as stream:
         for name in SPLITS:
@@ -117,7 +107,7 @@ def write(folder: Path, dataset: Dataset, config: LengthDataConfig) -> None:
 
 
 def read(folder: Path) -> Dataset:
-    """A folder that `write` made. `UserError`: not such a folder, or its records were changed."""
+    """Reads a folder that `write` made. `UserError`: another folder, or its records were changed."""
     parts: dict[str, list[Example]] = {name: [] for name in SPLITS}
     file, what, remedy = folder / RECORDS_NAME, "length data", "prepare it anew"
     described = validate(Plain, read_json(folder / DATASET_NAME, what, remedy), f"{what} {folder}", remedy)
@@ -134,7 +124,8 @@ def read(folder: Path) -> Dataset:
 
 
 def truncate(words: list, max_tokens: int, truncation: str) -> list:
-    """The part of a prompt that is kept: its `tail`, or the first quarter of the room and the tail (`head_tail`)."""
+    """The last `max_tokens` of a prompt (`tail`), or a quarter of them from its start and the rest from its end
+    (`head_tail`)."""
     if truncation not in TRUNCATIONS:
         raise UserError(f"lengths.truncation is {truncation!r} but must be tail or head_tail.")
     if max_tokens < 1:
@@ -146,5 +137,5 @@ def truncate(words: list, max_tokens: int, truncation: str) -> list:
 
 
 def hide_lengths(examples: Sequence[Example]) -> list[Example]:
-    """Without lengths: what a predictor may see."""
+    """The examples without their lengths: what a predictor may see."""
     return [replace(example, output_tokens=None) for example in examples]

@@ -1,7 +1,7 @@
-"""A Hugging Face encoder as model of lengths, with the head and the two-phase training of the SSJF paper.
+"""A Hugging Face encoder that predicts lengths, with the head and the two-phase training of the SSJF paper.
 
 [CLS] -> Linear(hidden, h) -> ReLU -> Linear(h [+ one-hot of models], h) -> ReLU -> Linear(outputs). AdamW trains all
-layers for the first half of the epochs, then the head alone. torch and transformers are imported by this module only.
+layers for the first half of the epochs, then only the head.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ds_llmpq.validation import Label, Many, one_of, validate
 
 @dataclass(frozen=True)
 class _EncoderFile:
-    """What an encoder's predictor.json says of it."""
+    """The part of predictor.json that describes an encoder."""
 
     hidden_size: Annotated[int, Ge(1), Le(1 << 16)]
     width: Annotated[int, Ge(1), Le(1 << 14)]
@@ -56,7 +56,7 @@ class RegressionHead(nn.Module):
 
 
 class EncoderModel:
-    """Scores as `NgramModel` gives them; quantile columns only for loss=quantile."""
+    """Scores have the form of `NgramModel`'s; there are quantile columns only with loss=quantile."""
 
     kind = "encoder"
 
@@ -69,7 +69,7 @@ class EncoderModel:
         config: ProxyConfig, seed: int = 0, progress: Path | None = None,
     ) -> EncoderModel:  # fmt: skip
         """Fine-tunes the encoder of `config.path`. `limits`: truncation and max_tokens of prompts. `progress`: a folder
-        where each epoch is kept until all are done, so that a killed training goes on."""
+        that keeps each epoch until all are done, so that a killed training resumes."""
         if config.path is None:
             raise UserError("proxy.kind=encoder needs proxy.path=DIR, a local folder of a Hugging Face encoder.")
         if config.epochs < 1 or config.batch_size < 2 or config.hidden < 1 or not config.learning_rate > 0:
@@ -87,7 +87,7 @@ class EncoderModel:
         model = cls(
             encoder, RegressionHead(size, len(known), config.hidden, _count_outputs(task)), tokenizer, described
         )
-        identity = {"config": asdict(config), "task": task.to_json(), "data": fingerprint(train), "seed": seed}
+        identity = {"config": asdict(config), "task": asdict(task), "data": fingerprint(train), "seed": seed}
         model._train(task, train, config, seed, TrainingState(progress, identity | described))
         return model
 
@@ -95,7 +95,7 @@ class EncoderModel:
     def scores(self, examples: Sequence[Example], batch_size: int = 32) -> np.ndarray:
         self.encoder.eval()
         self.head.eval()
-        # like lengths together: less padding
+        # prompts of similar length share a batch: less padding
         order = np.argsort([len(example.text) for example in examples], kind="stable")
         found = np.zeros((len(examples), self.described["outputs"]))
         for start in range(0, len(order), batch_size):
@@ -113,7 +113,7 @@ class EncoderModel:
 
     @classmethod
     def load(cls, folder: Path, described: dict[str, Any]) -> EncoderModel:
-        """What `save` wrote. `UserError`: described otherwise than it can be."""
+        """Reads what `save` wrote. `UserError`: a description that is out of range or does not fit the encoder."""
         remedy = "give a folder that `lengths train` wrote"
         sizes = validate(_EncoderFile, described, f"model of {folder}", remedy)
         encoder, tokenizer = _load_pretrained(folder / "encoder")
@@ -138,7 +138,7 @@ class EncoderModel:
         return self.head(pooled, torch.tensor(one_hot, device=device).reshape(len(examples), len(known)))
 
     def _encode(self, text: str) -> list[int]:
-        """Special tokens around what is kept of the prompt; no longer than the encoder's positions."""
+        """Special tokens around the part of the prompt that is kept; at most as long as the encoder has positions."""
         special = self.tokenizer.num_special_tokens_to_add()
         most = min(self.described["max_tokens"], getattr(self.encoder.config, "max_position_embeddings", 512))
         ids = truncate(
@@ -183,7 +183,7 @@ def _loss(task: LengthTask, scores: torch.Tensor, targets: torch.Tensor) -> torc
     if task.is_classifying:
         return nn.functional.cross_entropy(scores, targets)
     if task.kind == "pairwise":
-        # every pair of the batch: the longer answer should have the higher score
+        # in every pair of the batch, the longer answer should score higher
         margins, order = scores[:, 0, None] - scores[None, :, 0], torch.sign(targets[:, None] - targets[None, :])
         return (nn.functional.softplus(-margins * order) * order.abs()).sum() / order.abs().sum().clamp(min=1)
     if task.loss == "mse":
@@ -201,7 +201,7 @@ def _draw_batches(count: int, size: int, generator: np.random.Generator) -> Iter
 
 
 def _load_pretrained(path: Path) -> tuple[nn.Module, Any]:
-    """Encoder and tokenizer of a local folder: safetensors only, nothing downloaded, no code of the folder's."""
+    """Encoder and tokenizer of a local folder: safetensors only, no download, no remote code."""
     options = {"local_files_only": True, "trust_remote_code": False}
     if not (path / "config.json").is_file():
         raise UserError(f"{path} holds no config.json; give a local folder of a Hugging Face encoder.")

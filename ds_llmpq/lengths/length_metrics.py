@@ -1,4 +1,4 @@
-"""How good predictions of lengths are."""
+"""How good length predictions are."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ _PAIRS = 20_000
 
 
 def regression_metrics(true: np.ndarray, predicted: np.ndarray, seed: int = 0) -> dict[str, float]:
-    """MAE and RMSE in tokens, Kendall's tau-b, and how often the longer of two answers is predicted longer (a tie
-    counts half; pairs of equal length are left out)."""
+    """MAE and RMSE in tokens, Kendall's tau-b, and how often the longer of two answers is predicted to be longer (ties
+    count half, pairs of equal length not at all)."""
     error = predicted - true
     tau = kendalltau(true, predicted).statistic
     return {
@@ -22,7 +22,7 @@ def regression_metrics(true: np.ndarray, predicted: np.ndarray, seed: int = 0) -
 
 
 def pairwise_accuracy(true: np.ndarray, predicted: np.ndarray, seed: int = 0) -> float:
-    """Over all pairs, or 20,000 drawn ones."""
+    """Over all pairs, or 20,000 random ones."""
     count = len(true)
     if count * (count - 1) // 2 <= _PAIRS:
         left, right = np.triu_indices(count, 1)
@@ -51,7 +51,7 @@ def class_metrics(true: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
 
 
 def bound_metrics(true: np.ndarray, bounds: dict[str, np.ndarray]) -> dict[str, float]:
-    """By bound (q90, q95): the share of answers within it, which should be its level, and its mean in tokens."""
+    """For each bound (q90, q95), its mean in tokens and the share of answers within it, which should be its level."""
     found = {}
     for name, bound in bounds.items():
         found[f"{name}_coverage"] = float((true <= bound).mean())

@@ -1,4 +1,4 @@
-"""The default model of lengths: hashed n-grams, prompt length and a few counts into linear models. No download.
+"""The default predictor: linear models of hashed n-grams, prompt length and a few counts. It needs no download.
 
 Ridge regression on log lengths; quantile regressions over its out-of-fold prediction and the counts give the median
 and the upper quantiles. Classes: logistic regression. Pairs: logistic regression on differences.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,7 +34,7 @@ _CLASS_ALPHAS = (3.0, 10.0, 30.0)
 _LOGISTIC = {"max_iter": 100, "tol": 1e-3}
 _FOLDS = 5
 _MOST_WEIGHT_BYTES = 2 << 30
-_QUANTILE_ROWS = 2000  # a quantile regression is a linear program: more rows gain little and cost much
+_QUANTILE_ROWS = 2000  # quantile regression solves a linear program: more rows gain little and cost much
 _COUNTS = 6
 SixNumbers = Annotated[Many[Number], MinLen(_COUNTS), MaxLen(_COUNTS)]
 SixScales = Annotated[Many[AboveZero], MinLen(_COUNTS), MaxLen(_COUNTS)]
@@ -42,8 +42,8 @@ SixScales = Annotated[Many[AboveZero], MinLen(_COUNTS), MaxLen(_COUNTS)]
 
 @dataclass(frozen=True)
 class Features:
-    """How a prompt becomes numbers: `columns` hashed n-grams, then counts (centred and scaled), then one column a
-    model known from training (a model seen first later has none set)."""
+    """How a prompt becomes numbers: `columns` hashed n-grams, the counts (centred and scaled), and one column for each
+    model that occurred in training."""
 
     columns: Annotated[int, Ge(2), Le(1 << 24)]
     truncation: one_of(*TRUNCATIONS)
@@ -55,8 +55,7 @@ class Features:
     def fit_scales(self, examples: Sequence[Example]) -> Features:
         counts = np.array([_counts(example) for example in examples])
         scales = np.where(counts.std(0) > 0, counts.std(0), 1.0)
-        fixed = (self.columns, self.truncation, self.max_tokens, self.models)
-        return Features(*fixed, tuple(counts.mean(0).tolist()), tuple(scales.tolist()))
+        return replace(self, means=tuple(counts.mean(0).tolist()), scales=tuple(scales.tolist()))
 
     def counts(self, examples: Sequence[Example]) -> np.ndarray:
         return (np.array([_counts(example) for example in examples]) - self.means) / self.scales
@@ -77,7 +76,7 @@ class Features:
         return sparse.hstack(parts, format="csr")
 
     def _words(self, example: Example) -> list[str]:
-        """Words and pairs of neighbouring words of the part of the prompt that is kept."""
+        """The words, and pairs of neighbouring words, of the part of the prompt that is kept."""
         words = truncate(WORD.findall(example.text.lower()), self.max_tokens, self.truncation)
         return words + [f"{one} {other}" for one, other in pairwise(words)]
 
@@ -118,7 +117,7 @@ class NgramModel:
     ) -> NgramModel:
         features = features.fit_scales(train)
         matrix, unseen = features.matrix(train), features.matrix(validation)
-        # most columns are never hit, and one that was hit once tells nothing about another prompt
+        # most columns are empty, and one that a single prompt uses says nothing about others
         used = np.flatnonzero(matrix.getnnz(axis=0) > 1)
         data = _Data(
             matrix[:, used], collect_lengths(train), unseen[:, used], collect_lengths(validation), config, seed
@@ -151,7 +150,7 @@ class NgramModel:
 
     @classmethod
     def load(cls, folder: Any, described: dict[str, Any]) -> NgramModel:
-        """What `save` wrote. `UserError`: features out of range, or weights that do not go with them."""
+        """Reads what `save` wrote. `UserError`: features out of range, or weights that do not fit them."""
         file, remedy = folder / "weights.safetensors", "give a folder that `lengths train` wrote"
         features = validate(Features, described, f"model of {folder}", remedy)
         try:
@@ -245,7 +244,7 @@ def _fit_classes(task: LengthTask, data: _Data) -> dict[str, np.ndarray]:
         model = LogisticRegression(C=1 / alpha, **_LOGISTIC).fit(data.train, labels)
         tried.append((float((model.predict(data.validation) != wanted).mean()), alpha, model))
     _, _, model = min(tried, key=lambda entry: entry[:2])
-    # a class that training data lacks keeps a logit that never wins; two classes have one column of coefficients
+    # a class missing from the training data gets a logit that never wins; for two classes there is one column
     coefficients = np.zeros((data.train.shape[1], len(task.class_tokens)))
     intercepts = np.full(len(task.class_tokens), -1e9)
     columns = model.classes_[1:] if len(model.classes_) == 2 else model.classes_
@@ -256,7 +255,7 @@ def _fit_classes(task: LengthTask, data: _Data) -> dict[str, np.ndarray]:
 
 
 def _fit_pairs(data: _Data) -> dict[str, np.ndarray]:
-    """Which of two answers is longer, learned on drawn pairs of training examples of different length."""
+    """Learns which of two answers is longer, from random pairs of training examples."""
     from sklearn.linear_model import LogisticRegression
 
     from ds_llmpq.lengths.length_metrics import pairwise_accuracy

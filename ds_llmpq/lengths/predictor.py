@@ -1,4 +1,4 @@
-"""A predictor of output lengths: trained, applied, measured, and kept in a folder of JSON and safetensors."""
+"""Trains, applies, evaluates and stores predictors of output length; a folder holds JSON and safetensors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from ds_llmpq.validation import Amount, Label, Plain, one_of, validate
 SCHEMA = 1
 FILE_NAME = "predictor.json"
 PROXIES = ("ngrams", "encoder")
-_TIMED_ALONE = 30  # predictions timed one by one
+_TIMED_ALONE = 30  # predictions that are timed one by one
 
 
 @dataclass(frozen=True)
@@ -48,27 +48,26 @@ class Predictor:
     about: dict[str, Any]
 
     def predict(self, examples: Sequence[Example]) -> Predictions:
-        """Lengths of answers not yet given; what is known of them is not looked at."""
+        """Predicts without looking at the lengths that the examples may hold."""
         if not examples:
             return Predictions(np.zeros(0), {}, None)
         scores = self.model.scores(hide_lengths(examples))
-        has_classes = self.task.is_classifying or self.task.is_ordinal
         return Predictions(
             self.calibration.point(self.task, scores),
             self.calibration.bounds(self.task, scores),
-            decode_classes(self.task, scores) if has_classes else None,
+            decode_classes(self.task, scores) if self.task.has_classes else None,
         )
 
     def save(self, folder: Path) -> None:
-        """predictor.json and weights; `UserError` where the folder cannot be written."""
+        """Writes predictor.json and the weights. `UserError`: the folder cannot be written."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
             described = {
                 "schema": SCHEMA,
                 "kind": self.model.kind,
-                "task": self.task.to_json(),
+                "task": asdict(self.task),
                 "model": self.model.save(folder),
-                "calibration": self.calibration.to_json(),
+                "calibration": asdict(self.calibration),
                 "about": self.about,
             }
             (folder / FILE_NAME).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
@@ -78,7 +77,7 @@ class Predictor:
 
 @dataclass(frozen=True)
 class _PredictorFile:
-    """predictor.json. `about` is used for its fingerprint and median alone."""
+    """predictor.json. Only fingerprint and median are read from `about`."""
 
     schema: one_of(SCHEMA)
     kind: one_of(*PROXIES)
@@ -89,8 +88,8 @@ class _PredictorFile:
 
 
 def load_predictor(folder: Path) -> Predictor:
-    """What `save` wrote, tried on a few prompts: weights that do not fit the rest of the folder load well and fail only
-    when asked. `UserError`: not such a folder, or it cannot predict."""
+    """Reads what `save` wrote and tries it on a few prompts, because weights of another predictor load without an error
+    and fail later. `UserError`: another folder, or one that cannot predict."""
     file, remedy = folder / FILE_NAME, "give a folder that `lengths train` wrote"
     where = f"predictor {file}"
     record = validate(_PredictorFile, read_json(file, "predictor", remedy), where, remedy)
@@ -106,13 +105,13 @@ def load_predictor(folder: Path) -> Predictor:
         return predictor
     except UserError:
         raise
-    except Exception as error:  # safetensors, numpy and transformers have exceptions of their own
+    except Exception as error:  # safetensors, numpy and transformers each raise their own
         reason = make_printable(f"{type(error).__name__}: {error}", 300, keep="")
         raise UserError(f"{folder} holds no predictor that works ({reason}); {remedy}.") from None
 
 
 def _try(predictor: Predictor) -> None:
-    """Predicts for made-up prompts; ValueError where what comes out is no length."""
+    """Predicts for made-up prompts. ValueError if the result is no length."""
     texts = ("", "How long is it?", "word " * 3000)
     with np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -127,8 +126,8 @@ def _try(predictor: Predictor) -> None:
 def train(
     dataset: Dataset, task: LengthTaskConfig, proxy: ProxyConfig, data: LengthDataConfig, progress: Path | None = None
 ) -> Predictor:
-    """Thresholds and weights from the training split, calibration from the validation split. `progress`: a folder in
-    which an encoder's epochs are kept until all are done; a killed training goes on from there."""
+    """Fits thresholds and weights on the training split, and the calibration on the validation split. An encoder saves
+    each epoch in the folder `progress`, so that a killed training resumes."""
     started = time.perf_counter()
     fitted = LengthTask.fit(task, collect_lengths(dataset.train))
     if proxy.kind == "encoder":
@@ -154,8 +153,8 @@ def train(
 
 
 def evaluate(predictor: Predictor, examples: Sequence[Example]) -> dict[str, float]:
-    """All metrics on examples with known lengths. `cpu_seconds_*`: processor time of this process per prediction, all
-    examples at once and one by one. `mae_of_constant_tokens`: always saying the training data's median."""
+    """All metrics on examples with known lengths. `cpu_seconds_*` is this process's CPU time a prediction, all examples at
+    once and one by one; `mae_of_constant_tokens` the error of always predicting the training median."""
     true = collect_lengths(examples)
     started = time.process_time()
     found = predictor.predict(examples)

@@ -1,4 +1,4 @@
-"""Answers of the past as examples: read from JSON lines, CSV, parquet, LMSYS-Chat-1M, or this project's own results."""
+"""Reads past answers as examples from JSON lines, CSV, parquet, LMSYS-Chat-1M, or this project's own results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ds_llmpq.files import open_regular, parse_json, read_csv, read_json, read_j
 
 LAYOUTS = ("auto", "rows", "lmsys", "results")
 ROUNDS = ("single", "multi")
-# names under which files have been seen to hold the same thing; the first found counts
+# column names that different data sets use for the same thing; the first one found counts
 _TEXT = ("text", "prompt", "prompt_content", "prompt_text", "input", "user_prompt")
 _ANSWER = ("response", "answer", "output", "completion")
 _LENGTH = ("output_tokens", "completion_tokens", "output_token_length", "response_length", "length", "GeneratedTokens")
@@ -33,10 +33,10 @@ _REMEDY = "give JSON lines, CSV or parquet"
 
 @dataclass(frozen=True)
 class Example:
-    """One answer: what was asked (with the turns before it), who answered, and how long it was.
+    """One answer: its prompt (with earlier turns), the model that answered, and the length.
 
-    `conversation` keeps turns of one conversation in one split. `cut`: the answer met its token limit, so that
-    `output_tokens` is a lower bound. `output_tokens` is None where only the prompt is known.
+    `conversation` keeps the turns of a conversation in one split. `cut`: the answer reached its token limit, so
+    `output_tokens` is a lower bound. `output_tokens` is None if only the prompt is known.
     """
 
     text: str
@@ -49,12 +49,12 @@ class Example:
 
 
 def count_words(text: str) -> int:
-    """Words and punctuation marks: the stand-in for tokens when no tokenizer is given."""
+    """Words and punctuation marks, which stand for tokens when there is no tokenizer."""
     return sum(1 for _ in WORD.finditer(text))
 
 
 def make_counter(folder: str | None) -> Counter:
-    """Counts tokens with a tokenizer from a local folder. `UserError`: no such folder, or no tokenizer in it."""
+    """Counts with the tokenizer of a local folder. `UserError`: the folder or the tokenizer is missing."""
     if folder is None:
         return count_words
     from ds_llmpq.models.tokenizer import load_tokenizer
@@ -71,9 +71,9 @@ def read_examples(
     count: Counter = count_words,
     answered: bool = True,
 ) -> list[Example]:
-    """Examples of a file. `answered=False` also takes rows without an answer, to predict for.
+    """Examples of a file; with `answered=False` also prompts without an answer.
 
-    `UserError`: unreadable, an unknown layout, no example in it.
+    `UserError`: unreadable, an unknown layout, or no example.
     """
     if layout not in LAYOUTS or rounds not in ROUNDS:
         raise UserError(
@@ -95,13 +95,13 @@ def read_examples(
 
 
 def read_batch_examples(path: Path, count: Counter = count_words) -> list[tuple[str, Example]]:
-    """(custom_id, example) of an OpenAI batch file's requests, without answers."""
+    """(custom_id, example) for each request of an OpenAI batch file."""
     rows = _read_rows(path)
     return [(str(row.get("custom_id")), _read_request(row, count)) for row in rows if isinstance(row.get("body"), dict)]
 
 
 def join_turns(messages: Iterable[tuple[str, str]]) -> str:
-    """Turns as text; a lone user turn stays as it is."""
+    """The turns as one text; a single user turn stays as it is."""
     turns = list(messages)
     if len(turns) == 1 and turns[0][0] == "user":
         return turns[0][1]
@@ -109,10 +109,10 @@ def join_turns(messages: Iterable[tuple[str, str]]) -> str:
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
-    """Objects of a file by its ending: .csv, .parquet, else JSON lines (or one JSON list)."""
+    """Rows of a .csv or .parquet file, else of JSON lines or one JSON list."""
     try:
         if path.is_dir():
-            # a data set as it is downloaded holds its files in data/
+            # downloaded data sets keep their files in data/
             files = _list_data_files(path) or _list_data_files(path / "data")
             if not files:
                 raise UserError(f"{path} holds no .parquet, .jsonl or .csv file; give the file itself.")
@@ -163,7 +163,7 @@ def _find_first(row: dict[str, Any], names: tuple[str, ...]) -> Any:
 
 
 def _from_row(row: dict[str, Any], number: int, rounds: str, count: Counter) -> Iterator[Example]:
-    """Examples of one row: a prompt with its answer, or a conversation with one or all of its answers."""
+    """A row is a prompt with its answer, or a conversation, of which one or all answers are taken."""
     model, conversation = str(_find_first(row, _MODEL) or ""), str(row.get("conversation_id") or number)
     messages = _read_messages(_find_first(row, _CONVERSATION))
     if messages:
@@ -197,7 +197,7 @@ def _split_turns(messages: list, model: str, conversation: str, rounds: str, cou
 
 
 def _read_messages(value: Any) -> list[tuple[str, str]]:
-    """(role, content) of a conversation; CSV files hold it as JSON text."""
+    """(role, content) of each message; CSV files hold the conversation as JSON text."""
     if isinstance(value, str):
         try:
             value = parse_json(value, "", "")
@@ -221,7 +221,7 @@ def _read_content(content: Any) -> str:
 
 
 def _from_results(rows: list[dict[str, Any]], batch_input: Path | None, path: Path) -> Iterator[Example]:
-    """Answers of results.jsonl with the prompts of the batch file they answer. Lengths are the run's own counts."""
+    """Answers of results.jsonl with the prompts of their batch file. Lengths are those that the run counted."""
     if batch_input is None:
         raise UserError(f"{path} holds answers without prompts; give the batch file they answer as lengths.input=FILE.")
     requests = dict(read_batch_examples(batch_input))
@@ -243,7 +243,6 @@ def _from_results(rows: list[dict[str, Any]], batch_input: Path | None, path: Pa
 
 
 def _get_object(row: dict[str, Any], name: str) -> dict[str, Any]:
-    """The object under a key; empty where there is none."""
     found = row.get(name)
     return found if isinstance(found, dict) else {}
 
@@ -254,7 +253,7 @@ def _read_request(row: dict[str, Any], count: Counter) -> Example:
     messages = _read_messages(body.get("messages"))
     if messages:
         text = join_turns(messages)
-    else:  # token ids say little without their tokenizer, but they can be told apart
+    else:  # token ids mean little without their tokenizer, but prompts can still be told apart
         text = prompt if isinstance(prompt, str) else " ".join(map(str, prompt if isinstance(prompt, list) else []))
     return Example(text, None, str(body.get("model") or ""), count(text), str(row.get("custom_id")))
 

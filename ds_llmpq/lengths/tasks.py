@@ -1,15 +1,15 @@
-"""What a predictor learns: targets from lengths, and lengths back from targets. All numbers come from training data.
+"""What a predictor learns: targets from lengths, and lengths from targets. All numbers come from the training data.
 
 regression           log(1 + tokens), standardized; loss l1 or quantile: the median, mse: the mean
-binary, multiclass   class of the length between percentile boundaries, decoded to the class's mean length
+binary, multiclass   the class between percentiles that a length falls into, decoded to the mean length of the class
 *_ordinal            the class index as a number, rounded
 pairwise             a score that is higher for the longer answer of a pair
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 from annotated_types import MaxLen
@@ -25,8 +25,8 @@ _PERCENTILES = {"binary": (50.0,), "multiclass": (25.0, 50.0, 75.0, 99.0)}
 
 @dataclass(frozen=True)
 class LengthTask:
-    """`thresholds` [C - 1]: class c holds lengths in (thresholds[c - 1], thresholds[c]]. `class_tokens` [C]: mean
-    length by class. `location`, `scale`: of log(1 + tokens)."""
+    """Class c of C holds lengths in (thresholds[c - 1], thresholds[c]], class_tokens[c] on average. `location` and
+    `scale` standardize log(1 + tokens)."""
 
     kind: one_of(*KINDS)
     loss: one_of(*LOSSES)
@@ -37,7 +37,7 @@ class LengthTask:
     scale: AboveZero
 
     def check(self) -> None:
-        """ValueError where its numbers do not go together."""
+        """ValueError if its numbers contradict each other."""
         if len(self.class_tokens) != len(self.thresholds) + 1:
             raise ValueError("there must be one class more than thresholds")
         if list(self.thresholds) != sorted(self.thresholds):
@@ -45,7 +45,7 @@ class LengthTask:
 
     @classmethod
     def fit(cls, config: LengthTaskConfig, tokens: np.ndarray) -> LengthTask:
-        """From the lengths [n] of training data alone. `UserError` for a setting that does not exist."""
+        """From the lengths [n] of the training data. `UserError`: a setting that does not exist."""
         if config.kind not in KINDS or config.loss not in LOSSES:
             raise UserError(
                 f"task.kind is {config.kind!r} and task.loss is {config.loss!r}, but they must be one of "
@@ -56,7 +56,7 @@ class LengthTask:
         percentiles = config.percentiles or _PERCENTILES["binary" if config.kind.startswith("binary") else "multiclass"]
         if list(percentiles) != sorted(set(percentiles)) or not 0 < percentiles[0] <= percentiles[-1] < 100:
             raise UserError(f"task.percentiles is {list(percentiles)} but must rise from above 0 to below 100.")
-        # boundaries are lengths that occur, each once, below the longest: so no class is empty
+        # distinct lengths that occur, below the longest: no class is empty
         thresholds = np.unique(np.percentile(tokens, percentiles, method="lower"))
         thresholds = thresholds[thresholds < tokens.max()]
         if not len(thresholds) and config.kind not in ("regression", "pairwise"):
@@ -85,24 +85,25 @@ class LengthTask:
     def is_ordinal(self) -> bool:
         return self.kind.endswith("_ordinal")
 
+    @property
+    def has_classes(self) -> bool:
+        return self.is_classifying or self.is_ordinal
+
     def labels(self, tokens: np.ndarray) -> np.ndarray:
         """Class [n] of lengths [n]."""
         return np.digitize(tokens, self.thresholds, right=True)
 
     def targets(self, tokens: np.ndarray) -> np.ndarray:
-        """What a regressing model learns, [n]; pairwise: any increasing function of the length."""
+        """What a regression learns, [n]. For `pairwise` any increasing function of the length would do."""
         if self.is_ordinal:
             return self.labels(tokens).astype(float)
         return (np.log1p(tokens) - self.location) / self.scale
 
     def tokens(self, targets: np.ndarray) -> np.ndarray:
         """Lengths [n] of regression targets [n], at least one token."""
-        # beyond e^20 tokens there is no answer, only overflow
+        # the bound e^20 only keeps exp from overflowing
         return np.maximum(np.expm1(np.minimum(targets * self.scale + self.location, 20.0)), 1.0)
 
     def nearest_class(self, targets: np.ndarray) -> np.ndarray:
         """Class [n] of ordinal targets [n]."""
         return np.clip(np.rint(targets), 0, len(self.class_tokens) - 1).astype(int)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)

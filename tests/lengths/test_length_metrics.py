@@ -1,5 +1,7 @@
 """Metrics, tasks and calibration against direct definitions."""
 
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 
@@ -45,7 +47,7 @@ def test_thresholds_are_percentiles_of_the_training_lengths_and_classes_their_me
     assert task.thresholds == (4.0, 200.0)
     assert task.class_tokens == pytest.approx((2.5, 150.0, 350.0))
     assert task.labels(np.array([1.0, 4.0, 5.0, 1e6])).tolist() == [0, 0, 1, 2]
-    assert validate(LengthTask, task.to_json(), "task", "mend it") == task
+    assert validate(LengthTask, asdict(task), "task", "mend it") == task
 
 
 def test_targets_and_tokens_are_inverse():
@@ -94,7 +96,7 @@ def test_bounds_of_a_useless_model_still_cover():
     found = bound_metrics(generator.lognormal(4, 1, 5000), calibration.bounds(task, np.zeros((5000, 1))))
     assert found["q90_coverage"] == pytest.approx(0.9, abs=0.02)
     assert found["q95_coverage"] == pytest.approx(0.95, abs=0.02)
-    assert validate(Calibration, calibration.to_json(), "calibration", "mend it") == calibration
+    assert validate(Calibration, asdict(calibration), "calibration", "mend it") == calibration
 
 
 def test_pairwise_scores_become_tokens_by_an_increasing_map():

@@ -111,18 +111,18 @@ def test_one_model_and_data_size():
     found = dataset.select_examples(many(), LengthDataConfig(model="m1", limit=30))
     assert len(found) == 30
     assert {example.model for example in found} == {"m1"}
-    with pytest.raises(UserError, match="knows m0, m1"):
+    with pytest.raises(UserError, match="has m0, m1"):
         dataset.select_examples(many(), LengthDataConfig(model="m2"))
 
 
 def test_prepared_data_comes_back_and_changes_are_noticed(tmp_path):
     data = dataset.split(many(), LengthDataConfig())
     dataset.write(tmp_path, data, LengthDataConfig())
-    assert dataset.load(tmp_path, LengthDataConfig()) == data
+    assert dataset.read(tmp_path) == data
     records = tmp_path / dataset.RECORDS_NAME
     records.write_text(records.read_text().replace('"output_tokens": ', '"output_tokens": 9', 1))
     with pytest.raises(UserError, match="was changed"):
-        dataset.load(tmp_path, LengthDataConfig())
+        dataset.read(tmp_path)
 
 
 def test_truncation_keeps_the_tail_or_head_and_tail():
