@@ -18,9 +18,7 @@ class LengthDataConfig:
     limit: int | None = None  # at most so many examples, drawn with the seed
     truncation: str = "tail"  # which part of a long prompt is kept: tail | head_tail
     max_tokens: int = 512  # of a prompt, for the predictor
-    tokenizer: str | None = (
-        path_field()
-    )  # local folder, counts tokens of answers given as text; null: words and marks
+    tokenizer: str | None = path_field()  # local folder, counts tokens of answers given as text; null: words and marks
     test_share: float = 0.2
     validation_share: float = 0.2
     seed: int = 0

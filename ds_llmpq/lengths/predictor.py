@@ -153,8 +153,8 @@ def train(
 
 
 def evaluate(predictor: Predictor, examples: Sequence[Example]) -> dict[str, float]:
-    """All metrics on examples with known lengths. `cpu_seconds_*` is this process's CPU time a prediction, all examples at
-    once and one by one; `mae_of_constant_tokens` the error of always predicting the training median."""
+    """All metrics on examples with known lengths. `cpu_seconds_*` is this process's CPU time a prediction, all examples
+    at once and one by one; `mae_of_constant_tokens` the error of always predicting the training median."""
     true = collect_lengths(examples)
     started = time.process_time()
     found = predictor.predict(examples)
