@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 
 from ds_llmpq.cluster.devices import DeviceType
 from ds_llmpq.cost.fit import LatencyModel, columns, fit_profile, read_model, unit_roofline
 from ds_llmpq.cost.latency import PassOverhead, RooflineCosts
-from ds_llmpq.cost.profile import TRIAL_PARTS, Setup, check_setup, read_profile
+from ds_llmpq.cost.profile import NEW_SIZE, TRIAL_PARTS, Setup, check_setup, read_profile
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.shape import ModelShape
 
@@ -61,6 +62,10 @@ class FittedCosts:
     def pass_overhead(self, phase: str, batch: int, tokens: int) -> PassOverhead:
         found = (self._fitted(part, phase, 0, batch, tokens) for part in TRIAL_PARTS)
         return PassOverhead(*(seconds or 0.0 for seconds in found))
+
+    def first_pass_seconds(self) -> float:
+        fit = self.model.get(self.device_type.name, NEW_SIZE, "prefill")
+        return median(entry.seconds for entry in fit.residuals) if fit else 0.0
 
     def _fitted(self, part: str, phase: str, bits: int, batch: int, length: float) -> float | None:
         fit = self.model.get(self.device_type.name, part, phase, bits)

@@ -52,6 +52,9 @@ class LayerCosts(Protocol):
     def pass_overhead(self, phase: str, batch: int, tokens: int) -> PassOverhead:
         """What a pass of `batch` x `tokens` costs a stage beside its layers, embedding and head."""
 
+    def first_pass_seconds(self) -> float:
+        """What a stage's first pass of a number of tokens costs it beyond the next ones of that size."""
+
 
 @dataclass(frozen=True)
 class RooflineCosts:
@@ -85,6 +88,10 @@ class RooflineCosts:
     def pass_overhead(self, phase: str, batch: int, tokens: int) -> PassOverhead:
         """Not known without a measurement, and small against layers worth cutting: nothing."""
         return PassOverhead()
+
+    def first_pass_seconds(self) -> float:
+        """Likewise."""
+        return 0.0
 
     def embed_work(self, batch: int, tokens: int) -> float:
         """Without launches."""

@@ -43,7 +43,8 @@ from ds_llmpq.validation import (
 
 SCHEMA = 1
 TRIAL_PARTS = ("first", "middle", "last")  # measured by passes of a trial pipeline
-PARTS = ("layer", "embed", "head", *TRIAL_PARTS)
+NEW_SIZE = "new_size"  # what the first pass of a number of tokens costs beyond the next ones: kernels are made for it
+PARTS = ("layer", "embed", "head", *TRIAL_PARTS, NEW_SIZE)
 LIBRARIES = ("torch", "transformers", "hqq", "deepspeed")
 _REMEDY = "make one with `ds-llmpq profile`"
 
@@ -94,7 +95,8 @@ class Setup:
 class Point:
     """What was timed. `length_tokens`: tokens of a prompt in prefill, tokens already cached in decode.
 
-    part: `layer`, `embed`, `head`, or what a pass costs beside those on the `first`, a `middle` or the `last` stage.
+    part: `layer`, `embed`, `head`, what a pass costs beside those on the `first`, a `middle` or the `last` stage, or
+    `new_size`: what the first pass of `length_tokens` tokens in all costs beyond the next ones.
     bits: 0 where the part has none.
     """
 
@@ -104,6 +106,11 @@ class Point:
     bits: Width
     batch: Positive
     length_tokens: Count
+
+    @property
+    def tokens(self) -> int:
+        """That a pass computes."""
+        return self.batch * (self.length_tokens if self.phase == "prefill" else 1)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@
 dataclasses are the schema: `ds_llmpq.validation` reads them, and what several fields must be together is checked here.
 """
 
-from collections.abc import Mapping
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any
 
@@ -117,11 +118,36 @@ class PredictedTotals:
 
 
 @dataclass(frozen=True)
+class PassTimes:
+    """Seconds of a stage's passes of other sizes than the planned one: `seconds[i][j]` for `rows[i]` sequences of
+    `tokens[j]` tokens each, new ones in prefill, cached ones in decode. Both ascend; between them times are linear."""
+
+    rows: Some[Positive]
+    tokens: Some[Count]
+    seconds: Some[Some[Amount]]
+
+    def interpolate(self, rows: float, tokens: float) -> float:
+        """Beyond the last size the slope stays what it was before it."""
+        by_rows = [_interpolate(self.tokens, seconds, tokens) for seconds in self.seconds]
+        return max(0.0, _interpolate(self.rows, by_rows, rows))
+
+
+def _interpolate(sizes: Sequence[float], values: Sequence[float], size: float) -> float:
+    if len(sizes) == 1:
+        return values[0]
+    right = min(max(bisect_left(sizes, size), 1), len(sizes) - 1)
+    share = (size - sizes[right - 1]) / (sizes[right] - sizes[right - 1])
+    return values[right - 1] + share * (values[right] - values[right - 1])
+
+
+@dataclass(frozen=True)
 class Stage:
     """One pipeline stage: layers [first, last) with one bit width each, on one device.
 
-    `prefill_seconds` and `decode_seconds` are P_j and D_j, for one micro-batch. `host`, `kernel`, `kind` and `slot` are
-    None until the plan is deployed; `threads` and `cpu_share` are of CPU stages.
+    `prefill_seconds` and `decode_seconds` are P_j and D_j, for one micro-batch of the planned size; passes of other
+    sizes are priced by `prefill_times` and `decode_times`, and the first pass of a number of tokens takes
+    `first_pass_seconds` more. `host`, `kernel`, `kind`, `slot` and the times by size are None until the plan is
+    deployed; `threads` and `cpu_share` are of CPU stages.
     """
 
     rank: Count
@@ -139,6 +165,9 @@ class Stage:
     slot: Count | None = None
     threads: Positive | None = None
     cpu_share: Annotated[float, Ge(0.05), Le(1)] | None = None
+    prefill_times: PassTimes | None = None
+    decode_times: PassTimes | None = None
+    first_pass_seconds: Amount = 0.0
 
 
 @dataclass(frozen=True)
@@ -285,6 +314,9 @@ def _check_stages(plan: Plan) -> None:
             raise UserError(f"{path}.layers is [{first}, {last}], but must hold at least one layer; leave it out.")
         if len(stage.bits) != last - first:
             raise UserError(f"{path}.bits has {len(stage.bits)} entries, but must have {last - first}; {REMEDY}.")
+        for name in ("prefill_times", "decode_times"):
+            if (times := getattr(stage, name)) is not None:
+                _check_times(times, f"{path}.{name}")
         if plan.is_deployed and (stage.kind is None or stage.slot is None):
             raise UserError(f"{path} lacks kind or slot, which a deployed plan needs; plan again.")
         expected = last
@@ -292,6 +324,15 @@ def _check_stages(plan: Plan) -> None:
     for phase in ("prefill", "decode") if links else ():
         if len(getattr(links, phase)) != len(plan.stages):
             raise UserError(f"plan.deployment.link_seconds.{phase} must have {len(plan.stages)} entries; plan again.")
+
+
+def _check_times(times: PassTimes, path: str) -> None:
+    for name in ("rows", "tokens"):
+        sizes = getattr(times, name)
+        if list(sizes) != sorted(set(sizes)):
+            raise UserError(f"{path}.{name} is {list(sizes)}, but must ascend; {REMEDY}.")
+    if len(times.seconds) != len(times.rows) or any(len(line) != len(times.tokens) for line in times.seconds):
+        raise UserError(f"{path}.seconds must be {len(times.rows)} x {len(times.tokens)} numbers; {REMEDY}.")
 
 
 def to_plain(value: Any) -> Any:

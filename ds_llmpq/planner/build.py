@@ -33,6 +33,7 @@ class Prepared:
     problem: Problem
     dtype: str  # of arithmetic, cache and unquantized weights
     memory: MemoryModel
+    costs: Mapping[str, LayerCosts]  # by device type
     provenance: dict[str, str]  # number -> measured, fitted, roofline, datasheet, assumed (with its source)
     notes: tuple[str, ...]  # bit widths left out, and why
 
@@ -115,6 +116,7 @@ def prepare(
         Problem.from_json(record),
         dtype,
         memory,
+        costs,
         _provenance(cluster, costs, sensitivity, kernel, captured),
         tuple(dict.fromkeys([*notes, *(note for cost in costs.values() for note in getattr(cost, "notes", ()))])),
     )

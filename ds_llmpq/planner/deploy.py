@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ds_llmpq.cluster.cluster import Cluster
 from ds_llmpq.cluster.hostfile import order_ranks
+from ds_llmpq.cost.latency import LayerCosts
 from ds_llmpq.errors import UserError
 from ds_llmpq.plan import (
     Assignment,
     Deployment,
     LinkSeconds,
     MicroBatches,
+    PassTimes,
     Plan,
     PlannedModel,
     Quantization,
@@ -78,8 +81,9 @@ def deploy(
             slot=device.slot,
             threads=device.threads,
             cpu_share=device.cpu_share,
+            **_price_passes(plan, index, prepared.costs[device.type.name]),
         )
-        for stage, device, place in zip(plan.stages, devices, where, strict=True)
+        for index, (stage, device, place) in enumerate(zip(plan.stages, devices, where, strict=True))
     )
     seconds = {
         phase: link_seconds(prepared.problem, plan.assignment().stages, phase, getattr(plan.micro_batch, phase))
@@ -95,3 +99,40 @@ def deploy(
         provenance=dict(prepared.provenance),
         explanation=(*plan.explanation, *prepared.notes),
     )
+
+
+def _price_passes(plan: Plan, index: int, costs: LayerCosts) -> dict[str, Any]:
+    """What a stage's passes of other sizes than the planned one take: fewer sequences, shorter prompts or contexts, and
+    the few long prompts that fit into a micro-batch of many short ones."""
+    stage, last = plan.stages[index], len(plan.stages) - 1
+    bits = Counter(stage.bits)
+    workload, sizes = plan.workload, plan.micro_batch
+    context = workload.prompt_tokens + workload.generated_tokens
+
+    def price(phase: str, rows: int, tokens: int) -> float:
+        """`tokens`: new ones in prefill, cached ones in decode."""
+        new, layer = (tokens, costs.prefill_seconds) if phase == "prefill" else (1, costs.decode_seconds)
+        over = costs.pass_overhead(phase, rows, new)
+        seconds = sum(count * layer(width, rows, tokens) for width, count in bits.items())
+        seconds += costs.embed_seconds(rows, new) + over.first if index == 0 else 0.0
+        seconds += costs.head_seconds(rows) + over.last if index == last else 0.0
+        seconds += over.middle if 0 < index < last else 0.0
+        return float(f"{seconds:.4g}")
+
+    def price_all(phase: str, rows: list[int], tokens: list[int]) -> PassTimes:
+        return PassTimes(
+            tuple(rows), tuple(tokens), tuple(tuple(price(phase, row, count) for count in tokens) for row in rows)
+        )
+
+    return {
+        "prefill_times": price_all(
+            "prefill", _powers_to(sizes.prefill), _powers_to(sizes.prefill * workload.prompt_tokens)
+        ),
+        "decode_times": price_all("decode", _powers_to(sizes.decode), [1, workload.prompt_tokens + 1, context + 1]),
+        "first_pass_seconds": costs.first_pass_seconds(),
+    }
+
+
+def _powers_to(most: int) -> list[int]:
+    """1, 2, 4, ... and `most` itself."""
+    return [*(1 << power for power in range((most - 1).bit_length())), most]

@@ -12,7 +12,7 @@ from ds_llmpq.cost.profile import Point, Sample
 from ds_llmpq.engine.runner.capture import CudaGraphs
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.profiling.parts import Parts
-from ds_llmpq.profiling.timer import Timer
+from ds_llmpq.profiling.timer import NewSizes, Timer
 from ds_llmpq.quant.config import QuantConfig
 
 _FEWEST_REPEATS = 4  # of a point, its warm-up among them
@@ -35,7 +35,7 @@ def time_points(
     if parts is not None:
         parts.throttle(share)
     smallest = min((point.batch for point in points), default=0)
-    left, samples = float(wanted["seconds"]), []
+    left, samples, new_sizes = float(wanted["seconds"]), [], NewSizes()
     last: dict[tuple[str, str, int], tuple[float, int]] = {}
     for turn in range(max(len(entry["points"]) for entry in devices)):
         point = points[turn] if turn < len(points) else None
@@ -45,17 +45,18 @@ def time_points(
             continue
         sample, spent = None, 0.0
         if point is not None:
-            sample, spent = _time(timer, parts, point, max(left, 0.0) / (len(points) - turn))
+            sample, spent = _time(timer, parts, point, max(left, 0.0) / (len(points) - turn), new_sizes)
             samples.append(asdict(sample))
-            last[point.part, point.phase, point.bits] = sample.median_seconds, _tokens(point)
+            last[point.part, point.phase, point.bits] = sample.median_seconds, point.tokens
         left -= _slowest(spent, group)
-    return samples
+    return samples + [asdict(sample) for sample in new_sizes.samples(points[0].device_type, share)] if points else []
 
 
-def _time(timer: Timer, parts: Parts, point: Point, seconds: float) -> tuple[Sample, float]:
+def _time(timer: Timer, parts: Parts, point: Point, seconds: float, new_sizes: NewSizes) -> tuple[Sample, float]:
     """(sample, seconds that it took)."""
     action, times = parts.action(point)
     timing = timer.time(action, seconds, warm_up=1)
+    new_sizes.add(point, timing, timer.cpu_share)
     sample = Sample(
         point,
         0,
@@ -72,11 +73,7 @@ def _guess(point: Point, last: dict[tuple[str, str, int], tuple[float, int]]) ->
     """Seconds of the point if time grew with its tokens from the last point of its kind on; 0 for the first one."""
     if (before := last.get((point.part, point.phase, point.bits))) is None:
         return 0.0
-    return before[0] * _tokens(point) / before[1]
-
-
-def _tokens(point: Point) -> int:
-    return point.batch * (point.length_tokens if point.phase == "prefill" else 1)
+    return before[0] * point.tokens / before[1]
 
 
 def _slowest(seconds: float, group: dist.ProcessGroup) -> float:

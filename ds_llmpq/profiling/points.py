@@ -37,8 +37,8 @@ def sampling_plan(
 def _lengths(phase: str, workload: WorkloadConfig) -> list[int]:
     """The workload's own first. Decode: tokens cached, from the first to the last pass, the mean leading."""
     prompt, generated = workload.prompt_tokens, workload.generated_tokens
-    if phase == "prefill":
-        lengths = [prompt, prompt // 2, prompt // 4]
+    if phase == "prefill":  # down to short ones: real prompts are seldom as long as the longest
+        lengths = [prompt, prompt // 4, prompt // 16]
     else:
         lengths = [prompt + generated // 2, prompt, prompt + generated - 2, prompt // 2]
     return [length for length in dict.fromkeys(lengths) if length >= 1]

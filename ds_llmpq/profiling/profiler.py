@@ -32,7 +32,7 @@ from ds_llmpq.profiling.parts import Parts
 from ds_llmpq.profiling.points import sampling_plan
 from ds_llmpq.profiling.processes import run_trial
 from ds_llmpq.profiling.task import ProfilingTask
-from ds_llmpq.profiling.timer import Timer
+from ds_llmpq.profiling.timer import NewSizes, Timer
 from ds_llmpq.profiling.trial_records import pass_sample, write_link_table
 
 Show = Callable[[str, int, int, str], None]
@@ -58,8 +58,9 @@ def profile(task: ProfilingTask, cluster: Cluster, out: Path, force: bool, show:
         done = set()
     if task.profiling.links:
         _trials(task, devices, cluster, out, done, show)
+    new_sizes = NewSizes()
     for device in devices:
-        _profile_type(task, device, len(devices), file, done, show)
+        _profile_type(task, device, len(devices), file, done, new_sizes, show)
 
 
 def _find_done(file: Path, setup: Setup, force: bool) -> set[tuple[Point, int]] | None:
@@ -75,7 +76,13 @@ def _find_done(file: Path, setup: Setup, force: bool) -> set[tuple[Point, int]] 
 
 
 def _profile_type(
-    task: ProfilingTask, device: Device, types: int, file: Path, done: set[tuple[Point, int]], show: Show
+    task: ProfilingTask,
+    device: Device,
+    types: int,
+    file: Path,
+    done: set[tuple[Point, int]],
+    new_sizes: NewSizes,
+    show: Show,
 ) -> None:
     kind = device.type
     bits = [width for width in task.bits if width in list_feasible_bits(kind, task.dtype)]
@@ -88,7 +95,7 @@ def _profile_type(
     with open_timer(device) as timer:
         parts = _parts(task, bits, timer.device)
         parts.throttle(device.cpu_share or 1.0)
-        _time_points(task, timer, parts, left, types, file, show)
+        _time_points(task, timer, parts, left, types, file, new_sizes, show)
 
 
 @contextmanager
@@ -128,6 +135,7 @@ def _time_points(
     left: list[tuple[Point, int]],
     types: int,
     file: Path,
+    new_sizes: NewSizes,
     show: Show,
 ) -> None:
     """Every point once, then again in further rounds until the time is up."""
@@ -140,15 +148,20 @@ def _time_points(
             show(f"profile {name}", len(left), len(left), f"time is up: {len(left) - index} repeats left out")
             return
         share = max(remaining, 0.0) / (len(left) - index)
-        sample = _sample(timer, parts, point, turn, share, warm_up=0 if point in warm else 1)
+        sample = _sample(timer, parts, point, turn, share, None if point in warm else new_sizes)
         warm.add(point)
         append(file, [sample])
+        if len(warm) == index + 1 == len({point for point, _ in left}):
+            append(file, new_sizes.samples(name, timer.cpu_share))
         show(f"profile {name}", index + 1, len(left), f"{point.part} {point.phase} {point.bits} bits")
 
 
-def _sample(timer: Timer, parts: Parts, point: Point, turn: int, seconds: float, warm_up: int) -> Sample:
+def _sample(timer: Timer, parts: Parts, point: Point, turn: int, seconds: float, new_sizes: NewSizes | None) -> Sample:
+    """With a warm-up where `new_sizes` is given, which learns from it."""
     action, times = parts.action(point)
-    timing = timer.time(action, 0.7 * seconds, warm_up)
+    timing = timer.time(action, 0.7 * seconds, warm_up=int(new_sizes is not None))
+    if new_sizes is not None:
+        new_sizes.add(point, timing, timer.cpu_share)
     if timing.spread > _RESTLESS:
         again = timer.time(action, 0.3 * seconds, 0)
         timing = min(timing, again, key=lambda entry: entry.spread)

@@ -249,4 +249,4 @@ def _points(wanted: TimingTask, device: Device) -> list[Point]:
     groups = sampling_plan(device.type.name, bits, wanted.sizes, wanted.workload)
     smallest = min(size for listed in wanted.sizes.values() for size in listed)
     points = [point for rank, group in enumerate(groups) for point in group if rank < 2 or point.batch == smallest]
-    return sorted(points, key=lambda point: point.batch * (point.length_tokens if point.phase == "prefill" else 1))
+    return sorted(points, key=lambda point: point.tokens)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median, quantiles
 
 import torch
+
+from ds_llmpq.cost.profile import NEW_SIZE, Point, Sample
 
 _MOST_REPEATS = 40
 _DISTURBED = 1.1  # wall time over processor time beyond which another process had the core meanwhile
@@ -16,11 +18,14 @@ _SLACK_SECONDS = 3e-5
 
 @dataclass(frozen=True)
 class Timing:
+    """first_seconds: of the first warm-up, whose kernels may have been made for it; 0 where nothing was warmed up."""
+
     repeats: int
     undisturbed: int
     median_seconds: float
     minimum_seconds: float
     spread: float
+    first_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -33,11 +38,12 @@ class Timer:
 
     def time(self, action: Callable[[], object], seconds: float, warm_up: int = 1) -> Timing:
         """Repeats `action` for about `seconds`, at least three times."""
+        begin, first = time.perf_counter(), 0.0
         for _ in range(warm_up):
             action()
-        if self.device.type == "cuda":
-            return self._on_gpu(action, seconds)
-        return self._on_cpu(action, seconds)
+            first = first or time.perf_counter() - begin
+        timing = self._on_gpu(action, seconds) if self.device.type == "cuda" else self._on_cpu(action, seconds)
+        return replace(timing, first_seconds=first)
 
     def _on_cpu(self, action: Callable[[], object], seconds: float) -> Timing:
         times: list[float] = []
@@ -72,3 +78,23 @@ def _timing(times: list[float], kept: list[float], undisturbed: int) -> Timing:
     middle = median(kept)
     quarters = quantiles(kept, n=4) if len(kept) > 1 else [middle] * 3
     return Timing(len(times), undisturbed, middle, min(kept), (quarters[2] - quarters[0]) / middle if middle else 0.0)
+
+
+class NewSizes:
+    """What the first pass of a number of tokens costs beyond the next ones, in processor seconds. A process keeps the
+    kernels that a library makes for a size, so the first point of that size alone shows it."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[int, float] = {}
+
+    def add(self, point: Point, timing: Timing, cpu_share: float) -> None:
+        if point.part == "layer" and timing.first_seconds:
+            extra = cpu_share * (timing.first_seconds - timing.median_seconds)
+            self._seconds[point.tokens] = max(self._seconds.get(point.tokens, 1e-9), extra)
+
+    def samples(self, device_type: str, cpu_share: float) -> list[Sample]:
+        found = []
+        for tokens, seconds in self._seconds.items():
+            point = Point(device_type, NEW_SIZE, "prefill", 0, 1, tokens)
+            found.append(Sample(point, 0, 1, 1, seconds / cpu_share, seconds / cpu_share, 0.0))
+        return found

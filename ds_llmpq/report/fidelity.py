@@ -111,7 +111,8 @@ def verdict(pairs: Sequence[TimePair], what: str) -> str:
 
 
 def pair_run(folder: Path) -> list[TimePair]:
-    """A run's stages: predicted and measured seconds of a pass. The last stage's sampling counts to its pass."""
+    """A run's stages: mean predicted and measured seconds of the passes that it made. The last stage's sampling counts
+    to its pass."""
     with refuse_other_forms(folder / "metrics.json"):
         return _pair_run(folder)
 

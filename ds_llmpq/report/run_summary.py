@@ -36,7 +36,8 @@ def run_summary(metrics: dict[str, Any], verbose: bool = False) -> str:
 
 
 def compare_with_plan(metrics: dict[str, Any]) -> list[str]:
-    """Two lines: the plan's figures for these very requests, in the units of the measured ones, and a verdict."""
+    """The plan's figures for these very requests and answers, in the units of the measured ones; what was expected of
+    answers that turned out otherwise; and a verdict."""
     found = metrics["predicted_against_measured"]
     if not found:
         return ["predicted: nothing ran that the prediction can be held against"]
@@ -51,9 +52,18 @@ def compare_with_plan(metrics: dict[str, Any]) -> list[str]:
         phase: _number(tokens[phase] / seconds if (seconds := pair["predicted"]) else None)
         for phase, pair in pairs.items()
     }
+    before = found.get("expected_before")
+    if before and before["rows"] == measured["rows"] and before["generated_tokens"] != measured["generated_tokens"]:
+        expected = [
+            f"expected before the run: {before['latency_seconds']:.2f} s for answers of {before['generated_tokens']} "
+            f"tokens in all; they came to {measured['generated_tokens']}, which the line above is for"
+        ]
+    else:
+        expected = []
     return [
         f"predicted: {rates['latency']} tokens/s, in {pairs['latency']['predicted']:.2f} s "
         f"(prefill {rates['prefill']} tokens/s, decode {rates['decode']})",
+        *expected,
         f"verdict: {_judge(pairs)}",
     ]
 

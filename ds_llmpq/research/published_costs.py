@@ -185,6 +185,9 @@ class PublishedCosts:
     def pass_overhead(self, phase: str, batch: int, tokens: int) -> PassOverhead:
         return PassOverhead()
 
+    def first_pass_seconds(self) -> float:
+        return 0.0
+
     def _by_rows(self, anchor: Anchor, rows: int) -> float:
         few = self._figures.sequences
         many = few * self._figures.prompt_tokens

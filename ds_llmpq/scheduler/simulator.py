@@ -63,15 +63,18 @@ class SimulatedRun:
             if span.stage == stage and (span.name == phase if phase else not span.name.startswith("wait_"))
         )
 
-    def chrome_events(self) -> list[dict]:
-        """Complete events as in a run's trace.json: process = stage, microseconds."""
+    def count_passes(self, stage: int, phase: str) -> int:
+        return sum(span.stage == stage and span.name == phase for span in self.spans)
+
+    def chrome_events(self, start: float = 0.0) -> list[dict]:
+        """Complete events as in a run's trace.json: process = stage, microseconds, counted from `start` seconds."""
         return [
             {
                 "name": span.name,
                 "ph": "X",
                 "pid": span.stage,
                 "tid": 0,
-                "ts": span.start * 1e6,
+                "ts": (start + span.start) * 1e6,
                 "dur": span.seconds * 1e6,
                 "args": {"rows": span.rows},
             }

@@ -216,7 +216,7 @@ def _metrics(plan: Plan, tally: Tally, out: Path) -> dict[str, Any]:
     if file.exists():
         measured = validation.validate(validation.Plain, read_json(file, "Metrics", remedy), f"Metrics {file}", remedy)
     else:
-        measured = summarize(plan, {}, [], None, [], startup_seconds=0.0)
+        measured = summarize(plan, {}, [], [], startup_seconds=0.0)
     return measured | {"counts": tally.counts}
 
 

@@ -31,7 +31,13 @@ from ds_llmpq.serving import metrics
 from ds_llmpq.serving.in_flight import InFlight, build_identity, read_in_flight
 from ds_llmpq.serving.job import Job, check_input
 from ds_llmpq.serving.ordering import order_requests, predict_answers
-from ds_llmpq.serving.prediction import MOST_PASSES, decode_passes
+from ds_llmpq.serving.prediction import (
+    MOST_PASSES,
+    LengthsOfStream,
+    decode_passes,
+    simulate_streams,
+    write_predicted_trace,
+)
 from ds_llmpq.serving.replay import Replay, replay_shape
 from ds_llmpq.serving.stop_rule import TextStopRule
 
@@ -145,17 +151,21 @@ class Driver:
         self.progress.show("prompts", self._done(), self.total, f"{self.tokens / seconds:.0f} tokens/s")
 
     def conclude(self, session: Session, reports: list[dict[str, Any]]) -> dict[str, Any]:
-        """Writes metrics.json and trace.json."""
+        """Writes metrics.json, trace.json and predicted_trace.json: the plan's times for what came."""
         self.writer.sync()  # or says that the results are gone
         folder = Path(self.job.output)
         events = chain.from_iterable([chrome_events(report.pop("trace")) for report in reports])
+        plan, streams, limits = self.job.plan, session.engine.stream_times, session.limits
+        simulated = simulate_streams(plan, [(stream.slots, stream.lengths) for stream in streams], limits)
+        expected = [] if self.replay or self._begun else self._expected_streams()
         summary = metrics.summarize(
-            self.job.plan,
+            plan,
             self.writer.counts,
-            session.engine.stream_times,
-            session.limits,
+            streams,
             reports,
             startup_seconds=self.serving_started - self.started,
+            simulated=simulated,
+            expected=metrics.expect(plan, expected, limits),
         )
         kept = {"rows": len(self._begun), "tokens": sum(map(len, self._begun.values()))}
         summary["gone_on_from"] = kept | {"source": "counted"}
@@ -165,6 +175,8 @@ class Driver:
             summary["replay"] = self.replay.report()
         write_json(folder / "metrics.json", summary)
         write_whole(folder / "trace.json", trace_text(events))
+        if simulated:
+            write_predicted_trace(simulated, folder)
         return summary
 
     def _prepare(self, file: RequestFile) -> tuple[list[PreparedRequest], list[RowError]]:
@@ -239,6 +251,15 @@ class Driver:
             begun=self._begun,
         )
         return self.replay
+
+    def _expected_streams(self) -> list[LengthsOfStream]:
+        """Streams with answers of the predicted lengths."""
+        lengths = [
+            (each.prompt_tokens, max(1, round(tokens)))
+            for each, tokens in zip(self.prepared, self._predicted_tokens, strict=True)
+        ]
+        streams = self.admission.streams(range(len(lengths)))
+        return [(slots, [lengths[place] for place in part]) for slots, part in streams]
 
     def _order_report(self, session: Session) -> dict[str, Any]:
         """Decode passes that this order led to, and what the same answers would have needed in arrival order. Both are

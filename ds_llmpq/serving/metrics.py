@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from ds_llmpq.plan import Plan
 from ds_llmpq.scheduler.micro_batch import MicroBatchLimits
-from ds_llmpq.serving.prediction import simulate_lengths
+from ds_llmpq.scheduler.simulator import SimulatedRun
+from ds_llmpq.serving.prediction import LengthsOfStream, simulate_streams
 
 if TYPE_CHECKING:
     from ds_llmpq.scheduler.stream import StreamTimes  # which imports torch
@@ -21,11 +22,13 @@ def summarize(
     plan: Plan,
     counts: dict[str, int],
     streams: Sequence[StreamTimes],
-    limits: MicroBatchLimits | None,
     reports: list[dict[str, Any]],
     startup_seconds: float,
+    simulated: Sequence[SimulatedRun] | None = None,
+    expected: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """`streams` as timed on the driver, `reports` one a rank; none of either where nothing ran, or nobody told.
+    `simulated`: the plan's times for these very streams. `expected`: what was expected before the run (`expect`).
 
     Prefill and decode overlap, so a phase's seconds are the work of the stage that spent the most on it: prefill
     tokens/s counts prompt tokens, decode tokens/s all generated tokens but the first of each sequence.
@@ -51,21 +54,20 @@ def summarize(
             "decode_tokens_per_second": _rate(generated_tokens - rows, phases["decode"]),
             "throughput_tokens_per_second": _rate(generated_tokens, seconds),
         },
-        "predicted_against_measured": _fidelity(plan, streams, limits, seconds, phases),
-        "stages": [_stage(plan, report) for report in sorted(reports, key=lambda report: report["stage"])],
+        "predicted_against_measured": simulated
+        and _fidelity(plan, simulated, seconds, phases) | {"expected_before": expected},
+        "stages": [
+            _stage(plan, report, simulated or ()) for report in sorted(reports, key=lambda report: report["stage"])
+        ],
         "memory_warnings": [warning for report in reports for warning in report["memory_warnings"]],
         "provenance": dict(plan.provenance),
     }
 
 
 def _fidelity(
-    plan: Plan, streams: Sequence[StreamTimes], limits: MicroBatchLimits, seconds: float, phases: dict[str, float]
-) -> dict[str, Any] | None:
-    """The plan's times for these very requests and answers beside what was measured; None where nothing ran, or too
-    much to simulate."""
-    simulated = [simulate_lengths(plan, stream.lengths, stream.slots, limits) for stream in streams]
-    if not simulated or None in simulated:
-        return None
+    plan: Plan, simulated: Sequence[SimulatedRun], seconds: float, phases: dict[str, float]
+) -> dict[str, Any]:
+    """The plan's times for these very requests and answers beside what was measured."""
     stages = range(len(plan.stages))
     predicted = {"latency_seconds": sum(run.latency_seconds for run in simulated)} | {
         f"{phase}_seconds": max(sum(run.busy_seconds(stage, phase) for run in simulated) for stage in stages)
@@ -83,7 +85,19 @@ def _fidelity(
     }
 
 
-def _stage(plan: Plan, report: dict[str, Any]) -> dict[str, Any]:
+def expect(plan: Plan, streams: Sequence[LengthsOfStream], limits: MicroBatchLimits) -> dict[str, Any] | None:
+    """What the plan's times say of streams before any answer is known; None where that is too much to simulate."""
+    if (simulated := simulate_streams(plan, streams, limits)) is None:
+        return None
+    lengths = [length for _, stream in streams for length in stream]
+    return {
+        "rows": len(lengths),
+        "generated_tokens": sum(generated for _, generated in lengths),
+        "latency_seconds": sum(run.latency_seconds for run in simulated),
+    }
+
+
+def _stage(plan: Plan, report: dict[str, Any], simulated: Sequence[SimulatedRun]) -> dict[str, Any]:
     stage = plan.stages[report["stage"]]
     predicted = stage.memory_bytes.by_part()
     measured = report["memory_bytes"]
@@ -96,9 +110,14 @@ def _stage(plan: Plan, report: dict[str, Any]) -> dict[str, Any]:
             "measured": measured,
             "budget": stage.memory_budget_bytes,
         },
+        # means: the passes of this run are not all of one size, and seldom of the planned one
         "pass_seconds": {
             phase: {
-                "predicted": getattr(stage, f"{phase}_seconds"),
+                "planned": getattr(stage, f"{phase}_seconds"),
+                "predicted": _rate(
+                    sum(run.busy_seconds(report["stage"], phase) for run in simulated),
+                    sum(run.count_passes(report["stage"], phase) for run in simulated),
+                ),
                 "measured": _rate(report["seconds"].get(phase, 0.0), report["passes"].get(phase, 0)),
             }
             for phase in PHASES

@@ -26,7 +26,6 @@ from ds_llmpq.planner.build import check_workload, micro_batches, prepare, usabl
 from ds_llmpq.planner.config import PlannerConfig, WorkloadConfig
 from ds_llmpq.planner.cost_source import FurtherSource, select_costs
 from ds_llmpq.planner.deploy import deploy
-from ds_llmpq.planner.simulation import simulate_plan
 from ds_llmpq.profiling.short_profile import calibrate
 from ds_llmpq.profiling.task import TimingTask
 from ds_llmpq.quant.config import QuantConfig
@@ -34,6 +33,7 @@ from ds_llmpq.quant.kernels.registry import find_kernel, select_kernel
 from ds_llmpq.quant.packing import check_lm_head, make_groups
 from ds_llmpq.sensitivity.table import read_sensitivity
 from ds_llmpq.serving.config import PlanConfig, PlanningConfig
+from ds_llmpq.serving.prediction import simulate_workload, write_predicted_trace
 from ds_llmpq.serving.workload import size_workload
 
 Progress = Callable[[ProgressEvent], None]
@@ -61,9 +61,8 @@ def make_plan(
         solved = solver(problem, progress=progress, **solver_options(settings.planner))
     plan = finish(solved)
     write_artefacts(plan, out)
-    if (simulated := simulate_plan(problem, solved.assignment(), row_buckets=_captures(settings))) is not None:
-        events = {"traceEvents": simulated.chrome_events(), "displayTimeUnit": "ms"}
-        write_json(out / "predicted_trace.json", events)  # to lay beside a run's trace.json
+    if simulated := simulate_workload(plan, row_buckets=_captures(settings)):
+        write_predicted_trace(simulated, out)
     return plan
 
 

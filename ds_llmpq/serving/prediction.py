@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
+from ds_llmpq.files import write_json
 from ds_llmpq.plan import Plan
 from ds_llmpq.scheduler.micro_batch import MicroBatchLimits
 from ds_llmpq.scheduler.scheduler import Scheduler
 from ds_llmpq.scheduler.simulator import SimulatedRun, simulate
 
 MOST_PASSES = 50_000  # about two seconds of simulation
+_MOST_EVENTS = 100_000  # what a trace viewer still opens
+
+LengthsOfStream = tuple[int, Sequence[tuple[int, int]]]  # slots, and (prompt, generated) tokens of each sequence
 
 
-@dataclass(frozen=True)
 class PlanTimes:
-    """`StageTimes` from plan.json. A prefill pass counts by its padded tokens, in proportion to the planned one; a
-    decode pass counts as planned however many rows are left in it, since it reads the same weights."""
+    """`StageTimes` from plan.json: each pass by its own size. A stage's first pass of a number of tokens takes longer,
+    so an object is for one run of a pipeline. A plan without times by size counts a prefill pass by its padded tokens,
+    in proportion to the planned one, and all decode passes as planned."""
 
-    plan: Plan
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        self._met: set[tuple[int, int]] = set()  # (stage, tokens of a pass)
 
     @property
     def stages(self) -> int:
@@ -26,9 +32,14 @@ class PlanTimes:
 
     def work(self, stage: int, phase: str, rows: int, tokens: int, past: int) -> float:
         planned = self.plan.stages[stage]
-        if phase == "decode":
-            return planned.decode_seconds
-        return planned.prefill_seconds * self._share(rows, tokens)
+        times = planned.prefill_times if phase == "prefill" else planned.decode_times
+        if times is None:
+            return planned.prefill_seconds * self._share(rows, tokens) if phase == "prefill" else planned.decode_seconds
+        seconds = times.interpolate(rows, tokens if phase == "prefill" else past)
+        if (size := (stage, rows * tokens)) in self._met:
+            return seconds
+        self._met.add(size)
+        return seconds + planned.first_pass_seconds
 
     def hop(self, stage: int, phase: str, rows: int, tokens: int) -> float:
         return self._link(phase, stage) * (self._share(rows, tokens) if phase == "prefill" else 1.0)
@@ -44,14 +55,37 @@ class PlanTimes:
         return getattr(links, phase)[index] if links else 0.0
 
 
-def simulate_lengths(
-    plan: Plan, lengths: Sequence[tuple[int, int]], slots: int, limits: MicroBatchLimits
-) -> SimulatedRun | None:
-    """The plan simulated with these (prompt, generated) tokens; None where that is too many passes to be worth it."""
-    tokens = sum(generated for _, generated in lengths)
-    if (len(lengths) + tokens / min(slots, limits.decode_rows)) * len(plan.stages) > MOST_PASSES:
-        return None
-    return simulate(PlanTimes(plan), lengths, slots, limits)
+def simulate_streams(
+    plan: Plan, streams: Iterable[LengthsOfStream], limits: MicroBatchLimits
+) -> list[SimulatedRun] | None:
+    """The plan simulated with these streams, one after another; None where there are none, or too many passes to be
+    worth it."""
+    times, found = PlanTimes(plan), []
+    for slots, lengths in streams:
+        tokens = sum(generated for _, generated in lengths)
+        if (len(lengths) + tokens / min(slots, limits.decode_rows)) * len(plan.stages) > MOST_PASSES:
+            return None
+        found.append(simulate(times, lengths, slots, limits))
+    return found or None
+
+
+def simulate_workload(plan: Plan, row_buckets: bool) -> list[SimulatedRun] | None:
+    """With the plan's own workload, all sequences alike. `row_buckets`: as passes that are captured have them."""
+    workload, sizes = plan.workload, plan.micro_batch
+    limits = MicroBatchLimits(
+        sizes.prefill, sizes.prefill * workload.prompt_tokens, sizes.decode, row_buckets=row_buckets
+    )
+    lengths = [(workload.prompt_tokens, workload.generated_tokens)] * workload.sequences
+    return simulate_streams(plan, [(workload.sequences, lengths)], limits)
+
+
+def write_predicted_trace(simulated: Iterable[SimulatedRun], folder: Path) -> None:
+    """predicted_trace.json, to lay beside a run's trace.json; streams follow one another."""
+    start, events = 0.0, []
+    for run in simulated:
+        events += run.chrome_events(start)
+        start += run.latency_seconds
+    write_json(folder / "predicted_trace.json", {"traceEvents": events[:_MOST_EVENTS], "displayTimeUnit": "ms"})
 
 
 def decode_passes(lengths: Sequence[tuple[int, int]], slots: int, limits: MicroBatchLimits) -> int:

@@ -205,7 +205,7 @@ def _run_batch(run: Run, plan: Plan, folder: Path, name: str, mix: tuple, second
     from ds_llmpq.engine.config import EngineConfig
     from ds_llmpq.engine.session import Session
     from ds_llmpq.scheduler.request_group import RequestGroup, Sequence
-    from ds_llmpq.serving.prediction import simulate_lengths
+    from ds_llmpq.serving.prediction import simulate_streams
 
     began = time.monotonic()
     rule = LengthRule(began + seconds)
@@ -229,8 +229,8 @@ def _run_batch(run: Run, plan: Plan, folder: Path, name: str, mix: tuple, second
     measured = time.monotonic() - began
     report = session.report()
     streams = session.engine.stream_times
-    simulated = [simulate_lengths(plan, each.lengths, each.slots, session.limits) for each in streams]
-    predicted = sum(each.latency_seconds for each in simulated if each is not None)
+    simulated = simulate_streams(plan, [(each.slots, each.lengths) for each in streams], session.limits)
+    predicted = sum(each.latency_seconds for each in simulated or ())
     busy = sum(report["seconds"].get(phase, 0.0) for phase in ("prefill", "decode", "sample"))
     run.add(
         f"batch: {name}", PREDICTED, requests=len(done), of=asked, slots=slots,

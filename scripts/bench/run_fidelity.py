@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
+from ds_llmpq.planner.simulation import simulate_plan
 from scipy.stats import kendalltau
 
 from ds_llmpq import config
@@ -32,7 +33,6 @@ from ds_llmpq.planner import Problem, evaluate
 from ds_llmpq.planner.build import prepare
 from ds_llmpq.planner.cost_source import load_profile_costs
 from ds_llmpq.planner.deploy import compose_plan, deploy
-from ds_llmpq.planner.simulation import simulate_plan
 from ds_llmpq.quant.kernels.registry import find_kernel
 from ds_llmpq.report.fidelity import TimePair, error_table, scatter, verdict
 from ds_llmpq.report.plan_table import format_bits, format_table

@@ -628,7 +628,7 @@ def _latency(file: Path) -> bytes:
 def _metrics(plan: dict) -> bytes:
     from ds_llmpq.serving.metrics import summarize
 
-    found = summarize(Plan.from_json(plan), {}, [], None, [], startup_seconds=0.0)
+    found = summarize(Plan.from_json(plan), {}, [], [], startup_seconds=0.0)
     return json.dumps(found | {"counts": {"total": 3, "completed": 2, "failed": 1}}).encode()
 
 

@@ -11,15 +11,16 @@ from ds_llmpq.cost.linktable import Message, write_links
 from ds_llmpq.cost.profile import Point, Sample, append, current_setup, write_header
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.shape import ModelShape
-from ds_llmpq.plan import Assignment, StageAssignment
+from ds_llmpq.plan import Assignment, PlannedModel, SolverReport, StageAssignment
 from ds_llmpq.planner import evaluate
 from ds_llmpq.planner.build import prepare
 from ds_llmpq.planner.config import PlannerConfig, WorkloadConfig
 from ds_llmpq.planner.cost_source import load_profile_costs
-from ds_llmpq.planner.simulation import simulate_plan
+from ds_llmpq.planner.deploy import compose_plan, deploy
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.kernels.dequantize import DEQUANTIZE
 from ds_llmpq.quant.packing import make_groups
+from ds_llmpq.serving.prediction import PlanTimes, simulate_workload
 
 SHAPE = ModelShape.from_config(
     {
@@ -70,6 +71,12 @@ def prepared(folder, count=3, **changes):
     return prepare(here, SHAPE, WORKLOAD, QUANT, planner, make_costs=make_costs)
 
 
+def deployed(built, assignment, here):
+    report = SolverReport("by hand", 1.0, None, None, 0.0, "checked")
+    plan = compose_plan(built.problem, assignment, evaluate(built.problem, assignment), report)
+    return deploy(plan, here, built, PlannedModel(None), QUANT, DEQUANTIZE)
+
+
 def test_fitted_times_overheads_and_links_reach_the_problem(folder):
     built = prepared(folder)
     core = built.problem.device_types["core"]
@@ -107,9 +114,9 @@ def test_mistakes_are_said(folder, tmp_path):
         load_profile_costs(PlannerConfig(profile=str(folder)), rows, cluster(), SHAPE, "auto", DEQUANTIZE)
 
 
-def test_a_played_plan_is_close_to_its_formula(folder):
+def test_a_simulated_plan_is_close_to_its_formula(folder):
     """With steady stages and cheap links they differ by a fill of the pipeline at most."""
-    problem, generator = prepared(folder).problem, random.Random(5)
+    built, generator = prepared(folder), random.Random(5)
     for _ in range(20):
         cuts = [0, *sorted(generator.sample(range(1, 6), 1)), 6]
         devices = generator.sample(["localhost:1", "localhost:2"], 2)
@@ -117,18 +124,51 @@ def test_a_played_plan_is_close_to_its_formula(folder):
             StageAssignment(d, a, b, (16,) * (b - a)) for d, a, b in zip(devices, cuts, cuts[1:], strict=False)
         )
         assignment = Assignment(stages, generator.choice([1, 2, 4, 8]), generator.choice([1, 2, 4, 8]))
-        prediction, simulated = evaluate(problem, assignment), simulate_plan(problem, assignment)
+        prediction = evaluate(built.problem, assignment)
+        (simulated,) = simulate_workload(deployed(built, assignment, cluster()), row_buckets=False)
         fill = sum(prediction.stage_prefill_seconds) + sum(prediction.stage_decode_seconds)
         assert abs(simulated.latency_seconds - prediction.latency_seconds) <= 1.01 * fill
         assert {event["name"] for event in simulated.chrome_events()} >= {"prefill", "decode"}
 
 
-def test_a_partial_micro_batch_counts_as_the_next_larger_candidate(folder):
-    planner = PlannerConfig(profile=str(folder))
-    planner.micro_batches.prefill, planner.micro_batches.decode = [3, 8], [8]
-    make_costs, here = load_profile_costs(planner, QUANT, cluster(2), SHAPE, "auto", DEQUANTIZE)
-    problem = prepare(here, SHAPE, WORKLOAD, QUANT, planner, make_costs=make_costs).problem
-    simulated = simulate_plan(problem, Assignment((StageAssignment("localhost:0", 0, 6, (16,) * 6),), 3, 8))
-    prefill = [span.seconds for span in simulated.spans if span.name == "prefill"]
-    assert len(prefill) == 3  # 3 + 3 + 2 rows
-    assert prefill[0] == prefill[2]
+def test_passes_of_a_plan_are_priced_by_their_own_size(folder):
+    """The planned size as the planner has it; a part of it by what the same costs say, which is not its share."""
+    built, here = prepared(folder), cluster()
+    stages = [StageAssignment(f"localhost:{j}", a, a + 2, (16, 4)) for j, a in enumerate((0, 2, 4))]
+    plan = deployed(built, Assignment(tuple(stages), 4, 8), here)
+    costs, times = built.costs["core"], PlanTimes(plan)
+    middle = OVERHEAD["middle"] / 6 * 2  # the formula spreads a middle stage's overhead over all layers
+    for index, own in enumerate(("first", "middle", "last")):
+        stage = plan.stages[index]
+        for phase, rows, tokens, past, planned in (
+            ("prefill", 4, 32, 0, stage.prefill_seconds),
+            ("decode", 8, 1, 36, stage.decode_seconds),
+        ):
+            expected = planned - middle + (OVERHEAD["middle"] if own == "middle" else 0.0)
+            assert times.work(index, phase, rows, tokens, past) == pytest.approx(expected, rel=1e-3)
+        for rows, tokens in ((1, 7), (3, 20), (2, 64), (1, 128)):
+            layers = sum(costs.prefill_seconds(bits, rows, tokens) for bits in (16, 4))
+            assert times.work(index, "prefill", rows, tokens, 0) == pytest.approx(layers, rel=0.1)  # steps are smoothed
+        layers = sum(costs.decode_seconds(bits, 3, 33) for bits in (16, 4))
+        assert times.work(index, "decode", 3, 1, 33) == pytest.approx(layers, rel=0.1)  # steps are smoothed
+    assert times.work(1, "prefill", 1, 8, 0) > 1.5 * plan.stages[1].prefill_seconds * 8 / (4 * 32)
+
+
+def test_the_first_pass_of_a_size_costs_each_stage_more_once(folder):
+    new = [Sample(Point("core", "new_size", "prefill", 0, 1, size), 0, 1, 1, 7.0, 7.0, 0.0) for size in (8, 16, 32)]
+    append(folder / "profile.csv", new)
+    plan = deployed(prepared(folder), Assignment((StageAssignment("localhost:0", 0, 6, (16,) * 6),), 4, 8), cluster())
+    assert plan.stages[0].first_pass_seconds == 7.0
+    times = PlanTimes(plan)
+    first, second = (times.work(0, "prefill", 2, 8, 0) for _ in range(2))
+    assert first - second == pytest.approx(7.0)
+    assert times.work(0, "decode", 16, 1, 36) == times.work(0, "decode", 16, 1, 36)  # as many tokens as 2 x 8
+    assert PlanTimes(plan).work(0, "prefill", 2, 8, 0) == first
+
+
+def test_a_plan_without_times_by_size_counts_tokens_in_proportion(folder):
+    plan = deployed(prepared(folder), Assignment((StageAssignment("localhost:0", 0, 6, (16,) * 6),), 4, 8), cluster())
+    stage = dataclasses.replace(plan.stages[0], prefill_times=None, decode_times=None, first_pass_seconds=7.0)
+    times = PlanTimes(dataclasses.replace(plan, stages=(stage,)))
+    assert times.work(0, "prefill", 1, 16, 0) == pytest.approx(stage.prefill_seconds / 8)
+    assert times.work(0, "decode", 1, 1, 3) == stage.decode_seconds

@@ -15,7 +15,7 @@ def test_the_workloads_own_points_come_first():
     assert {("embed", "prefill", 0, 4, 100), ("embed", "decode", 0, 8, 1), ("head", "decode", 0, 1, 1)} <= first
     every = [point for group in groups for point in group]
     assert len(every) == len(set(every))
-    assert {p.length_tokens for p in every if p.part == "layer" and p.phase == "prefill"} == {100, 50, 25}
+    assert {p.length_tokens for p in every if p.part == "layer" and p.phase == "prefill"} == {100, 25, 6}
     assert {p.length_tokens for p in every if p.part == "layer" and p.phase == "decode"} == {120, 100, 138, 50}
 
 

@@ -4,7 +4,7 @@ import json
 
 from ds_llmpq.plan import write_plan
 from ds_llmpq.planner import Problem, solve
-from ds_llmpq.planner.simulation import simulate_plan
+from ds_llmpq.serving.prediction import simulate_workload, write_predicted_trace
 
 _SIZES = (1, 2, 4)
 _TIMES = {width: {size: seconds * size for size in _SIZES} for width, seconds in ((16, 0.004), (8, 0.003), (4, 0.005))}
@@ -51,8 +51,7 @@ def write_planned(folder, **options):
     made = problem(**options)
     plan = solve(made, solver="search")
     write_plan(folder / "plan.json", plan)
-    simulated = simulate_plan(made, plan.assignment())
-    (folder / "predicted_trace.json").write_text(json.dumps({"traceEvents": simulated.chrome_events()}))
+    write_predicted_trace(simulate_workload(plan, row_buckets=False), folder)
     return plan
 
 

@@ -31,7 +31,7 @@ def test_answers_of_one_token_have_no_decode(tmp_path):
 def test_a_run_that_nobody_measured_has_counts_alone(tmp_path, failed):
     plan = write_planned(tmp_path)
     counts = {"total": 4, "completed": 4 - failed, "failed": failed}
-    metrics = summarize(plan, counts, [], None, [], startup_seconds=0.0)
+    metrics = summarize(plan, counts, [], [], startup_seconds=0.0)
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
     text = run_summary(metrics)
     assert f"4 in all, {4 - failed} completed, {failed} failed" in text
