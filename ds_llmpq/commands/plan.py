@@ -17,7 +17,7 @@ from ds_llmpq.report.plan_table import format_plan
 from ds_llmpq.report.solver_progress import progress_line
 from ds_llmpq.research.ablations import solve_ablation
 from ds_llmpq.research.published_costs import SOURCES
-from ds_llmpq.serving.planning import build_problem, make_plan, solver_options, write_artefacts
+from ds_llmpq.serving.planning import build_problem, build_solver_options, make_plan, write_artefacts
 
 
 def run(settings: PlanCommandConfig, out: Path) -> int:
@@ -42,7 +42,7 @@ def _front(settings: PlanCommandConfig, out: Path) -> int:
     """The Pareto front: a folder a plan, a summary and a picture, as a sweep leaves them."""
     problem, deploy = build_problem(settings, SOURCES)
     write_json(out / "problem.json", problem.to_json())
-    options = solver_options(settings.planner)
+    options = build_solver_options(settings.planner)
     points = []
     for index, plan in enumerate(pareto(problem, **options)):
         folder = out / f"plan{index}"

@@ -137,7 +137,7 @@ class InferencePipelineEngine(PipelineEngine):
     # Instructions. Each is called by DeepSpeed's `_exec_schedule` with the instruction's arguments.
 
     def _post_receive(self, batch: MicroBatch) -> None:
-        self.activations.post_receive(batch, (batch.size, self._tokens_of(batch), self.hidden_size))
+        self.activations.post_receive(batch, (batch.size, self._count_row_tokens(batch), self.hidden_size))
 
     def _wait_activation(self, batch: MicroBatch) -> None:
         with self.trace.waiting("receive", batch.size):
@@ -183,10 +183,10 @@ class InferencePipelineEngine(PipelineEngine):
 
     def _give_up(self, batch: MicroBatch, error: Exception) -> None:
         """One row, longer than was planned for, and no memory for it."""
-        tokens = self._tokens_of(batch)
+        tokens = self._count_row_tokens(batch)
         self.splitter.drop_row("prefill", tokens)
         self.faults.note(self.stream.slots.sequences[batch.slots[0]].key, "prefill", error, out_of_memory=True)
-        self._hidden, self._logits = self.passes.nothing(1, tokens)
+        self._hidden, self._logits = self.passes.fill_with_nan(1, tokens)
 
     def _score(self, batch: MicroBatch) -> None:
         rows = [self.stream.slots.sequences[slot] for slot in batch.slots]
@@ -246,7 +246,7 @@ class InferencePipelineEngine(PipelineEngine):
         while (message := self.tokens.receive(wait=False)) is not None:
             self.stream.record(*message)
 
-    def _tokens_of(self, batch: MicroBatch) -> int:
+    def _count_row_tokens(self, batch: MicroBatch) -> int:
         """Tokens of each row in the micro-batch, with padding."""
         if batch.phase == "decode":
             return 1

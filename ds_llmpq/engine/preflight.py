@@ -28,10 +28,10 @@ def check_memory(plan: Plan, context: RankContext, wait_seconds: float = 0.0) ->
         if word is not None:
             time.sleep(_PAUSE_SECONDS)
         reports = context.data.gather({"stage": context.stage_index, "free_bytes": free_bytes(context.device)})
-        word = context.data.broadcast(None if reports is None else _decided(plan, reports, end))
+        word = context.data.broadcast(None if reports is None else _decide(plan, reports, end))
 
 
-def _decided(plan: Plan, reports: Sequence[dict], end: float) -> bytes:
+def _decide(plan: Plan, reports: Sequence[dict], end: float) -> bytes:
     """Whether to go or to look again; `UserError` when the time for that is over."""
     ordered = sorted(reports, key=lambda report: report["stage"])
     try:

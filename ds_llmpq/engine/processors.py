@@ -47,7 +47,7 @@ class _Known:
     def ends_with(self, words: tuple[int, ...]) -> bool:
         return len(words) <= self.size and tuple(self.tokens[self.size - len(words) : self.size].tolist()) == words
 
-    def banned(self, length: int) -> list[int]:
+    def find_banned(self, length: int) -> list[int]:
         """Tokens that would repeat an n-gram of this `length`."""
         for end in range(max(self.counted, length - 1), self.size):
             self.followers[tuple(self.tokens[end - length + 1 : end].tolist())].append(int(self.tokens[end]))
@@ -124,7 +124,7 @@ class LogitsProcessors:
         if asking:
             places = torch.tensor(list(asking), device=logits.device)[:, None]
             widest = max(known.size for known in asking.values())
-            ids = np.stack([_widened(known.tokens[: known.size], widest) for known in asking.values()])
+            ids = np.stack([_widen(known.tokens[: known.size], widest) for known in asking.values()])
             index = torch.from_numpy(ids).to(logits.device)
             penalty = torch.tensor(
                 [[self._repetition_penalty(known.row)] for known in asking.values()], device=logits.device
@@ -142,7 +142,7 @@ class LogitsProcessors:
         """The rest of one row's, logits [vocabulary], in transformers' order."""
         defaults, row = self.defaults, known.row
         if defaults.no_repeat_ngram_size:
-            logits[known.banned(defaults.no_repeat_ngram_size)] = _NEVER
+            logits[known.find_banned(defaults.no_repeat_ngram_size)] = _NEVER
         self._add_biases(logits, known, self._biases[1])
         eos = [token for token in defaults.eos_token_ids if 0 <= token < logits.shape[0]]
         if not row.sampling.ignore_eos and known.generated < self._min_tokens(row):
@@ -178,6 +178,6 @@ def _force(logits: torch.Tensor, tokens: abc.Sequence[int]) -> None:
     logits[list(tokens)] = 0.0
 
 
-def _widened(tokens: np.ndarray, size: int) -> np.ndarray:
+def _widen(tokens: np.ndarray, size: int) -> np.ndarray:
     """Filled up with one that is there: penalizing it again writes the same value."""
     return np.concatenate([tokens, np.full(size - len(tokens), tokens[0])])

@@ -45,18 +45,16 @@ def init_rank(plan: Plan, timeout_seconds: float) -> RankContext:
     rank = read_rank(plan)
     stage_index = next(index for index, stage in enumerate(plan.stages) if stage.rank == rank)
     stage = plan.stages[stage_index]
-    kind = stage_kind(plan, stage_index)
     local_index = find_local_rank(plan, rank)
-    choose_accelerator(kind, local_index)
-    threads = plan.stages[stage_index].threads
-    if kind == "cpu" and threads:
-        torch.set_num_threads(threads)
+    choose_accelerator(stage.kind, local_index)
+    if stage.kind == "cpu" and stage.threads:
+        torch.set_num_threads(stage.threads)
     choose_interface(read_meeting_place()[0])
     timeout = datetime.timedelta(seconds=timeout_seconds)
-    _init_process_group(kind, timeout)
+    _init_process_group(stage.kind, timeout)
     side_group = dist.new_group(backend="gloo", timeout=timeout)
-    device = torch.device("cpu") if kind == "cpu" else torch.device("cuda", local_index)
-    if kind == "cuda":
+    device = torch.device("cpu") if stage.kind == "cpu" else torch.device("cuda", local_index)
+    if stage.kind == "cuda":
         torch.cuda.set_device(device)
     ranks = [stage.rank for stage in plan.stages]
     return RankContext(
@@ -67,10 +65,6 @@ def init_rank(plan: Plan, timeout_seconds: float) -> RankContext:
 def shutdown() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def stage_kind(plan: Plan, stage_index: int) -> str:
-    return plan.stages[stage_index].kind
 
 
 def choose_interface(master_address: str) -> None:

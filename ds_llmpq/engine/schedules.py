@@ -53,7 +53,7 @@ class MicroBatchSource(Protocol):
     def wants_requests(self) -> bool:
         """Whether a request group must be taken before the next micro-batches are scheduled."""
 
-    def pending_slots(self) -> list[int] | None:
+    def list_pending_slots(self) -> list[int] | None:
         """Slots whose tokens must be known before the next micro-batches are scheduled; None when all is done."""
 
     def has_tokens(self, slots: list[int]) -> bool:
@@ -79,7 +79,7 @@ class StreamSchedule(PipeSchedule):
             if not self.scheduled:
                 while self.source.wants_requests():
                     yield [ReceiveRequests()]
-                pending = self.source.pending_slots()
+                pending = self.source.list_pending_slots()
                 if pending is None:
                     return
                 if pending:
@@ -100,7 +100,7 @@ class StreamSchedule(PipeSchedule):
         decisions follow one another, and each depends on tokens alone. Requests are taken once this micro-batch has
         been sent on, since the driver may need it to get there."""
         while not self.scheduled and not self.source.wants_requests():
-            pending = self.source.pending_slots()
+            pending = self.source.list_pending_slots()
             if pending is None or not self.source.has_tokens(pending):
                 return
             self.scheduled.extend(self.source.schedule())

@@ -14,10 +14,10 @@ from ds_llmpq.engine.channels import ActivationChannel, TokenChannel
 from ds_llmpq.engine.config import EngineConfig
 from ds_llmpq.engine.kv_cache import KVStore, NoCache
 from ds_llmpq.engine.pipeline_engine import InferencePipelineEngine
-from ds_llmpq.engine.pipeline_module import PlannedPipelineModule, pipeline_bounds, pipeline_layers
+from ds_llmpq.engine.pipeline_module import PlannedPipelineModule, find_pipeline_bounds, list_pipeline_layers
 from ds_llmpq.engine.rank_context import RankContext
 from ds_llmpq.engine.runner.capture import Capture, CudaGraphs, capture_trace
-from ds_llmpq.engine.stage_run.faults import Fault, first_faults
+from ds_llmpq.engine.stage_run.faults import Fault, find_first_faults
 from ds_llmpq.engine.throttle import CpuShare
 from ds_llmpq.engine.token_chooser import Scorer, StopRule
 from ds_llmpq.engine.topology import PlannedTopology
@@ -41,7 +41,7 @@ _LOGIT_BYTES = 256 << 20  # in float32, of the positions that are scored togethe
 _WHY = b"?"  # the driver asks all ranks why rows were given up; no request group is so short
 
 
-def _not_told(row: Sequence, fault: Fault | None) -> None:
+def _ignore_fault(row: Sequence, fault: Fault | None) -> None:
     """Where nobody wants to know."""
 
 
@@ -84,8 +84,8 @@ class Session:
             context.device, loaded, packed=True, stage=range(0) if scorer else range(*context.stage.layers),
         )  # fmt: skip
         module = PlannedPipelineModule(
-            pipeline_layers(loader),
-            pipeline_bounds([stage.layers for stage in plan.stages], checkpoint.config.num_hidden_layers),
+            list_pipeline_layers(loader),
+            find_pipeline_bounds([stage.layers for stage in plan.stages], checkpoint.config.num_hidden_layers),
             PlannedTopology(context.stage_ranks),
         )
         share = context.stage.cpu_share
@@ -95,20 +95,20 @@ class Session:
         self.trace = Trace(context.stage_index, context.device)
         shape = read_shape(model_path)
         self.vocabulary = shape.vocab
-        self.store = self._kv_store(shape)
+        self.store = self._build_kv_store(shape)
         self.engine = InferencePipelineEngine(
             module,
             self.store,
             loader.decoder.positions(),
-            self._activation_channel(),
-            self._token_channel(),
+            self._build_activation_channel(),
+            self._build_token_channel(),
             stop_rule,
             self.trace,
             self.dtype,
             checkpoint.config.hidden_size,
-            _neutral_tokens(checkpoint.config),
+            _list_neutral_tokens(checkpoint.config),
             load_generation(model_path),
-            self._capture(),
+            self._build_capture(),
             scorer,
         )
         device_memory.release_freed()
@@ -125,7 +125,7 @@ class Session:
             prefill_rows=micro_batch.prefill,
             prefill_tokens=max(1, _LOGIT_BYTES // (4 * self.vocabulary)) if self.scorer else tokens,
             decode_rows=micro_batch.decode,
-            patience_rounds=self._patience_rounds(),
+            patience_rounds=self._choose_patience(),
             batch_invariant=options.batch_invariant,
             row_buckets=self._captures,
         )
@@ -134,7 +134,7 @@ class Session:
     def _captures(self) -> bool:
         return self.scorer is None and self.options.captures(stage.kind for stage in self.plan.stages)
 
-    def _capture(self) -> Capture | None:
+    def _build_capture(self) -> Capture | None:
         """How this stage does it. Without a GPU a trace is no faster, and runs only if it was asked for."""
         if not self._captures:
             return None
@@ -142,7 +142,7 @@ class Session:
             return CudaGraphs(self.context.device)
         return capture_trace if self.options.decode_graphs else None
 
-    def _patience_rounds(self) -> int:
+    def _choose_patience(self) -> int:
         """The same on all stages."""
         if self.options.patience_rounds is not None:
             return self.options.patience_rounds
@@ -152,7 +152,7 @@ class Session:
         self,
         take: TakeGroup,
         on_finished: OnFinished,
-        on_broken: OnBroken = _not_told,
+        on_broken: OnBroken = _ignore_fault,
         on_tokens: OnTokens | None = None,
     ) -> None:
         """Runs the driver's request groups. `take` is called on the driver only, when the slots run short of requests,
@@ -180,7 +180,7 @@ class Session:
         def explain() -> None:
             reports = self.context.data.gather(self.engine.faults.take())
             if reports is not None:
-                faults = first_faults(reports)
+                faults = find_first_faults(reports)
                 for row in unexplained:
                     on_broken(row, faults.get(row.key))
                 unexplained.clear()
@@ -214,44 +214,44 @@ class Session:
             },
         }
 
-    def _kv_store(self, shape: ModelShape) -> KVStore | NoCache:
+    def _build_kv_store(self, shape: ModelShape) -> KVStore | NoCache:
         if self.scorer is not None:
             return NoCache(self.context.device)
         first, last = self.context.stage.layers
-        positions = cache_positions(self.plan)
+        positions = count_cache_positions(self.plan)
         return KVStore(
             first, last - first, positions, shape.kv_heads, shape.head_dim, self.dtype, self.context.device,
-            plan_block(self.plan),
+            find_cache_block(self.plan),
         )  # fmt: skip
 
-    def _activation_channel(self) -> ActivationChannel:
+    def _build_activation_channel(self) -> ActivationChannel:
         index, ranks = self.context.stage_index, self.context.stage_ranks
         previous = ranks[index - 1] if index > 0 else None
         following = ranks[index + 1] if index + 1 < len(ranks) else None
         return ActivationChannel(previous, following, self.dtype, self.context.device)
 
-    def _token_channel(self) -> TokenChannel:
+    def _build_token_channel(self) -> TokenChannel:
         *others, source = self.context.stage_ranks
         return TokenChannel(self.context.side_group, source, others)
 
 
-def _neutral_tokens(config: Any) -> list[int]:
+def _list_neutral_tokens(config: Any) -> list[int]:
     """Tokens that every prompt may hold: those that begin and end texts, and the first of all."""
     named = [getattr(config, name, None) for name in ("bos_token_id", "eos_token_id")]
     flat = [token for value in named for token in (value if isinstance(value, list) else [value])]
     return list(dict.fromkeys([*(t for t in flat if isinstance(t, int) and 0 <= t < config.vocab_size), 0, 1]))[:4]
 
 
-def cache_positions(plan: Plan) -> int:
+def count_cache_positions(plan: Plan) -> int:
     """B * (s + n): the tokens a layer's cache holds for all sequences in flight; each has whole blocks."""
-    return plan.workload.sequences * row_positions(plan)
+    return plan.workload.sequences * count_row_positions(plan)
 
 
-def row_positions(plan: Plan) -> int:
+def count_row_positions(plan: Plan) -> int:
     """s + n, in whole blocks."""
-    return round_up(plan.workload.prompt_tokens + plan.workload.generated_tokens, plan_block(plan))
+    return round_up(plan.workload.prompt_tokens + plan.workload.generated_tokens, find_cache_block(plan))
 
 
-def plan_block(plan: Plan) -> int:
+def find_cache_block(plan: Plan) -> int:
     """Positions in a block of the cache: one for all stages, whose slots are the same."""
     return max(find_stage_kernel(stage.kernel).cache_block for stage in plan.stages)

@@ -40,7 +40,7 @@ class Trace:
     @contextmanager
     def working(self, name: str, rows: int, tokens: int = 0) -> Iterator[None]:
         start = time.perf_counter()
-        events = self._device_events() if self._on_gpu else None
+        events = self._open_device_events() if self._on_gpu else None
         yield
         if events:
             events[1].record()
@@ -55,7 +55,7 @@ class Trace:
         yield
         self._add(f"wait_{name}", rows, start, 0, timed=True)
 
-    def _device_events(self) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    def _open_device_events(self) -> tuple[torch.cuda.Event, torch.cuda.Event]:
         events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
         events[0].record()
         return events
@@ -86,14 +86,14 @@ class Trace:
                 self._seconds[name] += start.elapsed_time(stop) / 1e3
             self._device_spans.clear()
 
-    def spans_seen(self) -> dict:
-        """The first spans as plain data, for `chrome_events`: `names`, and columns of equal length."""
+    def list_spans(self) -> dict:
+        """The first spans as plain data, for `build_chrome_events`: `names`, and columns of equal length."""
         columns = {name: column.tolist() for name, column in self._columns.items()}
         return {"stage": self.stage, "names": self._names, **columns}
 
 
-def chrome_events(seen: Mapping[str, Sequence]) -> Iterator[dict]:
-    """Complete events ("ph": "X") of what `spans_seen` returned, microseconds since the epoch."""
+def build_chrome_events(seen: Mapping[str, Sequence]) -> Iterator[dict]:
+    """Complete events ("ph": "X") of what `list_spans` returned, microseconds since the epoch."""
     columns = (seen[name] for name in ("name", "start", "seconds", "rows", "tokens"))
     for name, start, seconds, rows, tokens in zip(*columns, strict=True):
         yield {
@@ -107,7 +107,7 @@ def chrome_events(seen: Mapping[str, Sequence]) -> Iterator[dict]:
         }
 
 
-def trace_text(events: Iterable[dict[str, Any]]) -> Iterator[str]:
+def format_trace(events: Iterable[dict[str, Any]]) -> Iterator[str]:
     """A Chrome trace, an event at a time: all of them together would take more memory than the batch."""
     yield '{"displayTimeUnit": "ms", "traceEvents": ['
     for index, event in enumerate(events):

@@ -144,7 +144,7 @@ def fingerprint_plan(plan: Plan) -> str:
     decided = {
         "model": plan.model.fingerprint if plan.model else None,
         "bits": [width for stage in plan.stages for width in stage.bits],
-        "quant": _former_names(asdict(plan.quant)) if plan.quant else None,
+        "quant": _rename_former(asdict(plan.quant)) if plan.quant else None,
         "dtype": plan.deployment.compute_dtype if plan.deployment else None,
     }
     return _hash(decided)
@@ -157,7 +157,7 @@ def _present_key(key: str) -> str:
     return find_present(key) or key
 
 
-def _former_names(quant: dict[str, Any]) -> dict[str, Any]:
+def _rename_former(quant: dict[str, Any]) -> dict[str, Any]:
     """By the names that runs of the former version hashed, so that they go on in this one."""
     former = {now: name for name, now in FORMER_NAMES.items()}
     return {former.get(name, name): value for name, value in quant.items()}

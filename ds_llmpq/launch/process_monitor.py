@@ -111,7 +111,7 @@ class _Monitor:
     def run(self) -> Exit:
         poller = select.poll()
         poller.register(self.child.stdout, select.POLLIN)
-        while self._within_bounds():
+        while self._is_within_bounds():
             if poller.poll(_POLL_SECONDS * 1e3):
                 data = os.read(self.child.stdout.fileno(), 1 << 16)
                 if not data:  # nobody is left who could write
@@ -130,7 +130,7 @@ class _Monitor:
             self.reason = ExitReason.ENDED if code == 0 and not alive else ExitReason.DIED
         return Exit(self.reason, code)
 
-    def _within_bounds(self) -> bool:
+    def _is_within_bounds(self) -> bool:
         """False when it is time to stop; `reason` says why."""
         now = time.monotonic()
         if now - self.looked > _SUSPENDED_SECONDS:

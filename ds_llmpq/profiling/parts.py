@@ -14,7 +14,7 @@ from ds_llmpq.cost.memory import MemoryModel
 from ds_llmpq.cost.profile import Point
 from ds_llmpq.engine.kv_cache import KVStore
 from ds_llmpq.engine.runner.capture import Capture
-from ds_llmpq.engine.runner.captured_decode import fixed_shapes
+from ds_llmpq.engine.runner.captured_decode import fix_shapes
 from ds_llmpq.engine.throttle import CpuShare
 from ds_llmpq.integers import round_up
 from ds_llmpq.models.checkpoint import Checkpoint
@@ -99,7 +99,7 @@ class Parts:
     def _captured(self, action: Callable[[], torch.Tensor], point: Point) -> Callable[[], torch.Tensor]:
         if self.capture is None or point.phase == "prefill":
             return action
-        with fixed_shapes(nn.ModuleList(self.layers[point.bits] if point.part == "layer" else ())):
+        with fix_shapes(nn.ModuleList(self.layers[point.bits] if point.part == "layer" else ())):
             action()  # masks are computed once a step, outside of what is recorded
             return self.capture(action, ())
 

@@ -59,15 +59,15 @@ class Scheduler:
         index = self._next_index()
         return None if index is None else self.groups[index]
 
-    def pending_slots(self) -> list[int]:
+    def list_pending_slots(self) -> list[int]:
         """Slots whose last token must be known before the next visit can be scheduled."""
         index = self._next_index()
         return [] if index is None else [slot for slot in self.groups[index] if self._joins(slot, self._visit + 1)]
 
     def schedule(self, ended: Callable[[int], bool]) -> list[MicroBatch]:
         """Makes the next visit: the micro-batches it leads to. `ended(slot)`: whether the sequence there has its last
-        token; asked only for the `pending_slots`."""
-        joining = self.pending_slots()
+        token; asked only for the `list_pending_slots`."""
+        joining = self.list_pending_slots()
         self._turn = self._next_index()
         self._visit += 1
         for slot in joining:
@@ -86,7 +86,7 @@ class Scheduler:
         running = [slot for slot in group if self._joins(slot, visit) and not ends(slot)]
         if not running:
             return None
-        return MicroBatch(0, "decode", tuple(self._decode_slots(group, running)), tuple(running))
+        return MicroBatch(0, "decode", tuple(self._choose_decode_slots(group, running)), tuple(running))
 
     def _next_index(self) -> int | None:
         count = len(self.groups)
@@ -129,16 +129,16 @@ class Scheduler:
             slots = tuple(slot for slot, _ in taken)
             for slot in slots:
                 self._set_state(slot, _Slot.PREFILLED)
-            yield self._micro_batch("prefill", slots, slots, tuple(number for _, number in taken))
+            yield self._build_micro_batch("prefill", slots, slots, tuple(number for _, number in taken))
 
     def _fits(self, rows: int, longest: int) -> bool:
         most = 1 if self.limits.batch_invariant else self.limits.prefill_rows
         return rows == 1 or (rows <= most and rows * longest <= self.limits.prefill_tokens)
 
     def _decode(self, group: range, running: Sequence[int]) -> MicroBatch:
-        return self._micro_batch("decode", tuple(self._decode_slots(group, running)), tuple(running))
+        return self._build_micro_batch("decode", tuple(self._choose_decode_slots(group, running)), tuple(running))
 
-    def _decode_slots(self, group: range, running: Sequence[int]) -> range:
+    def _choose_decode_slots(self, group: range, running: Sequence[int]) -> range:
         if self.limits.batch_invariant:
             return group
         if self.limits.row_buckets:
@@ -146,7 +146,7 @@ class Scheduler:
             return group[: 1 << (rows - 1).bit_length()]
         return range(running[0], running[-1] + 1)
 
-    def _micro_batch(
+    def _build_micro_batch(
         self, phase: str, slots: tuple[int, ...], live: tuple[int, ...], sequences: tuple[int, ...] = ()
     ) -> MicroBatch:
         self._count += 1

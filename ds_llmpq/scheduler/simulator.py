@@ -66,7 +66,7 @@ class SimulatedRun:
     def count_passes(self, stage: int, phase: str) -> int:
         return sum(span.stage == stage and span.name == phase for span in self.spans)
 
-    def chrome_events(self, start: float = 0.0) -> list[dict]:
+    def build_chrome_events(self, start: float = 0.0) -> list[dict]:
         """Complete events as in a run's trace.json: process = stage, microseconds, counted from `start` seconds."""
         return [
             {
@@ -156,7 +156,7 @@ class _Simulation:
         stages = range(self.clock.times.stages)
         certain = [True] * len(stages)  # whether a stage knew its next micro-batch when it took the last one
         while self.scheduler.next_group() is not None:
-            slots = self.scheduler.pending_slots()
+            slots = self.scheduler.list_pending_slots()
             for stage in stages:
                 known = max((self.known[stage][slot] for slot in slots), default=0.0)
                 certain[stage] = certain[stage] and known <= self.clock.took[stage]

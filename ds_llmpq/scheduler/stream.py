@@ -117,8 +117,8 @@ class Stream:
         else:
             self.held_back, self._no_more = group, True
 
-    def pending_slots(self) -> list[int] | None:
-        return None if self.scheduler.next_group() is None else self.scheduler.pending_slots()
+    def list_pending_slots(self) -> list[int] | None:
+        return None if self.scheduler.next_group() is None else self.scheduler.list_pending_slots()
 
     def has_tokens(self, slots: list[int]) -> bool:
         self._poll()

@@ -16,9 +16,9 @@ from ds_llmpq.batch.prompts import PreparedRequest, prepare
 from ds_llmpq.batch.reader import RequestFile, read_requests
 from ds_llmpq.batch.request import RowError
 from ds_llmpq.batch.results import Result, ResultWriter
-from ds_llmpq.engine.session import Session, cache_positions, plan_block, row_positions
+from ds_llmpq.engine.session import Session, count_cache_positions, count_row_positions, find_cache_block
 from ds_llmpq.engine.stage_run.faults import Fault, describe_error
-from ds_llmpq.engine.trace import chrome_events, trace_text
+from ds_llmpq.engine.trace import build_chrome_events, format_trace
 from ds_llmpq.files import write_json, write_whole
 from ds_llmpq.launch.heartbeat import Heartbeat, drain_on_signal
 from ds_llmpq.launch.progress import ProgressBar, ProgressLines
@@ -154,7 +154,7 @@ class Driver:
         """Writes metrics.json, trace.json and predicted_trace.json: the plan's times for what came."""
         self.writer.sync()  # or says that the results are gone
         folder = Path(self.job.output)
-        events = chain.from_iterable([chrome_events(report.pop("trace")) for report in reports])
+        events = chain.from_iterable([build_chrome_events(report.pop("trace")) for report in reports])
         plan, streams, limits = self.job.plan, session.engine.stream_times, session.limits
         simulated = simulate_streams(plan, [(stream.slots, stream.lengths) for stream in streams], limits)
         expected = [] if self.replay or self._begun else self._expected_streams()
@@ -174,13 +174,13 @@ class Driver:
         else:
             summary["replay"] = self.replay.report()
         write_json(folder / "metrics.json", summary)
-        write_whole(folder / "trace.json", trace_text(events))
+        write_whole(folder / "trace.json", format_trace(events))
         if simulated:
             write_predicted_trace(simulated, folder)
         return summary
 
     def _prepare(self, file: RequestFile) -> tuple[list[PreparedRequest], list[RowError]]:
-        shape, positions = read_shape(self.job.model_path), cache_positions(self.job.plan)
+        shape, positions = read_shape(self.job.model_path), count_cache_positions(self.job.plan)
         return prepare(
             (request for request in file.requests if request.custom_id not in self.writer.finished),
             self.rule.tokenizer,
@@ -224,10 +224,10 @@ class Driver:
             self.prepared,
             bounds,
             plan.workload.sequences,
-            row_positions(plan),
+            count_row_positions(plan),
             engine.refill,
             plan.micro_batch.decode if engine.batch_invariant else 1,
-            plan_block(plan),
+            find_cache_block(plan),
             self._begun,
         )
 

@@ -58,7 +58,7 @@ def make_plan(
     if settings.check:
         solved = check_plan(problem, read_assignment(make_absolute(settings.check)))
     else:
-        solved = solver(problem, progress=progress, **solver_options(settings.planner))
+        solved = solver(problem, progress=progress, **build_solver_options(settings.planner))
     plan = finish(solved)
     write_artefacts(plan, out)
     if simulated := simulate_workload(plan, row_buckets=_captures(settings)):
@@ -152,7 +152,7 @@ def _show_calibration(text: str) -> None:
     print(f"calibration: {text}", file=sys.stderr)
 
 
-def solver_options(planner: PlannerConfig) -> dict[str, Any]:
+def build_solver_options(planner: PlannerConfig) -> dict[str, Any]:
     return {
         "time_limit_seconds": planner.time_limit_seconds,
         "gap": planner.gap,

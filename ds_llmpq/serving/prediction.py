@@ -83,7 +83,7 @@ def write_predicted_trace(simulated: Iterable[SimulatedRun], folder: Path) -> No
     """predicted_trace.json, to lay beside a run's trace.json; streams follow one another."""
     start, events = 0.0, []
     for run in simulated:
-        events += run.chrome_events(start)
+        events += run.build_chrome_events(start)
         start += run.latency_seconds
     write_json(folder / "predicted_trace.json", {"traceEvents": events[:_MOST_EVENTS], "displayTimeUnit": "ms"})
 

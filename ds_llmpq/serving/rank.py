@@ -53,7 +53,7 @@ def _answer(job: Job, context: RankContext, heartbeat: Heartbeat) -> dict[str, A
             session.run_all(take, driver.write_result, driver.write_error, driver.on_tokens)
         else:
             session.run_all(lambda: None, lambda *ended: None)
-        reports = context.data.gather(session.report() | {"trace": session.trace.spans_seen()})
+        reports = context.data.gather(session.report() | {"trace": session.trace.list_spans()})
         return driver.conclude(session, reports) if driver else None
 
 

@@ -33,7 +33,7 @@ def plan_without(
             f"run.on_loss=replan needs the cluster that the plan was made for, but {cluster.name} has no {missing[0]}; "
             "give cluster=NAME or cluster_file=FILE."
         )
-    left = without_devices(cluster, set(lost))
+    left = remove_devices(cluster, set(lost))
     if not left.hosts:
         raise UserError("No device of the cluster is left; mend one and run again.")
     widths = [width for stage in plan.stages for width in stage.bits]
@@ -56,7 +56,7 @@ def plan_without(
     raise last
 
 
-def without_devices(cluster: ClusterConfig, lost: set[str]) -> ClusterConfig:
+def remove_devices(cluster: ClusterConfig, lost: set[str]) -> ClusterConfig:
     """The cluster less some devices (`host:slot`), their links and the hosts that keep none."""
     hosts = []
     for host in cluster.hosts:

@@ -7,7 +7,7 @@ from test_finish import prompts_of, rows_of
 from test_graph_pipeline import graph_plan, needs_openvino
 from test_oom_split import THREE, greedy
 
-from ds_llmpq.engine.stage_run.faults import Suspects, describe_error, first_faults
+from ds_llmpq.engine.stage_run.faults import Suspects, describe_error, find_first_faults
 from ds_llmpq.engine.stage_run.oom_split import MicroBatchSplitter
 from ds_llmpq.scheduler.request_group import RequestGroup
 from ds_llmpq.scheduler.sampling_params import SamplingParams
@@ -212,5 +212,5 @@ def test_a_fault_is_that_of_the_first_stage():
     def fault(stage):
         return {"stage": stage, "phase": "decode", "kind": "ValueError", "message": "", "out_of_memory": False}
 
-    found = first_faults([[[7, fault(2)]], [[7, fault(1)], [8, fault(1)]]])
+    found = find_first_faults([[[7, fault(2)]], [[7, fault(1)], [8, fault(1)]]])
     assert {key: each.stage for key, each in found.items()} == {7: 1, 8: 1}

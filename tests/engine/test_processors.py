@@ -10,7 +10,7 @@ from pipeline_cases import Case, make_plan
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from ds_llmpq.engine.processors import LogitsProcessors
-from ds_llmpq.engine.sampling import sample, uniform_draw
+from ds_llmpq.engine.sampling import draw_uniform, sample
 from ds_llmpq.models.generation import Generation, load_generation
 from ds_llmpq.scheduler.request_group import RequestGroup, Sequence
 from ds_llmpq.scheduler.sampling_params import GREEDY, SamplingParams
@@ -193,7 +193,7 @@ def test_a_truncation_leaves_what_generate_leaves(checkpoint_of, tmp_path, value
     assert (kept.isfinite().sum(-1) < 40).all()
     for seed in range(60):
         rows = [SamplingParams(0.8, 0.95, 40, seed=seed)] * 7
-        draws = torch.full((7, 1), uniform_draw(seed, 0), dtype=torch.float64)
+        draws = torch.full((7, 1), draw_uniform(seed, 0), dtype=torch.float64)
         wanted = order.gather(-1, torch.searchsorted(shares.cumsum(-1), draws, right=True))[:, 0]
         assert sample(logits, rows, [0] * 7, defaults).tolist() == wanted.tolist()
     row = SamplingParams(0.8, 0.95, 40, seed=1, min_p=1.0)

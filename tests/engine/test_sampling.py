@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ds_llmpq.engine.runner.capture import capture_trace
-from ds_llmpq.engine.sampling import sample, uniform_draw
+from ds_llmpq.engine.sampling import draw_uniform, sample
 from ds_llmpq.models.generation import Generation
 from ds_llmpq.scheduler.sampling_params import GREEDY, SamplingParams
 
@@ -33,7 +33,7 @@ def allowed_probabilities(logits: list[float], row: SamplingParams) -> dict[int,
 
 def inverse_distribution(logits: list[float], row: SamplingParams, step: int) -> int:
     """The token whose part of the cumulative distribution, best token first, holds the draw."""
-    draw, reached = uniform_draw(row.seed, step), 0.0
+    draw, reached = draw_uniform(row.seed, step), 0.0
     probabilities = allowed_probabilities(logits, row)
     for token, probability in probabilities.items():
         reached += probability
@@ -91,7 +91,7 @@ def test_frequencies_are_the_distribution_s(row):
 
 
 def test_draws_of_one_seed_are_independent_uniforms():
-    draws = np.array([[uniform_draw(seed, step) for step in range(200)] for seed in range(100)])
+    draws = np.array([[draw_uniform(seed, step) for step in range(200)] for seed in range(100)])
     assert ((draws >= 0) & (draws < 1)).all()
     assert len(np.unique(draws)) == draws.size
     assert abs(draws.mean() - 0.5) < 0.01
@@ -148,7 +148,7 @@ def test_top_p_of_one_keeps_the_whole_tail():
     count = 100_000
     logits = torch.full((1, count), math.log(1e-5 / count))
     logits[0, 0] = 0.0
-    seed = next(seed for seed in range(10**7) if uniform_draw(seed, 0) > 1 - 0.5e-5)
+    seed = next(seed for seed in range(10**7) if draw_uniform(seed, 0) > 1 - 0.5e-5)
     assert int(sample(logits, [SamplingParams(1.0, top_p=1.0, seed=seed)], [0])) > 0
 
 

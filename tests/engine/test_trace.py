@@ -5,7 +5,7 @@ import json
 import torch
 
 from ds_llmpq.engine import trace as tracing
-from ds_llmpq.engine.trace import Trace, chrome_events, trace_text
+from ds_llmpq.engine.trace import Trace, build_chrome_events, format_trace
 
 
 def traced(spans):
@@ -18,8 +18,8 @@ def traced(spans):
 
 def test_spans_become_chrome_events():
     trace = traced([("prefill", 4), ("tokens", 2), ("decode", 4), ("decode", 3)])
-    sent = json.loads(json.dumps(trace.spans_seen()))  # it travels as JSON
-    text = json.loads("".join(trace_text(chrome_events(sent))))
+    sent = json.loads(json.dumps(trace.list_spans()))  # it travels as JSON
+    text = json.loads("".join(format_trace(build_chrome_events(sent))))
     events = text["traceEvents"]
     assert [event["name"] for event in events] == ["prefill", "wait_tokens", "decode", "decode"]
     assert [event["args"]["rows"] for event in events] == [4, 2, 4, 3]
@@ -28,13 +28,13 @@ def test_spans_become_chrome_events():
     starts = [event["ts"] for event in events]
     assert starts == sorted(starts)
     assert all(event["dur"] >= 0 for event in events)
-    assert json.loads("".join(trace_text([]))) == {"displayTimeUnit": "ms", "traceEvents": []}
+    assert json.loads("".join(format_trace([]))) == {"displayTimeUnit": "ms", "traceEvents": []}
 
 
 def test_sums_go_on_when_enough_spans_are_kept(monkeypatch):
     monkeypatch.setattr(tracing, "_MOST_EVENTS", 5)
     trace = traced([("decode", 2)] * 8)
-    assert len(list(chrome_events(trace.spans_seen()))) == 5
+    assert len(list(build_chrome_events(trace.list_spans()))) == 5
     assert trace.summary()["passes"] == {"decode": 8}
     assert trace.summary()["tokens"] == {"decode": 160}
     assert trace.spans == 8

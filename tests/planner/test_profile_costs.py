@@ -128,7 +128,7 @@ def test_a_simulated_plan_is_close_to_its_formula(folder):
         (simulated,) = simulate_workload(deployed(built, assignment, cluster()), row_buckets=False)
         fill = sum(prediction.stage_prefill_seconds) + sum(prediction.stage_decode_seconds)
         assert abs(simulated.latency_seconds - prediction.latency_seconds) <= 1.01 * fill
-        assert {event["name"] for event in simulated.chrome_events()} >= {"prefill", "decode"}
+        assert {event["name"] for event in simulated.build_chrome_events()} >= {"prefill", "decode"}
 
 
 def test_passes_of_a_plan_are_priced_by_their_own_size(folder):

@@ -32,7 +32,7 @@ class Player:
                 self.visit()
 
     def visit(self):
-        group, pending = self.scheduler.next_group(), self.scheduler.pending_slots()
+        group, pending = self.scheduler.next_group(), self.scheduler.list_pending_slots()
         assert set(pending) <= set(group)
         ended = [slot for slot in pending if self.ended(slot)]
         passes = self.scheduler.schedule(self.ended)
@@ -100,7 +100,7 @@ def test_no_slot_stays_free_for_long_while_sequences_wait(lengths, slots, limits
     holds, free_since, visit = {}, dict.fromkeys(range(slots), 0), 0
     while scheduler.next_group() is not None:
         visit += 1
-        ended = [slot for slot in scheduler.pending_slots() if tokens[holds[slot]] >= lengths[holds[slot]][1]]
+        ended = [slot for slot in scheduler.list_pending_slots() if tokens[holds[slot]] >= lengths[holds[slot]][1]]
         passes = scheduler.schedule(ended.__contains__)
         free_since |= dict.fromkeys(ended, visit)
         for batch in passes:

@@ -184,7 +184,7 @@ class Decider:
         self.sequence, self.began, self.passed = [0] * slots, [0] * slots, [0] * slots
 
     def needed(self):
-        return None if self.scheduler.next_group() is None else self.scheduler.pending_slots()
+        return None if self.scheduler.next_group() is None else self.scheduler.list_pending_slots()
 
     def knows(self, known, slots):
         return all(known[slot] == self.passed[slot] for slot in slots)
@@ -291,6 +291,6 @@ def test_chrome_events_do_not_overlap_on_a_stage():
     lengths = list(zip([3] * 6, [4, 2, 6, 1, 3, 5], strict=True))
     simulated = simulate(times, lengths, 4, MicroBatchLimits(2, 6, 3))
     for stage in range(3):
-        events = sorted((e["ts"], e["dur"]) for e in simulated.chrome_events() if e["pid"] == stage)
+        events = sorted((e["ts"], e["dur"]) for e in simulated.build_chrome_events() if e["pid"] == stage)
         for (start, seconds), (following, _) in itertools.pairwise(events):
             assert start + seconds <= following + 1e-6

@@ -6,7 +6,7 @@ from ds_llmpq import config
 from ds_llmpq.errors import UserError
 from ds_llmpq.serving.batch_run import choose_model
 from ds_llmpq.serving.planning import make_plan
-from ds_llmpq.serving.replan import plan_without, without_devices
+from ds_llmpq.serving.replan import plan_without, remove_devices
 
 
 def planned(folder, *overrides):
@@ -55,6 +55,6 @@ def test_a_cluster_that_is_not_the_plan_s_and_one_without_devices_are_refused(tm
     with pytest.raises(UserError, match="No device of the cluster is left"):
         plan_without(settings, plan, ["localhost:0", "localhost:1"], tmp_path, True)
     assert len(plan.stages) == 2
-    settings.cluster = without_devices(settings.cluster, {"localhost:1"})
+    settings.cluster = remove_devices(settings.cluster, {"localhost:1"})
     with pytest.raises(UserError, match="has no localhost:1"):
         plan_without(settings, plan, ["localhost:0"], tmp_path, True)

@@ -36,7 +36,7 @@ class _Shape:
 
 
 @contextlib.contextmanager
-def fixed_shapes(module: nn.Module) -> Iterator[None]:
+def fix_shapes(module: nn.Module) -> Iterator[None]:
     """Every expert sees every token, while a pass is captured and no longer: prefill would pay for it."""
     experts = [part for part in module.modules() if isinstance(part, Experts)]
     for part in experts:
@@ -76,7 +76,7 @@ class CapturedDecode:
 
     def run(self, step: Step) -> Outputs:
         """A decode step of one token a row, whose rows are neighbouring slots. What the eager pass gives."""
-        shape = self._shape_of(step)
+        shape = self._find_shape(step)
         rows = shape.rows
         if rows > len(self._positions):
             # graphs know their buffers by address
@@ -85,14 +85,14 @@ class CapturedDecode:
         self._positions[:rows].copy_(step.positions[:, 0], non_blocking=True)
         inputs = step.hidden if self._hidden_size else step.token_ids
         self._inputs[:rows].copy_(inputs, non_blocking=True)
-        return self._graph(shape)()
+        return self._find_graph(shape)()
 
     @property
     def graphs(self) -> int:
         """How many are held."""
         return len(self._graphs)
 
-    def _shape_of(self, step: Step) -> _Shape:
+    def _find_shape(self, step: Step) -> _Shape:
         if not isinstance(step.cache, DecodeCache):
             raise TypeError(f"a captured decode pass needs the cache of a decode pass, not {type(step.cache).__name__}")
         slots = step.cache.slots
@@ -100,12 +100,12 @@ class CapturedDecode:
         bucket = context_bucket(step.kv_tokens, capacity)
         return _Shape(slots.start, slots.stop - slots.start, bucket, self.store.slots, capacity)
 
-    def _graph(self, shape: _Shape) -> Callable[[], Outputs]:
+    def _find_graph(self, shape: _Shape) -> Callable[[], Outputs]:
         if shape not in self._graphs:
             while len(self._graphs) >= self.most_graphs:
                 self._graphs.popitem(last=False)
             buffers = self._inputs[: shape.rows], self._positions[: shape.rows], self.store.memory
-            with fixed_shapes(self.module):
+            with fix_shapes(self.module):
                 self._graphs[shape] = self.capture(partial(self._step, shape), buffers)
         self._graphs.move_to_end(shape)
         return self._graphs[shape]

@@ -79,7 +79,7 @@ class LookAhead:
 
     def take(self, stream: Stream, batch: MicroBatch) -> Launched | None:
         """The pass of the micro-batch's group, if it was made for these rows; it is forgotten in any case."""
-        found = self._passes.pop(_group(stream, batch), None)
+        found = self._passes.pop(_find_group(stream, batch), None)
         if found is None or not found.fits(batch, stream.slots):
             return None
         self.used += 1
@@ -108,7 +108,7 @@ class LookAhead:
             step.token_ids = self._last_tokens(batch)
             with self.trace.working("decode", batch.size, tokens=len(batch.live)):
                 output = self.passes.run("decode", step)
-            self._passes[_group(stream, batch)] = self._choose(stream, batch, *output, positions, 1)
+            self._passes[_find_group(stream, batch)] = self._choose(stream, batch, *output, positions, 1)
             self.launched += 1
         except Exception as error:
             self.note_failure(error)
@@ -146,5 +146,5 @@ class LookAhead:
         return table.has_ended(slot) or generated >= row.max_tokens or full
 
 
-def _group(stream: Stream, batch: MicroBatch) -> int:
+def _find_group(stream: Stream, batch: MicroBatch) -> int:
     return batch.slots[0] // stream.scheduler.limits.decode_rows

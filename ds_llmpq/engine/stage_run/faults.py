@@ -72,7 +72,7 @@ class FaultLog:
         return taken
 
 
-def first_faults(reports: Sequence[Sequence[Sequence[Any]]]) -> dict[int, Fault]:
+def find_first_faults(reports: Sequence[Sequence[Sequence[Any]]]) -> dict[int, Fault]:
     """The faults that all stages have taken, by key: that of the first stage, since what comes behind it follows."""
     found: dict[int, Fault] = {}
     for key, fields in (entry for report in reports for entry in report):

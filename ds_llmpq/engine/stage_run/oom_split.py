@@ -52,7 +52,7 @@ class MicroBatchSplitter:
         while done < rows:
             while ends[-1] == done:
                 ends.pop()
-            stop = min(ends[-1], done + self._most_rows(phase, rows, tokens))
+            stop = min(ends[-1], done + self._bound_rows(phase, rows, tokens))
             try:
                 results.append(work(done, stop))
                 done = stop
@@ -78,7 +78,7 @@ class MicroBatchSplitter:
         """A single row had no room, and is dropped."""
         self._warn({"stage": self.stage, "phase": phase, "rows": 1, "tokens": tokens, "rows_now": 0})
 
-    def _most_rows(self, phase: str, rows: int, tokens: int) -> int:
+    def _bound_rows(self, phase: str, rows: int, tokens: int) -> int:
         return max(1, self._most.get(phase, rows * tokens) // tokens)
 
     def _halve(self, phase: str, rows: int, tokens: int) -> None:

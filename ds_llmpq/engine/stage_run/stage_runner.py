@@ -36,28 +36,28 @@ class StageRunner:
 
     def run(self, phase: str, step: Step) -> Output:
         """Any exception ends it."""
-        return self._joined(self._parts_of(phase, step, None))
+        return self._join(self._run_parts(phase, step, None))
 
     def run_rows(self, phase: str, step: Step, keys: Sequence[int | None]) -> Output:
         """Rows that raise alone are given up, and noted by their key; None is that of a row that nobody asks for. The
         others pass as if those had been sound."""
         rows, tokens = step.positions.shape
-        suspects = Suspects(self.neutral.run, lambda: self.nothing(1, tokens))
-        done = self._parts_of(phase, step, suspects)
+        suspects = Suspects(self.neutral.run, lambda: self.fill_with_nan(1, tokens))
+        done = self._run_parts(phase, step, suspects)
         for row, error in suspects.failed.items():
             if keys[row] is not None:
                 self.faults.note(keys[row], phase, error)
         if 0 < len(suspects.failed) < rows:
-            again = self._without(phase, step, sorted(suspects.failed))
-            return again or self._joined(done)
-        return self._joined(done)
+            again = self._run_without(phase, step, sorted(suspects.failed))
+            return again or self._join(done)
+        return self._join(done)
 
-    def nothing(self, rows: int, tokens: int) -> Output:
+    def fill_with_nan(self, rows: int, tokens: int) -> Output:
         """In the place of what could not be computed: the last stage ends such rows as broken."""
         hidden = torch.full((rows, tokens, self.hidden_size), torch.nan, dtype=self.dtype, device=self.neutral.device)
         return hidden, hidden[:, 0, :1] if self.is_last else None
 
-    def _parts_of(self, phase: str, step: Step, suspects: Suspects | None) -> list[Output]:
+    def _run_parts(self, phase: str, step: Step, suspects: Suspects | None) -> list[Output]:
         rows = len(step.positions)
 
         def work(start: int, stop: int) -> Output:
@@ -85,12 +85,12 @@ class StageRunner:
         # the graph's own memory is written over by the next pass, maybe before these states have been sent
         return hidden.clone(), logits
 
-    def _without(self, phase: str, step: Step, failed: list[int]) -> Output | None:
+    def _run_without(self, phase: str, step: Step, failed: list[int]) -> Output | None:
         """The pass once more, in the shape it would have had: what a row yields may hang on how many pass together. A
         sound row's states take the place of those that failed. None if that raises too."""
         sound = next(row for row in range(len(step.positions)) if row not in failed)
         try:
-            outputs = self._joined(self._parts_of(phase, step.exchange_rows(dict.fromkeys(failed, sound)), None))
+            outputs = self._join(self._run_parts(phase, step.exchange_rows(dict.fromkeys(failed, sound)), None))
         except Exception:
             return None
         for output in outputs:
@@ -98,7 +98,7 @@ class StageRunner:
                 output[failed] = torch.nan
         return outputs
 
-    def _joined(self, done: list[Output]) -> Output:
+    def _join(self, done: list[Output]) -> Output:
         """Rows of all parts. Logits of those that were given up are as wide as the others'."""
         hidden = [part for part, _ in done]
         logits = [part for _, part in done]
