@@ -14,11 +14,9 @@ from ds_llmpq.errors import UserError
 from ds_llmpq.plan import read_plan
 from ds_llmpq.report.plan_table import format_table
 from ds_llmpq.research.config import ExecutionConfig, SimulateConfig
-from ds_llmpq.research.published_gain import published_ratios
-from ds_llmpq.research.published_ssjf import read_cases, schedules
-from ds_llmpq.research.queue_simulator import Server, simulate
+from ds_llmpq.research.published_ssjf import published_ratios, read_cases, schedules
+from ds_llmpq.research.queue_simulator import Server, schedule_metrics, simulate
 from ds_llmpq.research.scenario import make_jobs
-from ds_llmpq.research.schedule_metrics import schedule_metrics
 from ds_llmpq.scheduler.execution import ConstantCost, ExecutionCost, PlanCost
 from ds_llmpq.scheduler.policies import Guard
 

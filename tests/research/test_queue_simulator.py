@@ -8,8 +8,7 @@ from slow_simulator import slow_simulate
 
 from ds_llmpq.errors import UserError
 from ds_llmpq.research.arrivals import arrival_times
-from ds_llmpq.research.queue_simulator import BATCHINGS, Server, ready_seconds, simulate
-from ds_llmpq.research.schedule_metrics import schedule_metrics
+from ds_llmpq.research.queue_simulator import BATCHINGS, Server, ready_seconds, schedule_metrics, simulate
 from ds_llmpq.scheduler.execution import ConstantCost, PlanCost
 from ds_llmpq.scheduler.jobs import Jobs
 from ds_llmpq.scheduler.policies import GroupQueue, Guard

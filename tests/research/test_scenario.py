@@ -7,7 +7,7 @@ import pytest
 
 from ds_llmpq.errors import UserError
 from ds_llmpq.research.config import AnswersConfig, ArrivalsConfig, PredictionConfig, SimulateConfig
-from ds_llmpq.research.published_gain import published_ratios
+from ds_llmpq.research.published_ssjf import published_ratios
 from ds_llmpq.research.scenario import class_predictions, make_jobs
 from ds_llmpq.scheduler.execution import ConstantCost
 
