@@ -30,7 +30,6 @@ setup(
     },
     package_data={
         "ds_llmpq": ["py.typed"],
-        "ds_llmpq.research": ["*.json"],
         "ds_llmpq.conf": ["*.yaml", "*/*.yaml", "*/*/*.yaml"],
         "ds_llmpq.assets.launch": ["*.jsonl"],
         "ds_llmpq.assets.tiny_llama": ["*"],

@@ -1,4 +1,4 @@
-"""`simulate`: one set of jobs under several scheduling policies, or the published simulator on given cases."""
+"""`simulate`: the same jobs under several scheduling policies, or the published simulator on given cases."""
 
 from __future__ import annotations
 

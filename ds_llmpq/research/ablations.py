@@ -1,10 +1,10 @@
-"""Lesser planners, for ablations: the same problem with one idea taken away, every plan costed by the real formula.
+"""Simplified planners, for ablations: each lacks one idea, and every plan is costed by the real formula.
 
-`phase_blind` sees generation as one pass: it plans for prefill alone, and only then takes its best decode micro-batch.
-`equal_micro_batches` knows both phases but uses one size for both. `grouped` decides for groups of layers at once.
-`heuristic` starts from adabits and moves bit widths and stage boundaries while that helps. None has a bound.
+`phase_blind` plans for prefill alone, and only then chooses the best decode micro-batch.
+`equal_micro_batches` plans for both phases but uses one size for both. `grouped` decides for groups of layers.
+`heuristic` starts from adabits and changes bit widths and stage boundaries while that helps. None has a bound.
 
-`objective=reference` plans for the latency that LLM-PQ published instead, by the same moves from the best plan.
+`objective=reference` minimizes the latency formula that LLM-PQ published, by the same changes to the best plan.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ VARIANTS = ("full", "phase_blind", "equal_micro_batches", "grouped", "heuristic"
 def solve_ablation(
     problem: Problem, variant: str = "full", group_layers: int = 1, objective: str = "pipeline", **options: Any
 ) -> Plan:
-    """The plan of a variant; `full` is `solve` itself. `options` as those of `solve`.
+    """The plan of a variant; `full` is `solve` itself, which also documents `options`.
 
     UserError: unknown variant or objective, or groups that do not divide the layers. InfeasibleError: no plan found.
     """
@@ -63,7 +63,7 @@ def solve_ablation(
 
 
 def _phase_blind(problem: Problem, options: Mapping[str, Any]) -> Assignment:
-    """Plans as if nothing were decoded: cuts, bit widths and prefill size are prefill's; then the best decode size."""
+    """Chooses cuts, bit widths and prefill size as if nothing were decoded, then the best decode size."""
     blind = replace(problem, workload=replace(problem.workload, generated_tokens=1))
     found = solve(blind, **{**options, "baselines": False}).assignment()
     candidates = [replace(found, decode_micro_batch=size) for size in problem.micro_batches.decode]
@@ -91,7 +91,7 @@ def _equal_micro_batches(problem: Problem, options: Mapping[str, Any]) -> Assign
 
 
 def _grouped(problem: Problem, group: int, options: Mapping[str, Any]) -> Assignment:
-    """Solves the problem of L / g super-layers and gives each layer its group's bit width and device."""
+    """Solves the problem of L / g grouped layers and gives each layer the bit width and device of its group."""
     found = solve(grouped_problem(problem, group), **{**options, "baselines": False}).assignment()
     stages = tuple(
         StageAssignment(
@@ -103,7 +103,7 @@ def _grouped(problem: Problem, group: int, options: Mapping[str, Any]) -> Assign
 
 
 def grouped_problem(problem: Problem, group: int) -> Problem:
-    """Layers g*k .. g*k + g - 1 as one: times and bytes g-fold, quality loss summed."""
+    """Merges layers g*k .. g*k + g - 1: times and bytes are g-fold, quality losses are summed."""
     if group < 1 or problem.layers % group:
         raise UserError(f"ablation.group_layers={group} must divide the model's {problem.layers} layers")
     starts = range(0, problem.layers, group)
@@ -129,7 +129,7 @@ def grouped_problem(problem: Problem, group: int) -> Problem:
 
 
 def _heuristic(problem: Problem, deadline: float) -> Assignment:
-    """Best improvement over moves, from the best of what the baselines offer, adabits first."""
+    """Hill climbing from the best plan of the baselines, adabits first."""
     rules: tuple[Callable, ...] = (adabits, memory_proportional, uniform, pipeedge)
     starts = [a for rule in rules for a in rule(problem) if not violations(problem, a)]
     if not starts:
@@ -139,7 +139,7 @@ def _heuristic(problem: Problem, deadline: float) -> Assignment:
 
 
 def _reference(problem: Problem, deadline: float, options: Mapping[str, Any]) -> Assignment:
-    """LLM-PQ's published objective: the best plan at its best micro-batches, then moves; so with no bound."""
+    """Hill climbing on LLM-PQ's published objective, from the best plan at its best micro-batches."""
     found = solve(problem, **{**options, "baselines": False}).assignment()
 
     def rate(assignment: Assignment) -> float:
@@ -151,7 +151,7 @@ def _reference(problem: Problem, deadline: float, options: Mapping[str, Any]) ->
 
 
 def reference_value(problem: Problem, assignment: Assignment) -> float:
-    """The problem's objective with LLM-PQ's published latency, which counts no link, and for decoding one pass and
+    """The problem's objective with LLM-PQ's published latency, which counts no links, and for decoding one pass plus
     (m_d - 1)(n - 1) times the slowest stage."""
     seen, tokens = evaluate(problem, assignment), problem.workload.generated_tokens
     m_p, m_d = rounds(problem, assignment.prefill_micro_batch, assignment.decode_micro_batch)
@@ -161,7 +161,7 @@ def reference_value(problem: Problem, assignment: Assignment) -> float:
 
 
 def _improve(problem: Problem, best: Assignment, rate: Callable[[Assignment], float], deadline: float) -> Assignment:
-    """The best allowed move, as long as one helps."""
+    """Makes the best allowed move as long as one helps."""
     value = rate(best)
     while time.monotonic() < deadline:
         better = [(v, i, a) for i, a in enumerate(_moves(problem, best)) if (v := rate(a)) < value]
@@ -177,7 +177,7 @@ def _value(problem: Problem) -> Callable[[Assignment], float]:
 
 
 def _moves(problem: Problem, assignment: Assignment) -> Iterator[Assignment]:
-    """One layer to another bit width; a boundary by one layer, the layer taking any width."""
+    """Gives a layer another bit width, or moves a boundary by one layer, which takes any bit width."""
     stages = assignment.stages
     for j, stage in enumerate(stages):
         for width in problem.bits:
@@ -195,7 +195,7 @@ def _moves(problem: Problem, assignment: Assignment) -> Iterator[Assignment]:
 
 
 def _first_of_each_width(stage: StageAssignment) -> list[int]:
-    """Layers differ little within a stage: one of each bit width stands for all."""
+    """The layers of a stage differ little, so one of each bit width is tried."""
     return [stage.bits.index(width) for width in sorted(set(stage.bits))]
 
 

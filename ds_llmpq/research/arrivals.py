@@ -1,4 +1,4 @@
-"""When jobs come: Poisson, Gamma and uniform gaps, or a trace file as Azure published one of LLM inference in 2023."""
+"""Arrival times: Poisson, Gamma and uniform gaps, or a trace in the form of Azure's LLM inference traces (2023)."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def arrival_times(kind: str, count: int, rate: float, cv: float, generator: np.r
     """Arrival seconds of `count` jobs at `rate` jobs a second.
 
     `gamma`: gaps with coefficient of variation `cv`; `poisson`: exponential gaps (cv 1); `uniform`: gaps from 0 to
-    2 / rate; `together`: all at time 0. Gaps are independent and in the order drawn (the published simulator sorts
-    them, which makes traffic that starts as a burst and ebbs away).
+    2 / rate; `together`: all at time 0. The gaps are independent. (The published simulator sorts them, so that its
+    traffic starts with a burst and ebbs away.)
     """
     if count < 1:
         raise UserError(f"jobs is {count} but must be at least 1.")
@@ -55,7 +55,8 @@ def arrival_times(kind: str, count: int, rate: float, cv: float, generator: np.r
 
 
 def read_trace(path: Path, start_row: int = 0, count: int | None = None, scale: float = 1.0) -> ArrivalTrace:
-    """`count` rows from `start_row` on, with gaps `scale` times as long. `UserError`: not such a file, or no rows."""
+    """`count` rows from `start_row` on, with gaps `scale` times as long. `UserError`: another kind of file, or no
+    rows."""
     if start_row < 0 or not scale > 0:
         raise UserError(f"arrivals.start_row is {start_row} and arrivals.scale is {scale}; give at least 0, above 0.")
     where, remedy = f"trace {path}", "give an Azure inference trace"
@@ -81,11 +82,11 @@ def _row(row: dict[str, str], where: str) -> tuple[float, int, int]:
 
 
 def _seconds(text: str) -> float:
-    """A timestamp as the trace writes it (up to 7 decimals of a second), or plain seconds."""
+    """Seconds of a timestamp as in the trace (up to 7 decimals of a second), or of a plain number."""
     try:
         return float(text)
     except ValueError:
         whole, _, fraction = text.strip().partition(".")
-        # times without a zone are taken for UTC: local summer time would make a jump
+        # times without a zone count as UTC, because daylight saving time would make a jump
         stamp = datetime.fromisoformat(whole + ("" if whole.endswith("Z") or "+" in whole else "+00:00"))
         return stamp.timestamp() + (float("0." + fraction) if fraction.isdigit() else 0.0)

@@ -7,45 +7,34 @@ from dataclasses import dataclass, field
 from ds_llmpq.errors import UserError
 from ds_llmpq.fields import path_field
 
+_PUBLISHED_ON = {"opt_13b": (1, 2), "opt_30b": (3, 4, 9), "opt_66b": (5, 6, 10), "bloom_176b": (7, 8, 11)}
 # cluster of the published evaluation -> the model it was evaluated with
-PUBLISHED_MODELS = {
-    "cluster1": "opt_13b",
-    "cluster2": "opt_13b",
-    "cluster3": "opt_30b",
-    "cluster4": "opt_30b",
-    "cluster5": "opt_66b",
-    "cluster6": "opt_66b",
-    "cluster7": "bloom_176b",
-    "cluster8": "bloom_176b",
-    "cluster9": "opt_30b",
-    "cluster10": "opt_66b",
-    "cluster11": "bloom_176b",
-}
+PUBLISHED_MODELS = {f"cluster{number}": model for model, numbers in _PUBLISHED_ON.items() for number in numbers}
 
 
 def find_published_model(cluster: str) -> str:
     """Resolver of `${published_model:CLUSTER}`."""
     if cluster not in PUBLISHED_MODELS:
-        raise UserError(f"cluster={cluster} was not published with a model; give model=NAME, too.")
+        raise UserError(f"cluster={cluster} was not published with a model; give model=NAME too.")
     return PUBLISHED_MODELS[cluster]
 
 
 @dataclass
 class AblationConfig:
-    """Lesser planners to compare with."""
+    """Simplified planners to compare with."""
 
     variant: str = "full"  # full | phase_blind | equal_micro_batches | grouped | heuristic
-    group_layers: int = 1  # of variant=grouped: so many layers are decided at once
+    group_layers: int = 1  # variant=grouped: layers that are decided together
     objective: str = "pipeline"  # pipeline | reference (LLM-PQ's published latency, without a bound)
 
 
 @dataclass
 class ArrivalsConfig:
-    """When jobs come."""
+    """When jobs arrive."""
 
     kind: str = "poisson"  # poisson | gamma | uniform | together | trace
     rate: float = 0.2  # jobs a second
-    load: float | None = None  # instead of a rate: share of what all slots could do if none were ever padded or empty
+    load: float | None = None  # instead of rate: share of what the slots could do if none were ever padded or empty
     cv: float = 1.0  # gamma: coefficient of variation of the gaps
     trace: str | None = path_field()  # file with the columns TIMESTAMP, ContextTokens, GeneratedTokens
     start_row: int = 0
@@ -54,7 +43,7 @@ class ArrivalsConfig:
 
 @dataclass
 class AnswersConfig:
-    """How long prompts and answers are."""
+    """Lengths of prompts and answers."""
 
     kind: str = "lognormal"  # lognormal | data | trace (the trace's own lengths)
     median_tokens: float = 110.0
@@ -67,17 +56,17 @@ class AnswersConfig:
 
 @dataclass
 class PredictionConfig:
-    """What a scheduler is told about lengths."""
+    """What the scheduler is told about lengths."""
 
     kind: str = "classes"  # oracle | noisy | classes | constant | data (the file's predicted_tokens)
-    sigma: float = 0.65  # noise on the logarithm of the length; with classes: about 0.6 of them are right
+    sigma: float = 0.65  # noise on the logarithm of the length; about 60 % of the classes are then right
     percentiles: list[float] = field(default_factory=lambda: [25, 50, 75, 99])  # class boundaries
     latency_seconds: float = 0.0  # charged per job
 
 
 @dataclass
 class ExecutionConfig:
-    """What running costs."""
+    """How long execution takes."""
 
     kind: str = "constant"  # constant | plan
     constant_seconds: float = 0.1
@@ -87,7 +76,7 @@ class ExecutionConfig:
 
 @dataclass
 class GuardConfig:
-    """Against starvation: aging | overdue | none; null switches a bound off."""
+    """Protection from starvation: aging | overdue | none; null switches a bound off."""
 
     kind: str = "aging"
     threshold_seconds: float | None = 300.0
@@ -96,10 +85,10 @@ class GuardConfig:
 
 @dataclass
 class SimulateConfig:
-    """`ds-llmpq simulate`: runs one set of jobs under several policies."""
+    """`ds-llmpq simulate`: runs the same jobs under several policies."""
 
     out: str = path_field("")
-    mode: str = "right"  # right | reference (the published simulator, on the cases of a file)
+    mode: str = "right"  # right | reference (the published simulator, on the cases in a file)
     cases: str | None = path_field()
     policies: list[str] = field(default_factory=lambda: ["fcfs", "ssjf", "sjf"])
     batching: str = "none"  # none | static | dynamic | continuous
@@ -108,7 +97,7 @@ class SimulateConfig:
     jobs: int = 1000
     repeats: int = 5  # with seeds seed, seed + 1, ...
     seed: int = 0
-    published: bool = False  # also measure as the published evaluation did, on 50 jobs a repeat
+    published: bool = False  # also measure as the published evaluation did, on 50 jobs per repeat
     arrivals: ArrivalsConfig = field(default_factory=ArrivalsConfig)
     answers: AnswersConfig = field(default_factory=AnswersConfig)
     prediction: PredictionConfig = field(default_factory=PredictionConfig)

@@ -1,9 +1,13 @@
-"""The published SSJF simulator's schedules (arXiv 2404.08509), oddities included; `simulator` is the right one.
+"""The schedules of the published SSJF simulator (arXiv 2404.08509), errors included; `queue_simulator` has none of
+them.
 
-What is odd, and kept here on purpose: first come, first served waits for a partial batch while shortest-first does
-not; the starvation guard knows the true duration; idle time counts as waiting, also for jobs not there yet; a
-predicted class is taken for a number of tokens; predicted durations do not shrink with progress; the last job to
-arrive is lost if nothing is queued before it.
+Kept on purpose: first come, first served waits for partial batches while shortest-first does not; the starvation guard
+knows the true duration; idle time counts as waiting, even for jobs that have not arrived; a predicted class counts as a
+number of tokens; predicted durations do not shrink with progress; the last job to arrive is lost if nothing is queued
+before it.
+
+The published evaluation runs 50 jobs whose gaps are sorted, smallest first, and takes throughput when a quarter of the
+jobs is done.
 """
 
 from __future__ import annotations
@@ -27,13 +31,13 @@ CONSTANT_SECONDS = 0.1
 PER_TOKEN_SECONDS = 0.02
 MODES = ("NO_BATCHING", "STATIC_BATCHING", "DYNAMIC_BATCHING")
 JOBS = 50
-_MODES = {"none": False, "static": False, "dynamic": True}  # batching -> runs to its shortest
+_MODES = {"none": False, "static": False, "dynamic": True}  # batching -> ends with its shortest job
 Completion = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One published experiment. `arrival_seconds`, `tokens` and `classes` are by job; jobs are named by their index."""
+    """One published experiment. The lists are by job; jobs are named by their index."""
 
     arrival_seconds: list[float]
     tokens: list[int]
@@ -81,7 +85,7 @@ class _Clock:
 
 
 def read_cases(path: Path) -> list[Case]:
-    """Cases of a JSON list as the golden files hold them. `UserError`: unreadable, or not of that form."""
+    """Cases from a JSON list, as in the golden files. `UserError`: unreadable, or of another form."""
     rows = read_json(path, "file of cases", "give a JSON list of cases")
     if not isinstance(rows, list):
         raise UserError(f"cases={path} holds no list; give a JSON list with one object a case.")
@@ -126,7 +130,7 @@ def _seconds(tokens: int) -> float:
 
 
 def _run_batch(case: Case, batch: list[_Job], clock: _Clock) -> list[_Job]:
-    """Runs a batch to its longest (dynamic: shortest) job; those that are left, in the batch's order."""
+    """Runs a batch until its longest (dynamic: shortest) job ends. Returns the unfinished jobs in order."""
     spent = (min if case.dynamic else max)(job.remaining for job in batch)
     clock.now += spent
     left = []
@@ -149,7 +153,7 @@ def _first_come(case: Case) -> dict[int, float]:
         full = len(batch) == case.max_batch
         clock.now = max(clock.now, batch[-1].arrival) if full else clock.now + case.batch_wait_seconds
         for job in _run_batch(case, batch, clock):
-            queue.appendleft(job)  # one after another: the batch's last comes first
+            queue.appendleft(job)  # so the last of the batch comes first
     return clock.completed
 
 
@@ -157,7 +161,7 @@ def _shortest_first(case: Case, predicted: bool) -> dict[int, float]:
     jobs, clock = _jobs(case), _Clock()
     queue: list[_Job] = []
     admitted = 0
-    # the last job to arrive is lost if it would have to be waited for
+    # loses the last job if it has not arrived by then
     while queue or admitted < len(jobs) - 1:
         if not queue:
             clock.now = max(clock.now, jobs[admitted].arrival)
@@ -181,7 +185,7 @@ def _admit(jobs: list[_Job], admitted: int, queue: list[_Job], clock: _Clock) ->
 
 
 def _sorted(case: Case, queue: list[_Job], predicted: bool) -> list[_Job]:
-    """Shortest first, unless the job that waited longest has waited too long: then all by waiting time."""
+    """Shortest first, unless a job has waited too long: then all by waiting time."""
     by_waiting = sorted(queue, key=lambda job: -job.waited)
     longest = by_waiting[0]
     if longest.waited > case.guard_seconds or longest.waited > longest.remaining * case.guard_coefficient:
@@ -190,8 +194,8 @@ def _sorted(case: Case, queue: list[_Job], predicted: bool) -> list[_Job]:
 
 
 def published_ratios(jobs: Jobs, lengths: Lengths, batching: str, max_batch: int) -> dict[str, float] | None:
-    """SSJF relative to FCFS in the published simulator, on the first 50 jobs: mean JCT, throughput when a quarter is
-    done and when all are. None for continuous batching, which it has not."""
+    """SSJF relative to FCFS in the published simulator, on the first 50 jobs: mean JCT, and throughput when a quarter
+    and when all are done. None for continuous batching, which it lacks."""
     if batching not in _MODES:
         return None
     count = min(JOBS, len(jobs))
@@ -206,7 +210,7 @@ def published_ratios(jobs: Jobs, lengths: Lengths, batching: str, max_batch: int
         max_batch=1 if batching == "none" else max_batch,
     )
     found = schedules(case)
-    # the published shortest-first may lose the last job: the whole run is compared over the jobs that both finish
+    # shortest-first may lose the last job, so the whole run is compared over the jobs that both finish
     both = found["fcfs"].keys() & found["ssjf"].keys()
     first, shortest = (_measured(found[name], both, arrival) for name in ("fcfs", "ssjf"))
     return {name: shortest[name] / first[name] for name in first}

@@ -1,11 +1,11 @@
 """Discrete-event simulation of one server that runs up to `max_batch` jobs at a time.
 
     none        one job at a time
-    static      a batch runs to its longest job; all of it is answered then
-    dynamic     a batch runs to its shortest job, then a new one is formed of those left over and those waiting
+    static      a batch runs until its longest job ends; all are answered then
+    dynamic     a batch runs until its shortest job ends; the others join those waiting for the next batch
     continuous  a slot whose job ends is refilled before the next iteration (one token for every row)
 
-Time is in seconds. All policies see the same clock, wait equally for partial batches and never lose a job.
+Time is in seconds. All policies wait equally for partial batches, and none loses a job.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ds_llmpq.scheduler.jobs import Jobs
 from ds_llmpq.scheduler.policies import PREDICTING, Guard, make_queue
 
 BATCHINGS = ("none", "static", "dynamic", "continuous")
-_NO_WORK = 1e-9  # steps; what is left of a job by rounding alone
+_NO_WORK = 1e-9  # steps; less than this is a rounding error
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Server:
 
 @dataclass(frozen=True)
 class Schedule:
-    """What happened. Arrays are by job, in the order of `Jobs`; slots are positions computed, padding included."""
+    """What happened. Arrays are by job, in the order of `Jobs`; slots count computed positions, padding included."""
 
     start_seconds: np.ndarray  # first time in a batch
     completion_seconds: np.ndarray
@@ -62,8 +62,8 @@ def simulate(
     guard: Guard = Guard(),  # noqa: B008 (frozen)
     prediction_seconds: float = 0.0,
 ) -> Schedule:
-    """Runs all jobs under a policy. `prediction_seconds` is charged per job, one after another, before a job may be
-    scheduled by a policy that predicts. `UserError`: unknown policy or batching."""
+    """Runs all jobs under a policy. A policy that predicts may schedule a job only after its prediction, which takes
+    `prediction_seconds`, one job after another. `UserError`: unknown policy or batching."""
     if not prediction_seconds >= 0:
         raise UserError(f"prediction.latency_seconds is {prediction_seconds} but must not be negative.")
     run = _QueueRun(jobs, cost, policy, server, guard, prediction_seconds if policy in PREDICTING else 0.0)
@@ -76,14 +76,14 @@ def simulate(
 
 
 def ready_seconds(arrival_seconds: np.ndarray, prediction_seconds: float) -> np.ndarray:
-    """When each job's prediction is there: one predictor takes jobs as they come, `prediction_seconds` each."""
+    """When each prediction is ready: one predictor serves jobs as they arrive, `prediction_seconds` each."""
     offset = prediction_seconds * np.arange(len(arrival_seconds))
     return np.maximum.accumulate(arrival_seconds - offset) + offset + prediction_seconds
 
 
 @dataclass
 class _QueueRun:
-    """State of a simulation: the clock, the queue, who has arrived, what was spent."""
+    """State of a simulation: clock, queue, arrivals, and time spent."""
 
     jobs: Jobs
     cost: ExecutionCost
@@ -116,7 +116,7 @@ class _QueueRun:
             self.next += 1
 
     def wait_for_work(self) -> bool:
-        """Moves the clock until a job waits; False when none will come."""
+        """Advances the clock until a job waits; False if none will come."""
         self.admit()
         if not self.queue and self.next < len(self.ready):
             self.now = self.ready[self.next]
@@ -124,7 +124,7 @@ class _QueueRun:
         return bool(self.queue)
 
     def begin(self, new: list[int]) -> None:
-        """Starts jobs that have not run yet; prompts are padded to the longest of those that start together."""
+        """Starts jobs for the first time; their prompts are padded to the longest of them."""
         for job in new:
             self.start[job] = self.now
         prompts = [self.prompts[job] for job in new]
@@ -162,7 +162,7 @@ def _run_batches(run: _QueueRun) -> None:
                 run.queue.push(job, done[job], served[job])
         if not dynamic:
             run.generated_slots += len(batch) * int(run.jobs.generated_tokens[batch].max())
-    if dynamic:  # every row of a dynamic batch is wanted
+    if dynamic:  # a dynamic batch computes nothing in vain
         run.generated_slots = int(run.jobs.generated_tokens.sum())
 
 
@@ -177,8 +177,8 @@ def _wait_to_fill(run: _QueueRun, rows: int) -> None:
 
 
 def _run_continuous(run: _QueueRun) -> None:
-    """Slots are refilled between iterations; nothing is computed one token at a time: the clock jumps to the next
-    iteration at which a job ends or, with a free slot, to the first one after the next arrival."""
+    """Refills slots between iterations. The clock jumps to the next iteration at which a job ends or, with a free slot,
+    to the first one after the next arrival."""
     active: list[tuple[int, int]] = []  # (iteration at which a job ends, job)
     step, context = 0, 0
     while active or run.wait_for_work():
@@ -189,7 +189,7 @@ def _run_continuous(run: _QueueRun) -> None:
             for job in new:
                 heapq.heappush(active, (step + math.ceil(run.work[job]), job))
                 context += run.prompts[job]
-            run.admit()  # those that came while the others were held up
+            run.admit()  # those that arrived meanwhile
         steps = active[0][0] - step
         if len(active) < run.server.max_batch and run.next < len(run.ready):
             steps = _steps_until(run, len(active), context, run.ready[run.next], steps)
@@ -204,7 +204,7 @@ def _run_continuous(run: _QueueRun) -> None:
 
 
 def _steps_until(run: _QueueRun, rows: int, context: int, when: float, most: int) -> int:
-    """The fewest steps, at least one, after which the clock has reached `when`; at most `most`."""
+    """The fewest steps, from 1 to `most`, after which the clock has reached `when`."""
     low, high = 1, most
     while low < high:
         middle = (low + high) // 2

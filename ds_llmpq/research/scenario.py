@@ -1,4 +1,4 @@
-"""The jobs of a simulation as configuration describes them: lengths, what is predicted of them, arrivals."""
+"""The jobs of a simulation, made as configured: lengths, predictions, arrivals."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PREDICTIONS = ("oracle", "noisy", "classes", "constant", "data")
 
 @dataclass(frozen=True)
 class Lengths:
-    """Lengths of a set of jobs; `predicted_tokens` if their source knows predictions; `classes` if classes are."""
+    """Lengths by job; `predicted_tokens` if the source has predictions, `classes` if classes are predicted."""
 
     generated_tokens: np.ndarray
     prompt_tokens: np.ndarray
@@ -31,14 +31,14 @@ class Lengths:
 
 
 def make_jobs(settings: SimulateConfig, cost: ExecutionCost, seed: int) -> tuple[Jobs, Lengths]:
-    """Jobs of one repeat, and their lengths in the same order. `UserError` for settings that make no sense."""
+    """The jobs of one repeat, and their lengths in the same order. `UserError`: invalid settings."""
     generator = np.random.default_rng(seed)
-    arrivals, lengths = settings.arrivals, _lengths(settings, generator)
-    lengths = predicted(lengths, settings.prediction, generator)
+    arrivals, lengths = settings.arrivals, _draw_lengths(settings, generator)
+    lengths = add_predictions(lengths, settings.prediction, generator)
     if arrivals.kind == "trace":
         times = _trace(arrivals, settings.jobs).arrival_seconds
     else:
-        rate = arrivals.rate if arrivals.load is None else rate_of(settings, cost, lengths)
+        rate = arrivals.rate if arrivals.load is None else compute_rate(settings, cost, lengths)
         times = arrival_times(arrivals.kind, settings.jobs, rate, arrivals.cv, generator)
     if len(times) != len(lengths.generated_tokens):
         raise UserError(
@@ -48,8 +48,8 @@ def make_jobs(settings: SimulateConfig, cost: ExecutionCost, seed: int) -> tuple
     return jobs, lengths
 
 
-def rate_of(settings: SimulateConfig, cost: ExecutionCost, lengths: Lengths) -> float:
-    """Jobs a second that make `arrivals.load` of what the slots could do if none were ever padded or empty."""
+def compute_rate(settings: SimulateConfig, cost: ExecutionCost, lengths: Lengths) -> float:
+    """Jobs a second for `arrivals.load`, a share of what the slots could do if none were ever padded or empty."""
     if not settings.arrivals.load > 0:
         raise UserError(f"arrivals.load is {settings.arrivals.load} but must be above 0.")
     slots = 1 if settings.batching == "none" else settings.max_batch
@@ -57,9 +57,9 @@ def rate_of(settings: SimulateConfig, cost: ExecutionCost, lengths: Lengths) -> 
     return settings.arrivals.load * slots / float(np.mean([estimate_alone(cost, *pair) for pair in pairs]))
 
 
-def predicted(lengths: Lengths, config: PredictionConfig, generator: np.random.Generator) -> Lengths:
-    """`lengths` with predictions. `noisy`: the length times log-normal noise. `classes`: the class of the noisy
-    length, said as the mean length of the class it is taken for. `constant`: the mean."""
+def add_predictions(lengths: Lengths, config: PredictionConfig, generator: np.random.Generator) -> Lengths:
+    """`lengths` with predictions. `noisy`: the length times log-normal noise. `classes`: the mean length of the class
+    that the noisy length falls into. `constant`: the mean."""
     true = lengths.generated_tokens.astype(float)
     if config.kind == "data":
         if lengths.predicted_tokens is None:
@@ -67,7 +67,7 @@ def predicted(lengths: Lengths, config: PredictionConfig, generator: np.random.G
         return lengths
     noisy = true * generator.lognormal(0, config.sigma, len(true))
     if config.kind == "classes":
-        guess, classes = class_predictions(true, noisy, config.percentiles)
+        guess, classes = predict_classes(true, noisy, config.percentiles)
         return Lengths(lengths.generated_tokens, lengths.prompt_tokens, guess, classes)
     guesses = {"oracle": true, "noisy": noisy, "constant": np.full(len(true), true.mean())}
     if config.kind not in guesses:
@@ -75,9 +75,9 @@ def predicted(lengths: Lengths, config: PredictionConfig, generator: np.random.G
     return Lengths(lengths.generated_tokens, lengths.prompt_tokens, guesses[config.kind])
 
 
-def class_predictions(true: np.ndarray, noisy: np.ndarray, percentiles: list[float]) -> tuple[np.ndarray, np.ndarray]:
+def predict_classes(true: np.ndarray, noisy: np.ndarray, percentiles: list[float]) -> tuple[np.ndarray, np.ndarray]:
     """(tokens, class) by job. Classes are as frequent among predictions as among lengths; a class is decoded to the
-    mean length of those predicted to be in it, as a predictor's training data would tell."""
+    mean length of the jobs predicted to be in it, which a predictor would know from its training data."""
     if (
         not percentiles
         or sorted(set(percentiles)) != list(percentiles)
@@ -89,7 +89,7 @@ def class_predictions(true: np.ndarray, noisy: np.ndarray, percentiles: list[flo
     return np.array([means[label] for label in classes.tolist()]), classes
 
 
-def _lengths(settings: SimulateConfig, generator: np.random.Generator) -> Lengths:
+def _draw_lengths(settings: SimulateConfig, generator: np.random.Generator) -> Lengths:
     answers, count = settings.answers, settings.jobs
     if count < 1:
         raise UserError(f"jobs is {count} but must be at least 1.")
@@ -97,7 +97,7 @@ def _lengths(settings: SimulateConfig, generator: np.random.Generator) -> Length
         trace = _trace(settings.arrivals, count)
         return Lengths(trace.generated_tokens, trace.prompt_tokens)
     if answers.kind == "data":
-        return _drawn(_read(answers), count, generator)
+        return _resample(_read(answers), count, generator)
     if answers.kind != "lognormal":
         raise UserError(f"answers.kind is {answers.kind!r} but must be one of {', '.join(ANSWERS)}.")
     if not answers.median_tokens >= 1 or not answers.max_tokens >= 1 or not answers.sigma >= 0:
@@ -115,7 +115,7 @@ def _trace(arrivals: ArrivalsConfig, count: int):
 
 @dataclass(frozen=True)
 class _Answered:
-    """What counts of a row of a file of answers."""
+    """The keys that are read from a row of a file of answers."""
 
     output_tokens: Tokens
     prompt_tokens: Tokens | None = 0
@@ -138,8 +138,8 @@ def _read(answers: AnswersConfig) -> Lengths:
     return Lengths(np.maximum(generated, 1), prompts, guesses)
 
 
-def _drawn(lengths: Lengths, count: int, generator: np.random.Generator) -> Lengths:
-    """`count` jobs: all different while there are enough, else drawn with replacement."""
+def _resample(lengths: Lengths, count: int, generator: np.random.Generator) -> Lengths:
+    """Draws `count` jobs, with replacement only if there are too few."""
     available = len(lengths.generated_tokens)
     pick = generator.choice(available, count, replace=count > available)
     guesses = None if lengths.predicted_tokens is None else lengths.predicted_tokens[pick]

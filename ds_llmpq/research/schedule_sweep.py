@@ -1,4 +1,4 @@
-"""What a sweep of `simulate` showed, gathered: summary.csv, plots against load, rate and burstiness, comparison.md."""
+"""Summarizes a sweep of `simulate`: summary.csv, plots against load, rate and burstiness, comparison.md."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class SimulationSummary(Callback):
 
 
 def write_comparison(folder: Path, found: list[dict[str, Any]]) -> None:
-    """The metrics of all points as summary.csv, plots and comparison.md."""
+    """Writes summary.csv, plots and comparison.md."""
     found = sorted(found, key=lambda point: BATCHINGS.index(point["settings"]["batching"]))
     rows = [row for point in found for row in point_rows(point)]
     with open(folder / "summary.csv", "w", newline="") as stream:
@@ -55,7 +55,7 @@ def write_comparison(folder: Path, found: list[dict[str, Any]]) -> None:
 
 
 def point_rows(point: dict[str, Any]) -> list[Row]:
-    """One row a policy: where the point lies, its metrics, and the published ratios."""
+    """One row per policy: settings of the point, metrics, and the published ratios."""
     settings = point["settings"]
     arrivals = settings["arrivals"]
     place = {
@@ -79,14 +79,14 @@ def point_rows(point: dict[str, Any]) -> list[Row]:
 
 
 def comparison_text(rows: list[Row], plots: list[str]) -> str:
-    """Markdown: job completion times, where a throughput gain comes from, all numbers."""
+    """Markdown: job completion times, where a throughput gain comes from, and all numbers."""
     parts = ["# Scheduling policies compared", "", *_summary(rows), "", *_throughput(rows), ""]
     parts += [f"![{name}]({name})" for name in plots] + ["", "## All points", "", *_table(rows), ""]
     return "\n".join(parts)
 
 
 def _points(rows: list[Row]) -> list[dict[str, Row]]:
-    """Rows of one point, by policy."""
+    """The rows of each point by policy."""
     points: dict[tuple, dict[str, Row]] = {}
     for row in rows:
         points.setdefault(tuple(row[name] for name in _PLACE), {})[row["policy"]] = row
@@ -94,7 +94,7 @@ def _points(rows: list[Row]) -> list[dict[str, Row]]:
 
 
 def _ratios(rows: list[Row], batching: str, policy: str, key: str) -> list[float]:
-    """`policy` relative to fcfs at each point of a batching."""
+    """`policy` relative to fcfs at each point with this batching."""
     points = [point for point in _points(rows) if {policy, "fcfs"} <= point.keys()]
     return [point[policy][key] / point["fcfs"][key] for point in points if point["fcfs"]["batching"] == batching]
 
@@ -120,7 +120,7 @@ def _change(ratios: list[float]) -> str:
 
 
 def _throughput(rows: list[Row]) -> list[str]:
-    """Nothing without fcfs and ssjf."""
+    """Empty unless the sweep has both fcfs and ssjf."""
     batchings = [name for name in dict.fromkeys(row["batching"] for row in rows) if _ratios(rows, name, "ssjf", "jobs")]
     if not batchings:
         return []
@@ -140,14 +140,13 @@ def _throughput(rows: list[Row]) -> list[str]:
     return [*lines, "", _EXPLANATION]
 
 
-_EXPLANATION = """The published figure is taken when a quarter of the jobs is done. Shortest first has then done the
-short ones and FCFS a mixture: more jobs a second, although the same work is done at the same speed, for the long jobs
-are still to come. Over the whole run, without batching, no order that never idles is faster than another. With batches,
-what the published simulator keeps over the whole run is its FCFS waiting 10 s for every partial batch while its
-shortest-first never waits. Its arrivals, with gaps sorted from small to large, begin as a burst: the quarter that is
-looked at falls into the longest queue; its shortest-first may lose the last job (left out of the whole run here, for
-both). What is real over the whole run is less padding: where a batch runs to its
-longest job (static), jobs of like length share batches."""
+_EXPLANATION = """The published figure is taken when a quarter of the jobs is done. By then shortest first has done the
+short ones, and FCFS a mixture: more jobs a second at the same speed, because the long jobs are still to come. Over the
+whole run, without batching, no order that never idles is faster than another. With batches, the gain that remains in
+the published simulator comes from its FCFS, which waits 10 s for every partial batch while shortest-first never waits.
+Its sorted gaps make arrivals begin with a burst, so that the first quarter falls into the longest queue. Its
+shortest-first may lose the last job (left out of the whole run here, for both). The real gain over the whole run is
+less padding: where a batch runs until its longest job ends (static), jobs of similar length share batches."""
 
 
 def _times(ratios: list[float]) -> str:

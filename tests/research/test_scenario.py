@@ -8,7 +8,7 @@ import pytest
 from ds_llmpq.errors import UserError
 from ds_llmpq.research.config import AnswersConfig, ArrivalsConfig, PredictionConfig, SimulateConfig
 from ds_llmpq.research.published_ssjf import published_ratios
-from ds_llmpq.research.scenario import class_predictions, make_jobs
+from ds_llmpq.research.scenario import predict_classes, make_jobs
 from ds_llmpq.scheduler.execution import ConstantCost
 
 COST = ConstantCost()
@@ -56,7 +56,7 @@ def test_published_throughput_gain_is_in_the_moment_it_is_measured():
 
 def test_classes_are_decoded_to_their_means():
     true = np.array([1.0, 2.0, 10.0, 20.0])
-    tokens, classes = class_predictions(true, true, [50])
+    tokens, classes = predict_classes(true, true, [50])
     assert (tokens.tolist(), classes.tolist()) == ([1.5, 1.5, 15.0, 15.0], [0, 0, 1, 1])
 
 
