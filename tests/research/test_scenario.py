@@ -8,7 +8,7 @@ import pytest
 from ds_llmpq.errors import UserError
 from ds_llmpq.research.config import AnswersConfig, ArrivalsConfig, PredictionConfig, SimulateConfig
 from ds_llmpq.research.published_ssjf import published_ratios
-from ds_llmpq.research.scenario import predict_classes, make_jobs
+from ds_llmpq.research.scenario import make_jobs, predict_classes
 from ds_llmpq.scheduler.execution import ConstantCost
 
 COST = ConstantCost()
