@@ -334,6 +334,20 @@ def lock(descriptor: int, refusal: str) -> None:
         pass
 
 
+def cache_folder() -> Path:
+    """What was measured once for this user: $XDG_CACHE_HOME/ds_llmpq, by default ~/.cache/ds_llmpq."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ds_llmpq"
+
+
+@contextlib.contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Makes the folder, and waits while another process is in here: what is measured must not be disturbed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 @contextlib.contextmanager
 def unwritable_as_mistake(folder: Path) -> Iterator[None]:
     """A full disk or a folder that may not be written, wherever it is met, as one sentence."""

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+CALIBRATE = "DS_LLMPQ_CALIBRATE"  # environment variable: what planner.calibrate=auto stands for
 READ_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}  # beyond any cache
 MATRIX_SIZE = {"cpu": 1024, "cuda": 8192}
 

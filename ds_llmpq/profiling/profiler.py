@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ds_llmpq.cluster.cluster import Cluster, list_feasible_bits
+from ds_llmpq.cluster.detect import processor_name
 from ds_llmpq.cluster.devices import Device
 from ds_llmpq.cost.profile import (
     Point,
@@ -27,7 +28,6 @@ from ds_llmpq.engine import device_memory
 from ds_llmpq.engine.runner.capture import CudaGraphs
 from ds_llmpq.errors import UserError
 from ds_llmpq.launch.launcher import is_local
-from ds_llmpq.profiling.hardware import processor_name
 from ds_llmpq.profiling.parts import Parts
 from ds_llmpq.profiling.points import sampling_plan
 from ds_llmpq.profiling.processes import run_trial

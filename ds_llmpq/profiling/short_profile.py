@@ -6,29 +6,29 @@ same moment, one rank a device, so that what stages take from one another is in 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import math
 import os
 import shutil
+import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from ds_llmpq.cluster.cluster import Cluster, list_feasible_bits
-from ds_llmpq.cluster.detect import available_memory_bytes, find_type, query_gpus
+from ds_llmpq.cluster.detect import available_memory_bytes, find_type, processor_name, query_gpus
 from ds_llmpq.cluster.devices import COMPUTE_DTYPES, Device
+from ds_llmpq.cluster.rates import CALIBRATE
 from ds_llmpq.cost.linktable import read_links
 from ds_llmpq.cost.memory import MemoryModel
 from ds_llmpq.cost.profile import Point, Sample, append, read_profile, write_header
 from ds_llmpq.errors import UserError
+from ds_llmpq.files import cache_folder, one_at_a_time
 from ds_llmpq.launch.launcher import is_local
-from ds_llmpq.profiling.hardware import gpu_names, processor_name
 from ds_llmpq.profiling.points import sampling_plan
 from ds_llmpq.profiling.processes import RANKS, run_trial
 from ds_llmpq.profiling.task import TimingTask
@@ -38,15 +38,10 @@ from ds_llmpq.quant.packing import make_groups
 
 CHOICES = ("auto", "always", "never")
 POINT_SECONDS = {"cpu": 3.0, "cuda": 10.0}  # for the points of a device; the trial pipeline comes on top
-ENVIRONMENT = "DS_LLMPQ_CALIBRATE"  # what planner.calibrate=auto stands for
+_KEPT = "calibration"  # of the user's cache folder
 _CHAINED_LAYERS = 2
 _MEMORY_SHARE = 0.5  # of what is available, for all ranks together
 Show = Callable[[str], None]
-
-
-def cache_folder() -> Path:
-    """Where calibrations are kept: $XDG_CACHE_HOME/ds_llmpq, by default ~/.cache/ds_llmpq."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ds_llmpq" / "calibration"
 
 
 def find_obstacle(cluster: Cluster) -> str | None:
@@ -68,7 +63,7 @@ def calibrate(wanted: TimingTask, cluster: Cluster, choice: str, show: Show) -> 
     """The folder with the profile, measured now or before; None where there is none to be had. `choice` is
     `planner.calibrate`. `UserError`: one that is not known, or `always` where nothing can be measured."""
     if choice == "auto":
-        choice = os.environ.get(ENVIRONMENT, "auto")
+        choice = os.environ.get(CALIBRATE, "auto")
     if choice not in CHOICES:
         raise UserError(f"planner.calibrate is {choice!r} but must be one of {', '.join(CHOICES)}.")
     if choice == "never":
@@ -80,11 +75,11 @@ def calibrate(wanted: TimingTask, cluster: Cluster, choice: str, show: Show) -> 
     if obstacle:
         show(f"layer times are not measured: {obstacle}")
         return None
-    folder = cache_folder() / _key(wanted, cluster)
+    folder = cache_folder() / _KEPT / _key(wanted, cluster)
     if choice != "always" and _is_kept(folder):
         return folder
     try:
-        with _one_at_a_time(folder.parent):
+        with one_at_a_time(folder.parent):
             if choice == "always" or not _is_kept(folder):  # another process may have been faster
                 _measure_into(wanted, cluster, folder, show)
     except (UserError, OSError) as error:  # a plan on a roofline is better than none
@@ -93,15 +88,6 @@ def calibrate(wanted: TimingTask, cluster: Cluster, choice: str, show: Show) -> 
         show(f"layer times are not measured: {error}")
         return None
     return folder
-
-
-@contextmanager
-def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """The points of a sweep are planned side by side: one measures, undisturbed by the others."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _is_kept(folder: Path) -> bool:
@@ -158,9 +144,19 @@ def _key(wanted: TimingTask, cluster: Cluster) -> str:
             [device.name, device.type.name, device.type.kind, device.threads, device.cpu_share]
             for device in cluster.devices
         ],
-        "hardware": [processor_name(), *gpu_names()],
+        "hardware": [processor_name(), *_gpu_names()],
     }
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _gpu_names() -> list[str]:
+    """`name, driver` of each GPU of this host, as nvidia-smi says it; none without one."""
+    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return result.stdout.splitlines() if result.returncode == 0 else []
 
 
 def _find_shortage(wanted: TimingTask, cluster: Cluster) -> str | None:
@@ -185,7 +181,7 @@ def _measure(wanted: TimingTask, cluster: Cluster, out: Path) -> None:
     for index, devices in enumerate(_trial_groups(cluster)):
         kind = devices[0].type.kind
         ranks = RANKS if kind == "cpu" else len(devices)
-        found = run_trial(_trial(wanted, devices, links=index == 0), cache_folder() / "trial.log", ranks)
+        found = run_trial(_trial(wanted, devices, links=index == 0), cache_folder() / _KEPT / "trial.log", ranks)
         if index == 0 and found["links"]:
             write_link_table(out / "links.csv", cluster, found["links"])
         for device in {device.type.name: device for device in devices}.values():

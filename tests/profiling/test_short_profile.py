@@ -65,7 +65,7 @@ def made(cache, monkeypatch):
         write_header(out / "profile.csv", wanted.setup, {})
 
     monkeypatch.setattr(short_profile, "_measure", measure)
-    monkeypatch.delenv(short_profile.ENVIRONMENT)
+    monkeypatch.delenv(short_profile.CALIBRATE)
     return found
 
 
@@ -100,7 +100,7 @@ def test_what_was_measured_before_is_taken_unless_always(wanted, made, monkeypat
     )
     assert len({first, *(calibrate(other, cluster, "auto", quiet) for other in others)}) == 4
     assert calibrate(wanted, make_cluster("slow"), "auto", quiet) != first
-    monkeypatch.setenv(short_profile.ENVIRONMENT, "never")
+    monkeypatch.setenv(short_profile.CALIBRATE, "never")
     assert calibrate(wanted, cluster, "auto", quiet) is None
 
 
@@ -109,7 +109,7 @@ def test_what_cannot_be_measured_or_kept_leaves_a_plan_on_the_roofline(wanted, c
         raise UserError("the trial pipeline failed; see LOG")
 
     said = []
-    monkeypatch.delenv(short_profile.ENVIRONMENT)
+    monkeypatch.delenv(short_profile.CALIBRATE)
     monkeypatch.setattr(short_profile, "_measure", fail)
     assert calibrate(wanted, make_cluster("fast"), "auto", said.append) is None
     assert said[-1] == "layer times are not measured: the trial pipeline failed; see LOG"
@@ -124,7 +124,7 @@ def test_what_cannot_be_measured_or_kept_leaves_a_plan_on_the_roofline(wanted, c
 
 def test_a_trial_that_fails_says_why_and_keeps_its_log(wanted, cache, monkeypatch):
     said = []
-    monkeypatch.delenv(short_profile.ENVIRONMENT)
+    monkeypatch.delenv(short_profile.CALIBRATE)
     monkeypatch.setenv("RANK", "1")  # as where another launcher started this process
     broken = replace(wanted, path=str(cache))
     assert calibrate(broken, make_cluster("fast"), "auto", said.append) is None
@@ -156,7 +156,7 @@ def test_lengths_are_not_rounded_beyond_the_models_positions(wanted):
 
 def test_a_cluster_elsewhere_is_not_measured_here(wanted, cache, monkeypatch):
     said = []
-    monkeypatch.delenv(short_profile.ENVIRONMENT)
+    monkeypatch.delenv(short_profile.CALIBRATE)
     away = make_cluster("fast", host="a-host-elsewhere")
     assert calibrate(wanted, away, "auto", said.append) is None
     assert said == ["layer times are not measured: host a-host-elsewhere is not this one"]
@@ -194,7 +194,7 @@ def test_every_type_is_timed_and_at_most_three_devices_at_once(types):
 
 
 def test_a_plan_by_default_settings_stands_on_measured_times(cache, tmp_path, monkeypatch):
-    monkeypatch.delenv(short_profile.ENVIRONMENT)
+    monkeypatch.delenv(short_profile.CALIBRATE)
     composed = config.composed("plan", ["+experiment=demo", "planner.solver=search", f"out={tmp_path / 'plan'}"])
     settings = config.load_cluster(config.to_object(composed, config.COMMANDS["plan"]))
     (tmp_path / "plan").mkdir()
