@@ -8,7 +8,6 @@ prompts to one.
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import shutil
@@ -84,9 +83,11 @@ class LLM:
             raise UserError(f"model {folder} is no checkpoint: it has no config.json; give a local folder.")
         own = [f"{key}={_override(value)}" for key, value in (settings or {}).items()]
         composed = config.composed("run", [*_cluster_override(cluster), *own])
-        loaded = config.load_cluster(config.to_object(composed, RunConfig))
-        if cluster is None or isinstance(cluster, (Mapping, ClusterConfig)):
-            loaded = replace(loaded, cluster=_cluster(cluster))
+        loaded = config.to_object(composed, RunConfig)
+        if isinstance(cluster, (Mapping, ClusterConfig)):
+            own_cluster = config.parse_cluster(cluster) if isinstance(cluster, Mapping) else cluster
+            loaded = replace(loaded, cluster=own_cluster)
+        loaded = config.load_cluster(loaded)
         self.settings = replace(loaded, model=replace(loaded.model, path=str(folder)), input=None)
         self._plan = plan
 
@@ -156,21 +157,6 @@ def _cluster_override(cluster: Any) -> list[str]:
     name = os.fspath(cluster)
     is_file = name.endswith((".yaml", ".yml")) or os.sep in name
     return [f"cluster_file={make_absolute(name)}" if is_file else f"cluster={name}"]
-
-
-def _cluster(cluster: Mapping[str, Any] | ClusterConfig | None) -> ClusterConfig:
-    if isinstance(cluster, ClusterConfig):
-        return cluster
-    return config.parse_cluster(_detected() if cluster is None else cluster)
-
-
-@functools.cache
-def _detected() -> Mapping[str, Any]:
-    """This machine; its memory bandwidth and matrix rates are measured once a process."""
-    from ds_llmpq.cluster.detect import count_usable_cores, detect
-    from ds_llmpq.cluster.rates import measure_cpu
-
-    return detect(config.known_device_types(), cpu_rates=measure_cpu(count_usable_cores()))
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +16,15 @@ from yaml import YAMLError
 
 from ds_llmpq import overrides
 from ds_llmpq.cluster.config import DETECTED, ClusterConfig, DeviceTypeConfig
-from ds_llmpq.cluster.detect import computes_bfloat16, detect
-from ds_llmpq.cluster.rates import measure_gpu
+from ds_llmpq.cluster.detect import (
+    computes_bfloat16,
+    count_usable_cores,
+    describe_devices,
+    detect,
+    processor_name,
+    query_gpus,
+)
+from ds_llmpq.cluster.rates import recall_rates
 from ds_llmpq.commands.config import (
     DetectConfig,
     ExportConfig,
@@ -117,8 +125,9 @@ def cluster_of(settings: PlanningConfig | ProfileConfig) -> ClusterConfig:
 
 
 def load_cluster(settings: P) -> P:
-    """`settings` with the cluster that its file describes; variables of the command line go to the ranks too."""
-    if settings.cluster_file is None and not _is_to_detect(settings):
+    """`settings` with the cluster that its file describes; variables of the command line go to the ranks too. Nothing
+    is detected where a plan or a problem is given, unless its devices may be lost and planned around."""
+    if settings.cluster_file is None and (not _is_to_detect(settings) or _needs_no_cluster(settings)):
         return settings
     found = cluster_of(settings)
     return replace(settings, cluster=replace(found, env=found.env | settings.cluster.env), cluster_file=None)
@@ -128,13 +137,27 @@ def _is_to_detect(settings: PlanningConfig | ProfileConfig) -> bool:
     return settings.cluster.name == DETECTED and not settings.cluster.hosts
 
 
+def _needs_no_cluster(settings: PlanningConfig | ProfileConfig) -> bool:
+    plan, problem = getattr(settings, "plan", None), getattr(settings, "problem", None)
+    return bool(problem or (plan and getattr(settings.run, "on_loss", None) != "replan"))
+
+
 def _detect_cluster() -> ClusterConfig:
-    """This host's GPUs, or its processor as one stage; rates are not measured, but for a GPU that no type covers."""
-    known = known_device_types()
-    rates = known["cpu_core"].flops_per_second
-    if not computes_bfloat16():
-        rates = {dtype: rate for dtype, rate in rates.items() if dtype != "bfloat16"}
-    found = detect(known, cpu_rates={"flops_per_second": rates}, measure_gpu=measure_gpu)
+    """This host's GPUs, or its processor as one stage; a line on stderr says which. Rates of the processor, and of GPUs
+    that no type covers, are measured once and kept."""
+    known, gpus, cores = known_device_types(), query_gpus(), count_usable_cores()
+    rates = None
+    if not gpus and (rates := recall_rates("cpu", cores, f"{processor_name()}, {cores} threads")) is None:
+        rates = {"flops_per_second": dict(known["cpu_core"].flops_per_second)}
+        if not computes_bfloat16():
+            rates["flops_per_second"].pop("bfloat16")
+    found = detect(
+        known,
+        gpus=gpus,
+        cpu_rates=rates,
+        measure_gpu=lambda slot: recall_rates("cuda", slot, gpus[slot].name),
+    )
+    print(f"cluster=auto: {describe_devices(found)}", file=sys.stderr)
     return parse_cluster(found | {"name": DETECTED})
 
 

@@ -151,8 +151,22 @@ def computes_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     return found is None or bool({"avx512_bf16", "amx_bf16", "bf16"} & set(found[2].split()))
 
 
-def count_usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def count_usable_cores(cpus: Path = Path("/sys/devices/system/cpu"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Processor cores that this process may keep busy: of its affinity, the two threads of a core counted once, and no
+    more than the control group's quota."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    cores = set()
+    for cpu in os.sched_getaffinity(0):
+        try:
+            cores.add((cpus / f"cpu{cpu}" / "topology" / "thread_siblings_list").read_text().strip())
+        except OSError:
+            cores.add(str(cpu))
+    try:
+        quota, period = map(int, (cgroup / "cpu.max").read_text().split())
+        return max(1, min(len(cores), quota // period))
+    except (OSError, ValueError):  # no control group, or one without a quota
+        return len(cores)
 
 
 def processor_name() -> str:
@@ -202,6 +216,17 @@ def detect(
         # slots are PCI order; CUDA's own default numbers the fastest device first
         "env": {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"} if gpus else {},
     }
+
+
+def describe_devices(cluster: Mapping[str, Any]) -> str:
+    """The devices of a detected cluster in one line, equal ones together."""
+    groups: dict[str, int] = {}
+    for host in cluster["hosts"]:
+        for device in host["devices"]:
+            what = device["type"] + (f" of {device['threads']} threads" if "threads" in device else "")
+            name = f"{what} with {device['memory_bytes'] / (1 << 30):.1f} GiB on {host['name']}"
+            groups[name] = groups.get(name, 0) + 1
+    return ", ".join(f"{count} x {name}" if count > 1 else name for name, count in groups.items())
 
 
 def merge(clusters: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:

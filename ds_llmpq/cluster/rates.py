@@ -5,12 +5,22 @@ torch is imported only here, when asked; without it numpy measures float32.
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
+from ds_llmpq.errors import UserError
+from ds_llmpq.files import cache_folder, one_at_a_time, read_json, write_json
+
 CALIBRATE = "DS_LLMPQ_CALIBRATE"  # environment variable: what planner.calibrate=auto stands for
+
+_BUSY = 0.5  # of the threads to be measured, as the load of the last minute
 READ_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}  # beyond any cache
 MATRIX_SIZE = {"cpu": 1024, "cuda": 8192}
 
@@ -30,6 +40,39 @@ def time_best(
         shortest = min(shortest, clock() - start)
         runs += 1
     return shortest
+
+
+def recall_rates(kind: str, number: int, hardware: str) -> dict[str, Any] | None:
+    """`measure_cpu(number)` or `measure_gpu(number)`, measured once for this hardware and torch, and kept in the user's
+    cache folder. It is done in a process of its own, so that no torch, threads or CUDA context stay in this one. None:
+    it cannot be measured, the processor is busy, or DS_LLMPQ_CALIBRATE=never."""
+    if os.environ.get(CALIBRATE) == "never":
+        return None
+    try:
+        key = f"{kind} {hardware}, torch {version('torch')}"
+    except PackageNotFoundError:
+        key = f"{kind} {hardware}"
+    file = cache_folder() / "rates.json"
+    try:
+        with one_at_a_time(file.parent):
+            kept = _read_kept(file)
+            if key not in kept:
+                if kind == "cpu" and os.getloadavg()[0] > _BUSY * number:  # half a rate would be kept for good
+                    return None
+                command = [sys.executable, "-m", __name__, kind, str(number)]
+                answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=120, check=True)
+                kept[key] = json.loads(answer.stdout)
+                write_json(file, kept)
+            return kept[key]
+    except (OSError, ValueError, UserError, subprocess.SubprocessError):
+        return None
+
+
+def _read_kept(file: Path) -> dict[str, Any]:
+    try:
+        return dict(read_json(file, "rates", "delete it"))
+    except (UserError, TypeError, ValueError):  # there is none yet, or it is damaged
+        return {}
 
 
 def measure_cpu(threads: int, seconds: float = 2.0) -> dict[str, Any]:
@@ -102,3 +145,7 @@ def _measure_numpy(seconds: float) -> tuple[float, dict[str, float]]:
     matrix = numpy.ones((size, size), numpy.float32)
     bandwidth = READ_BYTES["cpu"] / time_best(data.sum, seconds / 3)
     return bandwidth, {"float32": 2 * size**3 / time_best(lambda: matrix @ matrix, seconds / 3)}
+
+
+if __name__ == "__main__":
+    print(json.dumps({"cpu": measure_cpu, "cuda": measure_gpu}[sys.argv[1]](int(sys.argv[2]))))

@@ -42,6 +42,7 @@ def test_a_table_a_plan_with_it_and_its_checkpoint(path, tmp_path, capsys):
     planned = settings(
         "plan",
         config.COMMANDS["plan"],
+        "cluster=local_cpu2",
         f"model.path={path}",
         f"planner.sensitivity={tmp_path / 'sensitivity' / 'sensitivity.json'}",
         "planner.mode=max_quality_loss",
@@ -75,7 +76,7 @@ def test_sensitivities_of_another_model_are_refused(path, tmp_path):
     chosen = settings("sensitivity", SensitivityConfig, f"model.path={other}", *calibration)
     sensitivity.run(chosen, tmp_path / "sensitivity")
     planned = settings(
-        "plan", config.COMMANDS["plan"], f"model.path={path}",
+        "plan", config.COMMANDS["plan"], "cluster=local_cpu2", f"model.path={path}",
         f"planner.sensitivity={tmp_path / 'sensitivity' / 'sensitivity.json'}",
         "workload.prompt_tokens=16", "workload.generated_tokens=8",
     )  # fmt: skip

@@ -580,7 +580,8 @@ def _planned(folder: Path) -> tuple[dict, dict]:
     from ds_llmpq.serving.planning import make_plan
 
     folder.mkdir(exist_ok=True)
-    settings = config.to_object(config.composed("plan", ["workload.sequences=4"]), config.COMMANDS["plan"])
+    composed = config.composed("plan", ["cluster=local_cpu2", "workload.sequences=4"])
+    settings = config.to_object(composed, config.COMMANDS["plan"])
     make_plan(settings, folder)
     return tuple(json.loads((folder / name).read_text()) for name in ("plan.json", "problem.json"))
 
