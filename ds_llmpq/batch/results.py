@@ -3,6 +3,9 @@
 Every row is one write to the operating system, unbuffered: it survives the death of the process at once, and a power
 cut after the next fsync (every few seconds, and on close). Rows hold no times and no random ids, so that two runs of
 the same input can be compared byte by byte; `created` is 0.
+
+What is done of a batch is counted from these files. Nothing else decides whether a run is finished: exit codes do not,
+for launchers end with code 0 when their child was killed, nor does metrics.json.
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ds_llmpq.batch.jsonl_file import RowFile, check_folder, read_finished_ids, sync_folder
+from ds_llmpq.batch.jsonl_file import Key, RowFile, check_folder, read_error_keys, read_finished_ids, sync_folder
+from ds_llmpq.batch.reader import RequestFile
 from ds_llmpq.batch.request import Request, RowError
 from ds_llmpq.errors import UserError
 
@@ -160,3 +164,47 @@ def format_error(error: RowError) -> dict[str, Any]:
 
 def _key(custom_id: str) -> str:
     return hashlib.blake2b(custom_id.encode(), digest_size=12).hexdigest()
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Rows of the input: in all, with a result, with an error. `lacking`: rows that are not in results.jsonl
+    or errors.jsonl exactly once."""
+
+    total: int
+    completed: int
+    failed: int
+    lacking: int
+
+    @property
+    def complete(self) -> bool:
+        return not self.lacking
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {"total": self.total, "completed": self.completed, "failed": self.failed}
+
+
+@dataclass(frozen=True)
+class InputRows:
+    """What is kept of a checked input: its hash, and the key of each row in the output (its custom_id, or its line
+    if it has none)."""
+
+    sha256: str
+    keys: tuple[Key, ...]
+
+    @classmethod
+    def from_file(cls, file: RequestFile) -> InputRows:
+        bad = (error.line if error.custom_id is None else error.custom_id for error in file.errors)
+        return cls(file.sha256, (*(request.custom_id for request in file.requests), *bad))
+
+    def count(self, folder: Path) -> Tally:
+        """Reads both files of a folder. A torn last row of results.jsonl is cut off. `UserError`: a file holds
+        something else, or a running batch is writing it."""
+        results, errors = read_finished(folder), read_error_keys(folder / ERRORS_NAME)
+        completed = failed = lacking = 0
+        for key in self.keys:
+            completed += key in results
+            failed += errors[key] > 0 and key not in results
+            lacking += errors[key] + (key in results) != 1
+        return Tally(len(self.keys), completed, failed, lacking)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ds_llmpq import config
-from ds_llmpq.batch.tally import Tally
+from ds_llmpq.batch.results import Tally
 from ds_llmpq.commands.serve import SOME_FAILED
 from ds_llmpq.report.answers import show_answers
 from ds_llmpq.report.plan_table import describe_plan, format_plan

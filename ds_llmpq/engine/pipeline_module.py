@@ -8,10 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from deepspeed.runtime.pipe.module import LayerSpec, PipelineModule
-from deepspeed.runtime.pipe.topology import ProcessTopology
+from deepspeed.runtime.pipe.topology import PipeDataParallelTopology, ProcessTopology
 from torch import nn
 
-from ds_llmpq.engine.topology import PlannedTopology
 from ds_llmpq.errors import UserError
 from ds_llmpq.plan import Plan
 from ds_llmpq.quant.layers import LayerLoader
@@ -83,3 +82,14 @@ class PlannedPipelineModule(PipelineModule):
         stage = self._topo.get_coord(self.global_rank).pipe
         self.parts = self._bounds
         self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
+
+
+class PlannedTopology(PipeDataParallelTopology):
+    """One pipeline, no data parallelism; `ranks[j]` is the global rank of stage j.
+
+    Ranks follow the hostfile, where a host appears once; a plan may order its devices otherwise (A, B, A).
+    """
+
+    def __init__(self, ranks: list[int]):
+        super().__init__(num_pp=len(ranks), num_dp=1)
+        self.mapping = {coordinate: ranks[coordinate.pipe] for coordinate in self.mapping}

@@ -14,13 +14,17 @@ from ds_llmpq.engine.channels import ActivationChannel, TokenChannel
 from ds_llmpq.engine.config import EngineConfig
 from ds_llmpq.engine.kv_cache import KVStore, NoCache
 from ds_llmpq.engine.pipeline_engine import InferencePipelineEngine
-from ds_llmpq.engine.pipeline_module import PlannedPipelineModule, find_pipeline_bounds, list_pipeline_layers
+from ds_llmpq.engine.pipeline_module import (
+    PlannedPipelineModule,
+    PlannedTopology,
+    find_pipeline_bounds,
+    list_pipeline_layers,
+)
 from ds_llmpq.engine.rank_context import RankContext
 from ds_llmpq.engine.runner.capture import Capture, CudaGraphs, capture_trace
 from ds_llmpq.engine.stage_run.faults import Fault, find_first_faults
 from ds_llmpq.engine.throttle import CpuShare
 from ds_llmpq.engine.token_chooser import Scorer, StopRule
-from ds_llmpq.engine.topology import PlannedTopology
 from ds_llmpq.engine.trace import Trace
 from ds_llmpq.integers import round_up
 from ds_llmpq.models.generation import load_generation

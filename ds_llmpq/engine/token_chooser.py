@@ -9,9 +9,8 @@ from typing import Protocol
 import torch
 
 from ds_llmpq.engine.kv_cache import KVStore, NoCache
-from ds_llmpq.engine.processors import LogitsProcessors
 from ds_llmpq.engine.runner.host_copies import to_device
-from ds_llmpq.engine.sampling import sample
+from ds_llmpq.engine.sampling import LogitsProcessors, sample
 from ds_llmpq.engine.stage_run.faults import FaultLog, Suspects
 from ds_llmpq.engine.stage_run.oom_split import MicroBatchSplitter
 from ds_llmpq.models.generation import Generation

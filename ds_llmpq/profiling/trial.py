@@ -26,9 +26,8 @@ import torch.distributed as dist
 from ds_llmpq.engine.channels import ActivationChannel, DataChannel, TokenChannel
 from ds_llmpq.engine.kv_cache import KVStore
 from ds_llmpq.engine.pipeline_engine import InferencePipelineEngine
-from ds_llmpq.engine.pipeline_module import LazyLayer, PlannedPipelineModule
+from ds_llmpq.engine.pipeline_module import LazyLayer, PlannedPipelineModule, PlannedTopology
 from ds_llmpq.engine.rank_context import _init_process_group
-from ds_llmpq.engine.topology import PlannedTopology
 from ds_llmpq.engine.trace import Trace
 from ds_llmpq.launch.environment import read_place
 from ds_llmpq.models.checkpoint import Checkpoint

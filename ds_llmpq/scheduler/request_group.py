@@ -1,11 +1,18 @@
-"""A sequence, and a request group: sequences that the driver hands to every stage together."""
+"""A sequence, and a request group: sequences that the driver hands to every stage together, as one message.
+
+A message is plain data as JSON, then lists of token ids as 32-bit integers. Nothing is pickled.
+"""
 
 from __future__ import annotations
 
+import json
+from collections import abc
 from dataclasses import asdict, dataclass
-from itertools import chain
+from itertools import accumulate, chain, pairwise
+from typing import Any
 
-from ds_llmpq.scheduler import message
+import numpy as np
+
 from ds_llmpq.scheduler.sampling_params import GREEDY, SamplingParams
 
 
@@ -62,12 +69,12 @@ class RequestGroup:
         rows = [[each.key, each.max_tokens, asdict(each.sampling)] for each in self.sequences]
         shape = {"slots": self.slots, "capacity": self.capacity, "joins": self.joins, "live": self.live}
         tokens = chain.from_iterable((each.prompt, each.generated, each.targets) for each in self.sequences)
-        return message.pack([rows, shape], tokens)
+        return pack_message([rows, shape], tokens)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> RequestGroup:
         """`ValueError` or `TypeError` for bytes that `to_bytes` has not made."""
-        (rows, shape), tokens = message.unpack(data)
+        (rows, shape), tokens = unpack_message(data)
         sequences = tuple(
             Sequence(key, prompt, most, SamplingParams(**sampling | {"stop": tuple(sampling["stop"])}), *further)
             for (key, most, sampling), prompt, *further in zip(
@@ -75,3 +82,27 @@ class RequestGroup:
             )
         )
         return cls(sequences, **shape)
+
+
+_MOST_BYTES = 1 << 31
+
+
+def pack_message(fields: Any, tokens: abc.Iterable[abc.Sequence[int]]) -> bytes:
+    """A header's length (8 bytes), the header [fields, lengths of the lists], the lists one behind another."""
+    lists = list(tokens)
+    header = json.dumps([fields, list(map(len, lists))]).encode()
+    body = np.fromiter(chain.from_iterable(lists), "<i4", sum(map(len, lists)))
+    return len(header).to_bytes(8, "little") + header + body.tobytes()
+
+
+def unpack_message(data: bytes) -> tuple[Any, list[tuple[int, ...]]]:
+    """The fields and the lists of tokens; `ValueError` for bytes that `pack_message` has not made."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    if not 8 < end <= len(data) <= _MOST_BYTES:
+        raise ValueError(f"a message of {len(data)} bytes, with a header of {end - 8}")
+    fields, lengths = json.loads(data[8:end])
+    values = np.frombuffer(data, "<i4", offset=end).tolist()
+    stops = list(accumulate(lengths, initial=0))
+    if any(type(length) is not int or length < 0 for length in lengths) or stops[-1] != len(values):
+        raise ValueError(f"a message of {len(values)} tokens, but its header counts {stops[-1]}")
+    return fields, [tuple(values[start:stop]) for start, stop in pairwise(stops)]

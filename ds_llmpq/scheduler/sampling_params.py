@@ -30,7 +30,7 @@ def _sampling_field(default: Any, *bound: Any, **options: bool) -> Any:
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """None: as the checkpoint has it; for `seed`, derived from the request's id. Penalties and `min_tokens` are the
-    subject of `engine.processors`, the end of an answer that of `serving.stop_rule`, the rest of `engine.sampling`."""
+    subject of `engine.sampling`, the end of an answer that of `batch.detokenizer`."""
 
     temperature: float = _sampling_field(0.0, 0, 2, "from 0 (greedy) to 2")
     top_p: float = _sampling_field(1.0, 0, 1, "above 0 and at most 1", exclusive=True)  # 1: off

@@ -10,8 +10,7 @@ from typing import Any, TypeVar
 
 from ds_llmpq import validation
 from ds_llmpq.batch.reader import read_requests
-from ds_llmpq.batch.results import check_folder, read_finished
-from ds_llmpq.batch.tally import InputRows, Tally
+from ds_llmpq.batch.results import InputRows, Tally, check_folder, read_finished
 from ds_llmpq.cluster.config import DETECTED
 from ds_llmpq.cluster.hostfile import find_hostfile_disagreements, parse_hostfile, write_hostfile
 from ds_llmpq.errors import UserError

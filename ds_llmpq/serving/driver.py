@@ -12,6 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from ds_llmpq.batch.detokenizer import TextStopRule
 from ds_llmpq.batch.prompts import PreparedRequest, prepare
 from ds_llmpq.batch.reader import RequestFile, read_requests
 from ds_llmpq.batch.request import RowError
@@ -39,7 +40,6 @@ from ds_llmpq.serving.prediction import (
     write_predicted_trace,
 )
 from ds_llmpq.serving.replay import Replay, replay_shape
-from ds_llmpq.serving.stop_rule import TextStopRule
 
 _REASON = {Finish.STOP: "stop", Finish.LENGTH: "length"}
 

@@ -9,6 +9,7 @@ from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
+from ds_llmpq.batch.detokenizer import build_stop_rule
 from ds_llmpq.engine.preflight import check_memory
 from ds_llmpq.engine.rank_context import RankContext
 from ds_llmpq.engine.session import Session
@@ -22,7 +23,6 @@ from ds_llmpq.models.tokenizer import load_tokenizer
 from ds_llmpq.plan import check_model
 from ds_llmpq.serving.driver import Driver
 from ds_llmpq.serving.job import Job
-from ds_llmpq.serving.stop_rule import build_stop_rule
 
 
 def serve(job: Job, context: RankContext) -> dict[str, Any] | None:

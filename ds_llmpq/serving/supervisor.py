@@ -15,8 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ds_llmpq.batch.results import RESULTS_NAME
-from ds_llmpq.batch.tally import Tally
+from ds_llmpq.batch.results import RESULTS_NAME, Tally
 from ds_llmpq.errors import Interrupted, RunFailed, UserError
 from ds_llmpq.launch.attempt import MISTAKE, Outcome, run_attempt, say
 from ds_llmpq.launch.config import SupervisionConfig

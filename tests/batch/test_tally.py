@@ -5,8 +5,7 @@ import pytest
 from ds_llmpq.batch.config import BatchConfig
 from ds_llmpq.batch.reader import read_requests
 from ds_llmpq.batch.request import RowError
-from ds_llmpq.batch.results import Result, ResultWriter
-from ds_llmpq.batch.tally import InputRows
+from ds_llmpq.batch.results import InputRows, Result, ResultWriter
 from ds_llmpq.errors import UserError
 
 ROW = '{"custom_id": "%s", "method": "POST", "url": "/v1/completions", "body": {"prompt": "x"}}\n'

@@ -49,8 +49,8 @@ def test_module_takes_topology():
 
 
 def test_topology_reads_its_mapping():
-    """`PipeDataParallelTopology.mapping`, in engine/topology.py: {coordinate: rank}, rewritten after construction to
-    put stages on ranks in the plan's order; all questions are answered from it."""
+    """`PipeDataParallelTopology.mapping`, in engine/pipeline_module.py: {coordinate: rank}, rewritten after
+    construction to put stages on ranks in the plan's order; all questions are answered from it."""
     from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
 
     topology = PipeDataParallelTopology(num_pp=3, num_dp=1)

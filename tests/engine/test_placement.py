@@ -7,8 +7,7 @@ import random
 import pytest
 from pipeline_cases import make_plan
 
-from ds_llmpq.engine.pipeline_module import find_pipeline_bounds
-from ds_llmpq.engine.topology import PlannedTopology
+from ds_llmpq.engine.pipeline_module import PlannedTopology, find_pipeline_bounds
 from ds_llmpq.errors import UserError
 from ds_llmpq.launch.environment import find_local_rank, read_rank
 

@@ -9,8 +9,7 @@ import torch
 from pipeline_cases import Case, make_plan
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from ds_llmpq.engine.processors import LogitsProcessors
-from ds_llmpq.engine.sampling import draw_uniform, sample
+from ds_llmpq.engine.sampling import LogitsProcessors, draw_uniform, sample
 from ds_llmpq.models.generation import Generation, load_generation
 from ds_llmpq.scheduler.request_group import RequestGroup, Sequence
 from ds_llmpq.scheduler.sampling_params import GREEDY, SamplingParams

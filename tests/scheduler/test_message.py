@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ds_llmpq.scheduler import message
+from ds_llmpq.scheduler.request_group import pack_message, unpack_message
 
 TOKENS = st.lists(st.lists(st.integers(0, 2**31 - 1), max_size=5).map(tuple), max_size=5)
 FIELDS = st.recursive(st.none() | st.integers() | st.text(), lambda inner: st.lists(inner, max_size=3), max_leaves=5)
@@ -12,16 +12,16 @@ FIELDS = st.recursive(st.none() | st.integers() | st.text(), lambda inner: st.li
 
 @given(FIELDS, TOKENS)
 def test_round_trip(fields, tokens):
-    assert message.unpack(message.pack(fields, tokens)) == (fields, tokens)
+    assert unpack_message(pack_message(fields, tokens)) == (fields, tokens)
 
 
 @given(TOKENS, st.integers(1, 30))
 def test_a_torn_message_is_refused(tokens, missing):
-    data = message.pack("x", tokens)
+    data = pack_message("x", tokens)
     with pytest.raises(ValueError, match=r"message|buffer|size|Expect"):
-        message.unpack(data[: max(0, len(data) - missing)])
+        unpack_message(data[: max(0, len(data) - missing)])
 
 
 def test_a_token_that_does_not_fit_is_refused():
     with pytest.raises(OverflowError):
-        message.pack(None, [(2**31,)])
+        pack_message(None, [(2**31,)])

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from ds_llmpq.batch.config import BatchConfig
-from ds_llmpq.batch.tally import Tally
+from ds_llmpq.batch.results import Tally
 from ds_llmpq.engine.config import EngineConfig
 from ds_llmpq.errors import Interrupted, RunFailed, UserError
 from ds_llmpq.launch import attempt
