@@ -13,6 +13,7 @@ runs that take turns. OUT keeps all, and an interrupted table goes on."""
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import json
 import sys
@@ -23,9 +24,8 @@ from typing import Any
 from theta_sweep import called, measured, written_prompts
 
 from ds_llmpq import config
+from ds_llmpq.errors import InfeasibleError
 from ds_llmpq.plan import read_plan
-from ds_llmpq.planner import Problem
-from ds_llmpq.planner.baselines import all_baselines
 from ds_llmpq.report.plan_table import format_table
 from ds_llmpq.serving.config import PlanConfig
 from ds_llmpq.serving.planning import make_plan
@@ -82,25 +82,11 @@ def compared(memory: str, options: argparse.Namespace, folder: Path) -> list[dic
 
 
 def planned(common: list[str], folder: Path) -> dict[str, dict[str, Any]]:
-    """The baselines' plans on the problem that ours solves, as they are deployed."""
-    first = made(common, folder / "problem")
-    problem = Problem.from_json(json.loads((first["file"].parent / "problem.json").read_text()))
+    """The baselines' plans on the problem that ours solves, of those that have one."""
     found = {}
-    for name, baseline in all_baselines(problem).items():
-        if name not in OTHERS or baseline.assignment is None:
-            continue
-        assignment = baseline.assignment
-        hand = {
-            "stages": [
-                {"device": stage.device, "layers": [stage.first, stage.last], "bits": list(stage.bits)}
-                for stage in assignment.stages
-            ],
-            "micro_batch": {"prefill": assignment.prefill_micro_batch, "decode": assignment.decode_micro_batch},
-        }
-        target = folder / name
-        target.mkdir(parents=True, exist_ok=True)
-        (target / "hand.json").write_text(json.dumps(hand))
-        found[name] = made([*common, f"check={target / 'hand.json'}"], target)
+    for name in OTHERS:
+        with contextlib.suppress(InfeasibleError):
+            found[name] = made([*common, f"planner.baseline={name}"], folder / name)
     return found
 
 

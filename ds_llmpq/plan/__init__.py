@@ -4,6 +4,8 @@ from ds_llmpq.plan.assignment import Assignment, StageAssignment
 from ds_llmpq.plan.check_model import check_model
 from ds_llmpq.plan.placement import launch_order, placements
 from ds_llmpq.plan.plan import (
+    BASELINES,
+    ESTIMATES,
     MEMORY_PARTS,
     Deployment,
     LinkSeconds,
@@ -21,6 +23,8 @@ from ds_llmpq.plan.plan import (
 from ds_llmpq.plan.planfile import read_assignment, read_plan, write_plan
 
 __all__ = [
+    "BASELINES",
+    "ESTIMATES",
     "MEMORY_PARTS",
     "Assignment",
     "Deployment",

@@ -39,6 +39,8 @@ SCHEMA = 2
 FORMER_SCHEMA = 1
 MOST_LAYERS = 10_000  # of a model
 MEMORY_PARTS = ("weights", "kv", "embed", "head", "workspace")
+ESTIMATES = {"flexgen": 16, "flexgen_int8": 8}  # baselines that are no plans, and their bit widths
+BASELINES = ("uniform", "memory_proportional", "single_device", "adabits", "pipeedge", *ESTIMATES)  # of every plan
 REMEDY = "correct it, or plan again"
 
 
@@ -175,7 +177,8 @@ class SolverReport:
     """`bound` is proven: no plan has a smaller objective; `gap` = (objective - bound) / bound, null at a bound of 0.
 
     `status` is "optimal" (gap closed to the one asked for), "time_limit" or "interrupted" (incumbent and bound so
-    far), "stalled" (nothing left to try that would raise the bound), or "checked" (a plan given by hand, no bound).
+    far), "stalled" (nothing left to try that would raise the bound), "checked" (a plan given by hand, no bound), or
+    "baseline" (another method's plan, no bound).
     """
 
     name: Name

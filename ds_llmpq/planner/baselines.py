@@ -1,7 +1,8 @@
-"""What others would do, on the same costs: uniform, PipeEdge, adabits, memory-proportional, single device, offload.
+"""What others would do, on the same costs: `planner.baseline` gives their plan, and every plan is compared with them.
 
-Every baseline but the offload estimate is an assignment that the independent checker accepts and the contract's formula
-costs. Devices are taken in the order listed, except by PipeEdge, whose dynamic program chooses subset and order.
+Each is an assignment that the independent checker accepts and the contract's formula costs, at the micro-batches that
+suit it best; FlexGen's are estimates. Devices are taken in the order listed, except by PipeEdge and by LLM-PQ's
+heuristic, which choose it. A baseline knows no limit of loss or latency.
 """
 
 import math
@@ -10,10 +11,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ds_llmpq.plan import Assignment, PredictedTotals, StageAssignment
-from ds_llmpq.planner.arrays import PairArrays, pair_arrays
-from ds_llmpq.planner.feasibility import pairs, path_finder
-from ds_llmpq.planner.objective import charge_head, evaluate, violations
+from ds_llmpq.errors import UserError
+from ds_llmpq.plan import BASELINES, ESTIMATES, Assignment, PredictedTotals, StageAssignment
+from ds_llmpq.planner.adabits import adabits, split_by_memory
+from ds_llmpq.planner.feasibility import pairs
+from ds_llmpq.planner.llmpq_heuristic import llmpq_heuristic
+from ds_llmpq.planner.objective import evaluate, rounds, violations, with_totals
+from ds_llmpq.planner.pipeedge import pipeedge
 from ds_llmpq.planner.problem import Objective, Problem
 
 OFFLOAD_BYTES_PER_SECOND = 12e9  # host to device, assumed: PCIe 3 x16 in practice
@@ -28,22 +32,23 @@ class Baseline:
 
 
 def all_baselines(problem: Problem) -> dict[str, Baseline]:
-    """Name -> baseline, for every one there is."""
+    """Name -> baseline, for those that every plan is compared with."""
     return dict(each_baseline(problem))
 
 
 def each_baseline(problem: Problem) -> Iterator[tuple[str, Baseline]]:
-    """(name, baseline) as they are found; `pipeedge`, whose dynamic program takes longest, late."""
-    rules: dict[str, Callable[[Problem], Iterable[Assignment]]] = {
-        "uniform": uniform,
-        "memory_proportional": memory_proportional,
-        "single_device": single_device,
-        "adabits": adabits,
-        "pipeedge": pipeedge,
-    }
-    for name, rule in rules.items():
-        yield name, _best(problem, rule)
-    yield "offload_estimate", offload_estimate(problem)
+    """(name, baseline) as they are found, the slow `pipeedge` late; without `llmpq_heuristic`, the slowest."""
+    for name in BASELINES:
+        yield name, find_baseline(problem, name)
+
+
+def find_baseline(problem: Problem, name: str) -> Baseline:
+    """`UserError`: there is none of that name."""
+    if name in ESTIMATES:
+        return flexgen(problem, ESTIMATES[name])
+    if name not in RULES:
+        raise UserError(f"planner.baseline is {name!r}, but must be null or one of {', '.join((*RULES, *ESTIMATES))}.")
+    return _best(problem, RULES[name])
 
 
 def _best(problem: Problem, rule: Callable[[Problem], Iterable[Assignment]]) -> Baseline:
@@ -86,27 +91,19 @@ def _cut(
 
 def uniform(problem: Problem) -> list[Assignment]:
     """Equal layers on all devices, one bit width: the highest that fits."""
-    count = len(problem.devices)
-    sizes = [problem.layers // count + (d < problem.layers % count) for d in range(count)]
+    sizes = _equal_sizes(problem)
     return _with_most_bits(problem, lambda bits, *pair: _cut(problem, sizes, bits, *pair))
 
 
-def _proportional_sizes(problem: Problem) -> list[int]:
-    """Layers in proportion to memory, largest remainders first."""
-    memory = np.array([device.memory_bytes for device in problem.devices], dtype=float)
-    share = problem.layers * memory / memory.sum() if memory.sum() > 0 else np.zeros(len(memory))
-    sizes = np.floor(share).astype(int)
-    for d in np.argsort(sizes - share, kind="stable")[: problem.layers - int(sizes.sum())]:
-        sizes[d] += 1
-    return sizes.tolist()
+def _equal_sizes(problem: Problem) -> list[int]:
+    count = len(problem.devices)
+    return [problem.layers // count + (d < problem.layers % count) for d in range(count)]
 
 
 def memory_proportional(problem: Problem) -> list[Assignment]:
     """Layers in proportion to memory, one bit width: the highest that fits."""
-    sizes = _proportional_sizes(problem)
-    if sum(sizes) != problem.layers:
-        return []
-    return _with_most_bits(problem, lambda bits, *pair: _cut(problem, sizes, bits, *pair))
+    sizes = split_by_memory(problem)
+    return _with_most_bits(problem, lambda bits, *pair: _cut(problem, sizes, bits, *pair)) if sizes else []
 
 
 def single_device(problem: Problem) -> Iterable[Assignment]:
@@ -118,133 +115,43 @@ def single_device(problem: Problem) -> Iterable[Assignment]:
                 yield Assignment((stage,), *pair)
 
 
-def adabits(problem: Problem) -> Iterable[Assignment]:
-    """Quality alone: on the memory-proportional split, the bit widths of least quality loss that fit, by exchange."""
-    sizes = _proportional_sizes(problem)
-    if sum(sizes) != problem.layers:
-        return
-    edges = np.concatenate([[0], np.cumsum(sizes)])
-    for pair in pairs(problem):
-        arrays = pair_arrays(problem, *pair)
-        stages = []
-        for d, device in enumerate(problem.devices):
-            first, last = int(edges[d]), int(edges[d + 1])
-            if first == last:
-                continue
-            room = arrays.capacity[d] - (arrays.embed_bytes if first == 0 else 0.0)
-            room -= charge_head(arrays, first == 0, last == problem.layers)
-            bits = _best_quality(
-                arrays.layer_bytes[first:last], arrays.sensitivity[first:last], arrays.available[d], room
-            )
-            if bits is None:
-                break
-            stages.append(StageAssignment(device.name, first, last, tuple(problem.bits[b] for b in bits)))
-        else:
-            yield Assignment(tuple(stages), *pair)
+def flexgen(problem: Problem, bits: int) -> Baseline:
+    """FlexGen-style, an ESTIMATE: equal layers on all devices, weights that do not fit stream from the host's memory.
 
-
-def _best_quality(
-    layer_bytes: np.ndarray, sensitivity: np.ndarray, usable: np.ndarray, room: float
-) -> list[int] | None:
-    """From the smallest bit widths, always the exchange that saves most loss a byte."""
-    if not usable.any():
-        return None
-    rows = np.arange(len(layer_bytes))
-    sizes = np.where(usable, layer_bytes, np.inf)
-    widths = sizes.argmin(axis=1)
-    room -= sizes[rows, widths].sum()
-    if room < 0:
-        return None
-    while True:
-        more = sizes - sizes[rows, widths][:, None]
-        saved = sensitivity[rows, widths][:, None] - sensitivity
-        worth = np.where((more <= room) & (saved > 0), saved / np.maximum(more, 1e-9), 0.0)
-        i, b = np.unravel_index(int(np.argmax(worth)), worth.shape)
-        if worth[i, b] <= 0:
-            return widths.tolist()
-        room -= more[i, b]
-        widths[i] = b
-
-
-def pipeedge(problem: Problem) -> Iterable[Assignment]:
-    """One bit width, the highest that fits, and the cut, subset and order of least slowest stage: a dynamic program.
-
-    A stage's time is prefill plus all decode steps of one micro-batch; links are not part of the choice.
+    They are read once a pass for all micro-batches, at an assumed rate and perfectly overlapped with compute; the KV
+    cache stays on the device. The engine does not offload, so there is no plan to run.
     """
-    for bits in sorted(problem.bits, reverse=True):
-        found = [a for a in (_min_max(problem, bits, *pair) for pair in pairs(problem)) if a is not None]
-        if found:
-            yield from found
-            return
+    if bits not in problem.bits:
+        return Baseline(f"none: {bits} bits are not among the choices")
+    found = [_estimate(problem, bits, pair) for pair in pairs(problem)]
+    best = min((entry for entry in found if entry), key=lambda entry: entry.latency_seconds, default=None)
+    return Baseline(best or "infeasible: a device cannot hold its cache and workspace, or has no times at that width")
 
 
-def _min_max(problem: Problem, bits: int, prefill_micro_batch: int, decode_micro_batch: int) -> Assignment | None:
-    """Bisection on the slowest stage; a threshold is met if the devices cover all layers within it."""
-    column = problem.bits.index(bits)
-    arrays = pair_arrays(problem, prefill_micro_batch, decode_micro_batch)
-    steps = arrays.generated_tokens - 1
-    # Widths beside the one asked for are removed; a stage may take as long as the threshold says.
-    per_layer = _passes(arrays.prefill[:, column], arrays.decode[:, column], steps)
-    ends = (_passes(*arrays.embed, steps), _passes(*arrays.head, steps))
-    usable = np.isfinite(per_layer)
-    if not usable.any():
-        return None
-
-    cover = path_finder(problem, arrays, column, per_layer, ends)
-    low = 0.0
-    high = float(problem.layers * per_layer[usable].max() + sum(part[np.isfinite(part)].sum() for part in ends))
-    if cover(high) is None:
-        return None
-    for _ in range(24):
-        middle = (low + high) / 2
-        low, high = (low, middle) if cover(middle) is not None else (middle, high)
-    stages = tuple(
-        StageAssignment(problem.devices[d].name, first, last, (bits,) * (last - first))
-        for d, first, last in cover(high)
-    )
-    return Assignment(stages, prefill_micro_batch, decode_micro_batch)
+def _estimate(problem: Problem, bits: int, pair: tuple[int, int]) -> PredictedTotals | None:
+    cut = _cut(problem, _equal_sizes(problem), bits, *pair)
+    seen = evaluate(problem, cut)
+    m_p, m_d = rounds(problem, *pair)
+    prefill, decode = [], []
+    for j, stage in enumerate(cut.stages):
+        memory = seen.stage_memory_bytes[j]
+        room = next(d.memory_bytes for d in problem.devices if d.name == stage.device)
+        room -= sum(held for part, held in memory.items() if part != "weights")
+        streamed = max(0.0, memory["weights"] - room) / OFFLOAD_BYTES_PER_SECOND
+        if room < 0:
+            return None
+        prefill.append(max(seen.stage_prefill_seconds[j], streamed / m_p))
+        decode.append(max(seen.stage_decode_seconds[j], streamed / m_d))
+    slow = replace(seen, stage_prefill_seconds=tuple(prefill), stage_decode_seconds=tuple(decode))
+    timed = with_totals(problem, cut, slow).summary()
+    return timed if math.isfinite(timed.latency_seconds) else None
 
 
-def _passes(prefill: np.ndarray, decode: np.ndarray, steps: int) -> np.ndarray:
-    """One prefill and `steps` decode passes; infinite where either is not available."""
-    available = np.isfinite(prefill) & np.isfinite(decode)
-    return np.where(available, prefill + steps * np.where(available, decode, 0.0), np.inf)
-
-
-def offload_estimate(problem: Problem) -> Baseline:
-    """FlexGen-style, an ESTIMATE: one device, the whole batch layer by layer, what does not fit streams from the host.
-
-    `problem.json` knows no host link, so 12 GB/s is assumed, perfectly overlapped with compute; no plan of this kind
-    can be run by the engine.
-    """
-    best: PredictedTotals | None = None
-    for pair in pairs(problem):
-        arrays = pair_arrays(problem, *pair)
-        for d in range(len(problem.devices)):
-            for b in np.flatnonzero(arrays.available[d]):
-                predicted = _offload(arrays, d, int(b), problem.workload.sequences)
-                if predicted and (best is None or predicted.latency_seconds < best.latency_seconds):
-                    best = predicted
-    return Baseline(best or "infeasible: no device can hold its own workspace with embedding and head")
-
-
-def _offload(arrays: PairArrays, d: int, b: int, sequences: int) -> PredictedTotals | None:
-    room = arrays.capacity[d] - arrays.embed_bytes - charge_head(arrays, first=True, last=True)
-    if room < 0 or not np.isfinite(arrays.embed[:, d] + arrays.head[:, d]).all():
-        return None
-    total = float(arrays.layer_bytes[:, b].sum())
-    streamed = max(0.0, total - room) / OFFLOAD_BYTES_PER_SECOND
-    ends = arrays.embed[:, d] + arrays.head[:, d]
-    layers = len(arrays.layer_bytes)
-    prefill = max(arrays.prefill_rounds * (layers * arrays.prefill[d, b] + ends[0]), streamed)
-    decode = (arrays.generated_tokens - 1) * max(
-        arrays.decode_rounds * (layers * arrays.decode[d, b] + ends[1]), streamed
-    )
-    latency = float(prefill + decode)
-    return PredictedTotals(
-        latency_seconds=latency,
-        prefill_seconds=float(prefill),
-        decode_seconds=float(decode),
-        throughput_tokens_per_second=sequences * arrays.generated_tokens / latency if latency else math.inf,
-        quality_loss=float(arrays.sensitivity[:, b].sum()),
-    )
+RULES: dict[str, Callable[[Problem], Iterable[Assignment]]] = {
+    "uniform": uniform,
+    "memory_proportional": memory_proportional,
+    "single_device": single_device,
+    "adabits": adabits,
+    "pipeedge": pipeedge,
+    "llmpq_heuristic": llmpq_heuristic,
+}

@@ -37,6 +37,9 @@ class PlannerConfig:
     time_limit_seconds: float = 30.0
     gap: float = 0.01
     seed: int = 0
+    # another method's plan instead, to run and compare: uniform | pipeedge | adabits | llmpq_heuristic |
+    # memory_proportional | single_device; flexgen, flexgen_int8 are estimates without a plan
+    baseline: str | None = None
     device_order: str = "free"  # free | fixed
     # decisions made already, for the solver to respect: order [device, ...], layers {device: [first, last)},
     # bits {layer: width}, micro_batch {phase: size}

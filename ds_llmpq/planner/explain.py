@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from ds_llmpq.plan import Assignment, Plan, Stage
+from ds_llmpq.plan import ESTIMATES, Assignment, Plan, Stage
 from ds_llmpq.planner.arrays import PairArrays, pair_arrays
 from ds_llmpq.planner.objective import Prediction, evaluate, objective_value, stage_memory
 from ds_llmpq.planner.problem import Problem
@@ -192,7 +192,7 @@ def _against_baselines(problem: Problem, plan: Plan) -> list[str]:
     real = {
         name: entry
         for name, entry in plan.baselines.items()
-        if not isinstance(entry, str) and name != "offload_estimate" and entry.latency_seconds > 0
+        if not isinstance(entry, str) and name not in ESTIMATES and entry.latency_seconds > 0
     }
     if not real or plan.predicted.latency_seconds <= 0:
         return []

@@ -37,25 +37,26 @@ def furthest_layer(problem: Problem, prefill_micro_batch: int, decode_micro_batc
     """
     arrays = pair_arrays(problem, prefill_micro_batch, decode_micro_batch)
     least = np.where(arrays.available[:, None, :], arrays.layer_bytes[None], np.inf).min(axis=2)  # [D, L]
-    reaches = _compute_by_kind(problem, lambda d: _reach(arrays, d, least[d]))
-    if problem.device_order == "free" and _states(_kinds(reaches).values()) > STATE_LIMIT:
+    reaches = list_reaches(problem, arrays, least)
+    if problem.device_order == "free" and count_states(map(len, _kinds(reaches).values())) > STATE_LIMIT:
         longest = sum(int((reach - np.arange(len(reach))).max()) for reach in reaches)
         if longest >= problem.layers:
             return problem.layers
-    return max((last for _, _, last in _cover(problem, reaches)), default=0)
+    return _furthest(problem, reaches)
 
 
-def _compute_by_kind(problem: Problem, compute_reach: Callable[[int], np.ndarray]) -> list[np.ndarray]:
-    """One reach per device, computed once for devices of equal type and memory."""
+def list_reaches(problem: Problem, arrays: PairArrays, least: np.ndarray) -> list[np.ndarray]:
+    """One reach per device for layers of `least[D, L]` bytes; devices of equal type and memory share an array."""
     known: dict[tuple, np.ndarray] = {}
-    for d, device in enumerate(problem.devices):
-        if (device.type, device.memory_bytes) not in known:
-            known[device.type, device.memory_bytes] = compute_reach(d)
-    return [known[device.type, device.memory_bytes] for device in problem.devices]
+    kinds = [(device.type, device.memory_bytes) for device in problem.devices]
+    for d, kind in enumerate(kinds):
+        if kind not in known:
+            known[kind] = _reach(arrays, d, least[d])
+    return [known[kind] for kind in kinds]
 
 
 def _kinds(reaches: list[np.ndarray]) -> dict[bytes, list[int]]:
-    """Devices by reach; `_compute_by_kind` lets equal ones share an array, so that few have to be compared."""
+    """Devices by reach; equal ones mostly share an array, so that few have to be compared."""
     known: dict[int, bytes] = {}
     members: dict[bytes, list[int]] = {}
     for d, reach in enumerate(reaches):
@@ -64,29 +65,9 @@ def _kinds(reaches: list[np.ndarray]) -> dict[bytes, list[int]]:
     return members
 
 
-def _states(groups: Iterable[list[int]]) -> float:
+def count_states(counts: Iterable[int]) -> float:
     """How many combinations of numbers of used devices of each kind there are."""
-    return math.prod(len(group) + 1.0 for group in groups)
-
-
-def path_finder(
-    problem: Problem, arrays: PairArrays, width: int, per_layer: np.ndarray, ends: tuple
-) -> Callable[[float], list[tuple[int, int, int]] | None]:
-    """A function of a threshold in seconds: stages (device, first, last) that hold all layers at one width, none taking
-    longer than the threshold; or None. `per_layer[D]` and `ends` (embedding [D], head [D]) are seconds.
-    """
-
-    def compute_reach(d: int) -> np.ndarray:
-        return _reach(arrays, d, np.where(arrays.available[d, width], arrays.layer_bytes[:, width], np.inf))
-
-    held = _compute_by_kind(problem, compute_reach)
-
-    def find(threshold: float) -> list[tuple[int, int, int]] | None:
-        reaches = _compute_by_kind(problem, lambda d: _within(held[d], per_layer[d], ends[0][d], ends[1][d], threshold))
-        path = _cover(problem, reaches)
-        return path if path and path[-1][2] == problem.layers else None
-
-    return find
+    return math.prod(count + 1.0 for count in counts)
 
 
 def _reach(arrays: PairArrays, d: int, least: np.ndarray) -> np.ndarray:
@@ -110,62 +91,32 @@ def _reach(arrays: PairArrays, d: int, least: np.ndarray) -> np.ndarray:
     return reach
 
 
-def _within(reach: np.ndarray, per_layer: float, embed: float, head: float, threshold: float) -> np.ndarray:
-    """The reach cut to what the time threshold allows."""
-    layers = len(reach) - 1
-    first = np.arange(layers + 1)
-    if not np.isfinite(per_layer):
-        return first
-    room = threshold - np.where(first == 0, embed, 0.0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        counts = np.where(room >= 0, np.floor(np.nan_to_num(room / per_layer, nan=layers, posinf=layers)), 0)
-    cut = np.minimum(reach, first + np.minimum(counts, layers).astype(int))
-    too_long = (cut == layers) & (room < (layers - first) * per_layer + head)
-    return np.maximum(np.where(too_long, np.minimum(cut, layers - 1), cut), first)
-
-
-def _cover(problem: Problem, reaches: list[np.ndarray]) -> list[tuple[int, int, int]]:
-    """Stages (device, first, last) that cover the most layers, over all subsets and orders the problem permits."""
+def _furthest(problem: Problem, reaches: list[np.ndarray]) -> int:
+    """The most layers that stages cover, over all subsets and orders the problem permits."""
     if problem.device_order == "fixed":
         return _in_order(reaches, range(len(reaches)))
     devices = list(_kinds(reaches).values())
-    if _states(devices) > STATE_LIMIT:
-        return _some_orders(reaches, devices)
-    return _any_order(np.array([reaches[group[0]] for group in devices]), devices)
-
-
-def _in_order(reaches: list[np.ndarray], order: Iterable[int]) -> list[tuple[int, int, int]]:
-    layer, path = 0, []
-    for d in order:
-        if reaches[d][layer] > layer:
-            path.append((d, layer, int(reaches[d][layer])))
-            layer = path[-1][2]
-    return path
-
-
-def _any_order(reach: np.ndarray, devices: list[list[int]]) -> list[tuple[int, int, int]]:
-    """Exact: the furthest layer per number of devices used of each kind, then the way back."""
+    if count_states(map(len, devices)) > STATE_LIMIT:  # the kinds one after the other, beginning with each of them
+        turns = range(len(devices))
+        return max(_in_order(reaches, [d for group in devices[t:] + devices[:t] for d in group]) for t in turns)
+    reach = np.array([reaches[group[0]] for group in devices])
     columns = np.arange(len(reach))
-    before, levels = _states_by_total(tuple(len(group) for group in devices))
+    before, levels = states_by_total(tuple(len(group) for group in devices))
     furthest = np.zeros(len(before), dtype=np.int64)
-    last_kind = np.zeros(len(before), dtype=np.int64)
     for states in levels:
-        reached = np.where(before[states] >= 0, reach[columns, furthest[before[states]]], -1)
-        last_kind[states] = reached.argmax(axis=1)
-        furthest[states] = reached.max(axis=1)
-    state, path = int(furthest.argmax()), []
-    used = np.array(np.unravel_index(state, [len(group) + 1 for group in devices]))
-    while used.any():
-        k, last = int(last_kind[state]), int(furthest[state])
-        state = int(before[state, k])
-        used[k] -= 1
-        if last > furthest[state]:
-            path.append((devices[k][used[k]], int(furthest[state]), last))
-    return path[::-1]
+        furthest[states] = np.where(before[states] >= 0, reach[columns, furthest[before[states]]], -1).max(axis=1)
+    return int(furthest.max())
+
+
+def _in_order(reaches: list[np.ndarray], order: Iterable[int]) -> int:
+    layer = 0
+    for d in order:
+        layer = int(reaches[d][layer])
+    return layer
 
 
 @lru_cache(maxsize=64)
-def _states_by_total(counts: tuple[int, ...]) -> tuple[np.ndarray, list[np.ndarray]]:
+def states_by_total(counts: tuple[int, ...]) -> tuple[np.ndarray, list[np.ndarray]]:
     """For numbers of used devices of each kind as flat states: [S, K] the state with one device of the kind less (-1
     where there is none), and the states by how many devices they use, from one on."""
     sizes = [count + 1 for count in counts]
@@ -175,16 +126,6 @@ def _states_by_total(counts: tuple[int, ...]) -> tuple[np.ndarray, list[np.ndarr
     total = used.sum(axis=1)
     order = np.argsort(total, kind="stable")
     return before, np.split(order, np.flatnonzero(np.diff(total[order])) + 1)[1:]
-
-
-def _some_orders(reaches: list[np.ndarray], devices: list[list[int]]) -> list[tuple[int, int, int]]:
-    """Beyond the state limit: the kinds one after the other, beginning with each of them."""
-    best: list[tuple[int, int, int]] = []
-    for turn in range(len(devices)):
-        path = _in_order(reaches, [d for group in devices[turn:] + devices[:turn] for d in group])
-        if path and (not best or path[-1][2] > best[-1][2]):
-            best = path
-    return best
 
 
 def explain_memory(problem: Problem) -> InfeasibleError:

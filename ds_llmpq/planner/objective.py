@@ -9,7 +9,7 @@ Everything here is plain Python over the `Problem`: it shares no code with the s
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from ds_llmpq.plan import Assignment, PredictedTotals, StageAssignment
@@ -128,32 +128,37 @@ def charge_head(held: HeadBytes, first: bool, last: bool) -> float:
 
 def evaluate(problem: Problem, assignment: Assignment) -> Prediction:
     """Predicted times, throughput and quality loss of a structurally valid assignment (see `violations`)."""
-    stages = assignment.stages
+    stages, eta, xi = assignment.stages, assignment.prefill_micro_batch, assignment.decode_micro_batch
+    blank = Prediction(
+        *(0.0,) * 4,
+        quality_loss=quality_loss(problem, assignment),
+        stage_prefill_seconds=tuple(stage_seconds(problem, stage, "prefill", eta) for stage in stages),
+        stage_decode_seconds=tuple(stage_seconds(problem, stage, "decode", xi) for stage in stages),
+        link_prefill_seconds=link_seconds(problem, stages, "prefill", eta),
+        link_decode_seconds=link_seconds(problem, stages, "decode", xi),
+        stage_memory_bytes=tuple(stage_memory(problem, assignment, stage) for stage in stages),
+    )
+    return with_totals(problem, assignment, blank)
+
+
+def with_totals(problem: Problem, assignment: Assignment, seen: Prediction) -> Prediction:
+    """With the totals that follow from the times of its stages and links: the formula."""
     m_p, m_d = rounds(problem, assignment.prefill_micro_batch, assignment.decode_micro_batch)
     tokens = problem.workload.generated_tokens
-    prefill_stages = tuple(stage_seconds(problem, stage, "prefill", assignment.prefill_micro_batch) for stage in stages)
-    decode_stages = tuple(stage_seconds(problem, stage, "decode", assignment.decode_micro_batch) for stage in stages)
-    prefill_links = link_seconds(problem, stages, "prefill", assignment.prefill_micro_batch)
-    decode_links = link_seconds(problem, stages, "decode", assignment.decode_micro_batch)
-    prefill = sum(prefill_stages) + sum(prefill_links) + (m_p - 1) * max(*prefill_stages, *prefill_links)
+    prefill = sum(seen.stage_prefill_seconds) + sum(seen.link_prefill_seconds)
+    prefill += (m_p - 1) * seen.slowest_prefill_seconds
     # each decode round is bound by the slowest resource or by one micro-batch's trip around the ring
-    ring = sum(decode_stages) + sum(decode_links)
-    decode = (tokens - 1) * max(m_d * max(*decode_stages, *decode_links), ring) if tokens > 1 else 0.0
-    if not all(map(math.isfinite, (*prefill_stages, *decode_stages))):
+    decode = (tokens - 1) * max(m_d * seen.slowest_decode_seconds, seen.ring_seconds) if tokens > 1 else 0.0
+    if not all(map(math.isfinite, (*seen.stage_prefill_seconds, *seen.stage_decode_seconds))):
         prefill = decode = math.inf
     latency = prefill + decode
-    produced = problem.workload.sequences * tokens
-    return Prediction(
+    speed = problem.workload.sequences * tokens / latency if latency > 0 else math.inf
+    return replace(
+        seen,
         latency_seconds=latency,
         prefill_seconds=prefill,
         decode_seconds=decode,
-        throughput_tokens_per_second=produced / latency if latency > 0 else math.inf,
-        quality_loss=quality_loss(problem, assignment),
-        stage_prefill_seconds=prefill_stages,
-        stage_decode_seconds=decode_stages,
-        link_prefill_seconds=prefill_links,
-        link_decode_seconds=decode_links,
-        stage_memory_bytes=tuple(stage_memory(problem, assignment, stage) for stage in stages),
+        throughput_tokens_per_second=speed,
     )
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ds_llmpq.errors import InfeasibleError, UserError
-from ds_llmpq.plan import Assignment, Plan, SolverReport, Stage
-from ds_llmpq.planner.baselines import Baseline, all_baselines, each_baseline
+from ds_llmpq.plan import ESTIMATES, Assignment, Plan, SolverReport, Stage
+from ds_llmpq.planner.baselines import Baseline, all_baselines, each_baseline, find_baseline
 from ds_llmpq.planner.deploy import compose_plan
 from ds_llmpq.planner.explain import explain_plan
 from ds_llmpq.planner.feasibility import explain_memory, memory_feasible, pairs
@@ -22,6 +22,7 @@ from ds_llmpq.planner.search.branch_and_bound import Search, is_small
 from ds_llmpq.planner.search.constrained import find_price_of_limit
 from ds_llmpq.planner.search.first_plans import PAIRS, offer_first_plans
 from ds_llmpq.planner.search.fractional import Fractionals, first_bounds, simple_bound
+from ds_llmpq.wording import format_number
 
 SOLVERS = ("auto", "gurobi", "highs", "search")
 EXACT_COLUMNS = 1200  # layers x devices x widths up to which the whole-problem model is tried when the search stalls
@@ -61,17 +62,21 @@ def solve(
     progress: Callable[[ProgressEvent], None] | None = None,
     pins: Pins | Mapping[str, Any] | None = None,
     baselines: bool = True,
+    baseline: str | None = None,
 ) -> Plan:
     """The best plan found, with a proven bound on how far from the optimum it can be.
 
     `problem` is a `Problem` or the parsed `problem.json`. The search stops at relative gap `gap`, at the time limit, or
     at Ctrl-C; the last two keep the incumbent and its bound. `solver`: "auto" (search, then polish by a mixed-integer
     solver), "search" alone, or "gurobi" / "highs" (the whole-problem models alone: small problems).
+    `baseline`: that method's plan instead (`planner.baselines`), with no bound; limits of loss and latency are not its.
     Raises `UserError` for a malformed problem and `InfeasibleError` with an explanation when no plan exists.
     """
     started = time.monotonic()
     _check_options(time_limit_seconds, gap, solver)
     problem = problem if isinstance(problem, Problem) else Problem.from_json(problem)
+    if baseline is not None:
+        return _plan_baseline(problem, baseline, pins)
     pins = Pins.from_json(pins, problem)
     problem = pins.apply(problem)
     if not memory_feasible(problem):
@@ -97,6 +102,26 @@ def solve(
     plan = compose_plan(problem, best.assignment, best.prediction, report)
     reported = {name: b.outcome for name, b in found.items()} if baselines else {}
     plan = replace(plan, baselines=reported, provenance=PROVENANCE)
+    return replace(plan, explanation=tuple(explain_plan(problem, plan)))
+
+
+def _plan_baseline(problem: Problem, name: str, pins: Any) -> Plan:
+    started = time.monotonic()
+    if pins:
+        raise UserError(f"planner.baseline={name} knows no pins; leave planner.pins out.")
+    found = find_baseline(problem, name)
+    if isinstance(found.outcome, str):
+        raise InfeasibleError(f"planner.baseline={name} has no plan ({found.outcome}).")
+    if found.assignment is None:
+        speed = format_number(found.outcome.throughput_tokens_per_second, 4)
+        raise UserError(
+            f"planner.baseline={name} is an estimate of weight offloading ({speed} tokens/s at {ESTIMATES[name]} "
+            "bits), which this engine cannot run; take another baseline."
+        )
+    prediction = evaluate(problem, found.assignment)
+    value = objective_value(problem, prediction)
+    report = SolverReport(name, value, None, None, time.monotonic() - started, "baseline")
+    plan = replace(compose_plan(problem, found.assignment, prediction, report), provenance=PROVENANCE)
     return replace(plan, explanation=tuple(explain_plan(problem, plan)))
 
 

@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 
 from ds_llmpq.errors import RunFailed, UserError
 from ds_llmpq.files import csv_cell, read_yaml, write_json
-from ds_llmpq.plan import PredictedTotals, read_plan
+from ds_llmpq.plan import BASELINES, ESTIMATES, PredictedTotals, read_plan
 from ds_llmpq.report import figures
 from ds_llmpq.report.metrics_file import REMEDY, read_metrics
 from ds_llmpq.report.plan_table import format_table
@@ -29,7 +29,7 @@ _FAILURE = "failure.json"
 _WIDEST_CELL = 90  # characters; summary.csv has all of a long sentence
 _SHOWN = ("throughput_tokens_per_second", "latency_seconds", "quality_loss", "stages", "widths", "gap", "failure")
 _MEASURED = ("measured_throughput_tokens_per_second", "measured_quality_loss")
-BASELINES = ("uniform", "pipeedge", "adabits", "memory_proportional", "single_device", "offload_estimate")
+_BASELINE_KEY = "planner.baseline"  # swept: each baseline is a point of its own, and ours is null
 
 _exit_codes: ContextVar[list[int]] = ContextVar("exit codes of the points of a sweep that failed")
 
@@ -142,8 +142,10 @@ def build_table(points: list[dict[str, Any]]) -> tuple[list[str], list[list[str]
     columns = [name for name in columns if name in ("point", *_SHOWN) or any(point[name] for point in points)]
     names = {"throughput_tokens_per_second": "tokens/s", "measured_throughput_tokens_per_second": "measured"}
     names |= {"latency_seconds": "latency s", "quality_loss": "loss", "measured_quality_loss": "measured loss"}
-    names |= {"memory_proportional": "by memory", "single_device": "one device", "offload_estimate": "offload"}
+    names |= {"memory_proportional": "by memory", "single_device": "one device"}
     keys = find_varied(points)
+    if _BASELINE_KEY in keys:
+        columns = [name for name in columns if name not in BASELINES]
     names["point"] = f"point ({', '.join(keys)})" if keys else "point"
     rows = [
         [label_point(point, keys), *(_baseline(point, n) if n in BASELINES else _cell(point[n]) for n in columns[1:])]
@@ -153,17 +155,39 @@ def build_table(points: list[dict[str, Any]]) -> tuple[list[str], list[list[str]
 
 
 def describe_speedups(points: list[dict[str, Any]]) -> list[str]:
-    """One line a baseline: mean speed-up over the points where it has a plan."""
+    """One line a baseline: mean speed-up over the points where it has a plan; measured where the baselines ran."""
+    if _BASELINE_KEY in find_varied(points):
+        return _compare_points(points)
     lines = []
     for name in BASELINES:
         ratios = [p["throughput_tokens_per_second"] / p[name] for p in points if not p["failure"] and p[name]]
         if ratios:
             geometric = math.exp(sum(map(math.log, ratios)) / len(ratios))
-            kind = " (an estimate, no plan)" if name == "offload_estimate" else ""
+            kind = " (an estimate, no plan)" if name in ESTIMATES else ""
             lines.append(
                 f"predicted speed-up over {name}{kind}: mean {sum(ratios) / len(ratios):.2f}x, geometric mean "
                 f"{geometric:.2f}x, {min(ratios):.2f}x to {max(ratios):.2f}x on {len(ratios)} of {len(points)} points"
             )
+    return lines
+
+
+def _compare_points(points: list[dict[str, Any]]) -> list[str]:
+    """One line a swept baseline: how much faster the points without one are that are like it otherwise."""
+    by_rest: dict[str, dict[str, dict[str, Any]]] = {}
+    for point in points:
+        rest = {key: value for key, value in point["overrides"].items() if key != _BASELINE_KEY}
+        name = point["overrides"].get(_BASELINE_KEY, "null")
+        by_rest.setdefault(json.dumps(rest, sort_keys=True), {})[name] = point
+    lines = []
+    for name in dict.fromkeys(name for group in by_rest.values() for name in group if name != "null"):
+        pairs = [(group["null"], group[name]) for group in by_rest.values() if {"null", name} <= group.keys()]
+        found = []
+        for kind, key in (("measured", _MEASURED[0]), ("predicted", _SHOWN[0])):
+            ratios = [ours[key] / theirs[key] for ours, theirs in pairs if ours[key] and theirs[key]]
+            if ratios:
+                mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+                found.append(f"{kind} {mean:.2f}x" + (f" on {len(ratios)} points" if len(ratios) > 1 else ""))
+        lines.append(f"speed-up over {name}: {', '.join(found) or 'it has no plan'}")
     return lines
 
 
@@ -226,7 +250,10 @@ def find_varied(points: list[dict[str, Any]]) -> list[str]:
 
 def label_point(point: dict[str, Any], keys: list[str]) -> str:
     """A point by its values of the varied keys."""
-    return ", ".join(point["overrides"][key] for key in keys if key in point["overrides"]) or point["point"]
+    values = {key: point["overrides"][key] for key in keys if key in point["overrides"]}
+    if values.get(_BASELINE_KEY) == "null":
+        values[_BASELINE_KEY] = "ours"
+    return ", ".join(values.values()) or point["point"]
 
 
 def plot(path: Path, points: list[dict[str, Any]]) -> None:

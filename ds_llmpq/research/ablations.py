@@ -2,7 +2,7 @@
 
 `phase_blind` plans for prefill alone, and only then chooses the best decode micro-batch.
 `equal_micro_batches` plans for both phases but uses one size for both. `grouped` decides for groups of layers.
-`heuristic` starts from adabits and changes bit widths and stage boundaries while that helps. None has a bound.
+None has a bound.
 
 `objective=reference` minimizes the latency formula that LLM-PQ published, by the same changes to the best plan.
 """
@@ -17,14 +17,13 @@ from typing import Any
 
 from ds_llmpq.errors import InfeasibleError, UserError
 from ds_llmpq.plan import Assignment, Plan, StageAssignment
-from ds_llmpq.planner.baselines import adabits, memory_proportional, pipeedge, uniform
 from ds_llmpq.planner.feasibility import pairs
 from ds_llmpq.planner.objective import evaluate, objective_value, rounds, violations
 from ds_llmpq.planner.problem import Problem
 from ds_llmpq.planner.solve import check_plan, solve
 
 OBJECTIVES = ("pipeline", "reference")
-VARIANTS = ("full", "phase_blind", "equal_micro_batches", "grouped", "heuristic")
+VARIANTS = ("full", "phase_blind", "equal_micro_batches", "grouped")
 
 
 def solve_ablation(
@@ -44,8 +43,9 @@ def solve_ablation(
         raise UserError(f"ablation.variant={variant!r}; use one of {', '.join(VARIANTS)}")
     if variant == "full":
         return solve(problem, **options)
-    if options.get("pins"):
-        raise UserError(f"ablation.variant={variant} knows no pins; leave them out")
+    for name in ("pins", "baseline"):
+        if options.pop(name, None):
+            raise UserError(f"ablation.variant={variant} knows no planner.{name}; leave it out")
     started = time.monotonic()
     if variant == "phase_blind":
         assignment = _phase_blind(problem, options)
@@ -53,8 +53,6 @@ def solve_ablation(
         assignment = _equal_micro_batches(problem, options)
     elif variant == "grouped":
         assignment = _grouped(problem, group_layers, options)
-    elif variant == "heuristic":
-        assignment = _heuristic(problem, started + options.get("time_limit_seconds", 60.0))
     else:
         assignment = _reference(problem, started + options.get("time_limit_seconds", 60.0), options)
     plan = check_plan(problem, assignment)
@@ -126,16 +124,6 @@ def grouped_problem(problem: Problem, group: int) -> Problem:
     )
     sensitivity = tuple(tuple(map(sum, zip(*problem.sensitivity[i : i + group], strict=True))) for i in starts)
     return replace(problem, layers=problem.layers // group, device_types=types, memory=memory, sensitivity=sensitivity)
-
-
-def _heuristic(problem: Problem, deadline: float) -> Assignment:
-    """Hill climbing from the best plan of the baselines, adabits first."""
-    rules: tuple[Callable, ...] = (adabits, memory_proportional, uniform, pipeedge)
-    starts = [a for rule in rules for a in rule(problem) if not violations(problem, a)]
-    if not starts:
-        raise InfeasibleError("The heuristic finds no plan to start from; use ablation.variant=full.")
-    best = min(starts[: len(problem.micro_batches.prefill) * len(problem.micro_batches.decode)], key=_value(problem))
-    return _improve(problem, best, _value(problem), deadline)
 
 
 def _reference(problem: Problem, deadline: float, options: Mapping[str, Any]) -> Assignment:

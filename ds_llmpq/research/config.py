@@ -23,7 +23,7 @@ def find_published_model(cluster: str) -> str:
 class AblationConfig:
     """Simplified planners to compare with."""
 
-    variant: str = "full"  # full | phase_blind | equal_micro_batches | grouped | heuristic
+    variant: str = "full"  # full | phase_blind | equal_micro_batches | grouped
     group_layers: int = 1  # variant=grouped: layers that are decided together
     objective: str = "pipeline"  # pipeline | reference (LLM-PQ's published latency, without a bound)
 

@@ -159,6 +159,7 @@ def build_solver_options(planner: PlannerConfig) -> dict[str, Any]:
         "solver": planner.solver,
         "seed": planner.seed,
         "pins": planner.pins or None,
+        "baseline": planner.baseline,
     }
 
 

@@ -4,7 +4,8 @@ import csv
 
 import pytest
 
-from ds_llmpq.report.sweep import write_summary
+from ds_llmpq.plan import BASELINES
+from ds_llmpq.report.sweep import build_table, summary_text, write_summary
 
 POINT = {"throughput_tokens_per_second": -1.5, "quality_loss": 1e-9, "exit_code": 2}
 
@@ -27,3 +28,23 @@ def test_numbers_stay_numbers(tmp_path, number):
     assert found["planner.theta"] == number
     assert float(found["throughput_tokens_per_second"]) == -1.5
     assert float(found["quality_loss"]) == 1e-9
+
+
+def point(name, speed, measured):
+    empty = dict.fromkeys((*BASELINES, "latency_seconds", "quality_loss", "measured_quality_loss", "stages", "widths"))
+    speeds = {"throughput_tokens_per_second": speed, "measured_throughput_tokens_per_second": measured}
+    return empty | speeds | {"point": name, "overrides": {"planner.baseline": name}, "gap": None, "failure": None}
+
+
+def test_swept_baselines_are_compared_as_they_were_measured():
+    points = [point("null", 30.0, 24.0), point("uniform", 20.0, 12.0), point("pipeedge", 25.0, None)]
+    points.append(point("flexgen", None, None) | {"failure": "an estimate"})
+    text = summary_text(points)
+    assert "speed-up over uniform: measured 2.00x, predicted 1.50x" in text
+    assert "speed-up over pipeedge: predicted 1.20x" in text
+    assert "speed-up over flexgen: it has no plan" in text
+    head, rows = build_table(points)
+    assert head[:2] == ["point (planner.baseline)", "tokens/s"]
+    assert not set(BASELINES) & set(head)
+    assert [row[0] for row in rows] == ["ours", "uniform", "pipeedge", "flexgen"]
+    assert rows[0][head.index("measured")] == "24"

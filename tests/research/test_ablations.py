@@ -91,7 +91,7 @@ def test_a_plan_for_the_published_latency_is_better_by_it_than_the_full_one(seed
         ("best", {}, "ablation.variant"),
         ("grouped", {"group_layers": 5}, "must divide"),
         ("grouped", {"group_layers": 0}, "must divide"),
-        ("phase_blind", {"pins": {"micro_batch": {"decode": 2}}}, "no pins"),
+        ("phase_blind", {"pins": {"micro_batch": {"decode": 2}}}, "knows no planner.pins"),
         ("full", {"objective": "mine"}, "ablation.objective"),
         ("grouped", {"objective": "reference"}, "needs ablation.variant=full"),
     ],
