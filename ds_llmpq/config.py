@@ -15,11 +15,11 @@ from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
 from ds_llmpq import overrides
+from ds_llmpq.cluster.cluster_file import describe_devices
 from ds_llmpq.cluster.config import DETECTED, ClusterConfig, DeviceTypeConfig
 from ds_llmpq.cluster.detect import (
     computes_bfloat16,
     count_usable_cores,
-    describe_devices,
     detect,
     processor_name,
     query_gpus,

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ds_llmpq import config
-from ds_llmpq.cluster.detect import count_usable_cores, detect, write_cluster
+from ds_llmpq.cluster.cluster_file import write_cluster
+from ds_llmpq.cluster.detect import count_usable_cores, detect
 from ds_llmpq.cluster.rates import measure_cpu, measure_gpu
 from ds_llmpq.cluster.saved import build_links, parse_saved_gpus, parse_topology
 from ds_llmpq.commands.config import DetectConfig

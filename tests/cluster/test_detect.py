@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from ds_llmpq.cluster import detect as detecting
 from ds_llmpq.cluster.cluster import Cluster
+from ds_llmpq.cluster.cluster_file import merge, write_cluster
 from ds_llmpq.cluster.config import ClusterConfig, DeviceTypeConfig
 from ds_llmpq.cluster.detect import (
     MIB,
@@ -16,7 +17,6 @@ from ds_llmpq.cluster.detect import (
     count_memory_kills,
     detect,
     find_type,
-    merge,
     parse_gpus,
     query_gpus,
 )
@@ -183,7 +183,7 @@ def test_measured_rates_replace_the_shipped_ones():
 
 def test_written_file_reads_back(tmp_path):
     plain = detect(KNOWN, "node", gpus=parse_gpus(ANSWER))
-    detecting.write_cluster(tmp_path / "cluster.yaml", plain)
+    write_cluster(tmp_path / "cluster.yaml", plain)
     assert yaml.safe_load((tmp_path / "cluster.yaml").read_text()) == plain
 
 

@@ -1,0 +1,54 @@
+"""Detected hosts as the plain content of a cluster.yaml: described, joined, written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ds_llmpq.errors import UserError
+
+
+def describe_devices(cluster: Mapping[str, Any]) -> str:
+    """The devices of a detected cluster in one line, equal ones together."""
+    groups: dict[str, int] = {}
+    for host in cluster["hosts"]:
+        for device in host["devices"]:
+            what = device["type"] + (f" of {device['threads']} threads" if "threads" in device else "")
+            name = f"{what} with {device['memory_bytes'] / (1 << 30):.1f} GiB on {host['name']}"
+            groups[name] = groups.get(name, 0) + 1
+    return ", ".join(f"{count} x {name}" if count > 1 else name for name, count in groups.items())
+
+
+def merge(clusters: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
+    """Join detected hosts into one cluster. Types of one name but different rates get the host's name as a suffix.
+
+    UserError: a host given twice. Links are those of the first file: measure them once all hosts are known.
+    """
+    if not clusters:
+        raise UserError("there is nothing to merge; give one cluster.yaml a host")
+    types: dict[str, Any] = {}
+    hosts: list[dict[str, Any]] = []
+    env: dict[str, str] = {}
+    for cluster in clusters:
+        suffix = cluster["hosts"][0]["name"]
+        names = {}
+        for type_name, fields in cluster["device_types"].items():
+            same = types.setdefault(type_name, fields) == fields
+            names[type_name] = type_name if same else f"{type_name}_{suffix}"
+            types.setdefault(names[type_name], fields)
+        for host in cluster["hosts"]:
+            if any(host["name"] == other["name"] for other in hosts):
+                raise UserError(f"host {host['name']} is in two of the files; give each host its own name")
+            devices = [{**device, "type": names[device["type"]]} for device in host["devices"]]
+            hosts.append({"name": host["name"], "devices": devices})
+        env.update(cluster.get("env", {}))
+    return {"name": name, "device_types": types, "hosts": hosts, "links": clusters[0]["links"], "env": env}
+
+
+def write_cluster(path: str | Path, cluster: Mapping[str, Any]) -> None:
+    """`cluster.yaml`: drop it into conf/cluster, or point the cluster group at it."""
+    import yaml
+
+    header = "# Detected; `source` says which numbers were measured and which come from a datasheet.\n"
+    Path(path).write_text(header + yaml.safe_dump(dict(cluster), sort_keys=False), encoding="utf-8")
