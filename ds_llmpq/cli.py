@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import shutil
 import signal
 import sys
@@ -34,7 +35,8 @@ _WORD_KEYS = {"report": "what", "lengths": "action"}
 
 _USAGE = """usage: ds-llmpq COMMAND [key=value ...]     (ds-llmpq COMMAND --help shows a command's keys)
 
-  detect       describe this machine as a cluster
+  detect       describe this machine, or the hosts of hostfile=FILE, as a cluster
+  merge        FILE FILE ...: one cluster of several cluster files
   profile      time this machine's devices on the model, for `plan planner.profile=DIR`
   sensitivity  what each layer loses at each width, for `plan planner.sensitivity=FILE`
   plan         decide layers, bit widths and micro-batches; writes plan.json, problem.json, hostfile
@@ -59,8 +61,11 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(print(_USAGE))
     if command == "--version":
         sys.exit(print(__version__))
-    if command in _WORD_KEYS and rest and not rest[0].startswith("-") and "=" not in rest[0]:
+    words = [argument for argument in rest if not argument.startswith("-") and "=" not in argument]
+    if command in _WORD_KEYS and words[:1] == rest[:1] != []:
         rest[0] = f"{_WORD_KEYS[command]}={rest[0]}"
+    if command == "merge" and words:
+        rest = [f"files={json.dumps(words, ensure_ascii=False)}", *(each for each in rest if each not in words)]
     try:
         check_versions()
         if command == "completion" or {command, *rest} & _HYDRAS_COMPLETION:

@@ -28,6 +28,7 @@ from ds_llmpq.cluster.rates import recall_rates
 from ds_llmpq.commands.config import (
     DetectConfig,
     ExportConfig,
+    MergeConfig,
     PlanCommandConfig,
     ProfileConfig,
     QuantizeConfig,
@@ -45,6 +46,7 @@ from ds_llmpq.shipped import asset, conf_folder
 
 COMMANDS = {
     "detect": DetectConfig,
+    "merge": MergeConfig,
     "plan": PlanCommandConfig,
     "serve": ServeConfig,
     "run": RunConfig,
@@ -119,7 +121,7 @@ def cluster_of(settings: PlanningConfig | ProfileConfig) -> ClusterConfig:
     if settings.cluster_file is None:
         return _detect_cluster() if _is_to_detect(settings) else settings.cluster
     file = make_absolute(settings.cluster_file)
-    found = _typed(file, ClusterConfig)
+    found = read_cluster(file)
     check_environment(found.env, settings.cluster.env, f"cluster_file={file}")
     return found
 
@@ -159,6 +161,11 @@ def _detect_cluster() -> ClusterConfig:
     )
     print(f"cluster=auto: {describe_devices(found)}", file=sys.stderr)
     return parse_cluster(found | {"name": DETECTED})
+
+
+def read_cluster(file: Path) -> ClusterConfig:
+    """A cluster.yaml. `UserError`: unreadable, unknown key, wrong type."""
+    return _typed(file, ClusterConfig)
 
 
 def parse_cluster(values: Mapping[str, Any]) -> ClusterConfig:

@@ -21,15 +21,17 @@ def describe_devices(cluster: Mapping[str, Any]) -> str:
 
 
 def merge(clusters: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
-    """Join detected hosts into one cluster. Types of one name but different rates get the host's name as a suffix.
+    """Join hosts into one cluster. Types of one name but different rates get the host's name as a suffix; a host whose
+    devices are linked otherwise than the first one's, and links that a file lists by pairs, stay as pairs.
 
-    UserError: a host given twice. Links are those of the first file: measure them once all hosts are known.
+    UserError: a host given twice.
     """
     if not clusters:
         raise UserError("there is nothing to merge; give one cluster.yaml a host")
     types: dict[str, Any] = {}
     hosts: list[dict[str, Any]] = []
     env: dict[str, str] = {}
+    links = dict(clusters[0]["links"], pairs=[])
     for cluster in clusters:
         suffix = cluster["hosts"][0]["name"]
         names = {}
@@ -42,12 +44,26 @@ def merge(clusters: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
                 raise UserError(f"host {host['name']} is in two of the files; give each host its own name")
             devices = [{**device, "type": names[device["type"]]} for device in host["devices"]]
             hosts.append({"name": host["name"], "devices": devices})
+        links["pairs"] += _list_pairs(cluster, links["intra_host"])
         env.update(cluster.get("env", {}))
-    return {"name": name, "device_types": types, "hosts": hosts, "links": clusters[0]["links"], "env": env}
+    return {"name": name, "device_types": types, "hosts": hosts, "links": links, "env": env}
+
+
+def _list_pairs(cluster: Mapping[str, Any], usual: Mapping[str, float]) -> list[dict[str, Any]]:
+    """The pairs that a file lists, and those inside its hosts where its link is not the usual one."""
+    listed = list(cluster["links"].get("pairs") or ())
+    own, known = cluster["links"]["intra_host"], {(pair["source"], pair["target"]) for pair in listed}
+    if own == usual:
+        return listed
+    for host in cluster["hosts"]:
+        places = [f"{host['name']}:{device['slot']}" for device in host["devices"]]
+        between = ((a, b) for a in places for b in places if a != b and (a, b) not in known)
+        listed += [{"source": a, "target": b, **own} for a, b in between]
+    return listed
 
 
 def write_cluster(path: str | Path, cluster: Mapping[str, Any]) -> None:
-    """`cluster.yaml`: drop it into conf/cluster, or point the cluster group at it."""
+    """`cluster.yaml`: for `cluster_file=`, or as an entry of conf/cluster."""
     import yaml
 
     header = "# Detected; `source` says which numbers were measured and which come from a datasheet.\n"

@@ -1,6 +1,6 @@
 """What this host has: GPUs by nvidia-smi (no torch), CPU cores and free memory, as an entry of `conf/cluster`.
 
-Detection looks at the host it runs on. For several hosts, it is run on each, and what they say is joined (`cluster_file.merge`).
+Of several hosts, each is asked what it has, and the answers are joined (`cluster_file.merge`).
 """
 
 from __future__ import annotations

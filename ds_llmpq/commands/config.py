@@ -24,9 +24,11 @@ from ds_llmpq.serving.config import PlanConfig
 
 @dataclass
 class DetectConfig:
-    """`ds-llmpq detect`: describes this machine as a cluster."""
+    """`ds-llmpq detect`: describes this machine, or the hosts of a hostfile, as a cluster."""
 
     out: str = path_field("")
+    hostfile: str | None = path_field()  # several hosts: lines `host slots=N`, each asked over ssh for N devices
+    timeout_seconds: float = 120.0  # for the answer of each
     host: str = "localhost"  # the name other hosts and the hostfile use for this one
     cpu_stages: int | None = None  # CPU devices to offer; null: one if there is no GPU
     measure: bool = True  # measure memory bandwidth and matrix rates of the CPU, about two seconds
@@ -34,6 +36,15 @@ class DetectConfig:
         path_field()
     )  # another host's GPUs: a saved `nvidia-smi --query-gpu=... --format=csv` (docs/guide.md)
     topology: str | None = path_field()  # its links: a saved `nvidia-smi topo -m`
+
+
+@dataclass
+class MergeConfig:
+    """`ds-llmpq merge FILE FILE ...`: the hosts of several cluster files as one cluster."""
+
+    out: str = path_field("")
+    files: list[str] = field(default_factory=list)
+    name: str = "merged"
 
 
 @dataclass

@@ -1,23 +1,40 @@
-"""`detect`: this machine as a cluster, written as a valid conf/cluster entry."""
+"""`detect`: this machine, or several hosts that are asked over ssh, as a cluster file."""
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
 from ds_llmpq import config
-from ds_llmpq.cluster.cluster_file import write_cluster
-from ds_llmpq.cluster.detect import count_usable_cores, detect
+from ds_llmpq.cluster.cluster import Cluster
+from ds_llmpq.cluster.cluster_file import merge, write_cluster
+from ds_llmpq.cluster.detect import count_usable_cores, detect, query_gpus
+from ds_llmpq.cluster.hostfile import parse_hostfile
 from ds_llmpq.cluster.rates import measure_cpu, measure_gpu
 from ds_llmpq.cluster.saved import build_links, parse_saved_gpus, parse_topology
 from ds_llmpq.commands.config import DetectConfig
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import read_text
+from ds_llmpq.launch.hosts import ask_hosts
 from ds_llmpq.report.plan_table import format_size, format_table
+
+_MODULE = "ds_llmpq.commands.detect"
 
 
 def run(settings: DetectConfig, out: Path) -> int:
-    cluster = _read_saved(settings) if settings.gpus else _this_host(settings)
+    if settings.hostfile:
+        cluster = _ask_hosts(settings)
+    else:
+        cluster = _read_saved(settings) if settings.gpus else _this_host(settings)
+    write_and_show(cluster, out)
+    return 0
+
+
+def write_and_show(cluster: dict[str, Any], out: Path) -> None:
+    """Writes `out`/cluster.yaml and prints a table of it. `UserError`: what is no cluster."""
+    Cluster.from_config(config.parse_cluster(cluster))
     out.mkdir(parents=True, exist_ok=True)
     write_cluster(out / "cluster.yaml", cluster)
     types = cluster["device_types"]
@@ -25,7 +42,7 @@ def run(settings: DetectConfig, out: Path) -> int:
         [
             f"{host['name']}:{device['slot']}",
             device["type"],
-            format_size(device["memory_bytes"]),
+            format_size(device["memory_bytes"] or types[device["type"]]["memory_bytes"]),
             types[device["type"]]["source"],
         ]
         for host in cluster["hosts"]
@@ -34,7 +51,25 @@ def run(settings: DetectConfig, out: Path) -> int:
     print(format_table(["device", "type", "memory", "rates"], rows))
     print(f"links: {cluster['links']['source']}")
     print(f"cluster: {out / 'cluster.yaml'} (use it with cluster_file={out / 'cluster.yaml'})")
-    return 0
+
+
+def _ask_hosts(settings: DetectConfig) -> dict[str, Any]:
+    if settings.gpus or settings.topology or settings.cpu_stages is not None or settings.host != "localhost":
+        raise UserError("hostfile=FILE names hosts and their devices; leave out gpus, topology, host and cpu_stages.")
+    slots = parse_hostfile(config.make_absolute(settings.hostfile))
+    questions = {host: ["-m", _MODULE, host, str(count), str(int(settings.measure))] for host, count in slots.items()}
+    return merge(ask_hosts(questions, settings.timeout_seconds), "detected")
+
+
+def _answer(host: str, slots: int, measure: bool) -> dict[str, Any]:
+    """On the host that was asked: its first `slots` GPUs, or its processor in so many stages."""
+    has_gpus = bool(query_gpus())
+    cluster = _this_host(DetectConfig(host=host, cpu_stages=None if has_gpus else slots, measure=measure))
+    devices = cluster["hosts"][0]["devices"]
+    if len(devices) < slots:
+        raise UserError(f"it has {len(devices)} GPUs, fewer than its {slots} slots")
+    del devices[slots:]
+    return cluster
 
 
 def _this_host(settings: DetectConfig) -> dict[str, Any]:
@@ -59,3 +94,10 @@ def _read_saved(settings: DetectConfig) -> dict[str, Any]:
 
 def _read(name: str) -> str:
     return read_text(config.make_absolute(name), "table", "give a text file saved from nvidia-smi")
+
+
+if __name__ == "__main__":  # on a host of a hostfile
+    try:
+        print(json.dumps(_answer(sys.argv[1], int(sys.argv[2]), bool(int(sys.argv[3])))))
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -1,10 +1,19 @@
-"""Which of a plan's devices are there at the moment. Imports no torch; nothing of a configuration passes a shell."""
+"""Asking hosts over ssh: what they say of themselves, and which of a plan's devices are there at the moment.
+
+Imports no torch. ssh asks for nothing (`BatchMode`); what a remote shell reads is quoted word by word.
+"""
 
 from __future__ import annotations
 
+import shlex
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
+from ds_llmpq.errors import UserError, make_printable
+from ds_llmpq.files import parse_json
 from ds_llmpq.launch.launcher import is_local
 from ds_llmpq.plan import Plan, placements
 
@@ -13,6 +22,44 @@ _ANSWER_SECONDS = 20.0
 _LIST_GPUS = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
 _NO_SUCH_PROGRAM = 127
 _SSH_FAILED = 255
+_MOST_AT_ONCE = 64
+
+
+def ask_hosts(questions: Mapping[str, Sequence[str]], seconds: float) -> list[Any]:
+    """What each host's Python prints as JSON, given these arguments; all are asked at the same time. `UserError`: names
+    every host that gave no answer."""
+    with ThreadPoolExecutor(min(len(questions), _MOST_AT_ONCE)) as pool:
+        asked = {host: pool.submit(_ask, host, arguments, seconds) for host, arguments in questions.items()}
+    if wrong := [f"{host}: {future.exception()}" for host, future in asked.items() if future.exception()]:
+        raise UserError(
+            f"{len(wrong)} of {len(asked)} hosts gave no answer ({'; '.join(wrong)}). Each needs ssh without a "
+            f"password and this installation at {sys.executable}; or take it out of the hostfile."
+        )
+    return [future.result() for future in asked.values()]
+
+
+def _ask(host: str, arguments: Sequence[str], seconds: float) -> Any:
+    """`UserError`: a short reason."""
+    try:
+        answer = _run(host, [sys.executable, *arguments], seconds)
+    except subprocess.TimeoutExpired:
+        raise UserError(f"nothing within {seconds:g} s") from None
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be started ({error.strerror})") from None
+    if answer.returncode == 0:  # a login may print lines of its own before the answer
+        return parse_json(answer.stdout.strip().rpartition("\n")[2], "what it printed", "install this version there")
+    said = (answer.stderr.strip().splitlines() or [f"exit code {answer.returncode}"])[-1].removeprefix("error: ")
+    said = make_printable(said, 300)
+    raise UserError(f"ssh cannot reach it ({said})" if answer.returncode == _SSH_FAILED else said)
+
+
+def _run(host: str, command: Sequence[str], seconds: float) -> subprocess.CompletedProcess[str]:
+    """Here, or over ssh on another host."""
+    if not is_local(host):
+        options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={_CONNECT_SECONDS}"]
+        command = ["ssh", *options, "--", host, shlex.join(command)]
+    streams = {"stdin": subprocess.DEVNULL, "capture_output": True, "encoding": "utf-8", "errors": "replace"}
+    return subprocess.run(command, timeout=seconds, check=False, **streams)
 
 
 def find_lost_devices(plan: Plan, slots_of: Callable[[str, str], set[int] | None] | None = None) -> list[str]:
@@ -34,13 +81,8 @@ def find_lost_devices(plan: Plan, slots_of: Callable[[str, str], set[int] | None
 def find_slots(host: str, kind: str) -> set[int] | None:
     """Slots of a host that can be used now; empty if it cannot be reached, None where only that is known."""
     asked = _LIST_GPUS if kind == "cuda" else ["true"]
-    if not is_local(host):
-        options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={_CONNECT_SECONDS}"]
-        asked = ["ssh", *options, "--", host, *asked]
     try:
-        answer = subprocess.run(
-            asked, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_ANSWER_SECONDS, check=False
-        )
+        answer = _run(host, asked, _ANSWER_SECONDS)
     except subprocess.TimeoutExpired:
         return set()
     except OSError:  # no such program here: nothing is known
