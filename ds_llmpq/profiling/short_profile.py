@@ -111,7 +111,7 @@ def _measure_into(wanted: TimingTask, cluster: Cluster, folder: Path, show: Show
         _measure(wanted, cluster, made)
         shutil.rmtree(folder, ignore_errors=True)
         made.replace(folder)
-    show(f"timed in {time.monotonic() - begin:.0f} s, kept in {folder}")
+    show(f"timed in {time.monotonic() - begin:.1f} s, kept in {folder}")
 
 
 def _with_round_sizes(wanted: TimingTask) -> TimingTask:

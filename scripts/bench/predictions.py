@@ -1,0 +1,153 @@
+"""Do predictions hold on the first run? Predicted and measured seconds of whole runs, from an empty cache.
+
+    python scripts/make_checkpoint.py --preset 135m M135
+    python scripts/bench/predictions.py M135 OUT [--only demo,two,random] [--repeats 5] [--plans 12] [--seed 0]
+
+`demo`: the demonstration, calibrated anew each time. `two`: a model on two heterogeneous CPU stages, with prompts and
+answers of many lengths, free slots refilled. `random`: plans by hand of the same model, of one or two stages, and how
+well their predictions rank them (Kendall's tau). OUT keeps every run: one that has ended is not run again. Both cores
+of the machine are measured, so let nothing else run.
+"""
+
+import argparse
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+
+from scipy.stats import kendalltau
+
+from ds_llmpq.models.shape import read_shape
+from ds_llmpq.report.plan_table import format_table
+
+SERIES = ("demo", "two", "random")
+CLUSTER, DEVICES = "local_heterogeneous2", ("localhost:0", "localhost:1")
+ROWS, PROMPT, ANSWER = 32, (24, 128), (16, 64)  # tokens, from and to
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("out")
+    parser.add_argument("--only", default=",".join(SERIES))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--plans", type=int, default=12)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    out, model = Path(options.out).absolute(), Path(options.model).absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    chosen = options.only.split(",")
+    if unknown := set(chosen) - set(SERIES):
+        parser.error(f"--only knows {', '.join(SERIES)}, not {', '.join(unknown)}")
+    found = {}
+    if "demo" in chosen:
+        names = [f"demo{index}" for index in range(options.repeats)]
+        found["demo"] = [run(out / name, ["+experiment=demo"], out / f"{name}.cache") for name in names]
+    requests = write_requests(out / "requests.jsonl", random.Random(options.seed))
+    planned = [f"model.path={model}", f"cluster={CLUSTER}", "workload=demo", "quant.optimize=false"]
+    if "two" in chosen:
+        line = [*planned, f"input={requests}", f"planner.pins.order=[{','.join(DEVICES)}]"]
+        found["two"] = [run(out / f"two{index}", line, out / "cache") for index in range(options.repeats)]
+    if "random" in chosen:
+        found["random"] = [
+            run_plan(out / f"plan{index:02}", plan, planned, requests, out / "cache")
+            for index, plan in enumerate(random_plans(read_shape(model).layers, options.plans, options.seed))
+        ]
+    (out / "predictions.json").write_text(json.dumps(found, indent=1) + "\n")
+    text = "\n\n".join(describe(name, rows) for name, rows in found.items())
+    (out / "predictions.txt").write_text(text + "\n")
+    print(text)
+
+
+def run_plan(folder: Path, plan: dict, planned: list[str], requests: Path, cache: Path) -> dict:
+    decided, made = folder.with_suffix(".json"), folder.with_name(f"{folder.name}.plan")
+    decided.write_text(json.dumps(plan))
+    if not (made / "plan.json").is_file():
+        call("plan", [*planned, f"check={decided}", f"out={made}"], cache, made.with_suffix(".plan.log"))
+    return run(folder, [f"plan={made / 'plan.json'}", f"input={requests}"], cache)
+
+
+def run(folder: Path, overrides: list[str], cache: Path) -> dict:
+    """What the run in `folder` predicted and measured; it is made where it has not ended yet."""
+    log, journal = folder.with_suffix(".log"), folder / "run.json"
+    if not journal.is_file() or json.loads(journal.read_text())["attempts"][-1]["reason"] != "finished":
+        shutil.rmtree(folder, ignore_errors=True)
+        call("run", [*overrides, f"out={folder}"], cache, log)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    pairs, text = metrics["predicted_against_measured"], log.read_text()
+    timed = re.search(r"timed in ([\d.]+) s", text)
+    row = {
+        "run": folder.name,
+        "calibration_seconds": float(timed[1]) if timed else None,
+        **{f"{phase}_ratio": pairs[f"{phase}_seconds"]["ratio"] for phase in ("prefill", "decode")},
+        "predicted_seconds": pairs["latency_seconds"]["predicted"],
+        "measured_seconds": pairs["latency_seconds"]["measured"],
+        "restarts": metrics["restarts"]["restarts"],
+    }
+    print("{run}: predicted {predicted_seconds:.2f} s, measured {measured_seconds:.2f} s".format(**row), flush=True)
+    return row
+
+
+def call(command: str, overrides: list[str], cache: Path, log: Path) -> None:
+    line = [sys.executable, "-m", "ds_llmpq", command, *overrides]
+    with log.open("w") as file:
+        done = subprocess.run(line, env=os.environ | {"XDG_CACHE_HOME": str(cache)}, stdout=file, stderr=file)
+    if done.returncode:
+        sys.exit(f"{command} failed, see {log}")
+
+
+def write_requests(file: Path, generator: random.Random) -> Path:
+    rows = []
+    for index in range(ROWS):
+        prompt = [generator.randint(3, 99) for _ in range(generator.randint(*PROMPT))]
+        body = {"model": "m", "prompt": prompt, "max_tokens": generator.randint(*ANSWER), "ignore_eos": True}
+        rows.append({"custom_id": f"r{index}", "method": "POST", "url": "/v1/completions", "body": body})
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def random_plans(layers: int, count: int, seed: int) -> list[dict]:
+    """One or both devices in any order, a cut anywhere, one or two bit widths a stage, micro-batches of 1 to 16."""
+    generator, found = random.Random(seed), []
+    for _ in range(count):
+        devices = generator.sample(DEVICES, generator.choice([1, 2, 2]))
+        cuts = [0, *sorted(generator.sample(range(1, layers), len(devices) - 1)), layers]
+        stages = []
+        for device, first, last in zip(devices, cuts, cuts[1:], strict=False):
+            low, high = sorted(generator.choices([3, 4, 8, 16], k=2))
+            turn = generator.randint(0, last - first)
+            bits = [low] * turn + [high] * (last - first - turn)
+            stages.append({"device": device, "layers": [first, last], "bits": bits})
+        sizes = {"prefill": generator.choice([1, 2, 4, 8]), "decode": generator.choice([2, 4, 8, 16])}
+        found.append({"stages": stages, "micro_batch": sizes})
+    return found
+
+
+def describe(name: str, rows: list[dict]) -> str:
+    head = ["run", "calibration s", "predicted s", "measured s", "times predicted", "prefill", "decode", "restarts"]
+    ratios = [row["measured_seconds"] / row["predicted_seconds"] for row in rows]
+    lines = [
+        [
+            row["run"],
+            "" if row["calibration_seconds"] is None else f"{row['calibration_seconds']:.1f}",
+            f"{row['predicted_seconds']:.3f}",
+            f"{row['measured_seconds']:.3f}",
+            *(f"{ratio:.2f}" for ratio in (by_run, row["prefill_ratio"], row["decode_ratio"])),
+            str(row["restarts"]),
+        ]
+        for row, by_run in zip(rows, ratios, strict=True)
+    ]
+    said = f"{name}: measured over predicted, median {median(ratios):.3f}, {min(ratios):.2f} to {max(ratios):.2f}"
+    if name == "random":
+        tau = kendalltau(*([row[f"{side}_seconds"] for row in rows] for side in ("predicted", "measured"))).statistic
+        said += f"; Kendall's tau of the ranking {tau:.3f}"
+    return f"{format_table(head, lines)}\n{said}"
+
+
+if __name__ == "__main__":
+    main()
