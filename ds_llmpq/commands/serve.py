@@ -88,6 +88,9 @@ def _serve(job: Job) -> int:
         exit_if_parent_dies()
     dump_stacks_on_signal()
     _before_torch(job.plan)
+    from ds_llmpq.quant.hqq_import import import_hqq
+
+    import_hqq()
     from ds_llmpq.engine.rank_context import init_rank, shutdown
     from ds_llmpq.serving.rank import serve
 

@@ -33,7 +33,7 @@ def run_trial(spec: dict[str, Any], log: Path, ranks: int = RANKS) -> dict[str, 
         }
     )
     shared.pop("RANK", None)  # of a launcher that started this process: a trial without one forks its ranks
-    line = [sys.executable, "-m", "ds_llmpq.profiling.trial", json.dumps(spec)]
+    line = [sys.executable, "-m", "ds_llmpq.profiling", json.dumps(spec)]
     # a GPU's runtime does not survive a fork; without one, the libraries are imported once for all ranks
     environments = [{}] if spec["kind"] == "cpu" else [{"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(ranks)]
     children: list[subprocess.Popen] = []

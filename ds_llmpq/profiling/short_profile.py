@@ -39,6 +39,7 @@ from ds_llmpq.quant.packing import make_groups
 CHOICES = ("auto", "always", "never")
 POINT_SECONDS = {"cpu": 3.0, "cuda": 10.0}  # for the points of a device; the trial pipeline comes on top
 _KEPT = "calibration"  # of the user's cache folder
+VERSION = 2  # of what is measured; what an older one kept is measured anew
 _CHAINED_LAYERS = 2
 _MEMORY_SHARE = 0.5  # of what is available, for all ranks together
 Show = Callable[[str], None]
@@ -135,6 +136,7 @@ def _next_power(number: int) -> int:
 def _key(wanted: TimingTask, cluster: Cluster) -> str:
     """A name for all that the times depend on."""
     what: dict[str, Any] = {
+        "version": VERSION,
         "setup": asdict(wanted.setup),
         "bits": wanted.bits,
         "captured": wanted.captured,

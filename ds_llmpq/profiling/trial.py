@@ -1,7 +1,7 @@
 """One rank of a trial pipeline of three stages on this host: what a pass costs beside its layers, and the links. A
 calibration has its ranks time layers too, all at the same moment, one rank a device.
 
-    python -m ds_llmpq.profiling.trial SPEC    (SPEC is JSON; WORLD_SIZE and MASTER_* as a launcher sets them)
+    python -m ds_llmpq.profiling SPEC    (SPEC is JSON; WORLD_SIZE and MASTER_* as a launcher sets them)
 
 RANK says which rank this is; without it, this process forks all of them.
 
@@ -124,10 +124,11 @@ def _passes(spec: dict[str, Any], rank: int, device: torch.device, side: dist.Pr
     for size in spec["sizes"]:
         prompt = max(1, min(spec["prompt_tokens"], 4096 // size))
         for round_ in range(spec["rounds"]):
+            if round_ == 0 and spec["rounds"] > 1:
+                _overhead(engine, clock, size, prompt, 2)  # warm-up
+                continue
             first = _overhead(engine, clock, size, prompt, 1)
             whole = _overhead(engine, clock, size, prompt, 1 + DECODE_PASSES)
-            if round_ == 0 and spec["rounds"] > 1:
-                continue  # warm-up
             prefill, decode = first / 2, max(whole - first, 0.0) / (2 * DECODE_PASSES)
             common = {"part": STAGES[rank], "batch": size, "round": round_}
             found.append(common | {"phase": "prefill", "length_tokens": prompt, "seconds": prefill})
@@ -263,10 +264,3 @@ def _fork_rank(spec: dict[str, Any], rank: int) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-
-
-if __name__ == "__main__":
-    if "RANK" in os.environ:
-        main(json.loads(sys.argv[1]))
-    else:
-        sys.exit(fork_ranks(json.loads(sys.argv[1])))

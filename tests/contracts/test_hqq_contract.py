@@ -1,6 +1,8 @@
 """Private and undocumented parts of HQQ."""
 
 import inspect
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -132,3 +134,15 @@ def test_whether_to_optimize():
     config = BaseQuantizeConfig(nbits=4, group_size=64, axis=1)
     assert config["weight_quant_params"]["optimize"] is True
     takes(Quantizer.quantize, *config["weight_quant_params"])
+
+
+def test_imports_without_the_compiler():
+    """`compile`, in quant/hqq_import.py: decorates three methods of `HQQLinear` while the module is imported, called
+    without arguments. A rank's imports load no compiler."""
+    code = (
+        "import sys; from ds_llmpq.quant.hqq_import import import_hqq; import_hqq(); import torch;"
+        "from ds_llmpq.serving import rank; from hqq.core.quantize import HQQLinear;"
+        "assert 'torch._dynamo' not in sys.modules; assert torch.compile.__module__ == 'torch';"
+        "assert callable(HQQLinear.forward_pytorch_compile)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -81,7 +81,8 @@ def test_both_devices_are_timed_once_and_then_read_from_the_cache(wanted, cache)
             assert all(entry.seconds > 0 for entry in fit.residuals)
             assert fit.batch_range == (1, 4 if part == "head" or phase == "decode" else 2)
         assert model.get(name, "middle", "decode") is not None
-        assert model.get(name, "layer", "prefill", 16).length_range == (4, 16)  # of 13 tokens: up to a power of two
+        assert model.get(name, "new_size", "prefill") is not None
+        assert model.get(name, "layer", "prefill", 16).length_range == (1, 16)  # of 13 tokens: up to a power of two
     assert "localhost:0,localhost:1,activation" in (folder / "links.csv").read_text()
     assert calibrate(wanted, cluster, "never", said.append) is None
 

@@ -1,0 +1,15 @@
+"""`python -m ds_llmpq.profiling SPEC`: a trial pipeline, or one rank of it (`trial.py`)."""
+
+import json
+import os
+import sys
+
+from ds_llmpq.quant.hqq_import import import_hqq
+
+import_hqq()
+
+from ds_llmpq.profiling import trial  # noqa: E402  (it imports HQQ)
+
+if __name__ == "__main__":
+    run = trial.main if "RANK" in os.environ else trial.fork_ranks
+    sys.exit(run(json.loads(sys.argv[1])))
