@@ -20,5 +20,5 @@ def test_no_class_name_stands_twice():
 def test_no_file_name_stands_twice():
     # a command is named like the file it calls; a package's configuration is always config.py
     files = [file.name for file in PACKAGE.rglob("*.py") if file.parent.name != "commands"]
-    found = twice(files) - {"__init__.py", "config.py"}
+    found = twice(files) - {"__init__.py", "__main__.py", "config.py"}
     assert not found, f"give {sorted(found)} names of their own"

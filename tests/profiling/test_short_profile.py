@@ -215,10 +215,10 @@ def test_light_points_come_first_and_the_smallest_micro_batch_has_all_lengths(wa
     device = make_cluster("fast").devices[0]
     points = short_profile._points(short_profile._with_round_sizes(wanted), device)
     layers = [point for point in points if point.part == "layer" and point.bits == 8]
-    tokens = [point.batch * (point.length_tokens if point.phase == "prefill" else 1) for point in points]
+    tokens = [point.tokens for point in points]
     assert tokens == sorted(tokens)
     assert [(p.batch, p.length_tokens) for p in layers if p.phase == "prefill"] == [
-        (1, 4), (1, 8), (1, 16), (2, 8), (2, 16)
+        (1, 1), (1, 4), (2, 4), (1, 16), (2, 16)
     ]  # fmt: skip
     assert {p.length_tokens for p in layers if p.phase == "decode" and p.batch == 1} == {8, 16, 20, 22}
     assert {p.length_tokens for p in layers if p.phase == "decode" and p.batch == 4} == {16, 20}
