@@ -34,7 +34,10 @@ from ds_llmpq.serving.config import PlanConfig
 from ds_llmpq.serving.planning import make_plan
 
 ROOT = Path(__file__).resolve().parents[1]
-DEFAULTS = ("model=tiny", "cluster=local_cpu2", "workload=demo", "quant.bits=[2,3,4,8,16]", "quant.kernel=openvino")
+DEFAULTS = (
+    "model=tiny", "cluster=local_cpu2", "workload=demo", "quant.bits=[2,3,4,8,16]", "quant.kernel=openvino",
+    "planner.max_quality_loss=null", "planner.least_gain=0",
+)  # fmt: skip
 
 
 def main() -> int:

@@ -53,6 +53,7 @@ def main() -> int:
 def tune(optuna, settings: PlanConfig, target: float, trials: int, seed: int, out: Path) -> dict:
     """The fastest trial that keeps the target. `UserError`: none does."""
     tried: list[dict] = []
+    settings.planner.max_quality_loss = None  # theta alone shall find it
 
     def latency(trial) -> float:
         settings.planner.theta = trial.suggest_float("theta", 1e-3, 1e6, log=True)

@@ -22,6 +22,7 @@ from ds_llmpq.quant.kernels.dequantize import DEQUANTIZE
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS, check_lm_head, make_groups, quantization_problem
 from ds_llmpq.sensitivity.prior import make_prior
 from ds_llmpq.sensitivity.table import Sensitivity
+from ds_llmpq.wording import format_number
 
 CostFactory = Callable[[DeviceType], LayerCosts]
 
@@ -34,6 +35,7 @@ class Prepared:
     dtype: str  # of arithmetic, cache and unquantized weights
     memory: MemoryModel
     costs: Mapping[str, LayerCosts]  # by device type
+    sensitivity: Sensitivity
     provenance: dict[str, str]  # number -> measured, fitted, roofline, datasheet, assumed (with its source)
     notes: tuple[str, ...]  # bit widths left out, and why
 
@@ -110,13 +112,15 @@ def prepare(
         "memory": _memory_entry(memory, bits, sizes, workload, len(cluster.devices) if captured else 0),
         "links": link_table(cluster, shape, COMPUTE_DTYPES[dtype]),
         "sensitivity": add_head_loss(sensitivity, bits, quant.lm_head_bits),
-        "objective": _objective(planner),
     }
+    record["objective"], raised = _objective(planner, record["sensitivity"], bits)
+    notes += raised
     return Prepared(
         Problem.from_json(record),
         dtype,
         memory,
         costs,
+        sensitivity,
         _provenance(cluster, costs, sensitivity, kernel, captured),
         tuple(dict.fromkeys([*notes, *(note for cost in costs.values() for note in getattr(cost, "notes", ()))])),
     )
@@ -295,16 +299,27 @@ def _memory_entry(
     }
 
 
-def _objective(planner: PlannerConfig) -> dict[str, Any]:
-    if planner.mode in ("theta", "pareto"):  # the front takes the objective's place
-        return {"mode": "theta", "theta": planner.theta}
-    if planner.mode not in ("max_quality_loss", "max_latency"):
-        raise UserError(f"planner.mode={planner.mode!r}; use theta, max_quality_loss, max_latency or pareto")
-    field = "max_quality_loss" if planner.mode == "max_quality_loss" else "max_latency_seconds"
-    limit = getattr(planner, field)
-    if limit is None:
-        raise UserError(f"planner.mode={planner.mode} needs a bound; set planner.{field}")
-    return {"mode": planner.mode, "limit": limit}
+def _objective(
+    planner: PlannerConfig, sensitivity: list[list[float]], bits: list[int]
+) -> tuple[dict[str, Any], list[str]]:
+    """(the problem's objective, a note where the bound on the loss was raised). In mode theta that is no lower than
+    what `quant.bits` and `quant.lm_head_bits` lose anyway: who leaves out 16 bits has asked for it."""
+    mode, limit = planner.mode, planner.max_quality_loss
+    if mode == "pareto" or (mode == "theta" and limit is None):  # the front takes the objective's place
+        return {"mode": "theta", "theta": planner.theta}, []
+    if mode == "theta":
+        least = sum(map(min, sensitivity))
+        objective = {"mode": "max_quality_loss", "theta": planner.theta, "limit": max(limit, least)}
+        return objective, [
+            f"quant.bits={bits} and quant.lm_head_bits lose {format_number(least)} nats per token at least, so "
+            f"planner.max_quality_loss={format_number(limit)} is taken for that."
+        ] * (least > limit)
+    if mode not in ("max_quality_loss", "max_latency"):
+        raise UserError(f"planner.mode={mode!r}; use theta, max_quality_loss, max_latency or pareto")
+    field = "max_quality_loss" if mode == "max_quality_loss" else "max_latency_seconds"
+    if (limit := getattr(planner, field)) is None:
+        raise UserError(f"planner.mode={mode} needs a bound; set planner.{field}")
+    return {"mode": mode, "limit": limit}, []
 
 
 def _provenance(

@@ -31,7 +31,9 @@ class MicroBatchesConfig:
 class PlannerConfig:
     mode: str = "theta"  # theta | max_quality_loss | max_latency | pareto (the front of both)
     theta: float = 1.0  # seconds per nat of predicted loss increase
-    max_quality_loss: float | None = None
+    # the most nats per token that a plan may be expected to lose, in the modes theta and max_quality_loss; null: any
+    max_quality_loss: float | None = 0.02
+    least_gain: float = 0.01  # layers stay at 16 bits where quantizing some is not faster by this share
     max_latency_seconds: float | None = None
     solver: str = "auto"  # auto | gurobi | highs | search
     time_limit_seconds: float = 30.0

@@ -55,6 +55,14 @@ def compose_plan(problem: Problem, assignment: Assignment, prediction: Predictio
     return Plan(None, problem.workload, stages, sizes, prediction.summary(), solver)
 
 
+def _add_confidence(plan: Plan, prepared: Prepared) -> list[str]:
+    """The sentence on what was quantized, with how sure its expected loss is."""
+    loss = plan.predicted.quality_loss
+    return [
+        f"{text} {prepared.sensitivity.describe_confidence(loss)}" if loss else text for text in plan.explanation[:1]
+    ]
+
+
 def deploy(
     plan: Plan, cluster: Cluster, prepared: Prepared, model: PlannedModel, quant: QuantConfig, kernel: Kernel
 ) -> Plan:
@@ -97,7 +105,7 @@ def deploy(
         quant=Quantization.from_config(quant),
         deployment=deployment,
         provenance=dict(prepared.provenance),
-        explanation=(*plan.explanation, *prepared.notes),
+        explanation=(*_add_confidence(plan, prepared), *plan.explanation[1:], *prepared.notes),
     )
 
 

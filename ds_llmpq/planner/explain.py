@@ -1,5 +1,6 @@
-"""Why this plan: the bottleneck and what limits it, what more memory or another theta would be worth."""
+"""Why this plan: what was quantized, the bottleneck and what limits it, what more memory would be worth."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -22,7 +23,6 @@ def explain_plan(problem: Problem, plan: Plan) -> list[str]:
     sentences += [_bottleneck(problem, plan, prediction, phase) for phase in ("prefill", "decode")]
     sentences += _left_out(problem, plan)
     sentences += _memory_worth(problem, plan, prediction)
-    sentences += _theta_worth(problem, plan)
     sentences += _against_baselines(problem, plan)
     return sentences
 
@@ -34,8 +34,12 @@ def _quantization(problem: Problem, plan: Plan) -> str:
     if not low:
         return f"Nothing is quantized: all {pluralize(len(bits), 'layer')} stay at {UNQUANTIZED_BITS} bits."
     counts = ", ".join(f"{low.count(width)} at {width} bits" for width in sorted(set(low)))
+    loss, objective = plan.predicted.quality_loss, problem.objective
+    allowed = f" of the {format_number(objective.limit)} allowed" if objective.mode == "max_quality_loss" else ""
     return (
-        f"Quantized: {len(low)} of {pluralize(len(bits), 'layer')} ({counts}), because {_why_quantized(problem, plan)}."
+        f"Quantized: {len(low)} of {pluralize(len(bits), 'layer')} ({counts}), because "
+        f"{_why_quantized(problem, plan)}; expected to cost {format_number(loss)} nats a token{allowed}, "
+        f"{format_number(100 * math.expm1(loss))} % in perplexity."
     )
 
 
@@ -119,7 +123,7 @@ def _left_out(problem: Problem, plan: Plan) -> list[str]:
 def _memory_worth(problem: Problem, plan: Plan, seen: Prediction) -> list[str]:
     """What one GB more on one device would gain at least: the same stages, its bit widths chosen anew. No extrapolated
     price, which promises more than there is to gain where a GB is much for the model."""
-    if problem.objective.mode != "theta":
+    if problem.objective.mode == "max_latency":
         return []
     arrays = pair_arrays(problem, plan.micro_batch.prefill, plan.micro_batch.decode)
     found = []
@@ -158,9 +162,11 @@ def _widths_within(
         max(seen.stage_prefill_seconds) - seen.stage_prefill_seconds[j],
         max(seen.stage_decode_seconds) - seen.stage_decode_seconds[j],
         stage.memory_budget_bytes + more - stage.memory_bytes.total,
+        problem.objective.limit - seen.quality_loss if problem.objective.mode == "max_quality_loss" else np.inf,
     ]
     for _ in range(2 * len(rows) * len(problem.bits)):
-        rises = [times[0] - times[0][now][:, None], times[1] - times[1][now][:, None], size - size[rows, now][:, None]]
+        by_bits = [times[0] - times[0][now][:, None], times[1] - times[1][now][:, None]]
+        rises = [*by_bits, *(table - table[rows, now][:, None] for table in (size, sensitivity))]
         fits = np.logical_and.reduce([rise <= most for rise, most in zip(rises, room, strict=True)])
         gain = np.where(fits, cost[rows, now][:, None] - cost, 0.0)
         i, b = np.unravel_index(int(gain.argmax()), gain.shape)
@@ -175,16 +181,6 @@ def _value_with(problem: Problem, plan: Plan, j: int, bits: tuple[int, ...]) -> 
     assignment = plan.assignment()
     stages = tuple(replace(s, bits=bits) if i == j else s for i, s in enumerate(assignment.stages))
     return objective_value(problem, evaluate(problem, replace(assignment, stages=stages)))
-
-
-def _theta_worth(problem: Problem, plan: Plan) -> list[str]:
-    if problem.objective.mode != "theta":
-        return []
-    loss, theta = plan.predicted.quality_loss, problem.objective.theta
-    return [
-        f"Theta {format_number(theta)} charges {format_number(theta * loss, 4)} for a quality loss of "
-        f"{format_number(loss, 4)}: one per cent more theta costs {format_number(0.01 * theta * loss)} at this plan."
-    ]
 
 
 def _against_baselines(problem: Problem, plan: Plan) -> list[str]:

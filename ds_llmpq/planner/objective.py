@@ -177,8 +177,6 @@ def objective_value(problem: Problem, prediction: Prediction) -> float:
     mode = problem.objective.mode
     if mode == "max_latency":
         return prediction.quality_loss
-    if mode == "max_quality_loss":
-        return prediction.latency_seconds
     return prediction.latency_seconds + problem.objective.theta * prediction.quality_loss
 
 

@@ -138,7 +138,8 @@ class LinkCosts:
 
 @dataclass(frozen=True)
 class Objective:
-    """`theta`: minimise latency + theta * quality loss; the other modes bound one of the two by `limit`."""
+    """`theta`: minimise latency + theta * quality loss, `max_quality_loss`: the same with a loss of at most `limit`,
+    `max_latency`: minimise the loss with a latency of at most `limit`."""
 
     mode: one_of(*MODES)
     theta: Amount = 0.0
@@ -193,12 +194,15 @@ class Problem:
         layer_bytes = obj["memory"]["layer_bytes"]
         layer_bytes |= {b: sizes[0] for b, sizes in layer_bytes.items() if len(set(sizes)) == 1}
         obj["links"]["pairs"] = [{"from": a, "to": b, **vars(link)} for (a, b), link in self.links.pairs.items()]
-        obj["objective"] = {name: obj["objective"][name] for name in ("mode", self.objective.key)}
+        objective = obj["objective"]
+        if not (self.objective.mode == "max_quality_loss" and self.objective.theta):
+            del objective["limit" if self.objective.key == "theta" else "theta"]
         return obj
 
 
 def _check_objective(objective: Objective, given: Mapping[str, Any]) -> None:
-    for name in sorted({"mode", objective.key} ^ set(given)):
+    optional = {"theta"} if objective.mode == "max_quality_loss" else set()
+    for name in sorted({"mode", objective.key} ^ (set(given) - optional)):
         what = "has the unknown key" if name in given else "lacks the key"
         raise UserError(f"problem.objective {what} {name!r}, its mode is {objective.mode}; {REMEDY}.")
 

@@ -15,6 +15,7 @@ from annotated_types import MaxLen
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import read_json
 from ds_llmpq.validation import Amount, Bits, Label, Many, Plain, Some, one_of, validate
+from ds_llmpq.wording import format_number
 
 SCHEMA = 1
 FILE, FORMER_FILE = "sensitivity.json", "omega.json"  # the latter is read for one more version
@@ -91,6 +92,20 @@ class Sensitivity:
                 f"quant.lm_head_bits={bits}"
             )
         return self.head[bits]
+
+    def describe_confidence(self, loss: float) -> str:
+        """How sure an expected loss is, as a sentence. The interval is that of `details`, relative to the loss."""
+        details = self.details or {}
+        if self.provenance == "assumed":
+            return (
+                "That is assumed from published models of 1 to 3 billion parameters, not measured on this: it may be "
+                "half or twice as much; `ds-llmpq sensitivity` measures it."
+            )
+        known = f"That was measured on {details.get('tokens', 'some')} tokens"
+        if (interval := details.get("interval")) is None:
+            return f"{known} of one text; another text may lose more."
+        low, high = (format_number(loss * factor) for factor in interval)
+        return f"{known} of {len(details['texts'])} kinds of text; another text loses {low} to {high} (95 %)."
 
     def check_model(self, layers: int, fingerprint: str | None = None) -> None:
         """UserError if the table was made for another model. A fingerprint that either side lacks is not compared."""

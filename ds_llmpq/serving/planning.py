@@ -58,7 +58,8 @@ def make_plan(
     if settings.check:
         solved = check_plan(problem, read_assignment(make_absolute(settings.check)))
     else:
-        solved = solver(problem, progress=progress, **build_solver_options(settings.planner))
+        options = build_solver_options(settings.planner)
+        solved = solver(problem, progress=progress, least_gain=settings.planner.least_gain, **options)
     plan = finish(solved)
     write_artefacts(plan, out)
     if simulated := simulate_workload(plan, row_buckets=_captures(settings)):

@@ -86,7 +86,7 @@ def _value(problem, eta, xi, order, stages):
     if objective["mode"] == "theta":
         return (latency + objective["theta"] * loss, latency)
     if objective["mode"] == "max_quality_loss":
-        return (latency, loss) if loss <= objective["limit"] else None
+        return (latency + objective.get("theta", 0.0) * loss, loss) if loss <= objective["limit"] else None
     return (loss, latency) if latency <= objective["limit"] else None
 
 

@@ -100,5 +100,6 @@ def _objective(rng, mode, layers) -> dict:
     if mode == "theta":
         return {"mode": mode, "theta": rng.choice([0.0, 0.1, 1.0, 10.0])}
     if mode == "max_quality_loss":
-        return {"mode": mode, "limit": layers * rng.uniform(0.2, 1.0)}
+        limit = layers * rng.uniform(0.2, 1.0)
+        return {"mode": mode, "limit": limit, "theta": rng.choice([0.0, 0.0, 0.1, 1.0, 10.0])}
     return {"mode": mode, "limit": layers * rng.uniform(1, 16)}

@@ -19,7 +19,7 @@ from ds_llmpq.errors import UserError
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.planner.build import prepare, usable_bits
 from ds_llmpq.planner.config import MicroBatchesConfig, PlannerConfig, WorkloadConfig
-from ds_llmpq.planner.problem import Problem
+from ds_llmpq.planner.problem import Objective, Problem
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.sensitivity.table import Sensitivity
 
@@ -156,7 +156,7 @@ def test_an_lm_head_of_fewer_bits_is_smaller_costs_quality_and_needs_a_device_th
     assert set(core.decode_head_seconds) == {1, 2, 4, 6}
     assert set(four.problem.device_types["gpu"].decode_head_seconds) == {1, 2, 4, 6}
     assert "gpu has no kernel for quant.lm_head_bits=8" in eight.notes
-    assert not any("lm_head_bits" in note for note in (*plain.notes, *four.notes))
+    assert not any("kernel for quant.lm_head_bits" in note for note in (*plain.notes, *four.notes))
 
 
 def test_whole_output_matrices_go_on_devices_whose_layers_cannot_be_whole():
@@ -199,6 +199,19 @@ def test_origins_and_notes():
     assert [note for note in built.notes if "gpu has no kernel for 8 bits" in note]
 
 
+def test_without_16_bits_the_default_bound_gives_way_and_says_so():
+    sensitivity = Sensitivity("x", "measured", (4, 8), ((0.5, 0.25),) * 3)
+    built = make(quant=QuantConfig(bits=[4, 8]), sensitivity=sensitivity)
+    assert built.problem.objective.limit == 0.75
+    said = (
+        "quant.bits=[4, 8] and quant.lm_head_bits lose 0.75 nats per token at least, so planner.max_quality_loss=0.02 "
+    )
+    assert any(note.startswith(said) for note in built.notes)
+    strict = PlannerConfig(mode="max_quality_loss")
+    built = make(quant=QuantConfig(bits=[4, 8]), sensitivity=sensitivity, planner=strict)
+    assert built.problem.objective.limit == 0.02
+
+
 def test_sensitivities_are_taken_in_the_order_of_bits():
     sensitivity = Sensitivity("x", "measured", (8, 4), ((1.0, 2.0), (3.0, 4.0), (5.0, 6.0)))
     assert make(sensitivity=sensitivity).problem.sensitivity == ((0.0, 2.0, 1.0), (0.0, 4.0, 3.0), (0.0, 6.0, 5.0))
@@ -207,7 +220,12 @@ def test_sensitivities_are_taken_in_the_order_of_bits():
 
 
 def test_objectives():
-    assert make().problem.objective.theta == 2.0
+    default = make().problem.objective
+    assert (default.mode, default.theta, default.limit) == ("max_quality_loss", 2.0, 0.02)
+    free = make(planner=PlannerConfig(theta=2.0, max_quality_loss=None)).problem
+    assert free.objective == Objective("theta", theta=2.0)
+    for problem in (make().problem, free):
+        assert Problem.from_json(problem.to_json()) == problem
     bounded = make(planner=PlannerConfig(mode="max_quality_loss", max_quality_loss=0.5)).problem.objective
     assert (bounded.mode, bounded.limit) == ("max_quality_loss", 0.5)
     bounded = make(planner=PlannerConfig(mode="max_latency", max_latency_seconds=9.0)).problem.objective
@@ -269,7 +287,7 @@ def test_widths_that_cannot_be_packed_are_left_out_with_a_reason():
         ),
         ({"quant": QuantConfig(bits=[8], axis=0, per_channel_bits=[8])}, r"not axis 0; set quant\.axis=1"),
         ({"planner": PlannerConfig(mode="max_latency")}, r"set planner\.max_latency_seconds"),
-        ({"planner": PlannerConfig(mode="max_quality_loss")}, r"set planner\.max_quality_loss"),
+        ({"planner": PlannerConfig(mode="max_quality_loss", max_quality_loss=None)}, r"set planner\.max_quality_loss"),
         ({"planner": PlannerConfig(mode="fast")}, "'fast'"),
         ({"planner": PlannerConfig(micro_batches=MicroBatchesConfig(prefill=[]))}, "prefill is empty"),
         ({"planner": PlannerConfig(micro_batches=MicroBatchesConfig(decode=[7]))}, "from 1 to 6"),

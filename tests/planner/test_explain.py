@@ -8,7 +8,7 @@ from random_problems import random_problem
 from ds_llmpq.errors import InfeasibleError
 from ds_llmpq.planner import Problem, solve
 from ds_llmpq.planner.objective import violations
-from ds_llmpq.wording import pluralize
+from ds_llmpq.wording import format_number, pluralize
 
 WORTH = re.compile(r"objective of [^ ]+ by at least \(the same stages, other bit widths\): (.*)\.$")
 
@@ -74,9 +74,10 @@ def test_the_first_sentence_says_what_is_quantized_and_whether_memory_asked_for_
         unquantized = dataclasses.replace(plan.assignment(), stages=tuple(stages))
         problem = Problem.from_json(obj)
         if 16 not in problem.bits:
-            assert sentence.endswith("because 16 bits are not among the choices.")
+            assert "because 16 bits are not among the choices; expected to cost " in sentence
             continue
         short = [each for each in violations(problem, unquantized) if " bytes on " in each]
-        assert sentence.endswith("do not fit the devices' memory otherwise." if short else "that is faster.")
+        why = "do not fit the devices' memory otherwise" if short else "that is faster"
+        assert f"{why}; expected to cost {format_number(plan.predicted.quality_loss)} nats a token, " in sentence
         seen.add(bool(short))
     assert seen == {"nothing", True, False}

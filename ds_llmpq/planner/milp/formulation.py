@@ -174,11 +174,11 @@ def _memory(form: Formulation, layers: int) -> None:
 def _costs(form: Formulation, layers: int, objective: Objective, links) -> None:
     """P, D, the slowest resources, the decode round, and the mode's objective and bound."""
     model, arrays = form.model, form.arrays
-    theta_mode = objective.mode != "max_latency"
-    time_unit = form.scale if theta_mode else 1000.0 / (objective.limit or 1.0)
-    loss_weight = {"theta": objective.theta * form.scale, "max_quality_loss": 0.0, "max_latency": form.scale}
+    priced = objective.mode != "max_latency"
+    time_unit = form.scale if priced else 1000.0 / (objective.limit or 1.0)
+    loss_weight = (objective.theta if priced else 1.0) * form.scale
     for (i, _, b), column in form.z.items():
-        model.cost[column] = loss_weight[objective.mode] * arrays.sensitivity[i, b]
+        model.cost[column] = loss_weight * arrays.sensitivity[i, b]
     totals: list[tuple[int, float]] = []
     steps = arrays.generated_tokens - 1
     for phase, table in enumerate((arrays.prefill, arrays.decode)):
@@ -199,7 +199,7 @@ def _costs(form: Formulation, layers: int, objective: Objective, links) -> None:
             model.row([(slowest, steps * arrays.decode_rounds), (decode, -1.0)], high=0)
             model.row([*((c, value * steps) for c, value in total), (decode, -1.0)], high=0)
             totals.append((decode, 1.0))
-    if theta_mode:
+    if priced:
         for column, value in totals:
             model.cost[column] += value
     else:

@@ -208,14 +208,15 @@ class Search:
         low, high = bracket
         if low > 0 and math.isfinite(high):
             return math.sqrt(low * high)
-        return theta * factor if cheap else theta / factor
+        return max(theta * factor if cheap else theta / factor, self.problem.objective.theta)
 
     def _goal(self, node: Node) -> float:
         """The target in the units of a priced path, with a little to spare."""
         value, limit = self.target + 1e-6 * abs(self.target), self.problem.objective.limit
         if self.mode == "max_latency":
             return limit + node.duals.theta * value
-        return value + (node.duals.theta * limit if self.mode == "max_quality_loss" else 0.0)
+        own = self.problem.objective.theta
+        return value + ((node.duals.theta - own) * limit if self.mode == "max_quality_loss" else 0.0)
 
     def _halves(self, node: Node) -> list[Node]:
         """Split the threshold whose interval explains most of the difference between plan and bound."""
@@ -317,7 +318,8 @@ class Search:
         if self.mode == "theta":
             return self.problem.objective.theta
         seconds = self.problem.objective.limit if self.mode == "max_latency" else 0.0
-        return self.start_theta or self.known(pair).theta or plausible_theta(self.pairs[pair], seconds)
+        theta = self.start_theta or self.known(pair).theta or plausible_theta(self.pairs[pair], seconds)
+        return max(theta, self.problem.objective.theta)
 
 
 def is_small(problem: Problem) -> bool:

@@ -65,10 +65,12 @@ def find_price_of_limit(
             low = theta
         else:
             high = theta
+        if high == objective.theta:
+            break  # the limit costs nothing
         if low > 0 and math.isfinite(high):
             theta = math.sqrt(low * high)
         else:
-            theta = theta * step if low == theta else theta / step
+            theta = max(theta * step if low == theta else theta / step, objective.theta)
     return best_theta
 
 
@@ -81,7 +83,7 @@ def _repair(best: Incumbent, assignment: Assignment, improve: Callable[[Assignme
 
 def _bound(objective: Objective, priced: float, theta: float) -> float:
     if objective.mode == "max_quality_loss":
-        return priced - theta * objective.limit
+        return priced - (theta - objective.theta) * objective.limit
     return (priced - objective.limit) / theta
 
 

@@ -55,7 +55,7 @@ def simple_bound(problem: Problem, pins: Pins, pair: tuple[int, int]) -> float:
     passes = relaxed.ring * relaxed.layers * least[1]
     rounds = relaxed.slowest * slowest[1]
     seconds += max(passes, rounds)
-    return (seconds + (problem.objective.theta * loss if mode == "theta" else 0.0)) * (1 - SLACK)
+    return (seconds + problem.objective.theta * loss) * (1 - SLACK)
 
 
 def solve_fractional(problem: Problem, pins: Pins, pair: tuple[int, int]) -> Fractional:
@@ -183,12 +183,12 @@ class _Program:
 
     def _theta(self, price: float) -> float | None:
         """The price of quality loss in seconds, from the dual of the mode's limit."""
-        mode = self.objective.mode
+        mode, theta = self.objective.mode, self.objective.theta
         if mode == "theta":
-            return self.objective.theta
-        if price <= 0:
-            return None
-        return 1 / price if mode == "max_latency" else price
+            return theta
+        if mode == "max_quality_loss":
+            return max(price, 0.0) + theta or None
+        return 1 / price if price > 0 else None
 
     def _bounds(self) -> tuple[np.ndarray, np.ndarray]:
         """Bounds of all columns, finite: no plan needs more."""
@@ -256,7 +256,6 @@ class _Program:
             return loss
         if mode == "max_quality_loss":
             self._add(loss, limit)
-            return latency
         return latency + self.objective.theta * loss
 
     def _equalities(self) -> tuple[np.ndarray, np.ndarray]:

@@ -4,7 +4,7 @@ For thresholds in a box [p_low, p_high] x [d_low, d_high] the problem separates 
 all device orders, subsets and interleavings (`shortest_path.py`); stages are bounded by Lagrangian prices
 (`stage_bounds.py`). The decode round max(m_d * slowest, ring) is bounded by w * m_d * slowest + (1 - w) * ring for any
 w in [0, 1]; a limit on quality loss (or on latency) is priced by theta: min latency + theta * (loss - limit) is a
-bound for every theta.
+bound for every theta. Where the objective prices the loss too, theta is both prices together.
 Where devices are too many to count, each use of a class is priced. Every path rounds to a plan.
 """
 
@@ -119,7 +119,7 @@ class Relaxation:
     def in_objective_units(self, value: float, theta: float) -> float:
         limit = self.problem.objective.limit
         if self.mode == "max_quality_loss":
-            return value - theta * limit
+            return value - (theta - self.problem.objective.theta) * limit
         if self.mode == "max_latency":
             return (value - limit) / theta
         return value
@@ -215,7 +215,7 @@ class Relaxation:
             hops = min(self.problem.layers, len(self.problem.devices))
             box = pair.root
             latency = (2 * hops + pair.slow) * box.p_high + (2 * hops * pair.ring + pair.slowest) * box.d_high
-            worst = latency + (self.problem.objective.theta * worst if self.mode == "theta" else 0.0)
+            worst = latency + self.problem.objective.theta * worst
         return worst * (1 + 1e-6) + 1e-9
 
 
