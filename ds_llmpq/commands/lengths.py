@@ -12,6 +12,7 @@ from ds_llmpq.lengths.config import LengthsConfig
 from ds_llmpq.lengths.predictor import evaluate, train
 from ds_llmpq.report.plan_table import format_table
 from ds_llmpq.research.schedule_plots import plot_lengths
+from ds_llmpq.wording import format_number
 
 _COLUMNS = ("answers", "mean", "p50", "p90", "p95", "p99", "max", "tail_ratio", "longest_of_8", "longest_of_32")
 
@@ -57,14 +58,14 @@ def _characterize(settings: LengthsConfig, out: Path) -> None:
     found = {name: distribution(tokens) for name, tokens in by_model.items()}
     (out / "lengths.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     plots = plot_lengths(out, by_model)
-    rows = [[name, *(f"{row[column]:.4g}" for column in _COLUMNS)] for name, row in found.items()]
+    rows = [[name, *(format_number(row[column], 4) for column in _COLUMNS)] for name, row in found.items()]
     print(format_table(["model", *(column.replace("_", " ") for column in _COLUMNS)], rows))
     print(f"lengths: {', '.join(str(out / name) for name in ('lengths.json', *plots))}")
 
 
 def _report(metrics: dict[str, float], out: Path) -> None:
     (out / "metrics.json").write_text(json.dumps({"schema": 1} | metrics, indent=1) + "\n", encoding="utf-8")
-    print(format_table(["metric", "value"], [[name, f"{value:.4g}"] for name, value in metrics.items()]))
+    print(format_table(["metric", "value"], [[name, format_number(value, 4)] for name, value in metrics.items()]))
     print(f"metrics: {out / 'metrics.json'}")
 
 

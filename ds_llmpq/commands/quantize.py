@@ -11,6 +11,7 @@ from ds_llmpq.launch.progress import ProgressBar
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.plan import check_model, read_plan
 from ds_llmpq.quant.config import QuantConfig
+from ds_llmpq.quant.packing import count_bits_per_weight, make_groups
 from ds_llmpq.report.plan_table import format_size
 
 
@@ -32,9 +33,11 @@ def run(settings: QuantizeConfig, out: Path) -> int:
         )
     finally:
         bar.close()
+    weight = count_bits_per_weight(read_shape(source), bits, make_groups(quant), quant.lm_head_bits)
     print(
         f"{written.parts} parts, {written.reused} of them reused; {format_size(written.source_bytes)} became "
-        f"{format_size(written.bytes)} in {written.seconds:.1f} s"
+        f"{format_size(written.bytes)} in {written.seconds:.1f} s; {weight:.2f} bits a weight in decoder layers and "
+        f"lm_head, with scales and zeros of 16 bits"
     )
     print(f"quantized: {out} (use it with `ds-llmpq run plan=FILE quantized={out}`)")
     return 0

@@ -19,6 +19,7 @@ from ds_llmpq.research.queue_simulator import Server, schedule_metrics, simulate
 from ds_llmpq.research.scenario import make_jobs
 from ds_llmpq.scheduler.execution import ConstantCost, ExecutionCost, PlanCost
 from ds_llmpq.scheduler.policies import Guard
+from ds_llmpq.wording import format_number
 
 MODES = ("right", "reference")
 _SHOWN = ("jct_mean", "jct_p50", "jct_p99", "waiting_mean", "makespan", "throughput_jobs_per_second", "padded_token")
@@ -57,7 +58,7 @@ def _right(settings: SimulateConfig, out: Path) -> int:
     metrics = {policy: _mean(rows) for policy, rows in runs.items()}
     ratios = _mean(published) if published and published[0] else None
     _write(out / "metrics.json", {"schema": 1, "settings": asdict(settings), "policies": metrics, "published": ratios})
-    rows = [[policy, *(f"{_value(found, name):.4g}" for name in _SHOWN)] for policy, found in metrics.items()]
+    rows = [[policy, *(format_number(_value(found, name), 4) for name in _SHOWN)] for policy, found in metrics.items()]
     print(format_table(["policy", *(name.replace("_", " ") for name in _SHOWN)], rows))
     print(f"metrics: {out / 'metrics.json'}")
     return 0

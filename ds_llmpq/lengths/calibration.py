@@ -30,13 +30,15 @@ def conformal_quantile(values: np.ndarray, level: float) -> float:
 @dataclass(frozen=True)
 class Calibration:
     """`offsets` [levels] are added to log(1 + base bound). `class_bounds` [classes][levels] are in tokens. `scores` and
-    `tokens` are knots of the increasing map from pairwise scores to tokens. `factor` multiplies regressed tokens."""
+    `tokens` are knots of the increasing map from pairwise scores to tokens. `factor` multiplies regressed tokens; no bound is above
+    the `longest` answer of the validation data."""
 
     offsets: Many[Offset] = ()
     class_bounds: Many[Many[Amount]] = ()
     scores: Many[Number] = ()
     tokens: Many[Amount] = ()
     factor: Amount = 1.0
+    longest: Amount | None = None
 
     def check(self, task: LengthTask) -> None:
         """ValueError if it does not fit `task`."""
@@ -53,7 +55,8 @@ class Calibration:
     def fit(cls, task: LengthTask, scores: np.ndarray, tokens: np.ndarray) -> Calibration:
         """From validation scores [n, k] and true lengths [n]."""
         if task.has_classes:
-            return cls(class_bounds=_bound_classes(task, decode_classes(task, scores), tokens))
+            bounds = _bound_classes(task, decode_classes(task, scores), tokens)
+            return cls(class_bounds=bounds, longest=float(tokens.max()))
         base = cls()
         if task.kind == "pairwise":
             base = cls(scores=(knots := _fit_monotone(scores[:, 0], tokens))[0], tokens=knots[1])
@@ -63,7 +66,7 @@ class Calibration:
         for place, level in enumerate(task.quantiles):
             errors = np.log1p(tokens) - np.log1p(base._base_bound(task, scores, place))
             offsets.append(conformal_quantile(errors, level))
-        return cls(tuple(offsets), (), base.scores, base.tokens, base.factor)
+        return cls(tuple(offsets), (), base.scores, base.tokens, base.factor, float(tokens.max()))
 
     def point(self, task: LengthTask, scores: np.ndarray) -> np.ndarray:
         """Predicted tokens [n]."""
@@ -81,7 +84,7 @@ class Calibration:
                 bound = np.array(self.class_bounds)[decode_classes(task, scores), place]
             else:
                 bound = np.expm1(np.log1p(self._base_bound(task, scores, place)) + self.offsets[place])
-            lower = np.maximum(bound, lower)
+            lower = np.maximum(bound if self.longest is None else np.minimum(bound, self.longest), lower)
             found[name_level(level)] = lower
         return found
 

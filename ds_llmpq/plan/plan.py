@@ -233,6 +233,7 @@ class Plan:
     explanation: Many[Note] = ()
     quant: Quantization | None = None
     deployment: Deployment | None = None
+    bits_per_weight: Amount | None = None  # of decoder layers and lm_head together, scales and zeros counted
 
     @property
     def is_deployed(self) -> bool:

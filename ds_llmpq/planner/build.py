@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -302,18 +303,23 @@ def _memory_entry(
 def _objective(
     planner: PlannerConfig, sensitivity: list[list[float]], bits: list[int]
 ) -> tuple[dict[str, Any], list[str]]:
-    """(the problem's objective, a note where the bound on the loss was raised). In mode theta that is no lower than
-    what `quant.bits` and `quant.lm_head_bits` lose anyway: who leaves out 16 bits has asked for it."""
+    """(the objective, a note where more may be lost than `planner.max_quality_loss`). In mode theta that bounds
+    what is lost beyond what `quant.bits`, `quant.lm_head_bits` and the pins cost anyway: these were asked for."""
     mode, limit = planner.mode, planner.max_quality_loss
     if mode == "pareto" or (mode == "theta" and limit is None):  # the front takes the objective's place
         return {"mode": "theta", "theta": planner.theta}, []
     if mode == "theta":
-        least = sum(map(min, sensitivity))
-        objective = {"mode": "max_quality_loss", "theta": planner.theta, "limit": max(limit, least)}
+        pinned = planner.pins.get("bits") or {}
+        pinned = {str(layer): width for layer, width in pinned.items()} if isinstance(pinned, Mapping) else {}
+        least = math.fsum(
+            row[bits.index(pinned[str(layer)])] if pinned.get(str(layer)) in bits else min(row)
+            for layer, row in enumerate(sensitivity)
+        )
+        objective = {"mode": "max_quality_loss", "theta": planner.theta, "limit": limit + least}
         return objective, [
-            f"quant.bits={bits} and quant.lm_head_bits lose {format_number(least)} nats per token at least, so "
-            f"planner.max_quality_loss={format_number(limit)} is taken for that."
-        ] * (least > limit)
+            f"quant.bits={bits}, quant.lm_head_bits and pins lose {format_number(least)} nats per token at least; "
+            f"planner.max_quality_loss={format_number(limit)} bounds what comes on top of that."
+        ] * (least > 0)
     if mode not in ("max_quality_loss", "max_latency"):
         raise UserError(f"planner.mode={mode!r}; use theta, max_quality_loss, max_latency or pareto")
     field = "max_quality_loss" if mode == "max_quality_loss" else "max_latency_seconds"

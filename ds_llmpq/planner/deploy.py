@@ -27,6 +27,7 @@ from ds_llmpq.planner.objective import Prediction, link_seconds
 from ds_llmpq.planner.problem import Problem
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.kernels.base import Kernel
+from ds_llmpq.quant.packing import count_bits_per_weight
 
 if TYPE_CHECKING:
     from ds_llmpq.planner.build import Prepared
@@ -104,6 +105,12 @@ def deploy(
         stages=stages,
         quant=Quantization.from_config(quant),
         deployment=deployment,
+        bits_per_weight=count_bits_per_weight(
+            prepared.memory.shape,
+            [width for stage in stages for width in stage.bits],
+            prepared.memory.groups,
+            quant.lm_head_bits,
+        ),
         provenance=dict(prepared.provenance),
         explanation=(*_add_confidence(plan, prepared), *plan.explanation[1:], *prepared.notes),
     )

@@ -7,10 +7,12 @@ it stand one scale and one zero per group in the compute dtype.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ds_llmpq.errors import UserError
+from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.quant.config import QuantConfig
 
 UNQUANTIZED_BITS = 16  # stands for the compute dtype, whatever its width
@@ -144,3 +146,13 @@ def packed_linear_bytes(out_features: int, in_features: int, bits: int, groups: 
     group_size = groups.of(bits, in_features)
     packed = packed_weight_bytes(out_features, in_features, bits, group_size, groups.axis)
     return packed + metadata_bytes(out_features, in_features, group_size, dtype_bytes)
+
+
+def count_bits_per_weight(shape: ModelShape, bits: Sequence[int], groups: Groups, lm_head_bits: int) -> float:
+    """Mean over the weights of all decoder layers, at `bits` each, and of lm_head, scales and zeros of 16 bits counted.
+    Without the embedding, norms and biases, which nothing quantizes."""
+    head = shape.lm_head
+    sizes = [(linear.out_features, linear.in_features, width) for width in bits for linear in shape.linears]
+    sizes += [(rows, head.in_features, lm_head_bits) for rows in row_blocks(head.out_features, head.in_features)]
+    stored = sum(packed_linear_bytes(*size, groups, dtype_bytes=2) for size in sizes)
+    return 8 * stored / sum(rows * columns for rows, columns, _ in sizes)

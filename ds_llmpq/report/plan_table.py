@@ -48,9 +48,14 @@ def describe_plan(plan: Plan) -> str:
         f"planned: {format_number(predicted.throughput_tokens_per_second, 4)} tokens/s on "
         f"{plan.workload.sequences} sequences of {plan.workload.prompt_tokens} + {plan.workload.generated_tokens} "
         f"tokens, loss {format_number(predicted.quality_loss)} nats per token"
+        + _bits_text(plan)
         + "".join(f" ({origin})" for name, origin in plan.provenance.items() if name == "sensitivity"),
     ]
     return "\n".join(lines)
+
+
+def _bits_text(plan: Plan) -> str:
+    return "" if plan.bits_per_weight is None else f" at {plan.bits_per_weight:.2f} bits a weight"
 
 
 def _list_widths(bits: Sequence[int]) -> str:
@@ -99,7 +104,7 @@ def _summary(plan: Plan) -> list[str]:
         f"predicted: {format_number(predicted.latency_seconds, 4)} s a batch (prefill "
         f"{format_number(predicted.prefill_seconds, 4)}, decode {format_number(predicted.decode_seconds, 4)}), "
         f"{format_number(predicted.throughput_tokens_per_second, 4)} tokens/s, quality loss "
-        f"{format_number(predicted.quality_loss)} nats per token",
+        f"{format_number(predicted.quality_loss)} nats per token" + _bits_text(plan),
         f"solver: {solver.name}, {solver.status}, objective {format_number(solver.objective, 5)}{proof}, "
         f"{format_number(solver.seconds, 2)} s",
     ]

@@ -13,6 +13,7 @@ from ds_llmpq.report.page import Section, render_page
 from ds_llmpq.report.plan_table import format_bits, format_milliseconds, format_plan, format_size
 from ds_llmpq.report.run_summary import run_summary
 from ds_llmpq.report.traces import gantt, read_trace
+from ds_llmpq.wording import format_number
 
 _PAIRS = "predicted_against_measured"
 _SIDES = ("predicted", "measured")
@@ -63,13 +64,18 @@ def _summary(plan: Plan, metrics: dict[str, Any] | None, scores: dict[str, Any] 
     rows = [
         [
             "throughput, tokens/s",
-            f"{predicted.throughput_tokens_per_second:.4g}",
+            format_number(predicted.throughput_tokens_per_second, 4),
             "",
             _look_up(metrics, "measured", "throughput_tokens_per_second"),
         ],
-        ["quality loss, nats per token", f"{predicted.quality_loss:.3g}", "", _measured_loss(scores)],
+        ["quality loss, nats per token", format_number(predicted.quality_loss), "", _measured_loss(scores)],
+        *[["bits a weight, all counted", f"{bits:.2f}", "", ""] for bits in [plan.bits_per_weight] if bits is not None],
         *(
-            [f"{name}, s", f"{getattr(predicted, key):.4g}", *(_look_up(metrics, _PAIRS, key, side) for side in _SIDES)]
+            [
+                f"{name}, s",
+                format_number(getattr(predicted, key), 4),
+                *(_look_up(metrics, _PAIRS, key, side) for side in _SIDES),
+            ]
             for name, key in _TIMES
         ),
     ]
@@ -186,9 +192,9 @@ def _baselines(plan: Plan, out: Path) -> Section:
         if isinstance(entry, str)
         else [
             name,
-            f"{entry.throughput_tokens_per_second:.4g}",
+            format_number(entry.throughput_tokens_per_second, 4),
             f"{ours / entry.throughput_tokens_per_second:.2f}",
-            f"{entry.quality_loss:.3g}",
+            format_number(entry.quality_loss),
             "",
         ]
         for name, entry in plan.baselines.items()
@@ -212,7 +218,7 @@ def _look_up(record: dict[str, Any] | None, *names: str) -> str:
     value: Any = record
     for name in names:
         value = value.get(name) if isinstance(value, dict) else None
-    return "" if value is None else f"{value:.4g}"
+    return "" if value is None else format_number(value, 4)
 
 
 def _measured_loss(scores: dict[str, Any] | None) -> str:

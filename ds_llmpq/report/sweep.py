@@ -24,6 +24,7 @@ from ds_llmpq.report import figures
 from ds_llmpq.report.metrics_file import REMEDY, read_metrics
 from ds_llmpq.report.plan_table import format_table
 from ds_llmpq.validation import Label, Note, validate
+from ds_llmpq.wording import format_number
 
 _FAILURE = "failure.json"
 _WIDEST_CELL = 90  # characters; summary.csv has all of a long sentence
@@ -193,7 +194,7 @@ def _compare_points(points: list[dict[str, Any]]) -> list[str]:
 
 def _baseline(point: dict[str, Any], name: str) -> str:
     theirs = point[name]
-    return f"{theirs:.4g} ({point['throughput_tokens_per_second'] / theirs:.2f}x)" if theirs else "-"
+    return f"{format_number(theirs, 4)} ({point['throughput_tokens_per_second'] / theirs:.2f}x)" if theirs else "-"
 
 
 def read_point(folder: Path) -> dict[str, Any]:
@@ -285,5 +286,5 @@ def plot(path: Path, points: list[dict[str, Any]]) -> None:
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    text = format_number(value, 4) if isinstance(value, float) else str(value)
     return text if len(text) <= _WIDEST_CELL else text[: _WIDEST_CELL - 3] + "..."

@@ -10,6 +10,7 @@ from typing import Any
 from ds_llmpq.errors import UserError
 from ds_llmpq.report import figures, sweep
 from ds_llmpq.report.page import Section, render_page
+from ds_llmpq.wording import format_number
 
 Point = dict[str, Any]
 SECTIONS = ("points", "pareto", "heat", "baselines")
@@ -86,7 +87,7 @@ def heat_map(points: list[Point], first: str, second: str, path: Path) -> bool:
             for i, value in enumerate(line):
                 if not math.isnan(value):
                     colour = "black" if value > middle else "white"
-                    axis.text(i, j, f"{value:.3g}", ha="center", va="center", fontsize=8, color=colour)
+                    axis.text(i, j, format_number(value), ha="center", va="center", fontsize=8, color=colour)
         axis.set_xticks(range(len(columns)), columns, rotation=30, ha="right", fontsize=8)
         axis.set_yticks(range(len(rows)), rows, fontsize=8)
         axis.set(xlabel=first, ylabel=second, title=title)

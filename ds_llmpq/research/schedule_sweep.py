@@ -165,4 +165,4 @@ def _table(rows: list[Row]) -> list[str]:
 
 
 def _cell(value: Any) -> str:
-    return "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+    return "-" if value is None else format_number(value) if isinstance(value, float) else str(value)

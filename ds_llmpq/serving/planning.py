@@ -79,6 +79,8 @@ def build_problem(
             read_json(make_absolute(settings.problem), "Problem", "give a problem.json", infinity=True)
         ), lambda plan: plan
     planner = settings.planner
+    if settings.check and planner.mode == "theta":  # the bit widths of a plan by hand are asked for
+        planner = replace(planner, max_quality_loss=None)
     shape, model = _model(settings.model)
     check_lm_head(shape.vocab, shape.embed_dim, settings.quant)
     cluster = Cluster.from_config(settings.cluster)

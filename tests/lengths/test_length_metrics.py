@@ -99,6 +99,14 @@ def test_bounds_of_a_useless_model_still_cover():
     assert validate(Calibration, asdict(calibration), "calibration", "mend it") == calibration
 
 
+def test_no_bound_is_above_the_longest_answer_known():
+    generator = np.random.default_rng(2)
+    scores, tokens = generator.normal(size=(300, 1)), generator.integers(1, 65, 300)
+    task = LengthTask.fit(LengthTaskConfig(), tokens)
+    bounds = Calibration.fit(task, scores, tokens).bounds(task, np.full((10, 1), 9.0))
+    assert all((bound <= 64).all() for bound in bounds.values())
+
+
 def test_pairwise_scores_become_tokens_by_an_increasing_map():
     task = LengthTask.fit(LengthTaskConfig(kind="pairwise"), TOKENS)
     scores = np.array([[0.1], [0.3], [0.2], [0.9]])

@@ -199,14 +199,14 @@ def test_origins_and_notes():
     assert [note for note in built.notes if "gpu has no kernel for 8 bits" in note]
 
 
-def test_without_16_bits_the_default_bound_gives_way_and_says_so():
+def test_what_is_asked_for_does_not_count_against_the_default_bound():
     sensitivity = Sensitivity("x", "measured", (4, 8), ((0.5, 0.25),) * 3)
     built = make(quant=QuantConfig(bits=[4, 8]), sensitivity=sensitivity)
-    assert built.problem.objective.limit == 0.75
-    said = (
-        "quant.bits=[4, 8] and quant.lm_head_bits lose 0.75 nats per token at least, so planner.max_quality_loss=0.02 "
-    )
+    assert built.problem.objective.limit == 0.77
+    said = "quant.bits=[4, 8], quant.lm_head_bits and pins lose 0.75 nats per token at least; "
     assert any(note.startswith(said) for note in built.notes)
+    pinned = make(sensitivity=sensitivity, planner=PlannerConfig(pins={"bits": {0: 8}}))
+    assert pinned.problem.objective.limit == 0.27
     strict = PlannerConfig(mode="max_quality_loss")
     built = make(quant=QuantConfig(bits=[4, 8]), sensitivity=sensitivity, planner=strict)
     assert built.problem.objective.limit == 0.02

@@ -5,10 +5,12 @@ import random
 import pytest
 
 from ds_llmpq.errors import UserError
+from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.packing import (
     PACKED_BITS,
     Groups,
+    count_bits_per_weight,
     make_groups,
     metadata_bytes,
     packed_linear_bytes,
@@ -130,6 +132,21 @@ def test_gate_and_bytes_on_random_shapes():
 def test_unquantized_is_the_plain_weight():
     assert packed_linear_bytes(48, 80, 16, Groups(), 2) == 48 * 80 * 2
     assert packing_problem(3, 5, 16, 64, 1) is None
+
+
+def test_bits_a_weight_count_scales_zeros_rows_and_lm_head():
+    """A layer of 4 x 64 x 64 + 3 x 64 x 128 weights and an lm_head of 640 x 64, in groups of 64."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
+    shape = ModelShape.from_config({"model_type": "llama", "num_hidden_layers": 2, "vocab_size": 640, **sizes})
+    layer, head, plain = 4 * 64 * 64 + 3 * 64 * 128, 640 * 64, Groups()
+    assert count_bits_per_weight(shape, [16, 16], plain, 16) == 16
+    assert count_bits_per_weight(shape, [4, 4], plain, 4) == 4.5  # 2 x 16 bits for 64 weights
+    mixed = (layer * 4.5 + layer * 8.5 + head * 16) / (2 * layer + head)
+    assert count_bits_per_weight(shape, [4, 8], plain, 16) == pytest.approx(mixed)
+    rows = (8.5 * (layer - 64 * 128) + 8.25 * 64 * 128) / layer  # down_proj has rows of 128
+    assert count_bits_per_weight(shape, [8, 8], Groups(64, 1, (8,)), 8) == pytest.approx(
+        (2 * layer * rows + head * 8.5) / (2 * layer + head)
+    )
 
 
 def test_four_bits_by_hand():
