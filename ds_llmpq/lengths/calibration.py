@@ -30,8 +30,8 @@ def conformal_quantile(values: np.ndarray, level: float) -> float:
 @dataclass(frozen=True)
 class Calibration:
     """`offsets` [levels] are added to log(1 + base bound). `class_bounds` [classes][levels] are in tokens. `scores` and
-    `tokens` are knots of the increasing map from pairwise scores to tokens. `factor` multiplies regressed tokens; no bound is above
-    the `longest` answer of the validation data."""
+    `tokens` are knots of the increasing map from pairwise scores to tokens. `factor` multiplies regressed tokens. No
+    bound is above the `longest` validation answer."""
 
     offsets: Many[Offset] = ()
     class_bounds: Many[Many[Amount]] = ()

@@ -15,6 +15,7 @@ from ds_llmpq.report import sweep
 from ds_llmpq.report.metrics_file import read_metrics
 from ds_llmpq.research.queue_simulator import BATCHINGS
 from ds_llmpq.research.schedule_plots import plot_against
+from ds_llmpq.wording import format_number
 
 Row = dict[str, Any]
 _PLACE = ("batching", "arrivals", "load", "rate", "cv", "max_batch", "prediction", "sigma")
