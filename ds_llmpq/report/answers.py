@@ -1,4 +1,4 @@
-"""The first answers of a run, short enough for a terminal: what a user looks at to see that the run makes sense."""
+"""The first answers of a run, shortened for a terminal, so that a user sees whether the run makes sense."""
 
 from __future__ import annotations
 
@@ -12,14 +12,12 @@ from ds_llmpq.errors import UserError, make_printable
 from ds_llmpq.files import open_regular, parse_json, read_lines
 
 _PROMPT_CHARACTERS, _ANSWER_CHARACTERS = 100, 160
-_MOST_ROWS = 1000  # of results without a word, after which there is nothing to show
+_MOST_ROWS = 1000  # rows that are searched for answers with text
 
 
 def show_answers(input_file: Path, results_file: Path, count: int = 3) -> str:
-    """The first `count` answers of `results_file` that hold words, each on a line below its prompt from `input_file`.
-
-    Reads no more of either file than it needs, and the results no further than `_MOST_ROWS`.
-    """
+    """The first `count` answers with text in `results_file`, each below its prompt from `input_file`; of the results,
+    only the first `_MOST_ROWS` are read."""
     answers: dict[str, str] = {}
     for row in _rows(results_file, _MOST_ROWS):
         answer = _answer(row)
@@ -46,7 +44,7 @@ def _find_prompts(input_file: Path, wanted: set[str]) -> dict[str, str]:
 
 
 def _rows(file: Path, most: int | None = None) -> Iterator[dict[str, Any]]:
-    """Of the first `most` lines, those that are objects; of the input, others have become error rows."""
+    """The objects among the first `most` lines; other lines of the input have become error rows."""
     remedy = "give another file"
     with open_regular(file, "rows", remedy) as lines:
         for line in islice(read_lines(lines, f"rows {file}", remedy), most):
@@ -65,7 +63,7 @@ def _prompt(body: dict[str, Any]) -> str:
 
 
 def _answer(row: dict[str, Any]) -> str:
-    """Empty where the row is of another form, which an earlier version may have written."""
+    """Empty for a row of another form, as an earlier version may have written."""
     try:
         (choice,) = row["response"]["body"]["choices"]
         answer = choice["message"]["content"] if "message" in choice else choice["text"]
@@ -75,6 +73,6 @@ def _answer(row: dict[str, Any]) -> str:
 
 
 def _line(text: str, most: int) -> str:
-    """`text` on one line: where it has several, their ends are shown as such."""
+    """`text` on one line, with a mark for each line end."""
     whole = text.strip().replace("\n", " \u23ce ")
     return make_printable(whole if len(whole) <= most else whole[: most - 3] + "...", most, keep="")

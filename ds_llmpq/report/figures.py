@@ -1,4 +1,4 @@
-"""What the pictures of a report share: colours that colour-blind readers can tell apart, sizes, saving."""
+"""What the pictures share: colours that colour-blind readers can tell apart, sizes, saving."""
 
 from __future__ import annotations
 
@@ -11,27 +11,20 @@ SPANS = {
     "prefill": "#0072B2",
     "decode": "#E69F00",
     "sample": "#009E73",
-    "wait_receive": "#D9D9D9",
-    "wait_send": "#BFBFBF",
-    "wait_tokens": "#EDEDED",
+    # waiting is grey, from dark to light
+    "wait_receive": "#555555",
+    "wait_send": "#8A8A8A",
+    "wait_tokens": "#B8B8B8",
+    "wait_requests": "#E0E0E0",
 }
 PARTS = {"weights": "#0072B2", "kv": "#E69F00", "embed": "#009E73", "head": "#CC79A7", "workspace": "#56B4E9"}
 OTHER = "#D55E00"
 
 
-def span_colour(name: str) -> str:
-    """Work in colours, waiting in greys."""
-    return SPANS.get(name, "#DDDDDD" if name.startswith("wait_") else OTHER)
-
-
-def stage_colour(index: int) -> str:
-    return STAGES[index % len(STAGES)]
-
-
 def make_figure(
     rows: int = 1, columns: int = 1, width: float = 9.0, height: float = 3.6, **options: Any
 ) -> tuple[Any, Any]:
-    """(figure, array of axes [rows, columns]); drawn without any display."""
+    """(figure, array of axes [rows, columns]); needs no display."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""Reads metrics.json, scores.json and the like for a report; texts are made printable."""
+"""Reads metrics.json, scores.json and the like for reports, and makes their texts printable."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _WRONG = (KeyError, TypeError, ValueError, AttributeError, IndexError, Arithmeti
 
 
 def read_metrics(file: Path) -> dict[str, Any] | None:
-    """The object of a file, its texts made fit to print; None where there is no such file. `UserError`: no object, or
-    as in `read_json`."""
+    """The object in a file, with printable texts; None if the file is missing. `UserError`: no object, or as in
+    `read_json`."""
     if not file.exists():
         return None
     record = read_json(file, "file", REMEDY)
@@ -27,7 +27,7 @@ def read_metrics(file: Path) -> dict[str, Any] | None:
 
 @contextmanager
 def refuse_other_forms(file: Path) -> Iterator[None]:
-    """Turns an exception of the block into a `UserError`: `file` has other keys or values than this version writes."""
+    """Turns an exception in the block into a `UserError`: `file` does not have the keys and values of this version."""
     try:
         yield
     except _WRONG as error:

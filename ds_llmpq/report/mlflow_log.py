@@ -1,4 +1,4 @@
-"""Optional: the points of a finished sweep as runs of MLflow, one each, with what was swept and what came out."""
+"""Optional: logs each point of a finished sweep as an MLflow run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ds_llmpq.report import sweep
 
 
 class MlflowLog(Callback):
-    """Hydra callback, in the parent, once all points are there. MLflow is imported then, and only then."""
+    """Hydra callback that runs once, in the parent process, after all points. Only this imports MLflow."""
 
     def __init__(self, experiment: str = "ds_llmpq", tracking_uri: str | None = None):
         self.experiment, self.tracking_uri = experiment, tracking_uri
@@ -32,7 +32,7 @@ class MlflowLog(Callback):
 
 
 def log_point(mlflow: Any, point: dict[str, Any], place: Path) -> None:
-    """Parameters are the swept keys, metrics all numbers, tags the rest; plan.json goes along."""
+    """Swept keys become parameters, numbers metrics, and the rest tags; plan.json is an artifact."""
     numbers = {name: value for name, value in point.items() if isinstance(value, (int, float))}
     with mlflow.start_run(run_name=point["point"]):
         mlflow.log_params(point["overrides"])

@@ -1,4 +1,4 @@
-"""One self-contained HTML page: text, tables and pictures inside the file, nothing fetched."""
+"""One self-contained HTML page: text, tables and pictures are inside the file, and nothing is fetched."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ td.number { text-align: right; font-variant-numeric: tabular-nums; } nav a { mar
 
 @dataclass
 class Section:
-    """A heading, what it shows in a sentence, then tables, pictures and text in the order added."""
+    """A heading, a sentence on what it shows, then tables, pictures and text in the order added."""
 
     name: str  # anchor
     title: str
@@ -34,7 +34,12 @@ class Section:
         self.parts.append(f'<img alt="{escape(alternative)}" src="data:image/png;base64,{data}">')
         return self
 
+    def sentences(self, lines: Sequence[str]) -> Section:
+        self.parts += [f"<p>{escape(line)}</p>" for line in lines]
+        return self
+
     def text(self, text: str) -> Section:
+        """Columns that spaces align; lines are not wrapped."""
         self.parts.append(f"<pre>{escape(text)}</pre>")
         return self
 

@@ -1,4 +1,4 @@
-"""A plan as plain text: stages, predicted cost, and how far it is proven."""
+"""A plan as plain text: stages, predictions, and how far it is proven optimal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
 
 def format_plan(plan: Plan) -> str:
-    """Stages, sizes, prediction, solver and baselines, ready to print."""
+    """The whole plan: stages, sizes, predictions, solver and baselines."""
     rows = [
         [
             str(index),
@@ -68,7 +68,7 @@ def format_bits(bits: Sequence[int]) -> str:
 
 
 def _head_text(plan: Plan, index: int) -> str:
-    """Width of lm_head, where it is quantized, on the stage that holds it."""
+    """Bit width of a quantized lm_head, for the stage that holds it."""
     width = plan.lm_head_bits
     return f" head {width}" if width < UNQUANTIZED_BITS and index == len(plan.stages) - 1 else ""
 
@@ -127,5 +127,5 @@ def _baseline(plan: Plan, entry: PredictedTotals | str) -> str:
 
 
 def layer_bits(stages: Iterable[Stage]) -> list[int]:
-    """Width of every decoder layer of a plan."""
+    """Bit width of every decoder layer of a plan."""
     return [width for stage in stages for width in stage.bits]

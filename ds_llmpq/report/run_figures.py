@@ -1,4 +1,4 @@
-"""Pictures of one plan and its run: bits by layer, memory by part against budget, time by what it went into."""
+"""Pictures of a plan and its run: bits by layer, memory by part against the budget, time by phase."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from typing import Any
 
 from ds_llmpq.plan import MEMORY_PARTS, Plan
 from ds_llmpq.report import figures
+from ds_llmpq.wording import format_number
 
 GIB, MIB = 2**30, 2**20
 
 
 def bits_strip(plan: Plan, path: Path) -> Path:
-    """One bar a layer, as high as its width, in its stage's colour."""
+    """One bar per layer, as high as its bit width, in the colour of its stage."""
     layers = plan.stages[-1].layers[1]
     figure, ((axis,),) = figures.make_figure(width=11, height=2.6)
     for index, stage in enumerate(plan.stages):
         place = range(*stage.layers)
         label = f"stage {index}: {stage.device} ({stage.device_type})"
-        axis.bar(place, stage.bits, width=0.9, color=figures.stage_colour(index), label=label)
+        axis.bar(place, stage.bits, width=0.9, color=figures.STAGES[index % len(figures.STAGES)], label=label)
         if layers <= 64:
             for layer, width in zip(place, stage.bits, strict=True):
                 axis.text(layer, width, str(width), ha="center", va="bottom", fontsize=7)
@@ -31,7 +32,7 @@ def bits_strip(plan: Plan, path: Path) -> Path:
 
 
 def memory_bars(plan: Plan, measured: Sequence[Mapping[str, Any]] | None, path: Path) -> Path:
-    """A stage's parts as predicted, beside them what was measured, under the line of its budget."""
+    """Predicted parts of each stage, the measured ones beside them, and a line at the budget."""
     largest = max(max(stage.memory_budget_bytes, stage.memory_bytes.total) for stage in plan.stages)
     unit, name = (GIB, "GiB") if largest >= GIB else (MIB, "MiB")
     figure, ((axis,),) = figures.make_figure(width=max(6.0, 1.5 * len(plan.stages) + 3), height=3.8)
@@ -62,13 +63,13 @@ def memory_bars(plan: Plan, measured: Sequence[Mapping[str, Any]] | None, path: 
 
 
 def phase_bars(stages: Sequence[Mapping[str, float]], path: Path) -> Path:
-    """Where each stage's time went: work by phase, then waiting. `stages`: seconds by span name, one a stage."""
+    """Where the time of each stage went: work by phase, then waiting. `stages`: seconds by span name for each stage."""
     names = sorted({name for entry in stages for name in entry}, key=lambda name: (name.startswith("wait_"), name))
     figure, ((axis,),) = figures.make_figure(width=9, height=0.45 * len(stages) + 1.6)
     left = [0.0] * len(stages)
     for name in names:
         values = [float(entry.get(name, 0.0)) for entry in stages]
-        axis.barh(range(len(stages)), values, left=left, color=figures.span_colour(name), label=name)
+        axis.barh(range(len(stages)), values, left=left, color=figures.SPANS.get(name, figures.OTHER), label=name)
         left = [a + b for a, b in zip(left, values, strict=True)]
     axis.set_yticks(range(len(stages)), [f"stage {index}" for index in range(len(stages))])
     axis.invert_yaxis()
@@ -78,7 +79,7 @@ def phase_bars(stages: Sequence[Mapping[str, float]], path: Path) -> Path:
 
 
 def predicted_phase_bars(plan: Plan, path: Path) -> Path:
-    """Of a plan that was not run: seconds of a whole batch that each stage works, by phase."""
+    """For a plan that was not run: seconds that each stage works on a whole batch, by phase."""
     sequences, steps = plan.workload.sequences, plan.workload.generated_tokens - 1
     sizes = {"prefill": plan.micro_batch.prefill, "decode": plan.micro_batch.decode}
     rounds = {phase: -(-sequences // size) for phase, size in sizes.items()}
@@ -95,7 +96,7 @@ def predicted_phase_bars(plan: Plan, path: Path) -> Path:
 
 
 def baseline_bars(plan: Plan, path: Path) -> Path | None:
-    """Predicted tokens/s of the plan and of what others would do; None if no baseline has a plan."""
+    """Predicted tokens/s of the plan and of its baselines; None if no baseline has a plan."""
     found = {
         name: entry.throughput_tokens_per_second for name, entry in plan.baselines.items() if not isinstance(entry, str)
     }
@@ -105,7 +106,7 @@ def baseline_bars(plan: Plan, path: Path) -> Path | None:
     figure, ((axis,),) = figures.make_figure(width=8, height=0.35 * len(found) + 1.1)
     colours = [figures.STAGES[0], *("#BFBFBF" for _ in range(len(found) - 1))]
     bars = axis.barh(list(found), list(found.values()), color=colours)
-    axis.bar_label(bars, fmt="%.3g", padding=3, fontsize=8)
+    axis.bar_label(bars, [format_number(value) for value in found.values()], padding=3, fontsize=8)
     axis.invert_yaxis()
     axis.set_xlabel("predicted tokens/s")
     return figures.save_figure(figure, path)

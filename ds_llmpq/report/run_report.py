@@ -1,4 +1,4 @@
-"""One run, or a plan that was not run, as report.html, pictures and a plain-text table: plan against what happened."""
+"""A run, or a plan that was not run, as report.html, pictures and report.txt: the plan against what happened."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from ds_llmpq.wording import format_number
 
 _PAIRS = "predicted_against_measured"
 _SIDES = ("predicted", "measured")
-_TIMES = (("latency", "latency_seconds"), ("prefill", "prefill_seconds"), ("decode", "decode_seconds"))
+_TIMES = ("latency", "prefill", "decode")
 SECTIONS = ("summary", "gantt", "memory", "bits", "phases", "fidelity", "baselines", "origins")
 
 
 def write_run_report(folder: Path, out: Path) -> str:
     """Writes report.html, report.txt and the pictures into `out`; returns the text.
 
-    `folder` holds plan.json; metrics.json, trace.json, predicted_trace.json and scores.json are used where present.
-    `UserError`: no plan, or a file that is not what its name says.
+    `folder` holds plan.json; metrics.json, trace.json, predicted_trace.json and scores.json are used if they are there.
+    `UserError`: no plan, or a file of another form.
     """
     if not (folder / "plan.json").is_file():
         raise UserError(f"{folder} holds no plan.json; give the folder of a run or of a plan.")
@@ -68,31 +68,33 @@ def _summary(plan: Plan, metrics: dict[str, Any] | None, scores: dict[str, Any] 
             "",
             _look_up(metrics, "measured", "throughput_tokens_per_second"),
         ],
-        ["quality loss, nats per token", format_number(predicted.quality_loss), "", _measured_loss(scores)],
-        *[["bits a weight, all counted", f"{bits:.2f}", "", ""] for bits in [plan.bits_per_weight] if bits is not None],
-        *(
-            [
-                f"{name}, s",
-                format_number(getattr(predicted, key), 4),
-                *(_look_up(metrics, _PAIRS, key, side) for side in _SIDES),
-            ]
-            for name, key in _TIMES
-        ),
+        [
+            "quality loss, nats per token",
+            format_number(predicted.quality_loss),
+            "",
+            _look_up(scores, "loss_increase", "measured"),
+        ],
+        *[
+            ["bits per weight, all counted", f"{bits:.2f}", "", ""]
+            for bits in [plan.bits_per_weight]
+            if bits is not None
+        ],
     ]
-    if metrics is not None:
-        counts = metrics["counts"]
-        rows.append(
-            ["requests", "", str(counts["total"]), f"{counts['completed']} completed, {counts['failed']} failed"]
-        )
+    for name in _TIMES:
+        planned = format_number(getattr(predicted, f"{name}_seconds"), 4)
+        rows.append([f"{name}, s", planned, *(_look_up(metrics, _PAIRS, f"{name}_seconds", side) for side in _SIDES)])
     proof = f", {plan.solver.proof}" if plan.solver.proof else ""
     section = Section(
         "summary",
         "Summary",
         f"Planned for {workload.sequences} sequences of {workload.prompt_tokens} + {workload.generated_tokens} tokens, "
         f"in micro-batches of {plan.micro_batch.prefill} in prefill and {plan.micro_batch.decode} in decode; "
-        f"solved by {plan.solver.name} in {plan.solver.seconds:.3g} s ({plan.solver.status}{proof}). A run's own "
-        "lengths may be others.",
-    ).table(["", "planned", "predicted for this run", "measured"], rows)
+        f"solved by {plan.solver.name} in {format_number(plan.solver.seconds)} s ({plan.solver.status}{proof}). "
+        "The run may have had other lengths.",
+    )
+    if metrics is not None:
+        section.sentences(run_summary(metrics).splitlines())
+    section.table(["", "planned", "predicted for this run", "measured"], rows)
     stages = [
         [
             str(index),
@@ -109,18 +111,15 @@ def _summary(plan: Plan, metrics: dict[str, Any] | None, scores: dict[str, Any] 
 
 
 def _gantt(folder: Path, out: Path) -> Section:
-    traces = {
-        "predicted": read_trace(folder / "predicted_trace.json"),
-        "measured": read_trace(folder / "trace.json"),
-    }
+    traces = {"predicted": read_trace(folder / "predicted_trace.json"), "measured": read_trace(folder / "trace.json")}
     found = {name: spans for name, spans in traces.items() if spans}
     section = Section(
         "gantt",
         "Stages in time",
-        "What each stage did when: the engine's schedule simulated with planned times, and the run's own trace.",
+        "What each stage did when: the schedule simulated with the planned times, and the trace of the run.",
     )
     if not found:
-        return section.text("no trace: neither predicted_trace.json nor trace.json is here")
+        return section.sentences(["There is neither predicted_trace.json nor trace.json."])
     return section.picture(gantt(found, out / "gantt.png"), "Gantt chart of the stages, predicted and measured")
 
 
@@ -148,16 +147,16 @@ def _memory(plan: Plan, metrics: dict[str, Any] | None, out: Path) -> Section:
     head = ["stage", "device", *MEMORY_PARTS, "needed", "budget", "used"]
     head += ["measured weights", "kv", "peak growth"]
     return (
-        Section("memory", "Memory", "By part and device, against the budget; hatched bars are what was measured.")
+        Section("memory", "Memory", "By part and device, against the budget; hatched bars are measured.")
         .picture(run_figures.memory_bars(plan, measured, out / "memory.png"), "memory by part against budget")
         .table(head, rows)
     )
 
 
 def _bits(plan: Plan, out: Path) -> Section:
-    return Section("bits", "Bits by layer", "The width of every decoder layer, coloured by its stage.").picture(
-        run_figures.bits_strip(plan, out / "bits.png"), "bits of each layer"
-    )
+    return Section(
+        "bits", "Bits by layer", "The bit width of every decoder layer, in the colour of its stage."
+    ).picture(run_figures.bits_strip(plan, out / "bits.png"), "bits of each layer")
 
 
 def _phases(plan: Plan, metrics: dict[str, Any] | None, out: Path) -> Section:
@@ -167,23 +166,23 @@ def _phases(plan: Plan, metrics: dict[str, Any] | None, out: Path) -> Section:
         lead = f"Predicted work of each stage over a whole batch; {why}."
     else:
         picture = run_figures.phase_bars([stage["seconds"] for stage in metrics["stages"]], out / "phases.png")
-        lead = "Where each stage's time went, measured: work by phase, then waiting for neighbours and tokens."
+        lead = "Where the time of each stage went, as measured: work by phase, then waiting."
     return Section("phases", "Time by phase", lead).picture(picture, "seconds by phase and stage")
 
 
 def _fidelity(folder: Path, metrics: dict[str, Any] | None, out: Path) -> Section:
-    section = Section("fidelity", "Fidelity", "Predicted against measured times of a pass, by stage and phase.")
+    section = Section("fidelity", "Fidelity", "Predicted and measured times of a pass, by stage and phase.")
     if metrics is None or not _has_timed_passes(metrics):
-        return section.text("nothing to compare: " + ("this plan was not run" if metrics is None else "no timed pass"))
+        reason = "this plan was not run" if metrics is None else "no pass was timed"
+        return section.sentences([f"There is nothing to compare: {reason}."])
     pairs = fidelity.pair_run(folder)
     fidelity.scatter(pairs, out / "fidelity.png", "Passes of a run: plan against measurement")
-    return section.picture(out / "fidelity.png", "predicted against measured").text(fidelity.describe_run(folder))
+    section.picture(out / "fidelity.png", "predicted against measured").text(fidelity.error_table(pairs))
+    return section.sentences([fidelity.verdict(pairs, "the run's passes")])
 
 
 def _baselines(plan: Plan, out: Path) -> Section:
-    section = Section(
-        "baselines", "What others would do", "Predicted, on the same costs, each at its best micro-batches."
-    )
+    section = Section("baselines", "Baselines", "Predicted with the same costs, each at its best micro-batches.")
     if (picture := run_figures.baseline_bars(plan, out / "baselines.png")) is not None:
         section.picture(picture, "tokens/s of baselines")
     ours = plan.predicted.throughput_tokens_per_second
@@ -204,7 +203,7 @@ def _baselines(plan: Plan, out: Path) -> Section:
 
 def _origins(plan: Plan) -> Section:
     return (
-        Section("origins", "Where the numbers come from", "As the plan states it, and why the plan is as it is.")
+        Section("origins", "Where the numbers come from", "The sources that the plan names, and its explanation.")
         .table(["number", "origin"], [[name, origin] for name, origin in plan.provenance.items()])
         .table(["note"], [[sentence] for sentence in plan.explanation])
     )
@@ -219,7 +218,3 @@ def _look_up(record: dict[str, Any] | None, *names: str) -> str:
     for name in names:
         value = value.get(name) if isinstance(value, dict) else None
     return "" if value is None else format_number(value, 4)
-
-
-def _measured_loss(scores: dict[str, Any] | None) -> str:
-    return _look_up(scores, "loss_increase", "measured")

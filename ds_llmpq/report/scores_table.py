@@ -1,14 +1,15 @@
-"""What `evaluate` prints: one line a number, predicted against measured where both are known."""
+"""The table that `evaluate` prints."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from ds_llmpq.report.plan_table import format_table
+from ds_llmpq.wording import format_number
 
 
 def scores_table(found: dict[str, Any]) -> str:
-    """Of scores.json, of a text or of tasks."""
+    """scores.json of a text or of tasks as a table."""
     return _tasks_table(found["tasks"]) if "tasks" in found else _text_table(found)
 
 
@@ -17,7 +18,7 @@ def _text_table(found: dict[str, Any]) -> str:
         ["tokens scored", str(found["tokens"])],
         ["loss (nats per token)", f"{found['nats_per_token']:.5f}"],
         ["perplexity per token", f"{found['perplexity_per_token']:.4f}"],
-        ["perplexity per word", f"{found['perplexity_per_word']:.4g}"],
+        ["perplexity per word", format_number(found["perplexity_per_word"], 4)],
     ]
     if "kl_nats_per_token" in found:
         rows += [

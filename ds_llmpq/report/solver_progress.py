@@ -1,4 +1,4 @@
-"""The solver's progress on standard error: incumbent, bound and gap, once a solve takes longer than people wait."""
+"""Prints the solver's progress on standard error if a solve takes longer than two seconds."""
 
 from __future__ import annotations
 

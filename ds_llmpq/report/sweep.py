@@ -1,4 +1,4 @@
-"""Summary of a Hydra multirun: summary.csv, summary.json and a picture of throughput against quality loss."""
+"""Summarizes a Hydra multirun: summary.csv, summary.json and a picture of throughput against quality loss."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from ds_llmpq.validation import Label, Note, validate
 from ds_llmpq.wording import format_number
 
 _FAILURE = "failure.json"
-_WIDEST_CELL = 90  # characters; summary.csv has all of a long sentence
+PAGE_NAME = "sweep.html"
+_WIDEST_CELL = 90  # characters; summary.csv has the whole text
 _SHOWN = ("throughput_tokens_per_second", "latency_seconds", "quality_loss", "stages", "widths", "gap", "failure")
 _MEASURED = ("measured_throughput_tokens_per_second", "measured_quality_loss")
 _BASELINE_KEY = "planner.baseline"  # swept: each baseline is a point of its own, and ours is null
@@ -37,8 +38,8 @@ _exit_codes: ContextVar[list[int]] = ContextVar("exit codes of the points of a s
 
 @contextlib.contextmanager
 def collect_exit_codes() -> Iterator[list[int]]:
-    """The list that sweeps which end within put their failed points' exit codes into. A Hydra callback returns nothing,
-    and the points ran in processes of their own, so what failed is known from what they left behind."""
+    """Collects the exit codes of failed points from sweeps that end within the block. A Hydra callback returns nothing,
+    and points run in other processes, so failures are read from the files they leave."""
     token = _exit_codes.set([])
     try:
         yield _exit_codes.get()
@@ -52,20 +53,20 @@ def note_exit_codes(codes: Iterable[int]) -> None:
 
 @dataclass(frozen=True)
 class PointFailure:
-    """failure.json of a point, as far as it is shown."""
+    """The keys of failure.json that are shown."""
 
     message: Note
     exit_code: Annotated[int, Ge(1), Le(255)]
 
 
 def read_failure(folder: Path) -> PointFailure:
-    """Why a point failed. `UserError`: its failure.json is no such file."""
+    """Why a point failed. `UserError`: failure.json has another form."""
     return validate(PointFailure, read_metrics(folder / _FAILURE), str(folder / _FAILURE), REMEDY, ignore_unknown=True)
 
 
 def note_failure(out: Path, error: UserError) -> None:
-    """Leaves what went wrong in the folder where it did: a sentence, an exit code and, of a pipeline that failed, by
-    which rank, how and where (docs/faults.md). A full disk keeps nothing."""
+    """Writes failure.json into `out`: a sentence, an exit code and, if a pipeline failed, the rank, kind and place
+    (docs/faults.md). A full disk is ignored."""
     failure = {"failure": dict(error.failure)} if isinstance(error, RunFailed) else {}
     with contextlib.suppress(UserError):
         if out.is_dir():
@@ -73,20 +74,20 @@ def note_failure(out: Path, error: UserError) -> None:
 
 
 def forget_failure(out: Path) -> None:
-    """Before a point is tried again, and after a command has succeeded in a folder where it once failed."""
+    """Removes failure.json before a point is tried again, and after a command has succeeded."""
     with contextlib.suppress(OSError):
         (out / _FAILURE).unlink(missing_ok=True)
 
 
 def holds_work(out: Path) -> bool:
-    """Whether a folder holds the output of an earlier command that did not fail. Refusing to touch it is not a failure
-    of that folder."""
+    """Whether a folder holds the output of an earlier command that did not fail. If a command refuses to overwrite it,
+    that is no failure to note there."""
     made = (path.name for path in out.iterdir() if path.suffix != ".log" and not path.name.startswith("."))
     return not (out / _FAILURE).exists() and any(made)
 
 
 class SweepSummary(Callback):
-    """Hydra callback: runs once, in the parent, after all points of a sweep."""
+    """Hydra callback that runs once, in the parent process, after all points of a sweep."""
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
@@ -98,13 +99,14 @@ class SweepSummary(Callback):
 
 
 def list_points(folder: Path) -> list[Path]:
-    """Folders of a multirun's points; numbers in their names count as numbers."""
+    """Folders of a multirun's points, numbers in their names in numerical order. A report on the sweep is no point."""
     found = {place.parent for name in (".hydra", "plan.json") for place in folder.glob(f"*/{name}")}
+    found = {place for place in found if not (place / PAGE_NAME).exists()}
     return sorted(found, key=lambda place: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", place.name)])
 
 
 def write_summary(folder: Path, points: list[dict[str, Any]]) -> None:
-    """The points as CSV and JSON, and throughput against quality loss as a PNG."""
+    """Writes the points as CSV and JSON, and a plot of throughput against quality loss."""
     (folder / "summary.json").write_text(json.dumps(points, indent=1) + "\n")
     keys = list(dict.fromkeys(key for point in points for key in point["overrides"]))
     with open(folder / "summary.csv", "w", newline="") as stream:
@@ -119,7 +121,7 @@ def write_summary(folder: Path, points: list[dict[str, Any]]) -> None:
 
 
 def pareto_front(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Points that no other one beats in both throughput and quality loss, by rising loss."""
+    """The points that no other beats in both throughput and quality loss, in order of rising loss."""
     front: list[dict[str, Any]] = []
     for point in sorted(points, key=lambda p: (p["quality_loss"], -p["throughput_tokens_per_second"])):
         if not front or point["throughput_tokens_per_second"] > front[-1]["throughput_tokens_per_second"]:
@@ -138,7 +140,7 @@ def summary_text(points: list[dict[str, Any]]) -> str:
 
 
 def build_table(points: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """(head, rows); columns that no point fills are left out, a baseline's cell also says how much faster we are."""
+    """(head, rows) without empty columns; a baseline's cell also has our speed-up over it."""
     columns = ["point", *_SHOWN[:3], *_MEASURED, *BASELINES, *_SHOWN[3:]]
     columns = [name for name in columns if name in ("point", *_SHOWN) or any(point[name] for point in points)]
     names = {"throughput_tokens_per_second": "tokens/s", "measured_throughput_tokens_per_second": "measured"}
@@ -156,7 +158,7 @@ def build_table(points: list[dict[str, Any]]) -> tuple[list[str], list[list[str]
 
 
 def describe_speedups(points: list[dict[str, Any]]) -> list[str]:
-    """One line a baseline: mean speed-up over the points where it has a plan; measured where the baselines ran."""
+    """One line per baseline: the mean speed-up over the points at which it has a plan, measured if the baselines ran."""
     if _BASELINE_KEY in find_varied(points):
         return _compare_points(points)
     lines = []
@@ -198,7 +200,7 @@ def _baseline(point: dict[str, Any], name: str) -> str:
 
 
 def read_point(folder: Path) -> dict[str, Any]:
-    """One point as a flat record: predicted, what was measured if it was run or scored, baselines, or its failure."""
+    """A point as a flat record: predictions, measurements if it was run or scored, baselines, or its failure."""
     empty = dict.fromkeys((*_SHOWN, *_MEASURED, *BASELINES), None)
     empty |= {"point": folder.name, "overrides": _overrides(folder)}
     if (folder / _FAILURE).is_file():
@@ -225,7 +227,7 @@ def read_point(folder: Path) -> dict[str, Any]:
 
 
 def _overrides(folder: Path) -> dict[str, str]:
-    """What the sweep varied, as Hydra left it beside the point."""
+    """The overrides of a point, as Hydra stores them."""
     file = folder / ".hydra" / "overrides.yaml"
     if not file.is_file():
         return {}
@@ -250,7 +252,7 @@ def find_varied(points: list[dict[str, Any]]) -> list[str]:
 
 
 def label_point(point: dict[str, Any], keys: list[str]) -> str:
-    """A point by its values of the varied keys."""
+    """The point's values of the varied keys."""
     values = {key: point["overrides"][key] for key in keys if key in point["overrides"]}
     if values.get(_BASELINE_KEY) == "null":
         values[_BASELINE_KEY] = "ours"
@@ -258,7 +260,7 @@ def label_point(point: dict[str, Any], keys: list[str]) -> str:
 
 
 def plot(path: Path, points: list[dict[str, Any]]) -> None:
-    """Throughput against quality loss; points that coincide share a label."""
+    """Plots throughput against quality loss; points that coincide share a label."""
     figure, ((axes,),) = figures.make_figure(width=8, height=4.5)
     front = pareto_front(points)
     axes.plot([p["quality_loss"] for p in front], [p["throughput_tokens_per_second"] for p in front], "-", color="0.7")

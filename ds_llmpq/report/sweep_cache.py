@@ -1,7 +1,7 @@
-"""Which points of a sweep are done: their output exists, made from the same configuration and files.
+"""Which points of a sweep are done: their output exists and was made from the same configuration and files.
 
-Beside a finished point lies point.json with a digest of its configuration (all but `out`), of the version, and of the
-size and time of every file that the configuration names.
+A finished point has a point.json with a digest of its configuration (all but `out`), of the version, and of the size
+and time of every file that the configuration names.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ds_llmpq import __version__
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import read_json
 
-# what each command leaves when it has done its work; others are always done again
+# what each command writes when it succeeds; other commands always run again
 ARTEFACTS = {
     "plan": ("plan.json", "summary.json"),  # the latter of a front
     "run": ("metrics.json",),
@@ -30,14 +30,14 @@ _FILE = "point.json"
 
 
 def digest(command: str, settings: Mapping[str, Any]) -> str:
-    """`settings`: the resolved configuration as plain containers."""
+    """`settings`: the resolved configuration as plain dicts and lists."""
     own = {key: value for key, value in settings.items() if key != "out"}
     record = {"command": command, "version": __version__, "settings": own, "files": sorted(set(_files(own)))}
     return hashlib.sha256(json.dumps(record, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def is_done(out: Path, command: str, wanted: str) -> bool:
-    """Whether `out` holds the command's artefact, made from this very configuration."""
+    """Whether `out` holds the command's artefact, made from the same configuration."""
     if not any((out / name).is_file() for name in ARTEFACTS.get(command, ())):
         return False
     try:
@@ -48,18 +48,18 @@ def is_done(out: Path, command: str, wanted: str) -> bool:
 
 
 def note_done(out: Path, command: str, made: str) -> None:
-    """Called once a point has succeeded."""
+    """Notes that a point has succeeded."""
     if any((out / name).is_file() for name in ARTEFACTS.get(command, ())):
         (out / _FILE).write_text(json.dumps({"command": command, "digest": made}) + "\n", encoding="utf-8")
 
 
 def forget(out: Path) -> None:
-    """Called before a point is done again: a killed attempt must not look finished."""
+    """Removes the note before a point runs again, so that a killed attempt does not look finished."""
     (out / _FILE).unlink(missing_ok=True)
 
 
 def _files(value: Any) -> Iterator[tuple[str, int, int]]:
-    """(path, size, time) of existing files that appear as values."""
+    """(path, size, time) of every value that names an existing file."""
     if isinstance(value, Mapping):
         for entry in value.values():
             yield from _files(entry)

@@ -1,4 +1,4 @@
-"""A multirun as sweep.html, pictures and a table: throughput against quality, heat maps, what others would do."""
+"""A multirun as sweep.html, pictures and a table: throughput against quality, heat maps, baselines."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from ds_llmpq.wording import format_number
 
 Point = dict[str, Any]
 SECTIONS = ("points", "pareto", "heat", "baselines")
-_MOST_VALUES = 24  # along an axis of a heat map
+_MOST_VALUES = 24  # on an axis of a heat map
 
 
 def write_sweep_report(folder: Path, out: Path) -> str:
     """Writes sweep.html, sweep.txt and the pictures into `out`; returns the text. `UserError`: no point has a plan."""
-    points = read_points(folder)
+    points = [point for point in read_points(folder) if (folder / point["point"]).resolve() != out.resolve()]
     solved = [point for point in points if not point["failure"]]
     if not solved:
         raise UserError(f"{folder} holds no point with a plan; give the folder of `ds-llmpq plan -m` or `run -m`.")
     out.mkdir(parents=True, exist_ok=True)
     text = sweep.summary_text(points)
     sections = [_points(points), _pareto(solved, out), _heat(solved, out), _baselines(solved, out)]
-    (out / "sweep.html").write_text(
+    (out / sweep.PAGE_NAME).write_text(
         render_page("A sweep", f"{folder.resolve().name}: {len(points)} points.", sections), "utf-8"
     )
     (out / "sweep.txt").write_text(text + "\n", encoding="utf-8")
@@ -34,7 +34,7 @@ def write_sweep_report(folder: Path, out: Path) -> str:
 
 
 def read_points(folder: Path) -> list[Point]:
-    """The points that lie in a multirun's folder, whether or not it was finished."""
+    """The points in the folder of a multirun, even of one that did not finish."""
     try:
         return [sweep.read_point(place) for place in sweep.list_points(folder)]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -42,13 +42,10 @@ def read_points(folder: Path) -> list[Point]:
 
 
 def _points(points: list[Point]) -> Section:
-    section = Section(
-        "points", "Points", "Every point of the sweep; where a plan was run or scored, what was measured."
-    )
+    section = Section("points", "Points", "Every point of the sweep, with measurements if the plan was run or scored.")
     head, rows = sweep.build_table(points)
-    section.table(head[:-1], [row[:-1] for row in rows])  # without the failures, which are sentences
-    failed = [f"{point['point']}: {point['failure']}" for point in points if point["failure"]]
-    return section.text("\n".join(failed)) if failed else section
+    section.table(head[:-1], [row[:-1] for row in rows])  # failures are sentences
+    return section.sentences([f"{point['point']}: {point['failure']}" for point in points if point["failure"]])
 
 
 def _pareto(points: list[Point], out: Path) -> Section:
@@ -56,7 +53,7 @@ def _pareto(points: list[Point], out: Path) -> Section:
     return Section(
         "pareto",
         "Throughput against quality",
-        "Predicted, and measured where there is a measurement; the line joins what no other point beats in both.",
+        "Predicted, and measured where it was. The line joins the points that no other beats in both.",
     ).picture(out / "pareto.png", "throughput against quality loss")
 
 
@@ -68,12 +65,12 @@ def _heat(points: list[Point], out: Path) -> Section:
         if heat_map(points, first, second, out / name):
             section.picture(out / name, f"{first} against {second}")
     if not section.parts:
-        section.text(f"no two keys were varied together (varied: {', '.join(keys) or 'none'})")
+        section.sentences([f"No two keys were varied together (varied: {', '.join(keys) or 'none'})."])
     return section
 
 
 def heat_map(points: list[Point], first: str, second: str, path: Path) -> bool:
-    """Means over whatever else varies; False where the two keys take too many values, or a row or column is missing."""
+    """Averages over whatever else varies. False if a key takes too many values, or only one."""
     columns, rows = (_values(points, key) for key in (first, second))
     if min(len(columns), len(rows)) < 2 or max(len(columns), len(rows)) > _MOST_VALUES:
         return False
@@ -96,10 +93,10 @@ def heat_map(points: list[Point], first: str, second: str, path: Path) -> bool:
 
 
 def _baselines(points: list[Point], out: Path) -> Section:
-    section = Section("baselines", "What others would do", "Predicted tokens/s of each point's plan and its baselines.")
+    section = Section("baselines", "Baselines", "Predicted tokens/s of each plan and of its baselines.")
     names = [name for name in sweep.BASELINES if any(point[name] for point in points)]
     if not names:
-        return section.text("no baseline has a plan")
+        return section.sentences(["No baseline has a plan."])
     figure, ((axis,),) = figures.make_figure(width=max(7.0, 0.9 * len(points) + 3), height=4.2)
     width, keys = 0.85 / (len(names) + 1), sweep.find_varied(points)
     for index, name in enumerate(["throughput_tokens_per_second", *names]):
@@ -115,11 +112,10 @@ def _baselines(points: list[Point], out: Path) -> Section:
         ha="right",
         fontsize=7,
     )
-    axis.set(ylabel="predicted tokens/s", yscale="log")
+    axis.set_ylabel("predicted tokens/s")
     axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    return section.picture(figures.save_figure(figure, out / "baselines.png"), "tokens/s of baselines").text(
-        "\n".join(sweep.describe_speedups(points))
-    )
+    section.picture(figures.save_figure(figure, out / "baselines.png"), "tokens/s of baselines")
+    return section.sentences(sweep.describe_speedups(points))
 
 
 def _values(points: list[Point], key: str) -> list[str]:

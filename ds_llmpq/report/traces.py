@@ -1,4 +1,4 @@
-"""Chrome traces read back, and drawn as a Gantt chart of stages."""
+"""Reads Chrome traces and draws them as a Gantt chart of the stages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MOST_SPANS = 20_000  # beyond that, only the first are drawn
 
 @dataclass(frozen=True)
 class TracedSpan:
-    """What a stage did from `start` for `seconds`, counted from the trace's first span."""
+    """What a stage did for `seconds` from `start`, which counts from the first span of the trace."""
 
     stage: int
     name: str
@@ -26,7 +26,7 @@ class TracedSpan:
 
 
 def read_trace(file: Path) -> list[TracedSpan] | None:
-    """Spans by start; None where there is no such file. `UserError`: not a Chrome trace."""
+    """Spans in order of their start; None if the file is missing. `UserError`: not a Chrome trace."""
     if not file.is_file():
         return None
     record = read_json(file, "trace", REMEDY)
@@ -47,7 +47,7 @@ def _span(event: dict[str, Any], origin: float) -> TracedSpan:
 
 
 def gantt(traces: dict[str, list[TracedSpan]], path: Path) -> Path:
-    """A row of panels a trace: all of it, and its beginning, where single micro-batches can be told apart."""
+    """A row of panels for each trace: all of it, and its beginning, in which single micro-batches are visible."""
     stages = 1 + max(span.stage for spans in traces.values() for span in spans)
     height = len(traces) * max(1.7, 0.35 * stages + 0.9)
     figure, axes = figures.make_figure(len(traces), 2, width=11, height=height, gridspec_kw={"width_ratios": [3, 2]})
@@ -72,7 +72,7 @@ def _panel(axis: Any, spans: list[TracedSpan], until: float, stages: int, shown:
         mine = [span for span in within if span.stage == stage]
         names = [span.name for span in mine]
         for name in names:
-            shown.setdefault(name, figures.span_colour(name))
+            shown.setdefault(name, figures.SPANS.get(name, figures.OTHER))
         axis.broken_barh(
             [(span.start, span.seconds) for span in mine], (stage - 0.4, 0.8), facecolors=[shown[n] for n in names]
         )
@@ -81,7 +81,7 @@ def _panel(axis: Any, spans: list[TracedSpan], until: float, stages: int, shown:
 
 
 def _find_beginning(spans: list[TracedSpan], end: float) -> float:
-    """Until some rounds of decoding have passed: the prefill and three times the time of the first decode spans."""
+    """The end of the first rounds of decoding: prefill and up to 24 decode spans."""
     decodes = [span.start for span in spans if span.name == "decode"]
     if len(decodes) < 8:
         return end / 5

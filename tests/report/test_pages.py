@@ -142,6 +142,15 @@ def test_a_sweep_has_every_section_filled(multirun, tmp_path):
     assert (tmp_path / "out" / "heat_theta_room.png").is_file()
 
 
+def test_a_report_inside_its_sweep_is_no_point(multirun):
+    for _ in range(2):
+        out = multirun / "report"
+        (out / ".hydra").mkdir(parents=True, exist_ok=True)  # as Hydra makes it before the command runs
+        sweep_report.write_sweep_report(multirun, out)
+        assert "no plan.json" not in (out / "sweep.html").read_text()
+        assert len(sweep.list_points(multirun)) == 5
+
+
 def test_the_heat_map_shows_what_the_points_say(multirun):
     points = [point for point in sweep_report.read_points(multirun) if not point["failure"]]
     assert sweep.find_varied(points) == ["theta", "room"]
