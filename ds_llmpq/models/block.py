@@ -1,8 +1,8 @@
 """One decoder block for all families, in plain torch, as a `DecoderSpec` describes it.
 
-Nothing in it reads a tensor's values on the host, but experts that are chosen one by one (`Experts.static`), and no
-shape hangs on them: a step of it can be traced once and replayed. Letters in shapes: R rows (sequences), T new tokens
-of a row, S tokens that attention sees, H query heads, G key/value heads, D features of a head, N = R x T, E experts.
+The host reads no tensor's values, except to choose experts one by one (`Experts.static`), and no shape depends on
+values, so a step can be traced once and replayed. Letters in shapes: R rows (sequences), T new tokens of a row, S
+tokens that attention sees, H query heads, G key/value heads, D features of a head, N = R x T, E experts.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def cap(values: torch.Tensor, limit: float | None) -> torch.Tensor:
-    """Values bent so that none is beyond +-`limit`; None: as they are."""
+    """Soft-caps values to +-`limit`; None leaves them as they are."""
     return values if limit is None else limit * torch.tanh(values / limit)
 
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """states [R, T, heads, D] turned by their positions' angles: feature k and k + half are a point's coordinates.
-    cos, sin [R, T, features], where sin is negative in its first half; features behind them stay as they are."""
+    """Rotates states [R, T, heads, D] by the angles of their positions; features k and k + half are a point's
+    coordinates. cos, sin [R, T, features]: sin is negative in its first half. Further features are not rotated."""
     features = cos.shape[-1]
     if features < states.shape[-1]:
         return torch.cat((rotate(states[..., :features], cos, sin), states[..., features:]), -1)
@@ -60,15 +60,15 @@ def attend(
     scale: float,
     soft_cap: float | None = None,
 ) -> torch.Tensor:
-    """query [R, H, T, D], key and value [R, G, S, D] -> [R, H, T, D]. mask: true where a query may attend, or a bias to
-    add, [R or 1, H or 1, T, S]; None: by causality, where the last new token is the last of all."""
+    """query [R, H, T, D], key and value [R, G, S, D] -> [R, H, T, D]. mask [R or 1, H or 1, T, S]: true where a
+    query may attend, or a bias; None: causal, and the last new token is the last of all."""
     rows, heads, tokens, size = query.shape
     groups = key.shape[1]
     if soft_cap is not None:
         return _attend_capped(query, key, value, mask, scale, soft_cap)
     if tokens == 1 and heads > groups and (mask is None or mask.shape[1] == 1):
-        # A group's heads see the same keys: as queries of one head they are one product, 5 to 9 times as fast on a CPU
-        # (24 heads on 8 of 64, 32 on 8 of 128), where torch's kernel takes head after head.
+        # The heads of a group see the same keys. As queries of one head they are one product, 5 to 9 times as fast on a
+        # CPU (24 heads on 8 of 64, 32 on 8 of 128), because torch's kernel computes one head after another.
         together = query.reshape(rows, groups, heads // groups, size)
         mask = None if mask is None else mask.expand(-1, -1, heads // groups, -1)
         found = F.scaled_dot_product_attention(together, key, value, attn_mask=mask, scale=scale)
@@ -84,7 +84,7 @@ def attend(
 
 
 def _repeat_for_heads(states: torch.Tensor, heads: int) -> torch.Tensor:
-    """[R, G, S, D] -> [R, H, S, D], each repeated for its group: torch's fast kernels take no groups with a mask."""
+    """[R, G, S, D] -> [R, H, S, D], because torch's fast kernels do not support groups together with a mask."""
     rows, groups, tokens, size = states.shape
     if heads == groups:
         return states
@@ -94,7 +94,7 @@ def _repeat_for_heads(states: torch.Tensor, heads: int) -> torch.Tensor:
 def _attend_capped(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float, limit: float
 ) -> torch.Tensor:
-    """`attend` where scores are bent before the softmax, which no fused kernel does."""
+    """`attend` with scores capped before the softmax, which no fused kernel supports."""
     rows, heads, tokens, size = query.shape
     groups, seen = key.shape[1:3]
     together = query.reshape(rows, groups, heads // groups * tokens, size)
@@ -120,12 +120,12 @@ class Norm(nn.Module):
             return F.layer_norm(states, self.shape, self.weight, self.bias, self.spec.eps)
         if self.spec.plus_one:
             return F.rms_norm(states.float(), self.shape, 1 + self.weight.float(), self.spec.eps).to(states.dtype)
-        # rounded to the compute dtype before the weight, as transformers does: models were trained so
+        # rounded to the compute dtype before the weight, as in transformers and in training
         return F.rms_norm(states, self.shape, None, self.spec.eps) * self.weight
 
 
 class Attention(nn.Module):
-    """`index`: of the layer in the whole model, as the cache counts it."""
+    """`index`: number of the layer in the whole model, which the cache uses too."""
 
     def __init__(self, spec: DecoderSpec, index: int):
         super().__init__()
@@ -178,7 +178,7 @@ class MLP(nn.Module):
 
 
 class Router(nn.Module):
-    """Which experts a token takes, and how much of each. Never quantized."""
+    """Chooses the experts of each token and their weights. Never quantized."""
 
     def __init__(self, hidden: int, spec: ExpertsSpec):
         super().__init__()
@@ -195,8 +195,9 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """MLPs of which each token takes a few. `static`: every expert sees every token, and what was not chosen counts
-    with weight 0: `count / active` times the work, in fixed shapes, for graphs. Otherwise each sees its own tokens."""
+    """MLPs of which each token uses a few. `static`: every expert computes every token, with weight 0 if it was not
+    chosen: `count / active` times the work, but fixed shapes, as graphs need. Otherwise each computes its own
+    tokens."""
 
     def __init__(self, hidden: int, spec: ExpertsSpec):
         super().__init__()
@@ -222,8 +223,8 @@ class Experts(nn.Module):
 
 
 class Block(nn.Module):
-    """Decoder layer `index`, from hidden states to hidden states [R, T, hidden], as a pipeline layer. Its parameters
-    are empty until a checkpoint fills them; linears may be replaced by any module that does the same (`quant`)."""
+    """Decoder layer `index` as a pipeline layer: hidden states [R, T, hidden] to hidden states. Its parameters are
+    empty until a checkpoint fills them. Its linears may be replaced by equivalent modules (`quant`)."""
 
     def __init__(self, spec: DecoderSpec, index: int):
         super().__init__()
@@ -246,7 +247,7 @@ class Block(nn.Module):
     def _half(
         self, hidden: torch.Tensor, work: Callable[[torch.Tensor], torch.Tensor], norm: Norm, out_norm: Norm | None
     ) -> torch.Tensor:
-        """One of the block's two halves, and the sum with what came in."""
+        """Attention or MLP, with norms and residual."""
         if self.spec.norms == "after":
             return norm(hidden + work(hidden))
         normed = norm(hidden)

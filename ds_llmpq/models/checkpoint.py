@@ -1,4 +1,4 @@
-"""Streaming reader of Hugging Face safetensors checkpoints: one tensor at a time, from one file or many shards."""
+"""Reads Hugging Face safetensors checkpoints one tensor at a time, from one file or many shards."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from ds_llmpq.models.tying import HEAD, list_embedding_names
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-# of our quantized folders, whose tensors mean nothing to transformers: it must not find them
+# name in our quantized folders: transformers must not find the tensors, which it cannot interpret
 QUANTIZED_INDEX = "quantized.safetensors.index.json"
-# base-model prefixes that some checkpoints leave out of their tensor names
+# base-model prefixes that some checkpoints omit from tensor names
 _OPTIONAL_PREFIXES = ("model.", "transformer.")
 
 
 class Checkpoint:
-    """A checkpoint folder; tensors are read when asked for, into memory of their own, and files closed again.
+    """A checkpoint folder. Each tensor is read on request into its own memory, and the file is closed again.
 
-    description: of its config.json. config: transformers' reading of the same file. Raises `UserError` for a folder,
-    file, shard or tensor that is missing or damaged, for what is not supported, or quantized by another method.
+    description: of its config.json. config: the same file as transformers reads it. `UserError`: a folder, file, shard
+    or tensor is missing or damaged, the model is not supported, or it was quantized by another method.
     """
 
     def __init__(self, path: str | Path, trust_remote_code: bool = False):
@@ -46,8 +46,8 @@ class Checkpoint:
         return Decoder(self.description)
 
     def find_name(self, name: str) -> str:
-        """The checkpoint's spelling of a tensor name, with or without the base model's prefix; a tied embedding may be
-        stored as lm_head alone."""
+        """How the checkpoint spells a tensor name: with or without the base model's prefix, and a tied embedding
+        perhaps only as lm_head."""
         if name in self._shard_of:
             return name
         for prefix in _OPTIONAL_PREFIXES:
@@ -61,7 +61,7 @@ class Checkpoint:
         )
 
     def tensors(self, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields (asked name, tensor on the CPU in the checkpoint's type), shard by shard, one at a time."""
+        """Yields (requested name, tensor on the CPU in the checkpoint's dtype), shard by shard."""
         by_shard: dict[str, list[tuple[str, str]]] = {}
         for asked in names:
             stored = self.find_name(asked)
@@ -69,16 +69,16 @@ class Checkpoint:
         for shard, wanted in by_shard.items():
             with self._open(shard) as file:
                 for asked, stored in wanted:
-                    # a copy: the mapping of the file is dropped with it, so the pages do not count as this process's
-                    yield asked, self._checked(asked, file.get_tensor(stored)).clone()
+                    # copied so that the mapping can be dropped, and its pages do not count as memory of this process
+                    yield asked, self._check_dtype(asked, file.get_tensor(stored)).clone()
 
     def shape(self, name: str) -> tuple[int, ...]:
         stored = self.find_name(name)
         with self._open(self._shard_of[stored]) as file:
             return tuple(file.get_slice(stored).get_shape())
 
-    def _checked(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        # 8-bit weights mean nothing without scales that only their own loader knows
+    def _check_dtype(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        # 8-bit weights need scales that only their own loader knows
         if name.endswith(".weight") and (tensor.itemsize < 2 or not tensor.is_floating_point()):
             kind = str(tensor.dtype).removeprefix("torch.")
             raise UserError(
@@ -93,7 +93,7 @@ class Checkpoint:
 def _read_config(path: Path, trust_remote_code: bool) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers has a type of its own for each way in which a file can be wrong
+    except Exception as error:  # transformers raises many types
         raise UserError(f"{path / 'config.json'} cannot be read as a model configuration: {_shorten(error)}") from None
     return config
 
@@ -123,15 +123,13 @@ def _open_shard(path: Path):
 
 
 def _shorten(error: Exception) -> str:
-    """The first sentence of an exception's message, on one line; its type where it has none."""
+    """The first sentence of an exception's message on one line, or its type."""
     return " ".join(str(error).split()).split(". ")[0][:300] or type(error).__name__
 
 
 def fill(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """Puts `tensors` in the place of the module's parameters of those names (the module may be on `meta`).
-
-    `UserError` for a tensor of another shape than the configuration says.
-    """
+    """Replaces the module's parameters of these names (the module may be on `meta`). `UserError`: a tensor does not
+    have the shape that the configuration says."""
     for name, tensor in tensors.items():
         check_shape(name, tensor, module.get_parameter(name).shape)
     module.load_state_dict(tensors, strict=False, assign=True)
@@ -140,7 +138,7 @@ def fill(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
-    """`UserError` if a checkpoint's tensor has not the `shape` that follows from its config.json."""
+    """`UserError` if a checkpoint's tensor does not have the `shape` that follows from its config.json."""
     if tensor.shape != shape:
         raise UserError(
             f"Tensor {name!r} has shape {tuple(tensor.shape)} instead of {tuple(shape)}: the weights are not those "

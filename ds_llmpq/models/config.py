@@ -10,10 +10,8 @@ from ds_llmpq.fields import path_field
 
 @dataclass
 class ModelConfig:
-    """Where the checkpoint is: a local folder in Hugging Face format (config.json, safetensors, tokenizer).
-
-    `shape` describes a model without weights (Hugging Face config.json keys), enough to plan but not to run.
-    """
+    """`path`: a local folder in Hugging Face format (config.json, safetensors, tokenizer). `shape`: keys of a
+    config.json instead, which suffice to plan but not to run."""
 
     path: str | None = path_field()
     shape: dict[str, Any] = field(default_factory=dict)

@@ -1,8 +1,8 @@
-"""Text to calibrate on and to evaluate on: a local file, or what every Python installation carries.
+"""Text for calibration and evaluation: a local file, or Python's standard library.
 
-The default text is the standard library's own source: files held out by a hash of their path (one in 20; the small
-shipped model has not seen them), in two parts, so that what calibrates never evaluates. It differs between Python
-versions; its hash is kept with every number made from it.
+By default it is the source of the standard library: one file in 20, chosen by a hash of its path, which the small
+shipped model was not trained on. They form two parts, so that calibration text is never used to evaluate. The text
+differs between Python versions; every number made from it is stored with its hash.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from ds_llmpq.errors import UserError
 CALIBRATION, EVALUATION = "calibration", "evaluation"
 _MOST_BYTES = 1 << 32
 _PARTS = (CALIBRATION, EVALUATION)
-# folders that not every installation has, and tables of numbers
+# folders that some installations lack, and tables of numbers
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "__pycache__"}
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text and where it is from."""
+    """A text and its source."""
 
     name: str
     text: str
@@ -38,37 +38,33 @@ class Text:
 
     @property
     def words(self) -> int:
-        """Parts between white space, as word-level perplexities count them."""
+        """Words between white space, as in word-level perplexity."""
         return len(self.text.split())
 
 
 def read_text(path: str | Path | None, part: str) -> Text:
-    """The file's text (UTF-8), or for None the `part` (calibration, evaluation) of the default text.
-
-    `UserError` for a file that cannot be read as text.
-    """
+    """The text of a UTF-8 file, or for None the `part` (calibration, evaluation) of the default text. `UserError`: not
+    a text file."""
     if path is None:
         return Text(f"standard library, held-out files, {part}", _read_standard_library(part))
     return Text(str(path), files.read_text(path, "text", "give a plain text file in UTF-8", _MOST_BYTES))
 
 
 def encode(text: Text, tokenizer: Any) -> list[int]:
-    """Token ids of the whole text, with the tokenizer's own first token where it puts one."""
+    """Token ids of the whole text, with the start token if the tokenizer adds one."""
     return list(tokenizer(text.text, verbose=False)["input_ids"])
 
 
 def cut_rows(tokens: list[int], length: int) -> list[list[int]]:
-    """Cuts a text so that every token but the first is predicted exactly once.
-
-    Rows of at most `length` + 1 tokens, each beginning with the last of the row before. UserError: under two tokens.
-    """
+    """Cuts a text into rows of at most `length` + 1 tokens that overlap by one, so that every token but the first is
+    predicted exactly once. `UserError`: fewer than two tokens."""
     if len(tokens) < 2:
         raise UserError(f"The text has {len(tokens)} tokens; two are the least that can be scored: give a longer text.")
     return [tokens[start : start + length + 1] for start in range(0, len(tokens) - 1, length)]
 
 
 def calibration_rows(text: Text, tokenizer: Any, rows: int, length: int) -> torch.Tensor:
-    """[rows, length + 1] tokens spread evenly over the text. UserError if it is too short for so many rows."""
+    """[rows, length + 1] tokens, spread evenly over the text. `UserError`: it is too short."""
     tokens = encode(text, tokenizer)
     whole = [row for row in cut_rows(tokens, length) if len(row) == length + 1]
     if len(whole) < rows:

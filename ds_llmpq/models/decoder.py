@@ -1,4 +1,4 @@
-"""A checkpoint's decoder: its modules, and which tensor fills which of their parameters."""
+"""The modules of a checkpoint's decoder, and the tensors that fill their parameters."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ds_llmpq.models.spec import LinearRole
 
 
 class Decoder:
-    """Modules are built on whatever device the caller has set (the loader: `meta`), empty. Tensor names are those of
-    the checkpoint, parameter names those of the modules."""
+    """Builds empty modules on the device that the caller has set (the loader: `meta`). Tensor names are those of the
+    checkpoint, parameter names those of the modules."""
 
     def __init__(self, description: Description):
         self.family, self.spec = description.family, description.spec
@@ -30,7 +30,7 @@ class Decoder:
         return Head(self.spec)
 
     def positions(self) -> Positions:
-        """To be called with each `Step` of a stage."""
+        """Called with each `Step` of a stage."""
         return Positions(self.spec)
 
     def embedding_tensors(self) -> dict[str, str]:
@@ -38,7 +38,7 @@ class Decoder:
         return self._end_tensors(self._meta_embedding)
 
     def head_tensors(self) -> dict[str, str]:
-        """Parameter of `head()` -> tensor; a tied lm_head is the embedding's."""
+        """Parameter of `head()` -> tensor; a tied lm_head uses the tensor of the embedding."""
         return self._end_tensors(self._meta_head)
 
     def layer_tensors(self, index: int) -> dict[str, str]:
@@ -46,14 +46,14 @@ class Decoder:
         return {name: self.tensor_name(index, name) for name, _ in self._on_meta(Block, index).named_parameters()}
 
     def linears(self, index: int) -> dict[str, LinearRole]:
-        """Linears of decoder layer `index` by their names in the checkpoint, without the layer's prefix."""
+        """Linears of decoder layer `index` by their checkpoint names without the layer's prefix."""
         return {self.family.rename(linear.name): linear for linear in self.spec.linears(index)}
 
     def layer_prefix(self, index: int) -> str:
         return f"{self.family.layers}.{index}."
 
     def tensor_name(self, index: int, name: str) -> str:
-        """What the checkpoint calls `name` of decoder layer `index`."""
+        """The checkpoint's name for `name` in decoder layer `index`."""
         return self.layer_prefix(index) + self.family.rename(name)
 
     def _end_tensors(self, module: nn.Module) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The config.json of a checkpoint folder, and what it describes. No torch."""
+"""Reads the config.json of a checkpoint folder as a `Description`. No torch."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ds_llmpq.validation import Plain, validate
 
 
 def read_description(path: str | Path) -> Description:
-    """Of the checkpoint in folder `path`; its weights say whether lm_head is the embedding. `UserError`: no folder, no
-    config.json, not JSON, not supported."""
+    """Describes the checkpoint in folder `path`; its weights decide whether lm_head is tied. `UserError`: no folder, no
+    config.json, no JSON, or not supported."""
     config = read_config(path)
     try:
         described = describe(config)
@@ -28,7 +28,7 @@ def read_description(path: str | Path) -> Description:
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """config.json of the folder `path`, as it stands there. `UserError`: no folder, no config.json, no JSON object."""
+    """The object in the folder's config.json. `UserError`: no folder, no config.json, or no JSON object."""
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(f"model folder {folder} does not exist; give a local folder in Hugging Face format")
@@ -40,16 +40,16 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return validate(Plain, read_json(file, what, REMEDY), f"{what} {file}", REMEDY)
 
 
-# no method of transformers' own: its HQQ loader would quantize anew, at one width for all layers
+# no method of transformers, whose HQQ loader would quantize again, at one bit width for all layers
 QUANT_METHOD = "ds_llmpq_hqq"
-# compressed-tensors wrote the second once
+# compressed-tensors formerly wrote the second
 _KEYS = ("quantization_config", "compression_config")
 
 
 def refuse_foreign(path: str | Path) -> None:
-    """`UserError` if the folder's config.json declares a quantization that is not ours (GPTQ, AWQ, bitsandbytes, FP8,
-    ...): its tensors mean nothing without that method's own loader. A file that cannot be read is left to who reads
-    the model, but not what is no file: that would never be read to its end."""
+    """`UserError` if config.json declares a quantization that is not ours (GPTQ, AWQ, bitsandbytes, FP8, ...), which
+    needs its own loader. An unreadable file is reported later, when the model is read; what is not a regular file,
+    now."""
     check_files(path, "Checkpoint file", "fetch the checkpoint again")
     try:
         config = read_json(Path(path) / "config.json", "Model configuration", "fetch the file again")
@@ -65,7 +65,7 @@ def refuse_foreign(path: str | Path) -> None:
 
 
 def _method(noted: Any) -> str:
-    """What the checkpoint calls it; bitsandbytes left the name out once."""
+    """Name of the method; bitsandbytes formerly left it out."""
     name = noted.get("quant_method") if isinstance(noted, dict) else None
     if isinstance(noted, dict) and not name and (noted.get("load_in_8bit") or noted.get("load_in_4bit")):
         return "bitsandbytes"

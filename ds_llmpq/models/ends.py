@@ -14,7 +14,7 @@ from ds_llmpq.models.step import Step
 
 
 class Embedding(nn.Module):
-    """Token ids to hidden states."""
+    """Maps token ids to hidden states."""
 
     def __init__(self, spec: DecoderSpec):
         super().__init__()
@@ -28,7 +28,7 @@ class Embedding(nn.Module):
     def forward(self, step: Step) -> Step:
         hidden = self.embed_tokens(step.token_ids)
         if self.spec.embedding_scale is not None:
-            # the factor is rounded to the type first, as the models were trained
+            # the factor is first rounded to the dtype, as in training
             hidden = hidden * torch.tensor(self.spec.embedding_scale, dtype=hidden.dtype).item()
         if self.project_in is not None:
             hidden = self.project_in(hidden)
@@ -39,7 +39,7 @@ class Embedding(nn.Module):
 
 
 class Head(nn.Module):
-    """Final norm, optional projection, and lm_head, applied where the step asks for logits."""
+    """Final norm, optional projection and lm_head, applied to the tokens for which the step wants logits."""
 
     def __init__(self, spec: DecoderSpec):
         super().__init__()
@@ -59,9 +59,9 @@ class Head(nn.Module):
 
 
 class Positions:
-    """What all layers of a stage need of a micro-batch's positions, computed once, into `step.position_inputs`: cosines
-    and sines [rows, tokens, features] as `block.rotate` takes them, by the names of `DecoderSpec.rotary`, and `bias`,
-    ALiBi's [rows or 1, heads, tokens, kv_tokens], in which what a query may not see is the least number there is."""
+    """Computes once what all layers of a stage need from a micro-batch's positions, into `step.position_inputs`:
+    cosines and sines [rows, tokens, features] for `block.rotate`, by the names of `DecoderSpec.rotary`, and `bias`,
+    ALiBi's [rows or 1, heads, tokens, kv_tokens], which is the most negative number where a query may not attend."""
 
     def __init__(self, spec: DecoderSpec):
         self.rotary = {name: Angles(rotary) for name, rotary in spec.rotary}
@@ -79,19 +79,19 @@ class Positions:
         dtype, device = step.hidden.dtype, step.hidden.device
         self.slopes = self.slopes.to(device)
         keys = torch.arange(step.kv_tokens, device=device)
-        # a key's bias depends on its position alone: the softmax ignores the shift by the query's
+        # the bias depends on the key's position alone, because softmax ignores the shift by the query's position
         bias = (self.slopes[:, None] * keys)[:, None].to(dtype)
         if step.causal_only and step.positions.shape[1] == 1:
             return bias[None]
-        # where causality suffices, all rows stand at the same positions
+        # if causality suffices, all rows are at the same positions
         positions = step.positions[:1] if step.causal_only else step.positions
         allowed = keys <= positions[:, None, :, None]
         return torch.where(allowed, bias, torch.finfo(dtype).min)
 
 
 def compute_alibi_slopes(heads: int) -> list[float]:
-    """A geometric series for a power of two; else that of the next lower one, and every other of the next higher's.
-    https://arxiv.org/abs/2108.12409"""
+    """A geometric series for a power of two; else the series of the next lower power, then every other slope of the
+    next higher one. https://arxiv.org/abs/2108.12409"""
 
     def series(count: int) -> list[float]:
         base = 2.0 ** -(2.0 ** -(math.log2(count) - 3))

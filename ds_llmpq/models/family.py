@@ -1,4 +1,4 @@
-"""How a model family is written down, and what a `config.json` of it describes. Plain data, no torch."""
+"""The data that defines a model family, and the description of one `config.json`. No torch."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from ds_llmpq.validation import AboveZero, Positive, one_of, validate
 
 CONFIG = "config.json"
 REMEDY = "mend the file, or fetch it again"
-Renamed = tuple[tuple[str, str], ...]  # (ours, theirs): parts of names, replaced one after another
+Renamed = tuple[tuple[str, str], ...]  # (ours, theirs): parts of names, replaced in this order
 
-# Types of the keys of a config.json beside those of `validation`
+# types for keys of a config.json, beside those of `validation`
 Layers = Annotated[int, Ge(1), Le(10_000)]
 Experts = Annotated[int, Ge(1), Le(10_000)]
 Activation = one_of(*ACTIVATIONS)
@@ -31,10 +31,10 @@ Part = Annotated[float, Gt(0), Le(1)]
 class Family:
     """One `model_type`.
 
-    keys: a dataclass of the keys of config.json that decide what the model computes, with their types and the defaults
-    of transformers' configuration class. build_spec: from its instance. layers: what the checkpoint calls the list of
-    decoder layers. ends: module of `ends.Embedding` or `ends.Head` -> how its tensors' names begin. names: inside of a
-    layer. aliases: other name of a key -> its field. eos_token_id: where config.json names none.
+    keys: a dataclass of the keys of config.json that affect the computation, with the defaults of transformers'
+    configuration class; build_spec takes its instance. layers: the checkpoint's name for the list of decoder layers.
+    ends: module of `ends.Embedding` or `ends.Head` -> prefix of its tensor names. names: renames parts of names inside
+    a layer. aliases: other name of a key -> its field. eos_token_id: the default if config.json has none.
     """
 
     keys: type
@@ -50,18 +50,17 @@ class Family:
         return f"{self.ends['embed_tokens']}.weight"
 
     def rename(self, name: str) -> str:
-        """What the checkpoint calls a module or parameter of a decoder layer, without the layer's prefix."""
+        """The checkpoint's name for a module or parameter of a decoder layer, without the layer's prefix."""
         for ours, theirs in self.names:
             name = name.replace(ours, theirs)
         return name
 
     def read_spec(self, config: Mapping[str, Any]) -> DecoderSpec:
-        """`UserError`: a key that is missing, or whose value is of another type, out of range, or at odds with
-        others."""
+        """`UserError`: a key is missing, or its value has a wrong type, is out of range or contradicts others."""
         return self.build_spec(self.read_keys(config))
 
     def read_keys(self, config: Mapping[str, Any]) -> Any:
-        """An instance of `keys`. A key that is null counts as left out, unless null means something for it."""
+        """An instance of `keys`. null counts as missing, unless the key's type allows None."""
         hints = get_type_hints(self.keys)
         given = {}
         for key in fields(self.keys):
@@ -76,7 +75,7 @@ class Family:
 
 @dataclass(frozen=True)
 class Description:
-    """What a config.json describes. dtype: type of the stored weights, where it says so."""
+    """What a config.json describes. dtype: of the stored weights, if it is given."""
 
     model_type: str
     family: Family

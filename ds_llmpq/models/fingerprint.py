@@ -1,6 +1,6 @@
-"""Identity of a checkpoint, so that a plan or table made for one is never used with another.
+"""Identity of a checkpoint, so that a plan or table made for one is not used with another.
 
-A quantized checkpoint carries the identity of the one it was made from: it is that model, kept otherwise.
+A quantized checkpoint has the identity of the one it was made from.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from pydantic import AfterValidator
 from ds_llmpq.errors import UserError, quote
 from ds_llmpq.files import check_files, open_regular, parse_json, read_json
 from ds_llmpq.models.description import QUANT_METHOD
+from ds_llmpq.models.index import MOST_HEADER_BYTES
 from ds_llmpq.validation import Count, Many, Name, Plain, Table, validate
 
 MANIFEST = "quantized.json"
 _DIGEST = re.compile("[0-9a-f]{64}")
-# what decides how prompts become tokens, and how the next one is chosen where a request does not say
+# files that decide how prompts become tokens, and the defaults of sampling
 TEXT_FILES = (
     "*.jinja", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
     "generation_config.json",
 )  # fmt: skip
-_MOST_HEADER_BYTES = 100 << 20  # safetensors' own limit
 
 
 def _digest(text: str) -> str:
@@ -37,8 +37,8 @@ def _digest(text: str) -> str:
 def fingerprint(path: str | Path) -> str:
     """SHA-256 over config.json and the sizes and headers (names, types, shapes, offsets) of the safetensors files.
 
-    Equal for byte-wise copies, read in milliseconds whatever the size; blind to weights that changed under an unchanged
-    layout. Raises OSError for a folder without config.json, `UserError` as `find_quantized_source` does.
+    Takes milliseconds for any size. Copies have the same fingerprint, but so have changed weights in the same layout.
+    OSError: there is no config.json. `UserError` as in `find_quantized_source`.
     """
     folder = Path(path)
     check_files(folder, "Checkpoint file", "fetch the checkpoint again")
@@ -50,12 +50,12 @@ def fingerprint(path: str | Path) -> str:
         digest.update(f"{file.name}:{file.stat().st_size}:".encode())
         with open_regular(file, "shard", "fetch it again") as stream:
             header_bytes = int.from_bytes(stream.read(8), "little")
-            digest.update(stream.read(min(header_bytes, _MOST_HEADER_BYTES)))
+            digest.update(stream.read(min(header_bytes, MOST_HEADER_BYTES)))
     return digest.hexdigest()
 
 
 def fingerprint_text(path: str | Path) -> str:
-    """SHA-256 over the `TEXT_FILES` of a checkpoint. A quantized folder holds copies, and so has that of its source."""
+    """SHA-256 over the `TEXT_FILES` of a checkpoint; a quantized folder holds copies, so its value is the same."""
     digest = hashlib.sha256()
     for file in sorted(file for pattern in TEXT_FILES for file in Path(path).glob(pattern) if file.is_file()):
         with open_regular(file, "checkpoint file", "fetch the checkpoint again") as stream:
@@ -64,14 +64,14 @@ def fingerprint_text(path: str | Path) -> str:
 
 
 def find_quantized_source(folder: Path, config: bytes) -> str | None:
-    """The fingerprint of the checkpoint that `ds-llmpq quantize` read, or None where the folder is not its work.
+    """The fingerprint of the checkpoint that `ds-llmpq quantize` read; None if it did not write this folder.
 
-    `UserError`: config.json claims another source than the shards were made from, or what is no fingerprint.
+    `UserError`: the source in config.json is no fingerprint, or not the one that the shards were made from.
     """
     try:
         noted = parse_json(config, "", "").get("quantization_config")
     except (UserError, AttributeError):
-        return None  # whoever reads the model says what is wrong
+        return None  # reading the model reports what is wrong
     if not isinstance(noted, dict) or noted.get("quant_method") != QUANT_METHOD:
         return None
     claimed = noted.get("source_fingerprint")
@@ -92,7 +92,7 @@ def find_quantized_source(folder: Path, config: bytes) -> str | None:
 
 @dataclass(frozen=True)
 class Part:
-    """One shard in the manifest of a quantized checkpoint; `made_from`: everything that decides what it holds."""
+    """One shard in the manifest of a quantized checkpoint; `made_from`: all that its content depends on."""
 
     file: Name
     sha256: Annotated[str, AfterValidator(_digest)]
@@ -108,6 +108,6 @@ class _Manifest:
 
 
 def read_manifest(folder: Path) -> dict[str, Part]:
-    """Shards by the name of their pipeline layer. `UserError` where the manifest is missing or damaged."""
+    """Shards by the name of their pipeline layer. `UserError`: the manifest is missing or damaged."""
     file, remedy = folder / MANIFEST, "quantize the model again"
     return validate(_Manifest, read_json(file, "manifest", remedy), f"manifest {file}", remedy).parts

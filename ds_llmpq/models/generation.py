@@ -1,6 +1,7 @@
-"""The defaults of a checkpoint's generation_config.json, read as transformers' `generate` reads them. No torch.
+"""The defaults in a checkpoint's generation_config.json, with the meaning they have for transformers' `generate`. No
+torch.
 
-Each key is honoured, left to the rows and `batch.*`, or named as not honoured; `docs/batch_files.md` has the table.
+Each key is used, left to the rows and `batch.*`, or reported as not used; `docs/batch_files.md` has the table.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def _whole(value: float) -> int:
     return int(value)
 
 
-_Token = Annotated[int, Ge(-(2**31)), Lt(2**31)]  # those that no vocabulary has are met below
+_Token = Annotated[int, Ge(-(2**31)), Lt(2**31)]  # checked against the vocabulary below
 _Word = Annotated[tuple[_Token, ...], MinLen(1), MaxLen(100_000)]
 _Words = Annotated[tuple[T, ...], MaxLen(100_000)]
 _Count = Annotated[int, Ge(0), Lt(2**31)]
@@ -48,7 +49,7 @@ _ShareAboveZero = Annotated[float, Ge(1e-9), Le(1)]
 
 @dataclass(frozen=True)
 class _Honoured:
-    """The keys of the file that have an effect."""
+    """The keys of the file that are used."""
 
     eos_token_id: OneOrMany[_Token] | None = None
     repetition_penalty: Annotated[float, Ge(1e-6), Le(1e6)] | None = None
@@ -72,11 +73,11 @@ class _Honoured:
 
 @dataclass(frozen=True)
 class Generation:
-    """Defaults of a checkpoint, in transformers' words and units; a default value is one without effect.
+    """Defaults of a checkpoint, with transformers' names and units; the values below have no effect.
 
-    `repetition_penalty`, `min_p` and `min_new_tokens` hold for rows that give none of their own. The truncations of the
-    distribution (`min_p` to `eta_cutoff`) act where a row samples. Token ids are below the vocabulary's size.
-    `left_out`: keys of the file that are not honoured, with the reason.
+    `repetition_penalty`, `min_p` and `min_new_tokens` apply to rows that give none. The truncations of the distribution
+    (`min_p` to `eta_cutoff`) apply where a row samples. Token ids are below the vocabulary's size. `left_out`: keys of
+    the file that are not used, with the reason.
     """
 
     eos_token_ids: Sequence = ()
@@ -101,12 +102,12 @@ class Generation:
 
     @property
     def effective(self) -> dict[str, Any]:
-        """The keys that have an effect, the end-of-sequence tokens aside."""
+        """The keys that have an effect, except the end-of-sequence tokens."""
         plain = [entry for entry in fields(self) if entry.name not in ("eos_token_ids", "left_out")]
         return {entry.name: value for entry in plain if (value := getattr(self, entry.name)) != entry.default}
 
     def lines(self) -> list[str]:
-        """For the user: at most one line of the defaults that are used, and one of those that are not."""
+        """For the user: at most one line on defaults that are used, and one on those that are not."""
         said = []
         if self.effective:
             listed = ", ".join(f"{name} {quote(_as_lists(value))}" for name, value in self.effective.items())
@@ -126,8 +127,8 @@ def load_generation(path: str | Path) -> Generation:
 
 
 def read_generation(path: str | Path, config: Mapping[str, Any], vocabulary: int) -> Generation:
-    """The defaults in the folder `path`; `config` is its config.json. `UserError`: a file that is no JSON object, or a
-    key whose value cannot be."""
+    """The defaults in the folder `path`; `config` is its config.json. `UserError`: no JSON object, or an invalid
+    value."""
     file = Path(path) / NAME
     given = _read(file) if file.exists() or file.is_symlink() else None
     values = {key: value for key, value in (given or {}).items() if value is not None}
@@ -145,8 +146,8 @@ def _read(file: Path) -> dict[str, Any]:
 def _choose_eos(
     file: Path, given: Mapping[str, Any] | None, config: Mapping[str, Any]
 ) -> tuple[Sequence, list[tuple[str, str]]]:
-    """As transformers has it: of generation_config.json where there is one, else of config.json. A file that names none
-    would never end an answer; there config.json has a word."""
+    """As in transformers: from generation_config.json if it exists, else from config.json. With a file that names none,
+    answers would never end, so config.json decides then too."""
     if given is not None and given.get("eos_token_id") is not None:
         return _read_eos(file, given["eos_token_id"]), []
     family = find_family(config.get("model_type"))
@@ -166,12 +167,12 @@ def _listed(value: Any) -> tuple[Any, ...]:
 
 
 def _convert(keys: _Honoured, file: Path, vocabulary: int) -> dict[str, Any]:
-    """As `Generation` holds them. `UserError`: a token id that the model lacks, where it would have to be generated."""
+    """As `Generation` has them. `UserError`: a token that would have to be generated is not in the vocabulary."""
     found = {name: value for name, value in vars(keys).items() if value is not None and name != "eos_token_id"}
     for name in ("forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens", "stop_strings"):
         if name in found:
             found[name] = _listed(found[name])
-    for name in ("suppress_tokens", "begin_suppress_tokens"):  # ids that the model lacks cannot be generated anyway
+    for name in ("suppress_tokens", "begin_suppress_tokens"):  # unknown ids cannot be generated anyway
         if name in found:
             found[name] = tuple(token for token in found[name] if 0 <= token < vocabulary)
     named = {
@@ -192,7 +193,7 @@ def _convert(keys: _Honoured, file: Path, vocabulary: int) -> dict[str, Any]:
 
 _BATCH = "rows and batch.* decide"
 _ONE_ANSWER = "every row gets one answer, chosen token by token"
-# key -> (values without effect, why it has none here); where transformers leaves answers as they are, keys are not here
+# key -> (values without effect, why other values are not used); keys that never change answers are left out
 _LEFT_OUT: dict[str, tuple[tuple[Any, ...], str]] = {
     "do_sample": ((False,), _BATCH),
     "temperature": ((1.0,), _BATCH),
@@ -219,7 +220,7 @@ _LEFT_OUT: dict[str, tuple[tuple[Any, ...], str]] = {
 
 
 def _explain_left_out(values: Mapping[str, Any]) -> dict[str, str]:
-    """Keys whose value would change what `generate` answers, and does not here."""
+    """Keys whose value changes the answers of `generate`, but not ours."""
     found = {key: why for key, (neutral, why) in _LEFT_OUT.items() if key in values and values[key] not in neutral}
     if values.get("cache_implementation") == "quantized":
         found["cache_implementation"] = "the cache is kept as planned"

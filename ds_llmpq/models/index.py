@@ -13,7 +13,7 @@ from ds_llmpq.files import parse_json, read_json
 from ds_llmpq.validation import Count, Many, Name, validate
 
 REMEDY = "fetch the checkpoint again"
-_MOST_HEADER_BYTES = 100 << 20  # safetensors' own limit
+MOST_HEADER_BYTES = 100 << 20  # safetensors' own limit
 _Names = Annotated[dict[Name, Name], MaxLen(1_000_000)]  # a mixture of experts has many tensors
 
 
@@ -24,8 +24,8 @@ class _Index:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor in its file: type as safetensors calls it, shape, first byte and the one after the last, counted from
-    the header's end."""
+    """One tensor in its file: dtype as safetensors names it, shape, and byte offsets [start, stop) from the end of the
+    header."""
 
     dtype: Name
     shape: Many[Count]
@@ -33,8 +33,8 @@ class StoredTensor:
 
 
 def read_index(index: Path) -> dict[str, str]:
-    """Tensor name -> file name within the index's folder. `UserError`: no safetensors index, or one that names files
-    elsewhere: it comes with the checkpoint, which is not trusted to."""
+    """Tensor name -> file name within the index's folder. `UserError`: no safetensors index, or it names files in other
+    folders, which an untrusted checkpoint may not."""
     what = "Safetensors index"
     found = validate(_Index, read_json(index, what, REMEDY), f"{what} {index}", REMEDY, ignore_unknown=True).weight_map
     for shard in set(found.values()):
@@ -44,17 +44,17 @@ def read_index(index: Path) -> dict[str, str]:
 
 
 def read_header(file: BinaryIO, where: str) -> tuple[dict[str, Any], int]:
-    """(tensor name -> what is said of it, offset of the tensors' bytes) of an open safetensors file. `UserError`: no
-    header of one."""
+    """(tensor name -> entry, offset of the tensors' bytes) from an open safetensors file. `UserError`: no such
+    header."""
     size = int.from_bytes(file.read(8), "little")
-    if size > _MOST_HEADER_BYTES:
-        raise UserError(f"{where} has a header of {size} bytes, more than {_MOST_HEADER_BYTES}; {REMEDY}.")
+    if size > MOST_HEADER_BYTES:
+        raise UserError(f"{where} has a header of {size} bytes, more than {MOST_HEADER_BYTES}; {REMEDY}.")
     tensors = validate(dict[str, Any], parse_json(file.read(size), where, REMEDY), where, REMEDY)
     return {name: entry for name, entry in tensors.items() if name != "__metadata__"}, 8 + size
 
 
 def find_tensor(tensors: dict[str, Any], name: str, where: str) -> StoredTensor:
-    """What a header says of one tensor. `UserError`: nothing, or nothing that can be."""
+    """The header's entry for one tensor. `UserError`: it is missing or invalid."""
     found = validate(StoredTensor, tensors.get(name), f"{where}: {name}", REMEDY)
     if found.data_offsets[0] > found.data_offsets[1]:
         raise UserError(f"{where} ends the tensor {name} before its first byte; {REMEDY}.")

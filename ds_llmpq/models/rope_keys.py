@@ -1,8 +1,7 @@
-"""Rotary positions as config.json asks for them (`rope_parameters`, formerly `rope_scaling` and others). No torch.
+"""Reads rotary positions from config.json (`rope_parameters`, formerly `rope_scaling` and others). No torch.
 
 Formulas: https://arxiv.org/abs/2104.09864 (default), /2306.15595 (linear), /2309.00071 (yarn), /2402.13753 (longrope),
-and Llama 3.1's own. `dynamic` is the default as long as no sequence is longer than the model's positions, which no
-request is.
+and Llama 3.1's own. `dynamic` equals the default for sequences within the model's positions, and no request is longer.
 """
 
 from __future__ import annotations
@@ -53,9 +52,9 @@ _REQUIRED = {
 def read_rotary(
     given: Mapping[str, Any] | None, head_dim: int, max_positions: int, defaults: Mapping[str, Any]
 ) -> RotarySpec:
-    """given: `rope_parameters`. defaults: what counts where it does not say; None as a value: nothing.
+    """given: `rope_parameters`. defaults: values for missing keys; None counts as missing in both.
 
-    `UserError`: a kind of scaling that is not known, a number out of range, a key that its kind needs.
+    `UserError`: an unknown kind of scaling, a number out of range, or a missing key that the kind needs.
     """
     rope = {name: value for name, value in (given or {}).items() if value is not None}
     if nested := {FULL, SLIDING} & set(rope):
@@ -112,7 +111,7 @@ def _check_lengths(keys: _RopeKeys, pairs: int) -> None:
 
 
 def _scaling(keys: _RopeKeys, factor: float, original: float) -> float:
-    """What multiplies cosines and sines."""
+    """The factor on cosines and sines."""
     if keys.rope_type in ("yarn", "longrope") and keys.attention_factor is not None:
         return keys.attention_factor
     if keys.rope_type == "longrope":

@@ -1,4 +1,4 @@
-"""Rotary positions: the frequencies that a `RotarySpec` stands for, and a micro-batch's cosines and sines."""
+"""Rotary positions: the frequencies of a `RotarySpec`, and the cosines and sines of a micro-batch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ds_llmpq.models.step import Step
 
 
 def compute_frequencies(spec: RotarySpec) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """[features / 2] in float32; those of long sequences, if they have their own."""
+    """[features / 2] in float32, and those for long sequences, if they differ."""
     exponents = torch.arange(0, spec.exponents_of, 2, dtype=torch.float, device="cpu") / spec.exponents_of
     plain = 1.0 / spec.theta**exponents
     if spec.kind == "linear":
@@ -28,7 +28,7 @@ def compute_frequencies(spec: RotarySpec) -> tuple[torch.Tensor, torch.Tensor | 
 
 
 def _stretch_long_waves(plain: torch.Tensor, spec: RotarySpec) -> torch.Tensor:
-    """Llama 3.1: long waves are stretched by `factor`, short ones are left, those between blend."""
+    """Llama 3.1: stretches long waves by `factor`, leaves short ones, and blends between them."""
     low, high = spec.low_freq_factor, spec.high_freq_factor
     turns = spec.original_positions * plain / (2 * math.pi)
     blend = ((turns - low) / (high - low)).clamp(0, 1)
@@ -36,10 +36,10 @@ def _stretch_long_waves(plain: torch.Tensor, spec: RotarySpec) -> torch.Tensor:
 
 
 def _stretch_by_turns(plain: torch.Tensor, spec: RotarySpec) -> torch.Tensor:
-    """YaRN: stretched where a feature makes few turns over the original positions."""
+    """YaRN: stretches features that make few turns over the original positions."""
 
     def feature(turns: float) -> float:
-        """Where a head's features make so many turns over the original positions."""
+        """Index of the feature that makes so many turns over the original positions."""
         return spec.features * math.log(spec.original_positions / (turns * 2 * math.pi)) / (2 * math.log(spec.theta))
 
     low, high = feature(spec.beta_fast), feature(spec.beta_slow)

@@ -1,4 +1,4 @@
-"""The shape of a decoder-only model as planning sees it: sizes, linears, parameter counts. No weights, no torch."""
+"""The shape of a decoder-only model for planning: sizes, linears, parameter counts. No weights, no torch."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from ds_llmpq.models.spec import DecoderSpec, ExpertsSpec, NormSpec
 
 
 class Linear(NamedTuple):
-    """One `nn.Linear` of a decoder layer: its name inside the layer and the shape of its weight. An expert of a mixture
-    sees only a share of the tokens."""
+    """One `nn.Linear` of a decoder layer: its name inside the layer and the shape of its weight. An expert sees only a
+    share of the tokens."""
 
     name: str
     out_features: int
@@ -27,11 +27,11 @@ class Linear(NamedTuple):
 
     @property
     def active_weights(self) -> float:
-        """Weights that work on a token, on average."""
+        """Weights used per token, on average."""
         return self.weights * self.token_share
 
     def touched_weights(self, rows: int) -> float:
-        """Weights that are read for `rows` tokens, expected where tokens choose experts evenly and independently."""
+        """Expected weights read for `rows` tokens, if tokens choose experts evenly and independently."""
         return self.weights if self.token_share == 1.0 else self.weights * (1 - (1 - self.token_share) ** rows)
 
     @property
@@ -51,22 +51,22 @@ class ModelShape:
     head_dim: int
     intermediate: int
     vocab: int
-    embed_dim: int  # width of the token embedding and of lm_head; differs from hidden in OPT-350m alone
+    embed_dim: int  # of the token embedding and lm_head; differs from hidden only in OPT-350m
     max_positions: int | None  # None: no bound (ALiBi)
-    sliding_window: int | None  # so many tokens windowed layers look back; None: there are none
+    sliding_window: int | None  # tokens that windowed layers look back; None: no such layers
     tied_embeddings: bool
     gated_mlp: bool
-    dtype: str | None  # type of the stored weights, where config.json says it
+    dtype: str | None  # of the stored weights, if config.json says it
     linears: tuple[Linear, ...]  # of one decoder layer, in the order they run
     biased: tuple[str, ...]  # names of the linears that have a bias
-    layer_norm_parameters: int  # norms of one decoder layer, with Qwen3's q_norm and k_norm, and a router
+    layer_norm_parameters: int  # of one decoder layer, including Qwen3's q_norm and k_norm, and a router
     embed_parameters: int  # everything before the first decoder layer
-    head_parameters: int  # everything after the last one; lm_head counts even when tied
+    head_parameters: int  # everything after the last one; lm_head counts even if tied
     spec: DecoderSpec = field(compare=False, repr=False)  # what all of this is derived from
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
-        """Of the keys of a config.json. `UserError` as in `describe` and `derive_shape`."""
+        """From the keys of a config.json. `UserError` as in `describe` and `derive_shape`."""
         return derive_shape(describe(config))
 
     @property
@@ -76,7 +76,7 @@ class ModelShape:
 
     @property
     def active_linear_weights(self) -> float:
-        """Weights of one decoder layer that work on a token; all of them but in a mixture of experts."""
+        """Weights of one decoder layer used per token: all, except in a mixture of experts."""
         return sum(linear.active_weights for linear in self.linears)
 
     @property
@@ -85,7 +85,6 @@ class ModelShape:
 
     @property
     def lm_head(self) -> Linear:
-        """lm_head."""
         return Linear("lm_head", self.vocab, self.embed_dim)
 
     def touched_share(self, rows: int) -> float:
@@ -113,14 +112,14 @@ class ModelShape:
 
     @property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that change with any size; it knows nothing of the weights' values."""
+        """16 hexadecimal digits that depend on all sizes, but not on the weights."""
         sizes = {key: getattr(self, key) for key in self.__dataclass_fields__ if key not in ("dtype", "spec")}
         sizes["linears"] = [linear if linear.token_share < 1 else linear[:3] for linear in self.linears]
         return hashlib.sha256(json.dumps(sizes, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_shape(path: str | Path) -> ModelShape:
-    """Shape of the checkpoint in folder `path`. `UserError` as in `read_description`, and where layers differ."""
+    """Shape of the checkpoint in folder `path`. `UserError` as in `read_description`, or if layers differ."""
     return derive_shape(read_description(path))
 
 

@@ -1,5 +1,4 @@
-"""What a decoder-only model is made of, as plain data: the one description that planning, the block, the loader and
-graphs read.
+"""A decoder-only model as plain data: the description that planning, the block, the loader and graphs read.
 
 A family file (`models.families`) builds a `DecoderSpec` from the keys of a config.json. Nothing here loads torch.
 """
@@ -11,7 +10,7 @@ from typing import Literal, NamedTuple
 
 from ds_llmpq.errors import UserError
 
-# by transformers' names; `models.block` has the functions
+# names as in transformers; the functions are in `models.block`
 ACTIVATIONS = (
     "silu", "swish", "gelu", "gelu_python", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "quick_gelu", "relu", "relu2",
     "relu6", "mish", "tanh", "sigmoid",
@@ -20,8 +19,8 @@ ACTIVATIONS = (
 
 @dataclass(frozen=True)
 class NormSpec:
-    """`rms`: by root mean square, with a weight. `layer`: mean and variance, with weight and bias, or neither where not
-    `affine`. `plus_one`: the weight is stored less one, and multiplied in float32 (Gemma)."""
+    """`rms` norms by root mean square, with a weight; `layer` by mean and variance, with weight and bias, or with
+    neither if not `affine`. `plus_one`: the stored weight is one less, and is multiplied in float32 (Gemma)."""
 
     kind: Literal["rms", "layer"]
     eps: float
@@ -31,10 +30,10 @@ class NormSpec:
 
 @dataclass(frozen=True)
 class RotarySpec:
-    """The first `features` of a head are rotated by a position's multiples of frequencies; `models.rotary` has them.
+    """The first `features` of a head are rotated; `models.rotary` computes the frequencies.
 
-    exponents_of: features that the exponents of `theta` are shares of, `features` but where that is odd. scaling
-    multiplies cosine and sine. longrope: a sequence of more than `original_positions` tokens takes `long_factors`.
+    exponents_of: the exponents of `theta` are shares of so many features. scaling multiplies cosine and sine. longrope:
+    sequences of more than `original_positions` tokens use `long_factors`.
     """
 
     kind: Literal["default", "linear", "llama3", "yarn", "longrope"]
@@ -57,9 +56,9 @@ class RotarySpec:
 class AttentionSpec:
     """Query heads share key/value heads in groups of `heads / kv_heads`.
 
-    qkv: three linears, or one whose outputs are queries, keys, values one after another (`stacked`), or head by head
-    (`interleaved`). scale multiplies the scores. soft_cap: scores become soft_cap x tanh(scores / soft_cap).
-    alibi: a bias that grows with the key's position, by a slope for each head. qk_norm: over each head's features.
+    qkv: three linears, or one whose outputs are queries, keys and values, one after another (`stacked`) or head by head
+    (`interleaved`). scale multiplies the scores. soft_cap: scores become soft_cap x tanh(scores / soft_cap). alibi: a
+    bias proportional to the key's position, with a slope for each head. qk_norm: over the features of each head.
     """
 
     heads: int
@@ -83,14 +82,14 @@ class MLPSpec:
     activation: str
     gated: bool = True
     bias: bool = False
-    down_bias: bool = True  # where there are biases at all
+    down_bias: bool = True  # if there are biases at all
     stacked: bool = False
 
 
 @dataclass(frozen=True)
 class ExpertsSpec:
-    """`count` MLPs, of which a token takes the `active` most probable, weighted by their probabilities; `normalized`:
-    divided by their sum. `UserError`: more active than there are."""
+    """`count` MLPs. A token uses the `active` most probable ones, weighted by their probabilities, which are divided by
+    their sum if `normalized`. `UserError`: more are active than exist."""
 
     count: int
     active: int
@@ -104,8 +103,8 @@ class ExpertsSpec:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """What may differ from layer to layer. window: attention looks back so many tokens, None: to the first. rotary: one
-    of `DecoderSpec.rotary`, None: positions enter elsewhere."""
+    """What may differ between layers. window: tokens that attention looks back, None: all. rotary: a name in
+    `DecoderSpec.rotary`, None: positions enter elsewhere."""
 
     mlp: MLPSpec | ExpertsSpec
     window: int | None = None
@@ -113,8 +112,8 @@ class LayerSpec:
 
 
 class LinearRole(NamedTuple):
-    """A linear of a decoder layer: its name in the block, the shape of its weight, and what it reads. Linears of one
-    `input` see the same tensor, and may run as one product. `expert`: of a mixture, None outside of one."""
+    """A linear of a decoder layer: its name in the block, the shape of its weight, and its input. Linears with the same
+    `input` read the same tensor and may run as one product. `expert`: number of the expert, if it belongs to one."""
 
     name: str
     out_features: int
@@ -126,14 +125,13 @@ class LinearRole(NamedTuple):
 
 @dataclass(frozen=True)
 class DecoderSpec:
-    """A decoder-only model. Sizes are features, but `vocab` (tokens).
+    """A decoder-only model. Sizes count features, `vocab` tokens.
 
-    max_positions: tokens of the longest sequence that it was made for, None: any.
-
-    norms: each half of a layer is x + f(norm(x)) (`before`), norm(x + f(x)) (`after`), or x + norm(f(norm(x)))
-    (`around`). residual_from_norm: norm(x) + f(norm(x)) instead of the first. embedding_width: of the token embedding
-    and lm_head, where two projections lead to and from `hidden`. learned_positions: rows of a table added to
-    the embedding. embedding_scale: multiplied with the embedding. logit_cap: as `AttentionSpec.soft_cap`.
+    max_positions: tokens of the longest sequence it was made for, None: any. norms: each half of a layer is
+    x + f(norm(x)) (`before`), norm(x + f(x)) (`after`), or x + norm(f(norm(x))) (`around`). residual_from_norm:
+    norm(x) + f(norm(x)) instead of the first. embedding_width: of the token embedding and lm_head, if projections lead
+    to and from `hidden`. learned_positions: rows of a table that is added to the embedding. embedding_scale multiplies
+    the embedding. logit_cap: as `AttentionSpec.soft_cap`.
     """
 
     hidden: int
@@ -160,7 +158,7 @@ class DecoderSpec:
         return self.embedding_width or self.hidden
 
     def linears(self, index: int) -> tuple[LinearRole, ...]:
-        """The linears of decoder layer `index` in the order they run: exactly these are quantized. A router is none."""
+        """The linears of decoder layer `index` in the order they run: those that are quantized. A router is not."""
         return (
             *_list_attention_linears(self.hidden, self.attention),
             *_list_mlp_linears(self.hidden, self.layers[index].mlp),

@@ -1,4 +1,4 @@
-"""One micro-batch on its way through a stage, and the attention mask that goes with it."""
+"""One micro-batch on its way through a stage, and its attention mask."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ import torch
 
 
 class KeyValueCache(Protocol):
-    """Where attention keeps the keys and values of earlier tokens."""
+    """Keys and values of earlier tokens, for attention."""
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keeps new ones, [rows, key/value heads, tokens, size], of a layer counted in the whole model; returns those
-        that attention sees."""
+        """Stores new ones, [rows, key/value heads, tokens, size], and returns those that attention sees. `layer_idx`
+        counts in the whole model."""
 
     def rows(self, start: int, stop: int) -> KeyValueCache:
-        """The same for rows [start, stop) of the micro-batch alone."""
+        """The cache of rows [start, stop) of the micro-batch alone."""
 
 
 @dataclass
 class Step:
-    """A micro-batch between two layers: `token_ids` enter the first stage, `hidden` moves on, `logits` leave the last.
+    """A micro-batch between two layers: `token_ids` enter the first stage, `hidden` passes on, `logits` leave the last.
 
-    Rows are right-padded, so a row's token k stands at position k and causality alone hides the padding from it.
+    Rows are right-padded, so token k of a row is at position k, and causality alone hides the padding.
     Shapes: token_ids and positions [rows, tokens]; hidden [rows, tokens, hidden]; `last` [rows] or None: the index of
     each row's last real token, where the head is applied (None: at every token); logits [rows, (tokens,) vocabulary].
 
-    `kv_tokens` is how many cache positions attention sees. `causal_only` says that causality needs no explicit mask:
-    true in prefill, and in decode when every row stands at the last of the `kv_tokens` positions.
+    `kv_tokens`: cache positions that attention sees. `causal_only`: no explicit mask is needed, which is so in prefill,
+    and in decode if every row is at the last of the `kv_tokens` positions.
     """
 
     positions: torch.Tensor
@@ -40,13 +40,13 @@ class Step:
     hidden: torch.Tensor | None = None
     last: torch.Tensor | None = None
     logits: torch.Tensor | None = None
-    # fills `position_inputs` with what an architecture computes once a stage and micro-batch: rotary embeddings, ALiBi
+    # fills `position_inputs` with what a stage computes once per micro-batch: rotary angles, ALiBi
     prepare: Callable[[Step], None] | None = None
     position_inputs: dict[str, Any] = field(default_factory=dict)
     _masks: dict[int | None, torch.Tensor] = field(default_factory=dict)  # by window: layers share them
 
     def rows(self, start: int, stop: int) -> Step:
-        """A step of rows [start, stop) alone, to be run instead: nothing has been computed for it yet."""
+        """A new step of rows [start, stop) alone, to run instead."""
 
         def cut(tensor: torch.Tensor | None) -> torch.Tensor | None:
             return None if tensor is None else tensor[start:stop]
@@ -63,27 +63,27 @@ class Step:
         )
 
     def exchange_rows(self, by: Mapping[int, int]) -> Step:
-        """A step of the same shape, to be run instead, where row k brings the tokens or states of row `by[k]`. Its own
-        are its positions and its place in the cache."""
+        """A step of the same shape, to run instead, in which row k has the tokens or states of row `by[k]`, but its own
+        positions and place in the cache."""
         index = torch.tensor([by.get(row, row) for row in range(self.positions.shape[0])], device=self.positions.device)
 
-        def taken(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        def select(tensor: torch.Tensor | None) -> torch.Tensor | None:
             return None if tensor is None else tensor[index]
 
         return replace(
-            self, token_ids=taken(self.token_ids), hidden=taken(self.hidden), last=taken(self.last), logits=None,
+            self, token_ids=select(self.token_ids), hidden=select(self.hidden), last=select(self.last), logits=None,
             position_inputs={}, _masks={},
         )  # fmt: skip
 
     def prepare_inputs(self) -> dict[str, Any]:
-        """The position inputs, computed when the first decoder layer of the stage asks for them."""
+        """The position inputs, computed when the first decoder layer of the stage needs them."""
         if self.prepare is not None:
             self.prepare(self)
             self.prepare = None
         return self.position_inputs
 
     def mask(self, window: int | None = None) -> torch.Tensor | None:
-        """Boolean mask [rows, 1, tokens, kv_tokens], true where a query may attend; None where causality suffices."""
+        """Boolean mask [rows, 1, tokens, kv_tokens], true where a query may attend; None if causality suffices."""
         if self.causal_only and (window is None or self.kv_tokens <= window):
             return None
         if window not in self._masks:
@@ -99,7 +99,7 @@ class Step:
         return allowed[:, None]
 
     def at_last(self) -> torch.Tensor:
-        """Hidden states where the head is applied: [rows, hidden], or all of them if `last` is None."""
+        """Hidden states that the head is applied to: [rows, hidden], or all if `last` is None."""
         if self.last is None:
             return self.hidden
         rows = torch.arange(self.hidden.shape[0], device=self.hidden.device)

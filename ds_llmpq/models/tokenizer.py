@@ -1,4 +1,4 @@
-"""The checkpoint's tokenizer, from its own folder alone."""
+"""Loads a checkpoint's tokenizer, from its folder alone."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ds_llmpq.files import check_files
 
 
 def load_tokenizer(model_path: str, trust_remote_code: bool = False, template_time: str | None = None) -> Any:
-    """The tokenizer; `UserError` where there is none that can be used.
+    """The tokenizer; `UserError` if there is none that works.
 
-    Its chat template sees one time, however long it renders: `template_time` (ISO, local), or when it was loaded. A
-    prompt must not depend on the second in which it is rendered.
+    Its chat template always sees the same time, `template_time` (ISO, local) or the time of loading, because a prompt
+    must not depend on the second in which it is rendered.
     """
     from transformers import AutoTokenizer
 
@@ -24,7 +24,7 @@ def load_tokenizer(model_path: str, trust_remote_code: bool = False, template_ti
         tokenizer = AutoTokenizer.from_pretrained(
             model_path, local_files_only=True, trust_remote_code=trust_remote_code
         )
-    except Exception as error:  # a damaged tokenizer file fails in many ways, all of them the checkpoint's
+    except Exception as error:  # damaged tokenizer files raise many types
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise UserError(f"{model_path} has no usable tokenizer ({reason}); fetch the checkpoint again.") from None
     now = datetime.datetime.fromisoformat(template_time) if template_time else datetime.datetime.now()
@@ -35,18 +35,18 @@ def load_tokenizer(model_path: str, trust_remote_code: bool = False, template_ti
     return tokenizer
 
 
-_CLOCK = "strftime_now"  # what transformers gives to templates
+_CLOCK = "strftime_now"  # the function that transformers passes to templates
 
 
 def _fix_clock(now: datetime.datetime, template: str) -> str:
-    """A template that reads the clock, with a macro of the same name before it. transformers passes plain data to a
-    template, no functions, so the macro replaces each directive by its text."""
+    """Puts a macro of the clock's name before a template that reads the clock. transformers lets us pass plain data to
+    a template, but no functions, so the macro replaces each directive by its text."""
     if _CLOCK not in template:
         return template
     directives = [f"%{flag}{letter}" for flag in ("-", "") for letter in string.ascii_letters]
     texts = [("%%", "\0"), *((name, text) for name in directives if (text := now.strftime(name)) != name), ("\0", "%")]
     chain = "".join(f"|replace({json.dumps(name)}, {json.dumps(text)})" for name, text in texts)
-    # blocks strip blanks before them where they begin a line, which the first one does no more
+    # a block that begins a line strips the blanks before it, but the first block no longer begins one
     rest = template.lstrip(" \t")
     rest = rest if rest.startswith(("{%", "{#")) and not rest.startswith(("{%+", "{#+")) else template
     return f'{{% macro {_CLOCK}(format) %}}{{{{ format{chain} }}}}{{% endmacro %}}{{{{ "" }}}}{rest}'

@@ -1,7 +1,7 @@
-"""Whether a checkpoint's lm_head is its embedding. The stored tensors decide, whatever config.json says. No torch.
+"""Whether a checkpoint's lm_head is tied to its embedding. The stored tensors decide, whatever config.json says. No
+torch.
 
-As in transformers: if the configuration ties them but both are stored and differ, both are used; if only one is stored,
-it serves as both.
+As in transformers, both are used if both are stored and differ; if only one is stored, it serves as both.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ _PIECE_BYTES = 4 << 20
 
 
 def list_embedding_names(family: Family) -> tuple[str, ...]:
-    """The spellings under which a checkpoint may hold its embedding; some leave the first part of the name out."""
+    """The names under which a checkpoint may store its embedding; some omit the first part."""
     name = family.embedding_tensor
     return name, name.split(".", 1)[1]
 
 
 def stores_own_head(path: str | Path, family: Family) -> bool:
-    """Whether the folder holds an lm_head whose bytes are not those of its embedding.
+    """Whether the folder holds an lm_head whose bytes differ from those of its embedding.
 
-    Files that cannot be read are left to who reads the model. Where the two are equal, both are read to their end.
+    If they are equal, both are read to their end. Unreadable files are reported when the model is read.
     """
     folder = Path(path)
     try:
@@ -42,7 +42,7 @@ def stores_own_head(path: str | Path, family: Family) -> bool:
 
 @lru_cache(maxsize=64)
 def _stores_own_head(folder: Path, embeddings: tuple[str, ...], state: tuple) -> bool:
-    """`state` is only what the answer was found for: it is asked several times a command."""
+    """`state` is a cache key: a command asks several times."""
     shards = _shards(folder)
     embedding = next((name for name in embeddings if name in shards), None)
     if embedding is None or HEAD not in shards:
@@ -52,7 +52,7 @@ def _stores_own_head(folder: Path, embeddings: tuple[str, ...], state: tuple) ->
 
 
 def _shards(folder: Path) -> Mapping[str, str]:
-    """Tensor name -> file name, as the reader of tensors has it."""
+    """Tensor name -> file name."""
     if (folder / _INDEX).is_file():
         return read_index(folder / _INDEX)
     with open_regular(folder / _SINGLE, "Shard", REMEDY) as file:
@@ -60,7 +60,7 @@ def _shards(folder: Path) -> Mapping[str, str]:
 
 
 class _Tensor:
-    """One tensor's bytes in its shard. `kind`: type and shape."""
+    """The bytes of one tensor in its shard. `kind`: dtype and shape."""
 
     def __init__(self, shard: Path, name: str):
         self._file = open_regular(shard, "Shard", REMEDY)

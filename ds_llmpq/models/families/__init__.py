@@ -1,4 +1,4 @@
-"""The model families that can be run: one file each, and a line here for each `model_type` of config.json. No torch."""
+"""The supported model families: one file each, and a line here for each `model_type` of config.json. No torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from ds_llmpq.errors import UserError, quote
 from ds_llmpq.models.family import Description, Family
 
-# model_type -> module that has it among its FAMILIES
+# model_type -> module whose FAMILIES has it
 _MODULES = {
     "llama": "llama",
     "mistral": "mistral",
@@ -27,15 +27,14 @@ SUPPORTED = tuple(_MODULES)
 
 
 def find_family(model_type: object) -> Family | None:
-    """None for one that is not supported."""
+    """None if it is not supported."""
     if not isinstance(model_type, str) or model_type not in _MODULES:
         return None
     return importlib.import_module(f"ds_llmpq.models.families.{_MODULES[model_type]}").FAMILIES[model_type]
 
 
 def describe(config: Mapping[str, Any]) -> Description:
-    """What a config.json describes. `UserError`: its model_type is of none of the families, or its keys make no model
-    of it."""
+    """What a config.json describes. `UserError`: its model_type is not supported, or its keys are invalid."""
     model_type = config.get("model_type")
     family = find_family(model_type)
     if family is None:

@@ -1,4 +1,4 @@
-"""BLOOM: ALiBi instead of positions, queries, keys and values from one linear, a norm behind the embedding."""
+"""BLOOM: ALiBi instead of positions, one linear for queries, keys and values, a norm after the embedding."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class _BloomKeys:
 def _build(keys: _BloomKeys) -> DecoderSpec:
     heads, size = keys.n_head, keys.hidden_size // keys.n_head
     norm = NormSpec("layer", keys.layer_norm_epsilon)
-    # summed in slices, as this asks for, transformers leaves out what the sums' biases would add
+    # with these settings transformers sums in slices and omits the biases
     biased = not (keys.pretraining_tp > 1 and keys.slow_but_exact)
     mlp = MLPSpec(4 * keys.hidden_size, "gelu_pytorch_tanh", gated=False, bias=True, down_bias=biased)
     return DecoderSpec(

@@ -1,5 +1,5 @@
-"""Gemma 2 and Gemma 3 (text): norms around each half, weights of norms less one, a scaled embedding, windows on most
-layers. Gemma 2 bends scores and logits; Gemma 3 norms queries and keys, and turns windowed layers by other angles."""
+"""Gemma 2 and Gemma 3 (text): norms around each half, norm weights stored less one, a scaled embedding, windows on most
+layers. Gemma 2 caps scores and logits; Gemma 3 norms queries and keys, and has other angles for windowed layers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class _GemmaKeys(llama.Keys):
     final_logit_softcapping: AboveZero | None = 30.0
     attn_logit_softcapping: AboveZero | None = 50.0
     use_bidirectional_attention: bool | None = False
-    sliding_window_pattern: Positive = 2  # the last layer of so many has no window
+    sliding_window_pattern: Positive = 2  # the last of so many layers has no window
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,7 +54,7 @@ class _Gemma3Keys(_GemmaKeys):
     rope_local_base_freq: AboveZero | None = None
 
     def rotary_by_type(self) -> dict[str, Any]:
-        """`rope_parameters` has them apart; where its former names are used, scaling is of full attention alone."""
+        """`rope_parameters` has one entry for each type; the former `rope_scaling` is for full attention alone."""
         given = self.rope_parameters or {}
         full = {"rope_theta": self.rope_theta or 1e6} | _plain(given.get(FULL)) | (self.rope_scaling or {})
         sliding = {"rope_theta": self.rope_local_base_freq or 1e4} | _plain(given.get(SLIDING))
@@ -68,7 +68,7 @@ def _plain(given: Any) -> dict[str, Any]:
 
 
 def _build(keys: _GemmaKeys, rotary: dict[str, Any], **attention: Any) -> DecoderSpec:
-    """rotary: by the names under which layers ask for it: their types, or one for all."""
+    """rotary: by layer type, or one named `rotary` for all."""
     norm, mlp, biased = NormSpec("rms", keys.rms_norm_eps, plus_one=True), llama.mlp(keys), keys.attention_bias
     layers = [
         LayerSpec(mlp, window, kind if kind in rotary else "rotary")

@@ -1,4 +1,5 @@
-"""Llama: rotary positions, RMS norms before each half, grouped key/value heads, gated MLP. Others derive from it."""
+"""Llama: rotary positions, RMS norms before each half, grouped key/value heads, gated MLP. Most families build on
+it."""
 
 from __future__ import annotations
 
@@ -30,8 +31,7 @@ NAMES = (("attention_norm", "input_layernorm"), ("mlp_norm", "post_attention_lay
 
 @dataclass(frozen=True, kw_only=True)
 class Keys:
-    """What the families of this kind have in common. head_dim, num_key_value_heads: None: hidden_size / heads, and as
-    many as heads."""
+    """The keys that these families share. head_dim defaults to hidden_size / heads, num_key_value_heads to heads."""
 
     hidden_size: Positive
     intermediate_size: Positive
@@ -65,7 +65,7 @@ class Keys:
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
     def windows(self) -> list[int | None]:
-        """How far the attention of each layer looks back, None: to the first token."""
+        """Tokens that the attention of each layer looks back, None: all."""
         return [None] * self.num_hidden_layers
 
     def rotary(self) -> RotarySpec:
@@ -77,7 +77,7 @@ class Keys:
 
 @dataclass(frozen=True, kw_only=True)
 class WindowedKeys(Keys):
-    """All layers have the window, if there is one."""
+    """All layers have the same window, or none."""
 
     sliding_window: Positive | None = None
 
@@ -86,7 +86,7 @@ class WindowedKeys(Keys):
 
 
 def assign_windows(layer_types: LayerTypes, window: int | None, layers: int) -> list[int | None]:
-    """`UserError` unless there is a type for each of the layers."""
+    """`UserError` unless each layer has a type."""
     if len(layer_types) != layers:
         raise UserError(f"{CONFIG} has {len(layer_types)} layer_types for num_hidden_layers={layers}; {REMEDY}.")
     return [window if kind == SLIDING else None for kind in layer_types]
@@ -102,7 +102,7 @@ def mlp(keys: Keys, **changes: Any) -> MLPSpec:
 
 
 def decoder(keys: Keys, **changes: Any) -> DecoderSpec:
-    """`changes`: fields of the specification in which a family differs."""
+    """`changes`: fields of the spec in which a family differs."""
     norm = changes.get("norm") or NormSpec("rms", keys.rms_norm_eps)
     usual = {"norm": norm, "final_norm": norm, "max_positions": keys.max_position_embeddings}
     usual |= {"tied": keys.tie_word_embeddings}
@@ -116,7 +116,7 @@ def decoder(keys: Keys, **changes: Any) -> DecoderSpec:
 
 
 def layers(keys: Keys, of: Any) -> tuple[LayerSpec, ...]:
-    """All alike, but for their windows. of: an MLP or a mixture of them."""
+    """Layers that differ only in their windows. of: an MLP or a mixture of experts."""
     return tuple(LayerSpec(of, window, "rotary") for window in keys.windows())
 
 

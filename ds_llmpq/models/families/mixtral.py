@@ -25,13 +25,7 @@ def _build(keys: _MixtralKeys) -> DecoderSpec:
     return llama.decoder(keys, layers=llama.layers(keys, experts))
 
 
-_NAMES = (
-    *llama.NAMES,
-    ("mlp.", "block_sparse_moe."),
-    ("gate_proj", "w1"),
-    ("down_proj", "w2"),
-    ("up_proj", "w3"),
-)
+_NAMES = (*llama.NAMES, ("mlp.", "block_sparse_moe."), ("gate_proj", "w1"), ("down_proj", "w2"), ("up_proj", "w3"))
 FAMILIES = {
     "mixtral": Family(
         _MixtralKeys, _build, "model.layers", llama.ENDS, _NAMES, {"num_experts": "num_local_experts"}, eos_token_id=2

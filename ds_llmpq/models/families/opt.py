@@ -1,5 +1,5 @@
-"""OPT: learned positions, layer norms before or (350m) after each half, biases, a plain MLP, projections around the
-stack where the embedding is narrower."""
+"""OPT: learned positions, layer norms before or (350m) after each half, biases, a plain MLP, and projections if the
+embedding is narrower."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ds_llmpq.models.family import Activation, Family, Layers, Positive, require_multiple
 from ds_llmpq.models.spec import AttentionSpec, DecoderSpec, LayerSpec, MLPSpec, NormSpec
 
-_OFFSET = 2  # rows of the table of positions that no token has
+_OFFSET = 2  # unused rows at the start of the position table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ def _build(keys: _OptKeys) -> DecoderSpec:
         embedding_width=keys.word_embed_proj_dim or 0,
         learned_positions=keys.max_position_embeddings + _OFFSET,
         position_offset=_OFFSET,
-        # checkpoints that norm after each half, and some old ones, have no norm behind the last layer
+        # checkpoints that norm after each half, and some old ones, have no final norm
         final_norm=norm if before and not keys.remove_final_layer_norm else None,
         tied=keys.tie_word_embeddings,
     )

@@ -1,5 +1,5 @@
-"""Phi-3: Mistral with one linear for queries, keys and values and one for gate and up; part of a head may be rotated,
-and long sequences by other angles."""
+"""Phi-3: Mistral with one linear for queries, keys and values, and one for gate and up. Perhaps only part of a head is
+rotated, and long sequences have other angles."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class _Phi3Keys(llama.WindowedKeys):
     def rotary(self) -> RotarySpec:
         given = dict(self.rope_scaling or self.rope_parameters or {})
         if given.get("rope_type", given.get("type", "default")) != "default":
-            # the one scaling of this family, whatever its name was
+            # the only scaling of this family, which had other names
             given |= {
                 "rope_type": "longrope",
                 "original_max_position_embeddings": self.original_max_position_embeddings,

@@ -1,5 +1,5 @@
 """Qwen2, Qwen3 and Qwen3-MoE: Llama with windows on some layers. Qwen2 has biases on queries, keys and values; Qwen3
-norms them; the MLP of Qwen3-MoE is, on some layers or all, a mixture of many small experts."""
+norms queries and keys; Qwen3-MoE has, on some or all layers, a mixture of many small experts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ds_llmpq.validation import Count
 
 @dataclass(frozen=True, kw_only=True)
 class _QwenKeys(llama.Keys):
-    """max_window_layers: the first layer with a window, where `layer_types` does not say which have one."""
+    """max_window_layers: the first layer with a window, if there are no `layer_types`."""
 
     num_key_value_heads: Positive | None = 32
     max_position_embeddings: Positive = 32768
@@ -41,7 +41,7 @@ class _NormedKeys(_QwenKeys):
 
 @dataclass(frozen=True, kw_only=True)
 class _MoeKeys(_NormedKeys):
-    """Layer `i` has experts where `decoder_sparse_step` divides i + 1 and it is none of `mlp_only_layers`."""
+    """Layer `i` has experts if `decoder_sparse_step` divides i + 1 and it is not in `mlp_only_layers`."""
 
     num_key_value_heads: Positive | None = 4
     head_dim: Positive | None = None
@@ -57,7 +57,7 @@ class _MoeKeys(_NormedKeys):
 
 
 def _normed_attention(keys: _NormedKeys) -> AttentionSpec:
-    """With norms over each query's and key's features."""
+    """With norms over the features of each query and key."""
     norm, biased = NormSpec("rms", keys.rms_norm_eps), keys.attention_bias
     return llama.attention(keys, qk_norm=norm, qkv_bias=biased, output_bias=biased)
 
