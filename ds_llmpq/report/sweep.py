@@ -158,7 +158,8 @@ def build_table(points: list[dict[str, Any]]) -> tuple[list[str], list[list[str]
 
 
 def describe_speedups(points: list[dict[str, Any]]) -> list[str]:
-    """One line per baseline: the mean speed-up over the points at which it has a plan, measured if the baselines ran."""
+    """One line per baseline: the mean speed-up over the points at which it has a plan, measured if the baselines
+    ran."""
     if _BASELINE_KEY in find_varied(points):
         return _compare_points(points)
     lines = []
