@@ -21,8 +21,9 @@ class KVStore:
     sequences and many short ones use the same bytes. A decode micro-batch is a slice of slots: regrouping sequences
     from prefill to decode copies nothing, and a slot's next sequence overwrites the last one's.
 
-    block: slots take whole blocks of so many positions. A stage that runs as one graph lays the same memory out as
-    blocks (`blocks`), and no layer of it asks for the other view (`layer`).
+    block: slots take whole blocks of so many positions. A stage that runs as one graph (`paged`) lays the same memory
+    out as blocks (`blocks`), and no layer of it asks for the other view (`layer`). The last positions may hold a prefix
+    that sequences share (`hold_prefix`), which a slot takes over by copying.
     """
 
     def __init__(
@@ -35,8 +36,11 @@ class KVStore:
         dtype: torch.dtype,
         device: torch.device,
         block: int = 1,
+        paged: bool = False,
     ):
         self.block = block
+        self.paged = paged
+        self.prefix_tokens = 0
         self.first_layer = first_layer
         self.positions = positions
         self.kv_heads = kv_heads
@@ -57,7 +61,7 @@ class KVStore:
         """A store of the same layers for one sequence of `positions` tokens, in whole blocks."""
         return KVStore(
             self.first_layer, len(self._memory), round_up(positions, self.block), self.kv_heads, self.head_dim,
-            self._memory.dtype, self.device, self.block,
+            self._memory.dtype, self.device, self.block, self.paged,
         )  # fmt: skip
 
     @property
@@ -74,15 +78,16 @@ class KVStore:
 
     def shape_for(self, slots: int, capacity: int) -> None:
         """Views the store as `slots` sequences of up to `capacity` tokens, in whole blocks; earlier contents become
-        meaningless."""
+        meaningless, but for the prefix."""
         capacity = round_up(capacity, self.block)
-        if slots * capacity > self.positions:
+        free = self.positions - self.prefix_tokens
+        if slots * capacity > free:
             raise UserError(
                 f"{slots} sequences of {capacity} tokens need {slots * capacity} cache positions, but the plan has "
-                f"{self.positions}; plan for a larger workload."
+                f"{free}; plan for a larger workload."
             )
         layers = self._memory.shape[0]
-        used = self._memory[:, :, : slots * capacity * self.kv_heads * self.head_dim]
+        used = self._positions(0, slots * capacity)
         self._view = used.view(layers, 2, slots, self.kv_heads, capacity, self.head_dim)
         self.slots, self.capacity = slots, capacity
 
@@ -90,14 +95,45 @@ class KVStore:
         """Forgets a slot's contents, or all. Masked positions count with weight 0, which a NaN left there would
         survive."""
         if slot is None:
-            self._memory.zero_()
+            self._positions(0, self.positions - self.prefix_tokens).zero_()
         else:
             self._view[:, :, slot].zero_()
 
-    def prefill(self, slots: Sequence[int]) -> PrefillCache:
+    def hold_prefix(self, tokens: int) -> None:
+        """Keeps the first `tokens` positions of the only slot, which must be whole blocks, until it is called again;
+        with 0, none."""
+        if tokens + self.capacity > self.positions:
+            raise ValueError(f"no room for {tokens} positions beside {self.capacity} of {self.positions}")
+        if tokens:
+            self._prefix(tokens).copy_(self._front(0, tokens))
+        self.prefix_tokens = tokens
+
+    def copy_prefix(self, slots: Sequence[int]) -> None:
+        """The slots begin with the prefix."""
+        for slot in slots:
+            self._front(slot, self.prefix_tokens).copy_(self._prefix(self.prefix_tokens))
+
+    def _prefix(self, tokens: int) -> torch.Tensor:
+        """In the form of `_front`."""
+        held = self._positions(self.positions - tokens, self.positions)
+        return held if self.paged else held.view(*held.shape[:2], self.kv_heads, tokens, self.head_dim)
+
+    def _front(self, slot: int, tokens: int) -> torch.Tensor:
+        """A slot's first positions: whole blocks, one behind another, or [layers, 2, kv_heads, tokens, head_dim]."""
+        if self.paged:
+            return self._positions(slot * self.capacity, slot * self.capacity + tokens)
+        return self._view[:, :, slot, :, :tokens]
+
+    def _positions(self, start: int, stop: int) -> torch.Tensor:
+        """The memory of so many positions, [layers, 2, elements]."""
+        elements = self.kv_heads * self.head_dim
+        return self._memory[:, :, start * elements : stop * elements]
+
+    def prefill(self, slots: Sequence[int], past: int = 0) -> PrefillCache:
+        """past: tokens that each of the slots holds already."""
         first, last = slots[0], slots[-1]
         together = last - first + 1 == len(slots)
-        return PrefillCache(self, slice(first, last + 1) if together else to_device(slots, self._view.device))
+        return PrefillCache(self, slice(first, last + 1) if together else to_device(slots, self._view.device), past)
 
     def decode(self, start: int, stop: int, positions: torch.Tensor, kv_tokens: int) -> DecodeCache:
         """`positions` [slots]: where each new token is stored; attention sees the first `kv_tokens`."""
@@ -136,7 +172,10 @@ class NoCache:
     def clear(self, slot: int | None = None) -> None:
         """Nothing is kept."""
 
-    def prefill(self, slots: Sequence[int]) -> None:
+    def hold_prefix(self, tokens: int) -> None:
+        """Nothing is kept."""
+
+    def prefill(self, slots: Sequence[int], past: int = 0) -> None:
         return None
 
     def decode(self, start: int, stop: int, positions: torch.Tensor, kv_tokens: int) -> None:
@@ -145,31 +184,35 @@ class NoCache:
 
 @dataclass
 class PrefillCache:
-    """Stores whole prompts from position 0 on; attention uses the fresh keys and values."""
+    """Stores prompts from position `past` on; attention uses the fresh keys and values, and those before them."""
 
     store: KVStore
     slots: slice | torch.Tensor
+    past: int = 0
 
     def rows(self, start: int, stop: int) -> PrefillCache:
         if isinstance(self.slots, slice):
-            return PrefillCache(self.store, slice(self.slots.start + start, self.slots.start + stop))
-        return PrefillCache(self.store, self.slots[start:stop])
+            return PrefillCache(self.store, slice(self.slots.start + start, self.slots.start + stop), self.past)
+        return PrefillCache(self.store, self.slots[start:stop], self.past)
 
     def row_places(self) -> list[tuple[int, int]]:
         """(slot, tokens it holds already) of each row."""
         slots = self.slots
         numbers = range(slots.start, slots.stop) if isinstance(slots, slice) else slots.tolist()
-        return [(slot, 0) for slot in numbers]
+        return [(slot, self.past) for slot in numbers]
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens = key.shape[2]
+        seen = self.past + key.shape[2]
         cached = self.store.layer(layer_idx)
         for part, fresh in zip(cached, (key, value), strict=True):
             if isinstance(self.slots, slice):
-                part[self.slots, :, :tokens] = fresh
+                part[self.slots, :, self.past : seen] = fresh
             else:
-                part[:, :, :tokens].index_copy_(0, self.slots, fresh)
-        return key, value
+                part[:, :, self.past : seen].index_copy_(0, self.slots, fresh)
+        if not self.past:
+            return key, value
+        keys, values = cached[:, self.slots, :, :seen]
+        return keys, values
 
 
 @dataclass

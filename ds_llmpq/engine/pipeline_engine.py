@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import deepspeed
 import torch
@@ -30,8 +31,10 @@ from ds_llmpq.models.step import Step
 from ds_llmpq.scheduler.micro_batch import MicroBatch, MicroBatchLimits
 from ds_llmpq.scheduler.request_group import RequestGroup
 from ds_llmpq.scheduler.request_group import Sequence as Request
+from ds_llmpq.scheduler.slot_table import Finish
 from ds_llmpq.scheduler.stream import OnFinished, OnTokens, Stream, StreamTimes, TakeGroup
 
+_NOBODY = -1  # the key of a sequence that no request waits for
 # batch sizes are all the configuration it needs; a precision key would build an optimizer and copy the weights
 _CONFIG = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "steps_per_print": 1 << 60}
 
@@ -88,6 +91,7 @@ class InferencePipelineEngine(PipelineEngine):
         alone = capture is not None and self.num_stages == 1
         self.ahead = LookAhead(self.steps, self.passes, self.chooser, trace, self.device) if alone else None
         self._early: Launched | None = None
+        self.prefix: tuple[int, ...] = ()  # whose keys and values the store holds
         self.stream: Stream | None = None
         self.stream_times: list[StreamTimes] = []
         self._hidden: torch.Tensor | None = None
@@ -120,7 +124,9 @@ class InferencePipelineEngine(PipelineEngine):
         self.store.shape_for(*first.shape)
         if self.ahead is not None:
             self.ahead.begin(first.slots)
-        self.stream = stream = Stream(first, limits, take_group, on_finished, self._poll_tokens, self._admit, on_tokens)
+        self.stream = stream = Stream(
+            first, limits, take_group, on_finished, self._poll_tokens, self._admit, on_tokens, self.prefix
+        )
         self._exec_schedule(schedules.StreamSchedule(stream, stages=self.num_stages, stage_id=self.stage_id))
         self.activations.flush()
         self.tokens.flush()
@@ -129,6 +135,20 @@ class InferencePipelineEngine(PipelineEngine):
         self.stream_times.append(stream.times())
         self.stream = None
         return stream.held_back
+
+    def share_prefix(self, prefix: tuple[int, ...], limits: MicroBatchLimits) -> None:
+        """Computes tokens that sequences of later streams may begin with, on all ranks together; (): none. It passes as
+        a sequence of its own. If that is given up it is not shared, and each row shows whose fault it is."""
+        self.prefix, ended = (), []
+        self.store.hold_prefix(0)
+        if not prefix:
+            return
+        group = RequestGroup((Request(_NOBODY, prefix, 1),))
+        self.run_stream(group, limits, lambda: None, lambda row, tokens, finish: ended.append(finish))
+        self.stream_times[-1] = replace(self.stream_times[-1], of_prefix=True)
+        if ended != [Finish.NAN_LOGITS]:
+            self.store.hold_prefix(len(prefix))
+            self.prefix = prefix
 
     def _admit(self, slot: int, row: Request) -> None:
         if self.is_last_stage() and self.scorer is None:
@@ -155,8 +175,10 @@ class InferencePipelineEngine(PipelineEngine):
             if slot in self.stream.nan_slots:
                 self.store.clear(slot)
                 self.stream.nan_slots.discard(slot)
+        if batch.past:
+            self.store.copy_prefix(batch.slots)
         step = self.steps.prefill(self.stream, batch)
-        lengths = [len(self.stream.slots.sequences[slot].prefill_tokens) for slot in batch.slots]
+        lengths = [len(self.stream.slots.sequences[slot].prefill_tokens) - batch.past for slot in batch.slots]
         with self.trace.working("prefill", batch.size, tokens=sum(lengths)):
             try:
                 self._run_rows("prefill", step, batch)
@@ -250,7 +272,7 @@ class InferencePipelineEngine(PipelineEngine):
         """Tokens of each row in the micro-batch, with padding."""
         if batch.phase == "decode":
             return 1
-        return max(len(self.stream.slots.sequences[slot].prefill_tokens) for slot in batch.slots)
+        return max(len(self.stream.slots.sequences[slot].prefill_tokens) for slot in batch.slots) - batch.past
 
 
 def quiet_deepspeed() -> None:

@@ -35,7 +35,7 @@ from ds_llmpq.quant.kernels.registry import check_batch_invariant, find_stage_ke
 from ds_llmpq.quant.layers import LayerLoader
 from ds_llmpq.quant.quantized_checkpoint import open_checkpoint
 from ds_llmpq.scheduler.micro_batch import PATIENCE_ROUNDS, MicroBatchLimits
-from ds_llmpq.scheduler.request_group import RequestGroup, Sequence
+from ds_llmpq.scheduler.request_group import RequestGroup, Sequence, pack_message, unpack_message
 from ds_llmpq.scheduler.slot_table import Finish
 from ds_llmpq.scheduler.stream import OnFinished, OnTokens, TakeGroup
 
@@ -158,11 +158,13 @@ class Session:
         on_finished: OnFinished,
         on_broken: OnBroken = _ignore_fault,
         on_tokens: OnTokens | None = None,
+        prefix: tuple[int, ...] = (),
     ) -> None:
         """Runs the driver's request groups. `take` is called on the driver only, when the slots run short of requests,
         and once more when all have ended: None then is the end. `on_finished(row, tokens, finish)` is called on every
         rank; `on_broken(row, fault)` on the driver, soon after a row finished with NAN_LOGITS: with why it was given
-        up, None if its logits were no numbers. `on_tokens`: as `run_stream` has it, where it is given."""
+        up, None if its logits were no numbers. `on_tokens`: as `run_stream` has it, where it is given. `prefix`, of the
+        driver: what many prompts begin with, to be computed once."""
         unexplained: list[Sequence] = []  # on the driver
 
         def finished(row: Sequence, tokens: list[int], finish: Finish) -> None:
@@ -189,6 +191,9 @@ class Session:
                     on_broken(row, faults.get(row.key))
                 unexplained.clear()
 
+        if self.scorer is None:
+            data = self.context.data.broadcast(pack_message(None, [prefix]) if self.context.is_driver else None)
+            self.engine.share_prefix(unpack_message(data)[1][0], self.limits)
         held_back = None
         while (group := held_back or together()) is not None:
             held_back = self.engine.run_stream(group, self.limits, together, finished, on_tokens)
@@ -222,10 +227,10 @@ class Session:
         if self.scorer is not None:
             return NoCache(self.context.device)
         first, last = self.context.stage.layers
-        positions = count_cache_positions(self.plan)
+        positions = count_cache_positions(self.plan) + count_prefix_positions(self.plan)
         return KVStore(
             first, last - first, positions, shape.kv_heads, shape.head_dim, self.dtype, self.context.device,
-            find_cache_block(self.plan),
+            find_cache_block(self.plan), find_stage_kernel(self.context.stage.kernel).whole_stage,
         )  # fmt: skip
 
     def _build_activation_channel(self) -> ActivationChannel:
@@ -249,6 +254,11 @@ def _list_neutral_tokens(config: Any) -> list[int]:
 def count_cache_positions(plan: Plan) -> int:
     """B * (s + n): the tokens a layer's cache holds for all sequences in flight; each has whole blocks."""
     return plan.workload.sequences * count_row_positions(plan)
+
+
+def count_prefix_positions(plan: Plan) -> int:
+    """Those beside them, where a prefix is kept that the plan knew of."""
+    return round_up(plan.workload.shared_tokens, find_cache_block(plan))
 
 
 def count_row_positions(plan: Plan) -> int:

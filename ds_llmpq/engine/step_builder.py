@@ -29,14 +29,15 @@ class StepBuilder:
         self.every_position = every_position
 
     def prefill(self, stream: Stream, batch: MicroBatch) -> Step:
-        """Whole prompts, padded to the longest."""
-        prompts = [stream.slots.sequences[slot].prefill_tokens for slot in batch.slots]
+        """Prompts from where they are not shared, padded to the longest."""
+        past = batch.past
+        prompts = [stream.slots.sequences[slot].prefill_tokens[past:] for slot in batch.slots]
         longest = max(map(len, prompts))
         step = Step(
-            positions=torch.arange(longest, device=self.device).expand(batch.size, longest),
-            cache=self.store.prefill(batch.slots),
-            kv_tokens=longest,
-            causal_only=True,
+            positions=torch.arange(past, past + longest, device=self.device).expand(batch.size, longest),
+            cache=self.store.prefill(batch.slots, past),
+            kv_tokens=past + longest,
+            causal_only=not past,
             last=None if self.every_position else to_device([len(tokens) - 1 for tokens in prompts], self.device),
             prepare=self.positional,
         )

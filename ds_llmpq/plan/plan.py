@@ -46,11 +46,13 @@ REMEDY = "correct it, or plan again"
 
 @dataclass(frozen=True)
 class Workload:
-    """A batch of B = `sequences`, each with s prompt tokens and n generated tokens."""
+    """A batch of B = `sequences`, each with s prompt tokens and n generated tokens. All prompts begin with the same
+    `shared_tokens`, which are computed once."""
 
     sequences: Positive
     prompt_tokens: Positive
     generated_tokens: Positive
+    shared_tokens: Count = 0
 
 
 @dataclass(frozen=True)

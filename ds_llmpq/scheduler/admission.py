@@ -40,6 +40,7 @@ class AdmissionQueue:
     a group is as many requests as fit together, and takes as much of the cache as its longest needs. `multiple`: slots
     come in multiples of so many, if they are as many. `block`: a slot takes whole blocks of so many positions. `begun`:
     tokens that requests have generated already, by index; they are admitted with those, and room for the worst case.
+    `taken`: positions of the plan's that are not there for slots.
     """
 
     def __init__(
@@ -52,11 +53,12 @@ class AdmissionQueue:
         multiple: int = 1,
         block: int = 1,
         begun: Mapping[int, abc.Sequence[int]] | None = None,
+        taken: int = 0,
     ):
         self.prepared = prepared
         self.sequences = sequences
         self.row_positions = row_positions
-        self.positions = sequences * row_positions
+        self.positions = sequences * row_positions - taken
         self.multiple = multiple
         self.block = block
         self.requeued = 0

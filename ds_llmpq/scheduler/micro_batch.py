@@ -13,6 +13,7 @@ class MicroBatch:
     """One micro-batch's way through the pipeline. `slots` in ascending order; results are read for those in `live`.
 
     `sequences`: the numbers of the sequences that prefill brings in, in the order they were added; () in decode.
+    `past`: how many tokens of each of these are not computed, because they are a shared prefix.
     """
 
     number: int
@@ -20,6 +21,7 @@ class MicroBatch:
     slots: tuple[int, ...]
     live: tuple[int, ...]
     sequences: tuple[int, ...] = ()
+    past: int = 0
 
     @property
     def size(self) -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
+from itertools import repeat
 
 from ds_llmpq.scheduler.micro_batch import MicroBatch, MicroBatchLimits
 
@@ -33,7 +34,7 @@ class Scheduler:
         self.groups = [range(start, min(start + limits.decode_rows, slots)) for start in starts]
         self._state = [_Slot.FREE] * slots
         self._since = [0] * slots  # the visit at which a slot came into its state
-        self._waiting: deque[tuple[int, int]] = deque()  # (number, prompt tokens)
+        self._waiting: deque[tuple[int, int, int]] = deque()  # (number, tokens to compute, shared)
         self._added = 0
         self._count = 0
         self._visit = 0
@@ -48,10 +49,11 @@ class Scheduler:
     def occupied(self) -> int:
         return sum(state is not _Slot.FREE for state in self._state)
 
-    def add(self, prompt_tokens: Iterable[int]) -> None:
-        """More sequences, to be admitted in this order."""
-        for tokens in prompt_tokens:
-            self._waiting.append((self._added, tokens))
+    def add(self, prompt_tokens: Iterable[int], shared_tokens: Iterable[int] = ()) -> None:
+        """More sequences, to be admitted in this order. `shared_tokens`: how many of each prompt's are a prefix that is
+        there already; (): none of any."""
+        for tokens, shared in zip(prompt_tokens, shared_tokens or repeat(0), strict=False):
+            self._waiting.append((self._added, tokens - shared, shared))
             self._added += 1
 
     def next_group(self) -> range | None:
@@ -121,15 +123,17 @@ class Scheduler:
     def _admit_waiting(self) -> Iterable[MicroBatch]:
         free = deque(slot for slot, state in enumerate(self._state) if state is _Slot.FREE)
         while free and self._waiting:
-            taken, longest = [], 0
+            taken, longest, past = [], 0, self._waiting[0][2]
             while free and self._waiting and self._fits(len(taken) + 1, max(longest, self._waiting[0][1])):
-                number, tokens = self._waiting.popleft()
+                if self._waiting[0][2] != past:  # rows of a pass stand at the same positions
+                    break
+                number, tokens, _ = self._waiting.popleft()
                 longest = max(longest, tokens)
                 taken.append((free.popleft(), number))
             slots = tuple(slot for slot, _ in taken)
             for slot in slots:
                 self._set_state(slot, _Slot.PREFILLED)
-            yield self._build_micro_batch("prefill", slots, slots, tuple(number for _, number in taken))
+            yield self._build_micro_batch("prefill", slots, slots, tuple(number for _, number in taken), past)
 
     def _fits(self, rows: int, longest: int) -> bool:
         most = 1 if self.limits.batch_invariant else self.limits.prefill_rows
@@ -147,7 +151,7 @@ class Scheduler:
         return range(running[0], running[-1] + 1)
 
     def _build_micro_batch(
-        self, phase: str, slots: tuple[int, ...], live: tuple[int, ...], sequences: tuple[int, ...] = ()
+        self, phase: str, slots: tuple[int, ...], live: tuple[int, ...], sequences: tuple[int, ...] = (), past: int = 0
     ) -> MicroBatch:
         self._count += 1
-        return MicroBatch(self._count, phase, slots, live, sequences)
+        return MicroBatch(self._count, phase, slots, live, sequences, past)

@@ -132,20 +132,32 @@ class _StageClock:
 
 
 def simulate(
-    times: StageTimes, lengths: Sequence[tuple[int, int]], slots: int, limits: MicroBatchLimits
+    times: StageTimes,
+    lengths: Sequence[tuple[int, int]],
+    slots: int,
+    limits: MicroBatchLimits,
+    shared_tokens: Sequence[int] = (),
 ) -> SimulatedRun:
-    """One stream; `lengths` are (prompt tokens, generated tokens) of each sequence, in the order of admission."""
-    return _Simulation(times, lengths, slots, limits).run()
+    """One stream; `lengths` are (prompt tokens, generated tokens) of each sequence, in the order of admission, and
+    `shared_tokens` how many of each prompt's are a prefix that is there already; (): none of any."""
+    return _Simulation(times, lengths, slots, limits, shared_tokens).run()
 
 
 class _Simulation:
     """One simulated stream: what is in each slot, and when each stage knows of it."""
 
-    def __init__(self, times: StageTimes, lengths: Sequence[tuple[int, int]], slots: int, limits: MicroBatchLimits):
+    def __init__(
+        self,
+        times: StageTimes,
+        lengths: Sequence[tuple[int, int]],
+        slots: int,
+        limits: MicroBatchLimits,
+        shared_tokens: Sequence[int],
+    ):
         self.clock = _StageClock(times)
         self.lengths = lengths
         self.scheduler = Scheduler(slots, limits)
-        self.scheduler.add(prompt for prompt, _ in lengths)
+        self.scheduler.add((prompt for prompt, _ in lengths), shared_tokens)
         self.sequence = [0] * slots
         self.tokens = [0] * slots  # generated so far
         self.known = [[0.0] * slots for _ in range(times.stages)]
@@ -180,9 +192,9 @@ class _Simulation:
             self.sequence[slot], self.tokens[slot] = sequence, 0
         prompts = [self.lengths[self.sequence[slot]][0] for slot in batch.live]
         prefill = batch.phase == "prefill"
-        tokens = max(prompts) if prefill else 1
+        tokens = max(prompts) - batch.past if prefill else 1
         grown = [prompt + self.tokens[slot] - 1 for prompt, slot in zip(prompts, batch.live, strict=True)]
-        past = 0 if prefill else max(grown)
+        past = batch.past if prefill else max(grown)
         stages = clock.times.stages
         posted = [clock.took[stage] if certain[stage] else clock.free[stage] for stage in range(stages)]
         arrived = 0.0

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ds_llmpq.scheduler.micro_batch import MicroBatch, MicroBatchLimits
+from ds_llmpq.scheduler.prefix import count_shared
 from ds_llmpq.scheduler.request_group import RequestGroup, Sequence
 from ds_llmpq.scheduler.scheduler import Scheduler
 from ds_llmpq.scheduler.slot_table import Finish, SlotTable
@@ -20,10 +21,11 @@ OnTokens = Callable[[list[int], list[int]], None]  # keys of sequences that go o
 
 
 class SequenceLengths(abc.Sequence):
-    """(prompt tokens, generated tokens) of each sequence; eight bytes each, for there may be millions."""
+    """(prompt tokens, generated tokens) of each sequence, and `shared`, how many of its prompt's tokens were not
+    computed; twelve bytes each, for there may be millions."""
 
     def __init__(self) -> None:
-        self._prompt, self._generated = array("i"), array("i")
+        self._prompt, self._generated, self.shared = array("i"), array("i"), array("i")
 
     def __len__(self) -> int:
         return len(self._prompt)
@@ -31,10 +33,11 @@ class SequenceLengths(abc.Sequence):
     def __getitem__(self, index: int) -> tuple[int, int]:
         return self._prompt[index], self._generated[index]
 
-    def admit(self, prompt_tokens: int) -> int:
+    def admit(self, prompt_tokens: int, shared: int) -> int:
         """A sequence is admitted; its index."""
         self._prompt.append(prompt_tokens)
         self._generated.append(0)
+        self.shared.append(shared)
         return len(self._prompt) - 1
 
     def end(self, index: int, generated_tokens: int) -> None:
@@ -46,17 +49,23 @@ class StreamTimes:
     """A stream as this rank saw it: from its first group's arrival until the last token of all joined groups is known.
 
     `lengths`: prompt tokens and generated tokens of every sequence, in the order of admission. `first_token_seconds`:
-    until the first token of any of them was known.
+    until the first token of any of them was known. `of_prefix`: its one sequence was a prefix that others share.
     """
 
     slots: int
     seconds: float
     first_token_seconds: float
     lengths: SequenceLengths
+    of_prefix: bool = False
 
     @property
     def prompt_tokens(self) -> int:
         return sum(prompt for prompt, _ in self.lengths)
+
+    @property
+    def shared_tokens(self) -> int:
+        """Those of the prompts that were not computed."""
+        return sum(self.lengths.shared)
 
     @property
     def generated_tokens(self) -> int:
@@ -68,6 +77,7 @@ class Stream:
     `on_admitted(slot, sequence)` is called when a sequence takes a slot, `on_tokens(keys, tokens)` when tokens are
     known of sequences that go on.
 
+    `prefix`: tokens whose keys and values the cache holds; sequences that begin with them compute the rest.
     `held_back`: a group that was taken but does not join. `nan_slots`: slots whose cache may hold NaN.
     """
 
@@ -80,8 +90,10 @@ class Stream:
         poll: Callable[[], None],
         on_admitted: Callable[[int, Sequence], None],
         on_tokens: OnTokens | None = None,
+        prefix: tuple[int, ...] = (),
     ):
         self.shape = first.shape
+        self.prefix = prefix
         self.batch_invariant = limits.batch_invariant
         self.scheduler = Scheduler(first.slots, limits)
         self.slots = SlotTable(first.slots)
@@ -129,7 +141,7 @@ class Stream:
         for batch in batches:
             if batch.phase == "prefill":
                 for slot in batch.slots:
-                    self._admit(slot, self._waiting.popleft())
+                    self._admit(slot, self._waiting.popleft(), batch.past)
             self.slots.start(batch)
         return batches
 
@@ -159,9 +171,10 @@ class Stream:
 
     def _add(self, group: RequestGroup) -> None:
         self._waiting.extend(group.sequences)
-        self.scheduler.add(len(sequence.prefill_tokens) for sequence in group.sequences)
+        prompts = [sequence.prefill_tokens for sequence in group.sequences]
+        self.scheduler.add(map(len, prompts), [count_shared(prompt, self.prefix) for prompt in prompts])
 
-    def _admit(self, slot: int, sequence: Sequence) -> None:
+    def _admit(self, slot: int, sequence: Sequence, shared: int) -> None:
         self.slots.admit(slot, sequence)
-        self._index[slot] = self._lengths.admit(len(sequence.prefill_tokens))
+        self._index[slot] = self._lengths.admit(len(sequence.prefill_tokens), shared)
         self._on_admitted(slot, sequence)

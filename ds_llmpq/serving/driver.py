@@ -17,14 +17,22 @@ from ds_llmpq.batch.prompts import PreparedRequest, prepare
 from ds_llmpq.batch.reader import RequestFile, read_requests
 from ds_llmpq.batch.request import RowError
 from ds_llmpq.batch.results import Result, ResultWriter
-from ds_llmpq.engine.session import Session, count_cache_positions, count_row_positions, find_cache_block
+from ds_llmpq.engine.session import (
+    Session,
+    count_cache_positions,
+    count_prefix_positions,
+    count_row_positions,
+    find_cache_block,
+)
 from ds_llmpq.engine.stage_run.faults import Fault, describe_error
 from ds_llmpq.engine.trace import build_chrome_events, format_trace
 from ds_llmpq.files import write_json, write_whole
+from ds_llmpq.integers import round_up
 from ds_llmpq.launch.heartbeat import Heartbeat, drain_on_signal
 from ds_llmpq.launch.progress import ProgressBar, ProgressLines
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.scheduler.admission import AdmissionQueue
+from ds_llmpq.scheduler.prefix import count_shared, find_shared_prefix
 from ds_llmpq.scheduler.request_group import Sequence
 from ds_llmpq.scheduler.slot_table import Finish
 from ds_llmpq.scheduler.stream import OnTokens
@@ -41,6 +49,7 @@ from ds_llmpq.serving.prediction import (
 )
 from ds_llmpq.serving.replay import Replay, replay_shape
 
+_LEAST_SLOTS = 8  # of which one may be given for a prefix that the plan has no room for
 _REASON = {Finish.STOP: "stop", Finish.LENGTH: "length"}
 
 
@@ -68,6 +77,7 @@ class Driver:
         self._begun = {
             place: begun[each.request.index] for place, each in enumerate(self.prepared) if each.request.index in begun
         }
+        self.prefix = self._choose_prefix()
         self.admission = self._admission_queue(bounds)
         self.replay: Replay | None = None
         drain_on_signal(self.stop)
@@ -156,7 +166,8 @@ class Driver:
         folder = Path(self.job.output)
         events = chain.from_iterable([build_chrome_events(report.pop("trace")) for report in reports])
         plan, streams, limits = self.job.plan, session.engine.stream_times, session.limits
-        simulated = simulate_streams(plan, [(stream.slots, stream.lengths) for stream in streams], limits)
+        lengths = [(stream.slots, stream.lengths, stream.lengths.shared) for stream in streams]
+        simulated = simulate_streams(plan, lengths, limits)
         expected = [] if self.replay or self._begun else self._expected_streams()
         summary = metrics.summarize(
             plan,
@@ -165,7 +176,7 @@ class Driver:
             reports,
             startup_seconds=self.serving_started - self.started,
             simulated=simulated,
-            expected=metrics.expect(plan, expected, limits),
+            expected=metrics.expect(plan, expected, limits, len(self.prefix)),
         )
         kept = {"rows": len(self._begun), "tokens": sum(map(len, self._begun.values()))}
         summary["gone_on_from"] = kept | {"source": "counted"}
@@ -218,6 +229,25 @@ class Driver:
         self._predicted_tokens = [answers.tokens[place] for place in order]
         return [answers.bounds[place] for place in order]
 
+    def _choose_prefix(self) -> tuple[int, ...]:
+        """What most prompts begin with and is to be computed once, if there is room to keep it; () if nothing is."""
+        plan, engine = self.job.plan, self.job.engine
+        rotary = read_shape(self.job.model_path).spec.rotary
+        # a row's arithmetic is the same in any company; angles that change with a row's length fit no other's prefix
+        if not engine.share_prefix or engine.batch_invariant or any(kind.kind == "longrope" for _, kind in rotary):
+            return ()
+        prompts, block = [each.prompt_ids for each in self.prepared], find_cache_block(plan)
+        prefix = find_shared_prefix(prompts, plan.workload.prompt_tokens, block)
+        longest = round_up(max((each.sequence_tokens for each in self.prepared), default=0), block)
+        taken = self._count_taken(prefix)
+        if longest > count_cache_positions(plan) - taken or (taken and plan.workload.sequences < _LEAST_SLOTS):
+            return ()
+        return prefix
+
+    def _count_taken(self, prefix: tuple[int, ...]) -> int:
+        """Positions of the slots' that the prefix takes."""
+        return max(0, len(prefix) - count_prefix_positions(self.job.plan))
+
     def _admission_queue(self, bounds: list[int]) -> AdmissionQueue:
         plan, engine = self.job.plan, self.job.engine
         return AdmissionQueue(
@@ -229,6 +259,7 @@ class Driver:
             plan.micro_batch.decode if engine.batch_invariant else 1,
             find_cache_block(plan),
             self._begun,
+            self._count_taken(self.prefix),
         )
 
     def source(self, session: Session) -> AdmissionQueue | Replay:
@@ -258,8 +289,9 @@ class Driver:
             (each.prompt_tokens, max(1, round(tokens)))
             for each, tokens in zip(self.prepared, self._predicted_tokens, strict=True)
         ]
+        shared = [count_shared(tuple(each.prompt_ids), self.prefix) for each in self.prepared]
         streams = self.admission.streams(range(len(lengths)))
-        return [(slots, [lengths[place] for place in part]) for slots, part in streams]
+        return [(slots, [lengths[i] for i in part], [shared[i] for i in part]) for slots, part in streams]
 
     def _order_report(self, session: Session) -> dict[str, Any]:
         """Decode passes that this order led to, and what the same answers would have needed in arrival order. Both are

@@ -31,14 +31,20 @@ def summarize(
     `simulated`: the plan's times for these very streams. `expected`: what was expected before the run (`expect`).
 
     Prefill and decode overlap, so a phase's seconds are the work of the stage that spent the most on it: prefill
-    tokens/s counts prompt tokens, decode tokens/s all generated tokens but the first of each sequence.
+    tokens/s counts prompt tokens that were computed, decode tokens/s all generated tokens but the first of each
+    sequence. A prefix that sequences share is computed once, and is no row.
     """
-    prompt_tokens = sum(stream.prompt_tokens for stream in streams)
-    generated_tokens = sum(stream.generated_tokens for stream in streams)
-    rows = sum(len(stream.lengths) for stream in streams)
+    of_rows = [stream for stream in streams if not stream.of_prefix]
+    prompt_tokens = sum(stream.prompt_tokens for stream in of_rows)
+    shared_tokens = sum(stream.shared_tokens for stream in of_rows)
+    prefill_tokens = sum(stream.prompt_tokens for stream in streams) - shared_tokens
+    generated_tokens = sum(stream.generated_tokens for stream in of_rows)
+    rows = sum(len(stream.lengths) for stream in of_rows)
     seconds = sum(stream.seconds for stream in streams)
     phases = {phase: max((report["seconds"].get(phase, 0.0) for report in reports), default=0.0) for phase in PHASES}
-    first = streams[0].first_token_seconds if streams else None
+    first = None
+    if of_rows:
+        first = of_rows[0].first_token_seconds + sum(stream.seconds for stream in streams if stream.of_prefix)
     return {
         "schema": SCHEMA,
         "counts": counts,
@@ -48,9 +54,11 @@ def summarize(
             "time_to_first_token_seconds": None if first is None else startup_seconds + first,
             "rows": rows,
             "prompt_tokens": prompt_tokens,
+            "prefill_tokens": prefill_tokens,
+            "shared_tokens": shared_tokens,
             "generated_tokens": generated_tokens,
             **{f"{phase}_seconds": work for phase, work in phases.items()},
-            "prefill_tokens_per_second": _rate(prompt_tokens, phases["prefill"]),
+            "prefill_tokens_per_second": _rate(prefill_tokens, phases["prefill"]),
             "decode_tokens_per_second": _rate(generated_tokens - rows, phases["decode"]),
             "throughput_tokens_per_second": _rate(generated_tokens, seconds),
         },
@@ -85,11 +93,15 @@ def _fidelity(
     }
 
 
-def expect(plan: Plan, streams: Sequence[LengthsOfStream], limits: MicroBatchLimits) -> dict[str, Any] | None:
-    """What the plan's times say of streams before any answer is known; None where that is too much to simulate."""
-    if (simulated := simulate_streams(plan, streams, limits)) is None:
+def expect(
+    plan: Plan, streams: Sequence[LengthsOfStream], limits: MicroBatchLimits, prefix_tokens: int = 0
+) -> dict[str, Any] | None:
+    """What the plan's times say of streams before any answer is known, and of a prefix that is computed before them;
+    None where that is too much to simulate."""
+    prefix = [(1, [(prefix_tokens, 1)], ())] if prefix_tokens and streams else []
+    if (simulated := simulate_streams(plan, [*prefix, *streams], limits)) is None:
         return None
-    lengths = [length for _, stream in streams for length in stream]
+    lengths = [length for _, stream, _ in streams for length in stream]
     return {
         "rows": len(lengths),
         "generated_tokens": sum(generated for _, generated in lengths),

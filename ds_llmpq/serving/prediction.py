@@ -14,7 +14,8 @@ from ds_llmpq.scheduler.simulator import SimulatedRun, simulate
 MOST_PASSES = 50_000  # about two seconds of simulation
 _MOST_EVENTS = 100_000  # what a trace viewer still opens
 
-LengthsOfStream = tuple[int, Sequence[tuple[int, int]]]  # slots, and (prompt, generated) tokens of each sequence
+# slots; (prompt, generated) tokens of each sequence; how many of each prompt's are a shared prefix, (): none of any
+LengthsOfStream = tuple[int, Sequence[tuple[int, int]], Sequence[int]]
 
 
 class PlanTimes:
@@ -61,11 +62,11 @@ def simulate_streams(
     """The plan simulated with these streams, one after another; None where there are none, or too many passes to be
     worth it."""
     times, found = PlanTimes(plan), []
-    for slots, lengths in streams:
+    for slots, lengths, shared in streams:
         tokens = sum(generated for _, generated in lengths)
         if (len(lengths) + tokens / min(slots, limits.decode_rows)) * len(plan.stages) > MOST_PASSES:
             return None
-        found.append(simulate(times, lengths, slots, limits))
+        found.append(simulate(times, lengths, slots, limits, shared))
     return found or None
 
 
@@ -76,7 +77,7 @@ def simulate_workload(plan: Plan, row_buckets: bool) -> list[SimulatedRun] | Non
         sizes.prefill, sizes.prefill * workload.prompt_tokens, sizes.decode, row_buckets=row_buckets
     )
     lengths = [(workload.prompt_tokens, workload.generated_tokens)] * workload.sequences
-    return simulate_streams(plan, [(workload.sequences, lengths)], limits)
+    return simulate_streams(plan, [(workload.sequences, lengths, ())], limits)
 
 
 def write_predicted_trace(simulated: Iterable[SimulatedRun], folder: Path) -> None:

@@ -50,7 +50,7 @@ def _answer(job: Job, context: RankContext, heartbeat: Heartbeat) -> dict[str, A
         if driver:
             driver.begin_serving()
             take = driver.source(session).take
-            session.run_all(take, driver.write_result, driver.write_error, driver.on_tokens)
+            session.run_all(take, driver.write_result, driver.write_error, driver.on_tokens, driver.prefix)
         else:
             session.run_all(lambda: None, lambda *ended: None)
         reports = context.data.gather(session.report() | {"trace": session.trace.list_spans()})

@@ -229,7 +229,9 @@ def _run_batch(run: Run, plan: Plan, folder: Path, name: str, mix: tuple, second
     measured = time.monotonic() - began
     report = session.report()
     streams = session.engine.stream_times
-    simulated = simulate_streams(plan, [(each.slots, each.lengths) for each in streams], session.limits)
+    simulated = simulate_streams(
+        plan, [(each.slots, each.lengths, each.lengths.shared) for each in streams], session.limits
+    )
     predicted = sum(each.latency_seconds for each in simulated or ())
     busy = sum(report["seconds"].get(phase, 0.0) for phase in ("prefill", "decode", "sample"))
     run.add(

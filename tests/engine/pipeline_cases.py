@@ -104,9 +104,9 @@ def make_plan(
 
 @dataclass(frozen=True)
 class Case:
-    """What the ranks shall run. `every`: the stop rule also ends each row at that many tokens. `options`: the engine's.
-    `room`: by stage, the most tokens that a pass has memory for. `poison`: what raises where, as `rank_host` takes it.
-    Rows are known by their group and their place in it."""
+    """What the ranks shall run. `prefix`: what sequences may share. `every`: the stop rule also ends each row at that
+    many tokens. `options`: the engine's. `room`: by stage, the most tokens that a pass has memory for. `poison`: what
+    raises where, as `rank_host` takes it. Rows are known by their group and their place in it."""
 
     path: Path
     plan: Plan
@@ -119,6 +119,7 @@ class Case:
     options: dict = field(default_factory=dict)
     room: dict[int, int] = field(default_factory=dict)
     poison: tuple[dict, ...] = ()
+    prefix: tuple[int, ...] = ()
 
     def to_json(self) -> dict:
         plain = {"path": str(self.path), "plan": self.plan.to_json(), "eos": self.eos, "every": self.every}
@@ -133,6 +134,7 @@ class Case:
             "options": self.options,
             "room": self.room,
             "poison": self.poison,
+            "prefix": self.prefix,
         }
 
 

@@ -111,15 +111,14 @@ def run_case(case: dict, joined: RankContext) -> dict:
             faults.append([row.key, dataclasses.asdict(fault)])
 
     told: list[tuple[int, int]] = []
-    session.run_all(
-        take, finished, broken, (lambda *rows: told.extend(zip(*rows, strict=True))) if context.is_driver else None
-    )
+    on_tokens = (lambda *rows: told.extend(zip(*rows, strict=True))) if context.is_driver else None
+    session.run_all(take, finished, broken, on_tokens, tuple(case["prefix"]) if context.is_driver else ())
     return {
         "stage": index,
         "outcomes": outcomes,
         "told": told if context.is_driver else None,
         "faults": faults if context.is_driver else None,
-        "lengths": [list(times.lengths) for times in session.engine.stream_times],
+        "lengths": [list(times.lengths) for times in session.engine.stream_times if not times.of_prefix],
         "logits": logits,
         "report": session.report(),
         "passes": {key: session.trace.summary()["passes"].get(key, 0) for key in ("prefill", "decode", "sample")},
@@ -132,7 +131,8 @@ def _record_logits(session: Session, into: list[list]) -> None:
 
     def recording(table, slots, logits, counts):
         for slot, values, count in zip(slots, logits.tolist(), counts, strict=True):
-            into.append([table.sequences[slot].key, count, values])
+            if (key := table.sequences[slot].key) >= 0:  # a prefix is nobody's row
+                into.append([key, count, values])
         return choose(table, slots, logits, counts)
 
     chooser._choose = recording

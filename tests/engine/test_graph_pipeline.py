@@ -80,6 +80,27 @@ def test_in_float32_they_are_exact(ranks, checkpoint_of):
 
 
 @needs_openvino
+def test_a_shared_prefix_is_exact(ranks, checkpoint_of):
+    """Blocks copied to each slot, windows shorter than the prefix, and rows without it; as exact as whole prompts."""
+    cases = []
+    for variant in ("llama", "bloom", "mistral-window", "opt"):
+        draw = Draw(seed=11)
+        prefix = tuple(draw.random.randrange(3, 128) for _ in range(2 * CACHE_BLOCK))
+        prompts = [(*prefix, *draw.prompt(20)) for _ in range(5)] + [draw.prompt(40), prefix]
+        rows = tuple(
+            Sequence(key, prompt, 3 + key, SamplingParams(ignore_eos=True)) for key, prompt in enumerate(prompts)
+        )
+        group = RequestGroup(rows, SLOTS, 4 * CACHE_BLOCK, joins=True)
+        plan = graph_plan(checkpoint_of(variant), [(0, 2), (2, LAYERS)], None, (SLOTS, 90, 30, len(prefix)), "float32")
+        cases.append(Case(checkpoint_of(variant), plan, (group,), logits=True, label=variant, prefix=prefix))
+    for case, outcome in zip(cases, ranks.run(*cases), strict=True):
+        ours, theirs = errors(case, outcome)
+        assert ours < 0.01 * theirs, case.label
+        computed = sum(len(row.prompt) for row in case.groups[0].sequences) - 4 * len(case.prefix)
+        assert all(rank["report"]["tokens"]["prefill"] == computed for rank in outcome.ranks)
+
+
+@needs_openvino
 def test_quantized_stages(ranks, checkpoint_of):
     """Widths of all kinds. Transformers in bfloat16 runs HQQ's own forward, whose scales and weights are rounded; a
     graph rounds inputs to 8 bits instead: measured 0.37 and 0.46 times its error."""

@@ -113,3 +113,56 @@ def test_clearing_one_slot():
     for layer in range(FIRST, FIRST + LAYERS):
         assert not store.layer(layer)[:, 1].any()
         assert store.layer(layer)[:, [0, 2]].all()
+
+
+@pytest.mark.parametrize(("paged", "block", "tokens"), [(False, 1, 3), (False, 2, 4), (True, 2, 4)])
+def test_a_prefix_is_kept_and_copied(paged, block, tokens):
+    """Through other shapes, refilled slots and clearing."""
+    store = KVStore(FIRST, LAYERS, 24, HEADS, DIM, torch.float32, torch.device("cpu"), block, paged)
+
+    def front(slot, layer):
+        """[2, kv_heads, tokens, head_dim], read from the views that attention has."""
+        if not paged:
+            return store.layer(layer)[:, slot, :, :tokens]
+        first = slot * store.blocks_of_slot
+        blocks = store.blocks(layer)[:, first : first + tokens // block]
+        return blocks.transpose(1, 2).reshape(2, HEADS, tokens, DIM)
+
+    def fill():
+        store.clear()
+        store.memory[:, :, : (24 - store.prefix_tokens) * HEADS * DIM].copy_(
+            torch.randn(LAYERS, 2, (24 - store.prefix_tokens) * HEADS * DIM)
+        )
+
+    store.shape_for(1, tokens + 1)
+    fill()
+    kept = [front(0, layer).clone() for layer in range(FIRST, FIRST + LAYERS)]
+    store.hold_prefix(tokens)
+    for slots, capacity in ((3, 6), (2, 10), (1, 20)):
+        store.shape_for(slots, capacity)
+        fill()
+        before = [front(slot, FIRST).clone() for slot in range(slots)]
+        store.copy_prefix([slots - 1])
+        for layer, wanted in zip(range(FIRST, FIRST + LAYERS), kept, strict=True):
+            assert torch.equal(front(slots - 1, layer), wanted)
+        assert all(torch.equal(front(slot, FIRST), before[slot]) for slot in range(slots - 1))
+    with pytest.raises(UserError, match=f"but the plan has {24 - tokens}"):
+        store.shape_for(1, 24)
+    store.hold_prefix(0)
+    store.shape_for(1, 24)
+
+
+def test_prompts_behind_a_prefix_see_it():
+    store = make_store(4 * 9)
+    store.shape_for(4, 9)
+    whole = fresh(4, 9)
+    store.prefill(range(4)).update(*(part[:, :, :5] for part in whole), FIRST)
+    for slots in ((0, 1), (1, 3)):
+        rows = list(slots)
+        cache = store.prefill(slots, 5)
+        seen = cache.update(*(part[rows, :, 5:8] for part in whole), FIRST)
+        assert cache.row_places() == [(slot, 5) for slot in slots]
+        for found, part in zip(seen, whole, strict=True):
+            assert torch.equal(found, part[rows, :, :8])
+        one = cache.rows(1, 2).update(*(part[rows[1:], :, 5:9] for part in whole), FIRST)
+        assert torch.equal(one[0], whole[0][rows[1:]])
