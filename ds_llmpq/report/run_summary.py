@@ -24,6 +24,11 @@ def run_summary(metrics: dict[str, Any], verbose: bool = False) -> str:
         f"(prefill {_number(measured['prefill_tokens_per_second'])} tokens/s, decode "
         f"{_number(measured['decode_tokens_per_second'])}); start-up {measured['startup_seconds']:.1f} s"
     )
+    if shared := measured.get("shared_tokens"):
+        lines.append(
+            f"shared prefix: {shared} of {measured['prompt_tokens']} prompt tokens were not computed again, "
+            f"{measured['prefill_tokens']} were computed"
+        )
     lines += compare_with_plan(metrics)
     if verbose:
         lines.append(_stages(metrics["stages"]))
@@ -44,7 +49,7 @@ def compare_with_plan(metrics: dict[str, Any]) -> list[str]:
     measured = metrics["measured"]
     tokens = {
         "latency": measured["generated_tokens"],
-        "prefill": measured["prompt_tokens"],
+        "prefill": measured.get("prefill_tokens", measured["prompt_tokens"]),
         "decode": measured["generated_tokens"] - measured["rows"],
     }
     pairs = {phase: found[f"{phase}_seconds"] for phase in tokens}
