@@ -17,7 +17,7 @@ from ds_llmpq.launch.environment import choose_accelerator
 from ds_llmpq.launch.progress import ProgressBar
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.planner.build import check_workload, micro_batches, usable_bits
-from ds_llmpq.profiling.task import ProfilingTask
+from ds_llmpq.profiling.points import ProfilingTask
 from ds_llmpq.quant.kernels.registry import AUTO, find_kernel
 from ds_llmpq.quant.packing import check_lm_head, make_groups
 from ds_llmpq.report.fidelity import kernel_table, profile_table

@@ -32,17 +32,13 @@ class LazyLayer(LayerSpec):
 
 
 def list_pipeline_layers(loader: LayerLoader) -> list[LazyLayer]:
-    """All layers in order; pipeline layer 0 is the embedding, i + 1 decoder layer i, and the last the head."""
+    """Those that the loader has bit widths for; pipeline layer 0 is the embedding, i + 1 decoder layer i, and the last
+    the head."""
     decoder = [
         LazyLayer(f"layer {index}", lambda index=index: loader.decoder_layer(index))
-        for index in range(loader.config.num_hidden_layers)
+        for index in range(len(loader.bits))
     ]
     return [LazyLayer("embedding", loader.embedding), *decoder, LazyLayer("head", loader.head)]
-
-
-def find_pipeline_bounds(stage_layers: list[tuple[int, int]], layers: int) -> list[int]:
-    """Cuts in pipeline-layer indices for stages that hold decoder layers [first, last): embedding and head added."""
-    return [0, *(first + 1 for first, _ in stage_layers[1:]), layers + 2]
 
 
 class PlannedPipelineModule(PipelineModule):

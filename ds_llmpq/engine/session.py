@@ -14,12 +14,7 @@ from ds_llmpq.engine.channels import ActivationChannel, TokenChannel
 from ds_llmpq.engine.config import EngineConfig
 from ds_llmpq.engine.kv_cache import KVStore, NoCache
 from ds_llmpq.engine.pipeline_engine import InferencePipelineEngine
-from ds_llmpq.engine.pipeline_module import (
-    PlannedPipelineModule,
-    PlannedTopology,
-    find_pipeline_bounds,
-    list_pipeline_layers,
-)
+from ds_llmpq.engine.pipeline_module import PlannedPipelineModule, list_pipeline_layers
 from ds_llmpq.engine.rank_context import RankContext
 from ds_llmpq.engine.runner.capture import Capture, CudaGraphs, capture_trace
 from ds_llmpq.engine.stage_run.faults import Fault, find_first_faults
@@ -29,7 +24,7 @@ from ds_llmpq.engine.trace import Trace
 from ds_llmpq.integers import round_up
 from ds_llmpq.models.generation import load_generation
 from ds_llmpq.models.shape import ModelShape, read_shape
-from ds_llmpq.plan import Plan, check_model
+from ds_llmpq.plan import Plan
 from ds_llmpq.quant.hqq import stored_bytes
 from ds_llmpq.quant.kernels.registry import check_batch_invariant, find_stage_kernel
 from ds_llmpq.quant.layers import LayerLoader
@@ -50,7 +45,8 @@ def _ignore_fault(row: Sequence, fault: Fault | None) -> None:
 
 
 class Session:
-    """A loaded stage of `plan`, ready for request groups. Every rank makes one with the same arguments.
+    """A loaded stage of `plan`, ready for request groups. Every rank makes one with the same arguments. A plan of a
+    model's first layers runs those alone, as a calibration does; who serves checks that it has all (`check_model`).
 
     `stop_rule` decides on the last stage when a row ends; `on_loaded(name)` is called for each layer read. With a
     `scorer` nothing is generated: rows have one prefill pass, and nothing is cached, captured or compiled for them.
@@ -76,7 +72,6 @@ class Session:
         started = time.perf_counter()
         checkpoint = open_checkpoint(model_path, trust_remote_code)
         self._held_before = device_memory.held_bytes(context.device)
-        check_model(plan, model_path)
 
         def loaded(name: str) -> None:
             # layer by layer: what quantizing freed lies scattered among the packed weights, hundreds of MB in the end
@@ -87,11 +82,7 @@ class Session:
             checkpoint, [b for stage in plan.stages for b in stage.bits], plan.quant.to_config(), self.dtype,
             context.device, loaded, packed=True, stage=range(0) if scorer else range(*context.stage.layers),
         )  # fmt: skip
-        module = PlannedPipelineModule(
-            list_pipeline_layers(loader),
-            find_pipeline_bounds([stage.layers for stage in plan.stages], checkpoint.config.num_hidden_layers),
-            PlannedTopology(context.stage_ranks),
-        )
+        module = PlannedPipelineModule(list_pipeline_layers(loader), plan=plan)
         share = context.stage.cpu_share
         if share:
             CpuShare(share).attach(module)

@@ -9,8 +9,10 @@ import torch
 import torch.distributed as dist
 
 from ds_llmpq.cost.profile import Point, Sample
+from ds_llmpq.engine.rank_context import RankContext
 from ds_llmpq.engine.runner.capture import CudaGraphs
 from ds_llmpq.models.shape import read_shape
+from ds_llmpq.plan import Plan
 from ds_llmpq.profiling.parts import Parts
 from ds_llmpq.profiling.timer import NewSizes, Timer
 from ds_llmpq.quant.config import QuantConfig
@@ -19,19 +21,17 @@ _FEWEST_REPEATS = 4  # of a point, its warm-up among them
 
 
 @torch.inference_mode()
-def time_points(
-    wanted: dict[str, Any], spec: dict[str, Any], rank: int, device: torch.device, group: dist.ProcessGroup
-) -> list[dict[str, Any]]:
+def time_points(wanted: dict[str, Any], plan: Plan, context: RankContext) -> list[dict[str, Any]]:
     """Samples of this rank's device as plain objects; ranks without a device wait with the others.
 
     All ranks start a point together, and leave it out together where one of them would take too long for it. Points of
     the smallest micro-batch are always timed: a fit needs them.
     """
-    devices = wanted["devices"]
+    devices, rank, group = wanted["devices"], context.rank, context.side_group
     points = [Point(**entry) for entry in devices[rank]["points"]] if rank < len(devices) else []
     share = devices[rank]["cpu_share"] if points else 1.0
-    timer = Timer(device, spec["threads"], share)
-    parts = _load(wanted, spec, points, device) if points else None
+    timer = Timer(context.device, context.stage.threads or 1, share)
+    parts = _load(wanted, plan, points, context.device) if points else None
     if parts is not None:
         parts.throttle(share)
     smallest = min((point.batch for point in points), default=0)
@@ -83,14 +83,14 @@ def _slowest(seconds: float, group: dist.ProcessGroup) -> float:
     return value.item()
 
 
-def _load(wanted: dict[str, Any], spec: dict[str, Any], points: list[Point], device: torch.device) -> Parts:
+def _load(wanted: dict[str, Any], plan: Plan, points: list[Point], device: torch.device) -> Parts:
     bits = sorted({point.bits for point in points if point.part == "layer"})
     return Parts(
-        spec["path"],
-        read_shape(spec["path"]),
+        plan.model_path,
+        read_shape(plan.model_path),
         bits,
         QuantConfig(**wanted["quant"]),
-        spec["dtype"],
+        plan.deployment.compute_dtype,
         device,
         wanted["rows"],
         wanted["capacity"],

@@ -15,8 +15,8 @@ import torch
 
 from ds_llmpq.cluster.cluster import Cluster
 from ds_llmpq.models.shape import ModelShape
+from ds_llmpq.profiling.points import TimingTask
 from ds_llmpq.profiling.profiler import list_local_types, open_timer
-from ds_llmpq.profiling.task import TimingTask
 from ds_llmpq.profiling.timer import Timer
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.hqq import quantize_linear

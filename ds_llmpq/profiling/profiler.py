@@ -29,11 +29,9 @@ from ds_llmpq.engine.runner.capture import CudaGraphs
 from ds_llmpq.errors import UserError
 from ds_llmpq.launch.launcher import is_local
 from ds_llmpq.profiling.parts import Parts
-from ds_llmpq.profiling.points import sampling_plan
-from ds_llmpq.profiling.processes import run_trial
-from ds_llmpq.profiling.task import ProfilingTask
+from ds_llmpq.profiling.points import ProfilingTask, sampling_plan
 from ds_llmpq.profiling.timer import NewSizes, Timer
-from ds_llmpq.profiling.trial_records import pass_sample, write_link_table
+from ds_llmpq.profiling.trial_process import build_pass_sample, run_trial, write_link_table
 
 Show = Callable[[str, int, int, str], None]
 _RESTLESS = 0.25  # spread of a point's repeats from which on it is timed once more
@@ -217,7 +215,7 @@ def _trials(
         if index == 0:
             write_link_table(out / "links.csv", cluster, found["links"])
         for device in alike:
-            append(out / "profile.csv", [pass_sample(device.type, entry) for entry in found["passes"]])
+            append(out / "profile.csv", [build_pass_sample(device.type, entry) for entry in found["passes"]])
         show("trial pipelines", index + 1, len(by_process), "")
 
 

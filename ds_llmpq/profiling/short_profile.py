@@ -29,10 +29,8 @@ from ds_llmpq.cost.profile import Point, Sample, append, read_profile, write_hea
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import cache_folder, one_at_a_time
 from ds_llmpq.launch.launcher import is_local
-from ds_llmpq.profiling.points import sampling_plan
-from ds_llmpq.profiling.processes import RANKS, run_trial
-from ds_llmpq.profiling.task import TimingTask
-from ds_llmpq.profiling.trial_records import pass_sample, write_link_table
+from ds_llmpq.profiling.points import TimingTask, sampling_plan
+from ds_llmpq.profiling.trial_process import STAGES, build_pass_sample, run_trial, write_link_table
 from ds_llmpq.quant.kernels.registry import find_stage_kernel
 from ds_llmpq.quant.packing import make_groups
 
@@ -169,7 +167,7 @@ def _find_shortage(wanted: TimingTask, cluster: Cluster) -> str | None:
         wanted.shape, make_groups(wanted.quant), COMPUTE_DTYPES[wanted.dtype], find_stage_kernel(wanted.quant.kernel)
     )
     rank = _CHAINED_LAYERS * sum(memory.layer_bytes(bits) for bits in wanted.bits)
-    needed = (rank + memory.embed_bytes() + memory.head_bytes()) * RANKS
+    needed = (rank + memory.embed_bytes() + memory.head_bytes()) * len(STAGES)
     available = available_memory_bytes()
     if needed <= _MEMORY_SHARE * available:
         return None
@@ -182,12 +180,12 @@ def _measure(wanted: TimingTask, cluster: Cluster, out: Path) -> None:
     samples: list[Sample] = []
     for index, devices in enumerate(_trial_groups(cluster)):
         kind = devices[0].type.kind
-        ranks = RANKS if kind == "cpu" else len(devices)
+        ranks = len(STAGES) if kind == "cpu" else len(devices)
         found = run_trial(_trial(wanted, devices, links=index == 0), cache_folder() / _KEPT / "trial.log", ranks)
         if index == 0 and found["links"]:
             write_link_table(out / "links.csv", cluster, found["links"])
         for device in {device.type.name: device for device in devices}.values():
-            samples += [pass_sample(device.type, entry) for entry in found["passes"]]
+            samples += [build_pass_sample(device.type, entry) for entry in found["passes"]]
         samples += [Sample(Point(**entry.pop("point")), **entry) for entry in found["samples"]]
     note = {"made_by": "calibration", "processor": processor_name(), "cores": os.cpu_count()}
     write_header(out / "profile.csv", wanted.setup, note)
@@ -203,9 +201,9 @@ def _trial_groups(cluster: Cluster) -> list[list[Device]]:
     groups = []
     for devices in by_process.values():
         types = list({device.type.name: device for device in devices}.values())
-        groups += [types[start : start + RANKS] for start in range(0, len(types), RANKS)]
+        groups += [types[start : start + len(STAGES)] for start in range(0, len(types), len(STAGES))]
         others = [device for device in devices if device not in types]
-        groups[-1] += others[: RANKS - len(groups[-1])]
+        groups[-1] += others[: len(STAGES) - len(groups[-1])]
     return groups
 
 

@@ -5,13 +5,12 @@ calibration has its ranks time layers too, all at the same moment, one rank a de
 
 RANK says which rank this is; without it, this process forks all of them.
 
-Each stage holds decoder layer 0, the first one also the embedding and the last one the head, and runs the engine's own
-schedules over its own channels. Rank 0 prints one JSON line that starts with `MARK`.
+The ranks join and load their stages as those of `serve` do: the plan has one decoder layer a stage, and the engine runs
+its own schedules over its own channels. Rank 0 prints one JSON line that starts with `MARK`.
 """
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 import signal
@@ -23,27 +22,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ds_llmpq.engine.channels import ActivationChannel, DataChannel, TokenChannel
-from ds_llmpq.engine.kv_cache import KVStore
+from ds_llmpq.engine.channels import ActivationChannel, TokenChannel
+from ds_llmpq.engine.config import EngineConfig
 from ds_llmpq.engine.pipeline_engine import InferencePipelineEngine
-from ds_llmpq.engine.pipeline_module import LazyLayer, PlannedPipelineModule, PlannedTopology
-from ds_llmpq.engine.rank_context import _init_process_group
-from ds_llmpq.engine.trace import Trace
-from ds_llmpq.launch.environment import read_place
-from ds_llmpq.models.checkpoint import Checkpoint
+from ds_llmpq.engine.rank_context import RankContext, init_rank, shutdown
+from ds_llmpq.engine.session import Session
 from ds_llmpq.models.shape import read_shape
+from ds_llmpq.plan import Plan
 from ds_llmpq.profiling.joint_timing import time_points
-from ds_llmpq.quant.config import QuantConfig
-from ds_llmpq.quant.layers import LayerLoader
+from ds_llmpq.profiling.trial_process import DECODE_PASSES, MARK, STAGES, cut_prompt
 from ds_llmpq.scheduler.micro_batch import MicroBatch, MicroBatchLimits
 from ds_llmpq.scheduler.request_group import RequestGroup, Sequence
 from ds_llmpq.scheduler.slot_table import Finish
 
-MARK = "ds-llmpq trial "
-STAGES = ("first", "middle", "last")
-DECODE_PASSES = 24  # of each group
 LINK_BYTES = (8, 1 << 10, 1 << 13, 1 << 16, 1 << 18, 1 << 20, 1 << 22)
 LINK_REPEATS = 30
+_TIMEOUT_SECONDS = 120
 
 
 class LengthRule:
@@ -72,7 +66,7 @@ class PartClock:
             layer.register_forward_pre_hook(self._begin)
             layer.register_forward_hook(self._end)
 
-    def positional(self, prepare: Any) -> Any:
+    def time_positional(self, prepare: Any) -> Any:
         def timed(step: Any) -> None:
             start = time.thread_time()
             prepare(step)
@@ -88,55 +82,44 @@ class PartClock:
 
 
 def main(spec: dict[str, Any]) -> None:
-    rank, _ = read_place()
-    torch.set_num_threads(spec["threads"])
-    timeout = datetime.timedelta(seconds=120)
-    _init_process_group(spec["kind"], timeout)
-    side = dist.new_group(backend="gloo", timeout=timeout)
-    device = _device(spec, rank)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    ranks = dist.get_world_size()
+    plan = Plan.from_json(spec["plan"])
+    context = init_rank(plan, _TIMEOUT_SECONDS)
     found = {"links": [], "passes": [], "samples": []}
-    if spec["links"] and ranks > 1:
-        found["links"] = _links(rank, device, side)
-    if points := spec.get("points"):  # ahead of passes, which would have met the points' sizes
-        found["samples"] = time_points(points, spec, rank, device, side)
-    if ranks == len(STAGES):
-        found["passes"] = _passes(spec, rank, device, side)
-    reports = DataChannel(side, rank, ranks).gather(found)
-    if rank == 0:
+    if spec["links"] and len(plan.stages) > 1:
+        found["links"] = _time_links(context)
+    if len(plan.stages) == len(STAGES) <= read_shape(plan.model_path).layers:
+        found["passes"] = _time_passes(spec, plan, context)
+    if points := spec.get("points"):
+        found["samples"] = time_points(points, plan, context)
+    reports = context.data.gather(found)
+    if context.is_driver:
         found = {name: [entry for report in reports for entry in report[name]] for name in found}
         print(MARK + json.dumps(found), flush=True)
-    dist.destroy_process_group()
+    shutdown()
 
 
-def _device(spec: dict[str, Any], rank: int) -> torch.device:
-    if spec["kind"] == "cpu":
-        return torch.device("cpu")
-    slots = [device["slot"] for device in spec["points"]["devices"]] if "points" in spec else range(len(STAGES))
-    return torch.device("cuda", slots[rank])
-
-
-def _passes(spec: dict[str, Any], rank: int, device: torch.device, side: dist.ProcessGroup) -> list[dict[str, Any]]:
-    engine, clock = _engine(spec, rank, device, side)
+def _time_passes(spec: dict[str, Any], plan: Plan, context: RankContext) -> list[dict[str, Any]]:
+    session = Session(plan, context, plan.model_path, LengthRule(), options=EngineConfig(decode_graphs=False))
+    clock = PartClock()
+    clock.attach(session.engine.module)
+    session.engine.steps.positional = clock.time_positional(session.engine.steps.positional)
     found = []
     for size in spec["sizes"]:
-        prompt = max(1, min(spec["prompt_tokens"], 4096 // size))
+        prompt = cut_prompt(spec["prompt_tokens"], size)
         for round_ in range(spec["rounds"]):
             if round_ == 0 and spec["rounds"] > 1:
-                _overhead(engine, clock, size, prompt, 2)  # warm-up
+                _time_overhead(session.engine, clock, size, prompt, 2)  # warm-up
                 continue
-            first = _overhead(engine, clock, size, prompt, 1)
-            whole = _overhead(engine, clock, size, prompt, 1 + DECODE_PASSES)
+            first = _time_overhead(session.engine, clock, size, prompt, 1)
+            whole = _time_overhead(session.engine, clock, size, prompt, 1 + DECODE_PASSES)
             prefill, decode = first / 2, max(whole - first, 0.0) / (2 * DECODE_PASSES)
-            common = {"part": STAGES[rank], "batch": size, "round": round_}
+            common = {"part": STAGES[context.stage_index], "batch": size, "round": round_}
             found.append(common | {"phase": "prefill", "length_tokens": prompt, "seconds": prefill})
             found.append(common | {"phase": "decode", "length_tokens": 1, "seconds": decode})
     return found
 
 
-def _overhead(engine: InferencePipelineEngine, clock: PartClock, size: int, prompt: int, generated: int) -> float:
+def _time_overhead(engine: InferencePipelineEngine, clock: PartClock, size: int, prompt: int, generated: int) -> float:
     """Processor seconds of a request group of two micro-batches on this rank, but for those inside pipeline layers."""
     vocabulary = 7
     rows = tuple(Sequence(i, tuple((i + k) % vocabulary for k in range(prompt)), generated) for i in range(2 * size))
@@ -147,43 +130,14 @@ def _overhead(engine: InferencePipelineEngine, clock: PartClock, size: int, prom
     return time.thread_time() - start - clock.seconds
 
 
-def _engine(
-    spec: dict[str, Any], rank: int, device: torch.device, side: dist.ProcessGroup
-) -> tuple[InferencePipelineEngine, PartClock]:
-    path, dtype = spec["path"], getattr(torch, spec["dtype"])
-    shape, checkpoint = read_shape(path), Checkpoint(path)
-    loader = LayerLoader(checkpoint, [16] * shape.layers, QuantConfig(), dtype, device, packed=True)
-    ranks = list(range(len(STAGES)))
-    layers = [
-        LazyLayer("embedding", loader.embedding),
-        *(LazyLayer("layer 0", lambda: loader.decoder_layer(0)) for _ in ranks),
-        LazyLayer("head", loader.head),
-    ]
-    module = PlannedPipelineModule(layers, [0, 2, 3, 5], PlannedTopology(ranks))
-    clock = PartClock()
-    clock.attach(module)
-    slots = 2 * max(size * (min(spec["prompt_tokens"], 4096 // size) + DECODE_PASSES + 2) for size in spec["sizes"])
-    engine = InferencePipelineEngine(
-        module,
-        KVStore(0, 1, slots, shape.kv_heads, shape.head_dim, dtype, device),
-        clock.positional(loader.decoder.positions()),
-        ActivationChannel(rank - 1 if rank else None, rank + 1 if rank < ranks[-1] else None, dtype, device),
-        TokenChannel(side, ranks[-1], ranks[:-1]),
-        LengthRule(),
-        Trace(rank, device),
-        dtype,
-        shape.hidden,
-    )
-    return engine, clock
-
-
-def _links(rank: int, device: torch.device, side: dist.ProcessGroup) -> list[dict[str, Any]]:
+def _time_links(context: RankContext) -> list[dict[str, Any]]:
     """Half a round trip over the engine's own channels between ranks 0 and 1, with rank 0's clock; the third waits.
 
     Hidden states by message size; tokens once, for their message is always small. Sizes take turns, so that a
     disturbance does not fall on one of them alone.
     """
     times: dict[tuple[str, int], list[float]] = {}
+    rank, side, device = context.rank, context.side_group, context.device
     if rank < 2:
         channel = ActivationChannel(1 - rank, 1 - rank, torch.uint8, device)
         tokens = TokenChannel(side, 0, [1]), TokenChannel(side, 1, [0])
@@ -191,20 +145,20 @@ def _links(rank: int, device: torch.device, side: dist.ProcessGroup) -> list[dic
             for size in LINK_BYTES:
                 seconds = _ping(rank, channel, size, device, 2 * repeat)
                 times.setdefault(("activation", size), []).append(seconds)
-            times.setdefault(("token", 8), []).append(_token_ping(rank, *tokens))
+            times.setdefault(("token", 8), []).append(_ping_token(rank, *tokens))
     dist.barrier(group=side)
     if rank:
         return []
     return [{"channel": channel, "bytes": size, "seconds": sorted(found)} for (channel, size), found in times.items()]
 
 
-def _message(number: int) -> MicroBatch:
+def _build_message(number: int) -> MicroBatch:
     """A micro-batch of one row."""
     return MicroBatch(number, "decode", (0,), (0,))
 
 
 def _ping(rank: int, channel: ActivationChannel, size: int, device: torch.device, number: int) -> float:
-    there, back = _message(number), _message(number + 1)
+    there, back = _build_message(number), _build_message(number + 1)
     message = torch.zeros(1, 1, size, dtype=torch.uint8, device=device)
     mine = back if rank == 0 else there
     channel.post_receive(mine, (1, 1, size))
@@ -221,8 +175,8 @@ def _ping(rank: int, channel: ActivationChannel, size: int, device: torch.device
     return seconds
 
 
-def _token_ping(rank: int, out: TokenChannel, back: TokenChannel) -> float:
-    batch, token = _message(0), torch.zeros(1, dtype=torch.int64)
+def _ping_token(rank: int, out: TokenChannel, back: TokenChannel) -> float:
+    batch, token = _build_message(0), torch.zeros(1, dtype=torch.int64)
     (back if rank == 0 else out).post_receive(batch)
     start = time.perf_counter()
     if rank == 0:

@@ -26,8 +26,8 @@ from ds_llmpq.planner.build import check_workload, micro_batches, prepare, usabl
 from ds_llmpq.planner.config import PlannerConfig, WorkloadConfig
 from ds_llmpq.planner.cost_source import FurtherSource, select_costs
 from ds_llmpq.planner.deploy import deploy
+from ds_llmpq.profiling.points import TimingTask
 from ds_llmpq.profiling.short_profile import calibrate
-from ds_llmpq.profiling.task import TimingTask
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.kernels.registry import find_kernel, select_kernel
 from ds_llmpq.quant.packing import check_lm_head, make_groups

@@ -3,13 +3,15 @@
 import dataclasses
 import itertools
 import random
+from types import SimpleNamespace
 
 import pytest
 from pipeline_cases import make_plan
 
-from ds_llmpq.engine.pipeline_module import PlannedTopology, find_pipeline_bounds
+from ds_llmpq.engine.pipeline_module import PlannedTopology
 from ds_llmpq.errors import UserError
 from ds_llmpq.launch.environment import find_local_rank, read_rank
+from ds_llmpq.plan import Plan
 
 
 @pytest.mark.parametrize("ranks", [[0], *map(list, list(itertools.permutations(range(4)))[::5])])
@@ -23,14 +25,17 @@ def test_topology_follows_the_plan_not_the_rank(ranks):
 
 
 def test_bounds_add_embedding_and_head():
-    assert find_pipeline_bounds([(0, 5)], 5) == [0, 7]
-    assert find_pipeline_bounds([(0, 1), (1, 4), (4, 5)], 5) == [0, 2, 5, 7]
+    def bounds_of(stages):
+        return Plan.parts(SimpleNamespace(stages=[SimpleNamespace(layers=layers) for layers in stages]), 1, 1)
+
+    assert bounds_of([(0, 5)]) == [0, 7]
+    assert bounds_of([(0, 1), (1, 4), (4, 5)]) == [0, 2, 5, 7]
     generator = random.Random(0)
     for _ in range(50):
         layers = generator.randint(1, 40)
         cuts = sorted(generator.sample(range(1, layers), generator.randint(0, min(layers - 1, 6))))
         stages = list(itertools.pairwise([0, *cuts, layers]))
-        bounds = find_pipeline_bounds(stages, layers)
+        bounds = bounds_of(stages)
         owned = [set(range(start, stop)) for start, stop in itertools.pairwise(bounds)]
         assert set().union(*owned) == set(range(layers + 2))
         for (first, last), pipeline_layers in zip(stages, owned, strict=True):

@@ -7,7 +7,7 @@ from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.planner.config import WorkloadConfig
 from ds_llmpq.profiling import kernel_choice
 from ds_llmpq.profiling.kernel_choice import KernelTime, choose_kernel
-from ds_llmpq.profiling.task import TimingTask
+from ds_llmpq.profiling.points import TimingTask
 from ds_llmpq.profiling.timer import Timer
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.kernels.base import Kernel

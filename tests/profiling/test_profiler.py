@@ -23,10 +23,9 @@ from ds_llmpq.planner.config import WorkloadConfig
 from ds_llmpq.profiling import profiler
 from ds_llmpq.profiling.config import ProfilingConfig
 from ds_llmpq.profiling.parts import Parts
-from ds_llmpq.profiling.points import sampling_plan
-from ds_llmpq.profiling.processes import run_trial
-from ds_llmpq.profiling.task import ProfilingTask
+from ds_llmpq.profiling.points import ProfilingTask, sampling_plan
 from ds_llmpq.profiling.timer import Timer
+from ds_llmpq.profiling.trial_process import run_trial
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.hqq import stored_bytes
 from ds_llmpq.quant.kernels.dequantize import DEQUANTIZE

@@ -19,8 +19,8 @@ from ds_llmpq.errors import UserError
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.planner.config import WorkloadConfig
 from ds_llmpq.profiling import short_profile
+from ds_llmpq.profiling.points import TimingTask
 from ds_llmpq.profiling.short_profile import calibrate, find_obstacle
-from ds_llmpq.profiling.task import TimingTask
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.kernels.dequantize import DEQUANTIZE
 from ds_llmpq.quant.packing import Groups

@@ -1,0 +1,143 @@
+"""Starts a trial pipeline (`trial.py`) on this host, and turns what it found into rows of profile.csv and links.csv.
+Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ds_llmpq.cluster.cluster import Cluster
+from ds_llmpq.cluster.devices import DeviceType
+from ds_llmpq.cost.linktable import Message, write_links
+from ds_llmpq.cost.profile import Point, Sample
+from ds_llmpq.errors import UserError, make_printable
+from ds_llmpq.launch.environment import extend
+from ds_llmpq.launch.launcher import find_free_port, is_local
+from ds_llmpq.plan import (
+    Deployment,
+    MicroBatches,
+    Plan,
+    PlannedModel,
+    PredictedTotals,
+    Quantization,
+    SolverReport,
+    Stage,
+    StageMemory,
+    Workload,
+)
+
+MARK = "ds-llmpq trial "
+STAGES = ("first", "middle", "last")
+DECODE_PASSES = 24  # of each group
+_MOST_PROMPT_TOKENS = 4096  # of a micro-batch
+_TIMEOUT_SECONDS = 240
+
+
+def run_trial(spec: dict[str, Any], log: Path, ranks: int = len(STAGES)) -> dict[str, Any]:
+    """{"links": [...], "passes": [...], "samples": [...]} of `trial.main`; with less than three ranks no passes.
+    `UserError`: a rank failed, with what it said last and the name of its log."""
+    slots = [device["slot"] for device in spec["points"]["devices"]] if "points" in spec else list(range(ranks))
+    shared = extend(
+        {
+            "WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(find_free_port()),
+            "DS_ACCELERATOR": spec["kind"],
+            "OMP_NUM_THREADS": str(spec["threads"]),
+        }
+    )
+    for name in ("RANK", "LOCAL_SIZE"):  # of a launcher that started this process
+        shared.pop(name, None)
+    line = [sys.executable, "-m", "ds_llmpq.profiling", json.dumps(spec | {"plan": _plan(spec, ranks).to_json()})]
+    if spec["kind"] == "cpu":  # the libraries are imported once for all ranks: without RANK a trial forks them
+        environments = [{}]
+    else:  # a GPU's runtime does not survive a fork
+        shared["CUDA_VISIBLE_DEVICES"] = _list_visible(slots)
+        environments = [{"RANK": str(rank)} for rank in range(ranks)]
+    children: list[subprocess.Popen] = []
+    with log.open("wb") as errors:
+        try:
+            for own in environments:
+                child = subprocess.Popen(
+                    line, env=shared | own, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
+                )
+                children.append(child)
+            output = children[0].communicate(timeout=_TIMEOUT_SECONDS)[0]
+            codes = [child.wait(timeout=30) for child in children]
+        except subprocess.TimeoutExpired:
+            raise UserError(f"the trial pipeline did not end within {_TIMEOUT_SECONDS} s; see {log}") from None
+        finally:
+            for child in children:
+                _kill_group(child)
+    found = [line.removeprefix(MARK) for line in output.splitlines() if line.startswith(MARK)]
+    if any(codes) or not found:
+        raise UserError(f"the trial pipeline failed ({_read_last_line(log)}); see {log}")
+    return json.loads(found[0])
+
+
+def cut_prompt(tokens: int, rows: int) -> int:
+    """Prompt tokens of each of so many rows that a trial's micro-batch has."""
+    return max(1, min(tokens, _MOST_PROMPT_TOKENS // rows))
+
+
+def _plan(spec: dict[str, Any], ranks: int) -> Plan:
+    """One decoder layer a stage, unquantized; its workload is the trial's request group that needs the most cache."""
+    workloads = [
+        Workload(2 * rows, cut_prompt(spec["prompt_tokens"], rows), DECODE_PASSES + 2) for rows in spec["sizes"]
+    ]
+    largest = max(workloads, key=lambda one: one.sequences * (one.prompt_tokens + one.generated_tokens))
+    threads = spec["threads"] if spec["kind"] == "cpu" else None
+    stages = tuple(
+        Stage(
+            rank, "localhost", f"localhost:{rank}", spec["kind"], (rank, rank + 1), (16,), "dequantize",
+            StageMemory(0, 0, 0, 0, 0), 0, 0, 0, kind=spec["kind"], slot=rank, threads=threads,
+        )
+        for rank in range(ranks)
+    )  # fmt: skip
+    return Plan(
+        PlannedModel(spec["path"]), largest, stages, MicroBatches(1, 1), PredictedTotals(0, 0, 0, 0, 0),
+        SolverReport("none", 0, None, None, 0, "checked"), quant=Quantization(), deployment=Deployment(spec["dtype"]),
+    )  # fmt: skip
+
+
+def _list_visible(slots: Sequence[int]) -> str:
+    """The GPUs of these slots, in this order, as ranks shall see them: rank j takes the j-th."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return ",".join(visible[slot] if slot < len(visible) and visible[slot] else str(slot) for slot in slots)
+
+
+def _read_last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+    return make_printable(next((line.strip() for line in reversed(lines) if line.strip()), "without a word"), 200)
+
+
+def _kill_group(child: subprocess.Popen) -> None:
+    """The process and what it forked."""
+    with suppress(ProcessLookupError, PermissionError):  # all of them have ended
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+
+
+def build_pass_sample(kind: DeviceType, entry: dict[str, Any]) -> Sample:
+    point = Point(kind.name, entry["part"], entry["phase"], 0, entry["batch"], entry["length_tokens"])
+    return Sample(point, entry["round"], 1, 1, entry["seconds"], entry["seconds"], 0.0)
+
+
+def write_link_table(file: Path, cluster: Cluster, found: list[dict[str, Any]]) -> None:
+    """For every ordered pair of this host's devices: between processes of one host the link is the same."""
+    local = [device.name for device in cluster.devices if is_local(device.host)]
+    pairs = [(a, b) for a in local for b in local if a != b] or [(local[0], local[0])]
+    messages = []
+    for source, target in pairs:
+        for entry in found:
+            times = entry["seconds"]
+            middle = times[len(times) // 2]
+            messages.append(Message(source, target, entry["channel"], entry["bytes"], len(times), middle, times[0]))
+    write_links(file, messages)
