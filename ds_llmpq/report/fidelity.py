@@ -192,6 +192,9 @@ def scatter(pairs: Sequence[TimePair], file: Path, title: str) -> None:
     for factor, style in ((1.0, "-"), (0.9, ":"), (1.1, ":")):
         axes.plot(ends, [factor * end for end in ends], style, color="grey", linewidth=0.8)
     axes.set(xscale="log", yscale="log", xlabel="measured (ms)", ylabel="predicted (ms)", title=title)
+    for axis in (axes.xaxis, axes.yaxis):  # 30, not 3 x 10^1
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("{x:g}" if ends[1] < 20 * ends[0] else "")
     axes.legend(fontsize="small")
     figure.savefig(file, dpi=120)
     plt.close(figure)

@@ -49,13 +49,13 @@ def describe_plan(plan: Plan) -> str:
         f"{plan.workload.sequences} sequences of {plan.workload.prompt_tokens} + {plan.workload.generated_tokens} "
         f"tokens, loss {format_number(predicted.quality_loss)} nats per token"
         + _bits_text(plan)
-        + "".join(f" ({origin})" for name, origin in plan.provenance.items() if name == "sensitivity"),
+        + "".join(f", {origin}" for name, origin in plan.provenance.items() if name == "sensitivity"),
     ]
     return "\n".join(lines)
 
 
 def _bits_text(plan: Plan) -> str:
-    return "" if plan.bits_per_weight is None else f" at {plan.bits_per_weight:.2f} bits a weight"
+    return "" if plan.bits_per_weight is None else f" at {plan.bits_per_weight:.2f} bits per weight"
 
 
 def _list_widths(bits: Sequence[int]) -> str:

@@ -145,7 +145,7 @@ def _memory(plan: Plan, metrics: dict[str, Any] | None, out: Path) -> Section:
             ]
         )
     head = ["stage", "device", *MEMORY_PARTS, "needed", "budget", "used"]
-    head += ["measured weights", "kv", "peak growth"]
+    head += ["measured weights", "measured kv", "measured peak growth"]
     return (
         Section("memory", "Memory", "By part and device, against the budget; hatched bars are measured.")
         .picture(run_figures.memory_bars(plan, measured, out / "memory.png"), "memory by part against budget")

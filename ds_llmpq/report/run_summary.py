@@ -20,7 +20,7 @@ def run_summary(metrics: dict[str, Any], verbose: bool = False) -> str:
         return "\n".join([*lines, "measured: nothing; the pipeline that served the last rows ended before it reported"])
     lines.append(
         f"measured: {_number(measured['throughput_tokens_per_second'])} tokens/s, "
-        f"{measured['generated_tokens']} tokens in {measured['serving_seconds']:.2f} s "
+        f"{measured['generated_tokens']:,} tokens in {measured['serving_seconds']:.2f} s "
         f"(prefill {_number(measured['prefill_tokens_per_second'])} tokens/s, decode "
         f"{_number(measured['decode_tokens_per_second'])}); start-up {measured['startup_seconds']:.1f} s"
     )
@@ -60,8 +60,8 @@ def compare_with_plan(metrics: dict[str, Any]) -> list[str]:
     before = found.get("expected_before")
     if before and before["rows"] == measured["rows"] and before["generated_tokens"] != measured["generated_tokens"]:
         expected = [
-            f"expected before the run: {before['latency_seconds']:.2f} s for answers of {before['generated_tokens']} "
-            f"tokens in all; they came to {measured['generated_tokens']}, which the line above is for"
+            f"expected before the run: {before['latency_seconds']:.2f} s for {before['generated_tokens']:,} generated "
+            f"tokens; there were {measured['generated_tokens']:,}, for which the line above holds"
         ]
     else:
         expected = []

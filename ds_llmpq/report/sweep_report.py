@@ -74,7 +74,7 @@ def heat_map(points: list[Point], first: str, second: str, path: Path) -> bool:
     columns, rows = (_values(points, key) for key in (first, second))
     if min(len(columns), len(rows)) < 2 or max(len(columns), len(rows)) > _MOST_VALUES:
         return False
-    figure, axes = figures.make_figure(1, 2, width=3 + 1.5 * len(columns), height=1.6 + 0.5 * len(rows))
+    figure, axes = figures.make_figure(1, 2, width=max(8.0, 3 + 1.5 * len(columns)), height=1.6 + 0.5 * len(rows))
     titles = {"throughput_tokens_per_second": "tokens/s", "quality_loss": "quality loss, nats per token"}
     for axis, (name, title) in zip(axes[0], titles.items(), strict=True):
         table = [[_mean(points, {first: x, second: y}, name) for x in columns] for y in rows]
@@ -87,7 +87,8 @@ def heat_map(points: list[Point], first: str, second: str, path: Path) -> bool:
                     axis.text(i, j, format_number(value), ha="center", va="center", fontsize=8, color=colour)
         axis.set_xticks(range(len(columns)), columns, rotation=30, ha="right", fontsize=8)
         axis.set_yticks(range(len(rows)), rows, fontsize=8)
-        axis.set(xlabel=first, ylabel=second, title=title)
+        axis.set(xlabel=first, ylabel=second)
+        axis.set_title(title, fontsize=10)
     figures.save_figure(figure, path)
     return True
 

@@ -44,6 +44,7 @@ from ds_llmpq.serving.prediction import (
     MOST_PASSES,
     LengthsOfStream,
     decode_passes,
+    name_stages,
     simulate_streams,
     write_predicted_trace,
 )
@@ -185,9 +186,9 @@ class Driver:
         else:
             summary["replay"] = self.replay.report()
         write_json(folder / "metrics.json", summary)
-        write_whole(folder / "trace.json", format_trace(events))
+        write_whole(folder / "trace.json", format_trace(chain(name_stages(plan), events)))
         if simulated:
-            write_predicted_trace(simulated, folder)
+            write_predicted_trace(plan, simulated, folder)
         return summary
 
     def _prepare(self, file: RequestFile) -> tuple[list[PreparedRequest], list[RowError]]:

@@ -63,7 +63,7 @@ def make_plan(
     plan = finish(solved)
     write_artefacts(plan, out)
     if simulated := simulate_workload(plan, row_buckets=_captures(settings)):
-        write_predicted_trace(simulated, out)
+        write_predicted_trace(plan, simulated, out)
     return plan
 
 

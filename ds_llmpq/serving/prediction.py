@@ -80,9 +80,15 @@ def simulate_workload(plan: Plan, row_buckets: bool) -> list[SimulatedRun] | Non
     return simulate_streams(plan, [(workload.sequences, lengths, ())], limits)
 
 
-def write_predicted_trace(simulated: Iterable[SimulatedRun], folder: Path) -> None:
-    """predicted_trace.json, to lay beside a run's trace.json; streams follow one another."""
-    start, events = 0.0, []
+def name_stages(plan: Plan) -> list[dict]:
+    """Events by which a trace viewer shows each stage under its number and device."""
+    names = [f"stage {index}: {stage.device}" for index, stage in enumerate(plan.stages)]
+    return [{"name": "process_name", "ph": "M", "pid": i, "args": {"name": name}} for i, name in enumerate(names)]
+
+
+def write_predicted_trace(plan: Plan, simulated: Iterable[SimulatedRun], folder: Path) -> None:
+    """Writes predicted_trace.json, to compare with a run's trace.json; streams follow one another."""
+    start, events = 0.0, name_stages(plan)
     for run in simulated:
         events += run.build_chrome_events(start)
         start += run.latency_seconds

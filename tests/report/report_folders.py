@@ -51,7 +51,7 @@ def write_planned(folder, **options):
     made = problem(**options)
     plan = solve(made, solver="search")
     write_plan(folder / "plan.json", plan)
-    write_predicted_trace(simulate_workload(plan, row_buckets=False), folder)
+    write_predicted_trace(plan, simulate_workload(plan, row_buckets=False), folder)
     return plan
 
 

@@ -83,6 +83,14 @@ def test_a_run_has_every_section_filled(tmp_path):
     assert (tmp_path / "out" / "report.txt").read_text() == text + "\n"
 
 
+def test_a_trace_names_its_stages(tmp_path):
+    plan = write_planned(tmp_path / "plan")
+    events = json.loads((tmp_path / "plan" / "predicted_trace.json").read_text())["traceEvents"]
+    names = {event["pid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
+    assert names == {index: f"stage {index}: {stage.device}" for index, stage in enumerate(plan.stages)}
+    assert {event["pid"] for event in events} == names.keys()
+
+
 def test_a_plan_that_was_not_run_says_so(tmp_path):
     write_planned(tmp_path / "plan")
     run_report.write_run_report(tmp_path / "plan", tmp_path / "out")
