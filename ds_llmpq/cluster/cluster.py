@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ds_llmpq.cluster.config import ClusterConfig, DeviceTypeConfig, LinkConfig, LinksConfig
@@ -24,6 +24,7 @@ class Cluster:
     devices: tuple[Device, ...]  # in the order of the configuration
     links: Links
     env: Mapping[str, str]
+    prices: Mapping[str, float] = field(default_factory=dict)  # an hour, of hosts and devices by name; empty: unknown
 
     @classmethod
     def from_config(cls, config: ClusterConfig) -> Cluster:
@@ -45,7 +46,7 @@ class Cluster:
         for name, times in Counter(device.name for device in devices).items():
             if times > 1:
                 raise UserError(f"device {name} is listed twice; give each device of a host its own slot")
-        return cls(config.name, devices, _build_links(config.links, devices), dict(config.env))
+        return cls(config.name, devices, _build_links(config.links, devices), dict(config.env), _list_prices(config))
 
     @property
     def device_types(self) -> dict[str, DeviceType]:
@@ -58,6 +59,12 @@ class Cluster:
                 return device
         known = ", ".join(device.name for device in self.devices)
         raise UserError(f"device {name} is not in cluster {self.name}; it has {known}")
+
+    def sum_prices(self, names: Iterable[str]) -> float | None:
+        """What these devices and their hosts cost an hour; None where the cluster has no prices."""
+        names = list(names)
+        hosts = {self.device(name).host for name in names}
+        return sum(self.prices.get(name, 0.0) for name in {*names, *hosts}) if self.prices else None
 
     def link(self, source: str, target: str) -> Link:
         """From device `source` to device `target`, both as host:slot."""
@@ -123,6 +130,25 @@ def _build_device(host: str, config: Any, types: Mapping[str, DeviceType]) -> De
     _check_number(f"{where}: memory_bytes", memory)
     whole = kind.with_threads(threads or 1, config.cpu_share or 1.0)
     return Device(host, config.slot, whole, int(memory), threads, config.cpu_share)
+
+
+def _list_prices(config: ClusterConfig) -> dict[str, float]:
+    """Prices by name of host or device (host:slot). `UserError`: some devices have one and others none."""
+    found: dict[str, float] = {}
+    unpriced = []
+    for host in config.hosts:
+        entries = [(host.name, host), *((f"{host.name}:{device.slot}", device) for device in host.devices)]
+        for name, entry in entries:
+            if entry.price_per_hour is not None:
+                _check_number(f"price_per_hour of {name}", entry.price_per_hour, lowest=0)
+                found[name] = float(entry.price_per_hour)
+            elif host.price_per_hour is None and entry is not host:
+                unpriced.append(name)
+    if found and unpriced:
+        raise UserError(
+            f"device {unpriced[0]} has no price_per_hour, but others have; give it or its host one, or none"
+        )
+    return found
 
 
 def _check_share(where: str, share: float, kind: str) -> None:

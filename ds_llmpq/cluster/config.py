@@ -29,12 +29,14 @@ class DeviceConfig:
     memory_bytes: int | None = None  # overrides the type's
     threads: int | None = None  # CPU stages: threads given to the process
     cpu_share: float | None = None  # CPU stages: emulates a slower processor, e.g. 0.5; null: all of it
+    price_per_hour: float | None = None  # while it is used, in any currency
 
 
 @dataclass
 class HostConfig:
     name: str = "localhost"
     devices: list[DeviceConfig] = field(default_factory=list)
+    price_per_hour: float | None = None  # while any of its devices is used, beside their own prices
 
 
 @dataclass

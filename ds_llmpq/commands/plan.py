@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ds_llmpq import config
 from ds_llmpq.commands.config import PlanCommandConfig
+from ds_llmpq.errors import UserError
 from ds_llmpq.files import write_json
 from ds_llmpq.launch.launcher import Launch, format_manual_command, write_environment
 from ds_llmpq.models.notes import describe_notes
@@ -40,6 +41,9 @@ def run(settings: PlanCommandConfig, out: Path) -> int:
 
 def _front(settings: PlanCommandConfig, out: Path) -> int:
     """The Pareto front: a folder a plan, a summary and a picture, as a sweep leaves them."""
+    for name in ("baseline", "deadline_seconds"):
+        if getattr(settings.planner, name) is not None:
+            raise UserError(f"planner.mode=pareto makes several plans; leave planner.{name} out.")
     problem, deploy = build_problem(settings, SOURCES)
     write_json(out / "problem.json", problem.to_json())
     options = build_solver_options(settings.planner)

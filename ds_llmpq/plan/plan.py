@@ -217,6 +217,7 @@ class Deployment:
     compute_dtype: one_of(*COMPUTE_DTYPES)
     env: Table[PathText] = field(default_factory=dict)
     link_seconds: LinkSeconds | None = None
+    price_per_hour: Amount | None = None  # of the devices and hosts in use; None: no prices were given
 
 
 @dataclass(frozen=True)
@@ -246,6 +247,16 @@ class Plan:
         if self.deployment is None:
             raise UserError("The plan names no hosts; plan with cluster=... instead of problem=...")
         return self.deployment
+
+    def compute_cost(self, seconds: float, prompt_tokens: int, generated_tokens: int) -> dict[str, float | None] | None:
+        """What so many seconds on the plan's devices cost: in all, and per million generated tokens, and per million
+        tokens with the prompts' counted. None where the cluster has no prices."""
+        if self.deployment is None or self.deployment.price_per_hour is None:
+            return None
+        total = self.deployment.price_per_hour * seconds / 3600
+        amounts = {"generated_tokens": generated_tokens, "tokens": prompt_tokens + generated_tokens}
+        per_million = {f"per_million_{name}": 1e6 * total / count if count else None for name, count in amounts.items()}
+        return {"price_per_hour": self.deployment.price_per_hour, "total": total, **per_million}
 
     @property
     def model_path(self) -> str | None:

@@ -98,7 +98,12 @@ def deploy(
         phase: link_seconds(prepared.problem, plan.assignment().stages, phase, getattr(plan.micro_batch, phase))
         for phase in ("prefill", "decode")
     }
-    deployment = Deployment(prepared.dtype, dict(cluster.env), LinkSeconds(**seconds))
+    deployment = Deployment(
+        prepared.dtype,
+        dict(cluster.env),
+        LinkSeconds(**seconds),
+        cluster.sum_prices(stage.device for stage in plan.stages),
+    )
     return replace(
         plan,
         model=model,

@@ -58,14 +58,7 @@ class Pins:
     def apply(self, problem: Problem) -> Problem:
         """The problem with the order and the micro-batch pins built in."""
         if self.order:
-            devices = {device.name: device for device in problem.devices}
-            pairs = {ends: link for ends, link in problem.links.pairs.items() if set(ends) <= set(self.order)}
-            problem = replace(
-                problem,
-                devices=tuple(devices[name] for name in self.order),
-                device_order="fixed",
-                links=replace(problem.links, pairs=pairs),
-            )
+            problem = replace(problem.with_devices(self.order), device_order="fixed")
         sizes = problem.micro_batches
         kept = {
             phase: (self.micro_batch[phase],) if phase in self.micro_batch else getattr(sizes, phase)

@@ -188,6 +188,14 @@ class Problem:
         }
         return replace(problem, device_types=types, memory=replace(problem.memory, layer_bytes=layer_bytes))
 
+    def with_devices(self, names: Iterable[str]) -> "Problem":
+        """With these devices alone, in this order, and the links between them."""
+        devices = {device.name: device for device in self.devices}
+        kept = tuple(devices[name] for name in names)
+        known = {device.name for device in kept}
+        pairs = {ends: link for ends, link in self.links.pairs.items() if known.issuperset(ends)}
+        return replace(self, devices=kept, links=replace(self.links, pairs=pairs))
+
     def to_json(self) -> dict[str, Any]:
         """The JSON object of schema 1."""
         obj = to_plain(asdict(replace(self, links=replace(self.links, pairs={}))))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 
 from ds_llmpq.plan import Plan, PredictedTotals, Stage
@@ -45,12 +45,15 @@ def describe_plan(plan: Plan) -> str:
     lines = [
         f"plan: {stages}",
         *plan.explanation[:1],
+        *(sentence for sentence in plan.explanation[1:] if sentence.startswith("Deadline ")),
         f"planned: {format_number(predicted.throughput_tokens_per_second, 4)} tokens/s on "
         f"{plan.workload.sequences} sequences of {plan.workload.prompt_tokens} + {plan.workload.generated_tokens} "
         f"tokens, loss {format_number(predicted.quality_loss)} nats per token"
         + _bits_text(plan)
         + "".join(f", {origin}" for name, origin in plan.provenance.items() if name == "sensitivity"),
     ]
+    if (cost := predict_cost(plan)) is not None:
+        lines.append(f"cost: {describe_cost(cost)}")
     return "\n".join(lines)
 
 
@@ -108,6 +111,8 @@ def _summary(plan: Plan) -> list[str]:
         f"solver: {solver.name}, {solver.status}, objective {format_number(solver.objective, 5)}{proof}, "
         f"{format_number(solver.seconds, 2)} s",
     ]
+    if (cost := predict_cost(plan)) is not None:
+        lines.append(f"cost: {describe_cost(cost)}")
     if plan.baselines:
         lines.append(
             "baselines: " + "; ".join(f"{name} {_baseline(plan, entry)}" for name, entry in plan.baselines.items())
@@ -115,6 +120,25 @@ def _summary(plan: Plan) -> list[str]:
     lines += [f"note: {sentence}" for sentence in plan.explanation]
     lines += [f"origin of {name}: {origin}" for name, origin in plan.provenance.items()]
     return lines
+
+
+def predict_cost(plan: Plan) -> dict[str, float | None] | None:
+    """Of the planned batch, as `Plan.compute_cost`."""
+    workload = plan.workload
+    counts = (workload.sequences * tokens for tokens in (workload.prompt_tokens, workload.generated_tokens))
+    return plan.compute_cost(plan.predicted.latency_seconds, *counts)
+
+
+def describe_cost(cost: Mapping[str, float | None]) -> str:
+    """`cost` as `Plan.compute_cost` gives it, in the currency of the cluster's prices."""
+    generated, both = (
+        "-" if (value := cost[f"per_million_{name}"]) is None else format_number(value)
+        for name in ("generated_tokens", "tokens")
+    )
+    return (
+        f"{format_number(cost['total'])} in all at {format_number(cost['price_per_hour'])} an hour; per million tokens "
+        f"{generated} (generated ones alone), {both} (prompts counted too)"
+    )
 
 
 def _baseline(plan: Plan, entry: PredictedTotals | str) -> str:

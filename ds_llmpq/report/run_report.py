@@ -10,7 +10,14 @@ from ds_llmpq.plan import MEMORY_PARTS, Plan, read_plan
 from ds_llmpq.report import fidelity, run_figures
 from ds_llmpq.report.metrics_file import read_metrics, refuse_other_forms
 from ds_llmpq.report.page import Section, render_page
-from ds_llmpq.report.plan_table import format_bits, format_milliseconds, format_plan, format_size
+from ds_llmpq.report.plan_table import (
+    describe_cost,
+    format_bits,
+    format_milliseconds,
+    format_plan,
+    format_size,
+    predict_cost,
+)
 from ds_llmpq.report.run_summary import run_summary
 from ds_llmpq.report.traces import gantt, read_trace
 from ds_llmpq.wording import format_number
@@ -83,6 +90,9 @@ def _summary(plan: Plan, metrics: dict[str, Any] | None, scores: dict[str, Any] 
     for name in _TIMES:
         planned = format_number(getattr(predicted, f"{name}_seconds"), 4)
         rows.append([f"{name}, s", planned, *(_look_up(metrics, _PAIRS, f"{name}_seconds", side) for side in _SIDES)])
+    if (cost := predict_cost(plan)) is not None:
+        measured = (metrics or {}).get("cost")
+        rows.append(["cost", describe_cost(cost), "", describe_cost(measured) if measured else ""])
     proof = f", {plan.solver.proof}" if plan.solver.proof else ""
     section = Section(
         "summary",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ds_llmpq.report.plan_table import format_size, format_table
+from ds_llmpq.report.plan_table import describe_cost, format_size, format_table
 from ds_llmpq.wording import format_number
 
 TRUSTED = 0.15  # a run within that share of its prediction confirms the plan's times
@@ -30,6 +30,8 @@ def run_summary(metrics: dict[str, Any], verbose: bool = False) -> str:
             f"{measured['prefill_tokens']} were computed"
         )
     lines += compare_with_plan(metrics)
+    if cost := metrics.get("cost"):
+        lines.append(f"cost while serving: {describe_cost(cost)}")
     if verbose:
         lines.append(_stages(metrics["stages"]))
     if warnings := metrics.get("memory_warnings"):

@@ -22,7 +22,7 @@ from ds_llmpq.files import csv_cell, read_yaml, write_json
 from ds_llmpq.plan import BASELINES, ESTIMATES, PredictedTotals, read_plan
 from ds_llmpq.report import figures
 from ds_llmpq.report.metrics_file import REMEDY, read_metrics
-from ds_llmpq.report.plan_table import format_table
+from ds_llmpq.report.plan_table import format_table, predict_cost
 from ds_llmpq.validation import Label, Note, validate
 from ds_llmpq.wording import format_number
 
@@ -31,6 +31,7 @@ PAGE_NAME = "sweep.html"
 _WIDEST_CELL = 90  # characters; summary.csv has the whole text
 _SHOWN = ("throughput_tokens_per_second", "latency_seconds", "quality_loss", "stages", "widths", "gap", "failure")
 _MEASURED = ("measured_throughput_tokens_per_second", "measured_quality_loss")
+_COSTS = ("cost_per_million_generated_tokens", "measured_cost_per_million_generated_tokens")
 _BASELINE_KEY = "planner.baseline"  # swept: each baseline is a point of its own, and ours is null
 
 _exit_codes: ContextVar[list[int]] = ContextVar("exit codes of the points of a sweep that failed")
@@ -110,7 +111,7 @@ def write_summary(folder: Path, points: list[dict[str, Any]]) -> None:
     (folder / "summary.json").write_text(json.dumps(points, indent=1) + "\n")
     keys = list(dict.fromkeys(key for point in points for key in point["overrides"]))
     with open(folder / "summary.csv", "w", newline="") as stream:
-        fields = ["point", *map(csv_cell, keys), *_SHOWN, *_MEASURED, *BASELINES, "exit_code"]
+        fields = ["point", *map(csv_cell, keys), *_SHOWN, *_MEASURED, *_COSTS, *BASELINES, "exit_code"]
         writer = csv.DictWriter(stream, fields, extrasaction="ignore")
         writer.writeheader()
         rows = ({**point["overrides"], **point} for point in points)
@@ -141,10 +142,11 @@ def summary_text(points: list[dict[str, Any]]) -> str:
 
 def build_table(points: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """(head, rows) without empty columns; a baseline's cell also has our speed-up over it."""
-    columns = ["point", *_SHOWN[:3], *_MEASURED, *BASELINES, *_SHOWN[3:]]
-    columns = [name for name in columns if name in ("point", *_SHOWN) or any(point[name] for point in points)]
+    columns = ["point", *_SHOWN[:3], *_MEASURED, *_COSTS, *BASELINES, *_SHOWN[3:]]
+    columns = [name for name in columns if name in ("point", *_SHOWN) or any(point.get(name) for point in points)]
     names = {"throughput_tokens_per_second": "tokens/s", "measured_throughput_tokens_per_second": "measured"}
     names |= {"latency_seconds": "latency s", "quality_loss": "loss", "measured_quality_loss": "measured loss"}
+    names |= dict(zip(_COSTS, ("cost per million generated", "measured cost"), strict=True))
     names |= {"memory_proportional": "by memory", "single_device": "one device"}
     keys = find_varied(points)
     if _BASELINE_KEY in keys:
@@ -202,7 +204,7 @@ def _baseline(point: dict[str, Any], name: str) -> str:
 
 def read_point(folder: Path) -> dict[str, Any]:
     """A point as a flat record: predictions, measurements if it was run or scored, baselines, or its failure."""
-    empty = dict.fromkeys((*_SHOWN, *_MEASURED, *BASELINES), None)
+    empty = dict.fromkeys((*_SHOWN, *_MEASURED, *_COSTS, *BASELINES), None)
     empty |= {"point": folder.name, "overrides": _overrides(folder)}
     if (folder / _FAILURE).is_file():
         failure = read_failure(folder)
@@ -222,6 +224,8 @@ def read_point(folder: Path) -> dict[str, Any]:
         "widths": " ".join(map(str, widths)),
         "gap": plan.solver.gap,
         **{n: e.throughput_tokens_per_second for n, e in baselines.items() if isinstance(e, PredictedTotals)},
+        _COSTS[0]: (predict_cost(plan) or {}).get("per_million_generated_tokens"),
+        _COSTS[1]: _measured(folder / "metrics.json", "cost", "per_million_generated_tokens"),
         "measured_throughput_tokens_per_second": _measured(folder / "metrics.json", "measured", _SHOWN[0]),
         "measured_quality_loss": _measured(folder / "scores.json", "loss_increase", "measured"),
     }

@@ -62,6 +62,7 @@ def summarize(
             "decode_tokens_per_second": _rate(generated_tokens - rows, phases["decode"]),
             "throughput_tokens_per_second": _rate(generated_tokens, seconds),
         },
+        "cost": plan.compute_cost(seconds, prompt_tokens, generated_tokens),  # while serving, start-up not counted
         "predicted_against_measured": simulated
         and _fidelity(plan, simulated, seconds, phases) | {"expected_before": expected},
         "stages": [

@@ -25,6 +25,7 @@ from ds_llmpq.planner import Problem, ProgressEvent, check_plan, solve
 from ds_llmpq.planner.build import check_workload, micro_batches, prepare, usable_bits
 from ds_llmpq.planner.config import PlannerConfig, WorkloadConfig
 from ds_llmpq.planner.cost_source import FurtherSource, select_costs
+from ds_llmpq.planner.deadline import solve_by_deadline
 from ds_llmpq.planner.deploy import deploy
 from ds_llmpq.profiling.points import TimingTask
 from ds_llmpq.profiling.short_profile import calibrate
@@ -58,8 +59,13 @@ def make_plan(
     if settings.check:
         solved = check_plan(problem, read_assignment(make_absolute(settings.check)))
     else:
-        options = build_solver_options(settings.planner)
-        solved = solver(problem, progress=progress, least_gain=settings.planner.least_gain, **options)
+        planner = settings.planner
+        options = {"progress": progress, "least_gain": planner.least_gain, **build_solver_options(planner)}
+        if planner.deadline_seconds is None:
+            solved = solver(problem, **options)
+        else:
+            prices = None if settings.problem else Cluster.from_config(settings.cluster).sum_prices
+            solved = solve_by_deadline(problem, planner.deadline_seconds, prices, plan_for=solver, **options)
     plan = finish(solved)
     write_artefacts(plan, out)
     if simulated := simulate_workload(plan, row_buckets=_captures(settings)):

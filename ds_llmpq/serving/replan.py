@@ -46,7 +46,7 @@ def plan_without(
     while sequences:
         workload = WorkloadConfig(sequences, plan.workload.prompt_tokens, plan.workload.generated_tokens)
         for pins in [pinned, {}] if widths_free else [pinned]:
-            planner = replace(settings.planner, mode="theta", pins=pins, baseline=None)
+            planner = replace(settings.planner, mode="theta", pins=pins, baseline=None, deadline_seconds=None)
             asked = replace(settings, cluster=left, planner=planner, workload=workload, quant=quant)
             try:
                 return make_plan(asked, out, progress)

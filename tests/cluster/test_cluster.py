@@ -157,3 +157,25 @@ def test_common_dtype():
     apart = change("device_types.core.flops_per_second", {"bfloat16": 1.0})
     with pytest.raises(UserError, match="share no compute dtype"):
         choose_dtype(Cluster.from_config(apart))
+
+
+def test_prices_are_of_devices_and_their_hosts():
+    result = config()
+    hosts = result.hosts
+    assert Cluster.from_config(result).sum_prices([f"{hosts[0].name}:{hosts[0].devices[0].slot}"]) is None
+    hosts[0].price_per_hour = 2.0
+    hosts[0].devices[0].price_per_hour = 0.5
+    for host in hosts[1:]:
+        for device in host.devices:
+            device.price_per_hour = 0.25
+    cluster = Cluster.from_config(result)
+    own = [f"{host.name}:{device.slot}" for host in hosts for device in host.devices]
+    assert cluster.sum_prices(own[:1]) == 2.5
+    others = sum(len(host.devices) for host in hosts[1:])
+    assert cluster.sum_prices(own) == 2.5 + 0.25 * others
+    hosts[0].price_per_hour = None
+    with pytest.raises(UserError, match=rf"^device {own[1]} has no price_per_hour, but others have"):
+        Cluster.from_config(result)
+    hosts[0].devices[0].price_per_hour = -1.0
+    with pytest.raises(UserError, match=rf"price_per_hour of {own[0]} is -1.0; it must be at least 0"):
+        Cluster.from_config(result)

@@ -2,10 +2,13 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from report_folders import write_planned, write_run
 
+from ds_llmpq.plan import Deployment, read_plan, write_plan
+from ds_llmpq.report.plan_table import describe_plan, format_plan
 from ds_llmpq.report.run_report import write_run_report
 from ds_llmpq.report.run_summary import run_summary
 from ds_llmpq.serving.metrics import summarize
@@ -62,3 +65,22 @@ def test_the_verdict_follows_the_whole_run_and_names_the_phase_that_was_off(tmp_
     assert lines[3].startswith(f"verdict: the run took {expected}")
     assert len(lines) == 4
     assert metrics["stages"][0]["device"] in run_summary(metrics, verbose=True)
+
+
+def test_prices_become_the_cost_of_a_million_tokens(tmp_path):
+    write_run(tmp_path)
+    plan = read_plan(tmp_path / "plan.json")
+    assert plan.compute_cost(3600.0, 1, 1) is None
+    stages = tuple(replace(stage, host="a", kind="cpu", slot=j) for j, stage in enumerate(plan.stages))
+    plan = replace(plan, stages=stages, deployment=Deployment("float32", price_per_hour=3.0))
+    cost = plan.compute_cost(1800.0, prompt_tokens=2_000_000, generated_tokens=1_000_000)
+    assert cost == {"price_per_hour": 3.0, "total": 1.5, "per_million_generated_tokens": 1.5, "per_million_tokens": 0.5}
+    said = "1.5 in all at 3 an hour; per million tokens 1.5 (generated ones alone), 0.5 (prompts counted too)"
+    metrics = read(tmp_path) | {"cost": cost}
+    assert f"cost while serving: {said}" in run_summary(metrics)
+    for text in (format_plan(plan), describe_plan(plan)):
+        assert re.search(r"^cost: \S+ in all at 3 an hour; per million tokens \S+ \(generated", text, re.MULTILINE)
+    write_plan(tmp_path / "plan.json", plan)
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    assert said in write_run_report(tmp_path, tmp_path / "page")
+    assert said in (tmp_path / "page" / "report.html").read_text()

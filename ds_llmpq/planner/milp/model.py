@@ -1,12 +1,15 @@
 """One mixed-integer model as rows and columns, handed to Gurobi where its licence allows, else to HiGHS.
 
-Both solvers are imported when first used. pip's Gurobi licence is restricted to 2,000 columns and rows and expires.
+Both solvers are imported when first used. pip's Gurobi licence is restricted to 2,000 columns and rows and expires; a
+licence file lifts that (`find_gurobi_licence`).
 """
 
 import contextlib
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -16,6 +19,7 @@ from ds_llmpq.planner.linear import quiet_highs
 
 GUROBI_RESTRICTED = 2000
 GUROBI_LICENCE_ERRORS = (10009, 10010)  # expired or missing; too large for the licence
+LICENCE_VARIABLE = "GRB_LICENSE_FILE"
 MOST_THREADS = 8  # of a solver: beyond, branch and bound gains little and memory grows with each
 TOLERANCE = 1e-9  # the finest both solvers take: with their defaults (1e-5, 1e-6) a plan may exceed a device's memory
 ABSOLUTE_GAP = 1e-7  # of objectives scaled to about 1,000: never what stops a solver before the relative gap does
@@ -73,6 +77,15 @@ class LicenceRefused(Exception):
     """Gurobi's licence does not allow this model."""
 
 
+def find_gurobi_licence() -> Path | None:
+    """The file that GRB_LICENSE_FILE names, else gurobi.lic in /opt/gurobi, the home folder, or conf/ of the folder
+    that the command was started in."""
+    if named := os.environ.get(LICENCE_VARIABLE):
+        return Path(named)
+    places = (Path("/opt/gurobi"), Path.home(), Path.cwd() / "conf")
+    return next((place / "gurobi.lic" for place in places if (place / "gurobi.lic").is_file()), None)
+
+
 def count_threads() -> int:
     """Threads of a solver: the processors this process may use, up to `MOST_THREADS`."""
     return min(count_usable_cores(), MOST_THREADS)
@@ -89,7 +102,8 @@ def solve_model(
 ) -> Solution:
     """Minimise; only solutions better than `cutoff` count, so x is None when there is none."""
     limits = (max(seconds, 0.05), gap, cutoff, seed)
-    if solver == "gurobi" or (solver == "auto" and model.fits_restricted_licence()):
+    licensed = model.fits_restricted_licence() or find_gurobi_licence() is not None
+    if solver == "gurobi" or (solver == "auto" and licensed):
         try:
             return _gurobi(model, *limits)
         except LicenceRefused as error:
@@ -102,8 +116,14 @@ def _gurobi(model: Model, seconds: float, gap: float, cutoff: float, seed: int) 
     import gurobipy as gp
     from scipy.sparse import csr_matrix
 
+    if (licence := find_gurobi_licence()) is not None:
+        os.environ[LICENCE_VARIABLE] = str(licence)  # Gurobi is told of it in no other way
     try:
-        with gp.Env(params={"OutputFlag": 0}) as env, gp.Model(env=env) as m:
+        env = gp.Env(params={"OutputFlag": 0})
+    except gp.GurobiError as error:  # whatever is wrong with it, a licence server that cannot be reached included
+        raise LicenceRefused(f"its licence does not allow it: {error}") from None
+    try:
+        with env, gp.Model(env=env) as m:
             kinds = [
                 "B" if i and h <= 1 else ("I" if i else "C") for i, h in zip(model.integer, model.high, strict=True)
             ]
