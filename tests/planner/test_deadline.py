@@ -69,7 +69,9 @@ def test_the_least_cost_of_all_subsets_is_found(priced):
     assert min(compared, refused, fewer) > 2
 
 
-def test_with_theta_the_deadline_is_kept_at_the_least_loss():
+@pytest.mark.parametrize("limit", [None, 10.0])
+def test_a_high_theta_gives_way_to_the_deadline(limit):
+    """Without a limit of the loss, the plan is the least lossy in time; with one, the fastest that keeps it."""
     kept = 0
     for seed in range(400, 410):
         problem = Problem.from_json(random_problem(seed, layers=5, devices=2, widths=3, mode="theta"))
@@ -82,6 +84,8 @@ def test_with_theta_the_deadline_is_kept_at_the_least_loss():
         between = (fastest.predicted.latency_seconds + slow.predicted.latency_seconds) / 2
         if slow.predicted.latency_seconds <= between * 1.01:
             continue
+        if limit is not None:
+            lossless = replace(problem, objective=Objective("max_quality_loss", theta=1e6, limit=limit))
         plan = solve_by_deadline(lossless, between, **EXACT)
         assert plan.predicted.latency_seconds <= between * (1 + 1e-9)
         assert plan.predicted.quality_loss <= fastest.predicted.quality_loss + 1e-9
