@@ -56,11 +56,11 @@ def solve_by_deadline(
             "planner.deadline_seconds chooses the devices; leave planner.baseline and the pins order and layers out."
         )
     ends = time.monotonic() + time_limit_seconds
-    return _Search(problem, seconds, sum_prices, pins, ends, time_limit_seconds / SHARES, plan_for, options).run()
+    return _DeviceSearch(problem, seconds, sum_prices, pins, ends, time_limit_seconds / SHARES, plan_for, options).run()
 
 
 @dataclass
-class _Search:
+class _DeviceSearch:
     problem: Problem
     seconds: float
     sum_prices: Prices | None
