@@ -34,6 +34,16 @@ def lm_head_read_bytes(shape: ModelShape, bits: int, kernel: Kernel, groups: Gro
     return _read_bytes(shape.lm_head, bits, _lm_head_kernel(shape, bits, kernel, groups), groups, dtype_bytes)
 
 
+def layer_speedup(shape: ModelShape, bits: int, kernel: Kernel, groups: Groups, kind: str, rows: int) -> float | None:
+    """How many times as fast as unquantized the products of one layer are, where that was measured."""
+    return None if bits == UNQUANTIZED_BITS else layer_kernel(shape, bits, kernel, groups).speedup(kind, bits, rows)
+
+
+def lm_head_speedup(shape: ModelShape, bits: int, kernel: Kernel, groups: Groups, kind: str, rows: int) -> float | None:
+    """The same of lm_head."""
+    return None if bits == UNQUANTIZED_BITS else _lm_head_kernel(shape, bits, kernel, groups).speedup(kind, bits, rows)
+
+
 def layer_unpacking_bytes(shape: ModelShape, bits: int, kernel: Kernel, groups: Groups, dtype_bytes: int) -> float:
     """Bytes moved to unpack and dequantize all linears of one layer; 0 where they are not."""
     if bits == UNQUANTIZED_BITS:

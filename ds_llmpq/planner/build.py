@@ -57,7 +57,7 @@ def prepare(
 
     sensitivity: None takes the prior from published perplexities. kernel: how quantized linears run.
     make_costs: gives the times of a device type; None is the roofline. captured: GPU stages will capture their decode
-    passes, whose graphs take memory.
+    passes, whose graphs take memory and are launched at once.
     UserError: lengths beyond the model's positions, no usable bit width, no common compute dtype, an objective without
     its bound, an sensitivity of another model, or a number out of range.
     """
@@ -70,7 +70,7 @@ def prepare(
     if make_costs is None:
 
         def make_costs(device_type: DeviceType) -> LayerCosts:
-            return RooflineCosts(device_type, shape, dtype, groups, kernel, quant.lm_head_bits)
+            return RooflineCosts(device_type, shape, dtype, groups, kernel, quant.lm_head_bits, captured)
 
     costs = {name: make_costs(device_type) for name, device_type in cluster.device_types.items()}
     for device_type in cluster.device_types.values():

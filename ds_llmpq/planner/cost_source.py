@@ -41,10 +41,12 @@ def select_costs(
     dtype: str,
     kernel: Kernel,
     further: Mapping[str, FurtherSource] | None = None,
+    captured: bool = False,
 ) -> tuple[CostFactory | None, Cluster, Kernel]:
     """(`make_costs` for `prepare`, the cluster with measured links, the kernel that the times and the memory are of).
 
-    further: sources by name, beside our own. `UserError`: an unknown source, or one that a profile contradicts.
+    further: sources by name, beside our own. captured: decode passes run as graphs where no profile says.
+    `UserError`: an unknown source, or one that a profile contradicts.
     """
     further = further or {}
     if cost.source not in (*SOURCES, *further):
@@ -52,7 +54,7 @@ def select_costs(
     if cost.kernel is not None and cost.source != "roofline":
         raise UserError(f"cost.kernel={cost.kernel} needs cost.source=roofline, not {cost.source}")
     if cost.source == "auto":
-        return *load_profile_costs(planner, quant, cluster, shape, dtype, kernel), kernel
+        return *load_profile_costs(planner, quant, cluster, shape, dtype, kernel, captured), kernel
     if planner.profile is not None:
         raise UserError(f"cost.source={cost.source} and planner.profile contradict each other; give one of them")
     if cost.source == "roofline":
@@ -68,7 +70,13 @@ def _find_kernel(name: str, further: Mapping[str, FurtherSource]) -> Kernel:
 
 
 def load_profile_costs(
-    planner: PlannerConfig, quant: QuantConfig, cluster: Cluster, shape: ModelShape, dtype: str, kernel: Kernel
+    planner: PlannerConfig,
+    quant: QuantConfig,
+    cluster: Cluster,
+    shape: ModelShape,
+    dtype: str,
+    kernel: Kernel,
+    captured: bool = False,
 ) -> tuple[CostFactory | None, Cluster]:
     """(`make_costs` for `prepare`, the cluster with measured links); both as they were where no profile is given.
 
@@ -83,7 +91,7 @@ def load_profile_costs(
     model = load_model(folder, shape, setup, planner.profile_force)
 
     def make_costs(device_type: DeviceType) -> FittedCosts:
-        roofline = RooflineCosts(device_type, shape, dtype, groups, kernel, quant.lm_head_bits)
+        roofline = RooflineCosts(device_type, shape, dtype, groups, kernel, quant.lm_head_bits, captured)
         return FittedCosts(device_type, model, roofline)
 
     table = (folder if folder.is_dir() else folder.parent) / "links.csv"

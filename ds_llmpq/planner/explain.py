@@ -21,6 +21,7 @@ def explain_plan(problem: Problem, plan: Plan) -> list[str]:
     prediction = evaluate(problem, assignment)
     sentences = [_quantization(problem, plan), _balance(problem, assignment, prediction)]
     sentences += [_bottleneck(problem, plan, prediction, phase) for phase in ("prefill", "decode")]
+    sentences += _slow_low_bits(problem, plan)
     sentences += _left_out(problem, plan)
     sentences += _memory_worth(problem, plan, prediction)
     sentences += _against_baselines(problem, plan)
@@ -109,6 +110,21 @@ def _limit(problem: Problem, plan: Plan, stage: Stage, phase: str) -> str:
     if others and not spare:
         return "memory limits it: no other stage has room for one of its layers"
     return "compute and memory bandwidth limit it"
+
+
+def _slow_low_bits(problem: Problem, plan: Plan) -> list[str]:
+    """Where layers below 16 bits decode no faster than they would at 16."""
+    size, ratios = plan.micro_batch.decode, {}
+    for stage in plan.stages:
+        times = problem.device_types[stage.device_type].decode_layer_seconds
+        whole = times.get(UNQUANTIZED_BITS, {}).get(size)
+        for bits in sorted(set(stage.bits) - {UNQUANTIZED_BITS}):
+            if whole and times[bits][size] >= whole:
+                ratio = f"{times[bits][size] / whole:.2f}"
+                ratios[f"{bits} bits take {ratio} times as long as 16 on {stage.device_type}"] = None
+    if not ratios:
+        return []
+    return [f"At decode micro-batches of {size} low bits save memory, but no time: {', '.join(ratios)}."]
 
 
 def _left_out(problem: Problem, plan: Plan) -> list[str]:

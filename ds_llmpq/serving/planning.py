@@ -104,11 +104,11 @@ def build_problem(
     dtype, quant = settings.engine.dtype, _with_kernel(settings, cluster, shape)
     if (profile := _calibrate(settings, cluster, shape, workload, quant, show)) is not None:
         planner = replace(planner, profile=str(profile))
-    make_costs, cluster, kernel = select_costs(
-        settings.cost, planner, quant, cluster, shape, dtype, find_kernel(quant.kernel), sources
-    )
     # further sources have times of other systems, which captured nothing
     captured = _captures(settings) and settings.cost.source not in (sources or {})
+    make_costs, cluster, kernel = select_costs(
+        settings.cost, planner, quant, cluster, shape, dtype, find_kernel(quant.kernel), sources, captured
+    )
     prepared = prepare(cluster, shape, workload, quant, planner, sensitivity, dtype, kernel, make_costs, captured)
     return prepared.problem, lambda plan: deploy(plan, cluster, prepared, model, quant, kernel)
 

@@ -17,7 +17,7 @@ from ds_llmpq.cluster.cluster import Cluster
 from ds_llmpq.cluster.config import ClusterConfig, DeviceConfig, DeviceTypeConfig, HostConfig
 from ds_llmpq.cost import products
 from ds_llmpq.cost.arithmetic import attention_flops, head_flops, kv_bytes, linear_flops
-from ds_llmpq.cost.latency import RooflineCosts
+from ds_llmpq.cost.latency import CAPTURED_LAUNCHES_SHARE, RooflineCosts
 from ds_llmpq.engine.kv_cache import KVStore
 from ds_llmpq.engine.runner.captured_decode import CapturedDecode
 from ds_llmpq.models.checkpoint import Checkpoint
@@ -55,7 +55,7 @@ def measure_ceilings(run: Run) -> None:
 def make_costs(run: Run, shape: ModelShape, kernel: Kernel) -> RooflineCosts:
     """The planner's cost model with the rates that were measured just now, no profile."""
     cluster = Cluster.from_config(make_cluster(run))
-    return RooflineCosts(cluster.devices[0].type, shape, "bfloat16", make_groups(QuantConfig()), kernel)
+    return RooflineCosts(cluster.devices[0].type, shape, "bfloat16", make_groups(QuantConfig()), kernel, captured=True)
 
 
 def make_cluster(run: Run) -> ClusterConfig:
@@ -65,7 +65,7 @@ def make_cluster(run: Run) -> ClusterConfig:
         memory_bytes=int(0.95 * memory),
         memory_bandwidth_bytes_per_second=run.rates["bytes"],
         flops_per_second={name: run.rates[name] for name in ("bfloat16", "float32")},
-        kernel_overhead_seconds=products.LAYER_LAUNCHES * run.rates["launch"],
+        kernel_overhead_seconds=products.LAYER_LAUNCHES * run.rates["launch"] / CAPTURED_LAUNCHES_SHARE,
         bits=[2, 3, 4, 8, 16],
         source="measured by scripts/bench/gpu.py",
     )

@@ -81,3 +81,20 @@ def test_the_first_sentence_says_what_is_quantized_and_whether_memory_asked_for_
         assert f"{why}; expected to cost {format_number(plan.predicted.quality_loss)} nats a token, " in sentence
         seen.add(bool(short))
     assert seen == {"nothing", True, False}
+
+
+def test_low_bits_that_gain_no_time_are_named_once():
+    said = 0
+    for obj, plan in plans(range(40), layers=4, devices=2, widths=3):
+        size, slow = str(plan.micro_batch.decode), set()
+        for stage in plan.stages:
+            times = obj["device_types"][stage.device_type]["decode_layer_seconds"]
+            if times.get("16", {}).get(size) is not None:
+                low = {bits for bits in stage.bits if bits < 16 and times[str(bits)][size] >= times["16"][size]}
+                slow |= {(bits, stage.device_type) for bits in low}
+        found = [sentence for sentence in plan.explanation if "low bits save memory, but no time" in sentence]
+        assert len(found) == bool(slow)
+        said += len(found)
+        for bits, kind in slow:
+            assert re.search(rf"{bits} bits take [1-9][0-9]*\.[0-9]+ times as long as 16 on {kind}\b", found[0])
+    assert said

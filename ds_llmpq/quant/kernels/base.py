@@ -6,10 +6,13 @@ file asks for its name. Plans are made without torch, so a file imports torch an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
 
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.models.spec import DecoderSpec
@@ -51,6 +54,7 @@ class Kernel:
     cache_block: positions in a block of the KV cache; slots take whole blocks.
     whole_stage: all layers of a stage, unquantized ones too, run as one graph, and sums depend on all rows of a pass.
     layer_overhead_bytes: held for each layer beside its weights.
+    speedups: kind of device -> bits -> {rows: times as fast as an unquantized product}, where that was measured.
     """
 
     name: str
@@ -69,6 +73,7 @@ class Kernel:
     cache_block = 1
     whole_stage = False
     layer_overhead_bytes = 0
+    speedups: Mapping[str, Mapping[int, Mapping[int, float]]] = MappingProxyType({})
 
     @property
     def product_kernel(self) -> Kernel:
@@ -119,6 +124,14 @@ class Kernel:
         weights = out_features * in_features
         size = groups.of(bits, in_features)
         return weights * self.storage_bits[bits] // 8 + 2 * dtype_bytes * (weights // size)
+
+    def speedup(self, kind: str, bits: int, rows: int) -> float | None:
+        """How many times as fast as an unquantized product one of so many rows is; None: never measured, so that it is
+        computed from bytes and FLOPs."""
+        table = self.speedups.get(kind, {}).get(bits)
+        if not table:
+            return None
+        return float(np.interp(math.log2(rows), [math.log2(each) for each in table], [*table.values()]))
 
     def workspace_bytes(self, products: Sequence[tuple[int, int]], dtype_bytes: int) -> int:
         """Bytes beside inputs, weights and outputs while one of these (out, in features) is multiplied with."""
