@@ -52,7 +52,9 @@ def run(settings: ProfileConfig, out: Path) -> int:
 def _build_task(settings: ProfileConfig, cluster: Cluster) -> ProfilingTask:
     path, engine = str(config.make_absolute(settings.model.path)), settings.engine
     shape, given = read_shape(path), config.absolute_or_none(settings.input)
-    workload = size_workload(settings.workload, settings.model, given, settings.batch, shape, engine.refill)
+    workload = size_workload(
+        settings.workload, settings.model, given, settings.batch, shape, engine.refill, engine.shares_prefix
+    )
     check_workload(workload, shape)
     dtype = choose_dtype(cluster, engine.dtype)
     bits, _ = usable_bits(shape, settings.quant)

@@ -15,9 +15,15 @@ class ComputeConfig:
     # a request's greedy answer does not depend on which others it runs with: full decode micro-batches always, prefill
     # one by one
     batch_invariant: bool = False
+    # a prefix that most prompts begin with, as a system prompt, is computed once; not with batch_invariant
+    share_prefix: bool = True
     # decode passes are captured once for each shape and replayed: as CUDA graphs; null: where a stage is a GPU. true
     # without a GPU replays a trace, which proves that a model's passes can be captured and gains no speed
     decode_graphs: bool | None = None
+
+    @property
+    def shares_prefix(self) -> bool:
+        return self.share_prefix and not self.batch_invariant
 
     def captures(self, kinds: Iterable[str]) -> bool:
         """Whether decode passes of stages on devices of these kinds are captured: the same on all stages, whose
@@ -32,8 +38,6 @@ class EngineConfig(ComputeConfig):
     timeout_seconds: float = 1800.0  # a stage that hears nothing for so long gives up; loading counts
     master_port: int | None = None
     check_memory: bool = True  # before loading: is as much free on every device as the plan needs there
-    # a prefix that most prompts begin with, as a system prompt, is computed once; not with batch_invariant
-    share_prefix: bool = True
     # decode rounds that a free slot waits for others, to be refilled in one prefill pass; null: 8, but 0 where stages
     # are graphs, whose prefill costs the same a token for one row as for many
     patience_rounds: int | None = None

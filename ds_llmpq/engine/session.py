@@ -115,7 +115,8 @@ class Session:
     def limits(self) -> MicroBatchLimits:
         """Bounds of the micro-batches, as planned."""
         micro_batch, options = self.plan.micro_batch, self.options
-        tokens = micro_batch.prefill * self.plan.workload.prompt_tokens
+        workload = self.plan.workload
+        tokens = max(micro_batch.prefill * workload.prefill_tokens, workload.prompt_tokens)
         return MicroBatchLimits(
             prefill_rows=micro_batch.prefill,
             prefill_tokens=max(1, _LOGIT_BYTES // (4 * self.vocabulary)) if self.scorer else tokens,

@@ -54,6 +54,11 @@ class Workload:
     generated_tokens: Positive
     shared_tokens: Count = 0
 
+    @property
+    def prefill_tokens(self) -> int:
+        """Those of a prompt that its own prefill computes."""
+        return self.prompt_tokens - self.shared_tokens
+
 
 @dataclass(frozen=True)
 class MicroBatches:

@@ -62,7 +62,7 @@ def pair_arrays(problem: Problem, prefill_micro_batch: int, decode_micro_batch: 
     for (sender, receiver), link in links.pairs.items():
         latency[index[sender], index[receiver]] = link.latency_seconds
         per_byte[index[sender], index[receiver]] = link.seconds_per_byte
-    hidden, prompt_rows = links.hidden_bytes_per_token, prefill_micro_batch * workload.prompt_tokens
+    hidden, prompt_rows = links.hidden_bytes_per_token, prefill_micro_batch * workload.prefill_tokens
     return PairArrays(
         prefill_micro_batch=prefill_micro_batch,
         decode_micro_batch=decode_micro_batch,

@@ -91,6 +91,7 @@ def prepare(
             "sequences": workload.sequences,
             "prompt_tokens": workload.prompt_tokens,
             "generated_tokens": workload.generated_tokens,
+            "shared_tokens": workload.shared_tokens or 0,
         },
         "micro_batches": sizes,
         "device_types": {
@@ -134,11 +135,17 @@ def middle_share(cluster: Cluster, shape: ModelShape) -> float:
 
 
 def check_workload(workload: WorkloadConfig, shape: ModelShape) -> None:
-    """UserError: a count below 1, or prompt + generated tokens beyond the model's positions."""
+    """UserError: a count below 1, prompt + generated tokens beyond the model's positions, or a shared prefix that
+    leaves nothing of a prompt."""
     for name in ("sequences", "prompt_tokens", "generated_tokens"):
         value = getattr(workload, name)
         if value is None or value < 1:
             raise UserError(f"workload.{name}={value}; it must be at least 1")
+    if not 0 <= (workload.shared_tokens or 0) < workload.prompt_tokens:
+        raise UserError(
+            f"workload.shared_tokens={workload.shared_tokens}; it must be from 0 to {workload.prompt_tokens - 1}, one "
+            "less than workload.prompt_tokens"
+        )
     length = workload.prompt_tokens + workload.generated_tokens
     if shape.max_positions is not None and length > shape.max_positions:
         raise UserError(
@@ -212,7 +219,7 @@ def _type_entry(
     stage's to every layer.
     """
     past = workload.prompt_tokens + workload.generated_tokens / 2
-    prompt = workload.prompt_tokens
+    prompt = workload.prefill_tokens
     over = {
         "prefill": {size: costs.pass_overhead("prefill", size, prompt) for size in sizes["prefill"]},
         "decode": {size: costs.pass_overhead("decode", size, 1) for size in sizes["decode"]},
@@ -231,7 +238,7 @@ def _type_entry(
     return {
         "bits": feasible,
         "prefill_layer_seconds": {
-            str(width): layers("prefill", lambda size, width=width: costs.prefill_seconds(width, size, prompt))
+            str(width): layers("prefill", lambda size, width=width: _prefill_seconds(costs, width, size, workload))
             for width in feasible
         },
         "decode_layer_seconds": {
@@ -251,6 +258,16 @@ def _type_entry(
             str(size): costs.head_seconds(size) + over["decode"][size].last for size in with_head["decode"]
         },
     }
+
+
+def _prefill_seconds(costs: LayerCosts, width: int, size: int, workload: WorkloadConfig) -> float | None:
+    """Behind a shared prefix: whole prompts less prompts of the prefix alone, which leaves what attention to the prefix
+    costs, but the reading of weights out: so never less than prompts of what is computed."""
+    whole = costs.prefill_seconds(width, size, workload.prompt_tokens)
+    if not workload.shared_tokens or whole is None:
+        return whole
+    prefix = costs.prefill_seconds(width, size, workload.shared_tokens)
+    return max(whole - prefix, costs.prefill_seconds(width, size, workload.prefill_tokens))
 
 
 def _holds_head(device_type: DeviceType, lm_head_bits: int) -> bool:
@@ -277,9 +294,13 @@ def _memory_entry(
 ) -> dict[str, Any]:
     """`capturing`: so many devices capture decode passes; graphs are then counted in the workspace, those of an even
     share of layers and of one decode group a device. Their own memory is held while prefill works in its."""
-    capacity = workload.prompt_tokens + workload.generated_tokens
+    capacity, shared = workload.prompt_tokens + workload.generated_tokens, workload.shared_tokens or 0
     quantized = any(width != UNQUANTIZED_BITS for width in bits)
-    prefill = {s: memory.workspace_bytes(s, workload.prompt_tokens, 0, quantized) for s in sizes["prefill"]}
+    # a prompt without the prefix passes whole, alone
+    one = memory.workspace_bytes(1, workload.prompt_tokens, 0, quantized)
+    prefill = {
+        s: max(one, memory.workspace_bytes(s, workload.prefill_tokens, shared, quantized)) for s in sizes["prefill"]
+    }
     decode = {s: memory.workspace_bytes(s, 1, capacity - 1, quantized) for s in sizes["decode"]}
     if capturing:
         rows, layers = -(-workload.sequences // capturing), -(-memory.shape.layers // capturing)
@@ -289,7 +310,9 @@ def _memory_entry(
         decode = {s: value + graphs + pool[s] for s, value in decode.items()}
     return {
         "layer_bytes": {str(width): memory.layer_bytes(width) for width in bits},
-        "kv_bytes_per_sequence_layer": memory.kv_bytes_per_sequence_layer(capacity),
+        # the prefix is kept once more, which the sequences share out among them
+        "kv_bytes_per_sequence_layer": memory.kv_bytes_per_sequence_layer(capacity)
+        + memory.kv_bytes_per_sequence_layer(shared) / workload.sequences,
         "embed_bytes": memory.embed_bytes(),
         "head_bytes": memory.head_bytes(),
         "tied_head": memory.shares_embedding,

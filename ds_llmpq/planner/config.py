@@ -17,6 +17,14 @@ class WorkloadConfig:
     sequences: int | None = None
     prompt_tokens: int | None = None
     generated_tokens: int | None = None
+    # of each prompt, a prefix that is computed once (engine.share_prefix); null: as the first rows of the input file
+    # have it where another number is measured on them, else 0
+    shared_tokens: int | None = None
+
+    @property
+    def prefill_tokens(self) -> int:
+        """Those of a prompt that its own prefill computes."""
+        return self.prompt_tokens - (self.shared_tokens or 0)
 
 
 @dataclass

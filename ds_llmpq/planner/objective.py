@@ -88,7 +88,7 @@ def link_seconds(problem: Problem, stages: tuple[StageAssignment, ...], phase: s
     if len(stages) == 1:
         return (0.0,)
     links = problem.links
-    tokens = problem.workload.prompt_tokens if phase == "prefill" else 1
+    tokens = problem.workload.prefill_tokens if phase == "prefill" else 1
     forward, back = size * tokens * links.hidden_bytes_per_token, size * links.token_bytes
     ring = [*stages, stages[0]]
     seconds = []

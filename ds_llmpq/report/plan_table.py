@@ -100,9 +100,10 @@ def format_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def _summary(plan: Plan) -> list[str]:
     workload, predicted, solver = plan.workload, plan.predicted, plan.solver
     proof = f", {solver.proof}" if solver.proof else ""
+    shared = f", {workload.shared_tokens} of the prompt in common" if workload.shared_tokens else ""
     lines = [
         f"workload: {workload.sequences} sequences of {workload.prompt_tokens} prompt + {workload.generated_tokens} "
-        f"generated tokens; micro-batches of {plan.micro_batch.prefill} in prefill, "
+        f"generated tokens{shared}; micro-batches of {plan.micro_batch.prefill} in prefill, "
         f"{plan.micro_batch.decode} in decode",
         f"predicted: {format_number(predicted.latency_seconds, 4)} s a batch (prefill "
         f"{format_number(predicted.prefill_seconds, 4)}, decode {format_number(predicted.decode_seconds, 4)}), "

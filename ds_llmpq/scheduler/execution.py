@@ -69,7 +69,7 @@ class PlanCost:
             tuple(stage.decode_seconds for stage in plan.stages),
             plan.micro_batch.prefill,
             plan.micro_batch.decode,
-            plan.workload.prompt_tokens,
+            plan.workload.prefill_tokens,
         )
 
     def own_steps(self, prompt_tokens: int) -> float:

@@ -232,10 +232,10 @@ class Driver:
 
     def _choose_prefix(self) -> tuple[int, ...]:
         """What most prompts begin with and is to be computed once, if there is room to keep it; () if nothing is."""
-        plan, engine = self.job.plan, self.job.engine
+        plan = self.job.plan
         rotary = read_shape(self.job.model_path).spec.rotary
         # a row's arithmetic is the same in any company; angles that change with a row's length fit no other's prefix
-        if not engine.share_prefix or engine.batch_invariant or any(kind.kind == "longrope" for _, kind in rotary):
+        if not self.job.engine.shares_prefix or any(kind.kind == "longrope" for _, kind in rotary):
             return ()
         prompts, block = [each.prompt_ids for each in self.prepared], find_cache_block(plan)
         prefix = find_shared_prefix(prompts, plan.workload.prompt_tokens, block)

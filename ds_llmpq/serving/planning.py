@@ -97,6 +97,7 @@ def build_problem(
         settings.batch,
         shape,
         settings.engine.refill,
+        settings.engine.shares_prefix,
     )
     sensitivity = read_sensitivity(planner.sensitivity) if planner.sensitivity else None
     if sensitivity is not None:

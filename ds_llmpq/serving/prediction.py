@@ -49,7 +49,7 @@ class PlanTimes:
         return self._link("decode", -1)
 
     def _share(self, rows: int, tokens: int) -> float:
-        return rows * tokens / (self.plan.micro_batch.prefill * self.plan.workload.prompt_tokens)
+        return rows * tokens / (self.plan.micro_batch.prefill * self.plan.workload.prefill_tokens)
 
     def _link(self, phase: str, index: int) -> float:
         links = self.plan.deployment and self.plan.deployment.link_seconds
@@ -74,10 +74,11 @@ def simulate_workload(plan: Plan, row_buckets: bool) -> list[SimulatedRun] | Non
     """With the plan's own workload, all sequences alike. `row_buckets`: as passes that are captured have them."""
     workload, sizes = plan.workload, plan.micro_batch
     limits = MicroBatchLimits(
-        sizes.prefill, sizes.prefill * workload.prompt_tokens, sizes.decode, row_buckets=row_buckets
+        sizes.prefill, sizes.prefill * workload.prefill_tokens, sizes.decode, row_buckets=row_buckets
     )
     lengths = [(workload.prompt_tokens, workload.generated_tokens)] * workload.sequences
-    return simulate_streams(plan, [(workload.sequences, lengths, ())], limits)
+    shared = [workload.shared_tokens] * workload.sequences
+    return simulate_streams(plan, [(workload.sequences, lengths, shared)], limits)
 
 
 def name_stages(plan: Plan) -> list[dict]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from ds_llmpq.cluster.config import ClusterConfig
@@ -44,7 +44,7 @@ def plan_without(
     last: InfeasibleError | None = None
     sequences = plan.workload.sequences
     while sequences:
-        workload = WorkloadConfig(sequences, plan.workload.prompt_tokens, plan.workload.generated_tokens)
+        workload = WorkloadConfig(**asdict(plan.workload) | {"sequences": sequences})
         for pins in [pinned, {}] if widths_free else [pinned]:
             planner = replace(settings.planner, mode="theta", pins=pins, baseline=None, deadline_seconds=None)
             asked = replace(settings, cluster=left, planner=planner, workload=workload, quant=quant)

@@ -24,9 +24,10 @@ from ds_llmpq.models.config import ModelConfig
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.models.tokenizer import load_tokenizer
 from ds_llmpq.planner.config import WorkloadConfig
+from ds_llmpq.scheduler.prefix import find_shared_prefix
 from ds_llmpq.serving.ordering import predict_answers, validate_batch
 
-DEFAULT = WorkloadConfig(sequences=32, prompt_tokens=512, generated_tokens=100)
+DEFAULT = WorkloadConfig(sequences=32, prompt_tokens=512, generated_tokens=100, shared_tokens=0)
 _LOOKED_AT = 2000  # requests; a longer file is taken to go on like its beginning
 _FITTING = {"worst_case": 1.0, "q95": 0.95, "q90": 0.9}  # share of the requests that fit a slot as planned
 
@@ -38,18 +39,27 @@ def size_workload(
     batch: BatchConfig,
     shape: ModelShape,
     refill: bool = True,
+    share: bool = False,
 ) -> WorkloadConfig:
     """`workload` with its open numbers filled in: from the first requests of the input file (their number, the longest
-    prompt, the longest answer they allow, or with `batch.predictor` the answers it expects), or the defaults where
-    there is no input or no tokenizer. `refill`: whether the engine refills slots. `UserError`: a predictor of no use.
+    prompt, the longest answer they allow, or with `batch.predictor` the answers it expects; the prefix they begin
+    with), or the defaults where there is no input or no tokenizer. `refill`: whether the engine refills slots. `share`:
+    whether it computes a shared prefix once. `UserError`: a predictor of no use.
     """
     fields = ("sequences", "prompt_tokens", "generated_tokens")
     open_fields = [name for name in fields if getattr(workload, name) is None]
     if not open_fields:
         return workload
     measured = _measure(path, model, batch, shape, workload.sequences, refill) if path and model.path else DEFAULT
-    filled = replace(workload, **{name: getattr(measured, name) for name in open_fields})
-    return _cut_to_model(filled, open_fields, shape)
+    if workload.shared_tokens is None:
+        measured = replace(measured, shared_tokens=measured.shared_tokens if share else 0)
+        open_fields.append("shared_tokens")
+    filled = _cut_to_model(
+        replace(workload, **{name: getattr(measured, name) for name in open_fields}), open_fields, shape
+    )
+    if "shared_tokens" in open_fields and filled.shared_tokens >= filled.prompt_tokens:
+        return replace(filled, shared_tokens=0)  # the user gave shorter prompts than there are
+    return filled
 
 
 def _measure(
@@ -71,7 +81,8 @@ def _measure(
         generated_tokens = max(request.max_tokens for request in prepared)
     else:
         generated_tokens = _predict_tokens(prepared, validate_batch(batch), model, prompt_tokens, sequences, refill)
-    return WorkloadConfig(sequences, prompt_tokens, generated_tokens)
+    prefix = find_shared_prefix([request.prompt_ids for request in prepared], prompt_tokens)
+    return WorkloadConfig(sequences, prompt_tokens, generated_tokens, len(prefix))
 
 
 def _predict_tokens(

@@ -73,7 +73,7 @@ def prepared_of(file):
 
 def test_without_a_predictor_every_request_fits_a_slot(file):
     found = sized(file, BatchConfig())
-    assert found == WorkloadConfig(32, max(each.prompt_tokens for each in prepared_of(file)), LIMIT)
+    assert found == WorkloadConfig(32, max(each.prompt_tokens for each in prepared_of(file)), LIMIT, 0)
 
 
 @pytest.mark.parametrize(("admission", "most_longer"), [("q95", 0.05), ("q90", 0.1)])
@@ -105,6 +105,28 @@ def test_without_refill_a_wave_lasts_as_long_as_its_longest(file, predictor):
     by_sequences = [sized(file, batch, refill=False, sequences=count).generated_tokens for count in (1, 4, 16, 64)]
     assert by_sequences == sorted(by_sequences)
     assert by_sequences[-1] > sized(file, batch).generated_tokens > by_sequences[0]
+
+
+def test_a_prefix_that_prompts_share_is_measured(tmp_path):
+    """Where the engine shares one, and the prompts that the user gave are longer."""
+    path = tmp_path / "rows.jsonl"
+    rows = [
+        {"custom_id": f"{n}", "method": "POST", "url": "/v1/completions",
+         "body": {"prompt": [*range(100, 150), *range(200 + n, 210 + n)], "max_tokens": 9}}
+        for n in range(12)
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def measured(share=True, **given):
+        model = ModelConfig(path=str(TINY))
+        found = size_workload(
+            WorkloadConfig(**given), model, str(path), BatchConfig(), read_shape(str(TINY)), True, share
+        )
+        return found.shared_tokens
+
+    assert measured() == 50
+    assert measured(share=False) == measured(prompt_tokens=50) == 0
+    assert measured(shared_tokens=7) == 7
 
 
 def test_given_numbers_stay(file, predictor):
