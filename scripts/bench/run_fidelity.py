@@ -157,7 +157,7 @@ def pass_pairs(folder: Path) -> list[TimePair]:
     plan = read_plan(folder.with_suffix(".json"))
     spans = defaultdict(list)
     for event in json.loads((folder / "trace.json").read_text())["traceEvents"]:
-        spans[event["pid"], event["name"]].append(event["dur"] / 1e6)
+        spans[event["pid"], event["name"]].append(event.get("dur", 0.0) / 1e6)  # a stage's name has none
     pairs = []
     for index, stage in enumerate(plan.stages):
         sampling = lower_quartile(spans.get((index, "sample"), [0.0]))
