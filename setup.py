@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # a build's own process does not start in this folder
-from ds_llmpq.versions import EXTRAS, REQUIREMENTS, requirement_lines
+from ds_llmpq.versions import EXTRAS, REQUIREMENTS, format_requirements
 
 setup(
     name="ds_llmpq",
@@ -34,7 +34,7 @@ setup(
         "ds_llmpq.assets.launch": ["*.jsonl"],
         "ds_llmpq.assets.tiny_llama": ["*"],
     },
-    install_requires=requirement_lines(REQUIREMENTS),
-    extras_require={extra: requirement_lines(versions) for extra, versions in EXTRAS.items()},
+    install_requires=format_requirements(REQUIREMENTS),
+    extras_require={extra: format_requirements(versions) for extra, versions in EXTRAS.items()},
     entry_points={"console_scripts": ["ds-llmpq = ds_llmpq.cli:main"]},
 )

@@ -82,7 +82,7 @@ class LLM:
         if not (folder / "config.json").is_file():
             raise UserError(f"model {folder} is no checkpoint: it has no config.json; give a local folder.")
         own = [f"{key}={_override(value)}" for key, value in (settings or {}).items()]
-        composed = config.composed("run", [*_cluster_override(cluster), *own])
+        composed = config.compose_settings("run", [*_cluster_override(cluster), *own])
         loaded = config.to_object(composed, RunConfig)
         if isinstance(cluster, (Mapping, ClusterConfig)):
             own_cluster = config.parse_cluster(cluster) if isinstance(cluster, Mapping) else cluster

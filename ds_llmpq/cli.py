@@ -20,7 +20,7 @@ from ds_llmpq import __version__, completion, config
 from ds_llmpq.batch.results import check_folder
 from ds_llmpq.engine.openmp import wait_briefly
 from ds_llmpq.errors import Interrupted, RunFailed, UserError
-from ds_llmpq.files import keep_open_pipe, unwritable_as_mistake
+from ds_llmpq.files import keep_open_pipe, refuse_unwritable
 from ds_llmpq.report import sweep, sweep_cache
 from ds_llmpq.versions import check_versions
 
@@ -100,7 +100,7 @@ def _through_hydra(command: str, arguments: list[str]) -> int:
     arguments = config.prepare(command, arguments, sweep=bool({"-m", "--multirun"} & set(flags)))
     if not flags:
         # says a mistake in one sentence before Hydra says it in many lines
-        composed = config.composed(command, arguments)
+        composed = config.compose_settings(command, arguments)
         if any(argument.startswith("out=") for argument in arguments):
             _check_room(check_folder(config.make_absolute(composed.out)))
     codes: list[int] = []
@@ -132,7 +132,7 @@ def _run(command: str, composed: DictConfig) -> int:
         return _point(command, module, composed, out)
     try:
         held_work = sweep.holds_work(out)
-        with unwritable_as_mistake(out):
+        with refuse_unwritable(out):
             settings = config.to_object(composed, config.COMMANDS[command])
             if getattr(settings, "input", None):
                 settings.input = str(keep_open_pipe(settings.input, out))
@@ -155,7 +155,7 @@ def _point(command: str, module: ModuleType, composed: DictConfig, out: Path) ->
             return 0
         sweep_cache.forget(out)
         sweep.forget_failure(out)
-        with unwritable_as_mistake(out):
+        with refuse_unwritable(out):
             code = module.run(config.to_object(composed, config.COMMANDS[command]), out)
         if code == 0:
             sweep_cache.note_done(out, command, made)

@@ -87,13 +87,13 @@ def complete(command: str, word: str) -> list[str]:
     if command not in config.COMMANDS:
         return []
     kind = config.COMMANDS[command]
-    groups = overrides.groups_of(kind, config.conf_folder())
+    groups = overrides.list_groups(kind, config.conf_folder())
     key, equals, start = word.partition("=")
     if equals:
         return [f"{key}={name}" for name in groups.get(key.lstrip("+"), ()) if name.startswith(start)]
     plus, word = word[: len(word) - len(word.lstrip("+"))], word.lstrip("+")
     found = [f"{name}=" for name in groups]
-    names = overrides.keys_of(kind)
+    names = overrides.list_keys(kind)
     inner = {name.rpartition(".")[0] for name in names}
     depth = word.count(".")
     for name in names:

@@ -74,7 +74,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("asset", asset, replace=True)
     OmegaConf.register_new_resolver("gib", lambda number: int(float(number) * 2**30), replace=True)
     OmegaConf.register_new_resolver("mib", lambda number: int(float(number) * 2**20), replace=True)
-    OmegaConf.register_new_resolver("point_folder", overrides.point_folder, replace=True)
+    OmegaConf.register_new_resolver("point_folder", overrides.name_point_folder, replace=True)
     OmegaConf.register_new_resolver("published_model", find_published_model, replace=True)
     store = ConfigStore.instance()
     for command, node in COMMANDS.items():
@@ -82,7 +82,7 @@ def register() -> None:
             store.store(name=f"{command}_schema", node=node)
 
 
-def composed(command: str, arguments: list[str]) -> DictConfig:
+def compose_settings(command: str, arguments: list[str]) -> DictConfig:
     """The configuration of a command, composed without running it. `UserError` for an unknown key or a wrong value."""
     register()
     prepared = prepare(command, arguments)
@@ -109,7 +109,7 @@ def to_object(config: DictConfig, kind: type[T]) -> T:
     return result
 
 
-def known_device_types() -> dict[str, DeviceTypeConfig]:
+def read_device_types() -> dict[str, DeviceTypeConfig]:
     """The device types of conf/device by name."""
     files = sorted((conf_folder() / "device").glob("*.yaml"))
     return {file.stem: _typed(file, DeviceTypeConfig) for file in files}
@@ -147,7 +147,7 @@ def _needs_no_cluster(settings: PlanningConfig | ProfileConfig) -> bool:
 def _detect_cluster() -> ClusterConfig:
     """This host's GPUs, or its processor as one stage; a line on stderr says which. Rates of the processor, and of GPUs
     that no type covers, are measured once and kept."""
-    known, gpus, cores = known_device_types(), query_gpus(), count_usable_cores()
+    known, gpus, cores = read_device_types(), query_gpus(), count_usable_cores()
     rates = None
     if not gpus and (rates := recall_rates("cpu", cores, f"{processor_name()}, {cores} threads")) is None:
         rates = {"flops_per_second": dict(known["cpu_core"].flops_per_second)}

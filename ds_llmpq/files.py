@@ -349,7 +349,7 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def unwritable_as_mistake(folder: Path) -> Iterator[None]:
+def refuse_unwritable(folder: Path) -> Iterator[None]:
     """A full disk or a folder that may not be written, wherever it is met, as one sentence."""
     try:
         yield

@@ -86,9 +86,9 @@ def find_present(key: str) -> str | None:
     return None if former is None else FORMER_KEYS[former] + key[len(former) :]
 
 
-def point_folder(*, _root_: DictConfig) -> str:
+def name_point_folder(*, _root_: DictConfig) -> str:
     """The folder of one point of a sweep: its overrides, with a part of them and a hash where they are too long for a
-    name, or hold what would be a folder of its own. Resolver of `${point_folder:}`."""
+    name, or hold what would be a folder of its own. Resolver of `${name_point_folder:}`."""
     name = str(_root_.hydra.job.override_dirname)
     plain = name.replace("/", "_")
     if plain == name and len(name.encode()) <= _LONGEST_NAME:
@@ -98,7 +98,7 @@ def point_folder(*, _root_: DictConfig) -> str:
     return f"{plain.encode()[:room].decode(errors='ignore')}-{digest}"
 
 
-def keys_of(kind: type) -> list[str]:
+def list_keys(kind: type) -> list[str]:
     """Every dotted key of a command, groups first, in the order of its dataclass."""
     return list(_walked(OmegaConf.structured(kind)))
 
@@ -116,7 +116,7 @@ def path_keys(kind: type) -> frozenset[str]:
     return frozenset(found)
 
 
-def groups_of(kind: type, conf: Path) -> dict[str, list[str]]:
+def list_groups(kind: type, conf: Path) -> dict[str, list[str]]:
     """Groups of configuration that a command takes -> the names of their entries."""
     own = set(OmegaConf.structured(kind))
     found = {}
@@ -228,7 +228,7 @@ def _parsed(argument: str) -> Any:
 
 
 def _unknown(command: str, kind: type, key: str, conf: Path) -> str:
-    known = [*keys_of(kind), *groups_of(kind, conf), *_FOLDERS]
+    known = [*list_keys(kind), *list_groups(kind, conf), *_FOLDERS]
     near = get_close_matches(key, known, n=1, cutoff=0.7)
     if not near:  # the right name in another group
         last = key.rpartition(".")[2]

@@ -87,6 +87,6 @@ def check_version(name: str, wanted: str, required: bool = True) -> None:
         )
 
 
-def requirement_lines(versions: dict[str, str]) -> list[str]:
+def format_requirements(versions: dict[str, str]) -> list[str]:
     """As `setup.py` wants them: `name>=low,<high`."""
     return [f"{name}{wanted}" for name, wanted in versions.items()]

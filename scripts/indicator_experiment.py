@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from ds_llmpq.config import asset
 from ds_llmpq.models.checkpoint import Checkpoint
-from ds_llmpq.models.corpus import EVALUATION, calibration_rows, read_text
+from ds_llmpq.models.corpus import EVALUATION, read_text, select_calibration_rows
 from ds_llmpq.models.tokenizer import load_tokenizer
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.report.plan_table import format_table
@@ -111,7 +111,7 @@ def measured_plans(args, chosen: list[Choice]) -> tuple[dict[tuple[int, ...], Lo
     """What every chosen plan loses on the evaluation text, and the loss at full precision."""
     quant = QuantConfig(group_size=args.group_size)
     tokenizer = load_tokenizer(args.model)
-    tokens = calibration_rows(read_text(args.text, EVALUATION), tokenizer, args.rows, args.tokens)
+    tokens = select_calibration_rows(read_text(args.text, EVALUATION), tokenizer, args.rows, args.tokens)
     model = Layerwise(Checkpoint(args.model), quant, tokens, torch.device(args.device))
     bar = tqdm(desc="measure", unit="layer")
 

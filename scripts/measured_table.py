@@ -94,7 +94,7 @@ def made(overrides: list[str], folder: Path) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "plan.json"
     if not file.is_file():
-        make_plan(config.to_object(config.composed("plan", overrides), PlanConfig), folder)
+        make_plan(config.to_object(config.compose_settings("plan", overrides), PlanConfig), folder)
     return {"thetas": [], "plan": read_plan(file), "file": file}
 
 

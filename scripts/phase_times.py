@@ -34,7 +34,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     arguments, overrides = parser.parse_known_args()
     try:
-        rows = times(config.load_cluster(config.to_object(config.composed("plan", overrides), PlanConfig)))
+        rows = times(config.load_cluster(config.to_object(config.compose_settings("plan", overrides), PlanConfig)))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -75,7 +75,7 @@ def main() -> int:
 
 def distinct_plans(thetas: list[float], overrides: list[str], out: Path) -> list[dict[str, Any]]:
     """One entry a plan: its file, and the thetas that led to it."""
-    settings = config.load_cluster(config.to_object(config.composed("plan", overrides), PlanConfig))
+    settings = config.load_cluster(config.to_object(config.compose_settings("plan", overrides), PlanConfig))
     found: dict[str, dict[str, Any]] = {}
     for theta in sorted(thetas):
         folder = out / f"theta{theta:g}"

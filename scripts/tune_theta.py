@@ -38,7 +38,7 @@ def main() -> int:
         return 1
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        settings = config.load_cluster(config.to_object(config.composed("plan", overrides), PlanConfig))
+        settings = config.load_cluster(config.to_object(config.compose_settings("plan", overrides), PlanConfig))
         found = tune(optuna, settings, arguments.target, arguments.trials, arguments.seed, arguments.out)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -10,7 +10,7 @@ import sys
 from importlib import metadata
 
 from ds_llmpq.errors import UserError
-from ds_llmpq.versions import EXTRAS, REQUIREMENTS, check_version, requirement_lines
+from ds_llmpq.versions import EXTRAS, REQUIREMENTS, check_version, format_requirements
 
 TOLD = ("torch", "transformers", "deepspeed", "hqq", "openvino", "numpy", "lm_eval")
 
@@ -18,7 +18,7 @@ TOLD = ("torch", "transformers", "deepspeed", "hqq", "openvino", "numpy", "lm_ev
 def main(option: str | None) -> None:
     wanted = REQUIREMENTS | EXTRAS["dev"]
     if option == "--allowed":
-        print(*requirement_lines({name: wanted[name] for name in wanted if name != "torch"}), sep="\n")
+        print(*format_requirements({name: wanted[name] for name in wanted if name != "torch"}), sep="\n")
     elif option == "--any":
         print(*(name for name in wanted if name != "torch"), sep="\n")
     elif option == "--outside":

@@ -145,7 +145,7 @@ def test_a_plan_is_made_and_kept(tmp_path):
 
 
 def test_a_cluster_may_be_an_object_or_a_dict():
-    composed = config.to_object(config.composed("run", ["cluster=local_cpu2"]), config.COMMANDS["run"]).cluster
+    composed = config.to_object(config.compose_settings("run", ["cluster=local_cpu2"]), config.COMMANDS["run"]).cluster
     kind = {"memory_bytes": 2**32, "kind": "cpu", "memory_bandwidth_bytes_per_second": 1e10}
     kind["flops_per_second"] = {"float32": 1e10}
     devices = [{"type": "core", "slot": 0}]

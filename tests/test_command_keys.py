@@ -47,7 +47,7 @@ def test_each_key_of_a_command_is_read_in_the_modules_it_uses(command):
     if command in STARTS_RANKS:
         modules |= modules_below("ds_llmpq.commands.serve")
     words = set().union(*map(words_of, modules))
-    leaves = {key.rpartition(".")[2]: key for key in overrides.keys_of(config.COMMANDS[command])}
+    leaves = {key.rpartition(".")[2]: key for key in overrides.list_keys(config.COMMANDS[command])}
     assert not {key for leaf, key in leaves.items() if leaf not in words | OF_THE_BORDER}
 
 
@@ -64,7 +64,7 @@ def test_each_key_of_a_command_is_read_in_the_modules_it_uses(command):
 def test_keys_that_make_no_sense_for_a_command_are_refused(command, refused):
     for argument in refused:
         with pytest.raises(config.UserError, match=f"is no key of `ds-llmpq {command}`"):
-            config.composed(command, [argument])
+            config.compose_settings(command, [argument])
 
 
 def test_path_keys_are_those_of_the_dataclasses():

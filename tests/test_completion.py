@@ -24,8 +24,8 @@ TYPED = {
 
 @pytest.mark.parametrize("command", sorted(config.COMMANDS))
 def test_every_key_can_be_reached_and_nothing_else_is_offered(command):
-    keys = set(overrides.keys_of(config.COMMANDS[command])) | set(
-        overrides.groups_of(config.COMMANDS[command], config.conf_folder())
+    keys = set(overrides.list_keys(config.COMMANDS[command])) | set(
+        overrides.list_groups(config.COMMANDS[command], config.conf_folder())
     )
     seen, words = set(), [""]
     while words:

@@ -54,7 +54,7 @@ def test_every_folder_of_configurations_is_tested_here():
 @pytest.mark.parametrize("command", sorted(config.COMMANDS))
 def test_a_command_composes(command):
     kind = config.COMMANDS[command]
-    assert isinstance(config.to_object(config.composed(command, []), kind), kind)
+    assert isinstance(config.to_object(config.compose_settings(command, []), kind), kind)
 
 
 @pytest.fixture
@@ -83,20 +83,25 @@ def test_an_experiment_composes_with_the_ends_of_what_it_sweeps(group, entry):
             override = OverridesParser.create().parse_override(f"{key}={values}")
             assert override.is_sweep_override(), f"{key} takes one value only"
             chosen.append(f"{key}={list(override.sweep_string_iterator())[end]}")
-        made = config.composed(command, [f"{'+' * (group == 'experiment')}{group}={entry}", *chosen])
+        made = config.compose_settings(command, [f"{'+' * (group == 'experiment')}{group}={entry}", *chosen])
         assert isinstance(config.to_object(made, config.COMMANDS[command]), config.COMMANDS[command])
 
 
 def test_a_cluster_and_an_ablation_go_together():
-    made = config.to_object(config.composed("plan", ["cluster=cluster9", "+experiment=[paper,grouping]"]), PlanConfig)
+    made = config.to_object(
+        config.compose_settings("plan", ["cluster=cluster9", "+experiment=[paper,grouping]"]), PlanConfig
+    )
     assert (made.cluster.name, made.ablation.variant) == ("cluster9", "grouped")
     assert made.model.shape["num_hidden_layers"] == 48
 
 
 def test_a_cluster_without_a_published_model_is_one_sentence():
     with pytest.raises(config.UserError, match=r"cluster=demo_cpu2 was not published .*; give model=NAME, too\.$"):
-        config.composed("plan", ["+experiment=paper", "cluster=demo_cpu2"])
-    assert config.composed("plan", ["+experiment=paper", "cluster=demo_cpu2", "model=tiny"]).cluster.name == "demo_cpu2"
+        config.compose_settings("plan", ["+experiment=paper", "cluster=demo_cpu2"])
+    assert (
+        config.compose_settings("plan", ["+experiment=paper", "cluster=demo_cpu2", "model=tiny"]).cluster.name
+        == "demo_cpu2"
+    )
 
 
 def test_the_papers_clusters_are_all_there():
@@ -118,19 +123,19 @@ def test_the_papers_clusters_are_all_there():
 )
 def test_a_wrong_override_is_one_line(override, said):
     with pytest.raises(UserError) as caught:
-        config.composed("plan", [override])
+        config.compose_settings("plan", [override])
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_a_missing_group_entry_names_those_that_exist():
     with pytest.raises(UserError, match=r"Available in 'cluster' are auto, cluster1, .*local_cpu2"):
-        config.composed("plan", ["cluster=nope"])
+        config.compose_settings("plan", ["cluster=nope"])
 
 
 @pytest.mark.parametrize("path", ["/a/b.json", "a=1,b=[2]/p.json", "with space/x", "it's/x", "back\\slash", "é/x"])
 def test_a_path_survives_the_command_line(path):
-    settings = config.to_object(config.composed("plan", [f"problem={path}"]), config.COMMANDS["plan"])
+    settings = config.to_object(config.compose_settings("plan", [f"problem={path}"]), config.COMMANDS["plan"])
     assert settings.problem == path
 
 
@@ -140,7 +145,7 @@ def test_what_is_quoted_already_stays():
 
 
 def test_sizes_and_assets_resolve(tmp_path):
-    settings = config.to_object(config.composed("plan", ["cluster=demo_cpu2"]), config.COMMANDS["plan"])
+    settings = config.to_object(config.compose_settings("plan", ["cluster=demo_cpu2"]), config.COMMANDS["plan"])
     assert all(device.memory_bytes % 2**20 == 0 for device in settings.cluster.hosts[0].devices)
     assert Path(config.asset("demo_prompts.jsonl")).is_file()
     with pytest.raises(UserError, match="asset:nothing"):
@@ -150,7 +155,7 @@ def test_sizes_and_assets_resolve(tmp_path):
 def test_a_cluster_file_takes_the_groups_place(tmp_path):
     file = tmp_path / "cluster.yaml"
     file.write_text("name: mine\nhosts:\n- {name: a, devices: [{type: t4}]}\n")
-    settings = config.to_object(config.composed("plan", [f"cluster_file={file}"]), config.COMMANDS["plan"])
+    settings = config.to_object(config.compose_settings("plan", [f"cluster_file={file}"]), config.COMMANDS["plan"])
     assert config.cluster_of(settings).name == "mine"
     file.write_text("name: mine\nhosst: []\n")
     with pytest.raises(UserError, match="hosst"):
@@ -166,7 +171,7 @@ def test_a_cluster_file_takes_the_groups_place(tmp_path):
 def test_variables_of_the_command_line_go_with_a_cluster_file(tmp_path):
     file = tmp_path / "cluster.yaml"
     file.write_text("name: mine\nenv: {NCCL_DEBUG: INFO}\n")
-    composed = config.composed("plan", [f"cluster_file={file}", "+cluster.env.OWN=1"])
+    composed = config.compose_settings("plan", [f"cluster_file={file}", "+cluster.env.OWN=1"])
     loaded = config.load_cluster(config.to_object(composed, PlanConfig))
     assert loaded.cluster.name == "mine"
     assert loaded.cluster.env == {"NCCL_DEBUG": "INFO", "OWN": "1"}
@@ -180,15 +185,15 @@ CLUSTERS = sorted((config.conf_folder() / "cluster").glob("*.yaml"))
 def test_a_copy_of_a_shipped_cluster_is_a_cluster_file(shipped, tmp_path):
     copy = tmp_path / "mine.yaml"
     copy.write_text(shipped.read_text())
-    given = config.to_object(config.composed("plan", [f"cluster_file={copy}"]), PlanConfig)
-    chosen = config.to_object(config.composed("plan", [f"cluster={shipped.stem}"]), PlanConfig)
+    given = config.to_object(config.compose_settings("plan", [f"cluster_file={copy}"]), PlanConfig)
+    chosen = config.to_object(config.compose_settings("plan", [f"cluster={shipped.stem}"]), PlanConfig)
     assert config.cluster_of(given) == chosen.cluster
 
 
 def cluster_from(tmp_path, text):
     file = tmp_path / "cluster.yaml"
     file.write_text(text)
-    return config.cluster_of(config.to_object(config.composed("plan", [f"cluster_file={file}"]), PlanConfig))
+    return config.cluster_of(config.to_object(config.compose_settings("plan", [f"cluster_file={file}"]), PlanConfig))
 
 
 def test_keys_of_a_cluster_file_go_over_its_defaults(tmp_path):
@@ -211,7 +216,7 @@ def test_defaults_of_a_cluster_file_are_device_types_alone(tmp_path, entry):
 
 def test_a_long_point_has_a_short_folder():
     def folder(name):
-        return OmegaConf.create({"hydra": {"job": {"override_dirname": name}}, "at": "${point_folder:}"}).at
+        return OmegaConf.create({"hydra": {"job": {"override_dirname": name}}, "at": "${name_point_folder:}"}).at
 
     config.register()
     assert folder("planner.theta=1") == "planner.theta=1"

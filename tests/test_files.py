@@ -12,7 +12,7 @@ from ds_llmpq.files import (
     read_json,
     read_json_lines,
     read_yaml,
-    unwritable_as_mistake,
+    refuse_unwritable,
     write_json,
     write_whole,
 )
@@ -50,9 +50,9 @@ def test_what_is_no_json_is_one_sentence(tmp_path, data):
 
 def test_only_disk_errors_become_sentences(tmp_path):
     for number in (errno.ENOSPC, errno.EROFS):
-        with pytest.raises(UserError, match="cannot be written"), unwritable_as_mistake(tmp_path):
+        with pytest.raises(UserError, match="cannot be written"), refuse_unwritable(tmp_path):
             raise OSError(number, "x", "file")
-    with pytest.raises(FileNotFoundError), unwritable_as_mistake(tmp_path):
+    with pytest.raises(FileNotFoundError), refuse_unwritable(tmp_path):
         raise FileNotFoundError(errno.ENOENT, "x")
 
 

@@ -8,7 +8,7 @@ from ds_llmpq.serving.config import PlanConfig
 
 
 def plan(*arguments):
-    return config.to_object(config.composed("plan", list(arguments)), PlanConfig)
+    return config.to_object(config.compose_settings("plan", list(arguments)), PlanConfig)
 
 
 @pytest.mark.parametrize("prefix", ["", "+", "++", "~"])
@@ -27,19 +27,19 @@ def plan(*arguments):
 def test_an_unknown_key_is_refused_and_the_known_one_named(prefix, key, near):
     value = "" if prefix == "~" else "=3"
     with pytest.raises(UserError, match=rf"^{key} is no key of `ds-llmpq plan`; did you mean {near}\?$"):
-        config.composed("plan", [f"{prefix}{key}{value}"])
+        config.compose_settings("plan", [f"{prefix}{key}{value}"])
 
 
 @pytest.mark.parametrize("command", sorted(config.COMMANDS))
 def test_no_command_takes_a_key_it_does_not_have(command):
     for argument in ("+nonsense=1", "++nonsense.deep=1", "+hydra.nonsense=1", "nonsense"):
         with pytest.raises(UserError, match="nonsense"):
-            config.composed(command, [argument])
+            config.compose_settings(command, [argument])
 
 
 @pytest.mark.parametrize("command", sorted(config.COMMANDS))
 def test_every_key_of_a_command_is_known_to_it(command):
-    keys = overrides.keys_of(config.COMMANDS[command])
+    keys = overrides.list_keys(config.COMMANDS[command])
     assert {"out", "output"} & set(keys)
     arguments = [f"{key}=null" for key in keys]
     assert len(config.prepare(command, arguments)) == len(arguments)
@@ -138,6 +138,6 @@ def test_every_former_entry_names_a_present_one():
 
 
 def test_every_former_key_names_a_present_one():
-    known = {key for kind in config.COMMANDS.values() for key in overrides.keys_of(kind)}
+    known = {key for kind in config.COMMANDS.values() for key in overrides.list_keys(kind)}
     assert set(overrides.FORMER_KEYS.values()) <= known
     assert not set(overrides.FORMER_KEYS) & known

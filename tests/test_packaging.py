@@ -24,7 +24,7 @@ def test_a_wheel_finds_its_configuration_and_assets(tmp_path):
     assert (site / "ds_llmpq" / "py.typed").is_file()  # type checkers read annotations only then
     code = (
         "from ds_llmpq import config; from ds_llmpq.serving.batch_run import choose_model; from pathlib import Path; "
-        "s = choose_model(config.to_object(config.composed('run', []), config.COMMANDS['run'])); "
+        "s = choose_model(config.to_object(config.compose_settings('run', []), config.COMMANDS['run'])); "
         "print(config.conf_folder()); print(s.model.path); print(s.input); "
         "print(Path(s.model.path, 'config.json').is_file(), Path(s.input).is_file())"
     )

@@ -73,7 +73,7 @@ def test_a_shipped_configuration_runs(group, entry, tmp_path, monkeypatch, capsy
 
 def run(command, arguments, out):
     out.mkdir()
-    settings = config.to_object(config.composed(command, [f"out={out}", *arguments]), config.COMMANDS[command])
+    settings = config.to_object(config.compose_settings(command, [f"out={out}", *arguments]), config.COMMANDS[command])
     assert importlib.import_module(f"ds_llmpq.commands.{command}").run(settings, out) == 0
     written = [file for file in out.rglob("*") if file.is_file()]
     assert written

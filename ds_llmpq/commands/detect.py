@@ -78,7 +78,7 @@ def _this_host(settings: DetectConfig) -> dict[str, Any]:
     stages = settings.cpu_stages
     rates = measure_cpu(count_usable_cores() if stages is None else max(stages, 1)) if settings.measure else None
     gpus = measure_gpu if settings.measure else lambda slot: None
-    return detect(config.known_device_types(), settings.host, stages, cpu_rates=rates, measure_gpu=gpus)
+    return detect(config.read_device_types(), settings.host, stages, cpu_rates=rates, measure_gpu=gpus)
 
 
 def _read_saved(settings: DetectConfig) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def _read_saved(settings: DetectConfig) -> dict[str, Any]:
     if settings.cpu_stages:
         raise UserError("cpu_stages are of this host and cannot be told from gpus=FILE; leave one of them out.")
     gpus = parse_saved_gpus(_read(settings.gpus))
-    cluster = detect(config.known_device_types(), settings.host, 0, gpus)
+    cluster = detect(config.read_device_types(), settings.host, 0, gpus)
     if settings.topology:
         cluster["links"] = build_links(gpus, parse_topology(_read(settings.topology)), settings.host)
     return cluster

@@ -15,7 +15,7 @@ from ds_llmpq.plan import Plan
 from ds_llmpq.planner import pareto
 from ds_llmpq.report import sweep
 from ds_llmpq.report.plan_table import format_plan
-from ds_llmpq.report.solver_progress import progress_line
+from ds_llmpq.report.solver_progress import make_progress_callback
 from ds_llmpq.research.ablations import solve_ablation
 from ds_llmpq.research.published_costs import SOURCES
 from ds_llmpq.serving.planning import build_problem, build_solver_options, make_plan, write_artefacts
@@ -29,7 +29,7 @@ def run(settings: PlanCommandConfig, out: Path) -> int:
     solver = partial(
         solve_ablation, variant=ablation.variant, group_layers=ablation.group_layers, objective=ablation.objective
     )
-    plan = make_plan(settings, out, progress_line(), solver, SOURCES)
+    plan = make_plan(settings, out, make_progress_callback(), solver, SOURCES)
     if plan.model_path is not None:
         print("".join(f"{note}\n" for note in describe_notes(plan.model_path)), end="")
     print(format_plan(plan))
@@ -54,7 +54,7 @@ def _front(settings: PlanCommandConfig, out: Path) -> int:
         write_artefacts(deploy(plan), folder)
         points.append(sweep.read_point(folder))
     sweep.write_summary(out, points)
-    print(sweep.summary_table(points))
+    print(sweep.format_points(points))
     print(f"front: {out / 'summary.csv'}")
     return 0
 

@@ -20,7 +20,7 @@ from ds_llmpq.planner.build import check_workload, micro_batches, usable_bits
 from ds_llmpq.profiling.points import ProfilingTask
 from ds_llmpq.quant.kernels.registry import AUTO, find_kernel
 from ds_llmpq.quant.packing import check_lm_head, make_groups
-from ds_llmpq.report.fidelity import kernel_table, profile_table
+from ds_llmpq.report.fidelity import format_kernels, format_profile
 from ds_llmpq.serving.workload import size_workload
 
 
@@ -38,13 +38,13 @@ def run(settings: ProfileConfig, out: Path) -> int:
     kept = profiled_kernel(out) if going_on else None
     quant, note = settle_kernel(task, cluster, kept, settings.engine.batch_invariant)
     if "kernel_times" in note:
-        print(kernel_table(note))
+        print(format_kernels(note))
     setup = current_setup(task.shape, task.dtype, find_kernel(quant.kernel), make_groups(quant), quant.lm_head_bits)
     with closing(ProgressBar()) as bar:
         profile(replace(task, quant=quant, setup=setup, kernel_note=note), cluster, out, settings.force, bar.show)
     model = fit_profile(read_profile(out / "profile.csv"), task.shape)
     model.write(out / "latency.json")
-    print(profile_table(model))
+    print(format_profile(model))
     print(f"profile: {out / 'profile.csv'} (use it with planner.profile={out})")
     return 0
 

@@ -40,7 +40,7 @@ def _fidelity(folder: Path, kind: str, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if kind == "profile":
         model = read_model(folder / "latency.json")
-        text, pairs = fidelity.profile_table(model), fidelity.pair_profile(model)
+        text, pairs = fidelity.format_profile(model), fidelity.pair_profile(model)
         title = "Layer times: fits against left-out measurements"
     else:
         text, pairs = fidelity.describe_run(folder), fidelity.pair_run(folder)

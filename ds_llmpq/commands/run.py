@@ -9,15 +9,15 @@ from ds_llmpq.batch.results import Tally
 from ds_llmpq.commands.serve import SOME_FAILED
 from ds_llmpq.report.answers import show_answers
 from ds_llmpq.report.plan_table import describe_plan, format_plan
-from ds_llmpq.report.run_summary import run_summary
-from ds_llmpq.report.solver_progress import progress_line
+from ds_llmpq.report.run_summary import format_run
+from ds_llmpq.report.solver_progress import make_progress_callback
 from ds_llmpq.serving.batch_run import BatchRun, Screen, run_batch
 from ds_llmpq.serving.config import RunConfig
 
 
 def run(settings: RunConfig, out: Path) -> int:
     describe = format_plan if settings.verbose else describe_plan
-    screen = Screen(print, lambda plan: print(describe(plan), flush=True), progress_line())
+    screen = Screen(print, lambda plan: print(describe(plan), flush=True), make_progress_callback())
     done = run_batch(config.load_cluster(settings), out, screen)
     _print_end(done, config.make_absolute(settings.input), out, settings.verbose)
     return SOME_FAILED if done.tally.failed else 0
@@ -27,7 +27,7 @@ def _print_end(done: BatchRun, input_file: Path, out: Path, verbose: bool) -> No
     if done.metrics is None:
         print(f"{out} is finished: {_describe_counts(done.tally)}; nothing is left to do.")
         return
-    print(run_summary(done.metrics, verbose))
+    print(format_run(done.metrics, verbose))
     if done.restarts:
         print(f"the pipeline was started again {done.restarts} times ({'; '.join(done.reasons)})")
     if answers := show_answers(input_file, out / "results.jsonl"):

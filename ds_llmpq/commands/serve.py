@@ -62,7 +62,7 @@ def _read_job(arguments: list[str]) -> Job:
     own = [argument for argument in arguments if not argument.startswith("--local_rank")]
     if len(own) == 2 and own[0] == "--job":
         return Job.from_token(own[1])
-    settings = config.to_object(config.composed("serve", own), ServeConfig)
+    settings = config.to_object(config.compose_settings("serve", own), ServeConfig)
     for name in ("plan", "input", "output"):
         if not getattr(settings, name):
             raise UserError(f"serve needs {name}=...; give plan=FILE input=FILE output=DIR.")

@@ -14,8 +14,8 @@ from ds_llmpq.errors import UserError
 from ds_llmpq.plan import read_plan
 from ds_llmpq.report.plan_table import format_table
 from ds_llmpq.research.config import ExecutionConfig, SimulateConfig
-from ds_llmpq.research.published_ssjf import published_ratios, read_cases, schedules
-from ds_llmpq.research.queue_simulator import Server, schedule_metrics, simulate
+from ds_llmpq.research.published_ssjf import compute_published_ratios, read_cases, schedules
+from ds_llmpq.research.queue_simulator import Server, measure_schedule, simulate
 from ds_llmpq.research.scenario import make_jobs
 from ds_llmpq.scheduler.execution import ConstantCost, ExecutionCost, PlanCost
 from ds_llmpq.scheduler.policies import Guard
@@ -52,9 +52,9 @@ def _right(settings: SimulateConfig, out: Path) -> int:
         jobs, lengths = make_jobs(settings, cost, seed)
         for policy in runs:
             schedule = simulate(jobs, cost, policy, server, guard, settings.prediction.latency_seconds)
-            runs[policy].append(schedule_metrics(jobs, schedule))
+            runs[policy].append(measure_schedule(jobs, schedule))
         if settings.published:
-            published.append(published_ratios(jobs, lengths, settings.batching, settings.max_batch))
+            published.append(compute_published_ratios(jobs, lengths, settings.batching, settings.max_batch))
     metrics = {policy: _mean(rows) for policy, rows in runs.items()}
     ratios = _mean(published) if published and published[0] else None
     _write(out / "metrics.json", {"schema": 1, "settings": asdict(settings), "policies": metrics, "published": ratios})

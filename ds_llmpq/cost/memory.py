@@ -10,7 +10,13 @@ from ds_llmpq.integers import round_up
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.quant.kernels.base import Kernel
 from ds_llmpq.quant.kernels.dequantize import DEQUANTIZE
-from ds_llmpq.quant.kernels.linears import group_linears, layer_bytes, lm_head_bytes, lm_head_products, stack_features
+from ds_llmpq.quant.kernels.linears import (
+    group_linears,
+    layer_bytes,
+    list_lm_head_products,
+    lm_head_bytes,
+    stack_features,
+)
 from ds_llmpq.quant.packing import PACKED_BITS, UNQUANTIZED_BITS, Groups
 
 IN_FLIGHT_MESSAGES = 2  # hidden-state buffers in each direction: one in use, one posted ahead
@@ -97,7 +103,7 @@ class MemoryModel:
         if self.lm_head_bits == UNQUANTIZED_BITS:
             return 0
         _, *size, _ = self.shape.lm_head
-        kernel, products = lm_head_products(self.kernel, *size, self.lm_head_bits, self.groups)
+        kernel, products = list_lm_head_products(self.kernel, *size, self.lm_head_bits, self.groups)
         return kernel.workspace_bytes(products, self.dtype_bytes)
 
     def workspace_bytes(self, sequences: int, new_tokens: int, past_tokens: int, quantized: bool) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from ds_llmpq.models.shape import Linear, ModelShape
 from ds_llmpq.quant.kernels.base import Kernel
-from ds_llmpq.quant.kernels.linears import effective_kernel, group_linears
+from ds_llmpq.quant.kernels.linears import group_linears, resolve_kernel
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS, Groups
 
 LAYER_LAUNCHES = 40  # of an unquantized decoder layer, about
@@ -16,7 +16,7 @@ def layer_kernel(shape: ModelShape, bits: int, kernel: Kernel, groups: Groups) -
     """What runs a layer's linears at `bits`. A kernel that takes only some of their shapes counts by the largest,
     which is what matters."""
     largest = max(shape.linears, key=lambda linear: linear.weights)
-    return effective_kernel(kernel, largest.out_features, largest.in_features, bits, groups)
+    return resolve_kernel(kernel, largest.out_features, largest.in_features, bits, groups)
 
 
 def layer_read_bytes(shape: ModelShape, bits: int, kernel: Kernel, groups: Groups, dtype_bytes: int) -> int:
@@ -79,7 +79,7 @@ def launches_share(shape: ModelShape, bits: int, kernel: Kernel, groups: Groups)
 
 def _lm_head_kernel(shape: ModelShape, bits: int, kernel: Kernel, groups: Groups) -> Kernel:
     matrix = shape.lm_head
-    return effective_kernel(kernel.product_kernel, matrix.out_features, matrix.in_features, bits, groups)
+    return resolve_kernel(kernel.product_kernel, matrix.out_features, matrix.in_features, bits, groups)
 
 
 def _read_bytes(linear: Linear, bits: int, kernel: Kernel, groups: Groups, dtype_bytes: int) -> int:

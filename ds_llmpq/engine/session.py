@@ -25,7 +25,7 @@ from ds_llmpq.integers import round_up
 from ds_llmpq.models.generation import load_generation
 from ds_llmpq.models.shape import ModelShape, read_shape
 from ds_llmpq.plan import Plan
-from ds_llmpq.quant.hqq import stored_bytes
+from ds_llmpq.quant.hqq import count_stored_bytes
 from ds_llmpq.quant.kernels.registry import check_batch_invariant, find_stage_kernel
 from ds_llmpq.quant.layers import LayerLoader
 from ds_llmpq.quant.quantized_checkpoint import open_checkpoint
@@ -206,7 +206,7 @@ class Session:
             "passes_ahead": self.engine.ahead.used if self.engine.ahead else 0,
             "memory_warnings": self.engine.splitter.warnings,
             "memory_bytes": {
-                "weights": stored_bytes(self.engine.module),
+                "weights": count_stored_bytes(self.engine.module),
                 "kv": self.store.allocated_bytes,
                 "before_loading": self._held_before,
                 "peak": max(self._peak_of_loading, device_memory.peak_bytes(device)),

@@ -21,7 +21,7 @@ def name_level(level: float) -> str:
     return f"q{100 * level:g}"
 
 
-def conformal_quantile(values: np.ndarray, level: float) -> float:
+def find_conformal_quantile(values: np.ndarray, level: float) -> float:
     """The ceil((n + 1) level)-th smallest of n values: covers a new one with at least that probability."""
     rank = min(int(np.ceil((len(values) + 1) * level)), len(values))
     return float(np.sort(values)[rank - 1])
@@ -65,7 +65,7 @@ class Calibration:
         offsets = []
         for place, level in enumerate(task.quantiles):
             errors = np.log1p(tokens) - np.log1p(base._base_bound(task, scores, place))
-            offsets.append(conformal_quantile(errors, level))
+            offsets.append(find_conformal_quantile(errors, level))
         return cls(tuple(offsets), (), base.scores, base.tokens, base.factor, float(tokens.max()))
 
     def point(self, task: LengthTask, scores: np.ndarray) -> np.ndarray:
@@ -105,7 +105,7 @@ def _bound_classes(task: LengthTask, predicted: np.ndarray, tokens: np.ndarray) 
     for label in range(len(task.class_tokens)):
         own = tokens[predicted == label]
         values = own if len(own) >= _FEWEST else tokens
-        rows.append(tuple(conformal_quantile(values, level) for level in task.quantiles))
+        rows.append(tuple(find_conformal_quantile(values, level) for level in task.quantiles))
     return tuple(rows)
 
 

@@ -31,11 +31,11 @@ def distribution(tokens: np.ndarray) -> dict[str, float]:
     p50, p90, p95, p99 = np.percentile(tokens, [50, 90, 95, 99])
     found = {"answers": len(tokens), "mean": float(tokens.mean()), "p50": p50, "p90": p90, "p95": p95, "p99": p99}
     found |= {"max": float(tokens.max()), "tail_ratio": p99 / p50}
-    found |= {f"longest_of_{rows}": expected_maximum(tokens, rows) for rows in (8, 16, 32)}
+    found |= {f"longest_of_{rows}": estimate_maximum(tokens, rows) for rows in (8, 16, 32)}
     return {name: float(value) for name, value in found.items()}
 
 
-def expected_maximum(tokens: np.ndarray, rows: int) -> float:
+def estimate_maximum(tokens: np.ndarray, rows: int) -> float:
     """Expected longest of `rows` independent answers: sum_k x_(k) ((k/n)^rows - ((k-1)/n)^rows)."""
     ordered = np.sort(tokens)
     share = np.arange(len(ordered) + 1) / len(ordered)

@@ -8,7 +8,7 @@ from scipy.stats import kendalltau
 _PAIRS = 20_000
 
 
-def regression_metrics(true: np.ndarray, predicted: np.ndarray, seed: int = 0) -> dict[str, float]:
+def measure_regression(true: np.ndarray, predicted: np.ndarray, seed: int = 0) -> dict[str, float]:
     """MAE and RMSE in tokens, Kendall's tau-b, and how often the longer of two answers is predicted to be longer (ties
     count half, pairs of equal length not at all)."""
     error = predicted - true
@@ -36,7 +36,7 @@ def pairwise_accuracy(true: np.ndarray, predicted: np.ndarray, seed: int = 0) ->
     return float((1 + agreement).mean() / 2)
 
 
-def class_metrics(true: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
+def measure_classes(true: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
     """Accuracy, within-one accuracy, and precision, recall and F1 averaged over classes that occur in either."""
     from sklearn.metrics import precision_recall_fscore_support
 
@@ -50,7 +50,7 @@ def class_metrics(true: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
     }
 
 
-def bound_metrics(true: np.ndarray, bounds: dict[str, np.ndarray]) -> dict[str, float]:
+def measure_bounds(true: np.ndarray, bounds: dict[str, np.ndarray]) -> dict[str, float]:
     """For each bound (q90, q95), its mean in tokens and the share of answers within it, which should be its level."""
     found = {}
     for name, bound in bounds.items():

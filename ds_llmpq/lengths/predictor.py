@@ -17,7 +17,7 @@ from ds_llmpq.files import check_files, read_json
 from ds_llmpq.lengths.calibration import Calibration, decode_classes, name_level
 from ds_llmpq.lengths.config import LengthDataConfig, LengthTaskConfig, ProxyConfig
 from ds_llmpq.lengths.dataset import Dataset, collect_lengths, fingerprint, hide_lengths
-from ds_llmpq.lengths.length_metrics import bound_metrics, class_metrics, regression_metrics
+from ds_llmpq.lengths.length_metrics import measure_bounds, measure_classes, measure_regression
 from ds_llmpq.lengths.ngrams import Features, NgramModel
 from ds_llmpq.lengths.records import Example
 from ds_llmpq.lengths.tasks import LengthTask
@@ -163,11 +163,11 @@ def evaluate(predictor: Predictor, examples: Sequence[Example]) -> dict[str, flo
     for example in examples[:_TIMED_ALONE]:
         predictor.predict([example])
     alone = (time.process_time() - started) / min(_TIMED_ALONE, len(examples))
-    metrics = {"examples": len(examples)} | regression_metrics(true, found.tokens)
+    metrics = {"examples": len(examples)} | measure_regression(true, found.tokens)
     metrics["mae_of_constant_tokens"] = float(np.abs(true - predictor.about["median_tokens"]).mean())
     if found.classes is not None:
-        metrics |= class_metrics(predictor.task.labels(true), found.classes)
-    metrics |= bound_metrics(true, found.bounds)
+        metrics |= measure_classes(predictor.task.labels(true), found.classes)
+    metrics |= measure_bounds(true, found.bounds)
     return metrics | {"cpu_seconds_per_prediction": together, "cpu_seconds_per_prediction_alone": alone}
 
 

@@ -63,7 +63,7 @@ def cut_rows(tokens: list[int], length: int) -> list[list[int]]:
     return [tokens[start : start + length + 1] for start in range(0, len(tokens) - 1, length)]
 
 
-def calibration_rows(text: Text, tokenizer: Any, rows: int, length: int) -> torch.Tensor:
+def select_calibration_rows(text: Text, tokenizer: Any, rows: int, length: int) -> torch.Tensor:
     """[rows, length + 1] tokens, spread evenly over the text. `UserError`: it is too short."""
     tokens = encode(text, tokenizer)
     whole = [row for row in cut_rows(tokens, length) if len(row) == length + 1]

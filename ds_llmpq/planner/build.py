@@ -20,7 +20,7 @@ from ds_llmpq.planner.problem import SCHEMA, Problem
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.kernels.base import Kernel
 from ds_llmpq.quant.kernels.dequantize import DEQUANTIZE
-from ds_llmpq.quant.packing import UNQUANTIZED_BITS, check_lm_head, make_groups, quantization_problem
+from ds_llmpq.quant.packing import UNQUANTIZED_BITS, check_lm_head, find_quantization_problem, make_groups
 from ds_llmpq.sensitivity.prior import make_prior
 from ds_llmpq.sensitivity.table import Sensitivity
 from ds_llmpq.wording import format_number
@@ -199,7 +199,7 @@ def micro_batches(phase: str, given: list[int] | None, sequences: int) -> list[i
 
 
 def _why_not(linear: Any, width: int, quant: QuantConfig) -> str | None:
-    reason = quantization_problem(linear.out_features, linear.in_features, width, make_groups(quant))
+    reason = find_quantization_problem(linear.out_features, linear.in_features, width, make_groups(quant))
     return f"{width} bits is left out: {linear.name} cannot be packed ({reason})" if reason else None
 
 

@@ -23,7 +23,7 @@ from ds_llmpq.quant.hqq import quantize_linear
 from ds_llmpq.quant.kernel_linear import build_linears
 from ds_llmpq.quant.kernels.base import Kernel
 from ds_llmpq.quant.kernels.dequantize import DEQUANTIZE
-from ds_llmpq.quant.kernels.linears import effective_kernel, group_linears
+from ds_llmpq.quant.kernels.linears import group_linears, resolve_kernel
 from ds_llmpq.quant.kernels.registry import AUTO, find_kernel, list_candidates, select_kernel
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS, make_groups
 
@@ -156,7 +156,7 @@ def _modules(
     generator, found = torch.Generator().manual_seed(bits), []
     for key, times in kinds.items():
         out, into = sum(out for out, _ in key), key[0][1]
-        by_kernel = effective_kernel(kernel, out, into, bits, groups) is not DEQUANTIZE
+        by_kernel = resolve_kernel(kernel, out, into, bits, groups) is not DEQUANTIZE
         kept = torch.float32 if by_kernel else getattr(torch, dtype)
         weights = [torch.randn(*size, generator=generator) for size in key]
         linears = [quantize_linear(weight, None, bits, quick, kept, device) for weight in weights]

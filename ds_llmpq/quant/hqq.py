@@ -11,8 +11,8 @@ from torch import nn
 
 from ds_llmpq.errors import UserError
 from ds_llmpq.quant.config import QuantConfig
-from ds_llmpq.quant.optimize import fast_optimizer
-from ds_llmpq.quant.packing import make_groups, quantization_problem, row_blocks
+from ds_llmpq.quant.optimize import use_fast_optimizer
+from ds_llmpq.quant.packing import cut_row_blocks, find_quantization_problem, make_groups
 
 STORED_PARTS = ("W_q", "scale", "zero")
 
@@ -30,10 +30,10 @@ def quantize_linear(
     Raises `UserError` if HQQ cannot pack this shape with the configured group size.
     """
     # HQQ itself drops weights without a word where packed rows do not divide
-    reason = quantization_problem(*weight.shape, bits, make_groups(quant))
+    reason = find_quantization_problem(*weight.shape, bits, make_groups(quant))
     if reason:
         raise UserError(f"A {weight.shape[0]} x {weight.shape[1]} linear cannot be kept at {bits} bits: {reason}.")
-    with fast_optimizer():
+    with use_fast_optimizer():
         return HQQLinear.from_weights(
             weight.to(device),
             None if bias is None else nn.Parameter(bias, requires_grad=False),
@@ -46,8 +46,8 @@ def quantize_linear(
 def quantize_rows(
     weight: torch.Tensor, bits: int, quant: QuantConfig, dtype: torch.dtype, device: torch.device
 ) -> list[HQQLinear]:
-    """An lm_head as `row_blocks` cuts it, each block a linear of its own."""
-    blocks = weight.split(row_blocks(*weight.shape))
+    """An lm_head as `cut_row_blocks` cuts it, each block a linear of its own."""
+    blocks = weight.split(cut_row_blocks(*weight.shape))
     return [quantize_linear(block, None, bits, quant, dtype, device) for block in blocks]
 
 
@@ -98,12 +98,12 @@ def _hqq_config(bits: int, in_features: int, quant: QuantConfig) -> dict[str, An
     return config
 
 
-def linear_names(layer: nn.Module) -> list[str]:
+def list_linears(layer: nn.Module) -> list[str]:
     """Dotted names of the linears inside a decoder layer, in module order: exactly these are quantized."""
     return [name for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
 
 
-def stored_bytes(module: nn.Module) -> int:
+def count_stored_bytes(module: nn.Module) -> int:
     """Bytes the module's weights really occupy: parameters, the scales, zeros and biases that HQQ keeps apart, and what
     a kernel library holds (`held_bytes`)."""
     total = 0

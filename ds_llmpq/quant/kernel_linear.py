@@ -11,7 +11,7 @@ from torch import nn
 from ds_llmpq.errors import UserError
 from ds_llmpq.quant.kernels.base import Kernel, Product
 from ds_llmpq.quant.kernels.dequantize import DEQUANTIZE
-from ds_llmpq.quant.kernels.linears import effective_kernel, lm_head_products
+from ds_llmpq.quant.kernels.linears import list_lm_head_products, resolve_kernel
 from ds_llmpq.quant.packing import Groups
 from ds_llmpq.quant.unpacked_weight import UnpackedWeight, stack, unpack
 
@@ -82,7 +82,7 @@ def build_linears(
     """Modules that take the place of linears of one input, computing in `dtype`; HQQ's own where nothing else runs
     them."""
     sizes, into = [linear.out_features for linear in linears], linears[0].in_features
-    if effective_kernel(kernel, sum(sizes), into, bits, groups) is DEQUANTIZE:
+    if resolve_kernel(kernel, sum(sizes), into, bits, groups) is DEQUANTIZE:
         return list(linears)
     product = build_product(kernel, stack([unpack(linear) for linear in linears]), bits, dtype)
     shared = _Shared(product, sizes)
@@ -95,7 +95,7 @@ def build_lm_head(
 ) -> nn.Module:
     """lm_head, quantized in blocks of rows, as one product where `kernel` takes it; computes in `dtype`."""
     size = sum(block.out_features for block in blocks), blocks[0].in_features
-    found, _ = lm_head_products(kernel, *size, bits, groups)
+    found, _ = list_lm_head_products(kernel, *size, bits, groups)
     if found is DEQUANTIZE:
         return RowBlocks(blocks)
     product = build_product(found, stack([unpack(block) for block in blocks]), bits, dtype)

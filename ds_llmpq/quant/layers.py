@@ -25,10 +25,10 @@ from ds_llmpq.quant.kernel_linear import build_linears, build_lm_head
 from ds_llmpq.quant.kernels.base import Kernel
 from ds_llmpq.quant.kernels.dequantize import DEQUANTIZE
 from ds_llmpq.quant.kernels.linears import (
-    effective_kernel,
     group_linears,
     layer_bytes,
-    lm_head_products,
+    list_lm_head_products,
+    resolve_kernel,
     stack_features,
 )
 from ds_llmpq.quant.kernels.registry import AUTO, find_kernel
@@ -158,7 +158,7 @@ class LayerLoader:
     def _quantize_all(self, layer: Block, index: int) -> None:
         kernel, groups, bits = self.kernel, make_groups(self.quant), self.bits[index]
         for group in self._group(index):
-            by_kernel = effective_kernel(kernel, *stack_features(group), bits, groups) is not DEQUANTIZE
+            by_kernel = resolve_kernel(kernel, *stack_features(group), bits, groups) is not DEQUANTIZE
             # scales and zeros stay as exact as they are stored until the kernel has taken them
             dtype = torch.float32 if by_kernel else self.dtype
             quantized = [self._quantize(index, role, dtype) for role in group]
@@ -177,7 +177,7 @@ class LayerLoader:
     def _build_lm_head(self, shape: tuple[int, int], name: str) -> nn.Module:
         """The matrix [vocabulary, features] from the checkpoint's tensor `name`."""
         kernel, bits, groups = self.kernel, self.quant.lm_head_bits, make_groups(self.quant)
-        by_kernel = lm_head_products(kernel, *shape, bits, groups)[0] is not DEQUANTIZE
+        by_kernel = list_lm_head_products(kernel, *shape, bits, groups)[0] is not DEQUANTIZE
         dtype = torch.float32 if by_kernel else self.dtype
         if isinstance(self.checkpoint, QuantizedCheckpoint):
             blocks = self.checkpoint.lm_head(shape, bits, dtype, self.device)

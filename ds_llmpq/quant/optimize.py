@@ -78,7 +78,7 @@ def _error(weight: torch.Tensor, restored: torch.Tensor, axis: int) -> torch.Ten
 
 
 @contextmanager
-def fast_optimizer() -> Iterator[None]:
+def use_fast_optimizer() -> Iterator[None]:
     """HQQ's quantizer takes its optimizer from a class attribute; this sets it and puts the previous one back."""
     with _lock:
         previous = Quantizer.__dict__["optimize_weights"]

@@ -24,7 +24,7 @@ _BLOCK_WEIGHTS = 1 << 24
 _BLOCK_ROWS = 256  # blocks but the last are multiples of so many: a group size along the output divides it
 
 
-def row_blocks(out_features: int, in_features: int) -> list[int]:
+def cut_row_blocks(out_features: int, in_features: int) -> list[int]:
     """Rows of each block of an lm_head [out_features, in_features], in order."""
     rows = max(_BLOCK_ROWS, _BLOCK_WEIGHTS // in_features // _BLOCK_ROWS * _BLOCK_ROWS)
     return [min(rows, out_features - start) for start in range(0, out_features, rows)]
@@ -63,7 +63,7 @@ def make_groups(quant: QuantConfig) -> Groups:
     return Groups(quant.group_size, axis, tuple(sorted(widths)))
 
 
-def packing_problem(out_features: int, in_features: int, bits: int, group_size: int, axis: int) -> str | None:
+def find_packing_problem(out_features: int, in_features: int, bits: int, group_size: int, axis: int) -> str | None:
     """Why HQQ cannot hold a weight [out_features, in_features] in this way, or None where it can.
 
     HQQ itself raises only in some of these cases; with rows that do not divide it drops weights without a word.
@@ -86,13 +86,13 @@ def packing_problem(out_features: int, in_features: int, bits: int, group_size: 
     return None
 
 
-def quantization_problem(out_features: int, in_features: int, bits: int, groups: Groups) -> str | None:
-    """Why this package does not quantize such a weight: `packing_problem`, or groups that straddle rows.
+def find_quantization_problem(out_features: int, in_features: int, bits: int, groups: Groups) -> str | None:
+    """Why this package does not quantize such a weight: `find_packing_problem`, or groups that straddle rows.
 
     HQQ packs groups that run on from one row into the next, but no kernel other than its own forward reads them.
     """
     group_size = groups.of(bits, in_features)
-    problem = packing_problem(out_features, in_features, bits, group_size, groups.axis)
+    problem = find_packing_problem(out_features, in_features, bits, group_size, groups.axis)
     if problem or bits == UNQUANTIZED_BITS:
         return problem
     grouped = in_features if groups.axis == 1 else out_features
@@ -101,11 +101,10 @@ def quantization_problem(out_features: int, in_features: int, bits: int, groups:
     return None
 
 
-def lm_head_problem(out_features: int, in_features: int, bits: int, groups: Groups) -> str | None:
+def find_lm_head_problem(out_features: int, in_features: int, bits: int, groups: Groups) -> str | None:
     """Why an lm_head cannot be kept at `bits`, block by block, or None."""
-    reasons = (
-        quantization_problem(rows, in_features, bits, groups) for rows in set(row_blocks(out_features, in_features))
-    )
+    blocks = set(cut_row_blocks(out_features, in_features))
+    reasons = (find_quantization_problem(rows, in_features, bits, groups) for rows in blocks)
     return next(filter(None, reasons), None)
 
 
@@ -114,16 +113,16 @@ def check_lm_head(out_features: int, in_features: int, quant: QuantConfig) -> No
     width, known = quant.lm_head_bits, (*PACKED_BITS, UNQUANTIZED_BITS)
     if width not in known:
         raise UserError(f"quant.lm_head_bits={width}; it must be one of {', '.join(map(str, known))}")
-    if reason := lm_head_problem(out_features, in_features, width, make_groups(quant)):
+    if reason := find_lm_head_problem(out_features, in_features, width, make_groups(quant)):
         raise UserError(
             f"quant.lm_head_bits={width}: lm_head of {out_features} x {in_features} cannot be packed ({reason})"
             f"; set quant.lm_head_bits={UNQUANTIZED_BITS}"
         )
 
 
-def packed_weight_bytes(out_features: int, in_features: int, bits: int, group_size: int, axis: int) -> int:
+def count_packed_weight_bytes(out_features: int, in_features: int, bits: int, group_size: int, axis: int) -> int:
     """Bytes of the packed integers alone."""
-    problem = packing_problem(out_features, in_features, bits, group_size, axis)
+    problem = find_packing_problem(out_features, in_features, bits, group_size, axis)
     if problem or bits == UNQUANTIZED_BITS:
         raise UserError(f"a weight {out_features} x {in_features} cannot be packed: {problem or 'it is unquantized'}")
     groups = out_features * in_features // group_size
@@ -131,21 +130,21 @@ def packed_weight_bytes(out_features: int, in_features: int, bits: int, group_si
     return -(-rows // _WEIGHTS_PER_INTEGER[bits]) * columns * _INTEGER_BYTES[bits]
 
 
-def metadata_bytes(out_features: int, in_features: int, group_size: int, dtype_bytes: int) -> int:
+def count_metadata_bytes(out_features: int, in_features: int, group_size: int, dtype_bytes: int) -> int:
     """Bytes of scales and zeros: one of each per group in the compute dtype."""
     return 2 * (out_features * in_features // group_size) * dtype_bytes
 
 
-def packed_linear_bytes(out_features: int, in_features: int, bits: int, groups: Groups, dtype_bytes: int) -> int:
+def count_packed_linear_bytes(out_features: int, in_features: int, bits: int, groups: Groups, dtype_bytes: int) -> int:
     """Bytes of one linear's weight as stored, without its bias; 16 bits is the plain weight in the compute dtype.
 
-    UserError if HQQ cannot pack it (`packing_problem` says why).
+    UserError if HQQ cannot pack it (`find_packing_problem` says why).
     """
     if bits == UNQUANTIZED_BITS:
         return out_features * in_features * dtype_bytes
     group_size = groups.of(bits, in_features)
-    packed = packed_weight_bytes(out_features, in_features, bits, group_size, groups.axis)
-    return packed + metadata_bytes(out_features, in_features, group_size, dtype_bytes)
+    packed = count_packed_weight_bytes(out_features, in_features, bits, group_size, groups.axis)
+    return packed + count_metadata_bytes(out_features, in_features, group_size, dtype_bytes)
 
 
 def count_bits_per_weight(shape: ModelShape, bits: Sequence[int], groups: Groups, lm_head_bits: int) -> float:
@@ -153,6 +152,6 @@ def count_bits_per_weight(shape: ModelShape, bits: Sequence[int], groups: Groups
     Without the embedding, norms and biases, which nothing quantizes."""
     head = shape.lm_head
     sizes = [(linear.out_features, linear.in_features, width) for width in bits for linear in shape.linears]
-    sizes += [(rows, head.in_features, lm_head_bits) for rows in row_blocks(head.out_features, head.in_features)]
-    stored = sum(packed_linear_bytes(*size, groups, dtype_bytes=2) for size in sizes)
+    sizes += [(rows, head.in_features, lm_head_bits) for rows in cut_row_blocks(head.out_features, head.in_features)]
+    stored = sum(count_packed_linear_bytes(*size, groups, dtype_bytes=2) for size in sizes)
     return 8 * stored / sum(rows * columns for rows, columns, _ in sizes)

@@ -180,7 +180,7 @@ class QuantizedCheckpoint(Checkpoint):
             wanted = self._checksums.get(shard)
             if wanted is None:
                 raise UserError(f"{self.path / MANIFEST} does not list the shard {shard}; quantize the model again.")
-            found = file_sha256(self.path / shard)
+            found = hash_file(self.path / shard)
             if found != wanted:
                 raise UserError(
                     f"Shard {self.path / shard} has checksum {found[:12]} instead of {wanted[:12]}: it is damaged or "
@@ -201,7 +201,7 @@ def read_checksums(path: Path) -> dict[str, str]:
     return {part.file: part.sha256 for part in read_manifest(path).values()}
 
 
-def file_sha256(path: Path) -> str:
+def hash_file(path: Path) -> str:
     digest = hashlib.sha256()
     try:
         with open(path, "rb") as stream:

@@ -28,8 +28,8 @@ from ds_llmpq.models.fingerprint import MANIFEST, TEXT_FILES, fingerprint, read_
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.hqq import quantize_linear, quantize_rows, split_parts
-from ds_llmpq.quant.packing import UNQUANTIZED_BITS, check_lm_head, make_groups, row_blocks
-from ds_llmpq.quant.quantized_checkpoint import FORMAT, FORMER_INDEX, HEAD, Recipe, file_sha256
+from ds_llmpq.quant.packing import UNQUANTIZED_BITS, check_lm_head, cut_row_blocks, make_groups
+from ds_llmpq.quant.quantized_checkpoint import FORMAT, FORMER_INDEX, HEAD, Recipe, hash_file
 
 _RECIPE_VERSION = 1  # raised when the same settings give other weights
 _COPIED = (*TEXT_FILES, "LICENSE*")
@@ -69,7 +69,7 @@ class _Writer:
             tensors = self.tensors(number)
             # one key: the order of several is random in the file
             _atomically(self.out / file, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-            self._note(name, file, made_from, file_sha256(self.out / file), sorted(tensors))
+            self._note(name, file, made_from, hash_file(self.out / file), sorted(tensors))
         parts = dict(sorted(self.parts.items(), key=lambda item: item[1]["file"]))
         write_json(self.out / MANIFEST, {"format": FORMAT, "parts": parts})
 
@@ -133,7 +133,7 @@ class _Writer:
             path = folder / str(part.get("file"))
             if part.get("made_from") != made_from or part.get("file") != file or not path.is_file():
                 continue
-            if file_sha256(path) != part.get("sha256"):
+            if hash_file(path) != part.get("sha256"):
                 continue
             if folder != self.out:
                 _atomically(self.out / file, lambda target, path=path: _link(path, target))
@@ -192,7 +192,7 @@ def write_quantized(
         raise UserError(f"out={out} is the model's own folder; give another.")
     shape = read_shape(source)
     check_lm_head(shape.vocab, shape.embed_dim, quant)
-    rows = row_blocks(shape.vocab, shape.embed_dim) if quant.lm_head_bits < UNQUANTIZED_BITS else ()
+    rows = cut_row_blocks(shape.vocab, shape.embed_dim) if quant.lm_head_bits < UNQUANTIZED_BITS else ()
     recipe = Recipe(
         tuple(bits), make_groups(quant), quant.optimize, fingerprint(source), quant.lm_head_bits, tuple(rows)
     )  # fmt: skip

@@ -46,13 +46,13 @@ def _name_phase(part: str, phase: str) -> str:
     return phase if part == "layer" else f"{part} {phase}" if part == "embed" else part
 
 
-def profile_table(model: LatencyModel) -> str:
+def format_profile(model: LatencyModel) -> str:
     pairs = pair_profile(model)
     if not pairs:
         return "the profile has too few points for a fit; profile with a longer profiling.seconds"
     layers = [pair for pair in pairs if pair.phase in ("prefill", "decode")]
     spread = [r.spread for fit in model.fits.values() if fit.part == "layer" for r in fit.residuals]
-    lines = [error_table(pairs), verdict(layers or pairs, "left-out points")]
+    lines = [format_errors(pairs), verdict(layers or pairs, "left-out points")]
     if spread and median(spread) > 0.1:
         lines.append(
             f"note: the measurements themselves scatter by {median(spread):.0%} (median over points); other programs "
@@ -61,7 +61,7 @@ def profile_table(model: LatencyModel) -> str:
     return "\n".join(lines)
 
 
-def kernel_table(note: dict[str, Any]) -> str:
+def format_kernels(note: dict[str, Any]) -> str:
     """Milliseconds of one decoder layer's linears by kernel, width and rows."""
     times = note["kernel_times"]
     if not times:
@@ -74,7 +74,7 @@ def kernel_table(note: dict[str, Any]) -> str:
     return "\n".join([*lines, f"kernel: {note['kernel']}"])
 
 
-def error_table(pairs: Iterable[TimePair]) -> str:
+def format_errors(pairs: Iterable[TimePair]) -> str:
     """Mean and worst absolute relative error, and the bias, by device, phase and width."""
     groups: dict[tuple[str, str, str], list[TimePair]] = defaultdict(list)
     for pair in pairs:
@@ -145,7 +145,7 @@ def describe_run(folder: Path) -> str:
 def _describe_run(folder: Path) -> str:
     metrics = _json(folder / "metrics.json")
     pairs = pair_run(folder)
-    lines = [error_table(pairs)]
+    lines = [format_errors(pairs)]
     totals = metrics["predicted_against_measured"]
     if totals:
         for phase in ("latency", "prefill", "decode"):

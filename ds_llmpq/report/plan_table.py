@@ -151,6 +151,6 @@ def _baseline(plan: Plan, entry: PredictedTotals | str) -> str:
     return f"{format_number(theirs, 4)} tokens/s (ours {ratio}), loss {format_number(entry.quality_loss)}"
 
 
-def layer_bits(stages: Iterable[Stage]) -> list[int]:
+def list_layer_bits(stages: Iterable[Stage]) -> list[int]:
     """Bit width of every decoder layer of a plan."""
     return [width for stage in stages for width in stage.bits]

@@ -13,7 +13,7 @@ from ds_llmpq.wording import format_number
 GIB, MIB = 2**30, 2**20
 
 
-def bits_strip(plan: Plan, path: Path) -> Path:
+def plot_bits(plan: Plan, path: Path) -> Path:
     """One bar per layer, as high as its bit width, in the colour of its stage."""
     layers = plan.stages[-1].layers[1]
     figure, ((axis,),) = figures.make_figure(width=11, height=2.6)
@@ -31,7 +31,7 @@ def bits_strip(plan: Plan, path: Path) -> Path:
     return figures.save_figure(figure, path)
 
 
-def memory_bars(plan: Plan, measured: Sequence[Mapping[str, Any]] | None, path: Path) -> Path:
+def plot_memory(plan: Plan, measured: Sequence[Mapping[str, Any]] | None, path: Path) -> Path:
     """Predicted parts of each stage, the measured ones beside them, and a line at the budget."""
     largest = max(max(stage.memory_budget_bytes, stage.memory_bytes.total) for stage in plan.stages)
     unit, name = (GIB, "GiB") if largest >= GIB else (MIB, "MiB")
@@ -62,7 +62,7 @@ def memory_bars(plan: Plan, measured: Sequence[Mapping[str, Any]] | None, path: 
     return figures.save_figure(figure, path)
 
 
-def phase_bars(stages: Sequence[Mapping[str, float]], path: Path) -> Path:
+def plot_phases(stages: Sequence[Mapping[str, float]], path: Path) -> Path:
     """Where the time of each stage went: work by phase, then waiting. `stages`: seconds by span name for each stage."""
     names = sorted({name for entry in stages for name in entry}, key=lambda name: (name.startswith("wait_"), name))
     figure, ((axis,),) = figures.make_figure(width=9, height=0.45 * len(stages) + 1.6)
@@ -78,12 +78,12 @@ def phase_bars(stages: Sequence[Mapping[str, float]], path: Path) -> Path:
     return figures.save_figure(figure, path)
 
 
-def predicted_phase_bars(plan: Plan, path: Path) -> Path:
+def plot_predicted_phases(plan: Plan, path: Path) -> Path:
     """For a plan that was not run: seconds that each stage works on a whole batch, by phase."""
     sequences, steps = plan.workload.sequences, plan.workload.generated_tokens - 1
     sizes = {"prefill": plan.micro_batch.prefill, "decode": plan.micro_batch.decode}
     rounds = {phase: -(-sequences // size) for phase, size in sizes.items()}
-    return phase_bars(
+    return plot_phases(
         [
             {
                 "prefill": stage.prefill_seconds * rounds["prefill"],
@@ -95,7 +95,7 @@ def predicted_phase_bars(plan: Plan, path: Path) -> Path:
     )
 
 
-def baseline_bars(plan: Plan, path: Path) -> Path | None:
+def plot_baselines(plan: Plan, path: Path) -> Path | None:
     """Predicted tokens/s of the plan and of its baselines; None if no baseline has a plan."""
     found = {
         name: entry.throughput_tokens_per_second for name, entry in plan.baselines.items() if not isinstance(entry, str)

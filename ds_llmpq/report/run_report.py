@@ -18,7 +18,7 @@ from ds_llmpq.report.plan_table import (
     format_size,
     predict_cost,
 )
-from ds_llmpq.report.run_summary import run_summary
+from ds_llmpq.report.run_summary import format_run
 from ds_llmpq.report.traces import gantt, read_trace
 from ds_llmpq.wording import format_number
 
@@ -60,7 +60,7 @@ def write_run_report(folder: Path, out: Path) -> str:
 def _text(plan: Plan, metrics: dict[str, Any] | None, folder: Path) -> str:
     parts = [format_plan(plan)]
     if metrics is not None:
-        parts += ["", run_summary(metrics)]
+        parts += ["", format_run(metrics)]
         if _has_timed_passes(metrics):
             parts += ["", fidelity.describe_run(folder)]
     return "\n".join(parts)
@@ -103,7 +103,7 @@ def _summary(plan: Plan, metrics: dict[str, Any] | None, scores: dict[str, Any] 
         "The run may have had other lengths.",
     )
     if metrics is not None:
-        section.sentences(run_summary(metrics).splitlines())
+        section.sentences(format_run(metrics).splitlines())
     section.table(["", "planned", "predicted for this run", "measured"], rows)
     stages = [
         [
@@ -158,7 +158,7 @@ def _memory(plan: Plan, metrics: dict[str, Any] | None, out: Path) -> Section:
     head += ["measured weights", "measured kv", "measured peak growth"]
     return (
         Section("memory", "Memory", "By part and device, against the budget; hatched bars are measured.")
-        .picture(run_figures.memory_bars(plan, measured, out / "memory.png"), "memory by part against budget")
+        .picture(run_figures.plot_memory(plan, measured, out / "memory.png"), "memory by part against budget")
         .table(head, rows)
     )
 
@@ -166,16 +166,16 @@ def _memory(plan: Plan, metrics: dict[str, Any] | None, out: Path) -> Section:
 def _bits(plan: Plan, out: Path) -> Section:
     return Section(
         "bits", "Bits by layer", "The bit width of every decoder layer, in the colour of its stage."
-    ).picture(run_figures.bits_strip(plan, out / "bits.png"), "bits of each layer")
+    ).picture(run_figures.plot_bits(plan, out / "bits.png"), "bits of each layer")
 
 
 def _phases(plan: Plan, metrics: dict[str, Any] | None, out: Path) -> Section:
     if metrics is None or not metrics["stages"]:
-        picture = run_figures.predicted_phase_bars(plan, out / "phases.png")
+        picture = run_figures.plot_predicted_phases(plan, out / "phases.png")
         why = "this plan was not run" if metrics is None else "its run was not measured"
         lead = f"Predicted work of each stage over a whole batch; {why}."
     else:
-        picture = run_figures.phase_bars([stage["seconds"] for stage in metrics["stages"]], out / "phases.png")
+        picture = run_figures.plot_phases([stage["seconds"] for stage in metrics["stages"]], out / "phases.png")
         lead = "Where the time of each stage went, as measured: work by phase, then waiting."
     return Section("phases", "Time by phase", lead).picture(picture, "seconds by phase and stage")
 
@@ -187,13 +187,13 @@ def _fidelity(folder: Path, metrics: dict[str, Any] | None, out: Path) -> Sectio
         return section.sentences([f"There is nothing to compare: {reason}."])
     pairs = fidelity.pair_run(folder)
     fidelity.scatter(pairs, out / "fidelity.png", "Passes of a run: plan against measurement")
-    section.picture(out / "fidelity.png", "predicted against measured").text(fidelity.error_table(pairs))
+    section.picture(out / "fidelity.png", "predicted against measured").text(fidelity.format_errors(pairs))
     return section.sentences([fidelity.verdict(pairs, "the run's passes")])
 
 
 def _baselines(plan: Plan, out: Path) -> Section:
     section = Section("baselines", "Baselines", "Predicted with the same costs, each at its best micro-batches.")
-    if (picture := run_figures.baseline_bars(plan, out / "baselines.png")) is not None:
+    if (picture := run_figures.plot_baselines(plan, out / "baselines.png")) is not None:
         section.picture(picture, "tokens/s of baselines")
     ours = plan.predicted.throughput_tokens_per_second
     rows = [

@@ -12,7 +12,7 @@ TRUSTED = 0.15  # a run within that share of its prediction confirms the plan's 
 RANKING = 1.0  # a run within a factor of two: what is off is off alike for all plans of a model and machine
 
 
-def run_summary(metrics: dict[str, Any], verbose: bool = False) -> str:
+def format_run(metrics: dict[str, Any], verbose: bool = False) -> str:
     """`metrics` as in metrics.json. verbose: also a line a stage."""
     counts, measured = metrics["counts"], metrics["measured"]
     lines = [f"requests: {counts['total']} in all, {counts['completed']} completed, {counts['failed']} failed"]

@@ -8,7 +8,7 @@ from ds_llmpq.report.plan_table import format_table
 from ds_llmpq.wording import format_number
 
 
-def scores_table(found: dict[str, Any]) -> str:
+def format_scores(found: dict[str, Any]) -> str:
     """scores.json of a text or of tasks as a table."""
     return _tasks_table(found["tasks"]) if "tasks" in found else _text_table(found)
 

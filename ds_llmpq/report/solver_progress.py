@@ -13,7 +13,7 @@ _PATIENCE_SECONDS = 2.0
 _SECONDS_BETWEEN = 1.0
 
 
-def progress_line(stream: TextIO | None = None) -> Callable[[ProgressEvent], None]:
+def make_progress_callback(stream: TextIO | None = None) -> Callable[[ProgressEvent], None]:
     """A callback for `solve` that prints at most one line a second, and none in the first two."""
     said = 0.0
 

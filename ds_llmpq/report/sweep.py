@@ -95,7 +95,7 @@ class SweepSummary(Callback):
         points = [read_point(place) for place in list_points(folder)]
         note_exit_codes(point["exit_code"] for point in points if point["failure"])
         write_summary(folder, points)
-        print(summary_text(points))
+        print(format_summary(points))
         print(f"sweep: {folder / 'summary.csv'} (a page with pictures: `ds-llmpq report sweep={folder}`)")
 
 
@@ -121,7 +121,7 @@ def write_summary(folder: Path, points: list[dict[str, Any]]) -> None:
         plot(folder / "pareto.png", solved)
 
 
-def pareto_front(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def select_pareto_front(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The points that no other beats in both throughput and quality loss, in order of rising loss."""
     front: list[dict[str, Any]] = []
     for point in sorted(points, key=lambda p: (p["quality_loss"], -p["throughput_tokens_per_second"])):
@@ -130,14 +130,14 @@ def pareto_front(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return front
 
 
-def summary_table(points: list[dict[str, Any]]) -> str:
+def format_points(points: list[dict[str, Any]]) -> str:
     """The points as a plain-text table."""
     return format_table(*build_table(points))
 
 
-def summary_text(points: list[dict[str, Any]]) -> str:
+def format_summary(points: list[dict[str, Any]]) -> str:
     """Table and mean speed-ups, ready to print."""
-    return "\n".join([summary_table(points), *describe_speedups(points)])
+    return "\n".join([format_points(points), *describe_speedups(points)])
 
 
 def build_table(points: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -267,7 +267,7 @@ def label_point(point: dict[str, Any], keys: list[str]) -> str:
 def plot(path: Path, points: list[dict[str, Any]]) -> None:
     """Plots throughput against quality loss; points that coincide share a label."""
     figure, ((axes,),) = figures.make_figure(width=8, height=4.5)
-    front = pareto_front(points)
+    front = select_pareto_front(points)
     axes.plot([p["quality_loss"] for p in front], [p["throughput_tokens_per_second"] for p in front], "-", color="0.7")
     groups: dict[tuple[float, float], list[str]] = {}
     keys = find_varied(points)

@@ -24,7 +24,7 @@ def write_sweep_report(folder: Path, out: Path) -> str:
     if not solved:
         raise UserError(f"{folder} holds no point with a plan; give the folder of `ds-llmpq plan -m` or `run -m`.")
     out.mkdir(parents=True, exist_ok=True)
-    text = sweep.summary_text(points)
+    text = sweep.format_summary(points)
     sections = [_points(points), _pareto(solved, out), _heat(solved, out), _baselines(solved, out)]
     (out / sweep.PAGE_NAME).write_text(
         render_page("A sweep", f"{folder.resolve().name}: {len(points)} points.", sections), "utf-8"
@@ -62,14 +62,14 @@ def _heat(points: list[Point], out: Path) -> Section:
     keys = sweep.find_varied(points)
     for first, second in combinations(keys, 2):
         name = f"heat_{_safe(first)}_{_safe(second)}.png"
-        if heat_map(points, first, second, out / name):
+        if plot_heat_map(points, first, second, out / name):
             section.picture(out / name, f"{first} against {second}")
     if not section.parts:
         section.sentences([f"No two keys were varied together (varied: {', '.join(keys) or 'none'})."])
     return section
 
 
-def heat_map(points: list[Point], first: str, second: str, path: Path) -> bool:
+def plot_heat_map(points: list[Point], first: str, second: str, path: Path) -> bool:
     """Averages over whatever else varies. False if a key takes too many values, or only one."""
     columns, rows = (_values(points, key) for key in (first, second))
     if min(len(columns), len(rows)) < 2 or max(len(columns), len(rows)) > _MOST_VALUES:

@@ -90,7 +90,7 @@ def _equal_micro_batches(problem: Problem, options: Mapping[str, Any]) -> Assign
 
 def _grouped(problem: Problem, group: int, options: Mapping[str, Any]) -> Assignment:
     """Solves the problem of L / g grouped layers and gives each layer the bit width and device of its group."""
-    found = solve(grouped_problem(problem, group), **{**options, "baselines": False}).assignment()
+    found = solve(group_problem(problem, group), **{**options, "baselines": False}).assignment()
     stages = tuple(
         StageAssignment(
             s.device, s.first * group, s.last * group, tuple(width for width in s.bits for _ in range(group))
@@ -100,7 +100,7 @@ def _grouped(problem: Problem, group: int, options: Mapping[str, Any]) -> Assign
     return replace(found, stages=stages)
 
 
-def grouped_problem(problem: Problem, group: int) -> Problem:
+def group_problem(problem: Problem, group: int) -> Problem:
     """Merges layers g*k .. g*k + g - 1: times and bytes are g-fold, quality losses are summed."""
     if group < 1 or problem.layers % group:
         raise UserError(f"ablation.group_layers={group} must divide the model's {problem.layers} layers")
@@ -131,14 +131,14 @@ def _reference(problem: Problem, deadline: float, options: Mapping[str, Any]) ->
     found = solve(problem, **{**options, "baselines": False}).assignment()
 
     def rate(assignment: Assignment) -> float:
-        return reference_value(problem, assignment)
+        return evaluate_reference(problem, assignment)
 
     sized = [replace(found, prefill_micro_batch=eta, decode_micro_batch=xi) for eta, xi in pairs(problem)]
     start = min((assignment for assignment in sized if not violations(problem, assignment)), key=rate)
     return _improve(problem, start, rate, deadline)
 
 
-def reference_value(problem: Problem, assignment: Assignment) -> float:
+def evaluate_reference(problem: Problem, assignment: Assignment) -> float:
     """The problem's objective with LLM-PQ's published latency, which counts no links, and for decoding one pass plus
     (m_d - 1)(n - 1) times the slowest stage."""
     seen, tokens = evaluate(problem, assignment), problem.workload.generated_tokens

@@ -28,7 +28,7 @@ class ArrivalTrace:
     generated_tokens: np.ndarray
 
 
-def arrival_times(kind: str, count: int, rate: float, cv: float, generator: np.random.Generator) -> np.ndarray:
+def draw_arrival_times(kind: str, count: int, rate: float, cv: float, generator: np.random.Generator) -> np.ndarray:
     """Arrival seconds of `count` jobs at `rate` jobs a second.
 
     `gamma`: gaps with coefficient of variation `cv`; `poisson`: exponential gaps (cv 1); `uniform`: gaps from 0 to

@@ -23,7 +23,7 @@ from ds_llmpq.errors import UserError
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.planner.cost_source import FurtherSource
 from ds_llmpq.quant.kernels.base import Kernel
-from ds_llmpq.quant.packing import UNQUANTIZED_BITS, Groups, packed_linear_bytes
+from ds_llmpq.quant.packing import UNQUANTIZED_BITS, Groups, count_packed_linear_bytes
 
 SOURCE = (
     "LLM-PQ (PPoPP 2024 poster, arXiv 2403.01136): measured time of one OPT-30B decoder layer with its own low-bit "
@@ -73,7 +73,7 @@ class Fused(Kernel):
         return bits != UNQUANTIZED_BITS
 
     def read_bytes(self, out_features: int, in_features: int, bits: int, groups: Groups, dtype_bytes: int) -> int:
-        return packed_linear_bytes(out_features, in_features, bits, groups, dtype_bytes)
+        return count_packed_linear_bytes(out_features, in_features, bits, groups, dtype_bytes)
 
 
 KERNEL = Fused()

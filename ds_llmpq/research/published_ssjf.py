@@ -193,7 +193,7 @@ def _sorted(case: Case, queue: list[_Job], predicted: bool) -> list[_Job]:
     return sorted(queue, key=lambda job: job.predicted if predicted else job.remaining)
 
 
-def published_ratios(jobs: Jobs, lengths: Lengths, batching: str, max_batch: int) -> dict[str, float] | None:
+def compute_published_ratios(jobs: Jobs, lengths: Lengths, batching: str, max_batch: int) -> dict[str, float] | None:
     """SSJF relative to FCFS in the published simulator, on the first 50 jobs: mean JCT, and throughput when a quarter
     and when all are done. None for continuous batching, which it lacks."""
     if batching not in _MODES:

@@ -75,7 +75,7 @@ def simulate(
     return Schedule(start, end, run.prompt_slots, run.generated_slots, run.busy_seconds)
 
 
-def ready_seconds(arrival_seconds: np.ndarray, prediction_seconds: float) -> np.ndarray:
+def compute_ready_seconds(arrival_seconds: np.ndarray, prediction_seconds: float) -> np.ndarray:
     """When each prediction is ready: one predictor serves jobs as they arrive, `prediction_seconds` each."""
     offset = prediction_seconds * np.arange(len(arrival_seconds))
     return np.maximum.accumulate(arrival_seconds - offset) + offset + prediction_seconds
@@ -101,7 +101,7 @@ class _QueueRun:
 
     def __post_init__(self) -> None:
         self.queue = make_queue(self.policy, self.jobs, self.cost, self.guard)
-        self.ready = ready_seconds(self.jobs.arrival_seconds, self.prediction_seconds).tolist()
+        self.ready = compute_ready_seconds(self.jobs.arrival_seconds, self.prediction_seconds).tolist()
         self.prompts = self.jobs.prompt_tokens.tolist()
         self.work = [
             self.cost.own_steps(prompt) + tokens
@@ -215,7 +215,7 @@ def _steps_until(run: _QueueRun, rows: int, context: int, when: float, most: int
     return low
 
 
-def schedule_metrics(jobs: Jobs, schedule: Schedule) -> dict[str, float]:
+def measure_schedule(jobs: Jobs, schedule: Schedule) -> dict[str, float]:
     """Job completion time (JCT) and waiting in seconds, throughput over the makespan, padding.
 
     Waiting is until a job's first start. The makespan runs from the first arrival to the last completion.

@@ -10,7 +10,7 @@ import numpy as np
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import read_json_lines
 from ds_llmpq.lengths.records import Tokens
-from ds_llmpq.research.arrivals import arrival_times, read_trace
+from ds_llmpq.research.arrivals import draw_arrival_times, read_trace
 from ds_llmpq.research.config import AnswersConfig, ArrivalsConfig, PredictionConfig, SimulateConfig
 from ds_llmpq.scheduler.execution import ExecutionCost, estimate_alone
 from ds_llmpq.scheduler.jobs import Jobs
@@ -39,7 +39,7 @@ def make_jobs(settings: SimulateConfig, cost: ExecutionCost, seed: int) -> tuple
         times = _trace(arrivals, settings.jobs).arrival_seconds
     else:
         rate = arrivals.rate if arrivals.load is None else compute_rate(settings, cost, lengths)
-        times = arrival_times(arrivals.kind, settings.jobs, rate, arrivals.cv, generator)
+        times = draw_arrival_times(arrivals.kind, settings.jobs, rate, arrivals.cv, generator)
     if len(times) != len(lengths.generated_tokens):
         raise UserError(
             f"arrivals.trace has {len(times)} rows from arrivals.start_row on, fewer than {settings.jobs} jobs."

@@ -42,7 +42,7 @@ class SimulationSummary(Callback):
 def write_comparison(folder: Path, found: list[dict[str, Any]]) -> None:
     """Writes summary.csv, plots and comparison.md."""
     found = sorted(found, key=lambda point: BATCHINGS.index(point["settings"]["batching"]))
-    rows = [row for point in found for row in point_rows(point)]
+    rows = [row for point in found for row in build_point_rows(point)]
     with open(folder / "summary.csv", "w", newline="") as stream:
         writer = csv.DictWriter(stream, list(rows[0]))
         writer.writeheader()
@@ -52,10 +52,10 @@ def write_comparison(folder: Path, found: list[dict[str, Any]]) -> None:
         for y in ("jct_mean_seconds", "throughput_jobs_per_second"):
             if plot_against(folder / f"{y.split('_')[0]}_against_{x}.png", rows, x, y):
                 plots.append(f"{y.split('_')[0]}_against_{x}.png")
-    (folder / "comparison.md").write_text(comparison_text(rows, plots), encoding="utf-8")
+    (folder / "comparison.md").write_text(format_comparison(rows, plots), encoding="utf-8")
 
 
-def point_rows(point: dict[str, Any]) -> list[Row]:
+def build_point_rows(point: dict[str, Any]) -> list[Row]:
     """One row per policy: settings of the point, metrics, and the published ratios."""
     settings = point["settings"]
     arrivals = settings["arrivals"]
@@ -79,7 +79,7 @@ def point_rows(point: dict[str, Any]) -> list[Row]:
     ]
 
 
-def comparison_text(rows: list[Row], plots: list[str]) -> str:
+def format_comparison(rows: list[Row], plots: list[str]) -> str:
     """Markdown: job completion times, where a throughput gain comes from, and all numbers."""
     parts = ["# Scheduling policies compared", "", *_summary(rows), "", *_throughput(rows), ""]
     parts += [f"![{name}]({name})" for name in plots] + ["", "## All points", "", *_table(rows), ""]

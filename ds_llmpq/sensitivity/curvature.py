@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ds_llmpq.quant.hqq import linear_names
+from ds_llmpq.quant.hqq import list_linears
 from ds_llmpq.sensitivity.layerwise import Layerwise
 
 _MOST_ITERATIONS = 20
@@ -22,7 +22,7 @@ class Curvature:
         self.model, self.layers, self.head, self.hidden = model, layers, head, hidden
         self.targets = model.targets[: len(hidden)]
         first = layers[0]
-        self.weights = {name: first.get_submodule(name).weight for name in linear_names(first)}
+        self.weights = {name: first.get_submodule(name).weight for name in list_linears(first)}
         self.generator = torch.Generator().manual_seed(seed)
 
     def eigenvalue(self) -> dict[str, float]:

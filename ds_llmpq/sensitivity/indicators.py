@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ds_llmpq.quant.config import QuantConfig
-from ds_llmpq.quant.hqq import linear_names
+from ds_llmpq.quant.hqq import list_linears
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS, make_groups
 from ds_llmpq.sensitivity.layerwise import Layerwise, measure
 from ds_llmpq.sensitivity.resume import Progress
@@ -54,7 +54,7 @@ class _Statistics:
     """Moments of each linear's inputs by channel, gathered by hooks."""
 
     def __init__(self, layer: nn.Module):
-        self.linears = {name: layer.get_submodule(name) for name in linear_names(layer)}
+        self.linears = {name: layer.get_submodule(name) for name in list_linears(layer)}
         self.sums: dict[str, torch.Tensor] = {}  # [2, channels]: sum and sum of squares
         self.counts: dict[str, int] = {}
         self._last: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
@@ -127,7 +127,7 @@ def _weighted_error(model: Layerwise, index: int, layer: nn.Module, bits: int, w
     quantized = model.layer(index, bits)
     errors = {
         name: (layer.get_submodule(name).weight - quantized.get_submodule(name).dequantize()).square().sum()
-        for name in linear_names(layer)
+        for name in list_linears(layer)
     }
     return sum(float(error) * max(weights[name], 0.0) for name, error in errors.items())
 

@@ -12,7 +12,7 @@ import torch
 
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.checkpoint import Checkpoint
-from ds_llmpq.models.corpus import CALIBRATION, calibration_rows, read_text
+from ds_llmpq.models.corpus import CALIBRATION, read_text, select_calibration_rows
 from ds_llmpq.models.fingerprint import fingerprint
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.models.tokenizer import load_tokenizer
@@ -20,9 +20,9 @@ from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.packing import (
     UNQUANTIZED_BITS,
     check_lm_head,
-    lm_head_problem,
+    find_lm_head_problem,
+    find_quantization_problem,
     make_groups,
-    quantization_problem,
 )
 from ds_llmpq.sensitivity import indicators
 from ds_llmpq.sensitivity.config import CalibrationConfig
@@ -55,7 +55,7 @@ def make_sensitivity(request: SensitivityRequest) -> Sensitivity:
     calibration, quant = request.calibration, request.quant
     text = read_text(calibration.text, CALIBRATION)
     tokenizer = load_tokenizer(str(request.model_path), request.trust_remote_code)
-    tokens = calibration_rows(text, tokenizer, calibration.rows, calibration.tokens)
+    tokens = select_calibration_rows(text, tokenizer, calibration.rows, calibration.tokens)
     checkpoint = Checkpoint(request.model_path, request.trust_remote_code)
     widths = indicators.list_quantized_bits(quant.bits)
     model = Layerwise(checkpoint, quant, tokens, request.device, rows_at_once=calibration.rows_at_once)
@@ -142,7 +142,7 @@ def _choose_head_bits(path: Path, widths: list[int], quant: QuantConfig) -> list
     matrix = read_shape(path).lm_head
     size = matrix.out_features, matrix.in_features
     check_lm_head(*size, quant)
-    able = [width for width in widths if lm_head_problem(*size, width, make_groups(quant)) is None]
+    able = [width for width in widths if find_lm_head_problem(*size, width, make_groups(quant)) is None]
     return sorted({*able, quant.lm_head_bits} - {UNQUANTIZED_BITS}, reverse=True)
 
 
@@ -151,7 +151,7 @@ def _check_bits(model: Layerwise, widths: list[int], quant: QuantConfig) -> None
         raise UserError("quant.bits holds no width below 16; there is nothing to be sensitive to.")
     for name, linear in model.linear_shapes().items():
         for width in widths:
-            if reason := quantization_problem(*linear, width, make_groups(quant)):
+            if reason := find_quantization_problem(*linear, width, make_groups(quant)):
                 raise UserError(f"{name} cannot be kept at {width} bits: {reason}; leave the width out of quant.bits.")
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from ds_llmpq.batch.config import BatchConfig
 from ds_llmpq.batch.prompts import PreparedRequest, prepare
 from ds_llmpq.batch.reader import read_requests
-from ds_llmpq.lengths.characterize import expected_maximum
+from ds_llmpq.lengths.characterize import estimate_maximum
 from ds_llmpq.models.config import ModelConfig
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.models.tokenizer import load_tokenizer
@@ -100,7 +100,7 @@ def _predict_tokens(
     if refill:
         capacity, length = np.quantile(reserves, _FITTING[batch.admission], method="higher"), answers.mean()
     else:
-        capacity, length = expected_maximum(reserves, sequences), expected_maximum(answers, sequences)
+        capacity, length = estimate_maximum(reserves, sequences), estimate_maximum(answers, sequences)
     return max(1, ceil(length), ceil(capacity) - prompt_tokens)
 
 

@@ -13,7 +13,7 @@ import random
 from ds_llmpq.cost.fit import columns, fit_profile, unit_roofline
 from ds_llmpq.cost.profile import read_profile
 from ds_llmpq.models.shape import read_shape
-from ds_llmpq.report.fidelity import TimePair, error_table, verdict
+from ds_llmpq.report.fidelity import TimePair, format_errors, verdict
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
         pairs += held_out(profile, shape, options.held_out, seed)
     note = profile.note
     print(f"{note.get('processor')}, {note.get('cores')} cores, {profile.setup.dtype}, {note.get('date')}")
-    print(error_table(pairs))
+    print(format_errors(pairs))
     for phase in ("prefill", "decode"):
         print(f"{phase}: " + verdict([pair for pair in pairs if pair.phase == phase], "held-out points"))
 

@@ -21,7 +21,7 @@ from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.hqq import quantize_linear
 from ds_llmpq.quant.kernel_linear import build_linears
 from ds_llmpq.quant.kernels.dequantize import DEQUANTIZE
-from ds_llmpq.quant.kernels.linears import effective_kernel
+from ds_llmpq.quant.kernels.linears import resolve_kernel
 from ds_llmpq.quant.kernels.registry import list_candidates
 from ds_llmpq.quant.packing import make_groups
 
@@ -161,7 +161,7 @@ def check_kernels(run: Run) -> None:
         reference = exact.dequantize().float()
         try:
             groups = make_groups(quant)
-            if effective_kernel(kernel, out, into, bits, groups) is not kernel:
+            if resolve_kernel(kernel, out, into, bits, groups) is not kernel:
                 continue
             if kernel is DEQUANTIZE:
                 product = quantize_linear(weight, None, bits, quant, run.dtype, run.device)

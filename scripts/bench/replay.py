@@ -31,7 +31,7 @@ from length_runs import (
 )
 
 from ds_llmpq.report.plan_table import format_table
-from ds_llmpq.research.arrivals import arrival_times
+from ds_llmpq.research.arrivals import draw_arrival_times
 
 TRAINING_SEED = 10_000
 HEAD = ["load", "policy", "runs", "mean JCT", "p50", "p99", "mean waiting", "longest waiting", "JCT against fcfs"]
@@ -84,7 +84,7 @@ def of_seed(options: argparse.Namespace, out: Path, seed: int, predictor: Path) 
     print(f"seed {seed}: capacity {capacity:.2f} requests/s, {offline['generated_tokens']} tokens", flush=True)
     runs = []
     for load in options.loads:
-        times = arrival_times("poisson", len(drawn), load * capacity, 1.0, np.random.default_rng([seed, 1]))
+        times = draw_arrival_times("poisson", len(drawn), load * capacity, 1.0, np.random.default_rng([seed, 1]))
         trace = written(f"load{load:g}.jsonl", times)
         turned = seed % len(options.policies)  # who comes first changes from seed to seed
         for policy in [*options.policies[turned:], *options.policies[:turned]]:

@@ -34,7 +34,7 @@ from ds_llmpq.planner.build import prepare
 from ds_llmpq.planner.cost_source import load_profile_costs
 from ds_llmpq.planner.deploy import compose_plan, deploy
 from ds_llmpq.quant.kernels.registry import find_kernel
-from ds_llmpq.report.fidelity import TimePair, error_table, scatter, verdict
+from ds_llmpq.report.fidelity import TimePair, format_errors, scatter, verdict
 from ds_llmpq.report.plan_table import format_bits, format_table
 
 ROOM = 8 << 30  # budgets are not what is measured here
@@ -67,7 +67,7 @@ def main() -> None:
         print(describe(*rows[-1]), flush=True)
     report(rows, out)
     pairs = [pair for folder in sorted(out.glob("plan??")) for pair in pass_pairs(folder)]
-    text = f"{error_table(pairs)}\n{verdict(pairs, 'single passes (lower quartile of each stage)')}"
+    text = f"{format_errors(pairs)}\n{verdict(pairs, 'single passes (lower quartile of each stage)')}"
     print(text)
     (out / "passes.txt").write_text(text + "\n")
     scatter(pairs, out / "passes.png", "Passes of stages: plan against the lower quartile of a run's")
@@ -75,7 +75,7 @@ def main() -> None:
 
 def planning(options):
     chosen = [f"cluster={options.cluster}", "workload=demo", f"model.path={options.model}", "quant.optimize=false"]
-    composed = config.composed("plan", [*chosen, f"planner.profile={options.profile}", *options.overrides])
+    composed = config.compose_settings("plan", [*chosen, f"planner.profile={options.profile}", *options.overrides])
     settings = config.to_object(composed, config.COMMANDS["plan"])
     for host in settings.cluster.hosts:
         for device in host.devices:

@@ -21,7 +21,7 @@ from ds_llmpq.cluster.detect import (
     query_gpus,
 )
 from ds_llmpq.cluster.rates import measure_cpu, measure_gpu, time_best
-from ds_llmpq.config import known_device_types
+from ds_llmpq.config import read_device_types
 from ds_llmpq.errors import UserError
 
 ANSWER = """0, 00000000:3B:00.0, Tesla T4, 15360, 14900, 7.5
@@ -134,7 +134,7 @@ def test_unknown_gpu_is_usable_and_says_that_its_rates_are_assumed():
 
 
 def test_cards_of_different_speed_stay_apart():
-    shipped = known_device_types()
+    shipped = read_device_types()
     found = detect(
         shipped,
         gpus=parse_gpus(

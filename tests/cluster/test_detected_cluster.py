@@ -19,14 +19,14 @@ GPUS = (
 
 
 def load(*overrides, command="run"):
-    composed = config.composed(command, list(overrides))
+    composed = config.compose_settings(command, list(overrides))
     return config.load_cluster(config.to_object(composed, config.COMMANDS[command]))
 
 
 @pytest.mark.parametrize("command", ["plan", "run", "profile", "evaluate"])
 def test_it_is_what_commands_plan_for_unless_told(command, monkeypatch):
     monkeypatch.setattr(config, "query_gpus", list)
-    settings = config.to_object(config.composed(command, []), config.COMMANDS[command])
+    settings = config.to_object(config.compose_settings(command, []), config.COMMANDS[command])
     assert [device.type for host in config.cluster_of(settings).hosts for device in host.devices] == ["cpu_core"]
 
 

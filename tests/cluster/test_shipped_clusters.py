@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from ds_llmpq.cluster.cluster import Cluster
 from ds_llmpq.cluster.config import ClusterConfig
 from ds_llmpq.cluster.detect import KNOWN_GPUS, detect, parse_gpus
-from ds_llmpq.config import known_device_types, register
+from ds_llmpq.config import read_device_types, register
 from ds_llmpq.models.config import ModelConfig
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.planner.build import prepare
@@ -59,7 +59,7 @@ def test_clusters_are_valid(name):
 
 
 def test_detection_knows_the_shipped_types():
-    types = known_device_types()
+    types = read_device_types()
     assert set(types) == set(names("device"))
     written = {name for _, _, name in KNOWN_GPUS if "\\" not in name}
     assert written <= set(types)

@@ -12,7 +12,7 @@ from scripts.make_length_data import make_answers, make_rows
 
 def command(out, *overrides):
     out.mkdir(parents=True, exist_ok=True)
-    settings = config.to_object(config.composed("lengths", [f"out={out}", *map(str, overrides)]), LengthsConfig)
+    settings = config.to_object(config.compose_settings("lengths", [f"out={out}", *map(str, overrides)]), LengthsConfig)
     return lengths.run(settings, out)
 
 

@@ -155,7 +155,7 @@ def test_the_pareto_front_drops_what_is_beaten():
         {"quality_loss": loss, "throughput_tokens_per_second": speed}
         for loss, speed in [(0.0, 10.0), (0.1, 9.0), (0.2, 20.0), (0.2, 15.0), (0.3, 20.0)]
     ]
-    assert [(p["quality_loss"], p["throughput_tokens_per_second"]) for p in sweep.pareto_front(points)] == [
+    assert [(p["quality_loss"], p["throughput_tokens_per_second"]) for p in sweep.select_pareto_front(points)] == [
         (0.0, 10.0),
         (0.2, 20.0),
     ]

@@ -12,7 +12,7 @@ QUICK = ["planner.solver=search", "planner.time_limit_seconds=1", "workload=demo
 
 
 def settings_of(command, *arguments):
-    return config.to_object(config.composed(command, list(arguments)), config.COMMANDS[command])
+    return config.to_object(config.compose_settings(command, list(arguments)), config.COMMANDS[command])
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ def path(tmp_path_factory):
 
 
 def settings(command, kind, *overrides):
-    return config.to_object(config.composed(command, list(overrides)), kind)
+    return config.to_object(config.compose_settings(command, list(overrides)), kind)
 
 
 def test_a_table_a_plan_with_it_and_its_checkpoint(path, tmp_path, capsys):

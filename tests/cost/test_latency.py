@@ -12,7 +12,7 @@ from ds_llmpq.cost.products import layer_read_bytes
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.quant.kernels import registry
 from ds_llmpq.quant.kernels.dequantize import DEQUANTIZE
-from ds_llmpq.quant.packing import PACKED_BITS, Groups, packed_linear_bytes
+from ds_llmpq.quant.packing import PACKED_BITS, Groups, count_packed_linear_bytes
 from ds_llmpq.research.published_costs import KERNEL
 
 LLAMA = {
@@ -163,7 +163,7 @@ def test_per_channel_read_less_and_what_no_kernel_takes_is_dequantized():
 
 
 def test_fused_reads_exactly_the_packed_weights():
-    packed = sum(packed_linear_bytes(n, k, 4, Groups(), 2) for _, n, k, *_ in SHAPE.linears)
+    packed = sum(count_packed_linear_bytes(n, k, 4, Groups(), 2) for _, n, k, *_ in SHAPE.linears)
     assert layer_read_bytes(SHAPE, 4, KERNEL, Groups(), 2) == packed
     assert layer_read_bytes(SHAPE, 4, DEQUANTIZE, Groups(), 2) == 2 * SHAPE.linear_weights
 

@@ -111,7 +111,7 @@ def test_documented_pins_are_taken():
     found = [code for page in PAGES for code in _INLINE.findall(page.read_text()) if "planner.pins=" in code]
     assert len(found) >= 2
     for code in found:
-        assert config.composed("plan", [code.strip("'").replace("[...]", "[a:0]")]).planner.pins
+        assert config.compose_settings("plan", [code.strip("'").replace("[...]", "[a:0]")]).planner.pins
 
 
 def _has(settings, key):

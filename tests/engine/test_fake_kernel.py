@@ -9,13 +9,13 @@ from pipeline_cases import GROUP_SIZE, QUANT, Draw
 from test_identity import run_and_check
 
 from ds_llmpq.cluster.devices import DeviceType
-from ds_llmpq.config import composed, to_object
+from ds_llmpq.config import compose_settings, to_object
 from ds_llmpq.cost.latency import RooflineCosts
 from ds_llmpq.cost.memory import MemoryModel
 from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.quant.config import QuantConfig
-from ds_llmpq.quant.hqq import stored_bytes
+from ds_llmpq.quant.hqq import count_stored_bytes
 from ds_llmpq.quant.kernels.dequantize import DEQUANTIZE
 from ds_llmpq.quant.kernels.registry import KERNELS, list_candidates, select_kernel
 from ds_llmpq.quant.layers import LayerLoader
@@ -52,7 +52,7 @@ def test_it_is_costed_by_what_it_says(known, checkpoint_of):
     assert ours.decode_seconds(3, 1, 8) == theirs.decode_seconds(3, 1, 8)
     quant = QuantConfig([4], GROUP_SIZE, 1, False, "fake")
     layer = LayerLoader(Checkpoint(path), [4] * 5, quant, torch.float32, torch.device("cpu")).decoder_layer(0)
-    assert stored_bytes(layer) == memory.layer_bytes(4)
+    assert count_stored_bytes(layer) == memory.layer_bytes(4)
     assert FakeProduct.built > 0
 
 
@@ -60,7 +60,7 @@ def test_it_is_planned(known, checkpoint_of, tmp_path):
     line = [f"model.path={checkpoint_of('llama')}", "quant.kernel=fake", "quant.bits=[4]", "quant.group_size=32",
             "engine.dtype=float32", "workload.sequences=4", "workload.prompt_tokens=8",
             "workload.generated_tokens=8"]  # fmt: skip
-    plan = make_plan(to_object(composed("plan", line), PlanConfig), tmp_path)
+    plan = make_plan(to_object(compose_settings("plan", line), PlanConfig), tmp_path)
     assert {stage.kernel for stage in plan.stages} == {plan.quant.kernel} == {"fake"}
     assert "kernel fake" in str(plan.provenance)
 

@@ -14,7 +14,7 @@ from ds_llmpq.errors import UserError
 from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.quant.config import QuantConfig
-from ds_llmpq.quant.hqq import linear_names, stored_bytes
+from ds_llmpq.quant.hqq import count_stored_bytes, list_linears
 from ds_llmpq.quant.layers import LayerLoader
 from ds_llmpq.quant.packing import make_groups
 
@@ -36,15 +36,15 @@ def test_bytes_are_the_memory_model_s(checkpoint_of, variant, dtype, per_channel
     memory = MemoryModel(read_shape(path), make_groups(quant), dtype.itemsize)
     loader = loader_of(path, dtype, quant=quant)
     layers = [loader.decoder_layer(index) for index in range(LAYERS)]
-    assert [stored_bytes(layer) for layer in layers] == [memory.layer_bytes(width) for width in WIDTHS]
+    assert [count_stored_bytes(layer) for layer in layers] == [memory.layer_bytes(width) for width in WIDTHS]
     head_alone = loader.head()
-    assert stored_bytes(head_alone) == memory.head_bytes()
+    assert count_stored_bytes(head_alone) == memory.head_bytes()
     embedding = loader.embedding()
-    assert stored_bytes(embedding) == memory.embed_bytes()
+    assert count_stored_bytes(embedding) == memory.embed_bytes()
     stage = torch.nn.ModuleList([embedding, *layers, loader.head()])
     shared = memory.shares_embedding * memory.shape.lm_head.weights * dtype.itemsize
     ends = memory.embed_bytes() + memory.head_bytes() - shared
-    assert stored_bytes(stage) == sum(memory.layer_bytes(width) for width in WIDTHS) + ends
+    assert count_stored_bytes(stage) == sum(memory.layer_bytes(width) for width in WIDTHS) + ends
 
 
 @pytest.mark.parametrize(("group_size", "axis"), [(8, 1), (64, 1), (16, 0)])
@@ -54,7 +54,7 @@ def test_bytes_for_other_groups(checkpoint_of, group_size, axis):
     memory = MemoryModel(read_shape(path), make_groups(quant), 4)
     loader = loader_of(path, quant=quant)
     for index, width in enumerate(WIDTHS):
-        assert stored_bytes(loader.decoder_layer(index)) == memory.layer_bytes(width)
+        assert count_stored_bytes(loader.decoder_layer(index)) == memory.layer_bytes(width)
 
 
 @pytest.mark.parametrize("variant", ["llama-biased-tied", "opt-projected-post-norm", "bloom"])
@@ -81,8 +81,8 @@ def test_only_linears_of_decoder_layers_are_quantized(checkpoint_of):
     kept = {name for name, parameter in layer.named_parameters() if not name.endswith("W_q")}
     norms = {"attention_norm", "mlp_norm", "self_attn.q_norm", "self_attn.k_norm"}
     assert kept == {f"{name}.weight" for name in norms}
-    assert linear_names(layer) == []
-    assert linear_names(loader.head()) == ["lm_head"]
+    assert list_linears(layer) == []
+    assert list_linears(loader.head()) == ["lm_head"]
 
 
 @pytest.mark.parametrize("bits", [16, 4])

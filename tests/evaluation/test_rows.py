@@ -10,7 +10,7 @@ from ds_llmpq.errors import UserError
 from ds_llmpq.evaluation.config import EvaluationConfig, ScoringTask
 from ds_llmpq.evaluation.perplexity import spread, summary
 from ds_llmpq.evaluation.scoring import RowScore, TargetScorer, build_row
-from ds_llmpq.models.corpus import CALIBRATION, EVALUATION, Text, calibration_rows, cut_rows, read_text
+from ds_llmpq.models.corpus import CALIBRATION, EVALUATION, Text, cut_rows, read_text, select_calibration_rows
 from ds_llmpq.serving.job import Job, pack_token
 
 
@@ -105,11 +105,11 @@ class Letters:
 
 def test_calibration_rows_spread_over_the_text():
     text = Text("x", "".join(chr(number) for number in range(100, 201)))
-    rows = calibration_rows(text, Letters(), rows=3, length=10)
+    rows = select_calibration_rows(text, Letters(), rows=3, length=10)
     assert rows.shape == (3, 11)
     assert rows[:, 0].tolist() == [100, 130, 160]
     with pytest.raises(UserError, match="has 101 tokens, too short for 11 rows of 10"):
-        calibration_rows(text, Letters(), rows=11, length=10)
+        select_calibration_rows(text, Letters(), rows=11, length=10)
     with pytest.raises(UserError, match="two are the least"):
         cut_rows([1], 4)
 

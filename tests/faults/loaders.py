@@ -56,7 +56,7 @@ from ds_llmpq.plan import Plan, check_model, launch_order, read_assignment, read
 from ds_llmpq.planner import Problem
 from ds_llmpq.report.answers import show_answers
 from ds_llmpq.report.plan_table import format_plan
-from ds_llmpq.report.sweep import read_point, summary_text
+from ds_llmpq.report.sweep import format_summary, read_point
 from ds_llmpq.report.sweep_cache import is_done
 from ds_llmpq.report.traces import read_trace as read_spans
 from ds_llmpq.research.arrivals import read_trace
@@ -167,7 +167,7 @@ def all_loaders(folder: Path) -> dict[str, Loader]:
         "scores": Loader(_SCORES, "scores.json", partial(_report, plan), mutated_document, 2),
         "spans": Loader(_SPANS, "trace.json", read_spans, mutated_document, 6),
         "failure": Loader(b'{"message": "no plan", "exit_code": 2}', "failure.json",
-                          lambda file: summary_text([read_point(file.parent)]), mutated_document, 6),
+                          lambda file: format_summary([read_point(file.parent)]), mutated_document, 6),
         "arrivals": Loader(_ARRIVALS, "trace.csv", read_trace, mutated_bytes, 6, exhaustive_table),
         "answers": Loader(_ANSWERS, "answers.jsonl", _answers, mutated_lines, 6),
         "cases": Loader(_CASES, "cases.json", lambda file: [schedules(case) for case in read_cases(file)],
@@ -305,11 +305,11 @@ def _profile_table(file: Path) -> object:
 
 
 def _latency_model(file: Path) -> object:
-    from ds_llmpq.report.fidelity import pair_profile, profile_table
+    from ds_llmpq.report.fidelity import format_profile, pair_profile
 
     model = read_model(file)
     pair_profile(model)
-    return profile_table(model)
+    return format_profile(model)
 
 
 def _marked(mark: str, parse: Callable[[str], object]) -> Callable[[Path], object]:
@@ -382,7 +382,7 @@ def _resumed_training(file: Path) -> object:
 def _swept(file: Path) -> object:
     (file.parent / ".hydra").mkdir()
     shutil.copyfile(file, file.parent / ".hydra" / "overrides.yaml")
-    return summary_text([read_point(file.parent)])
+    return format_summary([read_point(file.parent)])
 
 
 def _point(file: Path) -> object:
@@ -398,14 +398,14 @@ def _shown(file: Path) -> object:
 def _report(plan: dict, file: Path) -> object:
     from ds_llmpq.report import fidelity, run_report
     from ds_llmpq.report.metrics_file import read_metrics, refuse_other_forms
-    from ds_llmpq.report.run_summary import run_summary
+    from ds_llmpq.report.run_summary import format_run
 
     found, kept = read_metrics(file), Plan.from_json(plan)
     with refuse_other_forms(file):
         if file.name == "scores.json":
             return run_report._measured_loss(found)
         (file.parent / "plan.json").write_text(json.dumps(plan))
-        run_summary(found)
+        format_run(found)
         run_report._summary(kept, found, None)
         timed = run_report._has_timed_passes(found)
     return fidelity.run_text(file.parent) if timed else found
@@ -501,7 +501,7 @@ def _overrides(rng: random.Random, seed: bytes) -> bytes:
 
 def _compose(file: Path) -> object:
     command = "run"
-    return config.to_object(config.composed(command, json.loads(file.read_bytes())), config.COMMANDS[command])
+    return config.to_object(config.compose_settings(command, json.loads(file.read_bytes())), config.COMMANDS[command])
 
 
 def _shape_of(checkpoint: Path) -> Callable[[Path], object]:
@@ -580,7 +580,7 @@ def _planned(folder: Path) -> tuple[dict, dict]:
     from ds_llmpq.serving.planning import make_plan
 
     folder.mkdir(exist_ok=True)
-    composed = config.composed("plan", ["cluster=local_cpu2", "workload.sequences=4"])
+    composed = config.compose_settings("plan", ["cluster=local_cpu2", "workload.sequences=4"])
     settings = config.to_object(composed, config.COMMANDS["plan"])
     make_plan(settings, folder)
     return tuple(json.loads((folder / name).read_text()) for name in ("plan.json", "problem.json"))

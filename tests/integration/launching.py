@@ -66,7 +66,7 @@ def write_cluster(path: Path, hosts: dict[str, list[int]], env: dict[str, str] |
     link = {"latency_seconds": 1e-4, "bandwidth_bytes_per_second": 1e9}
     cluster = {
         "name": "test",
-        "device_types": {"cpu_core": asdict(config.known_device_types()["cpu_core"])},
+        "device_types": {"cpu_core": asdict(config.read_device_types()["cpu_core"])},
         "hosts": [
             {
                 "name": host,

@@ -20,7 +20,7 @@ def test_example_hostfiles_are_read_as_deepspeed_reads_them(file, monkeypatch):
 
 
 def test_the_example_of_a_shipped_cluster_lists_its_devices():
-    settings = config.to_object(config.composed("plan", ["cluster=mixed_gpus"]), config.COMMANDS["plan"])
+    settings = config.to_object(config.compose_settings("plan", ["cluster=mixed_gpus"]), config.COMMANDS["plan"])
     devices = {host.name: len(host.devices) for host in settings.cluster.hosts}
     assert parse_hostfile(ROOT / "launch" / "hostfiles" / "mixed_gpus") == devices
 

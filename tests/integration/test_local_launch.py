@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ds_llmpq.launch.launcher import find_free_port
 from ds_llmpq.plan import read_plan
-from ds_llmpq.quant.hqq import linear_names, quantize_linear
+from ds_llmpq.quant.hqq import list_linears, quantize_linear
 
 pytestmark = pytest.mark.launcher
 
@@ -78,7 +78,7 @@ def single_process(checkpoint, plan):
     widths = [bits for stage in plan.stages for bits in stage.bits]
     quantized = {}
     for layer, bits in zip(model.model.layers, widths, strict=True):
-        for name in linear_names(layer) if bits < 16 else []:
+        for name in list_linears(layer) if bits < 16 else []:
             linear = layer.get_submodule(name)
             hqq = quantize_linear(
                 linear.weight.data, None, bits, plan.quant.to_config(), torch.float32, torch.device("cpu")

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from ds_llmpq.errors import UserError
-from ds_llmpq.lengths.calibration import Calibration, conformal_quantile
-from ds_llmpq.lengths.characterize import distribution, expected_maximum
+from ds_llmpq.lengths.calibration import Calibration, find_conformal_quantile
+from ds_llmpq.lengths.characterize import distribution, estimate_maximum
 from ds_llmpq.lengths.config import LengthTaskConfig
-from ds_llmpq.lengths.length_metrics import bound_metrics, class_metrics, pairwise_accuracy, regression_metrics
+from ds_llmpq.lengths.length_metrics import measure_bounds, measure_classes, measure_regression, pairwise_accuracy
 from ds_llmpq.lengths.tasks import LengthTask
 from ds_llmpq.validation import validate
 
@@ -18,7 +18,7 @@ TOKENS = np.array([1.0, 2.0, 3.0, 4.0, 100.0, 200.0, 300.0, 400.0])
 
 def test_errors_and_ranks():
     true, guess = np.array([10.0, 20.0, 40.0]), np.array([13.0, 16.0, 40.0])
-    found = regression_metrics(true, guess)
+    found = measure_regression(true, guess)
     assert found["mae_tokens"] == pytest.approx(7 / 3)
     assert found["rmse_tokens"] == pytest.approx((25 / 3) ** 0.5)
     assert (found["kendall_tau"], found["pairwise_accuracy"]) == (1.0, 1.0)
@@ -34,7 +34,7 @@ def test_pairwise_accuracy_counts_pairs(seed):
 
 
 def test_class_metrics_are_averages_over_the_classes_that_occur():
-    found = class_metrics(np.array([0, 0, 1, 3]), np.array([0, 1, 1, 1]))
+    found = measure_classes(np.array([0, 0, 1, 3]), np.array([0, 1, 1, 1]))
     assert found["accuracy"] == 0.5
     assert found["within_one_accuracy"] == 0.75
     assert found["macro_precision"] == pytest.approx((1 + 1 / 3 + 0) / 3)
@@ -83,7 +83,7 @@ def test_a_wrong_task_is_one_sentence(config, said):
 def test_conformal_quantiles_cover_new_values(level):
     generator = np.random.default_rng(0)
     covered = [
-        np.mean(generator.exponential(size=50) <= conformal_quantile(generator.exponential(size=200), level))
+        np.mean(generator.exponential(size=50) <= find_conformal_quantile(generator.exponential(size=200), level))
         for _ in range(400)
     ]
     assert level - 0.01 < np.mean(covered) < level + 0.02
@@ -93,7 +93,7 @@ def test_bounds_of_a_useless_model_still_cover():
     generator = np.random.default_rng(1)
     task = LengthTask.fit(LengthTaskConfig(), generator.lognormal(4, 1, 500))
     calibration = Calibration.fit(task, np.zeros((2000, 1)), generator.lognormal(4, 1, 2000))
-    found = bound_metrics(generator.lognormal(4, 1, 5000), calibration.bounds(task, np.zeros((5000, 1))))
+    found = measure_bounds(generator.lognormal(4, 1, 5000), calibration.bounds(task, np.zeros((5000, 1))))
     assert found["q90_coverage"] == pytest.approx(0.9, abs=0.02)
     assert found["q95_coverage"] == pytest.approx(0.95, abs=0.02)
     assert validate(Calibration, asdict(calibration), "calibration", "mend it") == calibration
@@ -120,7 +120,7 @@ def test_expected_maximum_is_the_mean_of_the_longest(rows):
     generator = np.random.default_rng(2)
     tokens = generator.lognormal(4, 1, 300).round()
     drawn = generator.choice(tokens, (40_000, rows)).max(1).mean()
-    assert expected_maximum(tokens, rows) == pytest.approx(drawn, rel=0.03)
+    assert estimate_maximum(tokens, rows) == pytest.approx(drawn, rel=0.03)
 
 
 def test_a_distribution_has_its_percentiles_and_tail():

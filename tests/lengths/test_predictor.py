@@ -9,7 +9,7 @@ import pytest
 from ds_llmpq.errors import UserError
 from ds_llmpq.lengths import dataset
 from ds_llmpq.lengths.config import LengthDataConfig, LengthTaskConfig, ProxyConfig
-from ds_llmpq.lengths.length_metrics import regression_metrics
+from ds_llmpq.lengths.length_metrics import measure_regression
 from ds_llmpq.lengths.predictor import evaluate, load_predictor, train
 from ds_llmpq.lengths.records import Example
 from ds_llmpq.lengths.tasks import KINDS
@@ -59,8 +59,8 @@ def test_every_task_trains_saves_loads_and_predicts(small, tmp_path, kind, loss)
     assert loaded.task == predictor.task
     assert loaded.about["fingerprint"] == dataset.fingerprint(small.train)
     true = dataset.collect_lengths(small.test)
-    assert regression_metrics(true, one.tokens)["pairwise_accuracy"] > 0.65
-    assert regression_metrics(true, one.tokens)["mae_tokens"] < evaluate(loaded, small.test)["mae_of_constant_tokens"]
+    assert measure_regression(true, one.tokens)["pairwise_accuracy"] > 0.65
+    assert measure_regression(true, one.tokens)["mae_tokens"] < evaluate(loaded, small.test)["mae_of_constant_tokens"]
 
 
 def test_predictions_do_not_look_at_lengths(small):

@@ -3,7 +3,7 @@
 import pytest
 
 from ds_llmpq.cluster.cluster import Cluster
-from ds_llmpq.config import composed, to_object
+from ds_llmpq.config import compose_settings, to_object
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.planner.config import CostConfig, PlannerConfig
@@ -16,7 +16,7 @@ from ds_llmpq.serving.config import PlanConfig
 
 @pytest.fixture(scope="module")
 def place():
-    settings = to_object(composed("plan", ["+experiment=paper", "cluster=cluster9"]), PlanConfig)
+    settings = to_object(compose_settings("plan", ["+experiment=paper", "cluster=cluster9"]), PlanConfig)
     return Cluster.from_config(settings.cluster), ModelShape.from_config(settings.model.shape)
 
 

@@ -12,7 +12,7 @@ from ds_llmpq.profiling.timer import Timer
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.kernels.base import Kernel
 from ds_llmpq.quant.kernels.registry import KERNELS
-from ds_llmpq.report.fidelity import kernel_table
+from ds_llmpq.report.fidelity import format_kernels
 
 SIZES_OF_MODEL = {
     "model_type": "llama",
@@ -97,7 +97,7 @@ def test_the_note_names_the_library_s_version_and_all_times(times):
     assert note["kernel"] == f"other (torch {OTHER.version})"
     assert len(note["kernel_times"]) == 6
     assert note["dequantize_faster_from_rows"] == {"4": None}
-    assert "dequantize 4 bits" in kernel_table(note)
+    assert "dequantize 4 bits" in format_kernels(note)
 
 
 def test_nothing_is_timed_where_there_is_nothing_to_choose():

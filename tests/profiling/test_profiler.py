@@ -27,7 +27,7 @@ from ds_llmpq.profiling.points import ProfilingTask, sampling_plan
 from ds_llmpq.profiling.timer import Timer
 from ds_llmpq.profiling.trial_process import run_trial
 from ds_llmpq.quant.config import QuantConfig
-from ds_llmpq.quant.hqq import stored_bytes
+from ds_llmpq.quant.hqq import count_stored_bytes
 from ds_llmpq.quant.kernels.dequantize import DEQUANTIZE
 from ds_llmpq.quant.packing import make_groups
 
@@ -106,13 +106,13 @@ def test_memory_model_is_what_the_loader_allocates(folder, arch, dtype):
     model = MemoryModel(shape, make_groups(quant), getattr(torch, dtype).itemsize)
     for bits in widths:
         for layer in parts.layers[bits]:
-            assert stored_bytes(layer) == model.layer_bytes(bits), f"{bits} bits"
-    assert stored_bytes(parts.embedding) == model.embed_bytes()
-    assert stored_bytes(parts.head) == model.head_bytes()
+            assert count_stored_bytes(layer) == model.layer_bytes(bits), f"{bits} bits"
+    assert count_stored_bytes(parts.embedding) == model.embed_bytes()
+    assert count_stored_bytes(parts.head) == model.head_bytes()
     assert parts.store.allocated_bytes == 2 * 4 * model.kv_bytes_per_sequence_layer(18)
     both = torch.nn.ModuleList([parts.embedding, parts.head])  # loaded by one loader: a tied head is shared
     shared = model.shares_embedding * shape.lm_head.weights * model.dtype_bytes
-    assert stored_bytes(both) == model.embed_bytes() + model.head_bytes() - shared
+    assert count_stored_bytes(both) == model.embed_bytes() + model.head_bytes() - shared
 
 
 def test_an_interrupted_profile_goes_on(folder, tmp_path):

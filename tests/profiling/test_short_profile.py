@@ -196,7 +196,9 @@ def test_every_type_is_timed_and_at_most_three_devices_at_once(types):
 
 def test_a_plan_by_default_settings_stands_on_measured_times(cache, tmp_path, monkeypatch):
     monkeypatch.delenv(short_profile.CALIBRATE)
-    composed = config.composed("plan", ["+experiment=demo", "planner.solver=search", f"out={tmp_path / 'plan'}"])
+    composed = config.compose_settings(
+        "plan", ["+experiment=demo", "planner.solver=search", f"out={tmp_path / 'plan'}"]
+    )
     settings = config.load_cluster(config.to_object(composed, config.COMMANDS["plan"]))
     (tmp_path / "plan").mkdir()
     plan = make_plan(settings, tmp_path / "plan")

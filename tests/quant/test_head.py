@@ -22,11 +22,11 @@ from ds_llmpq.models.shape import read_shape
 from ds_llmpq.models.step import Step
 from ds_llmpq.quant import packing
 from ds_llmpq.quant.config import QuantConfig
-from ds_llmpq.quant.hqq import quantize_linear, stored_bytes
+from ds_llmpq.quant.hqq import count_stored_bytes, quantize_linear
 from ds_llmpq.quant.kernel_linear import KernelLinear, RowBlocks
 from ds_llmpq.quant.kernels.registry import KERNELS
 from ds_llmpq.quant.layers import LayerLoader
-from ds_llmpq.quant.packing import Groups, row_blocks
+from ds_llmpq.quant.packing import Groups, cut_row_blocks
 from ds_llmpq.quant.pretrained import load_quantized
 from ds_llmpq.quant.quantized_checkpoint import open_checkpoint, read_recipe
 from ds_llmpq.quant.writer import write_quantized
@@ -100,7 +100,7 @@ def test_blocks_cover_a_matrix_and_bound_each():
         (50_272, 512),
         (7, 1 << 25),
     ):
-        blocks = row_blocks(rows, columns)
+        blocks = cut_row_blocks(rows, columns)
         assert sum(blocks) == rows
         assert all(block % 256 == 0 for block in blocks[:-1])
         assert all(block * columns <= max(1 << 24, 256 * columns) for block in blocks)
@@ -131,7 +131,7 @@ def test_every_kernel_multiplies_with_that_matrix_and_holds_what_the_memory_mode
     assert (found - expected).norm() < TOLERANCE[name] * expected.norm()
     memory = MemoryModel(read_shape(path), Groups(32), 2, KERNELS[name], bits)
     assert not memory.shares_embedding
-    assert (stored_bytes(embedding), stored_bytes(head)) == (memory.embed_bytes(), memory.head_bytes())
+    assert (count_stored_bytes(embedding), count_stored_bytes(head)) == (memory.embed_bytes(), memory.head_bytes())
     unquantized = MemoryModel(read_shape(path), Groups(32), 2, KERNELS[name])
     assert unquantized.shares_embedding
     assert unquantized.head_bytes() == unquantized.embed_bytes() + 64 * 2  # and the norm
@@ -144,7 +144,10 @@ def test_a_whole_stage_s_kernel_leaves_it_to_the_one_for_single_weights(path_of)
     graph = LayerLoader(Checkpoint(path), [8, 8], quant, torch.bfloat16, CPU, stage=range(2))
     head = graph.head()
     assert isinstance(head.lm_head, KernelLinear)
-    assert stored_bytes(head) == MemoryModel(read_shape(path), Groups(32), 2, KERNELS["openvino_graph"], 8).head_bytes()
+    assert (
+        count_stored_bytes(head)
+        == MemoryModel(read_shape(path), Groups(32), 2, KERNELS["openvino_graph"], 8).head_bytes()
+    )
 
 
 def test_a_scored_row_has_logits_at_every_token(path_of, small_blocks):

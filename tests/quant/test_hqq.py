@@ -9,8 +9,8 @@ from torch import nn
 
 from ds_llmpq.errors import UserError
 from ds_llmpq.quant.config import QuantConfig
-from ds_llmpq.quant.hqq import linear_names, quantize_linear, stored_bytes
-from ds_llmpq.quant.packing import Groups, packed_linear_bytes
+from ds_llmpq.quant.hqq import count_stored_bytes, list_linears, quantize_linear
+from ds_llmpq.quant.packing import Groups, count_packed_linear_bytes
 
 CPU = torch.device("cpu")
 
@@ -72,7 +72,10 @@ def test_stored_bytes_counts_everything_once(bits, dtype):
     tied.weight = nn.Parameter(norm.weight.data)
     module.append(tied)
     size = dtype.itemsize
-    assert stored_bytes(module) == packed_linear_bytes(64, 96, bits, Groups(32), size) + 64 * size + 2 * 64 * size
+    assert (
+        count_stored_bytes(module)
+        == count_packed_linear_bytes(64, 96, bits, Groups(32), size) + 64 * size + 2 * 64 * size
+    )
 
 
 @pytest.mark.parametrize(
@@ -91,4 +94,4 @@ def test_what_cannot_be_packed_is_said(shape, bits, group_size, words):
 
 def test_linears_are_found_in_module_order():
     layer = nn.ModuleDict({"b": nn.Linear(2, 2), "n": nn.LayerNorm(2), "a": nn.Sequential(nn.ReLU(), nn.Linear(2, 2))})
-    assert linear_names(layer) == ["b", "a.1"]
+    assert list_linears(layer) == ["b", "a.1"]

@@ -11,9 +11,9 @@ from hqq.core.quantize import HQQLinear
 
 from ds_llmpq.errors import UserError
 from ds_llmpq.quant.config import QuantConfig
-from ds_llmpq.quant.hqq import quantize_linear, stored_bytes
+from ds_llmpq.quant.hqq import count_stored_bytes, quantize_linear
 from ds_llmpq.quant.kernel_linear import KernelLinear, build_linears, build_product
-from ds_llmpq.quant.kernels.linears import effective_kernel
+from ds_llmpq.quant.kernels.linears import resolve_kernel
 from ds_llmpq.quant.kernels.registry import KERNELS
 from ds_llmpq.quant.packing import Groups
 from ds_llmpq.quant.unpacked_weight import stack, unpack
@@ -102,12 +102,12 @@ def test_held_bytes_are_counted_once(name):
     linears = [quantized(size, 128, 4, bias=torch.zeros(size).bfloat16()) for size in (64, 32)]
     modules = torch.nn.ModuleList(build_linears(KERNELS[name], linears, 4, Groups(), torch.bfloat16))
     product = build_product(KERNELS[name], stack([unpack(linear) for linear in linears]), 4, torch.bfloat16)
-    assert stored_bytes(modules) == product.held_bytes + 2 * (64 + 32)
+    assert count_stored_bytes(modules) == product.held_bytes + 2 * (64 + 32)
 
 
 def test_what_no_kernel_takes_stays_hqq_s():
     linear = quantized(64, 64, 2, dtype=torch.bfloat16)
-    assert effective_kernel(KERNELS["openvino_graph"], 64, 64, 2, Groups()).name == "dequantize"
+    assert resolve_kernel(KERNELS["openvino_graph"], 64, 64, 2, Groups()).name == "dequantize"
     assert build_linears(KERNELS["openvino_graph"], [linear], 2, Groups(), torch.bfloat16) == [linear]
     assert isinstance(linear, HQQLinear)
 

@@ -10,7 +10,7 @@ from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.kernels import openvino, registry
 from ds_llmpq.quant.kernels.base import SHARED_INPUTS, Kernel
-from ds_llmpq.quant.kernels.linears import effective_kernel, group_linears, layer_bytes
+from ds_llmpq.quant.kernels.linears import group_linears, layer_bytes, resolve_kernel
 from ds_llmpq.quant.packing import Groups
 from ds_llmpq.research.published_costs import KERNEL
 
@@ -185,7 +185,7 @@ def test_a_kernel_that_was_asked_for_need_not_be_installed_here_but_must_be_able
 
 
 def effective(name, *size_bits_groups):
-    return effective_kernel(KERNELS[name], *size_bits_groups).name
+    return resolve_kernel(KERNELS[name], *size_bits_groups).name
 
 
 def test_widths_and_shapes_a_kernel_cannot_take_run_through_hqq():

@@ -12,7 +12,7 @@ from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.models.step import Step
 from ds_llmpq.quant.config import QuantConfig
-from ds_llmpq.quant.hqq import quantize_linear, stored_bytes
+from ds_llmpq.quant.hqq import count_stored_bytes, quantize_linear
 from ds_llmpq.quant.kernel_linear import KernelLinear
 from ds_llmpq.quant.kernels.registry import KERNELS
 from ds_llmpq.quant.layers import LayerLoader
@@ -49,7 +49,7 @@ def test_a_layer_holds_what_the_memory_model_says_and_computes_what_hqq_s_does(n
     ours = loader(checkpoint, name, per_channel_bits=per_channel_bits)
     theirs = loader(checkpoint, "dequantize", torch.float32, per_channel_bits=per_channel_bits)
     memory = MemoryModel(read_shape(TINY), Groups(64, 1, per_channel_bits), 2, KERNELS[name])
-    assert stored_bytes(ours.decoder_layer(index)) == memory.layer_bytes(BITS[index])
+    assert count_stored_bytes(ours.decoder_layer(index)) == memory.layer_bytes(BITS[index])
     expected = outcome(theirs, index)
     assert (outcome(ours, index) - expected).norm() < TOLERANCE[name] * expected.norm()
 

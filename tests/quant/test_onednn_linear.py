@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ds_llmpq.quant.hqq import stored_bytes
+from ds_llmpq.quant.hqq import count_stored_bytes
 from ds_llmpq.quant.onednn_linear import OneDnnLinear, computes_in_bfloat16, pack_linears
 
 bf16 = pytest.mark.skipif(not computes_in_bfloat16(), reason="this processor's oneDNN has no bfloat16")
@@ -32,10 +32,10 @@ def test_outputs_are_the_same_to_the_bit(out, into, bias):
 @bf16
 def test_bytes_are_those_of_the_plain_weight():
     module = nn.Sequential(linear(192, 128, bias=True), nn.LayerNorm(192).bfloat16(), linear(64, 192))
-    before = stored_bytes(module)
+    before = count_stored_bytes(module)
     pack_linears(module)
     assert [type(child).__name__ for child in module] == ["OneDnnLinear", "LayerNorm", "OneDnnLinear"]
-    assert stored_bytes(module) == before
+    assert count_stored_bytes(module) == before
     assert torch.ops.mkldnn._nbytes(module[0]._weight) == 192 * 128 * 2
 
 

@@ -6,7 +6,7 @@ from hqq.core import optimize as hqq_optimize
 from hqq.core.quantize import Quantizer
 
 from ds_llmpq.quant import optimize
-from ds_llmpq.quant.optimize import fast_optimizer, optimize_zeros
+from ds_llmpq.quant.optimize import optimize_zeros, use_fast_optimizer
 
 
 def weights(seed, rows=256, columns=512):
@@ -67,6 +67,6 @@ def test_no_group_gets_worse_and_pieces_do_not_matter(axis, seed, monkeypatch):
 
 def test_hqq_gets_its_own_optimizer_back():
     before = Quantizer.optimize_weights
-    with fast_optimizer():
+    with use_fast_optimizer():
         assert Quantizer.optimize_weights is optimize_zeros
     assert Quantizer.optimize_weights is before

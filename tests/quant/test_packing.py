@@ -11,11 +11,11 @@ from ds_llmpq.quant.packing import (
     PACKED_BITS,
     Groups,
     count_bits_per_weight,
+    count_metadata_bytes,
+    count_packed_linear_bytes,
+    find_packing_problem,
+    find_quantization_problem,
     make_groups,
-    metadata_bytes,
-    packed_linear_bytes,
-    packing_problem,
-    quantization_problem,
 )
 
 
@@ -61,11 +61,11 @@ def test_bytes_are_what_hqq_holds(bits, axis, dtype):
         (96, 128, 128),
         (8, 72, 72),
     ]:
-        if packing_problem(out_features, in_features, bits, group_size, axis):
+        if find_packing_problem(out_features, in_features, bits, group_size, axis):
             continue
         linear, _ = real_linear(out_features, in_features, bits, group_size, axis, dtype)
         dtype_bytes = {"float32": 4, "bfloat16": 2}[dtype]
-        predicted = packed_linear_bytes(out_features, in_features, bits, Groups(group_size, axis), dtype_bytes)
+        predicted = count_packed_linear_bytes(out_features, in_features, bits, Groups(group_size, axis), dtype_bytes)
         assert predicted == held_bytes(linear), (out_features, in_features, group_size)
 
 
@@ -76,7 +76,7 @@ def test_bytes_of_per_channel_are_what_hqq_holds(bits, dtype):
     dtype_bytes = {"float32": 4, "bfloat16": 2}[dtype]
     for out_features, in_features in [(24, 40), (56, 104), (64, 512), (8, 72)]:
         linear, _ = real_linear(out_features, in_features, bits, in_features, 1, dtype)
-        predicted = packed_linear_bytes(out_features, in_features, bits, Groups(64, 1, (bits,)), dtype_bytes)
+        predicted = count_packed_linear_bytes(out_features, in_features, bits, Groups(64, 1, (bits,)), dtype_bytes)
         assert predicted == held_bytes(linear), (out_features, in_features)
         assert linear.meta["scale"].numel() == out_features
 
@@ -85,9 +85,9 @@ def test_only_the_widths_named_have_per_channel():
     groups = make_groups(QuantConfig(per_channel_bits=[8, 3]))
     assert groups == Groups(64, 1, (3, 8))
     assert [groups.of(bits, 256) for bits in (2, 3, 4, 8)] == [64, 256, 64, 256]
-    assert quantization_problem(64, 80, 8, groups) is None
-    assert "80" in quantization_problem(64, 80, 4, groups)
-    assert "group size 36 is not a positive multiple of 8" in quantization_problem(64, 36, 8, groups)
+    assert find_quantization_problem(64, 80, 8, groups) is None
+    assert "80" in find_quantization_problem(64, 80, 4, groups)
+    assert "group size 36 is not a positive multiple of 8" in find_quantization_problem(64, 36, 8, groups)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_gate_and_bytes_on_random_shapes():
     seen = {True: 0, False: 0}
     for case in random_cases(300, seed=5):
         out_features, in_features, bits, *_ = case
-        allowed = packing_problem(*case) is None
+        allowed = find_packing_problem(*case) is None
         seen[allowed] += 1
         try:
             linear, weight = real_linear(*case)
@@ -123,15 +123,15 @@ def test_gate_and_bytes_on_random_shapes():
             works = False
         assert works == allowed, case
         if works:
-            assert packed_linear_bytes(*case[:3], Groups(*case[3:]), dtype_bytes=4) == held_bytes(linear), case
+            assert count_packed_linear_bytes(*case[:3], Groups(*case[3:]), dtype_bytes=4) == held_bytes(linear), case
             if bits == 8:
                 torch.testing.assert_close(restored, weight, atol=0.02, rtol=0)
     assert min(seen.values()) > 40
 
 
 def test_unquantized_is_the_plain_weight():
-    assert packed_linear_bytes(48, 80, 16, Groups(), 2) == 48 * 80 * 2
-    assert packing_problem(3, 5, 16, 64, 1) is None
+    assert count_packed_linear_bytes(48, 80, 16, Groups(), 2) == 48 * 80 * 2
+    assert find_packing_problem(3, 5, 16, 64, 1) is None
 
 
 def test_bits_a_weight_count_scales_zeros_rows_and_lm_head():
@@ -150,8 +150,8 @@ def test_bits_a_weight_count_scales_zeros_rows_and_lm_head():
 
 
 def test_four_bits_by_hand():
-    assert metadata_bytes(64, 128, 64, 2) == 2 * 128 * 2
-    assert packed_linear_bytes(64, 128, 4, Groups(), 2) == 64 * 128 // 2 + 512
+    assert count_metadata_bytes(64, 128, 64, 2) == 2 * 128 * 2
+    assert count_packed_linear_bytes(64, 128, 4, Groups(), 2) == 64 * 128 // 2 + 512
 
 
 @pytest.mark.parametrize(
@@ -166,16 +166,16 @@ def test_four_bits_by_hand():
     ],
 )
 def test_reasons(case, words):
-    assert words in packing_problem(*case)
+    assert words in find_packing_problem(*case)
     with pytest.raises(UserError, match="cannot be packed"):
-        packed_linear_bytes(*case[:3], Groups(*case[3:]), dtype_bytes=2)
+        count_packed_linear_bytes(*case[:3], Groups(*case[3:]), dtype_bytes=2)
 
 
 def test_groups_must_not_straddle_rows():
     """96 x 80 weights divide into groups of 64, but neither side does."""
     for axis, side in ((1, "80"), (0, "96")):
-        assert packing_problem(96, 80, 4, 64, axis) is None
-        assert side in quantization_problem(96, 80, 4, Groups(64, axis))
-        assert quantization_problem(96, 80, 4, Groups(16, axis)) is None
-    assert quantization_problem(96, 80, 16, Groups()) is None
-    assert "3 rows" in quantization_problem(3, 64, 4, Groups())
+        assert find_packing_problem(96, 80, 4, 64, axis) is None
+        assert side in find_quantization_problem(96, 80, 4, Groups(64, axis))
+        assert find_quantization_problem(96, 80, 4, Groups(16, axis)) is None
+    assert find_quantization_problem(96, 80, 16, Groups()) is None
+    assert "3 rows" in find_quantization_problem(3, 64, 4, Groups())

@@ -18,7 +18,7 @@ from ds_llmpq.models.spec import ACTIVATIONS
 from ds_llmpq.models.step import Step
 from ds_llmpq.quant import onednn_linear
 from ds_llmpq.quant.config import QuantConfig
-from ds_llmpq.quant.hqq import stored_bytes
+from ds_llmpq.quant.hqq import count_stored_bytes
 from ds_llmpq.quant.kernels.dequantize import DEQUANTIZE
 from ds_llmpq.quant.kernels.openvino import CACHE_BLOCK, GRAPH_TOKENS, OPENVINO, OPENVINO_GRAPH
 from ds_llmpq.quant.layers import LayerLoader, StageMember
@@ -235,7 +235,7 @@ def test_held_bytes_are_the_memory_model_s(checkpoint_of, bits, dtype):
     path = checkpoint_of("llama-biased")
     stage = Stage(path, bits, dtype=dtype)
     memory = MemoryModel(read_shape(path), Groups(32), dtype.itemsize, OPENVINO_GRAPH)
-    assert stored_bytes(stage.layers) == sum(map(memory.layer_bytes, bits))
+    assert count_stored_bytes(stage.layers) == sum(map(memory.layer_bytes, bits))
     assert [type(layer) for layer in stage.layers] == [StageMember, StageMember, StageGraph]
 
 

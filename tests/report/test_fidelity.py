@@ -7,7 +7,7 @@ import pytest
 from ds_llmpq.commands import report
 from ds_llmpq.commands.config import ReportConfig
 from ds_llmpq.errors import UserError
-from ds_llmpq.report.fidelity import TimePair, error_table, pair_run, verdict
+from ds_llmpq.report.fidelity import TimePair, format_errors, pair_run, verdict
 
 
 def pairs(*errors):
@@ -15,7 +15,7 @@ def pairs(*errors):
 
 
 def test_errors_are_relative_to_the_measurement():
-    text = error_table([*pairs(0.1, -0.3), TimePair("core", "prefill", "8", 2.0, 1.0)])
+    text = format_errors([*pairs(0.1, -0.3), TimePair("core", "prefill", "8", 2.0, 1.0)])
     decode, prefill = text.splitlines()[2:]
     assert decode.split() == ["core", "decode", "4", "2", "20.0%", "-30.0%", "-10.0%", "7", "/", "10"]
     assert "+100.0%" in prefill

@@ -5,7 +5,7 @@ import csv
 import pytest
 
 from ds_llmpq.plan import BASELINES
-from ds_llmpq.report.sweep import build_table, summary_text, write_summary
+from ds_llmpq.report.sweep import build_table, format_summary, write_summary
 
 POINT = {"throughput_tokens_per_second": -1.5, "quality_loss": 1e-9, "exit_code": 2}
 
@@ -39,7 +39,7 @@ def point(name, speed, measured):
 def test_swept_baselines_are_compared_as_they_were_measured():
     points = [point("null", 30.0, 24.0), point("uniform", 20.0, 12.0), point("pipeedge", 25.0, None)]
     points.append(point("flexgen", None, None) | {"failure": "an estimate"})
-    text = summary_text(points)
+    text = format_summary(points)
     assert "speed-up over uniform: measured 2.00x, predicted 1.50x" in text
     assert "speed-up over pipeedge: predicted 1.20x" in text
     assert "speed-up over flexgen: it has no plan" in text

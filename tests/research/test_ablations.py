@@ -8,7 +8,7 @@ import pytest
 from ds_llmpq.errors import InfeasibleError, UserError
 from ds_llmpq.planner import Problem, solve, violations
 from ds_llmpq.planner.objective import evaluate
-from ds_llmpq.research.ablations import VARIANTS, grouped_problem, reference_value, solve_ablation
+from ds_llmpq.research.ablations import VARIANTS, evaluate_reference, group_problem, solve_ablation
 
 sys.path.append(str(Path(__file__).parents[1] / "planner"))
 from random_problems import random_problem
@@ -57,7 +57,7 @@ def test_no_variant_beats_the_bound(variant):
 def test_a_grouped_plan_costs_what_its_layers_cost():
     made = 0
     for problem, _ in PROBLEMS:
-        coarse = grouped_problem(problem, 2)
+        coarse = group_problem(problem, 2)
         try:
             plan = solve_ablation(problem, "grouped", 2, solver="search")
             same = solve(coarse, solver="search")
@@ -71,7 +71,7 @@ def test_a_grouped_plan_costs_what_its_layers_cost():
 
 def test_the_published_latency_by_hand():
     prefill, decode = 1.5 + 2.25 + 2 * 2.25, 0.15 + 0.32 + (2 - 1) * 2 * 0.32
-    assert reference_value(by_hand(), two_stages()) == pytest.approx(prefill + decode + 10 * 1.25)
+    assert evaluate_reference(by_hand(), two_stages()) == pytest.approx(prefill + decode + 10 * 1.25)
 
 
 @pytest.mark.parametrize("seed", [2, 36])
@@ -80,7 +80,7 @@ def test_a_plan_for_the_published_latency_is_better_by_it_than_the_full_one(seed
     best = solve(problem, solver="search", gap=1e-6)
     plan = solve_ablation(problem, objective="reference", solver="search", gap=1e-6)
     assert not violations(problem, plan.assignment())
-    own, full = (reference_value(problem, entry.assignment()) for entry in (plan, best))
+    own, full = (evaluate_reference(problem, entry.assignment()) for entry in (plan, best))
     assert own < 0.9 * full
     assert plan.solver.objective >= best.solver.bound * (1 - 1e-9)  # costed as any plan is
 

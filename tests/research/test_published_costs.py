@@ -6,7 +6,7 @@ from functools import cache
 import pytest
 
 from ds_llmpq.cluster.devices import DeviceType
-from ds_llmpq.config import known_device_types
+from ds_llmpq.config import read_device_types
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.research.published_costs import ANCHORS, PUBLISHED_MODEL, PUBLISHED_SHAPE, PublishedCosts
@@ -14,7 +14,7 @@ from ds_llmpq.research.published_costs import ANCHORS, PUBLISHED_MODEL, PUBLISHE
 OPT_30B = PUBLISHED_SHAPE
 
 
-KNOWN = cache(known_device_types)
+KNOWN = cache(read_device_types)
 
 
 def device(name, **changes):

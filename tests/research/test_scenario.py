@@ -7,7 +7,7 @@ import pytest
 
 from ds_llmpq.errors import UserError
 from ds_llmpq.research.config import AnswersConfig, ArrivalsConfig, PredictionConfig, SimulateConfig
-from ds_llmpq.research.published_ssjf import published_ratios
+from ds_llmpq.research.published_ssjf import compute_published_ratios
 from ds_llmpq.research.scenario import make_jobs, predict_classes
 from ds_llmpq.scheduler.execution import ConstantCost
 
@@ -47,11 +47,11 @@ def test_lengths_and_predictions_come_from_a_file(tmp_path):
 
 def test_published_throughput_gain_is_in_the_moment_it_is_measured():
     jobs, lengths = make_jobs(settings(jobs=50, arrivals=ArrivalsConfig(rate=1.0)), COST, 1)
-    ratios = published_ratios(jobs, lengths, "none", 1)
+    ratios = compute_published_ratios(jobs, lengths, "none", 1)
     assert ratios["throughput_at_quarter"] > 1.5
     assert ratios["throughput_whole_run"] == pytest.approx(1.0)
     assert ratios["jct_mean"] < 0.9
-    assert published_ratios(jobs, lengths, "continuous", 4) is None
+    assert compute_published_ratios(jobs, lengths, "continuous", 4) is None
 
 
 def test_classes_are_decoded_to_their_means():

@@ -25,7 +25,7 @@ def script(name):
 
 
 def settings(*overrides):
-    return config.to_object(config.composed("plan", list(overrides)), PlanConfig)
+    return config.to_object(config.compose_settings("plan", list(overrides)), PlanConfig)
 
 
 class Study:

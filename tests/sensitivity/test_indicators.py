@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.quant.config import QuantConfig
-from ds_llmpq.quant.hqq import linear_names, quantize_linear
+from ds_llmpq.quant.hqq import list_linears, quantize_linear
 from ds_llmpq.sensitivity import indicators
 from ds_llmpq.sensitivity.curvature import Curvature
 from ds_llmpq.sensitivity.layerwise import Layerwise, measure
@@ -61,7 +61,7 @@ def nowhere(tmp_path):
 def quantized_copy(model, bits, settings):
     model = copy.deepcopy(model)
     for layer, width in zip(decoder_layers(model), bits, strict=True):
-        for name in linear_names(layer) if width < 16 else ():
+        for name in list_linears(layer) if width < 16 else ():
             linear = layer.get_submodule(name)
             packed = quantize_linear(linear.weight.data, None, width, settings, torch.float32, CPU)
             linear.weight.data = packed.dequantize()
@@ -96,7 +96,7 @@ def test_variance_is_the_theorem_written_out(path, axis, per_channel_bits, tmp_p
             layer.get_submodule(name).register_forward_pre_hook(
                 lambda _, inputs, name=name, into=entered: into.__setitem__(name, inputs[0].flatten(0, -2))
             )
-            for name in linear_names(layer)
+            for name in list_linears(layer)
         ]
         with torch.no_grad():
             plain(model.inputs)
@@ -117,7 +117,7 @@ def test_variance_is_the_theorem_written_out(path, axis, per_channel_bits, tmp_p
 def full_hessian(model, layers, head, hidden):
     """Of the mean loss with respect to the first layer's linears, entry by entry."""
     first = layers[0]
-    names = linear_names(first)
+    names = list_linears(first)
     weights = torch.cat([first.get_submodule(name).weight.detach().flatten() for name in names])
 
     def loss(flat):

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from transformers import AutoModelForCausalLM
 
 from ds_llmpq.errors import UserError
-from ds_llmpq.models.corpus import CALIBRATION, calibration_rows, read_text
+from ds_llmpq.models.corpus import CALIBRATION, read_text, select_calibration_rows
 from ds_llmpq.models.fingerprint import fingerprint
 from ds_llmpq.models.tokenizer import load_tokenizer
 from ds_llmpq.quant.config import QuantConfig
@@ -69,7 +69,7 @@ def test_what_lm_head_loses_is_measured_and_changes_no_layer_s(path, tmp_path):
     assert list(plain.head) == [4, 2], "those of the layers' widths, so that one table serves a sweep"
     assert list(low.head) == [4, 3, 2]
     assert low.table == plain.table
-    rows = calibration_rows(read_text(None, CALIBRATION), load_tokenizer(str(path)), 2, 16)
+    rows = select_calibration_rows(read_text(None, CALIBRATION), load_tokenizer(str(path)), 2, 16)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     with torch.no_grad():
         exact = model(rows[:, :-1]).logits.log_softmax(-1)

@@ -10,7 +10,7 @@ from ds_llmpq.serving.planning import build_problem
 
 def workspace(*keys):
     """Bytes of a decode pass, and what the problem was built from."""
-    composed = config.composed("plan", ["model=opt_13b", "workload.sequences=8", *keys])
+    composed = config.compose_settings("plan", ["model=opt_13b", "workload.sequences=8", *keys])
     settings = config.load_cluster(config.to_object(composed, PlanConfig))
     problem, _ = build_problem(settings, SOURCES)
     return problem.memory.workspace_bytes.decode[8]

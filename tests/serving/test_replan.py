@@ -18,7 +18,7 @@ def planned(folder, *overrides):
         "workload.generated_tokens=16",
         *overrides,
     ]
-    settings = choose_model(config.to_object(config.composed("run", own), config.COMMANDS["run"]))
+    settings = choose_model(config.to_object(config.compose_settings("run", own), config.COMMANDS["run"]))
     return settings, make_plan(settings, folder)
 
 
@@ -38,7 +38,7 @@ def test_widths_stay_and_the_lost_device_goes(tmp_path):
 def test_a_plan_from_elsewhere_keeps_its_own_settings(tmp_path):
     """Given as plan=FILE: what the configuration says of HQQ is then only the default."""
     _, plan = planned(tmp_path / "first", "quant.bits=[4,8]", "quant.lm_head_bits=8", "quant.group_size=128")
-    settings = config.to_object(config.composed("run", ["cluster=local_cpu2"]), config.COMMANDS["run"])
+    settings = config.to_object(config.compose_settings("run", ["cluster=local_cpu2"]), config.COMMANDS["run"])
     left = plan_without(settings, plan, ["localhost:1"], tmp_path, widths_free=True)
     assert left.quant == plan.quant
     assert left.quant.lm_head_bits == 8

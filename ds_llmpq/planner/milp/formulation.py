@@ -210,6 +210,6 @@ def _costs(form: Formulation, layers: int, objective: Objective, links) -> None:
         model.row(loss, high=objective.limit * unit)
 
 
-def typical_scale(problem: Problem, reference_value: float) -> float:
+def typical_scale(problem: Problem, evaluate_reference: float) -> float:
     """The scale that brings an objective of this size to about 1,000."""
-    return 1000.0 / reference_value if reference_value > 0 and math.isfinite(reference_value) else 1000.0
+    return 1000.0 / evaluate_reference if evaluate_reference > 0 and math.isfinite(evaluate_reference) else 1000.0

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from ds_llmpq.models.spec import DecoderSpec
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.kernels.base import Kernel
-from ds_llmpq.quant.packing import UNQUANTIZED_BITS, Groups, packed_linear_bytes
+from ds_llmpq.quant.packing import UNQUANTIZED_BITS, Groups, count_packed_linear_bytes
 
 # Launches that HQQ's forward adds to a plain linear: mask, shift and copy for each part of a packed integer; subtract;
 # multiply.
@@ -34,7 +34,7 @@ class Dequantize(Kernel):
         return bits != UNQUANTIZED_BITS
 
     def weight_bytes(self, out_features: int, in_features: int, bits: int, groups: Groups, dtype_bytes: int) -> int:
-        return packed_linear_bytes(out_features, in_features, bits, groups, dtype_bytes)
+        return count_packed_linear_bytes(out_features, in_features, bits, groups, dtype_bytes)
 
     def read_bytes(self, out_features: int, in_features: int, bits: int, groups: Groups, dtype_bytes: int) -> int:
         return out_features * in_features * dtype_bytes

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 from ds_llmpq.quant.kernels.base import Kernel
 from ds_llmpq.quant.kernels.dequantize import DEQUANTIZE
-from ds_llmpq.quant.packing import UNQUANTIZED_BITS, Groups, row_blocks
+from ds_llmpq.quant.packing import UNQUANTIZED_BITS, Groups, cut_row_blocks
 
 
-def effective_kernel(kernel: Kernel, out_features: int, in_features: int, bits: int, groups: Groups) -> Kernel:
+def resolve_kernel(kernel: Kernel, out_features: int, in_features: int, bits: int, groups: Groups) -> Kernel:
     """What really runs a linear where `kernel` is chosen: `dequantize` for what it cannot take."""
     return kernel if kernel.takes(out_features, in_features, bits, groups) else DEQUANTIZE
 
@@ -43,26 +43,26 @@ def layer_bytes(
     total = kernel.layer_overhead_bytes
     for group in group_linears(kernel, linears, bits, groups):
         size = stack_features(group)
-        total += effective_kernel(kernel, *size, bits, groups).weight_bytes(*size, bits, groups, dtype_bytes)
+        total += resolve_kernel(kernel, *size, bits, groups).weight_bytes(*size, bits, groups, dtype_bytes)
     return total
 
 
-def lm_head_products(
+def list_lm_head_products(
     kernel: Kernel, out_features: int, in_features: int, bits: int, groups: Groups
 ) -> tuple[Kernel, list[tuple[int, int]]]:
     """What multiplies with lm_head where `kernel` runs the layers, and (out, in features) of its products: one where a
-    library takes it, else `row_blocks`."""
-    found = effective_kernel(kernel.product_kernel, out_features, in_features, bits, groups)
+    library takes it, else `cut_row_blocks`."""
+    found = resolve_kernel(kernel.product_kernel, out_features, in_features, bits, groups)
     if found is not DEQUANTIZE:
         return found, [(out_features, in_features)]
-    return found, [(rows, in_features) for rows in row_blocks(out_features, in_features)]
+    return found, [(rows, in_features) for rows in cut_row_blocks(out_features, in_features)]
 
 
 def lm_head_bytes(
     kernel: Kernel, out_features: int, in_features: int, bits: int, groups: Groups, dtype_bytes: int
 ) -> int:
     """Bytes that lm_head takes at `bits`."""
-    found, products = lm_head_products(kernel, out_features, in_features, bits, groups)
+    found, products = list_lm_head_products(kernel, out_features, in_features, bits, groups)
     return sum(found.weight_bytes(*size, bits, groups, dtype_bytes) for size in products)
 
 

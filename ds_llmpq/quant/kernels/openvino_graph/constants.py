@@ -50,7 +50,7 @@ def core() -> openvino.Core:
     return openvino.Core()
 
 
-def threading_properties() -> dict[str, object]:
+def build_threading_properties() -> dict[str, object]:
     """Of a compiled model that takes the place of torch's operations: as many threads as they have."""
     threads = torch.get_num_threads()
     return {

@@ -12,11 +12,11 @@ from openvino import opset13
 from ds_llmpq.quant.kernels.openvino import PRODUCT_ROWS
 from ds_llmpq.quant.kernels.openvino_graph.constants import (
     Constants,
+    build_threading_properties,
     core,
     hold_quantized,
     input_group,
     product,
-    threading_properties,
 )
 from ds_llmpq.quant.unpacked_weight import UnpackedWeight
 
@@ -91,7 +91,7 @@ def _buffer(name: str, rows: int, features: int) -> torch.Tensor:
 def _compile(weight: Constants) -> openvino.InferRequest:
     inputs = opset13.parameter([-1, weight.in_features], openvino.Type.f32)
     model = openvino.Model([opset13.result(product(inputs, weight))], [inputs])
-    properties = threading_properties() | {
+    properties = build_threading_properties() | {
         "INFERENCE_PRECISION_HINT": "f32",
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(input_group(weight.group_size, weight.in_features)),
     }

@@ -23,10 +23,10 @@ from ds_llmpq.models.step import Step
 from ds_llmpq.quant.kernels.openvino import CACHE_BLOCK, GRAPH_TOKENS
 from ds_llmpq.quant.kernels.openvino_graph.constants import (
     Constants,
+    build_threading_properties,
     convert,
     core,
     input_group,
-    threading_properties,
     widen,
 )
 from ds_llmpq.quant.kernels.openvino_graph.decoder_layer import LayerNodes, Rows, cache_parameter
@@ -120,7 +120,7 @@ class StageGraph(nn.Module):
         for node, name in zip(self._caches, self._cache_names(), strict=True):
             node.output(0).set_names({name})
         model = openvino.Model([result], parameters)
-        properties = threading_properties() | {
+        properties = build_threading_properties() | {
             "INFERENCE_PRECISION_HINT": kind.theirs,
             "KV_CACHE_PRECISION": kind.theirs,
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(self._input_group()),
