@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -26,9 +26,10 @@ SOURCES = ("auto", "roofline")
 
 
 class FurtherSource(NamedTuple):
-    """Layer times from elsewhere: their kernel, and `costs` of (device type, shape, compute dtype, lm_head bits)."""
+    """Layer times from elsewhere: their kernel, first of those that nothing here runs but a roofline may be asked for,
+    and `costs` of (device type, shape, compute dtype, lm_head bits)."""
 
-    kernel: Kernel
+    kernels: Sequence[Kernel]
     costs: Callable[[DeviceType, ModelShape, str, int], LayerCosts]
 
 
@@ -60,12 +61,12 @@ def select_costs(
     if cost.source == "roofline":
         return None, cluster, kernel if cost.kernel is None else _find_kernel(cost.kernel, further)
     dtype, source = choose_dtype(cluster, dtype), further[cost.source]
-    return lambda device_type: source.costs(device_type, shape, dtype, quant.lm_head_bits), cluster, source.kernel
+    return lambda device_type: source.costs(device_type, shape, dtype, quant.lm_head_bits), cluster, source.kernels[0]
 
 
 def _find_kernel(name: str, further: Mapping[str, FurtherSource]) -> Kernel:
     """A kernel to cost a plan for; those of further sources, which nothing runs, are known too."""
-    theirs = {source.kernel.name: source.kernel for source in further.values()}
+    theirs = {kernel.name: kernel for source in further.values() for kernel in source.kernels}
     return theirs[name] if name in theirs else find_kernel(name)
 
 

@@ -60,12 +60,13 @@ def make_costs(run: Run, shape: ModelShape, kernel: Kernel) -> RooflineCosts:
 
 def make_cluster(run: Run) -> ClusterConfig:
     memory = torch.cuda.mem_get_info()[0] if run.on_gpu else 4 * (1 << 30)
+    share = CAPTURED_LAUNCHES_SHARE if run.on_gpu else 1.0  # the launches that were timed are those of a graph
     kind = DeviceTypeConfig(
         kind=run.device.type,
         memory_bytes=int(0.95 * memory),
         memory_bandwidth_bytes_per_second=run.rates["bytes"],
         flops_per_second={name: run.rates[name] for name in ("bfloat16", "float32")},
-        kernel_overhead_seconds=products.LAYER_LAUNCHES * run.rates["launch"] / CAPTURED_LAUNCHES_SHARE,
+        kernel_overhead_seconds=products.LAYER_LAUNCHES * run.rates["launch"] / share,
         bits=[2, 3, 4, 8, 16],
         source="measured by scripts/bench/gpu.py",
     )

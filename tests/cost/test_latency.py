@@ -13,7 +13,7 @@ from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.quant.kernels import registry
 from ds_llmpq.quant.kernels.dequantize import DEQUANTIZE
 from ds_llmpq.quant.packing import PACKED_BITS, Groups, count_packed_linear_bytes
-from ds_llmpq.research.published_costs import KERNEL
+from ds_llmpq.research.published_costs import HUMMING, KERNEL
 
 LLAMA = {
     "model_type": "llama",
@@ -35,11 +35,10 @@ OPT_30B = ModelShape.from_config(
         "vocab_size": 50272,
     }
 )
-KERNELS = registry.KERNELS | {KERNEL.name: KERNEL}
+KERNELS = registry.KERNELS | {kernel.name: kernel for kernel in (KERNEL, HUMMING)}
 V100 = DeviceType(
     "v100", "cuda", 1 << 34, 9e11, {"float16": 1.25e14}, 2e-4, (3, 4, 8, 16), "7.0", "datasheet: NVIDIA V100"
 )
-COUNTED = dataclasses.replace(V100, kind="cpu")  # no kernel has measured speed-ups there: bytes count
 FLOPS_SHARE, BANDWIDTH_SHARE = OLDER_SHARES  # a V100's
 
 
@@ -153,7 +152,7 @@ def test_fused_kernels_make_decode_faster_at_fewer_bits_and_dequantizing_slower(
 
 def test_per_channel_read_less_and_what_no_kernel_takes_is_dequantized():
     def seconds(kernel, bits, groups):
-        return RooflineCosts(COUNTED, OPT_30B, "float16", groups, KERNELS[kernel]).decode_seconds(bits, 8, 100)
+        return RooflineCosts(V100, OPT_30B, "float16", groups, KERNELS[kernel]).decode_seconds(bits, 8, 100)
 
     apart, whole = Groups(), Groups(64, 1, (8,))
     for kernel in ("fused", "openvino"):
@@ -170,8 +169,8 @@ def test_fused_reads_exactly_the_packed_weights():
 
 def test_an_lm_head_of_fewer_bits_reads_less_where_a_kernel_takes_it_and_is_dequantized_elsewhere():
     def moved(kernel, bits):
-        costs = RooflineCosts(COUNTED, OPT_30B, "float16", kernel=KERNELS[kernel], lm_head_bits=bits)
-        return (costs.head_work(1) - RooflineCosts(COUNTED, OPT_30B, "float16").head_work(1)) * bandwidth
+        costs = RooflineCosts(V100, OPT_30B, "float16", kernel=KERNELS[kernel], lm_head_bits=bits)
+        return (costs.head_work(1) - RooflineCosts(V100, OPT_30B, "float16").head_work(1)) * bandwidth
 
     bandwidth = BANDWIDTH_SHARE * V100.memory_bandwidth_bytes_per_second
     weights = OPT_30B.vocab * OPT_30B.embed_dim
