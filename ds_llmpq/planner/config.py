@@ -70,5 +70,6 @@ class CostConfig:
 
     # auto (planner.profile, else roofline) | roofline | published (`plan` alone: the paper's GPUs and kernels)
     source: str = "auto"
-    # with source=roofline: plan for this kernel, also where it is not installed (openvino, fused, humming); null: quant.kernel
+    # with source=roofline: plan for this kernel, also where none is installed (openvino, fused, humming); null:
+    # quant.kernel
     kernel: str | None = None
