@@ -21,7 +21,6 @@ from ds_llmpq.engine.stage_run.faults import Fault, find_first_faults
 from ds_llmpq.engine.throttle import CpuShare
 from ds_llmpq.engine.token_chooser import Scorer, StopRule
 from ds_llmpq.engine.trace import Trace
-from ds_llmpq.integers import round_up
 from ds_llmpq.models.generation import load_generation
 from ds_llmpq.models.shape import ModelShape, read_shape
 from ds_llmpq.plan import Plan
@@ -219,10 +218,10 @@ class Session:
         if self.scorer is not None:
             return NoCache(self.context.device)
         first, last = self.context.stage.layers
-        positions = count_cache_positions(self.plan) + count_prefix_positions(self.plan)
+        positions = self.plan.cache_positions + self.plan.prefix_positions
         return KVStore(
             first, last - first, positions, shape.kv_heads, shape.head_dim, self.dtype, self.context.device,
-            find_cache_block(self.plan), find_stage_kernel(self.context.stage.kernel).whole_stage,
+            self.plan.cache_block, find_stage_kernel(self.context.stage.kernel).whole_stage,
         )  # fmt: skip
 
     def _build_activation_channel(self) -> ActivationChannel:
@@ -241,23 +240,3 @@ def _list_neutral_tokens(config: Any) -> list[int]:
     named = [getattr(config, name, None) for name in ("bos_token_id", "eos_token_id")]
     flat = [token for value in named for token in (value if isinstance(value, list) else [value])]
     return list(dict.fromkeys([*(t for t in flat if isinstance(t, int) and 0 <= t < config.vocab_size), 0, 1]))[:4]
-
-
-def count_cache_positions(plan: Plan) -> int:
-    """B * (s + n): the tokens a layer's cache holds for all sequences in flight; each has whole blocks."""
-    return plan.workload.sequences * count_row_positions(plan)
-
-
-def count_prefix_positions(plan: Plan) -> int:
-    """Those beside them, where a prefix is kept that the plan knew of."""
-    return round_up(plan.workload.shared_tokens, find_cache_block(plan))
-
-
-def count_row_positions(plan: Plan) -> int:
-    """s + n, in whole blocks."""
-    return round_up(plan.workload.prompt_tokens + plan.workload.generated_tokens, find_cache_block(plan))
-
-
-def find_cache_block(plan: Plan) -> int:
-    """Positions in a block of the cache: one for all stages, whose slots are the same."""
-    return max(find_stage_kernel(stage.kernel).cache_block for stage in plan.stages)

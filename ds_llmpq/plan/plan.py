@@ -13,9 +13,11 @@ from annotated_types import Ge, Le
 
 from ds_llmpq.cluster.devices import COMPUTE_DTYPES, KINDS
 from ds_llmpq.errors import UserError, quote
+from ds_llmpq.integers import round_up
 from ds_llmpq.plan.assignment import Assignment, StageAssignment
 from ds_llmpq.plan.schema1 import upgrade
 from ds_llmpq.quant.config import QuantConfig, rename_former
+from ds_llmpq.quant.kernels.registry import find_stage_kernel
 from ds_llmpq.validation import (
     Amount,
     Bits,
@@ -270,6 +272,26 @@ class Plan:
     @property
     def lm_head_bits(self) -> int:
         return (self.quant or Quantization()).lm_head_bits
+
+    @property
+    def cache_block(self) -> int:
+        """Positions in a block of the KV cache: one for all stages, whose slots are the same."""
+        return max(find_stage_kernel(stage.kernel).cache_block for stage in self.stages)
+
+    @property
+    def row_positions(self) -> int:
+        """s + n, in whole blocks: the positions of the KV cache that one sequence takes."""
+        return round_up(self.workload.prompt_tokens + self.workload.generated_tokens, self.cache_block)
+
+    @property
+    def cache_positions(self) -> int:
+        """B * (s + n): the tokens a layer's cache holds for all sequences in flight; each has whole blocks."""
+        return self.workload.sequences * self.row_positions
+
+    @property
+    def prefix_positions(self) -> int:
+        """Of a prefix that the sequences are planned to share, in whole blocks."""
+        return round_up(self.workload.shared_tokens, self.cache_block)
 
     def with_fewer_sequences(self) -> "Plan":
         """The same stages with half as many sequences in flight, and in each micro-batch; at least one. What was

@@ -1,24 +1,37 @@
-"""In which order requests run: as they came, or neighbours of like length, which need less padding and waiting."""
+"""The requests of a job: encoded, and in the order they run, which is as they came, or neighbours of like length, for
+those need less padding and waiting. Imports no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 from ds_llmpq.batch.config import BatchConfig
-from ds_llmpq.batch.prompts import PreparedRequest
+from ds_llmpq.batch.prompts import PreparedRequest, prepare
+from ds_llmpq.batch.reader import RequestFile
 from ds_llmpq.errors import UserError
+from ds_llmpq.integers import round_up
 from ds_llmpq.lengths.predictor import load_predictor
 from ds_llmpq.lengths.records import Example, join_turns
+from ds_llmpq.models.shape import read_shape
+from ds_llmpq.scheduler.admission import AdmissionQueue
+from ds_llmpq.scheduler.micro_batch import MicroBatchLimits
 from ds_llmpq.scheduler.policies import POLICIES
 from ds_llmpq.scheduler.policies import PREDICTING as REPLAYED_BY_PREDICTION
+from ds_llmpq.scheduler.prefix import count_shared, find_shared_prefix
+from ds_llmpq.serving.in_flight import build_identity, read_in_flight
+from ds_llmpq.serving.job import Job
+from ds_llmpq.serving.prediction import MOST_PASSES, LengthsOfStream, decode_passes
+from ds_llmpq.serving.replay import Replay, replay_shape
 
 ORDERINGS = ("arrival", "prompt_length", "predicted_length", "bucketed")
 PREDICTING = frozenset({"predicted_length", "bucketed"})
 ADMISSIONS = ("worst_case", "q95", "q90")
 REPLAYS = (None, "trace")
+_LEAST_SLOTS = 8  # of which one may be given for a prefix that the plan has no room for
 
 
 def validate_batch(batch: BatchConfig) -> BatchConfig:
@@ -126,3 +139,164 @@ def _example(prepared: PreparedRequest, model: str) -> Example:
     else:
         text = " ".join(map(str, request.prompt))
     return Example(text, None, request.model or model, prepared.prompt_tokens)
+
+
+class JobRequests:
+    """The requests of a job that have no result yet, those that a former attempt has begun first.
+
+    `prepared`: in this order; `errors`: rows that cannot run. `begun`: tokens generated before, by a request's number
+    in the input; `begun_at`: the same by its place in `prepared`, which is how the engine knows it. `prefix`: what most
+    prompts begin with and is computed once; () if nothing is. `alive()` is called while nothing else happens.
+    """
+
+    def __init__(
+        self, job: Job, file: RequestFile, finished: Mapping[str, Any], tokenizer: Any, alive: Callable[[], None]
+    ):
+        self.job = job
+        self.identity = build_identity(file.sha256, job.plan, job.batch)
+        self._alive = alive
+        self._shape = read_shape(job.model_path)
+        self.prepared, self.errors = prepare(
+            (request for request in file.requests if request.custom_id not in finished),
+            tokenizer,
+            context_tokens=self._shape.max_positions or job.plan.cache_positions,
+            capacity_tokens=job.plan.cache_positions,
+            vocabulary_size=self._shape.vocab,
+            progress=alive,
+        )
+        self.begun = self._read_begun()
+        bounds = self._order()
+        self.begun_at = {
+            place: self.begun[each.request.index]
+            for place, each in enumerate(self.prepared)
+            if each.request.index in self.begun
+        }
+        self.prefix = self._choose_prefix()
+        self.admission = self._build_admission(bounds)
+        self._replay: Replay | None = None
+
+    @property
+    def keeps_tokens(self) -> bool:
+        """Whether tokens in flight are of use to a later attempt. What a row goes on from is computed by prefill
+        instead of decode, in other shapes; and only a run with a journal is gone on with."""
+        return self.job.supervised and not self.job.engine.batch_invariant
+
+    def choose_source(self, room: Callable[[], int | None]) -> AdmissionQueue | Replay:
+        """Where the engine's groups come from: all requests at once, or a replay of when they came. `room()`: slots of
+        the engine that are free now, None between streams."""
+        if self.job.batch.replay is None:
+            return self.admission
+        self._replay = Replay(
+            self.prepared,
+            replay_shape(self.admission, self.prepared),
+            self.job.plan,
+            self.job.batch.policy,
+            self._expected_tokens,
+            room,
+            self._alive,
+            begun=self.begun_at,
+        )
+        return self._replay
+
+    def end(self, place: int) -> None:
+        """The request's last token is known."""
+        if self._replay is not None:
+            self._replay.end(place)
+
+    def stop(self) -> None:
+        """Begins nothing new; called by a signal, so it only sets what is looked at later."""
+        self.admission.stop()
+        if self._replay is not None:
+            self._replay.stop()
+
+    def expect_streams(self) -> list[LengthsOfStream]:
+        """Streams with answers of the predicted lengths; none where they are known to be otherwise."""
+        if self._replay or self.begun_at:
+            return []
+        lengths = [
+            (each.prompt_tokens, max(1, round(tokens)))
+            for each, tokens in zip(self.prepared, self._expected_tokens, strict=True)
+        ]
+        shared = [count_shared(tuple(each.prompt_ids), self.prefix) for each in self.prepared]
+        streams = self.admission.streams(range(len(lengths)))
+        return [(slots, [lengths[i] for i in part], [shared[i] for i in part]) for slots, part in streams]
+
+    def report(self, limits: MicroBatchLimits, answer_tokens: Sequence[int]) -> dict[str, Any]:
+        """What metrics.json says of them, with the lengths that the answers had: decode passes that this order led to,
+        and what the same answers would have needed in arrival order. Both are counted, not timed."""
+        kept = {"rows": len(self.begun_at), "tokens": sum(map(len, self.begun_at.values()))}
+        found: dict[str, Any] = {"gone_on_from": kept | {"source": "counted"}}
+        if self._replay is not None:
+            return found | {"replay": self._replay.report()}
+        places = range(len(self.prepared))
+        came = sorted(places, key=lambda place: self.prepared[place].request.index)
+        found["order"] = {
+            "order": self.job.batch.order,
+            "admission": self.job.batch.admission,
+            "requeued": self.admission.requeued,
+            "decode_passes": self._count_passes(limits, answer_tokens, places),
+            "decode_passes_in_arrival_order": self._count_passes(limits, answer_tokens, came),
+            "source": "counted",
+        }
+        return found
+
+    def _read_begun(self) -> dict[int, list[int]]:
+        """Tokens that a former attempt left of requests without a result, by their number in the input."""
+        if not self.keeps_tokens:
+            return {}
+        most = {each.request.index: each.max_tokens for each in self.prepared}
+        return {
+            index: tokens
+            for index, tokens in read_in_flight(Path(self.job.output), self.identity).items()
+            if len(tokens) < most.get(index, 0) and max(tokens) < self._shape.vocab
+        }
+
+    def _order(self) -> list[int]:
+        """Sorts the requests; returns the cache positions reserved for each one's answer."""
+        batch = self.job.batch
+        answers = predict_answers(self.prepared, batch, Path(self.job.model_path).name)
+        order = order_requests(self.prepared, batch.order, answers.tokens)
+        order = sorted(order, key=lambda place: self.prepared[place].request.index not in self.begun)
+        self.prepared = [self.prepared[place] for place in order]
+        self._expected_tokens = [answers.tokens[place] for place in order]
+        return [answers.bounds[place] for place in order]
+
+    def _choose_prefix(self) -> tuple[int, ...]:
+        plan, rotary = self.job.plan, self._shape.spec.rotary
+        # a row's arithmetic is the same in any company; angles that change with a row's length fit no other's prefix
+        if not self.job.engine.shares_prefix or any(kind.kind == "longrope" for _, kind in rotary):
+            return ()
+        prompts, block = [each.prompt_ids for each in self.prepared], plan.cache_block
+        prefix = find_shared_prefix(prompts, plan.workload.prompt_tokens, block)
+        longest = round_up(max((each.sequence_tokens for each in self.prepared), default=0), block)
+        taken = self._count_taken(prefix)
+        # there has to be room to keep it
+        if longest > plan.cache_positions - taken or (taken and plan.workload.sequences < _LEAST_SLOTS):
+            return ()
+        return prefix
+
+    def _count_taken(self, prefix: tuple[int, ...]) -> int:
+        """Positions of the slots' that the prefix takes."""
+        return max(0, len(prefix) - self.job.plan.prefix_positions)
+
+    def _build_admission(self, bounds: list[int]) -> AdmissionQueue:
+        plan, engine = self.job.plan, self.job.engine
+        return AdmissionQueue(
+            self.prepared,
+            bounds,
+            plan.workload.sequences,
+            plan.row_positions,
+            engine.refill,
+            plan.micro_batch.decode if engine.batch_invariant else 1,
+            plan.cache_block,
+            self.begun_at,
+            self._count_taken(self.prefix),
+        )
+
+    def _count_passes(self, limits: MicroBatchLimits, answer_tokens: Sequence[int], order: Sequence[int]) -> int | None:
+        """None where counting them would take long."""
+        lengths = [(each.prompt_tokens, tokens) for each, tokens in zip(self.prepared, answer_tokens, strict=True)]
+        if sum(answer_tokens) / limits.decode_rows > MOST_PASSES:
+            return None
+        streams = self.admission.streams(order)
+        return sum(decode_passes([lengths[i] for i in part], slots, limits) for slots, part in streams)

@@ -42,15 +42,14 @@ def _answer(job: Job, context: RankContext, heartbeat: Heartbeat) -> dict[str, A
     with driver or nullcontext():
         if job.engine.check_memory:
             check_memory(job.plan, context, job.memory_wait_seconds)
-        loading = driver.loading if driver else heartbeat.beat
+        loading = driver.show_loading if driver else heartbeat.beat
         session = Session(
             job.plan, context, job.model_path, rule, loading, job.trust_remote_code, job.engine
         )  # fmt: skip
         heartbeat.watch(lambda: session.trace.spans)
         if driver:
-            driver.begin_serving()
-            take = driver.source(session).take
-            session.run_all(take, driver.write_result, driver.write_error, driver.on_tokens, driver.prefix)
+            take = driver.begin_serving(session)
+            session.run_all(take, driver.write_result, driver.write_error, driver.on_tokens, driver.requests.prefix)
         else:
             session.run_all(lambda: None, lambda *ended: None)
         reports = context.data.gather(session.report() | {"trace": session.trace.list_spans()})
