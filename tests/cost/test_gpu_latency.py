@@ -16,7 +16,7 @@ from ds_llmpq.quant.kernels.dequantize import DEQUANTIZE
 from ds_llmpq.quant.packing import Groups
 from ds_llmpq.research.published_costs import HUMMING as KERNEL
 
-H200 = device_type("h200", config.known_device_types()["h200"])
+H200 = device_type("h200", config.read_device_types()["h200"])
 SHAPE = ModelShape.from_config(
     {
         "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
