@@ -20,19 +20,21 @@ from ds_llmpq.integers import round_up
 from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.models.step import Step
+from ds_llmpq.profiling.points import limit_chain
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.kernels.registry import find_stage_kernel
 from ds_llmpq.quant.layers import LayerLoader
 from ds_llmpq.quant.packing import make_groups
 
-_MOST_CHAIN_BYTES = 1 << 30  # of the layers timed together at one width
+_LONG_PASS = 256  # tokens from which on a layer's weights are a small part of what it reads
 
 
 class Parts:
     """Decoder layers at each of `bits`, embedding and head of one checkpoint on one device.
 
-    chained: how many decoder layers run one after another (fewer for large layers), as in a stage, so that a small
-    layer's weights are no warmer in the caches than they will be. HQQ's optimiser is left off: it changes values only.
+    chained: how many decoder layers run one after another (fewer of large ones), as in a stage, so that a small layer's
+    weights are no warmer in the caches than they will be; passes of many tokens run one, unless a stage is one graph.
+    HQQ's optimiser is left off: it changes values only.
     capture: records what decode passes do, as runs that capture them have it; None: everything runs eagerly.
     """
 
@@ -55,7 +57,7 @@ class Parts:
         checkpoint = Checkpoint(path)
         self._positional = None
         largest = MemoryModel(shape, make_groups(quant), self.dtype.itemsize).layer_bytes(16)
-        self.chained = max(1, min(chained, shape.layers, _MOST_CHAIN_BYTES // largest))
+        self.chained = limit_chain(min(chained, shape.layers), largest)
         quick = replace(quant, optimize=False)
         self.layers = {}
         for width in bits:
@@ -66,7 +68,8 @@ class Parts:
             self.layers[width] = [loader.decoder_layer(index) for index in range(self.chained)]
         self.embedding, self.head = loader.embedding(), loader.head()
         self._positional = loader.decoder.positions()
-        block = find_stage_kernel(quant.kernel).cache_block
+        self.kernel = find_stage_kernel(quant.kernel)
+        block = self.kernel.cache_block
         self.store = KVStore(
             0, self.chained, rows * round_up(capacity, block), shape.kv_heads, shape.head_dim, self.dtype, device,
             block,
@@ -87,7 +90,9 @@ class Parts:
     def action(self, point: Point) -> tuple[Callable[[], object], int]:
         """(what to time, how many times the part runs in it)."""
         if point.part == "layer":
-            return self._captured(self._layers(point), point), self.chained
+            short = point.tokens >= _LONG_PASS and not self.kernel.whole_stage
+            chain = self.layers[point.bits][: 1 if short else None]
+            return self._captured(self._layers(point, chain), point), len(chain)
         if point.part == "embed":
             tokens = torch.zeros(point.batch, point.length_tokens, dtype=torch.long, device=self.device)
             step = Step(tokens, None, point.length_tokens, True, token_ids=tokens)
@@ -103,7 +108,7 @@ class Parts:
             action()  # masks are computed once a step, outside of what is recorded
             return self.capture(action, ())
 
-    def _layers(self, point: Point) -> Callable[[], torch.Tensor]:
+    def _layers(self, point: Point, chain: Sequence[nn.Module]) -> Callable[[], torch.Tensor]:
         batch, length = point.batch, point.length_tokens
         if point.phase == "prefill":
             positions = torch.arange(length, device=self.device).expand(batch, length)
@@ -115,7 +120,7 @@ class Parts:
                 seen = context_bucket(seen, self.store.capacity)
             step = Step(at[:, None], self.store.decode(0, batch, at, seen), seen, alike, hidden=self._hidden(batch, 1))
         self._positional(step)  # once a stage and micro-batch, so not a layer's
-        hidden, chain = step.hidden, self.layers[point.bits]
+        hidden = step.hidden
 
         def run() -> torch.Tensor:
             step.hidden = hidden

@@ -37,6 +37,13 @@ class ProfilingTask(TimingTask):
     profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
     kernel_note: Mapping[str, Any] = field(default_factory=dict)
 
+_MOST_CHAIN_BYTES = 1 << 30  # of the layers timed together at one width
+
+
+def limit_chain(layers: int, layer_bytes: float) -> int:
+    """How many of `layers` decoder layers are timed one after another: fewer of large ones."""
+    return max(1, min(layers, int(_MOST_CHAIN_BYTES // layer_bytes)))
+
 
 def sampling_plan(
     device_type: str,

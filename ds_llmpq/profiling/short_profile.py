@@ -29,16 +29,16 @@ from ds_llmpq.cost.profile import Point, Sample, append, read_profile, write_hea
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import cache_folder, one_at_a_time
 from ds_llmpq.launch.launcher import is_local
-from ds_llmpq.profiling.points import TimingTask, sampling_plan
+from ds_llmpq.profiling.points import TimingTask, limit_chain, sampling_plan
 from ds_llmpq.profiling.trial_process import STAGES, build_pass_sample, run_trial, write_link_table
 from ds_llmpq.quant.kernels.registry import find_stage_kernel
-from ds_llmpq.quant.packing import make_groups
+from ds_llmpq.quant.packing import UNQUANTIZED_BITS, make_groups
 
 CHOICES = ("auto", "always", "never")
 POINT_SECONDS = {"cpu": 3.0, "cuda": 10.0}  # for the points of a device; the trial pipeline comes on top
 _KEPT = "calibration"  # of the user's cache folder
-VERSION = 2  # of what is measured; what an older one kept is measured anew
-_CHAINED_LAYERS = 2
+VERSION = 3  # of what is measured; what an older one kept is measured anew
+_CHAINED_LAYERS = 4  # two of a small model's stay in the caches, where decode is a quarter faster
 _MEMORY_SHARE = 0.5  # of what is available, for all ranks together
 Show = Callable[[str], None]
 
@@ -166,7 +166,8 @@ def _find_shortage(wanted: TimingTask, cluster: Cluster) -> str | None:
     memory = MemoryModel(
         wanted.shape, make_groups(wanted.quant), COMPUTE_DTYPES[wanted.dtype], find_stage_kernel(wanted.quant.kernel)
     )
-    rank = _CHAINED_LAYERS * sum(memory.layer_bytes(bits) for bits in wanted.bits)
+    chained = limit_chain(min(_CHAINED_LAYERS, wanted.shape.layers), memory.layer_bytes(UNQUANTIZED_BITS))
+    rank = chained * sum(memory.layer_bytes(bits) for bits in wanted.bits)
     needed = (rank + memory.embed_bytes() + memory.head_bytes()) * len(STAGES)
     available = available_memory_bytes()
     if needed <= _MEMORY_SHARE * available:
