@@ -111,8 +111,7 @@ def verdict(pairs: Sequence[TimePair], what: str) -> str:
 
 
 def pair_run(folder: Path) -> list[TimePair]:
-    """A run's stages: mean predicted and measured seconds of the passes that it made. The last stage's sampling counts
-    to its pass."""
+    """A run's stages: mean predicted and measured seconds of the passes that it made."""
     with refuse_other_forms(folder / "metrics.json"):
         return _pair_run(folder)
 
@@ -124,13 +123,10 @@ def _pair_run(folder: Path) -> list[TimePair]:
     for stage in metrics["stages"]:
         planned = plan["stages"][stage["stage"]]
         bits = "/".join(map(str, sorted(set(planned["bits"]))))
-        # a pass's sampling is part of its prediction; prefill's and decode's passes sample alike
-        passes = sum(stage["passes"].get(phase, 0) for phase in ("prefill", "decode"))
-        sampling = stage["seconds"].get("sample", 0.0) / passes if passes else 0.0
         for phase, entry in stage["pass_seconds"].items():
             if entry["measured"] and entry["predicted"]:
                 name = f"{stage['stage']} {stage['device']}"
-                pairs.append(TimePair(name, phase, bits, entry["predicted"], entry["measured"] + sampling))
+                pairs.append(TimePair(name, phase, bits, entry["predicted"], entry["measured"]))
     if not pairs:
         raise UserError(f"{folder / 'metrics.json'} holds no timed pass; give the folder of a finished run")
     return pairs

@@ -47,7 +47,7 @@ def compare_with_plan(metrics: dict[str, Any]) -> list[str]:
     answers that turned out otherwise; and a verdict."""
     found = metrics["predicted_against_measured"]
     if not found:
-        return ["predicted: nothing ran that the prediction can be held against"]
+        return ["predicted: no figures, since nothing ran to its end or the passes were too many to simulate"]
     measured = metrics["measured"]
     tokens = {
         "latency": measured["generated_tokens"],

@@ -41,7 +41,7 @@ def summarize(
     generated_tokens = sum(stream.generated_tokens for stream in of_rows)
     rows = sum(len(stream.lengths) for stream in of_rows)
     seconds = sum(stream.seconds for stream in streams)
-    phases = {phase: max((report["seconds"].get(phase, 0.0) for report in reports), default=0.0) for phase in PHASES}
+    phases = {phase: max((_work(report, phase) for report in reports), default=0.0) for phase in PHASES}
     first = None
     if of_rows:
         first = of_rows[0].first_token_seconds + sum(stream.seconds for stream in streams if stream.of_prefix)
@@ -131,11 +131,19 @@ def _stage(plan: Plan, report: dict[str, Any], simulated: Sequence[SimulatedRun]
                     sum(run.busy_seconds(report["stage"], phase) for run in simulated),
                     sum(run.count_passes(report["stage"], phase) for run in simulated),
                 ),
-                "measured": _rate(report["seconds"].get(phase, 0.0), report["passes"].get(phase, 0)),
+                "measured": _rate(_work(report, phase), report["passes"].get(phase, 0)),
             }
             for phase in PHASES
         },
     }
+
+
+def _work(report: dict[str, Any], phase: str) -> float:
+    """Seconds of a stage's passes. The last stage's sampling is part of what a pass was predicted to take; both phases'
+    passes sample alike."""
+    passes = {phase: report["passes"].get(phase, 0) for phase in PHASES}
+    sampling = report["seconds"].get("sample", 0.0) * passes[phase] / max(1, sum(passes.values()))
+    return report["seconds"].get(phase, 0.0) + sampling
 
 
 def _rate(amount: float, seconds: float) -> float | None:

@@ -37,6 +37,9 @@ class PlanTimes:
         if times is None:
             return planned.prefill_seconds * self._share(rows, tokens) if phase == "prefill" else planned.decode_seconds
         seconds = times.interpolate(rows, tokens if phase == "prefill" else past)
+        if phase == "prefill" and past:  # its tokens attend to those before them, as the last ones of a long prompt do
+            longer = times.interpolate(rows, past + tokens) - times.interpolate(rows, past)
+            seconds = max(seconds, longer + times.interpolate(rows, 1))
         if (size := (stage, rows * tokens)) in self._met:
             return seconds
         self._met.add(size)
@@ -61,10 +64,11 @@ def simulate_streams(
 ) -> list[SimulatedRun] | None:
     """The plan simulated with these streams, one after another; None where there are none, or too many passes to be
     worth it."""
-    times, found = PlanTimes(plan), []
+    times, found, passes = PlanTimes(plan), [], 0.0
     for slots, lengths, shared in streams:
         tokens = sum(generated for _, generated in lengths)
-        if (len(lengths) + tokens / min(slots, limits.decode_rows)) * len(plan.stages) > MOST_PASSES:
+        passes += (len(lengths) + tokens / min(slots, limits.decode_rows)) * len(plan.stages)
+        if passes > MOST_PASSES:
             return None
         found.append(simulate(times, lengths, slots, limits, shared))
     return found or None

@@ -151,6 +151,8 @@ def test_passes_of_a_plan_are_priced_by_their_own_size(folder):
             assert times.work(index, "prefill", rows, tokens, 0) == pytest.approx(layers, rel=0.1)  # steps are smoothed
         layers = sum(costs.decode_seconds(bits, 3, 33) for bits in (16, 4))
         assert times.work(index, "decode", 3, 1, 33) == pytest.approx(layers, rel=0.1)  # steps are smoothed
+    long, half = (times.work(1, "prefill", 2, tokens, 0) for tokens in (64, 32))
+    assert times.work(1, "prefill", 2, 32, 32) >= max(long - half, half)  # behind a prefix of as many tokens
     assert times.work(1, "prefill", 1, 8, 0) > 1.5 * plan.stages[1].prefill_seconds * 8 / (4 * 32)
 
 

@@ -55,11 +55,10 @@ def run_folder(tmp_path):
     return folder
 
 
-def test_sampling_counts_to_the_pass(run_folder):
+def test_passes_are_held_against_the_predictions_of_their_own_sizes(run_folder):
     prefill, decode = pair_run(run_folder)
-    assert (prefill.bits, prefill.measured_seconds) == ("4/16", pytest.approx(0.101))
-    assert decode.measured_seconds == pytest.approx(0.011)
-    assert decode.error == pytest.approx(0.012 / 0.011 - 1)
+    assert (prefill.bits, prefill.measured_seconds) == ("4/16", pytest.approx(0.1))
+    assert decode.error == pytest.approx(0.2)
 
 
 def test_the_command_writes_table_and_scatter(run_folder, tmp_path, capsys):

@@ -7,11 +7,14 @@ from dataclasses import replace
 import pytest
 from report_folders import write_planned, write_run
 
-from ds_llmpq.plan import Deployment, read_plan, write_plan
+from ds_llmpq.plan import Deployment, PassTimes, read_plan, write_plan
 from ds_llmpq.report.plan_table import describe_plan, format_plan
 from ds_llmpq.report.run_report import write_run_report
 from ds_llmpq.report.run_summary import format_run
-from ds_llmpq.serving.metrics import summarize
+from ds_llmpq.scheduler.micro_batch import MicroBatchLimits
+from ds_llmpq.scheduler.stream import SequenceLengths, StreamTimes
+from ds_llmpq.serving.metrics import expect, summarize
+from ds_llmpq.serving.prediction import simulate_streams
 
 
 def read(folder):
@@ -84,3 +87,34 @@ def test_prices_become_the_cost_of_a_million_tokens(tmp_path):
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
     assert said in write_run_report(tmp_path, tmp_path / "page")
     assert said in (tmp_path / "page" / "report.html").read_text()
+
+
+def test_passes_are_held_against_their_own_sizes_and_answers_against_what_was_expected(tmp_path):
+    times = PassTimes((1, 4), (0, 8), ((0.01, 0.09), (0.04, 0.36)))
+    plan = write_planned(tmp_path)
+    plan = replace(plan, stages=tuple(replace(stage, prefill_times=times) for stage in plan.stages))
+    lengths, limits = SequenceLengths(), MicroBatchLimits(1, 8, 4)
+    for index, prompt in enumerate((2, 4, 8, 8)):
+        lengths.admit(prompt, 0)
+        lengths.end(index, 2)
+    memory = {"weights": 1, "kv": 1, "peak_growth": 1}
+    report = {"seconds": {"prefill": 0.4, "decode": 0.1, "sample": 0.05}, "passes": {"prefill": 4, "decode": 1}}
+    report |= {"load_seconds": 1.0, "tokens": {}, "memory_bytes": memory, "memory_warnings": []}
+    metrics = summarize(
+        plan,
+        {"total": 4, "completed": 4, "failed": 0},
+        [StreamTimes(4, 1.0, 0.1, lengths)],
+        [report | {"stage": index, "rank": index} for index in range(len(plan.stages))],
+        startup_seconds=0.0,
+        simulated=simulate_streams(plan, [(4, lengths, ())], limits),
+        expected=expect(plan, [(4, [(2, 6)] * 4, ())], limits),
+    )
+    for stage, entry in zip(plan.stages, metrics["stages"], strict=True):
+        prefill = entry["pass_seconds"]["prefill"]
+        assert prefill["planned"] == stage.prefill_seconds
+        assert prefill["predicted"] == pytest.approx((0.03 + 0.05 + 0.09 + 0.09) / 4)
+        assert prefill["measured"] == pytest.approx((0.4 + 0.04) / 4)  # four of five passes sampled in prefill
+    assert metrics["predicted_against_measured"]["prefill_seconds"]["measured"] == pytest.approx(0.44)
+    assert "s for answers of 24 tokens in all; they came to 8, which" in format_run(metrics)
+    metrics["predicted_against_measured"]["expected_before"]["generated_tokens"] = 8
+    assert "expected before" not in format_run(metrics)
