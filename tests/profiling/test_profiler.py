@@ -137,7 +137,10 @@ def test_an_interrupted_profile_goes_on(folder, tmp_path):
     keys = [(sample.point, sample.round) for sample in after]
     assert len(keys) == len(set(keys))
     points = [point for group in sampling_plan("core", [4, 16], made.sizes, WORKLOAD) for point in group]
-    assert {(point, turn) for point in points for turn in range(2)} == set(keys)
+    assert {(point, turn) for point in points for turn in range(2)} == {
+        key for key in keys if key[0].part != "new_size"
+    }
+    assert sum(point.part == "new_size" for point, _ in keys) >= 3  # as many as a fit needs
     text = file.read_text()
     profiler.profile(made, here, tmp_path, False, silent)
     assert file.read_text() == text  # nothing left to do
