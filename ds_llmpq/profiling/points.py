@@ -37,6 +37,7 @@ class ProfilingTask(TimingTask):
     profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
     kernel_note: Mapping[str, Any] = field(default_factory=dict)
 
+
 _MOST_CHAIN_BYTES = 1 << 30  # of the layers timed together at one width
 
 
