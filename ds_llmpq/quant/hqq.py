@@ -1,4 +1,4 @@
-"""HQQ layers: quantizing one linear's weight to a bit width, and what a decoder layer is made of afterwards."""
+"""HQQ linears: quantizes a weight to a bit width, and restores a stored one."""
 
 from __future__ import annotations
 
@@ -25,11 +25,9 @@ def quantize_linear(
     dtype: torch.dtype,
     device: torch.device,
 ) -> HQQLinear:
-    """An `HQQLinear` of `weight` [out_features, in_features] at `bits`, computing in `dtype` on `device`.
-
-    Raises `UserError` if HQQ cannot pack this shape with the configured group size.
-    """
-    # HQQ itself drops weights without a word where packed rows do not divide
+    """An `HQQLinear` of `weight` [out_features, in_features] at `bits`, computing in `dtype` on `device`. `UserError`:
+    HQQ cannot pack this shape with the configured group size."""
+    # HQQ silently drops weights if packed rows do not divide
     reason = find_quantization_problem(*weight.shape, bits, make_groups(quant))
     if reason:
         raise UserError(f"A {weight.shape[0]} x {weight.shape[1]} linear cannot be kept at {bits} bits: {reason}.")
@@ -87,7 +85,7 @@ def restore_linear(
 
 
 def split_parts(linear: HQQLinear) -> dict[str, torch.Tensor]:
-    """The tensors that make up a quantized weight, by the names they are stored under."""
+    """The tensors of a quantized weight, by the names under which they are stored."""
     return {"W_q": linear.W_q.data, "scale": linear.meta["scale"], "zero": linear.meta["zero"]}
 
 
@@ -99,13 +97,13 @@ def _hqq_config(bits: int, in_features: int, quant: QuantConfig) -> dict[str, An
 
 
 def list_linears(layer: nn.Module) -> list[str]:
-    """Dotted names of the linears inside a decoder layer, in module order: exactly these are quantized."""
+    """Dotted names of the linears in a decoder layer, in module order: those that are quantized."""
     return [name for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
 
 
 def count_stored_bytes(module: nn.Module) -> int:
-    """Bytes the module's weights really occupy: parameters, the scales, zeros and biases that HQQ keeps apart, and what
-    a kernel library holds (`held_bytes`)."""
+    """Bytes that the module's weights occupy: parameters, HQQ's scales, zeros and biases, and what a kernel library
+    holds (`held_bytes`)."""
     total = 0
     seen: set[int] = set()
 

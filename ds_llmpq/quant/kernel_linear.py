@@ -1,4 +1,4 @@
-"""HQQ linears of a decoder layer, replaced by modules that a kernel library runs."""
+"""Modules that run HQQ linears with a kernel library."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ds_llmpq.quant.unpacked_weight import UnpackedWeight, stack, unpack
 
 
 class KernelLinear(nn.Module):
-    """A linear, or one of several that read the same input: the first to be called multiplies for all of them."""
+    """A linear, or one of several with the same input, of which the first call multiplies for all."""
 
     def __init__(self, shared: _Shared, place: int, bias: torch.Tensor | None):
         super().__init__()
@@ -27,7 +27,7 @@ class KernelLinear(nn.Module):
 
     @property
     def held_bytes(self) -> int:
-        """Of the packed weight, counted at the first of those that share it."""
+        """Bytes of the packed weight, counted by the first linear that shares it."""
         return self._shared.product.held_bytes if self._place == 0 else 0
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -36,7 +36,7 @@ class KernelLinear(nn.Module):
 
 
 class RowBlocks(nn.Module):
-    """One matrix kept in blocks of rows, none of which has a bias."""
+    """One matrix in blocks of rows, without biases."""
 
     def __init__(self, blocks: Sequence[nn.Module]):
         super().__init__()
@@ -47,7 +47,7 @@ class RowBlocks(nn.Module):
 
 
 class _Shared:
-    """One product whose outputs several linears hand out, each once for each input."""
+    """One product whose outputs several linears return, each once per input."""
 
     def __init__(self, product: Product, sizes: Sequence[int]):
         self.product, self.sizes = product, list(sizes)
@@ -79,8 +79,7 @@ def build_product(kernel: Kernel, weight: UnpackedWeight, bits: int, dtype: torc
 def build_linears(
     kernel: Kernel, linears: Sequence[HQQLinear], bits: int, groups: Groups, dtype: torch.dtype
 ) -> list[nn.Module]:
-    """Modules that take the place of linears of one input, computing in `dtype`; HQQ's own where nothing else runs
-    them."""
+    """Replacements for linears of one input, computing in `dtype`; HQQ's own if `kernel` does not take them."""
     sizes, into = [linear.out_features for linear in linears], linears[0].in_features
     if resolve_kernel(kernel, sum(sizes), into, bits, groups) is DEQUANTIZE:
         return list(linears)
@@ -93,7 +92,7 @@ def build_linears(
 def build_lm_head(
     kernel: Kernel, blocks: Sequence[HQQLinear], bits: int, groups: Groups, dtype: torch.dtype
 ) -> nn.Module:
-    """lm_head, quantized in blocks of rows, as one product where `kernel` takes it; computes in `dtype`."""
+    """A quantized lm_head as one product if `kernel` takes it, else in blocks of rows; computes in `dtype`."""
     size = sum(block.out_features for block in blocks), blocks[0].in_features
     found, _ = list_lm_head_products(kernel, *size, bits, groups)
     if found is DEQUANTIZE:

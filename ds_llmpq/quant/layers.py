@@ -1,7 +1,7 @@
 """Builds one pipeline layer from the checkpoint: structure on `meta`, then its tensors, each quantized on arrival.
 
-A rank calls this for its own layers only, so its peak memory is its share plus one tensor in flight. From a quantized
-checkpoint the stored layers are taken as they are.
+A rank loads only its own layers, so its peak memory is its share plus one tensor. Layers of a quantized checkpoint are
+used as stored.
 """
 
 from __future__ import annotations
@@ -42,11 +42,10 @@ from ds_llmpq.quant.unpacked_weight import stack, unpack
 class LayerLoader:
     """Reads pipeline layers of `checkpoint` in `dtype` onto `device`.
 
-    `bits` holds every decoder layer's width. `quant.kernel` runs quantized linears; `auto`, where nobody resolved it
-    (`kernels.registry.select_kernel`), is HQQ's own forward. `on_loaded` is called after each layer, for a progress
-    bar. `packed`: unquantized linears as they are multiplied fastest (`quant.onednn_linear`), good for inference alone.
-    `stage`: decoder layers that will run one after another, and may become one graph where the kernel takes whole
-    stages.
+    `bits`: bit width of every decoder layer. `quant.kernel` runs quantized linears; an unresolved `auto`
+    (`kernels.registry.select_kernel`) means HQQ's own forward. `on_loaded` is called after each layer. `packed`: packs
+    unquantized linears for speed (`quant.onednn_linear`), for inference only. `stage`: decoder layers that will run one
+    after another, and become one graph if the kernel takes whole stages.
     """
 
     checkpoint: Checkpoint
@@ -62,7 +61,7 @@ class LayerLoader:
 
     @property
     def kernel(self) -> Kernel:
-        """The kernel of decoder layers; `dequantize` for a compute dtype or setting that it cannot take."""
+        """The kernel of decoder layers; `dequantize` if it does not support the compute dtype or settings."""
         kernel = DEQUANTIZE if self.quant.kernel == AUTO else find_kernel(self.quant.kernel)
         if kernel.whole_stage and not self.stage:
             kernel = kernel.product_kernel
@@ -83,7 +82,7 @@ class LayerLoader:
             module = self.decoder.embedding()
         names = self.decoder.embedding_tensors()
         self._fill(module, names)
-        # a tied head on the same stage uses this very tensor
+        # a tied head on the same stage shares this tensor
         for parameter, tensor_name in names.items():
             self._shared[tensor_name] = module.get_parameter(parameter)
         return self._finish(module, "embedding")
@@ -99,7 +98,7 @@ class LayerLoader:
         shared = {local: self._shared[name].data for local, name in names.items() if name in self._shared}
         self._fill(module, {local: name for local, name in names.items() if local not in shared})
         fill(module, shared)
-        # a tied one stays as the embedding has it, so that it is not held twice
+        # a tied head is not packed, because that would make a second copy
         return self._finish(module, "head", packed=self.packed and not shared)
 
     def decoder_layer(self, index: int) -> nn.Module:
@@ -120,12 +119,12 @@ class LayerLoader:
             fill(module, {local[tensor_name]: self._convert(tensor)})
 
     def _fill_layer(self, layer: Block, index: int, but: set[str] = frozenset()) -> None:
-        """Parameters that are still empty, without those named `but`."""
+        """Fills parameters that are still empty, except those in `but`."""
         empty = [name for name, parameter in layer.named_parameters() if parameter.device.type == "meta"]
         self._fill(layer, {name: self.decoder.tensor_name(index, name) for name in empty if name not in but})
 
     def _add_to_stage(self, layer: Block, index: int) -> nn.Module:
-        """Adds the layer to its stage's graph; the graph itself for the stage's last layer."""
+        """Adds the layer to its stage's graph; returns the graph for the last layer of the stage."""
         if index == self.stage.start:
             self.kernel.check_stage(self.dtype)
             self._graph = self.kernel.open_stage(index, self.dtype)
@@ -140,8 +139,7 @@ class LayerLoader:
         return self._graph
 
     def _hold_weights(self, index: int) -> dict[tuple[str, ...], object]:
-        """The weights of a layer's linears by our names, of those that run as one as one, as the stage's graph takes
-        them."""
+        """The weights of a layer's linears as the stage's graph takes them, by the names of linears that run as one."""
         bits, found = self.bits[index], {}
         for roles in self._group(index):
             if bits < UNQUANTIZED_BITS:
@@ -152,14 +150,14 @@ class LayerLoader:
         return found
 
     def _group(self, index: int) -> list[list[LinearRole]]:
-        """The linears of a decoder layer as its kernel runs them: those of one input together."""
+        """The linears of a decoder layer in the groups in which the kernel runs them."""
         return group_linears(self.kernel, self.decoder.spec.linears(index), self.bits[index], make_groups(self.quant))
 
     def _quantize_all(self, layer: Block, index: int) -> None:
         kernel, groups, bits = self.kernel, make_groups(self.quant), self.bits[index]
         for group in self._group(index):
             by_kernel = resolve_kernel(kernel, *stack_features(group), bits, groups) is not DEQUANTIZE
-            # scales and zeros stay as exact as they are stored until the kernel has taken them
+            # the kernel gets scales and zeros in the precision in which they are stored
             dtype = torch.float32 if by_kernel else self.dtype
             quantized = [self._quantize(index, role, dtype) for role in group]
             modules = build_linears(kernel, quantized, bits, groups, self.dtype)
@@ -175,7 +173,7 @@ class LayerLoader:
         return quantize_linear(self._read_weight(index, role), bias, bits, self.quant, dtype, self.device)
 
     def _build_lm_head(self, shape: tuple[int, int], name: str) -> nn.Module:
-        """The matrix [vocabulary, features] from the checkpoint's tensor `name`."""
+        """A quantized lm_head of `shape` [vocabulary, features] from the tensor `name`."""
         kernel, bits, groups = self.kernel, self.quant.lm_head_bits, make_groups(self.quant)
         by_kernel = list_lm_head_products(kernel, *shape, bits, groups)[0] is not DEQUANTIZE
         dtype = torch.float32 if by_kernel else self.dtype
@@ -208,7 +206,7 @@ class LayerLoader:
 
 
 class StageMember(nn.Module):
-    """Stands for a layer that runs inside its stage's graph, which the stage's last layer holds."""
+    """Placeholder for a layer that runs in its stage's graph, which is in the place of the last layer."""
 
     def forward(self, step: Step) -> Step:
         return step

@@ -1,7 +1,7 @@
-"""Unquantized linears of a processor stage, in the layout that oneDNN multiplies with.
+"""Unquantized linears of a CPU stage, in the layout in which oneDNN multiplies.
 
-torch hands oneDNN plain weights, which it rearranges at each call. Rearranged once, passes of up to 32 rows are 1.3 to
-1.8 times faster, larger ones as fast, and every output is the same to the bit.
+torch passes plain weights to oneDNN, which rearranges them in each call. Rearranging once makes passes of up to 32 rows
+1.3 to 1.8 times faster; larger ones are as fast, and all outputs are bitwise the same.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-_ROWS = 8  # the layout is chosen for so many; for others it is as good
-_MULTIPLE = 64  # of outputs and inputs: others would be padded, and take more than the plan says
+_ROWS = 8  # the layout is chosen for so many rows, and is as good for others
+_MULTIPLE = 64  # of outputs and inputs; other sizes would be padded and exceed the planned memory
 
 
 class OneDnnLinear(nn.Module):
-    """A linear without its plain weight. `held_bytes`: of the packed one."""
+    """A linear with only the packed weight, which takes `held_bytes`."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -28,7 +28,7 @@ class OneDnnLinear(nn.Module):
 
 
 def pack_linears(module: nn.Module) -> None:
-    """Replaces the linears of `module` that can be packed: bfloat16, on a processor whose oneDNN computes in it."""
+    """Packs the linears of `module` that are in bfloat16, if the CPU's oneDNN supports it."""
     for name, child in list(module.named_modules()):
         if type(child) is nn.Linear and _can_pack(child.weight):
             module.set_submodule(name, OneDnnLinear(child))
@@ -40,5 +40,5 @@ def _can_pack(weight: torch.Tensor) -> bool:
 
 
 def computes_in_bfloat16() -> bool:
-    """Whether this processor's oneDNN does."""
+    """Whether oneDNN does on this CPU."""
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()

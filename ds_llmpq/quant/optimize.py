@@ -1,8 +1,8 @@
-"""HQQ's fine-tuning of zero points, made cheap enough for whole models on a CPU.
+"""HQQ's optimization of zero points, fast enough for whole models on a CPU.
 
 HQQ repeats `zero <- step(zero)` up to 20 times over the whole matrix, with about 15 temporaries of its size. Here the
-same step of HQQ's runs over pieces that fit a processor's cache, and is over-relaxed, `zero <- zero + 2 (step(zero) -
-zero)`, so that 4 steps go as far as 20. Each group keeps its new zero only if that made its error smaller.
+same step runs over pieces that fit the CPU's cache, over-relaxed: `zero <- zero + 2 (step(zero) - zero)`, so that 4
+steps get as far as 20. A group keeps its new zero only if its error became smaller.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _error(weight: torch.Tensor, restored: torch.Tensor, axis: int) -> torch.Ten
 
 @contextmanager
 def use_fast_optimizer() -> Iterator[None]:
-    """HQQ's quantizer takes its optimizer from a class attribute; this sets it and puts the previous one back."""
+    """Makes HQQ's quantizer use `optimize_zeros` within the block. It reads its optimizer from a class attribute."""
     with _lock:
         previous = Quantizer.__dict__["optimize_weights"]
         Quantizer.optimize_weights = optimize_zeros

@@ -1,8 +1,8 @@
-"""What HQQ 0.2.8 allocates for one quantized weight, and which weights it can pack at all.
+"""What HQQ 0.2.8 allocates for a quantized weight, and which weights it can pack.
 
 HQQ reshapes a weight [out, in] into a matrix of groups (axis 1: [weights / group, group]; axis 0: [group, weights /
-group]) and packs it along dimension 0: the rows are cut into as many equal parts as fit in one stored integer. Beside
-it stand one scale and one zero per group in the compute dtype.
+group]) and packs it along dimension 0: the rows are cut into as many equal parts as fit in one stored integer. Each
+group has one scale and one zero in the compute dtype.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from ds_llmpq.errors import UserError
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.quant.config import QuantConfig
 
-UNQUANTIZED_BITS = 16  # stands for the compute dtype, whatever its width
+UNQUANTIZED_BITS = 16  # means the compute dtype, even float32
 PACKED_BITS = (1, 2, 3, 4, 8)
 _WEIGHTS_PER_INTEGER = {8: 1, 4: 2, 3: 10, 2: 4, 1: 8}
 _INTEGER_BYTES = {8: 1, 4: 1, 3: 4, 2: 1, 1: 1}
-# An lm_head is quantized and kept in blocks of rows: HQQ works on several copies of a weight, in 32 bits.
+# lm_head is quantized in blocks of rows, because HQQ makes several 32-bit copies of a weight
 _BLOCK_WEIGHTS = 1 << 24
-_BLOCK_ROWS = 256  # blocks but the last are multiples of so many: a group size along the output divides it
+_BLOCK_ROWS = 256  # all blocks but the last are multiples, so that groups along the output fit
 
 
 def cut_row_blocks(out_features: int, in_features: int) -> list[int]:
@@ -32,24 +32,24 @@ def cut_row_blocks(out_features: int, in_features: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Groups:
-    """Which weights share a scale and a zero: `group_size` of them along `axis` (1: in_features, 0: out_features), but
-    all of a row at the widths `per_channel_bits` (ascending; axis 1 alone)."""
+    """Which weights share a scale and a zero: `group_size` of them along `axis` (1: in_features, 0: out_features), or a
+    whole row at the bit widths `per_channel_bits` (ascending; only with axis 1)."""
 
     group_size: int = 64
     axis: int = 1
     per_channel_bits: tuple[int, ...] = ()
 
     def of(self, bits: int, in_features: int) -> int:
-        """Weights in a group of a linear with `in_features` that is kept at `bits`."""
+        """Weights per group in a linear with `in_features` at `bits`."""
         return in_features if bits in self.per_channel_bits else self.group_size
 
     def to_json(self) -> dict[str, Any]:
-        """As files note it, by the names of `QuantConfig`."""
+        """The form in files, with the names of `QuantConfig`."""
         return {"group_size": self.group_size, "axis": self.axis, "per_channel_bits": list(self.per_channel_bits)}
 
 
 def make_groups(quant: QuantConfig) -> Groups:
-    """`UserError`: `per_channel_bits` is no list of packed widths, or does not go with the axis."""
+    """`UserError`: `per_channel_bits` is no list of packed bit widths, or does not fit the axis."""
     axis, widths = quant.axis, quant.per_channel_bits
     known = isinstance(widths, list) and all(width in PACKED_BITS for width in widths)
     if not known or len(set(widths)) < len(widths):
@@ -64,10 +64,8 @@ def make_groups(quant: QuantConfig) -> Groups:
 
 
 def find_packing_problem(out_features: int, in_features: int, bits: int, group_size: int, axis: int) -> str | None:
-    """Why HQQ cannot hold a weight [out_features, in_features] in this way, or None where it can.
-
-    HQQ itself raises only in some of these cases; with rows that do not divide it drops weights without a word.
-    """
+    """Why HQQ cannot pack a weight [out_features, in_features] in this way, or None. HQQ itself raises only in some of
+    these cases; if rows do not divide, it silently drops weights."""
     if bits == UNQUANTIZED_BITS:
         return None
     if bits not in PACKED_BITS:
@@ -87,10 +85,8 @@ def find_packing_problem(out_features: int, in_features: int, bits: int, group_s
 
 
 def find_quantization_problem(out_features: int, in_features: int, bits: int, groups: Groups) -> str | None:
-    """Why this package does not quantize such a weight: `find_packing_problem`, or groups that straddle rows.
-
-    HQQ packs groups that run on from one row into the next, but no kernel other than its own forward reads them.
-    """
+    """Why this package does not quantize such a weight: `find_packing_problem`, or groups that span two rows, which
+    only HQQ's own forward can read."""
     group_size = groups.of(bits, in_features)
     problem = find_packing_problem(out_features, in_features, bits, group_size, groups.axis)
     if problem or bits == UNQUANTIZED_BITS:
@@ -102,14 +98,14 @@ def find_quantization_problem(out_features: int, in_features: int, bits: int, gr
 
 
 def find_lm_head_problem(out_features: int, in_features: int, bits: int, groups: Groups) -> str | None:
-    """Why an lm_head cannot be kept at `bits`, block by block, or None."""
+    """Why lm_head cannot be quantized to `bits`, block by block, or None."""
     blocks = set(cut_row_blocks(out_features, in_features))
     reasons = (find_quantization_problem(rows, in_features, bits, groups) for rows in blocks)
     return next(filter(None, reasons), None)
 
 
 def check_lm_head(out_features: int, in_features: int, quant: QuantConfig) -> None:
-    """`UserError`: `quant.lm_head_bits` is no width, or one that lm_head cannot be packed in."""
+    """`UserError`: `quant.lm_head_bits` is no bit width, or lm_head cannot be packed with it."""
     width, known = quant.lm_head_bits, (*PACKED_BITS, UNQUANTIZED_BITS)
     if width not in known:
         raise UserError(f"quant.lm_head_bits={width}; it must be one of {', '.join(map(str, known))}")
@@ -131,15 +127,13 @@ def count_packed_weight_bytes(out_features: int, in_features: int, bits: int, gr
 
 
 def count_metadata_bytes(out_features: int, in_features: int, group_size: int, dtype_bytes: int) -> int:
-    """Bytes of scales and zeros: one of each per group in the compute dtype."""
+    """Bytes of scales and zeros: one each per group, in the compute dtype."""
     return 2 * (out_features * in_features // group_size) * dtype_bytes
 
 
 def count_packed_linear_bytes(out_features: int, in_features: int, bits: int, groups: Groups, dtype_bytes: int) -> int:
-    """Bytes of one linear's weight as stored, without its bias; 16 bits is the plain weight in the compute dtype.
-
-    UserError if HQQ cannot pack it (`find_packing_problem` says why).
-    """
+    """Bytes of a linear's weight without its bias; 16 bits means the plain weight in the compute dtype. `UserError`:
+    HQQ cannot pack it."""
     if bits == UNQUANTIZED_BITS:
         return out_features * in_features * dtype_bytes
     group_size = groups.of(bits, in_features)

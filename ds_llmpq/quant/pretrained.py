@@ -1,4 +1,4 @@
-"""A quantized checkpoint as a plain transformers model, for everything that is not the pipeline."""
+"""A quantized checkpoint as a plain transformers model, for use outside of the pipeline."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ds_llmpq.quant.quantized_checkpoint import HEAD, QuantizedCheckpoint, read_
 def load_quantized(
     path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> PreTrainedModel:
-    """The `PreTrainedModel` of a folder that `ds-llmpq quantize` wrote, its linears HQQ layers, ready to generate.
+    """A `PreTrainedModel` with HQQ linears from a folder that `ds-llmpq quantize` wrote, ready to generate.
 
     `dtype` is the compute dtype (None: the checkpoint's). Weights are never held unquantized. transformers'
-    `from_pretrained` cannot do this: its HQQ support knows one width for all layers and quantizes while loading.
-    Raises `UserError` for a folder of another kind and for damaged shards.
+    `from_pretrained` cannot do this: it has one bit width for all layers, and quantizes while loading. `UserError`:
+    another kind of folder, or damaged shards.
     """
     recipe = read_recipe(path)
     if recipe is None:
@@ -63,13 +63,13 @@ def _fill_rest(
     model.tie_weights()
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Embedding) and embedding_scale is not None:
-            module.embed_scale = torch.tensor(embedding_scale, device=device)  # Gemma's, no tensor of a checkpoint
+            module.embed_scale = torch.tensor(embedding_scale, device=device)  # Gemma's, not in checkpoints
         elif any(buffer.device.type == "meta" for buffer in module.buffers(recurse=False)):
             model.set_submodule(name, _rebuild(module, model).to(device))
 
 
 def _rebuild(module: nn.Module, model: PreTrainedModel) -> nn.Module:
-    """Buffers that no checkpoint holds (rotary frequencies) are computed when a module is built."""
+    """Rebuilds a module to compute buffers that checkpoints lack, such as rotary frequencies."""
     return type(module)(model.config)
 
 

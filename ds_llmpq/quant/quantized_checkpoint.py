@@ -1,10 +1,10 @@
-"""Reading a quantized checkpoint, as `ds-llmpq quantize` writes it (`quant.writer`).
+"""Reads a quantized checkpoint, as `ds-llmpq quantize` writes it (`quant.writer`).
 
 It is a Hugging Face folder: safetensors shards with an index, `quantization_config` in config.json, the tokenizer. The
-index has a name of its own, so that transformers says that there are no weights instead of making some up. One
+index has another name than usual, because transformers would load a model of random weights instead of failing. One
 shard holds one pipeline layer, so a rank opens only its own. A quantized linear `NAME` is stored as `NAME.W_q` (HQQ's
-packing), `NAME.scale` and `NAME.zero` (float32, so that one checkpoint serves every compute dtype), `NAME.bias`. A
-quantized lm_head is stored in blocks of `head_rows`, `lm_head.0` and on, also where the model ties it.
+packing), `NAME.scale` and `NAME.zero` (float32, so that one checkpoint serves every compute dtype), and `NAME.bias`. A
+quantized lm_head, even a tied one, is stored in blocks of `head_rows`: `lm_head.0`, `lm_head.1`, ...
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from ds_llmpq.validation import Digest, Many, Name, Positive, Some, one_of, vali
 
 HEAD = "lm_head"
 FORMAT = 1
-FORMER_INDEX = "model.safetensors.index.json"  # transformers found it, and made a model of random weights
+FORMER_INDEX = "model.safetensors.index.json"  # of a former version
 Width = one_of(*PACKED_BITS, UNQUANTIZED_BITS)
 _READ_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a checkpoint is kept: one width per decoder layer, one of lm_head and the rows of its blocks, and
-    HQQ's settings, which are those of `QuantConfig`."""
+    """How a checkpoint is quantized: bit width of each decoder layer and of lm_head, the rows of lm_head's blocks, and
+    the settings of `QuantConfig`."""
 
     bits: tuple[int, ...]
     groups: Groups
@@ -67,17 +67,15 @@ class Recipe:
 
 
 def read_recipe(path: str | Path) -> Recipe | None:
-    """The recipe in a folder's config.json; None for a checkpoint that this package has not quantized.
-
-    `UserError`: another format, or values that are no recipe.
-    """
+    """The recipe in a folder's config.json; None for a checkpoint that this package did not quantize. `UserError`:
+    another format, or invalid values."""
     check_files(path, "Checkpoint file", "fetch the checkpoint again")
     file = Path(path) / "config.json"
     try:
         config = read_json(file, "config.json", "")
         noted = config.get("quantization_config")
     except (UserError, AttributeError):
-        return None  # whoever reads the model says what is wrong
+        return None  # reading the model reports what is wrong
     if not isinstance(noted, dict) or noted.get("quant_method") != QUANT_METHOD:
         return None
     if noted.get("format") != FORMAT:
@@ -96,7 +94,7 @@ def read_recipe(path: str | Path) -> Recipe | None:
 
 @dataclass(frozen=True)
 class _Noted:
-    """`Recipe.to_json` as a file has it."""
+    """`Recipe.to_json`, as read from a file."""
 
     quant_method: Name
     format: int
@@ -112,10 +110,8 @@ class _Noted:
 
 
 class QuantizedCheckpoint(Checkpoint):
-    """A checkpoint whose decoder layers are kept at the widths of `recipe`. Shards are verified when first opened.
-
-    Raises `UserError` for a missing, damaged or exchanged shard.
-    """
+    """A checkpoint quantized as `recipe` says. Shards are verified when first opened. `UserError`: a missing, damaged
+    or exchanged shard."""
 
     def __init__(self, path: str | Path, recipe: Recipe, trust_remote_code: bool = False):
         if not any((Path(path) / name).is_file() for name in (QUANTIZED_INDEX, FORMER_INDEX)):
@@ -126,12 +122,12 @@ class QuantizedCheckpoint(Checkpoint):
         self._verified: set[str] = set()
 
     def check_layer(self, index: int, bits: int, quant: QuantConfig) -> None:
-        """`UserError` if a decoder layer is not kept as asked."""
+        """`UserError` if a decoder layer is not quantized as requested."""
         kept = self.recipe.bits[index] if index < len(self.recipe.bits) else None
         self._check(f"Layer {index}", kept, bits, quant)
 
     def check_head(self, quant: QuantConfig) -> None:
-        """`UserError` if lm_head is not kept as asked."""
+        """`UserError` if lm_head is not quantized as requested."""
         self._check("lm_head", self.recipe.lm_head_bits, quant.lm_head_bits, quant)
 
     def _check(self, what: str, kept: int | None, bits: int, quant: QuantConfig) -> None:
@@ -197,7 +193,7 @@ def open_checkpoint(path: str | Path, trust_remote_code: bool = False) -> Checkp
 
 
 def read_checksums(path: Path) -> dict[str, str]:
-    """Shard name -> sha256. `UserError` where the manifest is missing or unreadable."""
+    """Shard name -> sha256. `UserError`: the manifest is missing or unreadable."""
     return {part.file: part.sha256 for part in read_manifest(path).values()}
 
 

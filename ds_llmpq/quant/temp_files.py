@@ -1,7 +1,5 @@
-"""Where files lie whose pages shall not take memory: on a disk.
-
-Many systems keep /tmp in memory, and constants that OpenVINO reads from there would be held for good beside what it
-has packed them into.
+"""Finds a temporary folder on a disk. Many systems keep /tmp in memory, where OpenVINO's constants would stay beside
+the layout that it packs them into.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ _ON_DISK = "/var/tmp"
 
 @cache
 def find_temp_folder() -> str:
-    """The user's TMPDIR, or else the system's folder, or /var/tmp where that one is in memory and this one is not."""
+    """TMPDIR if the user sets it, else the system's folder, or /var/tmp if only the former is in memory."""
     folder = tempfile.gettempdir()
     if "TMPDIR" in os.environ or not in_memory(folder):
         return folder
@@ -28,7 +26,7 @@ def find_temp_folder() -> str:
 
 
 def in_memory(folder: str) -> bool:
-    """Whether the folder's file system is kept in memory; False where the system does not say."""
+    """Whether the folder is on a file system in memory; False if that is unknown."""
     path = Path(folder).resolve()
     mounts = {Path(part.mountpoint): part.fstype for part in psutil.disk_partitions(all=True)}
     nearest = next((mounts[place] for place in (path, *path.parents) if place in mounts), "")

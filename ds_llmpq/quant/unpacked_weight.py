@@ -1,4 +1,4 @@
-"""A quantized weight as plain numbers: the exact material from which every kernel makes its own layout."""
+"""A quantized weight as plain numbers, from which each kernel builds its own layout."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class UnpackedWeight:
 
 
 def unpack(linear: HQQLinear) -> UnpackedWeight:
-    """Of an `HQQLinear` with groups along its input (axis 1)."""
+    """Unpacks an `HQQLinear` with groups along its input (axis 1)."""
     meta = linear.meta
     shape, size = meta["shape"], meta["group_size"]
     groups = shape[0] * shape[1] // size
@@ -39,7 +39,7 @@ def unpack(linear: HQQLinear) -> UnpackedWeight:
 
 
 def stack(weights: Sequence[UnpackedWeight]) -> UnpackedWeight:
-    """Several weights of one input as one, outputs in order."""
+    """Stacks weights of one input, outputs in order."""
     if len(weights) == 1:
         return weights[0]
     codes, scale, zero = (torch.cat([getattr(w, name) for w in weights]) for name in ("codes", "scale", "zero"))

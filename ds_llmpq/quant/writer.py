@@ -1,8 +1,8 @@
-"""Writing a quantized checkpoint, one pipeline layer at a time: memory holds one layer, and a killed run goes on.
+"""Writes a quantized checkpoint one pipeline layer at a time: memory holds one layer, and a killed run resumes.
 
-The manifest is written anew after each shard and says what each was made from. A shard whose making would be the same
-is kept, or taken from the folder `reuse`, after its checksum was compared; so a changed plan costs only the layers it
-changed. The index and config.json come last: a folder without them is unfinished.
+The manifest is rewritten after each shard and says what each was made from. A shard that would come out the same is
+kept, or taken from the folder `reuse`, if its checksum is right; so after a change of plan only the changed layers are
+quantized. The index and config.json come last: a folder without them is unfinished.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ds_llmpq.quant.hqq import quantize_linear, quantize_rows, split_parts
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS, check_lm_head, cut_row_blocks, make_groups
 from ds_llmpq.quant.quantized_checkpoint import FORMAT, FORMER_INDEX, HEAD, Recipe, hash_file
 
-_RECIPE_VERSION = 1  # raised when the same settings give other weights
+_RECIPE_VERSION = 1  # increased when the same settings give other weights
 _COPIED = (*TEXT_FILES, "LICENSE*")
 
 
@@ -63,18 +63,18 @@ class _Writer:
 
     def write(self, number: int) -> None:
         name = self.names[number]
-        made_from = self.made_from(number)
+        made_from = self._describe_origin(number)
         file = f"model-{number + 1:05d}-of-{len(self.names):05d}.safetensors"
-        if not self._kept(name, file, made_from):
+        if not self._reuse_shard(name, file, made_from):
             tensors = self.tensors(number)
-            # one key: the order of several is random in the file
-            _atomically(self.out / file, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+            # a single key, because the order of several would be random in the file
+            _write_atomically(self.out / file, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
             self._note(name, file, made_from, hash_file(self.out / file), sorted(tensors))
         parts = dict(sorted(self.parts.items(), key=lambda item: item[1]["file"]))
         write_json(self.out / MANIFEST, {"format": FORMAT, "parts": parts})
 
-    def made_from(self, number: int) -> dict[str, Any]:
-        """Everything that decides what a shard holds."""
+    def _describe_origin(self, number: int) -> dict[str, Any]:
+        """All that the content of a shard depends on."""
         made_from: dict[str, Any] = {"source": self.recipe.source_fingerprint}
         bits = [UNQUANTIZED_BITS, *self.recipe.bits, self.recipe.lm_head_bits][number]
         if self.names[number].startswith("layer"):
@@ -86,13 +86,13 @@ class _Writer:
         return made_from
 
     def _settings(self, bits: int) -> dict[str, Any]:
-        """Those of HQQ's that decide on a layer at `bits`."""
+        """HQQ's settings that affect a layer at `bits`."""
         groups = self.recipe.groups
         group_size = "row" if bits in groups.per_channel_bits else groups.group_size
         return {"group_size": group_size, "axis": groups.axis, "optimize": self.recipe.optimize}
 
     def tensors(self, number: int) -> dict[str, torch.Tensor]:
-        """Name -> tensor of one pipeline layer, as stored: unquantized ones in the source's type."""
+        """Name -> tensor of one pipeline layer as stored; unquantized ones keep the dtype of the source."""
         layers = len(self.names) - 2
         embedding = list(self.decoder.embedding_tensors().values())
         if number == 0:
@@ -102,14 +102,14 @@ class _Writer:
         return self._layer(number - 1)
 
     def _head(self, embedding: list[str]) -> dict[str, torch.Tensor]:
-        """Without what is one with the embedding, unless that is quantized here."""
+        """Tensors of the head; a tied lm_head is left out unless it is quantized."""
         names = self.decoder.head_tensors()
         stored: dict[str, torch.Tensor] = {}
         if self.recipe.lm_head_bits < UNQUANTIZED_BITS:
             ((_, matrix),) = self.source.tensors([names.pop("lm_head.weight")])
             blocks = quantize_rows(matrix, self.recipe.lm_head_bits, self.recipe.quant, torch.float32, self.device)
             for number, block in enumerate(blocks):
-                stored |= _stored(block, f"{HEAD}.{number}.")
+                stored |= _collect_parts(block, f"{HEAD}.{number}.")
         return stored | dict(self.source.tensors([name for name in names.values() if name not in embedding]))
 
     def _layer(self, index: int) -> dict[str, torch.Tensor]:
@@ -123,20 +123,20 @@ class _Writer:
                 stored[name] = tensor
                 continue
             linear = quantize_linear(tensor, None, bits, self.recipe.quant, torch.float32, self.device)
-            stored |= _stored(linear, name.removesuffix("weight"))
+            stored |= _collect_parts(linear, name.removesuffix("weight"))
         return stored
 
-    def _kept(self, name: str, file: str, made_from: dict[str, Any]) -> bool:
-        """True if the shard lies here or in `reuse` as it would be made; it is then listed."""
+    def _reuse_shard(self, name: str, file: str, made_from: dict[str, Any]) -> bool:
+        """Lists the shard and returns True if it is here or in `reuse` as it would be made."""
         for folder in filter(None, (self.out, self.reuse)):
-            part = _parts(folder).get(name, {})
+            part = _read_parts(folder).get(name, {})
             path = folder / str(part.get("file"))
             if part.get("made_from") != made_from or part.get("file") != file or not path.is_file():
                 continue
             if hash_file(path) != part.get("sha256"):
                 continue
             if folder != self.out:
-                _atomically(self.out / file, lambda target, path=path: _link(path, target))
+                _write_atomically(self.out / file, lambda target, path=path: _link(path, target))
             self._note(name, file, made_from, part["sha256"], list(part["tensors"]))
             self.reused += 1
             return True
@@ -149,13 +149,13 @@ class _Writer:
         }  # fmt: skip
 
     def finish(self) -> int:
-        """Index, configuration and tokenizer; returns the bytes of all shards."""
+        """Writes index, configuration and tokenizer. Returns the bytes of all shards."""
         total = sum(part["bytes"] for part in self.parts.values())
         parts = (self.parts[name] for name in self.names)
         weight_map = {tensor: part["file"] for part in parts for tensor in part["tensors"]}
         config = read_config(self.source.path)
         config["quantization_config"] = self.recipe.to_json()
-        config["tie_word_embeddings"] = self.source.config.tie_word_embeddings  # what the files say of it
+        config["tie_word_embeddings"] = self.source.config.tie_word_embeddings  # according to the stored tensors
         for pattern in _COPIED:
             for file in self.source.path.glob(pattern):
                 if file.is_file():
@@ -176,10 +176,10 @@ def write_quantized(
     trust_remote_code: bool = False,
 ) -> Written:
     """Writes the checkpoint `source` with decoder layer i at `bits[i]` and lm_head at `quant.lm_head_bits` (16:
-    as they are) into the folder `out`.
+    unquantized) into the folder `out`.
 
-    `on_written(done, total)` is called after each pipeline layer. Raises `UserError`: a wrong number of widths, a shape
-    that HQQ cannot pack, a source that is itself quantized, no room.
+    `on_written(done, total)` is called after each pipeline layer. `UserError`: a wrong number of bit widths, a shape
+    that HQQ cannot pack, a source that is already quantized, no room.
     """
     started = time.perf_counter()
     checkpoint, folder = Checkpoint(source, trust_remote_code), Path(out)
@@ -197,12 +197,12 @@ def write_quantized(
         tuple(bits), make_groups(quant), quant.optimize, fingerprint(source), quant.lm_head_bits, tuple(rows)
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
-    if not _parts(folder) and any(folder.glob("*.safetensors")):
+    if not _read_parts(folder) and any(folder.glob("*.safetensors")):
         raise UserError(f"out={out} holds other safetensors files; give an empty folder, or one to go on with.")
     for name in (QUANTIZED_INDEX, FORMER_INDEX, "config.json"):
         (folder / name).unlink(missing_ok=True)
     writer = _Writer(checkpoint, recipe, folder, torch.device(device), Path(reuse) if reuse else None)
-    writer.parts.update(_parts(folder))  # what is not rewritten yet stays known if this run is killed
+    writer.parts.update(_read_parts(folder))  # so that a killed run does not forget shards
     try:
         for number in range(len(writer.names)):
             writer.write(number)
@@ -214,18 +214,18 @@ def write_quantized(
     return Written(len(writer.names), writer.reused, total, source_bytes, time.perf_counter() - started)
 
 
-def _stored(linear: HQQLinear, prefix: str) -> dict[str, torch.Tensor]:
+def _collect_parts(linear: HQQLinear, prefix: str) -> dict[str, torch.Tensor]:
     return {f"{prefix}{part}": value.cpu().contiguous() for part, value in split_parts(linear).items()}
 
 
-def _parts(folder: Path) -> dict[str, dict[str, Any]]:
-    """The manifest's parts; empty where there is none or it is damaged: all is then made anew."""
+def _read_parts(folder: Path) -> dict[str, dict[str, Any]]:
+    """The manifest's parts; empty if it is missing or damaged, so that all are made again."""
     with contextlib.suppress(UserError):
         return {name: asdict(part) for name, part in read_manifest(folder).items()}
     return {}
 
 
-def _atomically(path: Path, write: Callable[[Path], Any]) -> None:
+def _write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     unfinished = path.with_name(path.name + ".part")
     unfinished.unlink(missing_ok=True)
     write(unfinished)

@@ -1,7 +1,7 @@
-"""What a kernel is: one way to multiply with quantized weights, and all that planning and loading ask about it.
+"""The interface of kernels: one way to multiply with quantized weights, and all that planning and loading must know.
 
-A backend is one file in this package with a subclass of `Kernel`, and one line in `registry.py`; nothing outside of its
-file asks for its name. Plans are made without torch, so a file imports torch and its library inside of `build`.
+A backend is one file in this package with a subclass of `Kernel`, and one line in `registry.py`; no other code depends
+on its name. Plans are made without torch, so a file imports torch and its library only inside `build`.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
     from ds_llmpq.quant.unpacked_weight import UnpackedWeight
 
-# Linears of a decoder layer that read the same input, by the last part of their names.
+# linears of a decoder layer that read the same input, by the last part of their names
 ATTENTION_INPUT = ("q_proj", "k_proj", "v_proj")
 SHARED_INPUTS = (ATTENTION_INPUT, ("gate_proj", "up_proj"), ("w1", "w3"))
 
 
 class Product(Protocol):
-    """A weight in a kernel's own layout. `held_bytes`: what it takes, without bias."""
+    """A weight in a kernel's own layout, which takes `held_bytes` without bias."""
 
     held_bytes: int
 
@@ -77,12 +77,12 @@ class Kernel:
 
     @property
     def product_kernel(self) -> Kernel:
-        """What multiplies with a weight by itself, as with lm_head, where this kernel runs the layers."""
+        """The kernel for single weights, such as lm_head, if this one runs the layers."""
         return self
 
     @property
     def version(self) -> str | None:
-        """Of the library as installed here; None where it is missing."""
+        """Version of the installed library; None if it is missing."""
         try:
             return metadata.version(self.library).partition("+")[0] if self.library else ""
         except metadata.PackageNotFoundError:
@@ -90,11 +90,11 @@ class Kernel:
 
     @property
     def label(self) -> str:
-        """The name with the library's version, as a profile notes it."""
+        """The name with the library's version, as in profiles."""
         return f"{self.name} ({self.library} {self.version})" if self.library else self.name
 
     def unsupported_reason(self, kind: str, dtype: str, quant: QuantConfig, spec: DecoderSpec | None) -> str | None:
-        """Why no layer can run on it, or None. The library need not be installed here; spec: None where not known."""
+        """Why no layer can run on it, or None. The library need not be installed here; spec: None if unknown."""
         if kind not in self.kinds:
             return f"it runs on {' and '.join(self.kinds)}, not on {kind}"
         if dtype not in self.dtypes:
@@ -106,21 +106,21 @@ class Kernel:
         return None
 
     def is_usable(self, dtype: str) -> bool:
-        """Whether this host could run it in `dtype`, and would without being asked to."""
+        """Whether this host can run it in `dtype`, and `auto` may choose it."""
         return self.version is not None
 
     def takes(self, out_features: int, in_features: int, bits: int, groups: Groups) -> bool:
-        """Whether it multiplies with such a weight; `dequantize` does where it does not."""
+        """Whether it supports such a weight; otherwise `dequantize` runs it."""
         fits = out_features % self.out_multiple == 0 and in_features % self.in_multiple == 0
         fits &= self.per_channel or bits not in groups.per_channel_bits
         return bits in self.storage_bits and fits
 
     def weight_bytes(self, out_features: int, in_features: int, bits: int, groups: Groups, dtype_bytes: int) -> int:
-        """Bytes of one weight (or of several as one) in its own layout, without bias."""
+        """Bytes of a weight, or of several stacked ones, in its own layout, without bias."""
         return self.read_bytes(out_features, in_features, bits, groups, dtype_bytes)
 
     def read_bytes(self, out_features: int, in_features: int, bits: int, groups: Groups, dtype_bytes: int) -> int:
-        """Bytes of a weight that one product reads: here codes, and scale and zero of each group."""
+        """Bytes that one product reads of a weight: here codes, and scale and zero of each group."""
         weights = out_features * in_features
         size = groups.of(bits, in_features)
         return weights * self.storage_bits[bits] // 8 + 2 * dtype_bytes * (weights // size)
@@ -134,7 +134,7 @@ class Kernel:
         return float(np.interp(math.log2(rows), [math.log2(each) for each in table], [*table.values()]))
 
     def workspace_bytes(self, products: Sequence[tuple[int, int]], dtype_bytes: int) -> int:
-        """Bytes beside inputs, weights and outputs while one of these (out, in features) is multiplied with."""
+        """Bytes beside inputs, weights and outputs during any of these products (out, in features)."""
         return 0
 
     def stage_workspace_bytes(self, shape: ModelShape) -> int:
@@ -142,11 +142,11 @@ class Kernel:
         return 0
 
     def unpacking_bytes(self, weights: int, bits: int, dtype_bytes: int) -> float:
-        """Bytes moved for so many weights before they can be multiplied with, written ones counted too."""
+        """Bytes read and written to unpack so many weights."""
         return 0.0
 
     def extra_launches(self, bits: int) -> int:
-        """Launches of a product beyond the one of an unquantized linear."""
+        """Launches of a product beyond the single one of an unquantized linear."""
         return 0
 
     def build(self, weight: UnpackedWeight, bits: int, dtype: torch.dtype) -> Product:
@@ -154,12 +154,12 @@ class Kernel:
         raise NotImplementedError(f"{self.name} multiplies with no weight by itself")
 
     def check_stage(self, dtype: torch.dtype) -> None:
-        """`UserError` where a whole stage cannot run here in `dtype`."""
+        """`UserError` if a whole stage cannot run here in `dtype`."""
 
     def open_stage(self, first_layer: int, dtype: torch.dtype) -> nn.Module:
-        """An empty stage whose first layer is `first_layer`: layers are given to `add`, then `compile` is called."""
+        """An empty stage that begins with layer `first_layer`; call `add` for each layer, then `compile`."""
         raise NotImplementedError(f"{self.name} runs no whole stages")
 
     def hold(self, weight: UnpackedWeight | torch.Tensor, bits: int) -> object:
-        """A weight as a whole stage's `add` takes it; an unquantized one is a plain tensor [out, in]."""
+        """A weight in the form that a stage's `add` takes; an unquantized one is a plain tensor [out, in]."""
         raise NotImplementedError(f"{self.name} runs no whole stages")

@@ -1,6 +1,6 @@
-"""HQQ's own forward: the reference that takes everything, everywhere.
+"""HQQ's own forward: the reference, which supports everything everywhere.
 
-It unpacks the whole weight, subtracts the zero, multiplies by the scale (each a pass over a temporary of full size) and
+It unpacks the whole weight, subtracts the zero and multiplies by the scale, each with a temporary of full size, and
 then multiplies.
 """
 
@@ -13,13 +13,12 @@ from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.kernels.base import Kernel
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS, Groups, count_packed_linear_bytes
 
-# Launches that HQQ's forward adds to a plain linear: mask, shift and copy for each part of a packed integer; subtract;
-# multiply.
+# launches that HQQ's forward adds to a plain linear: mask, shift and copy for each part of a packed integer; subtract;
+# multiply
 _LAUNCHES = {8: 3, 4: 7, 3: 31, 2: 13, 1: 25}
-# Bytes moved per weight by mask, shift and copy (uint8 temporaries, int32 at 3 bits), but for the write in the compute
-# dtype.
+# bytes moved per weight by mask, shift and copy (uint8 temporaries, int32 at 3 bits), without the final write
 _UNPACK_BYTES = {8: 1.0, 4: 3.5, 3: 20.0, 2: 5.0, 1: 5.0}
-# Alive at once when HQQ multiplies by the scale: the unpacked weight, the difference, the product.
+# alive at once when HQQ multiplies by the scale: the unpacked weight, the difference, the product
 _COPIES = 3
 
 

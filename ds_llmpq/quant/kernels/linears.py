@@ -1,4 +1,4 @@
-"""How a kernel runs the linears of a decoder layer and lm_head: which of them together, which not itself, and their
+"""How a kernel runs the linears of a decoder layer and lm_head: which of them together, which not at all, and their
 bytes."""
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ from ds_llmpq.quant.packing import UNQUANTIZED_BITS, Groups, cut_row_blocks
 
 
 def resolve_kernel(kernel: Kernel, out_features: int, in_features: int, bits: int, groups: Groups) -> Kernel:
-    """What really runs a linear where `kernel` is chosen: `dequantize` for what it cannot take."""
+    """The kernel that runs a linear if `kernel` is chosen: `dequantize` for those it does not support."""
     return kernel if kernel.takes(out_features, in_features, bits, groups) else DEQUANTIZE
 
 
 def group_linears(
     kernel: Kernel, linears: Sequence[tuple[str, int, int]], bits: int, groups: Groups
 ) -> list[list[tuple[str, int, int]]]:
-    """Linears (dotted name, out, in features) of one decoder layer as they run: those of one input together."""
+    """Groups the linears (dotted name, out, in features) of a decoder layer as they run: those of one input
+    together."""
     unquantized = bits == UNQUANTIZED_BITS
     if unquantized and not kernel.whole_stage:
         return [[linear] for linear in linears]
@@ -32,14 +33,14 @@ def group_linears(
 
 
 def stack_features(group: Sequence[tuple[str, int, int]]) -> tuple[int, int]:
-    """(out, in features) of linears of one input as one weight."""
+    """(out, in features) of the stacked weights of linears with one input."""
     return sum(linear[1] for linear in group), group[0][2]
 
 
 def layer_bytes(
     kernel: Kernel, linears: Sequence[tuple[str, int, int]], bits: int, groups: Groups, dtype_bytes: int
 ) -> int:
-    """Bytes that the weights of one decoder layer's linears take at `bits`, however they run."""
+    """Bytes of the weights of one decoder layer's linears at `bits`."""
     total = kernel.layer_overhead_bytes
     for group in group_linears(kernel, linears, bits, groups):
         size = stack_features(group)
@@ -50,8 +51,8 @@ def layer_bytes(
 def list_lm_head_products(
     kernel: Kernel, out_features: int, in_features: int, bits: int, groups: Groups
 ) -> tuple[Kernel, list[tuple[int, int]]]:
-    """What multiplies with lm_head where `kernel` runs the layers, and (out, in features) of its products: one where a
-    library takes it, else `cut_row_blocks`."""
+    """The kernel for lm_head if `kernel` runs the layers, and (out, in features) of its products: a single one if a
+    library supports it, else `cut_row_blocks`."""
     found = resolve_kernel(kernel.product_kernel, out_features, in_features, bits, groups)
     if found is not DEQUANTIZE:
         return found, [(out_features, in_features)]
@@ -61,12 +62,13 @@ def list_lm_head_products(
 def lm_head_bytes(
     kernel: Kernel, out_features: int, in_features: int, bits: int, groups: Groups, dtype_bytes: int
 ) -> int:
-    """Bytes that lm_head takes at `bits`."""
+    """Bytes of lm_head at `bits`."""
     found, products = list_lm_head_products(kernel, out_features, in_features, bits, groups)
     return sum(found.weight_bytes(*size, bits, groups, dtype_bytes) for size in products)
 
 
 def saves_memory(kernel: Kernel, linears: Sequence[tuple[str, int, int]]) -> bool:
-    """False where a layer at 4 bits would take more than its plain weights: what a kernel holds beside tiny ones."""
+    """False if a layer at 4 bits would be larger than its plain weights, because of a kernel's overhead on tiny
+    ones."""
     weights = sum(linear[1] * linear[2] for linear in linears)
     return not weights or layer_bytes(kernel, linears, 4, Groups(), 2) <= 2 * weights

@@ -1,7 +1,6 @@
 """OpenVINO on CPUs: single products (`openvino`), and all layers of a stage as one graph (`openvino_graph`).
 
-`openvino_graph.constants` says how a product with HQQ's weights is computed, `openvino_graph.stage_graph` what the
-graph of a stage is.
+`openvino_graph.constants` describes the product with HQQ's weights, `openvino_graph.stage_graph` the graph of a stage.
 """
 
 from __future__ import annotations
@@ -28,25 +27,25 @@ if TYPE_CHECKING:
     from ds_llmpq.quant.kernels.openvino_graph.single_product import OpenVinoProduct
     from ds_llmpq.quant.unpacked_weight import UnpackedWeight
 
-CACHE_BLOCK = 32  # positions: attention inside of OpenVINO's graph knows no other size on a processor
-GRAPH_TOKENS = 128  # that run through such a graph at a time: its buffers grow with them, its speed no longer does
-PRODUCT_ROWS = 32  # multiplied at a time: what OpenVINO keeps for itself grows with them, speed hardly does
-# Measured by resident memory over 64 to 10752 outputs and 1536 to 5632 inputs: a compiled model as such, and, for each
-# of `PRODUCT_ROWS`, its outputs (of the product, of the correction, their sum) and its quantized input.
+CACHE_BLOCK = 32  # positions; the only size of OpenVINO's attention on CPUs
+GRAPH_TOKENS = 128  # per call of a graph: more need larger buffers, and are no faster
+PRODUCT_ROWS = 32  # per product: more make OpenVINO hold more memory, and are hardly faster
+# Measured by resident memory over 64 to 10752 outputs and 1536 to 5632 inputs: a compiled model, and for each of
+# `PRODUCT_ROWS` its outputs (product, correction, sum) and its quantized input.
 _PRODUCT_BYTES = 550_000
 _PRODUCT_ROW_BYTES_OUT = 12.2
 _PRODUCT_ROW_BYTES_IN = 1.1
-# Likewise, over 1 to 12 layers of 135M and 850M at 16, 8 and 4 bits: a layer of a stage's graph beside its weights, and
-# the graph as such.
+# Likewise, over 1 to 12 layers of 135M and 850M at 16, 8 and 4 bits: a layer of a graph beside its weights, and the
+# graph.
 _GRAPH_LAYER_BYTES, _GRAPH_BYTES = 1_400_000, 12_000_000
-# A float32 scale, an 8-bit zero, and a float32 correction for what rounding the zero left out.
+# a float32 scale, an 8-bit zero, and a float32 correction for the rounding of the zero
 _GROUP_BYTES = 9
 _FLOAT32_BYTES = 4
 _REMEDY = "use quant.kernel=openvino or quant.kernel=dequantize."
 
 
 class _OpenVino(Kernel):
-    """What both have in common."""
+    """What both kernels share."""
 
     source = "measured by resident memory on one processor with AVX-512 (docs/kernels.md)"
     library = "openvino"
@@ -68,7 +67,7 @@ class OpenVino(_OpenVino):
     shared_inputs = SHARED_INPUTS
 
     def weight_bytes(self, out_features: int, in_features: int, bits: int, groups: Groups, dtype_bytes: int) -> int:
-        """With what a compiled model and its buffers take."""
+        """Includes a compiled model and its buffers."""
         row = _PRODUCT_ROW_BYTES_OUT * out_features + _PRODUCT_ROW_BYTES_IN * in_features
         read = self.read_bytes(out_features, in_features, bits, groups, dtype_bytes)
         return read + _PRODUCT_BYTES + round(PRODUCT_ROWS * row)
@@ -90,7 +89,7 @@ class OpenVinoGraph(_OpenVino):
     name = "openvino_graph"
     dtypes = ("bfloat16", "float32")
     storage_bits: ClassVar[Mapping[int, int]] = {3: 4, 4: 4, 8: 8}
-    # gate and up apart take the activation into their products
+    # gate and up stay apart, so that OpenVINO fuses the activation into their products
     shared_inputs = (ATTENTION_INPUT,)
     cache_block = CACHE_BLOCK
     whole_stage = True
@@ -115,7 +114,7 @@ class OpenVinoGraph(_OpenVino):
         return None
 
     def is_usable(self, dtype: str) -> bool:
-        """Where the processor has arithmetic for `dtype`; where it has bfloat16, float32 is left to `dequantize`."""
+        """Whether the CPU computes in `dtype`. If it has bfloat16, float32 is left to `dequantize`."""
         if not super().is_usable(dtype):
             return False
         instructions = _instructions()
@@ -123,13 +122,12 @@ class OpenVinoGraph(_OpenVino):
         return bfloat16 if dtype == "bfloat16" else "avx2" in instructions and not bfloat16
 
     def stage_workspace_bytes(self, shape: ModelShape) -> int:
-        """The graph as such, and the tensors of one layer in 32 bits, for as many tokens as run at a time."""
+        """The graph, and the 32-bit tensors of one layer for the tokens of one call."""
         width = 2 * shape.hidden + 3 * shape.intermediate + (2 * shape.heads + 2 * shape.kv_heads) * shape.head_dim
         return _GRAPH_BYTES + GRAPH_TOKENS * width * _FLOAT32_BYTES
 
     def check_stage(self, dtype: torch.dtype) -> None:
-        """`UserError`: OpenVINO is missing, or one whose paged attention is not that of the versions tried; the
-        processor has no arithmetic for `dtype`."""
+        """`UserError`: OpenVINO is missing or untested, or the CPU does not compute in `dtype`."""
         import torch
 
         from ds_llmpq.quant.onednn_linear import computes_in_bfloat16
@@ -162,7 +160,7 @@ class OpenVinoGraph(_OpenVino):
 
 @cache
 def _instructions() -> frozenset[str]:
-    """Of the processor, as Linux lists them; elsewhere they are not known, and taken as absent."""
+    """The CPU's instruction sets as Linux lists them; unknown, and so empty, on other systems."""
     with contextlib.suppress(OSError):
         return frozenset(Path("/proc/cpuinfo").read_text().split())
     return frozenset()

@@ -1,7 +1,7 @@
-"""The kernels there are, and which of them runs a setting.
+"""The available kernels, and the choice among them.
 
-HQQ quantizes; a kernel runs the very same codes, scales and zeros (`quant.kernel_linear`). Imports no torch: plans are
-made from these objects alone. `docs/kernels.md` has the measurements.
+HQQ quantizes; a kernel runs the same codes, scales and zeros (`quant.kernel_linear`). Imports no torch, because plans
+are made from these objects. `docs/kernels.md` has the measurements.
 """
 
 from __future__ import annotations
@@ -18,23 +18,14 @@ from ds_llmpq.quant.kernels.linears import saves_memory
 from ds_llmpq.quant.kernels.openvino import OPENVINO, OPENVINO_GRAPH
 
 AUTO = "auto"
-# In the order of what measured fastest.
-KERNELS: dict[str, Kernel] = {
-    kernel.name: kernel
-    for kernel in (
-        OPENVINO_GRAPH,
-        OPENVINO,
-        DEQUANTIZE,
-    )
-}
-
-
-# Kernels that are gone, and what runs in their place: named for one more version.
+# fastest first, as measured
+KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (OPENVINO_GRAPH, OPENVINO, DEQUANTIZE)}
+# removed kernels and their replacements, reported for one more version
 RETIRED = {"gemlite": DEQUANTIZE.name, "torch_int4": OPENVINO.name}
 
 
 def find_kernel(name: str) -> Kernel:
-    """`UserError` for a name that is no kernel's."""
+    """`UserError`: unknown or removed."""
     if name in RETIRED:
         raise UserError(
             f"kernel {name!r} is gone; use quant.kernel={RETIRED[name]} (or {AUTO}), and plan again. A run begun with "
@@ -46,8 +37,8 @@ def find_kernel(name: str) -> Kernel:
 
 
 def find_stage_kernel(name: str | None) -> Kernel:
-    """The kernel of a plan's stage; `dequantize` where a plan names none, or one that nothing runs. `UserError`: one
-    that is gone."""
+    """The kernel of a plan's stage; `dequantize` if the plan names none or an unknown one. `UserError`: a removed
+    one."""
     return find_kernel(name) if name in RETIRED else KERNELS.get(name, DEQUANTIZE)
 
 
@@ -60,12 +51,12 @@ def select_kernel(
     spec: DecoderSpec | None = None,
     batch_invariant: bool = False,
 ) -> QuantConfig:
-    """`quant` with `auto` replaced by what will run on all of these device kinds.
+    """`quant` with `auto` replaced by the kernel that runs on all of these device kinds.
 
-    linears: those of one decoder layer. measured: the kernel that a profile found fastest. Without one, the first that
-    takes this setting, whose library is installed here, and under which quantizing a layer still makes it smaller.
-    batch_invariant: sums may not depend on which rows run together, so no whole stages. `UserError`: a kernel was asked
-    for that cannot run so.
+    linears: those of one decoder layer. measured: the kernel that a profile found fastest; without it, the first that
+    supports these settings, whose library is installed here, and with which quantizing still makes a layer smaller.
+    batch_invariant: sums must not depend on which rows run together, so no whole stages. `UserError`: the requested
+    kernel cannot run.
     """
     if quant.kernel != AUTO:
         kernel = find_kernel(quant.kernel)
@@ -90,7 +81,7 @@ def list_candidates(
     linears: Sequence[tuple[str, int, int]] = (),
     spec: DecoderSpec | None = None,
 ) -> list[Kernel]:
-    """Kernels that could run here on this kind of device, `dequantize` last: what is worth measuring."""
+    """Kernels that can run here on this kind of device, `dequantize` last: those worth measuring."""
     usable = _list_usable(dtype, linears)
     return [*(kernel for kernel in usable if not kernel.unsupported_reason(kind, dtype, quant, spec)), DEQUANTIZE]
 
@@ -101,7 +92,7 @@ def _list_usable(dtype: str, linears: Sequence[tuple[str, int, int]]) -> list[Ke
 
 
 def check_batch_invariant(kernel: Kernel, batch_invariant: bool) -> None:
-    """`UserError` for a kernel whose sums depend on which rows run together."""
+    """`UserError` if the kernel's sums depend on which rows run together."""
     if batch_invariant and kernel.whole_stage:
         raise UserError(
             f"engine.batch_invariant=true cannot be had with quant.kernel={kernel.name}, whose sums depend on all "

@@ -1,9 +1,8 @@
-"""Weights as constants of OpenVINO graphs, and the product of one with its inputs.
+"""Weights as constants of OpenVINO graphs, and the product with one.
 
-The CPU plugin multiplies packed codes fast where zero points are integers; HQQ's are real numbers. So a product runs
-with the zero rounded, and what rounding left out, (rounded - zero) x scale for each group, is multiplied with the
-group's sum of inputs and added, all in one graph: the same weights. The plugin rounds inputs to 8 bits by groups and
-sums integers.
+The CPU plugin multiplies packed codes fast if zero points are integers, but HQQ's are real numbers. So a product runs
+with rounded zeros, and the graph adds a correction: (rounded - zero) x scale of each group, multiplied with the sum of
+the group's inputs. The weights are the same. The plugin rounds inputs to 8 bits by groups and sums integers.
 """
 
 from __future__ import annotations
@@ -25,15 +24,14 @@ from ds_llmpq.quant.unpacked_weight import UnpackedWeight
 
 _TYPES = {2: openvino.Type.u2, 4: openvino.Type.u4, 8: openvino.Type.u8}
 _ALIGNMENT = 64
-# Inputs that are rounded with one scale. Larger groups are faster and less exact; much faster where a row of weights
-# has but one scale itself.
+# inputs rounded with one scale: larger groups are faster and less exact, much faster if a row of weights has one scale
 _INPUT_GROUP, _INPUT_GROUP_OF_WHOLE_ROWS = 64, 256
 
 
 @dataclass(frozen=True)
 class Constants:
-    """A weight's constants in an unnamed file, mapped. OpenVINO keeps its constants beside the layout that it packs
-    them into; of a file's pages the system keeps only what is in use, so that weights are not held twice."""
+    """A weight's constants in a mapped unnamed file. OpenVINO keeps its constants beside the layout that it packs them
+    into. The system can drop the pages of a file, so that weights are not held twice."""
 
     mapping: mmap.mmap
     nodes: tuple[openvino.op.Constant, ...]
@@ -41,7 +39,7 @@ class Constants:
     group_size: int = 0  # of an unquantized weight
 
     def drop_pages(self) -> None:
-        """Once OpenVINO has packed them; should it ever ask again, the pages come back from the file."""
+        """Drops the pages once OpenVINO has packed them; if it reads them again, they come from the file."""
         self.mapping.madvise(mmap.MADV_DONTNEED)
 
 
@@ -51,7 +49,7 @@ def core() -> openvino.Core:
 
 
 def build_threading_properties() -> dict[str, object]:
-    """Of a compiled model that takes the place of torch's operations: as many threads as they have."""
+    """Properties of a compiled model that replaces torch operations: the same number of threads."""
     threads = torch.get_num_threads()
     return {
         "INFERENCE_NUM_THREADS": threads,
@@ -61,13 +59,13 @@ def build_threading_properties() -> dict[str, object]:
 
 
 def input_group(group_size: int, in_features: int) -> int:
-    """Inputs that are rounded to 8 bits with one scale, for weights in groups of `group_size`."""
+    """Inputs that are rounded to 8 bits with one scale, if weights are in groups of `group_size`."""
     largest = _INPUT_GROUP_OF_WHOLE_ROWS if group_size == in_features else _INPUT_GROUP
     return math.gcd(group_size, largest)
 
 
 def hold_quantized(weight: UnpackedWeight, bits: int) -> Constants:
-    """Codes held in `bits`, rounded zeros, scales, and what rounding the zeros left out."""
+    """Codes in `bits`, rounded zeros, scales, and the correction for rounding the zeros."""
     out_features, in_features = weight.codes.shape
     groups, size = in_features // weight.group_size, weight.group_size
     rounded = weight.zero.round().clamp_(0, 255)
@@ -92,8 +90,8 @@ def hold_plain(weight: torch.Tensor) -> Constants:
 
 
 def product(inputs: openvino.Node, weight: Constants) -> openvino.Node:
-    """inputs [rows, in] -> [rows, out]: of a quantized weight as 32-bit nodes, for the compiled model's precision says
-    how they run; of an unquantized one in its own type, since OpenVINO would keep a copy of a bfloat16 weight in 32
+    """inputs [rows, in] -> [rows, out]. For a quantized weight the nodes are 32-bit, and the compiled model's precision
+    decides how they run. An unquantized weight keeps its dtype, because OpenVINO would copy a bfloat16 weight in 32
     bits."""
     if not weight.group_size:
         return opset13.matmul(convert(inputs, weight.nodes[0].get_element_type()), weight.nodes[0], False, True)
@@ -109,7 +107,7 @@ def product(inputs: openvino.Node, weight: Constants) -> openvino.Node:
 
 
 def convert(node: openvino.Node, kind: openvino.Type) -> openvino.Node:
-    """The node itself where it is of that type."""
+    """The node itself if it already has that type."""
     return node if node.get_element_type() == kind else opset13.convert(node, kind)
 
 
@@ -119,7 +117,7 @@ def widen(node: openvino.Node) -> openvino.Node:
 
 
 def constant(data: numpy.ndarray, shape: list[int], kind: openvino.Type) -> openvino.op.Constant:
-    """One that reads `data` where it lies: it must live as long as the compiled model."""
+    """A constant that shares the memory of `data`, which must live as long as the compiled model."""
     return openvino.op.Constant(openvino.Tensor(data, openvino.Shape(shape), kind), shared_memory=True)
 
 

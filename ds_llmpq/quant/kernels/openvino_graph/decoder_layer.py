@@ -1,7 +1,7 @@
-"""A decoder layer (`models.block`) as nodes of an OpenVINO graph, as its `DecoderSpec` describes it.
+"""Builds a decoder layer (`models.block`) as nodes of an OpenVINO graph from its `DecoderSpec`.
 
-Tokens of all rows lie one after another, [tokens, hidden]; attention finds each row's keys and values in a cache of
-blocks of `CACHE_BLOCK` positions and adds the new ones to it, so rows may be of any lengths and at any positions.
+Tokens of all rows are concatenated, [tokens, hidden]. Attention finds each row's keys and values in a cache of blocks
+of `CACHE_BLOCK` positions and adds the new ones, so rows may have any lengths and positions.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _scalar(value: float) -> Node:
 
 
 def _like(value: float, inputs: Node) -> Node:
-    """In the type of `inputs`."""
+    """A constant of the type of `inputs`."""
     kind = inputs.get_element_type()
     return _scalar(value) if kind == openvino.Type.f32 else opset13.convert(_scalar(value), kind)
 
@@ -69,9 +69,8 @@ _ACTIVATIONS: dict[str, Callable[[Node], Node]] = {
 
 @dataclass(frozen=True)
 class Rows:
-    """Where the tokens of a pass stand, for all layers alike: cosines and sines [tokens, 1, 1, rotated features] by the
-    names of `DecoderSpec.rotary`, and the attention's tables (a row's tokens in the cache, its span of new tokens, its
-    blocks)."""
+    """Positions of the tokens in a pass, for all layers: cosines and sines [tokens, 1, 1, rotated features] by the
+    names of `DecoderSpec.rotary`, and attention's tables (cached tokens of each row, its new tokens, its blocks)."""
 
     rotary: Mapping[str, tuple[Node, Node]]
     past_lens: Node
@@ -82,16 +81,14 @@ class Rows:
 
 
 class LayerNodes:
-    """Builds one layer's nodes from its block and its linears' weights.
-
-    weights: by the linears' dotted names; those of one input as one, stacked. Norms and biases are the block's.
-    """
+    """Builds one layer's nodes. weights: by the linears' dotted names, stacked for linears of one input. Norms and
+    biases come from the block."""
 
     def __init__(self, layer: Block, weights: Mapping[tuple[str, ...], Constants]):
         self.layer, self.weights, self.spec = layer, weights, layer.spec.attention
 
     def outputs(self, hidden: Node, rows: Rows, key_cache: Node, value_cache: Node) -> Node:
-        """Hidden states [tokens, hidden] behind the layer."""
+        """Hidden states [tokens, hidden] after the layer."""
         layer = self.layer
 
         def attend(normed: Node) -> Node:
@@ -118,7 +115,7 @@ class LayerNodes:
         if spec.stacked:
             gate, up = _split(self._product(normed, "mlp.gate_up_proj"), [spec.intermediate] * 2)
         else:
-            # two products, not one: activation and multiplication become part of them
+            # two products, so that OpenVINO fuses activation and multiplication into them
             gate, up = self._product(normed, "mlp.gate_proj"), self._product(normed, "mlp.up_proj")
         return self._product(opset13.multiply(activate(gate), up), "mlp.down_proj")
 
@@ -147,8 +144,8 @@ class LayerNodes:
         return _split(widen(together), [spec.heads * size, spec.kv_heads * size, spec.kv_heads * size])
 
     def _place(self, states: Node, heads: int, rows: Rows, attention: Attention, norm: str) -> Node:
-        """Queries or keys, each head normed where the family does so, and rotated to their positions: written in the
-        form that OpenVINO knows as one operation."""
+        """Queries or keys, with norms if the family has them, and rotated, in a form that OpenVINO recognizes as one
+        operation."""
         spec, size = self.spec, self.spec.head_dim
         if spec.qk_norm is None and attention.rotary is None:
             return states
@@ -162,7 +159,7 @@ class LayerNodes:
     def _attention_inputs(
         self, query: Node, key: Node, value: Node, rows: Rows, key_cache: Node, value_cache: Node
     ) -> list[openvino.Output]:
-        """In the operation's order. What it could do besides (scores, eviction, sinks) is left empty."""
+        """Inputs in the operation's order. Unused features (scores, eviction, sinks) get empty tensors."""
         tables = (rows.past_lens, rows.subsequence_begins, rows.block_indices, rows.block_indices_begins)
         slopes = _none(numpy.float32)
         if self.spec.alibi:
@@ -177,7 +174,7 @@ class LayerNodes:
         return [node if isinstance(node, openvino.Output) else node.output(0) for node in nodes]
 
     def _product(self, inputs: Node, *names: str) -> Node:
-        """Outputs of linears of one input, side by side, in whatever type the product has."""
+        """Outputs of linears of one input, side by side, in the type of the product."""
         outputs = product(inputs, self.weights[names])
         biases = [self.layer.get_submodule(name).bias for name in names]
         if biases[0] is None:
@@ -209,7 +206,7 @@ def _norm(states: Node, norm: Norm) -> Node:
 
 
 def _rotate(states: Node, size: int, cos: Node, sin: Node) -> Node:
-    """As `block.rotate`, [tokens, heads, 1, size]; sines without signs."""
+    """`block.rotate` for [tokens, heads, 1, size]; here sines have no signs."""
     features = int(cos.get_output_partial_shape(0)[3].get_length())
     turned, rest = states, None
     if features < size:
@@ -221,7 +218,7 @@ def _rotate(states: Node, size: int, cos: Node, sin: Node) -> Node:
 
 
 def _split(states: Node, sizes: list[int]) -> list[openvino.Output]:
-    """Parts of the last of two dimensions."""
+    """Splits the second of two dimensions."""
     return opset13.variadic_split(states, opset13.constant(1), opset13.constant(sizes)).outputs()
 
 

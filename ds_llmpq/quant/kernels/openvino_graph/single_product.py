@@ -1,4 +1,4 @@
-"""Quantized products by OpenVINO's CPU plugin, one by one."""
+"""Single quantized products by OpenVINO's CPU plugin."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ds_llmpq.quant.unpacked_weight import UnpackedWeight
 
 
 class OpenVinoProduct:
-    """Multiplies inputs [rows, in] with one weight [out, in]; several linears of one input are one weight, stacked."""
+    """Multiplies inputs [rows, in] with one weight [out, in], which may be stacked from linears of one input."""
 
     def __init__(self, weight: UnpackedWeight, storage_bits: int, held_bytes: int):
         out_features, self.in_features = weight.codes.shape
@@ -30,13 +30,13 @@ class OpenVinoProduct:
         self._constants = hold_quantized(weight, storage_bits)
         self._request = _compile(self._constants)
         self._bound: tuple[int, int, int] | None = None
-        # packs the weight and takes all buffers, so that what this frees can be given back before serving
+        # a first run packs the weight and allocates buffers, so that freed memory is returned before serving
         self._run(torch.zeros(PRODUCT_ROWS, self.in_features), torch.empty(PRODUCT_ROWS, out_features))
         self._constants.drop_pages()
         self.held_bytes = held_bytes
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
-        """[rows, in] of any floating type -> [rows, out] of the same."""
+        """[rows, in] of any floating-point dtype -> [rows, out] of the same dtype."""
         rows = inputs.shape[0]
         outputs = inputs.new_empty(rows, self.out_features)
         for start in range(0, rows, PRODUCT_ROWS):
@@ -63,8 +63,8 @@ class OpenVinoProduct:
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """OpenVINO's threads stay awake for a while after a product; torch's, for the little that is around it, would
-    compete with them for the cores."""
+    """Limits torch to one thread, because OpenVINO's threads stay awake after a product, and would compete with torch's
+    for the cores."""
     threads = torch.get_num_threads()
     if threads == 1:
         yield
@@ -80,10 +80,10 @@ _buffers: dict[str, torch.Tensor] = {}
 
 
 def _buffer(name: str, rows: int, features: int) -> torch.Tensor:
-    """A float32 view [rows, features] of the one buffer that all products of this process share."""
+    """A float32 view [rows, features] of the buffer that all products of this process share."""
     held = _buffers.get(name)
     if held is None or held.numel() < rows * features:
-        with torch.inference_mode(False):  # else it could not be written outside of that mode
+        with torch.inference_mode(False):  # else it could not be written outside that mode
             held = _buffers[name] = torch.empty(PRODUCT_ROWS * features)
     return held[: rows * features].view(rows, features)
 

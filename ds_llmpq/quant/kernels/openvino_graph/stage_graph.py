@@ -1,8 +1,8 @@
 """All decoder layers of a stage as one OpenVINO graph: products, norms, rotary positions, attention and cache.
 
-A pass is one call: no Python between layers, no hand-over between OpenVINO's threads and torch's. Rows are not padded:
-each brings as many tokens as it has, and attention reads as much of the cache as a row has filled. A pass of many
-tokens runs in chunks of `GRAPH_TOKENS`, which bounds what the graph needs for itself.
+A pass is one call: no Python between layers, and no switching between OpenVINO's threads and torch's. Rows are not
+padded, and attention reads only the filled part of the cache. A pass of many tokens runs in chunks of `GRAPH_TOKENS`,
+which bounds the graph's memory.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from ds_llmpq.quant.kernels.openvino_graph.decoder_layer import LayerNodes, Rows
 
 
 class _Kind(NamedTuple):
-    """A compute dtype as OpenVINO's tensors and properties call it, and the type by which numpy knows its memory."""
+    """OpenVINO's names for a compute dtype in tensors and properties, and a dtype with which numpy can view it."""
 
     ours: openvino.Type
     theirs: str
@@ -48,7 +48,7 @@ _TABLES = ("past_lens", "subsequence_begins", "block_indices", "block_indices_be
 
 
 class PagedStore(Protocol):
-    """A key/value store as attention by blocks sees it."""
+    """A store of keys and values in blocks."""
 
     blocks_of_slot: int
 
@@ -58,17 +58,17 @@ class PagedStore(Protocol):
 
 
 class PagedCache(Protocol):
-    """What the graph asks of a `Step`'s cache."""
+    """What the graph needs of a `Step`'s cache."""
 
     store: PagedStore
 
     def row_places(self) -> list[tuple[int, int]]:
-        """(slot, tokens it holds already) of each row."""
+        """(slot, tokens already in it) for each row."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Tokens [start, stop) of a row of a pass. The row's cache lies at `slot`, and holds `past` tokens by then."""
+    """Tokens [start, stop) of a row of a pass. The row's cache is `slot`, which then holds `past` tokens."""
 
     row: int
     start: int
@@ -78,10 +78,8 @@ class Piece:
 
 
 class StageGraph(nn.Module):
-    """Layers are added in order as they are read, then compiled together; `first_layer` is the first one's index.
-
-    Called with a `Step`, it takes the place of all of them.
-    """
+    """Layers are added in order as they are read, then compiled together; `first_layer` is the index of the first.
+    Called with a `Step`, it runs all of them."""
 
     def __init__(self, first_layer: int, dtype: torch.dtype = torch.bfloat16):
         super().__init__()
@@ -100,7 +98,7 @@ class StageGraph(nn.Module):
         return len(self._caches) // 2
 
     def add(self, layer: Block, weights: Mapping[tuple[str, ...], Constants], held_bytes: int) -> None:
-        """A decoder layer: its norms and biases must be filled, its linears' weights are `weights` and will take
+        """Adds a decoder layer whose norms and biases are filled; `weights`, those of its linears, take
         `held_bytes`."""
         if self._hidden is None:
             self._begin(layer.spec)
@@ -113,7 +111,7 @@ class StageGraph(nn.Module):
         self.held_bytes += held_bytes + sum(parameter.nbytes for parameter in others)
 
     def compile(self) -> None:
-        """Packs all weights and takes all buffers, so that what this frees can be given back before serving."""
+        """Packs all weights and allocates all buffers, so that freed memory is returned before serving."""
         kind = _KINDS[self.dtype]
         result = opset13.result(convert(self._hidden, kind.ours))
         parameters = [*self._inputs.values(), *self._caches]
@@ -134,7 +132,7 @@ class StageGraph(nn.Module):
             weight.drop_pages()
 
     def forward(self, step: Step) -> Step:
-        """As the layers would, one after another; hidden states of padding are zeros."""
+        """Runs all layers; hidden states of padding are zeros."""
         self._attach(step.cache.store)
         rows, tokens, features = step.hidden.shape
         lengths = [tokens] * rows if step.last is None or tokens == 1 else (step.last + 1).tolist()
@@ -151,7 +149,7 @@ class StageGraph(nn.Module):
         return step
 
     def _angles(self, step: Step) -> dict[str, torch.Tensor]:
-        """Cosines and sines of all tokens by the names of the graph's inputs; it changes signs itself."""
+        """Cosines and sines of all tokens by the names of the graph's inputs, without signs."""
         found, prepared = {}, step.prepare_inputs()
         for name, features in self._rotary.items():
             cos, signed = (part.reshape(-1, features) for part in prepared[name])
@@ -176,8 +174,9 @@ class StageGraph(nn.Module):
         )
 
     def _input_group(self) -> int:
-        """One for all products of the graph: the finest that one of its quantized weights wants; 0, inputs as they are,
-        in float32, which is there to be exact, and where processors may have no instructions for integer sums."""
+        """The group of inputs for all products of the graph: the finest that any weight needs. 0 means that inputs are
+        not rounded, as in float32, which is meant to be exact, and whose CPUs may lack instructions for integer
+        sums."""
         if self.dtype == torch.float32:
             return 0
         wanted = [input_group(w.group_size, w.in_features) for w in self._constants if w.group_size]
@@ -195,7 +194,7 @@ class StageGraph(nn.Module):
                 self._request.set_tensor(f"{part}{index}", _share(memory))
 
     def _infer(self, chunk: list[Piece]) -> int:
-        """Runs the tokens gathered in the buffers; how many there are."""
+        """Runs the tokens in the buffers. Returns their number."""
         lengths = [piece.stop - piece.start for piece in chunk]
         contexts = [piece.past + length for piece, length in zip(chunk, lengths, strict=True)]
         blocks = [range(-(-context // CACHE_BLOCK)) for context in contexts]
@@ -226,7 +225,7 @@ class StageGraph(nn.Module):
 
 
 class _ScratchStore:
-    """A cache for one row of `GRAPH_TOKENS` tokens that all layers share: what it holds is of no interest."""
+    """A cache for one row of `GRAPH_TOKENS` tokens that all layers share, for warming up."""
 
     def __init__(self, request: openvino.InferRequest, dtype: torch.dtype):
         _, heads, size, head_dim = request.get_tensor("keys0").shape
@@ -238,7 +237,7 @@ class _ScratchStore:
 
 
 def chunks(lengths: list[int], places: list[tuple[int, int]]) -> Iterator[list[Piece]]:
-    """The tokens of all rows, in order, at most `GRAPH_TOKENS` at a time; a row may be cut."""
+    """Cuts the tokens of all rows, in order, into chunks of at most `GRAPH_TOKENS`; a row may be split."""
     chunk, room = [], GRAPH_TOKENS
     for row, (length, (slot, past)) in enumerate(zip(lengths, places, strict=True)):
         start = 0
@@ -255,7 +254,7 @@ def chunks(lengths: list[int], places: list[tuple[int, int]]) -> Iterator[list[P
 
 
 def _spans(chunk: list[Piece], tokens: int) -> Iterator[tuple[int, int]]:
-    """[start, stop) of the pieces in [rows x tokens], neighbours as one."""
+    """[start, stop) of the pieces in [rows x tokens], with neighbours joined."""
     begin = end = -1
     for piece in chunk:
         start, stop = piece.row * tokens + piece.start, piece.row * tokens + piece.stop
@@ -282,6 +281,6 @@ def _scatter(target: torch.Tensor, source: torch.Tensor, spans: list[tuple[int, 
 
 
 def _share(memory: torch.Tensor) -> openvino.Tensor:
-    """The tensor's own memory, which must outlive its use."""
+    """An OpenVINO tensor on the same memory, which must outlive it."""
     kind = _KINDS[memory.dtype]
     return openvino.Tensor(memory.view(kind.as_numpy).numpy(), openvino.Shape(list(memory.shape)), kind.ours)
