@@ -1,6 +1,6 @@
 """A two-second measurement of a CPU thread group or a GPU: memory read bandwidth and matrix rates by compute dtype.
 
-torch is imported only here, when asked; without it numpy measures float32.
+torch is imported only in the process that measures.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +48,7 @@ def recall_rates(kind: str, number: int, hardware: str) -> dict[str, Any] | None
     it cannot be measured, the processor is busy, or DS_LLMPQ_CALIBRATE=never."""
     if os.environ.get(CALIBRATE) == "never":
         return None
-    try:
-        key = f"{kind} {hardware}, torch {version('torch')}"
-    except PackageNotFoundError:
-        key = f"{kind} {hardware}"
+    key = f"{kind} {hardware}, torch {version('torch')}"
     file = cache_folder() / "rates.json"
     try:
         with one_at_a_time(file.parent):
@@ -77,45 +74,37 @@ def _read_kept(file: Path) -> dict[str, Any]:
 
 def measure_cpu(threads: int, seconds: float = 2.0) -> dict[str, Any]:
     """Device type fields with the rates of one thread while `threads` of them work (`detect`'s `cpu_rates`)."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     try:
-        import torch
-    except ImportError:
-        bandwidth, rates = _measure_numpy(seconds)
-        threads, how = 1, "numpy, its own threads counted as one"
-    else:
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
-            bandwidth, rates = _measure_torch(torch, torch.device("cpu"), seconds)
-        finally:
-            torch.set_num_threads(before)
-        how = f"torch {torch.__version__}, {threads} threads"
-    return {
-        "memory_bandwidth_bytes_per_second": round(bandwidth / threads),
-        "flops_per_second": {dtype: float(round(rate / threads)) for dtype, rate in rates.items()},
-        "source": f"measured on this host: {how}; kernel_overhead_seconds is the shipped figure",
-    }
+        bandwidth, rates = _measure(torch.device("cpu"), seconds)
+    finally:
+        torch.set_num_threads(before)
+    return _describe(
+        bandwidth / threads, {dtype: rate / threads for dtype, rate in rates.items()}, f", {threads} threads"
+    )
 
 
 def measure_gpu(slot: int, seconds: float = 2.0) -> dict[str, Any] | None:
     """Device type fields of the GPU in this slot (PCI order); None where torch cannot use it."""
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # before CUDA counts its devices
-    try:
-        import torch
-    except ImportError:
-        return None
-    if slot >= torch.cuda.device_count():
-        return None
-    bandwidth, rates = _measure_torch(torch, torch.device("cuda", slot), seconds)
-    return {
-        "memory_bandwidth_bytes_per_second": round(bandwidth),
-        "flops_per_second": {dtype: float(round(rate)) for dtype, rate in rates.items()},
-        "source": f"measured on this host: torch {torch.__version__}; kernel_overhead_seconds is the shipped figure",
-    }
+    import torch
+
+    return _describe(*_measure(torch.device("cuda", slot), seconds)) if slot < torch.cuda.device_count() else None
 
 
-def _measure_torch(torch: Any, device: Any, seconds: float) -> tuple[float, dict[str, float]]:
+def _describe(bandwidth: float, rates: dict[str, float], how: str = "") -> dict[str, Any]:
+    source = f"measured on this host: torch {version('torch')}{how}; kernel_overhead_seconds is the shipped figure"
+    flops = {dtype: float(round(rate)) for dtype, rate in rates.items()}
+    return {"memory_bandwidth_bytes_per_second": round(bandwidth), "flops_per_second": flops, "source": source}
+
+
+def _measure(device: Any, seconds: float) -> tuple[float, dict[str, float]]:
     """(bytes/s, {dtype: FLOP/s}) of the device; a dtype slower than a tenth of float32 is left out as unusable."""
+    import torch
+
     size, read = MATRIX_SIZE[device.type], READ_BYTES[device.type]
 
     def best(action: Callable[[], Any], budget: float) -> float:
@@ -135,16 +124,6 @@ def _measure_torch(torch: Any, device: Any, seconds: float) -> tuple[float, dict
             matrix = torch.ones(size, size, dtype=getattr(torch, dtype), device=device)
             rates[dtype] = 2 * size**3 / best(lambda matrix=matrix: matrix @ matrix, seconds / 9)
     return bandwidth, {dtype: rate for dtype, rate in rates.items() if rate >= 0.1 * rates["float32"]}
-
-
-def _measure_numpy(seconds: float) -> tuple[float, dict[str, float]]:
-    import numpy
-
-    size = MATRIX_SIZE["cpu"]
-    data = numpy.ones(READ_BYTES["cpu"] // 4, numpy.float32)
-    matrix = numpy.ones((size, size), numpy.float32)
-    bandwidth = READ_BYTES["cpu"] / time_best(data.sum, seconds / 3)
-    return bandwidth, {"float32": 2 * size**3 / time_best(lambda: matrix @ matrix, seconds / 3)}
 
 
 if __name__ == "__main__":
