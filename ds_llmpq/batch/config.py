@@ -9,7 +9,7 @@ from ds_llmpq.fields import path_field
 
 @dataclass
 class BatchConfig:
-    """Defaults for what a request leaves out, and limits on input rows."""
+    """Defaults for what requests leave out, and limits on input rows."""
 
     max_tokens: int = 128
     temperature: float = 0.0  # greedy: offline batches want repeatable answers
@@ -21,8 +21,8 @@ class BatchConfig:
     limit: int | None = None  # only the first so many requests
     # arrival | prompt_length | predicted_length | bucketed; null: predicted_length, or arrival in a replay
     order: str | None = None
-    predictor: str | None = path_field()  # folder of `lengths train`; null: a request's own limit stands for its length
-    # cache positions reserved for an answer: by its own limit, or the predictor's bound; what outgrows it is preempted
+    predictor: str | None = path_field()  # folder of `lengths train`; null: a request's limit counts as its length
+    # KV cache reserved for an answer: its own limit, or the predictor's bound; answers that outgrow it are preempted
     admission: str = "worst_case"  # worst_case | q95 | q90
-    replay: str | None = None  # trace: requests come at their rows' arrival_seconds, in the order of batch.policy
+    replay: str | None = None  # trace: requests arrive at their arrival_seconds and are ordered by batch.policy
     policy: str = "fcfs"  # of a replay: fcfs | sjf (own limits as lengths) | ssjf | longest_first | prompt_length

@@ -1,4 +1,4 @@
-"""Text of a growing token sequence, and when it ends: stop strings, end-of-sequence tokens, the token limit."""
+"""The text of a growing token sequence, and when it ends: stop strings, end-of-sequence tokens, the token limit."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ from ds_llmpq.scheduler.request_group import Sequence
 from ds_llmpq.scheduler.slot_table import Finish
 
 REPLACEMENT = "\ufffd"  # what bytes that are not (yet) UTF-8 decode to
-WINDOW_TOKENS = 16  # decoded at every token; half of it is kept as context when it is full
-MAX_WINDOW_TOKENS = 64  # reached only by text with no place to cut, such as endless empty tokens
+WINDOW_TOKENS = 16  # decoded for each new token; when it is full, half is kept as context
+MAX_WINDOW_TOKENS = 64  # reached only by text without a place to cut, such as endless empty tokens
 
 
 class TextState:
     """Incremental detokenization of one sequence, searched for stop strings.
 
-    `text` is exactly what decoding all tokens at once gives, cut before the first stop string. A sequence without
-    stop strings is not decoded until then; one with them decodes a window of at most 64 tokens at every token.
-    Special tokens are no part of the text, but a stop string that holds one is found where it was generated. A stop
-    string may span tokens; the tail of replacement characters, which the next token may turn into a real character, is
-    not searched until it settles.
+    `text` equals the decoding of all tokens at once, cut before the first stop string. Without stop strings nothing is
+    decoded before that; with them, each token decodes a window of at most 64. Special tokens are not part of the text,
+    but a stop string that contains one is found where it was generated. A stop string may span tokens. A tail of
+    replacement characters, which the next token may turn into a character, is searched once it settles.
     """
 
     def __init__(self, tokenizer: Any, stops: tuple[str, ...] = ()):
@@ -35,7 +34,7 @@ class TextState:
             self._searches.append(_SpecialSearch(tokenizer, holding))
 
     def push(self, token_id: int) -> bool:
-        """Append one token; True once the text holds a stop string. Nothing may be pushed after that."""
+        """Appends a token. Returns True once the text holds a stop string; then nothing more may be pushed."""
         self.token_ids.append(token_id)
         for search in self._searches:
             self.stopped |= search.push(token_id, self.token_ids)
@@ -56,26 +55,26 @@ class _Search:
     def __init__(self, tokenizer: Any, stops: tuple[str, ...]):
         self.tokenizer, self.stops = tokenizer, stops
         self._window = _Window(tokenizer, self.with_special)
-        self._tail = ""  # settled text that may be the beginning of a stop string
+        self._tail = ""  # settled text that may begin a stop string
         self._tail_characters = max(map(len, stops)) - 1
 
     def push(self, token_id: int, token_ids: list[int]) -> bool:
-        """Whether a stop string stands in the text of `token_ids`, the last of which is new."""
+        """Whether the text of `token_ids`, the last of which is new, contains a stop string."""
         piece = self._window.push(token_id)
         if not piece:
             return False
         searched = self._tail + piece
         self._tail = searched[max(0, len(searched) - self._tail_characters) :]
-        # the window may differ from the whole on bytes that were never text: the whole has the last word
+        # on bytes that are not text the window may differ from the whole, so the whole decides
         return any(stop in searched for stop in self.stops) and self._find_first(self._decode(token_ids)) is not None
 
     def cut_at_stop(self, token_ids: list[int]) -> str:
-        """The visible text before the first stop string, all of it where there is none."""
+        """The visible text before the first stop string, or all of it."""
         text = self._decode(token_ids)
         return text[: self._find_first(text)]
 
     def _decode(self, token_ids: list[int]) -> str:
-        return _decode_all(self.tokenizer, token_ids) if self.with_special else decode(self.tokenizer, token_ids)
+        return decode(self.tokenizer, token_ids, self.with_special)
 
     def _find_first(self, text: str) -> int | None:
         places = [text.find(stop) for stop in self.stops]
@@ -83,7 +82,7 @@ class _Search:
 
 
 class _SpecialSearch(_Search):
-    """`_Search` in the text with special tokens, for stop strings that contain one."""
+    """Searches the text with special tokens, for stop strings that contain one."""
 
     with_special = True
 
@@ -91,7 +90,7 @@ class _SpecialSearch(_Search):
         place = self._find_first(self._decode(token_ids))
         if place is None:
             return decode(self.tokenizer, token_ids)
-        # the tokens that end before it, and what the next one shows of itself
+        # the tokens that end before it, and the visible part of the next one
         low, high = 0, len(token_ids)
         while low < high:
             middle = (low + high + 1) // 2
@@ -109,10 +108,10 @@ def _find_special_stops(tokenizer: Any, stops: tuple[str, ...]) -> tuple[str, ..
 
 
 class GenerationState:
-    """Stop rule of one sequence: `push` tokens until it names a finish reason.
+    """Stop rule of one sequence: `push` tokens until it returns a finish reason.
 
-    `stop`: an end-of-sequence token (unless ignored) or a stop string; `length`: max_tokens tokens. Every pushed
-    token counts as generated; the end-of-sequence token that ends the sequence is no part of the text.
+    `stop`: an end-of-sequence token (unless ignored) or a stop string; `length`: max_tokens. Every pushed token counts
+    as generated; the end-of-sequence token that ends the sequence is not part of the text.
     """
 
     def __init__(
@@ -131,7 +130,7 @@ class GenerationState:
         self._text = TextState(tokenizer, stops)
 
     def push(self, token_id: int) -> str | None:
-        """Take one generated token; the finish reason if the sequence ends with it."""
+        """Takes a generated token. Returns the finish reason if the sequence ends with it."""
         self.generated_tokens += 1
         if token_id in self._ends or self._text.push(token_id):
             self.finish_reason = "stop"
@@ -144,34 +143,30 @@ class GenerationState:
         return self._text.text
 
 
-def decode(tokenizer: Any, token_ids: list[int]) -> str:
-    """The text of generated tokens: special tokens skipped, spaces as generated."""
-    return tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-def _decode_all(tokenizer: Any, token_ids: list[int]) -> str:
-    """`decode` with special tokens."""
-    return tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+def decode(tokenizer: Any, token_ids: list[int], with_special: bool = False) -> str:
+    """The text of generated tokens, with spaces as generated, and without special tokens unless asked for."""
+    return tokenizer.decode(token_ids, skip_special_tokens=not with_special, clean_up_tokenization_spaces=False)
 
 
 class _Window:
-    """The last tokens of a sequence, decoded together, and how much of their text has settled."""
+    """The last tokens of a sequence, decoded together, of whose text a part has settled."""
 
     def __init__(self, tokenizer: Any, with_special: bool = False):
         self._tokenizer, self._with_special = tokenizer, with_special
-        self._skipped = frozenset() if with_special else _list_special_ids(tokenizer)
+        # tokens that decoding skips must not fill the window
+        self._skipped = frozenset() if with_special else frozenset(_list_special_tokens(tokenizer))
         self._ids: list[int] = []
-        self._settled = 0  # characters of the window's text already given out
+        self._settled = 0  # characters of the window's text already returned
 
     def push(self, token_id: int) -> str:
-        """The text that settles with this token, possibly none."""
+        """The text that settles with this token, perhaps none."""
         if token_id in self._skipped:
             return ""
         self._ids.append(token_id)
         text = self._decode(self._ids)
         settled = len(text.rstrip(REPLACEMENT))
         if len(self._ids) >= MAX_WINDOW_TOKENS:
-            settled = len(text)  # garbage: characters have at most 4 bytes, so waiting longer helps nothing
+            settled = len(text)  # no text: characters have at most 4 bytes, so waiting is useless
         piece = text[self._settled : settled]
         self._settled = max(self._settled, settled)
         if len(self._ids) >= WINDOW_TOKENS:
@@ -179,14 +174,12 @@ class _Window:
         return piece
 
     def _decode(self, token_ids: list[int]) -> str:
-        return _decode_all(self._tokenizer, token_ids) if self._with_special else decode(self._tokenizer, token_ids)
+        return decode(self._tokenizer, token_ids, self._with_special)
 
     def _shorten(self, text: str) -> None:
-        """Drop the older half where it can be cut: at a character's boundary, leaving settled text as context.
-
-        Decoders that strip the space of a sequence's first token need that context; of four neighbouring
-        boundaries at least one lies between characters.
-        """
+        """Drops the older half if it can be cut at a character boundary, leaving settled text as context, which
+        decoders need that strip the space of a first token. Of four neighbouring boundaries at least one is between
+        characters."""
         half = len(self._ids) // 2
         for start in range(half, half + 4):
             rest = self._decode(self._ids[start:])
@@ -197,11 +190,6 @@ class _Window:
         if len(self._ids) >= MAX_WINDOW_TOKENS:
             self._ids = self._ids[half:]
             self._settled = len(self._decode(self._ids))
-
-
-def _list_special_ids(tokenizer: Any) -> frozenset[int]:
-    """Tokens that decoding skips, which must not fill the window."""
-    return frozenset(_list_special_tokens(tokenizer))
 
 
 def _list_special_tokens(tokenizer: Any) -> dict[int, Any]:

@@ -1,4 +1,4 @@
-"""Recognizes files of other formats that were given as a batch file, by their first and last bytes."""
+"""Recognizes files of other formats given as a batch file, by their first and last bytes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import BinaryIO
 from ds_llmpq.errors import UserError
 
 _LOOKED_AT = 4096
-# how a file begins -> what it is, and what turns it into a batch file
+# first bytes, format, and how to turn it into a batch file
 _BEGINNINGS = (
     (b"\x1f\x8b", "compressed by gzip", "unpack it (gunzip)"),
     (b"\x28\xb5\x2f\xfd", "compressed by zstd", "unpack it (unzstd)"),
@@ -26,7 +26,7 @@ _HALF_EMPTY = (b"{\x00", b"\x00{", b"[\x00", b"\x00[")  # UTF-16 without its mar
 
 
 def refuse_other_formats(file: BinaryIO, path: str | Path) -> None:
-    """`UserError` for a file that cannot hold a JSON object a line; else it stands at its beginning again."""
+    """`UserError` for a file that cannot hold one JSON object per line; otherwise rewinds it."""
     start = file.read(_LOOKED_AT)
     for beginning, name, remedy in _BEGINNINGS:
         if start.startswith(beginning) and not _is_row(start):
@@ -35,14 +35,14 @@ def refuse_other_formats(file: BinaryIO, path: str | Path) -> None:
         raise UserError(
             f"input {path} is UTF-16 text, not a batch file; save it as UTF-8 (iconv -f UTF-16LE -t UTF-8)."
         )
-    # a first row may begin with a bracket by mistake, but a list also ends with one
+    # a first row may begin with a bracket by mistake, but an array also ends with one
     if start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[") and _end(file).rstrip().endswith(b"]"):
         raise UserError(f"input {path} is one JSON array, not a batch file; write one object a line (jq -c '.[]').")
     file.seek(0)
 
 
 def _is_row(start: bytes) -> bool:
-    """Marks of UTF-16 also begin a line of which only the first bytes are damaged."""
+    """Whether this is a line whose first bytes were damaged into UTF-16's mark."""
     return start.startswith((b"\xff\xfe", b"\xfe\xff")) and b"\x00" not in start
 
 

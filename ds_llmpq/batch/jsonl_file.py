@@ -1,4 +1,4 @@
-"""An append-only file of JSON rows: whole rows or none, one writer, and repair of what a crash left."""
+"""An append-only file of JSON rows: only whole rows, a single writer, and repair after a crash."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ds_llmpq.files import lock, open_regular, read_lines
 from ds_llmpq.validation import Positive, validate_line
 
 UNICODE_LINE_ENDS = (("\x85", "\\u0085"), ("\u2028", "\\u2028"), ("\u2029", "\\u2029"))
-ROW_START = b'{"id": "batch_req_'  # how every row begins: a torn tail that does not was not written by this program
+ROW_START = b'{"id": "batch_req_'  # every row begins so; a torn tail that does not was not written by this program
 
 _OF_RESULTS, _OF_ERRORS = (
     f"that is no {kind} row: give another out=DIR or mend the line" for kind in ("result", "error")
 )
 
-Key: TypeAlias = "str | int"  # a custom_id; the line in the input of a row in which none can be read
+Key: TypeAlias = "str | int"  # a custom_id, or the input line of a row without a readable one
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class _ErrorRow:
 
 
 class RowFile:
-    """One locked, append-only file. Every row is written whole and unbuffered, or taken back."""
+    """A locked, append-only file. Every row is written whole and unbuffered, or removed again."""
 
     def __init__(self, path: Path, *, create: bool = True):
         self.path = path
@@ -63,7 +63,7 @@ class RowFile:
             raise
 
     def append(self, row: dict[str, Any]) -> None:
-        """Write one row at the end. UserError if it does not fit on the disk; the file is then as it was before."""
+        """Writes a row at the end. `UserError`: it does not fit on the disk; the file is then unchanged."""
         data = encode_row(row)
         written = 0
         try:
@@ -75,8 +75,8 @@ class RowFile:
         self._end += len(data)
 
     def repair(self) -> set[str]:
-        """The custom_ids of all rows, after cutting off a last row without its line end. `UserError` for an id that
-        stands there twice: this program never writes one so, and a choice between the two is the user's."""
+        """The custom_ids of all rows, after cutting off a last row without a line end. `UserError`: an id occurs twice,
+        which this program never writes, so the user must choose."""
         found: set[str] = set()
         end = 0
         for line, (raw, whole) in enumerate(self._lines(), start=1):
@@ -93,7 +93,7 @@ class RowFile:
         return found
 
     def clear(self) -> None:
-        """Drop all rows. UserError if the file does not begin like a row file: it is not this program's to empty."""
+        """Drops all rows. `UserError`: the file does not begin like a row file, so this program must not empty it."""
         _check_ours(os.pread(self._descriptor, len(ROW_START), 0), self.path, 1)
         self.truncate(0)
 
@@ -102,7 +102,7 @@ class RowFile:
         self._end = end
 
     def sync(self) -> None:
-        """Make the rows survive a power cut. UserError if the disk cannot take them, or if they are gone already."""
+        """Makes the rows survive a power cut. `UserError`: the disk fails, or the rows are already gone."""
         self._check_still_there()
         try:
             os.fsync(self._descriptor)
@@ -110,19 +110,19 @@ class RowFile:
             raise self._write_error(error) from None
 
     def close(self) -> None:
-        """Sync and close; a second call does nothing."""
+        """Syncs and closes; a second call does nothing."""
         if self._descriptor < 0:
             return
         try:
             self._check_still_there()
-            os.ftruncate(self._descriptor, self._end)  # a row whose writing an interrupt broke off
+            os.ftruncate(self._descriptor, self._end)  # cuts off a row whose writing was interrupted
             self.sync()
         finally:
             os.close(self._descriptor)
             self._descriptor = -1
 
     def _check_still_there(self) -> None:
-        """`UserError` if somebody deleted, replaced or cut the file: what is written to it now, nobody will read."""
+        """`UserError` if somebody deleted, replaced or cut the file: further rows would be lost."""
         own = os.fstat(self._descriptor)
         try:
             there = os.stat(self.path)
@@ -140,7 +140,7 @@ class RowFile:
         )
 
     def _lines(self) -> Iterator[tuple[bytes, bool]]:
-        """(line, whether it has its line end) from the start of the file."""
+        """(line, whether it has a line end) from the start of the file."""
         with open(self._descriptor, "rb", closefd=False) as file:
             file.seek(0)
             for raw in read_lines(file, str(self.path), _OF_RESULTS):
@@ -148,16 +148,16 @@ class RowFile:
 
 
 def encode_row(row: dict[str, Any]) -> bytes:
-    """A row as it stands in the file, line end included."""
+    """A row as in the file, with its line end."""
     text = json.dumps(row, ensure_ascii=False, allow_nan=False)
-    # JSON allows these raw, but str.splitlines takes them for line ends
+    # JSON allows these, but str.splitlines treats them as line ends
     for character, escape in UNICODE_LINE_ENDS:
         text = text.replace(character, escape)
     return text.encode("utf-8", errors="replace") + b"\n"
 
 
 def check_folder(out_dir: str | Path) -> Path:
-    """The output folder, made if it is missing. UserError if that cannot be, or if it may only be read."""
+    """The output folder, created if it is missing. `UserError`: it cannot be created or is read-only."""
     folder = Path(out_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -171,7 +171,7 @@ def check_folder(out_dir: str | Path) -> Path:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make new files of a folder survive a power cut, where the file system can."""
+    """Makes new files of a folder survive a power cut, if the file system can."""
     descriptor = os.open(folder, os.O_RDONLY)
     with contextlib.suppress(OSError):
         os.fsync(descriptor)
@@ -179,7 +179,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def read_finished_ids(path: Path) -> set[str]:
-    """custom_ids of a row file, repaired if its last row is torn; none if there is no such file."""
+    """custom_ids of a row file, which is repaired if its last row is torn; none if the file is missing."""
     if not path.exists():
         return set()
     file = RowFile(path, create=False)
@@ -190,8 +190,8 @@ def read_finished_ids(path: Path) -> set[str]:
 
 
 def read_error_keys(path: Path) -> Counter[Key]:
-    """How often each row of the input stands in an error file; a torn last row does not count. Empty if there is no
-    such file. `UserError`: another program's file."""
+    """How often each input row occurs in an error file; a torn last row does not count. Empty if the file is missing.
+    `UserError`: another program's file."""
     found: Counter[Key] = Counter()
     if not os.path.lexists(path):
         return found
@@ -204,7 +204,7 @@ def read_error_keys(path: Path) -> Counter[Key]:
 
 
 def _check_ours(start: bytes, path: Path, line: int) -> None:
-    """A torn row may be cut off; what this program never wrote may not. A power cut can leave zeros at the end."""
+    """`UserError` unless this program may have written the row. A power cut can leave zeros at the end."""
     text = start.rstrip(b"\0")
     if not (text.startswith(ROW_START) or ROW_START.startswith(text)):
         raise UserError(f"line {line} of {path} is not a result row; give another out=DIR or mend the line.")

@@ -1,7 +1,7 @@
-"""The parameters that a request's body may hold, one entry each: where it may stand, and how its value is checked.
+"""The parameters that the body of a request may hold: for which endpoints, and how the value is checked.
 
 A value is used (sampling parameters), has no effect on the text (`user`, a cache hint), or belongs to an unsupported
-feature (`logit_bias`). Of those only the neutral value ({}) is accepted: client libraries write it into every row.
+feature (`logit_bias`), of which only the neutral value ({}) is accepted, because client libraries write it into rows.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ Check = Callable[[str, Any], Any]
 
 @dataclass(frozen=True)
 class Parameter:
-    """`check(name, value)` gives the value as it is used, or raises RequestError; null never gets there."""
+    """`check(name, value)` returns the value to use, or raises RequestError; it never gets null."""
 
     check: Check
     urls: frozenset[str] = frozenset({CHAT_URL, COMPLETIONS_URL})
 
 
 def show(value: Any) -> str:
-    """A value for a message, cut short: rows may hold megabytes."""
+    """A value for a message, shortened, since rows may hold megabytes."""
     if isinstance(value, str):
         return repr(value if len(value) <= 60 else value[:57] + "...")
     if isinstance(value, dict):
@@ -79,7 +79,7 @@ def _check_stop(field: str, value: Any) -> tuple[str, ...]:
 
 
 def _check_kind(kind: type, name: str) -> Check:
-    """Any value of one JSON type: it has no effect on the text, or is read elsewhere."""
+    """Accepts any value of one JSON type, which has no effect on the text or is read elsewhere."""
 
     def check(field: str, value: Any) -> Any:
         if type(value) is not kind:
@@ -90,7 +90,7 @@ def _check_kind(kind: type, name: str) -> Check:
 
 
 def _allow_only(*neutral: Any, remedy: str = "drop it") -> Check:
-    """Accepts only the neutral values of an unsupported feature. 0 and 0.0 are equal, but false is not a number."""
+    """Accepts only the neutral values of an unsupported feature. 0 equals 0.0, but false is no number."""
 
     def check(field: str, value: Any) -> Any:
         for each in neutral:
@@ -108,7 +108,7 @@ def _allow_only(*neutral: Any, remedy: str = "drop it") -> Check:
 
 
 def _show_whole(value: Any) -> str:
-    """`show`, with short objects and lists as they stand in the row."""
+    """`show`, with short objects and lists in full."""
     if isinstance(value, (dict, list)):
         text = json.dumps(value)
         return text if len(text) <= 60 else show(value)
@@ -143,7 +143,7 @@ PARAMETERS: dict[str, Parameter] = {
     "max_completion_tokens": _in_chat(_SAMPLING["max_tokens"]),
     "stop": Parameter(_check_stop),
     "ignore_eos": Parameter(_check_boolean),
-    # what a result holds
+    # content of a result
     "return_token_ids": Parameter(_check_boolean),
     # without effect on the text
     "model": Parameter(_ANY_TEXT),
@@ -156,7 +156,7 @@ PARAMETERS: dict[str, Parameter] = {
     "prediction": _in_chat(_ANY_OBJECT),  # speeds up, never changes an answer
     "parallel_tool_calls": Parameter(_check_boolean),
     "service_tier": Parameter(_allow_only("auto", "default", remedy="there is one tier, so drop it")),
-    # neutral values alone, of the OpenAI interface
+    # only neutral values, of the OpenAI interface
     "n": Parameter(_allow_only(1, remedy="repeat the row instead")),
     "best_of": Parameter(_allow_only(1, remedy="repeat the row instead")),
     "stream": Parameter(_allow_only(False)),

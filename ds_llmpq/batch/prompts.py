@@ -1,4 +1,4 @@
-"""Prompts as token ids, and whether each fits the model's context and the plan's KV cache."""
+"""Encodes prompts, and checks that each fits the model's context and the plan's KV cache."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any
 from ds_llmpq.batch.request import Request, RequestError, RowError
 from ds_llmpq.scheduler.request_group import Sequence
 
-CHUNK_REQUESTS = 256  # texts handed to the tokenizer at once: fast tokenizers encode them in parallel
+CHUNK_REQUESTS = 256  # texts per call of the tokenizer: fast tokenizers encode them in parallel
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedRequest:
-    """A request ready to run. `max_tokens` is what the context leaves of the request's own."""
+    """A request ready to run. `max_tokens` is the request's own limit, or less if the context ends sooner."""
 
     request: Request
-    prompt_ids: array  # of int32: a tenth of a list's memory
+    prompt_ids: array  # int32: a tenth of a list's memory
     max_tokens: int
 
     @property
@@ -33,7 +33,7 @@ class PreparedRequest:
         return len(self.prompt_ids) + self.max_tokens
 
     def sequence(self, key: int, generated: abc.Sequence[int] = ()) -> Sequence:
-        """What the engine runs, under the driver's own `key`; `generated`: its tokens so far."""
+        """The sequence for the engine under the driver's `key`; `generated`: its tokens so far."""
         prompt = tuple(self.prompt_ids)
         return Sequence(key, prompt, self.max_tokens, self.request.params, tuple(generated))
 
@@ -47,11 +47,11 @@ def prepare(
     vocabulary_size: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[list[PreparedRequest], list[RowError]]:
-    """Encode all requests, in order; those that cannot run become error rows.
+    """Encodes all requests, in order; those that cannot run become error rows.
 
-    `context_tokens`: positions the model has. `capacity_tokens`: KV positions the plan reserves for a sequence
-    (prompt + generated; null: as many as the context). `vocabulary_size`: rows of the model's embedding (null: the
-    tokenizer's). `progress` is called with the number of requests done since the last call.
+    `context_tokens`: positions of the model. `capacity_tokens`: KV positions that the plan reserves for a sequence
+    (prompt and generated; None: the context). `vocabulary_size`: rows of the model's embedding (None: the tokenizer's).
+    `progress` is called with the number of requests done since the last call.
     """
     if vocabulary_size is None:
         vocabulary_size = len(tokenizer)
@@ -74,7 +74,8 @@ def prepare(
 
 
 def encode(request: Request, tokenizer: Any) -> list[int]:
-    """The prompt's token ids; RequestError: no or failing chat template, text that cannot be encoded, no tokens."""
+    """The prompt's token ids. RequestError: the chat template is missing or fails, the text cannot be encoded, no
+    tokens."""
     [(_, ids)] = encode_all([request], tokenizer)
     if isinstance(ids, RequestError):
         raise ids
@@ -82,10 +83,10 @@ def encode(request: Request, tokenizer: Any) -> list[int]:
 
 
 def encode_all(requests: list[Request], tokenizer: Any) -> Iterator[tuple[Request, list[int] | RequestError]]:
-    """Each request with its token ids, or with the reason there are none; texts are encoded together.
+    """Each request with its token ids or the reason for having none; texts are encoded together.
 
-    Chat: the tokenizer's template with a generation prompt, which writes its own special tokens. Completions: the
-    text with the special tokens the tokenizer adds by default; token ids as they are.
+    Chat: the tokenizer's template with a generation prompt, which includes special tokens. Completions: the text with
+    the tokenizer's default special tokens, or the given token ids.
     """
     outcomes: dict[int, list[int] | RequestError] = {}
     texts: dict[bool, dict[int, str]] = {True: {}, False: {}}
@@ -107,7 +108,7 @@ def encode_all(requests: list[Request], tokenizer: Any) -> Iterator[tuple[Reques
 
 
 def render_chat(request: Request, tokenizer: Any) -> str:
-    """The conversation as the model's chat template writes it, ending where the assistant's answer begins."""
+    """The conversation in the model's chat template, up to the start of the assistant's answer."""
     if getattr(tokenizer, "chat_template", None) is None:
         raise RequestError(
             "template_error", "the model has no chat template; send the text to /v1/completions as prompt instead."
@@ -115,7 +116,7 @@ def render_chat(request: Request, tokenizer: Any) -> str:
     messages = [{"role": role, "content": content} for role, content in request.prompt]
     try:
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    except Exception as error:  # a template is a program that came with the checkpoint: it may raise anything
+    except Exception as error:  # a template is a program from the checkpoint and may raise anything
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         missing = _find_missing_tokens(tokenizer)
         remedy = f"set {missing} in tokenizer_config.json" if missing else "change their roles"
@@ -125,7 +126,7 @@ def render_chat(request: Request, tokenizer: Any) -> str:
 
 
 def _find_missing_tokens(tokenizer: Any) -> str:
-    """Special tokens that the chat template writes and the tokenizer does not have: it then fails for every row."""
+    """Special tokens that the chat template writes but the tokenizer lacks, so that it fails for every row."""
     template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
     names = ("bos_token", "eos_token", "pad_token", "unk_token")
     return " and ".join(name for name in names if name in template and getattr(tokenizer, name, None) is None)
@@ -136,9 +137,9 @@ def limit_max_tokens(
 ) -> int:
     """Tokens this request may generate: its max_tokens, or less where the context ends sooner.
 
-    RequestError: `context_length_exceeded` if the prompt leaves no room for one token; `capacity_exceeded` if the
-    plan reserves less for a sequence than this one asks for. The plan never shortens an answer: the text of a row
-    must not depend on how it was planned.
+    RequestError: `context_length_exceeded` if the prompt leaves no room for a token; `capacity_exceeded` if the plan
+    reserves less than the request asks for. The plan never shortens an answer, because the text of a row must not
+    depend on the plan.
     """
     if prompt_tokens >= context_tokens:
         raise RequestError(
@@ -157,7 +158,7 @@ def limit_max_tokens(
 
 
 def _tokenize(texts: list[str], tokenizer: Any, add_special_tokens: bool) -> list[list[int] | RequestError]:
-    """Token ids of each text. Completions leave special tokens to the tokenizer's default, chat adds none."""
+    """Token ids of each text, with the tokenizer's default special tokens or none."""
     if not texts:
         return []
     options: dict[str, Any] = {"return_attention_mask": False, "verbose": False}
@@ -165,7 +166,7 @@ def _tokenize(texts: list[str], tokenizer: Any, add_special_tokens: bool) -> lis
         options["add_special_tokens"] = False
     try:
         return list(tokenizer(texts, **options)["input_ids"])
-    except Exception as error:  # one text the tokenizer cannot take must not fail its neighbours
+    except Exception as error:  # a text that cannot be tokenized must not fail others
         if len(texts) == 1:
             reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
             return [RequestError("tokenization_error", f"the tokenizer refuses the prompt ({reason}); change it.")]

@@ -1,4 +1,4 @@
-"""Reading a batch file line by line: requests, error rows for what cannot be served, and the hash of what was read."""
+"""Reads a batch file line by line: requests, error rows for what cannot be served, and a hash of the bytes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ UTF8_BOM = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True)
 class RequestFile:
-    """One batch file. `total` = requests + errors; `sha256` is of the bytes read (the whole file unless limited)."""
+    """A batch file. `total` = requests + errors; `sha256` covers the bytes read (the whole file unless limited)."""
 
     requests: list[Request]
     errors: list[RowError]
@@ -33,11 +33,10 @@ class RequestFile:
 
 
 def read_requests(path: str | Path, defaults: BatchConfig) -> RequestFile:
-    """Read a batch file; `defaults` fill what a row leaves out, bound a row's size and may limit the rows read.
+    """Reads a batch file. `defaults` apply to what a row leaves out, bound a row's size, and may limit the rows read.
 
-    A bad row becomes a RowError. UserError: missing, unreadable or empty file, one that is no batch file at all
-    (compressed, UTF-16, one JSON array, plain text), a repeated custom_id (results are keyed by it), or defaults out of
-    range.
+    A bad row becomes a RowError. `UserError`: a missing, unreadable or empty file, another format (compressed, UTF-16,
+    a JSON array, plain text), a repeated custom_id (results are keyed by it), or defaults out of range.
     """
     check_defaults(defaults)
     requests: list[Request] = []
@@ -73,7 +72,7 @@ def read_requests(path: str | Path, defaults: BatchConfig) -> RequestFile:
 
 
 def _read_rows(file: BinaryIO, defaults: BatchConfig, digest: Any) -> Iterator[tuple[int, bytes | None]]:
-    """(line number, bytes) of every line that is not blank; None instead of the bytes if it is over the size limit."""
+    """(line number, bytes) of every line that is not blank; None for bytes above the size limit."""
     bound = defaults.max_row_bytes + 2  # the line end does not count
     rows = 0
     line = 0
@@ -117,7 +116,7 @@ def _parse(raw: bytes | None, max_row_bytes: int) -> Any:
         raise _nesting_error() from None
     except ValueError:  # a number of thousands of digits
         raise RequestError("invalid_json", "the row holds a number with too many digits; shorten it.") from None
-    # a row with few brackets cannot be deep, and most have few
+    # a row with few brackets, like most, cannot be deep
     if raw.count(b"[") + raw.count(b"{") > MAX_NESTING and _is_deeper_than(row, MAX_NESTING):
         raise _nesting_error()
     if (b"\\ud" in raw or b"\\uD" in raw) and not _is_encodable(row):
@@ -137,7 +136,7 @@ def _nesting_error() -> RequestError:
 
 
 def _is_deeper_than(value: Any, levels: int) -> bool:
-    """Whether lists and objects nest deeper than so many levels; level by level, so deep values cost no stack."""
+    """Whether lists and objects nest deeper than so many levels; without recursion."""
     layer = [value]
     for _ in range(levels + 1):
         containers = [each for each in layer if isinstance(each, (list, dict))]

@@ -1,4 +1,4 @@
-"""A valid row of a batch file, and the error of a row that cannot be served."""
+"""A valid row of a batch file, and the error for a row that cannot be served."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ Prompt: TypeAlias = "str | tuple[int, ...] | tuple[tuple[str, str], ...]"
 class Request:
     """One valid row. `index` counts rows from 0, bad ones too; `line` counts lines of the file from 1.
 
-    The parsed body is not kept: a million rows fit in memory because only these fields remain of it.
+    Only these fields of the body are kept, so that a million rows fit in memory.
     """
 
     index: int
     line: int
     custom_id: str
     url: str
-    model: str | None  # as the row names it; recorded in the result, otherwise ignored
+    model: str | None  # from the row; copied to the result, otherwise ignored
     prompt: Prompt
     params: SamplingParams
     arrival_seconds: float = 0.0  # used only with batch.replay=trace
@@ -39,7 +39,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class RowError:
-    """A row that gets an error row instead of a result. `line` counts from 1; `custom_id` is None if unreadable."""
+    """A row that gets an error instead of a result. `line` counts from 1; `custom_id` is None if unreadable."""
 
     line: int
     custom_id: str | None
@@ -48,7 +48,7 @@ class RowError:
 
 
 class RequestError(Exception):
-    """This request cannot be served, the others can: becomes a RowError, never ends the batch."""
+    """This request cannot be served. Becomes a RowError and never ends the batch."""
 
     def __init__(self, code: str, message: str):
         super().__init__(message)
@@ -60,6 +60,6 @@ class RequestError(Exception):
 
 
 def derive_seed(batch_seed: int, custom_id: str) -> int:
-    """A seed in [0, 2**63) for a request that gives none: a stable hash, so it does not depend on the row's place."""
+    """A seed in [0, 2**63) for a request that gives none: a hash, so that it does not depend on the row's position."""
     digest = hashlib.blake2b(f"{batch_seed}\0{custom_id}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

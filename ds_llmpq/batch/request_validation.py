@@ -1,4 +1,4 @@
-"""Checks of one parsed row: every field is known, of the right type and in range, or the row is refused."""
+"""Validates a parsed row: every field must be known, of the right type and in range."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ds_llmpq.scheduler.sampling_params import SamplingParams
 
 ROW_FIELDS = frozenset({"custom_id", "method", "url", "body", "arrival_seconds"})
 MESSAGE_FIELDS = frozenset({"role", "content"})
-# what an SDK dumps beside role and content of an answer that was text alone, and servers beside an empty reasoning
+# fields that SDKs and servers add to plain-text answers; only these values are accepted
 NEUTRAL_MESSAGE_FIELDS = {
     "name": (None,),
     "refusal": (None,),
@@ -38,10 +38,7 @@ _BODY_FIELDS = {
 
 
 def parse_row(row: Any, index: int, line: int, defaults: BatchConfig) -> Request:
-    """The request a parsed row asks for; RequestError says what is wrong with it.
-
-    `custom_id` has already been checked (`read_custom_id`), since error rows need it too.
-    """
+    """The request in a parsed row. RequestError: what is wrong with it."""
     custom_id = read_custom_id(row)
     _refuse_unknown_fields(row, ROW_FIELDS, "row")
     if _require(row, "method", str, "a string") != "POST":
@@ -69,7 +66,7 @@ def parse_row(row: Any, index: int, line: int, defaults: BatchConfig) -> Request
 
 
 def _read_arrival(row: dict) -> float:
-    """When a replayed request comes, in seconds from the start; 0 where the row does not say."""
+    """Arrival of a replayed request in seconds from the start; 0 by default."""
     value = row.get("arrival_seconds", 0.0)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < MOST_ARRIVAL_SECONDS:
         raise RequestError(
@@ -80,7 +77,7 @@ def _read_arrival(row: dict) -> float:
 
 
 def read_custom_id(row: Any) -> str:
-    """The row's custom_id, a non-empty string, or a whole number as its string; RequestError otherwise."""
+    """The row's custom_id, a non-empty string or a whole number as a string. RequestError otherwise."""
     if not isinstance(row, dict):
         raise RequestError("invalid_type", f"a row is an object with custom_id, method, url and body, not {show(row)}.")
     custom_id = _require(row, "custom_id", (str, int), "a string")
@@ -92,7 +89,7 @@ def read_custom_id(row: Any) -> str:
 
 
 def check_defaults(defaults: BatchConfig) -> None:
-    """UserError if the configured defaults, which rows inherit, are themselves out of range."""
+    """`UserError` if the configured defaults for rows are out of range."""
     for field in ("max_tokens", "temperature", "top_p", "top_k", "seed", "ignore_eos"):
         try:
             PARAMETERS[field].check(field, getattr(defaults, field))
@@ -108,7 +105,7 @@ def check_defaults(defaults: BatchConfig) -> None:
 
 
 def _build_params(given: dict, custom_id: str, defaults: BatchConfig) -> SamplingParams:
-    """From checked values; `defaults` stand for what the row leaves out, and the checkpoint's for the rest."""
+    """From validated values, then `defaults`; for the rest the checkpoint's defaults apply."""
     chosen = {name: getattr(defaults, name) for name in _SAMPLING_FIELDS if hasattr(defaults, name)}
     chosen["seed"] = derive_seed(defaults.seed, custom_id)
     chosen |= {name: given[name] for name in _SAMPLING_FIELDS if name in given}

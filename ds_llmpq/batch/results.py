@@ -1,8 +1,8 @@
-"""Result and error rows in OpenAI's batch output format, appended as they finish and never left torn.
+"""Result and error rows in OpenAI's batch output format, appended as requests finish.
 
-Every row is one write to the operating system, unbuffered: it survives the death of the process at once, and a power
-cut after the next fsync (every few seconds, and on close). Rows hold no times and no random ids, so that two runs of
-the same input can be compared byte by byte; `created` is 0.
+Every row is one unbuffered write, which survives the death of the process at once, and a power cut after the next fsync
+(every few seconds, and on close). Rows hold no times and no random ids, so that two runs of the same input can be
+compared byte by byte; `created` is 0.
 
 What is done of a batch is counted from these files. Nothing else decides whether a run is finished: exit codes do not,
 for launchers end with code 0 when their child was killed, nor does metrics.json.
@@ -29,8 +29,8 @@ ERRORS_NAME = "errors.jsonl"
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What came of one request. `finish_reason` is `stop` or `length`; tokens count as generated, EOS included.
-    `prompt_token_ids`, `token_ids`: where the request asked for them."""
+    """The result of a request. `finish_reason` is `stop` or `length`; `completion_tokens` includes EOS.
+    `prompt_token_ids`, `token_ids`: if the request asks for them."""
 
     request: Request
     prompt_tokens: int
@@ -42,14 +42,13 @@ class Result:
 
 
 class ResultWriter:
-    """Appends to results.jsonl and errors.jsonl of a folder, which it makes and locks; a context manager.
+    """Appends to results.jsonl and errors.jsonl of a folder, which it creates and locks; a context manager.
 
-    `model`: the name recorded for rows that give none. `total`: rows of the input, for the counts. A folder that
-    already holds results is refused unless `resume`: then a torn last row is cut off, `finished` holds the ids that
-    need not run again, and errors.jsonl starts anew, since rows that failed are tried again. `among`: the ids of the
-    input, where results may also be of rows that it no longer has; those do not count.
-    UserError: a folder that cannot be written, is in use, or holds something else; a full disk while writing (the
-    row that did not fit is taken back).
+    `model`: the name for rows that give none. `total`: rows of the input, for the counts. A folder that already holds
+    results is refused unless `resume` is set: then a torn last row is cut off, `finished` holds the ids that need not
+    run again, and errors.jsonl is emptied, because failed rows are tried again. `among`: ids of the input, if the
+    folder may hold results of other rows, which do not count. `UserError`: the folder cannot be written, is in use, or
+    holds something else; the disk is full (the row that did not fit is removed).
     """
 
     def __init__(
@@ -82,30 +81,30 @@ class ResultWriter:
         self._synced = time.monotonic()
 
     def write_result(self, result: Result) -> None:
-        """Append one result row; it is with the operating system when this returns."""
+        """Appends a result row; the operating system has it when this returns."""
         self.results.append(format_result(result, self.model))
         self.completed += 1
         self._sync_when_due()
 
     def write_error(self, error: RowError) -> None:
-        """Append one error row; it is with the operating system when this returns."""
+        """Appends an error row; the operating system has it when this returns."""
         self.errors.append(format_error(error))
         self.failed += 1
         self._sync_when_due()
 
     @property
     def counts(self) -> dict[str, int]:
-        """Rows of the input, with a result, and with an error, earlier runs' results included."""
+        """Rows in the input, with a result (of earlier runs too), and with an error."""
         return {"total": self.total, "completed": self.completed, "failed": self.failed}
 
     def sync(self) -> None:
-        """Make all rows written so far survive a power cut."""
+        """Makes all rows so far survive a power cut."""
         self.results.sync()
         self.errors.sync()
         self._synced = time.monotonic()
 
     def close(self) -> None:
-        """Sync and close both files; a second call does nothing."""
+        """Syncs and closes both files; a second call does nothing."""
         self._files.close()
 
     def __enter__(self) -> ResultWriter:
@@ -120,10 +119,8 @@ class ResultWriter:
 
 
 def read_finished(out_dir: str | Path) -> set[str]:
-    """custom_ids that have a result in a folder, after cutting off a torn last row; none if there is no file.
-
-    UserError: results.jsonl is not a result file, cannot be read, or a running batch is writing it.
-    """
+    """custom_ids with a result in a folder, after cutting off a torn last row; none if the file is missing.
+    `UserError`: results.jsonl is no result file, cannot be read, or is being written."""
     return read_finished_ids(Path(out_dir) / RESULTS_NAME)
 
 
