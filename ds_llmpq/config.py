@@ -34,14 +34,13 @@ from ds_llmpq.commands.config import (
     QuantizeConfig,
     ReportConfig,
     SensitivityConfig,
-    ServeConfig,
 )
 from ds_llmpq.errors import UserError, quote
 from ds_llmpq.files import absolute_or_none, make_absolute, read_yaml
 from ds_llmpq.launch.environment import check_environment
 from ds_llmpq.lengths.config import LengthsConfig
 from ds_llmpq.research.config import SimulateConfig, find_published_model
-from ds_llmpq.serving.config import EvaluateConfig, PlanConfig, PlanningConfig, RunConfig
+from ds_llmpq.serving.config import EvaluateConfig, PlanConfig, PlanningConfig, RunConfig, ServeConfig
 from ds_llmpq.shipped import asset, conf_folder
 
 COMMANDS = {

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from ds_llmpq.batch.config import BatchConfig
 from ds_llmpq.cluster.config import ClusterConfig
-from ds_llmpq.engine.config import ComputeConfig, EngineConfig
+from ds_llmpq.engine.config import ComputeConfig
 from ds_llmpq.fields import path_field
 from ds_llmpq.models.config import ModelConfig
 from ds_llmpq.planner.config import MicroBatchesConfig, WorkloadConfig
@@ -52,19 +52,6 @@ class PlanCommandConfig(PlanConfig):
     """`ds-llmpq plan`: decides who runs what, at which bit widths."""
 
     ablation: AblationConfig = field(default_factory=AblationConfig)
-
-
-@dataclass
-class ServeConfig:
-    """`ds-llmpq serve`: one rank of a plan's pipeline, started by the deepspeed launcher."""
-
-    plan: str = path_field("")
-    input: str = path_field("")
-    output: str = path_field("")  # folder of results.jsonl, errors.jsonl, metrics.json and trace.json
-    quantized: str | None = path_field()  # folder of `ds-llmpq quantize` on this host, instead of the model's
-    model: ModelConfig = field(default_factory=ModelConfig)  # path: where the model lies on this host, if elsewhere
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    batch: BatchConfig = field(default_factory=BatchConfig)
 
 
 @dataclass

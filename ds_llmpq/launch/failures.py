@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import socket
+import sys
 import traceback
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +18,7 @@ from typing import Any
 from ds_llmpq.errors import UserError, make_printable
 from ds_llmpq.files import parse_json
 from ds_llmpq.launch.environment import read_place
+from ds_llmpq.launch.progress import ERROR_MARK
 from ds_llmpq.plan import Plan
 from ds_llmpq.validation import Count, Label, Note, one_of, validate
 
@@ -123,6 +125,15 @@ def identify_rank(plan: Plan | None) -> dict[str, Any]:
     for index, stage in found.items():
         who |= {"stage": index, "device": stage.device, "host": stage.host}
     return who
+
+
+def report_failure(error: BaseException, plan: Plan | None, by_hand: bool, kind: str | None = None) -> None:
+    """On standard error: the traceback, for launcher.log, then one line for `run`, or for who started this by hand.
+    `kind`: where it is known."""
+    traceback.print_exception(error)
+    failure = build_failure(error, **identify_rank(plan))
+    failure = replace(failure, kind=kind) if kind else failure
+    sys.stderr.write(f"{ERROR_MARK}{failure.describe()}\n" if by_hand else failure.to_line())
 
 
 class Tracebacks:

@@ -3,6 +3,7 @@ Again with the same folder, it goes on."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -32,12 +33,12 @@ from ds_llmpq.launch.launcher import Launch, kill_leftovers
 from ds_llmpq.models.fingerprint import fingerprint, fingerprint_text
 from ds_llmpq.models.notes import describe_notes, list_notes
 from ds_llmpq.plan import Plan, check_model, launch_order, read_plan, write_plan
+from ds_llmpq.planner.config import CostConfig, PlannerConfig, WorkloadConfig
+from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.kernels.registry import check_batch_invariant, find_stage_kernel
 from ds_llmpq.serving.config import PlanningConfig, RunConfig
-from ds_llmpq.serving.job import Job
+from ds_llmpq.serving.job import Job, validate_batch
 from ds_llmpq.serving.metrics import summarize
-from ds_llmpq.serving.ordering import validate_batch
-from ds_llmpq.serving.plan_owned import note_ignored
 from ds_llmpq.serving.planning import Progress, make_plan
 from ds_llmpq.serving.replan import plan_without
 from ds_llmpq.serving.supervisor import Supervisor
@@ -268,3 +269,26 @@ def _check_hostfile(settings: RunConfig, plan: Plan) -> None:
     wrong = find_hostfile_disagreements(parse_hostfile(hostfile), launch_order(plan))
     if wrong:
         raise UserError(f"Hostfile {hostfile} disagrees with the plan: {wrong[0]}; plan again or change the file.")
+
+
+def note_ignored(settings: RunConfig, plan: Plan) -> None:
+    """One line on stderr that names the keys which `plan=FILE` decides, where they were given other values."""
+    if names := find_ignored(settings, plan):
+        print(f"note: {settings.plan} decides, and so these have no effect: {', '.join(names)}.", file=sys.stderr)
+
+
+def find_ignored(settings: RunConfig, plan: Plan) -> list[str]:
+    """Dotted keys whose values are neither the defaults nor the plan's. A run that may plan again, because of
+    `run.on_loss=replan`, reads the planner's and the cost model's keys."""
+    owned: list[tuple[str, Any, dict[str, Any]]] = [
+        ("quant", QuantConfig(), asdict(plan.quant.to_config()) if plan.quant else {}),
+        ("workload", WorkloadConfig(), asdict(plan.workload)),
+    ]
+    if getattr(settings.run, "on_loss", "stop") != "replan":
+        owned += [("planner", PlannerConfig(), {}), ("cost", CostConfig(), {})]
+    return [
+        f"{group}.{name}"
+        for group, defaults, planned in owned
+        for name, default in asdict(defaults).items()
+        if (value := asdict(getattr(settings, group))[name]) != default and value != planned.get(name, default)
+    ]

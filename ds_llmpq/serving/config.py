@@ -71,3 +71,16 @@ class EvaluateConfig(PlanningConfig):
     quantized: str | None = path_field()  # folder of `ds-llmpq quantize` for this plan
     run: WatchConfig = field(default_factory=WatchConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+@dataclass
+class ServeConfig:
+    """`ds-llmpq serve`: one rank of a plan's pipeline, started by the deepspeed launcher."""
+
+    plan: str = path_field("")
+    input: str = path_field("")
+    output: str = path_field("")  # folder of results.jsonl, errors.jsonl, metrics.json and trace.json
+    quantized: str | None = path_field()  # folder of `ds-llmpq quantize` on this host, instead of the model's
+    model: ModelConfig = field(default_factory=ModelConfig)  # path: where the model lies on this host, if elsewhere
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)

@@ -11,16 +11,25 @@ import binascii
 import json
 import zlib
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import get_type_hints
 
 from ds_llmpq.batch.config import BatchConfig
 from ds_llmpq.engine.config import EngineConfig
 from ds_llmpq.errors import UserError, quote
 from ds_llmpq.evaluation.config import ScoringTask
-from ds_llmpq.files import parse_json
-from ds_llmpq.plan import Plan
+from ds_llmpq.files import make_absolute, parse_json
+from ds_llmpq.lengths.predictor import load_predictor
+from ds_llmpq.plan import Plan, read_plan
+from ds_llmpq.scheduler.policies import POLICIES
+from ds_llmpq.scheduler.policies import PREDICTING as REPLAYED_BY_PREDICTION
+from ds_llmpq.serving.config import ServeConfig
 from ds_llmpq.validation import validate
 
+ORDERINGS = ("arrival", "prompt_length", "predicted_length", "bucketed")
+PREDICTING = frozenset({"predicted_length", "bucketed"})
+ADMISSIONS = ("worst_case", "q95", "q90")
+REPLAYS = (None, "trace")
 _MOST_BYTES = 64 << 20
 
 
@@ -47,6 +56,26 @@ class Job:
     memory_wait_seconds: float = 0.0
     # what chat templates are told of the date (ISO, local time): the same in all attempts; None: when serving begins
     template_time: str | None = None
+
+    @classmethod
+    def from_config(cls, settings: ServeConfig) -> Job:
+        """Of a rank that is started by hand. `UserError`: files or keys that are missing, or no use."""
+        for name in ("plan", "input", "output"):
+            if not getattr(settings, name):
+                raise UserError(f"serve needs {name}=...; give plan=FILE input=FILE output=DIR.")
+        plan = read_plan(settings.plan)
+        model_path = settings.quantized or settings.model.path or plan.model_path
+        if not model_path:
+            raise UserError(f"{settings.plan} names no model; give model.path=DIR.")
+        return cls(
+            plan=plan,
+            model_path=str(make_absolute(model_path)),
+            input=str(make_absolute(settings.input)),
+            output=str(make_absolute(settings.output)),
+            engine=settings.engine,
+            batch=validate_batch(settings.batch),
+            trust_remote_code=settings.model.trust_remote_code,
+        )
 
     def to_token(self) -> str:
         return pack_token(asdict(replace(self, plan=None)) | {"plan": self.plan.to_json()})
@@ -76,3 +105,45 @@ def check_input(job: Job, sha256: str) -> None:
     """`UserError` if the input is no longer what `run` read: results of two inputs must not mix."""
     if job.input_sha256 is not None and sha256 != job.input_sha256:
         raise UserError(f"{job.input} changed while its results were being made; give the same input again.")
+
+
+def validate_batch(batch: BatchConfig) -> BatchConfig:
+    """`batch` with its order chosen and its predictor as an absolute path. `UserError`: no such order, admission or
+    policy, or a predictor that is missing or of no use."""
+    if batch.order is None:
+        batch = replace(batch, order="arrival" if batch.replay else "predicted_length")
+    for name, known in (("order", ORDERINGS), ("admission", ADMISSIONS), ("policy", POLICIES)):
+        if getattr(batch, name) not in known:
+            raise UserError(f"batch.{name} is {getattr(batch, name)!r} but must be one of {', '.join(known)}.")
+    if batch.replay not in REPLAYS:
+        raise UserError(f"batch.replay is {batch.replay!r} but must be trace, or null for none.")
+    predicted = batch.admission != "worst_case"
+    if batch.replay:
+        if batch.order != "arrival":
+            raise UserError(f"batch.order={batch.order} is of no use in a replay; give batch.policy instead.")
+        if predicted:
+            raise UserError(
+                f"batch.admission={batch.admission} is of no use in a replay, which reserves each answer's own limit; "
+                "leave it at worst_case."
+            )
+        needs = batch.policy in REPLAYED_BY_PREDICTION
+    else:
+        needs = predicted or batch.order in PREDICTING
+    if batch.predictor is None:
+        if predicted or (batch.replay and needs):
+            name = f"admission={batch.admission}" if predicted else f"policy={batch.policy}"
+            raise UserError(f"batch.{name} needs batch.predictor=FOLDER; train one with `ds-llmpq lengths train`.")
+        return batch
+    if not needs:
+        raise UserError(
+            f"batch.predictor is of no use with batch.order={batch.order}; give predicted_length or bucketed, or an "
+            "admission or a policy that predicts."
+        )
+    folder = Path(batch.predictor).expanduser().absolute()
+    predictor = load_predictor(folder)
+    if predicted and int(batch.admission[1:]) / 100 not in predictor.task.quantiles:
+        raise UserError(
+            f"batch.admission={batch.admission}, but the predictor in {folder} has bounds for "
+            f"{', '.join(f'{level:g}' for level in predictor.task.quantiles) or 'no quantile'}; train it with that one."
+        )
+    return replace(batch, predictor=str(folder))

@@ -4,7 +4,7 @@ those need less padding and waiting. Imports no torch."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -19,61 +19,13 @@ from ds_llmpq.lengths.records import Example, join_turns
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.scheduler.admission import AdmissionQueue
 from ds_llmpq.scheduler.micro_batch import MicroBatchLimits
-from ds_llmpq.scheduler.policies import POLICIES
-from ds_llmpq.scheduler.policies import PREDICTING as REPLAYED_BY_PREDICTION
 from ds_llmpq.scheduler.prefix import count_shared, find_shared_prefix
 from ds_llmpq.serving.in_flight import build_identity, read_in_flight
-from ds_llmpq.serving.job import Job
+from ds_llmpq.serving.job import ORDERINGS, Job
 from ds_llmpq.serving.prediction import MOST_PASSES, LengthsOfStream, decode_passes
 from ds_llmpq.serving.replay import Replay, replay_shape
 
-ORDERINGS = ("arrival", "prompt_length", "predicted_length", "bucketed")
-PREDICTING = frozenset({"predicted_length", "bucketed"})
-ADMISSIONS = ("worst_case", "q95", "q90")
-REPLAYS = (None, "trace")
 _LEAST_SLOTS = 8  # of which one may be given for a prefix that the plan has no room for
-
-
-def validate_batch(batch: BatchConfig) -> BatchConfig:
-    """`batch` with its order chosen and its predictor as an absolute path. `UserError`: no such order, admission or
-    policy, or a predictor that is missing or of no use."""
-    if batch.order is None:
-        batch = replace(batch, order="arrival" if batch.replay else "predicted_length")
-    for name, known in (("order", ORDERINGS), ("admission", ADMISSIONS), ("policy", POLICIES)):
-        if getattr(batch, name) not in known:
-            raise UserError(f"batch.{name} is {getattr(batch, name)!r} but must be one of {', '.join(known)}.")
-    if batch.replay not in REPLAYS:
-        raise UserError(f"batch.replay is {batch.replay!r} but must be trace, or null for none.")
-    predicted = batch.admission != "worst_case"
-    if batch.replay:
-        if batch.order != "arrival":
-            raise UserError(f"batch.order={batch.order} is of no use in a replay; give batch.policy instead.")
-        if predicted:
-            raise UserError(
-                f"batch.admission={batch.admission} is of no use in a replay, which reserves each answer's own limit; "
-                "leave it at worst_case."
-            )
-        needs = batch.policy in REPLAYED_BY_PREDICTION
-    else:
-        needs = predicted or batch.order in PREDICTING
-    if batch.predictor is None:
-        if predicted or (batch.replay and needs):
-            name = f"admission={batch.admission}" if predicted else f"policy={batch.policy}"
-            raise UserError(f"batch.{name} needs batch.predictor=FOLDER; train one with `ds-llmpq lengths train`.")
-        return batch
-    if not needs:
-        raise UserError(
-            f"batch.predictor is of no use with batch.order={batch.order}; give predicted_length or bucketed, or an "
-            "admission or a policy that predicts."
-        )
-    folder = Path(batch.predictor).expanduser().absolute()
-    predictor = load_predictor(folder)
-    if predicted and int(batch.admission[1:]) / 100 not in predictor.task.quantiles:
-        raise UserError(
-            f"batch.admission={batch.admission}, but the predictor in {folder} has bounds for "
-            f"{', '.join(f'{level:g}' for level in predictor.task.quantiles) or 'no quantile'}; train it with that one."
-        )
-    return replace(batch, predictor=str(folder))
 
 
 def order_requests(

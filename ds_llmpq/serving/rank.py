@@ -11,7 +11,7 @@ from typing import Any
 
 from ds_llmpq.batch.detokenizer import build_stop_rule
 from ds_llmpq.engine.preflight import check_memory
-from ds_llmpq.engine.rank_context import RankContext
+from ds_llmpq.engine.rank_context import RankContext, init_rank, shutdown
 from ds_llmpq.engine.session import Session
 from ds_llmpq.evaluation.config import SCORES_NAME
 from ds_llmpq.evaluation.perplexity import TextRows
@@ -25,14 +25,17 @@ from ds_llmpq.serving.driver import Driver
 from ds_llmpq.serving.job import Job
 
 
-def serve(job: Job, context: RankContext) -> dict[str, Any] | None:
-    """Runs a job to its end. The driver of requests returns the metrics, all others None.
+def serve(job: Job) -> dict[str, Any] | None:
+    """Joins the other ranks and runs a job to its end. The driver of requests returns the metrics, all others None.
 
     Raises `UserError` on the rank that meets a mistake; the launcher ends the others.
     """
+    context = init_rank(job.plan, job.engine.timeout_seconds)
     check_model(job.plan, job.model_path)
     with closing(Heartbeat(job.hang_seconds, None if job.supervised else lambda: None)) as heartbeat:
-        return (_answer if job.scoring is None else _score)(job, context, heartbeat)
+        found = (_answer if job.scoring is None else _score)(job, context, heartbeat)
+    shutdown()  # not after a failure: the others may be waiting, and a closed connection tells them at once
+    return found
 
 
 def _answer(job: Job, context: RankContext, heartbeat: Heartbeat) -> dict[str, Any] | None:

@@ -25,7 +25,8 @@ from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.models.tokenizer import load_tokenizer
 from ds_llmpq.planner.config import WorkloadConfig
 from ds_llmpq.scheduler.prefix import find_shared_prefix
-from ds_llmpq.serving.ordering import predict_answers, validate_batch
+from ds_llmpq.serving.job import validate_batch
+from ds_llmpq.serving.ordering import predict_answers
 
 DEFAULT = WorkloadConfig(sequences=32, prompt_tokens=512, generated_tokens=100, shared_tokens=0)
 _LOOKED_AT = 2000  # requests; a longer file is taken to go on like its beginning

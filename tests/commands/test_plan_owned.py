@@ -4,8 +4,7 @@ import pytest
 
 from ds_llmpq import config
 from ds_llmpq.errors import UserError
-from ds_llmpq.serving.batch_run import choose_model, find_checkpoint
-from ds_llmpq.serving.plan_owned import find_ignored, note_ignored
+from ds_llmpq.serving.batch_run import choose_model, find_checkpoint, find_ignored, note_ignored
 from ds_llmpq.serving.planning import make_plan
 
 QUICK = ["planner.solver=search", "planner.time_limit_seconds=1", "workload=demo", "cluster=local_cpu1"]

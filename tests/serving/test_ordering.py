@@ -15,7 +15,8 @@ from ds_llmpq.lengths.config import LengthDataConfig, LengthTaskConfig, ProxyCon
 from ds_llmpq.lengths.dataset import split
 from ds_llmpq.lengths.predictor import train
 from ds_llmpq.lengths.records import Example
-from ds_llmpq.serving.ordering import ORDERINGS, order_requests, predict_answers, validate_batch
+from ds_llmpq.serving.job import ORDERINGS, validate_batch
+from ds_llmpq.serving.ordering import order_requests, predict_answers
 from scripts.make_length_data import make_answers
 
 
