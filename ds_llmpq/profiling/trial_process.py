@@ -35,7 +35,7 @@ from ds_llmpq.plan import (
 
 MARK = "ds-llmpq trial "
 STAGES = ("first", "middle", "last")
-DECODE_PASSES = 24  # of each group
+DECODE_PASSES = 16  # of each group
 _MOST_PROMPT_TOKENS = 4096  # of a micro-batch
 _TIMEOUT_SECONDS = 240
 
