@@ -208,7 +208,7 @@ class _DeviceSearch:
         return InfeasibleError(
             f"No devices of this cluster finish the batch within {format_number(self.seconds)} s: the fastest plan "
             f"found takes {format_number(found, 4)} s and none less than {format_number(bound, 4)} s; raise "
-            f"planner.deadline_seconds to {math.ceil(found):,} or add devices."
+            f"planner.deadline_seconds to {format_number(math.ceil(100 * found) / 100, 5)} or add devices."
         )
 
     def _explain(self, free_used: list[str], free_seconds: float, free_cost: float) -> str:
