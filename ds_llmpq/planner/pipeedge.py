@@ -122,8 +122,16 @@ def _orders(problem: Problem, classes: Classes) -> Iterator[list[int]]:
 
 
 def _in_order(order: list[int], reaches: list[np.ndarray], near: np.ndarray) -> Path | None:
-    """furthest[j]: how far stages reach of which device order[j] holds the last."""
-    layers = len(reaches[0]) - 1
+    """furthest[j]: how far stages reach of which device order[j] holds the last. Where every link is fast enough, each
+    device simply takes what it can."""
+    layers, path = len(reaches[0]) - 1, []
+    if near.all():
+        layer = 0
+        for d, reach in zip(order, reaches, strict=True):
+            if reach[layer] > layer:
+                path.append((d, layer, int(reach[layer])))
+                layer = path[-1][2]
+        return path if layer == layers else None
     furthest, before = np.zeros(len(order), dtype=int), np.full(len(order), -1)
     for j, d in enumerate(order):
         starts = [(furthest[i] * near[order[i], d], i) for i in range(j)]
@@ -132,7 +140,6 @@ def _in_order(order: list[int], reaches: list[np.ndarray], near: np.ndarray) -> 
             before[j] = -1
         furthest[j] = reaches[j][start] if reaches[j][start] > start else 0
         if furthest[j] == layers:
-            path: Path = []
             while j >= 0:
                 path.append((order[j], int(furthest[before[j]]) if before[j] >= 0 else 0, int(furthest[j])))
                 j = int(before[j])

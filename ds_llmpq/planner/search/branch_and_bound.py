@@ -28,6 +28,9 @@ SMALL = 150  # layers x devices x bit widths, up to which boxes are enumerated o
 GLANCE_STEPS, STUCK_STEPS = 1_000, 30_000  # of the enumeration: on the way, and when splitting has ended
 SHARE_STEPS = 200  # steps of enumeration that an evaluated box permits: about as much time
 SLOWEST_WEIGHT, RING_WEIGHT = 0.3, 0.02  # least share of a decode round by which the splitting counts its threshold
+# After so many boxes in which the bound does not rise by that share of what is missing, a fixed theta is given up.
+# Halves then get (rounds, factor) to find their own.
+IDLE, RISE, FREED = 40, 0.02, (3, 2.0)
 ROUND_STEPS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -65,7 +68,8 @@ class Search:
         self.open = [(node.bound, next(self.ticket), node) for node in map(self._root, range(len(self.pairs)))]
         heapq.heapify(self.open)
         self.improve, self.improved, self.next_improve = improve, None, 40
-        self.enumerated = 0
+        self.enumerated, self.vain = 0, 0  # steps in all, and enumerations in a row that were given up
+        self.theta_is_fixed, self.risen, self.risen_at = theta is not None, 0.0, 0
 
     @property
     def target(self) -> float:
@@ -86,8 +90,16 @@ class Search:
         while self.open and not self.active and time.monotonic() < self.deadline and not self.done():
             self._step()
             self.best.raise_bound(self.bound)
+            self._free_theta()
             self._improve()
         self.best.raise_bound(self.bound)
+
+    def _free_theta(self) -> None:
+        """One theta for all boxes is quick where it suits them; where the bound stands still, each seeks its own."""
+        if self.bound > self.risen + RISE * (self.target - self.risen):
+            self.risen, self.risen_at = self.bound, self.relaxed.evaluated
+        elif self.relaxed.evaluated > self.risen_at + IDLE:
+            self.theta_is_fixed = False
 
     def done(self) -> bool:
         return self.goal.met_by(self.bound)
@@ -118,7 +130,8 @@ class Search:
             if half.again:
                 self._settle(half, rounds=14, factor=3.0)
             else:
-                self._settle(half, rounds=2, factor=1 + 1 / (3 + half.depth))
+                rounds, factor = (2, 1 + 1 / (3 + half.depth)) if self.start_theta is None else FREED
+                self._settle(half, rounds=2 if self.theta_is_fixed else rounds, factor=factor)
 
     def _settle_root(self, node: Node) -> None:
         """Whole pairs get more rounds than halves do; each begins with the prices that the ones before have found."""
@@ -197,7 +210,7 @@ class Search:
         much slower than the path.
         """
         seen, theta = node.prediction, node.duals.theta
-        if seen is None or self.mode == "theta" or self.start_theta is not None:
+        if seen is None or self.mode == "theta" or self.theta_is_fixed:
             return theta
         limit = self.problem.objective.limit
         if self.mode == "max_quality_loss":
@@ -267,11 +280,13 @@ class Search:
 
     def _exhaust(self, node: Node, steps: int) -> bool:
         """Enumerate what is left of a box; false when that is too much, or more than its share of the work so far."""
-        if not self.classes.exact or self.priced or self.enumerated > SHARE_STEPS * (self.relaxed.evaluated + 100):
+        share = SHARE_STEPS * (self.relaxed.evaluated + 100) / (1 if self.small else 1 + self.vain)
+        if not self.classes.exact or self.priced or self.enumerated > share:
             return False
         enumeration = Enumeration(self.relaxed, node, self.goal, self.deadline, steps)
         done = enumeration.run()
         self.enumerated += steps - max(enumeration.steps, 0)
+        self.vain = 0 if done else self.vain + 1
         if done:
             self.closed = min(self.closed, max(node.bound, self.target))
         return done
