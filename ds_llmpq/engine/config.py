@@ -38,6 +38,9 @@ class EngineConfig(ComputeConfig):
     timeout_seconds: float = 1800.0  # a stage that hears nothing for so long gives up; loading counts
     master_port: int | None = None
     check_memory: bool = True  # before loading: is as much free on every device as the plan needs there
+    # most prompt tokens in a prefill pass; a longer prompt passes in chunks of so many, and decode goes on meanwhile;
+    # null: as planned
+    prefill_tokens: int | None = None
     # decode rounds that a free slot waits for others, to be refilled in one prefill pass; null: 8, but 0 where stages
     # are graphs, whose prefill costs the same a token for one row as for many
     patience_rounds: int | None = None

@@ -92,6 +92,7 @@ class InferencePipelineEngine(PipelineEngine):
         self.ahead = LookAhead(self.steps, self.passes, self.chooser, trace, self.device) if alone else None
         self._early: Launched | None = None
         self.prefix: tuple[int, ...] = ()  # whose keys and values the store holds
+        self._lost: set[int] = set()  # slots of long prompts of which this stage could not run a chunk
         self.stream: Stream | None = None
         self.stream_times: list[StreamTimes] = []
         self._hidden: torch.Tensor | None = None
@@ -168,24 +169,33 @@ class InferencePipelineEngine(PipelineEngine):
         with self.trace.waiting("send", batch.size):
             self.activations.send(self._hidden)
         self._hidden = None
-        self.tokens.post_receive(batch)
+        if batch.live:
+            self.tokens.post_receive(batch)
 
     def _prefill_pass(self, batch: MicroBatch) -> None:
         for slot in batch.slots:
             if slot in self.stream.nan_slots:
                 self.store.clear(slot)
                 self.stream.nan_slots.discard(slot)
-        if batch.past:
+        self._lost.difference_update(batch.slots if batch.sequences else ())
+        if batch.past and batch.sequences:
             self.store.copy_prefix(batch.slots)
+        if self._lost.intersection(batch.slots):
+            self._hidden, self._logits = self.passes.fill_with_nan(1, self._count_row_tokens(batch))
+            return
         step = self.steps.prefill(self.stream, batch)
-        lengths = [len(self.stream.slots.sequences[slot].prefill_tokens) - batch.past for slot in batch.slots]
+        rows = [self.stream.slots.sequences[slot] for slot in batch.slots]
+        lengths = [batch.tokens or len(row.prefill_tokens) - batch.past for row in rows]
         with self.trace.working("prefill", batch.size, tokens=sum(lengths)):
             try:
                 self._run_rows("prefill", step, batch)
             except Exception as error:
-                if max(lengths) <= self.stream.scheduler.limits.prefill_tokens or not is_out_of_memory(error):
+                longest = max(len(row.prefill_tokens) for row in rows) - (0 if batch.tokens else batch.past)
+                if longest <= self.stream.scheduler.limits.prefill_tokens or not is_out_of_memory(error):
                     raise
                 self._give_up(batch, error)
+        if not batch.live and rows[0].key in self.faults:
+            self._lost.update(batch.slots)
 
     def _decode_pass(self, batch: MicroBatch) -> None:
         if self.ahead is not None:
@@ -199,7 +209,7 @@ class InferencePipelineEngine(PipelineEngine):
     def _run_rows(self, phase: str, step: Step, batch: MicroBatch) -> None:
         """Rows whose pass raises are given up; the others pass as if those had been sound."""
         step.hidden = self._hidden
-        live, rows = set(batch.live), self.stream.slots.sequences
+        live, rows = set(batch.live or batch.slots), self.stream.slots.sequences
         keys = [rows[slot].key if slot in live else None for slot in batch.slots]
         self._hidden, self._logits = self.passes.run_rows(phase, step, keys)
 
@@ -220,6 +230,9 @@ class InferencePipelineEngine(PipelineEngine):
     def _sample(self, batch: MicroBatch) -> None:
         if self.scorer is not None:
             self._score(batch)
+            return
+        if not batch.live:  # a chunk that is not the last of its prompt
+            self._hidden = self._logits = None
             return
         table, early = self.stream.slots, self._early
         if self.ahead is not None and early is None:
@@ -272,7 +285,8 @@ class InferencePipelineEngine(PipelineEngine):
         """Tokens of each row in the micro-batch, with padding."""
         if batch.phase == "decode":
             return 1
-        return max(len(self.stream.slots.sequences[slot].prefill_tokens) for slot in batch.slots) - batch.past
+        longest = max(len(self.stream.slots.sequences[slot].prefill_tokens) for slot in batch.slots)
+        return batch.tokens or longest - batch.past
 
 
 def quiet_deepspeed() -> None:

@@ -21,6 +21,7 @@ from ds_llmpq.engine.stage_run.faults import Fault, find_first_faults
 from ds_llmpq.engine.throttle import CpuShare
 from ds_llmpq.engine.token_chooser import Scorer, StopRule
 from ds_llmpq.engine.trace import Trace
+from ds_llmpq.errors import UserError
 from ds_llmpq.models.generation import load_generation
 from ds_llmpq.models.shape import ModelShape, read_shape
 from ds_llmpq.plan import Plan
@@ -65,6 +66,8 @@ class Session:
         self.plan = plan
         self.scorer = scorer
         self.options = options or EngineConfig()
+        if (budget := self.options.prefill_tokens) is not None and budget < 1:
+            raise UserError(f"engine.prefill_tokens is {budget}, but must be 1 or more, or null for what is planned.")
         self.context = context
         self.dtype = getattr(torch, plan.deployment.compute_dtype)
         check_batch_invariant(find_stage_kernel(context.stage.kernel), self.options.batch_invariant)
@@ -88,7 +91,7 @@ class Session:
         self.load_seconds = time.perf_counter() - started
         self.trace = Trace(context.stage_index, context.device)
         shape = read_shape(model_path)
-        self.vocabulary = shape.vocab
+        self.vocabulary, self._splits_prompts = shape.vocab, shape.spec.splits_prompts
         self.store = self._build_kv_store(shape)
         self.engine = InferencePipelineEngine(
             module,
@@ -116,6 +119,7 @@ class Session:
         micro_batch, options = self.plan.micro_batch, self.options
         workload = self.plan.workload
         tokens = max(micro_batch.prefill * workload.prefill_tokens, workload.prompt_tokens)
+        tokens = min(tokens, options.prefill_tokens or tokens)
         return MicroBatchLimits(
             prefill_rows=micro_batch.prefill,
             prefill_tokens=max(1, _LOGIT_BYTES // (4 * self.vocabulary)) if self.scorer else tokens,
@@ -123,6 +127,7 @@ class Session:
             patience_rounds=self._choose_patience(),
             batch_invariant=options.batch_invariant,
             row_buckets=self._captures,
+            chunked=self.scorer is None and self._splits_prompts,
         )
 
     @property

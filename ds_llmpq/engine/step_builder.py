@@ -29,9 +29,9 @@ class StepBuilder:
         self.every_position = every_position
 
     def prefill(self, stream: Stream, batch: MicroBatch) -> Step:
-        """Prompts from where they are not shared, padded to the longest."""
-        past = batch.past
-        prompts = [stream.slots.sequences[slot].prefill_tokens[past:] for slot in batch.slots]
+        """Prompts from where they are not computed yet, padded to the longest; or a chunk of one."""
+        past, end = batch.past, batch.past + batch.tokens if batch.tokens else None
+        prompts = [stream.slots.sequences[slot].prefill_tokens[past:end] for slot in batch.slots]
         longest = max(map(len, prompts))
         step = Step(
             positions=torch.arange(past, past + longest, device=self.device).expand(batch.size, longest),

@@ -153,6 +153,11 @@ class DecoderSpec:
     tied: bool = False
 
     @property
+    def splits_prompts(self) -> bool:
+        """Whether a prompt may be computed in parts: longrope chooses its angles by a row's whole length."""
+        return all(rotary.kind != "longrope" for _, rotary in self.rotary)
+
+    @property
     def width(self) -> int:
         """Of the token embedding."""
         return self.embedding_width or self.hidden

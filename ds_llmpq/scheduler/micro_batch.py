@@ -13,7 +13,9 @@ class MicroBatch:
     """One micro-batch's way through the pipeline. `slots` in ascending order; results are read for those in `live`.
 
     `sequences`: the numbers of the sequences that prefill brings in, in the order they were added; () in decode.
-    `past`: how many tokens of each of these are not computed, because they are a shared prefix.
+    `past`: how many tokens of each row the cache has already: a shared prefix, or what earlier chunks of a long prompt
+    have computed. `tokens`: of a chunk, 0 where prompts are computed to their ends; a chunk that is not the last has no
+    live slot.
     """
 
     number: int
@@ -22,6 +24,7 @@ class MicroBatch:
     live: tuple[int, ...]
     sequences: tuple[int, ...] = ()
     past: int = 0
+    tokens: int = 0
 
     @property
     def size(self) -> int:
@@ -31,7 +34,8 @@ class MicroBatch:
 @dataclass(frozen=True)
 class MicroBatchLimits:
     """Bounds of micro-batches: rows of each phase; `prefill_tokens` padded tokens (but at least one row), which keeps
-    the workspace that the plan reserved when prompts are longer than it expected.
+    the workspace that the plan reserved when prompts are longer than it expected. `chunked`: a longer prompt passes in
+    chunks of so many tokens, one at each visit, so that decode goes on meanwhile.
 
     `batch_invariant`: decode takes the whole group, live or not, and prefill one row, so that a row's arithmetic does
     not depend on which others it runs with. `row_buckets`: decode takes a power of two of the group's first slots, so
@@ -44,3 +48,4 @@ class MicroBatchLimits:
     patience_rounds: int = PATIENCE_ROUNDS
     batch_invariant: bool = False
     row_buckets: bool = False
+    chunked: bool = False

@@ -21,6 +21,7 @@ from ds_llmpq.scheduler.micro_batch import MicroBatch, MicroBatchLimits
 
 class _Slot(Enum):
     FREE = 0
+    CHUNKED = 3  # part of its prompt is computed
     PREFILLED = 1  # its first token is not waited for yet
     RUNNING = 2
 
@@ -35,6 +36,7 @@ class Scheduler:
         self._state = [_Slot.FREE] * slots
         self._since = [0] * slots  # the visit at which a slot came into its state
         self._waiting: deque[tuple[int, int, int]] = deque()  # (number, tokens to compute, shared)
+        self._chunked: deque[tuple[int, int, int]] = deque()  # (slot, tokens computed, tokens left)
         self._added = 0
         self._count = 0
         self._visit = 0
@@ -76,7 +78,9 @@ class Scheduler:
             self._set_state(slot, _Slot.FREE if ended(slot) else _Slot.RUNNING)
         group = self.groups[self._turn]
         running = [slot for slot in group if self._state[slot] is _Slot.RUNNING]
-        batches = list(self._admit_waiting()) if self._waiting and self._worth_admitting() else []
+        batches = [self._take_chunk(*self._chunked.popleft(), ())] if self._chunked else []
+        if self._waiting and self._worth_admitting():
+            batches += self._admit_waiting()
         if running:
             batches.append(self._decode(group, running))
         return batches
@@ -124,6 +128,10 @@ class Scheduler:
         free = deque(slot for slot, state in enumerate(self._state) if state is _Slot.FREE)
         while free and self._waiting:
             taken, longest, past = [], 0, self._waiting[0][2]
+            if self._is_long(self._waiting[0][1]):
+                number, tokens, _ = self._waiting.popleft()
+                yield self._take_chunk(free.popleft(), past, tokens, (number,))
+                continue
             while free and self._waiting and self._fits(len(taken) + 1, max(longest, self._waiting[0][1])):
                 if self._waiting[0][2] != past:  # rows of a pass stand at the same positions
                     break
@@ -134,6 +142,18 @@ class Scheduler:
             for slot in slots:
                 self._set_state(slot, _Slot.PREFILLED)
             yield self._build_micro_batch("prefill", slots, slots, tuple(number for _, number in taken), past)
+
+    def _is_long(self, tokens: int) -> bool:
+        return self.limits.chunked and tokens > self.limits.prefill_tokens
+
+    def _take_chunk(self, slot: int, past: int, left: int, sequences: tuple[int, ...]) -> MicroBatch:
+        """The next tokens of a long prompt. Behind the last ones it is prefilled as any other."""
+        tokens = min(left, self.limits.prefill_tokens)
+        if left > tokens:
+            self._chunked.appendleft((slot, past + tokens, left - tokens))
+        self._set_state(slot, _Slot.CHUNKED if left > tokens else _Slot.PREFILLED)
+        live = () if left > tokens else (slot,)
+        return self._build_micro_batch("prefill", (slot,), live, sequences, past, tokens)
 
     def _fits(self, rows: int, longest: int) -> bool:
         most = 1 if self.limits.batch_invariant else self.limits.prefill_rows
@@ -151,7 +171,13 @@ class Scheduler:
         return range(running[0], running[-1] + 1)
 
     def _build_micro_batch(
-        self, phase: str, slots: tuple[int, ...], live: tuple[int, ...], sequences: tuple[int, ...] = (), past: int = 0
+        self,
+        phase: str,
+        slots: tuple[int, ...],
+        live: tuple[int, ...],
+        sequences: tuple[int, ...] = (),
+        past: int = 0,
+        tokens: int = 0,
     ) -> MicroBatch:
         self._count += 1
-        return MicroBatch(self._count, phase, slots, live, sequences, past)
+        return MicroBatch(self._count, phase, slots, live, sequences, past, tokens)

@@ -178,7 +178,8 @@ class _Simulation:
                 self._run_batch(batch, certain)
                 certain = [True] * len(stages)
                 if batch.phase == "prefill" and not admitted_before:
-                    self.first_tokens = max(self.first_tokens, *(self.known[0][slot] for slot in batch.slots))
+                    known = (self.known[0][slot] for slot in batch.live)
+                    self.first_tokens = max(self.first_tokens, *known, 0.0)
         latency = max(self.known[0], default=0.0)
         return SimulatedRun(latency, self.first_tokens, tuple(self.last_token), tuple(self.clock.spans))
 
@@ -190,11 +191,11 @@ class _Simulation:
         clock, rows = self.clock, batch.size
         for slot, sequence in zip(batch.slots, batch.sequences, strict=False):
             self.sequence[slot], self.tokens[slot] = sequence, 0
-        prompts = [self.lengths[self.sequence[slot]][0] for slot in batch.live]
-        prefill = batch.phase == "prefill"
-        tokens = max(prompts) - batch.past if prefill else 1
-        grown = [prompt + self.tokens[slot] - 1 for prompt, slot in zip(prompts, batch.live, strict=True)]
-        past = batch.past if prefill else max(grown)
+        prompt = {slot: self.lengths[self.sequence[slot]][0] for slot in batch.slots}
+        if batch.phase == "prefill":
+            past, tokens = batch.past, batch.tokens or max(prompt.values()) - batch.past
+        else:
+            past, tokens = max(prompt[slot] + self.tokens[slot] - 1 for slot in batch.live), 1
         stages = clock.times.stages
         posted = [clock.took[stage] if certain[stage] else clock.free[stage] for stage in range(stages)]
         arrived = 0.0
@@ -205,6 +206,8 @@ class _Simulation:
             clock.run(stage, batch.phase, rows, tokens, past)
             if stage + 1 < stages:
                 arrived = clock.send(stage, batch.phase, rows, tokens, posted[stage + 1])
+        if not batch.live:  # a chunk of a prompt has no token
+            return
         for stage, when in enumerate(clock.send_back(rows)):
             for slot in batch.live:
                 self.known[stage][slot] = when

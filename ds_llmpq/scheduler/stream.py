@@ -139,9 +139,8 @@ class Stream:
     def schedule(self) -> list[MicroBatch]:
         batches, self._asked = self.scheduler.schedule(self.slots.has_ended), False
         for batch in batches:
-            if batch.phase == "prefill":
-                for slot in batch.slots:
-                    self._admit(slot, self._waiting.popleft(), batch.past)
+            for slot, _ in zip(batch.slots, batch.sequences, strict=False):
+                self._admit(slot, self._waiting.popleft(), batch.past)
             self.slots.start(batch)
         return batches
 

@@ -214,9 +214,8 @@ class JobRequests:
         return [answers.bounds[place] for place in order]
 
     def _choose_prefix(self) -> tuple[int, ...]:
-        plan, rotary = self.job.plan, self._shape.spec.rotary
-        # a row's arithmetic is the same in any company; angles that change with a row's length fit no other's prefix
-        if not self.job.engine.shares_prefix or any(kind.kind == "longrope" for _, kind in rotary):
+        plan = self.job.plan
+        if not self.job.engine.shares_prefix or not self._shape.spec.splits_prompts:
             return ()
         prompts, block = [each.prompt_ids for each in self.prepared], plan.cache_block
         prefix = find_shared_prefix(prompts, plan.workload.prompt_tokens, block)

@@ -124,12 +124,21 @@ def test_decode_in_parts(ranks, llama):
     assert (warning["phase"], warning["rows"], warning["rows_now"]) == ("decode", 5, 2)
 
 
+def test_a_prompt_longer_than_planned_takes_no_more_room(ranks, llama):
+    """It passes in chunks of what was planned, 15 tokens."""
+    prompts = prompts_of([4, 43, 3])
+    plan = make_plan(llama, THREE, micro_batch=(3, 3), workload=(3, 5, 46))
+    [out] = ranks.run(Case(llama, plan, (RequestGroup(rows_of(prompts, 6)),), room={0: 15, 1: 15, 2: 15}))
+    assert out.tokens() == greedy(llama, prompts, 6)
+    assert not any(rank["report"]["memory_warnings"] for rank in out.ranks)
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_a_prompt_longer_than_planned_harms_no_other(ranks, llama, stage):
-    """It ends as broken; a later group in its slot is untouched."""
-    prompts, later = prompts_of([4, 23, 3]), prompts_of([2, 5, 4], seed=3)
-    plan = make_plan(llama, THREE, micro_batch=(3, 3), workload=(3, 5, 26))
-    case = Case(llama, plan, (RequestGroup(rows_of(prompts, 6)), RequestGroup(rows_of(later, 6))), room={stage: 20})
+    """Whose chunks have no room either: it ends as broken; a later group in its slot is untouched."""
+    prompts, later = prompts_of([4, 23, 3]), prompts_of([2, 4, 3], seed=3)
+    plan = make_plan(llama, THREE, micro_batch=(1, 3), workload=(3, 5, 26))
+    case = Case(llama, plan, (RequestGroup(rows_of(prompts, 6)), RequestGroup(rows_of(later, 6))), room={stage: 4})
     [out] = ranks.run(case)
     assert out.finish(0) == [Finish.LENGTH, Finish.NAN_LOGITS, Finish.LENGTH]
     assert [out.tokens(0)[row] for row in (0, 2)] == greedy(llama, [prompts[0], prompts[2]], 6)

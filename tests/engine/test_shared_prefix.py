@@ -49,12 +49,25 @@ def drawn_case(path, stages, seed, bits=(), options=None) -> tuple[Case, list[li
     return Case(path, plan, (group,), label=label, options=options, prefix=prefix), [tokens for _, tokens in rows]
 
 
-def count_prefill(case: Case, shares: bool = True) -> int:
+def test_long_prompts_in_chunks_are_token_identical(ranks, checkpoint_of):
+    """Budgets down to one token, shorter than windows and prefix; a prefix may come in chunks itself."""
+    for stages in (1, 2, 3):
+        drawn = []
+        for index, name in enumerate(("llama", "mistral-window", "opt", "bloom", "gemma2", "qwen2-window", "mixtral")):
+            seed = 300 * stages + index
+            budget = random.Random(seed).choice((1, 3, 7, 12))
+            bits = Draw(seed).bits() if index % 3 == 2 else ()
+            case, expected = drawn_case(checkpoint_of(name), stages, seed, bits, {"prefill_tokens": budget})
+            drawn.append((case if index % 2 else dataclasses.replace(case, prefix=()), expected))
+        check(ranks, drawn)
+
+
+def count_prefill(case: Case) -> int:
     """Prompt tokens that each stage has to compute."""
-    tokens, prefix = len(case.prefix) if shares else 0, case.prefix
+    tokens, prefix = len(case.prefix), case.prefix
     for row in case.groups[0].sequences:
         begins = len(row.prompt) > len(prefix) and row.prompt[: len(prefix)] == prefix
-        tokens += len(row.prompt) - (len(prefix) if begins and shares else 0)
+        tokens += len(row.prompt) - len(prefix) * begins
     return tokens
 
 

@@ -56,6 +56,46 @@ def test_many_prompts_are_looked_at_evenly():
     assert find_shared_prefix(prompts, 100) == common
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_long_prompts_pass_in_chunks_and_decode_goes_on(seed):
+    """Each token of each prompt once and in order; at each visit one chunk of a prompt that has begun."""
+    dice = random.Random(seed)
+    lengths = [(dice.choice((2, 5, 23)), dice.randint(1, 4)) for _ in range(12)]
+    slots, budget = dice.randint(1, 5), dice.randint(1, 9)
+    scheduler = Scheduler(slots, MicroBatchLimits(2, budget, dice.randint(1, 3), patience_rounds=0, chunked=True))
+    scheduler.add((prompt for prompt, _ in lengths), [1] * len(lengths))
+    holds, left, computed = [-1] * slots, [0] * slots, [1] * len(lengths)
+    while scheduler.next_group() is not None:
+        batches = scheduler.schedule(lambda slot: left[slot] == 0)
+        assert sum(batch.phase == "prefill" and not batch.sequences for batch in batches) <= 1
+        for batch in batches:
+            for slot, number in zip(batch.slots, batch.sequences, strict=False):
+                holds[slot], left[slot] = number, lengths[number][1]
+            if batch.phase == "prefill":
+                numbers = [holds[slot] for slot in batch.slots]
+                assert {computed[number] for number in numbers} == {batch.past}
+                new = [batch.tokens or lengths[number][0] - batch.past for number in numbers]
+                assert len(new) * max(new) <= budget
+                for number, count in zip(numbers, new, strict=True):
+                    computed[number] += count
+                whole = all(computed[number] == lengths[number][0] for number in numbers)
+                assert batch.live == (batch.slots if whole else ())
+            for slot in batch.live:
+                assert computed[holds[slot]] == lengths[holds[slot]][0]
+                left[slot] -= 1
+    assert computed == [prompt for prompt, _ in lengths]
+    assert left == [0] * slots or len(lengths) < slots
+
+
+def test_a_long_prompt_holds_up_no_decode_for_longer_than_a_chunk():
+    scheduler = Scheduler(2, MicroBatchLimits(1, 10, 2, patience_rounds=0, chunked=True))
+    scheduler.add([5, 60])
+    phases = ""
+    while len(phases) < 16:
+        phases += "".join(batch.phase[0] for batch in scheduler.schedule(lambda slot: False))
+    assert phases.startswith("pp" + "pd" * 5)
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_rows_of_a_prefill_micro_batch_stand_at_the_same_positions(seed):
     dice = random.Random(seed)

@@ -65,6 +65,9 @@ class FaultLog:
             f"{frames}ds-llmpq: stage {self.stage} gives up a row in {phase}: {fault.kind}: {fault.message}\n"
         )
 
+    def __contains__(self, key: int) -> bool:
+        return key in self._faults
+
     def take(self) -> list[list[Any]]:
         """[key, fault as plain data] of each; they are forgotten here."""
         taken = [[key, asdict(fault)] for key, fault in self._faults.items()]
