@@ -1,4 +1,4 @@
-"""One start of the pipeline: what its lines say, how it ended, and what ended it."""
+"""One start of the pipeline: reads its output, and finds out how and why it ended."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from ds_llmpq.launch.process_monitor import Exit, ExitReason, Line, MonitorOptio
 from ds_llmpq.launch.progress import ERROR_MARK, ProgressBar, parse_progress
 
 SERVING_PHASE = "prompts"
-MISTAKE = "mistake"  # a kind of failure: what a rank named in one sentence of its own
-_MOST_PORTS = 5  # tried in a row, where another process is quicker each time
+MISTAKE = "mistake"  # a kind of failure: a rank's UserError
+_MOST_PORTS = 5  # tries, if other processes take the port each time
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one start ended. `failure`: what a rank or the launcher named as the cause; `ran_out`: for want of memory."""
+    """How a start ended. `failure`: the cause that a rank or the launcher named; `ran_out`: of memory."""
 
     exit: Exit
     failure: Failure | None = None
@@ -34,17 +34,17 @@ class Outcome:
 
     @property
     def kind(self) -> str:
-        """As failure.json has it."""
+        """The kind of failure in failure.json."""
         if self.ran_out:
             return MEMORY
         return self.exit.reason.value if self.failure is None else self.failure.kind
 
     def record(self) -> dict[str, Any]:
-        """What failure.json says of it."""
+        """The record in failure.json."""
         return ({} if self.failure is None else asdict(self.failure)) | {"kind": self.kind}
 
     def explain(self, hang_seconds: float) -> str:
-        """In words, as the beginning of a sentence but for its capital letter."""
+        """The beginning of a sentence, without a capital letter."""
         reason, code, failure = self.exit.reason, self.exit.code, self.failure
         if self.ran_out:
             return "the pipeline ran out of memory"
@@ -63,12 +63,12 @@ class Outcome:
 
 
 def run_attempt(launch: Launch, job: str, hang_seconds: float, drain_seconds: float | None = None) -> Outcome:
-    """Starts the ranks with a job's token and monitors them to their end; again on another port where another process
-    was quicker to take theirs. `drain_seconds`: how long requests in flight may take after a first Ctrl-C; None: it
-    ends everything at once, as KeyboardInterrupt."""
+    """Starts the ranks with a job's token and monitors them until they end; tries another port if theirs was taken.
+    `drain_seconds`: how long requests in flight may take after a first Ctrl-C; None: it ends everything at once, as
+    KeyboardInterrupt."""
     for _ in range(_MOST_PORTS):
         listener, killed = Listener(uuid.uuid4().hex), count_memory_kills()
-        bound = 1.1 * hang_seconds  # a little longer than the ranks' own bound, after which each writes its stacks
+        bound = 1.1 * hang_seconds  # longer than the ranks' own bound, after which they write their stacks
         watch = MonitorOptions(listener.on_line, bound, listener.alive)
         if drain_seconds is not None:
             watch = MonitorOptions(listener.on_line, bound, listener.serving, listener.drain, drain_seconds)
@@ -84,7 +84,7 @@ def run_attempt(launch: Launch, job: str, hang_seconds: float, drain_seconds: fl
 
 
 class Listener:
-    """Hears the lines of one start, draws its progress, and passes on a wish to drain."""
+    """Reads the lines of one start, shows progress, and passes on requests to drain."""
 
     def __init__(self, mark: str):
         self.mark = mark
@@ -113,7 +113,7 @@ class Listener:
         return Line.TEXT
 
     def outcome(self, ended: Exit, kernel_killed: bool) -> Outcome:
-        """`kernel_killed`: something on this machine, for want of memory."""
+        """`kernel_killed`: the kernel killed a process here for lack of memory."""
         failure = find_root_cause(self._failures)
         if failure is None and ended.reason is ExitReason.DIED and (ended.code or 0) > 0:
             failure = self._tracebacks.last
@@ -130,7 +130,7 @@ class Listener:
         return self._phase == SERVING_PHASE
 
     def drain(self) -> bool:
-        """Asks rank 0 to finish what is in flight; False if nothing is, or it cannot be asked."""
+        """Asks rank 0 to finish what is in flight. False if nothing is, or rank 0 cannot be asked."""
         if not self.serving() or self._driver is None:
             return False
         try:

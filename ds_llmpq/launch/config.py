@@ -13,17 +13,17 @@ ON_LOSS = ("stop", "replan")
 class WatchConfig:
     """When a pipeline counts as hanging."""
 
-    hang_seconds: float = 900.0  # a pipeline in which nothing moves for so long is ended and counts as a death
+    hang_seconds: float = 900.0  # a pipeline without progress for so long is ended, which counts as a death
 
 
 @dataclass
 class SupervisionConfig(WatchConfig):
-    """What `run` does when something goes wrong while the pipeline runs."""
+    """What `run` does if the pipeline fails."""
 
-    restarts: int = 3  # starts again after a death, in a row that brought no new result
-    backoff_seconds: float = 5.0  # pause before the first of them, doubled each time, at most 300
-    grace_seconds: float = 60.0  # after a first Ctrl-C or SIGTERM: for what is in flight; a second one ends at once
-    on_loss: str = "stop"  # stop | replan: where a host or GPU does not come back, end, or plan on what is left
+    restarts: int = 3  # restarts in a row without a new result
+    backoff_seconds: float = 5.0  # before the first restart; doubled each time, at most 300
+    grace_seconds: float = 60.0  # for requests in flight after a first Ctrl-C or SIGTERM; a second one ends at once
+    on_loss: str = "stop"  # stop | replan: if a host or GPU does not come back, end, or plan for the rest
 
 
 def validate_supervision(settings: WatchConfig) -> None:

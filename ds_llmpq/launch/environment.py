@@ -1,9 +1,9 @@
-"""Environment variables of the ranks: which ones a file from outside may set, what the launcher says in them, and what
-must be set before a library reads it. Imports no torch.
+"""Environment variables of the ranks: which ones files may set, those of the launcher, and those that must be set
+before a library reads them. Imports no torch.
 
 A variable can name a library to load (LD_PRELOAD, NCCL_NET_PLUGIN, OMP_TOOL_LIBRARIES), a program, a place to import
-from, or a file to write (NCCL_DEBUG_FILE). What a plan or a cluster file brings along is therefore held to this list;
-what the user gives on the command line as `cluster.env` is their own.
+from, or a file to write (NCCL_DEBUG_FILE). So plans and cluster files may set only those listed here; the user may set
+any on the command line as `cluster.env`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from ds_llmpq.errors import UserError, quote
 from ds_llmpq.plan import Plan
 
-RUN_MARK = "DS_LLMPQ_RUN"  # names the run that a process belongs to
+RUN_MARK = "DS_LLMPQ_RUN"  # marks the processes of a run
 
 _PLAIN = """
     MASTER_ADDR GLOO_SOCKET_IFNAME CUDA_DEVICE_ORDER CUDA_VISIBLE_DEVICES
@@ -33,8 +33,8 @@ FROM_FILES = frozenset([*_PLAIN.split(), *(f"NCCL_{name}" for name in _NCCL.spli
 
 
 def check_environment(env: Mapping[str, str], asked: Mapping[str, str], where: str) -> None:
-    """`UserError` for a variable of the file `where` that is not in `FROM_FILES`, unless `asked`, the user's own
-    cluster.env, has it with the same value."""
+    """`UserError` if the file `where` sets a variable that is not in `FROM_FILES`, unless `asked`, the user's own
+    cluster.env, has the same value."""
     for name, value in env.items():
         if name not in FROM_FILES and asked.get(name) != value:
             raise UserError(
@@ -45,7 +45,7 @@ def check_environment(env: Mapping[str, str], asked: Mapping[str, str], where: s
 
 
 def read_place() -> tuple[int, int]:
-    """This process's rank, and how many there are. `KeyError` or `ValueError`: no launcher has said it."""
+    """This process's rank and the number of ranks. `KeyError` or `ValueError`: no launcher has set them."""
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
@@ -55,33 +55,33 @@ def read_meeting_place() -> tuple[str, int]:
 
 
 def read_mark() -> str:
-    """The run's own; empty where the ranks were started by hand."""
+    """The mark of the run; empty if the ranks were started by hand."""
     return os.environ.get(RUN_MARK, "")
 
 
 def choose_accelerator(kind: str, local_index: int | None = None) -> None:
-    """cpu or cuda: deepspeed looks for an accelerator when it is imported. It takes LOCAL_RANK for the device's index;
-    the launcher's is wrong where hosts have unequal slots."""
+    """Tells deepspeed, before it is imported, to use cpu or cuda. It takes LOCAL_RANK for the device's index, which the
+    launcher sets wrongly if hosts have different numbers of slots."""
     os.environ["DS_ACCELERATOR"] = kind
     if local_index is not None:
         os.environ["LOCAL_RANK"] = str(local_index)
 
 
 def prefer_interface(name: str) -> None:
-    """gloo and NCCL talk over this network interface, unless the user has named another."""
+    """Makes gloo and NCCL use this network interface, unless the user has set another."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
     os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
 
 
 def extend(variables: Mapping[str, str]) -> dict[str, str]:
-    """This process's environment with `variables`, for a child that imports this very package."""
+    """This process's environment with `variables`, for a child that imports the same package."""
     package = str(Path(__file__).resolve().parents[2])
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | variables | {"PYTHONPATH": os.pathsep.join(paths)}
 
 
 def read_rank(plan: Plan) -> int:
-    """This process's rank. `UserError` where what was launched is not what was planned."""
+    """This process's rank. `UserError`: the launched ranks are not those of the plan."""
     try:
         rank, world_size = read_place()
     except (KeyError, ValueError):
@@ -109,6 +109,6 @@ def read_rank(plan: Plan) -> int:
 
 
 def find_local_rank(plan: Plan, rank: int) -> int:
-    """Index of a rank among those of its host, in slot order: the launcher shows each host's used slots, renumbered."""
+    """Index of a rank among those of its host, in slot order, as the launcher renumbers the used slots."""
     hosts = {stage.rank: stage.host for stage in plan.stages}
     return sum(1 for other in hosts if hosts[other] == hosts[rank] and other < rank)

@@ -1,6 +1,6 @@
-"""What ended a rank: said by the rank in one line of its output, read by `run`, which tells the user. Imports no torch.
+"""Why a rank ended: the rank writes one line, which `run` reads and tells the user. Imports no torch.
 
-Several ranks end when one does: its neighbours lose their connections. The cause is the first failure of another kind.
+When a rank ends, its neighbours lose their connections and end too. The cause is the first failure of another kind.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from ds_llmpq.validation import Count, Label, Note, one_of, validate
 FAILURE_MARK = "ds-llmpq failure: "
 _PACKAGE = Path(__file__).resolve().parents[1]
 _MOST_MESSAGE = 600  # characters
-_MOST_LINE = 3_500  # bytes: longer writes of two ranks may mix in one pipe
+_MOST_LINE = 3_500  # bytes; longer writes of two ranks may mix in one pipe
 
 # kinds
-FAULT = "fault"  # of the program, its libraries or its files: another try would meet it again
+FAULT = "fault"  # in the program, its libraries or files: a retry would fail again
 EXCEPTION = "exception"  # any other
 MEMORY = "memory"
 # torch's allocator, the C++ library, oneDNN
@@ -45,7 +45,7 @@ _FAULT_NAMES = (
     "ImportError", "ModuleNotFoundError", "TypeError", "AttributeError", "NameError", "UnboundLocalError",
     "SyntaxError", "IndentationError", "NotImplementedError",
 )  # fmt: skip
-# of gloo, NCCL and torch's store, which say it in words
+# words in messages of gloo, NCCL and torch's store
 _CONNECTION_WORDS = re.compile(
     r"connection|gloo|nccl|socket|\bpeer\b|timed? ?out|timeout|broken pipe|reset by|TCPStore", re.IGNORECASE
 )
@@ -54,8 +54,7 @@ _CONNECTION_TYPES = ("DistNetworkError", "DistStoreError", "DistBackendError")
 
 @dataclass(frozen=True)
 class Failure:
-    """`kind` is one of this module's; `file`, `line`, `function` are the innermost frame of this package, else the
-    innermost of all. What is not known is None."""
+    """`file`, `line` and `function` are the innermost frame of this package, or else of all. None means unknown."""
 
     kind: one_of(*KINDS)
     type: Label
@@ -69,7 +68,7 @@ class Failure:
     function: Label | None = None
 
     def describe(self) -> str:
-        """Who, what and where, with no full stop: `rank 1 (stage 1, b:0 on b) failed: TypeError: no (in f, g.py:1)`."""
+        """Without a full stop: `rank 1 (stage 1, b:0 on b) failed: TypeError: no (in f, g.py:1)`."""
         who = "the launcher" if self.rank is None else f"rank {self.rank}"
         parts = [None if self.stage is None else f"stage {self.stage}", self.device]
         where = ", ".join(part for part in parts if part)
@@ -88,7 +87,7 @@ class Failure:
 
 
 def read_failure(line: str) -> Failure | None:
-    """What a line of a rank says, None if it is another line. Launchers may put the host's name before it."""
+    """The failure in a rank's line, None for other lines. Launchers may prefix the host's name."""
     _, mark, text = line.partition(FAILURE_MARK)
     if not mark:
         return None
@@ -99,7 +98,7 @@ def read_failure(line: str) -> Failure | None:
 
 
 def build_failure(error: BaseException, **who: Any) -> Failure:
-    """`who`: rank, stage, device and host, as far as they are known."""
+    """`who`: rank, stage, device and host, as far as known."""
     frame = _find_frame(error)
     where = {} if frame is None else {"file": frame.filename, "line": frame.lineno, "function": frame.name}
     if frame is not None and (path := Path(frame.filename)).is_relative_to(_PACKAGE):
@@ -109,13 +108,13 @@ def build_failure(error: BaseException, **who: Any) -> Failure:
 
 
 def find_root_cause(failures: Iterable[Failure]) -> Failure | None:
-    """The first that is not a lost connection; else the first."""
+    """The first failure that is not a lost connection, or else the first."""
     failures = list(failures)
     return next((each for each in failures if each.kind != CONNECTION), failures[0] if failures else None)
 
 
 def identify_rank(plan: Plan | None) -> dict[str, Any]:
-    """This process as a rank of a plan; what its environment does not say is left out."""
+    """Rank, stage, device and host of this process, as far as its environment tells."""
     try:
         rank, _ = read_place()
         found = {index: stage for index, stage in enumerate(plan.stages) if stage.rank == rank} if plan else {}
@@ -137,7 +136,7 @@ def report_failure(error: BaseException, plan: Plan | None, by_hand: bool, kind:
 
 
 class Tracebacks:
-    """Reads the exception at the end of a traceback out of lines: for what ended before it could say so itself."""
+    """Finds the exception at the end of a traceback in the output, for processes that ended without reporting it."""
 
     _FRAME = re.compile(r'\s*File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
     _END = re.compile(r"(?P<type>[A-Za-z_][\w.]*(?:Error|Exception|Exit|Interrupt))(?:: (?P<message>.*))?$")
@@ -160,7 +159,7 @@ class Tracebacks:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that there was no memory. On CPU, torch and its libraries say so in words alone."""
+    """Whether an exception means lack of memory, which on CPUs only the message tells."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)

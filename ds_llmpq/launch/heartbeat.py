@@ -19,10 +19,8 @@ _POLL_SECONDS = 1.0
 
 
 def exit_if_parent_dies(descriptor: int = 2) -> None:
-    """Exit at once when nobody reads what this process writes to `descriptor` any more.
-
-    That is how a rank learns that `run` has been interrupted or killed: the pipe, or over ssh the connection, breaks.
-    """
+    """Exits at once when nobody reads `descriptor` any more: when `run` is interrupted or killed, the pipe breaks, or
+    over ssh the connection."""
     poller = select.poll()
     poller.register(descriptor, 0)  # broken pipes are always reported
 
@@ -34,15 +32,13 @@ def exit_if_parent_dies(descriptor: int = 2) -> None:
 
 
 def dump_stacks_on_signal() -> None:
-    """`kill -USR1` makes this process write the Python stack of every thread to standard error, and go on."""
+    """Makes `kill -USR1` write the Python stacks of all threads to standard error."""
     faulthandler.register(signal.SIGUSR1, file=sys.stderr, all_threads=True)
 
 
 def drain_on_signal(drain: Callable[[], None]) -> None:
-    """SIGUSR2 calls `drain`, which is to have what is in flight finished and nothing new begun.
-
-    Not SIGTERM: the launcher sends that to every rank when one has died, and then they are meant to end.
-    """
+    """Makes SIGUSR2 call `drain`, which finishes what is in flight and begins nothing new. SIGTERM is not used, because
+    the launcher sends it to every rank when one has died, and then they must end."""
 
     def request(number: int, frame: FrameType | None) -> None:
         drain()
@@ -51,11 +47,10 @@ def drain_on_signal(drain: Callable[[], None]) -> None:
 
 
 class Heartbeat:
-    """Reports that this rank makes progress, as long as it does; a daemon thread looks once a second.
+    """A daemon thread that checks for progress once a second and reports it.
 
-    A rank makes progress when `beat` is called or when the count that `watch` was given changes. After
-    `stacks_seconds` without progress the stacks of all threads go to standard error. The timer for that needs no
-    Python to run, so it works on every host, even where this thread is stuck.
+    Progress is a call of `beat` or a change of the count given to `watch`. After `stacks_seconds` without progress the
+    stacks of all threads are written to standard error, by a timer that works even if Python is stuck.
     """
 
     def __init__(self, stacks_seconds: float | None, say: Callable[[], None] | None = None):
@@ -68,11 +63,11 @@ class Heartbeat:
         threading.Thread(target=self._look, name="heartbeat", daemon=True).start()
 
     def beat(self, *_: object) -> None:
-        """Something was done; arguments are ignored, so that it fits as a callback."""
+        """Notes progress; ignores its arguments, so that it can be a callback."""
         self._beats += 1
 
     def watch(self, count: Callable[[], object]) -> None:
-        """From now on, also any change of `count()` is a sign of life; it is read from another thread."""
+        """From now on any change of `count()`, which another thread calls, is progress."""
         self._count = count
 
     def close(self) -> None:

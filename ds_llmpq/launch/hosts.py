@@ -63,8 +63,8 @@ def _run(host: str, command: Sequence[str], seconds: float) -> subprocess.Comple
 
 
 def find_lost_devices(plan: Plan, slots_of: Callable[[str, str], set[int] | None] | None = None) -> list[str]:
-    """Names (`host:slot`) of the plan's devices that are gone: their host does not answer over ssh, or its driver no
-    longer lists the GPU. `slots_of(host, kind)`: the slots that are there; None: it cannot be said, so all count."""
+    """Names (`host:slot`) of the plan's devices that are gone: the host does not answer over ssh, or its driver no
+    longer lists the GPU. `slots_of(host, kind)`: the available slots; None: unknown, so all count."""
     slots_of = slots_of or find_slots
     seen: dict[tuple[str, str], set[int] | None] = {}
     lost = []
@@ -79,7 +79,7 @@ def find_lost_devices(plan: Plan, slots_of: Callable[[str, str], set[int] | None
 
 
 def find_slots(host: str, kind: str) -> set[int] | None:
-    """Slots of a host that can be used now; empty if it cannot be reached, None where only that is known."""
+    """Usable slots of a host; empty if it cannot be reached, None if it can but they are unknown."""
     asked = _LIST_GPUS if kind == "cuda" else ["true"]
     try:
         answer = _run(host, asked, _ANSWER_SECONDS)

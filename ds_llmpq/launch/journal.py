@@ -1,7 +1,7 @@
-"""run.json: what a folder's results were made from, and how the run went so far. It decides whether a run may go on.
+"""run.json: what a folder's results were made from, and how the run went so far. It decides whether a run may resume.
 
-The results themselves are the record of what is done (`batch.results`); this file only says of what they are results.
-It is replaced whole, so a crash leaves the old one or the new one.
+The results themselves record what is done (`batch.results`). The file is replaced whole, so a crash leaves the old one
+or the new one.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ SCHEMA = 1
 JOURNAL_NAME = "run.json"
 RESUMES = ("auto", "force")
 UNFINISHED, FINISHED = "unfinished", "finished"
-_MOST_ATTEMPTS = 1000  # kept; of days of restarts the last ones
-# in which order and over which pipeline rows run does not change them, nor does how long lines may be
+_MOST_ATTEMPTS = 1000  # the last ones are kept
+# settings that do not change results
 _NO_MATTER = ("order", "predictor")
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What a result depends on. `settings`: those a plan was made with (dotted keys), empty where a plan was given."""
+    """What results depend on. `settings`: those the plan was made with (dotted keys), empty if a plan was given."""
 
     input: Label  # sha256 of what was read of the input file
     model: Label | None  # fingerprint of the checkpoint
-    plan: Label | None  # sha256 of the plan's decisions; None before there is a plan
+    plan: Label | None  # sha256 of the plan's decisions; None before planning
     sampling: Plain
     settings: Plain = field(default_factory=dict)
     texts: Label | None = None  # of the checkpoint's tokenizer, templates and generation defaults
 
     def changes(self, now: Identity) -> list[str]:
-        """What differs, in words, for a person; fields unknown to either side are ignored."""
+        """The differences in words; fields that either side lacks are ignored."""
         found = []
         if self.input != now.input:
             found.append(f"the input (sha256 {self.input[:12]}, now {now.input[:12]})")
@@ -65,7 +65,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One start of the pipeline. `reason` is empty while it runs; times are UTC, for people."""
+    """One start of the pipeline. `reason` is empty while it runs; times are in UTC."""
 
     started: Label
     ended: Label = ""
@@ -76,7 +76,7 @@ class Attempt:
 @dataclass(frozen=True)
 class Journal:
     """The record of one output folder. `state`: unfinished, or finished once every row has a result or an error.
-    `template_time`: local time at the beginning, which chat templates that ask for the date are told ever after."""
+    `template_time`: local time of the first start, which chat templates see in all later ones too."""
 
     identity: Identity
     state: str = UNFINISHED
@@ -86,13 +86,13 @@ class Journal:
 
     @classmethod
     def read(cls, folder: Path) -> Journal | None:
-        """The folder's journal, None if it has none. `UserError`: damaged, or another program's run.json."""
+        """The folder's journal, None if there is none. `UserError`: damaged, or another program's run.json."""
         file = folder / JOURNAL_NAME
         if not file.exists():
             return None
         remedy = "give another out=DIR, or resume=force to begin it anew and keep the results"
         found = validate(_JournalFile, read_json(file, "journal", remedy), f"journal {file}", remedy)
-        # one of before there was such a time begins to have it now
+        # journals of earlier versions lack the time
         times = [] if found.template_time is None else [found.template_time]
         settings = {_present_key(key): value for key, value in found.identity.settings.items()}
         return cls(replace(found.identity, settings=settings), found.state, found.counts, found.attempts, *times)
@@ -102,7 +102,7 @@ class Journal:
         write_json(folder / JOURNAL_NAME, {"schema": SCHEMA, **fields})
 
     def check(self, now: Identity, folder: Path) -> None:
-        """`UserError` naming what changed since this run began."""
+        """`UserError` that names what changed since this run began."""
         if found := self.identity.changes(now):
             raise UserError(
                 f"{folder} holds a run begun with other settings: {'; '.join(found[:4])}"
@@ -111,11 +111,11 @@ class Journal:
             )
 
     def begin_attempt(self) -> Journal:
-        """With a further attempt, which runs."""
+        """A journal with a new running attempt."""
         return replace(self, state=UNFINISHED, attempts=(*self.attempts, Attempt(_utc_time())))
 
     def end_attempt(self, reason: str, results: int, counts: Mapping[str, int] | None = None) -> Journal:
-        """With its last attempt ended; with `counts` the run is finished."""
+        """A journal whose last attempt has ended; with `counts` the run is finished."""
         last = replace(self.attempts[-1], ended=_utc_time(), reason=reason, results=results)
         finished = {"state": FINISHED, "counts": dict(counts)} if counts is not None else {}
         return replace(self, attempts=(*self.attempts[:-1], last), **finished)
@@ -139,8 +139,8 @@ class _JournalFile:
 
 
 def fingerprint_plan(plan: Plan) -> str:
-    """SHA-256 of what a plan decides about results: widths, quantization and compute dtype. Where layers run, in which
-    groups and for how many sequences changes when a row runs, not what it says, as far as the engine promises that."""
+    """SHA-256 of what results depend on in a plan: bit widths, quantization and compute dtype. Devices and
+    micro-batches affect when a row runs, but not its text, as far as the engine guarantees that."""
     decided = {
         "model": plan.model.fingerprint if plan.model else None,
         "bits": [width for stage in plan.stages for width in stage.bits],
@@ -151,25 +151,25 @@ def fingerprint_plan(plan: Plan) -> str:
 
 
 def _present_key(key: str) -> str:
-    """The present name of a setting that a run of the former version noted."""
+    """The present name of a setting in a journal of the former version."""
     from ds_llmpq.overrides import find_present  # loads Hydra, which ranks have no use for
 
     return find_present(key) or key
 
 
 def _rename_former(quant: dict[str, Any]) -> dict[str, Any]:
-    """By the names that runs of the former version hashed, so that they go on in this one."""
+    """Settings under their former names, which earlier runs hashed, so that they can resume."""
     former = {now: name for name, now in FORMER_NAMES.items()}
     return {former.get(name, name): value for name, value in quant.items()}
 
 
 def select_sampling(batch: BatchConfig) -> dict[str, Any]:
-    """The defaults that rows inherit, and the limits that rows are refused by."""
+    """The defaults that rows inherit, and the limits by which rows are refused."""
     return {name: value for name, value in asdict(batch).items() if name not in _NO_MATTER}
 
 
 def flatten(prefix: str, value: Any) -> dict[str, Any]:
-    """Nested settings by dotted keys, so that a change can be named."""
+    """Nested settings by dotted keys."""
     if isinstance(value, Mapping) and value:
         found: dict[str, Any] = {}
         for key, entry in value.items():
@@ -180,7 +180,7 @@ def flatten(prefix: str, value: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Keeps a second `run` out of the folder, between the attempts too."""
+    """Keeps a second `run` out of the folder, even between attempts."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
         lock(descriptor, f"{folder} is in use by another run; wait for it or give another out=DIR.")
@@ -190,7 +190,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 
 def _list_differences(prefix: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    # as JSON has them: what was read back has no tuples and only text for keys
+    # as in JSON, without tuples and with text keys, so that both sides compare
     before, after = json.loads(json.dumps(before, default=str)), json.loads(json.dumps(after, default=str))
     missing = object()
     return [

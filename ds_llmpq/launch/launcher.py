@@ -1,8 +1,8 @@
-"""Starting the real `deepspeed` launcher as a child process, monitoring it, and ending it. Imports no torch.
+"""Starts the `deepspeed` launcher as a child process, monitors it, and ends it. Imports no torch.
 
-DeepSpeed's multi-host runner answers Ctrl-C and SIGTERM with `pkill -f` on every host, which may hit others' processes.
-So the launcher runs in a session of its own, where the user's Ctrl-C does not reach it, and is ended by SIGKILL; every
-rank watches its output (`heartbeat.exit_if_parent_dies`) and ends as soon as nobody reads it, on whichever host it is.
+DeepSpeed's multi-host runner responds to Ctrl-C and SIGTERM with `pkill -f` on every host, which may kill other
+people's processes. So the launcher runs in a separate session, which the user's Ctrl-C does not reach, and is ended by
+SIGKILL. Every rank, on any host, ends as soon as nobody reads its output (`heartbeat.exit_if_parent_dies`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ds_llmpq.plan import Plan, launch_order
 
 ENVIRONMENT_NAME = "deepspeed_env"
 LOG_NAME = "launcher.log"
-# carried to every host, beside what the cluster's configuration adds
+# passed on to every host, beside those that the cluster's configuration adds
 _CARRIED = (
     "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "OMP_NUM_THREADS", "GOMP_SPINCOUNT", "GLOO_SOCKET_IFNAME",
     "NCCL_SOCKET_IFNAME",
@@ -38,7 +38,7 @@ _SAFE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 @dataclass(frozen=True)
 class Launch:
-    """How to start a plan: `hosts` in the order of the ranks, `kind` cpu or cuda, `env` for every host."""
+    """How to start a plan: `hosts` in rank order, `kind` cpu or cuda, `env` for every host."""
 
     hostfile: Path
     include: str
@@ -63,7 +63,7 @@ class Launch:
 
     @property
     def local(self) -> bool:
-        """All stages on this machine: no ssh is needed."""
+        """Whether all stages are on this machine, so that no ssh is needed."""
         return len(self.hosts) == 1 and is_local(self.hosts[0])
 
 
@@ -85,7 +85,7 @@ def build_options(launch: Launch) -> list[str]:
 
 
 def build_command(launch: Launch, arguments: list[str]) -> list[str]:
-    """The launcher's command line; `arguments` are those of `serve`."""
+    """The launcher's command line; `arguments` are for `serve`."""
     port = launch.master_port or find_free_port()
     line = [sys.executable, "-m", "deepspeed.launcher.runner", *build_options(launch)]
     line += ["--master_port", str(port), "--log_level", "warning"]
@@ -93,7 +93,7 @@ def build_command(launch: Launch, arguments: list[str]) -> list[str]:
 
 
 def format_manual_command(launch: Launch, arguments: list[str]) -> str:
-    """A shell's line that does the same without `run` watching over it; its variables are in the environment file."""
+    """A shell line that does the same without `run`; its variables are in the environment file."""
     variables = [f"DS_ACCELERATOR={launch.kind}"]
     if not launch.local:
         variables.append("DS_ENV_FILE=" + shlex.quote(str(launch.folder / ENVIRONMENT_NAME)))
@@ -102,7 +102,7 @@ def format_manual_command(launch: Launch, arguments: list[str]) -> str:
 
 
 def build_environment(launch: Launch) -> dict[str, str]:
-    """Variables for every rank. `UserError` for one that a remote shell could misread."""
+    """Variables for every rank. `UserError`: a remote shell could misread one."""
     carried = {name: os.environ[name] for name in _CARRIED if name in os.environ}
     own = {"DS_ACCELERATOR": launch.kind, "TOKENIZERS_PARALLELISM": "false"}
     env = {"OMP_NUM_THREADS": "1", **own, **carried, **launch.env}
@@ -113,7 +113,8 @@ def build_environment(launch: Launch) -> dict[str, str]:
 
 
 def write_environment(launch: Launch, mark: str = "") -> Path:
-    """The file that DeepSpeed's `DS_ENV_FILE` names: NAME=VALUE lines, exported on every host. For its owner alone."""
+    """Writes the file for DeepSpeed's `DS_ENV_FILE`, NAME=VALUE lines exported on every host; only its owner may read
+    it."""
     file = launch.folder / ENVIRONMENT_NAME
     variables = build_environment(launch) | ({RUN_MARK: mark} if mark else {})
     write_whole(file, "".join(f"{name}={value}\n" for name, value in variables.items()), mode=0o600)
@@ -121,10 +122,10 @@ def write_environment(launch: Launch, mark: str = "") -> Path:
 
 
 def run_launcher(launch: Launch, arguments: list[str], options: MonitorOptions, mark: str | None = None) -> Exit:
-    """Runs the launcher to its end, its output going to `launcher.log` and to `options.on_line`.
+    """Runs the launcher until it ends; its output goes to `launcher.log` and `options.on_line`.
 
-    When one rank has died, the others get a few seconds to say what they met and are then ended. `mark` names the run
-    in the environment of its processes. `arguments` end with the job, which stays out of the log.
+    When a rank has died, the others get a few seconds to report errors and are then ended. `mark` identifies the run in
+    the environment of its processes. The last of `arguments` is the job, which is kept out of the log.
     """
     options = replace(options, hidden=arguments[-1])
     mark = mark or uuid.uuid4().hex
@@ -137,8 +138,8 @@ def run_launcher(launch: Launch, arguments: list[str], options: MonitorOptions, 
 
 
 def kill_leftovers(folder: Path) -> None:
-    """Ends what a killed `run` left on this machine: a stopped rank does not notice by itself, and would hold the
-    results. Only for who has locked the folder."""
+    """Ends what a killed `run` left on this machine, such as stopped ranks, which would keep the results locked. The
+    caller must have locked the folder."""
     try:
         lines = (folder / ENVIRONMENT_NAME).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):

@@ -1,7 +1,7 @@
-"""Monitoring a running launcher until it exits: its output, its death, its silence, and the user's wish to stop.
+"""Monitors a running launcher until it exits: its output, death, silence, and signals from the user.
 
-The launcher itself is only ever ended by SIGKILL (see `launch.launcher`), and with it whatever it started here: each
-of these processes carries the mark of its run in its environment, so none is missed, and no other process is hit.
+The launcher is only ended by SIGKILL (see `launch.launcher`), together with all it started here. These processes carry
+the mark of the run in their environment, so that none is missed, and no other process is killed.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ import psutil
 
 from ds_llmpq.launch.environment import RUN_MARK
 
-# what DeepSpeed's per-host launcher says when one of its ranks died (0.16 to 0.19); the number is the rank's
+# message of DeepSpeed's per-host launcher (0.16 to 0.19) when a rank died, with the rank's exit code
 _RANK_DIED = re.compile(rb"exits with return code = (-?\d+)")
-# how long the other ranks have to end by themselves, so that their messages reach the log
+# for the other ranks to end by themselves, so that their messages reach the log
 _GRACE_SECONDS = 5.0
 _POLL_SECONDS = 0.25
-# a longer gap between two looks means that `run` itself was suspended: silence then says nothing
+# a longer gap between two checks means that `run` itself was suspended, so silence means nothing
 _SUSPENDED_SECONDS = 10.0
 _STARTUP_SECONDS = 120.0
 _STACKS_SECONDS = 3.0
 
 
 class Line(Enum):
-    """What a rank's line is to the monitor: a heartbeat, kept out of the log; text for the log; or the reason why the
-    rank fails, also for the log: the other ranks then have a few seconds to give theirs."""
+    """The kind of a rank's line: a heartbeat, which is kept out of the log; text; or a failure, after which the other
+    ranks have a few seconds to report theirs."""
 
     HEARTBEAT = "heartbeat"
     TEXT = "text"
@@ -45,7 +45,7 @@ class Line(Enum):
 
 
 class ExitReason(Enum):
-    """Why the run ended: by itself, a rank or the launcher died, nothing made progress, or the user asked."""
+    """Why the run ended."""
 
     ENDED = "ended"
     DIED = "died"
@@ -57,8 +57,8 @@ class ExitReason(Enum):
 
 @dataclass(frozen=True)
 class Exit:
-    """`code`: exit code of the rank that died first as its launcher said it, else of the launcher; negative: the
-    signal that ended it; None where neither was seen."""
+    """`code`: exit code of the first rank that died, according to its launcher, else of the launcher; negative: the
+    signal; None if unknown."""
 
     reason: ExitReason
     code: int | None
@@ -68,11 +68,10 @@ class Exit:
 class MonitorOptions:
     """What the monitor looks for, and for how long it waits.
 
-    `on_line` sees every line. `hang_seconds`: None never takes silence for a hang; until `started()` it counts as at
-    least two minutes, since imports say nothing. `drain()` passes on a first Ctrl-C, SIGTERM or SIGHUP, and says
-    whether anything is in flight worth waiting for; without it the first one stops everything at once.
-    `hidden` is left out of the log: a job takes thousands of characters. A process of this machine that somebody
-    stopped (SIGSTOP) for `stopped_seconds` counts as hung.
+    `on_line` gets every line. `hang_seconds`: silence that counts as a hang, None: never; until `started()` at least
+    two minutes, because imports are silent. `drain()` passes on a first Ctrl-C, SIGTERM or SIGHUP, and returns whether
+    anything is in flight; without it the first one stops everything. `hidden` is left out of the log: a job has
+    thousands of characters. A process of this machine that is stopped (SIGSTOP) for `stopped_seconds` counts as hung.
     """
 
     on_line: Callable[[str], Line | None]
@@ -85,7 +84,7 @@ class MonitorOptions:
 
 
 def monitor(line: list[str], env: dict[str, str], log_file: Path, mark: str, options: MonitorOptions) -> Exit:
-    """Runs a command line to its end. KeyboardInterrupt passes on after all its processes have been stopped."""
+    """Runs a command line until it ends. KeyboardInterrupt passes on after all its processes have been stopped."""
     with open(log_file, "ab") as log, _Signals() as signals:
         child = subprocess.Popen(
             line, env=env | {RUN_MARK: mark}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -125,7 +124,7 @@ class _Monitor:
                 launcher = self.child.wait(_GRACE_SECONDS)
         code = launcher if self.code is None else self.code
         if self.reason is None:
-            # DeepSpeed's runner ends with 0 when a signal ended what it started: its ranks then live on
+            # DeepSpeed's runner exits with 0 if a signal ended its child, whose ranks live on
             alive = [process for process in list_marked(self.mark) if process.pid != self.child.pid]
             self.reason = ExitReason.ENDED if code == 0 and not alive else ExitReason.DIED
         return Exit(self.reason, code)
@@ -143,7 +142,7 @@ class _Monitor:
                 raise KeyboardInterrupt
             self.reason, self.deadline = ExitReason.DRAINED, now + self.options.drain_seconds
         if self.deadline is None and self.child.poll() is not None:
-            # killed: what it started lives on, and would go on writing. Ended: its last lines are still in the pipe
+            # if it was killed, its ranks live on and keep writing; if it ended, its last lines are still in the pipe
             self.deadline = now + _GRACE_SECONDS
         if self.deadline is not None:
             if now > self.deadline and self.reason is ExitReason.DRAINED:
@@ -178,7 +177,7 @@ class _Monitor:
                 self.reason, self.deadline = ExitReason.DIED, time.monotonic() + _GRACE_SECONDS
 
     def _wait_for_stacks(self) -> None:
-        """Ranks write their stacks by timers of their own, on every host; here, also those that were stopped."""
+        """Reads the stacks that ranks write by their own timers; stopped ones here are woken to do so."""
         for process in list_marked(self.mark):
             with contextlib.suppress(psutil.Error):
                 if _is_stopped(process):
@@ -196,7 +195,7 @@ class _Monitor:
 
 
 class _StoppedProcesses:
-    """Looks now and then for processes of the run that somebody stopped."""
+    """Looks for stopped processes of the run from time to time."""
 
     def __init__(self, mark: str, bound_seconds: float):
         self._mark, self._bound = mark, bound_seconds
@@ -215,7 +214,7 @@ class _StoppedProcesses:
 
 
 def kill_marked(mark: str) -> None:
-    """Ends what a run that was killed left on this machine."""
+    """Kills what a killed run left on this machine."""
     found = list_marked(mark)
     for process in found:
         with contextlib.suppress(psutil.Error):
@@ -224,9 +223,9 @@ def kill_marked(mark: str) -> None:
 
 
 def kill_launcher(child: subprocess.Popen, mark: str) -> None:
-    """Ends the launcher and all it started here; ranks on other hosts end when their connection breaks."""
+    """Kills the launcher and all it started here; ranks on other hosts end when their connection breaks."""
     found: dict[int, psutil.Process] = {}
-    for _ in range(2):  # once more for what was started meanwhile
+    for _ in range(2):  # again for processes started meanwhile
         with contextlib.suppress(psutil.NoSuchProcess):
             launcher = psutil.Process(child.pid)
             found |= {process.pid: process for process in [launcher, *launcher.children(recursive=True)]}
@@ -259,7 +258,7 @@ def _read_mark(process: psutil.Process) -> str | None:
 
 
 class _Signals:
-    """Counts Ctrl-C, SIGTERM and SIGHUP instead of dying from them; those that are ignored stay ignored."""
+    """Counts Ctrl-C, SIGTERM and SIGHUP instead of ending; ignored signals stay ignored."""
 
     def __init__(self) -> None:
         self.count = 0

@@ -1,4 +1,4 @@
-"""How far a batch is: a bar for people, or lines for the process that started the launcher."""
+"""Progress of a batch: a bar for people, or lines for the process that started the launcher."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class ProgressBar:
-    """How far phases of known length are, on standard error: a bar on a terminal, now and then a line in a log."""
+    """Progress of phases on standard error: a bar on a terminal, occasional lines in a log."""
 
     def __init__(self, stream: TextIO | None = None):
         self._stream = stream or sys.stderr
@@ -58,7 +58,7 @@ class ProgressBar:
 
 
 class ProgressLines:
-    """The same as JSON lines that `read` understands; at most five a second, a phase's first and last always."""
+    """Progress as JSON lines for `parse_progress`; at most five a second, but always the first and last of a phase."""
 
     def __init__(self, stream: TextIO | None = None):
         self._stream = stream or sys.stderr
@@ -73,12 +73,12 @@ class ProgressLines:
             print(PROGRESS_MARK + json.dumps(fields), file=self._stream, flush=True)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Does nothing."""
 
 
 @dataclass(frozen=True)
 class ProgressReport:
-    """What a progress line says. `pid` is the process that wrote it."""
+    """The content of a progress line. `pid` is the process that wrote it."""
 
     phase: Label
     done: Count
@@ -88,7 +88,7 @@ class ProgressReport:
 
 
 def parse_progress(line: str) -> ProgressReport | None:
-    """What a progress line says, None for any other line. Launchers may put the host's name before it."""
+    """The content of a progress line, None for other lines. Launchers may prefix the host's name."""
     _, mark, text = line.partition(PROGRESS_MARK)
     if not mark:
         return None

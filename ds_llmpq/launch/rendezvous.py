@@ -1,7 +1,7 @@
-"""Where the ranks meet: a store that listens on the address the others were told, and on no other.
+"""Where the ranks meet: a store that listens only on the address that the ranks know.
 
-torch's own rendezvous listens on all of a machine's addresses. Here rank 0 binds MASTER_ADDR: loopback where all ranks
-are on this machine, else the interface of the cluster's network.
+torch's own rendezvous listens on all addresses of a machine. Here rank 0 binds MASTER_ADDR: loopback if all ranks are
+on this machine, else the interface of the cluster's network.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ METHOD = "dsllmpq://"
 
 
 def register() -> str:
-    """Makes the rendezvous known to torch; returns the `init_method` that chooses it. May be called again."""
+    """Registers the rendezvous with torch and returns its `init_method`. May be called again."""
     with contextlib.suppress(RuntimeError):  # it is known already
         register_rendezvous_handler(METHOD.removesuffix("://"), _rendezvous)
     return METHOD
@@ -39,16 +39,15 @@ def _rendezvous(url: str, timeout: datetime.timedelta = datetime.timedelta(minut
 
 
 def _build_prefix() -> str:
-    """Of every key, from the run's own random mark, which its ranks alone have in their environment: another process
-    that reaches the store by mistake, or guesses at torch's keys, meets none. It is no lock: a store lists its keys to
-    who asks."""
+    """A prefix for every key, from the run's random mark, which only its ranks have in their environment, so that
+    another process does not hit a key by mistake or by guessing. It is no lock: a store lists its keys on request."""
     mark = read_mark()
     return hashlib.sha256(b"ranks of " + mark.encode()).hexdigest() if mark else "by hand"
 
 
 def listen(host: str, port: int) -> socket.socket | None:
-    """A socket listening at host:port alone; None where this machine does not know that address as its own (behind
-    address translation), so that it must listen on all. `PortTaken`: another socket is there, or it is not allowed."""
+    """A socket listening only at host:port; None if this machine does not have that address (behind address
+    translation), so that it must listen on all. `PortTaken`: the port is in use or not allowed."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError:
