@@ -2,7 +2,7 @@
 
     from ds_llmpq import LLM, SamplingParams
 
-Importing the package loads next to nothing: each name is loaded when it is first used.
+Importing the package loads almost nothing: each name is loaded when it is first used.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """The package from Python: plan a model for a cluster, and generate with it.
 
-Every call drives what `ds-llmpq run` drives: the planner, the launcher, a supervisor that starts the pipeline again
-after a death, and result rows that are on disk as they finish. Nothing stays loaded between two calls, so give all
-prompts to one.
+Every call does what `ds-llmpq run` does: it plans, starts the launcher, restarts the pipeline if it dies, and writes
+result rows as they finish. Nothing stays loaded between calls, so give all prompts to one.
 """
 
 from __future__ import annotations
@@ -40,8 +39,8 @@ Prompt: TypeAlias = "str | Sequence[int] | Sequence[Message]"
 
 @dataclass(frozen=True)
 class CompletionOutput:
-    """An answer. `token_ids` are all that were generated, an end token included. `finish_reason`: `stop` (an end token
-    or a stop string), `length` (max_tokens), or `error` (see RequestOutput.error)."""
+    """An answer. `token_ids`: all generated tokens, including an end token. `finish_reason`: `stop` (an end token or a
+    stop string), `length` (max_tokens), or `error` (see RequestOutput.error)."""
 
     index: int
     text: str
@@ -51,7 +50,7 @@ class CompletionOutput:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """What came of one prompt. `outputs` holds one answer; `error` says why there is none, where it failed."""
+    """The result of one prompt. `outputs` holds one answer; `error` says why there is none if it failed."""
 
     request_id: str
     prompt: Prompt
@@ -66,7 +65,7 @@ class LLM:
     `model`: a folder in Hugging Face format. `cluster`: the name of a shipped cluster, a cluster.yaml (as `ds-llmpq
     detect` writes it), its keys as a dict or ClusterConfig, or None for this machine. `plan`: a Plan or a plan.json to
     use; without one, each call plans for its own prompts. `settings`: any key of `ds-llmpq run`, such as
-    `{"planner.theta": 10, "quant.bits": [4, 8]}`. Raises `UserError` with one sentence for what cannot be used.
+    `{"planner.theta": 10, "quant.bits": [4, 8]}`. `UserError` says in one sentence what cannot be used.
     """
 
     def __init__(
@@ -94,14 +93,14 @@ class LLM:
     def plan(
         self, input: str | os.PathLike[str] | None = None, *, out: str | os.PathLike[str] | None = None
     ) -> Plan:  # named as the command's key
-        """Plans for the workload of the settings; what these leave open is measured on `input`, a batch file. `out`: a
-        folder that keeps plan.json, problem.json and hostfile. `InfeasibleError`: nothing fits; it names a remedy."""
+        """Plans for the workload in the settings; what they leave open is taken from `input`, a batch file. `out`: a
+        folder for plan.json, problem.json and hostfile. `InfeasibleError`: nothing fits; it names a remedy."""
         with _folder(out) as folder:
             return make_plan(replace(self.settings, input=None if input is None else str(make_absolute(input))), folder)
 
     def run(self, input: str | os.PathLike[str], *, out: str | os.PathLike[str]) -> BatchRun:
-        """`ds-llmpq run`: turns a batch file into results.jsonl and errors.jsonl of the folder `out`. A second call
-        with the same arguments goes on where the first one was interrupted."""
+        """Does what `ds-llmpq run` does: turns a batch file into results.jsonl and errors.jsonl in the folder `out`. A
+        second call with the same arguments resumes an interrupted one."""
         folder = make_absolute(out)
         folder.mkdir(parents=True, exist_ok=True)
         return run_batch(self._with_plan(folder, str(make_absolute(input))), folder)
@@ -113,9 +112,9 @@ class LLM:
         *,
         out: str | os.PathLike[str] | None = None,
     ) -> list[RequestOutput]:
-        """Answers in the order of the prompts: one prompt or many, each a text, token ids, or a conversation (a list
-        of messages). `sampling_params`: for all, or one a prompt. `out`: a folder that keeps all files; a second call
-        with the same prompts then goes on from it. `UserError`: a prompt or parameter that no row may have."""
+        """Answers in the order of the prompts: one or many, each a text, token ids, or a conversation (a list of
+        messages). `sampling_params`: one for all, or one per prompt. `out`: a folder that keeps all files; a second
+        call with the same prompts resumes there. `UserError`: an invalid prompt or parameter."""
         listed = [prompts] if _is_one(prompts) else list(prompts)
         if not listed:
             return []
@@ -135,7 +134,7 @@ class LLM:
         *,
         out: str | os.PathLike[str] | None = None,
     ) -> list[RequestOutput]:
-        """`generate` for one conversation or several, written with the model's chat template."""
+        """`generate` for one or several conversations, with the model's chat template."""
         return self.generate(messages, sampling_params, out=out)
 
     def _with_plan(self, folder: Path, input: str) -> RunConfig:
@@ -161,7 +160,7 @@ def _cluster_override(cluster: Any) -> list[str]:
 
 @contextlib.contextmanager
 def _folder(out: str | os.PathLike[str] | None) -> Iterator[Path]:
-    """`out`, or a temporary folder, which stays where a failed run left results or a log in it."""
+    """`out`, or a temporary folder, which is kept if a failed run left results or a log in it."""
     if out is not None:
         folder = make_absolute(out)
         folder.mkdir(parents=True, exist_ok=True)
@@ -203,7 +202,7 @@ def _pairs(prompts: list[Prompt], params: Any) -> Iterator[tuple[Prompt, Samplin
 
 
 def _row(index: int, prompt: Any, params: SamplingParams | None) -> dict[str, Any]:
-    """A row of a batch file, which says all that `params` say: settings stand for what is None, or for all of it."""
+    """A row of a batch file with all values in `params`; for those that are None, the settings apply."""
     is_chat = _starts_with(prompt, Mapping)
     values = {} if params is None else {each.name: getattr(params, each.name) for each in fields(params)}
     body = {name: value for name, value in values.items() if value is not None}
@@ -233,7 +232,7 @@ def _outputs(folder: Path, prompts: list[Prompt]) -> list[RequestOutput]:
             for _, row in read_json_lines(folder / name, "results", remedy):
                 rows[int(row["custom_id"])] = row
         return [_output(rows[index], prompt) for index, prompt in enumerate(prompts)]
-    except (LookupError, TypeError, ValueError) as error:  # somebody changed them
+    except (LookupError, TypeError, ValueError) as error:  # the files were changed
         raise UserError(f"{folder} holds results of another form ({type(error).__name__}); {remedy}.") from None
 
 

@@ -1,4 +1,4 @@
-"""`ds-llmpq COMMAND [hydra overrides]`: hands the arguments to a command, and says a user's mistake in one sentence."""
+"""`ds-llmpq COMMAND [hydra overrides]`: runs a command, and reports a user's mistake in one sentence."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def _through_hydra(command: str, arguments: list[str]) -> int:
 
 
 def _check_room(folder: Path) -> None:
-    """`UserError` where not even the configuration fits, of which Hydra would say so in two tracebacks."""
+    """`UserError` if not even the configuration fits, which Hydra would report with two tracebacks."""
     free = shutil.disk_usage(folder).free
     if free < _LEAST_FREE_BYTES:
         raise UserError(
@@ -147,7 +147,7 @@ def _run(command: str, composed: DictConfig) -> int:
 
 
 def _point(command: str, module: ModuleType, composed: DictConfig, out: Path) -> int:
-    """One point of a sweep; one that is already there, from the same configuration, is kept."""
+    """Runs a point of a sweep, unless its result from the same configuration exists."""
     try:
         made = sweep_cache.digest(command, OmegaConf.to_container(composed, resolve=True))
         if sweep_cache.is_done(out, command, made):

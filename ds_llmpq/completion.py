@@ -1,7 +1,7 @@
 """`ds-llmpq completion bash|zsh|fish`: a script that completes commands, keys, groups and their entries.
 
-The script asks `ds-llmpq completion words COMMAND WORD` for what may follow; that loads neither Hydra's application nor
-torch, and reads the same keys as the command line is checked against.
+The script calls `ds-llmpq completion words COMMAND WORD`, which loads neither Hydra's application nor torch, and uses
+the keys that the command line is checked against.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ SHELLS = {"bash": _BASH, "zsh": _ZSH, "fish": _FISH}
 
 
 def main(arguments: list[str]) -> int:
-    """Prints a shell's script, or (`words COMMAND WORD`, for the scripts) what may stand in the place of WORD."""
+    """Prints a shell's script, or (`words COMMAND WORD`, for the scripts) the completions of WORD."""
     if arguments[:1] == ["words"]:
         command, word = [*arguments[1:], "", ""][:2]
         print("\n".join(complete(command, word)))
@@ -74,12 +74,12 @@ def main(arguments: list[str]) -> int:
 
 
 def installed(arguments: list[str]) -> list[str]:
-    """The arguments of `main` for Hydra's way to ask for a script, `-sc install=bash`."""
+    """The arguments of `main` for Hydra's own form, `-sc install=bash`."""
     return [argument.removeprefix("install=") for argument in arguments if argument.startswith("install=")]
 
 
 def complete(command: str, word: str) -> list[str]:
-    """What a word may become: a command where none is given, else keys a level at a time, groups, their entries."""
+    """Completions of a word: commands if none is given, else keys one level at a time, groups, and their entries."""
     if not command:
         return [name for name in (*config.COMMANDS, *_OTHERS) if name.startswith(word)]
     if command == "completion":

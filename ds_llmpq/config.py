@@ -1,4 +1,4 @@
-"""From the command line to plain objects: where conf/ is, what YAML may refer to, and how mistakes are said."""
+"""From the command line to plain objects: composes settings, reads YAML files, and words mistakes."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ COMMANDS = {
     "export": ExportConfig,
 }
 
-# what a command runs that is given nothing, but perhaps a folder for it
+# what a command runs without arguments, or with only an output folder
 EXAMPLES = {"run": ("+experiment=demo",)}
 
 __all__ = ["absolute_or_none", "asset", "conf_folder", "make_absolute"]  # beside what is defined here
@@ -69,7 +69,7 @@ P = TypeVar("P", PlanConfig, RunConfig, EvaluateConfig, ProfileConfig)
 
 
 def register() -> None:
-    """Makes the schemas and the resolvers known to Hydra and OmegaConf; may be called again."""
+    """Registers schemas and resolvers with Hydra and OmegaConf. May be called again."""
     OmegaConf.register_new_resolver("asset", asset, replace=True)
     OmegaConf.register_new_resolver("gib", lambda number: int(float(number) * 2**30), replace=True)
     OmegaConf.register_new_resolver("mib", lambda number: int(float(number) * 2**20), replace=True)
@@ -82,7 +82,7 @@ def register() -> None:
 
 
 def compose_settings(command: str, arguments: list[str]) -> DictConfig:
-    """The configuration of a command, composed without running it. `UserError` for an unknown key or a wrong value."""
+    """The configuration of a command, without running it. `UserError`: an unknown key or a wrong value."""
     register()
     prepared = prepare(command, arguments)
     try:
@@ -93,12 +93,12 @@ def compose_settings(command: str, arguments: list[str]) -> DictConfig:
 
 
 def prepare(command: str, arguments: list[str], sweep: bool = False) -> list[str]:
-    """A command's arguments as Hydra takes them; see `overrides.prepare`."""
+    """A command's arguments in the form for Hydra; see `overrides.prepare`."""
     return overrides.prepare(command, COMMANDS[command], arguments, conf_folder(), sweep)
 
 
 def to_object(config: DictConfig, kind: type[T]) -> T:
-    """The plain object of a composed configuration. `UserError` for a missing or wrongly typed value."""
+    """The plain object of a composed configuration. `UserError`: a missing value or a wrong type."""
     try:
         result: Any = OmegaConf.to_object(config)
     except Exception as error:  # beside OmegaConf's own, whatever a resolver or a conversion raises

@@ -1,4 +1,4 @@
-"""The one exception for a user's mistake: its message is the whole output, without a traceback."""
+"""The exception for a user's mistake, whose message is shown without a traceback."""
 
 import unicodedata
 from collections.abc import Mapping
@@ -9,8 +9,8 @@ _UNSAFE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})  # controls, directions, hal
 
 
 def make_printable(text: object, most: int = MOST_CHARACTERS, keep: str = "\n") -> str:
-    """`text` as a terminal may have it: control characters, changes of direction and half characters are escaped, all
-    but those in `keep`, and what is longer than `most` characters loses its middle."""
+    """`text` made safe for a terminal: control characters, changes of direction and half characters are escaped, except
+    those in `keep`, and what is longer than `most` characters loses its middle."""
     text = _cut(str(text), most)
     if text.isascii() and text.isprintable():
         return text
@@ -24,7 +24,7 @@ def make_printable(text: object, most: int = MOST_CHARACTERS, keep: str = "\n") 
 
 
 def _cut(text: str, most: int) -> str:
-    """The end stays: there is the remedy."""
+    """Cuts out the middle, because the remedy is at the end."""
     if len(text) <= most:
         return text
     head, tail = most * 2 // 3, most // 3 - 5
@@ -32,7 +32,7 @@ def _cut(text: str, most: int) -> str:
 
 
 def quote(value: object, most: int = 60) -> str:
-    """A value from outside as its user would recognise it, cut to a readable length, on one line."""
+    """A value from outside for a message: on one line, shortened."""
     if isinstance(value, (str, bytes, list, tuple, dict)) and len(value) > most:
         value = value[:most] if isinstance(value, (str, bytes, list, tuple)) else dict(list(value.items())[:most])
         return make_printable(repr(value), 10 * most, keep="")[: most - 3] + "..."
@@ -44,8 +44,8 @@ def quote(value: object, most: int = 60) -> str:
 
 
 class UserError(Exception):
-    """What the user gave cannot be used. The message is one sentence: the value, the bound, the remedy. It may quote
-    what came from outside: it is made fit for a terminal and cut."""
+    """The user's input cannot be used. The message is one sentence: the value, the bound, the remedy. It is made safe
+    for a terminal and shortened, because it may quote input."""
 
     exit_code = 1
 
@@ -66,11 +66,11 @@ class Interrupted(UserError):
 
 
 class PortTaken(UserError):
-    """The ranks' meeting point cannot be listened on: somebody else does."""
+    """Another process listens on the ranks' meeting point."""
 
 
 class RunFailed(UserError):
-    """A pipeline that was started failed for good. `failure` says how, as failure.json has it."""
+    """A started pipeline failed for good. `failure`: the record in failure.json."""
 
     def __init__(self, message: object, failure: Mapping[str, Any]):
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""Fields of configuration dataclasses that the command line must know something about."""
+"""Fields of configuration dataclasses that the command line treats specially."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ _PATH = "path"
 
 
 def path_field(default: str | None = None) -> Any:
-    """A dataclass field whose value is a file or folder: the command line takes it as it is written, whatever Hydra's
-    grammar would make of it."""
+    """A dataclass field for a file or folder, which the command line takes literally, whatever it means in Hydra's
+    grammar."""
     return field(default=default, metadata={_PATH: True})
 
 

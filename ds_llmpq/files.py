@@ -1,7 +1,7 @@
-"""Small files written whole or not at all, and files from outside read with bounds. Imports no room; importable by all.
+"""Writes small files whole or not at all, and reads files from outside with bounds. Imports no other package.
 
-What is read here may come from anyone: only regular files are opened, sizes, nesting, digits and lengths are bounded,
-and whatever is wrong is a `UserError` of one sentence. What the values must be is said by `ds_llmpq.validation`.
+Files may come from anyone: only regular files are opened; sizes, nesting, digits and lengths are bounded; and every
+problem is a `UserError` of one sentence. `ds_llmpq.validation` checks the values.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from typing import Any, BinaryIO
 from ds_llmpq.errors import UserError, make_printable, quote
 
 MOST_BYTES = 64 << 20
-# of files that transformers, safetensors and tokenizers look for
+# files that transformers, safetensors and tokenizers look for
 CHECKPOINT_SUFFIXES = (".json", ".safetensors", ".txt", ".jinja", ".model")
 MOST_DEPTH = 64  # of nested objects and lists
 MOST_VALUES = 200_000  # of a YAML file
-MOST_DIGITS = 300  # of a whole number: with more it is no float any more, and slow to read
+MOST_DIGITS = 300  # of a whole number; longer ones are no floats, and slow to read
 _FORMULA = tuple("=+-@")
 _NUMBER = re.compile(r"[+-]?[0-9]+([.][0-9]*)?([eE][+-]?[0-9]+)?")
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -40,20 +40,20 @@ _KINDS = (
 
 
 def make_absolute(path: str | os.PathLike[str]) -> Path:
-    """`path` from the current folder, `~` being the user's home."""
+    """`path` relative to the current folder; `~` is the user's home."""
     return Path(path).expanduser().absolute()
 
 
 def absolute_or_none(path: str | None) -> str | None:
-    """`make_absolute` of a path that may be left out."""
+    """`make_absolute` of an optional path."""
     return None if path is None else str(make_absolute(path))
 
 
 def write_whole(path: str | Path, text: str | Iterable[str], mode: int = 0o666) -> None:
-    """Replaces a file in one step: after a crash or power cut it holds the old text or the new one, never a part.
+    """Replaces a file in one step, so that after a crash or power cut it holds the old text or the new one.
 
-    `text`: all of it, or its parts in order. `mode` is what the umask is taken from. `UserError` where it cannot be
-    written; the old file is then untouched.
+    `text`: all of it, or its parts in order. `mode`: before the umask. `UserError`: it cannot be written; the old file
+    is then untouched.
     """
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -76,8 +76,8 @@ def write_json(path: str | Path, value: object) -> None:
 
 
 def open_regular(path: str | Path, what: str, remedy: str, most_bytes: int | None = None) -> BinaryIO:
-    """An open regular file. `UserError`: missing, unreadable, no regular file (a pipe is not waited for), or of more
-    than `most_bytes` bytes. `what` names the kind of file, `remedy` ends the sentence."""
+    """Opens a regular file. `UserError`: missing, unreadable, no regular file (pipes are not waited for), or larger
+    than `most_bytes`. `what` names the kind of file, `remedy` ends the sentence."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as error:  # a path with NUL is a ValueError
@@ -94,8 +94,8 @@ def open_regular(path: str | Path, what: str, remedy: str, most_bytes: int | Non
 
 
 def keep_open_pipe(path: str | Path, folder: Path) -> Path:
-    """What comes out of a pipe that the shell has opened (`input=<(zcat FILE)`), as a file of `folder`: an input is
-    read several times, also by other processes. Any other path is given back as it is."""
+    """Saves a pipe that the shell has opened (`input=<(zcat FILE)`) as a file in `folder`, because an input is read
+    several times, also by other processes. Returns any other path unchanged."""
     path = Path(path)
     if not re.fullmatch(r"/dev/(fd/\d+|stdin)|/proc/self/fd/\d+", str(path)):
         return path
@@ -110,15 +110,15 @@ def keep_open_pipe(path: str | Path, folder: Path) -> Path:
                 file.write(piece)
     except OSError as error:
         raise UserError(f"{path} cannot be kept in {folder} ({_reason(error)}); give a file.") from None
-    # named after what it holds, so that a run that goes on with the same text finds it unchanged
+    # named after its content, so that a resumed run with the same text finds it unchanged
     kept = folder / f"input-{digest.hexdigest()[:12]}.jsonl"
     os.replace(unfinished, kept)
     return kept
 
 
 def check_files(folder: str | Path, what: str, remedy: str) -> None:
-    """Before a library looks into a folder from outside by names of its own: whatever is named like a checkpoint's file
-    is one. `UserError` as in `open_regular`; a folder that cannot be listed is left to who reads it."""
+    """Checks, before a library reads a folder from outside, that everything named like a checkpoint's file is a regular
+    file. `UserError` as in `open_regular`; a folder that cannot be listed is reported when it is read."""
     try:
         names = sorted(os.listdir(folder))
     except OSError:
@@ -129,7 +129,7 @@ def check_files(folder: str | Path, what: str, remedy: str) -> None:
 
 
 def read_text(path: str | Path, what: str, remedy: str, most_bytes: int = MOST_BYTES) -> str:
-    """All of a UTF-8 file, without a byte order mark. `UserError` as in `open_regular`, or for other encodings."""
+    """The text of a UTF-8 file, without a byte order mark. `UserError` as in `open_regular`, or another encoding."""
     try:
         with open_regular(path, what, remedy, most_bytes) as file:
             return file.read(most_bytes + 1).decode("utf-8-sig")
@@ -140,13 +140,13 @@ def read_text(path: str | Path, what: str, remedy: str, most_bytes: int = MOST_B
 
 
 def read_json(path: str | Path, what: str, remedy: str, most_bytes: int = MOST_BYTES, *, infinity: bool = False) -> Any:
-    """Parsed JSON of a file from outside. `UserError`, with `remedy` as its end: see `read_text` and `parse_json`."""
+    """Parsed JSON of a file from outside. `UserError` as in `read_text` and `parse_json`."""
     return parse_json(read_text(path, what, remedy, most_bytes), f"{what} {path}", remedy, infinity=infinity)
 
 
 def parse_json(text: str | bytes, where: str, remedy: str, *, infinity: bool = False) -> Any:
-    """Parsed JSON whose numbers are finite (with `infinity`: or infinite), whole numbers below 10**300, text whole
-    characters, nested at most `MOST_DEPTH` levels, and whose objects hold no key twice. `UserError` names `where`."""
+    """Parsed JSON. `UserError`, which names `where`: numbers that are not finite (unless `infinity`), whole numbers
+    above 10**300, half characters, more than `MOST_DEPTH` levels, or a key twice in an object."""
     try:
         value = json.loads(
             text.decode("utf-8-sig") if isinstance(text, bytes) else text,
@@ -164,9 +164,9 @@ def parse_json(text: str | bytes, where: str, remedy: str, *, infinity: bool = F
 
 
 def read_yaml(path: str | Path, what: str, remedy: str, most_bytes: int = 4 << 20) -> Any:
-    """Plain values of a YAML file. `UserError`: see `read_text`; not YAML, tags, nested too deeply, too many values (by
-    aliases a short file can stand for an endless one), a key twice, or an interpolation other than `${gib:NUMBER}` and
-    `${mib:NUMBER}`: a file from outside does not read the environment."""
+    """Plain values of a YAML file. `UserError`: see `read_text`; no YAML, tags, too deep, too many values (aliases can
+    make a short file endless), a key twice, or an interpolation other than `${gib:NUMBER}` and `${mib:NUMBER}`, because
+    a file from outside must not read the environment."""
     import yaml
     from omegaconf import OmegaConf
 
@@ -180,7 +180,7 @@ def read_yaml(path: str | Path, what: str, remedy: str, most_bytes: int = 4 << 2
 
 
 def read_json_lines(path: str | Path, what: str, remedy: str, most_bytes: int = 1 << 30) -> Iterator[tuple[int, Any]]:
-    """(line number from 1, value) of each line that is not blank, each as `parse_json` has it."""
+    """(line number from 1, value) of each line that is not blank. `UserError` as in `parse_json`."""
     with open_regular(path, what, remedy, most_bytes) as file:
         for number, line in enumerate(read_lines(file, f"{what} {path}", remedy), 1):
             if line.strip():
@@ -188,7 +188,7 @@ def read_json_lines(path: str | Path, what: str, remedy: str, most_bytes: int = 
 
 
 def read_lines(file: BinaryIO, where: str, remedy: str) -> Iterator[bytes]:
-    """Each line with its end, as iterating the file does. `UserError`: one has more than `MOST_BYTES` bytes."""
+    """Each line with its line end. `UserError`: one has more than `MOST_BYTES` bytes."""
     for number in itertools.count(1):
         line = file.readline(MOST_BYTES + 1)
         if not line:
@@ -200,7 +200,7 @@ def read_lines(file: BinaryIO, where: str, remedy: str) -> Iterator[bytes]:
 
 def read_csv(text: str, where: str, remedy: str, columns: Sequence[str] = ()) -> Iterator[tuple[int, dict[str, str]]]:
     """(line number from 1, cells by column) of a CSV text with a header. `UserError`: one of `columns` is missing, a
-    name stands twice in the header, or a row has more or fewer cells than it."""
+    column name is repeated, or a row has another number of cells than the header."""
     reader = csv.reader(io.StringIO(text, newline=""))
     try:
         header = next(reader, [])
@@ -220,8 +220,8 @@ def read_csv(text: str, where: str, remedy: str, columns: Sequence[str] = ()) ->
 
 
 def csv_cell(value: Any) -> Any:
-    """A value for a table that may be opened with a spreadsheet: text that it would take for a formula gets a quote
-    before it, and no control characters reach it. Numbers stay numbers."""
+    """A value for a table that may be opened in a spreadsheet: text that looks like a formula gets a leading quote, and
+    control characters are escaped. Numbers stay numbers."""
     if not isinstance(value, str):
         return value
     text = make_printable(value, len(value), keep="\n")
@@ -229,7 +229,7 @@ def csv_cell(value: Any) -> Any:
 
 
 def _check_events(events: Iterable[Any]) -> None:
-    """ValueError for what YAML has beside plain values, and for aliases that stand for very many of them."""
+    """ValueError for anything but plain values, and for aliases that stand for too many."""
     sizes: dict[str, int] = {}  # values that an anchor stands for
     open_nodes: list[list[Any]] = [["", 0]]  # anchor and values so far of each open list or object
     for event in events:
@@ -298,7 +298,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_nesting(value: Any) -> None:
-    """RecursionError beyond `MOST_DEPTH`; ValueError for text that holds half a character."""
+    """RecursionError beyond `MOST_DEPTH` levels; ValueError for text with half a character."""
     level, depth = [value], 0
     while level:
         depth += 1
@@ -324,8 +324,8 @@ def _check_characters(text: str) -> None:
 
 
 def lock(descriptor: int, refusal: str) -> None:
-    """Holds an open file or folder until it is closed; `UserError(refusal)` if somebody else does. File systems without
-    locks are taken as they are."""
+    """Locks an open file or folder until it is closed; `UserError(refusal)` if somebody else holds it. Does nothing on
+    file systems without locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -350,7 +350,7 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def refuse_unwritable(folder: Path) -> Iterator[None]:
-    """A full disk or a folder that may not be written, wherever it is met, as one sentence."""
+    """Turns a full disk or a read-only folder, wherever it is met in the block, into a `UserError`."""
     try:
         yield
     except OSError as error:

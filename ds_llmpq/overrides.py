@@ -1,7 +1,7 @@
-"""What stands on the command line, made ready for Hydra: every key is known to the command, paths are quoted, and free
-dictionaries (`planner.pins`) take any keys.
+"""Prepares the command line for Hydra: checks that the command knows every key, quotes paths, and lets free
+dictionaries (`planner.pins`) have any keys.
 
-Hydra's own `+key=value` adds whatever key it is given, which then has no effect; here `+` is for groups.
+Hydra's own `+key=value` adds unknown keys, which have no effect; here `+` is for groups.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from omegaconf import DictConfig, OmegaConf
 from ds_llmpq.errors import UserError, quote
 from ds_llmpq.fields import is_path
 
-# Keys that were renamed: former -> present name. To rename a key, add an entry here: the former one is then taken for
-# one more version, and a line on the screen names the new word. An entry also covers the keys below it.
+# Renamed keys: former -> present name. Add an entry when you rename a key: the former name is then accepted for one
+# more version, and a note names the new one. An entry also covers the keys below it.
 FORMER_KEYS: dict[str, str] = {
     "planner.omega": "planner.sensitivity",
     "quant.head_bits": "quant.lm_head_bits",
@@ -81,7 +81,7 @@ def _say_renamed(former: str, present: str | None) -> str:
 
 
 def find_present(key: str) -> str | None:
-    """The present name of a dotted key that was renamed; None for any other."""
+    """The present name of a renamed dotted key, else None."""
     former = next((name for name in FORMER_KEYS if key == name or key.startswith(f"{name}.")), None)
     return None if former is None else FORMER_KEYS[former] + key[len(former) :]
 
@@ -117,7 +117,7 @@ def path_keys(kind: type) -> frozenset[str]:
 
 
 def list_groups(kind: type, conf: Path) -> dict[str, list[str]]:
-    """Groups of configuration that a command takes -> the names of their entries."""
+    """Configuration groups of a command -> names of their entries."""
     own = set(OmegaConf.structured(kind))
     found = {}
     for folder in sorted(path for path in conf.rglob("*") if path.is_dir()):
@@ -158,7 +158,7 @@ def _prepared(command: str, kind: type, argument: str, conf: Path, sweep: bool) 
     if is_hydra or place == _OPEN or prefix == "~":
         return argument
     if place == _CLOSED:
-        return quoted(f"{key}={value}", kind, sweep)  # a `+` would say that the key is not there
+        return quoted(f"{key}={value}", kind, sweep)  # with `+`, Hydra would expect a missing key
     return _freely(key.split("."), int(place), value)
 
 
@@ -166,13 +166,13 @@ def _is_group(key: str, kind: type, conf: Path) -> bool:
     name = key.partition("@")[0].strip("/")
     if "@" in key or "/" in name or name in ("experiment", "comparison"):
         return True
-    # the fields first: any other name may be longer than a file's can be
+    # fields first, because any other name may be too long for a file
     return "." not in name and name in OmegaConf.structured(kind) and (conf / name).is_dir()
 
 
 def _place(node: Any, key: str) -> str | None:
-    """Where a key lies: `_CLOSED` (a field), `_OPEN` (in a list, or in what may be anything), or how many of its parts
-    name the free dictionary that holds it; None where there is no such key."""
+    """Where a key is: `_CLOSED` (a field), `_OPEN` (in a list or an untyped value), or how many of its parts name the
+    free dictionary that holds it; None if there is no such key."""
     parts = key.split(".") if key else []
     for depth, part in enumerate(parts):
         if not isinstance(node, DictConfig):
@@ -192,8 +192,8 @@ def _place(node: Any, key: str) -> str | None:
 
 
 def _freely(parts: list[str], depth: int, value: str) -> str:
-    """An override of a free dictionary, which the first `depth` parts name, or below it: always added, its keys escaped
-    where Hydra's grammar needs it."""
+    """An override of the free dictionary that the first `depth` parts name, or below it: always added, with keys
+    escaped if Hydra's grammar needs it."""
     plain = f"++{'.'.join(parts)}={value}"
     if _parsed(plain) is not None:
         return plain
@@ -202,7 +202,7 @@ def _freely(parts: list[str], depth: int, value: str) -> str:
     except (yaml.YAMLError, ValueError, RecursionError):
         return plain  # Hydra says what is wrong with it
     inner = parts[depth:]
-    # a device's name may hold dots: of `pins.layers.NAME`, all behind the field is the name
+    # a device's name may hold dots: in `pins.layers.NAME`, all after the field is the name
     for part in reversed([inner[0], ".".join(inner[1:])] if len(inner) > 1 else inner):
         loaded = {part: loaded}
     return f"++{'.'.join(parts[:depth])}={_written(loaded)}"

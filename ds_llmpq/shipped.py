@@ -1,4 +1,4 @@
-"""Where the files are that the project ships: beside the package in a checkout, inside it in an installed wheel."""
+"""Finds the files that the project ships: beside the package in a checkout, inside it in an installed wheel."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ASSETS = {
 
 
 def conf_folder() -> Path:
-    """The configuration folder: beside the package in a checkout, inside it in an installed wheel."""
+    """The configuration folder."""
     checkout = _PACKAGE.parent / "conf"
     return checkout if checkout.is_dir() else _PACKAGE / "conf"
 

@@ -1,9 +1,9 @@
-"""Types of values from outside, validated by pydantic; a mistake becomes one sentence.
+"""Validates values from outside by pydantic; a mistake becomes one sentence.
 
-Loaders read a file with `ds_llmpq.files` and hand its values to `validate` (JSON), `validate_cells` (a row of CSV) or
-`validate_line` (JSON lines that this program writes by the thousand), with the dataclass they want or any other type.
-Nothing is converted: `"3"` is not a number, and 3.0 not an integer. The types below carry the bounds; a dataclass's own
-`__post_init__` says what several fields must be together.
+Loaders read a file with `ds_llmpq.files` and pass its values to `validate` (JSON), `validate_cells` (a row of CSV) or
+`validate_line` (JSON lines that this program writes in great numbers), with the dataclass or type they expect. Nothing
+is converted: `"3"` is not a number, and 3.0 no integer. The types below have bounds; a dataclass's `__post_init__`
+checks fields against each other.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ T = TypeVar("T")
 MOST_COUNT = 2**53  # exact as a float too
 MOST_SIZE = 1e300  # products of a few stay finite as far as they are compared
 _WHOLE = re.compile("0|[1-9][0-9]{0,15}")
-_ONE, _MANY = "\0one", "\0many"  # marks in pydantic's places: no key that is taken begins so
+_ONE, _MANY = "\0one", "\0many"  # marks in pydantic's locations; no valid key begins so
 
 
 def _plain(text: str) -> str:
@@ -51,7 +51,7 @@ def _distinct(values: tuple[T, ...]) -> tuple[T, ...]:
 
 
 def one_of(*values: Any) -> Any:
-    """The type of a value that is one of these, all of one type."""
+    """The type of a value that is one of these, which all have one type."""
 
     def check(value: Any) -> Any:
         if value not in values:
@@ -89,8 +89,8 @@ Plain = Annotated[dict[str, Any], MaxLen(100_000)]  # any JSON object
 
 
 def validate(kind: type[T], value: Any, where: str, remedy: str, *, ignore_unknown: bool = False) -> T:
-    """`value`, parsed JSON, as a `kind`. `UserError`: the first place where it is none, as a dotted path below `where`,
-    what stands there, what must, and the remedy. `ignore_unknown`: keys that the dataclass lacks are no mistake.
+    """`value`, parsed JSON, as a `kind`. `UserError`: the first mistake, with its dotted path below `where`, what is
+    there, what must be, and the remedy. `ignore_unknown`: allows keys that the dataclass lacks.
     """
     if ignore_unknown and isinstance(value, dict):
         value = {name: value[name] for name in kind.__dataclass_fields__ if name in value}
@@ -105,7 +105,7 @@ def validate(kind: type[T], value: Any, where: str, remedy: str, *, ignore_unkno
 
 
 def validate_cells(kind: type[T], cells: Mapping[str, Any], where: str, remedy: str) -> T:
-    """The same of text alone, as CSV has it; nested mappings stand for nested dataclasses."""
+    """`validate` for texts, as in CSV; nested mappings are nested dataclasses."""
     try:
         return _adapter(dict[str, kind]).validate_strings({"": cells})[""]
     except ValidationError as error:
@@ -113,8 +113,8 @@ def validate_cells(kind: type[T], cells: Mapping[str, Any], where: str, remedy: 
 
 
 def validate_line(kind: type[T], line: bytes, where: str, remedy: str) -> T:
-    """The same of one line of JSON that this program itself writes by the thousand: read and checked in one step, three
-    times as fast. Unknown keys are ignored; of a repeated key the last counts.
+    """`validate` for a line of JSON, parsed and checked in one step, three times as fast. Unknown keys are ignored; of
+    a repeated key the last counts.
     """
     try:
         return _adapter(tuple[kind], "ignore").validate_json(b"[" + line + b"]")[0]
@@ -124,8 +124,8 @@ def validate_line(kind: type[T], line: bytes, where: str, remedy: str) -> T:
 
 @cache
 def _adapter(kind: Any, unknown: str = "forbid") -> TypeAdapter:
-    """`kind` is a dict or tuple around the type: pydantic takes a configuration for that, but none for a dataclass of
-    the standard library."""
+    """`kind` is a dict or tuple around the type, because pydantic accepts a configuration for that, but not for a
+    standard dataclass."""
     return TypeAdapter(kind, config=ConfigDict(strict=True, extra=unknown, allow_inf_nan=False))
 
 

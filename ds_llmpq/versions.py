@@ -1,8 +1,8 @@
-"""The versions of other packages that ds_llmpq is tested with, and the check that they are the ones installed.
+"""The versions of other packages that ds_llmpq is tested with, and a check of those installed.
 
-The one list of them: `setup.py` reads `REQUIREMENTS` and `EXTRAS` from here, `scripts/lock.sh` makes the exact versions
-in `requirements/` from those, and every process of ours checks them at its start, because a library that changed a call
-fails minutes later with an error that names neither the library nor its version.
+The only list: `setup.py` reads `REQUIREMENTS` and `EXTRAS`, `scripts/lock.sh` derives the exact versions in
+`requirements/`, and every process checks them at start, because a changed library fails minutes later with an error
+that names neither the library nor its version.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ EXTRAS = {
     },
 }
 EXTRAS["dev"] = EXTRAS["cpu"] | EXTRAS["eval"] | EXTRAS["lengths"] | EXTRAS["test"]
-# Set to any value, lets versions pass that were not tested: what tests of new releases run with.
+# set to any value, it allows untested versions, as tests of new releases do
 ANY_VERSION = "DS_LLMPQ_ANY_VERSION"
 _TRIED = ("cpu", "gpu", "eval", "lengths")  # extras whose packages are used wherever they are installed
 
@@ -79,7 +79,7 @@ def check_version(name: str, wanted: str, required: bool = True) -> None:
         if required:
             raise UserError(f"{name} is not installed; install it with: pip install '{name}{wanted}'.") from None
         return
-    # a vendor's build (2.11.0a0+nv25.10) is taken for the release that it becomes
+    # a vendor's build (2.11.0a0+nv25.10) counts as the release
     if not SpecifierSet(wanted).contains(Version(found).base_version):
         raise UserError(
             f"{name} {found} is installed, but ds_llmpq is tested with {name}{wanted}; install one of these with: "

@@ -15,9 +15,9 @@ class EvaluationConfig:
 
     text: str | None = path_field()  # a UTF-8 file; null: held-out source files of Python's standard library
     row_tokens: int | None = None  # tokens a row; null: the model's positions, at most 1024
-    limit_tokens: int | None = None  # only about so many tokens, in rows taken evenly from all of the text
+    limit_tokens: int | None = None  # about so many tokens, in rows spread evenly over the text
     reference: bool = True  # also score the unquantized model: loss increase, KL, agreement
-    reference_bytes: int = 1 << 30  # its distributions lie in a file meanwhile; KL covers as many tokens as fit
+    reference_bytes: int = 1 << 30  # for a file of its distributions; KL covers as many tokens as fit
     tasks: list[str] | None = None  # instead of a text: names of lm-evaluation-harness tasks
     tasks_path: str | None = path_field()  # folder of task files; null: the tasks that come with the harness
     fewshot: int | None = None
@@ -26,9 +26,9 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class ScoringTask:
-    """What the ranks of an evaluation are told: the settings, with absolute paths on rank 0's host, and `reference`, a
-    file on the last stage's host of what the unquantized model predicts: written (`keeps_reference`) or compared with;
-    None: neither."""
+    """What the ranks of an evaluation need: the settings, with absolute paths on rank 0's host, and `reference`, a file
+    on the last stage's host with the predictions of the unquantized model, which is written (`keeps_reference`) or
+    compared with; None: neither."""
 
     settings: EvaluationConfig
     reference: str | None = None

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on the pipeline engine: a model class of its own, and tasks that may come from local files.
+"""Runs lm-evaluation-harness on the pipeline engine; tasks may come from local files.
 
 Needs the extra: `pip install ds_llmpq[eval]`.
 """
@@ -26,7 +26,7 @@ except ImportError:
 
 @register_model("ds_llmpq")
 class PipelineLM(TemplateLM):
-    """Scores what the harness asks for, on the driver of a running pipeline."""
+    """Scores the harness's requests, on the driver of a running pipeline."""
 
     def __init__(self, rounds: ScoringRounds, tokenizer: Any, max_length: int, show: Callable[[str, int, int], None]):
         super().__init__()
@@ -67,7 +67,7 @@ class PipelineLM(TemplateLM):
         for _, context, continuation in requests:
             tokens = (list(context) + list(continuation))[-(self.max_length + 1) :]
             asked.append((tokens, min(len(continuation), len(tokens) - 1)))
-        # rows of like length share micro-batches without padding
+        # rows of similar length share micro-batches, to avoid padding
         order = sorted(range(len(asked)), key=lambda index: len(asked[index][0]))
         rows = [build_row(key, *asked[index]) for key, index in enumerate(order)]
         scores = dict(zip(order, self.rounds.score(rows, self.show), strict=True))
@@ -97,7 +97,7 @@ def score_tasks(
     rounds: ScoringRounds,
     show: Callable[[str, int, int], None],
 ) -> dict[str, Any]:
-    """The harness's results for `settings.tasks`. `UserError` for a task it does not know."""
+    """The harness's results for `settings.tasks`. `UserError`: an unknown task."""
     tokenizer = load_tokenizer(model_path, trust_remote_code)
     length = read_shape(model_path).max_positions or 2048
     manager = TaskManager(include_path=settings.tasks_path, include_defaults=settings.tasks_path is None)

@@ -1,4 +1,4 @@
-"""Perplexity of a text, and divergence from the reference model: the text's rows, and the sums over their scores."""
+"""Perplexity of a text, and divergence from the reference model."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ds_llmpq.models.tokenizer import load_tokenizer
 
 
 class TextRows:
-    """A text cut into rows; `UserError` for settings that the model or the text does not allow."""
+    """A text cut into rows. `UserError`: settings that the model or the text does not allow."""
 
     def __init__(self, settings: EvaluationConfig, model_path: str, trust_remote_code: bool):
         shape, tokenizer = read_shape(model_path), load_tokenizer(model_path, trust_remote_code)
         self.text = read_text(settings.text, EVALUATION)
         rows = cut_rows(encode(self.text, tokenizer), _row_tokens(settings.row_tokens, shape))
-        kept = spread(rows, settings.limit_tokens)
+        kept = thin_rows(rows, settings.limit_tokens)
         self.words = self.text.words
         if len(kept) < len(rows):
             self.words = sum(len(tokenizer.decode(row[1:], skip_special_tokens=True).split()) for row in kept)
@@ -29,23 +29,23 @@ class TextRows:
 
     def score(self, rounds: ScoringRounds, show: Callable[[str, int, int], None]) -> dict[str, Any]:
         scores = rounds.score(self.rows, show)
-        return summary(scores, self.words) | {
+        return summarize_scores(scores, self.words) | {
             "text": self.text.name,
             "text_sha256": self.text.sha256,
             "logprobs": [round(value, 6) for score in scores for value in score.logprobs],
         }
 
 
-def spread(rows: list[list[int]], limit_tokens: int | None) -> list[list[int]]:
-    """At most `limit_tokens` scored tokens in whole rows (at least one), taken evenly from all of the text."""
+def thin_rows(rows: list[list[int]], limit_tokens: int | None) -> list[list[int]]:
+    """Whole rows (at least one), spread evenly over the text, with at most `limit_tokens` scored tokens."""
     if limit_tokens is None:
         return rows
     count = min(len(rows), max(1, limit_tokens // max(len(row) - 1 for row in rows)))
     return [rows[index * len(rows) // count] for index in range(count)]
 
 
-def summary(scores: list[RowScore], words: int) -> dict[str, Any]:
-    """Loss in nats, perplexity per token and per word; KL per token and top-1 agreement where compared."""
+def summarize_scores(scores: list[RowScore], words: int) -> dict[str, Any]:
+    """Loss in nats, perplexity per token and per word; with a reference also KL per token and top-1 agreement."""
     tokens = sum(len(score.logprobs) for score in scores)
     nats = -math.fsum(value for score in scores for value in score.logprobs)
     found: dict[str, Any] = {
@@ -66,7 +66,7 @@ def summary(scores: list[RowScore], words: int) -> dict[str, Any]:
 
 
 def _row_tokens(asked: int | None, shape: ModelShape) -> int:
-    """Tokens a row: as asked, else as many as the model has positions, at most 1024."""
+    """Tokens per row: as requested, else the model's positions, at most 1024."""
     most = shape.max_positions
     if asked is not None and most is not None and asked > most:
         raise UserError(f"evaluation.row_tokens={asked} is more than the model's {most} positions; give fewer.")

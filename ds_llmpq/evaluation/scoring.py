@@ -1,7 +1,7 @@
-"""Teacher-forced scoring: rows of given tokens pass through a serving session, one prefill pass each.
+"""Teacher-forced scoring: rows of given tokens run through a serving session, one prefill pass each.
 
-The engine, stages, channels and schedule are those of serving; only the last stage looks at every position instead of
-choosing a token from the last one, and nothing is cached.
+Engine, stages, channels and schedule are those of serving, except that the last stage scores every position instead of
+sampling from the last one, and nothing is cached.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from ds_llmpq.scheduler.slot_table import Finish
 from ds_llmpq.scheduler.stream import OnFinished, TakeGroup
 
 _SLOTS = 64
-_CAPACITY = 1  # of a slot, which holds nothing
+_CAPACITY = 1  # of a slot, in which nothing is cached
 
 
 @dataclass(frozen=True)
 class RowScore:
-    """Of one row: log-probability of each target in nats, whether it was the most likely token; and, against the
-    reference, the summed KL(reference || model) and at how many positions both find the same token most likely."""
+    """For one row: log-probability of each target in nats, and whether it was the most likely token; with a reference
+    also the summed KL(reference || model), and the positions at which both have the same most likely token."""
 
     logprobs: list[float]
     greedy: list[bool]
@@ -45,8 +45,8 @@ def build_row(key: int, tokens: abc.Sequence[int], scored: int | None = None) ->
 
 
 class Reference:
-    """Log-probabilities of the reference model in a file on the last stage's host: float32 [targets, vocabulary] of
-    each row in the order of the rows, which is the same each time; whole rows, until `most_bytes` are full."""
+    """Log-probabilities of the reference model in a file on the last stage's host: float32 [targets, vocabulary] for
+    each row, in an order that is always the same, until `most_bytes` are full."""
 
     def __init__(self, path: Path, keeps: bool, most_bytes: int):
         self.keeps = keeps
@@ -54,7 +54,7 @@ class Reference:
         self._file = path.open("wb" if keeps else "rb")
 
     def holds(self, shape: abc.Sequence[int]) -> bool:
-        """Whether the next row is among those that are compared."""
+        """Whether the next row is in the file."""
         self._left -= 4 * shape[0] * shape[1]
         return self._left >= 0
 
@@ -69,7 +69,7 @@ class Reference:
 
 
 class TargetScorer:
-    """The engine's `Scorer`: `scores` holds what the last stage found, by the rows' keys."""
+    """The engine's `Scorer`: `scores` holds the results of the last stage by the rows' keys."""
 
     def __init__(self, task: ScoringTask, is_last: bool):
         self.scores: dict[int, RowScore] = {}
@@ -107,8 +107,8 @@ class TargetScorer:
 
 
 class ScoringRounds:
-    """Rows through a session that has a `TargetScorer`, as often as the driver calls `score`; meanwhile the other ranks
-    `follow`, until the driver says that it is `done`."""
+    """Runs rows through a session with a `TargetScorer` each time the driver calls `score`; the other ranks `follow`
+    until the driver is `done`."""
 
     def __init__(self, session: Session, scorer: TargetScorer):
         self.session = session
@@ -116,8 +116,8 @@ class ScoringRounds:
         self._data = session.context.data
 
     def score(self, rows: abc.Sequence[Sequence], show: Callable[[str, int, int], None]) -> list[RowScore]:
-        """Driver: the scores of `rows`, whose keys are 0, 1, ..., in their order. `UserError`: a row that a stage could
-        not run, or whose logits are no numbers."""
+        """Driver: the scores of `rows`, whose keys are 0, 1, ..., in order. `UserError`: a stage could not run a row,
+        or its logits are not numbers."""
         self._data.broadcast(b"rows")
         micro_batch = self.session.plan.micro_batch
         slots = max(_SLOTS, 2 * micro_batch.prefill, 2 * micro_batch.decode)
@@ -144,11 +144,11 @@ class ScoringRounds:
             self._run(lambda: None, lambda *ended: None)
 
     def done(self) -> None:
-        """Driver: lets the others go."""
+        """Driver: ends `follow` on the other ranks."""
         self._data.broadcast(None)
 
     def _run(self, take: TakeGroup, on_finished: OnFinished) -> dict[int, dict[str, Any]]:
-        """What the last stage found, on the driver, by key."""
+        """On the driver, the results of the last stage by key."""
         self.session.run_all(take, on_finished, _refuse)
         gathered = self._data.gather([[key, asdict(score)] for key, score in self.scorer.scores.items()])
         self.scorer.scores.clear()

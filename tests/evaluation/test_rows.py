@@ -8,7 +8,7 @@ import torch
 
 from ds_llmpq.errors import UserError
 from ds_llmpq.evaluation.config import EvaluationConfig, ScoringTask
-from ds_llmpq.evaluation.perplexity import spread, summary
+from ds_llmpq.evaluation.perplexity import summarize_scores, thin_rows
 from ds_llmpq.evaluation.scoring import RowScore, TargetScorer, build_row
 from ds_llmpq.models.corpus import CALIBRATION, EVALUATION, Text, cut_rows, read_text, select_calibration_rows
 from ds_llmpq.serving.job import Job, pack_token
@@ -72,21 +72,21 @@ def test_logits_that_are_no_numbers_score_nothing():
 
 def test_a_limit_takes_rows_from_all_of_the_text():
     rows = cut_rows(list(range(101)), 10)
-    assert spread(rows, None) == rows
-    assert [row[0] for row in spread(rows, 39)] == [0, 30, 60]
-    assert [row[0] for row in spread(rows, 1)] == [0]
-    assert spread(rows, 10_000) == rows
+    assert thin_rows(rows, None) == rows
+    assert [row[0] for row in thin_rows(rows, 39)] == [0, 30, 60]
+    assert [row[0] for row in thin_rows(rows, 1)] == [0]
+    assert thin_rows(rows, 10_000) == rows
 
 
 def test_summary():
     scores = [RowScore([-1.0, -2.0], [True, False], 0.5, 2), RowScore([-3.0], [True])]
-    found = summary(scores, words=2)
+    found = summarize_scores(scores, words=2)
     assert found["nats_per_token"] == pytest.approx(2.0)
     assert found["perplexity_per_token"] == pytest.approx(math.exp(2))
     assert found["perplexity_per_word"] == pytest.approx(math.exp(3))
     assert (found["top1_accuracy"], found["compared_tokens"]) == (pytest.approx(2 / 3), 2)
     assert (found["kl_nats_per_token"], found["top1_agreement"]) == (0.25, 1.0)
-    assert "kl_nats_per_token" not in summary(scores[1:], 1)
+    assert "kl_nats_per_token" not in summarize_scores(scores[1:], 1)
 
 
 def test_default_texts_do_not_overlap():
