@@ -25,7 +25,7 @@ from ds_llmpq.serving import metrics
 from ds_llmpq.serving.in_flight import InFlight
 from ds_llmpq.serving.job import Job, check_input
 from ds_llmpq.serving.ordering import JobRequests
-from ds_llmpq.serving.prediction import name_stages, simulate_streams, write_predicted_trace
+from ds_llmpq.serving.prediction import MOST_PASSES_OF_RUN, name_stages, simulate_streams, write_predicted_trace
 
 _REASON = {Finish.STOP: "stop", Finish.LENGTH: "length"}
 
@@ -137,7 +137,7 @@ class Driver:
         events = chain.from_iterable([build_chrome_events(report.pop("trace")) for report in reports])
         plan, streams, limits = self.job.plan, session.engine.stream_times, session.limits
         lengths = [(stream.slots, stream.lengths, stream.lengths.shared) for stream in streams]
-        simulated = simulate_streams(plan, lengths, limits)
+        simulated = simulate_streams(plan, lengths, limits, MOST_PASSES_OF_RUN)
         expected = self.requests.expect_streams()
         summary = metrics.summarize(
             plan,

@@ -11,7 +11,8 @@ from ds_llmpq.scheduler.micro_batch import MicroBatchLimits
 from ds_llmpq.scheduler.scheduler import Scheduler
 from ds_llmpq.scheduler.simulator import SimulatedRun, simulate
 
-MOST_PASSES = 50_000  # about two seconds of simulation
+MOST_PASSES = 50_000  # about a second of simulation
+MOST_PASSES_OF_RUN = 4 * MOST_PASSES  # a run of that many takes minutes, and its verdict is worth four seconds
 _MOST_EVENTS = 100_000  # what a trace viewer still opens
 
 # slots; (prompt, generated) tokens of each sequence; how many of each prompt's are a shared prefix, (): none of any
@@ -60,15 +61,15 @@ class PlanTimes:
 
 
 def simulate_streams(
-    plan: Plan, streams: Iterable[LengthsOfStream], limits: MicroBatchLimits
+    plan: Plan, streams: Iterable[LengthsOfStream], limits: MicroBatchLimits, most_passes: int = MOST_PASSES
 ) -> list[SimulatedRun] | None:
-    """The plan simulated with these streams, one after another; None where there are none, or too many passes to be
-    worth it."""
+    """The plan simulated with these streams, one after another; None where there are none, or more than `most_passes`
+    of all stages."""
     times, found, passes = PlanTimes(plan), [], 0.0
     for slots, lengths, shared in streams:
         tokens = sum(generated for _, generated in lengths)
         passes += (len(lengths) + tokens / min(slots, limits.decode_rows)) * len(plan.stages)
-        if passes > MOST_PASSES:
+        if passes > most_passes:
             return None
         found.append(simulate(times, lengths, slots, limits, shared))
     return found or None

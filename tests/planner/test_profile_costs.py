@@ -20,7 +20,8 @@ from ds_llmpq.planner.deploy import compose_plan, deploy
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.kernels.dequantize import DEQUANTIZE
 from ds_llmpq.quant.packing import make_groups
-from ds_llmpq.serving.prediction import PlanTimes, simulate_workload
+from ds_llmpq.scheduler.micro_batch import MicroBatchLimits
+from ds_llmpq.serving.prediction import PlanTimes, simulate_streams, simulate_workload
 
 SHAPE = ModelShape.from_config(
     {
@@ -174,3 +175,12 @@ def test_a_plan_without_times_by_size_counts_tokens_in_proportion(folder):
     times = PlanTimes(dataclasses.replace(plan, stages=(stage,)))
     assert times.work(0, "prefill", 1, 16, 0) == pytest.approx(stage.prefill_seconds / 8)
     assert times.work(0, "decode", 1, 1, 3) == stage.decode_seconds
+
+
+def test_what_would_take_long_to_simulate_is_not(folder):
+    plan = deployed(prepared(folder), Assignment((StageAssignment("localhost:0", 0, 6, (16,) * 6),), 4, 8), cluster())
+    streams = [(8, [(4, 3)] * 8, ())] * 3  # counted as eight prefill and three decode passes
+    limits = MicroBatchLimits(4, 128, 8)
+    assert len(simulate_streams(plan, streams, limits, most_passes=33)) == 3
+    assert simulate_streams(plan, streams, limits, most_passes=32) is None
+    assert simulate_streams(plan, [], limits) is None
