@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from ds_llmpq.cluster.detect import (
     computes_bfloat16,
     count_usable_cores,
     detect,
+    list_free_slots,
     processor_name,
     query_gpus,
 )
@@ -147,8 +149,8 @@ def _detect_cluster() -> ClusterConfig:
     """This host's GPUs, or its processor as one stage; a line on stderr says which. Rates of the processor, and of GPUs
     that no type covers, are measured once and kept."""
     known, gpus, cores = read_device_types(), query_gpus(), count_usable_cores()
-    rates = None
-    if not gpus and (rates := recall_rates("cpu", cores, f"{processor_name()}, {cores} threads")) is None:
+    slots, rates = list_free_slots(gpus, os.environ.get("CUDA_VISIBLE_DEVICES")), None
+    if not slots and (rates := recall_rates("cpu", cores, f"{processor_name()}, {cores} threads")) is None:
         rates = {"flops_per_second": dict(known["cpu_core"].flops_per_second)}
         if not computes_bfloat16():
             rates["flops_per_second"].pop("bfloat16")
@@ -157,8 +159,12 @@ def _detect_cluster() -> ClusterConfig:
         gpus=gpus,
         cpu_rates=rates,
         measure_gpu=lambda slot: recall_rates("cuda", slot, gpus[slot].name),
+        slots=slots,
     )
-    print(f"cluster=auto: {describe_devices(found)}", file=sys.stderr)
+    left = (
+        f"; {len(gpus) - len(slots)} GPUs are full or hidden by CUDA_VISIBLE_DEVICES" if len(slots) < len(gpus) else ""
+    )
+    print(f"cluster=auto: {describe_devices(found)}{left}", file=sys.stderr)
     return parse_cluster(found | {"name": DETECTED})
 
 

@@ -10,7 +10,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,21 @@ def query_gpus(run: Callable[..., Any] = subprocess.run) -> list[Gpu]:
     except (OSError, subprocess.TimeoutExpired):
         return []
     return parse_gpus(result.stdout) if result.returncode == 0 else []
+
+
+def list_free_slots(gpus: Sequence[Gpu], visible: str | None) -> list[int]:
+    """Slots of the GPUs that `visible` (CUDA_VISIBLE_DEVICES) leaves and that are not full; all it leaves if all are.
+    UserError: it does not number GPUs."""
+    listed = list(range(len(gpus)))
+    if visible is not None:
+        words = [word.strip() for word in visible.split(",") if word.strip() not in ("", "-1")]
+        if not all(word.isdecimal() and len(word) < 5 for word in words):
+            raise UserError(
+                f"CUDA_VISIBLE_DEVICES={quote(visible)} does not number GPUs; give numbers in PCI order, or "
+                "the devices in a cluster_file=FILE that `ds-llmpq detect` wrote"
+            )
+        listed = [slot for slot in listed if slot in set(map(int, words))]
+    return [slot for slot in listed if _free_for_stage(gpus[slot].free_bytes) > 0] or listed
 
 
 def find_type(gpu: Gpu) -> str | None:
@@ -184,6 +199,7 @@ def detect(
     gpus: Sequence[Gpu] | None = None,
     cpu_rates: Mapping[str, Any] | None = None,
     measure_gpu: Callable[[int], Mapping[str, Any] | None] = lambda slot: None,
+    slots: Collection[int] | None = None,
 ) -> dict[str, Any]:
     """This host as the plain content of a conf/cluster entry.
 
@@ -191,20 +207,24 @@ def detect(
     cpu_stages: CPU devices to offer, cores and memory split evenly; None: one, if the host has no GPU.
     gpus: None asks nvidia-smi. cpu_rates: fields of `calibrate.measure_cpu` to put in place of cpu_core's.
     measure_gpu: fields of a GPU that no type covers, by its slot; None where it cannot be measured.
+    slots: of the GPUs to take; None: all.
     """
-    gpus = query_gpus() if gpus is None else gpus
-    cpu_stages = (0 if gpus else 1) if cpu_stages is None else cpu_stages
+    chosen = {
+        slot: gpu for slot, gpu in enumerate(query_gpus() if gpus is None else gpus) if slots is None or slot in slots
+    }
+    cpu_stages = (0 if chosen else 1) if cpu_stages is None else cpu_stages
     cores = count_usable_cores()
     if not 0 <= cpu_stages <= cores:
         raise UserError(f"cpu_stages={cpu_stages} does not fit this host; it must be from 0 to its {cores} cores")
     types: dict[str, Any] = {}
-    devices = [_gpu_device(slot, gpu, known, types, measure_gpu) for slot, gpu in enumerate(gpus)]
+    devices = [_gpu_device(slot, gpu, known, types, measure_gpu) for slot, gpu in chosen.items()]
     if cpu_stages:
         types["cpu_core"] = {**_copy_type(known, "cpu_core"), **(cpu_rates or {})}
         share = int(CPU_SHARE * available_memory_bytes() / cpu_stages) - CPU_PROCESS_BYTES
         if share <= 0:
             raise UserError(f"{cpu_stages} CPU stages leave no memory for any of them; use fewer")
-        for slot in range(len(gpus), len(gpus) + cpu_stages):
+        first = max(chosen, default=-1) + 1
+        for slot in range(first, first + cpu_stages):
             devices.append({"type": "cpu_core", "slot": slot, "memory_bytes": share, "threads": cores // cpu_stages})
     if not devices:
         raise UserError("this host offers no device; give cpu_stages=1 or more")
@@ -212,9 +232,9 @@ def detect(
         "name": host,
         "device_types": types,
         "hosts": [{"name": host, "devices": devices}],
-        "links": _links(only_cpu=not gpus),
+        "links": _links(only_cpu=not chosen),
         # slots are PCI order; CUDA's own default numbers the fastest device first
-        "env": {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"} if gpus else {},
+        "env": {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"} if chosen else {},
     }
 
 
@@ -254,10 +274,14 @@ def _unknown_gpu(gpu: Gpu, known: Mapping[str, DeviceTypeConfig]) -> dict[str, A
 
 def _usable_gpu_bytes(free_bytes: int) -> int:
     """Memory for a stage after its process's CUDA context and the allocator's loss."""
-    usable = int(GPU_SHARE * free_bytes) - GPU_CONTEXT_BYTES
+    usable = _free_for_stage(free_bytes)
     if usable <= 0:
         raise UserError(f"a GPU has only {free_bytes // MIB} MiB free, too little to start on; end what fills it")
     return usable
+
+
+def _free_for_stage(free_bytes: int) -> int:
+    return int(GPU_SHARE * free_bytes) - GPU_CONTEXT_BYTES
 
 
 def _copy_type(known: Mapping[str, DeviceTypeConfig], name: str) -> dict[str, Any]:

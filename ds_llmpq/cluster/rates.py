@@ -57,7 +57,8 @@ def recall_rates(kind: str, number: int, hardware: str) -> dict[str, Any] | None
                 if kind == "cpu" and os.getloadavg()[0] > _BUSY * number:  # half a rate would be kept for good
                     return None
                 command = [sys.executable, "-m", __name__, kind, str(number)]
-                answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=120, check=True)
+                env = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+                answer = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, timeout=120, check=True)
                 kept[key] = json.loads(answer.stdout)
                 write_json(file, kept)
             return kept[key]

@@ -59,7 +59,8 @@ def run_trial(spec: dict[str, Any], log: Path, ranks: int = len(STAGES)) -> dict
     if spec["kind"] == "cpu":  # the libraries are imported once for all ranks: without RANK a trial forks them
         environments = [{}]
     else:  # a GPU's runtime does not survive a fork
-        shared["CUDA_VISIBLE_DEVICES"] = _list_visible(slots)
+        # slots are PCI order, as with the launcher, whatever this process sees; rank j takes the j-th
+        shared |= {"CUDA_VISIBLE_DEVICES": ",".join(map(str, slots)), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
         environments = [{"RANK": str(rank)} for rank in range(ranks)]
     children: list[subprocess.Popen] = []
     with log.open("wb") as errors:
@@ -105,12 +106,6 @@ def _plan(spec: dict[str, Any], ranks: int) -> Plan:
         PlannedModel(spec["path"]), largest, stages, MicroBatches(1, 1), PredictedTotals(0, 0, 0, 0, 0),
         SolverReport("none", 0, None, None, 0, "checked"), quant=Quantization(), deployment=Deployment(spec["dtype"]),
     )  # fmt: skip
-
-
-def _list_visible(slots: Sequence[int]) -> str:
-    """The GPUs of these slots, in this order, as ranks shall see them: rank j takes the j-th."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    return ",".join(visible[slot] if slot < len(visible) and visible[slot] else str(slot) for slot in slots)
 
 
 def _read_last_line(log: Path) -> str:

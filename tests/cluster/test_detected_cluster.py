@@ -10,6 +10,7 @@ import pytest
 from ds_llmpq import config
 from ds_llmpq.cluster import detect, rates
 from ds_llmpq.cluster.cluster import Cluster, choose_dtype
+from ds_llmpq.errors import UserError
 from ds_llmpq.serving.batch_run import _list_plan_inputs
 
 GPUS = (
@@ -40,6 +41,41 @@ def test_gpus_are_taken_where_there_are_any(monkeypatch, capsys):
     assert cluster.env == {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
     said = capsys.readouterr().err
     assert said == "cluster=auto: rtx_4090 with 20.4 GiB on localhost, rtx_3060 with 9.2 GiB on localhost\n"
+
+
+FULL = GPUS + "2, 00000000:03:00.0, NVIDIA GeForce RTX 4090, 24564, 900, 8.9\n"
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"),
+    [
+        (None, ["localhost:0", "localhost:1"]),
+        ("1", ["localhost:1"]),
+        ("2,1", ["localhost:1"]),
+        ("0, 1, 7", ["localhost:0", "localhost:1"]),
+        ("", ["cpu"]),
+        ("-1", ["cpu"]),
+    ],
+)
+def test_full_and_hidden_gpus_are_left_out_and_keep_their_slots(monkeypatch, capsys, visible, expected):
+    monkeypatch.setattr(config, "query_gpus", lambda: detect.parse_gpus(FULL))
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    devices = Cluster.from_config(load().cluster).devices
+    assert [device.name if device.type.kind == "cuda" else "cpu" for device in devices] == expected
+    assert f"; {3 - len(expected) + (expected == ['cpu'])} GPUs are full or hidden" in capsys.readouterr().err
+
+
+def test_where_all_gpus_are_full_a_sentence_says_so(monkeypatch):
+    monkeypatch.setattr(config, "query_gpus", lambda: detect.parse_gpus(FULL))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
+    with pytest.raises(UserError, match="a GPU has only 900 MiB free"):
+        load()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8e0b")
+    with pytest.raises(UserError, match="does not number GPUs"):
+        load()
 
 
 @pytest.mark.parametrize(
