@@ -6,7 +6,7 @@ heuristic, which choose it. A baseline knows no limit of loss or latency.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -32,14 +32,8 @@ class Baseline:
 
 
 def all_baselines(problem: Problem) -> dict[str, Baseline]:
-    """Name -> baseline, for those that every plan is compared with."""
-    return dict(each_baseline(problem))
-
-
-def each_baseline(problem: Problem) -> Iterator[tuple[str, Baseline]]:
-    """(name, baseline) as they are found, the slow `pipeedge` late; without `llmpq_heuristic`, the slowest."""
-    for name in BASELINES:
-        yield name, find_baseline(problem, name)
+    """Name -> baseline, for those that every plan is compared with: all but `llmpq_heuristic`, the slowest."""
+    return {name: find_baseline(problem, name) for name in BASELINES}
 
 
 def find_baseline(problem: Problem, name: str) -> Baseline:
@@ -147,6 +141,7 @@ def _estimate(problem: Problem, bits: int, pair: tuple[int, int]) -> PredictedTo
     return timed if math.isfinite(timed.latency_seconds) else None
 
 
+SLOW_BASELINE = "pipeedge"  # of those that every plan is compared with
 RULES: dict[str, Callable[[Problem], Iterable[Assignment]]] = {
     "uniform": uniform,
     "memory_proportional": memory_proportional,

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ds_llmpq.errors import InfeasibleError, UserError
-from ds_llmpq.plan import ESTIMATES, Assignment, Plan, SolverReport, Stage
-from ds_llmpq.planner.baselines import Baseline, all_baselines, each_baseline, find_baseline
+from ds_llmpq.plan import BASELINES, ESTIMATES, Assignment, Plan, SolverReport, Stage
+from ds_llmpq.planner.baselines import SLOW_BASELINE, Baseline, all_baselines, find_baseline
 from ds_llmpq.planner.deploy import compose_plan
 from ds_llmpq.planner.explain import explain_plan
 from ds_llmpq.planner.feasibility import explain_memory, memory_feasible, pairs
@@ -43,6 +43,8 @@ class _Run:
     seed: int
     names: list[str] = field(default_factory=list)
     first: Fractionals = field(default_factory=dict)
+    baselines: dict[str, Baseline] = field(default_factory=dict)
+    search: Search | None = None  # None: solved by the whole-problem models alone
 
     @property
     def left(self) -> float:
@@ -87,10 +89,9 @@ def solve(
     best = Incumbent(problem, accepts=pins.respects, started=started, progress=progress)
     run = _Run(problem, pins, best, solver, gap, started + time_limit_seconds, seed)
     status = "optimal"
-    found: dict[str, Baseline] = {}
     whole: Assignment | None = None
     try:
-        found = _begin(run)
+        _begin(run)
         if least_gain > 0 and problem.objective.mode != "max_latency":
             whole = _solve_unquantized(run)
         _optimise(run)
@@ -108,7 +109,8 @@ def solve(
     proven = _finite(relative_gap(value, best.bound))
     report = SolverReport("+".join(run.names) or solver, value, best.bound, proven, seconds, status)
     plan = compose_plan(problem, assignment, prediction, report)
-    reported = {name: b.outcome for name, b in found.items()} if baselines else {}
+    found = {name: run.baselines[name].outcome for name in BASELINES if name in run.baselines}
+    reported = found if baselines else {}
     plan = replace(plan, baselines=reported, provenance=PROVENANCE)
     return replace(plan, explanation=tuple(explain_plan(problem, plan)))
 
@@ -212,35 +214,44 @@ def _check_options(time_limit_seconds: float, gap: float, solver: str, least_gai
         raise UserError(f"gap is {gap}, but must be at least 0 and below 1; 0.01 means one per cent.")
 
 
-def _begin(run: _Run) -> dict[str, Baseline]:
-    """What is had at once, whatever the time limit: a first bound by arithmetic, the best baseline as the first plan.
-    Then, in the time there is, a better bound and plans rounded from it."""
+def _begin(run: _Run) -> None:
+    """What is had at once: a first bound by arithmetic, plans by the quick baselines; in the time there is, a better
+    bound and plans rounded from it. The slow baseline comes last, but comes whatever the time limit."""
     problem, pins, best = run.problem, run.pins, run.best
     best.raise_bound(min(simple_bound(problem, pins, pair) for pair in pairs(problem)))
-    found = {}
-    for name, baseline in each_baseline(problem):
-        found[name] = baseline
-        if baseline.assignment is not None:
-            best.offer(baseline.assignment)
+    for name in BASELINES:
+        if name != SLOW_BASELINE:
+            _offer_baseline(run, name)
     run.first = first_bounds(problem, pins, run.deadline)
     best.raise_bound(min((known.bound for known in run.first.values()), default=math.inf))
-    return found
+    if run.solver in ("auto", "search"):
+        run.note_solver("search")
+        search = run.search = Search(problem, best, pins, **_search_options(run))
+        offer_first_plans(search.relaxed, search.roots(PAIRS), search.goal, bound=search.bound, deadline=run.deadline)
+    _offer_baseline(run, SLOW_BASELINE)
+
+
+def _offer_baseline(run: _Run, name: str) -> None:
+    found = run.baselines[name] = find_baseline(run.problem, name)
+    if found.assignment is not None:
+        run.best.offer(found.assignment)
+
+
+def _search_options(run: _Run) -> dict[str, Any]:
+    improve = (lambda start=None: _polish(run, 2.0, start)) if run.solver == "auto" else None
+    return {"gap": run.gap, "deadline": run.deadline, "improve": improve, "first": run.first}
 
 
 def _optimise(run: _Run) -> None:
     """Raise the bound and improve the incumbent of `run.best` by the solver asked for."""
-    if run.solver in ("gurobi", "highs"):
+    if run.search is None:
         run.note_solver(solve_exact(run.problem, run.best, run.solver, run.pins, run.deadline, run.gap, run.seed))
         return
-    improve = (lambda start=None: _polish(run, 2.0, start)) if run.solver == "auto" else None
-    run.note_solver("search")
-    options = {"gap": run.gap, "deadline": run.deadline, "improve": improve, "first": run.first}
-    search = Search(run.problem, run.best, run.pins, **options)
-    offer_first_plans(search.relaxed, search.roots(PAIRS), search.goal, bound=search.bound, deadline=run.deadline)
+    search, options = run.search, _search_options(run)
     guess = None if is_small(run.problem) else search.guess_theta()
     theta = None
     if guess is not None:
-        limits = {"gap": run.gap, "deadline": run.deadline, "improve": improve}
+        limits = {name: options[name] for name in ("gap", "deadline", "improve")}
         theta = find_price_of_limit(run.problem, run.best, run.pins, guess, **limits)
     if run.best.gap <= run.gap and run.best.assignment is not None:
         return
