@@ -28,6 +28,7 @@ _TEXT = (
 )
 # float32, so that greedy texts do not depend on which rows run together
 PRECISE = ("engine.dtype=float32", "quant.optimize=false")
+TWO_STAGES = "cluster=demo_cpu2"  # so that there is a rank 1 to strike
 _MOST_STARTS = 6
 
 
@@ -57,7 +58,7 @@ class FaultRun:
         return self.folder / "out"
 
     def command(self) -> Command:
-        own = ("run.backoff_seconds=0.2", *PRECISE, *self.options)
+        own = ("run.backoff_seconds=0.2", TWO_STAGES, *PRECISE, *self.options)
         return Command(("run", f"input={self.input}", f"out={self.out}", *own))
 
     def go(self) -> int:
@@ -147,7 +148,7 @@ def write_input(file: Path, requests: int = REQUESTS, longest: int = 24, growth:
 def undisturbed(folder: Path, input_file: Path, *options: str) -> dict[str, bytes]:
     """custom_id -> row, of a run to which nothing happens."""
     folder.mkdir(parents=True, exist_ok=True)
-    ended = Command(("run", f"input={input_file}", f"out={folder / 'out'}", *PRECISE, *options)).run()
+    ended = Command(("run", f"input={input_file}", f"out={folder / 'out'}", TWO_STAGES, *PRECISE, *options)).run()
     assert ended.returncode == 0, ended.stderr
     return rows_of(folder / "out")
 
