@@ -115,7 +115,10 @@ def _stage(plan: Plan, report: dict[str, Any], simulated: Sequence[SimulatedRun]
     predicted = stage.memory_bytes.by_part()
     measured = report["memory_bytes"]
     return {
-        **{name: report[name] for name in ("stage", "rank", "load_seconds", "seconds", "passes", "tokens")},
+        **{
+            name: report[name]
+            for name in ("stage", "rank", "load_seconds", "seconds", "passes", "passes_ahead", "tokens")
+        },
         "device": stage.device,
         "layers": list(stage.layers),
         "memory_bytes": {

@@ -99,7 +99,7 @@ def test_passes_are_held_against_their_own_sizes_and_answers_against_what_was_ex
         lengths.end(index, 2)
     memory = {"weights": 1, "kv": 1, "peak_growth": 1}
     report = {"seconds": {"prefill": 0.4, "decode": 0.1, "sample": 0.05}, "passes": {"prefill": 4, "decode": 1}}
-    report |= {"load_seconds": 1.0, "tokens": {}, "memory_bytes": memory, "memory_warnings": []}
+    report |= {"load_seconds": 1.0, "passes_ahead": 0, "tokens": {}, "memory_bytes": memory, "memory_warnings": []}
     metrics = summarize(
         plan,
         {"total": 4, "completed": 4, "failed": 0},
