@@ -59,6 +59,11 @@ class MemoryModel:
         """Whether a stage with both ends holds one matrix for embedding and head."""
         return self.shape.tied_embeddings and self.lm_head_bits == UNQUANTIZED_BITS
 
+    @property
+    def tied_bytes(self) -> int:
+        """Of the head, what such a stage does not hold a second time; the norm before lm_head is its own."""
+        return self.shape.lm_head.weights * self.dtype_bytes if self.shares_embedding else 0
+
     def workspace_parts(self, sequences: int, new_tokens: int, past_tokens: int, quantized: bool) -> dict[str, int]:
         """What one micro-batch needs beside weights and cache: activations, dequantized weight, messages, logits.
 

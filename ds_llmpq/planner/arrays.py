@@ -29,6 +29,7 @@ class PairArrays:
     embed_bytes: float
     head_bytes: float
     tied_head: bool
+    tied_bytes: float | None
     link: np.ndarray  # [2, D, D] seconds from device to device: prefill, decode
     back: np.ndarray  # [2, D, D] seconds of the token's way back: prefill, decode
     sensitivity: np.ndarray  # [L, B]
@@ -78,6 +79,7 @@ def pair_arrays(problem: Problem, prefill_micro_batch: int, decode_micro_batch: 
         embed_bytes=float(memory.embed_bytes),
         head_bytes=float(memory.head_bytes),
         tied_head=memory.tied_head,
+        tied_bytes=memory.tied_bytes,
         link=np.stack([latency + rows * hidden * per_byte for rows in (prompt_rows, decode_micro_batch)]),
         back=np.stack([latency + size * links.token_bytes * per_byte for _, size in sizes]),
         sensitivity=np.array(problem.sensitivity, dtype=float),

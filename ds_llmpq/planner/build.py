@@ -316,6 +316,7 @@ def _memory_entry(
         "embed_bytes": memory.embed_bytes(),
         "head_bytes": memory.head_bytes(),
         "tied_head": memory.shares_embedding,
+        "tied_bytes": memory.tied_bytes,
         "workspace_bytes": {
             "prefill": {str(size): value for size, value in prefill.items()},
             "decode": {str(size): value for size, value in decode.items()},

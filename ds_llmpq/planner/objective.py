@@ -118,12 +118,17 @@ def stage_memory(problem: Problem, assignment: Assignment, stage: StageAssignmen
 class HeadBytes(Protocol):
     head_bytes: float
     tied_head: bool
+    tied_bytes: float | None
 
 
 def charge_head(held: HeadBytes, first: bool, last: bool) -> float:
-    """Bytes of the lm_head on a stage that holds the first or last layer: it stands behind the last layer, and a tied
-    one is the embedding itself where one stage holds both ends."""
-    return held.head_bytes if last and not (held.tied_head and first) else 0
+    """Bytes of the head on a stage that holds the first or last layer: it stands behind the last layer, and a tied
+    lm_head, but not the norm before it, is the embedding itself where one stage holds both ends."""
+    if not last:
+        return 0
+    if not (first and held.tied_head):
+        return held.head_bytes
+    return 0 if held.tied_bytes is None else held.head_bytes - held.tied_bytes
 
 
 def evaluate(problem: Problem, assignment: Assignment) -> Prediction:

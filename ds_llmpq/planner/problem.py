@@ -89,7 +89,8 @@ class WorkspaceBytes:
 
 @dataclass(frozen=True)
 class Memory:
-    """What a stage has to hold. `layer_bytes[bits]` has one entry a layer; a file may give one for all."""
+    """What a stage has to hold. `layer_bytes[bits]` has one entry a layer; a file may give one for all. `tied_bytes`:
+    those of the head that are the embedding's own where one stage has both and `tied_head` is set; None: all."""
 
     layer_bytes: TableByNumber[OneOrMany[Bytes]]
     kv_bytes_per_sequence_layer: Bytes
@@ -97,6 +98,7 @@ class Memory:
     head_bytes: Bytes
     workspace_bytes: WorkspaceBytes
     tied_head: bool = False
+    tied_bytes: Bytes | None = None
 
 
 @dataclass(frozen=True)

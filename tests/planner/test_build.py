@@ -167,6 +167,7 @@ def test_an_lm_head_of_fewer_bits_is_smaller_costs_quality_and_needs_a_device_th
     saved = 256 * 100 * (4 - 1) - 2 * 256 * 100 // 64 * 4  # float32 to a byte, with a scale and a zero in groups of 64
     assert plain.problem.memory.head_bytes - eight.problem.memory.head_bytes == saved
     assert [built.problem.memory.tied_head for built in (plain, eight)] == [True, False]
+    assert plain.problem.memory.head_bytes - plain.problem.memory.tied_bytes == 4 * 256  # the final norm alone
     for built, lost in ((plain, 0.0), (eight, 0.125), (four, 0.75)):
         assert built.problem.sensitivity[:2] == ((0.0, 0.5, 0.25),) * 2
         assert built.problem.sensitivity[2] == (lost, 0.5 + lost, 0.25 + lost)

@@ -79,6 +79,14 @@ def test_single_stage_has_no_link_and_shares_the_tied_head():
     assert seen.decode_seconds == pytest.approx(2 * 2 * (0.1 + 0.1 + 0.05 + 0.02))
 
 
+def test_the_norm_before_a_tied_head_is_its_own():
+    made = by_hand()
+    made = replace(made, memory=replace(made.memory, tied_bytes=4))
+    alone = evaluate(made, Assignment((StageAssignment("a", 0, 2, (4, 4)),), 2, 4))
+    assert alone.stage_memory_bytes[0]["head"] == 5 - 4
+    assert evaluate(made, two_stages()).stage_memory_bytes[1]["head"] == 5
+
+
 BROKEN = [
     (Assignment((StageAssignment("a", 0, 1, (4,)),), 2, 4), "end at layer 1"),
     (Assignment((StageAssignment("a", 0, 1, (4,)), StageAssignment("a", 1, 2, (4,))), 2, 4), "already uses"),
