@@ -1,4 +1,4 @@
-"""ARCHITECTURE.md and the table of docs/planner.md name files that exist."""
+"""ARCHITECTURE.md and the table of docs/planner.md name files that exist, and a request passes few of them."""
 
 import re
 from pathlib import Path
@@ -20,3 +20,9 @@ def test_every_package_has_its_line():
     text = (ROOT / "ARCHITECTURE.md").read_text()
     packages = {path.parent.name for path in (ROOT / "ds_llmpq").glob("*/__init__.py")}
     assert {name for name in packages if f"| `{name}/`" not in text} <= {"__pycache__"}
+
+
+def test_a_requests_way_is_short():
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    steps = text.partition("## A request, in ten steps")[2].partition("Beside this way")[0]
+    assert len(set(re.findall(r"`[\w/]+\.py`", steps))) <= 25
