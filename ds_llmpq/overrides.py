@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -45,6 +46,18 @@ _OVERRIDE = re.compile(r"(\+\+|\+|~)?([^=]*)(?:=(.*))?", re.DOTALL)
 _LONGEST_NAME = 120  # bytes; file systems take 255, some encrypted ones 143
 _DIGEST_CHARACTERS = 10
 _FOLDERS = ("hydra.run.dir", "hydra.sweep.dir")
+_FLAGS_WITH_VALUE = (
+    "--cfg",
+    "-c",
+    "--package",
+    "-p",
+    "--config-name",
+    "-cn",
+    "--config-path",
+    "-cp",
+    "--config-dir",
+    "-cd",
+)
 _CLOSED, _OPEN = "closed", "open"
 _SPECIAL = re.compile(r"([\\()\[\]{}:=,\s])")
 
@@ -57,7 +70,10 @@ def prepare(command: str, kind: type, arguments: Iterable[str], conf: Path, swee
     names = {_OVERRIDE.fullmatch(argument)[2] for argument in arguments}
     if "out" in names and (folder := next((name for name in _FOLDERS if name in names), None)):
         raise UserError(f"{folder} and out both name the folder that is written; give out=DIR alone.")
-    return [each if each.startswith("-") else _prepared(command, kind, each, conf, sweep) for each in arguments]
+    # of `--cfg job`, the second is no override either
+    plain = [each.startswith("-") or before in _FLAGS_WITH_VALUE for before, each in pairwise(["", *arguments])]
+    pairs = zip(arguments, plain, strict=True)
+    return [each if is_plain else _prepared(command, kind, each, conf, sweep) for each, is_plain in pairs]
 
 
 def rename_former(argument: str) -> str:

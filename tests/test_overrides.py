@@ -141,3 +141,8 @@ def test_every_former_key_names_a_present_one():
     known = {key for kind in config.COMMANDS.values() for key in overrides.list_keys(kind)}
     assert set(overrides.FORMER_KEYS.values()) <= known
     assert not set(overrides.FORMER_KEYS) & known
+
+
+def test_the_value_of_a_flag_is_no_override():
+    arguments = ["--cfg", "job", "planner.theta=2"]
+    assert overrides.prepare("plan", config.COMMANDS["plan"], arguments, config.conf_folder()) == arguments

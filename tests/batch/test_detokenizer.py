@@ -75,7 +75,7 @@ def test_long_random_bytes(token_ids, at, data):
 def test_a_long_stream_is_decoded_in_bounded_windows(kind, monkeypatch):
     tokenizer = TOKENIZERS[kind]()
     lengths = []
-    monkeypatch.setattr(detokenizer, "decode", lambda t, ids: lengths.append(len(ids)) or decode(t, ids))
+    monkeypatch.setattr(detokenizer, "decode", lambda t, ids, *special: lengths.append(len(ids)) or decode(t, ids))
     unit = tokenizer.encode("".join(TEXTS), add_special_tokens=False)
     token_ids = (unit * 40)[:1500]
     state = TextState(tokenizer, ("never there",))
@@ -91,7 +91,7 @@ def test_endless_special_tokens_and_garbage_stay_bounded(token, monkeypatch):
     if token == "garbage":
         token = next(t for t in range(3, len(tokenizer)) if decode(tokenizer, [t]) == "\ufffd")
     lengths = []
-    monkeypatch.setattr(detokenizer, "decode", lambda t, ids: lengths.append(len(ids)) or decode(t, ids))
+    monkeypatch.setattr(detokenizer, "decode", lambda t, ids, *special: lengths.append(len(ids)) or decode(t, ids))
     state = TextState(tokenizer, ("STOP",))
     assert not any(state.push(token) for _ in range(500))
     assert max(lengths, default=0) <= MAX_WINDOW_TOKENS

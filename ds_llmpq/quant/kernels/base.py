@@ -40,21 +40,21 @@ class Product(Protocol):
 
 
 class Kernel:
-    """One way to run quantized linears: what it can take, what it holds and reads, and how it is built.
+    """One way to run quantized linears: what it supports, holds and reads, and how it is built.
 
-    name: as `quant.kernel` and files have it. source: where its figures come from.
-    library: the distribution that it needs, whose version profiles note.
-    kinds, dtypes: of devices, and compute dtypes, that it runs in.
-    storage_bits: for each bit width the bits in which its codes are held.
-    group_sizes: that it takes, along the input. per_channel: it also takes one group a row, of any length.
-    out_multiple, in_multiple: what features must divide by.
-    shared_inputs: linears of one input that are held and run as one.
-    integer_activations: inputs are rounded to 8 bits by groups, and sums are taken in integers.
-    own_threads: products run on threads of its library's own.
+    name: in `quant.kernel` and files. source: where its figures come from.
+    library: the distribution that it needs, whose version profiles record.
+    kinds, dtypes: kinds of devices, and compute dtypes, that it supports.
+    storage_bits: for each bit width, the bits per stored code.
+    group_sizes: along the input. per_channel: it also supports one group per row, of any length.
+    out_multiple, in_multiple: features must be multiples of these.
+    shared_inputs: linears with the same input that are held and run as one.
+    integer_activations: inputs are rounded to 8 bits by groups, and sums are computed in integers.
+    own_threads: products run on the library's own threads.
     cache_block: positions in a block of the KV cache; slots take whole blocks.
     whole_stage: all layers of a stage, unquantized ones too, run as one graph, and sums depend on all rows of a pass.
-    layer_overhead_bytes: held for each layer beside its weights.
-    speedups: kind of device -> bits -> {rows: times as fast as an unquantized product}, where that was measured.
+    layer_overhead_bytes: for each layer, beside its weights.
+    speedups: kind of device -> bits -> {rows: times as fast as an unquantized product}, where it was measured.
     """
 
     name: str
