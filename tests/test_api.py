@@ -154,6 +154,12 @@ def test_a_cluster_may_be_an_object_or_a_dict():
     assert LLM(MODEL, own).settings.cluster.hosts[0].devices[0].type == "core"
 
 
+def test_without_a_cluster_it_is_what_this_machine_has(monkeypatch):
+    monkeypatch.setattr(config, "query_gpus", list)
+    cluster = LLM(MODEL).settings.cluster
+    assert (cluster.name, [len(host.devices) for host in cluster.hosts]) == ("auto", [1])
+
+
 @pytest.mark.slow
 @pytest.mark.launcher
 def test_greedy_answers_equal_transformers_and_run(tmp_path):
