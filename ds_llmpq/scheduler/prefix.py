@@ -29,8 +29,8 @@ def find_shared_prefix(prompts: Sequence[array], most_tokens: int, block: int = 
     return tuple(array("i", ordered[place][: tokens * _TOKEN_BYTES]))
 
 
-def count_shared(prompt: tuple[int, ...], prefix: tuple[int, ...]) -> int:
-    """The prefix's tokens, if the prompt goes on behind them: its last token must be computed."""
+def count_shared(prompt: Sequence[int], prefix: Sequence[int]) -> int:
+    """The prefix's tokens, if the prompt goes on behind them: its last token must be computed. Both of one type."""
     return len(prefix) if len(prompt) > len(prefix) and prompt[: len(prefix)] == prefix else 0
 
 

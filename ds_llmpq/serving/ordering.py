@@ -3,6 +3,7 @@ those need less padding and waiting. Imports no torch."""
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
@@ -169,8 +170,7 @@ class JobRequests:
             (each.prompt_tokens, max(1, round(tokens)))
             for each, tokens in zip(self.prepared, self._expected_tokens, strict=True)
         ]
-        shared = [count_shared(tuple(each.prompt_ids), self.prefix) for each in self.prepared]
-        streams = self.admission.streams(range(len(lengths)))
+        shared, streams = self._count_shared(), self.admission.streams(range(len(lengths)))
         return [(slots, [lengths[i] for i in part], [shared[i] for i in part]) for slots, part in streams]
 
     def report(self, limits: MicroBatchLimits, answer_tokens: Sequence[int]) -> dict[str, Any]:
@@ -249,5 +249,13 @@ class JobRequests:
         lengths = [(each.prompt_tokens, tokens) for each, tokens in zip(self.prepared, answer_tokens, strict=True)]
         if sum(answer_tokens) / limits.decode_rows > MOST_PASSES:
             return None
-        streams = self.admission.streams(order)
-        return sum(decode_passes([lengths[i] for i in part], slots, limits) for slots, part in streams)
+        shared, streams = self._count_shared(), self.admission.streams(order)
+        return sum(
+            decode_passes([lengths[i] for i in part], slots, limits, [shared[i] for i in part])
+            for slots, part in streams
+        )
+
+    def _count_shared(self) -> list[int]:
+        """Of each prompt, the tokens that are not computed."""
+        prefix = array("i", self.prefix)
+        return [count_shared(each.prompt_ids, prefix) for each in self.prepared]

@@ -101,10 +101,13 @@ def write_predicted_trace(plan: Plan, simulated: Iterable[SimulatedRun], folder:
     write_json(folder / "predicted_trace.json", {"traceEvents": events[:_MOST_EVENTS], "displayTimeUnit": "ms"})
 
 
-def decode_passes(lengths: Sequence[tuple[int, int]], slots: int, limits: MicroBatchLimits) -> int:
-    """How many decode passes a stream of these (prompt, generated) tokens takes."""
+def decode_passes(
+    lengths: Sequence[tuple[int, int]], slots: int, limits: MicroBatchLimits, shared_tokens: Sequence[int] = ()
+) -> int:
+    """How many decode passes a stream of these (prompt, generated) tokens takes, of which `shared_tokens` are not
+    computed."""
     scheduler, count = Scheduler(slots, limits), 0
-    scheduler.add(prompt for prompt, _ in lengths)
+    scheduler.add((prompt for prompt, _ in lengths), shared_tokens)
     left = [0] * slots  # tokens that each slot's sequence has yet to generate
     while scheduler.next_group() is not None:
         for batch in scheduler.schedule(lambda slot: left[slot] <= 0):
