@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from typing import Protocol
 
 from deepspeed.runtime.pipe.schedule import PipeInstruction, PipeSchedule
 
 from ds_llmpq.scheduler.micro_batch import MicroBatch
+from ds_llmpq.scheduler.stream import Stream
 
 
 class PostReceive(PipeInstruction):
@@ -47,29 +47,13 @@ class ReceiveRequests(PipeInstruction):
     """All stages together: take the driver's next request group, or hear that there is none."""
 
 
-class MicroBatchSource(Protocol):
-    """Where a stage's micro-batches come from."""
-
-    def wants_requests(self) -> bool:
-        """Whether a request group must be taken before the next micro-batches are scheduled."""
-
-    def list_pending_slots(self) -> list[int] | None:
-        """Slots whose tokens must be known before the next micro-batches are scheduled; None when all is done."""
-
-    def has_tokens(self, slots: list[int]) -> bool:
-        """Whether the tokens of these slots are known by now, without waiting."""
-
-    def schedule(self) -> list[MicroBatch]:
-        """The next micro-batches; possibly none."""
-
-
 class StreamSchedule(PipeSchedule):
     """Micro-batches over the slots until all sequences have ended.
 
     While a stage works on one, the receive of the next one is posted if it is already certain which that is.
     """
 
-    def __init__(self, source: MicroBatchSource, stages: int, stage_id: int):
+    def __init__(self, source: Stream, stages: int, stage_id: int):
         super().__init__(1, stages, stage_id)
         self.source = source
         self.scheduled: deque[MicroBatch] = deque()

@@ -73,9 +73,8 @@ class StreamTimes:
 
 
 class Stream:
-    """Implements the schedule's `MicroBatchSource`. `poll` records tokens that have come meanwhile;
-    `on_admitted(slot, sequence)` is called when a sequence takes a slot, `on_tokens(keys, tokens)` when tokens are
-    known of sequences that go on.
+    """`poll` records tokens that have come meanwhile; `on_admitted(slot, sequence)` is called when a sequence takes a
+    slot, `on_tokens(keys, tokens)` when tokens are known of sequences that go on.
 
     `prefix`: tokens whose keys and values the cache holds; sequences that begin with them compute the rest.
     `held_back`: a group that was taken but does not join. `nan_slots`: slots whose cache may hold NaN.
@@ -115,6 +114,7 @@ class Stream:
         self._add(first)
 
     def wants_requests(self) -> bool:
+        """Whether a request group must be taken before the next micro-batches are scheduled."""
         if self._no_more:
             return False
         if self._live:
@@ -130,13 +130,16 @@ class Stream:
             self.held_back, self._no_more = group, True
 
     def list_pending_slots(self) -> list[int] | None:
+        """Slots whose tokens must be known before the next micro-batches are scheduled; None when all is done."""
         return None if self.scheduler.next_group() is None else self.scheduler.list_pending_slots()
 
     def has_tokens(self, slots: list[int]) -> bool:
+        """Whether the tokens of these slots are known by now, without waiting."""
         self._poll()
         return not self.slots.are_awaited(slots)
 
     def schedule(self) -> list[MicroBatch]:
+        """The next micro-batches; possibly none."""
         batches, self._asked = self.scheduler.schedule(self.slots.has_ended), False
         for batch in batches:
             for slot, _ in zip(batch.slots, batch.sequences, strict=False):
