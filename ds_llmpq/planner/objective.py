@@ -105,7 +105,8 @@ def stage_memory(problem: Problem, assignment: Assignment, stage: StageAssignmen
     first, last = stage.first == 0, stage.last == problem.layers
     return {
         "weights": sum(memory.layer_bytes[b][i] for i, b in zip(layers, stage.bits, strict=True)),
-        "kv": memory.kv_bytes_per_sequence_layer * problem.workload.sequences * len(layers),
+        # whole bytes again, where sequences share out those of a common prefix
+        "kv": round(memory.kv_bytes_per_sequence_layer * problem.workload.sequences * len(layers), 3),
         "embed": memory.embed_bytes if first else 0,
         "head": charge_head(memory, first, last),
         "workspace": max(
