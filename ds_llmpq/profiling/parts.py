@@ -92,16 +92,16 @@ class Parts:
         if point.part == "layer":
             short = point.tokens >= _LONG_PASS and not self.kernel.whole_stage
             chain = self.layers[point.bits][: 1 if short else None]
-            return self._captured(self._layers(point, chain), point), len(chain)
+            return self._capture_pass(self._layers(point, chain), point), len(chain)
         if point.part == "embed":
             tokens = torch.zeros(point.batch, point.length_tokens, dtype=torch.long, device=self.device)
             step = Step(tokens, None, point.length_tokens, True, token_ids=tokens)
-            return self._captured(lambda: self.embedding(step).hidden, point), 1
+            return self._capture_pass(lambda: self.embedding(step).hidden, point), 1
         hidden = self._hidden(point.batch, 1)
         step = Step(torch.zeros(point.batch, 1, dtype=torch.long, device=self.device), None, 1, True, hidden=hidden)
-        return self._captured(lambda: self.head(step).logits, point), 1
+        return self._capture_pass(lambda: self.head(step).logits, point), 1
 
-    def _captured(self, action: Callable[[], torch.Tensor], point: Point) -> Callable[[], torch.Tensor]:
+    def _capture_pass(self, action: Callable[[], torch.Tensor], point: Point) -> Callable[[], torch.Tensor]:
         if self.capture is None or point.phase == "prefill":
             return action
         with fix_shapes(nn.ModuleList(self.layers[point.bits] if point.part == "layer" else ())):

@@ -46,7 +46,7 @@ def limit_chain(layers: int, layer_bytes: float) -> int:
     return max(1, min(layers, int(_MOST_CHAIN_BYTES // layer_bytes)))
 
 
-def sampling_plan(
+def plan_points(
     device_type: str,
     bits: Sequence[int],
     sizes: dict[str, Sequence[int]],
@@ -59,7 +59,7 @@ def sampling_plan(
     """
     groups: list[list[Point]] = [[], [], []]
     for phase in ("prefill", "decode"):
-        for rank, length in enumerate(_lengths(phase, workload)):
+        for rank, length in enumerate(_list_lengths(phase, workload)):
             for width in bits:
                 groups[min(rank, 2)] += [
                     Point(device_type, "layer", phase, width, size, length) for size in sizes[phase]
@@ -72,7 +72,7 @@ def sampling_plan(
     return [group for group in groups if group]
 
 
-def _lengths(phase: str, workload: WorkloadConfig) -> list[int]:
+def _list_lengths(phase: str, workload: WorkloadConfig) -> list[int]:
     """The workload's own first. Decode: tokens cached, from the first to the last pass, the mean leading."""
     prompt, generated = workload.prompt_tokens, workload.generated_tokens
     if phase == "prefill":  # down to short ones: real prompts are seldom as long as the longest

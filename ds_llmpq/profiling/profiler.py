@@ -29,7 +29,7 @@ from ds_llmpq.engine.runner.capture import CudaGraphs
 from ds_llmpq.errors import UserError
 from ds_llmpq.launch.launcher import is_local
 from ds_llmpq.profiling.parts import Parts
-from ds_llmpq.profiling.points import ProfilingTask, sampling_plan
+from ds_llmpq.profiling.points import ProfilingTask, plan_points
 from ds_llmpq.profiling.timer import NewSizes, Timer
 from ds_llmpq.profiling.trial_process import build_pass_sample, run_trial, write_link_table
 
@@ -55,7 +55,7 @@ def profile(task: ProfilingTask, cluster: Cluster, out: Path, force: bool, show:
         write_header(file, task.setup, _note(devices) | task.kernel_note | {"decode_graphs": task.captured})
         done = set()
     if task.profiling.links:
-        _trials(task, devices, cluster, out, done, show)
+        _run_trials(task, devices, cluster, out, done, show)
     new_sizes = NewSizes()
     for device in devices:
         _profile_type(task, device, len(devices), file, done, new_sizes, show)
@@ -84,14 +84,14 @@ def _profile_type(
 ) -> None:
     kind = device.type
     bits = [width for width in task.bits if width in list_feasible_bits(kind, task.dtype)]
-    groups = sampling_plan(kind.name, bits, task.sizes, task.workload)
+    groups = plan_points(kind.name, bits, task.sizes, task.workload)
     rounds = task.profiling.rounds
     todo = [(point, turn) for turn in range(rounds) for group in groups for point in group]
     left = [entry for entry in todo if entry not in done]
     if not left:
         return
     with open_timer(device) as timer:
-        parts = _parts(task, bits, timer.device)
+        parts = _load_parts(task, bits, timer.device)
         parts.throttle(device.cpu_share or 1.0)
         _time_points(task, timer, parts, left, types, file, new_sizes, show)
 
@@ -108,7 +108,7 @@ def open_timer(device: Device) -> Iterator[Timer]:
         torch.set_num_threads(threads)
 
 
-def _parts(task: ProfilingTask, bits: Sequence[int], where: torch.device) -> Parts:
+def _load_parts(task: ProfilingTask, bits: Sequence[int], where: torch.device) -> Parts:
     capacity = task.workload.prompt_tokens + task.workload.generated_tokens
     rows = max(*task.sizes["prefill"], *task.sizes["decode"])
     return Parts(
@@ -174,7 +174,7 @@ def _sample(timer: Timer, parts: Parts, point: Point, turn: int, seconds: float,
     )
 
 
-def _trials(
+def _run_trials(
     task: ProfilingTask,
     devices: Sequence[Device],
     cluster: Cluster,

@@ -29,7 +29,7 @@ from ds_llmpq.cost.profile import Point, Sample, append, read_profile, write_hea
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import cache_folder, one_at_a_time
 from ds_llmpq.launch.launcher import is_local
-from ds_llmpq.profiling.points import TimingTask, limit_chain, sampling_plan
+from ds_llmpq.profiling.points import TimingTask, limit_chain, plan_points
 from ds_llmpq.profiling.trial_process import STAGES, build_pass_sample, run_trial, write_link_table
 from ds_llmpq.quant.kernels.registry import find_stage_kernel
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS, make_groups
@@ -67,7 +67,7 @@ def calibrate(wanted: TimingTask, cluster: Cluster, choice: str, show: Show) -> 
         raise UserError(f"planner.calibrate is {choice!r} but must be one of {', '.join(CHOICES)}.")
     if choice == "never":
         return None
-    wanted = _with_round_sizes(wanted)
+    wanted = _round_sizes(wanted)
     obstacle = find_obstacle(cluster) or _find_shortage(wanted, cluster)
     if obstacle and choice == "always":
         raise UserError(f"planner.calibrate=always cannot be: {obstacle}.")
@@ -113,7 +113,7 @@ def _measure_into(wanted: TimingTask, cluster: Cluster, folder: Path, show: Show
     show(f"timed in {time.monotonic() - begin:.1f} s, kept in {folder}")
 
 
-def _with_round_sizes(wanted: TimingTask) -> TimingTask:
+def _round_sizes(wanted: TimingTask) -> TimingTask:
     """Lengths up to the next power of two, so that batches of about the same lengths share a calibration; micro-batches
     thinned to the smallest, the middle and the largest."""
     prompt, generated = _next_power(wanted.workload.prompt_tokens), _next_power(wanted.workload.generated_tokens)
@@ -179,10 +179,10 @@ def _measure(wanted: TimingTask, cluster: Cluster, out: Path) -> None:
     """profile.csv and links.csv, from one trial for devices that are started alike and three at a time. The log of the
     last trial stays beside the kept folders, for it is wanted where nothing was kept."""
     samples: list[Sample] = []
-    for index, devices in enumerate(_trial_groups(cluster)):
+    for index, devices in enumerate(_group_for_trials(cluster)):
         kind = devices[0].type.kind
         ranks = len(STAGES) if kind == "cpu" else len(devices)
-        found = run_trial(_trial(wanted, devices, links=index == 0), cache_folder() / _KEPT / "trial.log", ranks)
+        found = run_trial(_build_trial(wanted, devices, links=index == 0), cache_folder() / _KEPT / "trial.log", ranks)
         if index == 0 and found["links"]:
             write_link_table(out / "links.csv", cluster, found["links"])
         for device in {device.type.name: device for device in devices}.values():
@@ -193,7 +193,7 @@ def _measure(wanted: TimingTask, cluster: Cluster, out: Path) -> None:
     append(out / "profile.csv", samples)
 
 
-def _trial_groups(cluster: Cluster) -> list[list[Device]]:
+def _group_for_trials(cluster: Cluster) -> list[list[Device]]:
     """Devices to time at the same moment: of one kind and number of threads, at most three. Every type is in a group;
     more devices of a type only fill one up."""
     by_process: dict[tuple[str, int], list[Device]] = {}
@@ -208,7 +208,7 @@ def _trial_groups(cluster: Cluster) -> list[list[Device]]:
     return groups
 
 
-def _trial(wanted: TimingTask, devices: list[Device], links: bool) -> dict[str, Any]:
+def _build_trial(wanted: TimingTask, devices: list[Device], links: bool) -> dict[str, Any]:
     sizes = sorted({size for listed in wanted.sizes.values() for size in listed})
     workload = wanted.workload
     return {
@@ -225,7 +225,7 @@ def _trial(wanted: TimingTask, devices: list[Device], links: bool) -> dict[str, 
                 {
                     "slot": device.slot,
                     "cpu_share": device.cpu_share or 1.0,
-                    "points": [asdict(point) for point in _points(wanted, device)],
+                    "points": [asdict(point) for point in _list_points(wanted, device)],
                 }
                 for device in devices
             ],
@@ -239,11 +239,11 @@ def _trial(wanted: TimingTask, devices: list[Device], links: bool) -> dict[str, 
     }
 
 
-def _points(wanted: TimingTask, device: Device) -> list[Point]:
+def _list_points(wanted: TimingTask, device: Device) -> list[Point]:
     """Two lengths a phase, and all of them with the smallest micro-batch. Light points come first: where time runs out,
     heavy ones are left out."""
     bits = [width for width in wanted.bits if width in list_feasible_bits(device.type, wanted.dtype)]
-    groups = sampling_plan(device.type.name, bits, wanted.sizes, wanted.workload)
+    groups = plan_points(device.type.name, bits, wanted.sizes, wanted.workload)
     smallest = min(size for listed in wanted.sizes.values() for size in listed)
     points = [point for rank, group in enumerate(groups) for point in group if rank < 2 or point.batch == smallest]
     return sorted(points, key=lambda point: point.tokens)

@@ -54,7 +54,7 @@ def run_trial(spec: dict[str, Any], log: Path, ranks: int = len(STAGES)) -> dict
     )
     for name in ("RANK", "LOCAL_SIZE"):  # of a launcher that started this process
         shared.pop(name, None)
-    line = [sys.executable, "-m", "ds_llmpq.profiling", json.dumps(spec | {"plan": _plan(spec, ranks).to_json()})]
+    line = [sys.executable, "-m", "ds_llmpq.profiling", json.dumps(spec | {"plan": _build_plan(spec, ranks).to_json()})]
     if spec["kind"] == "cpu":  # the libraries are imported once for all ranks: without RANK a trial forks them
         environments = [{}]
     else:  # a GPU's runtime does not survive a fork
@@ -87,7 +87,7 @@ def cut_prompt(tokens: int, rows: int) -> int:
     return max(1, min(tokens, _MOST_PROMPT_TOKENS // rows))
 
 
-def _plan(spec: dict[str, Any], ranks: int) -> Plan:
+def _build_plan(spec: dict[str, Any], ranks: int) -> Plan:
     """One decoder layer a stage, unquantized; its workload is the trial's request group that needs the most cache."""
     workloads = [
         Workload(2 * rows, cut_prompt(spec["prompt_tokens"], rows), DECODE_PASSES + 2) for rows in spec["sizes"]

@@ -196,7 +196,7 @@ def _replan(
 
 def _sum_up(supervisor: Supervisor, tally: Tally, out: Path, results_before: int) -> BatchRun:
     """Marks the run as finished and sums up."""
-    metrics = _metrics(supervisor.job.plan, tally, out)
+    metrics = _build_metrics(supervisor.job.plan, tally, out)
     metrics["restarts"] = {
         "restarts": supervisor.restarts,
         "replans": supervisor.replans,
@@ -210,7 +210,7 @@ def _sum_up(supervisor: Supervisor, tally: Tally, out: Path, results_before: int
     return BatchRun(tally, metrics, supervisor.restarts, supervisor.reasons)
 
 
-def _metrics(plan: Plan, tally: Tally, out: Path) -> dict[str, Any]:
+def _build_metrics(plan: Plan, tally: Tally, out: Path) -> dict[str, Any]:
     """What the last start measured, with what the files hold; nothing measured where it ended before it wrote that."""
     file, remedy = out / "metrics.json", "remove it, and go on with resume=true"
     if file.exists():

@@ -64,7 +64,7 @@ def summarize(
         },
         "cost": plan.compute_cost(seconds, prompt_tokens, generated_tokens),  # while serving, start-up not counted
         "predicted_against_measured": simulated
-        and _fidelity(plan, simulated, seconds, phases) | {"expected_before": expected},
+        and _compare_times(plan, simulated, seconds, phases) | {"expected_before": expected},
         "stages": [
             _stage(plan, report, simulated or ()) for report in sorted(reports, key=lambda report: report["stage"])
         ],
@@ -73,7 +73,7 @@ def summarize(
     }
 
 
-def _fidelity(
+def _compare_times(
     plan: Plan, simulated: Sequence[SimulatedRun], seconds: float, phases: dict[str, float]
 ) -> dict[str, Any]:
     """The plan's times for these very requests and answers beside what was measured."""

@@ -23,7 +23,7 @@ from ds_llmpq.planner.config import WorkloadConfig
 from ds_llmpq.profiling import profiler
 from ds_llmpq.profiling.config import ProfilingConfig
 from ds_llmpq.profiling.parts import Parts
-from ds_llmpq.profiling.points import ProfilingTask, sampling_plan
+from ds_llmpq.profiling.points import ProfilingTask, plan_points
 from ds_llmpq.profiling.timer import Timer
 from ds_llmpq.profiling.trial_process import run_trial
 from ds_llmpq.quant.config import QuantConfig
@@ -75,7 +75,7 @@ def test_every_point_runs_on_the_engines_own_parts(folder, arch):
     made = task(folder(arch))
     parts = Parts(made.path, made.shape, (4, 16), made.quant, "float32", CPU, 4, 18, 2)
     with torch.inference_mode():
-        for group in sampling_plan("core", [4, 16], made.sizes, WORKLOAD):
+        for group in plan_points("core", [4, 16], made.sizes, WORKLOAD):
             for point in group:
                 action, times = parts.action(point)
                 action()
@@ -136,7 +136,7 @@ def test_an_interrupted_profile_goes_on(folder, tmp_path):
     assert after[:20] == before
     keys = [(sample.point, sample.round) for sample in after]
     assert len(keys) == len(set(keys))
-    points = [point for group in sampling_plan("core", [4, 16], made.sizes, WORKLOAD) for point in group]
+    points = [point for group in plan_points("core", [4, 16], made.sizes, WORKLOAD) for point in group]
     assert {(point, turn) for point in points for turn in range(2)} == {
         key for key in keys if key[0].part != "new_size"
     }

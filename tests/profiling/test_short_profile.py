@@ -151,7 +151,7 @@ def test_of_plans_made_side_by_side_one_measures(wanted, made):
 
 def test_lengths_are_not_rounded_beyond_the_models_positions(wanted):
     most = wanted.shape.max_positions
-    rounded = short_profile._with_round_sizes(replace(wanted, workload=WorkloadConfig(4, most - 100, 90)))
+    rounded = short_profile._round_sizes(replace(wanted, workload=WorkloadConfig(4, most - 100, 90)))
     assert (rounded.workload.prompt_tokens, rounded.workload.generated_tokens) == (most - 100, 90)
 
 
@@ -187,7 +187,7 @@ def test_every_type_is_timed_and_at_most_three_devices_at_once(types):
     cluster = Cluster.from_config(
         ClusterConfig("one", dict.fromkeys(names, CPU), [HostConfig("localhost", devices)], LINKS)
     )
-    groups = short_profile._trial_groups(cluster)
+    groups = short_profile._group_for_trials(cluster)
     assert {device.type.name for group in groups for device in group} == set(names)
     assert all(1 <= len(group) <= 3 for group in groups)
     assert len(groups) == -(-len(set(names)) // 3)
@@ -215,7 +215,7 @@ def test_a_plan_by_default_settings_stands_on_measured_times(cache, tmp_path, mo
 
 def test_light_points_come_first_and_the_smallest_micro_batch_has_all_lengths(wanted):
     device = make_cluster("fast").devices[0]
-    points = short_profile._points(short_profile._with_round_sizes(wanted), device)
+    points = short_profile._list_points(short_profile._round_sizes(wanted), device)
     layers = [point for point in points if point.part == "layer" and point.bits == 8]
     tokens = [point.tokens for point in points]
     assert tokens == sorted(tokens)
