@@ -57,8 +57,8 @@ def test_it_is_costed_by_what_it_says(known, checkpoint_of):
 
 
 def test_it_is_planned(known, checkpoint_of, tmp_path):
-    line = [f"model.path={checkpoint_of('llama')}", "quant.kernel=fake", "quant.bits=[4]", "quant.group_size=32",
-            "engine.dtype=float32", "workload.sequences=4", "workload.prompt_tokens=8",
+    line = ["cluster=local_cpu2", f"model.path={checkpoint_of('llama')}", "quant.kernel=fake", "quant.bits=[4]",
+            "quant.group_size=32", "engine.dtype=float32", "workload.sequences=4", "workload.prompt_tokens=8",
             "workload.generated_tokens=8"]  # fmt: skip
     plan = make_plan(to_object(compose_settings("plan", line), PlanConfig), tmp_path)
     assert {stage.kernel for stage in plan.stages} == {plan.quant.kernel} == {"fake"}
