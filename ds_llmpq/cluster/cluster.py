@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ds_llmpq.cluster.config import ClusterConfig, DeviceTypeConfig, LinkConfig, LinksConfig
+from ds_llmpq.cluster.config import ClusterConfig, DeviceConfig, DeviceTypeConfig, HostConfig, LinkConfig, LinksConfig
 from ds_llmpq.cluster.devices import BIT_WIDTHS, COMPUTE_DTYPES, KINDS, RATE_DTYPES, Device, DeviceType, Link, Links
 from ds_llmpq.cluster.hostfile import check_host_name
 from ds_llmpq.errors import UserError, make_printable, quote
@@ -137,7 +137,8 @@ def _list_prices(config: ClusterConfig) -> dict[str, float]:
     found: dict[str, float] = {}
     unpriced = []
     for host in config.hosts:
-        entries = [(host.name, host), *((f"{host.name}:{device.slot}", device) for device in host.devices)]
+        entries: list[tuple[str, HostConfig | DeviceConfig]] = [(host.name, host)]
+        entries += [(f"{host.name}:{device.slot}", device) for device in host.devices]
         for name, entry in entries:
             if entry.price_per_hour is not None:
                 _check_number(f"price_per_hour of {name}", entry.price_per_hour, lowest=0)
