@@ -96,7 +96,7 @@ def test_a_cluster_and_an_ablation_go_together():
 
 
 def test_a_cluster_without_a_published_model_is_one_sentence():
-    with pytest.raises(config.UserError, match=r"cluster=demo_cpu2 was not published .*; give model=NAME, too\.$"):
+    with pytest.raises(config.UserError, match=r"cluster=demo_cpu2 was not published .*; give model=NAME too\.$"):
         config.compose_settings("plan", ["+experiment=paper", "cluster=demo_cpu2"])
     assert (
         config.compose_settings("plan", ["+experiment=paper", "cluster=demo_cpu2", "model=tiny"]).cluster.name
