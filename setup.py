@@ -29,7 +29,7 @@ setup(
         "ds_llmpq.assets.tiny_llama": "tests/assets/tiny-llama",
     },
     package_data={
-        "ds_llmpq": ["py.typed"],
+        "ds_llmpq": ["py.typed", "models/texts/*.txt"],
         "ds_llmpq.conf": ["*.yaml", "*/*.yaml", "*/*/*.yaml"],
         "ds_llmpq.assets.launch": ["*.jsonl"],
         "ds_llmpq.assets.tiny_llama": ["*"],

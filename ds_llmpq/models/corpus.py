@@ -1,8 +1,9 @@
-"""Text for calibration and evaluation: a local file, or Python's standard library.
+"""Text to calibrate on and to evaluate on: a local file, or what every Python installation and this package carry.
 
-By default it is the source of the standard library: one file in 20, chosen by a hash of its path, which the small
-shipped model was not trained on. They form two parts, so that calibration text is never used to evaluate. The text
-differs between Python versions; every number made from it is stored with its hash.
+The default to evaluate on is the standard library's own source: files held out by a hash of their path (one in 20; the
+small shipped model has not seen them), in two parts, so that what calibrates never evaluates. Calibration takes its
+part of them, the language's reference manual, and `texts/`: conversations, stories, languages, data, mathematics, all
+written for this package. It differs between Python versions; its hash is kept with every number made from it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ds_llmpq.errors import UserError
 CALIBRATION, EVALUATION = "calibration", "evaluation"
 _MOST_BYTES = 1 << 32
 _PARTS = (CALIBRATION, EVALUATION)
+_OWN_TEXTS = Path(__file__).parent / "texts"
 # folders that some installations lack, and tables of numbers
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "__pycache__"}
 
@@ -48,6 +50,31 @@ def read_text(path: str | Path | None, part: str) -> Text:
     if path is None:
         return Text(f"standard library, held-out files, {part}", _read_standard_library(part))
     return Text(str(path), files.read_text(path, "text", "give a plain text file in UTF-8", _MOST_BYTES))
+
+
+def read_calibration_texts(path: str | Path | None) -> list[Text]:
+    """The file alone, or for None one text of each kind."""
+    if path is not None:
+        return [read_text(path, CALIBRATION)]
+    from pydoc_data.topics import topics
+
+    manual = "\n\n".join(topics[name] for name in sorted(topics))
+    own = [Text(file.stem, file.read_text(encoding="utf-8")) for file in sorted(_OWN_TEXTS.glob("*.txt"))]
+    return [Text("code", _read_standard_library(CALIBRATION)), Text("manual", manual), *own]
+
+
+def select_rows(texts: list[Text], tokenizer: Any, rows: int, length: int) -> tuple[torch.Tensor, list[int]]:
+    """([about `rows`, length + 1] tokens, the kind of each row): of several texts each in turn, fewer of a short one; a
+    single text's eighths are its kinds."""
+    if len(texts) == 1:
+        return select_calibration_rows(texts[0], tokenizer, rows, length), [8 * index // rows for index in range(rows)]
+    found = []
+    for kind, text in enumerate(texts[:rows]):
+        whole = [row for row in cut_rows(encode(text, tokenizer), length) if len(row) == length + 1]
+        count = min(rows // len(texts) + (kind < rows % len(texts)), len(whole))
+        found += [(index, kind, whole[index * len(whole) // count]) for index in range(count)]
+    found.sort(key=lambda entry: entry[:2])  # the first rows are of all kinds: some methods take no more
+    return torch.tensor([row for _, _, row in found]), [kind for _, kind, _ in found]
 
 
 def encode(text: Text, tokenizer: Any) -> list[int]:

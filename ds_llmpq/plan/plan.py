@@ -26,6 +26,7 @@ from ds_llmpq.validation import (
     Many,
     Name,
     Note,
+    Number,
     PathText,
     Plain,
     Positive,
@@ -243,6 +244,7 @@ class Plan:
     explanation: Many[Note] = ()
     quant: Quantization | None = None
     deployment: Deployment | None = None
+    quality_loss_interval: tuple[Number, Number] | None = None  # 95 % of other texts than the calibration's
     bits_per_weight: Amount | None = None  # of decoder layers and lm_head together, scales and zeros counted
 
     @property

@@ -110,6 +110,7 @@ def deploy(
         stages=stages,
         quant=Quantization.from_config(quant),
         deployment=deployment,
+        quality_loss_interval=prepared.sensitivity.interval(plan.predicted.quality_loss),
         bits_per_weight=count_bits_per_weight(
             prepared.memory.shape,
             [width for stage in stages for width in stage.bits],

@@ -30,6 +30,8 @@ def _text_table(found: dict[str, Any]) -> str:
         measured = f"{increase['measured']:.6f} +- {increase['standard_error']:.6f}"
         rows += [["loss increase, measured", measured]]
         rows += [["loss increase, predicted", f"{increase['predicted']:.6f} ({increase['predicted_from']})"]]
+        if interval := increase.get("predicted_interval"):
+            rows += [["95 % of texts", f"{interval[0]:.6f} to {interval[1]:.6f}"]]
     return format_table(["", "value"], rows)
 
 

@@ -11,8 +11,8 @@ from ds_llmpq.fields import path_field
 class CalibrationConfig:
     """Text and effort of `sensitivity`. Memory: one layer, and rows x tokens x hidden size x 4 bytes a variant."""
 
-    text: str | None = path_field()  # a UTF-8 file; null: held-out source files of Python's standard library
-    rows: int = 16
+    text: str | None = path_field()  # a UTF-8 file; null: seven kinds of text that come with Python and the package
+    rows: int = 28  # in all, the kinds in turn
     tokens: int = 512  # a row
     rows_at_once: int = 4
     state_bytes: int = 1 << 30  # hidden states that may be held while variants of the model are measured

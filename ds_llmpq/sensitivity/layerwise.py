@@ -35,6 +35,7 @@ class LossIncrease:
     loss: float
     loss_error: float
     kl: float
+    by_row: tuple[float, ...] = ()  # increase of the loss
 
 
 class Layerwise:
@@ -144,7 +145,7 @@ def _compare(
     model: Layerwise, states: dict[Bits | int, torch.Tensor], full: Bits, heads: dict[Bits | int, nn.Module]
 ) -> dict[Bits | int, LossIncrease]:
     """Every variant's last hidden states under its head, against those of `full`."""
-    sums = {variant: torch.zeros(3, dtype=torch.float64) for variant in states}
+    sums: dict[Bits | int, list[torch.Tensor]] = {variant: [] for variant in states}
     for row in range(len(model.inputs)):
         target = model.targets[row]
         reference = model.compute_logits(heads[full], states[full][row : row + 1])[0].log_softmax(-1)
@@ -152,13 +153,16 @@ def _compare(
             found = model.compute_logits(heads[variant], hidden[row : row + 1])[0].log_softmax(-1)
             increase = F.nll_loss(found, target, reduction="none") - F.nll_loss(reference, target, reduction="none")
             kl = (reference.exp() * (reference - found)).sum(-1)
-            sums[variant] += torch.stack([part.double().sum().cpu() for part in (increase, increase**2, kl)])
+            sums[variant].append(torch.stack([part.double().mean().cpu() for part in (increase, increase**2, kl)]))
     count = model.targets.numel()
-    return {variant: _measured(*(total / count).tolist(), count) for variant, total in sums.items()}
+    return {variant: _average(torch.stack(rows), count) for variant, rows in sums.items()}
 
 
-def _measured(increase: float, square: float, kl: float, count: int) -> LossIncrease:
-    return LossIncrease(increase, (max(square - increase**2, 0.0) / count) ** 0.5, max(kl, 0.0))
+def _average(rows: torch.Tensor, count: int) -> LossIncrease:
+    """`rows` [rows, 3]: means of a row's increase of the loss, its square, and KL; `count` tokens in all."""
+    increase, square, kl = rows.mean(0).tolist()
+    error = (max(square - increase**2, 0.0) / count) ** 0.5
+    return LossIncrease(increase, error, max(kl, 0.0), tuple(rows[:, 0].tolist()))
 
 
 def _check_length(checkpoint: Checkpoint, length: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.checkpoint import Checkpoint
-from ds_llmpq.models.corpus import CALIBRATION, read_text, select_calibration_rows
+from ds_llmpq.models.corpus import read_calibration_texts, select_rows
 from ds_llmpq.models.fingerprint import fingerprint
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.models.tokenizer import load_tokenizer
@@ -31,6 +32,7 @@ from ds_llmpq.sensitivity.resume import Progress
 from ds_llmpq.sensitivity.table import Sensitivity
 
 METHODS = ("variance", "hessian", "random", "measured")
+_LITTLE_LOSS = 0.2  # nats per token, up to which losses of different texts behave alike
 
 
 @dataclass
@@ -53,9 +55,10 @@ def make_sensitivity(request: SensitivityRequest) -> Sensitivity:
     if request.method not in METHODS:
         raise UserError(f"method={request.method!r} is unknown; the methods are {', '.join(METHODS)}.")
     calibration, quant = request.calibration, request.quant
-    text = read_text(calibration.text, CALIBRATION)
+    texts = read_calibration_texts(calibration.text)
+    text_hash = hashlib.sha256("".join(text.sha256 for text in texts).encode()).hexdigest()
     tokenizer = load_tokenizer(str(request.model_path), request.trust_remote_code)
-    tokens = select_calibration_rows(text, tokenizer, calibration.rows, calibration.tokens)
+    tokens, kinds = select_rows(texts, tokenizer, calibration.rows, calibration.tokens)
     checkpoint = Checkpoint(request.model_path, request.trust_remote_code)
     widths = indicators.list_quantized_bits(quant.bits)
     model = Layerwise(checkpoint, quant, tokens, request.device, rows_at_once=calibration.rows_at_once)
@@ -63,7 +66,7 @@ def make_sensitivity(request: SensitivityRequest) -> Sensitivity:
     heads = _choose_head_bits(request.model_path, widths, quant)
     identity = {
         "model": fingerprint(request.model_path),
-        "text": text.sha256,
+        "text": text_hash,
         "calibration": vars(calibration),
         "quant": vars(quant),
         "method": request.method,
@@ -76,13 +79,15 @@ def make_sensitivity(request: SensitivityRequest) -> Sensitivity:
     table, notes = scale_to_loss(raw, uniform)
     ratio = loss_per_kl(uniform)
     details: dict[str, Any] = {
-        "text": text.name,
-        "rows": calibration.rows,
+        "text": ", ".join(text.name for text in texts),
+        "texts": len(texts),
+        "rows": len(tokens),
         "tokens": tokens[:, 1:].numel(),
         "quant": {**make_groups(quant).to_json(), "optimize": quant.optimize},
         "raw": raw,
         "whole_model": dict(zip(map(str, widths), notes, strict=True)),
         "loss_per_kl": ratio,
+        "spread": estimate_spread(uniform, ratio, kinds),
         "indicator_seconds": indicator_seconds,
         "calibration_seconds": time.perf_counter() - started - indicator_seconds,
         "peak_memory_bytes": peak_memory_bytes(request.device),
@@ -95,7 +100,7 @@ def make_sensitivity(request: SensitivityRequest) -> Sensitivity:
         bits=tuple(widths),
         table=tuple(tuple(row) for row in table),
         model_fingerprint=identity["model"],
-        calibration_hash=text.sha256,
+        calibration_hash=text_hash,
         head={width: ratio * found.kl for width, found in zip(heads, low_heads, strict=True)},
         details=details,
     )
@@ -166,6 +171,28 @@ def loss_per_kl(measured: Sequence[LossIncrease]) -> float:
     if not weight:
         return 1.0
     return min(max(sum(loss * kl / error**2 for loss, kl, error in pairs) / weight, 0.5), 2.0)
+
+
+def estimate_spread(measured: Sequence[LossIncrease], ratio: float, kinds: Sequence[int]) -> float | None:
+    """s, such that another text is expected (95 %) to lose Q +- s sqrt(Q) where Q is predicted; None for under three
+    kinds of text.
+
+    KL hardly depends on the text, but the loss differs from it by a product of two small numbers: how far quantizing
+    moves the logits, about sqrt(KL), and how badly the model fits the text. So the kinds deviate in proportion to
+    sqrt(Q), roughly: the bit width at which they do most counts, of those that lose little. Another text is one draw
+    more: Student's distribution.
+    """
+    from scipy.stats import t
+
+    groups = [[row for row, kind in enumerate(kinds) if kind == wanted] for wanted in sorted(set(kinds))]
+    known = [(found, ratio * found.kl) for found in measured if 0 < ratio * found.kl <= _LITTLE_LOSS]
+    if len(groups) < 3 or not known:
+        return None
+    variance = max(
+        sum((sum(found.by_row[row] for row in rows) / len(rows) - target) ** 2 for rows in groups) / target
+        for found, target in known
+    ) / (len(groups) - 1)
+    return float(t.ppf(0.975, len(groups) - 1)) * (variance * (1 + 1 / len(groups))) ** 0.5
 
 
 def scale_to_loss(

@@ -93,19 +93,24 @@ class Sensitivity:
             )
         return self.head[bits]
 
+    def interval(self, loss: float) -> tuple[float, float] | None:
+        """What another text is expected (95 %) to lose where `loss` is; None where no texts were compared."""
+        spread = (self.details or {}).get("spread")
+        return None if spread is None else (loss - spread * loss**0.5, loss + spread * loss**0.5)
+
     def describe_confidence(self, loss: float) -> str:
-        """How sure an expected loss is, as a sentence. The interval is that of `details`, relative to the loss."""
-        details = self.details or {}
+        """How sure an expected loss is, as a sentence."""
         if self.provenance == "assumed":
             return (
                 "That is assumed from published models of 1 to 3 billion parameters, not measured on this: it may be "
                 "half or twice as much; `ds-llmpq sensitivity` measures it."
             )
+        details, interval = self.details or {}, self.interval(loss)
         known = f"That was measured on {details.get('tokens', 'some')} tokens"
-        if (interval := details.get("interval")) is None:
-            return f"{known} of one text; another text may lose more."
-        low, high = (format_number(loss * factor) for factor in interval)
-        return f"{known} of {len(details['texts'])} kinds of text; another text loses {low} to {high} (95 %)."
+        if interval is None:
+            return f"{known}; another text may lose more."
+        low, high = map(format_number, interval)
+        return f"{known} ({details.get('text')}); of other texts 95 % should lose {low} to {high}."
 
     def check_model(self, layers: int, fingerprint: str | None = None) -> None:
         """UserError if the table was made for another model. A fingerprint that either side lacks is not compared."""

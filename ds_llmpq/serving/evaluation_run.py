@@ -88,6 +88,7 @@ def _compare(job: Job, settings: EvaluateConfig, out: Path) -> dict[str, Any]:
             "measured": mean,
             "standard_error": math.sqrt(variance / len(pairs)),
             "predicted": job.plan.predicted.quality_loss,
+            "predicted_interval": job.plan.quality_loss_interval,
             "predicted_from": origins.get("sensitivity") or origins.get("omega", "unknown"),  # the latter: former plans
         },
     }

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from transformers import AutoModelForCausalLM
 
 from ds_llmpq.errors import UserError
-from ds_llmpq.models.corpus import CALIBRATION, read_text, select_calibration_rows
+from ds_llmpq.models.corpus import read_calibration_texts, select_rows
 from ds_llmpq.models.fingerprint import fingerprint
 from ds_llmpq.models.tokenizer import load_tokenizer
 from ds_llmpq.quant.config import QuantConfig
@@ -69,7 +69,7 @@ def test_what_lm_head_loses_is_measured_and_changes_no_layer_s(path, tmp_path):
     assert list(plain.head) == [4, 2], "those of the layers' widths, so that one table serves a sweep"
     assert list(low.head) == [4, 3, 2]
     assert low.table == plain.table
-    rows = select_calibration_rows(read_text(None, CALIBRATION), load_tokenizer(str(path)), 2, 16)
+    rows, _ = select_rows(read_calibration_texts(None), load_tokenizer(str(path)), 2, 16)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     with torch.no_grad():
         exact = model(rows[:, :-1]).logits.log_softmax(-1)
@@ -106,7 +106,7 @@ def test_mistakes(path, tmp_path):
         "method": ("guess", "method='guess' is unknown"),
         "bits": ((16,), "no width below 16"),
         "group_size": (48, "cannot be kept at 2 bits"),
-        "calibration": (CalibrationConfig(text=str(text)), "too short for 16 rows of 512 tokens"),
+        "calibration": (CalibrationConfig(text=str(text)), "too short for 28 rows of 512 tokens"),
     }.items():
         with pytest.raises(UserError, match=words[1]):
             make_sensitivity(request(path, tmp_path, **{change: words[0]}))
