@@ -104,7 +104,7 @@ def find_present(key: str) -> str | None:
 
 def name_point_folder(*, _root_: DictConfig) -> str:
     """The folder of one point of a sweep: its overrides, with a part of them and a hash where they are too long for a
-    name, or hold what would be a folder of its own. Resolver of `${name_point_folder:}`."""
+    name, or hold what would be a folder of its own. Resolver of `${point_folder:}`."""
     name = str(_root_.hydra.job.override_dirname)
     plain = name.replace("/", "_")
     if plain == name and len(name.encode()) <= _LONGEST_NAME:

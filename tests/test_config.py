@@ -216,7 +216,7 @@ def test_defaults_of_a_cluster_file_are_device_types_alone(tmp_path, entry):
 
 def test_a_long_point_has_a_short_folder():
     def folder(name):
-        return OmegaConf.create({"hydra": {"job": {"override_dirname": name}}, "at": "${name_point_folder:}"}).at
+        return OmegaConf.create({"hydra": {"job": {"override_dirname": name}}, "at": "${point_folder:}"}).at
 
     config.register()
     assert folder("planner.theta=1") == "planner.theta=1"
