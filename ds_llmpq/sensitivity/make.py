@@ -87,7 +87,7 @@ def make_sensitivity(request: SensitivityRequest) -> Sensitivity:
         "raw": raw,
         "whole_model": dict(zip(map(str, widths), notes, strict=True)),
         "loss_per_kl": ratio,
-        "spread": estimate_spread(uniform, ratio, kinds),
+        "text_spread": estimate_spread(uniform, ratio, kinds),
         "indicator_seconds": indicator_seconds,
         "calibration_seconds": time.perf_counter() - started - indicator_seconds,
         "peak_memory_bytes": peak_memory_bytes(request.device),

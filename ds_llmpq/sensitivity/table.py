@@ -95,8 +95,10 @@ class Sensitivity:
 
     def interval(self, loss: float) -> tuple[float, float] | None:
         """What another text is expected (95 %) to lose where `loss` is; None where no texts were compared."""
-        spread = (self.details or {}).get("spread")
-        return None if spread is None else (loss - spread * loss**0.5, loss + spread * loss**0.5)
+        spread = (self.details or {}).get("text_spread")
+        if not isinstance(spread, (int, float)):  # details are free text
+            return None
+        return loss - spread * loss**0.5, loss + spread * loss**0.5
 
     def describe_confidence(self, loss: float) -> str:
         """How sure an expected loss is, as a sentence."""

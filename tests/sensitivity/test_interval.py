@@ -44,7 +44,7 @@ def test_the_interval_covers_three_texts_it_was_not_calibrated_on():
     measured = losses(rows, bits)
     ratio = loss_per_kl(measured)
     spread = estimate_spread(measured, ratio, kinds)
-    table = Sensitivity("x", "fitted", bits, ((0.0,) * len(bits),), details={"spread": spread})
+    table = Sensitivity("x", "fitted", bits, ((0.0,) * len(bits),), details={"text_spread": spread})
     licence = Text("licence", (ROOT / "LICENSE").read_text(encoding="utf-8"))
     for text, count in ((read_text(None, EVALUATION), 8), (Text("markdown", markdown()), 8), (licence, 8)):
         for expected, found in zip(
