@@ -403,12 +403,12 @@ def _report(plan: dict, file: Path) -> object:
     found, kept = read_metrics(file), Plan.from_json(plan)
     with refuse_other_forms(file):
         if file.name == "scores.json":
-            return run_report._measured_loss(found)
+            return run_report._look_up(found, "loss_increase", "measured")
         (file.parent / "plan.json").write_text(json.dumps(plan))
         format_run(found)
         run_report._summary(kept, found, None)
         timed = run_report._has_timed_passes(found)
-    return fidelity.run_text(file.parent) if timed else found
+    return fidelity.describe_run(file.parent) if timed else found
 
 
 def _answers(file: Path) -> object:
