@@ -28,7 +28,7 @@ _TEXT = (
 )
 # float32, so that greedy texts do not depend on which rows run together
 PRECISE = ("engine.dtype=float32", "quant.optimize=false")
-TWO_STAGES = "cluster=demo_cpu2"  # so that there is a rank 1 to strike
+TWO_STAGES = "cluster=local_cpu2"  # so that there is a rank 1 to strike
 _MOST_STARTS = 6
 
 

@@ -11,7 +11,7 @@ import subprocess
 import time
 
 import pytest
-from harness import PRECISE, FaultRun, find_victim, rows_in, rows_of, undisturbed, write_input
+from harness import PRECISE, TWO_STAGES, FaultRun, find_victim, rows_in, rows_of, undisturbed, write_input
 
 # the harness has put the folder of these on the path
 from launching import Command, completion, error_sentence, gone, wait_for_results, write_rows
@@ -96,7 +96,7 @@ def test_an_evaluation_that_hangs_is_one_sentence(tmp_path):
     text = tmp_path / "text.py"  # minutes of scoring
     text.write_text("def one(value):\n    return value + 1\n" * 50_000)
     own = ("run.hang_seconds=8", "evaluation.reference=false", f"evaluation.text={text}")
-    command = Command(("evaluate", f"out={tmp_path}", *own, *PRECISE))
+    command = Command(("evaluate", f"out={tmp_path}", TWO_STAGES, *own, *PRECISE))
     process = command.start()
     try:
         while (rank := find_victim("rank 1", process, command)) is None:
@@ -189,6 +189,6 @@ def test_an_output_that_cannot_be_written_is_one_sentence(tmp_path):
     if os.geteuid() != 0 or subprocess.run([*prefix, "true"], capture_output=True).returncode:
         pytest.skip("mount namespaces need root")
     rows = write_rows(tmp_path / "rows.jsonl", [completion("a", "x")])
-    ended = Command(("run", f"input={rows}", f"out={out}", *PRECISE), prefix=prefix).run()
+    ended = Command(("run", f"input={rows}", f"out={out}", TWO_STAGES, *PRECISE), prefix=prefix).run()
     assert str(out) in error_sentence(ended)
     assert rows_in(out / "results.jsonl") == 0
