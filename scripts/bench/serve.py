@@ -142,7 +142,7 @@ def ours(name: str, options: argparse.Namespace, batch: int, folder: Path) -> di
 def spans(folder: Path, count: int) -> dict:
     """Of the second wave, from the trace: until the last stage has sampled all first tokens, and until it has all.
     count: prefill passes of a wave of the batch's size."""
-    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    events = [event for event in json.loads((folder / "trace.json").read_text())["traceEvents"] if event["ph"] == "X"]
     measured = json.loads((folder / "metrics.json").read_text())["measured"]
     last = max(event["pid"] for event in events)
     prefills = sorted(event["ts"] for event in events if event["name"] == "prefill" and event["pid"] == 0)
