@@ -28,6 +28,6 @@ def test_the_second_wave_is_timed_from_its_prefill(tmp_path):
     measured = {"startup_seconds": 1.0, "time_to_first_token_seconds": 2.0}
     (tmp_path / "metrics.json").write_text(json.dumps({"measured": measured}))
     found = serve.spans(tmp_path, 1)
-    assert found["first_seconds"] == pytest.approx(0.5)
+    assert found["first_seconds"] == pytest.approx(0.6)
     assert found["all_seconds"] == pytest.approx(1.3)
     assert found["overhead_share"] == pytest.approx(1 - 0.7 / 1.3)
