@@ -1,4 +1,4 @@
-"""The prefix that most prompts begin with, as a system prompt is: which one saves most when it is computed once."""
+"""Finds the prefix, such as a system prompt, whose computing once saves most prompt tokens."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _TOKEN_BYTES = 4
 
 
 def find_shared_prefix(prompts: Sequence[array], most_tokens: int, block: int = 1) -> tuple[int, ...]:
-    """Of all prefixes the one that saves most tokens, at most `most_tokens` long and in whole blocks of the cache; ()
-    where none is worth it. prompts: token ids as int32. Each prompt that counts goes on behind the prefix."""
+    """The prefix that saves most tokens: at most `most_tokens` long, in whole blocks of the cache; () where none pays.
+    prompts: token ids as int32. Only prompts longer than the prefix count."""
     if not prompts:
         return ()
     looked_at = prompts[:: -(-len(prompts) // _LOOKED_AT)]
