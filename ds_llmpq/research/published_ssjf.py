@@ -31,33 +31,22 @@ CONSTANT_SECONDS = 0.1
 PER_TOKEN_SECONDS = 0.02
 MODES = ("NO_BATCHING", "STATIC_BATCHING", "DYNAMIC_BATCHING")
 JOBS = 50
-_MODES = {"none": False, "static": False, "dynamic": True}  # batching -> ends with its shortest job
+_MODES = dict(zip(("none", "static", "dynamic"), MODES, strict=True))  # by our names of batching
 Completion = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
-class Case:
-    """One published experiment. The lists are by job; jobs are named by their index."""
+class CaseGuard:
+    """A job that has waited longer than the threshold (seconds), or than so many of its run times, goes first."""
 
-    arrival_seconds: list[float]
-    tokens: list[int]
-    classes: list[int]
-    dynamic: bool = False  # a batch ends with its shortest job instead of its longest
-    max_batch: int = 1
-    batch_wait_seconds: float = 10.0
-    guard_seconds: float = 100.0
-    guard_coefficient: float = 10.0
-
-
-@dataclass(frozen=True)
-class _Guard:
     threshold: Seconds = 100.0
     coefficient: Number = 10.0
 
 
 @dataclass(frozen=True)
-class _Published:
-    """A case as its file has it."""
+class Case:
+    """One published experiment, with the keys of its file. The lists have an entry per job; jobs are named by their
+    index. Times are in seconds."""
 
     mode: one_of(*MODES)
     arrival: Annotated[Many[Seconds], MaxLen(100_000)]
@@ -65,7 +54,12 @@ class _Published:
     predicted_class: Annotated[Many[Count], MaxLen(100_000)]
     max_batch: Positive = 1
     batch_wait_timeout: Seconds = 10.0
-    starvation: _Guard = field(default_factory=_Guard)
+    starvation: CaseGuard = field(default_factory=CaseGuard)
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether a batch ends with its shortest job instead of its longest."""
+        return self.mode == "DYNAMIC_BATCHING"
 
 
 @dataclass
@@ -103,24 +97,14 @@ def schedules(case: Case) -> Completion:
 
 
 def _case(row: Any, where: str) -> Case:
-    read = validate(_Published, row, where, "correct the case", ignore_unknown=True)
-    case = Case(
-        arrival_seconds=list(read.arrival),
-        tokens=list(read.generated_tokens),
-        classes=list(read.predicted_class),
-        dynamic=read.mode == "DYNAMIC_BATCHING",
-        max_batch=read.max_batch,
-        batch_wait_seconds=read.batch_wait_timeout,
-        guard_seconds=read.starvation.threshold,
-        guard_coefficient=read.starvation.coefficient,
-    )
-    if not len(case.arrival_seconds) == len(case.tokens) == len(case.classes):
+    case = validate(Case, row, where, "correct the case", ignore_unknown=True)
+    if not len(case.arrival) == len(case.generated_tokens) == len(case.predicted_class):
         raise UserError(f"{where}: arrival, generated_tokens and predicted_class must have one entry a job each.")
     return case
 
 
 def _jobs(case: Case) -> list[_Job]:
-    columns = zip(case.arrival_seconds, case.tokens, case.classes, strict=True)
+    columns = zip(case.arrival, case.generated_tokens, case.predicted_class, strict=True)
     jobs = [_Job(i, arrival, _seconds(tokens), _seconds(label)) for i, (arrival, tokens, label) in enumerate(columns)]
     return sorted(jobs, key=lambda job: job.arrival)
 
@@ -148,10 +132,10 @@ def _first_come(case: Case) -> dict[int, float]:
     while queue:
         clock.now = max(clock.now, queue[0].arrival)
         batch = []
-        while queue and len(batch) < case.max_batch and queue[0].arrival <= clock.now + case.batch_wait_seconds:
+        while queue and len(batch) < case.max_batch and queue[0].arrival <= clock.now + case.batch_wait_timeout:
             batch.append(queue.popleft())
         full = len(batch) == case.max_batch
-        clock.now = max(clock.now, batch[-1].arrival) if full else clock.now + case.batch_wait_seconds
+        clock.now = max(clock.now, batch[-1].arrival) if full else clock.now + case.batch_wait_timeout
         for job in _run_batch(case, batch, clock):
             queue.appendleft(job)  # so the last of the batch comes first
     return clock.completed
@@ -187,8 +171,8 @@ def _admit(jobs: list[_Job], admitted: int, queue: list[_Job], clock: _Clock) ->
 def _sorted(case: Case, queue: list[_Job], predicted: bool) -> list[_Job]:
     """Shortest first, unless a job has waited too long: then all by waiting time."""
     by_waiting = sorted(queue, key=lambda job: -job.waited)
-    longest = by_waiting[0]
-    if longest.waited > case.guard_seconds or longest.waited > longest.remaining * case.guard_coefficient:
+    longest, guard = by_waiting[0], case.starvation
+    if longest.waited > guard.threshold or longest.waited > longest.remaining * guard.coefficient:
         return by_waiting
     return sorted(queue, key=lambda job: job.predicted if predicted else job.remaining)
 
@@ -202,13 +186,8 @@ def compute_published_ratios(jobs: Jobs, lengths: Lengths, batching: str, max_ba
     gaps = np.sort(np.diff(jobs.arrival_seconds[:count], prepend=jobs.arrival_seconds[0]))
     arrival = np.cumsum(gaps)
     labels = lengths.classes[:count] if lengths.classes is not None else jobs.predicted_tokens[:count]
-    case = Case(
-        arrival.tolist(),
-        jobs.generated_tokens[:count].tolist(),
-        labels.astype(int).tolist(),
-        dynamic=_MODES[batching],
-        max_batch=1 if batching == "none" else max_batch,
-    )
+    lists = (values.tolist() for values in (arrival, jobs.generated_tokens[:count], labels.astype(int)))
+    case = Case(_MODES[batching], *lists, max_batch=1 if batching == "none" else max_batch)
     found = schedules(case)
     # shortest-first may lose the last job, so the whole run is compared over the jobs that both finish
     both = found["fcfs"].keys() & found["ssjf"].keys()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ds_llmpq.errors import UserError
-from ds_llmpq.research.published_ssjf import Case, read_cases, schedules
+from ds_llmpq.research.published_ssjf import Case, CaseGuard, read_cases, schedules
 
 CASES = Path(__file__).parent / "data" / "published_schedules.json"
 ROWS = json.loads(CASES.read_text())
@@ -33,25 +33,26 @@ def test_every_mode_is_among_the_cases():
 
 
 def test_the_last_job_is_lost_if_nothing_waits_before_it():
-    found = schedules(Case([0.0, 100.0], [10, 10], [0, 0]))
+    found = schedules(Case("NO_BATCHING", [0.0, 100.0], [10, 10], [0, 0]))
     assert found == {"fcfs": {"0": 0.3, "1": 100.3}, "sjf": {"0": 0.3}, "ssjf": {"0": 0.3}}
 
 
 def test_only_first_come_waits_for_a_partial_batch():
-    found = schedules(Case([0.0, 1.0, 50.0], [100, 10, 10], [0, 0, 0], max_batch=4))
+    found = schedules(Case("STATIC_BATCHING", [0.0, 1.0, 50.0], [100, 10, 10], [0, 0, 0], max_batch=4))
     assert found["fcfs"]["0"] == pytest.approx(12.1)
     assert found["sjf"]["0"] == pytest.approx(2.1)
 
 
 def test_a_class_is_taken_for_tokens():
     # class 9 stands for 9 tokens, so the job of 400 tokens and class 0 goes first
-    found = schedules(Case([0.0, 0.1, 0.2, 0.3], [50, 400, 10, 20], [0, 0, 9, 8]))
+    found = schedules(Case("NO_BATCHING", [0.0, 0.1, 0.2, 0.3], [50, 400, 10, 20], [0, 0, 9, 8]))
     assert list(found["ssjf"]) == ["0", "1", "3", "2"]
     assert list(found["sjf"]) == ["0", "2", "3", "1"]
 
 
 def test_the_guard_orders_the_whole_queue_by_waiting():
-    case = Case([0.0, 1.0, 2.0, 3.0], [2000, 100, 50, 10], [0, 0, 0, 0], guard_seconds=30.0)
+    guard = CaseGuard(threshold=30.0)
+    case = Case("NO_BATCHING", [0.0, 1.0, 2.0, 3.0], [2000, 100, 50, 10], [0, 0, 0, 0], starvation=guard)
     assert list(schedules(case)["sjf"]) == ["0", "1", "2", "3"]
 
 
