@@ -6,9 +6,10 @@ As in transformers, both are used if both are stored and differ; if only one is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import open_regular
@@ -47,8 +48,8 @@ def _stores_own_head(folder: Path, embeddings: tuple[str, ...], state: tuple) ->
     embedding = next((name for name in embeddings if name in shards), None)
     if embedding is None or HEAD not in shards:
         return False
-    with _Tensor(folder / shards[HEAD], HEAD) as head, _Tensor(folder / shards[embedding], embedding) as table:
-        return head.kind != table.kind or any(a != b for a, b in zip(head.pieces(), table.pieces(), strict=True))
+    both = (_read_tensor(folder / shards[name], name) for name in (HEAD, embedding))
+    return any(a != b for a, b in zip(*both, strict=True))
 
 
 def _shards(folder: Path) -> Mapping[str, str]:
@@ -59,28 +60,13 @@ def _shards(folder: Path) -> Mapping[str, str]:
         return dict.fromkeys(read_header(file, f"Shard {folder / _SINGLE}")[0], _SINGLE)
 
 
-class _Tensor:
-    """The bytes of one tensor in its shard. `kind`: dtype and shape."""
-
-    def __init__(self, shard: Path, name: str):
-        self._file = open_regular(shard, "Shard", REMEDY)
-        try:
-            tensors, begin = read_header(self._file, f"Shard {shard}")
-            entry = find_tensor(tensors, name, f"Shard {shard}")
-        except UserError:
-            self._file.close()
-            raise
-        self.kind = (entry.dtype, entry.shape)
-        start, stop = entry.data_offsets
-        self._begin, self._bytes = begin + start, stop - start
-
-    def pieces(self):
-        for start in range(0, self._bytes, _PIECE_BYTES):
-            self._file.seek(self._begin + start)
-            yield self._file.read(min(_PIECE_BYTES, self._bytes - start))
-
-    def __enter__(self) -> _Tensor:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._file.close()
+def _read_tensor(shard: Path, name: str) -> Iterator[Any]:
+    """The dtype and shape of one tensor, then its bytes, piece by piece."""
+    with open_regular(shard, "Shard", REMEDY) as file:
+        tensors, begin = read_header(file, f"Shard {shard}")
+        entry = find_tensor(tensors, name, f"Shard {shard}")
+        yield entry.dtype, entry.shape
+        start, stop = (begin + offset for offset in entry.data_offsets)
+        for place in range(start, stop, _PIECE_BYTES):
+            file.seek(place)
+            yield file.read(min(_PIECE_BYTES, stop - place))

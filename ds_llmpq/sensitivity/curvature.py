@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -84,11 +87,17 @@ class Curvature:
             hidden = self.model.apply(layer, hidden)
         return F.cross_entropy(self.model.compute_logits(self.head, hidden)[0], self.targets[row])
 
-    def _differentiable(self):
-        """Weights that take gradients, and attention that can be differentiated twice."""
+    @contextmanager
+    def _differentiable(self) -> Iterator[None]:
+        """Lets weights take gradients, and uses attention that can be differentiated twice."""
         for weight in self.weights.values():
             weight.requires_grad_(True)
-        return _Both(sdpa_kernel(SDPBackend.MATH), self.weights.values())
+        try:
+            with sdpa_kernel(SDPBackend.MATH):
+                yield
+        finally:
+            for weight in self.weights.values():
+                weight.requires_grad_(False)
 
 
 def _top(diagonal: list[float], beside: list[float]) -> float:
@@ -96,16 +105,3 @@ def _top(diagonal: list[float], beside: list[float]) -> float:
     off = torch.tensor(beside[: len(diagonal) - 1], dtype=torch.float64)
     matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64)) + torch.diag(off, 1) + torch.diag(off, -1)
     return float(torch.linalg.eigvalsh(matrix)[-1])
-
-
-class _Both:
-    def __init__(self, kernel, weights):
-        self.kernel, self.weights = kernel, list(weights)
-
-    def __enter__(self) -> None:
-        self.kernel.__enter__()
-
-    def __exit__(self, *exception: object) -> None:
-        self.kernel.__exit__(*exception)
-        for weight in self.weights:
-            weight.requires_grad_(False)
