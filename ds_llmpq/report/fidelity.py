@@ -11,9 +11,11 @@ from typing import Any
 
 from ds_llmpq.cost.fit import LatencyModel
 from ds_llmpq.errors import UserError
+from ds_llmpq.report import figures
 from ds_llmpq.report.metrics_file import REMEDY, read_metrics, refuse_other_forms
 from ds_llmpq.report.plan_table import format_milliseconds, format_table
 
+TIMED = ("latency", "prefill", "decode")
 TRUSTED, USABLE = 0.06, 0.15  # mean absolute error up to which times are trusted, or good for a ranking
 
 
@@ -113,20 +115,14 @@ def verdict(pairs: Sequence[TimePair], what: str) -> str:
 def pair_run(folder: Path) -> list[TimePair]:
     """A run's stages: mean predicted and measured seconds of the passes that it made."""
     with refuse_other_forms(folder / "metrics.json"):
-        return _pair_run(folder)
-
-
-def _pair_run(folder: Path) -> list[TimePair]:
-    metrics = _json(folder / "metrics.json")
-    plan = _json(folder / "plan.json")
-    pairs = []
-    for stage in metrics["stages"]:
-        planned = plan["stages"][stage["stage"]]
-        bits = "/".join(map(str, sorted(set(planned["bits"]))))
-        for phase, entry in stage["pass_seconds"].items():
-            if entry["measured"] and entry["predicted"]:
-                name = f"{stage['stage']} {stage['device']}"
-                pairs.append(TimePair(name, phase, bits, entry["predicted"], entry["measured"]))
+        metrics, plan = _json(folder / "metrics.json"), _json(folder / "plan.json")
+        pairs = []
+        for stage in metrics["stages"]:
+            bits = "/".join(map(str, sorted(set(plan["stages"][stage["stage"]]["bits"]))))
+            for phase, entry in stage["pass_seconds"].items():
+                if entry["measured"] and entry["predicted"]:
+                    name = f"{stage['stage']} {stage['device']}"
+                    pairs.append(TimePair(name, phase, bits, entry["predicted"], entry["measured"]))
     if not pairs:
         raise UserError(f"{folder / 'metrics.json'} holds no timed pass; give the folder of a finished run")
     return pairs
@@ -134,48 +130,38 @@ def _pair_run(folder: Path) -> list[TimePair]:
 
 def describe_run(folder: Path) -> str:
     """The table of a run's passes, its totals, and its memory."""
-    with refuse_other_forms(folder / "metrics.json"):
-        return _describe_run(folder)
-
-
-def _describe_run(folder: Path) -> str:
-    metrics = _json(folder / "metrics.json")
     pairs = pair_run(folder)
-    lines = [format_errors(pairs)]
-    totals = metrics["predicted_against_measured"]
-    if totals:
-        for phase in ("latency", "prefill", "decode"):
-            entry = totals[f"{phase}_seconds"]
-            # one-token answers have no decode, neither predicted nor measured
-            error = f" ({entry['predicted'] / entry['measured'] - 1:+.1%})" if entry["measured"] else ""
-            lines.append(f"{phase}: predicted {entry['predicted']:.3f} s, measured {entry['measured']:.3f} s{error}")
-    rows = []
-    for stage in metrics["stages"]:
-        memory = stage["memory_bytes"]
-        predicted, measured = memory["predicted"], memory["measured"]
-        held = predicted["weights"] + predicted["embed"] + predicted["head"]
-        parts = (
-            ("weights", held, measured["weights"]),
-            ("kv", predicted["kv"], measured["kv"]),
-            ("peak growth", predicted["total"], measured["peak_growth"]),
-        )
-        rows += [
-            [str(stage["stage"]), name, f"{p:,.0f}", f"{m:,.0f}", f"{p / m - 1:+.1%}" if m else "-"]
-            for name, p, m in parts
-        ]
-    lines.append(format_table(["stage", "memory", "predicted bytes", "measured bytes", "error"], rows))
-    lines.append(verdict(pairs, "the run's passes"))
-    return "\n".join(lines)
+    with refuse_other_forms(folder / "metrics.json"):
+        metrics = _json(folder / "metrics.json")
+        totals = metrics["predicted_against_measured"] or {}
+        lines = [_describe_total(phase, totals[f"{phase}_seconds"]) for phase in totals and TIMED]
+        memory = [row for stage in metrics["stages"] for row in _compare_memory(stage)]
+    head = ["stage", "memory", "predicted bytes", "measured bytes", "error"]
+    return "\n".join([format_errors(pairs), *lines, format_table(head, memory), verdict(pairs, "the run's passes")])
+
+
+def _describe_total(phase: str, entry: dict[str, float]) -> str:
+    # one-token answers have no decode, neither predicted nor measured
+    error = f" ({entry['predicted'] / entry['measured'] - 1:+.1%})" if entry["measured"] else ""
+    return f"{phase}: predicted {entry['predicted']:.3f} s, measured {entry['measured']:.3f} s{error}"
+
+
+def _compare_memory(stage: dict[str, Any]) -> list[list[str]]:
+    predicted, measured = stage["memory_bytes"]["predicted"], stage["memory_bytes"]["measured"]
+    held = predicted["weights"] + predicted["embed"] + predicted["head"]
+    parts = (
+        ("weights", held, measured["weights"]),
+        ("kv", predicted["kv"], measured["kv"]),
+        ("peak growth", predicted["total"], measured["peak_growth"]),
+    )
+    return [
+        [str(stage["stage"]), name, f"{p:,.0f}", f"{m:,.0f}", f"{p / m - 1:+.1%}" if m else "-"] for name, p, m in parts
+    ]
 
 
 def scatter(pairs: Sequence[TimePair], file: Path, title: str) -> None:
     """Predicted against measured on logarithmic axes, one colour a device and phase; lines at equality and +-10 %."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6.4, 6.0), layout="constrained")
+    figure, ((axes,),) = figures.make_figure(width=6.4, height=6.0)
     groups: dict[tuple[str, str], list[TimePair]] = defaultdict(list)
     for pair in pairs:
         groups[pair.device, pair.phase].append(pair)
@@ -192,8 +178,7 @@ def scatter(pairs: Sequence[TimePair], file: Path, title: str) -> None:
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter("{x:g}" if ends[1] < 20 * ends[0] else "")
     axes.legend(fontsize="small")
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
+    figures.save_figure(figure, file)
 
 
 def _mean(values: Iterable[float]) -> float:

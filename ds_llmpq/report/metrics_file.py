@@ -25,6 +25,14 @@ def read_metrics(file: Path) -> dict[str, Any] | None:
     return _printable(record)
 
 
+def look_up(record: dict[str, Any] | None, *names: str) -> float | None:
+    """The number under nested keys; None if there is none."""
+    value: Any = record
+    for name in names:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value if isinstance(value, (int, float)) else None
+
+
 @contextmanager
 def refuse_other_forms(file: Path) -> Iterator[None]:
     """Turns an exception in the block into a `UserError`: `file` does not have the keys and values of this version."""

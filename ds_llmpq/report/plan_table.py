@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 
-from ds_llmpq.plan import Plan, PredictedTotals, Stage
+from ds_llmpq.plan import Plan, PredictedTotals
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS
 from ds_llmpq.wording import format_number
 
@@ -149,8 +149,3 @@ def _baseline(plan: Plan, entry: PredictedTotals | str) -> str:
     theirs = entry.throughput_tokens_per_second
     ratio = f"{ours / theirs:.2f}x" if theirs else "any"
     return f"{format_number(theirs, 4)} tokens/s (ours {ratio}), loss {format_number(entry.quality_loss)}"
-
-
-def list_layer_bits(stages: Iterable[Stage]) -> list[int]:
-    """Bit width of every decoder layer of a plan."""
-    return [width for stage in stages for width in stage.bits]

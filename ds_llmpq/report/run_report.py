@@ -8,7 +8,7 @@ from typing import Any
 from ds_llmpq.errors import UserError
 from ds_llmpq.plan import MEMORY_PARTS, Plan, read_plan
 from ds_llmpq.report import fidelity, run_figures
-from ds_llmpq.report.metrics_file import read_metrics, refuse_other_forms
+from ds_llmpq.report.metrics_file import look_up, read_metrics, refuse_other_forms
 from ds_llmpq.report.page import Section, render_page
 from ds_llmpq.report.plan_table import (
     describe_cost,
@@ -24,7 +24,6 @@ from ds_llmpq.wording import format_number
 
 _PAIRS = "predicted_against_measured"
 _SIDES = ("predicted", "measured")
-_TIMES = ("latency", "prefill", "decode")
 SECTIONS = ("summary", "gantt", "memory", "bits", "phases", "fidelity", "baselines", "origins")
 
 
@@ -68,28 +67,17 @@ def _text(plan: Plan, metrics: dict[str, Any] | None, folder: Path) -> str:
 
 def _summary(plan: Plan, metrics: dict[str, Any] | None, scores: dict[str, Any] | None) -> Section:
     predicted, workload = plan.predicted, plan.workload
+    tokens, loss = predicted.throughput_tokens_per_second, predicted.quality_loss
+    served = _show(metrics, "measured", "throughput_tokens_per_second")
     rows = [
-        [
-            "throughput, tokens/s",
-            format_number(predicted.throughput_tokens_per_second, 4),
-            "",
-            _look_up(metrics, "measured", "throughput_tokens_per_second"),
-        ],
-        [
-            "quality loss, nats per token",
-            format_number(predicted.quality_loss),
-            "",
-            _look_up(scores, "loss_increase", "measured"),
-        ],
-        *[
-            ["bits per weight, all counted", f"{bits:.2f}", "", ""]
-            for bits in [plan.bits_per_weight]
-            if bits is not None
-        ],
+        ["throughput, tokens/s", format_number(tokens, 4), "", served],
+        ["quality loss, nats per token", format_number(loss), "", _show(scores, "loss_increase", "measured")],
     ]
-    for name in _TIMES:
+    if plan.bits_per_weight is not None:
+        rows.append(["bits per weight, all counted", f"{plan.bits_per_weight:.2f}", "", ""])
+    for name in fidelity.TIMED:
         planned = format_number(getattr(predicted, f"{name}_seconds"), 4)
-        rows.append([f"{name}, s", planned, *(_look_up(metrics, _PAIRS, f"{name}_seconds", side) for side in _SIDES)])
+        rows.append([f"{name}, s", planned, *(_show(metrics, _PAIRS, f"{name}_seconds", side) for side in _SIDES)])
     if (cost := predict_cost(plan)) is not None:
         measured = (metrics or {}).get("cost")
         rows.append(["cost", describe_cost(cost), "", describe_cost(measured) if measured else ""])
@@ -223,8 +211,5 @@ def _has_timed_passes(metrics: dict[str, Any]) -> bool:
     return any(entry.get("measured") for stage in metrics["stages"] for entry in stage["pass_seconds"].values())
 
 
-def _look_up(record: dict[str, Any] | None, *names: str) -> str:
-    value: Any = record
-    for name in names:
-        value = value.get(name) if isinstance(value, dict) else None
-    return "" if value is None else format_number(value, 4)
+def _show(record: dict[str, Any] | None, *names: str) -> str:
+    return "" if (value := look_up(record, *names)) is None else format_number(value, 4)

@@ -21,7 +21,7 @@ from ds_llmpq.errors import RunFailed, UserError
 from ds_llmpq.files import csv_cell, read_yaml, write_json
 from ds_llmpq.plan import BASELINES, ESTIMATES, PredictedTotals, read_plan
 from ds_llmpq.report import figures
-from ds_llmpq.report.metrics_file import REMEDY, read_metrics
+from ds_llmpq.report.metrics_file import REMEDY, look_up, read_metrics
 from ds_llmpq.report.plan_table import format_table, predict_cost
 from ds_llmpq.validation import Label, Note, validate
 from ds_llmpq.wording import format_number
@@ -108,7 +108,7 @@ def list_points(folder: Path) -> list[Path]:
 
 def write_summary(folder: Path, points: list[dict[str, Any]]) -> None:
     """Writes the points as CSV and JSON, and a plot of throughput against quality loss."""
-    (folder / "summary.json").write_text(json.dumps(points, indent=1) + "\n")
+    write_json(folder / "summary.json", points)
     keys = list(dict.fromkeys(key for point in points for key in point["overrides"]))
     with open(folder / "summary.csv", "w", newline="") as stream:
         fields = ["point", *map(csv_cell, keys), *_SHOWN, *_MEASURED, *_COSTS, *BASELINES, "exit_code"]
@@ -215,6 +215,7 @@ def read_point(folder: Path) -> dict[str, Any]:
         plan = read_plan(folder / "plan.json")
     except UserError as error:
         return empty | {"failure": str(error), "exit_code": error.exit_code}
+    metrics, scores = (read_metrics(folder / name) for name in ("metrics.json", "scores.json"))
     widths = sorted({width for stage in plan.stages for width in stage.bits})
     baselines = {name: plan.baselines.get(name) for name in BASELINES}
     return empty | {
@@ -225,9 +226,9 @@ def read_point(folder: Path) -> dict[str, Any]:
         "gap": plan.solver.gap,
         **{n: e.throughput_tokens_per_second for n, e in baselines.items() if isinstance(e, PredictedTotals)},
         _COSTS[0]: (predict_cost(plan) or {}).get("per_million_generated_tokens"),
-        _COSTS[1]: _measured(folder / "metrics.json", "cost", "per_million_generated_tokens"),
-        "measured_throughput_tokens_per_second": _measured(folder / "metrics.json", "measured", _SHOWN[0]),
-        "measured_quality_loss": _measured(folder / "scores.json", "loss_increase", "measured"),
+        _COSTS[1]: look_up(metrics, "cost", "per_million_generated_tokens"),
+        "measured_throughput_tokens_per_second": look_up(metrics, "measured", _SHOWN[0]),
+        "measured_quality_loss": look_up(scores, "loss_increase", "measured"),
     }
 
 
@@ -239,15 +240,6 @@ def _overrides(folder: Path) -> dict[str, str]:
     entries = validate(list[Label], read_yaml(file, "overrides", REMEDY), f"overrides {file}", REMEDY)
     pairs = (entry.partition("=") for entry in entries)
     return {key.lstrip("+"): value for key, _, value in pairs if key not in ("out", "input")}
-
-
-def _measured(file: Path, *names: str) -> float | None:
-    if not file.is_file():
-        return None
-    value: Any = read_metrics(file)
-    for name in names:
-        value = value.get(name) if isinstance(value, dict) else None
-    return value if isinstance(value, (int, float)) else None
 
 
 def find_varied(points: list[dict[str, Any]]) -> list[str]:
