@@ -73,16 +73,25 @@ class Attempt:
     results: Count = 0  # in the folder when it ended
 
 
+def _check_time(text: str) -> str:
+    datetime.datetime.fromisoformat(text)
+    return text
+
+
 @dataclass(frozen=True)
 class Journal:
     """The record of one output folder. `state`: unfinished, or finished once every row has a result or an error.
-    `template_time`: local time of the first start, which chat templates see in all later ones too."""
+    `template_time`: local time of the first start, which chat templates see in all later ones too. Journals of earlier
+    versions lack it."""
 
     identity: Identity
-    state: str = UNFINISHED
-    counts: Mapping[str, int] = field(default_factory=dict)
-    attempts: tuple[Attempt, ...] = ()
-    template_time: str = field(default_factory=lambda: datetime.datetime.now().isoformat(timespec="seconds"))
+    state: one_of(UNFINISHED, FINISHED) = UNFINISHED
+    counts: Table[Count] = field(default_factory=dict)
+    attempts: Many[Attempt] = ()
+    template_time: Annotated[str, MaxLen(64), AfterValidator(_check_time)] = field(
+        default_factory=lambda: datetime.datetime.now().isoformat(timespec="seconds")
+    )
+    schema: one_of(SCHEMA) = SCHEMA
 
     @classmethod
     def read(cls, folder: Path) -> Journal | None:
@@ -91,15 +100,12 @@ class Journal:
         if not file.exists():
             return None
         remedy = "give another out=DIR, or resume=force to begin it anew and keep the results"
-        found = validate(_JournalFile, read_json(file, "journal", remedy), f"journal {file}", remedy)
-        # journals of earlier versions lack the time
-        times = [] if found.template_time is None else [found.template_time]
+        found = validate(cls, read_json(file, "journal", remedy), f"journal {file}", remedy)
         settings = {_present_key(key): value for key, value in found.identity.settings.items()}
-        return cls(replace(found.identity, settings=settings), found.state, found.counts, found.attempts, *times)
+        return replace(found, identity=replace(found.identity, settings=settings))
 
     def write(self, folder: Path) -> None:
-        fields = asdict(replace(self, attempts=self.attempts[-_MOST_ATTEMPTS:]))
-        write_json(folder / JOURNAL_NAME, {"schema": SCHEMA, **fields})
+        write_json(folder / JOURNAL_NAME, asdict(replace(self, attempts=self.attempts[-_MOST_ATTEMPTS:])))
 
     def check(self, now: Identity, folder: Path) -> None:
         """`UserError` that names what changed since this run began."""
@@ -119,23 +125,6 @@ class Journal:
         last = replace(self.attempts[-1], ended=_utc_time(), reason=reason, results=results)
         finished = {"state": FINISHED, "counts": dict(counts)} if counts is not None else {}
         return replace(self, attempts=(*self.attempts[:-1], last), **finished)
-
-
-def _check_time(text: str) -> str:
-    datetime.datetime.fromisoformat(text)
-    return text
-
-
-@dataclass(frozen=True)
-class _JournalFile:
-    """The file of a `Journal`."""
-
-    schema: one_of(SCHEMA)
-    identity: Identity
-    state: one_of(UNFINISHED, FINISHED)
-    counts: Table[Count]
-    attempts: Many[Attempt]
-    template_time: Annotated[str, MaxLen(64), AfterValidator(_check_time)] | None = None
 
 
 def fingerprint_plan(plan: Plan) -> str:
