@@ -119,13 +119,14 @@ def _build_device(host: str, config: Any, types: Mapping[str, DeviceType]) -> De
         raise UserError(
             f"{where}: slot and threads must be at most {MOST_SLOTS}, but are {config.slot}, {config.threads}"
         )
-    if config.threads is not None and kind.kind != "cpu":
-        raise UserError(f"{where} sets threads={config.threads}, but its type is {kind.kind}; remove threads")
+    for name in ("threads", "cpu_share") if kind.kind != "cpu" else ():
+        if (value := getattr(config, name)) is not None:
+            raise UserError(f"{where} sets {name}={value}, but its type is {kind.kind}; remove {name}")
     threads = None if kind.kind != "cpu" else 1 if config.threads is None else config.threads
     if threads is not None:
         _check_number(f"{where}: threads", threads)
-    if config.cpu_share is not None:
-        _check_share(where, config.cpu_share, kind.kind)
+    if config.cpu_share is not None and not 0.05 <= config.cpu_share <= 1.0:
+        raise UserError(f"{where}: cpu_share is {config.cpu_share}; it must be from 0.05 to 1")
     memory = kind.memory_bytes if config.memory_bytes is None else config.memory_bytes
     _check_number(f"{where}: memory_bytes", memory)
     whole = kind.with_threads(threads or 1, config.cpu_share or 1.0)
@@ -150,13 +151,6 @@ def _list_prices(config: ClusterConfig) -> dict[str, float]:
             f"device {unpriced[0]} has no price_per_hour, but others have; give it or its host one, or none"
         )
     return found
-
-
-def _check_share(where: str, share: float, kind: str) -> None:
-    if kind != "cpu":
-        raise UserError(f"{where} sets cpu_share={share}, but its type is {kind}; remove cpu_share")
-    if not 0.05 <= share <= 1.0:
-        raise UserError(f"{where}: cpu_share is {share}; it must be from 0.05 to 1")
 
 
 def _build_links(config: LinksConfig, devices: tuple[Device, ...]) -> Links:

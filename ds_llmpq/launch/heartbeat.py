@@ -18,11 +18,11 @@ ALIVE_MARK = "ds-llmpq alive"
 _POLL_SECONDS = 1.0
 
 
-def exit_if_parent_dies(descriptor: int = 2) -> None:
-    """Exits at once when nobody reads `descriptor` any more: when `run` is interrupted or killed, the pipe breaks, or
+def exit_if_parent_dies() -> None:
+    """Exits at once when nobody reads standard error any more: if `run` is interrupted or killed, the pipe breaks, or
     over ssh the connection."""
     poller = select.poll()
-    poller.register(descriptor, 0)  # broken pipes are always reported
+    poller.register(2, 0)  # broken pipes are always reported
 
     def watch() -> None:
         poller.poll()

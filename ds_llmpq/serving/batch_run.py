@@ -116,7 +116,7 @@ def _run(settings: RunConfig, out: Path, rows: InputRows, screen: Screen) -> Bat
     screen.plan(plan)
     supervisor = Supervisor(
         job,
-        _launch(settings, plan, out),
+        Launch.from_plan(plan, out, settings.engine.master_port),
         settings.run,
         journal,
         lambda: rows.count(out),
@@ -133,24 +133,20 @@ def _prepare(
     given = None if settings.plan is None else _read_launchable(settings, make_absolute(settings.plan))
     asked = Identity(rows.sha256, None, None, select_sampling(settings.batch), _list_plan_inputs(settings, given))
     journal = None if settings.resume == "force" else Journal.read(out)
-    if journal is None:
-        results = len(read_finished(out))  # also of another input
-        if results and settings.resume != "force":
-            raise UserError(
-                f"{out} already holds {results} results, but no {JOURNAL_NAME} that says of what; give another "
-                "out=DIR, or resume=force to keep them and go on."
-            )
-        plan = _adopt(settings, given, out) if given else make_plan(settings, out, screen.progress)
-    else:
+    if journal is not None:
         journal.check(asked, out)
         if journal.state == FINISHED and tally.complete:
             return journal, None
-        # without its plan, the same settings make it again, or the check below says what differs
-        if (out / "plan.json").exists():
-            plan = _read_launchable(settings, out / "plan.json")
-        else:
-            plan = _adopt(settings, given, out) if given else make_plan(settings, out, screen.progress)
+    elif settings.resume != "force" and (results := len(read_finished(out))):  # of whatever input
+        raise UserError(
+            f"{out} already holds {results} results, but no {JOURNAL_NAME} that says of what; give another out=DIR, or "
+            "resume=force to keep them and go on."
+        )
+    if journal is not None and (out / "plan.json").exists():
+        plan = _read_launchable(settings, out / "plan.json")
         write_hostfile(out / "hostfile", launch_order(plan))
+    else:  # if a run's plan is gone, the same settings make it again, or the check below says what differs
+        plan = _adopt(settings, given, out) if given else make_plan(settings, out, screen.progress)
     checkpoint = find_checkpoint(settings, plan)
     asked = replace(
         asked, model=fingerprint(checkpoint), texts=fingerprint_text(checkpoint), plan=fingerprint_plan(plan)
@@ -178,10 +174,6 @@ def _list_plan_inputs(settings: RunConfig, given: Plan | None) -> dict[str, Any]
     }
 
 
-def _launch(settings: RunConfig, plan: Plan, out: Path) -> Launch:
-    return Launch.from_plan(plan, out, settings.engine.master_port)
-
-
 def _replan(
     settings: RunConfig, out: Path, supervisor: Supervisor, lost: list[str], screen: Screen
 ) -> tuple[Job, Launch]:
@@ -191,7 +183,7 @@ def _replan(
     screen.plan(plan)
     identity = replace(supervisor.journal.identity, plan=fingerprint_plan(plan))
     supervisor.journal = replace(supervisor.journal, identity=identity)
-    return replace(supervisor.job, plan=plan), _launch(settings, plan, out)
+    return replace(supervisor.job, plan=plan), Launch.from_plan(plan, out, settings.engine.master_port)
 
 
 def _sum_up(supervisor: Supervisor, tally: Tally, out: Path, results_before: int) -> BatchRun:

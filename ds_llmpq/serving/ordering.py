@@ -24,7 +24,7 @@ from ds_llmpq.scheduler.prefix import count_shared, find_shared_prefix
 from ds_llmpq.serving.in_flight import build_identity, read_in_flight
 from ds_llmpq.serving.job import ORDERINGS, Job
 from ds_llmpq.serving.prediction import MOST_PASSES, LengthsOfStream, decode_passes
-from ds_llmpq.serving.replay import Replay, replay_shape
+from ds_llmpq.serving.replay import Replay
 
 _LEAST_SLOTS = 8  # of which one may be given for a prefix that the plan has no room for
 
@@ -139,9 +139,10 @@ class JobRequests:
         the engine that are free now, None between streams."""
         if self.job.batch.replay is None:
             return self.admission
+        longest = max((each.sequence_tokens for each in self.prepared), default=1)
         self._replay = Replay(
             self.prepared,
-            replay_shape(self.admission, self.prepared),
+            self.admission.choose_shape(longest),
             self.job.plan,
             self.job.batch.policy,
             self._expected_tokens,

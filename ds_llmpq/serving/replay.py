@@ -12,7 +12,6 @@ import numpy as np
 
 from ds_llmpq.batch.prompts import PreparedRequest
 from ds_llmpq.plan import Plan
-from ds_llmpq.scheduler.admission import AdmissionQueue
 from ds_llmpq.scheduler.execution import PlanCost
 from ds_llmpq.scheduler.jobs import Jobs
 from ds_llmpq.scheduler.policies import Guard, make_queue
@@ -26,8 +25,8 @@ class Replay:
     """Hands out requests as they arrive. Its clock starts when the first group is asked for. Every slot has room for
     the worst case, so no answer outgrows its slot.
 
-    `room()`: slots of the engine that are free now, None between streams. `alive()` is called while nothing happens.
-    `begun`: tokens that requests have generated already, by index.
+    `shape`: (slots, capacity) that fit every request. `room()`: slots of the engine that are free now, None between
+    streams. `alive()` is called while nothing happens. `begun`: tokens that requests have already generated, by index.
     """
 
     prepared: Sequence[PreparedRequest]
@@ -116,8 +115,3 @@ class Replay:
         while not self.stopped and (left := when - self._now()) > 0:
             self.sleep(min(left, _LONGEST_SLEEP_SECONDS))
             self.alive()
-
-
-def replay_shape(queue: AdmissionQueue, prepared: Sequence[PreparedRequest]) -> tuple[int, int]:
-    """(slots, capacity) that every request fits."""
-    return queue.choose_shape(max((each.sequence_tokens for each in prepared), default=1))
