@@ -37,7 +37,7 @@ from ds_llmpq.commands.config import (
     ReportConfig,
     SensitivityConfig,
 )
-from ds_llmpq.errors import UserError, quote
+from ds_llmpq.errors import UserError, first_line, quote
 from ds_llmpq.files import absolute_or_none, make_absolute, read_yaml
 from ds_llmpq.launch.environment import check_environment
 from ds_llmpq.lengths.config import LengthsConfig
@@ -193,7 +193,7 @@ def _typed(file: Path, kind: type[T]) -> T:
         return OmegaConf.to_object(merged)
     except (OSError, ValueError, YAMLError, RecursionError) as error:
         raise UserError(
-            f"{file} cannot be read ({_named(error)}{_first(error)}); give a YAML file as `detect` writes it."
+            f"{file} cannot be read ({_named(error)}{first_line(error)}); give a YAML file as `detect` writes it."
         ) from None
     except Exception as error:  # OmegaConf's own, or whatever a conversion raises
         raise UserError(f"{file}: {_named(error)}{_sentence(error)}") from None
@@ -239,10 +239,6 @@ def _named(error: Exception) -> str:
     """The key that an error of OmegaConf's is about."""
     key = getattr(error, "full_key", None)
     return f"{key}: " if key else ""
-
-
-def _first(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _sentence(error: Exception) -> str:

@@ -31,6 +31,11 @@ def _cut(text: str, most: int) -> str:
     return f"{text[:head]} ... {text[len(text) - tail :]}"
 
 
+def first_line(error: BaseException, most: int = 200) -> str:
+    """The first line of an exception's message, or its type if it has none; safe for a terminal."""
+    return make_printable((str(error).splitlines() or [type(error).__name__])[0], most, keep="")
+
+
 def quote(value: object, most: int = 60) -> str:
     """A value from outside for a message: on one line, shortened."""
     if isinstance(value, (str, bytes, list, tuple, dict)) and len(value) > most:

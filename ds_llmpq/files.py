@@ -22,13 +22,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ds_llmpq.errors import UserError, make_printable, quote
+from ds_llmpq.errors import UserError, first_line, make_printable, quote
 
 MOST_BYTES = 64 << 20
+_MOST_LINES_BYTES = 1 << 30  # of a file of JSON lines
 # files that transformers, safetensors and tokenizers look for
 CHECKPOINT_SUFFIXES = (".json", ".safetensors", ".txt", ".jinja", ".model")
 MOST_DEPTH = 64  # of nested objects and lists
-MOST_VALUES = 200_000  # of a YAML file
+MOST_VALUES, _MOST_YAML_BYTES = 200_000, 4 << 20  # of a YAML file
 MOST_DIGITS = 300  # of a whole number; longer ones are no floats, and slow to read
 _FORMULA = tuple("=+-@")
 _NUMBER = re.compile(r"[+-]?[0-9]+([.][0-9]*)?([eE][+-]?[0-9]+)?")
@@ -163,14 +164,14 @@ def parse_json(text: str | bytes, where: str, remedy: str, *, infinity: bool = F
     return value
 
 
-def read_yaml(path: str | Path, what: str, remedy: str, most_bytes: int = 4 << 20) -> Any:
+def read_yaml(path: str | Path, what: str, remedy: str) -> Any:
     """Plain values of a YAML file. `UserError`: see `read_text`; no YAML, tags, too deep, too many values (aliases can
     make a short file endless), a key twice, or an interpolation other than `${gib:NUMBER}` and `${mib:NUMBER}`, because
     a file from outside must not read the environment."""
     import yaml
     from omegaconf import OmegaConf
 
-    where, text = f"{what} {path}", read_text(path, what, remedy, most_bytes)
+    where, text = f"{what} {path}", read_text(path, what, remedy, _MOST_YAML_BYTES)
     try:
         _check_events(yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
         loaded = OmegaConf.load(io.StringIO(text))
@@ -179,9 +180,9 @@ def read_yaml(path: str | Path, what: str, remedy: str, most_bytes: int = 4 << 2
         raise UserError(f"{where} cannot be read as YAML ({_reason(error)}); {remedy}.") from None
 
 
-def read_json_lines(path: str | Path, what: str, remedy: str, most_bytes: int = 1 << 30) -> Iterator[tuple[int, Any]]:
+def read_json_lines(path: str | Path, what: str, remedy: str) -> Iterator[tuple[int, Any]]:
     """(line number from 1, value) of each line that is not blank. `UserError` as in `parse_json`."""
-    with open_regular(path, what, remedy, most_bytes) as file:
+    with open_regular(path, what, remedy, _MOST_LINES_BYTES) as file:
         for number, line in enumerate(read_lines(file, f"{what} {path}", remedy), 1):
             if line.strip():
                 yield number, parse_json(line, f"{what} {path} line {number}", remedy)
@@ -265,7 +266,7 @@ def _reason(error: Exception) -> str:
         return f"line {mark.line + 1}: {make_printable(error.problem, 200, keep='')}"
     if isinstance(error, UnicodeDecodeError):
         return f"byte {error.start} is not UTF-8"
-    return make_printable((str(error).splitlines() or [type(error).__name__])[0], 200, keep="")
+    return first_line(error)
 
 
 def _integer(digits: str) -> int:

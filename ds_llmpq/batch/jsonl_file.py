@@ -178,17 +178,6 @@ def sync_folder(folder: Path) -> None:
     os.close(descriptor)
 
 
-def read_finished_ids(path: Path) -> set[str]:
-    """custom_ids of a row file, which is repaired if its last row is torn; none if the file is missing."""
-    if not path.exists():
-        return set()
-    file = RowFile(path, create=False)
-    try:
-        return file.repair()
-    finally:
-        file.close()
-
-
 def read_error_keys(path: Path) -> Counter[Key]:
     """How often each input row occurs in an error file; a torn last row does not count. Empty if the file is missing.
     `UserError`: another program's file."""

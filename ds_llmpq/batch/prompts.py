@@ -10,6 +10,7 @@ from itertools import islice
 from typing import Any
 
 from ds_llmpq.batch.request import Request, RequestError, RowError
+from ds_llmpq.errors import first_line
 from ds_llmpq.scheduler.request_group import Sequence
 
 CHUNK_REQUESTS = 256  # texts per call of the tokenizer: fast tokenizers encode them in parallel
@@ -117,11 +118,10 @@ def render_chat(request: Request, tokenizer: Any) -> str:
     try:
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     except Exception as error:  # a template is a program from the checkpoint and may raise anything
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         missing = _find_missing_tokens(tokenizer)
         remedy = f"set {missing} in tokenizer_config.json" if missing else "change their roles"
         raise RequestError(
-            "template_error", f"the model's chat template refuses these messages ({reason}); {remedy}."
+            "template_error", f"the model's chat template refuses these messages ({first_line(error)}); {remedy}."
         ) from None
 
 
@@ -168,8 +168,8 @@ def _tokenize(texts: list[str], tokenizer: Any, add_special_tokens: bool) -> lis
         return list(tokenizer(texts, **options)["input_ids"])
     except Exception as error:  # a text that cannot be tokenized must not fail others
         if len(texts) == 1:
-            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-            return [RequestError("tokenization_error", f"the tokenizer refuses the prompt ({reason}); change it.")]
+            why = first_line(error)
+            return [RequestError("tokenization_error", f"the tokenizer refuses the prompt ({why}); change it.")]
         return [_tokenize([text], tokenizer, add_special_tokens)[0] for text in texts]
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ds_llmpq.batch.jsonl_file import Key, RowFile, check_folder, read_error_keys, read_finished_ids, sync_folder
+from ds_llmpq.batch.jsonl_file import Key, RowFile, check_folder, read_error_keys, sync_folder
 from ds_llmpq.batch.reader import RequestFile
 from ds_llmpq.batch.request import Request, RowError
 from ds_llmpq.errors import UserError
@@ -121,7 +121,11 @@ class ResultWriter:
 def read_finished(out_dir: str | Path) -> set[str]:
     """custom_ids with a result in a folder, after cutting off a torn last row; none if the file is missing.
     `UserError`: results.jsonl is no result file, cannot be read, or is being written."""
-    return read_finished_ids(Path(out_dir) / RESULTS_NAME)
+    path = Path(out_dir) / RESULTS_NAME
+    if not path.exists():
+        return set()
+    with closing(RowFile(path, create=False)) as file:
+        return file.repair()
 
 
 def format_result(result: Result, model: str = "") -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from ds_llmpq import config
@@ -21,8 +20,7 @@ def run(settings: ExportConfig, out: Path) -> int:
     made = export(plan, settings.to)
     out.mkdir(parents=True, exist_ok=True)
     record = {"schema": 1, "to": settings.to, **made.record, "commands": list(made.lines), "notes": list(made.notes)}
-    file = out / f"{settings.to}.json"
-    file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_json(file := out / f"{settings.to}.json", record)
     if settings.to == "deepspeed":
         write_json(out / "ds_config.json", made.record["ds_config"])
         write_hostfile(out / "hostfile", launch_order(plan))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from ds_llmpq.errors import UserError
+from ds_llmpq.files import write_json
 from ds_llmpq.lengths import actions, dataset
 from ds_llmpq.lengths.characterize import distribution, group_lengths
 from ds_llmpq.lengths.config import LengthsConfig
@@ -56,7 +56,7 @@ def _predict(settings: LengthsConfig, out: Path) -> None:
 def _characterize(settings: LengthsConfig, out: Path) -> None:
     by_model = group_lengths(actions.load_answers(settings))
     found = {name: distribution(tokens) for name, tokens in by_model.items()}
-    (out / "lengths.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_json(out / "lengths.json", found)
     plots = plot_lengths(out, by_model)
     rows = [[name, *(format_number(row[column], 4) for column in _COLUMNS)] for name, row in found.items()]
     print(format_table(["model", *(column.replace("_", " ") for column in _COLUMNS)], rows))
@@ -64,7 +64,7 @@ def _characterize(settings: LengthsConfig, out: Path) -> None:
 
 
 def _report(metrics: dict[str, float], out: Path) -> None:
-    (out / "metrics.json").write_text(json.dumps({"schema": 1} | metrics, indent=1) + "\n", encoding="utf-8")
+    write_json(out / "metrics.json", {"schema": 1} | metrics)
     print(format_table(["metric", "value"], [[name, format_number(value, 4)] for name, value in metrics.items()]))
     print(f"metrics: {out / 'metrics.json'}")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 from ds_llmpq import config
@@ -19,20 +21,11 @@ def run(settings: QuantizeConfig, out: Path) -> int:
     source, bits, quant = what_to_write(settings)
     from ds_llmpq.quant.writer import write_quantized  # after the cheap checks: it brings torch
 
-    bar = ProgressBar()
-    try:
-        written = write_quantized(
-            source,
-            out,
-            bits,
-            quant,
-            settings.device,
-            config.make_absolute(settings.reuse) if settings.reuse else None,
-            lambda done, total: bar.show("quantize", done, total),
-            settings.model.trust_remote_code,
-        )
-    finally:
-        bar.close()
+    reuse = config.make_absolute(settings.reuse) if settings.reuse else None
+    with closing(ProgressBar()) as bar:
+        show = partial(bar.show, "quantize")
+        trusts = settings.model.trust_remote_code
+        written = write_quantized(source, out, bits, quant, settings.device, reuse, show, trusts)
     weight = count_bits_per_weight(read_shape(source), bits, make_groups(quant), quant.lm_head_bits)
     print(
         f"{written.parts} parts, {written.reused} of them reused; {format_size(written.source_bytes)} became "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 from ds_llmpq import config
@@ -22,23 +23,19 @@ def run(settings: SensitivityConfig, out: Path) -> int:
     out.mkdir(parents=True, exist_ok=True)
     if settings.calibration.text is not None:
         settings.calibration.text = str(config.make_absolute(settings.calibration.text))
-    bar = ProgressBar()
-    try:
-        sensitivity = make_sensitivity(
-            SensitivityRequest(
-                config.make_absolute(settings.model.path),
-                settings.method,
-                settings.quant,
-                settings.calibration,
-                settings.seed,
-                torch.device(settings.device),
-                out,
-                bar.show,
-                settings.model.trust_remote_code,
-            )
+    with closing(ProgressBar()) as bar:
+        request = SensitivityRequest(
+            config.make_absolute(settings.model.path),
+            settings.method,
+            settings.quant,
+            settings.calibration,
+            settings.seed,
+            torch.device(settings.device),
+            out,
+            bar.show,
+            settings.model.trust_remote_code,
         )
-    finally:
-        bar.close()
+        sensitivity = make_sensitivity(request)
     write_sensitivity(file := out / FILE, sensitivity)
     for left in out.glob("progress.*"):
         left.unlink()

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ds_llmpq import config
 from ds_llmpq.errors import UserError
+from ds_llmpq.files import write_json
 from ds_llmpq.plan import read_plan
 from ds_llmpq.report.plan_table import format_table
 from ds_llmpq.research.config import ExecutionConfig, SimulateConfig
@@ -35,7 +34,7 @@ def _reference(settings: SimulateConfig, out: Path) -> int:
     if settings.cases is None:
         raise UserError("mode=reference needs cases=FILE, a JSON list of published cases.")
     found = [schedules(case) for case in read_cases(config.make_absolute(settings.cases))]
-    _write(out / "completions.json", found)
+    write_json(out / "completions.json", found)
     print(f"{len(found)} cases: {out / 'completions.json'}")
     return 0
 
@@ -57,7 +56,8 @@ def _right(settings: SimulateConfig, out: Path) -> int:
             published.append(compute_published_ratios(jobs, lengths, settings.batching, settings.max_batch))
     metrics = {policy: _mean(rows) for policy, rows in runs.items()}
     ratios = _mean(published) if published and published[0] else None
-    _write(out / "metrics.json", {"schema": 1, "settings": asdict(settings), "policies": metrics, "published": ratios})
+    record = {"schema": 1, "settings": asdict(settings), "policies": metrics, "published": ratios}
+    write_json(out / "metrics.json", record)
     rows = [[policy, *(format_number(_value(found, name), 4) for name in _SHOWN)] for policy, found in metrics.items()]
     print(format_table(["policy", *(name.replace("_", " ") for name in _SHOWN)], rows))
     print(f"metrics: {out / 'metrics.json'}")
@@ -80,11 +80,3 @@ def _value(metrics: dict[str, float], name: str) -> float:
 
 def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
     return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
-
-
-def _write(path: Path, value: Any) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}); give another out=DIR.") from None

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ds_llmpq.errors import UserError, quote
-from ds_llmpq.files import read_json, read_json_lines
+from ds_llmpq.files import read_json, read_json_lines, write_json
 from ds_llmpq.lengths.config import LengthDataConfig
 from ds_llmpq.lengths.records import Example
 from ds_llmpq.validation import Plain, validate
@@ -103,7 +103,7 @@ def write(folder: Path, dataset: Dataset, config: LengthDataConfig) -> None:
         "cut": sum(example.cut for example in dataset.examples),
         "models": list(dataset.models),
     }
-    (folder / DATASET_NAME).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / DATASET_NAME, described)
 
 
 def read(folder: Path) -> Dataset:

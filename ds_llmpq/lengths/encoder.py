@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel, AutoTokenizer
 
-from ds_llmpq.errors import UserError
+from ds_llmpq.errors import UserError, first_line
 from ds_llmpq.files import check_files
 from ds_llmpq.lengths.config import ProxyConfig
 from ds_llmpq.lengths.dataset import TRUNCATIONS, collect_lengths, fingerprint, truncate
@@ -210,5 +210,5 @@ def _load_pretrained(path: Path) -> tuple[nn.Module, Any]:
         encoder = AutoModel.from_pretrained(str(path), use_safetensors=True, dtype=torch.float32, **options)
         tokenizer = AutoTokenizer.from_pretrained(str(path), **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"{path} cannot be loaded as an encoder ({str(error).splitlines()[0]}).") from None
+        raise UserError(f"{path} cannot be loaded as an encoder ({first_line(error)}).") from None
     return encoder.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer

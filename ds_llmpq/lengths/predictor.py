@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 import warnings
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ds_llmpq.errors import UserError, make_printable
-from ds_llmpq.files import check_files, read_json
+from ds_llmpq.files import check_files, read_json, refuse_unwritable, write_json
 from ds_llmpq.lengths.calibration import Calibration, decode_classes, name_level
 from ds_llmpq.lengths.config import LengthDataConfig, LengthTaskConfig, ProxyConfig
 from ds_llmpq.lengths.dataset import Dataset, collect_lengths, fingerprint, hide_lengths
@@ -60,7 +59,7 @@ class Predictor:
 
     def save(self, folder: Path) -> None:
         """Writes predictor.json and the weights. `UserError`: the folder cannot be written."""
-        try:
+        with refuse_unwritable(folder):
             folder.mkdir(parents=True, exist_ok=True)
             described = {
                 "schema": SCHEMA,
@@ -70,9 +69,7 @@ class Predictor:
                 "calibration": asdict(self.calibration),
                 "about": self.about,
             }
-            (folder / FILE_NAME).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{folder} cannot be written ({error.strerror}); give another out=DIR.") from None
+            write_json(folder / FILE_NAME, described)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import json
 import string
 from typing import Any
 
-from ds_llmpq.errors import UserError
+from ds_llmpq.errors import UserError, first_line
 from ds_llmpq.files import check_files
 
 
@@ -25,8 +25,8 @@ def load_tokenizer(model_path: str, trust_remote_code: bool = False, template_ti
             model_path, local_files_only=True, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # damaged tokenizer files raise many types
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(f"{model_path} has no usable tokenizer ({reason}); fetch the checkpoint again.") from None
+        why = first_line(error)
+        raise UserError(f"{model_path} has no usable tokenizer ({why}); fetch the checkpoint again.") from None
     now = datetime.datetime.fromisoformat(template_time) if template_time else datetime.datetime.now()
     if isinstance(tokenizer.chat_template, dict):
         tokenizer.chat_template = {name: _fix_clock(now, text) for name, text in tokenizer.chat_template.items()}

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ds_llmpq.errors import UserError, make_printable
-from ds_llmpq.files import read_json
+from ds_llmpq.files import read_json, write_json
 from ds_llmpq.plan.assignment import Assignment, StageAssignment
 from ds_llmpq.plan.plan import FORMER_SCHEMA, MOST_LAYERS, REMEDY, SCHEMA, MicroBatches, Plan
 from ds_llmpq.validation import Count, LayerBits, Name, OneOrMany, Some, validate
@@ -65,4 +64,4 @@ def read_assignment(path: str | Path) -> Plan | Assignment:
 
 
 def write_plan(path: str | Path, plan: Plan) -> None:
-    Path(path).write_text(json.dumps(plan.to_json(), indent=1) + "\n", encoding="utf-8")
+    write_json(path, plan.to_json())

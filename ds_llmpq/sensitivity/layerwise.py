@@ -39,7 +39,7 @@ class LossIncrease:
 
 
 class Layerwise:
-    """`tokens` [rows, length + 1]; computes in `dtype` on `device`, `rows_at_once` rows a pass."""
+    """`tokens` [rows, length + 1]; computes in float32 on `device`, `rows_at_once` rows a pass."""
 
     def __init__(
         self,
@@ -47,14 +47,13 @@ class Layerwise:
         quant: QuantConfig,
         tokens: torch.Tensor,
         device: torch.device,
-        dtype: torch.dtype = torch.float32,
         rows_at_once: int = 4,
     ):
         self.layers = checkpoint.config.num_hidden_layers
         self.inputs, self.targets = tokens[:, :-1].to(device), tokens[:, 1:].to(device)
         self.rows_at_once = rows_at_once
         quant = replace(quant, lm_head_bits=UNQUANTIZED_BITS)
-        self._loader = LayerLoader(checkpoint, [UNQUANTIZED_BITS] * self.layers, quant, dtype, device)
+        self._loader = LayerLoader(checkpoint, [UNQUANTIZED_BITS] * self.layers, quant, torch.float32, device)
         self._positional = self._loader.decoder.positions()
         _check_length(checkpoint, self.inputs.shape[1])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import Annotated, Any
 from annotated_types import MaxLen
 
 from ds_llmpq.errors import UserError
-from ds_llmpq.files import read_json
+from ds_llmpq.files import read_json, write_json
 from ds_llmpq.validation import Amount, Bits, Label, Many, Plain, Some, one_of, validate
 from ds_llmpq.wording import format_number
 
@@ -131,7 +130,7 @@ def write_sensitivity(path: str | Path, sensitivity: Sensitivity) -> None:
     record = {"schema": SCHEMA, **asdict(sensitivity)}
     if not sensitivity.head:
         del record["head"]
-    Path(path).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_json(path, record)
 
 
 def read_sensitivity(path: str | Path) -> Sensitivity:
