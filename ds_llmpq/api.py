@@ -202,7 +202,7 @@ def _pairs(prompts: list[Prompt], params: Any) -> Iterator[tuple[Prompt, Samplin
 
 
 def _row(index: int, prompt: Any, params: SamplingParams | None) -> dict[str, Any]:
-    """A row of a batch file with all values in `params`; for those that are None, the settings apply."""
+    """A row of a batch file with the values in `params`; the settings apply to those that are None."""
     is_chat = _starts_with(prompt, Mapping)
     values = {} if params is None else {each.name: getattr(params, each.name) for each in fields(params)}
     body = {name: value for name, value in values.items() if value is not None}
@@ -225,7 +225,7 @@ def _write_prompts(file: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def _outputs(folder: Path, prompts: list[Prompt]) -> list[RequestOutput]:
-    """Both files of a finished run, in the order of the prompts."""
+    """The rows in both files of a finished run, in the order of the prompts."""
     rows, remedy = {}, "generate into another folder"
     try:
         for name in (ERRORS_NAME, RESULTS_NAME):

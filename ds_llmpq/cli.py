@@ -24,12 +24,12 @@ from ds_llmpq.files import keep_open_pipe, refuse_unwritable
 from ds_llmpq.report import sweep, sweep_cache
 from ds_llmpq.versions import check_versions
 
-# commands of which each rank knows its own layers, and how long its threads should wait
+# commands whose ranks know their layers, and so how long their threads should wait
 _COMPUTED_BY_RANKS = frozenset({"run", "evaluate", "serve", "plan"})
-# Hydra's own asks a program without commands
+# Hydra's own flags for completion, which expect a program without commands
 _HYDRAS_COMPLETION = {"-sc", "--shell-completion", "--shell_completion"}
 _LEAST_FREE_BYTES = 32 << 10
-_READS_FAILURES = frozenset({"report"})  # may write its pages beside what they tell of
+_READS_FAILURES = frozenset({"report"})  # may write its pages into the folder that they describe
 # commands whose first argument may be a bare word, and the key it stands for
 _WORD_KEYS = {"report": "what", "lengths": "action"}
 

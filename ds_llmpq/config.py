@@ -1,4 +1,4 @@
-"""From the command line to plain objects: composes settings, reads YAML files, and words mistakes."""
+"""From the command line to plain objects: composes settings, reads YAML files, and explains mistakes."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ COMMANDS = {
     "export": ExportConfig,
 }
 
-# what a command runs without arguments, or with only an output folder
+# what a command runs if it gets no arguments, or only an output folder
 EXAMPLES = {"run": ("+experiment=demo",)}
 
 __all__ = ["absolute_or_none", "asset", "conf_folder", "make_absolute"]  # beside what is defined here
@@ -95,7 +95,7 @@ def compose_settings(command: str, arguments: list[str]) -> DictConfig:
 
 
 def prepare(command: str, arguments: list[str], sweep: bool = False) -> list[str]:
-    """A command's arguments in the form for Hydra; see `overrides.prepare`."""
+    """A command's arguments in Hydra's form; see `overrides.prepare`."""
     return overrides.prepare(command, COMMANDS[command], arguments, conf_folder(), sweep)
 
 
@@ -117,8 +117,8 @@ def read_device_types() -> dict[str, DeviceTypeConfig]:
 
 
 def cluster_of(settings: PlanningConfig | ProfileConfig) -> ClusterConfig:
-    """The cluster group's entry (detected now for `cluster=auto`), or the file that takes its place; variables that the
-    file sets for the ranks are held to a list, unless the command line asks for them too."""
+    """The entry of the cluster group (for `cluster=auto`, what is detected now), or the file given instead. The file
+    may set only listed variables for the ranks, and those that the command line asks for too."""
     if settings.cluster_file is None:
         return _detect_cluster() if _is_to_detect(settings) else settings.cluster
     file = make_absolute(settings.cluster_file)
@@ -128,8 +128,8 @@ def cluster_of(settings: PlanningConfig | ProfileConfig) -> ClusterConfig:
 
 
 def load_cluster(settings: P) -> P:
-    """`settings` with the cluster that its file describes; variables of the command line go to the ranks too. Nothing
-    is detected where a plan or a problem is given, unless its devices may be lost and planned around."""
+    """`settings` with the cluster that its file describes, and the command line's variables for the ranks. If a plan or
+    a problem is given, nothing is detected, unless the run may have to plan around lost devices."""
     if settings.cluster_file is None and (not _is_to_detect(settings) or _needs_no_cluster(settings)):
         return settings
     found = cluster_of(settings)
@@ -146,8 +146,8 @@ def _needs_no_cluster(settings: PlanningConfig | ProfileConfig) -> bool:
 
 
 def _detect_cluster() -> ClusterConfig:
-    """This host's GPUs, or its processor as one stage; a line on stderr says which. Rates of the processor, and of GPUs
-    that no type covers, are measured once and kept."""
+    """This host's GPUs, or its processor as one stage; a line on stderr says which. The rates of the processor, and of
+    GPUs of unknown type, are measured once and kept."""
     known, gpus, cores = read_device_types(), query_gpus(), count_usable_cores()
     slots, rates = list_free_slots(gpus, os.environ.get("CUDA_VISIBLE_DEVICES")), None
     if not slots and (rates := recall_rates("cpu", cores, f"{processor_name()}, {cores} threads")) is None:
@@ -200,7 +200,7 @@ def _typed(file: Path, kind: type[T]) -> T:
 
 
 def _integral(value: Any) -> Any:
-    """Whole numbers written as floats (`24e9` bytes) as whole numbers; a field that wants floats takes these too."""
+    """Turns whole numbers written as floats (`24e9` bytes) into integers, which fields of floats accept too."""
     if isinstance(value, dict):
         return {name: _integral(entry) for name, entry in value.items()}
     if isinstance(value, list):
@@ -209,8 +209,8 @@ def _integral(value: Any) -> Any:
 
 
 def _with_defaults(values: dict[str, Any], file: Path) -> dict[str, Any]:
-    """A cluster copied from conf/cluster: Hydra's list of the device types it takes is read as Hydra would, the file's
-    own keys going over it."""
+    """For a copy of an entry of conf/cluster: reads its `defaults`, Hydra's list of device types, as Hydra would; the
+    file's own keys override them."""
     values = dict(values)
     types: dict[str, Any] = {}
     for entry in values.pop("defaults") or []:
@@ -242,8 +242,8 @@ def _named(error: Exception) -> str:
 
 
 def _sentence(error: Exception) -> str:
-    """Hydra's and OmegaConf's messages go over several lines; the first ones say what is wrong. One of our own within
-    them, from a resolver, says it alone."""
+    """One sentence from Hydra's and OmegaConf's messages of many lines, of which the first say what is wrong. If one of
+    our own errors caused it, as in a resolver, its message is enough."""
     within: BaseException | None = error
     while within := within.__cause__ or within.__context__:
         if isinstance(within, UserError):

@@ -201,7 +201,7 @@ def read_lines(file: BinaryIO, where: str, remedy: str) -> Iterator[bytes]:
 
 def read_csv(text: str, where: str, remedy: str, columns: Sequence[str] = ()) -> Iterator[tuple[int, dict[str, str]]]:
     """(line number from 1, cells by column) of a CSV text with a header. `UserError`: one of `columns` is missing, a
-    column name is repeated, or a row has another number of cells than the header."""
+    column name is repeated, or a row has more or fewer cells than the header."""
     reader = csv.reader(io.StringIO(text, newline=""))
     try:
         header = next(reader, [])
@@ -230,7 +230,7 @@ def csv_cell(value: Any) -> Any:
 
 
 def _check_events(events: Iterable[Any]) -> None:
-    """ValueError for anything but plain values, and for aliases that stand for too many."""
+    """ValueError for anything but plain values, and for aliases that expand to too many of them."""
     sizes: dict[str, int] = {}  # values that an anchor stands for
     open_nodes: list[list[Any]] = [["", 0]]  # anchor and values so far of each open list or object
     for event in events:
@@ -238,7 +238,7 @@ def _check_events(events: Iterable[Any]) -> None:
         if getattr(event, "tag", None) is not None:
             raise ValueError(f"line {event.start_mark.line + 1} has the tag {quote(event.tag)}")
         if kind == "AliasEvent":
-            # one inside of what it names has no size yet
+            # an alias inside of what it names has no size yet
             open_nodes[-1][1] += sizes.get(anchor, MOST_VALUES + 1)
         elif kind == "ScalarEvent":
             _check_scalar(event)
@@ -336,13 +336,14 @@ def lock(descriptor: int, refusal: str) -> None:
 
 
 def cache_folder() -> Path:
-    """What was measured once for this user: $XDG_CACHE_HOME/ds_llmpq, by default ~/.cache/ds_llmpq."""
+    """The folder of what was measured once for this user: $XDG_CACHE_HOME/ds_llmpq, or ~/.cache/ds_llmpq."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ds_llmpq"
 
 
 @contextlib.contextmanager
 def one_at_a_time(folder: Path) -> Iterator[None]:
-    """Makes the folder, and waits while another process is in here: what is measured must not be disturbed."""
+    """Creates the folder and keeps other processes out of this block, so that measurements do not disturb each
+    other."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

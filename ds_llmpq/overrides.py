@@ -1,7 +1,7 @@
-"""Prepares the command line for Hydra: checks that the command knows every key, quotes paths, and lets free
-dictionaries (`planner.pins`) have any keys.
+"""Prepares the command line for Hydra: checks that the command knows every key, quotes paths, and allows any keys in
+free dictionaries (`planner.pins`).
 
-Hydra's own `+key=value` adds unknown keys, which have no effect; here `+` is for groups.
+In Hydra, `+key=value` may add unknown keys, which have no effect; here `+` is only for groups.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ FORMER_KEYS: dict[str, str] = {
     "planner.objective": "ablation.objective",
     "planner.group_layers": "ablation.group_layers",
 }
-# The same for entries of groups: (group, former name) -> present name.
+# The same for entries of groups: (group, former name) -> present name
 FORMER_ENTRIES: dict[tuple[str, str], str] = {
     ("cluster", "local_unlike2"): "local_heterogeneous2",
     ("cluster", "local_unlike3"): "local_heterogeneous3",
@@ -63,21 +63,20 @@ _SPECIAL = re.compile(r"([\\()\[\]{}:=,\s])")
 
 
 def prepare(command: str, kind: type, arguments: Iterable[str], conf: Path, sweep: bool = False) -> list[str]:
-    """The arguments as Hydra takes them. `kind`: the command's dataclass; `sweep`: values may be lists of points;
-    `conf`: the folder of groups. `UserError`: a key that the command does not have, or two that name the output
-    folder."""
+    """The arguments in Hydra's form. `kind`: the command's dataclass. `conf`: the folder of groups. `sweep`: values may
+    be lists of points. `UserError`: a key that the command does not have, or two keys for the output folder."""
     arguments = [rename_former(argument) for argument in arguments]
     names = {_OVERRIDE.fullmatch(argument)[2] for argument in arguments}
     if "out" in names and (folder := next((name for name in _FOLDERS if name in names), None)):
         raise UserError(f"{folder} and out both name the folder that is written; give out=DIR alone.")
-    # of `--cfg job`, the second is no override either
+    # in `--cfg job`, `job` is no override either
     plain = [each.startswith("-") or before in _FLAGS_WITH_VALUE for before, each in pairwise(["", *arguments])]
     pairs = zip(arguments, plain, strict=True)
     return [each if is_plain else _prepared(command, kind, each, conf, sweep) for each, is_plain in pairs]
 
 
 def rename_former(argument: str) -> str:
-    """The override by present names of its key and of a group's entries, and a line on stderr for each former one."""
+    """The override with the present names of its key and group entries; each former name is noted on stderr."""
     prefix, key, value = _OVERRIDE.fullmatch(argument).groups()
     present = _say_renamed(key, find_present(key))
     if value is None:
@@ -89,7 +88,7 @@ def rename_former(argument: str) -> str:
 
 
 def _say_renamed(former: str, present: str | None) -> str:
-    """`present`, after a line about it; `former` where nothing was renamed."""
+    """`present`, after printing a note; `former` if nothing was renamed."""
     if present is None:
         return former
     print(f"note: {former} is now called {present}; the former name will go with the next version.", file=sys.stderr)
@@ -103,8 +102,8 @@ def find_present(key: str) -> str | None:
 
 
 def name_point_folder(*, _root_: DictConfig) -> str:
-    """The folder of one point of a sweep: its overrides, with a part of them and a hash where they are too long for a
-    name, or hold what would be a folder of its own. Resolver of `${point_folder:}`."""
+    """The folder of one point of a sweep, named by its overrides. If they are too long for a name, or would make a
+    folder of their own, it has a part of them and a hash. Resolver of `${point_folder:}`."""
     name = str(_root_.hydra.job.override_dirname)
     plain = name.replace("/", "_")
     if plain == name and len(name.encode()) <= _LONGEST_NAME:
@@ -115,7 +114,7 @@ def name_point_folder(*, _root_: DictConfig) -> str:
 
 
 def list_keys(kind: type) -> list[str]:
-    """Every dotted key of a command, groups first, in the order of its dataclass."""
+    """Every dotted key of a command, in the order of its dataclass; a group comes before its keys."""
     return list(_walked(OmegaConf.structured(kind)))
 
 
@@ -133,7 +132,7 @@ def path_keys(kind: type) -> frozenset[str]:
 
 
 def list_groups(kind: type, conf: Path) -> dict[str, list[str]]:
-    """Configuration groups of a command -> names of their entries."""
+    """Configuration group of a command -> names of its entries."""
     own = set(OmegaConf.structured(kind))
     found = {}
     for folder in sorted(path for path in conf.rglob("*") if path.is_dir()):
@@ -144,8 +143,8 @@ def list_groups(kind: type, conf: Path) -> dict[str, list[str]]:
 
 
 def quoted(argument: str, kind: type, sweep: bool = False) -> str:
-    """An override whose value is a path, quoted where Hydra's grammar would read something else. `kind`: the
-    command's dataclass; `sweep`: a list of points stays one."""
+    """An override whose value is a path, quoted if Hydra's grammar would read it as something else. `kind`: the
+    command's dataclass. `sweep`: a list of points stays a list."""
     key, equals, value = argument.partition("=")
     if not equals or value in ("", "null") or key.lstrip("+") not in path_keys(kind):
         return argument
@@ -187,8 +186,8 @@ def _is_group(key: str, kind: type, conf: Path) -> bool:
 
 
 def _place(node: Any, key: str) -> str | None:
-    """Where a key is: `_CLOSED` (a field), `_OPEN` (in a list or an untyped value), or how many of its parts name the
-    free dictionary that holds it; None if there is no such key."""
+    """Where a key is: `_CLOSED` (a field), `_OPEN` (in a list or an untyped value), or the number of its parts that
+    name the free dictionary around it. None: there is no such key."""
     parts = key.split(".") if key else []
     for depth, part in enumerate(parts):
         if not isinstance(node, DictConfig):
@@ -208,8 +207,8 @@ def _place(node: Any, key: str) -> str | None:
 
 
 def _freely(parts: list[str], depth: int, value: str) -> str:
-    """An override of the free dictionary that the first `depth` parts name, or below it: always added, with keys
-    escaped if Hydra's grammar needs it."""
+    """An override of a key in a free dictionary, which the first `depth` parts name. It is always added, with keys
+    escaped if Hydra's grammar needs that."""
     plain = f"++{'.'.join(parts)}={value}"
     if _parsed(plain) is not None:
         return plain

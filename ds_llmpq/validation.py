@@ -1,9 +1,9 @@
-"""Validates values from outside by pydantic; a mistake becomes one sentence.
+"""Validates values from outside with pydantic; a mistake becomes one sentence.
 
 Loaders read a file with `ds_llmpq.files` and pass its values to `validate` (JSON), `validate_cells` (a row of CSV) or
-`validate_line` (JSON lines that this program writes in great numbers), with the dataclass or type they expect. Nothing
-is converted: `"3"` is not a number, and 3.0 no integer. The types below have bounds; a dataclass's `__post_init__`
-checks fields against each other.
+`validate_line` (files with very many JSON lines, written by this program), with the dataclass or type they expect.
+Nothing is converted: `"3"` is not a number, and 3.0 is not an integer. The types below have bounds; a dataclass's
+`__post_init__` checks fields against each other.
 """
 
 from __future__ import annotations
@@ -89,9 +89,8 @@ Plain = Annotated[dict[str, Any], MaxLen(100_000)]  # any JSON object
 
 
 def validate(kind: type[T], value: Any, where: str, remedy: str, *, ignore_unknown: bool = False) -> T:
-    """`value`, parsed JSON, as a `kind`. `UserError`: the first mistake, with its dotted path below `where`, what is
-    there, what must be, and the remedy. `ignore_unknown`: allows keys that the dataclass lacks.
-    """
+    """Parsed JSON as a `kind`. `UserError`: the first mistake, with its dotted path below `where`, what is there, what
+    must be there, and the remedy. `ignore_unknown` allows keys that the dataclass lacks."""
     if ignore_unknown and isinstance(value, dict):
         value = {name: value[name] for name in kind.__dataclass_fields__ if name in value}
     try:
@@ -105,7 +104,7 @@ def validate(kind: type[T], value: Any, where: str, remedy: str, *, ignore_unkno
 
 
 def validate_cells(kind: type[T], cells: Mapping[str, Any], where: str, remedy: str) -> T:
-    """`validate` for texts, as in CSV; nested mappings are nested dataclasses."""
+    """`validate` for cells of text, as in CSV. Nested mappings become nested dataclasses."""
     try:
         return _adapter(dict[str, kind]).validate_strings({"": cells})[""]
     except ValidationError as error:
@@ -113,9 +112,8 @@ def validate_cells(kind: type[T], cells: Mapping[str, Any], where: str, remedy: 
 
 
 def validate_line(kind: type[T], line: bytes, where: str, remedy: str) -> T:
-    """`validate` for a line of JSON, parsed and checked in one step, three times as fast. Unknown keys are ignored; of
-    a repeated key the last counts.
-    """
+    """`validate` for a line of JSON, parsed and checked in one step, which is three times as fast. Unknown keys are
+    ignored; the last one of a repeated key counts."""
     try:
         return _adapter(tuple[kind], "ignore").validate_json(b"[" + line + b"]")[0]
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""A cluster: devices of hosts and the links between them, checked once when it is made from its configuration."""
+"""A cluster: the devices of its hosts and the links between them, checked once when it is built."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Cluster:
 
     @classmethod
     def from_config(cls, config: ClusterConfig) -> Cluster:
-        """UserError: no devices, unknown type, doubled host or slot, a number out of range, a link left out."""
+        """UserError: no devices, an unknown type, a repeated host or slot, or a number out of range."""
         validate(ClusterConfig, asdict(config), "cluster", "correct it there")  # a configuration's mappings are untyped
         _check_name("cluster name", config.name)
         types = {name: device_type(name, entry) for name, entry in config.device_types.items()}
@@ -61,7 +61,7 @@ class Cluster:
         raise UserError(f"device {name} is not in cluster {self.name}; it has {known}")
 
     def sum_prices(self, names: Iterable[str]) -> float | None:
-        """What these devices and their hosts cost an hour; None where the cluster has no prices."""
+        """What these devices and their hosts cost per hour; None if the cluster has no prices."""
         names = list(names)
         hosts = {self.device(name).host for name in names}
         return sum(self.prices.get(name, 0.0) for name in {*names, *hosts}) if self.prices else None
@@ -134,7 +134,7 @@ def _build_device(host: str, config: Any, types: Mapping[str, DeviceType]) -> De
 
 
 def _list_prices(config: ClusterConfig) -> dict[str, float]:
-    """Prices by name of host or device (host:slot). `UserError`: some devices have one and others none."""
+    """Prices by host or device (host:slot). `UserError`: some devices have a price and others none."""
     found: dict[str, float] = {}
     unpriced = []
     for host in config.hosts:
@@ -200,7 +200,7 @@ def _check_choices(where: str, values: Iterable[Any], allowed: tuple[Any, ...]) 
 
 
 def gate(device_type: DeviceType, bits: int, dtype: str | None = None) -> str | None:
-    """Why `device_type` cannot run a layer at `bits` computing in `dtype` (None: in any), or None where it can."""
+    """Why `device_type` cannot run a layer at `bits` in the compute dtype (None: in any); None if it can."""
     if bits not in device_type.bits:
         return f"{device_type.name} has no kernel for {bits} bits (its widths: {', '.join(map(str, device_type.bits))})"
     if dtype is not None and dtype not in device_type.flops_per_second:
@@ -209,15 +209,15 @@ def gate(device_type: DeviceType, bits: int, dtype: str | None = None) -> str | 
 
 
 def list_feasible_bits(device_type: DeviceType, dtype: str | None = None) -> tuple[int, ...]:
-    """Bit widths, ascending, that pass the gate."""
+    """The bit widths, ascending, that `gate` lets through."""
     return tuple(bits for bits in device_type.bits if gate(device_type, bits, dtype) is None)
 
 
 def choose_dtype(cluster: Cluster, requested: str = "auto") -> str:
-    """The one compute dtype of a pipeline: `requested`, or for "auto" the type whose slowest device is fastest.
+    """The compute dtype of a pipeline: `requested`, or for "auto" the one in which the slowest device is fastest.
 
-    Hidden states cross from stage to stage, so all stages compute in one type. UserError: unknown type, a device that
-    lacks it, or no type that all devices share.
+    Hidden states pass from stage to stage, so all stages compute in one dtype. UserError: an unknown dtype, a device
+    type that lacks it, or no dtype that all share.
     """
     types = cluster.device_types.values()
     if requested == "auto":

@@ -1,4 +1,4 @@
-"""Detected hosts as the plain content of a cluster.yaml: described, joined, written."""
+"""Detected hosts as the plain content of a cluster.yaml: describes, merges and writes it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ds_llmpq.errors import UserError
 
 
 def describe_devices(cluster: Mapping[str, Any]) -> str:
-    """The devices of a detected cluster in one line, equal ones together."""
+    """The devices of a detected cluster in one line; equal ones are counted."""
     groups: dict[str, int] = {}
     for host in cluster["hosts"]:
         for device in host["devices"]:
@@ -21,10 +21,10 @@ def describe_devices(cluster: Mapping[str, Any]) -> str:
 
 
 def merge(clusters: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
-    """Join hosts into one cluster. Types of one name but different rates get the host's name as a suffix; a host whose
-    devices are linked otherwise than the first one's, and links that a file lists by pairs, stay as pairs.
+    """Merges hosts into one cluster. Types that share a name but not their rates get the host's name as a suffix. Links
+    that a file lists by pairs stay pairs, as do those of a host whose devices are linked differently from the first's.
 
-    UserError: a host given twice.
+    UserError: a host in two files.
     """
     if not clusters:
         raise UserError("there is nothing to merge; give one cluster.yaml a host")
@@ -50,7 +50,7 @@ def merge(clusters: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
 
 
 def _list_pairs(cluster: Mapping[str, Any], usual: Mapping[str, float]) -> list[dict[str, Any]]:
-    """The pairs that a file lists, and those inside its hosts where its link is not the usual one."""
+    """The pairs that a file lists, and all pairs inside its hosts if its link is not the usual one."""
     listed = list(cluster["links"].get("pairs") or ())
     own, known = cluster["links"]["intra_host"], {(pair["source"], pair["target"]) for pair in listed}
     if own == usual:

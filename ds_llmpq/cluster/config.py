@@ -12,7 +12,7 @@ class DeviceTypeConfig:
     kind: str = "cuda"  # cuda | cpu
     memory_bytes: int = 0  # usable by one process after the runtime context
     memory_bandwidth_bytes_per_second: float = 0.0
-    # dense matrix rate by compute dtype: float32, bfloat16, float16, int8; a missing type cannot be computed in
+    # dense matrix rate by dtype: float32, bfloat16, float16, int8; a device cannot compute in a dtype that is missing
     flops_per_second: dict[str, float] = field(default_factory=dict)
     kernel_overhead_seconds: float = 0.0  # fixed cost of one decoder layer's launch
     bits: list[int] = field(default_factory=lambda: [2, 3, 4, 8, 16])  # widths its kernels can run

@@ -1,6 +1,6 @@
-"""What this host has: GPUs by nvidia-smi (no torch), CPU cores and free memory, as an entry of `conf/cluster`.
+"""Detects this host's GPUs (with nvidia-smi, without torch), CPU cores and free memory, as an entry of `conf/cluster`.
 
-Of several hosts, each is asked what it has, and the answers are joined (`cluster_file.merge`).
+With several hosts, each detects itself, and the answers are merged (`cluster_file.merge`).
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from ds_llmpq.errors import UserError, quote
 
 MIB = 1 << 20
 GPU_FIELDS = ("index", "pci.bus_id", "name", "memory.total", "memory.free", "compute_cap")
-# What a process keeps for itself beside a stage: measured, 405 MiB of a CPU stage after its imports.
+# what a process needs beside its stage; measured: 405 MiB for a CPU stage after its imports
 CPU_PROCESS_BYTES = 512 * MIB
-# The published calibration of usable GPU memory: 0.95 x total - 1930 MiB; here applied to what is free.
+# the published calibration of usable GPU memory, 0.95 x total - 1930 MiB, applied to the free memory
 GPU_SHARE, GPU_CONTEXT_BYTES = 0.95, 1930 * MIB
 CPU_SHARE = 0.9
-# (pattern in nvidia-smi's name, smallest total MiB, device type of conf/device); the first that fits counts.
+# (pattern in nvidia-smi's name, smallest total MiB, device type of conf/device); the first match counts
 KNOWN_GPUS = (
     (r"\bB200\b", 0, "b200"),
     (r"\bGH200\b", 120_000, "gh200_144"),
@@ -85,7 +85,7 @@ def parse_gpus(text: str) -> list[Gpu]:
 
 
 def query_gpus(run: Callable[..., Any] = subprocess.run) -> list[Gpu]:
-    """This host's GPUs; none where nvidia-smi is missing or finds no driver."""
+    """This host's GPUs; none if nvidia-smi is missing or finds no driver."""
     command = ["nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader,nounits"]
     try:
         result = run(command, capture_output=True, text=True, timeout=60, check=False)
@@ -95,8 +95,8 @@ def query_gpus(run: Callable[..., Any] = subprocess.run) -> list[Gpu]:
 
 
 def list_free_slots(gpus: Sequence[Gpu], visible: str | None) -> list[int]:
-    """Slots of the GPUs that `visible` (CUDA_VISIBLE_DEVICES) leaves and that are not full; all it leaves if all are.
-    UserError: it does not number GPUs."""
+    """Slots of the GPUs that `visible` (CUDA_VISIBLE_DEVICES) lists and that are not full; if all are full, all that it
+    lists. UserError: it does not number GPUs."""
     listed = list(range(len(gpus)))
     if visible is not None:
         words = [word.strip() for word in visible.split(",") if word.strip() not in ("", "-1")]
@@ -110,7 +110,8 @@ def list_free_slots(gpus: Sequence[Gpu], visible: str | None) -> list[int]:
 
 
 def find_type(gpu: Gpu) -> str | None:
-    """Name of its type, which conf/device need not have, or None. Laptops' GPUs have the names of faster cards."""
+    """The name of its type, whether or not conf/device has it; None if unknown, as for laptops, whose GPUs have the
+    names of faster cards."""
     words = gpu.name.replace("-", " ")
     if re.search(r"\b(Laptop|Mobile|Max Q)\b", words):
         return None
@@ -121,7 +122,7 @@ def find_type(gpu: Gpu) -> str | None:
 
 
 def available_memory_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Memory that new processes can have: MemAvailable, or what the control group leaves if that is less."""
+    """Memory that new processes can get: MemAvailable, or what the control group has left if that is less."""
     match = re.search(r"^MemAvailable:\s+(\d+) kB", (proc / "meminfo").read_text(), re.MULTILINE)
     if match is None:
         raise UserError(f"{proc / 'meminfo'} has no MemAvailable; give memory_bytes in the cluster file by hand")
@@ -136,7 +137,7 @@ def available_memory_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys
 
 
 def _cached_file_bytes(cgroup: Path) -> int:
-    """Pages of files that were read count as used, but are given back when memory is asked for."""
+    """Cached pages of files, which count as used, but are freed when memory is needed."""
     try:
         found = re.search(r"^inactive_file (\d+)", (cgroup / "memory.stat").read_text(), re.MULTILINE)
     except OSError:
@@ -145,7 +146,7 @@ def _cached_file_bytes(cgroup: Path) -> int:
 
 
 def count_memory_kills(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Processes that the kernel has killed for want of memory: in this control group, or on this host where no group
+    """How many processes the kernel has killed for lack of memory: in this control group, or on the host if no group
     counts them."""
     for counter in (cgroup / "memory.events", proc / "vmstat"):
         try:
@@ -157,8 +158,8 @@ def count_memory_kills(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/
 
 
 def computes_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether this host's processor multiplies in bfloat16; elsewhere that is slower than float32. True where no one
-    tells."""
+    """Whether this host's processor multiplies in bfloat16; if not, bfloat16 is slower than float32. True if
+    unknown."""
     try:
         found = re.search(r"^(flags|Features)\s*:(.*)$", cpuinfo.read_text(), re.MULTILINE)
     except OSError:
@@ -167,7 +168,7 @@ def computes_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 
 
 def count_usable_cores(cpus: Path = Path("/sys/devices/system/cpu"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Processor cores that this process may keep busy: of its affinity, the two threads of a core counted once, and no
+    """Processor cores that this process may keep busy: those of its affinity (two threads of a core count once), but no
     more than the control group's quota."""
     if not hasattr(os, "sched_getaffinity"):
         return os.cpu_count() or 1
@@ -203,11 +204,11 @@ def detect(
 ) -> dict[str, Any]:
     """This host as the plain content of a conf/cluster entry.
 
-    known: device types of conf/device by name; `cpu_core` and the fallback GPU must be among them.
-    cpu_stages: CPU devices to offer, cores and memory split evenly; None: one, if the host has no GPU.
-    gpus: None asks nvidia-smi. cpu_rates: fields of `calibrate.measure_cpu` to put in place of cpu_core's.
-    measure_gpu: fields of a GPU that no type covers, by its slot; None where it cannot be measured.
-    slots: of the GPUs to take; None: all.
+    known: device types of conf/device by name, including `cpu_core` and the fallback GPU.
+    cpu_stages: number of CPU devices, which share cores and memory evenly; None: one if the host has no GPU.
+    gpus: None asks nvidia-smi. cpu_rates: fields from `rates.measure_cpu` that replace those of cpu_core.
+    measure_gpu: measures a GPU of unknown type, by its slot; returns its fields, or None if it cannot be measured.
+    slots: the GPUs to use; None: all.
     """
     chosen = {
         slot: gpu for slot, gpu in enumerate(query_gpus() if gpus is None else gpus) if slots is None or slot in slots
@@ -273,7 +274,7 @@ def _unknown_gpu(gpu: Gpu, known: Mapping[str, DeviceTypeConfig]) -> dict[str, A
 
 
 def _usable_gpu_bytes(free_bytes: int) -> int:
-    """Memory for a stage after its process's CUDA context and the allocator's loss."""
+    """Memory for a stage, less its process's CUDA context and what the allocator wastes."""
     usable = _free_for_stage(free_bytes)
     if usable <= 0:
         raise UserError(f"a GPU has only {free_bytes // MIB} MiB free, too little to start on; end what fills it")

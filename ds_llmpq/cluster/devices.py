@@ -19,16 +19,16 @@ class DeviceType:
     kind: str
     memory_bytes: int
     memory_bandwidth_bytes_per_second: float
-    flops_per_second: Mapping[str, float]  # by compute dtype; a missing one cannot be computed in
+    flops_per_second: Mapping[str, float]  # by compute dtype; it cannot compute in a missing one
     kernel_overhead_seconds: float
     bits: tuple[int, ...]
     compute_capability: str | None
     source: str
 
     def with_threads(self, threads: int, cpu_share: float = 1.0) -> DeviceType:
-        """The rates of `threads` CPU threads that run `cpu_share` of the time, under a name of their own.
+        """The type of `threads` CPU threads that run `cpu_share` of the time, with a name of its own.
 
-        Linear: a type whose threads share a memory bus states the bandwidth of a thread while all are busy.
+        Rates grow linearly: if threads share a memory bus, a type states the bandwidth of one while all are busy.
         """
         if self.kind != "cpu" or (threads == 1 and cpu_share == 1.0):
             return self

@@ -30,7 +30,7 @@ def group_slots(placements: Iterable[Placement]) -> dict[str, list[int]]:
 
 
 def check_host_name(host: str) -> None:
-    """`UserError` for a name that a program could take for anything else than a host."""
+    """`UserError` for a name that a program could mistake for something other than a host."""
     if not HOST_NAME.fullmatch(host):
         raise UserError(
             f"host name {host[:60]!r} is not usable; use letters, digits, '.', '_' and '-', not '-' or '.' first"
@@ -38,7 +38,7 @@ def check_host_name(host: str) -> None:
 
 
 def format_hostfile(placements: Iterable[Placement]) -> str:
-    """One line a host with just enough slots for the highest slot in use."""
+    """One line per host, with just enough slots for the highest one in use."""
     return "".join(f"{host} slots={slots[-1] + 1}\n" for host, slots in group_slots(placements).items())
 
 
@@ -47,7 +47,8 @@ def write_hostfile(path: str | Path, placements: Iterable[Placement]) -> None:
 
 
 def parse_hostfile(path: str | Path) -> dict[str, int]:
-    """Host -> slots, in file order; `#` starts a comment. UserError: unreadable, bad line, doubled host, no hosts."""
+    """Host -> slots, in file order; `#` starts a comment. UserError: unreadable, a bad line, a repeated host, no
+    hosts."""
     lines = read_text(path, "hostfile", "give a text file of lines 'host slots=N'").splitlines()
     hosts: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
@@ -77,15 +78,15 @@ def format_include(placements: Iterable[Placement]) -> str:
 def order_ranks(placements: Sequence[Placement]) -> tuple[int, ...]:
     """Global rank that DeepSpeed gives to the process of each stage, for `format_hostfile` with `format_include`.
 
-    Ranks run host by host and within a host by slot (DeepSpeed sorts them), so neither a pipeline that comes back to a
-    host (A, B, A) nor one that uses slot 1 before slot 0 is in rank order.
+    DeepSpeed numbers ranks host by host, and within a host by slot. So a pipeline that returns to a host (A, B, A), or
+    uses slot 1 before slot 0, is not in rank order.
     """
     order = [(host, slot) for host, slots in group_slots(placements).items() for slot in slots]
     return tuple(order.index(placement) for placement in placements)
 
 
 def find_hostfile_disagreements(hostfile: Mapping[str, int], placements: Iterable[Placement]) -> list[str]:
-    """What keeps a plan from being launched with this hostfile (host -> slots), one sentence each; empty if nothing."""
+    """Reasons why a plan cannot be launched with this hostfile (host -> slots), a sentence each; empty if it can."""
     found = []
     for host, slots in group_slots(placements).items():
         if host not in hostfile:

@@ -28,10 +28,8 @@ MATRIX_SIZE = {"cpu": 1024, "cuda": 8192}
 def time_best(
     action: Callable[[], Any], budget_seconds: float, clock: Callable[[], float] = time.perf_counter
 ) -> float:
-    """The shortest of as many runs as fit into the budget (at least three, the first one thrown away).
-
-    The minimum, because other processes can only add time.
-    """
+    """The shortest of as many runs as fit into the budget: at least three, of which the first does not count. The
+    minimum, because other processes can only add time."""
     action()
     shortest, begin, runs = float("inf"), clock(), 0
     while runs < 2 or clock() - begin < budget_seconds:
@@ -43,9 +41,9 @@ def time_best(
 
 
 def recall_rates(kind: str, number: int, hardware: str) -> dict[str, Any] | None:
-    """`measure_cpu(number)` or `measure_gpu(number)`, measured once for this hardware and torch, and kept in the user's
-    cache folder. It is done in a process of its own, so that no torch, threads or CUDA context stay in this one. None:
-    it cannot be measured, the processor is busy, or DS_LLMPQ_CALIBRATE=never."""
+    """The result of `measure_cpu(number)` or `measure_gpu(number)`, measured once for this hardware and torch version
+    and kept in the user's cache folder. A separate process measures, so that this one keeps no torch, threads or CUDA
+    context. None: it cannot be measured, the processor is busy, or DS_LLMPQ_CALIBRATE=never."""
     if os.environ.get(CALIBRATE) == "never":
         return None
     key = f"{kind} {hardware}, torch {version('torch')}"
@@ -54,7 +52,7 @@ def recall_rates(kind: str, number: int, hardware: str) -> dict[str, Any] | None
         with one_at_a_time(file.parent):
             kept = _read_kept(file)
             if key not in kept:
-                if kind == "cpu" and os.getloadavg()[0] > _BUSY * number:  # half a rate would be kept for good
+                if kind == "cpu" and os.getloadavg()[0] > _BUSY * number:  # too low a rate would be kept for good
                     return None
                 command = [sys.executable, "-m", __name__, kind, str(number)]
                 env = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
@@ -89,7 +87,7 @@ def measure_cpu(threads: int, seconds: float = 2.0) -> dict[str, Any]:
 
 
 def measure_gpu(slot: int, seconds: float = 2.0) -> dict[str, Any] | None:
-    """Device type fields of the GPU in this slot (PCI order); None where torch cannot use it."""
+    """Device type fields of the GPU in this slot (PCI order); None if torch cannot use it."""
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # before CUDA counts its devices
     import torch
 

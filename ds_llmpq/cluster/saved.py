@@ -1,4 +1,4 @@
-"""A host from what was saved on it: nvidia-smi's CSV of GPUs and its topology matrix, read anywhere."""
+"""Describes another host from files saved there: nvidia-smi's CSV of its GPUs and its topology matrix."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def parse_saved_gpus(text: str) -> list[Gpu]:
 def parse_topology(text: str) -> dict[tuple[int, int], str]:
     """(GPU index, GPU index) -> kind of path, such as NV2, PHB or SYS. UserError: no matrix of GPUs in it."""
     lines = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in text.splitlines()]
-    # the head names columns alone; a row has kinds of paths behind its name
+    # the head only names columns; a row has its name and then kinds of paths
     head = next((cells for cells in map(str.split, lines) if cells[:1] == ["GPU0"] and "X" not in cells), None)
     columns = [int(cell[3:]) for cell in head or () if re.fullmatch(r"GPU\d+", cell)]
     kinds: dict[tuple[int, int], str] = {}
@@ -62,7 +62,7 @@ def parse_topology(text: str) -> dict[tuple[int, int], str]:
 
 
 def build_links(gpus: list[Gpu], kinds: dict[tuple[int, int], str], host: str) -> dict[str, Any]:
-    """`links` of a cluster entry: the commonest kind inside the host, every other one as a pair of `host:slot`."""
+    """`links` of a cluster entry: the most common kind inside the host, and all others as pairs of `host:slot`."""
     slots = {gpu.index: slot for slot, gpu in enumerate(gpus)}
     rates = {(slots[a], slots[b]): _look_up_rate(kind) for (a, b), kind in kinds.items() if a in slots and b in slots}
     usual = max(set(rates.values()), key=list(rates.values()).count) if rates else PATHS["PHB"]
