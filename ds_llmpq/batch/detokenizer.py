@@ -177,9 +177,8 @@ class _Window:
         return decode(self._tokenizer, token_ids, self._with_special)
 
     def _shorten(self, text: str) -> None:
-        """Drops the older half if it can be cut at a character boundary, leaving settled text as context, which
-        decoders need that strip the space of a first token. Of four neighbouring boundaries at least one is between
-        characters."""
+        """Drops the older half of the tokens if the cut is between characters; of four neighbouring cuts at least one
+        is. Some settled text stays as context, for decoders that strip the space of a first token."""
         half = len(self._ids) // 2
         for start in range(half, half + 4):
             rest = self._decode(self._ids[start:])
@@ -236,8 +235,8 @@ class TextStopRule:
 
 
 def build_stop_rule(model_path: str | Path, tokenizer: Any) -> TextStopRule:
-    """A checkpoint's end-of-sequence tokens and stop strings, as `generate` has them; the tokenizer's end token where
-    its configuration files name none. `UserError`: files that cannot be."""
+    """With a checkpoint's end-of-sequence tokens and stop strings, as in `generate`; with the tokenizer's end token if
+    its configuration files name none. `UserError`: invalid files."""
     defaults = load_generation(model_path)
     own = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
     return TextStopRule(tokenizer, frozenset(defaults.eos_token_ids or own), defaults.stop_strings)

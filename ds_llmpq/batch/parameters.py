@@ -1,7 +1,7 @@
 """The parameters that the body of a request may hold: for which endpoints, and how the value is checked.
 
-A value is used (sampling parameters), has no effect on the text (`user`, a cache hint), or belongs to an unsupported
-feature (`logit_bias`), of which only the neutral value ({}) is accepted, because client libraries write it into rows.
+A parameter is used (sampling), has no effect on the text (`user`, a cache hint), or belongs to an unsupported feature
+(`logit_bias`). Of the latter, only the neutral value ({}) is accepted, because client libraries write it into rows.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _check_stop(field: str, value: Any) -> tuple[str, ...]:
 
 
 def _check_kind(kind: type, name: str) -> Check:
-    """Accepts any value of one JSON type, which has no effect on the text or is read elsewhere."""
+    """Accepts any value of one JSON type: it has no effect on the text, or is read elsewhere."""
 
     def check(field: str, value: Any) -> Any:
         if type(value) is not kind:
@@ -90,7 +90,7 @@ def _check_kind(kind: type, name: str) -> Check:
 
 
 def _allow_only(*neutral: Any, remedy: str = "drop it") -> Check:
-    """Accepts only the neutral values of an unsupported feature. 0 equals 0.0, but false is no number."""
+    """Accepts only the neutral values of an unsupported feature. 0 equals 0.0, but false is not a number."""
 
     def check(field: str, value: Any) -> Any:
         for each in neutral:
@@ -108,7 +108,7 @@ def _allow_only(*neutral: Any, remedy: str = "drop it") -> Check:
 
 
 def _show_whole(value: Any) -> str:
-    """`show`, with short objects and lists in full."""
+    """`show`, but short objects and lists are shown in full."""
     if isinstance(value, (dict, list)):
         text = json.dumps(value)
         return text if len(text) <= 60 else show(value)

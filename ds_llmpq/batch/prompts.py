@@ -75,8 +75,8 @@ def prepare(
 
 
 def encode(request: Request, tokenizer: Any) -> list[int]:
-    """The prompt's token ids. RequestError: the chat template is missing or fails, the text cannot be encoded, no
-    tokens."""
+    """The prompt's token ids. RequestError: the chat template is missing or fails, or the text gives no tokens or
+    cannot be encoded."""
     [(_, ids)] = encode_all([request], tokenizer)
     if isinstance(ids, RequestError):
         raise ids
@@ -126,7 +126,7 @@ def render_chat(request: Request, tokenizer: Any) -> str:
 
 
 def _find_missing_tokens(tokenizer: Any) -> str:
-    """Special tokens that the chat template writes but the tokenizer lacks, so that it fails for every row."""
+    """Special tokens that the chat template uses but the tokenizer lacks, so that it fails for every row."""
     template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
     names = ("bos_token", "eos_token", "pad_token", "unk_token")
     return " and ".join(name for name in names if name in template and getattr(tokenizer, name, None) is None)
@@ -135,7 +135,7 @@ def _find_missing_tokens(tokenizer: Any) -> str:
 def limit_max_tokens(
     request: Request, prompt_tokens: int, context_tokens: int, capacity_tokens: int | None = None
 ) -> int:
-    """Tokens this request may generate: its max_tokens, or less where the context ends sooner.
+    """Tokens that this request may generate: its max_tokens, or fewer if the context ends sooner.
 
     RequestError: `context_length_exceeded` if the prompt leaves no room for a token; `capacity_exceeded` if the plan
     reserves less than the request asks for. The plan never shortens an answer, because the text of a row must not

@@ -33,7 +33,7 @@ class RequestFile:
 
 
 def read_requests(path: str | Path, defaults: BatchConfig) -> RequestFile:
-    """Reads a batch file. `defaults` apply to what a row leaves out, bound a row's size, and may limit the rows read.
+    """Reads a batch file. `defaults` fill in what a row leaves out, bound a row's size, and may limit the rows read.
 
     A bad row becomes a RowError. `UserError`: a missing, unreadable or empty file, another format (compressed, UTF-16,
     a JSON array, plain text), a repeated custom_id (results are keyed by it), or defaults out of range.
@@ -42,7 +42,7 @@ def read_requests(path: str | Path, defaults: BatchConfig) -> RequestFile:
     requests: list[Request] = []
     errors: list[RowError] = []
     seen: set[str] = set()
-    strange = 0  # rows that are no objects
+    strange = 0  # rows that are not objects
     digest = hashlib.sha256()
     try:
         with open_regular(path, "input", "give a batch file as input=FILE") as file:

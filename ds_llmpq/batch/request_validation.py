@@ -105,7 +105,7 @@ def check_defaults(defaults: BatchConfig) -> None:
 
 
 def _build_params(given: dict, custom_id: str, defaults: BatchConfig) -> SamplingParams:
-    """From validated values, then `defaults`; for the rest the checkpoint's defaults apply."""
+    """Takes validated values first, then `defaults`; what is still open is left to the checkpoint's defaults."""
     chosen = {name: getattr(defaults, name) for name in _SAMPLING_FIELDS if hasattr(defaults, name)}
     chosen["seed"] = derive_seed(defaults.seed, custom_id)
     chosen |= {name: given[name] for name in _SAMPLING_FIELDS if name in given}

@@ -4,8 +4,8 @@ Every row is one unbuffered write, which survives the death of the process at on
 (every few seconds, and on close). Rows hold no times and no random ids, so that two runs of the same input can be
 compared byte by byte; `created` is 0.
 
-What is done of a batch is counted from these files. Nothing else decides whether a run is finished: exit codes do not,
-for launchers end with code 0 when their child was killed, nor does metrics.json.
+What is done of a batch is counted from these files. Nothing else decides whether a run is finished: neither
+metrics.json nor exit codes, since a launcher ends with code 0 when its child was killed.
 """
 
 from __future__ import annotations
@@ -188,8 +188,8 @@ class Tally:
 
 @dataclass(frozen=True)
 class InputRows:
-    """What is kept of a checked input: its hash, and the key of each row in the output (its custom_id, or its line
-    if it has none)."""
+    """What is kept of a checked input: its hash, and each row's key in the output: its custom_id, or its line if it has
+    none."""
 
     sha256: str
     keys: tuple[Key, ...]

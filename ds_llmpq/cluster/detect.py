@@ -137,7 +137,7 @@ def available_memory_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys
 
 
 def _cached_file_bytes(cgroup: Path) -> int:
-    """Cached pages of files, which count as used, but are freed when memory is needed."""
+    """Bytes of cached file pages, which count as used, but are freed when memory is needed."""
     try:
         found = re.search(r"^inactive_file (\d+)", (cgroup / "memory.stat").read_text(), re.MULTILINE)
     except OSError:

@@ -1,8 +1,8 @@
 """The configuration of each command: the groups it reads, and keys of its own.
 
-Hydra composes YAML into these dataclasses; `OmegaConf.to_object` turns the result into plain objects once, at the
-border (`ds_llmpq.config`), and nothing inside the package sees an OmegaConf node. The dataclass of a group lies in
-the package that reads it, as its `config.py`.
+Hydra composes YAML into these dataclasses. `ds_llmpq.config` turns the result into plain objects at once, so that
+nothing else in the package sees an OmegaConf node. The dataclass of a group is in `config.py` of the package that reads
+it.
 """
 
 from __future__ import annotations
@@ -49,21 +49,21 @@ class MergeConfig:
 
 @dataclass
 class PlanCommandConfig(PlanConfig):
-    """`ds-llmpq plan`: decides who runs what, at which bit widths."""
+    """`ds-llmpq plan`: decides which device runs which layers, at which bit widths."""
 
     ablation: AblationConfig = field(default_factory=AblationConfig)
 
 
 @dataclass
 class ProfiledSizesConfig:
-    """What `profile` takes of the planner's group."""
+    """The part of the planner's group that `profile` reads."""
 
     micro_batches: MicroBatchesConfig = field(default_factory=MicroBatchesConfig)
 
 
 @dataclass
 class ProfileConfig:
-    """`ds-llmpq profile`: times the parts of a model on this host's device types. An interrupted one goes on."""
+    """`ds-llmpq profile`: times the parts of a model on this host's device types. An interrupted profile resumes."""
 
     out: str = path_field("")
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -74,9 +74,9 @@ class ProfileConfig:
     planner: ProfiledSizesConfig = field(default_factory=ProfiledSizesConfig)
     engine: ComputeConfig = field(default_factory=ComputeConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
-    input: str | None = path_field()  # sizes the workload where it is not given
+    input: str | None = path_field()  # sizes what the workload leaves open
     profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
-    force: bool = False  # start over where out=DIR holds a profile made with another version or setting
+    force: bool = False  # start over if out=DIR holds a profile made with another version or setting
 
 
 @dataclass
@@ -106,15 +106,15 @@ class QuantizeConfig:
     out: str = path_field("")
     model: ModelConfig = field(default_factory=ModelConfig)
     plan: str | None = path_field()  # plan.json: its widths, HQQ settings and model
-    widths: list[int] | None = None  # instead of a plan: one width for all layers, or one a layer
+    widths: list[int] | None = None  # instead of a plan: one width for all layers, or one per layer
     quant: QuantConfig = field(default_factory=QuantConfig)
-    reuse: str | None = path_field()  # another folder of quantize whose equal layers are taken
+    reuse: str | None = path_field()  # another folder of quantize, whose equal layers are copied
     device: str = "cpu"  # where layers are quantized: cpu, cuda, cuda:1
 
 
 @dataclass
 class SensitivityConfig:
-    """`ds-llmpq sensitivity`: what each layer loses at each width, as sensitivity.json. A killed one goes on."""
+    """`ds-llmpq sensitivity`: what each layer loses at each width, as sensitivity.json. A killed command resumes."""
 
     out: str = path_field("")
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -1,4 +1,4 @@
-"""`detect`: this machine, or several hosts that are asked over ssh, as a cluster file."""
+"""`detect`: describes this machine, or several hosts asked over ssh, in a cluster file."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def run(settings: DetectConfig, out: Path) -> int:
 
 
 def write_and_show(cluster: dict[str, Any], out: Path) -> None:
-    """Writes `out`/cluster.yaml and prints a table of it. `UserError`: what is no cluster."""
+    """Writes `out`/cluster.yaml and prints a table of it. `UserError`: it is not a valid cluster."""
     Cluster.from_config(config.parse_cluster(cluster))
     out.mkdir(parents=True, exist_ok=True)
     write_cluster(out / "cluster.yaml", cluster)
@@ -62,7 +62,7 @@ def _ask_hosts(settings: DetectConfig) -> dict[str, Any]:
 
 
 def _answer(host: str, slots: int, measure: bool) -> dict[str, Any]:
-    """On the host that was asked: its first `slots` GPUs, or its processor in so many stages."""
+    """On the host that was asked: its first `slots` GPUs, or its processor as so many stages."""
     has_gpus = bool(query_gpus())
     cluster = _this_host(DetectConfig(host=host, cpu_stages=None if has_gpus else slots, measure=measure))
     devices = cluster["hosts"][0]["devices"]

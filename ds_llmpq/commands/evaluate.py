@@ -1,4 +1,4 @@
-"""`evaluate`: what a plan's widths cost in quality, measured on the pipeline itself, beside what was predicted."""
+"""`evaluate`: what a plan's bit widths cost in quality, measured on its pipeline and compared with the prediction."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`export`: a plan as arguments and configuration of another system."""
+"""`export`: writes a plan as arguments and configuration of another system."""
 
 from __future__ import annotations
 

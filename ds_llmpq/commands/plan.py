@@ -40,7 +40,7 @@ def run(settings: PlanCommandConfig, out: Path) -> int:
 
 
 def _front(settings: PlanCommandConfig, out: Path) -> int:
-    """The Pareto front: a folder a plan, a summary and a picture, as a sweep leaves them."""
+    """The Pareto front: a folder for each plan, a summary and a picture, as a sweep leaves them."""
     for name in ("baseline", "deadline_seconds"):
         if getattr(settings.planner, name) is not None:
             raise UserError(f"planner.mode=pareto makes several plans; leave planner.{name} out.")
@@ -60,7 +60,8 @@ def _front(settings: PlanCommandConfig, out: Path) -> int:
 
 
 def launch_line(plan: Plan, out: Path) -> str:
-    """A shell's line that starts this plan; `run` does the same and watches over it. Writes the hosts' variables."""
+    """Writes the hosts' variables; returns a shell line that starts this plan as `run` does, but without
+    supervision."""
     launch = Launch.from_plan(plan, out)
     write_environment(launch)
     return format_manual_command(launch, [f"plan={out / 'plan.json'}", "input=FILE", "output=DIR"])

@@ -1,4 +1,4 @@
-"""`profile`: the parts of a model timed on this host's device types, for `plan planner.profile=DIR`."""
+"""`profile`: times the parts of a model on this host's device types, for `plan planner.profile=DIR`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`quantize`: the model with each decoder layer at its width, as a checkpoint that a pipeline's ranks read in part."""
+"""`quantize`: writes the model with each decoder layer at its width, so that each rank reads only its own part."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def run(settings: QuantizeConfig, out: Path) -> int:
 
 
 def what_to_write(settings: QuantizeConfig) -> tuple[Path, list[int], QuantConfig]:
-    """(full-precision checkpoint, one width a layer, HQQ settings), from the plan or from `widths`."""
+    """(full-precision checkpoint, a width for each layer, HQQ settings), from the plan or from `widths`."""
     if (settings.plan is None) == (settings.widths is None):
         raise UserError("quantize needs either plan=FILE or widths=[...], one width for all layers or one a layer.")
     if settings.widths is not None:

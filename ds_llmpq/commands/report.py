@@ -1,4 +1,4 @@
-"""`report`: a run, a sweep, or the fidelity of predictions as a page, pictures and a table."""
+"""`report`: shows a run, a sweep, or the fidelity of predictions in a page, pictures and a table."""
 
 from __future__ import annotations
 

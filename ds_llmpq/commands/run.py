@@ -1,4 +1,4 @@
-"""`run`: plan if needed, start DeepSpeed on the plan's hosts, keep it going, sum up. Again, it goes on."""
+"""`run`: plans if needed, starts DeepSpeed on the plan's hosts, supervises it, and sums up. Run again, it resumes."""
 
 from __future__ import annotations
 

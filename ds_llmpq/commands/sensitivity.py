@@ -1,4 +1,4 @@
-"""`sensitivity`: what each layer loses at each width, in nats per token, as sensitivity.json."""
+"""`sensitivity`: estimates what each layer loses at each width, in nats per token; writes sensitivity.json."""
 
 from __future__ import annotations
 

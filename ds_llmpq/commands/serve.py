@@ -1,7 +1,7 @@
 """`serve`: one rank of a plan's pipeline. The deepspeed launcher starts it on every device; `run` starts the launcher.
 
-By hand: `deepspeed --hostfile PLAN/hostfile --include ... --module ds_llmpq.commands.serve plan=PLAN/plan.json
-input=FILE output=DIR`, with the line that `plan` prints.
+To start it by hand, use the line that `plan` prints: `deepspeed --hostfile PLAN/hostfile --include ... --module
+ds_llmpq.commands.serve plan=PLAN/plan.json input=FILE output=DIR`.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ SOME_FAILED = 3  # exit code: all rows are accounted for, some in errors.jsonl
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code of this rank; says what ended it in one line that the parent finds in the launcher's output."""
+    """Runs this rank and returns its exit code. What ended it is one line in the output, which the parent looks for."""
     job: Job | None = None
     try:
-        check_versions()  # those of this host, which may be others than where `run` was started
+        check_versions()  # this host may have other versions than the one where `run` was started
         job = _read_job(list(sys.argv[1:] if arguments is None else arguments))
         return _serve(job)
     except UserError as error:
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _read_job(arguments: list[str]) -> Job:
-    # the launcher puts its own idea of the local rank first; the plan knows better
+    # the launcher adds a local rank, which the plan knows better
     own = [argument for argument in arguments if not argument.startswith("--local_rank")]
     if len(own) == 2 and own[0] == "--job":
         return Job.from_token(own[1])
@@ -72,5 +72,5 @@ if __name__ == "__main__":
     exit_code = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    # All files are closed. Taking torch apart would need seconds, and after a failure the others wait to see it.
+    # All files are closed. A regular exit of torch takes seconds, during which other ranks wait to see a failure.
     os._exit(exit_code)

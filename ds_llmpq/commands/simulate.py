@@ -1,4 +1,4 @@
-"""`simulate`: the same jobs under several scheduling policies, or the published simulator on given cases."""
+"""`simulate`: runs the same jobs under several scheduling policies, or the published simulator on given cases."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ class EvaluationConfig:
 
     text: str | None = path_field()  # a UTF-8 file; null: held-out source files of Python's standard library
     row_tokens: int | None = None  # tokens a row; null: the model's positions, at most 1024
-    limit_tokens: int | None = None  # about so many tokens, in rows spread evenly over the text
+    limit_tokens: int | None = None  # score only about so many tokens, in rows spread evenly over the text
     reference: bool = True  # also score the unquantized model: loss increase, KL, agreement
     reference_bytes: int = 1 << 30  # for a file of its distributions; KL covers as many tokens as fit
     tasks: list[str] | None = None  # instead of a text: names of lm-evaluation-harness tasks
@@ -26,8 +26,8 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class ScoringTask:
-    """What the ranks of an evaluation need: the settings, with absolute paths on rank 0's host, and `reference`, a file
-    on the last stage's host with the predictions of the unquantized model, which is written (`keeps_reference`) or
+    """What the ranks of an evaluation need. `settings` has absolute paths on rank 0's host. `reference` is a file on
+    the last stage's host with the predictions of the unquantized model: it is written if `keeps_reference`, else
     compared with; None: neither."""
 
     settings: EvaluationConfig

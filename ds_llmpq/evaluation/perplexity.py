@@ -45,7 +45,7 @@ def thin_rows(rows: list[list[int]], limit_tokens: int | None) -> list[list[int]
 
 
 def summarize_scores(scores: list[RowScore], words: int) -> dict[str, Any]:
-    """Loss in nats, perplexity per token and per word; with a reference also KL per token and top-1 agreement."""
+    """Loss in nats, perplexity per token and per word. With a reference also KL per token and top-1 agreement."""
     tokens = sum(len(score.logprobs) for score in scores)
     nats = -math.fsum(value for score in scores for value in score.logprobs)
     found: dict[str, Any] = {

@@ -1,7 +1,7 @@
 """Teacher-forced scoring: rows of given tokens run through a serving session, one prefill pass each.
 
-Engine, stages, channels and schedule are those of serving, except that the last stage scores every position instead of
-sampling from the last one, and nothing is cached.
+Engine, stages, channels and schedule are those of serving. But the last stage scores every position instead of sampling
+from the last one, and nothing is cached.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _CAPACITY = 1  # of a slot, in which nothing is cached
 
 @dataclass(frozen=True)
 class RowScore:
-    """For one row: log-probability of each target in nats, and whether it was the most likely token; with a reference
-    also the summed KL(reference || model), and the positions at which both have the same most likely token."""
+    """For one row: each target's log-probability in nats, and whether it was the most likely token. With a reference
+    also the sum of KL(reference || model), and at how many positions both have the same most likely token."""
 
     logprobs: list[float]
     greedy: list[bool]
@@ -46,7 +46,7 @@ def build_row(key: int, tokens: abc.Sequence[int], scored: int | None = None) ->
 
 class Reference:
     """Log-probabilities of the reference model in a file on the last stage's host: float32 [targets, vocabulary] for
-    each row, in an order that is always the same, until `most_bytes` are full."""
+    each row, always in the same order, for as many rows as fit in `most_bytes`."""
 
     def __init__(self, path: Path, keeps: bool, most_bytes: int):
         self.keeps = keeps
@@ -116,8 +116,8 @@ class ScoringRounds:
         self._data = session.context.data
 
     def score(self, rows: abc.Sequence[Sequence], show: Callable[[str, int, int], None]) -> list[RowScore]:
-        """Driver: the scores of `rows`, whose keys are 0, 1, ..., in order. `UserError`: a stage could not run a row,
-        or its logits are not numbers."""
+        """On the driver: the scores of `rows`, whose keys are 0, 1, ..., in order. `UserError`: a stage could not run a
+        row, or its logits are not numbers."""
         self._data.broadcast(b"rows")
         micro_batch = self.session.plan.micro_batch
         slots = max(_SLOTS, 2 * micro_batch.prefill, 2 * micro_batch.decode)
@@ -144,11 +144,11 @@ class ScoringRounds:
             self._run(lambda: None, lambda *ended: None)
 
     def done(self) -> None:
-        """Driver: ends `follow` on the other ranks."""
+        """On the driver: ends `follow` on the other ranks."""
         self._data.broadcast(None)
 
     def _run(self, take: TakeGroup, on_finished: OnFinished) -> dict[int, dict[str, Any]]:
-        """On the driver, the results of the last stage by key."""
+        """On the driver: the results of the last stage by key."""
         self.session.run_all(take, on_finished, _refuse)
         gathered = self._data.gather([[key, asdict(score)] for key, score in self.scorer.scores.items()])
         self.scorer.scores.clear()

@@ -1,4 +1,4 @@
-"""Plans as typed data: what the engine needs of one, on disk and in memory. No solver, and no torch."""
+"""Plans as typed data, on disk and in memory: all that the engine reads. No solver, and no torch."""
 
 from ds_llmpq.plan.assignment import Assignment, StageAssignment
 from ds_llmpq.plan.check_model import check_model

@@ -1,4 +1,4 @@
-"""Whether a checkpoint is the one that a plan was made for."""
+"""Checks that a checkpoint is the one that a plan was made for."""
 
 from pathlib import Path
 

@@ -1,7 +1,7 @@
 """`plan.json`, schema 2: what was decided, what it is predicted to cost, and how far from the optimum it can be.
 
-`Plan.to_json` and `Plan.from_json` are inverse to each other; `from_json` raises a `UserError` for each mistake. The
-dataclasses are the schema: `ds_llmpq.validation` reads them, and what several fields must be together is checked here.
+`Plan.to_json` and `Plan.from_json` are inverse; `from_json` raises a `UserError` for a mistake. The dataclasses are the
+schema, which `ds_llmpq.validation` reads; conditions on several fields together are checked here.
 """
 
 from bisect import bisect_left
@@ -59,13 +59,13 @@ class Workload:
 
     @property
     def prefill_tokens(self) -> int:
-        """Those of a prompt that its own prefill computes."""
+        """Tokens of a prompt that its own prefill computes."""
         return self.prompt_tokens - self.shared_tokens
 
 
 @dataclass(frozen=True)
 class MicroBatches:
-    """Sequences in a micro-batch of each phase."""
+    """Sequences per micro-batch in each phase."""
 
     prefill: Positive
     decode: Positive
@@ -73,7 +73,7 @@ class MicroBatches:
 
 @dataclass(frozen=True)
 class PlannedModel:
-    """Which model a plan is for. `path` is None where only its shape was known."""
+    """The model that a plan is for. `path` is None if only its shape was known."""
 
     path: PathText | None
     architecture: Name | None = None
@@ -139,7 +139,7 @@ class PassTimes:
     seconds: Some[Some[Amount]]
 
     def interpolate(self, rows: float, tokens: float) -> float:
-        """Beyond the last size the slope stays what it was before it."""
+        """Seconds of a pass of this size. Beyond the last size, the slope stays the same."""
         by_rows = [_interpolate(self.tokens, seconds, tokens) for seconds in self.seconds]
         return max(0.0, _interpolate(self.rows, by_rows, rows))
 
@@ -156,10 +156,10 @@ def _interpolate(sizes: Sequence[float], values: Sequence[float], size: float) -
 class Stage:
     """One pipeline stage: layers [first, last) with one bit width each, on one device.
 
-    `prefill_seconds` and `decode_seconds` are P_j and D_j, for one micro-batch of the planned size; passes of other
-    sizes are priced by `prefill_times` and `decode_times`, and the first pass of a number of tokens takes
-    `first_pass_seconds` more. `host`, `kernel`, `kind`, `slot` and the times by size are None until the plan is
-    deployed; `threads` and `cpu_share` are of CPU stages.
+    `prefill_seconds` and `decode_seconds` are P_j and D_j, for one micro-batch of the planned size. For passes of other
+    sizes, see `prefill_times` and `decode_times`; the first pass of each number of tokens takes `first_pass_seconds`
+    more. `host`, `kernel`, `kind`, `slot` and the times by size are None until the plan is deployed. Only CPU stages
+    have `threads` and `cpu_share`.
     """
 
     rank: Count
@@ -184,7 +184,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class SolverReport:
-    """`bound` is proven: no plan has a smaller objective; `gap` = (objective - bound) / bound, null at a bound of 0.
+    """`bound` is proven: no plan has a smaller objective. `gap` = (objective - bound) / bound, None at a bound of 0.
 
     `status` is "optimal" (gap closed to the one asked for), "time_limit" or "interrupted" (incumbent and bound so
     far), "stalled" (nothing left to try that would raise the bound), "checked" (a plan given by hand, no bound), or
@@ -212,7 +212,7 @@ class SolverReport:
 
 @dataclass(frozen=True)
 class LinkSeconds:
-    """Of each stage's link to the next, the last one's back to the first, for one micro-batch."""
+    """Seconds of one micro-batch on each stage's link to the next; the last link leads back to the first stage."""
 
     prefill: Many[Amount]
     decode: Many[Amount]
@@ -220,7 +220,7 @@ class LinkSeconds:
 
 @dataclass(frozen=True)
 class Deployment:
-    """What launching needs beside the stages. `env`: variables of every rank."""
+    """What launching needs beside the stages. `env`: environment variables for every rank."""
 
     compute_dtype: one_of(*COMPUTE_DTYPES)
     env: Table[PathText] = field(default_factory=dict)
@@ -230,8 +230,8 @@ class Deployment:
 
 @dataclass(frozen=True)
 class Plan:
-    """A complete plan. `baselines` maps a name to predicted totals or to the reason why it has no plan. `deployment` is
-    None for a plan that is solved but not deployed: it came from plain data and names no hosts."""
+    """A complete plan. `baselines` maps a name to its predicted totals, or to the reason why it has no plan.
+    `deployment` is None if the plan is solved but not deployed: it came from plain data and names no hosts."""
 
     model: PlannedModel | None
     workload: Workload
@@ -258,8 +258,8 @@ class Plan:
         return self.deployment
 
     def compute_cost(self, seconds: float, prompt_tokens: int, generated_tokens: int) -> dict[str, float | None] | None:
-        """What so many seconds on the plan's devices cost: in all, and per million generated tokens, and per million
-        tokens with the prompts' counted. None where the cluster has no prices."""
+        """What so many seconds on the plan's devices cost: in total, per million generated tokens, and per million
+        tokens including those of prompts. None if the cluster has no prices."""
         if self.deployment is None or self.deployment.price_per_hour is None:
             return None
         total = self.deployment.price_per_hour * seconds / 3600
@@ -277,7 +277,7 @@ class Plan:
 
     @property
     def cache_block(self) -> int:
-        """Positions in a block of the KV cache: one for all stages, whose slots are the same."""
+        """Positions per block of the KV cache; the same for all stages, because they share slots."""
         return max(find_stage_kernel(stage.kernel).cache_block for stage in self.stages)
 
     @property
@@ -287,17 +287,17 @@ class Plan:
 
     @property
     def cache_positions(self) -> int:
-        """B * (s + n): the tokens a layer's cache holds for all sequences in flight; each has whole blocks."""
+        """B * (s + n): the positions of a layer's cache for all sequences in flight, each in whole blocks."""
         return self.workload.sequences * self.row_positions
 
     @property
     def prefix_positions(self) -> int:
-        """Of a prefix that the sequences are planned to share, in whole blocks."""
+        """Positions of the prefix that the sequences are planned to share, in whole blocks."""
         return round_up(self.workload.shared_tokens, self.cache_block)
 
     def with_fewer_sequences(self) -> "Plan":
-        """The same stages with half as many sequences in flight, and in each micro-batch; at least one. What was
-        predicted stays: it was for the plan as it was made."""
+        """The same stages with half as many sequences in flight and in each micro-batch, at least one. The predictions
+        stay those of the original plan."""
         sequences = max(1, self.workload.sequences // 2)
         rows = (max(1, min(size // 2, sequences)) for size in (self.micro_batch.prefill, self.micro_batch.decode))
         return replace(
@@ -310,9 +310,9 @@ class Plan:
         return Assignment(stages, self.micro_batch.prefill, self.micro_batch.decode)
 
     def parts(self, before: int = 0, after: int = 0) -> list[int]:
-        """Where the stages are cut: stage j holds layers [parts[j], parts[j + 1]) of a list that has `before` layers
-        (an embedding) ahead of the decoder layers and `after` ones (norm, lm_head) behind them. Those go with the first
-        and the last stage."""
+        """Where a list of layers is cut into stages: stage j holds layers [parts[j], parts[j + 1]). The list has
+        `before` layers (an embedding) ahead of the decoder layers and `after` ones (norm, lm_head) behind them, which
+        go to the first and the last stage."""
         cuts = [stage.layers[0] + before for stage in self.stages[1:]]
         return [0, *cuts, before + self.stages[-1].layers[1] + after]
 
@@ -322,8 +322,8 @@ class Plan:
 
     @classmethod
     def from_json(cls, obj: Any) -> "Plan":
-        """Read the parsed `plan.json`, of the former schema too; raises `UserError` naming the key path, the value and
-        the remedy."""
+        """A plan from a parsed `plan.json`, also of the former schema. `UserError`: names the key, the value and the
+        remedy."""
         obj = dict(validate(Plain, obj, "plan", REMEDY))
         if "schema" not in obj:
             raise UserError(f"plan lacks the key 'schema'; {REMEDY}.")
@@ -350,7 +350,7 @@ def _baselines(obj: Any) -> dict[str, PredictedTotals | str]:
 
 
 def _check_stages(plan: Plan) -> None:
-    """What the fields of several stages must be together."""
+    """`UserError`: the stages do not fit together, or a stage contradicts itself."""
     expected = 0
     for i, stage in enumerate(plan.stages):
         path, (first, last) = f"plan.stages[{i}]", stage.layers
@@ -382,7 +382,7 @@ def _check_times(times: PassTimes, path: str) -> None:
 
 
 def to_plain(value: Any) -> Any:
-    """Tuples as lists and mappings as dicts by text, as JSON has them."""
+    """The value with lists for tuples and text for keys, as JSON has them."""
     if isinstance(value, Mapping):
         return {str(key): to_plain(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):

@@ -46,8 +46,8 @@ def _read(path: str | Path) -> Any:
 
 def read_assignment(path: str | Path) -> Plan | Assignment:
     """A plan made by hand: a whole plan.json, or only its decisions,
-    `{"stages": [{"device": "host:0", "layers": [0, 5], "bits": 4}, ...], "micro_batch": {"prefill": 2, "decode": 8}}`
-    with one width for all of a stage's layers or a list of one each. `UserError` for anything else."""
+    `{"stages": [{"device": "host:0", "layers": [0, 5], "bits": 4}, ...], "micro_batch": {"prefill": 2, "decode": 8}}`.
+    `bits` is one width for all layers of a stage, or a list with one for each. `UserError`: anything else."""
     obj = _read(path)
     if isinstance(obj, dict) and "schema" in obj:
         return _plan_from(obj, path)
