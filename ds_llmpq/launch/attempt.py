@@ -1,4 +1,4 @@
-"""One start of the pipeline: reads its output, and finds out how and why it ended."""
+"""One start of the pipeline: reads its output, and determines how and why it ended."""
 
 from __future__ import annotations
 
@@ -63,12 +63,12 @@ class Outcome:
 
 
 def run_attempt(launch: Launch, job: str, hang_seconds: float, drain_seconds: float | None = None) -> Outcome:
-    """Starts the ranks with a job's token and monitors them until they end; tries another port if theirs was taken.
-    `drain_seconds`: how long requests in flight may take after a first Ctrl-C; None: it ends everything at once, as
+    """Starts the ranks with a job's token and monitors them until they end; if their port was taken, tries another one.
+    `drain_seconds`: time for requests in flight after a first Ctrl-C; None: the first one ends everything with
     KeyboardInterrupt."""
     for _ in range(_MOST_PORTS):
         listener, killed = Listener(uuid.uuid4().hex), count_memory_kills()
-        bound = 1.1 * hang_seconds  # longer than the ranks' own bound, after which they write their stacks
+        bound = 1.1 * hang_seconds  # the ranks' own bound is shorter, so that they write their stacks first
         watch = MonitorOptions(listener.on_line, bound, listener.alive)
         if drain_seconds is not None:
             watch = MonitorOptions(listener.on_line, bound, listener.serving, listener.drain, drain_seconds)
@@ -123,7 +123,7 @@ class Listener:
         return Outcome(ended, failure, ran_out)
 
     def alive(self) -> bool:
-        """Whether a rank has said so."""
+        """Whether a rank has reported that it is alive."""
         return self._alive
 
     def serving(self) -> bool:

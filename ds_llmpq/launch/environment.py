@@ -1,5 +1,5 @@
-"""Environment variables of the ranks: which ones files may set, those of the launcher, and those that must be set
-before a library reads them. Imports no torch.
+"""Environment variables of the ranks: which ones files may set, which ones the launcher sets, and which ones must be
+set before a library is imported. Imports no torch.
 
 A variable can name a library to load (LD_PRELOAD, NCCL_NET_PLUGIN, OMP_TOOL_LIBRARIES), a program, a place to import
 from, or a file to write (NCCL_DEBUG_FILE). So plans and cluster files may set only those listed here; the user may set
@@ -33,8 +33,8 @@ FROM_FILES = frozenset([*_PLAIN.split(), *(f"NCCL_{name}" for name in _NCCL.spli
 
 
 def check_environment(env: Mapping[str, str], asked: Mapping[str, str], where: str) -> None:
-    """`UserError` if the file `where` sets a variable that is not in `FROM_FILES`, unless `asked`, the user's own
-    cluster.env, has the same value."""
+    """`UserError` if the file `where` sets a variable that is not in `FROM_FILES`, unless the user's own cluster.env,
+    `asked`, sets it to the same value."""
     for name, value in env.items():
         if name not in FROM_FILES and asked.get(name) != value:
             raise UserError(
@@ -74,7 +74,7 @@ def prefer_interface(name: str) -> None:
 
 
 def extend(variables: Mapping[str, str]) -> dict[str, str]:
-    """This process's environment with `variables`, for a child that imports the same package."""
+    """This process's environment with `variables`, for a child that is to import the same package."""
     package = str(Path(__file__).resolve().parents[2])
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | variables | {"PYTHONPATH": os.pathsep.join(paths)}

@@ -127,8 +127,8 @@ def identify_rank(plan: Plan | None) -> dict[str, Any]:
 
 
 def report_failure(error: BaseException, plan: Plan | None, by_hand: bool, kind: str | None = None) -> None:
-    """On standard error: the traceback, for launcher.log, then one line for `run`, or for who started this by hand.
-    `kind`: where it is known."""
+    """Writes to standard error: the traceback, for launcher.log, then one line for `run`, or for the user who started
+    this rank by hand. `kind`: if it is known already."""
     traceback.print_exception(error)
     failure = build_failure(error, **identify_rank(plan))
     failure = replace(failure, kind=kind) if kind else failure

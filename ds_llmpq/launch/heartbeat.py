@@ -37,8 +37,8 @@ def dump_stacks_on_signal() -> None:
 
 
 def drain_on_signal(drain: Callable[[], None]) -> None:
-    """Makes SIGUSR2 call `drain`, which finishes what is in flight and begins nothing new. SIGTERM is not used, because
-    the launcher sends it to every rank when one has died, and then they must end."""
+    """Makes SIGUSR2 call `drain`, which lets requests in flight finish and starts nothing new. SIGTERM is not used for
+    this, because the launcher sends it to all ranks when one has died, and then they must end."""
 
     def request(number: int, frame: FrameType | None) -> None:
         drain()

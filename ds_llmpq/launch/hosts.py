@@ -1,6 +1,6 @@
-"""Asking hosts over ssh: what they say of themselves, and which of a plan's devices are there at the moment.
+"""Asks hosts over ssh: what they detect, and which of a plan's devices are there at the moment.
 
-Imports no torch. ssh asks for nothing (`BatchMode`); what a remote shell reads is quoted word by word.
+Imports no torch. ssh never asks for a password (`BatchMode`); every word for a remote shell is quoted.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _MOST_AT_ONCE = 64
 
 
 def ask_hosts(questions: Mapping[str, Sequence[str]], seconds: float) -> list[Any]:
-    """What each host's Python prints as JSON, given these arguments; all are asked at the same time. `UserError`: names
-    every host that gave no answer."""
+    """The JSON that each host's Python prints when started with these arguments; all hosts are asked at the same time.
+    `UserError`: names every host that gave no answer."""
     with ThreadPoolExecutor(min(len(questions), _MOST_AT_ONCE)) as pool:
         asked = {host: pool.submit(_ask, host, arguments, seconds) for host, arguments in questions.items()}
     if wrong := [f"{host}: {future.exception()}" for host, future in asked.items() if future.exception()]:
@@ -54,7 +54,7 @@ def _ask(host: str, arguments: Sequence[str], seconds: float) -> Any:
 
 
 def _run(host: str, command: Sequence[str], seconds: float) -> subprocess.CompletedProcess[str]:
-    """Here, or over ssh on another host."""
+    """Runs a command here, or on another host over ssh."""
     if not is_local(host):
         options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={_CONNECT_SECONDS}"]
         command = ["ssh", *options, "--", host, shlex.join(command)]
@@ -63,8 +63,8 @@ def _run(host: str, command: Sequence[str], seconds: float) -> subprocess.Comple
 
 
 def find_lost_devices(plan: Plan, slots_of: Callable[[str, str], set[int] | None] | None = None) -> list[str]:
-    """Names (`host:slot`) of the plan's devices that are gone: the host does not answer over ssh, or its driver no
-    longer lists the GPU. `slots_of(host, kind)`: the available slots; None: unknown, so all count."""
+    """The plan's devices (`host:slot`) that are gone: the host does not answer over ssh, or its driver no longer lists
+    the GPU. `slots_of(host, kind)` gives the available slots; None: unknown, so none counts as lost."""
     slots_of = slots_of or find_slots
     seen: dict[tuple[str, str], set[int] | None] = {}
     lost = []

@@ -1,7 +1,7 @@
 """run.json: what a folder's results were made from, and how the run went so far. It decides whether a run may resume.
 
-The results themselves record what is done (`batch.results`). The file is replaced whole, so a crash leaves the old one
-or the new one.
+What is done is recorded by the results themselves (`batch.results`). The file is replaced whole, so a crash leaves the
+old one or the new one.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ _NO_MATTER = ("order", "predictor")
 
 @dataclass(frozen=True)
 class Identity:
-    """What results depend on. `settings`: those the plan was made with (dotted keys), empty if a plan was given."""
+    """What results depend on. `settings`: the ones that the plan was made with, by dotted keys; empty if it was
+    given."""
 
     input: Label  # sha256 of what was read of the input file
     model: Label | None  # fingerprint of the checkpoint
@@ -47,7 +48,7 @@ class Identity:
     texts: Label | None = None  # of the checkpoint's tokenizer, templates and generation defaults
 
     def changes(self, now: Identity) -> list[str]:
-        """The differences in words; fields that either side lacks are ignored."""
+        """The differences in words; fields that are missing on either side are ignored."""
         found = []
         if self.input != now.input:
             found.append(f"the input (sha256 {self.input[:12]}, now {now.input[:12]})")
@@ -147,7 +148,7 @@ def _present_key(key: str) -> str:
 
 
 def _rename_former(quant: dict[str, Any]) -> dict[str, Any]:
-    """Settings under their former names, which earlier runs hashed, so that they can resume."""
+    """Settings under their former names: earlier runs hashed these, and must be able to resume."""
     former = {now: name for name, now in FORMER_NAMES.items()}
     return {former.get(name, name): value for name, value in quant.items()}
 

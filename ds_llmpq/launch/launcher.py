@@ -77,7 +77,7 @@ def build_options(launch: Launch) -> list[str]:
     if launch.local:
         line += ["--no_ssh_check", "--master_addr", "127.0.0.1"]
     else:
-        if "MASTER_ADDR" in launch.env:  # else DeepSpeed asks the first host for its first address
+        if "MASTER_ADDR" in launch.env:  # otherwise DeepSpeed asks the first host for its first address
             line += ["--master_addr", launch.env["MASTER_ADDR"]]
         if len(launch.hosts) == 1:
             line += ["--force_multi"]
@@ -93,7 +93,7 @@ def build_command(launch: Launch, arguments: list[str]) -> list[str]:
 
 
 def format_manual_command(launch: Launch, arguments: list[str]) -> str:
-    """A shell line that does the same without `run`; its variables are in the environment file."""
+    """A shell line that starts the same ranks without `run`; their variables are in the environment file."""
     variables = [f"DS_ACCELERATOR={launch.kind}"]
     if not launch.local:
         variables.append("DS_ENV_FILE=" + shlex.quote(str(launch.folder / ENVIRONMENT_NAME)))

@@ -36,8 +36,8 @@ _STACKS_SECONDS = 3.0
 
 
 class Line(Enum):
-    """The kind of a rank's line: a heartbeat, which is kept out of the log; text; or a failure, after which the other
-    ranks have a few seconds to report theirs."""
+    """The kind of a rank's line: a heartbeat, which is not logged; text; or a failure, after which the other ranks have
+    a few seconds to report theirs."""
 
     HEARTBEAT = "heartbeat"
     TEXT = "text"
@@ -50,7 +50,7 @@ class ExitReason(Enum):
     ENDED = "ended"
     DIED = "died"
     HUNG = "hung"
-    STOPPED = "stopped"  # a process was, by a signal, and nobody woke it
+    STOPPED = "stopped"  # a signal stopped a process, and nobody woke it
     DRAINED = "drained"
     CUT_OFF = "cut off"  # asked to drain, but not done within the grace period
 
@@ -68,10 +68,10 @@ class Exit:
 class MonitorOptions:
     """What the monitor looks for, and for how long it waits.
 
-    `on_line` gets every line. `hang_seconds`: silence that counts as a hang, None: never; until `started()` at least
-    two minutes, because imports are silent. `drain()` passes on a first Ctrl-C, SIGTERM or SIGHUP, and returns whether
-    anything is in flight; without it the first one stops everything. `hidden` is left out of the log: a job has
-    thousands of characters. A process of this machine that is stopped (SIGSTOP) for `stopped_seconds` counts as hung.
+    `on_line` gets every line. `hang_seconds`: the silence that counts as a hang (None: never); until `started()`, at
+    least two minutes, because imports are silent. `drain()` passes on a first Ctrl-C, SIGTERM or SIGHUP and returns
+    whether anything is in flight; without it, the first one stops everything. `hidden` is left out of the log, because
+    a job has thousands of characters. A process here that is stopped (SIGSTOP) for `stopped_seconds` counts as hung.
     """
 
     on_line: Callable[[str], Line | None]
@@ -167,7 +167,7 @@ class _Monitor:
             if kind is Line.HEARTBEAT:
                 self.heard = time.monotonic()
                 continue
-            with contextlib.suppress(OSError):  # a full disk is for the results to tell
+            with contextlib.suppress(OSError):  # a full disk is reported when results are written
                 hidden = self.options.hidden.encode()
                 self.log.write((line.replace(hidden, b"...") if hidden else line) + b"\n")
                 self.log.flush()

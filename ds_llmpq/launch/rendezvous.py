@@ -1,7 +1,7 @@
 """Where the ranks meet: a store that listens only on the address that the ranks know.
 
-torch's own rendezvous listens on all addresses of a machine. Here rank 0 binds MASTER_ADDR: loopback if all ranks are
-on this machine, else the interface of the cluster's network.
+torch's own rendezvous listens on all addresses of a machine. Here rank 0 listens only on MASTER_ADDR: loopback if all
+ranks are on this machine, else the interface of the cluster's network.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def _rendezvous(url: str, timeout: datetime.timedelta = datetime.timedelta(minut
 
 
 def _build_prefix() -> str:
-    """A prefix for every key, from the run's random mark, which only its ranks have in their environment, so that
-    another process does not hit a key by mistake or by guessing. It is no lock: a store lists its keys on request."""
+    """A prefix for every key, so that another process does not hit one by mistake or by guessing: a hash of the run's
+    random mark, which only its ranks have in their environment. It is no lock: a store lists its keys on request."""
     mark = read_mark()
     return hashlib.sha256(b"ranks of " + mark.encode()).hexdigest() if mark else "by hand"
 

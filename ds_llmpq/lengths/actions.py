@@ -15,7 +15,8 @@ from ds_llmpq.lengths.records import Example, make_counter, read_batch_examples,
 
 
 def load_dataset(settings: LengthsConfig) -> dataset.Dataset:
-    """A folder that `prepare` wrote, or a file of answers, split now. `UserError`: too few examples."""
+    """The splits in a folder that `prepare` wrote, or of a file of answers, split now. `UserError`: too few
+    examples."""
     path = _resolve(settings.data, "data")
     if (path / dataset.DATASET_NAME).is_file():
         return dataset.read(path)
@@ -42,7 +43,7 @@ def select_unseen(settings: LengthsConfig, predictor: Predictor) -> tuple[list[E
     except UserError:
         if path.is_dir():
             raise
-        return _read_examples(settings, path), False  # too few to split, but enough to measure on
+        return _read_examples(settings, path), False  # too few to split, but enough to evaluate on
     trained_on = dataset.fingerprint(data.train) == predictor.about["fingerprint"]
     return list(data.test if trained_on else data.examples), trained_on
 

@@ -22,7 +22,8 @@ def name_level(level: float) -> str:
 
 
 def find_conformal_quantile(values: np.ndarray, level: float) -> float:
-    """The ceil((n + 1) level)-th smallest of n values: covers a new one with at least that probability."""
+    """The ceil((n + 1) level)-th smallest of n values, which is an upper bound of a new one with at least that
+    probability."""
     rank = min(int(np.ceil((len(values) + 1) * level)), len(values))
     return float(np.sort(values)[rank - 1])
 

@@ -26,8 +26,8 @@ def group_lengths(examples: Sequence[Example]) -> dict[str, np.ndarray]:
 
 
 def distribution(tokens: np.ndarray) -> dict[str, float]:
-    """Mean, percentiles, the tail ratio p99 / p50, and the expected longest of 8, 16 and 32 answers, which is what a
-    micro-batch that runs until its longest row ends must be planned for."""
+    """Mean, percentiles, the tail ratio p99 / p50, and the expected longest of 8, 16 and 32 answers, for which a
+    micro-batch must be planned that runs until its longest row ends."""
     p50, p90, p95, p99 = np.percentile(tokens, [50, 90, 95, 99])
     found = {"answers": len(tokens), "mean": float(tokens.mean()), "p50": p50, "p90": p90, "p95": p95, "p99": p99}
     found |= {"max": float(tokens.max()), "tail_ratio": p99 / p50}

@@ -55,7 +55,7 @@ class LengthsConfig:
 
     out: str = path_field("")
     action: str = ""
-    data: str | None = path_field()  # answers of the past (JSON lines, CSV, parquet), or a folder that `prepare` wrote
+    data: str | None = path_field()  # past answers (JSON lines, CSV, parquet), or a folder that `prepare` wrote
     input: str | None = path_field()  # predict: prompts, an OpenAI batch file or rows like data's
     predictor: str | None = path_field()  # evaluate, predict: a folder that `train` wrote
     lengths: LengthDataConfig = field(default_factory=LengthDataConfig)

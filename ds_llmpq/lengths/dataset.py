@@ -24,7 +24,7 @@ _FEWEST = 10
 
 @dataclass(frozen=True)
 class Dataset:
-    """Examples by split. No conversation is in two splits."""
+    """The examples of each split. No conversation is in two splits."""
 
     train: tuple[Example, ...]
     validation: tuple[Example, ...]
@@ -53,7 +53,7 @@ def fingerprint(examples: Sequence[Example]) -> str:
 
 
 def select_examples(examples: Sequence[Example], config: LengthDataConfig) -> list[Example]:
-    """Those of `config.model`, if it is set; at most `config.limit` of them, drawn with the seed."""
+    """The examples of `config.model`, if it is set; at most `config.limit`, drawn with the seed."""
     if config.model is not None:
         known = sorted({example.model for example in examples})
         examples = [example for example in examples if example.model == config.model]

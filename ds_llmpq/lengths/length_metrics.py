@@ -9,8 +9,8 @@ _PAIRS = 20_000
 
 
 def measure_regression(true: np.ndarray, predicted: np.ndarray, seed: int = 0) -> dict[str, float]:
-    """MAE and RMSE in tokens, Kendall's tau-b, and how often the longer of two answers is predicted to be longer (ties
-    count half, pairs of equal length not at all)."""
+    """MAE and RMSE in tokens, Kendall's tau-b, and the share of pairs whose longer answer is predicted to be longer
+    (ties count half, pairs of equal length not at all)."""
     error = predicted - true
     tau = kendalltau(true, predicted).statistic
     return {
@@ -51,7 +51,7 @@ def measure_classes(true: np.ndarray, predicted: np.ndarray) -> dict[str, float]
 
 
 def measure_bounds(true: np.ndarray, bounds: dict[str, np.ndarray]) -> dict[str, float]:
-    """For each bound (q90, q95), its mean in tokens and the share of answers within it, which should be its level."""
+    """For each bound (q90, q95): the share of answers within it, which should be its level, and its mean in tokens."""
     found = {}
     for name, bound in bounds.items():
         found[f"{name}_coverage"] = float((true <= bound).mean())

@@ -117,7 +117,7 @@ class NgramModel:
     ) -> NgramModel:
         features = features.fit_scales(train)
         matrix, unseen = features.matrix(train), features.matrix(validation)
-        # most columns are empty, and one that a single prompt uses says nothing about others
+        # most columns are empty, and one that only one prompt uses says nothing about others
         used = np.flatnonzero(matrix.getnnz(axis=0) > 1)
         data = _Data(
             matrix[:, used], collect_lengths(train), unseen[:, used], collect_lengths(validation), config, seed
@@ -163,7 +163,7 @@ class NgramModel:
         return model
 
     def check(self, where: str, remedy: str) -> None:
-        """`UserError`: weights are missing, not finite, or of another shape than the features."""
+        """`UserError`: weights are missing, not finite, or do not have the shape of the features."""
         columns = self.features.columns + _COUNTS + len(self.features.models)
         for name, axes in {"coefficients": 2, "intercepts": 1}.items():
             array = self.weights.get(name)
@@ -230,7 +230,7 @@ def _quantile_heads(inputs: np.ndarray, target: np.ndarray, levels: list[float],
     from sklearn.linear_model import QuantileRegressor
 
     rows = np.random.default_rng(seed).permutation(len(target))[:_QUANTILE_ROWS]
-    # a touch of regularization keeps the program bounded where inputs repeat each other
+    # a little regularization keeps the linear program bounded if inputs repeat each other
     fits = [QuantileRegressor(quantile=level, alpha=1e-6, fit_intercept=False) for level in levels]
     return np.column_stack([fit.fit(inputs[rows], target[rows]).coef_ for fit in fits])
 

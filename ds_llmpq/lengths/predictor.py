@@ -85,8 +85,8 @@ class _PredictorFile:
 
 
 def load_predictor(folder: Path) -> Predictor:
-    """Reads what `save` wrote and tries it on a few prompts, because weights of another predictor load without an error
-    and fail later. `UserError`: another folder, or one that cannot predict."""
+    """Reads what `save` wrote and tries it on a few prompts, because weights of another predictor would load without an
+    error and fail later. `UserError`: another folder, or a predictor that does not work."""
     file, remedy = folder / FILE_NAME, "give a folder that `lengths train` wrote"
     where = f"predictor {file}"
     record = validate(_PredictorFile, read_json(file, "predictor", remedy), where, remedy)
@@ -150,8 +150,8 @@ def train(
 
 
 def evaluate(predictor: Predictor, examples: Sequence[Example]) -> dict[str, float]:
-    """All metrics on examples with known lengths. `cpu_seconds_*` is this process's CPU time a prediction, all examples
-    at once and one by one; `mae_of_constant_tokens` the error of always predicting the training median."""
+    """All metrics on examples with known lengths. `cpu_seconds_*`: this process's CPU time per prediction, for all
+    examples at once and one by one. `mae_of_constant_tokens`: the error of always predicting the training median."""
     true = collect_lengths(examples)
     started = time.process_time()
     found = predictor.predict(examples)

@@ -15,7 +15,7 @@ from ds_llmpq.files import open_regular, parse_json, read_csv, read_json, read_j
 
 LAYOUTS = ("auto", "rows", "lmsys", "results")
 ROUNDS = ("single", "multi")
-# column names that different data sets use for the same thing; the first one found counts
+# names that data sets use for the same column; the first one found counts
 _TEXT = ("text", "prompt", "prompt_content", "prompt_text", "input", "user_prompt")
 _ANSWER = ("response", "answer", "output", "completion")
 _LENGTH = ("output_tokens", "completion_tokens", "output_token_length", "response_length", "length", "GeneratedTokens")
@@ -54,7 +54,8 @@ def count_words(text: str) -> int:
 
 
 def make_counter(folder: str | None) -> Counter:
-    """Counts with the tokenizer of a local folder. `UserError`: the folder or the tokenizer is missing."""
+    """Counts tokens with the tokenizer of a local folder, or words without one. `UserError`: the folder or the
+    tokenizer is missing."""
     if folder is None:
         return count_words
     from ds_llmpq.models.tokenizer import load_tokenizer

@@ -56,7 +56,7 @@ class LengthTask:
         percentiles = config.percentiles or _PERCENTILES["binary" if config.kind.startswith("binary") else "multiclass"]
         if list(percentiles) != sorted(set(percentiles)) or not 0 < percentiles[0] <= percentiles[-1] < 100:
             raise UserError(f"task.percentiles is {list(percentiles)} but must rise from above 0 to below 100.")
-        # distinct lengths that occur, below the longest: no class is empty
+        # distinct lengths that occur, below the longest, so that no class is empty
         thresholds = np.unique(np.percentile(tokens, percentiles, method="lower"))
         thresholds = thresholds[thresholds < tokens.max()]
         if not len(thresholds) and config.kind not in ("regression", "pairwise"):

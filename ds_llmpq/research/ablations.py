@@ -1,10 +1,9 @@
-"""Simplified planners, for ablations: each lacks one idea, and every plan is costed by the real formula.
+"""Simplified planners for ablations: each lacks one idea, and the real formula gives the cost of every plan.
 
-`phase_blind` plans for prefill alone, and only then chooses the best decode micro-batch.
-`equal_micro_batches` plans for both phases but uses one size for both. `grouped` decides for groups of layers.
-None has a bound.
+`phase_blind` plans for prefill alone, and then chooses the best decode micro-batch. `equal_micro_batches` plans for
+both phases, but with one micro-batch size. `grouped` decides for groups of layers. None has a bound.
 
-`objective=reference` minimizes the latency formula that LLM-PQ published, by the same changes to the best plan.
+`objective=reference` minimizes the latency formula that LLM-PQ published, by small changes to the best plan.
 """
 
 from __future__ import annotations
@@ -29,9 +28,9 @@ VARIANTS = ("full", "phase_blind", "equal_micro_batches", "grouped")
 def solve_ablation(
     problem: Problem, variant: str = "full", group_layers: int = 1, objective: str = "pipeline", **options: Any
 ) -> Plan:
-    """The plan of a variant; `full` is `solve` itself, which also documents `options`.
+    """The plan of a variant; `full` is `solve` itself, which documents `options`.
 
-    UserError: unknown variant or objective, or groups that do not divide the layers. InfeasibleError: no plan found.
+    UserError: an unknown variant or objective, or groups that do not divide the layers. InfeasibleError: no plan found.
     """
     if objective not in OBJECTIVES:
         raise UserError(f"ablation.objective={objective!r}; use one of {', '.join(OBJECTIVES)}")

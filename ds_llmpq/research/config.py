@@ -56,7 +56,7 @@ class AnswersConfig:
 
 @dataclass
 class PredictionConfig:
-    """What the scheduler is told about lengths."""
+    """What the scheduler knows about lengths."""
 
     kind: str = "classes"  # oracle | noisy | classes | constant | data (the file's predicted_tokens)
     sigma: float = 0.65  # noise on the logarithm of the length; about 60 % of the classes are then right

@@ -1,4 +1,4 @@
-"""Layer times as LLM-PQ published them, with its slow 3- and 4-bit kernels: to see why its planner chose what it chose.
+"""Layer times as LLM-PQ published them, with its slow 3- and 4-bit kernels, to see why its planner chose what it did.
 
 The figures are of one OPT-30B layer at one size. Other sizes and models are scaled:
 
@@ -54,7 +54,8 @@ _DTYPES = ("float16", "bfloat16")
 
 
 class Fused(Kernel):
-    """A kernel that reads HQQ's packed weights once and keeps the rest in registers. For studies; nothing runs it."""
+    """A kernel that reads HQQ's packed weights once and keeps the rest in registers. Only for studies: nothing runs
+    it."""
 
     name = "fused"
     source = "assumed: bytes of HQQ's own layout, at the roofline"
@@ -168,7 +169,7 @@ class PublishedCosts:
         return self._weights * (anchor.decode_seconds + a_row * (rows - SEQUENCES))
 
     def _anchor(self, bits: int) -> Anchor | None:
-        """None: there is no figure, and nothing to derive one from."""
+        """None if there is no figure, and nothing to derive one from."""
         name = self.device_type.name
         if found := ANCHORS.get((name, bits)):
             return found

@@ -1,10 +1,10 @@
-"""The schedules of the published SSJF simulator (arXiv 2404.08509), errors included; `queue_simulator` has none of
+"""The schedules of the published SSJF simulator (arXiv 2404.08509), with its errors; `queue_simulator` has none of
 them.
 
-Kept on purpose: first come, first served waits for partial batches while shortest-first does not; the starvation guard
-knows the true duration; idle time counts as waiting, even for jobs that have not arrived; a predicted class counts as a
-number of tokens; predicted durations do not shrink with progress; the last job to arrive is lost if nothing is queued
-before it.
+These errors are kept on purpose: first come, first served waits for partial batches, while shortest-first does not. The
+starvation guard knows the true duration. Idle time counts as waiting, even for jobs that have not arrived. A predicted
+class counts as a number of tokens. Predicted durations do not shrink with progress. The last job to arrive is lost if
+nothing is queued before it.
 
 The published evaluation runs 50 jobs whose gaps are sorted, smallest first, and takes throughput when a quarter of the
 jobs is done.
@@ -37,7 +37,8 @@ Completion = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class CaseGuard:
-    """A job that has waited longer than the threshold (seconds), or than so many of its run times, goes first."""
+    """When jobs are ordered by waiting time: once one has waited `threshold` seconds, or `coefficient` of its run
+    times."""
 
     threshold: Seconds = 100.0
     coefficient: Number = 10.0

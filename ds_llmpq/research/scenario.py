@@ -1,4 +1,4 @@
-"""The jobs of a simulation, made as configured: lengths, predictions, arrivals."""
+"""Makes the jobs of a simulation as configured: lengths, predictions, arrivals."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ def add_predictions(lengths: Lengths, config: PredictionConfig, generator: np.ra
 
 
 def predict_classes(true: np.ndarray, noisy: np.ndarray, percentiles: list[float]) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, class) by job. Classes are as frequent among predictions as among lengths; a class is decoded to the
-    mean length of the jobs predicted to be in it, which a predictor would know from its training data."""
+    """(tokens, class) by job. Classes are as frequent among predictions as among lengths. A class is decoded to the
+    mean length of the jobs that are predicted to be in it, which a predictor would know from its training data."""
     if (
         not percentiles
         or sorted(set(percentiles)) != list(percentiles)
