@@ -1,7 +1,7 @@
 """One decoder block for all families, in plain torch, as a `DecoderSpec` describes it.
 
-The host reads no tensor's values, except to choose experts one by one (`Experts.static`), and no shape depends on
-values, so a step can be traced once and replayed. Letters in shapes: R rows (sequences), T new tokens of a row, S
+The host never reads a tensor's values, except to choose experts one by one (see `Experts.static`), and no shape depends
+on values. So a step can be traced once and replayed. Letters in shapes: R rows (sequences), T new tokens of a row, S
 tokens that attention sees, H query heads, G key/value heads, D features of a head, N = R x T, E experts.
 """
 
@@ -195,9 +195,9 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """MLPs of which each token uses a few. `static`: every expert computes every token, with weight 0 if it was not
-    chosen: `count / active` times the work, but fixed shapes, as graphs need. Otherwise each computes its own
-    tokens."""
+    """MLPs of which each token uses a few. Each expert computes its own tokens. With `static`, every expert computes
+    every token, with weight 0 if it was not chosen: `count / active` times the work, but with the fixed shapes that
+    graphs need."""
 
     def __init__(self, hidden: int, spec: ExpertsSpec):
         super().__init__()
@@ -223,7 +223,7 @@ class Experts(nn.Module):
 
 
 class Block(nn.Module):
-    """Decoder layer `index` as a pipeline layer: hidden states [R, T, hidden] to hidden states. Its parameters are
+    """Decoder layer `index` as a pipeline layer, from hidden states [R, T, hidden] to hidden states. Its parameters are
     empty until a checkpoint fills them. Its linears may be replaced by equivalent modules (`quant`)."""
 
     def __init__(self, spec: DecoderSpec, index: int):

@@ -27,10 +27,10 @@ _OPTIONAL_PREFIXES = ("model.", "transformer.")
 
 
 class Checkpoint:
-    """A checkpoint folder. Each tensor is read on request into its own memory, and the file is closed again.
+    """A checkpoint folder. Each tensor is read on request into memory of its own; then the file is closed again.
 
-    description: of its config.json. config: the same file as transformers reads it. `UserError`: a folder, file, shard
-    or tensor is missing or damaged, the model is not supported, or it was quantized by another method.
+    `description` is what we read in its config.json, `config` what transformers does. `UserError`: a folder, file,
+    shard or tensor is missing or damaged, the model is not supported, or another method has quantized it.
     """
 
     def __init__(self, path: str | Path, trust_remote_code: bool = False):
@@ -46,8 +46,8 @@ class Checkpoint:
         return Decoder(self.description)
 
     def find_name(self, name: str) -> str:
-        """How the checkpoint spells a tensor name: with or without the base model's prefix, and a tied embedding
-        perhaps only as lm_head."""
+        """The checkpoint's name for a tensor: with or without the base model's prefix; a tied embedding may be stored
+        only as lm_head."""
         if name in self._shard_of:
             return name
         for prefix in _OPTIONAL_PREFIXES:
@@ -69,7 +69,7 @@ class Checkpoint:
         for shard, wanted in by_shard.items():
             with self._open(shard) as file:
                 for asked, stored in wanted:
-                    # copied so that the mapping can be dropped, and its pages do not count as memory of this process
+                    # copied, so that the mapping is dropped and its pages do not count as memory of this process
                     yield asked, self._check_dtype(asked, file.get_tensor(stored)).clone()
 
     def shape(self, name: str) -> tuple[int, ...]:

@@ -1,9 +1,10 @@
-"""Text to calibrate on and to evaluate on: a local file, or what every Python installation and this package carry.
+"""Text to calibrate and to evaluate on: a local file, or what comes with every Python installation and this package.
 
-The default to evaluate on is the standard library's own source: files held out by a hash of their path (one in 20; the
-small shipped model has not seen them), in two parts, so that what calibrates never evaluates. Calibration takes its
-part of them, the language's reference manual, and `texts/`: conversations, stories, languages, data, mathematics, all
-written for this package. It differs between Python versions; its hash is kept with every number made from it.
+Evaluation uses source files of the standard library by default. One file in 20 is held out, by a hash of its path; the
+small shipped model has not seen these. They are in two parts, so that no text both calibrates and evaluates.
+Calibration uses its part, the reference manual of the language, and `texts/`: conversations, stories, languages, data,
+mathematics, all written for this package. The text differs between Python versions, so its hash is kept with every
+number made from it.
 """
 
 from __future__ import annotations
@@ -45,15 +46,15 @@ class Text:
 
 
 def read_text(path: str | Path | None, part: str) -> Text:
-    """The text of a UTF-8 file, or for None the `part` (calibration, evaluation) of the default text. `UserError`: not
-    a text file."""
+    """The text of a UTF-8 file; None: the `part` (calibration, evaluation) of the default text. `UserError`: not a text
+    file."""
     if path is None:
         return Text(f"standard library, held-out files, {part}", _read_standard_library(part))
     return Text(str(path), files.read_text(path, "text", "give a plain text file in UTF-8", _MOST_BYTES))
 
 
 def read_calibration_texts(path: str | Path | None) -> list[Text]:
-    """The file alone, or for None one text of each kind."""
+    """The text of the file; None: one text of each kind."""
     if path is not None:
         return [read_text(path, CALIBRATION)]
     from pydoc_data.topics import topics
@@ -64,8 +65,8 @@ def read_calibration_texts(path: str | Path | None) -> list[Text]:
 
 
 def select_rows(texts: list[Text], tokenizer: Any, rows: int, length: int) -> tuple[torch.Tensor, list[int]]:
-    """([about `rows`, length + 1] tokens, the kind of each row): of several texts each in turn, fewer of a short one; a
-    single text's eighths are its kinds."""
+    """([about `rows`, length + 1] tokens, the kind of each row). Several texts give rows in turn, a short one fewer. Of
+    a single text, each eighth counts as a kind."""
     if len(texts) == 1:
         return select_calibration_rows(texts[0], tokenizer, rows, length), [8 * index // rows for index in range(rows)]
     found = []
@@ -73,7 +74,7 @@ def select_rows(texts: list[Text], tokenizer: Any, rows: int, length: int) -> tu
         whole = [row for row in cut_rows(encode(text, tokenizer), length) if len(row) == length + 1]
         count = min(rows // len(texts) + (kind < rows % len(texts)), len(whole))
         found += [(index, kind, whole[index * len(whole) // count]) for index in range(count)]
-    found.sort(key=lambda entry: entry[:2])  # the first rows are of all kinds: some methods take no more
+    found.sort(key=lambda entry: entry[:2])  # the first rows are of all kinds, because some methods use only those
     return torch.tensor([row for _, _, row in found]), [kind for _, kind, _ in found]
 
 

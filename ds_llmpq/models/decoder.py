@@ -14,7 +14,7 @@ from ds_llmpq.models.spec import LinearRole
 
 
 class Decoder:
-    """Builds empty modules on the device that the caller has set (the loader: `meta`). Tensor names are those of the
+    """Builds empty modules on the current device, which the loader sets to `meta`. Tensor names are those of the
     checkpoint, parameter names those of the modules."""
 
     def __init__(self, description: Description):
@@ -30,7 +30,7 @@ class Decoder:
         return Head(self.spec)
 
     def positions(self) -> Positions:
-        """Called with each `Step` of a stage."""
+        """A callable for each `Step` of a stage."""
         return Positions(self.spec)
 
     def embedding_tensors(self) -> dict[str, str]:

@@ -40,16 +40,16 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return validate(Plain, read_json(file, what, REMEDY), f"{what} {file}", REMEDY)
 
 
-# no method of transformers, whose HQQ loader would quantize again, at one bit width for all layers
+# a name of our own, because transformers' HQQ loader would quantize again, at one bit width for all layers
 QUANT_METHOD = "ds_llmpq_hqq"
 # compressed-tensors formerly wrote the second
 _KEYS = ("quantization_config", "compression_config")
 
 
 def refuse_foreign(path: str | Path) -> None:
-    """`UserError` if config.json declares a quantization that is not ours (GPTQ, AWQ, bitsandbytes, FP8, ...), which
-    needs its own loader. An unreadable file is reported later, when the model is read; what is not a regular file,
-    now."""
+    """`UserError` if config.json declares a quantization that is not ours (GPTQ, AWQ, bitsandbytes, FP8, ...) and needs
+    its own loader, or if a file of the folder is not a regular file. An unreadable config.json is reported later, when
+    the model is read."""
     check_files(path, "Checkpoint file", "fetch the checkpoint again")
     try:
         config = read_json(Path(path) / "config.json", "Model configuration", "fetch the file again")

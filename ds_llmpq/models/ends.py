@@ -59,9 +59,10 @@ class Head(nn.Module):
 
 
 class Positions:
-    """Computes once what all layers of a stage need from a micro-batch's positions, into `step.position_inputs`:
-    cosines and sines [rows, tokens, features] for `block.rotate`, by the names of `DecoderSpec.rotary`, and `bias`,
-    ALiBi's [rows or 1, heads, tokens, kv_tokens], which is the most negative number where a query may not attend."""
+    """Computes once what all layers of a stage need from a micro-batch's positions, and puts it into
+    `step.position_inputs`: cosines and sines [rows, tokens, features] for `block.rotate`, by the names of
+    `DecoderSpec.rotary`; and ALiBi's `bias` [rows or 1, heads, tokens, kv_tokens], which is the most negative number
+    where a query may not attend."""
 
     def __init__(self, spec: DecoderSpec):
         self.rotary = {name: Angles(rotary) for name, rotary in spec.rotary}

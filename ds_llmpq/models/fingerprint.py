@@ -1,6 +1,6 @@
-"""Identity of a checkpoint, so that a plan or table made for one is not used with another.
+"""Fingerprints of checkpoints, so that a plan or table made for one is not used with another.
 
-A quantized checkpoint has the identity of the one it was made from.
+A quantized checkpoint has the fingerprint of the one that it was made from.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _digest(text: str) -> str:
 def fingerprint(path: str | Path) -> str:
     """SHA-256 over config.json and the sizes and headers (names, types, shapes, offsets) of the safetensors files.
 
-    Takes milliseconds for any size. Copies have the same fingerprint, but so have changed weights in the same layout.
+    Takes milliseconds for any size. Copies have the same fingerprint; so do other weights in the same layout.
     OSError: there is no config.json. `UserError` as in `find_quantized_source`.
     """
     folder = Path(path)

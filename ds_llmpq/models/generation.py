@@ -1,7 +1,7 @@
-"""The defaults in a checkpoint's generation_config.json, with the meaning they have for transformers' `generate`. No
-torch.
+"""The defaults in a checkpoint's generation_config.json, with the meaning that they have in transformers' `generate`.
+No torch.
 
-Each key is used, left to the rows and `batch.*`, or reported as not used; `docs/batch_files.md` has the table.
+Each key is used, left to the rows and `batch.*`, or reported as unused; the table is in `docs/batch_files.md`.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class _Honoured:
 
 @dataclass(frozen=True)
 class Generation:
-    """Defaults of a checkpoint, with transformers' names and units; the values below have no effect.
+    """Defaults of a checkpoint, with transformers' names and units. The defaults below have no effect.
 
     `repetition_penalty`, `min_p` and `min_new_tokens` apply to rows that give none. The truncations of the distribution
     (`min_p` to `eta_cutoff`) apply where a row samples. Token ids are below the vocabulary's size. `left_out`: keys of
@@ -146,8 +146,8 @@ def _read(file: Path) -> dict[str, Any]:
 def _choose_eos(
     file: Path, given: Mapping[str, Any] | None, config: Mapping[str, Any]
 ) -> tuple[Sequence, list[tuple[str, str]]]:
-    """As in transformers: from generation_config.json if it exists, else from config.json. With a file that names none,
-    answers would never end, so config.json decides then too."""
+    """The end-of-sequence tokens: as in transformers, those of generation_config.json if it exists, else those of
+    config.json. If the file names none, answers would never end, so config.json decides in that case too."""
     if given is not None and given.get("eos_token_id") is not None:
         return _read_eos(file, given["eos_token_id"]), []
     family = find_family(config.get("model_type"))

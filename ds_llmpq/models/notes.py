@@ -1,4 +1,4 @@
-"""What a user should know about a checkpoint before it serves. No torch."""
+"""Notes on a checkpoint that a user should see before it serves. No torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ds_llmpq.models.generation import read_generation
 
 
 def list_notes(path: str | Path) -> list[str]:
-    """One line per fact; none for an ordinary checkpoint. `UserError`: its configuration files cannot be used."""
+    """One line per fact; none for an ordinary checkpoint. `UserError`: its configuration files are not usable."""
     config = read_config(path)
     spec, notes = read_description(path).spec, []
     if describe(config).spec.tied and not spec.tied:

@@ -52,7 +52,7 @@ _REQUIRED = {
 def read_rotary(
     given: Mapping[str, Any] | None, head_dim: int, max_positions: int, defaults: Mapping[str, Any]
 ) -> RotarySpec:
-    """given: `rope_parameters`. defaults: values for missing keys; None counts as missing in both.
+    """given: `rope_parameters`. defaults: values for missing keys. In both, None counts as missing.
 
     `UserError`: an unknown kind of scaling, a number out of range, or a missing key that the kind needs.
     """

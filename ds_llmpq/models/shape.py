@@ -17,8 +17,8 @@ from ds_llmpq.models.spec import DecoderSpec, ExpertsSpec, NormSpec
 
 
 class Linear(NamedTuple):
-    """One `nn.Linear` of a decoder layer: its name inside the layer and the shape of its weight. An expert sees only a
-    share of the tokens."""
+    """One `nn.Linear` of a decoder layer: its name in the layer, the shape of its weight, and the share of the tokens
+    that it sees, which is 1 except for an expert."""
 
     name: str
     out_features: int

@@ -1,5 +1,4 @@
-"""Whether a checkpoint's lm_head is tied to its embedding. The stored tensors decide, whatever config.json says. No
-torch.
+"""Checks whether a checkpoint's lm_head is tied to its embedding: the stored tensors decide, not config.json. No torch.
 
 As in transformers, both are used if both are stored and differ; if only one is stored, it serves as both.
 """
@@ -30,7 +29,7 @@ def list_embedding_names(family: Family) -> tuple[str, ...]:
 def stores_own_head(path: str | Path, family: Family) -> bool:
     """Whether the folder holds an lm_head whose bytes differ from those of its embedding.
 
-    If they are equal, both are read to their end. Unreadable files are reported when the model is read.
+    If they are equal, both are read to the end. Unreadable files are reported when the model is read.
     """
     folder = Path(path)
     try:

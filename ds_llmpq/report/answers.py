@@ -1,4 +1,4 @@
-"""The first answers of a run, shortened for a terminal, so that a user sees whether the run makes sense."""
+"""Shows the first answers of a run, shortened for a terminal, so that a user sees whether they make sense."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _MOST_ROWS = 1000  # rows that are searched for answers with text
 
 
 def show_answers(input_file: Path, results_file: Path, count: int = 3) -> str:
-    """The first `count` answers with text in `results_file`, each below its prompt from `input_file`; of the results,
-    only the first `_MOST_ROWS` are read."""
+    """The first `count` answers with text in `results_file`, each below its prompt from `input_file`. Only the first
+    `_MOST_ROWS` results are read."""
     answers: dict[str, str] = {}
     for row in _rows(results_file, _MOST_ROWS):
         answer = _answer(row)
@@ -44,7 +44,7 @@ def _find_prompts(input_file: Path, wanted: set[str]) -> dict[str, str]:
 
 
 def _rows(file: Path, most: int | None = None) -> Iterator[dict[str, Any]]:
-    """The objects among the first `most` lines; other lines of the input have become error rows."""
+    """The JSON objects among the first `most` lines; other lines of an input became error rows."""
     remedy = "give another file"
     with open_regular(file, "rows", remedy) as lines:
         for line in islice(read_lines(lines, f"rows {file}", remedy), most):
@@ -63,7 +63,7 @@ def _prompt(body: dict[str, Any]) -> str:
 
 
 def _answer(row: dict[str, Any]) -> str:
-    """Empty for a row of another form, as an earlier version may have written."""
+    """The row's answer; empty if the row has another form, as from an earlier version."""
     try:
         (choice,) = row["response"]["body"]["choices"]
         answer = choice["message"]["content"] if "message" in choice else choice["text"]

@@ -1,4 +1,4 @@
-"""How far predictions are off: tables, a scatter plot, and one sentence on whether to trust a plan."""
+"""Shows how far off predictions are: tables, a scatter plot, and one sentence on whether to trust a plan."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TRUSTED, USABLE = 0.06, 0.15  # mean absolute error up to which times are truste
 
 @dataclass(frozen=True)
 class TimePair:
-    """One prediction beside its measurement; `group` is what it is counted under."""
+    """One prediction and its measurement. They are grouped by device, phase and bits."""
 
     device: str
     phase: str
@@ -35,7 +35,7 @@ class TimePair:
 
 
 def pair_profile(model: LatencyModel) -> list[TimePair]:
-    """Every profiled point against a fit without that point."""
+    """Every profiled point, predicted by a fit without that point."""
     return [
         TimePair(fit.device_type, _name_phase(fit.part, fit.phase), str(fit.bits or "-"), r.left_out_seconds, r.seconds)
         for fit in model.fits.values()
@@ -113,7 +113,7 @@ def verdict(pairs: Sequence[TimePair], what: str) -> str:
 
 
 def pair_run(folder: Path) -> list[TimePair]:
-    """A run's stages: mean predicted and measured seconds of the passes that it made."""
+    """Mean predicted and measured seconds of a run's passes, by stage and phase."""
     with refuse_other_forms(folder / "metrics.json"):
         metrics, plan = _json(folder / "metrics.json"), _json(folder / "plan.json")
         pairs = []
@@ -160,7 +160,8 @@ def _compare_memory(stage: dict[str, Any]) -> list[list[str]]:
 
 
 def scatter(pairs: Sequence[TimePair], file: Path, title: str) -> None:
-    """Predicted against measured on logarithmic axes, one colour a device and phase; lines at equality and +-10 %."""
+    """Plots predicted against measured times on logarithmic axes, with a colour for each device and phase, and lines at
+    equality and +-10 %."""
     figure, ((axes,),) = figures.make_figure(width=6.4, height=6.0)
     groups: dict[tuple[str, str], list[TimePair]] = defaultdict(list)
     for pair in pairs:

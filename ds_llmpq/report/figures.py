@@ -1,4 +1,4 @@
-"""What the pictures share: colours that colour-blind readers can tell apart, sizes, saving."""
+"""What all pictures share: sizes, saving, and colours that colour-blind readers can tell apart."""
 
 from __future__ import annotations
 

@@ -124,14 +124,14 @@ def _summary(plan: Plan) -> list[str]:
 
 
 def predict_cost(plan: Plan) -> dict[str, float | None] | None:
-    """Of the planned batch, as `Plan.compute_cost`."""
+    """`Plan.compute_cost` of the planned batch."""
     workload = plan.workload
     counts = (workload.sequences * tokens for tokens in (workload.prompt_tokens, workload.generated_tokens))
     return plan.compute_cost(plan.predicted.latency_seconds, *counts)
 
 
 def describe_cost(cost: Mapping[str, float | None]) -> str:
-    """`cost` as `Plan.compute_cost` gives it, in the currency of the cluster's prices."""
+    """A cost from `Plan.compute_cost` in words, in the currency of the cluster's prices."""
     generated, both = (
         "-" if (value := cost[f"per_million_{name}"]) is None else format_number(value)
         for name in ("generated_tokens", "tokens")

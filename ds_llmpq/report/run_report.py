@@ -1,4 +1,5 @@
-"""A run, or a plan that was not run, as report.html, pictures and report.txt: the plan against what happened."""
+"""Reports on a run, or on a plan that was not run, in report.html, pictures and report.txt: the plan and what
+happened."""
 
 from __future__ import annotations
 

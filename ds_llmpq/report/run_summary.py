@@ -1,4 +1,4 @@
-"""What a run did, in a few lines: counts, speed, and the plan's prediction beside the measurement."""
+"""Summarizes a run in a few lines: counts, speed, and what the plan predicted."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 from ds_llmpq.report.plan_table import describe_cost, format_size, format_table
 from ds_llmpq.wording import format_number
 
-TRUSTED = 0.15  # a run within that share of its prediction confirms the plan's times
-RANKING = 1.0  # a run within a factor of two: what is off is off alike for all plans of a model and machine
+TRUSTED = 0.15  # a run that is at most so far off confirms the plan's times
+RANKING = 1.0  # at most a factor of two: such errors are alike for all plans of a model and machine
 
 
 def format_run(metrics: dict[str, Any], verbose: bool = False) -> str:
-    """`metrics` as in metrics.json. verbose: also a line a stage."""
+    """`metrics` as in metrics.json. `verbose` adds a line for each stage."""
     counts, measured = metrics["counts"], metrics["measured"]
     lines = [f"requests: {counts['total']} in all, {counts['completed']} completed, {counts['failed']} failed"]
     if not metrics["stages"]:
@@ -43,8 +43,8 @@ def format_run(metrics: dict[str, Any], verbose: bool = False) -> str:
 
 
 def compare_with_plan(metrics: dict[str, Any]) -> list[str]:
-    """The plan's figures for these very requests and answers, in the units of the measured ones; what was expected of
-    answers that turned out otherwise; and a verdict."""
+    """The plan's figures for these very requests and answers, in the units of the measured ones; what was expected, if
+    answers had other lengths; and a verdict."""
     found = metrics["predicted_against_measured"]
     if not found:
         return ["predicted: no figures, since nothing ran to its end or the passes were too many to simulate"]
@@ -76,8 +76,8 @@ def compare_with_plan(metrics: dict[str, Any]) -> list[str]:
 
 
 def _judge(pairs: dict[str, dict[str, float | None]]) -> str:
-    """A sentence on how far the whole run was off, and by which phase. A ratio is measured over predicted seconds; None
-    where a phase has no work, as decode has none in answers of one token."""
+    """A sentence on how far off the whole run was, and because of which phase. A ratio is measured over predicted
+    seconds; None if a phase has no work, like decode in answers of one token."""
     ratio = pairs["latency"]["ratio"]
     if ratio is None:
         return "nothing was predicted to take any time"

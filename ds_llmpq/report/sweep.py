@@ -82,7 +82,7 @@ def forget_failure(out: Path) -> None:
 
 def holds_work(out: Path) -> bool:
     """Whether a folder holds the output of an earlier command that did not fail. If a command refuses to overwrite it,
-    that is no failure to note there."""
+    that failure is not noted there."""
     made = (path.name for path in out.iterdir() if path.suffix != ".log" and not path.name.startswith("."))
     return not (out / _FAILURE).exists() and any(made)
 
@@ -160,8 +160,7 @@ def build_table(points: list[dict[str, Any]]) -> tuple[list[str], list[list[str]
 
 
 def describe_speedups(points: list[dict[str, Any]]) -> list[str]:
-    """One line per baseline: the mean speed-up over the points at which it has a plan, measured if the baselines
-    ran."""
+    """One line per baseline: the mean speed-up over the points at which it has a plan; measured if baselines ran."""
     if _BASELINE_KEY in find_varied(points):
         return _compare_points(points)
     lines = []
@@ -178,7 +177,7 @@ def describe_speedups(points: list[dict[str, Any]]) -> list[str]:
 
 
 def _compare_points(points: list[dict[str, Any]]) -> list[str]:
-    """One line a swept baseline: how much faster the points without one are that are like it otherwise."""
+    """One line per swept baseline: how much faster our own plan is at the points that are otherwise the same."""
     by_rest: dict[str, dict[str, dict[str, Any]]] = {}
     for point in points:
         rest = {key: value for key, value in point["overrides"].items() if key != _BASELINE_KEY}
@@ -203,7 +202,7 @@ def _baseline(point: dict[str, Any], name: str) -> str:
 
 
 def read_point(folder: Path) -> dict[str, Any]:
-    """A point as a flat record: predictions, measurements if it was run or scored, baselines, or its failure."""
+    """A point as a flat record: predictions, measurements (if it was run or scored) and baselines, or its failure."""
     empty = dict.fromkeys((*_SHOWN, *_MEASURED, *_COSTS, *BASELINES), None)
     empty |= {"point": folder.name, "overrides": _overrides(folder)}
     if (folder / _FAILURE).is_file():

@@ -1,7 +1,7 @@
-"""Which points of a sweep are done: their output exists and was made from the same configuration and files.
+"""Knows which points of a sweep are done: their output exists, made from the same configuration and files.
 
-A finished point has a point.json with a digest of its configuration (all but `out`), of the version, and of the size
-and time of every file that the configuration names.
+A finished point has a point.json with a digest of its configuration (except `out`), of the version, and of the size and
+time of every file that the configuration names.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Curvature of the loss with respect to one decoder layer's linears, by products with the Hessian alone."""
+"""Curvature of the loss with respect to one decoder layer's linears, computed only from products with the Hessian."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PROBES = 8
 
 
 class Curvature:
-    """`layers` from the one looked at to the last, `hidden` [rows, length, hidden] before the first of them."""
+    """The curvature of `layers[0]`. `layers`: that one and all behind it; `hidden` [rows, length, hidden] enters it."""
 
     def __init__(self, model: Layerwise, layers: list[nn.Module], head: nn.Module, hidden: torch.Tensor, seed: int):
         self.model, self.layers, self.head, self.hidden = model, layers, head, hidden
@@ -29,10 +29,10 @@ class Curvature:
         self.generator = torch.Generator().manual_seed(seed)
 
     def eigenvalue(self) -> dict[str, float]:
-        """The top (most positive) eigenvalue over all linears of the layer together, the same for each of them.
+        """The top (most positive) eigenvalue over all linears of the layer together, by name; the same for each.
 
-        Lanczos: the power iteration's vectors, kept orthogonal, so that the largest eigenvalue is found even where a
-        negative one has a greater magnitude, and in fewer products.
+        Lanczos iteration: it keeps the vectors of power iteration orthogonal, so it finds the largest eigenvalue even
+        if a negative one has a greater magnitude, and needs fewer products.
         """
         sizes = [w.numel() for w in self.weights.values()]
         basis = torch.randn(1, sum(sizes), generator=self.generator)
@@ -71,7 +71,7 @@ class Curvature:
         return sums
 
     def _products(self, vectors: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Hessian of the mean loss times `vectors`, row by row so that one row's graph is held."""
+        """The Hessian of the mean loss times `vectors`, row by row, so that only one row's graph is in memory."""
         totals = [torch.zeros_like(vector) for vector in vectors]
         weights = list(self.weights.values())
         for row in range(len(self.hidden)):

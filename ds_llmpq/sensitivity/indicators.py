@@ -1,6 +1,7 @@
-"""What each layer would lose at each width, estimated: indicators in units of their own, layers x widths.
+"""Indicators of what each layer would lose at each width: tables of layers x widths, each in its own unit.
 
-`calibrate` brings them to nats per token. All take a `Layerwise` model; `progress` keeps what is done across restarts.
+`make.scale_to_loss` scales them to nats per token. All take a `Layerwise` model; `progress` keeps finished layers
+across restarts.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ OnLayer = Callable[[int, int], None]
 
 
 def list_quantized_bits(bits: Sequence[int]) -> list[int]:
-    """The widths that cost something, in the order given."""
+    """The widths below 16, in the given order."""
     return [width for width in bits if width != UNQUANTIZED_BITS]
 
 
@@ -34,10 +35,10 @@ def estimate_variance(
 ) -> Table:
     """Variance that quantization adds to an output of each linear, summed over the linears of a layer.
 
-    Theorem 1 gives the added variance D S^2 G(X) with G(X) = Var[X] / 4 for deterministic rounding (Proposition 1).
-    It is taken here per group of weights, whose step S = (max - min) / (2^bits - 1) is exactly HQQ's, and per input
-    channel: the sum over groups of S^2 / 4 x the sum of its channels' variances, as a mean over outputs. One pass over
-    the rows, one layer in memory.
+    Theorem 1 gives the added variance D S^2 G(X), with G(X) = Var[X] / 4 for deterministic rounding (Proposition 1).
+    Here it is applied to each group of weights, whose step S = (max - min) / (2^bits - 1) is exactly HQQ's, and to each
+    input channel: the sum over groups of S^2 / 4 x the sum of the channels' variances, averaged over outputs. Takes one
+    pass over the rows, with one layer in memory.
     """
     rows, hidden = progress.resume(model.embed)
     for index in range(len(rows), model.layers):
@@ -103,9 +104,9 @@ def weighted_squared_range(weight: torch.Tensor, spread: torch.Tensor, size: int
 def estimate_hessian(
     model: Layerwise, widths: list[int], progress: Progress, on_layer: OnLayer, rows: int, estimate: str, seed: int
 ) -> Table:
-    """1/2 lambda ||dW||^2 by second order; lambda is the top eigenvalue of the loss's Hessian over all of a layer's
-    linears, by Lanczos iteration on Hessian-vector products (`eigenvalue`), or each linear's mean eigenvalue by
-    Hutchinson's estimator (`trace`). Needs the layers from the one looked at to the head, and their graph, in memory.
+    """The second-order loss 1/2 lambda ||dW||^2. lambda is the top eigenvalue of the loss's Hessian over all linears of
+    a layer, by Lanczos iteration on Hessian-vector products (`eigenvalue`), or each linear's mean eigenvalue, by
+    Hutchinson's estimator (`trace`). Needs all layers from this one to the head, and their graph, in memory.
     """
     from ds_llmpq.sensitivity.curvature import Curvature
 
@@ -136,7 +137,7 @@ def _weighted_error(model: Layerwise, index: int, layer: nn.Module, bits: int, w
 
 
 def draw_table(layers: int, widths: list[int], seed: int) -> Table:
-    """A uniform random weight for each layer; between widths, the law that variance grows with the squared step."""
+    """A uniform random weight for each layer; from width to width, variance grows with the squared step."""
     generator = random.Random(seed)
     weights = [generator.random() for _ in range(layers)]
     return [[weight / (2**width - 1) ** 2 for width in widths] for weight in weights]
@@ -145,10 +146,10 @@ def draw_table(layers: int, widths: list[int], seed: int) -> Table:
 def measure_each_layer(
     model: Layerwise, widths: list[int], progress: Progress, on_layer: OnLayer, state_bytes: int
 ) -> Table:
-    """KL(full || model with this one layer at this width), in nats per token: the ground truth, L x b evaluations.
+    """KL(full || model with this one layer at this width), in nats per token: the ground truth, from L x b evaluations.
 
-    KL rather than the loss itself: its expectation is the same for a model that fits its data, it is never negative,
-    and its noise on few tokens is far smaller. Layers are measured from the last to the first, kept one by one.
+    KL instead of the loss itself, because its expectation is the same for a model that fits its data, it is never
+    negative, and it has far less noise on few tokens. Layers are measured, and kept, from the last to the first.
     """
     table: dict[int, list[float]] = progress.read_rows()
     order = [index for index in reversed(range(model.layers)) if index not in table]

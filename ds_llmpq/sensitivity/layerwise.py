@@ -1,7 +1,7 @@
-"""A checkpoint computed layer by layer over calibration rows: memory holds one layer and the hidden states.
+"""Computes a checkpoint layer by layer over calibration rows: only one layer and the hidden states are in memory.
 
-`measure` runs many variants of a model (one tuple of widths each) in one walk over its layers. Variants share the work
-of the layers before they part: of L x b models that each quantize one layer, all share the unquantized beginning.
+`measure` runs many variants of a model (each a tuple of widths) in one walk over its layers. Variants share the work of
+their equal first layers: L x b models that each quantize one layer all share the unquantized beginning.
 """
 
 from __future__ import annotations
@@ -27,10 +27,8 @@ Bits = tuple[int, ...]
 
 @dataclass(frozen=True)
 class LossIncrease:
-    """Against the unquantized model, in nats per token: increase of the loss, and KL(full || variant).
-
-    `loss_error` is the standard error of the mean increase (tokens taken as independent).
-    """
+    """Compared with the unquantized model, in nats per token: the increase of the loss, and KL(full || variant).
+    `loss_error` is the standard error of the mean increase, as if tokens were independent."""
 
     loss: float
     loss_error: float
@@ -107,8 +105,8 @@ def measure(
     state_bytes: int = 1 << 30,
     heads: Sequence[int] = (),
 ) -> dict[Bits | int, LossIncrease]:
-    """What each variant loses, and at each width of `heads` lm_head alone. Variants go in groups whose hidden
-    states stay within `state_bytes`."""
+    """What each variant loses, and what quantizing lm_head alone loses at each width of `heads`. Variants run in groups
+    whose hidden states fit in `state_bytes`."""
     full = (UNQUANTIZED_BITS,) * model.layers
     embedded = model.embed()
     at_once = max(1, state_bytes // (2 * embedded.nbytes))  # states before and after a layer
@@ -128,7 +126,7 @@ def measure(
 
 
 def _next_states(model: Layerwise, states: dict[Bits, torch.Tensor], variants: list[Bits], index: int):
-    """Hidden states by the widths of the layers passed so far: the same beginning is computed once."""
+    """Hidden states by the widths of the layers so far; equal beginnings are computed once."""
     needed = {variant[: index + 1] for variant in variants}
     following: dict[Bits, torch.Tensor] = {}
     for bits in sorted({prefix[-1] for prefix in needed}, reverse=True):
@@ -171,7 +169,7 @@ def _check_length(checkpoint: Checkpoint, length: int) -> None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory that this process has held: on a GPU its tensors, else all of it (Linux and macOS)."""
+    """The most memory that this process has held: its tensors on a GPU, else all of it (Linux and macOS)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource

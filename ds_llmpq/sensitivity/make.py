@@ -1,4 +1,4 @@
-"""Making sensitivity.json by a method, with what it took: time by part, memory, text."""
+"""Makes sensitivity.json with one of the methods, and records what it took: times, memory, text."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _LITTLE_LOSS = 0.2  # nats per token, up to which losses of different texts beha
 
 @dataclass
 class SensitivityRequest:
-    """What `make_sensitivity` shall do; `on_layer(phase, done, total)` is called as it goes on."""
+    """What `make_sensitivity` is to do. `on_layer(phase, done, total)` is called after each layer."""
 
     model_path: Path
     method: str
@@ -45,13 +45,14 @@ class SensitivityRequest:
     calibration: CalibrationConfig
     seed: int
     device: torch.device
-    folder: Path  # for what a killed run goes on from
+    folder: Path  # for the progress from which a killed run resumes
     on_layer: Callable[[str, int, int], None] = lambda phase, done, total: None
     trust_remote_code: bool = False
 
 
 def make_sensitivity(request: SensitivityRequest) -> Sensitivity:
-    """`UserError`: unknown method, a text too short, a model that is quantized already or cannot be at a width."""
+    """`UserError`: an unknown method, too short a text, or a model that is already quantized or cannot be quantized to
+    one of the widths."""
     if request.method not in METHODS:
         raise UserError(f"method={request.method!r} is unknown; the methods are {', '.join(METHODS)}.")
     calibration, quant = request.calibration, request.quant
@@ -142,8 +143,8 @@ def _measure_whole_model(
 
 
 def _choose_head_bits(path: Path, widths: list[int], quant: QuantConfig) -> list[int]:
-    """Widths to measure lm_head at: that of `quant.lm_head_bits`, and of the layers' those it can be packed in,
-    so that one table serves a sweep. `UserError`: `quant.lm_head_bits` cannot be."""
+    """The widths at which to measure lm_head: `quant.lm_head_bits`, and all widths of the layers in which it can be
+    packed, so that one table serves a sweep. `UserError`: it cannot have `quant.lm_head_bits`."""
     matrix = read_shape(path).lm_head
     size = matrix.out_features, matrix.in_features
     check_lm_head(*size, quant)
@@ -161,10 +162,10 @@ def _check_bits(model: Layerwise, widths: list[int], quant: QuantConfig) -> None
 
 
 def loss_per_kl(measured: Sequence[LossIncrease]) -> float:
-    """Nats of loss per nat of KL, fitted by weighted least squares over whole-model measurements; between 1/2 and 2.
+    """Nats of loss per nat of KL, between 1/2 and 2, fitted to whole-model measurements by weighted least squares.
 
-    KL is measured far more precisely than the small increase of the loss on few tokens, and equals it in expectation
-    where the model fits the text; this is the correction where it does not.
+    On few tokens, KL is measured far more precisely than the small increase of the loss, and if the model fits the text
+    the two have the same expectation. This factor corrects for a model that does not.
     """
     pairs = [(m.loss, m.kl, max(m.loss_error, 1e-9)) for m in measured if m.kl > 0]
     weight = sum(kl * kl / error**2 for _, kl, error in pairs)
@@ -177,10 +178,10 @@ def estimate_spread(measured: Sequence[LossIncrease], ratio: float, kinds: Seque
     """s, such that another text is expected (95 %) to lose Q +- s sqrt(Q) where Q is predicted; None for under three
     kinds of text.
 
-    KL hardly depends on the text, but the loss differs from it by a product of two small numbers: how far quantizing
-    moves the logits, about sqrt(KL), and how badly the model fits the text. So the kinds deviate in proportion to
-    sqrt(Q), roughly: the bit width at which they do most counts, of those that lose little. Another text is one draw
-    more: Student's distribution.
+    KL hardly depends on the text. But the loss differs from KL by a product of two small numbers: how far quantization
+    moves the logits, about sqrt(KL), and how badly the model fits the text. So the kinds of text deviate roughly in
+    proportion to sqrt(Q). Of the bit widths that lose little, the one at which they deviate most counts. Another text
+    is one more draw, so its deviation follows Student's distribution.
     """
     from scipy.stats import t
 

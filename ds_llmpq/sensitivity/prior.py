@@ -1,10 +1,10 @@
-"""A quality table without any data: what published perplexities say a whole model loses at a width.
+"""A quality table without any data: what published perplexities say that a whole model loses at a width.
 
-Published perplexities of BLOOM-3b and OPT-1.3b on three corpora at 8, 4 and 3 bits (Wikitext2, PTB, C4; weight-only
-quantization of all decoder linears) give log-ratios against the 8-bit value; their mean over models and corpora is
-the loss in nats per token. 8, 2 and 1 bits were not measured against full precision: they follow from the nearest
-measured width by the law that output variance grows with the squared step, (1 / (2^bits - 1))^2. Larger models lose
-less, and layers are not alike: the prior is a placeholder that lets planning start, and is tagged `assumed`.
+The perplexities are of BLOOM-3b and OPT-1.3b on three corpora (Wikitext2, PTB, C4) at 8, 4 and 3 bits, with weight-only
+quantization of all decoder linears. The mean over models and corpora of their log-ratios to the 8-bit value is the loss
+in nats per token. 8, 2 and 1 bits were not compared with full precision: they follow from the nearest measured width,
+because output variance grows with the squared step, (1 / (2^bits - 1))^2. Larger models lose less, and layers differ:
+the prior is only a placeholder that lets planning start, and is tagged `assumed`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def model_loss(bits: int) -> float:
 
 
 def make_prior(layers: int, bits: Sequence[int], model_fingerprint: str | None = None) -> Sensitivity:
-    """The loss of the whole model, spread evenly over its layers; lm_head is taken for one of them."""
+    """The loss of the whole model, spread evenly over its layers; lm_head loses as much as one of them."""
     row = tuple(model_loss(width) / layers for width in bits)
     return Sensitivity(
         method="prior",

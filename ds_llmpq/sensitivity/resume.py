@@ -32,9 +32,9 @@ class _ProgressFile:
 
 
 class Progress:
-    """Rows of a table and the hidden states that belong behind the last of them, in `folder`.
+    """Keeps the rows of a table, and the hidden states after the last of them, in `folder`.
 
-    `identity` names everything the rows depend on; what another run left is ignored.
+    `identity` is everything that the rows depend on; what a run with another identity left is ignored.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any]):
@@ -44,7 +44,7 @@ class Progress:
         self._stored = time.monotonic()
 
     def resume(self, first: Callable[[], torch.Tensor]) -> tuple[list[list[float]], torch.Tensor]:
-        """(rows done, hidden states behind them); `first` gives the states where nothing is done."""
+        """(finished rows, hidden states after them); `first` gives the states if nothing is finished."""
         found, start = self._read(), first()
         with contextlib.suppress(OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError):
             state = load_file(self._state_file)
@@ -54,7 +54,7 @@ class Progress:
         return [], start
 
     def keep(self, rows: list[list[float]], hidden: torch.Tensor) -> None:
-        """The rows, now and then with the states: a restart begins at the last states kept."""
+        """Keeps the rows with their states from time to time; a restart begins at the last ones kept."""
         if time.monotonic() - self._stored < _SECONDS_BETWEEN_STATES:
             return
         self._stored = time.monotonic()

@@ -1,4 +1,4 @@
-"""Sensitivity (omega in the docs), layers x bit widths, and its file: what a layer at a width is predicted to cost."""
+"""Sensitivity (omega in the docs) and its file: what each layer is predicted to lose at each bit width."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ PROVENANCES = ("assumed", "estimated", "fitted", "measured")
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Predicted increase of the loss, in nats per token, of keeping one layer at one width.
+    """Predicted increase of the loss, in nats per token, if one layer is kept at one width.
 
     table: layers x bits, non-negative; columns in the order of `bits`. 16 bits costs nothing and may be left out.
-    head: the same of lm_head, by width; those not listed are not known.
+    head: the same for lm_head, by width; widths that are missing are unknown.
     provenance: assumed (no data seen), estimated (an indicator), fitted (scaled to measurements), measured.
     """
 
@@ -82,7 +82,7 @@ class Sensitivity:
         return tuple(tuple(0.0 if column is None else row[column] for column in columns) for row in self.table)
 
     def head_loss(self, bits: int) -> float:
-        """Of keeping lm_head at `bits`; nothing at 16. UserError: a width that is not known."""
+        """What lm_head loses at `bits`; nothing at 16. UserError: the width is unknown."""
         if bits == 16:
             return 0.0
         if bits not in self.head:
@@ -93,14 +93,14 @@ class Sensitivity:
         return self.head[bits]
 
     def interval(self, loss: float) -> tuple[float, float] | None:
-        """What another text is expected (95 %) to lose where `loss` is; None where no texts were compared."""
+        """What another text is expected (95 %) to lose if `loss` is predicted; None if no texts were compared."""
         spread = (self.details or {}).get("text_spread")
         if not isinstance(spread, (int, float)):  # details are free text
             return None
         return loss - spread * loss**0.5, loss + spread * loss**0.5
 
     def describe_confidence(self, loss: float) -> str:
-        """How sure an expected loss is, as a sentence."""
+        """A sentence on how certain an expected loss is."""
         if self.provenance == "assumed":
             return (
                 "That is assumed from published models of 1 to 3 billion parameters, not measured on this: it may be "
@@ -114,7 +114,7 @@ class Sensitivity:
         return f"{known} ({details.get('text')}); of other texts 95 % should lose {low} to {high}."
 
     def check_model(self, layers: int, fingerprint: str | None = None) -> None:
-        """UserError if the table was made for another model. A fingerprint that either side lacks is not compared."""
+        """UserError if the table was made for another model. Fingerprints are compared if both sides have one."""
         if layers != self.layers:
             raise UserError(
                 f"sensitivity is for {self.layers} layers, but the model has {layers}; make it anew for this model"
@@ -136,7 +136,7 @@ def write_sensitivity(path: str | Path, sensitivity: Sensitivity) -> None:
 def read_sensitivity(path: str | Path) -> Sensitivity:
     """UserError: unreadable, another schema, a missing or unknown key, a value out of range.
 
-    A file of the former name is read, also where the present name is given and only the former file is there.
+    A file with the former name is read too, also if the present name is given but only the former file exists.
     """
     path = Path(path)
     if path.name == FILE and not path.exists() and path.with_name(FORMER_FILE).is_file():

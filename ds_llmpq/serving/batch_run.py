@@ -1,5 +1,5 @@
-"""A batch file from plan to results: plans if needed, starts DeepSpeed on the plan's hosts, keeps it going, sums up.
-Again with the same folder, it goes on."""
+"""Runs a batch file: plans if needed, starts DeepSpeed on the plan's hosts, supervises it, and sums up. With the folder
+of an earlier run, it resumes that run."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ Settings = TypeVar("Settings", bound=PlanningConfig)  # with `plan`: of run and 
 
 @dataclass(frozen=True)
 class Screen:
-    """What a run shows while it goes; by default nothing."""
+    """What a run shows while it is going on; by default nothing."""
 
     line: Callable[[str], None] = lambda text: None
     plan: Callable[[Plan], None] = lambda plan: None
@@ -58,8 +58,8 @@ class Screen:
 
 @dataclass(frozen=True)
 class BatchRun:
-    """How a run ended. `metrics` is None where it was finished before and nothing was left to do; `reasons` say why
-    the pipeline was started again, `restarts` times."""
+    """How a run ended. `metrics` is None if the run was finished already. `reasons` say why the pipeline was restarted,
+    `restarts` times."""
 
     tally: Tally
     metrics: Mapping[str, Any] | None = None
@@ -68,8 +68,8 @@ class BatchRun:
 
 
 def run_batch(settings: RunConfig, out: Path, screen: Screen = Screen()) -> BatchRun:
-    """Turns settings.input into `out`/results.jsonl and errors.jsonl. The cluster is there already
-    (`config.load_cluster`). `UserError`: a mistake, a run that failed for good, or one that was interrupted."""
+    """Turns settings.input into `out`/results.jsonl and errors.jsonl. `settings` has its cluster already
+    (`config.load_cluster`). `UserError`: a mistake, or the run failed for good or was interrupted."""
     if not settings.input:
         raise UserError("run needs input=FILE, a batch file in JSON lines.")
     if settings.resume not in RESUMES:
@@ -77,7 +77,7 @@ def run_batch(settings: RunConfig, out: Path, screen: Screen = Screen()) -> Batc
     settings = choose_model(settings)
     validate_supervision(settings.run)
     batch = validate_batch(settings.batch)
-    # what rank 0 would refuse is said at once
+    # what rank 0 would refuse is refused at once
     rows = InputRows.from_file(read_requests(make_absolute(settings.input), batch))
     with lock_folder(check_folder(out)):
         kill_leftovers(out)
@@ -128,8 +128,8 @@ def _run(settings: RunConfig, out: Path, rows: InputRows, screen: Screen) -> Bat
 def _prepare(
     settings: RunConfig, out: Path, rows: InputRows, tally: Tally, screen: Screen
 ) -> tuple[Journal, Plan | None]:
-    """The folder's journal and plan: those of the run to go on with, after its check, or new ones. No plan where the
-    run is finished, and its files hold all of it."""
+    """The folder's journal and plan: those of the run to resume, after a check, or new ones. No plan if the run is
+    finished and its files are complete."""
     given = None if settings.plan is None else _read_launchable(settings, make_absolute(settings.plan))
     asked = Identity(rows.sha256, None, None, select_sampling(settings.batch), _list_plan_inputs(settings, given))
     journal = None if settings.resume == "force" else Journal.read(out)
@@ -158,15 +158,15 @@ def _prepare(
 
 
 def _list_plan_inputs(settings: RunConfig, given: Plan | None) -> dict[str, Any]:
-    """What decides on the plan, by dotted keys: the plan that is given, or all that one is made from."""
+    """What determines the plan, by dotted keys: the given plan, or everything that one is made from."""
     if given is not None:
         return {"plan": fingerprint_plan(given), "quantized": settings.quantized}
     groups = {name: asdict(getattr(settings, name)) for name in ("model", "workload", "quant", "planner")}
-    # of a detected cluster the free memory is another one every time
+    # a detected cluster has another amount of free memory every time
     cluster = {"name": DETECTED} if settings.cluster.name == DETECTED else asdict(settings.cluster)
     groups |= {"cluster": cluster, "engine": {"dtype": settings.engine.dtype}}
     settings_of = flatten("", groups) | {"quantized": settings.quantized}
-    # variables change no result, and may be nobody else's business; when layers are timed changes none either
+    # variables do not change results, and may be private; nor does it matter when layers are timed
     return {
         name: value
         for name, value in settings_of.items()
@@ -177,7 +177,7 @@ def _list_plan_inputs(settings: RunConfig, given: Plan | None) -> dict[str, Any]
 def _replan(
     settings: RunConfig, out: Path, supervisor: Supervisor, lost: list[str], screen: Screen
 ) -> tuple[Job, Launch]:
-    """What goes on after devices were lost for good. The journal then names the new plan."""
+    """The job and launch after devices were lost for good. The journal then names the new plan."""
     before = supervisor.job.plan
     plan = plan_without(settings, before, lost, out, settings.quantized is None, screen.progress)
     screen.plan(plan)
@@ -203,7 +203,7 @@ def _sum_up(supervisor: Supervisor, tally: Tally, out: Path, results_before: int
 
 
 def _build_metrics(plan: Plan, tally: Tally, out: Path) -> dict[str, Any]:
-    """What the last start measured, with what the files hold; nothing measured where it ended before it wrote that."""
+    """What the last start measured, with the counts of the files; no measurements if it ended before it wrote them."""
     file, remedy = out / "metrics.json", "remove it, and go on with resume=true"
     if file.exists():
         measured = validation.validate(validation.Plain, read_json(file, "Metrics", remedy), f"Metrics {file}", remedy)
@@ -213,21 +213,21 @@ def _build_metrics(plan: Plan, tally: Tally, out: Path) -> dict[str, Any]:
 
 
 def choose_model(settings: Settings) -> Settings:
-    """With the small model that is shipped, where neither a plan nor a model is given."""
+    """`settings` with a model: the small shipped one if neither a plan nor a model is given."""
     if settings.plan is not None or settings.model.path is not None or settings.model.shape:
         return settings
     return replace(settings, model=replace(settings.model, path=asset("tiny-llama")))
 
 
 def obtain_plan(settings: RunConfig, out: Path, progress: Progress | None = None) -> Plan:
-    """The plan that is given, checked, or a new one; with its hostfile in `out`."""
+    """The given plan, after a check, or a new one; writes it with its hostfile into `out`."""
     if settings.plan is None:
         return make_plan(settings, out, progress)
     return _adopt(settings, _read_launchable(settings, make_absolute(settings.plan)), out)
 
 
 def _adopt(settings: RunConfig, plan: Plan, out: Path) -> Plan:
-    """The plan that was given, with its hostfile in `out`; keys beside it that it decides are named."""
+    """Writes the given plan and its hostfile into `out`, and names the given keys that the plan decides instead."""
     note_ignored(settings, plan)
     write_plan(out / "plan.json", plan)
     write_hostfile(out / "hostfile", launch_order(plan))
@@ -235,14 +235,15 @@ def _adopt(settings: RunConfig, plan: Plan, out: Path) -> Plan:
 
 
 def _read_launchable(settings: RunConfig, file: Path) -> Plan:
-    """A plan whose variables for the ranks may come from a file, or are the user's own. `UserError` for others."""
+    """Reads a plan. `UserError`: it sets variables for the ranks that a file may not set and the user did not ask
+    for."""
     plan = read_plan(file)
     check_environment((plan.deployment.env if plan.deployment else {}), settings.cluster.env, str(file))
     return plan
 
 
 def find_checkpoint(settings: RunConfig, plan: Plan) -> Path:
-    """Where the weights are: quantized ones, else where the user says, else where they were planned for."""
+    """The folder of the weights: quantized ones, else where the user says, else the model that the plan names."""
     given, planned = settings.quantized or settings.model.path, plan.model_path
     if given is None and planned is None:
         raise UserError("The model is known by its shape alone, enough to plan but not to run; give model.path=DIR.")
@@ -253,8 +254,8 @@ def find_checkpoint(settings: RunConfig, plan: Plan) -> Path:
 
 
 def _check_hostfile(settings: RunConfig, plan: Plan) -> None:
-    """The user's hostfile only confirms that the plan's devices may be used: ranks follow the order of the hosts, so
-    the launcher gets the one written from the plan."""
+    """Checks that the user's hostfile has the plan's devices. The launcher gets the one written from the plan, because
+    ranks follow the order of its hosts."""
     if settings.hostfile is None:
         return
     hostfile = make_absolute(settings.hostfile)
@@ -264,14 +265,14 @@ def _check_hostfile(settings: RunConfig, plan: Plan) -> None:
 
 
 def note_ignored(settings: RunConfig, plan: Plan) -> None:
-    """One line on stderr that names the keys which `plan=FILE` decides, where they were given other values."""
+    """Names, in one line on stderr, the given keys that have no effect because `plan=FILE` decides."""
     if names := find_ignored(settings, plan):
         print(f"note: {settings.plan} decides, and so these have no effect: {', '.join(names)}.", file=sys.stderr)
 
 
 def find_ignored(settings: RunConfig, plan: Plan) -> list[str]:
-    """Dotted keys whose values are neither the defaults nor the plan's. A run that may plan again, because of
-    `run.on_loss=replan`, reads the planner's and the cost model's keys."""
+    """Dotted keys whose values are neither the defaults nor the plan's. The keys of the planner and the cost model do
+    count in a run that may plan again (`run.on_loss=replan`)."""
     owned: list[tuple[str, Any, dict[str, Any]]] = [
         ("quant", QuantConfig(), asdict(plan.quant.to_config()) if plan.quant else {}),
         ("workload", WorkloadConfig(), asdict(plan.workload)),

@@ -1,4 +1,4 @@
-"""What planning and running read; the commands `plan` and `run`, and those that do more, take these keys."""
+"""The keys that planning and running read: those of `plan`, `run`, `evaluate` and `serve`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ds_llmpq.quant.config import QuantConfig
 
 @dataclass
 class PlanningConfig:
-    """The groups that decide on a plan, in all commands that make one."""
+    """The groups that determine a plan, for all commands that make one."""
 
     out: str = path_field("")
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -32,32 +32,33 @@ class PlanningConfig:
 
 @dataclass
 class PlanConfig(PlanningConfig):
-    """What is read where a plan is made."""
+    """Everything that is read to make a plan."""
 
     batch: BatchConfig = field(default_factory=BatchConfig)
-    input: str | None = path_field()  # sizes the workload where it is not given
+    input: str | None = path_field()  # sizes what the workload leaves open
     problem: str | None = path_field()  # solve this problem.json instead of building one
     check: str | None = path_field()  # validate and cost this plan.json instead of solving
 
     @classmethod
     def of(cls, settings: PlanningConfig) -> PlanConfig:
-        """What another command, `run` or `evaluate`, plans with: its groups, and defaults for what it does not take."""
+        """The settings with which `run` or `evaluate` plans: its groups, and defaults for keys that it does not
+        have."""
         taken = {entry.name for entry in fields(cls)} & {entry.name for entry in fields(settings)}
         return cls(**{name: getattr(settings, name) for name in taken})
 
 
 @dataclass
 class RunConfig(PlanningConfig):
-    """`ds-llmpq run`: plans if no plan is given, starts the launcher, waits, and sums up. Again with the same out=DIR,
-    it goes on where it stopped."""
+    """`ds-llmpq run`: plans if no plan is given, starts the launcher, waits, and sums up. With the same out=DIR again,
+    it resumes."""
 
     engine: EngineConfig = field(default_factory=EngineConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     input: str | None = path_field()
     plan: str | None = path_field()
-    quantized: str | None = path_field()  # folder of `ds-llmpq quantize` for this plan: layers are read as stored there
+    quantized: str | None = path_field()  # folder of `ds-llmpq quantize` for this plan, from which layers are read
     hostfile: str | None = path_field()  # null: written from the plan
-    resume: str = "auto"  # auto: refused if what results depend on has changed | force: go on whatever changed
+    resume: str = "auto"  # auto: refuse if what results depend on has changed | force: resume whatever has changed
     run: SupervisionConfig = field(default_factory=SupervisionConfig)
     verbose: bool = False  # (-v) print the whole plan with its notes, and each stage's memory and time
 

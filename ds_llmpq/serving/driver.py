@@ -1,4 +1,4 @@
-"""Rank 0's side of a job: requests in, rows out as they finish, counts and times; the other ranks only run their
+"""Rank 0's part of a job: reads requests, writes rows as they finish, counts and times. Other ranks only run their
 stage."""
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _REASON = {Finish.STOP: "stop", Finish.LENGTH: "length"}
 
 
 class Driver:
-    """`requests`: those without a result; the engine's keys are their places."""
+    """`requests` are those without a result; the engine's key of a request is its place among them."""
 
     def __init__(self, job: Job, rule: TextStopRule, heartbeat: Heartbeat):
         self.job = job
@@ -43,7 +43,7 @@ class Driver:
         check_input(job, file.sha256)
         self.total = file.total
         name, ids = Path(job.model_path).name, {request.custom_id for request in file.requests}
-        # started by hand it has no journal that would say of what the results are
+        # a rank started by hand has no journal that would say what the results were made from
         self.writer = ResultWriter(job.output, model=name, total=file.total, resume=job.supervised, among=ids)
         self.requests = requests = JobRequests(job, file, self.writer.finished, rule.tokenizer, heartbeat.beat)
         self.prepared = requests.prepared
@@ -73,7 +73,7 @@ class Driver:
         self.progress.show("load", self._loaded_layers, max(self._loaded_layers, last - first + 1))
 
     def begin_serving(self, session: Session) -> TakeGroup:
-        """Returns where the session's groups come from."""
+        """Returns the function from which the session takes its groups."""
 
         def room() -> int | None:
             stream = session.engine.stream
@@ -85,14 +85,14 @@ class Driver:
 
     @property
     def on_tokens(self) -> OnTokens | None:
-        """Keeps the tokens of rows that go on; None where nobody would go on from them."""
+        """Keeps the tokens of unfinished rows; None if no restart would resume from them."""
         if self.in_flight is None:
             return None
         add, indices = self.in_flight.add, [each.request.index for each in self.prepared]
         return lambda keys, tokens: add([indices[key] for key in keys], tokens)
 
     def write_result(self, row: Sequence, tokens: list[int], finish: Finish) -> None:
-        """Writes one request's result: called when its last token is known."""
+        """Writes a request's result, when its last token is known."""
         if finish is Finish.PREEMPTED:
             self.requests.admission.requeue(row, tokens)
             return
@@ -116,12 +116,12 @@ class Driver:
         self._show()
 
     def write_error(self, row: Sequence, fault: Fault | None) -> None:
-        """Writes one request's error: called when it is known why it was given up, after it has finished."""
+        """Writes a request's error, after it has finished, when it is known why it was given up."""
         request = self.prepared[row.key].request
         if self.in_flight is not None:
             self.in_flight.begin_anew(request.index)
         if fault is not None and fault.out_of_memory and self.requests.begun_at.pop(row.key, None):
-            self.requests.admission.requeue(row, ())  # its prompt alone is shorter
+            self.requests.admission.requeue(row, ())  # without its tokens, the prompt is shorter
             return
         self.writer.write_error(RowError(request.line, request.custom_id, *_explain(fault)))
         self._show()
@@ -131,8 +131,8 @@ class Driver:
         self.progress.show("prompts", self._count_done(), self.total, f"{self.tokens / seconds:.0f} tokens/s")
 
     def conclude(self, session: Session, reports: list[dict[str, Any]]) -> dict[str, Any]:
-        """Writes metrics.json, trace.json and predicted_trace.json: the plan's times for what came."""
-        self.writer.sync()  # or says that the results are gone
+        """Writes metrics.json, trace.json, and predicted_trace.json with the plan's times for these requests."""
+        self.writer.sync()  # fails if the results are gone
         folder = Path(self.job.output)
         events = chain.from_iterable([build_chrome_events(report.pop("trace")) for report in reports])
         plan, streams, limits = self.job.plan, session.engine.stream_times, session.limits

@@ -1,5 +1,4 @@
-"""An evaluation from plan to scores: plans if needed, starts DeepSpeed on the plan's hosts, compares with full
-precision."""
+"""Runs an evaluation: plans if needed, starts DeepSpeed on the plan's hosts, and compares with full precision."""
 
 from __future__ import annotations
 
@@ -24,8 +23,8 @@ from ds_llmpq.serving.planning import Progress
 
 
 def run_evaluation(settings: EvaluateConfig, out: Path, progress: Progress | None = None) -> dict[str, Any]:
-    """Scores a text, or tasks, on the plan's pipeline: `out`/scores.json, whose content is returned. The
-    cluster is there already (`config.load_cluster`). `UserError`: a mistake, or a run that failed."""
+    """Scores a text, or tasks, on the plan's pipeline; writes `out`/scores.json and returns its content. `settings` has
+    its cluster already (`config.load_cluster`). `UserError`: a mistake, or the run failed."""
     settings = choose_model(settings)
     validate_supervision(settings.run)
     task = ScoringTask(_locate(settings.evaluation))
@@ -47,7 +46,7 @@ def run_evaluation(settings: EvaluateConfig, out: Path, progress: Progress | Non
 
 
 def _locate(evaluation: EvaluationConfig) -> EvaluationConfig:
-    """With absolute paths; ranks read them, so a text that cannot be read is said here, before they start."""
+    """The settings with absolute paths, for the ranks. A text that cannot be read is refused before they start."""
     paths = {name: getattr(evaluation, name) for name in ("text", "tasks_path")}
     evaluation = replace(
         evaluation, **{name: str(make_absolute(path)) for name, path in paths.items() if path is not None}
@@ -58,7 +57,7 @@ def _locate(evaluation: EvaluationConfig) -> EvaluationConfig:
 
 
 def _compare(job: Job, settings: EvaluateConfig, out: Path) -> dict[str, Any]:
-    """Scores the plan with nothing quantized first, then the plan itself against that."""
+    """Scores the plan with nothing quantized first, then the plan itself, compared with that."""
     file, folder = out / "reference.f32", out / "reference"
     folder.mkdir(exist_ok=True)
     full = replace(

@@ -1,8 +1,8 @@
-"""in_flight.jsonl: the tokens of sequences that have not ended, so that after a death they go on where they were.
+"""in_flight.jsonl: the tokens of unfinished sequences, so that they continue after a death where they were.
 
-Appended once a pass and not synced: it survives the death of any process, and of a power cut it loses the tail or all,
-which costs no more than the work. It is written anew when most of it is of sequences that have ended since, so its size
-is bounded by what is in flight. `results.jsonl` alone says what is done.
+It is appended once per pass and not synced. So it survives the death of any process, but in a power cut its tail or all
+of it may be lost, which costs nothing but the work. It is rewritten when most of it is about sequences that have ended,
+so its size is bounded by what is in flight. Only `results.jsonl` says what is done.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from ds_llmpq.validation import Digest, one_of, validate_line
 
 NAME = "in_flight.jsonl"
 SCHEMA = 1
-_SLACK_BYTES = 1 << 20  # of ended sequences, before the file is written anew
-_TOKEN_BYTES = 24  # in flight, for which as much may stand there as was written
+_SLACK_BYTES = 1 << 20  # of ended sequences, before the file is rewritten
+_TOKEN_BYTES = 24  # that the file may hold for each token in flight
 _Number = Annotated[int, Ge(0), Lt(1 << 31)]
 
 
@@ -50,15 +50,15 @@ class _Tokens:
 
 
 def build_identity(input_sha256: str, plan: Plan, batch: BatchConfig) -> str:
-    """What tokens depend on, as results do: they are of no use to a run with another."""
+    """A hash of what tokens depend on, like results: a run with another identity cannot use them."""
     decided = [input_sha256, fingerprint_plan(plan), select_sampling(batch)]
     return hashlib.sha256(json.dumps(decided, sort_keys=True, default=str).encode()).hexdigest()
 
 
 class InFlight:
-    """The file of one run, open for writing. Rows are known by their number in the input.
+    """The file of one run, open for writing. Rows are named by their number in the input.
 
-    `tokens`: what is in flight, by row. Once a write fails no more is kept, and the batch goes on without it.
+    `tokens`: the tokens in flight by row. Once a write fails, nothing more is kept, and the batch continues without it.
     """
 
     def __init__(self, folder: Path, identity: str, tokens: Mapping[int, Sequence[int]]):
@@ -71,7 +71,7 @@ class InFlight:
         self._attempt(self._rewrite)
 
     def add(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
-        """The next token of each row, of sequences that go on after it."""
+        """Keeps the next token of each row; these sequences continue after it."""
         for row, token in zip(rows, tokens, strict=True):
             self.tokens.setdefault(row, array("i")).append(token)
         self._live += len(rows)
@@ -83,13 +83,13 @@ class InFlight:
         self._live -= len(self.tokens.pop(row, ()))
 
     def begin_anew(self, row: int) -> None:
-        """The row was given up: its tokens shall not be gone on from."""
+        """Forgets the tokens of a row that was given up, so that it starts again."""
         if row in self.tokens:
             self.end(row)
             self._append(f'{{"row": {row}, "tokens": []}}\n')
 
     def close(self) -> None:
-        """Drops the file if nothing is in flight."""
+        """Removes the file if nothing is in flight."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -111,7 +111,7 @@ class InFlight:
         self._bytes += len(data)
 
     def _rewrite(self) -> None:
-        """Replaces the file by one of what is in flight."""
+        """Replaces the file by one with only what is in flight."""
         whole = self.path.with_suffix(".tmp")
         lines = [json.dumps({"schema": SCHEMA, "identity": self._identity})]
         lines += (json.dumps({"row": row, "tokens": of_row.tolist()}) for row, of_row in self.tokens.items())
@@ -136,7 +136,7 @@ class InFlight:
             if self._descriptor >= 0:
                 os.close(self._descriptor)
                 self._descriptor = -1
-            for path in (self.path, self.path.with_suffix(".tmp")):  # what is torn in its middle helps nobody
+            for path in (self.path, self.path.with_suffix(".tmp")):  # a file torn in its middle is of no use
                 with contextlib.suppress(OSError):
                     path.unlink()
             sys.stderr.write(
@@ -145,7 +145,7 @@ class InFlight:
 
 
 def read_in_flight(folder: Path, identity: str) -> dict[int, list[int]]:
-    """Tokens by row, as far as the file is whole; none if there is no such file, or it is another run's."""
+    """Tokens by row, as far as the file is whole; none if it is missing or has another identity."""
     path = folder / NAME
     found: dict[int, list[int]] = {}
     if path.is_symlink() or not path.exists():
@@ -163,7 +163,7 @@ def read_in_flight(folder: Path, identity: str) -> dict[int, list[int]]:
 
 
 def _take(found: dict[int, list[int]], line: _Tokens) -> bool:
-    """Whether the line names a row, or one for each token."""
+    """Adds a line's tokens to `found`. False: it names neither a row nor one for each token."""
     if line.row is not None:
         found[line.row] = line.tokens
         return True

@@ -1,7 +1,7 @@
-"""What every rank is told: the plan, where the model and the files are, and what is wanted: answers or scores.
+"""A job: what every rank needs to know. The plan, where the model and the files are, and whether to answer or to score.
 
-The launcher carries it on the command line. Over several hosts that line passes a shell, so a job travels as one
-token of letters, digits, `-`, `_` and `=`; nothing a configuration holds is ever read by a shell.
+The launcher passes it on the command line. With several hosts, a shell reads that line, so a job is one token of
+letters, digits, `-`, `_` and `=`; a shell never reads a value of the configuration.
 """
 
 from __future__ import annotations
@@ -46,20 +46,20 @@ class Job:
     batch: BatchConfig = field(default_factory=BatchConfig)
     scoring: ScoringTask | None = None
     trust_remote_code: bool = False
-    # progress as lines for a parent process instead of a bar
+    # show progress as lines for a parent process instead of as a bar
     supervised: bool = False
-    # what `run` has read: rank 0 refuses an input that changed since
+    # of the input that `run` has read: rank 0 refuses one that has changed since
     input_sha256: str | None = None
-    # a rank in which nothing moves for so long writes its stacks to the log
+    # a rank without progress for so long writes its stacks to the log
     hang_seconds: float | None = None
-    # so long memory that the plan needs may become free: those who held it may just have died
+    # how long to wait for memory that the plan needs: processes that held it may just have died
     memory_wait_seconds: float = 0.0
-    # what chat templates are told of the date (ISO, local time): the same in all attempts; None: when serving begins
+    # the date that chat templates see (ISO, local time), the same in all attempts; None: when serving begins
     template_time: str | None = None
 
     @classmethod
     def from_config(cls, settings: ServeConfig) -> Job:
-        """Of a rank that is started by hand. `UserError`: files or keys that are missing, or no use."""
+        """The job of a rank that is started by hand. `UserError`: files or keys are missing or not usable."""
         for name in ("plan", "input", "output"):
             if not getattr(settings, name):
                 raise UserError(f"serve needs {name}=...; give plan=FILE input=FILE output=DIR.")
@@ -82,8 +82,7 @@ class Job:
 
     @classmethod
     def from_token(cls, token: str) -> Job:
-        """`UserError`: not a token of `to_token`, or one without a field, with an unknown one, or with a value that
-        cannot be."""
+        """`UserError`: not a token of `to_token`, or one with a missing or unknown field or an invalid value."""
         where, remedy = "The job token", "start it through `ds-llmpq run` or `ds-llmpq evaluate`"
         try:
             data = zlib.decompressobj().decompress(base64.urlsafe_b64decode(token), _MOST_BYTES)
@@ -108,7 +107,7 @@ def check_input(job: Job, sha256: str) -> None:
 
 
 def validate_batch(batch: BatchConfig) -> BatchConfig:
-    """`batch` with its order chosen and its predictor as an absolute path. `UserError`: no such order, admission or
+    """`batch` with an order, and with the absolute path of its predictor. `UserError`: no such order, admission or
     policy, or a predictor that is missing or of no use."""
     if batch.order is None:
         batch = replace(batch, order="arrival" if batch.replay else "predicted_length")
