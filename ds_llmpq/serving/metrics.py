@@ -27,12 +27,12 @@ def summarize(
     simulated: Sequence[SimulatedRun] | None = None,
     expected: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """`streams` as timed on the driver, `reports` one a rank; none of either where nothing ran, or nobody told.
-    `simulated`: the plan's times for these very streams. `expected`: what was expected before the run (`expect`).
+    """`streams` as timed on the driver, and a report from each rank; both are empty if nothing ran or nothing was
+    reported. `simulated`: the plan's times for these very streams. `expected`: what was expected before (`expect`).
 
-    Prefill and decode overlap, so a phase's seconds are the work of the stage that spent the most on it: prefill
-    tokens/s counts prompt tokens that were computed, decode tokens/s all generated tokens but the first of each
-    sequence. A prefix that sequences share is computed once, and is no row.
+    Prefill and decode overlap, so the seconds of a phase are those of the stage that worked longest on it. Prefill
+    tokens/s counts the prompt tokens that were computed, decode tokens/s all generated tokens except the first of each
+    sequence. A shared prefix is computed once, and does not count as a row.
     """
     of_rows = [stream for stream in streams if not stream.of_prefix]
     prompt_tokens = sum(stream.prompt_tokens for stream in of_rows)
@@ -76,7 +76,7 @@ def summarize(
 def _compare_times(
     plan: Plan, simulated: Sequence[SimulatedRun], seconds: float, phases: dict[str, float]
 ) -> dict[str, Any]:
-    """The plan's times for these very requests and answers beside what was measured."""
+    """The plan's times for these very requests and answers, compared with the measured ones."""
     stages = range(len(plan.stages))
     predicted = {"latency_seconds": sum(run.latency_seconds for run in simulated)} | {
         f"{phase}_seconds": max(sum(run.busy_seconds(stage, phase) for run in simulated) for stage in stages)
@@ -97,8 +97,8 @@ def _compare_times(
 def expect(
     plan: Plan, streams: Sequence[LengthsOfStream], limits: MicroBatchLimits, prefix_tokens: int = 0
 ) -> dict[str, Any] | None:
-    """What the plan's times say of streams before any answer is known, and of a prefix that is computed before them;
-    None where that is too much to simulate."""
+    """What the plan's times predict for streams before any answer is known, and for a prefix computed before them; None
+    if that is too much to simulate."""
     prefix = [(1, [(prefix_tokens, 1)], ())] if prefix_tokens and streams else []
     if (simulated := simulate_streams(plan, [*prefix, *streams], limits)) is None:
         return None
@@ -126,7 +126,7 @@ def _stage(plan: Plan, report: dict[str, Any], simulated: Sequence[SimulatedRun]
             "measured": measured,
             "budget": stage.memory_budget_bytes,
         },
-        # means: the passes of this run are not all of one size, and seldom of the planned one
+        # means, because the passes of a run differ in size, and seldom have the planned one
         "pass_seconds": {
             phase: {
                 "planned": getattr(stage, f"{phase}_seconds"),
@@ -142,8 +142,8 @@ def _stage(plan: Plan, report: dict[str, Any], simulated: Sequence[SimulatedRun]
 
 
 def _work(report: dict[str, Any], phase: str) -> float:
-    """Seconds of a stage's passes. The last stage's sampling is part of what a pass was predicted to take; both phases'
-    passes sample alike."""
+    """Seconds of a stage's passes. The last stage's sampling is included, as in the predictions; the passes of both
+    phases sample alike."""
     passes = {phase: report["passes"].get(phase, 0) for phase in PHASES}
     sampling = report["seconds"].get("sample", 0.0) * passes[phase] / max(1, sum(passes.values()))
     return report["seconds"].get(phase, 0.0) + sampling

@@ -1,5 +1,5 @@
-"""The requests of a job: encoded, and in the order they run, which is as they came, or neighbours of like length, for
-those need less padding and waiting. Imports no torch."""
+"""The requests of a job: encodes them and puts them in order. Neighbours of similar length need less padding and
+waiting. Imports no torch."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from ds_llmpq.serving.job import ORDERINGS, Job
 from ds_llmpq.serving.prediction import MOST_PASSES, LengthsOfStream, decode_passes
 from ds_llmpq.serving.replay import Replay
 
-_LEAST_SLOTS = 8  # of which one may be given for a prefix that the plan has no room for
+_LEAST_SLOTS = 8  # with so many, one may be given up for a prefix that the plan has no room for
 
 
 def order_requests(
     prepared: Sequence[PreparedRequest], ordering: str = "arrival", answer_tokens: Sequence[float] | None = None
 ) -> list[int]:
-    """Places in `prepared` in the order to run. `arrival` keeps the file's order. `prompt_length` runs the longest
-    prompts first, equal ones in file order: what does not fit in memory then shows at the start, and the last, partial
-    batch is the cheapest. `predicted_length`: the longest answers first, by `answer_tokens`, one a request (None: each
-    request's own limit). `bucketed`: by prompt length in powers of two, and within these by predicted length."""
+    """Places in `prepared` in the order in which they run. `arrival` keeps the file's order. `prompt_length` runs the
+    longest prompts first, equal ones in file order: a prompt that does not fit in memory then shows at the start, and
+    the last, partial batch is the cheapest. `predicted_length` runs the longest answers first, by `answer_tokens`, one
+    for each request (None: its limit). `bucketed` sorts by prompt length in powers of two, then by predicted length."""
     places = range(len(prepared))
     if ordering == "arrival":
         return list(places)
@@ -54,18 +54,18 @@ def order_requests(
 
 @dataclass(frozen=True)
 class PredictedAnswers:
-    """What is predicted of each answer, in tokens: its length, and the bound that cache is reserved
-    for, never more than the request allows."""
+    """For each answer, in tokens: the predicted length, and the bound for which cache is reserved, at most the
+    request's limit."""
 
     tokens: list[float]
     bounds: list[int]
 
 
 def predict_answers(prepared: list[PreparedRequest], batch: BatchConfig, model: str = "") -> PredictedAnswers:
-    """By the predictor; without one just each request's limit. `model`: who answers requests that name no model.
+    """Predicts with the batch's predictor; without one, each request's limit. `model` answers requests that name none.
 
-    In a replay the limits do not cut what is predicted: a trace's limits are the lengths its answers had, which a
-    policy that predicts must not see.
+    In a replay, limits do not cut predictions: a trace's limits are the lengths that its answers had, which a policy
+    that predicts must not see.
     """
     limits = [each.max_tokens for each in prepared]
     if batch.predictor is None:
@@ -83,7 +83,7 @@ def predict_answers(prepared: list[PreparedRequest], batch: BatchConfig, model: 
 
 
 def _example(prepared: PreparedRequest, model: str) -> Example:
-    """A request as the predictor's training data shows it."""
+    """A request in the form of the predictor's training data."""
     request = prepared.request
     if isinstance(request.prompt, str):
         text = request.prompt
@@ -95,11 +95,11 @@ def _example(prepared: PreparedRequest, model: str) -> Example:
 
 
 class JobRequests:
-    """The requests of a job that have no result yet, those that a former attempt has begun first.
+    """The requests of a job that have no result yet; those that an earlier attempt has begun come first.
 
-    `prepared`: in this order; `errors`: rows that cannot run. `begun`: tokens generated before, by a request's number
-    in the input; `begun_at`: the same by its place in `prepared`, which is how the engine knows it. `prefix`: what most
-    prompts begin with and is computed once; () if nothing is. `alive()` is called while nothing else happens.
+    `prepared`: in this order. `errors`: rows that cannot run. `begun`: tokens generated earlier, by a request's number
+    in the input; `begun_at`: the same by its place in `prepared`, which is the engine's key. `prefix`: the tokens with
+    which most prompts begin, computed once; () if there are none. `alive()` is called while nothing else happens.
     """
 
     def __init__(
@@ -130,12 +130,12 @@ class JobRequests:
 
     @property
     def keeps_tokens(self) -> bool:
-        """Whether tokens in flight are of use to a later attempt. What a row goes on from is computed by prefill
-        instead of decode, in other shapes; and only a run with a journal is gone on with."""
+        """Whether tokens in flight are of use to a later attempt. Not if results must be batch-invariant, because a row
+        that resumes computes its tokens by prefill instead of decode; nor without a journal, as nothing resumes."""
         return self.job.supervised and not self.job.engine.batch_invariant
 
     def choose_source(self, room: Callable[[], int | None]) -> AdmissionQueue | Replay:
-        """Where the engine's groups come from: all requests at once, or a replay of when they came. `room()`: slots of
+        """The source of the engine's groups: all requests at once, or a replay of their arrivals. `room()`: slots of
         the engine that are free now, None between streams."""
         if self.job.batch.replay is None:
             return self.admission
@@ -158,13 +158,13 @@ class JobRequests:
             self._replay.end(place)
 
     def stop(self) -> None:
-        """Begins nothing new; called by a signal, so it only sets what is looked at later."""
+        """Starts nothing new. A signal calls this, so it only sets what is checked later."""
         self.admission.stop()
         if self._replay is not None:
             self._replay.stop()
 
     def expect_streams(self) -> list[LengthsOfStream]:
-        """Streams with answers of the predicted lengths; none where they are known to be otherwise."""
+        """Streams with answers of the predicted lengths; none in a replay, or if some requests have begun."""
         if self._replay or self.begun_at:
             return []
         lengths = [
@@ -175,8 +175,8 @@ class JobRequests:
         return [(slots, [lengths[i] for i in part], [shared[i] for i in part]) for slots, part in streams]
 
     def report(self, limits: MicroBatchLimits, answer_tokens: Sequence[int]) -> dict[str, Any]:
-        """What metrics.json says of them, with the lengths that the answers had: decode passes that this order led to,
-        and what the same answers would have needed in arrival order. Both are counted, not timed."""
+        """The part of metrics.json on the requests: decode passes in this order, and those that the same answers would
+        have needed in arrival order. Both are counted, not timed. `answer_tokens`: the lengths that answers had."""
         kept = {"rows": len(self.begun_at), "tokens": sum(map(len, self.begun_at.values()))}
         found: dict[str, Any] = {"gone_on_from": kept | {"source": "counted"}}
         if self._replay is not None:
@@ -194,7 +194,7 @@ class JobRequests:
         return found
 
     def _read_begun(self) -> dict[int, list[int]]:
-        """Tokens that a former attempt left of requests without a result, by their number in the input."""
+        """Tokens that an earlier attempt left for requests without a result, by their number in the input."""
         if not self.keeps_tokens:
             return {}
         most = {each.request.index: each.max_tokens for each in self.prepared}
@@ -228,7 +228,7 @@ class JobRequests:
         return prefix
 
     def _count_taken(self, prefix: tuple[int, ...]) -> int:
-        """Positions of the slots' that the prefix takes."""
+        """Positions that the prefix takes away from the slots."""
         return max(0, len(prefix) - self.job.plan.prefix_positions)
 
     def _build_admission(self, bounds: list[int]) -> AdmissionQueue:
@@ -246,7 +246,7 @@ class JobRequests:
         )
 
     def _count_passes(self, limits: MicroBatchLimits, answer_tokens: Sequence[int], order: Sequence[int]) -> int | None:
-        """None where counting them would take long."""
+        """None if counting them would take long."""
         lengths = [(each.prompt_tokens, tokens) for each, tokens in zip(self.prepared, answer_tokens, strict=True)]
         if sum(answer_tokens) / limits.decode_rows > MOST_PASSES:
             return None
@@ -257,6 +257,6 @@ class JobRequests:
         )
 
     def _count_shared(self) -> list[int]:
-        """Of each prompt, the tokens that are not computed."""
+        """For each prompt, how many of its tokens are shared, and so not computed again."""
         prefix = array("i", self.prefix)
         return [count_shared(each.prompt_ids, prefix) for each in self.prepared]

@@ -47,10 +47,10 @@ def make_plan(
     solver: Callable[..., Plan] = solve,
     sources: Mapping[str, FurtherSource] | None = None,
 ) -> Plan:
-    """Plans, or checks the plan that is given, and writes the artefacts into `out`. Reads no `cluster_file`: the
-    cluster is there already (`config.load_cluster`).
+    """Plans, or checks the given plan, and writes the artefacts into `out`. `settings` has its cluster already
+    (`config.load_cluster`), so no `cluster_file` is read.
 
-    solver: called as `planner.solve` is. sources: layer times by name of `cost.source`, beside our own.
+    solver: called like `planner.solve`. sources: further layer times, by name of `cost.source`.
     """
     settings = PlanConfig.of(settings)
     check_defaults(settings.batch)
@@ -78,14 +78,14 @@ def build_problem(
     sources: Mapping[str, FurtherSource] | None = None,
     show: Callable[[str], None] = lambda text: None,
 ) -> tuple[Problem, Callable[[Plan], Plan]]:
-    """The problem to solve, and what makes its plan ready to launch. A problem.json from anywhere needs no model and no
-    cluster, and its plan names none."""
+    """The problem to solve, and the function that makes its plan ready to launch. A given problem.json needs no model
+    and no cluster, and its plan names none."""
     if settings.problem:
         return Problem.from_json(
             read_json(make_absolute(settings.problem), "Problem", "give a problem.json", infinity=True)
         ), lambda plan: plan
     planner = settings.planner
-    if settings.check and planner.mode == "theta":  # the bit widths of a plan by hand are asked for
+    if settings.check and planner.mode == "theta":  # the user chose the bit widths of a plan made by hand
         planner = replace(planner, max_quality_loss=None)
     shape, model = _model(settings.model)
     check_lm_head(shape.vocab, shape.embed_dim, settings.quant)
@@ -115,7 +115,7 @@ def build_problem(
 
 
 def _captures(settings: PlanConfig) -> bool:
-    """Whether there are GPUs, whose stages will capture their decode passes."""
+    """Whether there are GPUs whose stages will capture their decode passes."""
     kinds = {
         settings.cluster.device_types[device.type].kind for host in settings.cluster.hosts for device in host.devices
     }
@@ -123,7 +123,8 @@ def _captures(settings: PlanConfig) -> bool:
 
 
 def _with_kernel(settings: PlanConfig, cluster: Cluster, shape: ModelShape) -> QuantConfig:
-    """The HQQ settings with the kernel that ranks will run: the one asked for, a profile's, or what is installed."""
+    """The HQQ settings with the kernel that ranks will run: the requested one, a profile's, or one that is
+    installed."""
     kinds = sorted({device_type.kind for device_type in cluster.device_types.values()})
     dtype = choose_dtype(cluster, settings.engine.dtype)
     measured = profiled_kernel(settings.planner.profile) if settings.planner.profile else None
@@ -140,7 +141,7 @@ def _calibrate(
     quant: QuantConfig,
     show: Callable[[str], None],
 ) -> Path | None:
-    """A short profile of these devices, where the times would come from the roofline otherwise."""
+    """A short profile of these devices, if the times would otherwise come from the roofline."""
     planner, path = settings.planner, settings.model.path
     if planner.profile is not None or settings.cost.source != "auto" or path is None:
         return None

@@ -1,4 +1,4 @@
-"""A job on one rank: its stage of the plan is loaded, and requests are answered, or given tokens scored.
+"""Runs a job on one rank: loads its stage of the plan, and answers requests or scores given tokens.
 
 Rank 0, the driver, reads and writes all files; the other ranks only run their stage.
 """
@@ -26,10 +26,8 @@ from ds_llmpq.serving.job import Job
 
 
 def serve(job: Job) -> dict[str, Any] | None:
-    """Joins the other ranks and runs a job to its end. The driver of requests returns the metrics, all others None.
-
-    Raises `UserError` on the rank that meets a mistake; the launcher ends the others.
-    """
+    """Joins the other ranks and runs a job to its end. Returns the metrics on the driver of requests, else None.
+    `UserError` on the rank that finds a mistake; the launcher then ends the others."""
     context = init_rank(job.plan, job.engine.timeout_seconds)
     check_model(job.plan, job.model_path)
     with closing(Heartbeat(job.hang_seconds, None if job.supervised else lambda: None)) as heartbeat:

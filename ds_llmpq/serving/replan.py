@@ -1,4 +1,4 @@
-"""A plan on the devices that are left, as close as it gets to the one that lost some."""
+"""Plans on the devices that are left, as close as possible to the plan that lost some."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def plan_without(
     widths_free: bool,
     progress: Progress | None = None,
 ) -> Plan:
-    """Plans for the same workload, then for fewer sequences at once, with the plan's own HQQ settings. The widths of
-    layers are kept where that is possible, so that answers stay the same; `widths_free` allows others where it is not.
+    """Plans for the same workload, or else for fewer sequences at once, with the plan's own HQQ settings. Layers keep
+    their bit widths if possible, so that answers stay the same; `widths_free` allows other widths if it is not.
 
     `UserError`: the configured cluster is not the plan's, or what is left cannot hold the model.
     """
@@ -57,7 +57,7 @@ def plan_without(
 
 
 def remove_devices(cluster: ClusterConfig, lost: set[str]) -> ClusterConfig:
-    """The cluster less some devices (`host:slot`), their links and the hosts that keep none."""
+    """The cluster without some devices (`host:slot`), their links, and hosts without any other."""
     hosts = []
     for host in cluster.hosts:
         devices = [device for device in host.devices if f"{host.name}:{device.slot}" not in lost]

@@ -1,4 +1,5 @@
-"""A trace replayed on the real pipeline: requests come at their times, a policy picks the next, waiting is measured."""
+"""Replays a trace on the real pipeline: requests arrive at their times, a policy picks the next, waiting is
+measured."""
 
 from __future__ import annotations
 
@@ -57,7 +58,7 @@ class Replay:
             self._queue = make_queue(self.policy, jobs, PlanCost.from_plan(self.plan), Guard())
 
     def take(self) -> RequestGroup | None:
-        """The requests to run next, no more than there are free slots; an empty group: none has come; None: the end."""
+        """The requests to run next, at most as many as free slots. An empty group: none has arrived; None: the end."""
         now = self._now()
         self._arrive(now)
         room = self.room()
@@ -84,7 +85,7 @@ class Replay:
         self.stopped = True
 
     def report(self) -> dict[str, Any]:
-        """Job completion times: from a request's arrival to its last token; waiting: from arrival to admission."""
+        """Job completion times, from a request's arrival to its last token, and waiting, from arrival to admission."""
         jct = sorted(self._ended[key] - self._arrival[key] for key in self._ended)
         if not jct:
             return {"policy": self.policy, "jobs": 0}

@@ -1,9 +1,9 @@
-"""Keeping a batch going: starts the pipeline, follows it, and starts it again after a death or a hang.
+"""Supervises a batch: starts the pipeline, monitors it, and restarts it after a death or a hang.
 
-A restart goes on from the results that are there. Restarts are bounded where they bring nothing: each new result
-gives the batch its full number again, so a pipeline that fails once a day may run for weeks. After a death for want of
-memory, half as many sequences are in flight. An exception that a rank named is tried again only if the start that met
-it brought a new result. The batch is done when its files hold every row, whatever the launcher's exit code says.
+A restart continues from the results that are there. Restarts without a new result are bounded; each new result resets
+the count, so a pipeline that fails once a day may run for weeks. After a death for lack of memory, half as many
+sequences are in flight. An exception that a rank named is only retried if that start brought a new result. The batch is
+done when its files hold every row, whatever the launcher's exit code says.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _MEMORY_WAIT_SECONDS = 30.0  # what was started before may still be ending on an
 
 @dataclass
 class Supervisor:
-    """Runs one job to its end. `count()`: what of its rows stands in the files. `replan(lost)`: a job and its launch
-    without those devices, or `UserError`."""
+    """Runs one job to its end. `count()` counts its rows in the files. `replan(lost)` gives a job and its launch
+    without the lost devices, or `UserError`."""
 
     job: Job
     launch: Launch
@@ -56,12 +56,12 @@ class Supervisor:
         return Path(self.job.output)
 
     def run(self) -> Tally:
-        """Returns when the files hold every row. `Interrupted`: drained or stopped. `RunFailed`: a rank named what a
-        restart would meet again, or restarts brought nothing."""
+        """Returns when the files hold every row. `Interrupted`: drained or stopped. `RunFailed`: a rank named a failure
+        that would recur, or restarts brought no result."""
         tally = self.count()
         while not (tally.complete and self.journal.attempts):
             self._write_journal(self.journal.begin_attempt())
-            for name in MEASUREMENTS:  # of an earlier start: they would say nothing about this one
+            for name in MEASUREMENTS:  # those of an earlier start say nothing about this one
                 (self.folder / name).unlink(missing_ok=True)
             try:
                 outcome = self._start()
@@ -72,15 +72,15 @@ class Supervisor:
             if not tally.complete:
                 self._handle_exit(outcome, before, tally)
             elif outcome.exit.reason in (ExitReason.HUNG, ExitReason.STOPPED):
-                # woken for its stacks, a stopped rank may write the rest: worth knowing, though nothing is left to do
+                # a stopped rank, woken for its stacks, may have written the rest; the user should still know
                 self.reasons.append(self._explain(outcome, tally))
         return tally
 
     def _handle_exit(self, outcome: Outcome, before: Tally, tally: Tally) -> None:
-        """Returns when another start is due."""
+        """Returns if another start is due, and raises otherwise."""
         failure, reason = outcome.failure, outcome.exit.reason
         if failure is not None and failure.kind == MISTAKE:
-            with contextlib.suppress(UserError):  # on a full disk, the rank's sentence says more
+            with contextlib.suppress(UserError):  # if the disk is full, the rank's sentence says more
                 self._end_attempt(f"mistake: {failure.message}", tally)
             raise self._build_failure(failure.message, outcome)
         if reason in (ExitReason.DRAINED, ExitReason.CUT_OFF):
@@ -100,8 +100,8 @@ class Supervisor:
         return run_attempt(self.launch, job.to_token(), self.settings.hang_seconds, self.settings.grace_seconds)
 
     def _recover(self, why: str, changed: str, outcome: Outcome) -> None:
-        """Waits until a restart has a chance, within the bound on restarts; plans anew where a device stays away.
-        `changed`: what the next start does otherwise."""
+        """Waits until a restart can succeed, within the bound on restarts; plans again if a device does not come back.
+        `changed`: what is different in the next start."""
         self.reasons.append(why)
         lost: list[str] = []
         while self._failures <= self.settings.restarts:
@@ -130,7 +130,7 @@ class Supervisor:
         )
 
     def _halve_sequences(self) -> str:
-        """The job with half as many sequences in flight; says so, or nothing where it is one already."""
+        """Halves the sequences in flight; returns that in words, or nothing if there is only one."""
         before = self.job.plan.workload.sequences
         if before == 1:
             return ""
@@ -172,7 +172,7 @@ class Supervisor:
         return RunFailed(sentence, outcome.record() | {"restarts": self.restarts})
 
     def _end_attempt(self, reason: str, tally: Tally) -> None:
-        # so that the log ends with it, not with what a neighbour met afterwards
+        # the log then ends with the reason, not with what another rank met afterwards
         with contextlib.suppress(OSError), open(self.launch.folder / LOG_NAME, "a", encoding="utf-8") as log:
             log.write(f"ds-llmpq: {reason}\n")
         self._write_journal(self.journal.end_attempt(reason, tally.completed))

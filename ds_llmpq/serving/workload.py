@@ -1,10 +1,9 @@
-"""The workload a plan is made for, where the user left it open: measured on the input file, with a predictor's help.
+"""Sizes the workload of a plan, as far as the user left it open, from the input file and a predictor, if there is one.
 
-A plan has one n, which counts for its cache (B * (s + n) positions, all that the engine ever allocates) and for its
-times. Without a predictor n is the longest limit, so every request fits a slot. With one, n is what the requests'
-reserves leave beside the prompt: the admission's own quantile of them where slots refill, the expected longest of a
-group where they do not; but never less than the answers' expected length. What is longer runs in fewer, longer slots of
-the same cache.
+A plan has one n, for its cache (B * (s + n) positions, which is all that the engine ever allocates) and for its times.
+Without a predictor, n is the longest limit, so that every request fits in a slot. With one, n is what the requests'
+reserves need beside the prompt: the admission's quantile of them if slots are refilled, else the expected longest of a
+group; but at least the expected length of the answers. Longer requests run in fewer, longer slots of the same cache.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ from ds_llmpq.serving.job import validate_batch
 from ds_llmpq.serving.ordering import predict_answers
 
 DEFAULT = WorkloadConfig(sequences=32, prompt_tokens=512, generated_tokens=100, shared_tokens=0)
-_LOOKED_AT = 2000  # requests; a longer file is taken to go on like its beginning
-_FITTING = {"worst_case": 1.0, "q95": 0.95, "q90": 0.9}  # share of the requests that fit a slot as planned
+_LOOKED_AT = 2000  # requests; the rest of a longer file is assumed to be alike
+_FITTING = {"worst_case": 1.0, "q95": 0.95, "q90": 0.9}  # share of the requests that fit in a planned slot
 
 
 def size_workload(
@@ -42,11 +41,10 @@ def size_workload(
     refill: bool = True,
     share: bool = False,
 ) -> WorkloadConfig:
-    """`workload` with its open numbers filled in: from the first requests of the input file (their number, the longest
-    prompt, the longest answer they allow, or with `batch.predictor` the answers it expects; the prefix they begin
-    with), or the defaults where there is no input or no tokenizer. `refill`: whether the engine refills slots. `share`:
-    whether it computes a shared prefix once. `UserError`: a predictor of no use.
-    """
+    """`workload` with its open numbers filled in from the first requests of the input file: how many there are, the
+    longest prompt, the longest answer that they allow (or, with `batch.predictor`, expect), and their common prefix.
+    Without an input or a tokenizer, the defaults. `refill`: whether the engine refills slots. `share`: whether it
+    computes a shared prefix once. `UserError`: the predictor is not usable."""
     fields = ("sequences", "prompt_tokens", "generated_tokens")
     open_fields = [name for name in fields if getattr(workload, name) is None]
     if not open_fields:
@@ -75,7 +73,7 @@ def _measure(
         vocabulary_size=shape.vocab,
     )
     if not prepared:
-        return DEFAULT  # every row is an error row, which needs no plan in particular
+        return DEFAULT  # every row is an error row, for which any plan will do
     prompt_tokens = max(request.prompt_tokens for request in prepared)
     sequences = sequences or min(len(prepared), DEFAULT.sequences)
     if batch.predictor is None:
@@ -94,7 +92,7 @@ def _predict_tokens(
     sequences: int,
     refill: bool,
 ) -> int:
-    """n by what the predictor says of the requests' answers."""
+    """n, from the predicted lengths of the answers."""
     predicted = predict_answers(prepared, batch, Path(model.path).name)
     reserves = np.array([each.prompt_tokens for each in prepared]) + predicted.bounds
     answers = np.array(predicted.tokens)
@@ -106,7 +104,7 @@ def _predict_tokens(
 
 
 def _cut_to_model(workload: WorkloadConfig, open_fields: list[str], shape: ModelShape) -> WorkloadConfig:
-    """Open lengths are cut to the model's positions; lengths the user gave are left to be refused."""
+    """Cuts open lengths to the model's positions. Lengths that the user gave stay, and are refused later."""
     limit = shape.max_positions
     if limit is None or workload.prompt_tokens + workload.generated_tokens <= limit:
         return workload
