@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         check_versions()
         if command == "completion" or {command, *rest} & _HYDRAS_COMPLETION:
-            sys.exit(completion.main(rest if command == "completion" else completion.installed(rest)))
+            sys.exit(completion.main(rest if command == "completion" else completion.parse_install(rest)))
         if command not in config.COMMANDS:
             raise UserError(f"There is no command {command!r}; the commands are {', '.join(config.COMMANDS)}.")
         if command not in _COMPUTED_BY_RANKS:

@@ -73,7 +73,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def installed(arguments: list[str]) -> list[str]:
+def parse_install(arguments: list[str]) -> list[str]:
     """The arguments of `main` for Hydra's own form, `-sc install=bash`."""
     return [argument.removeprefix("install=") for argument in arguments if argument.startswith("install=")]
 

@@ -113,10 +113,10 @@ def to_object(config: DictConfig, kind: type[T]) -> T:
 def read_device_types() -> dict[str, DeviceTypeConfig]:
     """The device types of conf/device by name."""
     files = sorted((conf_folder() / "device").glob("*.yaml"))
-    return {file.stem: _typed(file, DeviceTypeConfig) for file in files}
+    return {file.stem: _read_typed(file, DeviceTypeConfig) for file in files}
 
 
-def cluster_of(settings: PlanningConfig | ProfileConfig) -> ClusterConfig:
+def choose_cluster(settings: PlanningConfig | ProfileConfig) -> ClusterConfig:
     """The entry of the cluster group (for `cluster=auto`, what is detected now), or the file given instead. The file
     may set only listed variables for the ranks, and those that the command line asks for too."""
     if settings.cluster_file is None:
@@ -132,7 +132,7 @@ def load_cluster(settings: P) -> P:
     a problem is given, nothing is detected, unless the run may have to plan around lost devices."""
     if settings.cluster_file is None and (not _is_to_detect(settings) or _needs_no_cluster(settings)):
         return settings
-    found = cluster_of(settings)
+    found = choose_cluster(settings)
     return replace(settings, cluster=replace(found, env=found.env | settings.cluster.env), cluster_file=None)
 
 
@@ -170,22 +170,22 @@ def _detect_cluster() -> ClusterConfig:
 
 def read_cluster(file: Path) -> ClusterConfig:
     """A cluster.yaml. `UserError`: unreadable, unknown key, wrong type."""
-    return _typed(file, ClusterConfig)
+    return _read_typed(file, ClusterConfig)
 
 
 def parse_cluster(values: Mapping[str, Any]) -> ClusterConfig:
     """The keys of a cluster.yaml as an object. `UserError`: unknown key, wrong type."""
     register()
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ClusterConfig), _integral(dict(values))))
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ClusterConfig), _to_integers(dict(values))))
     except Exception as error:  # OmegaConf's own, or whatever a conversion raises
-        raise UserError(f"cluster: {_named(error)}{_sentence(error)}") from None
+        raise UserError(f"cluster: {_name_key(error)}{_sentence(error)}") from None
 
 
-def _typed(file: Path, kind: type[T]) -> T:
+def _read_typed(file: Path, kind: type[T]) -> T:
     """A YAML file as an object of `kind`. `UserError`: unreadable, unknown key, wrong type."""
     register()
-    values = _integral(read_yaml(file, "YAML file", "give a YAML file as `detect` writes it"))
+    values = _to_integers(read_yaml(file, "YAML file", "give a YAML file as `detect` writes it"))
     if kind is ClusterConfig and isinstance(values, dict) and "defaults" in values:
         values = _with_defaults(values, file)
     try:
@@ -193,18 +193,18 @@ def _typed(file: Path, kind: type[T]) -> T:
         return OmegaConf.to_object(merged)
     except (OSError, ValueError, YAMLError, RecursionError) as error:
         raise UserError(
-            f"{file} cannot be read ({_named(error)}{first_line(error)}); give a YAML file as `detect` writes it."
+            f"{file} cannot be read ({_name_key(error)}{first_line(error)}); give a YAML file as `detect` writes it."
         ) from None
     except Exception as error:  # OmegaConf's own, or whatever a conversion raises
-        raise UserError(f"{file}: {_named(error)}{_sentence(error)}") from None
+        raise UserError(f"{file}: {_name_key(error)}{_sentence(error)}") from None
 
 
-def _integral(value: Any) -> Any:
+def _to_integers(value: Any) -> Any:
     """Turns whole numbers written as floats (`24e9` bytes) into integers, which fields of floats accept too."""
     if isinstance(value, dict):
-        return {name: _integral(entry) for name, entry in value.items()}
+        return {name: _to_integers(entry) for name, entry in value.items()}
     if isinstance(value, list):
-        return [_integral(entry) for entry in value]
+        return [_to_integers(entry) for entry in value]
     return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**63 else value
 
 
@@ -225,7 +225,7 @@ def _with_defaults(values: dict[str, Any], file: Path) -> dict[str, Any]:
                 f"{file}: defaults holds {quote(entry)}, but may hold `_self_` and `/device@device_types.NAME: TYPE`, "
                 f"with a TYPE of {known}."
             )
-        types[found[1]] = _integral(read_yaml(device, "device type", "install the package again"))
+        types[found[1]] = _to_integers(read_yaml(device, "device type", "install the package again"))
     own = values.get("device_types") or {}
     if isinstance(own, dict):
         merged = {
@@ -235,7 +235,7 @@ def _with_defaults(values: dict[str, Any], file: Path) -> dict[str, Any]:
     return values
 
 
-def _named(error: Exception) -> str:
+def _name_key(error: Exception) -> str:
     """The key that an error of OmegaConf's is about."""
     key = getattr(error, "full_key", None)
     return f"{key}: " if key else ""

@@ -72,7 +72,7 @@ def prepare(command: str, kind: type, arguments: Iterable[str], conf: Path, swee
     # in `--cfg job`, `job` is no override either
     plain = [each.startswith("-") or before in _FLAGS_WITH_VALUE for before, each in pairwise(["", *arguments])]
     pairs = zip(arguments, plain, strict=True)
-    return [each if is_plain else _prepared(command, kind, each, conf, sweep) for each, is_plain in pairs]
+    return [each if is_plain else _prepare_override(command, kind, each, conf, sweep) for each, is_plain in pairs]
 
 
 def rename_former(argument: str) -> str:
@@ -115,11 +115,11 @@ def name_point_folder(*, _root_: DictConfig) -> str:
 
 def list_keys(kind: type) -> list[str]:
     """Every dotted key of a command, in the order of its dataclass; a group comes before its keys."""
-    return list(_walked(OmegaConf.structured(kind)))
+    return list(_walk(OmegaConf.structured(kind)))
 
 
 @cache
-def path_keys(kind: type) -> frozenset[str]:
+def list_path_keys(kind: type) -> frozenset[str]:
     """The dotted keys of a command whose values are files or folders: every `path_field` of its dataclass."""
     found: set[str] = set()
     types = get_type_hints(kind)
@@ -127,7 +127,7 @@ def path_keys(kind: type) -> frozenset[str]:
         if is_path(entry.metadata):
             found.add(entry.name)
         elif is_dataclass(types[entry.name]):
-            found |= {f"{entry.name}.{inner}" for inner in path_keys(types[entry.name])}
+            found |= {f"{entry.name}.{inner}" for inner in list_path_keys(types[entry.name])}
     return frozenset(found)
 
 
@@ -142,13 +142,13 @@ def list_groups(kind: type, conf: Path) -> dict[str, list[str]]:
     return {name: entries for name, entries in found.items() if entries}
 
 
-def quoted(argument: str, kind: type, sweep: bool = False) -> str:
+def quote_path(argument: str, kind: type, sweep: bool = False) -> str:
     """An override whose value is a path, quoted if Hydra's grammar would read it as something else. `kind`: the
     command's dataclass. `sweep`: a list of points stays a list."""
     key, equals, value = argument.partition("=")
-    if not equals or value in ("", "null") or key.lstrip("+") not in path_keys(kind):
+    if not equals or value in ("", "null") or key.lstrip("+") not in list_path_keys(kind):
         return argument
-    parsed = _parsed(argument)
+    parsed = _parse(argument)
     if parsed is not None:
         if (sweep and parsed.is_sweep_override()) or value[0] in "'\"":
             return argument
@@ -159,7 +159,7 @@ def quoted(argument: str, kind: type, sweep: bool = False) -> str:
     return f"{key}='" + re.sub(r"(\\+)$", r"\1\1", escaped) + "'"
 
 
-def _prepared(command: str, kind: type, argument: str, conf: Path, sweep: bool) -> str:
+def _prepare_override(command: str, kind: type, argument: str, conf: Path, sweep: bool) -> str:
     prefix, key, value = _OVERRIDE.fullmatch(argument).groups()
     if not key or (value is None and prefix != "~"):
         raise UserError(f"{quote(argument)} is no key=value; `ds-llmpq {command} --help` shows the keys.")
@@ -167,14 +167,14 @@ def _prepared(command: str, kind: type, argument: str, conf: Path, sweep: bool) 
         return argument
     first, _, others = key.partition(".")
     is_hydra = first == "hydra"
-    place = _place(OmegaConf.structured(HydraConf if is_hydra else kind), others if is_hydra else key)
+    place = _find_place(OmegaConf.structured(HydraConf if is_hydra else kind), others if is_hydra else key)
     if place is None:
-        raise UserError(_unknown(command, kind, key, conf))
+        raise UserError(_explain_unknown(command, kind, key, conf))
     if is_hydra or place == _OPEN or prefix == "~":
         return argument
     if place == _CLOSED:
-        return quoted(f"{key}={value}", kind, sweep)  # with `+`, Hydra would expect a missing key
-    return _freely(key.split("."), int(place), value)
+        return quote_path(f"{key}={value}", kind, sweep)  # with `+`, Hydra would expect a missing key
+    return _format_free_override(key.split("."), int(place), value)
 
 
 def _is_group(key: str, kind: type, conf: Path) -> bool:
@@ -185,7 +185,7 @@ def _is_group(key: str, kind: type, conf: Path) -> bool:
     return "." not in name and name in OmegaConf.structured(kind) and (conf / name).is_dir()
 
 
-def _place(node: Any, key: str) -> str | None:
+def _find_place(node: Any, key: str) -> str | None:
     """Where a key is: `_CLOSED` (a field), `_OPEN` (in a list or an untyped value), or the number of its parts that
     name the free dictionary around it. None: there is no such key."""
     parts = key.split(".") if key else []
@@ -199,18 +199,18 @@ def _place(node: Any, key: str) -> str | None:
             node = node._get_node(part)
         elif is_dataclass(element):
             rest = ".".join(parts[depth + 1 :])
-            return _OPEN if _place(OmegaConf.structured(element), rest) is not None else None
+            return _OPEN if _find_place(OmegaConf.structured(element), rest) is not None else None
         else:
             return str(depth)
     is_free = isinstance(node, DictConfig) and OmegaConf.get_type(node) is dict
     return str(len(parts)) if is_free and not is_dataclass(node._metadata.element_type) else _CLOSED
 
 
-def _freely(parts: list[str], depth: int, value: str) -> str:
+def _format_free_override(parts: list[str], depth: int, value: str) -> str:
     """An override of a key in a free dictionary, which the first `depth` parts name. It is always added, with keys
     escaped if Hydra's grammar needs that."""
     plain = f"++{'.'.join(parts)}={value}"
-    if _parsed(plain) is not None:
+    if _parse(plain) is not None:
         return plain
     try:
         loaded = yaml.safe_load(value)
@@ -220,29 +220,29 @@ def _freely(parts: list[str], depth: int, value: str) -> str:
     # a device's name may hold dots: in `pins.layers.NAME`, all after the field is the name
     for part in reversed([inner[0], ".".join(inner[1:])] if len(inner) > 1 else inner):
         loaded = {part: loaded}
-    return f"++{'.'.join(parts[:depth])}={_written(loaded)}"
+    return f"++{'.'.join(parts[:depth])}={_format_value(loaded)}"
 
 
-def _written(value: Any) -> str:
+def _format_value(value: Any) -> str:
     """A plain value in Hydra's grammar."""
     if isinstance(value, dict):
-        pairs = (_SPECIAL.sub(r"\\\1", str(name)) + ":" + _written(entry) for name, entry in value.items())
+        pairs = (_SPECIAL.sub(r"\\\1", str(name)) + ":" + _format_value(entry) for name, entry in value.items())
         return "{" + ",".join(pairs) + "}"
     if isinstance(value, list):
-        return "[" + ",".join(map(_written, value)) + "]"
+        return "[" + ",".join(map(_format_value, value)) + "]"
     if isinstance(value, str):
         return "'" + re.sub(r"(\\*)'", r"\1\1\\'", value) + "'"
     return json.dumps(value)
 
 
-def _parsed(argument: str) -> Any:
+def _parse(argument: str) -> Any:
     try:
         return OverridesParser.create().parse_override(argument)
     except HydraException:
         return None
 
 
-def _unknown(command: str, kind: type, key: str, conf: Path) -> str:
+def _explain_unknown(command: str, kind: type, key: str, conf: Path) -> str:
     known = [*list_keys(kind), *list_groups(kind, conf), *_FOLDERS]
     near = get_close_matches(key, known, n=1, cutoff=0.7)
     if not near:  # the right name in another group
@@ -252,9 +252,9 @@ def _unknown(command: str, kind: type, key: str, conf: Path) -> str:
     return f"{quote(key)[1:-1]} is no key of `ds-llmpq {command}`; {remedy}"
 
 
-def _walked(node: DictConfig, before: str = "") -> Iterator[str]:
+def _walk(node: DictConfig, before: str = "") -> Iterator[str]:
     for name in node:
         yield before + name
         inner = node._get_node(name)
         if isinstance(inner, DictConfig) and OmegaConf.get_type(inner) is not dict and not inner._is_none():
-            yield from _walked(inner, f"{before}{name}.")
+            yield from _walk(inner, f"{before}{name}.")

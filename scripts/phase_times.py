@@ -52,7 +52,7 @@ def main() -> int:
 
 def times(settings: PlanConfig) -> list[dict]:
     """One row a source, phase, device type and width: milliseconds of one layer, BATCH sequences."""
-    cluster = Cluster.from_config(config.cluster_of(settings))
+    cluster = Cluster.from_config(config.choose_cluster(settings))
     path, workload = settings.model.path, settings.workload
     shape = read_shape(path) if path else ModelShape.from_config(settings.model.shape)
     dtype = choose_dtype(cluster, settings.engine.dtype)

@@ -68,8 +68,8 @@ def test_keys_that_make_no_sense_for_a_command_are_refused(command, refused):
 
 
 def test_path_keys_are_those_of_the_dataclasses():
-    assert {"out", "model.path", "planner.sensitivity", "batch.predictor"} <= overrides.path_keys(
+    assert {"out", "model.path", "planner.sensitivity", "batch.predictor"} <= overrides.list_path_keys(
         config.COMMANDS["plan"]
     )
-    assert "planner.theta" not in overrides.path_keys(config.COMMANDS["plan"])
-    assert {"lengths.tokenizer", "proxy.path"} <= overrides.path_keys(config.COMMANDS["lengths"])
+    assert "planner.theta" not in overrides.list_path_keys(config.COMMANDS["plan"])
+    assert {"lengths.tokenizer", "proxy.path"} <= overrides.list_path_keys(config.COMMANDS["lengths"])

@@ -140,8 +140,8 @@ def test_a_path_survives_the_command_line(path):
 
 
 def test_what_is_quoted_already_stays():
-    assert overrides.quoted("problem='a=b'", PlanConfig) == "problem='a=b'"
-    assert overrides.quoted("planner.theta=1,2", PlanConfig) == "planner.theta=1,2"
+    assert overrides.quote_path("problem='a=b'", PlanConfig) == "problem='a=b'"
+    assert overrides.quote_path("planner.theta=1,2", PlanConfig) == "planner.theta=1,2"
 
 
 def test_sizes_and_assets_resolve(tmp_path):
@@ -156,16 +156,16 @@ def test_a_cluster_file_takes_the_groups_place(tmp_path):
     file = tmp_path / "cluster.yaml"
     file.write_text("name: mine\nhosts:\n- {name: a, devices: [{type: t4}]}\n")
     settings = config.to_object(config.compose_settings("plan", [f"cluster_file={file}"]), config.COMMANDS["plan"])
-    assert config.cluster_of(settings).name == "mine"
+    assert config.choose_cluster(settings).name == "mine"
     file.write_text("name: mine\nhosst: []\n")
     with pytest.raises(UserError, match="hosst"):
-        config.cluster_of(settings)
+        config.choose_cluster(settings)
     file.write_text("name: [")
     with pytest.raises(UserError, match="cannot be read"):
-        config.cluster_of(settings)
+        config.choose_cluster(settings)
     file.unlink()
     with pytest.raises(UserError, match="cannot be read"):
-        config.cluster_of(settings)
+        config.choose_cluster(settings)
 
 
 def test_variables_of_the_command_line_go_with_a_cluster_file(tmp_path):
@@ -187,13 +187,15 @@ def test_a_copy_of_a_shipped_cluster_is_a_cluster_file(shipped, tmp_path):
     copy.write_text(shipped.read_text())
     given = config.to_object(config.compose_settings("plan", [f"cluster_file={copy}"]), PlanConfig)
     chosen = config.to_object(config.compose_settings("plan", [f"cluster={shipped.stem}"]), PlanConfig)
-    assert config.cluster_of(given) == chosen.cluster
+    assert config.choose_cluster(given) == chosen.cluster
 
 
 def cluster_from(tmp_path, text):
     file = tmp_path / "cluster.yaml"
     file.write_text(text)
-    return config.cluster_of(config.to_object(config.compose_settings("plan", [f"cluster_file={file}"]), PlanConfig))
+    return config.choose_cluster(
+        config.to_object(config.compose_settings("plan", [f"cluster_file={file}"]), PlanConfig)
+    )
 
 
 def test_keys_of_a_cluster_file_go_over_its_defaults(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import write_json
 from ds_llmpq.lengths import actions, dataset
-from ds_llmpq.lengths.characterize import distribution, group_lengths
+from ds_llmpq.lengths.characterize import describe_distribution, group_lengths
 from ds_llmpq.lengths.config import LengthsConfig
 from ds_llmpq.lengths.predictor import evaluate, train
 from ds_llmpq.report.plan_table import format_table
@@ -55,7 +55,7 @@ def _predict(settings: LengthsConfig, out: Path) -> None:
 
 def _characterize(settings: LengthsConfig, out: Path) -> None:
     by_model = group_lengths(actions.load_answers(settings))
-    found = {name: distribution(tokens) for name, tokens in by_model.items()}
+    found = {name: describe_distribution(tokens) for name, tokens in by_model.items()}
     write_json(out / "lengths.json", found)
     plots = plot_lengths(out, by_model)
     rows = [[name, *(format_number(row[column], 4) for column in _COLUMNS)] for name, row in found.items()]

@@ -35,7 +35,7 @@ def run(settings: PlanCommandConfig, out: Path) -> int:
     print(format_plan(plan))
     print(f"plan: {out / 'plan.json'}")
     if plan.is_deployed:
-        print("by hand: " + launch_line(plan, out))
+        print("by hand: " + prepare_manual_launch(plan, out))
     return 0
 
 
@@ -59,7 +59,7 @@ def _front(settings: PlanCommandConfig, out: Path) -> int:
     return 0
 
 
-def launch_line(plan: Plan, out: Path) -> str:
+def prepare_manual_launch(plan: Plan, out: Path) -> str:
     """Writes the hosts' variables; returns a shell line that starts this plan as `run` does, but without
     supervision."""
     launch = Launch.from_plan(plan, out)

@@ -28,7 +28,7 @@ def run(settings: ProfileConfig, out: Path) -> int:
     if settings.model.path is None:
         raise UserError("profile times real layers and needs a checkpoint; set model.path=DIR.")
     out.mkdir(parents=True, exist_ok=True)
-    cluster = Cluster.from_config(config.cluster_of(settings))
+    cluster = Cluster.from_config(config.choose_cluster(settings))
     choose_accelerator(cluster.devices[0].type.kind)
     from ds_llmpq.profiling.kernel_choice import settle_kernel
     from ds_llmpq.profiling.profiler import profile

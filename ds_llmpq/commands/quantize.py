@@ -18,7 +18,7 @@ from ds_llmpq.report.plan_table import format_size
 
 
 def run(settings: QuantizeConfig, out: Path) -> int:
-    source, bits, quant = what_to_write(settings)
+    source, bits, quant = choose_widths(settings)
     from ds_llmpq.quant.writer import write_quantized  # after the cheap checks: it brings torch
 
     reuse = config.make_absolute(settings.reuse) if settings.reuse else None
@@ -36,7 +36,7 @@ def run(settings: QuantizeConfig, out: Path) -> int:
     return 0
 
 
-def what_to_write(settings: QuantizeConfig) -> tuple[Path, list[int], QuantConfig]:
+def choose_widths(settings: QuantizeConfig) -> tuple[Path, list[int], QuantConfig]:
     """(full-precision checkpoint, a width for each layer, HQQ settings), from the plan or from `widths`."""
     if (settings.plan is None) == (settings.widths is None):
         raise UserError("quantize needs either plan=FILE or widths=[...], one width for all layers or one a layer.")

@@ -42,7 +42,7 @@ def _reference(settings: SimulateConfig, out: Path) -> int:
 def _right(settings: SimulateConfig, out: Path) -> int:
     if not settings.policies or settings.repeats < 1:
         raise UserError("There is nothing to run; give at least one of policies and repeats=1 or more.")
-    cost = execution_cost(settings.execution)
+    cost = build_execution_cost(settings.execution)
     runs: dict[str, list[dict[str, float]]] = {policy: [] for policy in settings.policies}
     published = []
     server = Server(settings.batching, settings.max_batch, settings.batch_wait_seconds)
@@ -64,7 +64,7 @@ def _right(settings: SimulateConfig, out: Path) -> int:
     return 0
 
 
-def execution_cost(execution: ExecutionConfig) -> ExecutionCost:
+def build_execution_cost(execution: ExecutionConfig) -> ExecutionCost:
     if execution.kind == "constant":
         return ConstantCost(execution.constant_seconds, execution.per_token_seconds)
     if execution.kind != "plan":

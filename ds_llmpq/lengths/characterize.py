@@ -25,7 +25,7 @@ def group_lengths(examples: Sequence[Example]) -> dict[str, np.ndarray]:
     return found
 
 
-def distribution(tokens: np.ndarray) -> dict[str, float]:
+def describe_distribution(tokens: np.ndarray) -> dict[str, float]:
     """Mean, percentiles, the tail ratio p99 / p50, and the expected longest of 8, 16 and 32 answers, for which a
     micro-batch must be planned that runs until its longest row ends."""
     p50, p90, p95, p99 = np.percentile(tokens, [50, 90, 95, 99])

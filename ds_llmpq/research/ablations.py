@@ -89,7 +89,7 @@ def _equal_micro_batches(problem: Problem, options: Mapping[str, Any]) -> Assign
 
 def _grouped(problem: Problem, group: int, options: Mapping[str, Any]) -> Assignment:
     """Solves the problem of L / g grouped layers and gives each layer the bit width and device of its group."""
-    found = solve(group_problem(problem, group), **{**options, "baselines": False}).assignment()
+    found = solve(merge_layers(problem, group), **{**options, "baselines": False}).assignment()
     stages = tuple(
         StageAssignment(
             s.device, s.first * group, s.last * group, tuple(width for width in s.bits for _ in range(group))
@@ -99,7 +99,7 @@ def _grouped(problem: Problem, group: int, options: Mapping[str, Any]) -> Assign
     return replace(found, stages=stages)
 
 
-def group_problem(problem: Problem, group: int) -> Problem:
+def merge_layers(problem: Problem, group: int) -> Problem:
     """Merges layers g*k .. g*k + g - 1: times and bytes are g-fold, quality losses are summed."""
     if group < 1 or problem.layers % group:
         raise UserError(f"ablation.group_layers={group} must divide the model's {problem.layers} layers")

@@ -24,7 +24,7 @@ PUBLISHED_PERPLEXITY = {
 _NEAREST_MEASURED = {8: 4, 2: 3, 1: 3}
 
 
-def published_loss(bits: int) -> float:
+def average_published_loss(bits: int) -> float:
     """Mean over models and corpora of ln(perplexity at `bits` / perplexity at 8 bits), for 4 or 3 bits."""
     ratios = [
         math.log(at / reference)
@@ -39,11 +39,11 @@ def model_loss(bits: int) -> float:
     if bits == 16:
         return 0.0
     if bits in (4, 3):
-        return published_loss(bits)
+        return average_published_loss(bits)
     if bits not in _NEAREST_MEASURED:
         raise UserError(f"there is no prior for {bits} bits; it knows 1, 2, 3, 4, 8 and 16")
     measured = _NEAREST_MEASURED[bits]
-    return published_loss(measured) * ((2**measured - 1) / (2**bits - 1)) ** 2
+    return average_published_loss(measured) * ((2**measured - 1) / (2**bits - 1)) ** 2
 
 
 def make_prior(layers: int, bits: Sequence[int], model_fingerprint: str | None = None) -> Sensitivity:

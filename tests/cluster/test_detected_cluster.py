@@ -28,7 +28,7 @@ def load(*overrides, command="run"):
 def test_it_is_what_commands_plan_for_unless_told(command, monkeypatch):
     monkeypatch.setattr(config, "query_gpus", list)
     settings = config.to_object(config.compose_settings(command, []), config.COMMANDS[command])
-    assert [device.type for host in config.cluster_of(settings).hosts for device in host.devices] == ["cpu_core"]
+    assert [device.type for host in config.choose_cluster(settings).hosts for device in host.devices] == ["cpu_core"]
 
 
 def test_gpus_are_taken_where_there_are_any(monkeypatch, capsys):

@@ -492,7 +492,7 @@ def _cluster(file: Path) -> object:
     from ds_llmpq.serving.config import PlanConfig
 
     settings = PlanConfig(cluster_file=str(file))
-    return Cluster.from_config(config.cluster_of(settings))
+    return Cluster.from_config(config.choose_cluster(settings))
 
 
 def _overrides(rng: random.Random, seed: bytes) -> bytes:

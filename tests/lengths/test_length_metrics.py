@@ -7,7 +7,7 @@ import pytest
 
 from ds_llmpq.errors import UserError
 from ds_llmpq.lengths.calibration import Calibration, find_conformal_quantile
-from ds_llmpq.lengths.characterize import distribution, estimate_maximum
+from ds_llmpq.lengths.characterize import describe_distribution, estimate_maximum
 from ds_llmpq.lengths.config import LengthTaskConfig
 from ds_llmpq.lengths.length_metrics import measure_bounds, measure_classes, measure_regression, pairwise_accuracy
 from ds_llmpq.lengths.tasks import LengthTask
@@ -124,6 +124,6 @@ def test_expected_maximum_is_the_mean_of_the_longest(rows):
 
 
 def test_a_distribution_has_its_percentiles_and_tail():
-    found = distribution(np.arange(1.0, 101.0))
+    found = describe_distribution(np.arange(1.0, 101.0))
     assert (found["p50"], found["max"], found["answers"]) == (50.5, 100.0, 100.0)
     assert found["tail_ratio"] == pytest.approx(99.01 / 50.5)

@@ -8,7 +8,7 @@ import pytest
 from ds_llmpq.errors import InfeasibleError, UserError
 from ds_llmpq.planner import Problem, solve, violations
 from ds_llmpq.planner.objective import evaluate
-from ds_llmpq.research.ablations import VARIANTS, evaluate_reference, group_problem, solve_ablation
+from ds_llmpq.research.ablations import VARIANTS, evaluate_reference, merge_layers, solve_ablation
 
 sys.path.append(str(Path(__file__).parents[1] / "planner"))
 from random_problems import random_problem
@@ -57,7 +57,7 @@ def test_no_variant_beats_the_bound(variant):
 def test_a_grouped_plan_costs_what_its_layers_cost():
     made = 0
     for problem, _ in PROBLEMS:
-        coarse = group_problem(problem, 2)
+        coarse = merge_layers(problem, 2)
         try:
             plan = solve_ablation(problem, "grouped", 2, solver="search")
             same = solve(coarse, solver="search")
