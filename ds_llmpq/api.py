@@ -194,7 +194,7 @@ def _pairs(prompts: list[Prompt], params: Any) -> Iterator[tuple[Prompt, Samplin
         return ((prompt, None) for prompt in prompts)
     each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
     if len(each) != len(prompts):
-        raise UserError(f"{len(prompts)} prompts have {len(each)} sampling_params; give one, or one a prompt.")
+        raise UserError(f"{len(prompts)} prompts have {len(each)} sampling_params; give one, or one per prompt.")
     for one in each:
         if not isinstance(one, SamplingParams):
             raise UserError(f"sampling_params holds {quote(one)}, but must hold SamplingParams(...) alone.")

@@ -37,7 +37,7 @@ def refuse_other_formats(file: BinaryIO, path: str | Path) -> None:
         )
     # a first row may begin with a bracket by mistake, but an array also ends with one
     if start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[") and _end(file).rstrip().endswith(b"]"):
-        raise UserError(f"input {path} is one JSON array, not a batch file; write one object a line (jq -c '.[]').")
+        raise UserError(f"input {path} is one JSON array, not a batch file; write one object per line (jq -c '.[]').")
     file.seek(0)
 
 

@@ -62,11 +62,11 @@ def read_requests(path: str | Path, defaults: BatchConfig) -> RequestFile:
     except OSError as error:
         raise UserError(f"cannot read input {path}: {error.strerror}; give a readable file as input=FILE.") from None
     if not requests and not errors:
-        raise UserError(f"input {path} has no rows; give a batch file with one JSON object a line.")
+        raise UserError(f"input {path} has no rows; give a batch file with one JSON object per line.")
     if not requests and strange == len(errors):
         raise UserError(
             f"input {path} is no batch file: none of its {len(errors)} rows is a JSON object (line {errors[0].line}: "
-            f"{errors[0].message.rstrip('.')}); give one JSON object a line."
+            f"{errors[0].message.rstrip('.')}); give one JSON object per line."
         )
     return RequestFile(requests, errors, len(requests) + len(errors), digest.hexdigest())
 
@@ -110,7 +110,7 @@ def _parse(raw: bytes | None, max_row_bytes: int) -> Any:
         raise RequestError("invalid_encoding", f"byte {error.start + 1} of the row is not UTF-8; save it so.") from None
     except json.JSONDecodeError as error:
         raise RequestError(
-            "invalid_json", f"the row is not JSON: {error.msg} at character {error.pos + 1}; write one object a line."
+            "invalid_json", f"the row is not JSON: {error.msg} at character {error.pos + 1}; write one object per line."
         ) from None
     except RecursionError:
         raise _nesting_error() from None

@@ -84,7 +84,7 @@ def _this_host(settings: DetectConfig) -> dict[str, Any]:
 def _read_saved(settings: DetectConfig) -> dict[str, Any]:
     """Another host, from files saved there; its CPUs are not offered."""
     if settings.cpu_stages:
-        raise UserError("cpu_stages are of this host and cannot be told from gpus=FILE; leave one of them out.")
+        raise UserError("cpu_stages is for this host, but gpus=FILE describes another one; leave one of them out.")
     gpus = parse_saved_gpus(_read(settings.gpus))
     cluster = detect(config.read_device_types(), settings.host, 0, gpus)
     if settings.topology:

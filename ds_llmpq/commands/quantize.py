@@ -29,7 +29,7 @@ def run(settings: QuantizeConfig, out: Path) -> int:
     weight = count_bits_per_weight(read_shape(source), bits, make_groups(quant), quant.lm_head_bits)
     print(
         f"{written.parts} parts, {written.reused} of them reused; {format_size(written.source_bytes)} became "
-        f"{format_size(written.bytes)} in {written.seconds:.1f} s; {weight:.2f} bits a weight in decoder layers and "
+        f"{format_size(written.bytes)} in {written.seconds:.1f} s; {weight:.2f} bits per weight in decoder layers and "
         f"lm_head, with scales and zeros of 16 bits"
     )
     print(f"quantized: {out} (use it with `ds-llmpq run plan=FILE quantized={out}`)")
@@ -39,7 +39,7 @@ def run(settings: QuantizeConfig, out: Path) -> int:
 def choose_widths(settings: QuantizeConfig) -> tuple[Path, list[int], QuantConfig]:
     """(full-precision checkpoint, a width for each layer, HQQ settings), from the plan or from `widths`."""
     if (settings.plan is None) == (settings.widths is None):
-        raise UserError("quantize needs either plan=FILE or widths=[...], one width for all layers or one a layer.")
+        raise UserError("quantize needs either plan=FILE or widths=[...], one width for all layers or one per layer.")
     if settings.widths is not None:
         if settings.model.path is None:
             raise UserError("quantize needs weights; give model.path=DIR.")

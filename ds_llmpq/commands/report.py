@@ -21,7 +21,7 @@ def run(settings: ReportConfig, out: Path) -> int:
         raise UserError("report needs one of run=DIR, sweep=DIR and profile=DIR.")
     what = settings.what or ("fidelity" if given == ["profile"] else given[0])
     if given[0] not in _SOURCES.get(what, ()):
-        raise UserError(f"report knows run, sweep and fidelity, and {what!r} cannot be told from {given[0]}=DIR.")
+        raise UserError(f"report knows run, sweep and fidelity, and cannot make {what!r} from {given[0]}=DIR.")
     folder = config.make_absolute(getattr(settings, given[0]))
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; give {given[0]}=DIR.")

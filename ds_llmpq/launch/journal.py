@@ -100,7 +100,7 @@ class Journal:
         file = folder / JOURNAL_NAME
         if not file.exists():
             return None
-        remedy = "give another out=DIR, or resume=force to begin it anew and keep the results"
+        remedy = "give another out=DIR, or resume=force to begin again and keep the results"
         found = validate(cls, read_json(file, "journal", remedy), f"journal {file}", remedy)
         settings = {_present_key(key): value for key, value in found.identity.settings.items()}
         return replace(found, identity=replace(found.identity, settings=settings))
@@ -114,7 +114,7 @@ class Journal:
             raise UserError(
                 f"{folder} holds a run begun with other settings: {'; '.join(found[:4])}"
                 f"{f' and {len(found) - 4} more' if len(found) > 4 else ''} changed; give the same ones again, another "
-                "out=DIR, or resume=force to keep its results and go on with the new ones."
+                "out=DIR, or resume=force to keep its results and continue with the new ones."
             )
 
     def begin_attempt(self) -> Journal:

@@ -61,7 +61,7 @@ def listen(host: str, port: int) -> socket.socket | None:
         listener.close()
         if isinstance(error, PermissionError) or error.errno == errno.EADDRINUSE:
             raise PortTaken(
-                f"Port {port} of {host} cannot be listened on ({error.strerror}); give another engine.master_port."
+                f"Port {port} of {host} cannot be used ({error.strerror}); give another engine.master_port."
             ) from None
         return None
     return listener

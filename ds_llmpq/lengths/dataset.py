@@ -109,7 +109,7 @@ def write(folder: Path, dataset: Dataset, config: LengthDataConfig) -> None:
 def read(folder: Path) -> Dataset:
     """Reads a folder that `write` made. `UserError`: another folder, or its records were changed."""
     parts: dict[str, list[Example]] = {name: [] for name in SPLITS}
-    file, what, remedy = folder / RECORDS_NAME, "length data", "prepare it anew"
+    file, what, remedy = folder / RECORDS_NAME, "length data", "prepare it again"
     described = validate(Plain, read_json(folder / DATASET_NAME, what, remedy), f"{what} {folder}", remedy)
     for number, row in read_json_lines(file, what, remedy):
         where = f"{what} {file} line {number}"
@@ -119,7 +119,7 @@ def read(folder: Path) -> Dataset:
         parts[named].append(validate(Example, row, where, remedy))
     dataset = Dataset(*(tuple(parts[name]) for name in SPLITS))
     if described.get("fingerprint") != fingerprint(dataset.train):
-        raise UserError(f"{folder / RECORDS_NAME} was changed since it was prepared; prepare it anew.")
+        raise UserError(f"{folder / RECORDS_NAME} was changed since it was prepared; prepare it again.")
     return dataset
 
 

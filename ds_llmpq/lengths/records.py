@@ -137,7 +137,7 @@ def _read_json_rows(path: Path) -> Iterator[dict[str, Any]]:
     values = enumerate(read_json(path, what, _REMEDY, _MOST_BYTES)) if is_list else read_json_lines(path, what, _REMEDY)
     for number, row in values:
         if not isinstance(row, dict):
-            raise UserError(f"{path} holds rows that are no objects (row {number}); give one JSON object a line.")
+            raise UserError(f"{path} holds rows that are not objects (row {number}); give one JSON object per line.")
         yield row
 
 

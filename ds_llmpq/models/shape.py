@@ -162,9 +162,7 @@ def derive_shape(described: Description) -> ModelShape:
 def _list_linears(described: Description) -> tuple[Linear, ...]:
     spec = described.spec
     if len({layer.mlp for layer in spec.layers}) > 1:
-        raise UserError(
-            "config.json has layers without experts among others with them; such a model cannot be planned."
-        )
+        raise UserError("config.json mixes layers with experts and layers without; such a model cannot be planned.")
     experts = spec.layers[0].mlp
     share = experts.active / experts.count if isinstance(experts, ExpertsSpec) else 1.0
     return tuple(

@@ -105,7 +105,7 @@ def _summary(plan: Plan) -> list[str]:
         f"workload: {workload.sequences} sequences of {workload.prompt_tokens} prompt + {workload.generated_tokens} "
         f"generated tokens{shared}; micro-batches of {plan.micro_batch.prefill} in prefill, "
         f"{plan.micro_batch.decode} in decode",
-        f"predicted: {format_number(predicted.latency_seconds, 4)} s a batch (prefill "
+        f"predicted: {format_number(predicted.latency_seconds, 4)} s per batch (prefill "
         f"{format_number(predicted.prefill_seconds, 4)}, decode {format_number(predicted.decode_seconds, 4)}), "
         f"{format_number(predicted.throughput_tokens_per_second, 4)} tokens/s, quality loss "
         f"{format_number(predicted.quality_loss)} nats per token" + _bits_text(plan),
@@ -132,14 +132,12 @@ def predict_cost(plan: Plan) -> dict[str, float | None] | None:
 
 def describe_cost(cost: Mapping[str, float | None]) -> str:
     """A cost from `Plan.compute_cost` in words, in the currency of the cluster's prices."""
-    generated, both = (
-        "-" if (value := cost[f"per_million_{name}"]) is None else format_number(value)
-        for name in ("generated_tokens", "tokens")
+    total, hourly, generated, both = (
+        "-" if (value := cost[name]) is None else format_number(value)
+        for name in ("total", "price_per_hour", "per_million_generated_tokens", "per_million_tokens")
     )
-    return (
-        f"{format_number(cost['total'])} in all at {format_number(cost['price_per_hour'])} an hour; per million tokens "
-        f"{generated} (generated ones alone), {both} (prompts counted too)"
-    )
+    per_million = f"{generated} (only generated ones), {both} (with prompts)"
+    return f"{total} in all at {hourly} per hour; per million tokens: {per_million}"
 
 
 def _baseline(plan: Plan, entry: PredictedTotals | str) -> str:

@@ -83,7 +83,7 @@ def read_cases(path: Path) -> list[Case]:
     """Cases from a JSON list, as in the golden files. `UserError`: unreadable, or of another form."""
     rows = read_json(path, "file of cases", "give a JSON list of cases")
     if not isinstance(rows, list):
-        raise UserError(f"cases={path} holds no list; give a JSON list with one object a case.")
+        raise UserError(f"cases={path} holds no list; give a JSON list with one object per case.")
     return [_case(row, f"{path}, case {number}") for number, row in enumerate(rows)]
 
 
@@ -100,7 +100,7 @@ def schedules(case: Case) -> Completion:
 def _case(row: Any, where: str) -> Case:
     case = validate(Case, row, where, "correct the case", ignore_unknown=True)
     if not len(case.arrival) == len(case.generated_tokens) == len(case.predicted_class):
-        raise UserError(f"{where}: arrival, generated_tokens and predicted_class must have one entry a job each.")
+        raise UserError(f"{where}: arrival, generated_tokens and predicted_class must each have one entry per job.")
     return case
 
 

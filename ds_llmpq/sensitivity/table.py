@@ -55,7 +55,7 @@ class Sensitivity:
         for layer, row in enumerate(self.table):
             if len(row) != len(self.bits):
                 raise UserError(
-                    f"sensitivity row {layer} has {len(row)} entries; it needs {len(self.bits)}, one a width"
+                    f"sensitivity row {layer} has {len(row)} entries; it needs {len(self.bits)}, one per width"
                 )
             for width, value in zip(self.bits, row, strict=True):
                 if not (math.isfinite(value) and value >= 0):
@@ -76,7 +76,7 @@ class Sensitivity:
             if width not in self.bits and width != 16:
                 has = ", ".join(map(str, self.bits))
                 raise UserError(
-                    f"sensitivity has no column for {width} bits (it has {has}); make it anew for these widths"
+                    f"sensitivity has no column for {width} bits (it has {has}); make it again for these widths"
                 )
         columns = [self.bits.index(width) if width in self.bits else None for width in bits]
         return tuple(tuple(0.0 if column is None else row[column] for column in columns) for row in self.table)
@@ -87,7 +87,7 @@ class Sensitivity:
             return 0.0
         if bits not in self.head:
             raise UserError(
-                f"sensitivity does not say what an lm_head at {bits} bits loses; make it anew with "
+                f"sensitivity does not say what an lm_head at {bits} bits loses; make it again with "
                 f"quant.lm_head_bits={bits}"
             )
         return self.head[bits]
@@ -117,12 +117,12 @@ class Sensitivity:
         """UserError if the table was made for another model. Fingerprints are compared if both sides have one."""
         if layers != self.layers:
             raise UserError(
-                f"sensitivity is for {self.layers} layers, but the model has {layers}; make it anew for this model"
+                f"sensitivity is for {self.layers} layers, but the model has {layers}; make it again for this model"
             )
         if fingerprint and self.model_fingerprint and fingerprint != self.model_fingerprint:
             raise UserError(
                 f"sensitivity is for the model with fingerprint {self.model_fingerprint}, but this one has "
-                f"{fingerprint}; make it anew for this model"
+                f"{fingerprint}; make it again for this model"
             )
 
 

@@ -140,7 +140,7 @@ def _prepare(
     elif settings.resume != "force" and (results := len(read_finished(out))):  # of whatever input
         raise UserError(
             f"{out} already holds {results} results, but no {JOURNAL_NAME} that says of what; give another out=DIR, or "
-            "resume=force to keep them and go on."
+            "resume=force to keep them and continue."
         )
     if journal is not None and (out / "plan.json").exists():
         plan = _read_launchable(settings, out / "plan.json")
@@ -204,7 +204,7 @@ def _sum_up(supervisor: Supervisor, tally: Tally, out: Path, results_before: int
 
 def _build_metrics(plan: Plan, tally: Tally, out: Path) -> dict[str, Any]:
     """What the last start measured, with the counts of the files; no measurements if it ended before it wrote them."""
-    file, remedy = out / "metrics.json", "remove it, and go on with resume=true"
+    file, remedy = out / "metrics.json", "remove it and run again"
     if file.exists():
         measured = validation.validate(validation.Plain, read_json(file, "Metrics", remedy), f"Metrics {file}", remedy)
     else:

@@ -140,7 +140,7 @@ class InFlight:
                 with contextlib.suppress(OSError):
                     path.unlink()
             sys.stderr.write(
-                f"ds-llmpq: cannot write {self.path} ({error.strerror}); after a death, rows in flight begin anew\n"
+                f"ds-llmpq: cannot write {self.path} ({error.strerror}); after a death, rows in flight start again\n"
             )
 
 

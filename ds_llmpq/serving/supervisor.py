@@ -166,7 +166,7 @@ class Supervisor:
         return f"{again} in {self.launch.folder / LOG_NAME}; {self._describe_kept()}"
 
     def _describe_kept(self) -> str:
-        return f"what finished is kept in {self.folder}, and the same command with out={self.folder} goes on there."
+        return f"what finished is kept in {self.folder}, and the same command with out={self.folder} resumes there."
 
     def _build_failure(self, sentence: str, outcome: Outcome) -> RunFailed:
         return RunFailed(sentence, outcome.record() | {"restarts": self.restarts})

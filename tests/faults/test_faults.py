@@ -169,7 +169,7 @@ def test_sigterm_drains_and_the_same_command_goes_on(batch, expected, tmp_path):
     assert run.strike_with(signal.SIGTERM, process, command)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert "goes on there" in error_sentence(subprocess.CompletedProcess([], 130, out, err))
+    assert "resumes there" in error_sentence(subprocess.CompletedProcess([], 130, out, err))
     assert gone(command.processes)
     assert json.loads((run.out / "run.json").read_text())["attempts"][-1]["reason"] == "drained"
     kept = rows_of(run.out)

@@ -296,7 +296,7 @@ def test_widths_that_cannot_be_packed_are_left_out_with_a_reason():
                 "quant": QuantConfig([16], lm_head_bits=4),
                 "sensitivity": Sensitivity("x", "measured", (4,), ((1.0,),) * 3),
             },
-            "make it anew with quant.lm_head_bits=4",
+            "make it again with quant.lm_head_bits=4",
         ),
         ({"quant": QuantConfig(bits=[5])}, "each width once"),
         ({"quant": QuantConfig(bits=[4, 4])}, "each width once"),

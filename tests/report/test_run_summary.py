@@ -78,11 +78,11 @@ def test_prices_become_the_cost_of_a_million_tokens(tmp_path):
     plan = replace(plan, stages=stages, deployment=Deployment("float32", price_per_hour=3.0))
     cost = plan.compute_cost(1800.0, prompt_tokens=2_000_000, generated_tokens=1_000_000)
     assert cost == {"price_per_hour": 3.0, "total": 1.5, "per_million_generated_tokens": 1.5, "per_million_tokens": 0.5}
-    said = "1.5 in all at 3 an hour; per million tokens 1.5 (generated ones alone), 0.5 (prompts counted too)"
+    said = "1.5 in all at 3 per hour; per million tokens: 1.5 (only generated ones), 0.5 (with prompts)"
     metrics = read(tmp_path) | {"cost": cost}
     assert f"cost while serving: {said}" in format_run(metrics)
     for text in (format_plan(plan), describe_plan(plan)):
-        assert re.search(r"^cost: \S+ in all at 3 an hour; per million tokens \S+ \(generated", text, re.MULTILINE)
+        assert re.search(r"^cost: \S+ in all at 3 per hour; per million tokens: \S+ \(only", text, re.MULTILINE)
     write_plan(tmp_path / "plan.json", plan)
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
     assert said in write_run_report(tmp_path, tmp_path / "page")

@@ -42,7 +42,7 @@ def test_columns_by_width():
 def test_an_lm_head_costs_nothing_at_16_bits_and_what_is_written_below():
     table = Sensitivity("x", "measured", (8,), ((1.0,),), head={8: 0.5})
     assert (table.head_loss(16), table.head_loss(8)) == (0.0, 0.5)
-    with pytest.raises(UserError, match=r"lm_head at 4 bits loses; make it anew with quant\.lm_head_bits=4"):
+    with pytest.raises(UserError, match=r"lm_head at 4 bits loses; make it again with quant\.lm_head_bits=4"):
         table.head_loss(4)
 
 

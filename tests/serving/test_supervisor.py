@@ -90,7 +90,7 @@ def test_a_mistake_is_not_tried_again(tmp_path, monkeypatch):
 
 
 def test_a_drained_run_is_interrupted_and_says_how_to_go_on(tmp_path, monkeypatch):
-    with pytest.raises(Interrupted, match=f"the same command with out={tmp_path} goes on"):
+    with pytest.raises(Interrupted, match=f"the same command with out={tmp_path} resumes"):
         Scene(tmp_path, monkeypatch, (DRAINED, 3)).supervisor.run()
 
 
