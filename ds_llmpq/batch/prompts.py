@@ -74,15 +74,6 @@ def prepare(
     return prepared, errors
 
 
-def encode(request: Request, tokenizer: Any) -> list[int]:
-    """The prompt's token ids. RequestError: the chat template is missing or fails, or the text gives no tokens or
-    cannot be encoded."""
-    [(_, ids)] = encode_all([request], tokenizer)
-    if isinstance(ids, RequestError):
-        raise ids
-    return ids
-
-
 def encode_all(requests: list[Request], tokenizer: Any) -> Iterator[tuple[Request, list[int] | RequestError]]:
     """Each request with its token ids or the reason for having none; texts are encoded together.
 

@@ -25,7 +25,6 @@ from ds_llmpq.wording import format_number
 
 _PAIRS = "predicted_against_measured"
 _SIDES = ("predicted", "measured")
-SECTIONS = ("summary", "gantt", "memory", "bits", "phases", "fidelity", "baselines", "origins")
 
 
 def write_run_report(folder: Path, out: Path) -> str:

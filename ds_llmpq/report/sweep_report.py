@@ -13,7 +13,6 @@ from ds_llmpq.report.page import Section, render_page
 from ds_llmpq.wording import format_number
 
 Point = dict[str, Any]
-SECTIONS = ("points", "pareto", "heat", "baselines")
 _MOST_VALUES = 24  # on an axis of a heat map
 
 

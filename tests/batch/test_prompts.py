@@ -8,13 +8,18 @@ from batch_helpers import byte_level, chat_row, completion_row, write_rows
 from ds_llmpq.batch.config import BatchConfig
 from ds_llmpq.batch.prompts import (
     CHUNK_REQUESTS,
-    encode,
+    encode_all,
     limit_max_tokens,
     prepare,
     render_chat,
 )
 from ds_llmpq.batch.reader import read_requests
 from ds_llmpq.batch.request import CHAT_URL, Request, RequestError
+
+
+def encode(request, tokenizer):
+    [(_, ids)] = encode_all([request], tokenizer)
+    return ids
 
 
 @pytest.fixture
@@ -73,9 +78,9 @@ def test_a_template_that_is_broken_jinja_is_an_error_row(requests_of):
 
 def test_no_tokens_at_all(requests_of):
     [request] = requests_of([chat_row(content="")])
-    with pytest.raises(RequestError) as caught:
-        encode(request, byte_level("{{ '' }}"))
-    assert caught.value.code == "empty_prompt"
+    [(_, refusal)] = encode_all([request], byte_level("{{ '' }}"))
+    assert isinstance(refusal, RequestError)
+    assert refusal.code == "empty_prompt"
 
 
 def test_token_ids_outside_the_vocabulary(requests_of):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from ds_llmpq.batch.prompts import encode, render_chat
+from ds_llmpq.batch.prompts import encode_all, render_chat
 from ds_llmpq.batch.request import CHAT_URL, COMPLETIONS_URL, Request
 from ds_llmpq.models.tokenizer import load_tokenizer
 
@@ -31,6 +31,11 @@ def folder_with(tmp_path):
         return folder
 
     return make
+
+
+def encode(request, tokenizer):
+    [(_, ids)] = encode_all([request], tokenizer)
+    return ids
 
 
 def request(prompt, url=CHAT_URL) -> Request:
