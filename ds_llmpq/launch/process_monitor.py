@@ -106,16 +106,12 @@ class _Monitor:
         self.reason: ExitReason | None = None
         self.code: int | None = None
         self.stopped = _StoppedProcesses(mark, options.stopped_seconds)
+        self.poller = select.poll()
+        self.poller.register(child.stdout, select.POLLIN)
 
     def run(self) -> Exit:
-        poller = select.poll()
-        poller.register(self.child.stdout, select.POLLIN)
-        while self._is_within_bounds():
-            if poller.poll(_POLL_SECONDS * 1e3):
-                data = os.read(self.child.stdout.fileno(), 1 << 16)
-                if not data:  # nobody is left who could write
-                    break
-                self._handle(data)
+        while self._is_within_bounds() and self._read(_POLL_SECONDS):
+            pass
         if self.reason in (ExitReason.HUNG, ExitReason.STOPPED):
             self._wait_for_stacks()
         launcher = self.child.poll()
@@ -160,6 +156,14 @@ class _Monitor:
             return False
         return seconds > _STARTUP_SECONDS or self.options.started()
 
+    def _read(self, seconds: float) -> bool:
+        """Handles what is written within so many seconds. False: nobody is left who could write."""
+        if not self.poller.poll(seconds * 1e3):
+            return True
+        data = os.read(self.child.stdout.fileno(), 1 << 16)
+        self._handle(data)
+        return bool(data)
+
     def _handle(self, data: bytes) -> None:
         *lines, self.rest = (self.rest + data).split(b"\n")
         for line in lines:
@@ -184,14 +188,8 @@ class _Monitor:
                     process.send_signal(signal.SIGUSR1)
                     process.send_signal(signal.SIGCONT)
         end = time.monotonic() + _STACKS_SECONDS
-        poller = select.poll()
-        poller.register(self.child.stdout, select.POLLIN)
-        while (left := end - time.monotonic()) > 0:
-            if poller.poll(left * 1e3):
-                data = os.read(self.child.stdout.fileno(), 1 << 16)
-                if not data:
-                    return
-                self._handle(data)
+        while (left := end - time.monotonic()) > 0 and self._read(left):
+            pass
 
 
 class _StoppedProcesses:

@@ -42,12 +42,11 @@ class ProgressBar:
         self._bar.set_postfix_str(note, refresh=False)
 
     def _show_line(self, phase: str, done: int, total: int, note: str) -> None:
-        now = time.monotonic()
-        if phase == self._phase and done < total and now - self._said < _SECONDS_BETWEEN_LINES:
+        now, finished = time.monotonic(), done >= total
+        said_enough = self._finished if finished else now - self._said < _SECONDS_BETWEEN_LINES
+        if phase == self._phase and said_enough:
             return
-        if phase == self._phase and done >= total and self._finished:
-            return
-        self._phase, self._said, self._finished = phase, now, done >= total
+        self._phase, self._said, self._finished = phase, now, finished
         print(f"{phase}: {done} of {total}" + (f", {note}" if note else ""), file=self._stream, flush=True)
 
     def close(self) -> None:
