@@ -81,9 +81,7 @@ def rename_former(argument: str) -> str:
     present = _say_renamed(key, find_present(key))
     if value is None:
         return f"{prefix or ''}{present}"
-    entries = (
-        _say_renamed(entry, FORMER_ENTRIES.get((key, entry))) for entry in value.split(",")
-    )  # a sweep has several
+    entries = (_say_renamed(entry, FORMER_ENTRIES.get((key, entry))) for entry in value.split(","))  # of a sweep
     return f"{prefix or ''}{present}={','.join(entries)}"
 
 

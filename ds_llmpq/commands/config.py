@@ -32,9 +32,8 @@ class DetectConfig:
     host: str = "localhost"  # the name other hosts and the hostfile use for this one
     cpu_stages: int | None = None  # CPU devices to offer; null: one if there is no GPU
     measure: bool = True  # measure memory bandwidth and matrix rates of the CPU, about two seconds
-    gpus: str | None = (
-        path_field()
-    )  # another host's GPUs: a saved `nvidia-smi --query-gpu=... --format=csv` (docs/guide.md)
+    # another host's GPUs: a saved `nvidia-smi --query-gpu=... --format=csv` (docs/guide.md)
+    gpus: str | None = path_field()
     topology: str | None = path_field()  # its links: a saved `nvidia-smi topo -m`
 
 

@@ -300,9 +300,8 @@ class Plan:
         stay those of the original plan."""
         sequences = max(1, self.workload.sequences // 2)
         rows = (max(1, min(size // 2, sequences)) for size in (self.micro_batch.prefill, self.micro_batch.decode))
-        return replace(
-            self, workload=replace(self.workload, sequences=sequences), micro_batch=MicroBatches(*rows)
-        )  # fmt: skip
+        workload = replace(self.workload, sequences=sequences)
+        return replace(self, workload=workload, micro_batch=MicroBatches(*rows))
 
     def assignment(self) -> Assignment:
         """The decisions alone."""

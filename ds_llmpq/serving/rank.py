@@ -44,9 +44,7 @@ def _answer(job: Job, context: RankContext, heartbeat: Heartbeat) -> dict[str, A
         if job.engine.check_memory:
             check_memory(job.plan, context, job.memory_wait_seconds)
         loading = driver.show_loading if driver else heartbeat.beat
-        session = Session(
-            job.plan, context, job.model_path, rule, loading, job.trust_remote_code, job.engine
-        )  # fmt: skip
+        session = Session(job.plan, context, job.model_path, rule, loading, job.trust_remote_code, job.engine)
         heartbeat.watch(lambda: session.trace.spans)
         if driver:
             take = driver.begin_serving(session)
