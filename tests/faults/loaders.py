@@ -403,7 +403,7 @@ def _report(plan: dict, file: Path) -> object:
     found, kept = read_metrics(file), Plan.from_json(plan)
     with refuse_other_forms(file):
         if file.name == "scores.json":
-            return run_report._look_up(found, "loss_increase", "measured")
+            return run_report._show(found, "loss_increase", "measured")
         (file.parent / "plan.json").write_text(json.dumps(plan))
         format_run(found)
         run_report._summary(kept, found, None)

@@ -81,7 +81,7 @@ def test_a_runs_own_results_with_the_prompts_they_answer(tmp_path):
     ("text", "said"),
     [
         ("{", "cannot be read"),
-        ("1\n", "no objects"),
+        ("1\n", "not objects"),
         ('{"prompt": "x"}', "no usable"),
         ('{"text": "x", "length": "y"}', "y"),
     ],
