@@ -25,6 +25,7 @@ class FittedCosts:
 
     def __post_init__(self) -> None:
         self._unit = unit_roofline(self.roofline.shape, self.model.setup)
+        self._missed: set[int] = set()  # bit widths that were asked for, but not profiled
 
     @property
     def provenance(self) -> str:
@@ -35,8 +36,7 @@ class FittedCosts:
             return f"roofline (the profile has no {self.device_type.name})"
         mean = sum(fit.mean_error for fit in layers) / len(layers)
         worst = max(fit.worst_error for fit in layers)
-        unknown = sorted(set(self.device_type.bits) - {fit.bits for fit in layers})
-        rest = f"; {', '.join(map(str, unknown))} bits roofline" if unknown else ""
+        rest = f"; {', '.join(map(str, sorted(self._missed)))} bits roofline" if self._missed else ""
         return f"fitted (left-out points off by {mean:.1%} on average, {worst:.1%} at worst{rest})"
 
     def prefill_seconds(self, bits: int, batch: int, tokens: int) -> float | None:
@@ -71,6 +71,7 @@ class FittedCosts:
         fit = self.model.get(self.device_type.name, part, phase, bits)
         if fit is None:
             if part == "layer":
+                self._missed.add(bits)
                 self.notes[f"{self.device_type.name} was not profiled at {bits} bits in {phase}: roofline times"] = None
             return None
         if part == "layer" and not fit.covers(batch, length):

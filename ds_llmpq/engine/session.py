@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from ds_llmpq.scheduler.stream import OnFinished, OnTokens, TakeGroup
 OnBroken = Callable[[Sequence, Fault | None], None]
 
 _LOGIT_BYTES = 256 << 20  # in float32, of the positions that are scored together
-_WHY = b"?"  # the driver asks all ranks why rows were given up; no request group is so short
+_WHY = b"\xff" * 8  # the driver asks all ranks why rows were given up, their keys behind it; no group begins so
 
 
 def _ignore_fault(row: Sequence, fault: Fault | None) -> None:
@@ -170,17 +170,18 @@ class Session:
 
         def together() -> RequestGroup | None:
             if unexplained:
-                self.context.data.broadcast(_WHY)
-                explain()
+                keys = [row.key for row in unexplained]
+                self.context.data.broadcast(_WHY + pack_message(None, [keys]))
+                explain(keys)
             group = take() if self.context.is_driver else None
             data = self.context.data.broadcast(group.to_bytes() if group else None)
-            if not self.context.is_driver and data == _WHY:
-                explain()
+            if not self.context.is_driver and data.startswith(_WHY):
+                explain(unpack_message(data.removeprefix(_WHY))[1][0])
                 data = self.context.data.broadcast(None)
             return RequestGroup.from_bytes(data) if data else None
 
-        def explain() -> None:
-            reports = self.context.data.gather(self.engine.faults.take())
+        def explain(keys: Iterable[int]) -> None:
+            reports = self.context.data.gather(self.engine.faults.take(keys))
             if reports is not None:
                 faults = find_first_faults(reports)
                 for row in unexplained:

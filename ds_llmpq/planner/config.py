@@ -44,7 +44,8 @@ class PlannerConfig:
     least_gain: float = 0.01  # layers stay at 16 bits where quantizing some is not faster by this share
     max_latency_seconds: float | None = None
     solver: str = "auto"  # auto | gurobi | highs | search
-    # the fewest devices, or where the cluster has prices the cheapest, on which the batch ends within so many seconds
+    # the fewest devices, or where the cluster has prices the cheapest, on which all rows of the input, without one the
+    # planned sequences, end within so many seconds
     deadline_seconds: float | None = None
     time_limit_seconds: float = 30.0
     gap: float = 0.01

@@ -38,9 +38,13 @@ def solve_by_deadline(
     *,
     plan_for: Callable[..., Plan] = solve,
     time_limit_seconds: float = 60.0,
+    requests: int = 0,
     **options: Any,
 ) -> Plan:
     """The plan on the cheapest devices whose predicted time for the whole batch is at most `seconds`.
+
+    `requests`: how many there are to serve, if they are more than the planned sequences. As slots are refilled, they
+    are taken to need time in proportion.
 
     Cheapest: least money for the batch where there are prices, else fewest devices; of equals the fastest. On each
     choice of devices the plan is that of the problem's own mode; where theta makes it too slow, the fastest within the
@@ -56,13 +60,16 @@ def solve_by_deadline(
             "planner.deadline_seconds chooses the devices; leave planner.baseline and the pins order and layers out."
         )
     ends = time.monotonic() + time_limit_seconds
-    return _DeviceSearch(problem, seconds, sum_prices, pins, ends, time_limit_seconds / SHARES, plan_for, options).run()
+    batches = max(1.0, requests / problem.workload.sequences)
+    share = time_limit_seconds / SHARES
+    return _DeviceSearch(problem, seconds / batches, batches, sum_prices, pins, ends, share, plan_for, options).run()
 
 
 @dataclass
 class _DeviceSearch:
     problem: Problem
-    seconds: float
+    seconds: float  # for one planned batch
+    batches: float  # how many of them there are to serve
     sum_prices: Prices | None
     pins: Pins
     ends: float
@@ -204,12 +211,21 @@ class _DeviceSearch:
         if whole is None or self.problem.objective.mode != "max_quality_loss":
             fast = replace(self.problem, objective=self._fastest())
             whole = self.plan_for(fast, time_limit_seconds=max(2.0, self.ends - time.monotonic()), **self.options)
-        found, bound = whole.predicted.latency_seconds, whole.solver.bound or 0.0
+        found, bound = (self.batches * time for time in (whole.predicted.latency_seconds, whole.solver.bound or 0.0))
         return InfeasibleError(
-            f"No devices of this cluster finish the batch within {format_number(self.seconds)} s: the fastest plan "
+            f"No devices of this cluster finish {self._what} within {self._deadline} s: the fastest plan "
             f"found takes {format_number(found, 4)} s and none less than {format_number(bound, 4)} s; raise "
             f"planner.deadline_seconds to {format_number(math.ceil(100 * found) / 100, 5)} or add devices."
         )
+
+    @property
+    def _deadline(self) -> str:
+        return format_number(self.batches * self.seconds)
+
+    @property
+    def _what(self) -> str:
+        sequences = self.problem.workload.sequences
+        return "the batch" if self.batches == 1 else f"{round(self.batches * sequences):,} requests"
 
     def _explain(self, free_used: list[str], free_seconds: float, free_cost: float) -> str:
         """`free_...`: the plan that would be made without a deadline."""
@@ -218,12 +234,16 @@ class _DeviceSearch:
         less = "cheaper" if priced else "fewer"
         proof = f"no {less} ones do" if self.complete else f"the time limit came before all {less} ones were tried"
         devices = pluralize(len(self.problem.devices), "device")
-        text = f"Deadline {format_number(self.seconds)} s: {len(used)} of {devices} will do, "
-        text += f"in {format_number(seconds, 4)} s{self._money(self.key[0])}; {proof}."
+        text = f"Deadline {self._deadline} s for {self._what}: {len(used)} of {devices} will do, "
+        text += f"in {format_number(self.batches * seconds, 4)} s{self._money(self.key[0])}; {proof}."
         if free_used != used:
-            took = f"{format_number(free_seconds, 4)} s{self._money(free_cost)}"
+            took = f"{format_number(self.batches * free_seconds, 4)} s{self._money(free_cost)}"
             text += f" Without a deadline the plan would take {len(free_used)}, and {took}."
         return text
 
     def _money(self, cost: float) -> str:
-        return f" for {format_number(cost)}" if self._price([self.problem.devices[0].name]) is not None else ""
+        return (
+            f" for {format_number(self.batches * cost)}"
+            if self._price([self.problem.devices[0].name]) is not None
+            else ""
+        )

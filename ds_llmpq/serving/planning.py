@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ds_llmpq.batch.reader import read_requests
 from ds_llmpq.batch.request_validation import check_defaults
 from ds_llmpq.cluster.cluster import Cluster, choose_dtype
 from ds_llmpq.cluster.hostfile import write_hostfile
@@ -65,7 +66,8 @@ def make_plan(
             solved = solver(problem, **options)
         else:
             prices = None if settings.problem else Cluster.from_config(settings.cluster).sum_prices
-            solved = solve_by_deadline(problem, planner.deadline_seconds, prices, plan_for=solver, **options)
+            options |= {"plan_for": solver, "requests": _count_requests(settings)}
+            solved = solve_by_deadline(problem, planner.deadline_seconds, prices, **options)
     plan = finish(solved)
     write_artefacts(plan, out)
     if simulated := simulate_workload(plan, row_buckets=_captures(settings)):
@@ -112,6 +114,11 @@ def build_problem(
     )
     prepared = prepare(cluster, shape, workload, quant, planner, sensitivity, dtype, kernel, make_costs, captured)
     return prepared.problem, lambda plan: deploy(plan, cluster, prepared, model, quant, kernel)
+
+
+def _count_requests(settings: PlanConfig) -> int:
+    """How many rows of the input are to be served; 0 without an input."""
+    return len(read_requests(make_absolute(settings.input), settings.batch).requests) if settings.input else 0
 
 
 def _captures(settings: PlanConfig) -> bool:

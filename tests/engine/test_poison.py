@@ -7,7 +7,7 @@ from test_finish import prompts_of, rows_of
 from test_graph_pipeline import graph_plan, needs_openvino
 from test_oom_split import THREE, greedy
 
-from ds_llmpq.engine.stage_run.faults import Suspects, describe_error, find_first_faults
+from ds_llmpq.engine.stage_run.faults import FaultLog, Suspects, describe_error, find_first_faults
 from ds_llmpq.engine.stage_run.oom_split import MicroBatchSplitter
 from ds_llmpq.scheduler.request_group import RequestGroup
 from ds_llmpq.scheduler.sampling_params import SamplingParams
@@ -214,3 +214,15 @@ def test_a_fault_is_that_of_the_first_stage():
 
     found = find_first_faults([[[7, fault(2)]], [[7, fault(1)], [8, fault(1)]]])
     assert {key: each.stage for key, each in found.items()} == {7: 1, 8: 1}
+
+
+def test_a_fault_is_kept_until_its_own_row_is_asked_for(capsys):
+    """Another row's fault is asked for first, as when that one ends while this one's prompt still passes in chunks."""
+    faults = FaultLog(1)
+    faults.note(7, "prefill", ValueError("seven"))
+    faults.note(8, "decode", ValueError("eight"))
+    assert [key for key, _ in faults.take([8, 9])] == [8]
+    assert 7 in faults
+    assert 8 not in faults
+    [[key, fault]] = faults.take([7])
+    assert (key, fault["message"]) == (7, "seven")

@@ -93,6 +93,20 @@ def test_a_high_theta_gives_way_to_the_deadline(limit):
     assert kept > 1
 
 
+def test_more_requests_than_sequences_take_time_in_proportion():
+    problem = with_limit(300, layers=4, devices=3, types=2)
+    prices, batch = price_list(problem, 300), problem.workload.sequences
+    fastest = solve(problem, **EXACT).predicted.latency_seconds
+    alone = solve_by_deadline(problem, 1.2 * fastest, prices, **EXACT)
+    whole = solve_by_deadline(problem, 12 * fastest, prices, requests=10 * batch, **EXACT)
+    assert whole.stages == alone.stages
+    assert f" s for {10 * batch:,} requests: " in whole.explanation[1]
+    assert solve_by_deadline(problem, 1.2 * fastest, prices, requests=1, **EXACT).stages == alone.stages
+    with pytest.raises(InfeasibleError, match=rf"finish {10 * batch:,} requests within") as refusal:
+        solve_by_deadline(problem, 1.2 * fastest, prices, requests=10 * batch, **EXACT)
+    assert f"takes {10 * fastest:.4g} s" in str(refusal.value)
+
+
 def test_sentences():
     problem = with_limit(300, layers=4, devices=4, types=2)
     with pytest.raises(UserError, match=r"^planner.deadline_seconds is 0, but must be above 0\.$"):

@@ -1,11 +1,14 @@
 """From settings to a problem: what GPUs' captured decode passes change."""
 
+import json
+
 import pytest
 
 from ds_llmpq import config
+from ds_llmpq.errors import InfeasibleError
 from ds_llmpq.research.published_costs import SOURCES
 from ds_llmpq.serving.config import PlanConfig
-from ds_llmpq.serving.planning import build_problem
+from ds_llmpq.serving.planning import build_problem, make_plan
 
 
 def workspace(*keys):
@@ -28,3 +31,21 @@ def test_processors_and_published_systems_have_none(graphs):
     assert on_cpu == workspace("cluster=demo_cpu2")
     published = workspace("cluster=cluster2", "cost.source=published", f"engine.decode_graphs={graphs}")
     assert published == workspace("cluster=cluster2", "cost.source=published")
+
+
+def test_a_deadline_is_for_all_rows_of_the_input(tmp_path):
+    """Ten times as many rows as run at once are given ten times the time."""
+    rows = tmp_path / "rows.jsonl"
+    body = {"model": "m", "prompt": "x", "max_tokens": 4}
+    row = {"method": "POST", "url": "/v1/completions", "body": body}
+    rows.write_text("".join(json.dumps({"custom_id": str(i)} | row) + "\n" for i in range(160)))
+    keys = ["+experiment=demo", "planner.calibrate=never", "planner.solver=search", f"input={rows}"]
+
+    def plan(*further):
+        composed = config.compose_settings("plan", [*keys, *further])
+        return make_plan(config.load_cluster(config.to_object(composed, PlanConfig)), tmp_path)
+
+    free = plan().predicted.latency_seconds
+    assert "160 requests: " in plan(f"planner.deadline_seconds={11 * free}").explanation[1]
+    with pytest.raises(InfeasibleError, match="finish 160 requests within"):
+        plan(f"planner.deadline_seconds={free}")

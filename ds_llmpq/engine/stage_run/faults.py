@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -68,11 +68,10 @@ class FaultLog:
     def __contains__(self, key: int) -> bool:
         return key in self._faults
 
-    def take(self) -> list[list[Any]]:
-        """[key, fault as plain data] of each; they are forgotten here."""
-        taken = [[key, asdict(fault)] for key, fault in self._faults.items()]
-        self._faults.clear()
-        return taken
+    def take(self, keys: Iterable[int]) -> list[list[Any]]:
+        """[key, fault as plain data] of those of `keys` that have one; they are forgotten here. Another row's fault
+        stays: its end is not known everywhere yet, and what is left of its prompt must not pass."""
+        return [[key, asdict(self._faults.pop(key))] for key in keys if key in self._faults]
 
 
 def find_first_faults(reports: Sequence[Sequence[Sequence[Any]]]) -> dict[int, Fault]:
