@@ -7,8 +7,9 @@ import numpy as np
 
 from ds_llmpq.plan import ESTIMATES, Assignment, Plan, Stage
 from ds_llmpq.planner.arrays import PairArrays, pair_arrays
-from ds_llmpq.planner.objective import Prediction, evaluate, objective_value, stage_memory
+from ds_llmpq.planner.objective import Prediction, evaluate, objective_value
 from ds_llmpq.planner.problem import Problem
+from ds_llmpq.planner.unquantized import leave_unquantized
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS
 from ds_llmpq.wording import format_number, pluralize
 
@@ -39,20 +40,15 @@ def _quantization(problem: Problem, plan: Plan) -> str:
     allowed = f" of the {format_number(objective.limit)} allowed" if objective.mode == "max_quality_loss" else ""
     return (
         f"Quantized: {len(low)} of {pluralize(len(bits), 'layer')} ({counts}), because "
-        f"{_why_quantized(problem, plan)}; expected to cost {format_number(loss)} nats a token{allowed}, "
+        f"{_why_quantized(problem)}; expected to cost {format_number(loss)} nats a token{allowed}, "
         f"{format_number(100 * math.expm1(loss))} % in perplexity."
     )
 
 
-def _why_quantized(problem: Problem, plan: Plan) -> str:
+def _why_quantized(problem: Problem) -> str:
     if UNQUANTIZED_BITS not in problem.bits:
         return f"{UNQUANTIZED_BITS} bits are not among the choices"
-    assignment, budgets = plan.assignment(), {device.name: device.memory_bytes for device in problem.devices}
-    for stage in assignment.stages:
-        whole = replace(stage, bits=(UNQUANTIZED_BITS,) * len(stage.bits))
-        if sum(stage_memory(problem, assignment, whole).values()) > budgets[stage.device]:
-            return "they do not fit the devices' memory otherwise"
-    return "that is faster"
+    return "they do not fit the devices' memory otherwise" if leave_unquantized(problem) is None else "that is faster"
 
 
 def _balance(problem: Problem, assignment: Assignment, seen: Prediction) -> str:

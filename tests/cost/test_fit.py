@@ -126,7 +126,7 @@ def test_unprofiled_bits_types_and_ranges_are_said():
     model = costs(random_profile(1))
     assert model.prefill_seconds(8, 2, 32) == RooflineCosts(CORE, SHAPE, "float32").prefill_seconds(8, 2, 32)
     assert model.provenance.startswith("fitted (")
-    assert "2, 3, 8 bits roofline" in model.provenance
+    assert "; 8 bits roofline)" in model.provenance
     model.decode_seconds(16, 4, 60)
     assert len(model.notes) == 1
     model.decode_seconds(16, 4, 500)
