@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import shutil
 import signal
 import sys
@@ -126,6 +127,7 @@ def _check_room(folder: Path) -> None:
 
 def _run(command: str, composed: DictConfig) -> int:
     config.register()  # a sweep's worker process starts without the resolvers
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # says on its first use that it looked for fonts
     module = importlib.import_module(f"ds_llmpq.commands.{command}")
     out = Path(HydraConfig.get().runtime.output_dir)
     if HydraConfig.get().mode == RunMode.MULTIRUN:

@@ -101,15 +101,20 @@ def format_errors(pairs: Iterable[TimePair]) -> str:
     return format_table(head, rows)
 
 
-def verdict(pairs: Sequence[TimePair], what: str) -> str:
+def verdict(pairs: Sequence[TimePair], what: str, remedy: str = "profile again") -> str:
+    """`remedy`: what to do, with nothing else running, where times are off."""
     mean = _mean(abs(pair.error) for pair in pairs)
     worst = max(abs(pair.error) for pair in pairs)
     said = f"Predictions of {what} are off by {mean:.1%} on average and {worst:.1%} at worst: "
     if mean <= TRUSTED:
         return said + "plans made from them can be trusted to about that much."
     if mean <= USABLE:
-        return said + "good enough to rank plans, not to promise times; profile again on a quiet machine."
-    return said + "do not trust a plan's times; profile this model on these devices, with nothing else running."
+        return said + f"good enough to rank plans, not to promise times; {remedy} with nothing else running."
+    return said + f"do not trust a plan's times; {remedy} with nothing else running."
+
+
+def judge_run(pairs: Sequence[TimePair]) -> str:
+    return verdict(pairs, "the run's passes", "profile this model on these devices and run again,")
 
 
 def pair_run(folder: Path) -> list[TimePair]:
@@ -137,7 +142,7 @@ def describe_run(folder: Path) -> str:
         lines = [_describe_total(phase, totals[f"{phase}_seconds"]) for phase in totals and TIMED]
         memory = [row for stage in metrics["stages"] for row in _compare_memory(stage)]
     head = ["stage", "memory", "predicted bytes", "measured bytes", "error"]
-    return "\n".join([format_errors(pairs), *lines, format_table(head, memory), verdict(pairs, "the run's passes")])
+    return "\n".join([format_errors(pairs), *lines, format_table(head, memory), judge_run(pairs)])
 
 
 def _describe_total(phase: str, entry: dict[str, float]) -> str:
@@ -162,6 +167,8 @@ def _compare_memory(stage: dict[str, Any]) -> list[list[str]]:
 def scatter(pairs: Sequence[TimePair], file: Path, title: str) -> None:
     """Plots predicted against measured times on logarithmic axes, with a colour for each device and phase, and lines at
     equality and +-10 %."""
+    from matplotlib.ticker import LogLocator
+
     figure, ((axes,),) = figures.make_figure(width=6.4, height=6.0)
     groups: dict[tuple[str, str], list[TimePair]] = defaultdict(list)
     for pair in pairs:
@@ -175,9 +182,10 @@ def scatter(pairs: Sequence[TimePair], file: Path, title: str) -> None:
     for factor, style in ((1.0, "-"), (0.9, ":"), (1.1, ":")):
         axes.plot(ends, [factor * end for end in ends], style, color="grey", linewidth=0.8)
     axes.set(xscale="log", yscale="log", xlabel="measured (ms)", ylabel="predicted (ms)", title=title)
-    for axis in (axes.xaxis, axes.yaxis):  # 30, not 3 x 10^1
+    for axis in (axes.xaxis, axes.yaxis):  # 20, 50, 100, not 2 x 10^1
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter("{x:g}")
-        axis.set_minor_formatter("{x:g}" if ends[1] < 20 * ends[0] else "")
+        axis.set_minor_formatter("")
     axes.legend(fontsize="small")
     figures.save_figure(figure, file)
 

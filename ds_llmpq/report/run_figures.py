@@ -8,6 +8,7 @@ from typing import Any
 
 from ds_llmpq.plan import MEMORY_PARTS, Plan
 from ds_llmpq.report import figures
+from ds_llmpq.report.plan_table import format_size
 from ds_llmpq.wording import format_number
 
 GIB, MIB = 2**30, 2**20
@@ -32,8 +33,12 @@ def plot_bits(plan: Plan, path: Path) -> Path:
 
 
 def plot_memory(plan: Plan, measured: Sequence[Mapping[str, Any]] | None, path: Path) -> Path:
-    """Predicted parts of each stage, the measured ones beside them, and a line at the budget."""
-    largest = max(max(stage.memory_budget_bytes, stage.memory_bytes.total) for stage in plan.stages)
+    """Predicted parts of each stage, the measured ones beside them, and a line at the budget, or its figure above where
+    it is many times what is needed."""
+    top = 1.3 * max(stage.memory_bytes.total for stage in plan.stages)
+    far = [stage.memory_budget_bytes > 3 * top for stage in plan.stages]
+    budgets = [stage.memory_budget_bytes for stage, above in zip(plan.stages, far, strict=True) if not above]
+    largest = max([top, *budgets])
     unit, name = (GIB, "GiB") if largest >= GIB else (MIB, "MiB")
     figure, ((axis,),) = figures.make_figure(width=max(6.0, 1.5 * len(plan.stages) + 3), height=3.8)
     for index, stage in enumerate(plan.stages):
@@ -42,8 +47,12 @@ def plot_memory(plan: Plan, measured: Sequence[Mapping[str, Any]] | None, path: 
             value = getattr(stage.memory_bytes, part) / unit
             axis.bar(index - 0.18, value, 0.34, bottom, color=figures.PARTS[part], label=part if index == 0 else None)
             bottom += value
-        budget = stage.memory_budget_bytes / unit
-        axis.plot([index - 0.42, index + 0.42], [budget] * 2, color="black", lw=1.6, label=None if index else "budget")
+        if far[index]:
+            text = f"budget {format_size(stage.memory_budget_bytes)}"
+            axis.text(index, largest / unit, text, ha="center", va="top", fontsize=8)
+            continue
+        budget, label = stage.memory_budget_bytes / unit, None if index != far.index(False) else "budget"
+        axis.plot([index - 0.42, index + 0.42], [budget] * 2, color="black", lw=1.6, label=label)
     for index, held in enumerate(measured or []):
         bottom = 0.0
         for part in ("weights", "kv"):  # weights: with embedding and head
@@ -57,7 +66,7 @@ def plot_memory(plan: Plan, measured: Sequence[Mapping[str, Any]] | None, path: 
     axis.set_xticks(
         range(len(plan.stages)), [f"{i}\n{stage.device}" for i, stage in enumerate(plan.stages)], fontsize=8
     )
-    axis.set(ylabel=name, xlabel="stage")
+    axis.set(ylabel=name, xlabel="stage", xlim=(-0.6, len(plan.stages) - 0.4), ylim=(0, 1.05 * largest / unit))
     axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figures.save_figure(figure, path)
 
