@@ -191,8 +191,8 @@ def _compare_points(points: list[dict[str, Any]]) -> list[str]:
             ratios = [ours[key] / theirs[key] for ours, theirs in pairs if ours[key] and theirs[key]]
             if ratios:
                 mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-                span = f" ({min(ratios):.2f}x to {max(ratios):.2f}x on {len(ratios)} points)" if len(ratios) > 1 else ""
-                found.append(f"{kind} {mean:.2f}x{span}")
+                span = f"{min(ratios):.2f}x to {max(ratios):.2f}x on {len(ratios)} points"
+                found.append(f"{kind} {mean:.2f}x" + (f" ({span})" if max(ratios) > min(ratios) else ""))
         lines.append(f"speed-up over {name}: {', '.join(found) or 'it has no plan'}")
     return lines
 
