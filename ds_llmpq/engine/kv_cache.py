@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import repeat
 
 import torch
 
@@ -21,9 +22,9 @@ class KVStore:
     sequences and many short ones use the same bytes. A decode micro-batch is a slice of slots: regrouping sequences
     from prefill to decode copies nothing, and a slot's next sequence overwrites the last one's.
 
-    block: slots take whole blocks of so many positions. A stage that runs as one graph (`paged`) lays the same memory
-    out as blocks (`blocks`), and no layer of it asks for the other view (`layer`). The last positions may hold a prefix
-    that sequences share (`hold_prefix`), which a slot takes over by copying.
+    block: slots take whole blocks of so many positions. A stage that runs as one graph lays the same memory out as
+    blocks (`blocks`), and no layer of it asks for the other view (`layer`). The first positions may hold a prefix that
+    sequences share (`hold_prefix`); the slots lie behind it, and a slot whose sequence shares it holds what follows.
     """
 
     def __init__(
@@ -36,10 +37,8 @@ class KVStore:
         dtype: torch.dtype,
         device: torch.device,
         block: int = 1,
-        paged: bool = False,
     ):
         self.block = block
-        self.paged = paged
         self.prefix_tokens = 0
         self.first_layer = first_layer
         self.positions = positions
@@ -61,7 +60,7 @@ class KVStore:
         """A store of the same layers for one sequence of `positions` tokens, in whole blocks."""
         return KVStore(
             self.first_layer, len(self._memory), round_up(positions, self.block), self.kv_heads, self.head_dim,
-            self._memory.dtype, self.device, self.block, self.paged,
+            self._memory.dtype, self.device, self.block,
         )  # fmt: skip
 
     @property
@@ -87,7 +86,7 @@ class KVStore:
                 f"{free}; plan for a larger workload."
             )
         layers = self._memory.shape[0]
-        used = self._positions(0, slots * capacity)
+        used = self._positions(self.prefix_tokens, self.prefix_tokens + slots * capacity)
         self._view = used.view(layers, 2, slots, self.kv_heads, capacity, self.head_dim)
         self.slots, self.capacity = slots, capacity
 
@@ -95,49 +94,42 @@ class KVStore:
         """Forgets a slot's contents, or all. Masked positions count with weight 0, which a NaN left there would
         survive."""
         if slot is None:
-            self._positions(0, self.positions - self.prefix_tokens).zero_()
+            self._positions(self.prefix_tokens, self.positions).zero_()
         else:
             self._view[:, :, slot].zero_()
 
     def hold_prefix(self, tokens: int) -> None:
-        """Keeps the first `tokens` positions of the only slot, which must be whole blocks, until it is called again;
-        with 0, none."""
-        if tokens + self.capacity > self.positions:
-            raise ValueError(f"no room for {tokens} positions beside {self.capacity} of {self.positions}")
-        if tokens:
-            self._prefix(tokens).copy_(self._front(0, tokens))
+        """Makes the only slot, which is full with `tokens`, the prefix, until it is called again; with 0, there is
+        none. The rest is one slot."""
+        if tokens and (self.slots, self.capacity) != (1, tokens):
+            raise ValueError(
+                f"{tokens} positions of {self.slots} slots of {self.capacity}; a prefix fills a slot alone"
+            )
         self.prefix_tokens = tokens
+        self.shape_for(1, (self.positions - tokens) // self.block * self.block)
 
-    def copy_prefix(self, slots: Sequence[int]) -> None:
-        """The slots begin with the prefix."""
-        for slot in slots:
-            self._front(slot, self.prefix_tokens).copy_(self._prefix(self.prefix_tokens))
-
-    def _prefix(self, tokens: int) -> torch.Tensor:
-        """In the form of `_front`."""
-        held = self._positions(self.positions - tokens, self.positions)
-        return held if self.paged else held.view(*held.shape[:2], self.kv_heads, tokens, self.head_dim)
-
-    def _front(self, slot: int, tokens: int) -> torch.Tensor:
-        """A slot's first positions: whole blocks, one behind another, or [layers, 2, kv_heads, tokens, head_dim]."""
-        if self.paged:
-            return self._positions(slot * self.capacity, slot * self.capacity + tokens)
-        return self._view[:, :, slot, :, :tokens]
+    def prefix(self, layer_idx: int) -> torch.Tensor:
+        """[2, kv_heads, prefix tokens, head_dim] of a decoder layer."""
+        held = self._positions(0, self.prefix_tokens)[layer_idx - self.first_layer]
+        return held.view(2, self.kv_heads, self.prefix_tokens, self.head_dim)
 
     def _positions(self, start: int, stop: int) -> torch.Tensor:
         """The memory of so many positions, [layers, 2, elements]."""
         elements = self.kv_heads * self.head_dim
         return self._memory[:, :, start * elements : stop * elements]
 
-    def prefill(self, slots: Sequence[int], past: int = 0) -> PrefillCache:
-        """past: tokens that each of the slots holds already."""
+    def prefill(self, slots: Sequence[int], past: int = 0, shared: int = 0) -> PrefillCache:
+        """past: tokens of each sequence that are stored already, of which `shared` are the prefix's."""
         first, last = slots[0], slots[-1]
-        together = last - first + 1 == len(slots)
-        return PrefillCache(self, slice(first, last + 1) if together else to_device(slots, self._view.device), past)
+        rows = slice(first, last + 1) if last - first + 1 == len(slots) else to_device(slots, self._view.device)
+        return PrefillCache(self, rows, past, shared)
 
-    def decode(self, start: int, stop: int, positions: torch.Tensor, kv_tokens: int) -> DecodeCache:
-        """`positions` [slots]: where each new token is stored; attention sees the first `kv_tokens`."""
-        return DecodeCache(self, slice(start, stop), positions, kv_tokens)
+    def decode(
+        self, start: int, stop: int, positions: torch.Tensor, kv_tokens: int, shared: torch.Tensor | None = None
+    ) -> DecodeCache:
+        """`positions` [slots]: of each new token in its sequence, of which `shared` [slots] are the prefix's; attention
+        sees the first `kv_tokens` of each slot."""
+        return DecodeCache(self, slice(start, stop), positions, kv_tokens, shared)
 
     def layer(self, layer_idx: int) -> torch.Tensor:
         """[2, slots, kv_heads, capacity, head_dim] of a decoder layer, by its index in the whole model."""
@@ -150,9 +142,10 @@ class KVStore:
         used = memory[:, : count * self.block * self.kv_heads * self.head_dim]
         return used.view(2, count, self.kv_heads, self.block, self.head_dim)
 
-    @property
-    def blocks_of_slot(self) -> int:
-        return self.capacity // self.block
+    def block_table(self, slot: int, tokens: int, shared: int) -> list[int]:
+        """The blocks of a sequence's first `tokens` positions, of which `shared` are the prefix's."""
+        first = (self.prefix_tokens + slot * self.capacity) // self.block
+        return [*range(shared // self.block), *range(first, first - (shared - tokens) // self.block)]
 
 
 class NoCache:
@@ -175,72 +168,92 @@ class NoCache:
     def hold_prefix(self, tokens: int) -> None:
         """Nothing is kept."""
 
-    def prefill(self, slots: Sequence[int], past: int = 0) -> None:
+    def prefill(self, slots: Sequence[int], past: int = 0, shared: int = 0) -> None:
         return None
 
-    def decode(self, start: int, stop: int, positions: torch.Tensor, kv_tokens: int) -> None:
+    def decode(
+        self, start: int, stop: int, positions: torch.Tensor, kv_tokens: int, shared: torch.Tensor | None = None
+    ) -> None:
         return None
 
 
 @dataclass
 class PrefillCache:
-    """Stores prompts from position `past` on; attention uses the fresh keys and values, and those before them."""
+    """Stores prompts from position `past` on; attention uses the fresh keys and values, and those before them. Behind a
+    shared prefix they are joined for the pass: prefill computes so much that the copy costs little."""
 
     store: KVStore
     slots: slice | torch.Tensor
     past: int = 0
+    shared: int = 0
 
     def rows(self, start: int, stop: int) -> PrefillCache:
         if isinstance(self.slots, slice):
-            return PrefillCache(self.store, slice(self.slots.start + start, self.slots.start + stop), self.past)
-        return PrefillCache(self.store, self.slots[start:stop], self.past)
+            return replace(self, slots=slice(self.slots.start + start, self.slots.start + stop))
+        return replace(self, slots=self.slots[start:stop])
 
-    def row_places(self) -> list[tuple[int, int]]:
-        """(slot, tokens it holds already) of each row."""
+    def row_places(self) -> list[tuple[int, int, int]]:
+        """(slot, tokens stored already, those of them that are the prefix's) of each row."""
         slots = self.slots
         numbers = range(slots.start, slots.stop) if isinstance(slots, slice) else slots.tolist()
-        return [(slot, self.past) for slot in numbers]
+        return [(slot, self.past, self.shared) for slot in numbers]
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
-        seen = self.past + key.shape[2]
+        place = self.past - self.shared
+        seen = place + key.shape[2]
         cached = self.store.layer(layer_idx)
         for part, fresh in zip(cached, (key, value), strict=True):
             if isinstance(self.slots, slice):
-                part[self.slots, :, self.past : seen] = fresh
+                part[self.slots, :, place:seen] = fresh
             else:
-                part[:, :, self.past : seen].index_copy_(0, self.slots, fresh)
-        if not self.past:
-            return key, value
-        keys, values = cached[:, self.slots, :, :seen]
-        return keys, values
+                part[:, :, place:seen].index_copy_(0, self.slots, fresh)
+        if place:
+            key, value = cached[:, self.slots, :, :seen]
+        if self.shared:
+            prefix = self.store.prefix(layer_idx)[:, None].expand(-1, len(key), -1, -1, -1)
+            key, value = (torch.cat(parts, 2) for parts in zip(prefix, (key, value), strict=True))
+        return key, value
 
 
 @dataclass
 class DecodeCache:
-    """Stores one token a row at that row's own position; attention uses all stored tokens.
+    """Stores one token a row at that row's own position; attention uses all stored tokens of the slots, and apart from
+    them the prefix (`prefix`).
 
-    positions [slots]: each row's own.
+    positions [slots]: each row's own; `shared` [slots]: those of them that are the prefix's, None: of no row.
     """
 
     store: KVStore
     slots: slice
     positions: torch.Tensor
     kv_tokens: int
+    shared: torch.Tensor | None = None
+
+    @property
+    def prefix_tokens(self) -> int:
+        return self.store.prefix_tokens
+
+    def prefix(self, layer_idx: int) -> torch.Tensor:
+        """Keys and values, [2, kv_heads, prefix tokens, head_dim]."""
+        return self.store.prefix(layer_idx)
 
     def rows(self, start: int, stop: int) -> DecodeCache:
         slots = slice(self.slots.start + start, self.slots.start + stop)
-        return DecodeCache(self.store, slots, self.positions[start:stop], self.kv_tokens)
+        shared = None if self.shared is None else self.shared[start:stop]
+        return replace(self, slots=slots, positions=self.positions[start:stop], shared=shared)
 
-    def row_places(self) -> list[tuple[int, int]]:
-        """(slot, tokens it holds already) of each row."""
-        return list(zip(range(self.slots.start, self.slots.stop), self.positions.tolist(), strict=True))
+    def row_places(self) -> list[tuple[int, int, int]]:
+        """(slot, tokens stored already, those of them that are the prefix's) of each row."""
+        shared = repeat(0) if self.shared is None else self.shared.tolist()
+        return list(zip(range(self.slots.start, self.slots.stop), self.positions.tolist(), shared, strict=False))
 
     @cached_property
     def _places(self) -> torch.Tensor:
         """[slots, kv_heads]: where each head's vector goes, counted in vectors of all slots, heads and positions."""
         heads, store = self.store.kv_heads, self.store
         numbers = torch.arange(self.slots.start * heads, self.slots.stop * heads, device=self.positions.device)
-        return numbers.view(-1, heads) * store.capacity + self.positions[:, None]
+        places = self.positions if self.shared is None else self.positions - self.shared
+        return numbers.view(-1, heads) * store.capacity + places[:, None]
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
         places, cached = self._places.view(-1), self.store.layer(layer_idx)

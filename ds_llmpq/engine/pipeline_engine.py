@@ -144,7 +144,7 @@ class InferencePipelineEngine(PipelineEngine):
         self.store.hold_prefix(0)
         if not prefix:
             return
-        group = RequestGroup((Request(_NOBODY, prefix, 1),))
+        group = RequestGroup((Request(_NOBODY, prefix, 1),), 1, len(prefix))
         self.run_stream(group, limits, lambda: None, lambda row, tokens, finish: ended.append(finish))
         self.stream_times[-1] = replace(self.stream_times[-1], of_prefix=True)
         if ended != [Finish.NAN_LOGITS]:
@@ -178,8 +178,6 @@ class InferencePipelineEngine(PipelineEngine):
                 self.store.clear(slot)
                 self.stream.nan_slots.discard(slot)
         self._lost.difference_update(batch.slots if batch.sequences else ())
-        if batch.past and batch.sequences:
-            self.store.copy_prefix(batch.slots)
         if self._lost.intersection(batch.slots):
             self._hidden, self._logits = self.passes.fill_with_nan(1, self._count_row_tokens(batch))
             return

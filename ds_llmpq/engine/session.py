@@ -227,7 +227,7 @@ class Session:
         positions = self.plan.cache_positions + self.plan.prefix_positions
         return KVStore(
             first, last - first, positions, shape.kv_heads, shape.head_dim, self.dtype, self.context.device,
-            self.plan.cache_block, find_stage_kernel(self.context.stage.kernel).whole_stage,
+            self.plan.cache_block,
         )  # fmt: skip
 
     def _build_activation_channel(self) -> ActivationChannel:

@@ -35,7 +35,7 @@ class StepBuilder:
         longest = max(map(len, prompts))
         step = Step(
             positions=torch.arange(past, past + longest, device=self.device).expand(batch.size, longest),
-            cache=self.store.prefill(batch.slots, past),
+            cache=self.store.prefill(batch.slots, past, stream.slots.shared[batch.slots[0]]),
             kv_tokens=past + longest,
             causal_only=not past,
             last=None if self.every_position else to_device([len(tokens) - 1 for tokens in prompts], self.device),
@@ -61,21 +61,30 @@ class StepBuilder:
 
     def decode_at(self, stream: Stream, batch: MicroBatch, positions: abc.Sequence[int]) -> Step:
         """A decode step without its tokens. `positions`: of the live slots' last tokens."""
-        # how sums over the cache are grouped depends on how much of it is read
-        kv_tokens = self.store.capacity if stream.batch_invariant else max(positions) + 1
         live = dict(zip(batch.live, positions, strict=True))
-        places = [live[slot] if slot in live else self._find_unread_place(stream, slot) for slot in batch.slots]
-        at = to_device(places, self.device)
+        own = [place - stream.slots.shared[slot] for slot, place in live.items()]  # places in their slots
+        # how sums over the cache are grouped depends on how much of it is read
+        kv_tokens = self.store.capacity if stream.batch_invariant else max(own) + 1
+        # where no live row has the prefix, none attends to it
+        shared = stream.slots.shared if own != [*live.values()] else [0] * len(stream.slots.shared)
+        places = [
+            live[slot] if slot in live else shared[slot] + self._find_unread_place(stream, slot) for slot in batch.slots
+        ]
+        at, of_prefix = to_device(places, self.device), None
+        if any(shared):
+            of_prefix = to_device([shared[slot] for slot in batch.slots], self.device)
         return Step(
             positions=at[:, None],
-            cache=self.store.decode(batch.slots[0], batch.slots[-1] + 1, at, kv_tokens),
+            cache=self.store.decode(batch.slots[0], batch.slots[-1] + 1, at, kv_tokens, of_prefix),
             kv_tokens=kv_tokens,
-            causal_only=not stream.batch_invariant and min(positions) + 1 == kv_tokens,
+            causal_only=not stream.batch_invariant and min(own) + 1 == kv_tokens,
+            shared=of_prefix,
             prepare=self.positional,
         )
 
     def _find_unread_place(self, stream: Stream, slot: int) -> int:
-        """Where a slot that goes along may write: behind what its sequence's prefill has stored, where the sequence
-        itself writes before it reads; what an ended one left is read by none. The same on every stage."""
+        """Where in its slot a slot that goes along may write: behind what its sequence's prefill has stored, where the
+        sequence itself writes before it reads; what an ended one left is read by none. The same on every stage."""
         row = stream.slots.sequences[slot]
-        return 0 if row is None else min(len(row.prefill_tokens), self.store.capacity - 1)
+        stored = 0 if row is None else len(row.prefill_tokens) - stream.slots.shared[slot]
+        return min(stored, self.store.capacity - 1)

@@ -139,7 +139,7 @@ class TokenChooser:
             self.faults.note(row.key, "stop rule", error)
             return Finish.NAN_LOGITS
         self._rule_holds = True
-        if finish is Finish.RUNNING and len(row.prompt) + generated >= self.store.capacity:
+        if finish is Finish.RUNNING and table.is_full(slot, generated, self.store.capacity):
             return Finish.PREEMPTED
         return finish
 

@@ -2,7 +2,8 @@
 
 The host never reads a tensor's values, except to choose experts one by one (see `Experts.static`), and no shape depends
 on values. So a step can be traced once and replayed. Letters in shapes: R rows (sequences), T new tokens of a row, S
-tokens that attention sees, H query heads, G key/value heads, D features of a head, N = R x T, E experts.
+tokens that attention sees, P tokens of a shared prefix, H query heads, G key/value heads, D features of a head,
+N = R x T, E experts.
 """
 
 from __future__ import annotations
@@ -106,6 +107,35 @@ def _attend_capped(
     return (weights.view(rows, groups, -1, seen) @ value).view(rows, heads, tokens, size)
 
 
+def attend_with_prefix(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix: torch.Tensor,
+    mask: torch.Tensor,
+    scale: float,
+    soft_cap: float | None = None,
+) -> torch.Tensor:
+    """`attend` for one new token a row, where rows have a prefix in common: its keys and values [2, G, P, D] are read
+    once for all rows. query [R, H, 1, D]; mask [R, H or 1, 1, P + S]: the prefix comes first. One softmax, in float32,
+    runs over the scores of both parts, which is what merging two attentions by their log-sum-exp comes to."""
+    rows, heads, _, size = query.shape
+    groups, common = prefix.shape[1:3]
+    by_row = query.reshape(rows, groups, -1, size)  # the heads of a group see the same keys
+
+    def multiply_all(states: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+        """[R, G, H / G, n] x [G, n, m] -> [R, G, H / G, m]: one product a group, for all rows."""
+        together = states.transpose(0, 1).reshape(groups, -1, states.shape[-1]) @ matrices
+        return together.view(groups, rows, -1, matrices.shape[-1]).transpose(0, 1)
+
+    parts = multiply_all(by_row, prefix[0].transpose(1, 2)), by_row @ key.transpose(2, 3)
+    scores = cap(torch.cat(parts, -1).view(rows, heads, 1, -1).float() * scale, soft_cap)
+    scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    weights = scores.softmax(-1).to(query.dtype).view(rows, groups, heads // groups, -1)
+    found = multiply_all(weights[..., :common], prefix[1]) + weights[..., common:] @ value
+    return found.reshape(rows, heads, 1, size)
+
+
 class Norm(nn.Module):
     """Over the last `size` features."""
 
@@ -147,7 +177,11 @@ class Attention(nn.Module):
         if step.cache is not None:
             key, value = step.cache.update(key, value, self.index)
         mask = inputs["bias"] if self.spec.alibi else step.mask(self.window)
-        found = attend(query, key, value, mask, self.spec.scale, self.spec.soft_cap)
+        if step.shared is None:
+            found = attend(query, key, value, mask, self.spec.scale, self.spec.soft_cap)
+        else:
+            prefix = step.cache.prefix(self.index)
+            found = attend_with_prefix(query, key, value, prefix, mask, self.spec.scale, self.spec.soft_cap)
         return self.o_proj(found.transpose(1, 2).reshape(rows, tokens, -1))
 
     def _heads(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -61,8 +61,8 @@ class Head(nn.Module):
 class Positions:
     """Computes once what all layers of a stage need from a micro-batch's positions, and puts it into
     `step.position_inputs`: cosines and sines [rows, tokens, features] for `block.rotate`, by the names of
-    `DecoderSpec.rotary`; and ALiBi's `bias` [rows or 1, heads, tokens, kv_tokens], which is the most negative number
-    where a query may not attend."""
+    `DecoderSpec.rotary`; and ALiBi's `bias` [rows or 1, heads, tokens, keys], which is the most negative number where a
+    query may not attend."""
 
     def __init__(self, spec: DecoderSpec):
         self.rotary = {name: Angles(rotary) for name, rotary in spec.rotary}
@@ -79,9 +79,11 @@ class Positions:
     def _bias(self, step: Step) -> torch.Tensor:
         dtype, device = step.hidden.dtype, step.hidden.device
         self.slopes = self.slopes.to(device)
-        keys = torch.arange(step.kv_tokens, device=device)
+        keys = step.keys()
         # the bias depends on the key's position alone, because softmax ignores the shift by the query's position
         bias = (self.slopes[:, None] * keys)[:, None].to(dtype)
+        if step.shared is not None:
+            return torch.where(step.mask(), bias, torch.finfo(dtype).min)
         if step.causal_only and step.positions.shape[1] == 1:
             return bias[None]
         # if causality suffices, all rows are at the same positions

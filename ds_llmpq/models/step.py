@@ -19,6 +19,13 @@ class KeyValueCache(Protocol):
     def rows(self, start: int, stop: int) -> KeyValueCache:
         """The cache of rows [start, stop) of the micro-batch alone."""
 
+    @property
+    def prefix_tokens(self) -> int:
+        """Length of the prefix that rows of a decode pass may share."""
+
+    def prefix(self, layer_idx: int) -> torch.Tensor:
+        """Its keys and values, [2, key/value heads, prefix tokens, size]."""
+
 
 @dataclass
 class Step:
@@ -29,7 +36,9 @@ class Step:
     each row's last real token, where the head is applied (None: at every token); logits [rows, (tokens,) vocabulary].
 
     `kv_tokens`: cache positions that attention sees. `causal_only`: no explicit mask is needed, which is so in prefill,
-    and in decode if every row is at the last of the `kv_tokens` positions.
+    and in decode if every row is at the last of the `kv_tokens` positions. `shared` [rows], of a decode pass: how many
+    tokens of each row are the cache's prefix, all or none, to which the row attends apart; `kv_tokens` are then those
+    behind it. None: no row has the prefix.
     """
 
     positions: torch.Tensor
@@ -40,6 +49,7 @@ class Step:
     hidden: torch.Tensor | None = None
     last: torch.Tensor | None = None
     logits: torch.Tensor | None = None
+    shared: torch.Tensor | None = None
     # fills `position_inputs` with what a stage computes once per micro-batch: rotary angles, ALiBi
     prepare: Callable[[Step], None] | None = None
     position_inputs: dict[str, Any] = field(default_factory=dict)
@@ -56,6 +66,7 @@ class Step:
             cache=None if self.cache is None else self.cache.rows(start, stop),
             kv_tokens=self.kv_tokens,
             causal_only=self.causal_only,
+            shared=cut(self.shared),
             token_ids=cut(self.token_ids),
             hidden=cut(self.hidden),
             last=cut(self.last),
@@ -83,20 +94,29 @@ class Step:
         return self.position_inputs
 
     def mask(self, window: int | None = None) -> torch.Tensor | None:
-        """Boolean mask [rows, 1, tokens, kv_tokens], true where a query may attend; None if causality suffices."""
-        if self.causal_only and (window is None or self.kv_tokens <= window):
+        """Boolean mask [rows, 1, tokens, keys], true where a query may attend; None if causality suffices."""
+        if self.shared is None and self.causal_only and (window is None or self.kv_tokens <= window):
             return None
         if window not in self._masks:
             self._masks[window] = self._mask(window)
         return self._masks[window]
 
     def _mask(self, window: int | None) -> torch.Tensor:
-        keys = torch.arange(self.kv_tokens, device=self.positions.device)
-        queries = self.positions[:, :, None]
+        keys, queries = self.keys(), self.positions[:, :, None]
+        if self.shared is not None:
+            queries = queries - self.shared[:, None, None]
         allowed = keys <= queries
         if window is not None:
             allowed &= keys > queries - window
+        if self.shared is not None:
+            allowed &= keys >= -self.shared[:, None, None]
         return allowed[:, None]
+
+    def keys(self) -> torch.Tensor:
+        """[keys]: positions of the keys that attention sees; where a prefix is attended to apart, its are negative, for
+        the first position behind it is 0, as it is for rows without the prefix."""
+        first = 0 if self.shared is None else -self.cache.prefix_tokens
+        return torch.arange(first, self.kv_tokens, device=self.positions.device)
 
     def at_last(self) -> torch.Tensor:
         """Hidden states that the head is applied to: [rows, hidden], or all if `last` is None."""

@@ -20,7 +20,8 @@ class Finish(IntEnum):
 
 
 class SlotTable:
-    """The sequence of each slot, its generated tokens and its finish; None where there was none yet.
+    """The sequence of each slot, its generated tokens and its finish; None where there was none yet. `shared`: how many
+    of the sequence's tokens are a prefix that is stored apart and takes no room in the slot.
 
     A slot is *awaited* from the moment a micro-batch with it starts until its token is recorded.
     """
@@ -29,11 +30,13 @@ class SlotTable:
         self.sequences: list[Sequence | None] = [None] * slots
         self.generated: list[list[int]] = [[] for _ in range(slots)]
         self.finish = [Finish.RUNNING] * slots
+        self.shared = [0] * slots
         self._awaited = [False] * slots
 
-    def admit(self, slot: int, sequence: Sequence) -> None:
+    def admit(self, slot: int, sequence: Sequence, shared: int = 0) -> None:
         """The sequence takes the slot."""
         self.sequences[slot] = sequence
+        self.shared[slot] = shared
         self.generated[slot] = list(sequence.generated)
         self.finish[slot] = Finish.RUNNING
 
@@ -61,6 +64,10 @@ class SlotTable:
             if self.has_ended(slot):
                 ended.append(slot)
         return ended
+
+    def is_full(self, slot: int, generated: int, capacity: int) -> bool:
+        """Whether a slot of `capacity` positions has no room for a token behind so many generated ones."""
+        return len(self.sequences[slot].prompt) + generated - self.shared[slot] >= capacity
 
     def position(self, slot: int) -> int:
         """Where the slot's last token stands: after the prompt and the tokens generated before it."""

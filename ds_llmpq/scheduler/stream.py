@@ -76,7 +76,7 @@ class Stream:
     """`poll` records tokens that have come meanwhile; `on_admitted(slot, sequence)` is called when a sequence takes a
     slot, `on_tokens(keys, tokens)` when tokens are known of sequences that go on.
 
-    `prefix`: tokens whose keys and values the cache holds; sequences that begin with them compute the rest.
+    `prefix`: tokens whose keys and values the cache holds; sequences that begin with them compute and store the rest.
     `held_back`: a group that was taken but does not join. `nan_slots`: slots whose cache may hold NaN.
     """
 
@@ -177,6 +177,6 @@ class Stream:
         self.scheduler.add(map(len, prompts), [count_shared(prompt, self.prefix) for prompt in prompts])
 
     def _admit(self, slot: int, sequence: Sequence, shared: int) -> None:
-        self.slots.admit(slot, sequence)
+        self.slots.admit(slot, sequence, shared)
         self._index[slot] = self._lengths.admit(len(sequence.prefill_tokens), shared)
         self._on_admitted(slot, sequence)

@@ -152,7 +152,7 @@ def _poison(
 
     def in_layer(layer, inputs):
         cache = inputs[0].cache
-        if not keys or (cache.store is session.store and any(bad(slot) for slot, _ in cache.row_places())):
+        if not keys or (cache.store is session.store and any(bad(slot) for slot, *_ in cache.row_places())):
             raise LookupError(message)
 
     def in_sampling(table, slots, logits, counts):

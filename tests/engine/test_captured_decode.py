@@ -12,10 +12,9 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ds_llmpq.engine.runner.capture import capture_trace
 from ds_llmpq.engine.runner.captured_decode import CapturedDecode
-from ds_llmpq.models.step import Step
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
-from tiny_models import VOCABULARY, our_model, transformers_model
+from tiny_models import VOCABULARY, decode_step, our_model, transformers_model
 
 SLOTS, CAPACITY = 5, 40
 # of each family one; that all variations can be traced is `tests/models/test_block.py`'s subject
@@ -60,12 +59,6 @@ def filled(ours, lengths, seed):
     return store
 
 
-def decode_step(store, first, tokens, positions, kv_tokens):
-    at = torch.tensor(positions)
-    cache = store.decode(first, first + len(tokens), at, kv_tokens)
-    return Step(at[:, None], cache, kv_tokens, False, token_ids=torch.tensor(tokens)[:, None])
-
-
 @torch.no_grad()
 def eager(module, positional, step):
     step.prepare = positional
@@ -92,6 +85,28 @@ def test_a_replayed_pass_has_the_bits_of_the_eager_one(models, name):
         # one row ends after each pass, and stays where it is
         positions = [place + (row > number - 2) for row, place in enumerate(positions)]
     assert runner.graphs == 1
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-window", "bloom", "gemma2"])
+def test_rows_with_and_without_a_prefix_replay_to_the_bit(models, name):
+    """Which rows have it changes from pass to pass; the pass in which none has it is another graph."""
+    ours = models(name)
+    module, positional = Stage(ours.embedding, *ours.layers, ours.head), ours.decoder.positions()
+    numbers, prefix = random.Random(6), [5, 9, 4, 8, 7, 11]
+    captured, plain = (ours.store_behind(prefix, SLOTS, CAPACITY) for _ in range(2))
+    runner = CapturedDecode(module, captured, positional, capture_trace, torch.float32)
+    for number in range(5):
+        shared = [len(prefix) * (numbers.random() < 0.5 and number < 4) for _ in range(SLOTS)]
+        shared[number] = len(prefix) * (number < 4)
+        own = [numbers.randrange(CAPACITY) for _ in range(SLOTS)]
+        tokens = [numbers.randrange(3, VOCABULARY) for _ in range(SLOTS)]
+        positions, given = [*map(sum, zip(own, shared, strict=True))], shared if any(shared) else None
+        steps = [decode_step(store, 0, tokens, positions, CAPACITY, given) for store in (captured, plain)]
+        _, logits = runner.run(steps[0])
+        _, expected = eager(module, positional, steps[1])
+        assert torch.equal(logits, expected)
+        assert torch.equal(captured.memory, plain.memory)
+        assert runner.graphs == 1 + (number == 4)
 
 
 def test_stages_behind_the_first_take_hidden_states(models):

@@ -115,44 +115,66 @@ def test_clearing_one_slot():
         assert store.layer(layer)[:, [0, 2]].all()
 
 
-@pytest.mark.parametrize(("paged", "block", "tokens"), [(False, 1, 3), (False, 2, 4), (True, 2, 4)])
-def test_a_prefix_is_kept_and_copied(paged, block, tokens):
-    """Through other shapes, refilled slots and clearing."""
-    store = KVStore(FIRST, LAYERS, 24, HEADS, DIM, torch.float32, torch.device("cpu"), block, paged)
-
-    def front(slot, layer):
-        """[2, kv_heads, tokens, head_dim], read from the views that attention has."""
-        if not paged:
-            return store.layer(layer)[:, slot, :, :tokens]
-        first = slot * store.blocks_of_slot
-        blocks = store.blocks(layer)[:, first : first + tokens // block]
-        return blocks.transpose(1, 2).reshape(2, HEADS, tokens, DIM)
-
-    def fill():
-        store.clear()
-        store.memory[:, :, : (24 - store.prefix_tokens) * HEADS * DIM].copy_(
-            torch.randn(LAYERS, 2, (24 - store.prefix_tokens) * HEADS * DIM)
-        )
-
-    store.shape_for(1, tokens + 1)
-    fill()
-    kept = [front(0, layer).clone() for layer in range(FIRST, FIRST + LAYERS)]
-    store.hold_prefix(tokens)
-    for slots, capacity in ((3, 6), (2, 10), (1, 20)):
+def test_a_prefix_is_held_once():
+    """Through other shapes, refilled slots and clearing; slots lie behind it."""
+    store = make_store(24)
+    store.shape_for(1, 3)
+    keys, values = fresh(1, 3)
+    for layer in range(FIRST, FIRST + LAYERS):
+        store.prefill([0]).update(keys + layer, values + layer, layer)
+    store.hold_prefix(3)
+    for slots, capacity in ((3, 7), (2, 10), (1, 21)):
         store.shape_for(slots, capacity)
-        fill()
-        before = [front(slot, FIRST).clone() for slot in range(slots)]
-        store.copy_prefix([slots - 1])
-        for layer, wanted in zip(range(FIRST, FIRST + LAYERS), kept, strict=True):
-            assert torch.equal(front(slots - 1, layer), wanted)
-        assert all(torch.equal(front(slot, FIRST), before[slot]) for slot in range(slots - 1))
-    with pytest.raises(UserError, match=f"but the plan has {24 - tokens}"):
+        for layer in range(FIRST, FIRST + LAYERS):
+            store.prefill(range(slots)).update(*fresh(slots, capacity), layer)
+            assert torch.equal(store.prefix(layer), torch.cat((keys, values)) + layer)
+        store.clear(slots - 1)
+        store.clear()
+        assert not store.layer(FIRST).any()
+        assert torch.equal(store.prefix(FIRST), torch.cat((keys, values)) + FIRST)
+    with pytest.raises(UserError, match="but the plan has 21"):
         store.shape_for(1, 24)
     store.hold_prefix(0)
-    store.shape_for(1, 24)
+    assert store.capacity == 24
+    with pytest.raises(ValueError, match="a prefix fills a slot alone"):
+        store.hold_prefix(3)
 
 
-def test_prompts_behind_a_prefix_see_it():
+def test_rows_store_what_follows_the_prefix():
+    """Some have it and some do not; those that do see it before their own in prefill, and apart in decode."""
+    store = make_store(4 + 3 * 6)
+    store.shape_for(1, 4)
+    prefix = fresh(1, 4)
+    store.prefill([0]).update(*prefix, FIRST)
+    store.hold_prefix(4)
+    store.shape_for(3, 6)
+    own, begun = fresh(3, 6), store.prefill((0, 2), 4, 4)
+    assert begun.row_places() == [(0, 4, 4), (2, 4, 4)]
+    for cache, start, stop in ((begun, 0, 2), (store.prefill((0, 2), 6, 4), 2, 3)):
+        seen = cache.update(*(part[[0, 2], :, start:stop] for part in own), FIRST)
+        for found, common, part in zip(seen, prefix, own, strict=True):
+            assert torch.equal(found, torch.cat((common.expand(2, -1, -1, -1), part[[0, 2], :, :stop]), 2))
+    store.prefill([1]).update(*(part[1:2, :, :4] for part in own), FIRST)
+    cache = store.decode(0, 3, torch.tensor([7, 4, 7]), 5, torch.tensor([4, 0, 4]))
+    assert cache.row_places() == [(0, 7, 4), (1, 4, 0), (2, 7, 4)]
+    for rows in (cache, cache.rows(0, 3)):
+        new = torch.stack([part[[0, 1, 2], :, [3, 4, 3]] for part in own])[..., None, :]
+        for found, part in zip(rows.update(*new, FIRST), own, strict=True):
+            assert torch.equal(found[[0, 2], :, :4], part[[0, 2], :, :4])
+            assert torch.equal(found[1], part[1, :, :5])
+        assert torch.equal(rows.prefix(FIRST), torch.cat(prefix))
+
+
+def test_block_tables_name_the_prefix_first():
+    store = KVStore(FIRST, LAYERS, 24, HEADS, DIM, torch.float32, torch.device("cpu"), 2)
+    store.shape_for(1, 4)
+    store.hold_prefix(4)
+    store.shape_for(3, 6)
+    assert [store.block_table(1, tokens, 4) for tokens in (5, 6, 7)] == [[0, 1, 5], [0, 1, 5], [0, 1, 5, 6]]
+    assert store.block_table(1, 3, 0) == [5, 6]
+
+
+def test_later_chunks_see_earlier_ones():
     store = make_store(4 * 9)
     store.shape_for(4, 9)
     whole = fresh(4, 9)
@@ -161,7 +183,7 @@ def test_prompts_behind_a_prefix_see_it():
         rows = list(slots)
         cache = store.prefill(slots, 5)
         seen = cache.update(*(part[rows, :, 5:8] for part in whole), FIRST)
-        assert cache.row_places() == [(slot, 5) for slot in slots]
+        assert cache.row_places() == [(slot, 5, 0) for slot in slots]
         for found, part in zip(seen, whole, strict=True):
             assert torch.equal(found, part[rows, :, :8])
         one = cache.rows(1, 2).update(*(part[rows[1:], :, 5:9] for part in whole), FIRST)

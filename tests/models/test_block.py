@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 import transformers
-from tiny_models import LAYERS, MODELS, VOCABULARY, our_model, stored_tensors, transformers_model
+from tiny_models import LAYERS, MODELS, VOCABULARY, decode_step, our_model, stored_tensors, transformers_model
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers.activations import ACT2FN
 
@@ -81,6 +81,27 @@ def test_prompts_of_any_length_and_cached_tokens_give_the_logits_of_transformers
         positions = [len(row) + offset for row in prompts]
         tokens = [row[at] for row, at in zip(whole, positions, strict=True)]
         found = ours.decode(tokens, positions, store, max(positions) + 1 + offset % 2)
+        for index, at in enumerate(positions):
+            assert_close(found[index], expected[index][at])
+
+
+@pytest.mark.parametrize("name", SAME_ANGLES)
+def test_rows_with_and_without_a_prefix_held_once_give_the_logits_of_transformers(models, name):
+    """Rows of either kind decode together; windows are shorter than the prefix, and later than its end."""
+    theirs, ours, _ = models(name)
+    prefix, shared = drawn(7, (10,))[0], [10, 0, 10, 0]
+    whole = [prefix[:length] + row for length, row in zip(shared, drawn(8, (12, 20, 9, 11)), strict=True)]
+    prompts = [row[: len(row) - 8] for row in whole]
+    store = ours.store_behind(prefix, 4, 20)
+    expected = [logits_of(theirs, row) for row in whole]
+    for slots, of_prefix in (([0, 2], 10), ([1, 3], 0)):
+        found = ours.prefill([prompts[slot][of_prefix:] for slot in slots], store, slots, of_prefix)
+        for logits, slot in zip(found, slots, strict=True):
+            assert_close(logits, expected[slot][len(prompts[slot]) - 1])
+    for offset in range(8):
+        positions = [len(row) + offset for row in prompts]
+        tokens = [row[at] for row, at in zip(whole, positions, strict=True)]
+        found = ours(decode_step(store, 0, tokens, positions, 20, shared))[:, 0]
         for index, at in enumerate(positions):
             assert_close(found[index], expected[index][at])
 

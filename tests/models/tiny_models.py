@@ -153,22 +153,23 @@ class Ours:
     layers: list[nn.Module]
     head: nn.Module
 
-    def prefill(self, rows: list[list[int]], store: KVStore | None = None) -> torch.Tensor:
-        """Right-padded rows -> logits [rows, tokens, vocabulary]; their keys and values go to the store's slots."""
+    def prefill(
+        self, rows: list[list[int]], store: KVStore | None = None, slots: list[int] | None = None, shared: int = 0
+    ) -> torch.Tensor:
+        """Right-padded rows -> logits [rows, tokens, vocabulary]; their keys and values go to the store's slots, behind
+        a prefix of `shared` tokens."""
         longest = max(map(len, rows))
         ids = torch.tensor([row + [3] * (longest - len(row)) for row in rows])
-        cache = None if store is None else store.prefill(range(len(rows)))
-        step = Step(torch.arange(longest).expand(len(rows), -1), cache, longest, True, token_ids=ids)
+        cache = None if store is None else store.prefill(slots or range(len(rows)), shared, shared)
+        at = torch.arange(shared, shared + longest).expand(len(rows), -1)
+        step = Step(at, cache, shared + longest, not shared, token_ids=ids)
         if store is not None:
             step.last = torch.tensor([len(row) - 1 for row in rows])
         return self(step)
 
     def decode(self, tokens: list[int], positions: list[int], store: KVStore, kv_tokens: int) -> torch.Tensor:
         """One token a row, at its own position -> logits [rows, vocabulary]."""
-        at = torch.tensor(positions)
-        alike = min(positions) + 1 == kv_tokens
-        cache = store.decode(0, len(tokens), at, kv_tokens)
-        return self(Step(at[:, None], cache, kv_tokens, alike, token_ids=torch.tensor(tokens)[:, None]))[:, 0]
+        return self(decode_step(store, 0, tokens, positions, kv_tokens, alike=min(positions) + 1 == kv_tokens))[:, 0]
 
     @torch.no_grad()
     def __call__(self, step: Step) -> torch.Tensor:
@@ -183,10 +184,29 @@ class Ours:
         store.shape_for(slots, capacity)
         return store
 
+    def store_behind(self, prefix: list[int], slots: int, capacity: int) -> KVStore:
+        """A store that holds the prefix, and what was in its other positions."""
+        store = self.store(1, len(prefix) + slots * capacity)
+        store.shape_for(1, len(prefix))
+        self.prefill([prefix], store)
+        store.hold_prefix(len(prefix))
+        store.shape_for(slots, capacity)
+        return store
+
     def set_static(self) -> None:
         for layer in self.layers:
             if isinstance(layer.mlp, Experts):
                 layer.mlp.static = True
+
+
+def decode_step(
+    store: KVStore, first: int, tokens: list[int], positions: list[int], kv_tokens: int,
+    shared: list[int] | None = None, alike: bool = False,
+) -> Step:  # fmt: skip
+    """One token a row of neighbouring slots, of which `shared` are the prefix's."""
+    at, of_prefix = torch.tensor(positions), None if shared is None else torch.tensor(shared)
+    cache = store.decode(first, first + len(tokens), at, kv_tokens, of_prefix)
+    return Step(at[:, None], cache, kv_tokens, alike, token_ids=torch.tensor(tokens)[:, None], shared=of_prefix)
 
 
 def our_model(path: Path) -> Ours:

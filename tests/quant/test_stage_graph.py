@@ -197,7 +197,7 @@ def test_padding_and_other_slots_reach_no_row(checkpoint_of):
 def test_capacities_take_whole_blocks_and_any_shape_of_the_same_memory():
     store = KVStore(4, 2, 10 * CACHE_BLOCK, 2, 8, torch.bfloat16, CPU, CACHE_BLOCK)
     store.shape_for(3, CACHE_BLOCK + 1)
-    assert (store.capacity, store.blocks_of_slot) == (2 * CACHE_BLOCK, 2)
+    assert (store.capacity, store.block_table(1, CACHE_BLOCK + 1, 0)) == (2 * CACHE_BLOCK, [2, 3])
     blocks = store.blocks(5)
     assert blocks.shape == (2, 10, 2, CACHE_BLOCK, 8)
     blocks.fill_(1)
@@ -211,17 +211,17 @@ def test_chunks_hold_each_token_once_and_in_order():
     draw = random.Random(0)
     for _ in range(200):
         lengths = [draw.randint(1, 3 * GRAPH_TOKENS) for _ in range(draw.randint(1, 6))]
-        places = [(draw.randint(0, 9), draw.randint(0, 50)) for _ in lengths]
+        places = [(draw.randint(0, 9), draw.randint(0, 50), draw.choice((0, CACHE_BLOCK))) for _ in lengths]
         found = list(chunks(lengths, places))
         tokens = [
-            (piece.row, place, piece.slot, piece.past + place - piece.start)
+            (piece.row, place, piece.slot, piece.past + place - piece.start, piece.shared)
             for chunk in found
             for piece in chunk
             for place in range(piece.start, piece.stop)
         ]
         assert tokens == [
-            (row, place, slot, past + place)
-            for row, (length, (slot, past)) in enumerate(zip(lengths, places, strict=True))
+            (row, place, slot, past + place, shared)
+            for row, (length, (slot, past, shared)) in enumerate(zip(lengths, places, strict=True))
             for place in range(length)
         ]
         sizes = [sum(piece.stop - piece.start for piece in chunk) for chunk in found]

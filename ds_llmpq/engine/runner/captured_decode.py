@@ -26,13 +26,16 @@ Outputs = tuple[torch.Tensor, torch.Tensor | None]  # hidden states, and logits 
 
 @dataclass(frozen=True)
 class _Shape:
-    """What a graph was captured for. `slots` and `capacity`: of the whole store, whose strides they give."""
+    """What a graph was captured for. `slots`, `capacity`, `prefix_tokens`: of the whole store, whose strides they give;
+    `shares`: whether rows attend to the prefix."""
 
     first_slot: int
     rows: int
     kv_tokens: int
     slots: int
     capacity: int
+    prefix_tokens: int
+    shares: bool
 
 
 @contextlib.contextmanager
@@ -83,6 +86,8 @@ class CapturedDecode:
             self._graphs.clear()
             self._make_buffers(rows)
         self._positions[:rows].copy_(step.positions[:, 0], non_blocking=True)
+        if shape.shares:
+            self._shared[:rows].copy_(step.shared, non_blocking=True)
         inputs = step.hidden if self._hidden_size else step.token_ids
         self._inputs[:rows].copy_(inputs, non_blocking=True)
         return self._find_graph(shape)()
@@ -95,29 +100,36 @@ class CapturedDecode:
     def _find_shape(self, step: Step) -> _Shape:
         if not isinstance(step.cache, DecodeCache):
             raise TypeError(f"a captured decode pass needs the cache of a decode pass, not {type(step.cache).__name__}")
-        slots = step.cache.slots
-        capacity = self.store.capacity
-        bucket = context_bucket(step.kv_tokens, capacity)
-        return _Shape(slots.start, slots.stop - slots.start, bucket, self.store.slots, capacity)
+        slots, store = step.cache.slots, self.store
+        bucket = context_bucket(step.kv_tokens, store.capacity)
+        shares = step.shared is not None
+        return _Shape(
+            slots.start, slots.stop - slots.start, bucket, store.slots, store.capacity, store.prefix_tokens, shares
+        )
 
     def _find_graph(self, shape: _Shape) -> Callable[[], Outputs]:
         if shape not in self._graphs:
             while len(self._graphs) >= self.most_graphs:
                 self._graphs.popitem(last=False)
-            buffers = self._inputs[: shape.rows], self._positions[: shape.rows], self.store.memory
+            rows = shape.rows
+            buffers = self._inputs[:rows], self._positions[:rows], self._shared[:rows], self.store.memory
             with fix_shapes(self.module):
                 self._graphs[shape] = self.capture(partial(self._step, shape), buffers)
         self._graphs.move_to_end(shape)
         return self._graphs[shape]
 
-    def _step(self, shape: _Shape, inputs: torch.Tensor, positions: torch.Tensor, memory: torch.Tensor) -> Outputs:
-        """Nothing changes from call to call but what the three tensors hold."""
-        stop = shape.first_slot + shape.rows
+    def _step(
+        self, shape: _Shape, inputs: torch.Tensor, positions: torch.Tensor, shared: torch.Tensor, memory: torch.Tensor
+    ) -> Outputs:
+        """Nothing changes from call to call but what the tensors hold."""
+        first, stop = shape.first_slot, shape.first_slot + shape.rows
+        shared = shared if shape.shares else None
         step = Step(
             positions=positions[:, None],
-            cache=self.store.over(memory).decode(shape.first_slot, stop, positions, shape.kv_tokens),
+            cache=self.store.over(memory).decode(first, stop, positions, shape.kv_tokens, shared),
             kv_tokens=shape.kv_tokens,
             causal_only=False,
+            shared=shared,
             prepare=self.positional,
         )
         if self._hidden_size:
@@ -131,7 +143,7 @@ class CapturedDecode:
         """For twice the rows that were asked for, so that few sizes are met."""
         most = min(max(2 * rows, 8), max(self.store.slots, rows))
         device = self.store.device
-        self._positions = torch.zeros(most, dtype=torch.long, device=device)
+        self._positions, self._shared = torch.zeros(2, most, dtype=torch.long, device=device)
         if self._hidden_size:
             self._inputs = torch.zeros(most, 1, self._hidden_size, dtype=self._dtype, device=device)
         else:

@@ -142,7 +142,7 @@ class LookAhead:
     def _ends_by_length(self, table: SlotTable, slot: int) -> bool:
         """Whether the slot's sequence is sure to leave its slot with the token it has or that is awaited."""
         row, generated = table.sequences[slot], len(table.generated[slot]) + table.are_awaited([slot])
-        full = len(row.prompt) + generated >= self.steps.store.capacity
+        full = table.is_full(slot, generated, self.steps.store.capacity)
         return table.has_ended(slot) or generated >= row.max_tokens or full
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple, Protocol
 
 import numpy
@@ -50,11 +51,12 @@ _TABLES = ("past_lens", "subsequence_begins", "block_indices", "block_indices_be
 class PagedStore(Protocol):
     """A store of keys and values in blocks."""
 
-    blocks_of_slot: int
-
     def blocks(self, layer_idx: int) -> torch.Tensor:
-        """[2, blocks, kv_heads, CACHE_BLOCK, head_dim]: keys and values of a layer; slot k has the blocks from
-        k x `blocks_of_slot` on."""
+        """[2, blocks, kv_heads, CACHE_BLOCK, head_dim]: keys and values of a layer."""
+
+    def block_table(self, slot: int, tokens: int, shared: int) -> list[int]:
+        """The blocks of a slot's sequence, as far as its first `tokens` go; `shared` of those are a prefix whose blocks
+        other sequences have too."""
 
 
 class PagedCache(Protocol):
@@ -62,19 +64,21 @@ class PagedCache(Protocol):
 
     store: PagedStore
 
-    def row_places(self) -> list[tuple[int, int]]:
-        """(slot, tokens already in it) for each row."""
+    def row_places(self) -> list[tuple[int, int, int]]:
+        """(slot, tokens stored already, those of them that are a shared prefix) for each row."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Tokens [start, stop) of a row of a pass. The row's cache is `slot`, which then holds `past` tokens."""
+    """Tokens [start, stop) of a row of a pass. The row's cache is `slot`, and `past` tokens are then stored, of which
+    `shared` are a prefix."""
 
     row: int
     start: int
     stop: int
     slot: int
     past: int
+    shared: int = 0
 
 
 class StageGraph(nn.Module):
@@ -197,12 +201,14 @@ class StageGraph(nn.Module):
         """Runs the tokens in the buffers. Returns their number."""
         lengths = [piece.stop - piece.start for piece in chunk]
         contexts = [piece.past + length for piece, length in zip(chunk, lengths, strict=True)]
-        blocks = [range(-(-context // CACHE_BLOCK)) for context in contexts]
-        firsts = [piece.slot * self._store.blocks_of_slot for piece in chunk]
+        blocks = [
+            self._store.block_table(piece.slot, context, piece.shared)
+            for piece, context in zip(chunk, contexts, strict=True)
+        ]
         tables = {
             "past_lens": [piece.past for piece in chunk],
             "subsequence_begins": numpy.cumsum([0, *lengths]),
-            "block_indices": [first + block for first, each in zip(firsts, blocks, strict=True) for block in each],
+            "block_indices": [*chain.from_iterable(blocks)],
             "block_indices_begins": numpy.cumsum([0, *map(len, blocks)]),
             "max_context_len": max(contexts),
         }
@@ -229,21 +235,24 @@ class _ScratchStore:
 
     def __init__(self, request: openvino.InferRequest, dtype: torch.dtype):
         _, heads, size, head_dim = request.get_tensor("keys0").shape
-        self.blocks_of_slot = -(-GRAPH_TOKENS // CACHE_BLOCK)
-        self._blocks = torch.zeros(2, self.blocks_of_slot, heads, size, head_dim, dtype=dtype)
+        self._count = -(-GRAPH_TOKENS // CACHE_BLOCK)
+        self._blocks = torch.zeros(2, self._count, heads, size, head_dim, dtype=dtype)
 
     def blocks(self, layer_idx: int) -> torch.Tensor:
         return self._blocks
 
+    def block_table(self, slot: int, tokens: int, shared: int) -> list[int]:
+        return [*range(-(-tokens // CACHE_BLOCK))]
 
-def chunks(lengths: list[int], places: list[tuple[int, int]]) -> Iterator[list[Piece]]:
+
+def chunks(lengths: list[int], places: list[tuple[int, int, int]]) -> Iterator[list[Piece]]:
     """Cuts the tokens of all rows, in order, into chunks of at most `GRAPH_TOKENS`; a row may be split."""
     chunk, room = [], GRAPH_TOKENS
-    for row, (length, (slot, past)) in enumerate(zip(lengths, places, strict=True)):
+    for row, (length, (slot, past, shared)) in enumerate(zip(lengths, places, strict=True)):
         start = 0
         while start < length:
             stop = min(length, start + room)
-            chunk.append(Piece(row, start, stop, slot, past + start))
+            chunk.append(Piece(row, start, stop, slot, past + start, shared))
             room -= stop - start
             start = stop
             if not room:
