@@ -38,6 +38,7 @@ REQUIREMENTS = {
 }
 EXTRAS = {
     "cpu": {"openvino": ">=2026.2,<2026.5"},  # fast products with quantized weights
+    "cuda": {"humming-kernels": ">=0.1.19,<0.1.20"},  # fast products with quantized weights on NVIDIA GPUs
     "gpu": {"nvidia-ml-py": ">=12.0,<14"},
     "eval": {"lm_eval": ">=0.4.11,<0.5"},
     "slurm": {"hydra-submitit-launcher": ">=1.2,<2"},  # sweeps as Slurm jobs
@@ -54,7 +55,7 @@ EXTRAS = {
 EXTRAS["dev"] = EXTRAS["cpu"] | EXTRAS["eval"] | EXTRAS["lengths"] | EXTRAS["test"]
 # set to any value, it allows untested versions, as tests of new releases do
 ANY_VERSION = "DS_LLMPQ_ANY_VERSION"
-_TRIED = ("cpu", "gpu", "eval", "lengths")  # extras whose packages are used wherever they are installed
+_TRIED = ("cpu", "cuda", "gpu", "eval", "lengths")  # extras whose packages are used wherever they are installed
 
 
 def check_versions() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -84,6 +85,8 @@ class Session:
             checkpoint, [b for stage in plan.stages for b in stage.bits], plan.quant.to_config(), self.dtype,
             context.device, loaded, packed=True, stage=range(0) if scorer else range(*context.stage.layers),
         )  # fmt: skip
+        is_last = context.stage_index == len(plan.stages) - 1
+        loader.compile_products(range(*context.stage.layers), is_last, self._tell)
         module = PlannedPipelineModule(list_pipeline_layers(loader), plan=plan)
         share = context.stage.cpu_share
         if share:
@@ -112,6 +115,9 @@ class Session:
         self._growth_of_loading = device_memory.held_bytes(context.device) - self._held_before
         self._peak_of_loading = device_memory.peak_bytes(context.device)
         device_memory.restart_peak(context.device)
+
+    def _tell(self, text: str) -> None:
+        sys.stderr.write(f"ds-llmpq: stage {self.context.stage_index}: {text}\n")
 
     @property
     def limits(self) -> MicroBatchLimits:

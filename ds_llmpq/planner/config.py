@@ -71,6 +71,6 @@ class CostConfig:
 
     # auto (planner.profile, else roofline) | roofline | published (`plan` alone: the paper's GPUs and kernels)
     source: str = "auto"
-    # with source=roofline: plan for this kernel, also where none is installed (openvino, fused, humming); null:
+    # with source=roofline: plan for this kernel, also where none is installed (openvino, humming, fused); null:
     # quant.kernel
     kernel: str | None = None

@@ -20,7 +20,7 @@ class QuantConfig:
     axis: int = 1  # groups run along the input dimension (1) or the output dimension (0)
     optimize: bool = True  # HQQ's own fine-tuning of scale and zero
     # runs the decoder layers: auto | dequantize (HQQ's own forward) | openvino_graph (a whole stage, unquantized layers
-    # too) | openvino
+    # too) | openvino | humming (GPUs)
     kernel: str = "auto"
     # bit widths at which each row is one group, e.g. [8]; the others use group_size
     per_channel_bits: list[int] = field(default_factory=list)

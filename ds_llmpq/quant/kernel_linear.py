@@ -65,15 +65,19 @@ class _Shared:
         return found
 
 
+def explain_missing(kernel: Kernel, error: ImportError) -> UserError:
+    return UserError(
+        f"quant.kernel={kernel.name} needs {kernel.library}, which cannot be imported here ({error}); install it, or "
+        f"use quant.kernel={DEQUANTIZE.name}."
+    )
+
+
 def build_product(kernel: Kernel, weight: UnpackedWeight, bits: int, dtype: torch.dtype) -> Product:
     """`weight` in the layout of `kernel`. `UserError`: its library is missing."""
     try:
         return kernel.build(weight, bits, dtype)
     except ImportError as error:
-        raise UserError(
-            f"quant.kernel={kernel.name} needs {kernel.library}, which cannot be imported here ({error}); install it, "
-            f"or use quant.kernel={DEQUANTIZE.name}."
-        ) from None
+        raise explain_missing(kernel, error) from None
 
 
 def build_linears(

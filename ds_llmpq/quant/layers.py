@@ -6,7 +6,7 @@ used as stored.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -21,8 +21,8 @@ from ds_llmpq.models.spec import LinearRole
 from ds_llmpq.models.step import Step
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.hqq import quantize_linear, quantize_rows
-from ds_llmpq.quant.kernel_linear import build_linears, build_lm_head
-from ds_llmpq.quant.kernels.base import Kernel
+from ds_llmpq.quant.kernel_linear import build_linears, build_lm_head, explain_missing
+from ds_llmpq.quant.kernels.base import Kernel, Show
 from ds_llmpq.quant.kernels.dequantize import DEQUANTIZE
 from ds_llmpq.quant.kernels.linears import (
     group_linears,
@@ -76,6 +76,27 @@ class LayerLoader:
     @cached_property
     def decoder(self) -> Decoder:
         return self.checkpoint.decoder
+
+    def compile_products(self, layers: Iterable[int], with_head: bool, show: Show) -> None:
+        """Compiles what the quantized products of decoder layers, and of lm_head, need, where a kernel is compiled.
+        `UserError`: its library is missing."""
+        kernel, groups = self.kernel, make_groups(self.quant)
+        products = [
+            (*stack_features(group), self.bits[index])
+            for index in layers
+            if self.bits[index] < UNQUANTIZED_BITS
+            for group in self._group(index)
+        ]
+        if with_head and (bits := self.quant.lm_head_bits) < UNQUANTIZED_BITS:
+            spec = self.decoder.spec
+            _, sizes = list_lm_head_products(kernel, spec.vocab, spec.width, bits, groups)
+            products += [(*size, bits) for size in sizes]
+        wanted = [each for each in products if resolve_kernel(kernel, *each, groups) is kernel]
+        if wanted:
+            try:
+                kernel.compile_products(wanted, self.quant.group_size, self.dtype, show)
+            except ImportError as error:
+                raise explain_missing(kernel, error) from None
 
     def embedding(self) -> nn.Module:
         with torch.device("meta"):

@@ -14,7 +14,6 @@ one of its kind (8 to 16, 3 to 4), a missing device by the ratio of datasheet ra
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import NamedTuple
 
 from ds_llmpq.cluster.devices import DeviceType
@@ -67,24 +66,7 @@ class Fused(Kernel):
         return count_packed_linear_bytes(out_features, in_features, bits, groups, dtype_bytes)
 
 
-# Where noise made a figure rise with the rows, neighbours have their mean.
-_FOUR_BITS = {8: 2.0, 16: 1.86, 32: 1.46, 64: 1.46, 128: 1.24, 256: 0.955}
-_EIGHT_BITS = {8: 1.5, 16: 1.36, 32: 1.19, 64: 1.19, 128: 1.09, 256: 0.835}
-
-
-class Humming(Fused):
-    """The fastest such kernel that was measured, at its measured speed: to plan with, no layer runs on it yet."""
-
-    name = "humming"
-    source = (
-        "measured: humming 0.1.19 on an H200 in CUDA graphs, 28672 x 4096, groups of 64, at 4 and 8 bits (3, 2, 1: "
-        "assumed as 4)"
-    )
-    speedups = MappingProxyType({"cuda": {8: _EIGHT_BITS, **dict.fromkeys((4, 3, 2, 1), _FOUR_BITS)}})
-
-
 KERNEL = Fused()
-HUMMING = Humming()
 
 
 class Anchor(NamedTuple):
@@ -206,4 +188,4 @@ class PublishedCosts:
         )
 
 
-SOURCES = {"published": FurtherSource((KERNEL, HUMMING), PublishedCosts)}
+SOURCES = {"published": FurtherSource((KERNEL,), PublishedCosts)}

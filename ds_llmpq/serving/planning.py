@@ -31,7 +31,7 @@ from ds_llmpq.planner.deploy import deploy
 from ds_llmpq.profiling.points import TimingTask
 from ds_llmpq.profiling.short_profile import calibrate
 from ds_llmpq.quant.config import QuantConfig
-from ds_llmpq.quant.kernels.registry import find_kernel, select_kernel
+from ds_llmpq.quant.kernels.registry import AUTO, explain_dequantize, find_kernel, select_kernel
 from ds_llmpq.quant.packing import check_lm_head, make_groups
 from ds_llmpq.sensitivity.table import read_sensitivity
 from ds_llmpq.serving.config import PlanConfig, PlanningConfig
@@ -135,9 +135,12 @@ def _with_kernel(settings: PlanConfig, cluster: Cluster, shape: ModelShape) -> Q
     kinds = sorted({device_type.kind for device_type in cluster.device_types.values()})
     dtype = choose_dtype(cluster, settings.engine.dtype)
     measured = profiled_kernel(settings.planner.profile) if settings.planner.profile else None
-    return select_kernel(
+    quant = select_kernel(
         settings.quant, kinds, dtype, shape.linears, measured, shape.spec, settings.engine.batch_invariant
     )
+    if settings.quant.kernel == AUTO and (reason := explain_dequantize(quant, kinds, dtype)):
+        print(f"note: {reason}", file=sys.stderr)
+    return quant
 
 
 def _calibrate(

@@ -14,7 +14,7 @@ from ds_llmpq.versions import EXTRAS, REQUIREMENTS
 
 HERE = Path(__file__).parent
 PACKAGE = HERE.parents[1] / "ds_llmpq"
-RANGES = REQUIREMENTS | EXTRAS["cpu"] | EXTRAS["eval"]
+RANGES = REQUIREMENTS | EXTRAS["cpu"] | EXTRAS["cuda"] | EXTRAS["eval"]
 _FORM = re.compile(r"`([^`]+)`(?: = [^,]+)?, in ((?:\w+/)*\w+\.py): \S")
 MODULES = sorted(HERE.glob("test_*_contract.py"))
 

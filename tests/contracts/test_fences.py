@@ -29,6 +29,7 @@ MODULES = {
     "hqq.core.quantize.Quantizer": ("quant/hqq.py", "quant/optimize.py", "quant/unpacked_weight.py"),
     "hqq.core.quantize.BaseQuantizeConfig": ("quant/hqq.py",),
     "openvino": _OPENVINO,
+    "humming": ("quant/kernels/humming_product.py",),
     "openvino.op": ("quant/kernels/openvino_graph/decoder_layer.py",),
     "lm_eval": ("evaluation/harness.py",),
     "highspy": ("planner/linear.py", "planner/milp/model.py"),

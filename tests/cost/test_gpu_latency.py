@@ -13,8 +13,8 @@ from ds_llmpq.cost import products
 from ds_llmpq.cost.latency import RooflineCosts
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.quant.kernels.dequantize import DEQUANTIZE
+from ds_llmpq.quant.kernels.humming import HUMMING as KERNEL
 from ds_llmpq.quant.packing import Groups
-from ds_llmpq.research.published_costs import HUMMING as KERNEL
 
 H200 = device_type("h200", config.read_device_types()["h200"])
 SHAPE = ModelShape.from_config(

@@ -13,7 +13,7 @@ from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.quant.kernels import registry
 from ds_llmpq.quant.kernels.dequantize import DEQUANTIZE
 from ds_llmpq.quant.packing import PACKED_BITS, Groups, count_packed_linear_bytes
-from ds_llmpq.research.published_costs import HUMMING, KERNEL
+from ds_llmpq.research.published_costs import KERNEL
 
 LLAMA = {
     "model_type": "llama",
@@ -35,7 +35,7 @@ OPT_30B = ModelShape.from_config(
         "vocab_size": 50272,
     }
 )
-KERNELS = registry.KERNELS | {kernel.name: kernel for kernel in (KERNEL, HUMMING)}
+KERNELS = registry.KERNELS | {KERNEL.name: KERNEL}
 V100 = DeviceType(
     "v100", "cuda", 1 << 34, 9e11, {"float16": 1.25e14}, 2e-4, (3, 4, 8, 16), "7.0", "datasheet: NVIDIA V100"
 )

@@ -7,7 +7,7 @@ on its name. Plans are made without torch, so a file imports torch and its libra
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from ds_llmpq.quant.unpacked_weight import UnpackedWeight
 
+Show = Callable[[str], None]  # tells the user
 # linears of a decoder layer that read the same input, by the last part of their names
 ATTENTION_INPUT = ("q_proj", "k_proj", "v_proj")
 SHARED_INPUTS = (ATTENTION_INPUT, ("gate_proj", "up_proj"), ("w1", "w3"))
@@ -105,9 +106,13 @@ class Kernel:
             return f"it takes groups of {', '.join(map(str, self.group_sizes))}, not of {quant.group_size}"
         return None
 
+    def unusable_reason(self, dtype: str) -> str | None:
+        """Why `auto` does not choose it on this host, or None."""
+        return f"{self.library} is not installed" if self.version is None else None
+
     def is_usable(self, dtype: str) -> bool:
         """Whether this host can run it in `dtype`, and `auto` may choose it."""
-        return self.version is not None
+        return self.unusable_reason(dtype) is None
 
     def takes(self, out_features: int, in_features: int, bits: int, groups: Groups) -> bool:
         """Whether it supports such a weight; otherwise `dequantize` runs it."""
@@ -152,6 +157,11 @@ class Kernel:
     def build(self, weight: UnpackedWeight, bits: int, dtype: torch.dtype) -> Product:
         """`weight` in its own layout, for inputs in `dtype`. ImportError: the library cannot be imported."""
         raise NotImplementedError(f"{self.name} multiplies with no weight by itself")
+
+    def compile_products(
+        self, products: Sequence[tuple[int, int, int]], group_size: int, dtype: torch.dtype, show: Show
+    ) -> None:
+        """Compiles, before anything is loaded, what products (out, in features, bits) need on the current device."""
 
     def check_stage(self, dtype: torch.dtype) -> None:
         """`UserError` if a whole stage cannot run here in `dtype`."""

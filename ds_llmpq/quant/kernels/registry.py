@@ -14,14 +14,16 @@ from ds_llmpq.models.spec import DecoderSpec
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.kernels.base import Kernel
 from ds_llmpq.quant.kernels.dequantize import DEQUANTIZE
+from ds_llmpq.quant.kernels.humming import HUMMING
 from ds_llmpq.quant.kernels.linears import saves_memory
 from ds_llmpq.quant.kernels.openvino import OPENVINO, OPENVINO_GRAPH
+from ds_llmpq.quant.packing import UNQUANTIZED_BITS
 
 AUTO = "auto"
 # fastest first, as measured
-KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (OPENVINO_GRAPH, OPENVINO, DEQUANTIZE)}
+KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (OPENVINO_GRAPH, OPENVINO, HUMMING, DEQUANTIZE)}
 # removed kernels and their replacements, reported for one more version
-RETIRED = {"gemlite": DEQUANTIZE.name, "torch_int4": OPENVINO.name}
+RETIRED = {"gemlite": HUMMING.name, "torch_int4": OPENVINO.name}
 
 
 def find_kernel(name: str) -> Kernel:
@@ -72,6 +74,16 @@ def select_kernel(
         if all(kernel.unsupported_reason(kind, dtype, quant, spec) is None for kind in kinds):
             return replace(quant, kernel=kernel.name)
     return replace(quant, kernel=DEQUANTIZE.name)
+
+
+def explain_dequantize(quant: QuantConfig, kinds: Sequence[str], dtype: str) -> str | None:
+    """Why GPUs would run the settings that `select_kernel` returned by `dequantize`; None if they do not."""
+    if quant.kernel != DEQUANTIZE.name or "cuda" not in kinds or min(quant.bits) == UNQUANTIZED_BITS:
+        return None
+    reason = HUMMING.unsupported_reason("cuda", dtype, quant, None) or HUMMING.unusable_reason(dtype)
+    if reason is None:
+        return None
+    return f"GPUs dequantize a weight for each product, which is slow; {HUMMING.name} is not used: {reason}"
 
 
 def list_candidates(
