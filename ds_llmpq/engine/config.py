@@ -35,6 +35,9 @@ class ComputeConfig:
 class EngineConfig(ComputeConfig):
     """How a plan is run."""
 
+    # decoder blocks are compiled for decode passes (torch.compile), once when a stage loads; null: where CUDA graphs
+    # capture them and Triton is there
+    compile_blocks: bool | None = None
     timeout_seconds: float = 1800.0  # a stage that hears nothing for so long gives up; loading counts
     master_port: int | None = None
     check_memory: bool = True  # before loading: is as much free on every device as the plan needs there

@@ -17,6 +17,7 @@ from ds_llmpq.engine.kv_cache import KVStore, NoCache
 from ds_llmpq.engine.pipeline_module import PlannedPipelineModule
 from ds_llmpq.engine.runner.capture import Capture
 from ds_llmpq.engine.runner.captured_decode import CapturedDecode
+from ds_llmpq.engine.runner.fusion import Fusion
 from ds_llmpq.engine.runner.look_ahead import Launched, LookAhead
 from ds_llmpq.engine.sampling import NO_DEFAULTS
 from ds_llmpq.engine.stage_run.faults import FaultLog, NeutralRow
@@ -45,8 +46,9 @@ class InferencePipelineEngine(PipelineEngine):
     All stages run the same micro-batches in the same order. `hidden_size` is the width of the hidden states between
     stages. A stream's state is kept in `stream`, None between streams. `neutral_tokens`: tokens that any model of the
     kind bears, should a pass raise and the question be whose fault that is; `faults` says why rows were given up.
-    `defaults`: the checkpoint's, of generation. `capture`: records decode passes; None: they run eagerly. `scorer`:
-    ends each row with its prefill, having seen the logits of all positions; there is no `stop_rule` then.
+    `defaults`: the checkpoint's, of generation. `capture`: records decode passes; None: they run eagerly. `fusion`:
+    compiled blocks for decode passes. `scorer`: ends each row with its prefill, having seen the logits of all
+    positions; there is no `stop_rule` then.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class InferencePipelineEngine(PipelineEngine):
         defaults: Generation = NO_DEFAULTS,
         capture: Capture | None = None,
         scorer: Scorer | None = None,
+        fusion: Fusion | None = None,
     ):
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         grid = module.mpu()
@@ -83,7 +86,7 @@ class InferencePipelineEngine(PipelineEngine):
         zeros = None if self.is_first_stage() else torch.zeros(1, 1, hidden_size, dtype=dtype, device=self.device)
         self.passes = StageRunner(
             self.module, self.splitter, self.faults, NeutralRow(self.module, store, positional, zeros, neutral_tokens),
-            dtype, hidden_size, self.is_last_stage(), self._build_captured(capture),
+            dtype, hidden_size, self.is_last_stage(), self._build_captured(capture, fusion), fusion,
         )  # fmt: skip
         self.steps = StepBuilder(store, positional, self.device, self.is_first_stage(), scorer is not None)
         self.chooser = TokenChooser(stop_rule, defaults, self.splitter, self.faults, store, self.device)
@@ -98,11 +101,11 @@ class InferencePipelineEngine(PipelineEngine):
         self._hidden: torch.Tensor | None = None
         self._logits: torch.Tensor | None = None
 
-    def _build_captured(self, capture: Capture | None) -> CapturedDecode | None:
+    def _build_captured(self, capture: Capture | None, fusion: Fusion | None) -> CapturedDecode | None:
         if capture is None:
             return None
         size = 0 if self.is_first_stage() else self.hidden_size
-        return CapturedDecode(self.module, self.store, self.positional, capture, self.dtype, size)
+        return CapturedDecode(self.module, self.store, self.positional, capture, self.dtype, size, fusion=fusion)
 
     def _broadcast_model(self) -> None:
         """Every rank has read its own layers; there is nothing to make equal, and packed weights must not be cast."""

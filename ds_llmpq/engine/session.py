@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ds_llmpq.engine import device_memory
 from ds_llmpq.engine.channels import ActivationChannel, TokenChannel
@@ -18,6 +19,7 @@ from ds_llmpq.engine.pipeline_engine import InferencePipelineEngine
 from ds_llmpq.engine.pipeline_module import PlannedPipelineModule, list_pipeline_layers
 from ds_llmpq.engine.rank_context import RankContext
 from ds_llmpq.engine.runner.capture import Capture, CudaGraphs, capture_trace
+from ds_llmpq.engine.runner.fusion import Fusion, has_compiler
 from ds_llmpq.engine.stage_run.faults import Fault, find_first_faults
 from ds_llmpq.engine.throttle import CpuShare
 from ds_llmpq.engine.token_chooser import Scorer, StopRule
@@ -96,6 +98,7 @@ class Session:
         shape = read_shape(model_path)
         self.vocabulary, self._splits_prompts = shape.vocab, shape.spec.splits_prompts
         self.store = self._build_kv_store(shape)
+        capture = self._build_capture()
         self.engine = InferencePipelineEngine(
             module,
             self.store,
@@ -108,8 +111,9 @@ class Session:
             checkpoint.config.hidden_size,
             _list_neutral_tokens(checkpoint.config),
             load_generation(model_path),
-            self._build_capture(),
+            capture,
             scorer,
+            self._build_fusion(module, loader, capture),
         )
         device_memory.release_freed()
         self._growth_of_loading = device_memory.held_bytes(context.device) - self._held_before
@@ -147,6 +151,17 @@ class Session:
         if self.context.device.type == "cuda":
             return CudaGraphs(self.context.device)
         return capture_trace if self.options.decode_graphs else None
+
+    def _build_fusion(self, module: nn.Module, loader: LayerLoader, capture: Capture | None) -> Fusion | None:
+        """A trace holds no compiled code."""
+        wanted, device = self.options.compile_blocks, self.context.device
+        if wanted is None:
+            wanted = isinstance(capture, CudaGraphs) and has_compiler(device)
+        if not wanted or capture is capture_trace or self.scorer is not None:
+            return None
+        fusion = Fusion(module, loader.decoder.positions(), self.dtype, device, self._tell)
+        fusion.compile()
+        return fusion
 
     def _choose_patience(self) -> int:
         """The same on all stages."""

@@ -165,24 +165,27 @@ class Attention(nn.Module):
             self.q_norm = Norm(self.spec.head_dim, self.spec.qk_norm)
             self.k_norm = Norm(self.spec.head_dim, self.spec.qk_norm)
 
-    def forward(self, hidden: torch.Tensor, step: Step) -> torch.Tensor:
-        rows, tokens, _ = hidden.shape
-        inputs = step.prepare_inputs()
+    def project(
+        self, hidden: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries [R, H, T, D], keys and values [R, G, T, D] of the new tokens."""
         query, key, value = self._heads(hidden)
         if self.spec.qk_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
-        if self.rotary is not None:
-            query, key = (rotate(states, *inputs[self.rotary]) for states in (query, key))
-        query, key, value = (states.transpose(1, 2) for states in (query, key, value))
+        if angles is not None:
+            query, key = (rotate(states, *angles) for states in (query, key))
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, step: Step) -> torch.Tensor:
+        """What `project` gave, to [R, H, T, D]."""
+        inputs = step.prepare_inputs()
         if step.cache is not None:
             key, value = step.cache.update(key, value, self.index)
         mask = inputs["bias"] if self.spec.alibi else step.mask(self.window)
         if step.shared is None:
-            found = attend(query, key, value, mask, self.spec.scale, self.spec.soft_cap)
-        else:
-            prefix = step.cache.prefix(self.index)
-            found = attend_with_prefix(query, key, value, prefix, mask, self.spec.scale, self.spec.soft_cap)
-        return self.o_proj(found.transpose(1, 2).reshape(rows, tokens, -1))
+            return attend(query, key, value, mask, self.spec.scale, self.spec.soft_cap)
+        prefix = step.cache.prefix(self.index)
+        return attend_with_prefix(query, key, value, prefix, mask, self.spec.scale, self.spec.soft_cap)
 
     def _heads(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Queries [R, T, H, D], keys and values [R, T, G, D]."""
@@ -272,20 +275,37 @@ class Block(nn.Module):
         self.attention_out_norm = Norm(spec.hidden, spec.norm) if around else None
         self.mlp_out_norm = Norm(spec.hidden, spec.norm) if around else None
 
+        # what lies before attention and behind it; compiled versions can take their place (`engine.runner.fusion`)
+        self.halves = Block.enter, Block.leave
+
     def forward(self, step: Step) -> Step:
-        attend_in_step = partial(self.self_attn, step=step)
-        hidden = self._half(step.hidden, attend_in_step, self.attention_norm, self.attention_out_norm)
-        step.hidden = self._half(hidden, self.mlp, self.mlp_norm, self.mlp_out_norm)
+        enter, leave = self.halves
+        inputs, rotary = step.prepare_inputs(), self.self_attn.rotary
+        normed, query, key, value = enter(self, step.hidden, None if rotary is None else inputs[rotary])
+        residual = normed if self.spec.residual_from_norm else step.hidden
+        step.hidden = leave(self, residual, self.self_attn(query, key, value, step))
         return step
 
-    def _half(
-        self, hidden: torch.Tensor, work: Callable[[torch.Tensor], torch.Tensor], norm: Norm, out_norm: Norm | None
-    ) -> torch.Tensor:
-        """Attention or MLP, with norms and residual."""
+    def enter(
+        self, hidden: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """[R, T, hidden] -> the input of attention [R, T, hidden]; queries, keys and values (`Attention.project`)."""
+        normed = self._norm(hidden, self.attention_norm)
+        return normed, *self.self_attn.project(normed, angles)
+
+    def leave(self, residual: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """[R, T, hidden], and what attention gave [R, H, T, D] -> [R, T, hidden]."""
+        rows, tokens = residual.shape[:2]
+        outputs = self.self_attn.o_proj(attended.transpose(1, 2).reshape(rows, tokens, -1))
+        hidden = self._add(residual, outputs, self.attention_norm, self.attention_out_norm)
+        normed = self._norm(hidden, self.mlp_norm)
+        residual = normed if self.spec.residual_from_norm else hidden
+        return self._add(residual, self.mlp(normed), self.mlp_norm, self.mlp_out_norm)
+
+    def _norm(self, hidden: torch.Tensor, norm: Norm) -> torch.Tensor:
+        return hidden if self.spec.norms == "after" else norm(hidden)
+
+    def _add(self, residual: torch.Tensor, outputs: torch.Tensor, norm: Norm, out_norm: Norm | None) -> torch.Tensor:
         if self.spec.norms == "after":
-            return norm(hidden + work(hidden))
-        normed = norm(hidden)
-        outputs = work(normed)
-        if out_norm is not None:
-            outputs = out_norm(outputs)
-        return (normed if self.spec.residual_from_norm else hidden) + outputs
+            return norm(residual + outputs)
+        return residual + (outputs if out_norm is None else out_norm(outputs))

@@ -13,8 +13,9 @@ from ds_llmpq.cost.captured_graphs import context_bucket
 from ds_llmpq.cost.memory import MemoryModel
 from ds_llmpq.cost.profile import Point
 from ds_llmpq.engine.kv_cache import KVStore
-from ds_llmpq.engine.runner.capture import Capture
+from ds_llmpq.engine.runner.capture import Capture, CudaGraphs
 from ds_llmpq.engine.runner.captured_decode import fix_shapes
+from ds_llmpq.engine.runner.fusion import Fusion, has_compiler
 from ds_llmpq.engine.throttle import CpuShare
 from ds_llmpq.integers import round_up
 from ds_llmpq.models.checkpoint import Checkpoint
@@ -35,7 +36,8 @@ class Parts:
     chained: how many decoder layers run one after another (fewer of large ones), as in a stage, so that a small layer's
     weights are no warmer in the caches than they will be; passes of many tokens run one, unless a stage is one graph.
     HQQ's optimiser is left off: it changes values only.
-    capture: records what decode passes do, as runs that capture them have it; None: everything runs eagerly.
+    capture: records what decode passes do, as runs that capture them have it (CUDA graphs of compiled blocks); None:
+    everything runs eagerly.
     """
 
     def __init__(
@@ -65,9 +67,15 @@ class Parts:
                 checkpoint, [width] * shape.layers, quick, self.dtype, device, on_loaded, packed=True,
                 stage=range(self.chained),
             )  # fmt: skip
+            loader.compile_products(range(self.chained), True, on_loaded)
             self.layers[width] = [loader.decoder_layer(index) for index in range(self.chained)]
         self.embedding, self.head = loader.embedding(), loader.head()
         self._positional = loader.decoder.positions()
+        self.fusion = Fusion(nn.ModuleList(), self._positional, self.dtype, device, on_loaded)
+        if isinstance(capture, CudaGraphs) and has_compiler(device):  # as runs have it
+            every = nn.ModuleList(layer for chain in self.layers.values() for layer in chain)
+            self.fusion = Fusion(every, self._positional, self.dtype, device, on_loaded)
+            self.fusion.compile()
         self.kernel = find_stage_kernel(quant.kernel)
         block = self.kernel.cache_block
         self.store = KVStore(
@@ -104,7 +112,7 @@ class Parts:
     def _capture_pass(self, action: Callable[[], torch.Tensor], point: Point) -> Callable[[], torch.Tensor]:
         if self.capture is None or point.phase == "prefill":
             return action
-        with fix_shapes(nn.ModuleList(self.layers[point.bits] if point.part == "layer" else ())):
+        with self.fusion.use(), fix_shapes(nn.ModuleList(self.layers[point.bits] if point.part == "layer" else ())):
             action()  # masks are computed once a step, outside of what is recorded
             return self.capture(action, ())
 

@@ -30,6 +30,11 @@ class KernelLinear(nn.Module):
         """Bytes of the packed weight, counted by the first linear that shares it."""
         return self._shared.product.held_bytes if self._place == 0 else 0
 
+    @property
+    def compiles(self) -> bool:
+        """Whether torch's compiler can call it."""
+        return getattr(self._shared.product, "compiles", False)
+
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         outputs = self._shared.outputs(self._place, inputs)
         return outputs if self.bias is None else outputs + self.bias

@@ -24,6 +24,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout that is not installed
 
 import torch
+from gpu_bars import write_bars
 from gpu_batches import check_engine, run_batches, write_model
 from gpu_checks import check_families, check_kernels
 from gpu_run import Run, environment, write_table
@@ -31,10 +32,10 @@ from gpu_speed import measure_ceilings, time_passes, time_transformers
 
 QUICK_MINUTES = 1.5
 GRACE_SECONDS = 4.0  # before the end, when whatever still runs is left
-# (section, share of the whole time that it may take at most)
+# (section, share of the whole time that it may take at most); what most bars are about comes before what may be cut off
 SHARES = {
-    "ceilings": 0.04, "families": 0.2, "kernels": 0.15, "engine": 0.1, "model": 0.12, "16 bits": 0.2, "batches": 0.25,
-    "transformers": 0.2, "4 bits": 0.15, "8 bits": 0.15, "transformers, compiled": 0.3,
+    "ceilings": 0.04, "families": 0.12, "kernels": 0.14, "engine": 0.08, "model": 0.12, "16 bits": 0.18, "batches": 0.2,
+    "4 bits": 0.16, "transformers": 0.1, "8 bits": 0.14, "transformers, compiled": 0.3,
 }  # fmt: skip
 
 
@@ -79,8 +80,8 @@ def run_sections(run: Run, sections: list[str], folder: Path, seconds: float) ->
         "model": partial(write_model, folder=folder),
         "16 bits": partial(time_passes, folder=folder, bits=16),
         "batches": partial(run_batches, folder=folder),
-        "transformers": partial(time_transformers, folder=folder, compiled=False),
         "4 bits": partial(time_passes, folder=folder, bits=4),
+        "transformers": partial(time_transformers, folder=folder, compiled=False),
         "8 bits": partial(time_passes, folder=folder, bits=8),
         "transformers, compiled": partial(time_transformers, folder=folder, compiled=True),
     }
@@ -96,6 +97,8 @@ def run_sections(run: Run, sections: list[str], folder: Path, seconds: float) ->
 
 def conclude(run: Run) -> int:
     checks = [line["ok"] for line in run.lines if "ok" in line]
+    with run.section("bars", 1.0, 0.0):
+        write_bars(run)
     with run.section("checks", 1.0, 0.0):
         run.add("passed", passed=sum(checks), of=len(checks))
     print("\n" + write_table(run))

@@ -174,6 +174,7 @@ def check_engine(run: Run) -> None:
         theirs.save_pretrained(folder)
         ahead, early = _generate(run, Path(folder), rows, wait=False)
         waited, late = _generate(run, Path(folder), rows, wait=True)
+        compiled, _ = _generate(run, Path(folder), rows, wait=False, compile_blocks=None)
     theirs = theirs.to(run.device)
     wanted = []
     for prompt, limit in zip(prompts, limits, strict=True):
@@ -183,17 +184,22 @@ def check_engine(run: Run) -> None:
             made = theirs.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
         wanted.append(made[0, len(prompt) :].tolist())
     run.check("greedy tokens are those of generate", [ahead[key] for key in range(len(wanted))] == wanted)
+    same = [compiled[key] for key in range(len(wanted))] == wanted
+    run.check("greedy tokens are the same with compiled blocks", same, compiled=run.on_gpu)
     run.check("the same tokens where the host waits", ahead == waited and late == 0 < early, passes_ahead=early)
 
 
-def _generate(run: Run, folder: Path, rows: list, wait: bool) -> tuple[dict[int, list[int]], int]:
+def _generate(
+    run: Run, folder: Path, rows: list, wait: bool, compile_blocks: bool | None = False
+) -> tuple[dict[int, list[int]], int]:
     """Tokens by key, and how many decode passes were launched ahead."""
     from ds_llmpq.engine.config import EngineConfig
     from ds_llmpq.engine.session import Session
     from ds_llmpq.scheduler.request_group import RequestGroup
 
     plan, found = plan_for(run, folder, 4, 16, 12, "float32"), {}
-    session = Session(plan, join(run, plan), folder, LengthRule(run.ends), options=EngineConfig(decode_graphs=True))
+    options = EngineConfig(decode_graphs=True, compile_blocks=compile_blocks)
+    session = Session(plan, join(run, plan), folder, LengthRule(run.ends), options=options)
     if wait:
         session.engine.ahead = None
     groups = iter([RequestGroup(tuple(rows), 4, 28, joins=True)])

@@ -6,6 +6,7 @@ import copy
 import random
 import sys
 import tempfile
+import time
 from functools import partial
 from pathlib import Path
 
@@ -18,8 +19,9 @@ from ds_llmpq.engine.runner.capture import Capture, CudaGraphs, capture_trace
 from ds_llmpq.engine.runner.captured_decode import CapturedDecode
 from ds_llmpq.models.step import Step
 from ds_llmpq.quant.config import QuantConfig
-from ds_llmpq.quant.hqq import quantize_linear
-from ds_llmpq.quant.kernel_linear import build_linears
+from ds_llmpq.quant.hqq import quantize_linear, quantize_rows
+from ds_llmpq.quant.kernel_linear import build_linears, build_lm_head
+from ds_llmpq.quant.kernels.base import Kernel
 from ds_llmpq.quant.kernels.dequantize import DEQUANTIZE
 from ds_llmpq.quant.kernels.linears import resolve_kernel
 from ds_llmpq.quant.kernels.registry import list_candidates
@@ -35,6 +37,7 @@ CAPTURED_ON_CPU = ("llama", "gemma2", "mixtral")  # a trace takes seconds; the t
 LENGTHS, DECODED = (3, 9, 1, 12), 6  # prompts, and decode steps after them
 FLOAT32_ERROR = 1e-4
 KERNEL_ROWS, KERNEL_ROWS_TINY = (1, 8, 16, 32, 64, 128, 256, 1024), (1, 16)
+WIDTHS, LM_HEAD_WIDTHS, LM_HEAD_ROWS = (4, 8, 3, 2), (4, 8), (1, 64)
 KERNEL_ERROR = 0.02  # of a product's norm: sums in 16 bits, and inputs rounded to 8 bits by OpenVINO
 
 
@@ -140,9 +143,16 @@ def _error(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
 def check_kernels(run: Run) -> None:
     """Each kernel that can run here against HQQ's dequantized weight, and its speed against an unquantized product."""
     out, into = (512, 256) if run.tiny else (28672, 4096)
-    quant = QuantConfig(optimize=False)
+    quant, groups = QuantConfig(optimize=False), make_groups(QuantConfig())
     kernels = list_candidates(run.device.type, "bfloat16", quant)
     kernels = [kernel for kernel in kernels if not kernel.whole_stage]
+    vocabulary = 1000 if run.tiny else 128256
+    for kernel in kernels:
+        wanted = [(out, into, bits) for bits in WIDTHS] + [(vocabulary, into, bits) for bits in LM_HEAD_WIDTHS]
+        wanted = [each for each in wanted if resolve_kernel(kernel, *each, groups) is kernel]
+        began = time.monotonic()
+        kernel.compile_products(wanted, quant.group_size, run.dtype, print)
+        run.add(f"{kernel.name}: compile", shapes=len(wanted), seconds=time.monotonic() - began)
     weight = torch.randn(out, into, device=run.device, dtype=run.dtype) * into**-0.5
     # several weights, so that none is found in a cache
     copies = 1 if run.tiny else max(1, int(4e8 / weight.nbytes)) + 1
@@ -154,13 +164,12 @@ def check_kernels(run: Run) -> None:
         turn = iter(range(1 << 40))
         plain[rows] = timed_in_graph(run, lambda: nn.functional.linear(inputs[rows], weights[next(turn) % copies]))  # noqa: B023
         run.add(f"bfloat16 {out} x {into}", rows=rows, us=1e6 * plain[rows], gb_s=weight.nbytes / plain[rows] / 1e9)
-    pairs = [(kernel, bits) for bits in (4, 8, 3, 2) for kernel in kernels]
+    pairs = [(kernel, bits) for bits in WIDTHS for kernel in kernels]
     for kernel, bits in run.points("kernels", pairs):
         name = kernel.name
         exact = quantize_linear(weight, None, bits, quant, torch.float32, run.device)
         reference = exact.dequantize().float()
         try:
-            groups = make_groups(quant)
             if resolve_kernel(kernel, out, into, bits, groups) is not kernel:
                 continue
             if kernel is DEQUANTIZE:
@@ -177,3 +186,29 @@ def check_kernels(run: Run) -> None:
                 )  # fmt: skip
         except Exception as error:
             run.check(f"{name} {bits} bits", False, error=f"{type(error).__name__}: {error}"[:300])
+    for kernel, bits in run.points("lm_head", [(kernel, bits) for bits in LM_HEAD_WIDTHS for kernel in kernels]):
+        try:
+            _check_lm_head(run, kernel, bits, vocabulary, into)
+        except Exception as error:
+            run.check(f"lm_head, {kernel.name} {bits} bits", False, error=f"{type(error).__name__}: {error}"[:300])
+
+
+def _check_lm_head(run: Run, kernel: Kernel, bits: int, vocabulary: int, into: int) -> None:
+    """As `check_kernels`, a whole vocabulary at once."""
+    quant, groups = QuantConfig(optimize=False), make_groups(QuantConfig())
+    if kernel is not DEQUANTIZE and resolve_kernel(kernel, vocabulary, into, bits, groups) is not kernel:
+        return
+    weight = torch.randn(vocabulary, into, device=run.device, dtype=run.dtype) * into**-0.5
+    dtype = run.dtype if kernel is DEQUANTIZE else torch.float32
+    blocks = quantize_rows(weight, bits, quant, dtype, run.device)
+    head = build_lm_head(kernel, blocks, bits, groups, run.dtype)
+    for rows in run.points(f"lm_head, {kernel.name} {bits} bits", list(LM_HEAD_ROWS)):
+        inputs = torch.randn(rows, into, device=run.device, dtype=run.dtype)
+        wanted = torch.cat([inputs.float() @ block.dequantize().float().T for block in blocks], 1)
+        error = float((head(inputs).float() - wanted).norm() / wanted.norm())
+        plain = timed_in_graph(run, partial(nn.functional.linear, inputs, weight), 5)
+        seconds = timed_in_graph(run, partial(head, inputs), 5)
+        run.check(
+            f"lm_head, {kernel.name} {bits} bits", error <= KERNEL_ERROR, rows=rows, error=error, us=1e6 * seconds,
+            times_as_fast=plain / seconds,
+        )  # fmt: skip

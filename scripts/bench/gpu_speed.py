@@ -20,6 +20,7 @@ from ds_llmpq.cost.arithmetic import attention_flops, head_flops, kv_bytes, line
 from ds_llmpq.cost.latency import CAPTURED_LAUNCHES_SHARE, RooflineCosts
 from ds_llmpq.engine.kv_cache import KVStore
 from ds_llmpq.engine.runner.captured_decode import CapturedDecode
+from ds_llmpq.engine.runner.fusion import Fusion, has_compiler
 from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.models.shape import ModelShape, read_shape
 from ds_llmpq.models.step import Step
@@ -30,6 +31,7 @@ from ds_llmpq.quant.layers import LayerLoader
 from ds_llmpq.quant.packing import make_groups
 
 PREDICTED = "measured; predicted: fitted to the ceilings"
+FUSION_ROWS = (1, 64, 256)  # at which captured steps are timed without compiled blocks too
 LAUNCHES = 64  # of the graph whose launches are timed
 
 
@@ -81,13 +83,20 @@ def time_passes(run: Run, folder: Path, bits: int) -> None:
     quant = resolve_quant(run, shape)
     began = time.monotonic()
     loader = LayerLoader(checkpoint, [bits] * shape.layers, quant, run.dtype, run.device, packed=True)
+    loader.compile_products(range(shape.layers), True, print)
+    run.add(f"compile products at {bits} bits", seconds=time.monotonic() - began)
+    began = time.monotonic()
     layers = [loader.decoder_layer(index) for index in range(shape.layers)]
     module, positional = Layers([loader.embedding(), *layers, loader.head()]), loader.decoder.positions()
     if run.on_gpu:
         torch.cuda.synchronize()
     run.add(f"load at {bits} bits, kernel {loader.kernel.name}", seconds=time.monotonic() - began)
     costs = make_costs(run, shape, loader.kernel)
-    _time_decode(run, module, positional, costs, bits)
+    fusion = Fusion(module, positional, run.dtype, run.device, print)
+    if run.on_gpu and has_compiler(run.device):
+        fusion.compile()
+    run.add(f"compile blocks at {bits} bits", blocks=len(fusion.blocks), seconds=fusion.compile_seconds)
+    _time_decode(run, module, positional, costs, bits, fusion)
     if bits in (4, 16):
         _time_prefill(run, module, positional, costs, bits)
 
@@ -97,21 +106,21 @@ def resolve_quant(run: Run, shape: ModelShape, dtype: str = "bfloat16") -> Quant
     return dataclasses.replace(quant, optimize=False)
 
 
-def _time_decode(run: Run, module: Layers, positional: object, costs: RooflineCosts, bits: int) -> None:
-    rows = (1, 2, 4) if run.tiny else (1, 2, 4, 8, 16, 32, 64, 128, 256)
-    points = [(count, 32 if run.tiny else 256) for count in rows]
-    if not run.tiny:
-        points.insert(0, points.pop(6))  # what was measured before: 64 x 256, then 1, then 128 x 512
-        points.insert(2, (128, 512))
+def _time_decode(run: Run, module: Layers, positional: object, costs: RooflineCosts, bits: int, fusion: Fusion) -> None:
+    points = [(1, 32), (2, 32), (4, 32)]
+    if not run.tiny:  # first those that a bar is for
+        points = [(64, 256), (1, 256), (16, 256), (128, 512), *((rows, 256) for rows in (256, 8, 32, 128, 2, 4))]
     for count, context in run.points(f"decode at {bits} bits", points):
-        _time_step(run, module, positional, costs, bits, count, context)
+        _time_step(run, module, positional, costs, bits, count, context, fusion)
         free(run.device)
 
 
 def _time_step(
-    run: Run, module: Layers, positional: object, costs: RooflineCosts, bits: int, rows: int, context: int
-) -> None:
-    """One decode step with greedy tokens, captured and eager."""
+    run: Run, module: Layers, positional: object, costs: RooflineCosts, bits: int, rows: int, context: int,
+    fusion: Fusion,
+) -> None:  # fmt: skip
+    """One decode step with greedy tokens: captured with compiled blocks, as the engine runs it; captured with plain
+    ones; eager."""
     shape = costs.shape
     store = make_store(run, shape, rows, context + 1)
     if store is None:
@@ -123,11 +132,16 @@ def _time_step(
         cache = store.decode(0, rows, at, context)
         return Step(at[:, None], cache, context, False, token_ids=tokens, prepare=positional)
 
-    runner = CapturedDecode(module, store, positional, capture_on(run.device), run.dtype)
     began, before = time.monotonic(), _free_bytes(run)
-    runner.run(step())
+    with fusion.use():
+        runner = CapturedDecode(module, store, positional, capture_on(run.device), run.dtype)
+        runner.run(step())
     captured, graph_bytes = time.monotonic() - began, before - _free_bytes(run)
     graph = timed(run, lambda: runner.run(step())[1].argmax(-1))
+    plain = {}
+    if fusion.blocks and fusion.compile_seconds and rows in FUSION_ROWS:
+        unfused = CapturedDecode(module, store, positional, capture_on(run.device), run.dtype)
+        plain["uncompiled_ms"] = 1e3 * timed(run, lambda: unfused.run(step())[1].argmax(-1))
     eager = timed(run, lambda: module(step()).logits.argmax(-1), 0.1)
     predicted = shape.layers * costs.decode_seconds(bits, rows, context - 1)
     predicted += costs.embed_seconds(rows, 1) + costs.head_seconds(rows)
@@ -135,7 +149,8 @@ def _time_step(
     flops = shape.layers * (linear_flops(shape, rows) + attention_flops(shape, rows, 1, context - 1))
     flops += head_flops(shape, rows)
     run.add(
-        f"decode at {bits} bits", PREDICTED, rows=rows, context=context, captured_ms=1e3 * graph, eager_ms=1e3 * eager,
+        f"decode at {bits} bits", PREDICTED, rows=rows, context=context, captured_ms=1e3 * graph, **plain,
+        eager_ms=1e3 * eager,
         tokens_s=rows / graph, gb_s=read / graph / 1e9, share_of_copy=read / graph / run.rates["bytes"],
         share_of_product=flops / graph / run.rates["bfloat16"], predicted_ms=1e3 * predicted,
         measured_over_predicted=graph / predicted, capture_seconds=captured, graph_mib=graph_bytes / (1 << 20),

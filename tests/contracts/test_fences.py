@@ -71,6 +71,7 @@ NAMES = {
         "_reorder_linear_weight": ("quant/onednn_linear.py",),
         "_linear_pointwise": ("quant/onednn_linear.py",),
         "_is_mkldnn_bf16_supported": ("quant/onednn_linear.py",),
+        "_dynamo": ("engine/runner/fusion.py",),
         "master_listen_fd": ("launch/rendezvous.py",),
     },
     "lm_eval": {"_loglikelihood_tokens": ("evaluation/harness.py",)},

@@ -76,3 +76,14 @@ def test_store_on_a_socket_of_ours():
     store.set("name", "value")
     other = dist.TCPStore(host, port, 1, False, seconds)
     assert other.get("name") == b"value"
+
+
+def test_how_often_the_compiler_may_start_again():
+    """`torch._dynamo.config.patch(recompile_limit=count)`, in engine/runner/fusion.py: of each function, 8 where
+    nobody sets it."""
+    import torch._dynamo
+
+    before = torch._dynamo.config.recompile_limit
+    with torch._dynamo.config.patch(recompile_limit=64):
+        assert torch._dynamo.config.recompile_limit == 64
+    assert torch._dynamo.config.recompile_limit == before

@@ -9,9 +9,44 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SECTIONS = (
-    "environment", "ceilings", "families", "kernels", "engine", "model", "16 bits", "batches", "transformers", "4 bits",
-    "8 bits", "transformers, compiled", "checks",
+    "environment", "ceilings", "families", "kernels", "engine", "model", "16 bits", "batches", "4 bits", "transformers",
+    "8 bits", "transformers, compiled", "bars", "checks",
 )  # fmt: skip
+STEP = {"rows": 1, "context": 256, "captured_ms": 4.5, "tokens_s": 222.0, "measured_over_predicted": 1.1}
+
+
+def test_bars_say_what_was_measured_and_whether_it_is_met(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts" / "bench")
+    from gpu_bars import list_bars
+
+    assert all(bar.found is None for bar in list_bars([]))
+    batch = {"what": "batch: ShareGPT-like", "requests": 1000, "of": 1000, "output_tokens_s": 13000.0,
+             "device_busy_share": 0.9}  # fmt: skip
+    lines = [
+        {"what": "decode at 16 bits", **STEP},
+        {"what": "decode at 4 bits", **STEP, "captured_ms": 2.5},
+        {"what": "decode at 8 bits", **STEP, "captured_ms": 3.6, "measured_over_predicted": 0.7},
+        {"what": "decode at 16 bits", **STEP, "rows": 64, "captured_ms": 7.0, "tokens_s": 9142.0},
+        {"what": "prefill at 16 bits", "rows": 8, "tokens_s": 41000.0},
+        {"what": "memory: ShareGPT-like", "peak_over_planned": 1.01},
+        {"what": "generate, static cache, not compiled", "rows": 64, "ms": 20.0},
+        batch,
+    ]
+    met = {bar.what: bar.met for bar in list_bars(lines) if bar.found is not None}
+    assert met == {
+        "decode, 16 bits, 1 x 256": True,
+        "decode, 16 bits, 64 x 256": False,
+        "prefill, 16 bits, best": True,
+        "4 bits beside 16, 1 rows": False,  # 1.8 of 1.9
+        "8 bits beside 16, 1 rows": False,
+        "batch of 1,000, 16 bits": True,
+        "batch beside generate's steps on the same requests": True,
+        "share of the batch in which the device waits": False,
+        "passes, predicted without a profile": False,
+        "device memory beside the plan": True,
+    }
+    batch["cut_by_time"] = True
+    assert not [bar for bar in list_bars(lines) if bar.what.startswith("batch") and bar.found is not None]
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from torch import nn
 from ds_llmpq.cost.captured_graphs import MOST_GRAPHS, context_bucket
 from ds_llmpq.engine.kv_cache import DecodeCache, KVStore
 from ds_llmpq.engine.runner.capture import Capture
+from ds_llmpq.engine.runner.fusion import Fusion
 from ds_llmpq.models.block import Experts
 from ds_llmpq.models.step import Step
 
@@ -55,7 +56,7 @@ class CapturedDecode:
     """Runs the decode passes of `module`, a stage, by graphs that `capture` records when a shape is first met.
 
     The states it returns are its own memory, which the next pass writes over. hidden_size: features of the hidden
-    states that come in; 0 on the first stage, where token ids come.
+    states that come in; 0 on the first stage, where token ids come. fusion: compiled blocks to capture.
     """
 
     def __init__(
@@ -67,12 +68,14 @@ class CapturedDecode:
         dtype: torch.dtype,
         hidden_size: int = 0,
         most_graphs: int = MOST_GRAPHS,
+        fusion: Fusion | None = None,
     ):
         self.module = module
         self.store = store
         self.positional = positional
         self.capture = capture
         self.most_graphs = most_graphs
+        self.fusion = fusion
         self._hidden_size, self._dtype = hidden_size, dtype
         self._graphs: OrderedDict[_Shape, Callable[[], Outputs]] = OrderedDict()
         self._make_buffers(1)
@@ -113,7 +116,7 @@ class CapturedDecode:
                 self._graphs.popitem(last=False)
             rows = shape.rows
             buffers = self._inputs[:rows], self._positions[:rows], self._shared[:rows], self.store.memory
-            with fix_shapes(self.module):
+            with fix_shapes(self.module), self.fusion.use() if self.fusion else contextlib.nullcontext():
                 self._graphs[shape] = self.capture(partial(self._step, shape), buffers)
         self._graphs.move_to_end(shape)
         return self._graphs[shape]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from ds_llmpq.engine.runner.captured_decode import CapturedDecode
+from ds_llmpq.engine.runner.fusion import Fusion
 from ds_llmpq.engine.stage_run.faults import FaultLog, NeutralRow, Suspects, describe_error
 from ds_llmpq.engine.stage_run.oom_split import MicroBatchSplitter
 from ds_llmpq.launch.failures import is_out_of_memory
@@ -19,11 +21,12 @@ Output = tuple[torch.Tensor, torch.Tensor | None]  # hidden states, and logits o
 
 class StageRunner:
     """`hidden_size`: features of the hidden states between stages, which are of `dtype`. `captured`: runs whole decode
-    passes, where it is given; parts of them run eagerly."""
+    passes, where it is given; parts of them run eagerly. `fusion`: for eager decode passes."""
 
     def __init__(
         self, module: nn.Module, splitter: MicroBatchSplitter, faults: FaultLog, neutral: NeutralRow,
         dtype: torch.dtype, hidden_size: int, is_last: bool, captured: CapturedDecode | None = None,
+        fusion: Fusion | None = None,
     ):  # fmt: skip
         self.module = module
         self.splitter = splitter
@@ -33,6 +36,7 @@ class StageRunner:
         self.hidden_size = hidden_size
         self.is_last = is_last
         self.captured = captured
+        self.fusion = fusion
 
     def run(self, phase: str, step: Step) -> Output:
         """Any exception ends it."""
@@ -63,7 +67,8 @@ class StageRunner:
         def work(start: int, stop: int) -> Output:
             if self.captured is not None and phase == "decode" and stop - start == rows:
                 return self._replay(step)
-            part = self.module(step.rows(start, stop))
+            with self.fusion.use() if self.fusion and phase == "decode" else contextlib.nullcontext():
+                part = self.module(step.rows(start, stop))
             return part.hidden, part.logits
 
         return self.splitter.run(phase, *step.positions.shape, work, suspects)

@@ -32,7 +32,8 @@ SHARED_INPUTS = (ATTENTION_INPUT, ("gate_proj", "up_proj"), ("w1", "w3"))
 
 
 class Product(Protocol):
-    """A weight in a kernel's own layout, which takes `held_bytes` without bias."""
+    """A weight in a kernel's own layout, which takes `held_bytes` without bias. One that torch's compiler can call has
+    `compiles`, which is true."""
 
     held_bytes: int
 

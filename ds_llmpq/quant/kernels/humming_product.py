@@ -30,6 +30,8 @@ _QUIET_SECONDS = 2.0  # kernels that lie on disk are loaded within it
 class HummingProduct(nn.Module):
     """Multiplies inputs [rows, in] with one weight [out, in], which may be stacked from linears of one input."""
 
+    compiles = True
+
     def __init__(self, weight: UnpackedWeight, bits: int, dtype: torch.dtype):
         super().__init__()
         self.out_features, in_features = weight.codes.shape

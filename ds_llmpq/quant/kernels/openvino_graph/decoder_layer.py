@@ -98,7 +98,7 @@ class LayerNodes:
         return self._half(hidden, self._mlp, layer.mlp_norm, layer.mlp_out_norm)
 
     def _half(self, hidden: Node, work: Callable[[Node], Node], norm: Norm, out_norm: Norm | None) -> Node:
-        """As `Block._half`."""
+        """As attention and MLP in `Block`."""
         if self.layer.spec.norms == "after":
             return _norm(opset13.add(hidden, widen(work(hidden))), norm)
         normed = _norm(hidden, norm)
