@@ -1,7 +1,6 @@
 """The kernel for GPUs, with a stand-in for its library: all but the call on the device. `scripts/bench/gpu.py` runs the
 library itself against HQQ's dequantized weights."""
 
-import json
 import os
 import sys
 from dataclasses import replace
@@ -28,11 +27,7 @@ from ds_llmpq.quant.unpacked_weight import stack, unpack
 
 CPU = torch.device("cpu")
 BITS = tuple(HUMMING.storage_bits)
-SHAPE = {
-    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 128, "intermediate_size": 256,
-    "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 384,
-    "max_position_embeddings": 64, "tie_word_embeddings": False,
-}  # fmt: skip
+TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
 
 
 @pytest.fixture
@@ -42,18 +37,6 @@ def library(monkeypatch):
     monkeypatch.setattr(type(HUMMING), "kinds", ("cpu", "cuda"))
     monkeypatch.setattr(humming, "_capabilities", list)
     return fake_humming
-
-
-@pytest.fixture
-def checkpoint(tmp_path):
-    from safetensors.torch import save_file
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    (tmp_path / "config.json").write_text(json.dumps(SHAPE))
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path), dtype=torch.bfloat16)
-    save_file(model.state_dict(), tmp_path / "model.safetensors", metadata={"format": "pt"})
-    return Checkpoint(Path(tmp_path))
 
 
 def quantized(out_features, in_features, bits, group_size=64, bias=None, seed=0) -> HQQLinear:
@@ -112,40 +95,43 @@ def test_what_it_does_not_take_is_dequantized(out_features, in_features, bits, t
     assert resolve_kernel(HUMMING, 128, 128, 8, Groups(64, per_channel_bits=(8,))).name == "dequantize"  # a group a row
 
 
-def test_a_stage_is_compiled_before_it_is_loaded(library, checkpoint, monkeypatch):
+def test_a_stage_is_compiled_before_it_is_loaded(library, monkeypatch):
     """Every shape and width once, lm_head too; what is loaded then finds its kernels."""
     monkeypatch.setattr(type(HUMMING), "unsupported_reason", lambda *arguments: None)
     quant = QuantConfig([4, 8, 16], 64, 1, False, "humming", lm_head_bits=8)
-    loader = LayerLoader(checkpoint, [4, 16, 8], quant, torch.bfloat16, CPU)
+    loader = LayerLoader(Checkpoint(TINY), [4, 16, 8, *[16] * 5], quant, torch.bfloat16, CPU)
     from ds_llmpq.quant.kernels import humming_product
 
     monkeypatch.setattr(humming_product, "_QUIET_SECONDS", -1)
     told = []
-    loader.compile_products(range(3), True, told.append)
+    loader.compile_products(range(8), True, told.append)
     shapes = {(kernel["shape_n"], kernel["shape_k"], kernel["b_dtype"]) for kernel in library.HummingKernel.kernels}
-    layer = [(384, 128), (128, 128), (512, 128), (128, 256)]  # q k v; o; gate up; down
-    assert shapes == {(*size, f"uint{bits}") for bits in (4, 8) for size in layer} | {(384, 128, "uint8")}
+    layer = [(512, 256), (256, 256), (1024, 256), (256, 512)]  # q k v; o; gate up; down
+    assert shapes == {(*size, f"uint{bits}") for bits in (4, 8) for size in layer} | {(2048, 256, "uint8")}
     assert len(library.HummingKernel.kernels) == 8 * len(shapes)
-    assert told[-1].startswith(f"humming compiles, once on this host: {len(shapes)} of {len(shapes)} shapes")
+    assert told[-1].startswith(
+        f"humming compiles its kernels, once on this host: {len(shapes)} of {len(shapes)} shapes"
+    )
     loaded = loader.decoder_layer(0)
     head = loader.head()
     assert len(library.HummingKernel.kernels) == 8 * len(shapes)
     sizes = [role[:3] for role in loader.decoder.spec.linears(0)]
-    norms = 2 * 2 * 128
+    norms = 2 * 2 * 256
     assert count_stored_bytes(loaded) == layer_bytes(HUMMING, sizes, 4, Groups(), 2) + norms
-    assert count_stored_bytes(head) == lm_head_bytes(HUMMING, 384, 128, 8, Groups(), 2) + norms // 2
+    assert count_stored_bytes(head) == lm_head_bytes(HUMMING, 2048, 256, 8, Groups(), 2) + norms // 2
 
 
-def test_without_the_library_the_plan_that_names_it_stops_with_the_remedy(checkpoint, monkeypatch):
+def test_without_the_library_the_plan_that_names_it_stops_with_the_remedy(monkeypatch):
     for name in ("humming", "humming.kernel.humming"):
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, "ds_llmpq.quant.kernels.humming_product", raising=False)
+    monkeypatch.delattr("ds_llmpq.quant.kernels.humming_product", raising=False)
     monkeypatch.setattr(type(HUMMING), "unsupported_reason", lambda *arguments: None)
     quant = QuantConfig([4], 64, 1, False, "humming")
-    loader = LayerLoader(checkpoint, [4] * 3, quant, torch.bfloat16, CPU)
+    loader = LayerLoader(Checkpoint(TINY), [4] * 8, quant, torch.bfloat16, CPU)
     remedy = r"quant.kernel=humming needs humming-kernels, .* or use quant.kernel=dequantize"
     with pytest.raises(UserError, match=remedy):
-        loader.compile_products(range(3), False, print)
+        loader.compile_products(range(8), False, print)
     with pytest.raises(UserError, match=remedy):
         loader.decoder_layer(0)
     assert "HUMMING_DISABLE_PARALLEL_BUILD" not in os.environ
