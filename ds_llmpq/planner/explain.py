@@ -40,9 +40,13 @@ def _quantization(problem: Problem, plan: Plan) -> str:
     allowed = f" of the {format_number(objective.limit)} allowed" if objective.mode == "max_quality_loss" else ""
     return (
         f"Quantized: {len(low)} of {pluralize(len(bits), 'layer')} ({counts}), because "
-        f"{_why_quantized(problem)}; expected to cost {format_number(loss)} nats a token{allowed}, "
-        f"{format_number(100 * math.expm1(loss))} % in perplexity."
+        f"{_why_quantized(problem)}; expected to cost {_format_small(loss, 1e-4)} nats a token{allowed}, "
+        f"{_format_small(100 * math.expm1(loss), 0.01)} % in perplexity."
     )
+
+
+def _format_small(value: float, least: float) -> str:
+    return f"under {least:g}" if 0 < value < least else format_number(value)
 
 
 def _why_quantized(problem: Problem) -> str:
@@ -128,7 +132,7 @@ def _left_out(problem: Problem, plan: Plan) -> list[str]:
     idle = [device.name for device in problem.devices if device.name not in used]
     if not idle:
         return []
-    names = ", ".join(idle[:6]) + (", ..." if len(idle) > 6 else "")
+    names = ", ".join(idle[:6]) + (f" and {len(idle) - 6} more" if len(idle) > 6 else "")
     return [f"{len(idle)} of {len(problem.devices)} devices are left out: {names}."]
 
 
