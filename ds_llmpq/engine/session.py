@@ -86,6 +86,7 @@ class Session:
         loader = LayerLoader(
             checkpoint, [b for stage in plan.stages for b in stage.bits], plan.quant.to_config(), self.dtype,
             context.device, loaded, packed=True, stage=range(0) if scorer else range(*context.stage.layers),
+            ahead=range(*context.stage.layers),
         )  # fmt: skip
         is_last = context.stage_index == len(plan.stages) - 1
         loader.compile_products(range(*context.stage.layers), is_last, self._tell)
@@ -255,7 +256,7 @@ class Session:
         index, ranks = self.context.stage_index, self.context.stage_ranks
         previous = ranks[index - 1] if index > 0 else None
         following = ranks[index + 1] if index + 1 < len(ranks) else None
-        return ActivationChannel(previous, following, self.dtype, self.context.device)
+        return ActivationChannel(previous, following, self.dtype, self.context.device, self.context.links)
 
     def _build_token_channel(self) -> TokenChannel:
         *others, source = self.context.stage_ranks

@@ -1,8 +1,8 @@
-"""Reads Hugging Face safetensors checkpoints one tensor at a time, from one file or many shards."""
+"""Reads Hugging Face safetensors checkpoints one tensor at a time, from one file or many shards, which are mapped."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ from ds_llmpq.errors import UserError
 from ds_llmpq.models.decoder import Decoder
 from ds_llmpq.models.description import read_description, refuse_foreign
 from ds_llmpq.models.index import read_index
+from ds_llmpq.models.read_ahead import ReadAhead
 from ds_llmpq.models.tying import HEAD, list_embedding_names
 
 _SINGLE = "model.safetensors"
@@ -27,7 +28,7 @@ _OPTIONAL_PREFIXES = ("model.", "transformer.")
 
 
 class Checkpoint:
-    """A checkpoint folder. Each tensor is read on request into memory of its own; then the file is closed again.
+    """A checkpoint folder. Each tensor is read on request; a shard is mapped only as long as something of it is used.
 
     `description` is what we read in its config.json, `config` what transformers does. `UserError`: a folder, file,
     shard or tensor is missing or damaged, the model is not supported, or another method has quantized it.
@@ -39,6 +40,7 @@ class Checkpoint:
         self.description = read_description(self.path)  # before transformers, which reads it without bounds
         self.config = _read_config(self.path, trust_remote_code)
         self._shard_of = _locate_tensors(self.path)
+        self._ahead: ReadAhead | None = None
         self.config.tie_word_embeddings = self.description.spec.tied
 
     @cached_property
@@ -60,17 +62,48 @@ class Checkpoint:
             f"Checkpoint {self.path} has no tensor {name!r}; it is incomplete or not what its config.json says."
         )
 
-    def tensors(self, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields (requested name, tensor on the CPU in the checkpoint's dtype), shard by shard."""
+    def tensors(self, names: Iterable[str], copy: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yields (requested name, tensor in the checkpoint's dtype), shard by shard. It is on the CPU, or where
+        `read_ahead` has brought it.
+
+        copy=False: views of the mapped file where they are on the CPU, for those who make their own of them at once.
+        Kept, they would keep the file mapped, whose pages count as memory of this process.
+        """
         by_shard: dict[str, list[tuple[str, str]]] = {}
         for asked in names:
             stored = self.find_name(asked)
-            by_shard.setdefault(self._shard_of[stored], []).append((asked, stored))
+            arrived = self._ahead.take(stored) if self._ahead else None
+            if arrived is not None:
+                yield asked, self._check_dtype(asked, arrived)
+            else:
+                by_shard.setdefault(self._shard_of[stored], []).append((asked, stored))
         for shard, wanted in by_shard.items():
             with self._open(shard) as file:
                 for asked, stored in wanted:
-                    # copied, so that the mapping is dropped and its pages do not count as memory of this process
-                    yield asked, self._check_dtype(asked, file.get_tensor(stored)).clone()
+                    tensor = self._check_dtype(asked, file.get_tensor(stored))
+                    yield asked, tensor.clone() if copy else tensor
+
+    def read_ahead(self, prefix: str, device: torch.device) -> None:
+        """Begins to read, for `device`, the tensors whose names begin with `prefix`: they will be asked for next."""
+        if self._ahead is None:
+            self._ahead = ReadAhead(self._view_tensors, device)
+        prefixes = (prefix, *(prefix[len(known) :] for known in _OPTIONAL_PREFIXES if prefix.startswith(known)))
+        self._ahead.expect([name for name in self._shard_of if name.startswith(prefixes)])
+
+    def end_read_ahead(self) -> None:
+        """Everything is loaded: the thread and its buffers go."""
+        if self._ahead is not None:
+            self._ahead.close()
+        self._ahead = None
+
+    def _view_tensors(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        by_shard: dict[str, list[str]] = {}
+        for name in names:
+            by_shard.setdefault(self._shard_of[name], []).append(name)
+        for shard, wanted in by_shard.items():
+            with self._open(shard) as file:
+                for name in wanted:
+                    yield name, file.get_tensor(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         stored = self.find_name(name)

@@ -1,7 +1,7 @@
 """Builds one pipeline layer from the checkpoint: structure on `meta`, then its tensors, each quantized on arrival.
 
 A rank loads only its own layers, so its peak memory is its share plus one tensor. Layers of a quantized checkpoint are
-used as stored.
+used as stored. What is quantized or packed is taken from the mapped file; what stays as it is gets memory of its own.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class LayerLoader:
     `bits`: bit width of every decoder layer. `quant.kernel` runs quantized linears; an unresolved `auto`
     (`kernels.registry.select_kernel`) means HQQ's own forward. `on_loaded` is called after each layer. `packed`: packs
     unquantized linears for speed (`quant.onednn_linear`), for inference only. `stage`: decoder layers that will run one
-    after another, and become one graph if the kernel takes whole stages.
+    after another, and become one graph if the kernel takes whole stages. `ahead`: decoder layers that will be loaded
+    in this order, so that each is read while the one before it is quantized and packed.
     """
 
     checkpoint: Checkpoint
@@ -56,7 +57,9 @@ class LayerLoader:
     on_loaded: Callable[[str], None] = lambda name: None
     packed: bool = False
     stage: range = range(0)
+    ahead: range = range(0)
     _graph: nn.Module | None = None
+    _views: set[int] = field(default_factory=set)  # addresses of parameters that are views of a mapped file
     _shared: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
@@ -123,6 +126,14 @@ class LayerLoader:
         return self._finish(module, "head", packed=self.packed and not shared)
 
     def decoder_layer(self, index: int) -> nn.Module:
+        if index + 1 in self.ahead:
+            self.checkpoint.read_ahead(self.decoder.layer_prefix(index + 1), self.device)
+        layer = self._build_layer(index)
+        if index == self.ahead.stop - 1:
+            self.checkpoint.end_read_ahead()
+        return layer
+
+    def _build_layer(self, index: int) -> nn.Module:
         with torch.device("meta"):
             module = self.decoder.layer(index)
         if isinstance(self.checkpoint, QuantizedCheckpoint):
@@ -136,8 +147,10 @@ class LayerLoader:
 
     def _fill(self, module: nn.Module, names: dict[str, str]) -> None:
         local = {tensor: parameter for parameter, tensor in names.items()}
-        for tensor_name, tensor in self.checkpoint.tensors(list(local)):
-            fill(module, {local[tensor_name]: self._convert(tensor)})
+        for tensor_name, tensor in self.checkpoint.tensors(list(local), copy=False):
+            converted = self._convert(tensor)
+            self._note_view(tensor, converted)
+            fill(module, {local[tensor_name]: converted})
 
     def _fill_layer(self, layer: Block, index: int, but: set[str] = frozenset()) -> None:
         """Fills parameters that are still empty, except those in `but`."""
@@ -164,11 +177,21 @@ class LayerLoader:
         bits, found = self.bits[index], {}
         for roles in self._group(index):
             if bits < UNQUANTIZED_BITS:
-                weight = stack([unpack(self._quantize(index, role, torch.float32)) for role in roles])
+                weight = stack([unpack(self._quantize(index, role, torch.float32, copy=False)) for role in roles])
             else:
-                weight = torch.cat([self._convert(self._read_weight(index, role)) for role in roles])
-            found[tuple(role.name for role in roles)] = self.kernel.hold(weight, bits)
+                weight = self._read_weights(index, roles)
+            in_file = isinstance(weight, torch.Tensor) and weight.data_ptr() in self._views
+            found[tuple(role.name for role in roles)] = self.kernel.hold(weight, bits, in_file)
         return found
+
+    def _read_weights(self, index: int, roles: list[LinearRole]) -> torch.Tensor:
+        """Unquantized weights of one input, outputs in order: a view of the file if it is a single one."""
+        weights = [self._read_weight(index, role) for role in roles]
+        converted = [self._convert(weight) for weight in weights]
+        if len(weights) > 1:
+            return torch.cat(converted)
+        self._note_view(weights[0], converted[0])
+        return converted[0]
 
     def _group(self, index: int) -> list[list[LinearRole]]:
         """The linears of a decoder layer in the groups in which the kernel runs them."""
@@ -180,17 +203,18 @@ class LayerLoader:
             by_kernel = resolve_kernel(kernel, *stack_features(group), bits, groups) is not DEQUANTIZE
             # the kernel gets scales and zeros in the precision in which they are stored
             dtype = torch.float32 if by_kernel else self.dtype
-            quantized = [self._quantize(index, role, dtype) for role in group]
+            quantized = [self._quantize(index, role, dtype, copy=not by_kernel) for role in group]
             modules = build_linears(kernel, quantized, bits, groups, self.dtype)
             for role, module in zip(group, modules, strict=True):
                 layer.set_submodule(role.name, module)
 
-    def _quantize(self, index: int, role: LinearRole, dtype: torch.dtype) -> HQQLinear:
+    def _quantize(self, index: int, role: LinearRole, dtype: torch.dtype, copy: bool) -> HQQLinear:
+        """copy=False: for a kernel, which makes its own of it at once."""
         path, bits = self.decoder.tensor_name(index, role.name), self.bits[index]
-        bias = self._convert(self._read_tensor(f"{path}.bias")) if role.bias else None
+        bias = self._convert(self._read_tensor(f"{path}.bias", copy=True)) if role.bias else None
         if isinstance(self.checkpoint, QuantizedCheckpoint):
             shape = (role.out_features, role.in_features)
-            return self.checkpoint.linear(path, shape, bias, bits, dtype, self.device)
+            return self.checkpoint.linear(path, shape, bias, bits, dtype, self.device, copy)
         return quantize_linear(self._read_weight(index, role), bias, bits, self.quant, dtype, self.device)
 
     def _build_lm_head(self, shape: tuple[int, int], name: str) -> nn.Module:
@@ -199,7 +223,7 @@ class LayerLoader:
         by_kernel = list_lm_head_products(kernel, *shape, bits, groups)[0] is not DEQUANTIZE
         dtype = torch.float32 if by_kernel else self.dtype
         if isinstance(self.checkpoint, QuantizedCheckpoint):
-            blocks = self.checkpoint.lm_head(shape, bits, dtype, self.device)
+            blocks = self.checkpoint.lm_head(shape, bits, dtype, self.device, copy=not by_kernel)
         else:
             weight = self._read_tensor(name)
             check_shape(name, weight, shape)
@@ -212,16 +236,24 @@ class LayerLoader:
         check_shape(name, weight, (role.out_features, role.in_features))
         return weight
 
-    def _read_tensor(self, name: str) -> torch.Tensor:
-        return next(tensor for _, tensor in self.checkpoint.tensors([name]))
+    def _read_tensor(self, name: str, copy: bool = False) -> torch.Tensor:
+        return next(tensor for _, tensor in self.checkpoint.tensors([name], copy))
 
     def _convert(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(device=self.device, dtype=self.dtype)
+
+    def _note_view(self, read: torch.Tensor, converted: torch.Tensor) -> None:
+        if converted is read and read.device.type == "cpu":
+            self._views.add(read.data_ptr())
 
     def _finish(self, module: nn.Module, name: str, packed: bool = False) -> nn.Module:
         module.eval()
         if packed:
             pack_linears(module)
+        for parameter in module.parameters():
+            if parameter.data_ptr() in self._views:
+                parameter.data = parameter.data.clone()
+        self._views.clear()
         self.on_loaded(name)
         return module
 

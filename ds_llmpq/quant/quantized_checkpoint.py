@@ -10,6 +10,7 @@ quantized lm_head, even a tied one, is stored in blocks of `head_rows`: `lm_head
 from __future__ import annotations
 
 import hashlib
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,7 @@ class QuantizedCheckpoint(Checkpoint):
         self.recipe = recipe
         self._checksums = read_checksums(self.path)
         self._verified: set[str] = set()
+        self._verifying = threading.Lock()
 
     def check_layer(self, index: int, bits: int, quant: QuantConfig) -> None:
         """`UserError` if a decoder layer is not quantized as requested."""
@@ -151,17 +153,21 @@ class QuantizedCheckpoint(Checkpoint):
         bits: int,
         dtype: torch.dtype,
         device: torch.device,
+        copy: bool = True,
     ) -> HQQLinear:
-        """The quantized linear `name` of [out, in] features, computing in `dtype` on `device`."""
+        """The quantized linear `name` of [out, in] features, computing in `dtype` on `device`. `copy`: as `tensors` has
+        it."""
         prefix = f"{name}."
-        tensors = self.tensors([prefix + part for part in STORED_PARTS])
+        tensors = self.tensors([prefix + part for part in STORED_PARTS], copy)
         parts = {stored.removeprefix(prefix): tensor for stored, tensor in tensors}
         return restore_linear(parts, shape, bias, bits, self.recipe.quant, dtype, device)
 
-    def lm_head(self, shape: tuple[int, int], bits: int, dtype: torch.dtype, device: torch.device) -> list[HQQLinear]:
+    def lm_head(
+        self, shape: tuple[int, int], bits: int, dtype: torch.dtype, device: torch.device, copy: bool = True
+    ) -> list[HQQLinear]:
         """The blocks of the quantized lm_head [vocabulary, features]."""
         blocks = [
-            self.linear(f"{HEAD}.{number}", (rows, shape[1]), None, bits, dtype, device)
+            self.linear(f"{HEAD}.{number}", (rows, shape[1]), None, bits, dtype, device, copy)
             for number, rows in enumerate(self.recipe.head_rows)
         ]
         if sum(self.recipe.head_rows) != shape[0]:
@@ -172,18 +178,22 @@ class QuantizedCheckpoint(Checkpoint):
         return blocks
 
     def _open(self, shard: str):
-        if shard not in self._verified:
-            wanted = self._checksums.get(shard)
-            if wanted is None:
-                raise UserError(f"{self.path / MANIFEST} does not list the shard {shard}; quantize the model again.")
-            found = hash_file(self.path / shard)
-            if found != wanted:
-                raise UserError(
-                    f"Shard {self.path / shard} has checksum {found[:12]} instead of {wanted[:12]}: it is damaged or "
-                    f"from elsewhere; run `ds-llmpq quantize` with out={self.path} again, it repairs this shard alone."
-                )
-            self._verified.add(shard)
+        with self._verifying:  # `read_ahead` may have begun to
+            if shard not in self._verified:
+                self._verify(shard)
+                self._verified.add(shard)
         return super()._open(shard)
+
+    def _verify(self, shard: str) -> None:
+        wanted = self._checksums.get(shard)
+        if wanted is None:
+            raise UserError(f"{self.path / MANIFEST} does not list the shard {shard}; quantize the model again.")
+        found = hash_file(self.path / shard)
+        if found != wanted:
+            raise UserError(
+                f"Shard {self.path / shard} has checksum {found[:12]} instead of {wanted[:12]}: it is damaged or "
+                f"from elsewhere; run `ds-llmpq quantize` with out={self.path} again, it repairs this shard alone."
+            )
 
 
 def open_checkpoint(path: str | Path, trust_remote_code: bool = False) -> Checkpoint:

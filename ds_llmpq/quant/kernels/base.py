@@ -171,6 +171,7 @@ class Kernel:
         """An empty stage that begins with layer `first_layer`; call `add` for each layer, then `compile`."""
         raise NotImplementedError(f"{self.name} runs no whole stages")
 
-    def hold(self, weight: UnpackedWeight | torch.Tensor, bits: int) -> object:
-        """A weight in the form that a stage's `add` takes; an unquantized one is a plain tensor [out, in]."""
+    def hold(self, weight: UnpackedWeight | torch.Tensor, bits: int, in_file: bool = False) -> object:
+        """A weight in the form that a stage's `add` takes; an unquantized one is a plain tensor [out, in]. `in_file`:
+        it is a view of a mapped file."""
         raise NotImplementedError(f"{self.name} runs no whole stages")

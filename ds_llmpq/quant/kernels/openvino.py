@@ -150,11 +150,11 @@ class OpenVinoGraph(_OpenVino):
 
         return StageGraph(first_layer, dtype)
 
-    def hold(self, weight: UnpackedWeight | torch.Tensor, bits: int) -> Constants:
+    def hold(self, weight: UnpackedWeight | torch.Tensor, bits: int, in_file: bool = False) -> Constants:
         from ds_llmpq.quant.kernels.openvino_graph.constants import hold_plain, hold_quantized
 
         if bits == UNQUANTIZED_BITS:
-            return hold_plain(weight)
+            return hold_plain(weight, in_file)
         return hold_quantized(weight, self.storage_bits[bits])
 
 

@@ -7,9 +7,12 @@ the group's inputs. The weights are the same. The plugin rounds inputs to 8 bits
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 import tempfile
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -19,28 +22,56 @@ import torch
 from openvino import opset13
 
 from ds_llmpq.errors import UserError
+from ds_llmpq.models.read_ahead import drop_pages
 from ds_llmpq.quant.temp_files import find_temp_folder
 from ds_llmpq.quant.unpacked_weight import UnpackedWeight
 
 _TYPES = {2: openvino.Type.u2, 4: openvino.Type.u4, 8: openvino.Type.u8}
 _ALIGNMENT = 64
+_DROP_SECONDS = 0.05
 # inputs rounded with one scale: larger groups are faster and less exact, much faster if a row of weights has one scale
 _INPUT_GROUP, _INPUT_GROUP_OF_WHOLE_ROWS = 64, 256
 
 
 @dataclass(frozen=True)
 class Constants:
-    """A weight's constants in a mapped unnamed file. OpenVINO keeps its constants beside the layout that it packs them
-    into. The system can drop the pages of a file, so that weights are not held twice."""
+    """A weight's constants in a mapped file: an unnamed one, or the checkpoint, of which `mapping` then is a view.
+    OpenVINO keeps its constants beside the layout that it packs them into. The system can drop the pages of a file, so
+    that weights are not held twice."""
 
-    mapping: mmap.mmap
+    mapping: mmap.mmap | torch.Tensor
     nodes: tuple[openvino.op.Constant, ...]
     in_features: int
     group_size: int = 0  # of an unquantized weight
 
     def drop_pages(self) -> None:
         """Drops the pages once OpenVINO has packed them; if it reads them again, they come from the file."""
-        self.mapping.madvise(mmap.MADV_DONTNEED)
+        if isinstance(self.mapping, torch.Tensor):
+            drop_pages(self.mapping)
+        else:
+            self.mapping.madvise(mmap.MADV_DONTNEED)
+
+
+@contextlib.contextmanager
+def drop_pages_meanwhile(weights: Sequence[Constants]) -> Iterator[None]:
+    """While OpenVINO packs them one after another: what it has read would count as memory of this process until the
+    last one is packed, which is twice the weights."""
+    ended = threading.Event()
+
+    def drop() -> None:
+        while not ended.wait(_DROP_SECONDS):
+            for weight in weights:
+                weight.drop_pages()
+
+    thread = threading.Thread(target=drop, name="drop-pages")
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        for weight in weights:
+            weight.drop_pages()
 
 
 @cache
@@ -81,10 +112,12 @@ def hold_quantized(weight: UnpackedWeight, bits: int) -> Constants:
     return Constants(mapping, nodes, in_features, size)
 
 
-def hold_plain(weight: torch.Tensor) -> Constants:
-    """An unquantized weight [out, in], bfloat16 or float32."""
+def hold_plain(weight: torch.Tensor, in_file: bool = False) -> Constants:
+    """An unquantized weight [out, in], bfloat16 or float32. `in_file`: it is a view of a mapped file, and stays
+    there."""
     narrow = weight.dtype == torch.bfloat16
-    mapping, (values,) = _map_file([weight.contiguous().view(torch.int16 if narrow else torch.float32).numpy()])
+    plain = weight.contiguous().view(torch.int16 if narrow else torch.float32).numpy()
+    mapping, (values,) = (weight, [plain]) if in_file else _map_file([plain])
     kind = openvino.Type.bf16 if narrow else openvino.Type.f32
     return Constants(mapping, (constant(values, list(weight.shape), kind),), weight.shape[1])
 

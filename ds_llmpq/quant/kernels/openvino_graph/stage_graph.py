@@ -27,6 +27,7 @@ from ds_llmpq.quant.kernels.openvino_graph.constants import (
     build_threading_properties,
     convert,
     core,
+    drop_pages_meanwhile,
     input_group,
     widen,
 )
@@ -127,13 +128,12 @@ class StageGraph(nn.Module):
             "KV_CACHE_PRECISION": kind.theirs,
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(self._input_group()),
         }
-        self._request = core().compile_model(model, "CPU", properties).create_infer_request()
-        del self._hidden, self._inputs, self._rows
         sizes = {"outputs": self._sizes["hidden"], **self._sizes}
         self._staging = {name: torch.zeros(GRAPH_TOKENS, size, dtype=self.dtype) for name, size in sizes.items()}
-        self._warm_up()
-        for weight in self._constants:
-            weight.drop_pages()
+        with drop_pages_meanwhile(self._constants):
+            self._request = core().compile_model(model, "CPU", properties).create_infer_request()
+            del self._hidden, self._inputs, self._rows
+            self._warm_up()
 
     def forward(self, step: Step) -> Step:
         """Runs all layers; hidden states of padding are zeros."""
