@@ -41,7 +41,7 @@ class CudaStreams:
     """The current stream of a CUDA device, and one beside it."""
 
     def __init__(self, device: torch.device):
-        self._side = torch.cuda.Stream(device)
+        self._device, self._side = device, torch.cuda.Stream(device)
 
     @contextlib.contextmanager
     def beside(self) -> Iterator[None]:
@@ -54,10 +54,10 @@ class CudaStreams:
         return event
 
     def wait(self, mark: Mark) -> None:
-        torch.cuda.current_stream().wait_event(mark)
+        torch.cuda.current_stream(self._device).wait_event(mark)
 
     def lend(self, tensor: torch.Tensor) -> None:
-        tensor.record_stream(torch.cuda.current_stream())
+        tensor.record_stream(torch.cuda.current_stream(self._device))
 
 
 class _Done:
