@@ -93,14 +93,14 @@ def test_tensors_share_our_memory():
     integers."""
     from openvino import opset13
 
-    from ds_llmpq.quant.kernels.openvino_graph.stage_graph import _share
+    from ds_llmpq.quant.kernels.openvino_graph.tensors import share
 
     source, target = torch.ones(2, 3).bfloat16(), torch.zeros(2, 3).bfloat16()
     inputs = opset13.parameter([-1, 3], openvino.Type.bf16)
     model = openvino.Model([opset13.result(opset13.add(inputs, inputs))], [inputs])
     request = openvino.Core().compile_model(model, "CPU").create_infer_request()
-    request.set_input_tensor(_share(source))
-    request.set_output_tensor(_share(target))
+    request.set_input_tensor(share(source))
+    request.set_output_tensor(share(target))
     request.infer(share_outputs=True)
     assert target.tolist() == [[2.0] * 3] * 2
     source.fill_(3.0)

@@ -100,11 +100,11 @@ class LayerNodes:
     def _half(self, hidden: Node, work: Callable[[Node], Node], norm: Norm, out_norm: Norm | None) -> Node:
         """As attention and MLP in `Block`."""
         if self.layer.spec.norms == "after":
-            return _norm(opset13.add(hidden, widen(work(hidden))), norm)
-        normed = _norm(hidden, norm)
+            return build_norm(opset13.add(hidden, widen(work(hidden))), norm)
+        normed = build_norm(hidden, norm)
         outputs = widen(work(normed))
         if out_norm is not None:
-            outputs = _norm(outputs, out_norm)
+            outputs = build_norm(outputs, out_norm)
         return opset13.add(normed if self.layer.spec.residual_from_norm else hidden, outputs)
 
     def _mlp(self, normed: Node) -> Node:
@@ -151,7 +151,7 @@ class LayerNodes:
             return states
         split = _reshape(states, [0, heads, 1, size])
         if spec.qk_norm is not None:
-            split = _norm(split, getattr(attention, norm))
+            split = build_norm(split, getattr(attention, norm))
         if attention.rotary is not None:
             split = _rotate(split, size, *rows.rotary[attention.rotary])
         return _reshape(split, [0, heads * size])
@@ -188,8 +188,8 @@ def cache_parameter(kv_heads: int, head_dim: int, kind: openvino.Type) -> Node:
     return opset13.parameter([-1, kv_heads, CACHE_BLOCK, head_dim], kind)
 
 
-def _norm(states: Node, norm: Norm) -> Node:
-    """Over the last dimension."""
+def build_norm(states: Node, norm: Norm) -> Node:
+    """A norm over the last dimension."""
     last, spec = opset13.constant(numpy.array([-1])), norm.spec
     if spec.kind == "layer":
         scaled = opset13.mvn(states, last, True, spec.eps, "INSIDE_SQRT")

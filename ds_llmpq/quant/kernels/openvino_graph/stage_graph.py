@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy
 import openvino
@@ -32,20 +32,8 @@ from ds_llmpq.quant.kernels.openvino_graph.constants import (
     widen,
 )
 from ds_llmpq.quant.kernels.openvino_graph.decoder_layer import LayerNodes, Rows, cache_parameter
+from ds_llmpq.quant.kernels.openvino_graph.tensors import KINDS, share
 
-
-class _Kind(NamedTuple):
-    """OpenVINO's names for a compute dtype in tensors and properties, and a dtype with which numpy can view it."""
-
-    ours: openvino.Type
-    theirs: str
-    as_numpy: torch.dtype
-
-
-_KINDS = {
-    torch.bfloat16: _Kind(openvino.Type.bf16, "bf16", torch.int16),
-    torch.float32: _Kind(openvino.Type.f32, "f32", torch.float32),
-}
 _TABLES = ("past_lens", "subsequence_begins", "block_indices", "block_indices_begins")
 
 
@@ -107,7 +95,7 @@ class StageGraph(nn.Module):
         `held_bytes`."""
         if self._hidden is None:
             self._begin(layer.spec)
-        attention, kind = layer.spec.attention, _KINDS[self.dtype].ours
+        attention, kind = layer.spec.attention, KINDS[self.dtype].ours
         caches = [cache_parameter(attention.kv_heads, attention.head_dim, kind) for _ in range(2)]
         self._hidden = LayerNodes(layer, weights).outputs(self._hidden, self._rows, *caches)
         self._caches += caches
@@ -117,7 +105,7 @@ class StageGraph(nn.Module):
 
     def compile(self) -> None:
         """Packs all weights and allocates all buffers, so that freed memory is returned before serving."""
-        kind = _KINDS[self.dtype]
+        kind = KINDS[self.dtype]
         result = opset13.result(convert(self._hidden, kind.ours))
         parameters = [*self._inputs.values(), *self._caches]
         for node, name in zip(self._caches, self._cache_names(), strict=True):
@@ -164,7 +152,7 @@ class StageGraph(nn.Module):
         self._rotary = {name: rotary.features for name, rotary in spec.rotary}
         angles = {f"{part} {name}": size for name, size in self._rotary.items() for part in ("cos", "sin")}
         self._sizes = sizes = {"hidden": spec.hidden, **angles}
-        inputs = {name: opset13.parameter([-1, size], _KINDS[self.dtype].ours) for name, size in sizes.items()}
+        inputs = {name: opset13.parameter([-1, size], KINDS[self.dtype].ours) for name, size in sizes.items()}
         inputs |= {name: opset13.parameter([-1], openvino.Type.i32) for name in _TABLES}
         inputs["max_context_len"] = opset13.parameter([], openvino.Type.i32)
         for name, node in inputs.items():
@@ -195,7 +183,7 @@ class StageGraph(nn.Module):
         self._store = store
         for index in range(self.layers):
             for part, memory in zip(("keys", "values"), store.blocks(self.first_layer + index), strict=True):
-                self._request.set_tensor(f"{part}{index}", _share(memory))
+                self._request.set_tensor(f"{part}{index}", share(memory))
 
     def _infer(self, chunk: list[Piece]) -> int:
         """Runs the tokens in the buffers. Returns their number."""
@@ -217,8 +205,8 @@ class StageGraph(nn.Module):
         count = sum(lengths)
         if count != self._bound_tokens:
             for name in self._sizes:
-                self._request.set_tensor(name, _share(self._staging[name][:count]))
-            self._request.set_output_tensor(_share(self._staging["outputs"][:count]))
+                self._request.set_tensor(name, share(self._staging[name][:count]))
+            self._request.set_output_tensor(share(self._staging["outputs"][:count]))
             self._bound_tokens = count
         self._request.infer(share_outputs=True)
         return count
@@ -287,9 +275,3 @@ def _scatter(target: torch.Tensor, source: torch.Tensor, spans: list[tuple[int, 
     for start, stop in spans:
         target[start:stop] = source[place : place + stop - start]
         place += stop - start
-
-
-def _share(memory: torch.Tensor) -> openvino.Tensor:
-    """An OpenVINO tensor on the same memory, which must outlive it."""
-    kind = _KINDS[memory.dtype]
-    return openvino.Tensor(memory.view(kind.as_numpy).numpy(), openvino.Shape(list(memory.shape)), kind.ours)
