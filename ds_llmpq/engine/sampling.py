@@ -72,6 +72,13 @@ def sample(
     return found if index is None else tokens.index_copy_(0, index, found)
 
 
+def choose_greedily(logits: torch.Tensor, processed: torch.Tensor) -> torch.Tensor:
+    """[2, rows] int64, of float32 [rows, vocabulary] on the CPU: the place of each row's largest processed logit, and
+    whether its logits are numbers. By numpy: torch's threads would wake up, and keep the cores from the next pass's."""
+    sound = np.isfinite(logits.numpy().max(-1))  # NaN passes through the maximum
+    return torch.from_numpy(np.stack([processed.numpy().argmax(-1), sound]))
+
+
 def _truncate(probability: torch.Tensor, rows: abc.Sequence[SamplingParams], defaults: Generation) -> torch.Tensor:
     """[rows, vocabulary], the likeliest token first, without those that the further truncations leave out; each acts on
     what the one before has left, and the first token always stays."""

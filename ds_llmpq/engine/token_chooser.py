@@ -10,7 +10,7 @@ import torch
 
 from ds_llmpq.engine.kv_cache import KVStore, NoCache
 from ds_llmpq.engine.runner.host_copies import to_device
-from ds_llmpq.engine.sampling import LogitsProcessors, sample
+from ds_llmpq.engine.sampling import LogitsProcessors, choose_greedily, sample
 from ds_llmpq.engine.stage_run.faults import FaultLog, Suspects
 from ds_llmpq.engine.stage_run.oom_split import MicroBatchSplitter
 from ds_llmpq.models.generation import Generation
@@ -111,6 +111,8 @@ class TokenChooser:
     ) -> torch.Tensor:
         rows = [table.sequences[slot] for slot in slots]
         processed = self.processors(logits, slots, [table.generated[slot] for slot in slots])
+        if self.device.type == "cpu" and all(row.sampling.temperature <= 0 for row in rows):
+            return choose_greedily(logits, processed)
         tokens = sample(processed, [row.sampling for row in rows], counts, self.defaults)
         # NaN passes through the maximum
         return torch.stack([tokens, logits.amax(-1).isfinite().long()])

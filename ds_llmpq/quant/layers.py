@@ -122,8 +122,11 @@ class LayerLoader:
         shared = {local: self._shared[name].data for local, name in names.items() if name in self._shared}
         self._fill(module, {local: name for local, name in names.items() if local not in shared})
         fill(module, shared)
-        # a tied head is not packed, because that would make a second copy
-        return self._finish(module, "head", packed=self.packed and not shared)
+        if shared or not self.packed:  # a tied head is not packed, because that would make a second copy
+            return self._finish(module, "head")
+        if self.kernel.whole_stage and self.quant.lm_head_bits == UNQUANTIZED_BITS:
+            module = self.kernel.build_head(module)
+        return self._finish(module, "head", packed=True)
 
     def decoder_layer(self, index: int) -> nn.Module:
         if index + 1 in self.ahead:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ds_llmpq.engine.runner.capture import capture_trace
-from ds_llmpq.engine.sampling import draw_uniform, sample
+from ds_llmpq.engine.sampling import choose_greedily, draw_uniform, sample
 from ds_llmpq.models.generation import Generation
 from ds_llmpq.scheduler.sampling_params import GREEDY, SamplingParams
 
@@ -170,3 +170,15 @@ def test_choosing_reads_nothing_on_the_host(defaults):
     for _ in range(5):
         logits.normal_(generator=generator)
         assert torch.equal(replay(), sample(logits, rows, [0, 3, 9], defaults))
+
+
+def test_choosing_greedily_is_sampling_at_temperature_zero():
+    logits = torch.randn(6, 100, generator=torch.Generator().manual_seed(3)).bfloat16().float()  # with ties
+    logits[1, 7], logits[2, 7], logits[3] = torch.nan, torch.inf, -torch.inf
+    tokens, sound = choose_greedily(logits, logits).tolist()
+    assert tokens == sample(logits, [GREEDY] * 6, [0] * 6).tolist()
+    assert sound == [1, 0, 0, 0, 1, 1]
+    processed = logits.clone()
+    processed[:, 5] = 100.0
+    assert choose_greedily(logits, processed)[0].tolist() == processed.argmax(-1).tolist()
+    assert choose_greedily(logits, processed)[1].tolist() == sound

@@ -171,6 +171,10 @@ class Kernel:
         """An empty stage that begins with layer `first_layer`; call `add` for each layer, then `compile`."""
         raise NotImplementedError(f"{self.name} runs no whole stages")
 
+    def build_head(self, head: nn.Module) -> nn.Module:
+        """A filled, unquantized `Head` behind a whole stage, in the form that runs best there."""
+        return head
+
     def hold(self, weight: UnpackedWeight | torch.Tensor, bits: int, in_file: bool = False) -> object:
         """A weight in the form that a stage's `add` takes; an unquantized one is a plain tensor [out, in]. `in_file`:
         it is a view of a mapped file."""

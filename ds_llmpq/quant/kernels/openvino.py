@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from ds_llmpq.models.ends import Head
     from ds_llmpq.quant.kernels.openvino_graph.constants import Constants
     from ds_llmpq.quant.kernels.openvino_graph.single_product import OpenVinoProduct
     from ds_llmpq.quant.unpacked_weight import UnpackedWeight
@@ -149,6 +150,11 @@ class OpenVinoGraph(_OpenVino):
         from ds_llmpq.quant.kernels.openvino_graph.stage_graph import StageGraph
 
         return StageGraph(first_layer, dtype)
+
+    def build_head(self, head: Head) -> nn.Module:
+        from ds_llmpq.quant.kernels.openvino_graph.head_graph import HeadGraph
+
+        return head if head.project_out is not None or head.logit_cap is not None else HeadGraph(head)
 
     def hold(self, weight: UnpackedWeight | torch.Tensor, bits: int, in_file: bool = False) -> Constants:
         from ds_llmpq.quant.kernels.openvino_graph.constants import hold_plain, hold_quantized

@@ -1,0 +1,61 @@
+"""Final norm and unquantized lm_head behind a stage's graph, as a graph of their own.
+
+torch's threads would multiply as fast, but those of the stage's graph stay awake after each call, and torch's after
+each product: the two kinds take turns in every pass and keep the cores from each other.
+"""
+
+from __future__ import annotations
+
+import openvino
+import torch
+from openvino import opset13
+from torch import nn
+
+from ds_llmpq.models.ends import Head
+from ds_llmpq.models.step import Step
+from ds_llmpq.quant.kernels.openvino import PRODUCT_ROWS
+from ds_llmpq.quant.kernels.openvino_graph.constants import (
+    build_threading_properties,
+    core,
+    hold_plain,
+    product,
+    widen,
+)
+from ds_llmpq.quant.kernels.openvino_graph.decoder_layer import build_norm
+from ds_llmpq.quant.kernels.openvino_graph.tensors import KINDS, share
+
+
+class HeadGraph(nn.Module):
+    """In the place of a filled `Head` that projects nothing and caps nothing. Logits are float32, as choosing a token
+    takes them. Runs `PRODUCT_ROWS` rows a call, which bounds its buffers."""
+
+    def __init__(self, head: Head):
+        super().__init__()
+        weight = head.lm_head.weight.data
+        self.vocabulary, self.hidden = weight.shape
+        self.dtype = weight.dtype
+        self.held_bytes = sum(parameter.nbytes for parameter in head.parameters())
+        constants = hold_plain(weight)
+        kind = KINDS[self.dtype]
+        inputs = opset13.parameter([-1, self.hidden], kind.ours)
+        states = widen(inputs) if head.norm is None else build_norm(widen(inputs), head.norm)
+        model = openvino.Model([opset13.result(widen(product(states, constants)))], [inputs])
+        properties = build_threading_properties() | {"INFERENCE_PRECISION_HINT": kind.theirs}
+        self._request = core().compile_model(model, "CPU", properties).create_infer_request()
+        self._run(torch.zeros(PRODUCT_ROWS, self.hidden, dtype=self.dtype))  # packs the weight
+        constants.drop_pages()
+        self._constants = constants
+
+    def forward(self, step: Step) -> Step:
+        hidden = step.at_last()
+        outputs = [self._run(rows) for rows in hidden.reshape(-1, self.hidden).split(PRODUCT_ROWS)]
+        logits = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        step.logits = logits.view(*hidden.shape[:-1], self.vocabulary)
+        return step
+
+    def _run(self, hidden: torch.Tensor) -> torch.Tensor:
+        hidden, logits = hidden.contiguous(), torch.empty(len(hidden), self.vocabulary)
+        self._request.set_input_tensor(share(hidden))
+        self._request.set_output_tensor(share(logits))
+        self._request.infer(share_outputs=True)
+        return logits
