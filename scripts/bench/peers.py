@@ -3,13 +3,14 @@
     python scripts/bench/peers.py NAME MODEL --batch 8 --prompt 128 --generate 64 --threads 2 [--cache DIR]
 
 NAME: transformers-bf16, transformers-hqq4, ctranslate2-bf16, ctranslate2-int8, llamacpp-bf16, llamacpp-q8, llamacpp-q4,
-vllm-bf16. Greedy, the end-of-sequence token ignored. `first_seconds`: until every prompt has its first token;
-`all_seconds`: until all have all of theirs; loading and one warm-up do not count. `--cache`: where converted
-checkpoints are kept.
+vllm-bf16, openvino-genai-bf16, openvino-genai-int8, openvino-genai-int4 (which optimum-intel converts). Greedy, the
+end-of-sequence token ignored. `first_seconds`: until every prompt has its first token; `all_seconds`: until all have
+all of theirs; loading and one warm-up do not count. `--cache`: where converted checkpoints are kept.
 
 `--lengths FILE`: a JSON list, how many tokens each of so many requests is to get; at most `--batch` of them are under
-way at a time, and `first_seconds` is left out. llama.cpp's and vLLM's slots take the next request as one ends (the
-former by a loop like its server's); transformers and CTranslate2, given one length a batch, go on to its longest.
+way at a time, and `first_seconds` is left out. The slots of vLLM, OpenVINO GenAI and llama.cpp take the next request as
+one ends (the last by a loop like its server's); transformers and CTranslate2, given one length a batch, go on to its
+longest.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import argparse
 import json
 import os
 import random
+import subprocess
 import sys
 import time
 from collections import deque
@@ -41,8 +43,11 @@ def main() -> None:
     lengths = json.loads(Path(options.lengths).read_text()) if options.lengths else [options.generate] * options.batch
     options.generate = max(lengths)
     os.environ |= {"OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    engine, _, precision = options.name.partition("-")
-    makers = {"transformers": transformers, "ctranslate2": ctranslate2, "llamacpp": llamacpp, "vllm": vllm}
+    engine, _, precision = options.name.rpartition("-")
+    makers = {
+        "transformers": transformers, "ctranslate2": ctranslate2, "llamacpp": llamacpp, "vllm": vllm,
+        "openvino-genai": openvino_genai,
+    }  # fmt: skip
     run = makers[engine](precision, options)
     prompts = random_prompts(len(lengths), options.prompt)
     run(prompts[:1], [2])
@@ -188,6 +193,36 @@ def vllm(precision: str, options: argparse.Namespace) -> Run:
         ]
         found = engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], each, use_tqdm=False)
         assert [len(one.outputs[0].token_ids) for one in found] == lengths
+
+    return run
+
+
+def openvino_genai(precision: str, options: argparse.Namespace) -> Run:
+    """4 bits: asymmetric, groups of 64, lm_head and embedding 8 bits; 8 bits: a scale a row. Its KV cache is 8 bits."""
+    import numpy as np
+    import openvino_genai as library
+    from openvino import Tensor
+
+    folder = Path(options.cache) / f"ir-{Path(options.model).name}-{precision}"
+    if not folder.is_dir():
+        kind = {"bf16": ["fp16"], "int8": ["int8"], "int4": ["int4", "--group-size", "64", "--ratio", "1.0"]}[precision]
+        line = [str(Path(sys.executable).with_name("optimum-cli")), "export", "openvino", "--model", options.model]
+        line += ["--task", "text-generation-with-past", "--weight-format", *kind, str(folder)]
+        subprocess.run(line, check=True, stdout=sys.stderr)
+    scheduler = library.SchedulerConfig()
+    scheduler.cache_size, scheduler.max_num_seqs, scheduler.enable_prefix_caching = 2, options.batch, False
+    engine = library.ContinuousBatchingPipeline(
+        str(folder), scheduler, "CPU", {"INFERENCE_NUM_THREADS": options.threads, "INFERENCE_PRECISION_HINT": "bf16"}
+    )
+
+    def run(prompts: list[list[int]], lengths: list[int]) -> None:
+        settings = []
+        for count in lengths:
+            each = library.GenerationConfig()
+            each.max_new_tokens, each.min_new_tokens, each.ignore_eos, each.do_sample = count, count, True, False
+            settings.append(each)
+        found = engine.generate([Tensor(np.array([prompt], np.int64)) for prompt in prompts], settings)
+        assert [len(one.m_generation_ids[0]) for one in found] == lengths
 
     return run
 

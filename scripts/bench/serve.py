@@ -41,8 +41,9 @@ OURS = (
 PEERS = (
     "transformers-bf16", "transformers-hqq4", "ctranslate2-bf16", "ctranslate2-int8",
     "llamacpp-bf16", "llamacpp-q8", "llamacpp-q4", "vllm-bf16",
+    "openvino-genai-bf16", "openvino-genai-int8", "openvino-genai-int4",
 )  # fmt: skip
-RIVALS = {"16": "bf16", "8rows": "int8 q8", "8": "int8 q8", "4": "hqq4 q4"}  # peers of each precision class
+RIVALS = {"16": "bf16", "8rows": "int8 q8", "8": "int8 q8", "4": "hqq4 q4 int4"}  # peers of each precision class
 
 
 def main() -> None:
@@ -54,7 +55,9 @@ def main() -> None:
     sizes += (("prefill-rows", 0), ("lm-head-bits", 16))
     for name, default in sizes:
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--vllm-python", default=sys.executable, help="vLLM wants an environment of its own")
+    parser.add_argument(
+        "--python", nargs="*", default=[], help="of a peer with an environment of its own: vllm=PATH llamacpp=PATH ..."
+    )
     parser.add_argument("--longest-first", action="store_true", help="answers of ours in that order, as by default")
     parser.add_argument("--only", nargs="+", default=OURS)
     parser.add_argument("--peers", nargs="*", default=PEERS)
@@ -160,7 +163,8 @@ def spans(folder: Path, count: int) -> dict:
 
 
 def peer(name: str, options: argparse.Namespace, batch: int, folder: Path) -> dict | None:
-    python = options.vllm_python if name.startswith("vllm") else sys.executable
+    engine = name.rpartition("-")[0]
+    python = dict(entry.split("=", 1) for entry in options.python).get(engine, sys.executable)
     line = [python, str(Path(__file__).with_name("peers.py")), name, options.model, "--batch", str(batch)]
     for key in ("prompt", "generate", "threads"):
         line += [f"--{key}", str(getattr(options, key))]
