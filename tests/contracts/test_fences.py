@@ -18,6 +18,7 @@ _PIPELINE = ("engine/pipeline_engine.py", "engine/pipeline_module.py", "engine/s
 _OPENVINO = (
     "quant/kernels/openvino_graph/single_product.py", "quant/kernels/openvino_graph/constants.py",
     "quant/kernels/openvino_graph/decoder_layer.py", "quant/kernels/openvino_graph/stage_graph.py",
+    "quant/kernels/openvino_graph/head_graph.py", "quant/kernels/openvino_graph/tensors.py",
 )  # fmt: skip
 # module, or name in one -> files that may import it or what is below it
 MODULES = {

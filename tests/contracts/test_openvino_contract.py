@@ -88,7 +88,7 @@ def test_constants_read_our_memory():
 
 
 def test_tensors_share_our_memory():
-    """`openvino.Tensor(array, shape, type)`, in quant/kernels/openvino_graph/stage_graph.py: with
+    """`openvino.Tensor(array, shape, type)`, in quant/kernels/openvino_graph/tensors.py: with
     `infer(share_outputs=True)`, inputs are read from and outputs written to torch's own memory, bfloat16 seen as 16-bit
     integers."""
     from openvino import opset13
