@@ -148,6 +148,8 @@ def check_kernels(run: Run) -> None:
     kernels = [kernel for kernel in kernels if not kernel.whole_stage]
     vocabulary = 1000 if run.tiny else 128256
     for kernel in kernels:
+        if type(kernel).compile_products is Kernel.compile_products:
+            continue  # nothing to compile
         wanted = [(out, into, bits) for bits in WIDTHS] + [(vocabulary, into, bits) for bits in LM_HEAD_WIDTHS]
         wanted = [each for each in wanted if resolve_kernel(kernel, *each, groups) is kernel]
         began = time.monotonic()

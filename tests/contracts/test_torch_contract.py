@@ -79,11 +79,11 @@ def test_store_on_a_socket_of_ours():
 
 
 def test_how_often_the_compiler_may_start_again():
-    """`torch._dynamo.config.patch(recompile_limit=count)`, in engine/runner/fusion.py: of each function, 8 where
-    nobody sets it."""
+    """`torch._dynamo.config.recompile_limit`, in engine/runner/fusion.py: of each function, 8 where nobody sets it."""
     import torch._dynamo
 
     before = torch._dynamo.config.recompile_limit
+    assert isinstance(before, int)
     with torch._dynamo.config.patch(recompile_limit=64):
         assert torch._dynamo.config.recompile_limit == 64
     assert torch._dynamo.config.recompile_limit == before

@@ -22,7 +22,7 @@ from ds_llmpq.models.step import Step
 # the compiler takes the first for all there is, and learns from the second that rows vary: one version is for a single
 # row, and one for more
 ROWS = (1, 2)
-_KINDS = 64  # of blocks, by bit widths and shapes, for which there can be compiled versions
+_KINDS = 64  # of blocks, rows and tensors, for which there can be compiled versions; torch allows 8
 _QUIET_SECONDS = 2.0
 
 
@@ -50,7 +50,9 @@ class Fusion:
         compiler = torch.compile(fullgraph=True)
         self._halves = compiler(Block.enter), compiler(Block.leave)
         try:
-            with torch.inference_mode(), torch._dynamo.config.patch(recompile_limit=_KINDS), self.use():
+            # for good: states that come from another stage are tensors of another kind, seen when passes are captured
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _KINDS)
+            with torch.inference_mode(), self.use():
                 for place, block in enumerate(self.blocks, 1):
                     before = time.monotonic()
                     for rows in ROWS:
