@@ -153,8 +153,11 @@ def check_kernels(run: Run) -> None:
         wanted = [(out, into, bits) for bits in WIDTHS] + [(vocabulary, into, bits) for bits in LM_HEAD_WIDTHS]
         wanted = [each for each in wanted if resolve_kernel(kernel, *each, groups) is kernel]
         began = time.monotonic()
-        kernel.compile_products(wanted, quant.group_size, run.dtype, print)
-        run.add(f"{kernel.name}: compile", shapes=len(wanted), seconds=time.monotonic() - began)
+        try:
+            kernel.compile_products(wanted, quant.group_size, run.dtype, print)
+            run.add(f"{kernel.name}: compile", shapes=len(wanted), seconds=time.monotonic() - began)
+        except Exception as error:
+            run.check(f"{kernel.name}: compile", False, error=f"{type(error).__name__}: {error}"[:300])
     weight = torch.randn(out, into, device=run.device, dtype=run.dtype) * into**-0.5
     # several weights, so that none is found in a cache
     copies = 1 if run.tiny else max(1, int(4e8 / weight.nbytes)) + 1
