@@ -2,6 +2,11 @@
 
 Hidden states use the accelerator's communicator and flow one way only. Tokens and plain data use a gloo group of
 their own, so they never queue behind hidden states. Message shapes follow from the plan; nothing announces them.
+
+nccl begins a transfer when the stream that asks for it has done its work so far, and its `wait` holds up a stream, not
+the host. So a receive is asked for beside the main stream, or it would begin only after the passes that were launched
+before it; a send is asked for on the main stream, which computes what is sent; and that a send is over is waited for
+by the host, since the main stream would stand still until the next stage has received.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from ds_llmpq.cost.memory import IN_FLIGHT_MESSAGES
+from ds_llmpq.models.device_streams import HostStreams, Streams, open_streams
 
 _TOKEN_MESSAGES = 64  # under way to each stage; they are small
 
@@ -36,46 +42,68 @@ class _Sends:
     gloo does not say that a send is complete until it is waited for, so without a limit they would pile up.
     """
 
-    def __init__(self, limit: int):
+    def __init__(self, limit: int, streams: Streams):
         self._limit = limit
+        self._streams = streams
         self._pending: deque[tuple[dist.Work, torch.Tensor]] = deque()
 
     def send(self, message: torch.Tensor, rank: int, group: dist.ProcessGroup | None = None) -> None:
         # waiting comes before sending: the caller expects an answer to each message only once it is sent
         while len(self._pending) >= self._limit:
-            self._pending.popleft()[0].wait()
+            self._await_oldest()
         self._pending.append((dist.isend(message, dst=rank, group=group), message))
 
     def flush(self) -> None:
         while self._pending:
-            self._pending.popleft()[0].wait()
+            self._await_oldest()
+
+    def _await_oldest(self) -> None:
+        work, message = self._pending.popleft()
+        with self._streams.beside():
+            work.wait()
+            self._streams.mark().synchronize()
+        del message  # its memory may be used again only now
 
 
 class ActivationChannel:
-    """Hidden states from the previous stage and to the next one; a send blocks only if too many are under way."""
+    """Hidden states from the previous stage and to the next one; a send blocks only if too many are under way.
 
-    def __init__(self, previous: int | None, following: int | None, dtype: torch.dtype, device: torch.device):
+    `links`: the process groups to the previous and to the next stage (None: the default group)."""
+
+    def __init__(
+        self,
+        previous: int | None,
+        following: int | None,
+        dtype: torch.dtype,
+        device: torch.device,
+        links: tuple[dist.ProcessGroup | None, dist.ProcessGroup | None] = (None, None),
+        streams: Streams | None = None,
+    ):
         self._previous = previous
         self._following = following
         self._dtype = dtype
         self._device = device
+        self._incoming, self._outgoing = links
+        self._streams = streams or open_streams(device)
         self._posted: dict[Batch, tuple[dist.Work, torch.Tensor]] = {}
-        self._sends = _Sends(IN_FLIGHT_MESSAGES)
+        self._sends = _Sends(IN_FLIGHT_MESSAGES, self._streams)
 
     def post_receive(self, batch: Batch, shape: tuple[int, int, int]) -> None:
         """Starts to receive [rows, tokens, hidden]; posting again before `wait` changes nothing."""
         if batch not in self._posted:
-            buffer = torch.empty(shape, dtype=self._dtype, device=self._device)
-            self._posted[batch] = (dist.irecv(buffer, src=self._previous), buffer)
+            with self._streams.beside():
+                buffer = torch.empty(shape, dtype=self._dtype, device=self._device)
+                self._posted[batch] = (dist.irecv(buffer, src=self._previous, group=self._incoming), buffer)
 
     def wait(self, batch: Batch) -> torch.Tensor:
-        """The hidden states, once they are here."""
+        """The hidden states, for the current stream once they are here; on a CPU they are."""
         work, buffer = self._posted.pop(batch)
         work.wait()
+        self._streams.lend(buffer)
         return buffer
 
     def send(self, hidden: torch.Tensor) -> None:
-        self._sends.send(hidden.contiguous(), self._following)
+        self._sends.send(hidden.contiguous(), self._following, self._outgoing)
 
     def flush(self) -> None:
         self._sends.flush()
@@ -94,7 +122,7 @@ class TokenChannel:
         self._posted: deque[tuple[Batch, Future, torch.Tensor]] = deque()
         self._awaited: SimpleQueue[tuple[dist.Work, Future] | None] = SimpleQueue()
         self._waiting: threading.Thread | None = None
-        self._sends = _Sends(_TOKEN_MESSAGES * len(others))
+        self._sends = _Sends(_TOKEN_MESSAGES * len(others), HostStreams())
 
     def send(self, tokens: torch.Tensor, finish: torch.Tensor) -> None:
         """Last stage: sends [rows] tokens and finish codes to all."""

@@ -18,6 +18,7 @@ from ds_llmpq.engine.pipeline_module import PlannedPipelineModule
 from ds_llmpq.engine.runner.capture import Capture
 from ds_llmpq.engine.runner.captured_decode import CapturedDecode
 from ds_llmpq.engine.runner.fusion import Fusion
+from ds_llmpq.engine.runner.host_copies import HostCopy
 from ds_llmpq.engine.runner.look_ahead import Launched, LookAhead
 from ds_llmpq.engine.sampling import NO_DEFAULTS
 from ds_llmpq.engine.stage_run.faults import FaultLog, NeutralRow
@@ -90,9 +91,11 @@ class InferencePipelineEngine(PipelineEngine):
         )  # fmt: skip
         self.steps = StepBuilder(store, positional, self.device, self.is_first_stage(), scorer is not None)
         self.chooser = TokenChooser(stop_rule, defaults, self.splitter, self.faults, store, self.device)
-        # with more stages, tokens go to the others through the host, and other groups fill the time
+        # with more stages, tokens go to the others through the host: the next group's pass fills the time
         alone = capture is not None and self.num_stages == 1
         self.ahead = LookAhead(self.steps, self.passes, self.chooser, trace, self.device) if alone else None
+        self._reads_late = capture is not None and not alone
+        self._unread: tuple[MicroBatch, HostCopy] | None = None  # the last micro-batch, and its tokens
         self._early: Launched | None = None
         self.prefix: tuple[int, ...] = ()  # whose keys and values the store holds
         self._lost: set[int] = set()  # slots of long prompts of which this stage could not run a chunk
@@ -132,6 +135,7 @@ class InferencePipelineEngine(PipelineEngine):
             first, limits, take_group, on_finished, self._poll_tokens, self._admit, on_tokens, self.prefix
         )
         self._exec_schedule(schedules.StreamSchedule(stream, stages=self.num_stages, stage_id=self.stage_id))
+        self._read_tokens()
         self.activations.flush()
         self.tokens.flush()
         if stream.nan_slots:
@@ -229,6 +233,7 @@ class InferencePipelineEngine(PipelineEngine):
         self._record(batch, [0] * batch.size, finish)
 
     def _sample(self, batch: MicroBatch) -> None:
+        self._read_tokens()
         if self.scorer is not None:
             self._score(batch)
             return
@@ -248,9 +253,24 @@ class InferencePipelineEngine(PipelineEngine):
                 found = self.chooser.choose_rows(table, batch, self._hidden, self._logits)
                 if self.ahead is not None:
                     self.ahead.keep_tokens(batch.live, found[0])
-                chosen = [(token, bool(sound)) for token, sound in zip(*found.tolist(), strict=True)]
+                if not self._reads_late:
+                    chosen = [(token, bool(sound)) for token, sound in zip(*found.tolist(), strict=True)]
+            if self._reads_late:
+                self._unread = batch, HostCopy(found)
+                self._hidden = self._logits = None
+                return
         self._hidden = self._logits = self._early = None
         self._record(batch, *self.chooser.judge(table, batch, chosen))
+
+    def _read_tokens(self) -> None:
+        """Those of the micro-batch before, while the device runs what was launched behind it. Whatever needs them has
+        them read first."""
+        if self._unread is None:
+            return
+        (batch, copy), self._unread = self._unread, None
+        with self.trace.waiting("tokens", batch.size):
+            chosen = [(token, bool(sound)) for token, sound in zip(*copy.read(), strict=True)]
+        self._record(batch, *self.chooser.judge(self.stream.slots, batch, chosen))
 
     def _record(self, batch: MicroBatch, tokens: list[int], finish: list[int]) -> None:
         """The last stage's tokens, here and on all others."""
@@ -259,11 +279,14 @@ class InferencePipelineEngine(PipelineEngine):
 
     def _wait_tokens(self, slots: list[int]) -> None:
         if self.stream.slots.are_awaited(slots):
+            self._read_tokens()
+        if self.stream.slots.are_awaited(slots):
             with self.trace.waiting("tokens", len(slots)):
                 while self.stream.slots.are_awaited(slots):
                     self.stream.record(*self.tokens.receive(wait=True))
 
     def _receive_requests(self) -> None:
+        self._read_tokens()
         with self.trace.waiting("requests", 0):
             self.stream.take_requests()
 

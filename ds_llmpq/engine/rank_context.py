@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import socket
 from dataclasses import dataclass
 
@@ -33,6 +34,8 @@ class RankContext:
     device: torch.device
     side_group: dist.ProcessGroup
     data: DataChannel
+    # process groups to the previous and to the next stage; None: the default one
+    links: tuple[dist.ProcessGroup | None, dist.ProcessGroup | None] = (None, None)
 
     @property
     def is_driver(self) -> bool:
@@ -57,9 +60,18 @@ def init_rank(plan: Plan, timeout_seconds: float) -> RankContext:
     if stage.kind == "cuda":
         torch.cuda.set_device(device)
     ranks = [stage.rank for stage in plan.stages]
-    return RankContext(
-        rank, stage_index, stage, ranks, device, side_group, DataChannel(side_group, rank, len(plan.stages))
-    )
+    data = DataChannel(side_group, rank, len(plan.stages))
+    links = _open_links(ranks, stage_index) if stage.kind == "cuda" else (None, None)
+    return RankContext(rank, stage_index, stage, ranks, device, side_group, data, links)
+
+
+def _open_links(ranks: list[int], stage_index: int) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
+    """A communicator for each pair of neighbours. In a common one nccl may run a rank's transfers one after another, so
+    that a send waits for the receive that was asked for before it. gloo needs none, and each of its groups has
+    threads."""
+    groups = [dist.new_group([first, second]) for first, second in itertools.pairwise(ranks)]
+    ends = [None, *groups, None]
+    return ends[stage_index], ends[stage_index + 1]
 
 
 def shutdown() -> None:

@@ -13,6 +13,7 @@ from ds_llmpq.cost.memory import IN_FLIGHT_MESSAGES
 from ds_llmpq.engine import channels
 from ds_llmpq.engine.channels import ActivationChannel, TokenChannel
 from ds_llmpq.scheduler.micro_batch import MicroBatch
+from tests.recorded_streams import RecordedStreams
 
 PATIENCE_SECONDS = 20.0
 
@@ -147,3 +148,41 @@ def test_no_more_messages_are_under_way_than_the_cost_model_reserves(monkeypatch
     assert log[IN_FLIGHT_MESSAGES : IN_FLIGHT_MESSAGES + 2] == [("wait", 0), ("send", IN_FLIGHT_MESSAGES)]
     channel.flush()
     assert [message for kind, message in log if kind == "wait"] == list(range(10))
+
+
+class Transfer:
+    """A transfer as nccl has it: its wait holds up the current stream, and comes back at once."""
+
+    def __init__(self, streams, name):
+        self.streams, self.name = streams, name
+
+    def wait(self):
+        self.streams.log.append(("await", self.streams.stream, self.name))
+
+
+def test_transfers_hold_up_no_stream_that_need_not_wait(monkeypatch):
+    """Receives are asked for beside the main stream, which waits for them alone; what is sent is computed by the main
+    stream, and that it has gone is waited for by the host."""
+    streams = RecordedStreams()
+
+    def irecv(buffer, src, group):
+        streams.log.append(("receive", streams.stream, group))
+        return Transfer(streams, "received")
+
+    def isend(message, dst, group):
+        streams.log.append(("send", streams.stream, group))
+        return Transfer(streams, "sent")
+
+    monkeypatch.setattr(channels, "dist", types.SimpleNamespace(irecv=irecv, isend=isend))
+    channel = ActivationChannel(0, 2, torch.float32, torch.device("cpu"), ("from 0", "to 2"), streams)
+    batch = micro_batch(0, 2)
+    channel.post_receive(batch, (2, 1, 4))
+    hidden = channel.wait(batch)
+    for _ in range(IN_FLIGHT_MESSAGES + 1):
+        channel.send(hidden)
+    send = ("send", "main", "to 2")
+    assert streams.log == [
+        ("receive", "side", "from 0"), ("await", "main", "received"), ("lend", "main"),
+        *[send] * IN_FLIGHT_MESSAGES,
+        ("await", "side", "sent"), ("mark", "side", 1), ("host waits", "side", 1), send,
+    ]  # fmt: skip

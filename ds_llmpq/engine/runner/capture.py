@@ -40,7 +40,8 @@ class CudaGraphs:
                 function(*buffers)
         torch.cuda.current_stream(self.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # other threads may use the device meanwhile: nccl's watches its transfers
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             outputs = function(*buffers)
 
         def replay() -> Outputs:
