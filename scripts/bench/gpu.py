@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a chec
 
 import torch
 from gpu_bars import write_bars
-from gpu_batches import check_engine, run_batches, write_model
+from gpu_batches import check_engine, run_batches, run_two_stages, write_model
 from gpu_checks import check_families, check_kernels
 from gpu_run import Run, environment, write_table
 from gpu_speed import measure_ceilings, time_passes, time_transformers
@@ -35,7 +35,7 @@ GRACE_SECONDS = 4.0  # before the end, when whatever still runs is left
 # (section, share of the whole time that it may take at most); what most bars are about comes before what may be cut off
 SHARES = {
     "ceilings": 0.04, "families": 0.12, "kernels": 0.14, "engine": 0.08, "model": 0.12, "16 bits": 0.18, "batches": 0.2,
-    "4 bits": 0.16, "transformers": 0.1, "8 bits": 0.14, "transformers, compiled": 0.3,
+    "4 bits": 0.16, "transformers": 0.1, "two stages": 0.15, "8 bits": 0.14, "transformers, compiled": 0.3,
 }  # fmt: skip
 
 

@@ -6,6 +6,8 @@ import dataclasses
 import json
 import os
 import random
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -262,6 +264,23 @@ def _run_batch(run: Run, plan: Plan, folder: Path, name: str, mix: tuple, second
         planned_kv_gib=planned.kv / GIB, peak_gib=peak / GIB, planned_gib=planned.total / GIB,
         peak_over_planned=peak / planned.total, device_gib=device_bytes / GIB,
     )  # fmt: skip
+
+
+def run_two_stages(run: Run, folder: Path) -> None:
+    """The model cut in two, a rank on each of two GPUs, which `load_memory.py` starts: nccl takes one rank a device."""
+    if run.on_gpu and torch.cuda.device_count() < 2:
+        run.add("two stages: left out, nccl takes one rank a device and there is one", "none")
+        return
+    free(run.device)
+    script, cut = Path(__file__).parent / "load_memory.py", str(read_shape(folder).layers // 2)
+    command = [sys.executable, str(script), str(folder), "--cut", cut, "--kind", run.device.type]
+    limit = max(1.0, run.left())
+    done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
+    ranks = [json.loads(line) for line in done.stdout.replace("}{", "}\n{").splitlines()]
+    run.check("two stages: both ranks ran to their ends", done.returncode == 0 and len(ranks) == 2)
+    for rank in ranks:
+        figures = {name: rank[name] for name in ("load_seconds", "output_tokens_per_second")}
+        run.add(f"two stages, rank {rank['rank']}", **figures, peak_gib=rank["peak_bytes"] / GIB)
 
 
 class _TimedCapture:

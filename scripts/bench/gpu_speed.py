@@ -82,7 +82,9 @@ def time_passes(run: Run, folder: Path, bits: int) -> None:
     shape, checkpoint = read_shape(folder), Checkpoint(folder)
     quant = resolve_quant(run, shape)
     began = time.monotonic()
-    loader = LayerLoader(checkpoint, [bits] * shape.layers, quant, run.dtype, run.device, packed=True)
+    loader = LayerLoader(
+        checkpoint, [bits] * shape.layers, quant, run.dtype, run.device, packed=True, ahead=range(shape.layers)
+    )
     loader.compile_products(range(shape.layers), True, print)
     run.add(f"compile products at {bits} bits", seconds=time.monotonic() - began)
     began = time.monotonic()
