@@ -14,7 +14,7 @@ import random
 from collections import deque
 from dataclasses import dataclass
 
-MOST_TOKENS, BLOCK, REQUESTS = 512, 32, 3000
+MOST_TOKENS, BLOCK, REQUESTS = 512, 32, 1000
 # seconds: of a decode pass, for each of its rows, for each cached token it reads; of a prompt token
 DEVICES = {"H200, 8B": (6.1e-3, 7e-6, 4.9e-8, 1 / 30_000), "two cores, 850M": (28e-3, 4e-3, 1e-7, 1 / 400)}
 
