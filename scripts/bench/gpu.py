@@ -82,6 +82,7 @@ def run_sections(run: Run, sections: list[str], folder: Path, seconds: float) ->
         "batches": partial(run_batches, folder=folder),
         "4 bits": partial(time_passes, folder=folder, bits=4),
         "transformers": partial(time_transformers, folder=folder, compiled=False),
+        "two stages": partial(run_two_stages, folder=folder),
         "8 bits": partial(time_passes, folder=folder, bits=8),
         "transformers, compiled": partial(time_transformers, folder=folder, compiled=True),
     }
