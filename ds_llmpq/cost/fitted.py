@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -9,9 +10,10 @@ from statistics import median
 from ds_llmpq.cluster.devices import DeviceType
 from ds_llmpq.cost.fit import LatencyModel, columns, fit_profile, read_model, unit_roofline
 from ds_llmpq.cost.latency import PassOverhead, RooflineCosts
-from ds_llmpq.cost.profile import NEW_SIZE, TRIAL_PARTS, Setup, check_setup, read_profile
+from ds_llmpq.cost.profile import NEW_SIZE, NEW_SIZE_MIXED, TRIAL_PARTS, Setup, check_setup, read_profile
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.shape import ModelShape
+from ds_llmpq.quant.packing import UNQUANTIZED_BITS
 
 
 @dataclass
@@ -63,9 +65,12 @@ class FittedCosts:
         found = (self._fitted(part, phase, 0, batch, tokens) for part in TRIAL_PARTS)
         return PassOverhead(*(seconds or 0.0 for seconds in found))
 
-    def first_pass_seconds(self) -> float:
-        fit = self.model.get(self.device_type.name, NEW_SIZE, "prefill")
-        return median(entry.seconds for entry in fit.residuals) if fit else 0.0
+    def first_pass_seconds(self, widths: Iterable[int]) -> float:
+        """Unquantized and quantized layers each have kernels made for them, unless a stage is one graph."""
+        mixed = len({width < UNQUANTIZED_BITS for width in widths}) > 1 and not self.roofline.kernel.whole_stage
+        parts = [NEW_SIZE_MIXED, NEW_SIZE] if mixed else [NEW_SIZE]
+        fits = (self.model.get(self.device_type.name, part, "prefill") for part in parts)
+        return next((median(entry.seconds for entry in fit.residuals) for fit in fits if fit), 0.0)
 
     def _fitted(self, part: str, phase: str, bits: int, batch: int, length: float) -> float | None:
         fit = self.model.get(self.device_type.name, part, phase, bits)

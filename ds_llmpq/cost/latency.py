@@ -6,6 +6,7 @@ stand in its place. Every source of costs says what its numbers are (`provenance
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -57,8 +58,9 @@ class LayerCosts(Protocol):
     def pass_overhead(self, phase: str, batch: int, tokens: int) -> PassOverhead:
         """What a pass of `batch` x `tokens` costs a stage beside its layers, embedding and head."""
 
-    def first_pass_seconds(self) -> float:
-        """What a stage's first pass of a number of tokens costs it beyond the next ones of that size."""
+    def first_pass_seconds(self, widths: Iterable[int]) -> float:
+        """What a stage's first pass of a number of tokens costs it beyond the next ones of that size;
+        `widths`: its layers' bits."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class RooflineCosts:
         """Not known without a measurement, and small against layers worth cutting: nothing."""
         return PassOverhead()
 
-    def first_pass_seconds(self) -> float:
+    def first_pass_seconds(self, widths: Iterable[int]) -> float:
         """Likewise."""
         return 0.0
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Annotated, Any
 
 from annotated_types import Ge, Le
@@ -44,7 +44,8 @@ from ds_llmpq.validation import (
 SCHEMA = 1
 TRIAL_PARTS = ("first", "middle", "last")  # measured by passes of a trial pipeline
 NEW_SIZE = "new_size"  # what the first pass of a number of tokens costs beyond the next ones: kernels are made for it
-PARTS = ("layer", "embed", "head", *TRIAL_PARTS, NEW_SIZE)
+NEW_SIZE_MIXED = "new_size_mixed"  # for unquantized and for quantized layers
+PARTS = ("layer", "embed", "head", *TRIAL_PARTS, NEW_SIZE, NEW_SIZE_MIXED)
 LIBRARIES = ("torch", "transformers", "hqq", "deepspeed")
 _REMEDY = "make one with `ds-llmpq profile`"
 
@@ -96,7 +97,8 @@ class Point:
     """What was timed. `length_tokens`: tokens of a prompt in prefill, tokens already cached in decode.
 
     part: `layer`, `embed`, `head`, what a pass costs beside those on the `first`, a `middle` or the `last` stage, or
-    `new_size`: what the first pass of `length_tokens` tokens in all costs beyond the next ones.
+    `new_size`: what the first pass of `length_tokens` tokens in all costs beyond the next ones; `new_size_mixed`: on a
+    stage that has both unquantized and quantized layers.
     bits: 0 where the part has none.
     """
 
@@ -146,7 +148,8 @@ class Profile:
 
     def measured(self) -> list[Measured]:
         """Points in order of appearance; the least of their rounds, for other work only ever adds time, and for a round
-        or two at once. What passes of the trial pipeline cost is single passes: of these the lower median."""
+        or two at once. Devices of a type that were timed together in a round count by their mean. What passes of the
+        trial pipeline cost is single passes: of these the lower median."""
         rounds: dict[Point, list[Sample]] = defaultdict(list)
         for sample in self.samples:
             rounds[sample.point].append(sample)
@@ -155,7 +158,11 @@ class Profile:
             times = sorted(sample.median_seconds for sample in samples)
             across = (times[-1] - times[0]) / times[0] if times[0] > 0 else math.inf
             spread = max(median(sample.spread for sample in samples), across)
-            chosen = times[(len(times) - 1) // 2] if point.part in TRIAL_PARTS else times[0]
+            if point.part in TRIAL_PARTS:
+                chosen = times[(len(times) - 1) // 2]
+            else:
+                by_round = {sample.round for sample in samples}
+                chosen = min(mean(s.median_seconds for s in samples if s.round == turn) for turn in by_round)
             merged.append(Measured(point, chosen, spread, len(samples)))
         return merged
 

@@ -150,7 +150,7 @@ def _price_passes(plan: Plan, index: int, costs: LayerCosts) -> dict[str, Any]:
             "prefill", _powers_to(sizes.prefill), _powers_to(sizes.prefill * workload.prompt_tokens)
         ),
         "decode_times": price_all("decode", _powers_to(sizes.decode), [1, workload.prompt_tokens + 1, context + 1]),
-        "first_pass_seconds": costs.first_pass_seconds(),
+        "first_pass_seconds": costs.first_pass_seconds(bits),
     }
 
 

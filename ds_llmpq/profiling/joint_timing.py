@@ -2,58 +2,82 @@
 
 from __future__ import annotations
 
+import math
+import time
+from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from ds_llmpq.cost.fit import FEWEST_POINTS
 from ds_llmpq.cost.profile import Point, Sample
 from ds_llmpq.engine.rank_context import RankContext
 from ds_llmpq.engine.runner.capture import CudaGraphs
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.plan import Plan
 from ds_llmpq.profiling.parts import Parts
-from ds_llmpq.profiling.timer import NewSizes, Timer
+from ds_llmpq.profiling.timer import PAUSE_SECONDS, NewSizes, Timer
 from ds_llmpq.quant.config import QuantConfig
 
 _FEWEST_REPEATS = 4  # of a point, its warm-up among them
+_LATE_SECONDS, _LATE_TIMES = 12.0, 3  # from when on the points are late: so long, and as many times their own seconds
 
 
 @torch.inference_mode()
-def time_points(wanted: dict[str, Any], plan: Plan, context: RankContext) -> list[dict[str, Any]]:
-    """Samples of this rank's device as plain objects; ranks without a device wait with the others.
+def time_points(
+    wanted: dict[str, Any], plan: Plan, context: RankContext
+) -> tuple[list[dict[str, Any]], list[list[float]]]:
+    """Samples of this rank's device as plain objects, and [[seconds that passed, seconds of its own]]; both empty on a
+    rank without a device, which waits with the others.
 
     All ranks start a point together, and leave it out together where one of them would take too long for it. Points of
-    the smallest micro-batch are always timed: a fit needs them.
+    the smallest micro-batch are always timed: a fit needs them. On a crowded machine, where the clock on the wall runs
+    far ahead of the time that is used, no more than it needs.
     """
     devices, rank, group = wanted["devices"], context.rank, context.side_group
     points = [Point(**entry) for entry in devices[rank]["points"]] if rank < len(devices) else []
     share = devices[rank]["cpu_share"] if points else 1.0
-    timer = Timer(context.device, context.stage.threads or 1, share)
+    timer = Timer(context.device, context.stage.threads or 1, share, PAUSE_SECONDS)
     parts = _load(wanted, plan, points, context.device) if points else None
     if parts is not None:
         parts.throttle(share)
     smallest = min((point.batch for point in points), default=0)
     left, samples, new_sizes = float(wanted["seconds"]), [], NewSizes()
+    late, passed, own = time.perf_counter() + max(_LATE_SECONDS, _LATE_TIMES * left), 0.0, 0.0
     last: dict[tuple[str, str, int], tuple[float, int]] = {}
+    timed: Counter[tuple[str, str, int]] = Counter()
     for turn in range(max(len(entry["points"]) for entry in devices)):
         point = points[turn] if turn < len(points) else None
-        wanted_all_the_same = point is None or point.batch == smallest
-        expected = 0.0 if wanted_all_the_same else _guess(point, last) * _FEWEST_REPEATS
+        kind = (point.part, point.phase, point.bits) if point else None
+        is_late = time.perf_counter() > late
+        if point is None or (point.batch == smallest and not (is_late and timed[kind] >= FEWEST_POINTS)):
+            expected = 0.0
+        else:
+            expected = math.inf if is_late else _guess(point, last) * _FEWEST_REPEATS
         if _slowest(expected, group) > max(left, 0.0):
             continue
-        sample, spent = None, 0.0
+        spent = 0.0
         if point is not None:
-            sample, spent = _time(timer, parts, point, max(left, 0.0) / (len(points) - turn), new_sizes)
+            begin = time.perf_counter()
+            seconds = 0.0 if is_late else max(left, 0.0) / (len(points) - turn)
+            sample, spent = _time(timer, parts, point, seconds, new_sizes)
+            passed, own = passed + time.perf_counter() - begin, own + spent
             samples.append(asdict(sample))
-            last[point.part, point.phase, point.bits] = sample.median_seconds, point.tokens
+            timed[kind] += 1
+            last[kind] = sample.median_seconds, point.tokens
         left -= _slowest(spent, group)
-    return samples + [asdict(sample) for sample in new_sizes.samples(points[0].device_type, share)] if points else []
+    if not points:
+        return [], []
+    return samples + [asdict(sample) for sample in new_sizes.samples(points[0].device_type, share)], [[passed, own]]
 
 
 def _time(timer: Timer, parts: Parts, point: Point, seconds: float, new_sizes: NewSizes) -> tuple[Sample, float]:
-    """(sample, seconds that it took)."""
+    """(sample, seconds that it took: of one thread, what it used of the processor and rested; else wall time)."""
+    alone = timer.device.type == "cpu" and timer.threads == 1
+    clock = time.thread_time if alone else time.perf_counter
+    begin = clock()
     action, times = parts.action(point)
     timing = timer.time(action, seconds, warm_up=1)
     new_sizes.add(point, timing, timer.cpu_share)
@@ -66,7 +90,8 @@ def _time(timer: Timer, parts: Parts, point: Point, seconds: float, new_sizes: N
         timing.minimum_seconds / times,
         timing.spread,
     )
-    return sample, timing.median_seconds * (timing.repeats + 1)
+    spent = clock() - begin
+    return sample, spent / timer.cpu_share + timing.repeats * timer.pause_seconds if alone else spent
 
 
 def _guess(point: Point, last: dict[tuple[str, str, int], tuple[float, int]]) -> float:

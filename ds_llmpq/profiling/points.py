@@ -78,5 +78,6 @@ def _list_lengths(phase: str, workload: WorkloadConfig) -> list[int]:
     if phase == "prefill":  # down to short ones: real prompts are seldom as long as the longest
         lengths = [prompt, prompt // 4, prompt // 16]
     else:
-        lengths = [prompt + generated // 2, prompt, prompt + generated - 2, prompt // 2]
+        # a second one far from it: else what grows with the context cannot be told from what grows with the rows
+        lengths = [prompt + generated // 2, prompt // 4, prompt + generated - 2, prompt]
     return [length for length in dict.fromkeys(lengths) if length >= 1]

@@ -30,7 +30,7 @@ from ds_llmpq.errors import UserError
 from ds_llmpq.launch.launcher import is_local
 from ds_llmpq.profiling.parts import Parts
 from ds_llmpq.profiling.points import ProfilingTask, plan_points
-from ds_llmpq.profiling.timer import NewSizes, Timer
+from ds_llmpq.profiling.timer import PAUSE_SECONDS, NewSizes, Timer
 from ds_llmpq.profiling.trial_process import build_pass_sample, run_trial, write_link_table
 
 Show = Callable[[str, int, int, str], None]
@@ -103,7 +103,7 @@ def open_timer(device: Device) -> Iterator[Timer]:
     threads = torch.get_num_threads()
     torch.set_num_threads(device.threads or 1)
     try:
-        yield Timer(where, device.threads or 1, device.cpu_share or 1.0)
+        yield Timer(where, device.threads or 1, device.cpu_share or 1.0, PAUSE_SECONDS)
     finally:
         torch.set_num_threads(threads)
 

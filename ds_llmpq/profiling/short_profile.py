@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,9 @@ from ds_llmpq.quant.packing import UNQUANTIZED_BITS, make_groups
 CHOICES = ("auto", "always", "never")
 POINT_SECONDS = {"cpu": 3.0, "cuda": 10.0}  # for the points of a device; the trial pipeline comes on top
 _KEPT = "calibration"  # of the user's cache folder
-VERSION = 3  # of what is measured; what an older one kept is measured anew
+VERSION = 4  # of what is measured; what an older one kept is measured anew
 _CHAINED_LAYERS = 4  # two of a small model's stay in the caches, where decode is a quarter faster
+_BUSY = 1.5  # times as long as it works, beyond which other programs had the processors
 _MEMORY_SHARE = 0.5  # of what is available, for all ranks together
 Show = Callable[[str], None]
 
@@ -107,24 +108,30 @@ def _measure_into(wanted: TimingTask, cluster: Cluster, folder: Path, show: Show
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as name:
         made = Path(name) / "made"
         made.mkdir()
-        _measure(wanted, cluster, made)
+        slowed = _measure(wanted, cluster, made)
         shutil.rmtree(folder, ignore_errors=True)
         made.replace(folder)
     show(f"timed in {time.monotonic() - begin:.1f} s, kept in {folder}")
+    if slowed and slowed > _BUSY:
+        show(
+            f"the machine was busy: timing took {slowed:.1f} times as long as it worked, so the predicted times are "
+            "unsure; planner.calibrate=always measures again"
+        )
 
 
 def _round_sizes(wanted: TimingTask) -> TimingTask:
-    """Lengths up to the next power of two, so that batches of about the same lengths share a calibration; micro-batches
-    thinned to the smallest, the middle and the largest."""
+    """Lengths up to the next power of two, so that batches of about the same lengths share a calibration."""
     prompt, generated = _next_power(wanted.workload.prompt_tokens), _next_power(wanted.workload.generated_tokens)
     workload = wanted.workload
     if prompt + generated <= (wanted.shape.max_positions or math.inf):
         workload = replace(workload, prompt_tokens=prompt, generated_tokens=generated)
-    sizes = {
-        phase: sorted({listed[0], listed[len(listed) // 2], listed[-1]})
-        for phase, listed in ((phase, sorted(listed)) for phase, listed in wanted.sizes.items())
-    }
-    return replace(wanted, workload=workload, sizes=sizes)
+    return replace(wanted, workload=workload)
+
+
+def _thin(sizes: Iterable[int]) -> list[int]:
+    """The smallest, the middle and the largest."""
+    listed = sorted(sizes)
+    return sorted({listed[0], listed[len(listed) // 2], listed[-1]})
 
 
 def _next_power(number: int) -> int:
@@ -175,10 +182,12 @@ def _find_shortage(wanted: TimingTask, cluster: Cluster) -> str | None:
     return f"it would take {needed >> 20} MiB, more than half of the {available >> 20} MiB that are free"
 
 
-def _measure(wanted: TimingTask, cluster: Cluster, out: Path) -> None:
-    """profile.csv and links.csv, from one trial for devices that are started alike and three at a time. The log of the
-    last trial stays beside the kept folders, for it is wanted where nothing was kept."""
+def _measure(wanted: TimingTask, cluster: Cluster, out: Path) -> float:
+    """profile.csv and links.csv, from one trial for devices that are started alike and three at a time; how many times
+    as long as it worked the most disturbed rank took. The log of the last trial stays beside the kept folders, for it
+    is wanted where nothing was kept."""
     samples: list[Sample] = []
+    slowed = 1.0
     for index, devices in enumerate(_group_for_trials(cluster)):
         kind = devices[0].type.kind
         ranks = len(STAGES) if kind == "cpu" else len(devices)
@@ -188,9 +197,11 @@ def _measure(wanted: TimingTask, cluster: Cluster, out: Path) -> None:
         for device in {device.type.name: device for device in devices}.values():
             samples += [build_pass_sample(device.type, entry) for entry in found["passes"]]
         samples += [Sample(Point(**entry.pop("point")), **entry) for entry in found["samples"]]
-    note = {"made_by": "calibration", "processor": processor_name(), "cores": os.cpu_count()}
+        slowed = max(slowed, *(passed / max(own, 1e-3) for passed, own in found["took"]))
+    note = {"made_by": "calibration", "processor": processor_name(), "cores": os.cpu_count(), "slowed": slowed}
     write_header(out / "profile.csv", wanted.setup, note)
     append(out / "profile.csv", samples)
+    return slowed
 
 
 def _group_for_trials(cluster: Cluster) -> list[list[Device]]:
@@ -209,7 +220,7 @@ def _group_for_trials(cluster: Cluster) -> list[list[Device]]:
 
 
 def _build_trial(wanted: TimingTask, devices: list[Device], links: bool) -> dict[str, Any]:
-    sizes = sorted({size for listed in wanted.sizes.values() for size in listed})
+    sizes = sorted({size for listed in wanted.sizes.values() for size in _thin(listed)})
     workload = wanted.workload
     return {
         "kind": devices[0].type.kind,
@@ -240,10 +251,16 @@ def _build_trial(wanted: TimingTask, devices: list[Device], links: bool) -> dict
 
 
 def _list_points(wanted: TimingTask, device: Device) -> list[Point]:
-    """Two lengths a phase, and all of them with the smallest micro-batch. Light points come first: where time runs out,
-    heavy ones are left out."""
+    """Every micro-batch at the workload's own length, three of each phase at a second one, and the smallest at all of
+    them. Light points come first: where time runs out, heavy ones are left out."""
     bits = [width for width in wanted.bits if width in list_feasible_bits(device.type, wanted.dtype)]
     groups = plan_points(device.type.name, bits, wanted.sizes, wanted.workload)
-    smallest = min(size for listed in wanted.sizes.values() for size in listed)
-    points = [point for rank, group in enumerate(groups) for point in group if rank < 2 or point.batch == smallest]
+    thinned = {phase: _thin(listed) for phase, listed in wanted.sizes.items()}
+    smallest = min(min(listed) for listed in thinned.values())
+    points = [
+        point
+        for rank, group in enumerate(groups)
+        for point in group
+        if rank == 0 or point.batch == smallest or (rank == 1 and point.batch in thinned[point.phase])
+    ]
     return sorted(points, key=lambda point: point.tokens)

@@ -11,6 +11,7 @@ its own schedules over its own channels. Rank 0 prints one JSON line that starts
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -31,13 +32,17 @@ from ds_llmpq.models.shape import read_shape
 from ds_llmpq.plan import Plan
 from ds_llmpq.profiling.joint_timing import time_points
 from ds_llmpq.profiling.trial_process import DECODE_PASSES, MARK, STAGES, cut_prompt
+from ds_llmpq.quant.quantized_checkpoint import open_checkpoint
 from ds_llmpq.scheduler.micro_batch import MicroBatch, MicroBatchLimits
 from ds_llmpq.scheduler.request_group import RequestGroup, Sequence
+from ds_llmpq.scheduler.sampling_params import GREEDY, SamplingParams
 from ds_llmpq.scheduler.slot_table import Finish
 
 LINK_BYTES = (8, 1 << 10, 1 << 13, 1 << 16, 1 << 18, 1 << 20, 1 << 22)
-LINK_REPEATS = 30
+LINK_REPEATS = 20
+DRAWN = SamplingParams(temperature=1.0, seed=0)
 _TIMEOUT_SECONDS = 120
+_IMPORTED_LATE = ("torch._dynamo", "deepspeed.module_inject.auto_ep_layer")  # by a stage that loads
 
 
 class LengthRule:
@@ -84,13 +89,13 @@ class PartClock:
 def main(spec: dict[str, Any]) -> None:
     plan = Plan.from_json(spec["plan"])
     context = init_rank(plan, _TIMEOUT_SECONDS)
-    found = {"links": [], "passes": [], "samples": []}
+    found = {"links": [], "passes": [], "samples": [], "took": []}
     if spec["links"] and len(plan.stages) > 1:
         found["links"] = _time_links(context)
     if len(plan.stages) == len(STAGES) <= read_shape(plan.model_path).layers:
         found["passes"] = _time_passes(spec, plan, context)
     if points := spec.get("points"):
-        found["samples"] = time_points(points, plan, context)
+        found["samples"], found["took"] = time_points(points, plan, context)
     reports = context.data.gather(found)
     if context.is_driver:
         found = {name: [entry for report in reports for entry in report[name]] for name in found}
@@ -122,7 +127,11 @@ def _time_passes(spec: dict[str, Any], plan: Plan, context: RankContext) -> list
 def _time_overhead(engine: InferencePipelineEngine, clock: PartClock, size: int, prompt: int, generated: int) -> float:
     """Processor seconds of a request group of two micro-batches on this rank, but for those inside pipeline layers."""
     vocabulary = 7
-    rows = tuple(Sequence(i, tuple((i + k) % vocabulary for k in range(prompt)), generated) for i in range(2 * size))
+    # one row of each micro-batch draws its tokens: it makes the others' choice dearer as well
+    rows = tuple(
+        Sequence(i, tuple((i + k) % vocabulary for k in range(prompt)), generated, GREEDY if i % size else DRAWN)
+        for i in range(2 * size)
+    )
     limits = MicroBatchLimits(size, size * prompt, size)
     clock.seconds = 0.0
     start = time.thread_time()
@@ -193,6 +202,9 @@ def _ping_token(rank: int, out: TokenChannel, back: TokenChannel) -> float:
 
 def fork_ranks(spec: dict[str, Any]) -> int:
     """Runs all ranks as forks of this process, which has imported everything; 1 where one of them failed."""
+    for name in _IMPORTED_LATE:
+        importlib.import_module(name)
+    open_checkpoint(spec["path"])  # imports what its family needs of transformers
     children = [_fork_rank(spec, rank) for rank in range(int(os.environ["WORLD_SIZE"]))]
     code = 0
     while children and code == 0:

@@ -40,7 +40,8 @@ _TIMEOUT_SECONDS = 240
 
 
 def run_trial(spec: dict[str, Any], log: Path, ranks: int = len(STAGES)) -> dict[str, Any]:
-    """{"links": [...], "passes": [...], "samples": [...]} of `trial.main`; with less than three ranks no passes.
+    """{"links": [...], "passes": [...], "samples": [...], "took": [...]} of `trial.main`; with less than three ranks no
+    passes.
     `UserError`: a rank failed, with what it said last and the name of its log."""
     slots = [device["slot"] for device in spec["points"]["devices"]] if "points" in spec else list(range(ranks))
     shared = extend(

@@ -13,6 +13,7 @@ one of its kind (8 to 16, 3 to 4), a missing device by the ratio of datasheet ra
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -143,7 +144,7 @@ class PublishedCosts:
     def pass_overhead(self, phase: str, batch: int, tokens: int) -> PassOverhead:
         return PassOverhead()
 
-    def first_pass_seconds(self) -> float:
+    def first_pass_seconds(self, widths: Iterable[int]) -> float:
         return 0.0
 
     def _by_rows(self, anchor: Anchor, rows: int) -> float:

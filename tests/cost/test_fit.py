@@ -146,6 +146,12 @@ def test_rounds_become_one_number_that_a_disturbance_does_not_move():
         assert merged.spread == pytest.approx(8.0)
 
 
+def test_devices_timed_together_count_by_their_mean():
+    samples = [sample("layer", "decode", 16, 1, 16, seconds, turn) for turn, seconds in ((0, 1.0), (0, 1.5), (1, 9.0))]
+    (merged,) = Profile(SETUP, tuple(samples)).measured()
+    assert merged.seconds == 1.25
+
+
 def write(path, setup=SETUP, seed=1):
     write_header(path, setup, {"date": "2026-01-01"})
     append(path, random_profile(seed).samples)

@@ -158,10 +158,13 @@ def test_passes_of_a_plan_are_priced_by_their_own_size(folder):
 
 
 def test_the_first_pass_of_a_size_costs_each_stage_more_once(folder):
-    new = [Sample(Point("core", "new_size", "prefill", 0, 1, size), 0, 1, 1, 7.0, 7.0, 0.0) for size in (8, 16, 32)]
-    append(folder / "profile.csv", new)
+    for part, seconds in (("new_size", 7.0), ("new_size_mixed", 11.0)):
+        points = [Point("core", part, "prefill", 0, 1, size) for size in (8, 16, 32)]
+        append(folder / "profile.csv", [Sample(point, 0, 1, 1, seconds, seconds, 0.0) for point in points])
     plan = deployed(prepared(folder), Assignment((StageAssignment("localhost:0", 0, 6, (16,) * 6),), 4, 8), cluster())
     assert plan.stages[0].first_pass_seconds == 7.0
+    mixed = Assignment((StageAssignment("localhost:0", 0, 6, (16,) * 5 + (4,)),), 4, 8)
+    assert deployed(prepared(folder), mixed, cluster()).stages[0].first_pass_seconds == 11.0
     times = PlanTimes(plan)
     first, second = (times.work(0, "prefill", 2, 8, 0) for _ in range(2))
     assert first - second == pytest.approx(7.0)

@@ -81,7 +81,8 @@ def test_both_devices_are_timed_once_and_then_read_from_the_cache(wanted, cache)
             assert all(entry.seconds > 0 for entry in fit.residuals)
             assert fit.batch_range == (1, 4 if part == "head" or phase == "decode" else 2)
         assert model.get(name, "middle", "decode") is not None
-        assert model.get(name, "new_size", "prefill") is not None
+        alone, mixed = (model.get(name, part, "prefill") for part in ("new_size", "new_size_mixed"))
+        assert all(both.seconds >= one.seconds for one, both in zip(alone.residuals, mixed.residuals, strict=True))
         assert model.get(name, "layer", "prefill", 16).length_range == (1, 16)  # of 13 tokens: up to a power of two
     assert "localhost:0,localhost:1,activation" in (folder / "links.csv").read_text()
     assert calibrate(wanted, cluster, "never", said.append) is None
@@ -222,5 +223,22 @@ def test_light_points_come_first_and_the_smallest_micro_batch_has_all_lengths(wa
     assert [(p.batch, p.length_tokens) for p in layers if p.phase == "prefill"] == [
         (1, 1), (1, 4), (2, 4), (1, 16), (2, 16)
     ]  # fmt: skip
-    assert {p.length_tokens for p in layers if p.phase == "decode" and p.batch == 1} == {8, 16, 20, 22}
-    assert {p.length_tokens for p in layers if p.phase == "decode" and p.batch == 4} == {16, 20}
+    assert {p.length_tokens for p in layers if p.phase == "decode" and p.batch == 1} == {4, 16, 20, 22}
+    assert {p.length_tokens for p in layers if p.phase == "decode" and p.batch == 4} == {4, 20}
+
+
+def test_every_micro_batch_is_timed_at_the_workloads_length_and_three_at_another(wanted):
+    many = replace(wanted, sizes={"prefill": [1], "decode": [1, 2, 4, 8, 16]})
+    points = short_profile._list_points(short_profile._round_sizes(many), make_cluster("fast").devices[0])
+    lengths = {size: {p.length_tokens for p in points if p.phase == "decode" and p.batch == size and p.part == "layer"}
+               for size in (2, 4, 8, 16)}  # fmt: skip
+    assert lengths == {2: {20}, 4: {20, 4}, 8: {20}, 16: {20, 4}}
+
+
+def test_a_crowded_machine_is_named_in_one_line(wanted, made, monkeypatch):
+    measure, said = short_profile._measure, {1.1: [], 2.6: []}
+    for slowed, lines in said.items():
+        monkeypatch.setattr(short_profile, "_measure", lambda *given, slowed=slowed: measure(*given) or slowed)
+        calibrate(wanted, make_cluster("fast"), "always", lines.append)
+    assert [len(lines) for lines in said.values()] == [2, 3]
+    assert said[2.6][-1].startswith("the machine was busy: timing took 2.6 times as long as it worked")
