@@ -13,6 +13,7 @@ from ds_llmpq.planner.deploy import compose_plan
 from ds_llmpq.planner.explain import explain_plan
 from ds_llmpq.planner.feasibility import explain_memory, memory_feasible, pairs
 from ds_llmpq.planner.incumbent import Incumbent, ProgressEvent, relative_gap
+from ds_llmpq.planner.limits import explain_limit, find_least, is_broken
 from ds_llmpq.planner.milp.exact import solve_exact
 from ds_llmpq.planner.milp.polish import polish
 from ds_llmpq.planner.objective import evaluate, objective_value, violations
@@ -27,6 +28,7 @@ from ds_llmpq.wording import format_number
 
 SOLVERS = ("auto", "gurobi", "highs", "search")
 EXACT_COLUMNS = 1200  # layers x devices x widths up to which the whole-problem model is tried when the search stalls
+LEAST_SECONDS, LEAST_GAP = 2.0, 1e-3  # for the least of what a limit bounds: at any rate, and how well it is known
 PROVENANCE = {"costs": "assumed: taken from problem.json as given"}
 
 
@@ -44,6 +46,7 @@ class _Run:
     names: list[str] = field(default_factory=list)
     first: Fractionals = field(default_factory=dict)
     baselines: dict[str, Baseline] = field(default_factory=dict)
+    least: Incumbent | None = None  # of what is limited, where no plan was known to keep the limit
     search: Search | None = None  # None: solved by the whole-problem models alone
 
     @property
@@ -229,6 +232,26 @@ def _begin(run: _Run) -> None:
         search = run.search = Search(problem, best, pins, **_search_options(run))
         offer_first_plans(search.relaxed, search.roots(PAIRS), search.goal, bound=search.bound, deadline=run.deadline)
     _offer_baseline(run, SLOW_BASELINE)
+    if best.assignment is None and problem.objective.mode != "theta":
+        _try_limit(run)
+
+
+def _try_limit(run: _Run) -> None:
+    """Where nothing keeps the limit so far: the least of what is limited, which may be a plan, or prove there is none.
+    It comes whatever the time limit, because without a plan it is the answer."""
+    deadline = max(run.deadline - run.left / 2, time.monotonic() + LEAST_SECONDS)
+    limits = {"gap": min(run.gap, LEAST_GAP), "deadline": deadline}
+
+    def improve(least: Incumbent) -> None:
+        if least.assignment is not None:
+            polish(least.problem, least, run.pins, least.assignment, seconds=1.0, seed=run.seed, gap=1e-4)
+
+    run.least = find_least(run.problem, run.pins, **limits, improve=improve if run.solver == "auto" else None)
+    if is_broken(run.problem, run.least):
+        run.best.raise_bound(math.inf)
+        raise explain_limit(run.problem, run.least, proven=True)
+    if run.least.assignment is not None:
+        run.best.offer(run.least.assignment)
 
 
 def _offer_baseline(run: _Run, name: str) -> None:
@@ -323,29 +346,10 @@ def _steep(problem: Problem, fastest: Plan) -> float:
 
 def _no_plan(run: _Run) -> UserError:
     """Why nothing was found: the limit cannot be met (proven), or the time was too short."""
-    problem, best = run.problem, run.best
-    if not math.isinf(best.bound) and run.left <= 0:
+    if run.least is not None:
+        return explain_limit(run.problem, run.least, proven=math.isinf(run.best.bound))
+    if run.left <= 0 and not math.isinf(run.best.bound):
         return UserError(
-            f"No plan was found within {run.deadline - best.started:g} seconds; raise the time limit or the limits."
+            f"No plan was found within {run.deadline - run.best.started:g} seconds; raise planner.time_limit_seconds."
         )
-    objective = problem.objective
-    if objective.mode == "theta":
-        return InfeasibleError("No plan keeps all pins and the memory of every device; loosen the pins or add memory.")
-    options: dict[str, Any] = {
-        "baselines": False,
-        "pins": run.pins,
-        "time_limit_seconds": min(20.0, run.deadline - best.started),
-    }
-    fastest = solve(replace(problem, objective=Objective("theta", theta=0.0)), **options)
-    if objective.mode == "max_latency":
-        least, bound = fastest.predicted.latency_seconds, fastest.solver.bound
-        return InfeasibleError(
-            f"No plan is as fast as {objective.limit:.6g} s: the fastest takes {least:.6g} s and none less than "
-            f"{bound:.6g} s; raise problem.objective.limit to {least:.6g}."
-        )
-    finest = solve(replace(problem, objective=Objective("theta", theta=_steep(problem, fastest))), **options)
-    least = math.ceil(finest.predicted.quality_loss * 1e6) / 1e6
-    return InfeasibleError(
-        f"No plan that fits the devices' memory loses as little quality as {objective.limit:.6g} nats per token; set "
-        f"planner.max_quality_loss (problem.objective.limit) to {least:.6g} or add memory."
-    )
+    return InfeasibleError("No plan keeps all pins and the memory of every device; loosen the pins or add memory.")
