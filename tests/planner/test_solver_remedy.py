@@ -23,9 +23,10 @@ def test_without_a_licence_highs_is_named_or_taken(monkeypatch):
 def test_a_licence_file_is_found_where_it_may_lie(monkeypatch, tmp_path):
     monkeypatch.delenv(model.LICENCE_VARIABLE, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(model, "SYSTEM_FOLDER", tmp_path / "system")
     monkeypatch.chdir(tmp_path)
     assert model.find_gurobi_licence() is None
-    for folder in ("conf", "home"):
+    for folder in ("conf", "home", "system"):  # each before the ones so far
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "gurobi.lic").touch()
         assert model.find_gurobi_licence() == tmp_path / folder / "gurobi.lic"

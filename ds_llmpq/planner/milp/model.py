@@ -20,6 +20,7 @@ from ds_llmpq.planner.linear import quiet_highs
 GUROBI_RESTRICTED = 2000
 GUROBI_LICENCE_ERRORS = (10009, 10010)  # expired or missing; too large for the licence
 LICENCE_VARIABLE = "GRB_LICENSE_FILE"
+SYSTEM_FOLDER = Path("/opt/gurobi")
 MOST_THREADS = 8  # of a solver: beyond, branch and bound gains little and memory grows with each
 TOLERANCE = 1e-9  # the finest both solvers take: with their defaults (1e-5, 1e-6) a plan may exceed a device's memory
 ABSOLUTE_GAP = 1e-7  # of objectives scaled to about 1,000: never what stops a solver before the relative gap does
@@ -82,7 +83,7 @@ def find_gurobi_licence() -> Path | None:
     that the command was started in."""
     if named := os.environ.get(LICENCE_VARIABLE):
         return Path(named)
-    places = (Path("/opt/gurobi"), Path.home(), Path.cwd() / "conf")
+    places = (SYSTEM_FOLDER, Path.home(), Path.cwd() / "conf")
     return next((place / "gurobi.lic" for place in places if (place / "gurobi.lic").is_file()), None)
 
 

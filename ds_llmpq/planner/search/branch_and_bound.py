@@ -27,6 +27,7 @@ EXACT_DEPTH = 6  # splits after which long stages on the path are costed exactly
 SMALL = 150  # layers x devices x bit widths, up to which boxes are enumerated on the way
 GLANCE_STEPS, STUCK_STEPS = 1_000, 30_000  # of the enumeration: on the way, and when splitting has ended
 SHARE_STEPS = 200  # steps of enumeration that an evaluated box permits: about as much time
+COUNT_FACTOR = 1.2  # of boxes evaluated, from one beam search to the next
 SLOWEST_WEIGHT, RING_WEIGHT = 0.3, 0.02  # least share of a decode round by which the splitting counts its threshold
 # After so many boxes in which the bound does not rise by that share of what is missing, a fixed theta is given up.
 # Halves then get (rounds, factor) to find their own.
@@ -68,6 +69,7 @@ class Search:
         self.open = [(node.bound, next(self.ticket), node) for node in map(self._root, range(len(self.pairs)))]
         heapq.heapify(self.open)
         self.improve, self.improved, self.next_improve = improve, None, 40
+        self.next_count = 0.0
         self.enumerated, self.vain = 0, 0  # steps in all, and enumerations in a row that were given up
         self.theta_is_fixed, self.risen, self.risen_at = theta is not None, 0.0, 0
 
@@ -91,6 +93,7 @@ class Search:
             self._step()
             self.best.raise_bound(self.bound)
             self._free_theta()
+            self._count_devices()
             self._improve()
         self.best.raise_bound(self.bound)
 
@@ -100,6 +103,16 @@ class Search:
             self.risen, self.risen_at = self.bound, self.relaxed.evaluated
         elif self.relaxed.evaluated > self.risen_at + IDLE:
             self.theta_is_fixed = False
+
+    def _count_devices(self) -> None:
+        """Where devices are priced, search the most promising box for plans that keep their numbers, at growing
+        intervals."""
+        if not self.priced or not self.open or self.relaxed.evaluated < self.next_count or self.done():
+            return
+        node = self.open[0][2]
+        if node.settled and (assignment := self.relaxed.search_counted(node)) is not None:
+            self.best.offer(assignment)
+        self.next_count = COUNT_FACTOR * self.relaxed.evaluated
 
     def done(self) -> bool:
         return self.goal.met_by(self.bound)

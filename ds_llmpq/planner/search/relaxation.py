@@ -20,6 +20,7 @@ from ds_llmpq.planner.arrays import PairArrays, pair_arrays
 from ds_llmpq.planner.feasibility import furthest_layer, pairs
 from ds_llmpq.planner.pins import Pins
 from ds_llmpq.planner.problem import Problem
+from ds_llmpq.planner.search.beam import search_beam
 from ds_llmpq.planner.search.compositions import Compositions
 from ds_llmpq.planner.search.device_classes import Classes, class_links, group
 from ds_llmpq.planner.search.dual_prices import best_prices
@@ -175,6 +176,12 @@ class Relaxation:
             for d, s, chosen in zip(devices, path, bits, strict=True)
         )
         return Assignment(stages, pair.arrays.prefill_micro_batch, pair.arrays.decode_micro_batch)
+
+    def search_counted(self, node: Node) -> Assignment | None:
+        """A plan of the node's box that a beam search finds, where devices are priced; see `beam.py`."""
+        stage, link, final = self.tables(node)
+        path = search_beam(self.space.costs_to_go(_cut(stage), link, final), self.classes.counts)
+        return None if path is None else self.round_path(node, path)
 
     def _within_counts(self, node: Node, path: list[PathStep]) -> list[PathStep]:
         """Where devices are priced, a path may use too many: place all devices in a row, class by class in the order
