@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ds_llmpq.errors import InfeasibleError, UserError
-from ds_llmpq.plan import BASELINES, ESTIMATES, Assignment, Plan, SolverReport, Stage
-from ds_llmpq.planner.baselines import SLOW_BASELINE, Baseline, all_baselines, find_baseline
+from ds_llmpq.plan import BASELINES, ESTIMATES, Assignment, Plan, SolverReport
+from ds_llmpq.planner.baselines import SLOW_BASELINE, Baseline, find_baseline
 from ds_llmpq.planner.deploy import compose_plan
 from ds_llmpq.planner.explain import explain_plan
 from ds_llmpq.planner.feasibility import explain_memory, memory_feasible, pairs
@@ -16,9 +16,9 @@ from ds_llmpq.planner.incumbent import Incumbent, ProgressEvent, relative_gap
 from ds_llmpq.planner.limits import explain_limit, find_least, is_broken
 from ds_llmpq.planner.milp.exact import solve_exact
 from ds_llmpq.planner.milp.polish import polish
-from ds_llmpq.planner.objective import evaluate, objective_value, violations
+from ds_llmpq.planner.objective import evaluate, objective_value
 from ds_llmpq.planner.pins import Pins
-from ds_llmpq.planner.problem import Objective, Problem
+from ds_llmpq.planner.problem import Problem
 from ds_llmpq.planner.search.branch_and_bound import Search, is_small
 from ds_llmpq.planner.search.constrained import find_price_of_limit
 from ds_llmpq.planner.search.first_plans import PAIRS, offer_first_plans
@@ -136,74 +136,6 @@ def _plan_baseline(problem: Problem, name: str, pins: Any) -> Plan:
     report = SolverReport(name, value, None, None, time.monotonic() - started, "baseline")
     plan = replace(compose_plan(problem, found.assignment, prediction, report), provenance=PROVENANCE)
     return replace(plan, explanation=tuple(explain_plan(problem, plan)))
-
-
-def check_plan(problem: Problem | Mapping[str, Any], plan: Plan | Assignment | Mapping[str, Any]) -> Plan:
-    """A plan made by hand, validated by the independent checker and costed with the same formula.
-
-    `plan` is a `Plan`, the parsed `plan.json`, or an `Assignment`. Raises `UserError` naming every rule it breaks.
-    """
-    problem = problem if isinstance(problem, Problem) else Problem.from_json(problem)
-    if isinstance(plan, Mapping):
-        plan = Plan.from_json(plan)
-    assignment = plan if isinstance(plan, Assignment) else plan.assignment()
-    broken = violations(problem, assignment)
-    if broken:
-        raise UserError("The plan cannot be used: " + " ".join(broken))
-    prediction = evaluate(problem, assignment)
-    report = SolverReport("check", objective_value(problem, prediction), None, None, 0.0, "checked")
-    checked = compose_plan(problem, assignment, prediction, report)
-    if isinstance(plan, Plan):
-        kept = {(s.device, s.layers): s for s in plan.stages}
-        stages = tuple(_copy_placement(kept[s.device, s.layers], s) for s in checked.stages)
-        checked = replace(checked, model=plan.model, stages=stages, quant=plan.quant, deployment=plan.deployment)
-    checked = replace(
-        checked,
-        baselines={name: b.outcome for name, b in all_baselines(problem).items()},
-        provenance=plan.provenance if isinstance(plan, Plan) else PROVENANCE,
-    )
-    return replace(checked, explanation=tuple(explain_plan(problem, checked)))
-
-
-def _copy_placement(kept: Stage, stage: Stage) -> Stage:
-    """The stage with what the plan given said of where and how it runs."""
-    names = ("rank", "host", "kernel", "kind", "slot", "threads", "cpu_share")
-    return replace(stage, **{name: getattr(kept, name) for name in names})
-
-
-def pareto(
-    problem: Problem | Mapping[str, Any], *, points: int = 9, time_limit_seconds: float = 60.0, **options: Any
-) -> list[Plan]:
-    """The front of latency against quality loss: up to `points` undominated plans, the fastest first.
-
-    Between the fastest and the least lossy plan the bound on quality loss is lowered geometrically; every plan is
-    optimal to the gap for its own bound. The time limit is shared by the points.
-    """
-    problem = problem if isinstance(problem, Problem) else Problem.from_json(problem)
-    share = time_limit_seconds / max(points, 2)
-    options = {"baselines": False, **options, "time_limit_seconds": share}
-    fastest = solve(replace(problem, objective=Objective("theta", theta=0.0)), **options)
-    best = solve(replace(problem, objective=Objective("theta", theta=_steep(problem, fastest))), **options)
-    plans = [fastest]
-    high, low = fastest.predicted.quality_loss, best.predicted.quality_loss
-    floor = max(low, 1e-3 * high)
-    for i in range(1, points - 1):
-        limit = high * (floor / high) ** (i / (points - 1)) if high > 0 else 0.0
-        bounded = replace(problem, objective=Objective("max_quality_loss", limit=limit))
-        try:
-            plans.append(solve(bounded, **options))
-        except UserError:
-            continue  # no plan found below this bound within the share of time
-    plans.append(best)
-    return _drop_dominated(plans)
-
-
-def _drop_dominated(plans: list[Plan]) -> list[Plan]:
-    kept: list[Plan] = []
-    for plan in sorted(plans, key=lambda p: (p.predicted.latency_seconds, p.predicted.quality_loss)):
-        if not kept or plan.predicted.quality_loss < kept[-1].predicted.quality_loss:
-            kept.append(plan)
-    return kept
 
 
 def _check_options(time_limit_seconds: float, gap: float, solver: str, least_gain: float) -> None:
@@ -336,12 +268,6 @@ def _polish(run: _Run, seconds: float, start: Assignment | None = None) -> None:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _steep(problem: Problem, fastest: Plan) -> float:
-    """A theta at which quality loss counts a thousand times more than latency."""
-    span = sum(max(row) - min(row) for row in problem.sensitivity)
-    return 1e3 * fastest.predicted.latency_seconds / span if span > 0 else 1.0
 
 
 def _no_plan(run: _Run) -> UserError:

@@ -16,10 +16,11 @@ from typing import Any
 
 from ds_llmpq.errors import InfeasibleError, UserError
 from ds_llmpq.plan import Assignment, Plan, StageAssignment
+from ds_llmpq.planner.check import check_plan
 from ds_llmpq.planner.feasibility import pairs
 from ds_llmpq.planner.objective import evaluate, objective_value, rounds, violations
 from ds_llmpq.planner.problem import Problem
-from ds_llmpq.planner.solve import check_plan, solve
+from ds_llmpq.planner.solve import solve
 
 OBJECTIVES = ("pipeline", "reference")
 VARIANTS = ("full", "phase_blind", "equal_micro_batches", "grouped")
