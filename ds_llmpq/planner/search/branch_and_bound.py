@@ -18,9 +18,10 @@ from ds_llmpq.planner.pins import Pins
 from ds_llmpq.planner.problem import Problem
 from ds_llmpq.planner.search.enumeration import Enumeration
 from ds_llmpq.planner.search.fractional import Fractional, Fractionals, first_bounds
-from ds_llmpq.planner.search.node import Duals, Guess, Node, Pair, Target, round_weights
+from ds_llmpq.planner.search.node import Duals, Guess, Node, Pair, Target
 from ds_llmpq.planner.search.relaxation import Relaxation
 from ds_llmpq.planner.search.shortest_path import PathStep
+from ds_llmpq.planner.search.splitting import cut_above, find_tops, halve, weigh_gaps
 from ds_llmpq.planner.search.stage_bounds import Box
 
 EXACT_DEPTH = 6  # splits after which long stages on the path are costed exactly
@@ -28,7 +29,6 @@ SMALL = 150  # layers x devices x bit widths, up to which boxes are enumerated o
 GLANCE_STEPS, STUCK_STEPS = 1_000, 30_000  # of the enumeration: on the way, and when splitting has ended
 SHARE_STEPS = 200  # steps of enumeration that an evaluated box permits: about as much time
 COUNT_FACTOR = 1.2  # of boxes evaluated, from one beam search to the next
-SLOWEST_WEIGHT, RING_WEIGHT = 0.3, 0.02  # least share of a decode round by which the splitting counts its threshold
 # After so many boxes in which the bound does not rise by that share of what is missing, a fixed theta is given up.
 # Halves then get (rounds, factor) to find their own.
 IDLE, RISE, FREED = 40, 0.02, (3, 2.0)
@@ -250,7 +250,7 @@ class Search:
         if box.p_low > box.p_high or box.d_low > box.d_high:
             self.closed = min(self.closed, max(node.bound, self.target))
             return []
-        p_top, d_top = self._tops(node, box)
+        p_top, d_top = find_tops(node, box)
         if self._negligible(node, box, p_top, d_top):
             if self._exhaust(node, STUCK_STEPS):
                 return []
@@ -262,34 +262,11 @@ class Search:
                 return []
         elif self.small and node.depth % 4 == 2 and self._exhaust(node, GLANCE_STEPS):
             return []
-        child = replace(node, depth=node.depth + 1, prediction=None, again=False)
-        p_gap, d_gap = self._gaps(node, box, p_top, d_top)
-        if p_gap >= d_gap:
-            middle = _middle(box.p_low, p_top)
-            return [replace(child, box=replace(box, p_high=middle)), replace(child, box=replace(box, p_low=middle))]
-        middle = _middle(box.d_low, d_top)
-        return [replace(child, box=replace(box, d_high=middle)), replace(child, box=replace(box, d_low=middle))]
-
-    def _tops(self, node: Node, box: Box) -> tuple[float, float]:
-        """The slowest resources of the node's plan, at most the box's: above them the box need not be split."""
-        seen = node.prediction
-        if seen is None:
-            return box.p_high, box.d_high
-        return min(box.p_high, seen.slowest_prefill_seconds), min(box.d_high, seen.slowest_decode_seconds)
-
-    def _gaps(self, node: Node, box: Box, p_top: float, d_top: float) -> tuple[float, float]:
-        """What the thresholds' uncertainty contributes to the difference between plan and bound."""
-        pair, seen = self.pairs[node.pair], node.prediction
-        p_gap = pair.slow * max(p_top - box.p_low, 0.0)
-        # Where a pass around the ring binds, the slowest decode resource matters through its limit alone.
-        least = RING_WEIGHT if seen is not None and seen.ring_binds(pair.arrays.decode_rounds) else SLOWEST_WEIGHT
-        if pair.arrays.decode_rounds == 1:
-            least = 0.0  # it always binds
-        return p_gap, pair.slowest * max(node.duals.w, least) * max(d_top - box.d_low, 0.0)
+        return halve(self.pairs[node.pair], node, box, p_top, d_top)
 
     def _negligible(self, node: Node, box: Box, p_top: float, d_top: float) -> bool:
         reference = abs(self.best.value if math.isfinite(self.best.value) else node.bound)
-        return max(self._gaps(node, box, p_top, d_top)) <= 1e-7 * reference
+        return max(weigh_gaps(self.pairs[node.pair], node, box, p_top, d_top)) <= 1e-7 * reference
 
     def _exhaust(self, node: Node, steps: int) -> bool:
         """Enumerate what is left of a box; false when that is too much, or more than its share of the work so far."""
@@ -308,17 +285,11 @@ class Search:
         """Thresholds so high that the bound would pass the target can go."""
         if not math.isfinite(self.best.value) or not math.isfinite(node.own):
             return node.box
-        pair, box = self.pairs[node.pair], node.box
         room = (self.target - node.own) * (node.duals.theta if self.mode == "max_latency" else 1.0)
-        p_high, d_high = box.p_high, box.d_high
-        if pair.slow > 0:
-            p_high = min(p_high, box.p_low + room / pair.slow)
-        _, slowest = round_weights(pair, node.duals.w)
-        if slowest > 0:
-            d_high = min(d_high, box.d_low + room / slowest)
-        if p_high < box.p_high or d_high < box.d_high:
+        box = cut_above(self.pairs[node.pair], node, room)
+        if box != node.box:
             self.closed = min(self.closed, self.target)
-        return Box(box.p_low, p_high, box.d_low, d_high)
+        return box
 
     def _root(self, i: int) -> Node:
         """The whole of a pair, with what the first bounds say of it."""
@@ -361,8 +332,3 @@ def plausible_theta(pair: Pair, seconds: float = 0.0) -> float:
     spread = float((loss.max(axis=1) - loss.min(axis=1)).sum())
     least = (pair.slow + 1) * pair.root.p_low + max(pair.slowest, pair.ring) * pair.root.d_low
     return max(least, seconds, 1e-9) / max(spread, 1e-9)
-
-
-def _middle(low: float, high: float) -> float:
-    """Halfway, geometrically where the interval spans more than a factor of four."""
-    return math.sqrt(low * high) if low > 0 and high > 4 * low else (low + high) / 2
