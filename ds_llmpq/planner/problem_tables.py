@@ -1,0 +1,128 @@
+"""The tables of a planning problem: seconds of a device type, bytes of a stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ds_llmpq.cluster.cluster import Cluster, gate
+from ds_llmpq.cluster.devices import DeviceType
+from ds_llmpq.cost.captured_graphs import estimate_graph_bytes
+from ds_llmpq.cost.latency import LayerCosts
+from ds_llmpq.cost.memory import MemoryModel
+from ds_llmpq.models.shape import ModelShape
+from ds_llmpq.planner.config import WorkloadConfig
+from ds_llmpq.quant.packing import UNQUANTIZED_BITS
+
+
+def middle_share(cluster: Cluster, shape: ModelShape) -> float:
+    """Middle stages a decoder layer, if every device gets a stage: what a pass costs such a stage beside its layers
+    is spread over all layers, for the problem's formula has no cost of a stage as such."""
+    return max(0, min(len(cluster.devices), shape.layers) - 2) / shape.layers
+
+
+def tabulate_times(
+    device_type: DeviceType,
+    costs: LayerCosts,
+    widths: tuple[list[int], int],
+    dtype: str,
+    sizes: Mapping[str, list[int]],
+    workload: WorkloadConfig,
+    middle: float,
+) -> dict[str, Any]:
+    """Tables of one device type, for layers and lm_head at `widths`. Decode is costed at the mean length: the
+    prompt and half of what is generated.
+
+    What a pass costs beside its layers goes to the end stages with embedding and head, and `middle` of a middle
+    stage's to every layer.
+    """
+    past = workload.prompt_tokens + workload.generated_tokens / 2
+    prompt = workload.prefill_tokens
+    over = {
+        "prefill": {size: costs.pass_overhead("prefill", size, prompt) for size in sizes["prefill"]},
+        "decode": {size: costs.pass_overhead("decode", size, 1) for size in sizes["decode"]},
+    }
+
+    def layers(phase: str, seconds: Callable[[int], float | None]) -> dict[str, float | None]:
+        found = {size: seconds(size) for size in sizes[phase]}
+        return {
+            str(size): None if time is None else time + middle * over[phase][size].middle
+            for size, time in found.items()
+        }
+
+    bits, lm_head_bits = widths
+    feasible = [width for width in bits if gate(device_type, width, dtype) is None]
+    with_head = {phase: sizes[phase] if holds_head(device_type, lm_head_bits) else [] for phase in sizes}
+    return {
+        "bits": feasible,
+        "prefill_layer_seconds": {
+            str(width): layers("prefill", lambda size, width=width: _prefill_seconds(costs, width, size, workload))
+            for width in feasible
+        },
+        "decode_layer_seconds": {
+            str(width): layers("decode", lambda size, width=width: costs.decode_seconds(width, size, past))
+            for width in feasible
+        },
+        "prefill_embed_seconds": {
+            str(size): costs.embed_seconds(size, prompt) + over["prefill"][size].first for size in sizes["prefill"]
+        },
+        "prefill_head_seconds": {
+            str(size): costs.head_seconds(size) + over["prefill"][size].last for size in with_head["prefill"]
+        },
+        "decode_embed_seconds": {
+            str(size): costs.embed_seconds(size, 1) + over["decode"][size].first for size in sizes["decode"]
+        },
+        "decode_head_seconds": {
+            str(size): costs.head_seconds(size) + over["decode"][size].last for size in with_head["decode"]
+        },
+    }
+
+
+def _prefill_seconds(costs: LayerCosts, width: int, size: int, workload: WorkloadConfig) -> float | None:
+    """Behind a shared prefix: whole prompts less prompts of the prefix alone, which leaves what attention to the prefix
+    costs, but the reading of weights out: so never less than prompts of what is computed."""
+    whole = costs.prefill_seconds(width, size, workload.prompt_tokens)
+    if not workload.shared_tokens or whole is None:
+        return whole
+    prefix = costs.prefill_seconds(width, size, workload.shared_tokens)
+    return max(whole - prefix, costs.prefill_seconds(width, size, workload.prefill_tokens))
+
+
+def holds_head(device_type: DeviceType, lm_head_bits: int) -> bool:
+    """Any type does at 16 bits, whatever the bit widths of its layers."""
+    return lm_head_bits == UNQUANTIZED_BITS or lm_head_bits in device_type.bits
+
+
+def tabulate_memory(
+    memory: MemoryModel, bits: list[int], sizes: Mapping[str, list[int]], workload: WorkloadConfig, capturing: int
+) -> dict[str, Any]:
+    """`capturing`: so many devices capture decode passes; graphs are then counted in the workspace, those of an even
+    share of layers and of one decode group a device. Their own memory is held while prefill works in its."""
+    capacity, shared = workload.prompt_tokens + workload.generated_tokens, workload.shared_tokens or 0
+    quantized = any(width != UNQUANTIZED_BITS for width in bits)
+    # a prompt without the prefix passes whole, alone
+    one = memory.workspace_bytes(1, workload.prompt_tokens, 0, quantized)
+    prefill = {
+        s: max(one, memory.workspace_bytes(s, workload.prefill_tokens, shared, quantized)) for s in sizes["prefill"]
+    }
+    decode = {s: memory.workspace_bytes(s, 1, capacity - 1, quantized) for s in sizes["decode"]}
+    if capturing:
+        rows, layers = -(-workload.sequences // capturing), -(-memory.shape.layers // capturing)
+        graphs = estimate_graph_bytes(layers, workload.sequences, rows, capacity)
+        pool = {s: memory.captured_pool_bytes(s, capacity - 1, quantized) for s in sizes["decode"]}
+        prefill = {s: value + graphs + max(pool.values()) for s, value in prefill.items()}
+        decode = {s: value + graphs + pool[s] for s, value in decode.items()}
+    return {
+        "layer_bytes": {str(width): memory.layer_bytes(width) for width in bits},
+        # the prefix is kept once more, which the sequences share out among them
+        "kv_bytes_per_sequence_layer": memory.kv_bytes_per_sequence_layer(capacity)
+        + memory.kv_bytes_per_sequence_layer(shared) / workload.sequences,
+        "embed_bytes": memory.embed_bytes(),
+        "head_bytes": memory.head_bytes(),
+        "tied_head": memory.shares_embedding,
+        "tied_bytes": memory.tied_bytes,
+        "workspace_bytes": {
+            "prefill": {str(size): value for size, value in prefill.items()},
+            "decode": {str(size): value for size, value in decode.items()},
+        },
+    }
