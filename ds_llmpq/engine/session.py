@@ -256,7 +256,7 @@ class Session:
         index, ranks = self.context.stage_index, self.context.stage_ranks
         previous = ranks[index - 1] if index > 0 else None
         following = ranks[index + 1] if index + 1 < len(ranks) else None
-        return ActivationChannel(previous, following, self.dtype, self.context.device)
+        return ActivationChannel(previous, following, self.dtype, self.context.device, self.context.links)
 
     def _build_token_channel(self) -> TokenChannel:
         *others, source = self.context.stage_ranks
