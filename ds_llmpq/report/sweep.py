@@ -32,7 +32,7 @@ _WIDEST_CELL = 90  # characters; summary.csv has the whole text
 _SHOWN = ("throughput_tokens_per_second", "latency_seconds", "quality_loss", "stages", "widths", "gap", "failure")
 _MEASURED = ("measured_throughput_tokens_per_second", "measured_quality_loss")
 _COSTS = ("cost_per_million_generated_tokens", "measured_cost_per_million_generated_tokens")
-_BASELINE_KEY = "planner.baseline"  # swept: each baseline is a point of its own, and ours is null
+BASELINE_KEY = "planner.baseline"  # swept: each baseline is a point of its own, and ours is null
 
 _exit_codes: ContextVar[list[int]] = ContextVar("exit codes of the points of a sweep that failed")
 
@@ -149,7 +149,7 @@ def build_table(points: list[dict[str, Any]]) -> tuple[list[str], list[list[str]
     names |= dict(zip(_COSTS, ("cost per million generated", "measured cost"), strict=True))
     names |= {"memory_proportional": "by memory", "single_device": "one device"}
     keys = find_varied(points)
-    if _BASELINE_KEY in keys:
+    if BASELINE_KEY in keys:
         columns = [name for name in columns if name not in BASELINES]
     names["point"] = f"point ({', '.join(keys)})" if keys else "point"
     rows = [
@@ -161,7 +161,7 @@ def build_table(points: list[dict[str, Any]]) -> tuple[list[str], list[list[str]
 
 def describe_speedups(points: list[dict[str, Any]]) -> list[str]:
     """One line per baseline: the mean speed-up over the points at which it has a plan; measured if baselines ran."""
-    if _BASELINE_KEY in find_varied(points):
+    if BASELINE_KEY in find_varied(points):
         return _compare_points(points)
     lines = []
     for name in BASELINES:
@@ -180,8 +180,8 @@ def _compare_points(points: list[dict[str, Any]]) -> list[str]:
     """One line per swept baseline: how much faster our own plan is at the points that are otherwise the same."""
     by_rest: dict[str, dict[str, dict[str, Any]]] = {}
     for point in points:
-        rest = {key: value for key, value in point["overrides"].items() if key != _BASELINE_KEY}
-        name = point["overrides"].get(_BASELINE_KEY, "null")
+        rest = {key: value for key, value in point["overrides"].items() if key != BASELINE_KEY}
+        name = point["overrides"].get(BASELINE_KEY, "null")
         by_rest.setdefault(json.dumps(rest, sort_keys=True), {})[name] = point
     lines = []
     for name in dict.fromkeys(name for group in by_rest.values() for name in group if name != "null"):
@@ -251,8 +251,8 @@ def find_varied(points: list[dict[str, Any]]) -> list[str]:
 def label_point(point: dict[str, Any], keys: list[str]) -> str:
     """The point's values of the varied keys."""
     values = {key: point["overrides"][key] for key in keys if key in point["overrides"]}
-    if values.get(_BASELINE_KEY) == "null":
-        values[_BASELINE_KEY] = "ours"
+    if values.get(BASELINE_KEY) == "null":
+        values[BASELINE_KEY] = "ours"
     return ", ".join(values.values()) or point["point"]
 
 

@@ -59,7 +59,7 @@ def _pareto(points: list[Point], out: Path) -> Section:
 def _heat(points: list[Point], out: Path) -> Section:
     section = Section("heat", "Heat maps", "Predicted tokens/s and quality loss over pairs of swept keys.")
     keys = sweep.find_varied(points)
-    for first, second in combinations(keys, 2):
+    for first, second in combinations([key for key in keys if key != sweep.BASELINE_KEY], 2):
         name = f"heat_{_safe(first)}_{_safe(second)}.png"
         if plot_heat_map(points, first, second, out / name):
             section.picture(out / name, f"{first} against {second}")
@@ -94,14 +94,18 @@ def plot_heat_map(points: list[Point], first: str, second: str, path: Path) -> b
 
 def _baselines(points: list[Point], out: Path) -> Section:
     section = Section("baselines", "Baselines", "Predicted tokens/s of each plan and of its baselines.")
-    names = [name for name in sweep.BASELINES if any(point[name] for point in points)]
-    if not names:
+    bars = {"ours": "throughput_tokens_per_second"}
+    if sweep.BASELINE_KEY in sweep.find_varied(points):  # each point is one method's plan
+        bars = {"predicted": "throughput_tokens_per_second", "measured": "measured_throughput_tokens_per_second"}
+        section.lead = "Tokens/s of each method's plan, predicted, and measured where it was run."
+    else:
+        bars |= {name: name for name in sweep.BASELINES if any(point[name] for point in points)}
+    if len(bars) == 1:
         return section.sentences(["No baseline has a plan."])
     figure, ((axis,),) = figures.make_figure(width=max(7.0, 0.9 * len(points) + 3), height=4.2)
-    width, keys = 0.85 / (len(names) + 1), sweep.find_varied(points)
-    for index, name in enumerate(["throughput_tokens_per_second", *names]):
+    width, keys = 0.85 / len(bars), sweep.find_varied(points)
+    for index, (label, name) in enumerate(bars.items()):
         values = [point[name] or 0.0 for point in points]
-        label = "ours" if index == 0 else name
         axis.bar(
             [i + index * width for i in range(len(points))], values, width, label=label, color=figures.STAGES[index]
         )
@@ -112,7 +116,7 @@ def _baselines(points: list[Point], out: Path) -> Section:
         ha="right",
         fontsize=7,
     )
-    axis.set_ylabel("predicted tokens/s")
+    axis.set_ylabel("tokens/s" if "measured" in bars else "predicted tokens/s")
     axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     section.picture(figures.save_figure(figure, out / "baselines.png"), "tokens/s of baselines")
     return section.sentences(sweep.describe_speedups(points))
