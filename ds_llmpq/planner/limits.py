@@ -7,7 +7,7 @@ takes no time.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from ds_llmpq.errors import InfeasibleError, UserError
@@ -21,9 +21,12 @@ from ds_llmpq.wording import format_number
 Improve = Callable[[Incumbent], None]
 
 
-def find_least(problem: Problem, pins: Pins, *, gap: float, deadline: float, improve: Improve | None) -> Incumbent:
+def find_least(
+    problem: Problem, pins: Pins, *, gaps: Sequence[float], deadline: float, improve: Improve | None
+) -> Incumbent:
     """The least of what the problem's mode limits: nats per token or seconds, with its plan and its bound.
 
+    It is known within the first of `gaps`, or the next ones if that does not decide whether a plan keeps the limit.
     `improve` polishes the plan of such a search.
     """
     if problem.objective.mode == "max_quality_loss":
@@ -32,9 +35,14 @@ def find_least(problem: Problem, pins: Pins, *, gap: float, deadline: float, imp
         alone = replace(problem, objective=Objective("theta", theta=0.0))
     found = Incumbent(alone, accepts=pins.respects)
     polish = None if improve is None else lambda: improve(found)
-    search = Search(alone, found, pins, gap=gap, deadline=deadline, improve=polish)
-    search.run()
-    found.raise_bound(search.bound)
+    for gap in gaps:
+        search = Search(alone, found, pins, gap=gap, deadline=deadline, improve=polish)
+        search.run()
+        found.raise_bound(search.bound)
+        if polish is not None and found.gap > gap:
+            polish()
+        if is_broken(problem, found) or found.value <= problem.objective.limit:
+            break
     return found
 
 

@@ -172,7 +172,7 @@ def _try_limit(run: _Run) -> None:
     """Where nothing keeps the limit so far: the least of what is limited, which may be a plan, or prove there is none.
     It comes whatever the time limit, because without a plan it is the answer."""
     deadline = max(run.deadline - run.left / 2, time.monotonic() + LEAST_SECONDS)
-    limits = {"gap": min(run.gap, LEAST_GAP), "deadline": deadline}
+    limits = {"gaps": (run.gap, min(run.gap, LEAST_GAP)), "deadline": deadline}
 
     def improve(least: Incumbent) -> None:
         if least.assignment is not None:

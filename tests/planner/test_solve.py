@@ -2,6 +2,7 @@
 
 import copy
 import re
+import time
 from dataclasses import asdict
 
 import pytest
@@ -302,3 +303,22 @@ def test_imports_neither_frameworks_nor_solvers():
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("mode", ["max_quality_loss", "max_latency"])
+def test_an_impossible_limit_of_a_large_problem_is_proven_at_once(mode):
+    """80 layers of unequal bytes on 16 devices with little memory: the refusal comes soon and names a good plan."""
+    obj = random_problem(1, layers=80, devices=16, widths=4, types=2, mode=mode)
+    for kind in obj["device_types"].values():
+        kind["bits"] = obj["bits"]
+    theta = 1e6 if mode == "max_quality_loss" else 0.0
+    least = solve({**obj, "objective": {"mode": "theta", "theta": theta}}, baselines=False, time_limit_seconds=30)
+    value = least.predicted.quality_loss if mode == "max_quality_loss" else least.predicted.latency_seconds
+    assert value > 0
+    for share in (0.0, 0.5, 0.97):
+        started = time.process_time()
+        with pytest.raises(InfeasibleError, match="none has less than") as caught:
+            solve({**obj, "objective": {"mode": mode, "limit": share * value}}, time_limit_seconds=120)
+        assert time.process_time() - started < 10
+        named = float(re.search(r"the best found has ([\d.e-]+)", str(caught.value))[1])
+        assert named <= value * 1.05

@@ -89,6 +89,8 @@ class StageBounds:
         seconds = 0.0
         if use.any():
             seconds = self.layers * ((1 + slow) * self.prefill[q, use].mean() + rounds * self.decode[q, use].mean())
+        if not seconds:  # nothing takes time: loss is all that memory can be worth
+            seconds = float(np.ptp(a.sensitivity, axis=1).sum())
         grid = [
             (1 + p * slow, d, m * seconds)
             for p in (0.0, 0.3)
