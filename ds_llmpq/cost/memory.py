@@ -115,6 +115,15 @@ class MemoryModel:
         parts = self.workspace_parts(sequences, new_tokens, past_tokens, quantized)
         return max(parts["activations"] + parts["dequantized"], parts["logits"]) + parts["communication"]
 
+    def prefix_bytes(self, sequences: int, new_tokens: int, shared_tokens: int, seen: int) -> int:
+        """What a pass that attends to `seen` tokens a row needs beside `workspace_bytes` where rows share a prefix: in
+        prefill keys and values that are joined for it; in decode scores in 32 bits, and weights."""
+        if not shared_tokens or self.kernel.whole_stage:
+            return 0
+        if new_tokens > 1:
+            return kv_bytes(self.shape, sequences, seen, self.dtype_bytes)
+        return score_entries(self.shape, sequences, 1, seen - 1) * 2 * (self.dtype_bytes + FLOAT32_BYTES)
+
     def captured_pool_bytes(self, sequences: int, past_tokens: int, quantized: bool) -> int:
         """What captured decode passes of so many sequences work in: memory of the graphs' own, which nothing else
         may use between passes. All graphs share it; the logits they leave are in it."""

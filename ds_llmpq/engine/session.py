@@ -246,10 +246,9 @@ class Session:
         if self.scorer is not None:
             return NoCache(self.context.device)
         first, last = self.context.stage.layers
-        positions = self.plan.cache_positions + self.plan.prefix_positions
         return KVStore(
-            first, last - first, positions, shape.kv_heads, shape.head_dim, self.dtype, self.context.device,
-            self.plan.cache_block,
+            first, last - first, self.plan.cache_positions, shape.kv_heads, shape.head_dim, self.dtype,
+            self.context.device, self.plan.cache_block,
         )  # fmt: skip
 
     def _build_activation_channel(self) -> ActivationChannel:

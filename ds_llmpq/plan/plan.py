@@ -49,18 +49,31 @@ REMEDY = "correct it, or plan again"
 
 @dataclass(frozen=True)
 class Workload:
-    """A batch of B = `sequences`, each with s prompt tokens and n generated tokens. All prompts begin with the same
-    `shared_tokens`, which are computed once."""
+    """A batch of B = `sequences`, each with s prompt tokens and n generated tokens. Prompts begin with the same
+    `shared_tokens`, which are computed and held once. Those that do not need up to `unshared_tokens` cache positions;
+    0: all do."""
 
     sequences: Positive
     prompt_tokens: Positive
     generated_tokens: Positive
     shared_tokens: Count = 0
+    unshared_tokens: Count = 0
 
     @property
     def prefill_tokens(self) -> int:
         """Tokens of a prompt that its own prefill computes."""
         return self.prompt_tokens - self.shared_tokens
+
+    def prefix_positions(self, block: int) -> int:
+        """Cache positions of the prefix: only whole blocks are shared."""
+        return self.shared_tokens // block * block
+
+    def row_positions(self, block: int) -> int:
+        """Cache positions of one sequence's own, in whole blocks: s + n, less the prefix, but so many that sequences
+        without it fit."""
+        whole = self.prompt_tokens + self.generated_tokens
+        own = max(whole - self.prefix_positions(block), min(whole, self.unshared_tokens))
+        return round_up(own, block)
 
 
 @dataclass(frozen=True)
@@ -282,18 +295,14 @@ class Plan:
 
     @property
     def row_positions(self) -> int:
-        """s + n, in whole blocks: the positions of the KV cache that one sequence takes."""
-        return round_up(self.workload.prompt_tokens + self.workload.generated_tokens, self.cache_block)
+        """The positions of the KV cache that one sequence takes for itself."""
+        return self.workload.row_positions(self.cache_block)
 
     @property
     def cache_positions(self) -> int:
-        """B * (s + n): the positions of a layer's cache for all sequences in flight, each in whole blocks."""
-        return self.workload.sequences * self.row_positions
-
-    @property
-    def prefix_positions(self) -> int:
-        """Positions of the prefix that the sequences are planned to share, in whole blocks."""
-        return round_up(self.workload.shared_tokens, self.cache_block)
+        """The tokens a layer's cache holds: those of all sequences in flight, B times `row_positions`, and a shared
+        prefix once."""
+        return self.workload.sequences * self.row_positions + self.workload.prefix_positions(self.cache_block)
 
     def with_fewer_sequences(self) -> "Plan":
         """The same stages with half as many sequences in flight and in each micro-batch, at least one. The predictions

@@ -92,6 +92,7 @@ def prepare(
             "prompt_tokens": workload.prompt_tokens,
             "generated_tokens": workload.generated_tokens,
             "shared_tokens": workload.shared_tokens or 0,
+            "unshared_tokens": workload.unshared_tokens or 0,
         },
         "micro_batches": sizes,
         "device_types": {
@@ -129,8 +130,8 @@ def prepare(
 
 
 def check_workload(workload: WorkloadConfig, shape: ModelShape) -> None:
-    """UserError: a count below 1, prompt + generated tokens beyond the model's positions, or a shared prefix that
-    leaves nothing of a prompt."""
+    """UserError: a count below 1, prompt + generated tokens beyond the model's positions, a shared prefix that leaves
+    nothing of a prompt, or a negative number of unshared tokens."""
     for name in ("sequences", "prompt_tokens", "generated_tokens"):
         value = getattr(workload, name)
         if value is None or value < 1:
@@ -140,6 +141,8 @@ def check_workload(workload: WorkloadConfig, shape: ModelShape) -> None:
             f"workload.shared_tokens={workload.shared_tokens}; it must be from 0 to {workload.prompt_tokens - 1}, one "
             "less than workload.prompt_tokens"
         )
+    if (workload.unshared_tokens or 0) < 0:
+        raise UserError(f"workload.unshared_tokens={workload.unshared_tokens}; it must be 0 or more")
     length = workload.prompt_tokens + workload.generated_tokens
     if shape.max_positions is not None and length > shape.max_positions:
         raise UserError(

@@ -17,9 +17,12 @@ class WorkloadConfig:
     sequences: int | None = None
     prompt_tokens: int | None = None
     generated_tokens: int | None = None
-    # of each prompt, a prefix that is computed once (engine.share_prefix); null: as the first rows of the input file
-    # have it where another number is measured on them, else 0
+    # of each prompt, a prefix that is computed and held once (engine.share_prefix); null: as the first rows of the
+    # input file have it where another number is measured on them, else 0
     shared_tokens: int | None = None
+    # cache positions of the longest request whose prompt does not begin with that prefix, if slots shall hold it too;
+    # null: measured with shared_tokens, else 0 (all begin with it)
+    unshared_tokens: int | None = None
 
     @property
     def prefill_tokens(self) -> int:

@@ -11,6 +11,7 @@ from ds_llmpq.cost.captured_graphs import estimate_graph_bytes
 from ds_llmpq.cost.latency import LayerCosts
 from ds_llmpq.cost.memory import MemoryModel
 from ds_llmpq.models.shape import ModelShape
+from ds_llmpq.plan import Workload
 from ds_llmpq.planner.config import WorkloadConfig
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS
 
@@ -99,24 +100,32 @@ def tabulate_memory(
     """`capturing`: so many devices capture decode passes; graphs are then counted in the workspace, those of an even
     share of layers and of one decode group a device. Their own memory is held while prefill works in its."""
     capacity, shared = workload.prompt_tokens + workload.generated_tokens, workload.shared_tokens or 0
+    planned = Workload(
+        workload.sequences, workload.prompt_tokens, workload.generated_tokens, shared, workload.unshared_tokens or 0
+    )
+    block = memory.kernel.cache_block
     quantized = any(width != UNQUANTIZED_BITS for width in bits)
     # a prompt without the prefix passes whole, alone
     one = memory.workspace_bytes(1, workload.prompt_tokens, 0, quantized)
-    prefill = {
-        s: max(one, memory.workspace_bytes(s, workload.prefill_tokens, shared, quantized)) for s in sizes["prefill"]
+    behind = {
+        s: memory.workspace_bytes(s, workload.prefill_tokens, shared, quantized)
+        + memory.prefix_bytes(s, workload.prefill_tokens, shared, workload.prompt_tokens)
+        for s in sizes["prefill"]
     }
-    decode = {s: memory.workspace_bytes(s, 1, capacity - 1, quantized) for s in sizes["decode"]}
+    prefill = {s: max(one, value) for s, value in behind.items()}
+    apart = {s: memory.prefix_bytes(s, 1, shared, capacity) for s in sizes["decode"]}
+    decode = {s: memory.workspace_bytes(s, 1, capacity - 1, quantized) + apart[s] for s in sizes["decode"]}
     if capturing:
         rows, layers = -(-workload.sequences // capturing), -(-memory.shape.layers // capturing)
         graphs = estimate_graph_bytes(layers, workload.sequences, rows, capacity)
-        pool = {s: memory.captured_pool_bytes(s, capacity - 1, quantized) for s in sizes["decode"]}
+        pool = {s: memory.captured_pool_bytes(s, capacity - 1, quantized) + apart[s] for s in sizes["decode"]}
         prefill = {s: value + graphs + max(pool.values()) for s, value in prefill.items()}
         decode = {s: value + graphs + pool[s] for s, value in decode.items()}
     return {
         "layer_bytes": {str(width): memory.layer_bytes(width) for width in bits},
-        # the prefix is kept once more, which the sequences share out among them
-        "kv_bytes_per_sequence_layer": memory.kv_bytes_per_sequence_layer(capacity)
-        + memory.kv_bytes_per_sequence_layer(shared) / workload.sequences,
+        # the prefix is held once, which the sequences share out among them
+        "kv_bytes_per_sequence_layer": memory.kv_bytes_per_sequence_layer(planned.row_positions(block))
+        + memory.kv_bytes_per_sequence_layer(planned.prefix_positions(block)) / workload.sequences,
         "embed_bytes": memory.embed_bytes(),
         "head_bytes": memory.head_bytes(),
         "tied_head": memory.shares_embedding,

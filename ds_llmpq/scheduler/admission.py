@@ -40,7 +40,8 @@ class AdmissionQueue:
     a group is as many requests as fit together, and takes as much of the cache as its longest needs. `multiple`: slots
     come in multiples of so many, if they are as many. `block`: a slot takes whole blocks of so many positions. `begun`:
     tokens that requests have generated already, by index; they are admitted with those, and room for the worst case.
-    `taken`: positions of the plan's that are not there for slots.
+    `positions`: of all slots together; None: as many as that is. `shared`: tokens of each prompt that are a prefix held
+    apart from the slots; (): of none.
     """
 
     def __init__(
@@ -53,12 +54,13 @@ class AdmissionQueue:
         multiple: int = 1,
         block: int = 1,
         begun: Mapping[int, abc.Sequence[int]] | None = None,
-        taken: int = 0,
+        positions: int | None = None,
+        shared: abc.Sequence[int] = (),
     ):
         self.prepared = prepared
         self.sequences = sequences
         self.row_positions = row_positions
-        self.positions = sequences * row_positions - taken
+        self.positions = sequences * row_positions if positions is None else positions
         self.multiple = multiple
         self.block = block
         self.requeued = 0
@@ -66,8 +68,9 @@ class AdmissionQueue:
         self._refill = refill
         self._preempted: deque[Sequence] = deque()
         self._begun = begun or {}
+        self._shared = shared or [0] * len(prepared)
         self._needs = [
-            round_up(each.prompt_tokens + (each.max_tokens if index in self._begun else bound), block)
+            self._count_own(index, each.prompt_tokens + (each.max_tokens if index in self._begun else bound))
             for index, (each, bound) in enumerate(zip(prepared, bounds, strict=True))
         ]
         self._groups = self._cut(range(len(prepared)), self._needs)
@@ -80,7 +83,7 @@ class AdmissionQueue:
         if group is None and self._preempted:
             rows = sorted(self._preempted, key=lambda row: -row.max_kv_tokens)
             self._preempted.clear()
-            self._groups = self._cut(rows, [round_up(row.max_kv_tokens, self.block) for row in rows])
+            self._groups = self._cut(rows, [self._count_own(row.key, row.max_kv_tokens) for row in rows])
             group = next(self._groups)
         return group
 
@@ -93,13 +96,20 @@ class AdmissionQueue:
         """Hands out no more: what runs or waits on the stages still ends."""
         self.stopped = True
 
+    def choose_replay_shape(self) -> tuple[int, int]:
+        """(slots, capacity) that every request fits."""
+        needs = (
+            self._count_own(index, each.prompt_tokens + each.max_tokens) for index, each in enumerate(self.prepared)
+        )
+        return self.choose_shape(max(needs, default=1))
+
     def choose_shape(self, need: int) -> tuple[int, int]:
         """(slots, capacity) for sequences of `need` positions."""
         capacity = self.row_positions
         while capacity < need:
             capacity *= 2
         capacity = min(capacity, self.positions)
-        slots = self.positions // capacity
+        slots = min(self.sequences, self.positions // capacity)
         return (slots - slots % self.multiple if slots > self.multiple else slots), capacity
 
     def streams(self, order: abc.Sequence[int]) -> Iterator[tuple[int, list[int]]]:
@@ -111,6 +121,10 @@ class AdmissionQueue:
         else:
             for start, stop in cut_spans(needs, self.sequences, self.positions):
                 yield stop - start, list(order[start:stop])
+
+    def _count_own(self, index: int, tokens: int) -> int:
+        """Positions that a request of so many tokens takes in a slot."""
+        return round_up(tokens - self._shared[index], self.block)
 
     def _cut(self, rows: abc.Sequence[Row], needs: abc.Sequence[int]) -> Iterator[RequestGroup]:
         return self._cut_by_shape(rows, needs) if self._refill else self._cut_to_fit(rows, needs)

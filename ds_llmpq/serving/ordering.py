@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -124,7 +124,8 @@ class JobRequests:
             for place, each in enumerate(self.prepared)
             if each.request.index in self.begun
         }
-        self.prefix = self._choose_prefix()
+        self.prefix, self._row_positions = self._choose_prefix()
+        self._shared = self._count_shared(self.prefix)
         self.admission = self._build_admission(bounds)
         self._replay: Replay | None = None
 
@@ -139,10 +140,9 @@ class JobRequests:
         the engine that are free now, None between streams."""
         if self.job.batch.replay is None:
             return self.admission
-        longest = max((each.sequence_tokens for each in self.prepared), default=1)
         self._replay = Replay(
             self.prepared,
-            self.admission.choose_shape(longest),
+            self.admission.choose_replay_shape(),
             self.job.plan,
             self.job.batch.policy,
             self._expected_tokens,
@@ -171,7 +171,7 @@ class JobRequests:
             (each.prompt_tokens, max(1, round(tokens)))
             for each, tokens in zip(self.prepared, self._expected_tokens, strict=True)
         ]
-        shared, streams = self._count_shared(), self.admission.streams(range(len(lengths)))
+        shared, streams = self._shared, self.admission.streams(range(len(lengths)))
         return [(slots, [lengths[i] for i in part], [shared[i] for i in part]) for slots, part in streams]
 
     def report(self, limits: MicroBatchLimits, answer_tokens: Sequence[int]) -> dict[str, Any]:
@@ -214,22 +214,25 @@ class JobRequests:
         self._expected_tokens = [answers.tokens[place] for place in order]
         return [answers.bounds[place] for place in order]
 
-    def _choose_prefix(self) -> tuple[int, ...]:
-        plan = self.job.plan
+    def _choose_prefix(self) -> tuple[tuple[int, ...], int]:
+        """The prefix, and the positions of a slot. () where sharing does not pay or there is no room to hold it."""
+        plan, block = self.job.plan, self.job.plan.cache_block
+        whole = replace(plan.workload, shared_tokens=0).row_positions(block)
         if not self.job.engine.shares_prefix or not self._shape.spec.splits_prompts:
-            return ()
-        prompts, block = [each.prompt_ids for each in self.prepared], plan.cache_block
+            return (), whole
+        prompts = [each.prompt_ids for each in self.prepared]
         prefix = find_shared_prefix(prompts, plan.workload.prompt_tokens, block)
-        longest = round_up(max((each.sequence_tokens for each in self.prepared), default=0), block)
-        taken = self._count_taken(prefix)
-        # there has to be room to keep it
-        if longest > plan.cache_positions - taken or (taken and plan.workload.sequences < _LEAST_SLOTS):
-            return ()
-        return prefix
-
-    def _count_taken(self, prefix: tuple[int, ...]) -> int:
-        """Positions that the prefix takes away from the slots."""
-        return max(0, len(prefix) - self.job.plan.prefix_positions)
+        if not prefix:
+            return (), whole
+        pairs = zip(self.prepared, self._count_shared(prefix), strict=True)
+        longest = max(round_up(each.sequence_tokens - shared, block) for each, shared in pairs)
+        sequences, room = plan.workload.sequences, plan.cache_positions - len(prefix)
+        even = room // sequences // block * block  # at least as planned, unless the prefix is longer than that
+        if longest <= room and even >= min(longest, plan.row_positions):
+            return prefix, min(even, plan.row_positions)
+        if longest > room or sequences < _LEAST_SLOTS:
+            return (), whole
+        return prefix, plan.row_positions  # in fewer slots
 
     def _build_admission(self, bounds: list[int]) -> AdmissionQueue:
         plan, engine = self.job.plan, self.job.engine
@@ -237,12 +240,13 @@ class JobRequests:
             self.prepared,
             bounds,
             plan.workload.sequences,
-            plan.row_positions,
+            self._row_positions,
             engine.refill,
             plan.micro_batch.decode if engine.batch_invariant else 1,
             plan.cache_block,
             self.begun_at,
-            self._count_taken(self.prefix),
+            plan.cache_positions - len(self.prefix),
+            self._shared,
         )
 
     def _count_passes(self, limits: MicroBatchLimits, answer_tokens: Sequence[int], order: Sequence[int]) -> int | None:
@@ -250,13 +254,13 @@ class JobRequests:
         lengths = [(each.prompt_tokens, tokens) for each, tokens in zip(self.prepared, answer_tokens, strict=True)]
         if sum(answer_tokens) / limits.decode_rows > MOST_PASSES:
             return None
-        shared, streams = self._count_shared(), self.admission.streams(order)
+        shared, streams = self._shared, self.admission.streams(order)
         return sum(
             decode_passes([lengths[i] for i in part], slots, limits, [shared[i] for i in part])
             for slots, part in streams
         )
 
-    def _count_shared(self) -> list[int]:
-        """For each prompt, how many of its tokens are shared, and so not computed again."""
-        prefix = array("i", self.prefix)
-        return [count_shared(each.prompt_ids, prefix) for each in self.prepared]
+    def _count_shared(self, prefix: tuple[int, ...]) -> list[int]:
+        """Of each prompt, the tokens that are neither computed nor stored in its slot."""
+        ids = array("i", prefix)
+        return [count_shared(each.prompt_ids, ids) for each in self.prepared]

@@ -1,13 +1,15 @@
 """Sizes the workload of a plan, as far as the user left it open, from the input file and a predictor, if there is one.
 
-A plan has one n, for its cache (B * (s + n) positions, which is all that the engine ever allocates) and for its times.
-Without a predictor, n is the longest limit, so that every request fits in a slot. With one, n is what the requests'
-reserves need beside the prompt: the admission's quantile of them if slots are refilled, else the expected longest of a
-group; but at least the expected length of the answers. Longer requests run in fewer, longer slots of the same cache.
+A plan has one n, for its cache (B * (s + n) positions, with a shared prefix held once, which is all that the engine ever
+allocates) and for its times. Without a predictor, n is the longest limit, so that every request fits in a slot. With
+one, n is what the requests' reserves need beside the prompt: the admission's quantile of them if slots are refilled,
+else the expected longest of a group; but at least the expected length of the answers. Longer requests run in fewer,
+longer slots of the same cache.
 """
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import replace
 from itertools import islice
 from math import ceil
@@ -23,7 +25,7 @@ from ds_llmpq.models.config import ModelConfig
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.models.tokenizer import load_tokenizer
 from ds_llmpq.planner.config import WorkloadConfig
-from ds_llmpq.scheduler.prefix import find_shared_prefix
+from ds_llmpq.scheduler.prefix import count_shared, find_shared_prefix
 from ds_llmpq.serving.job import validate_batch
 from ds_llmpq.serving.ordering import predict_answers
 
@@ -51,13 +53,16 @@ def size_workload(
         return workload
     measured = _measure(path, model, batch, shape, workload.sequences, refill) if path and model.path else DEFAULT
     if workload.shared_tokens is None:
-        measured = replace(measured, shared_tokens=measured.shared_tokens if share else 0)
+        if not share:
+            measured = replace(measured, shared_tokens=0, unshared_tokens=None)
         open_fields.append("shared_tokens")
+        if workload.unshared_tokens is None:
+            open_fields.append("unshared_tokens")
     filled = _cut_to_model(
         replace(workload, **{name: getattr(measured, name) for name in open_fields}), open_fields, shape
     )
     if "shared_tokens" in open_fields and filled.shared_tokens >= filled.prompt_tokens:
-        return replace(filled, shared_tokens=0)  # the user gave shorter prompts than there are
+        return replace(filled, shared_tokens=0, unshared_tokens=None)  # the user gave shorter prompts than there are
     return filled
 
 
@@ -80,8 +85,10 @@ def _measure(
         generated_tokens = max(request.max_tokens for request in prepared)
     else:
         generated_tokens = _predict_tokens(prepared, validate_batch(batch), model, prompt_tokens, sequences, refill)
-    prefix = find_shared_prefix([request.prompt_ids for request in prepared], prompt_tokens)
-    return WorkloadConfig(sequences, prompt_tokens, generated_tokens, len(prefix))
+    prefix = array("i", find_shared_prefix([request.prompt_ids for request in prepared], prompt_tokens))
+    others = [request.sequence_tokens for request in prepared if not count_shared(request.prompt_ids, prefix)]
+    unshared = max(others, default=0) if prefix else None
+    return WorkloadConfig(sequences, prompt_tokens, generated_tokens, len(prefix), unshared)
 
 
 def _predict_tokens(

@@ -81,7 +81,7 @@ def test_in_float32_they_are_exact(ranks, checkpoint_of):
 
 @needs_openvino
 def test_a_shared_prefix_is_exact(ranks, checkpoint_of):
-    """Blocks copied to each slot, windows shorter than the prefix, and rows without it; as exact as whole prompts."""
+    """Blocks in all rows' tables, windows shorter than the prefix, and rows without it; as exact as whole prompts."""
     cases = []
     for variant in ("llama", "bloom", "mistral-window", "opt"):
         draw = Draw(seed=11)
@@ -90,8 +90,9 @@ def test_a_shared_prefix_is_exact(ranks, checkpoint_of):
         rows = tuple(
             Sequence(key, prompt, 3 + key, SamplingParams(ignore_eos=True)) for key, prompt in enumerate(prompts)
         )
-        group = RequestGroup(rows, SLOTS, 4 * CACHE_BLOCK, joins=True)
-        plan = graph_plan(checkpoint_of(variant), [(0, 2), (2, LAYERS)], None, (SLOTS, 90, 30, len(prefix)), "float32")
+        capacity = 3 * CACHE_BLOCK
+        group, workload = RequestGroup(rows, SLOTS, capacity, joins=True), (SLOTS, 90, 30, len(prefix), capacity)
+        plan = graph_plan(checkpoint_of(variant), [(0, 2), (2, LAYERS)], None, workload, "float32")
         cases.append(Case(checkpoint_of(variant), plan, (group,), logits=True, label=variant, prefix=prefix))
     for case, outcome in zip(cases, ranks.run(*cases), strict=True):
         ours, theirs = errors(case, outcome)

@@ -25,7 +25,8 @@ def drawn_case(path, stages, seed, bits=(), options=None) -> tuple[Case, list[li
     draw = Draw(seed)
     dice, model = draw.random, reference(path, bits)
     prefix = tuple(dice.randrange(VOCABULARY) for _ in range(dice.randint(3, 40)))
-    begins = [prefix] * 8 + [prefix[: dice.randint(1, len(prefix) - 1)], prefix[:-1], (), ()]
+    end = dice.choice((len(prefix) - 1, min(len(prefix) - 1, MOST)))  # long rows without it need long slots
+    begins = [prefix] * 8 + [prefix[: dice.randint(1, end)], prefix[:end], (), ()]
     rows = []
     for key, begin in enumerate(dice.sample(begins, len(begins))):
         for _ in range(50):
@@ -38,10 +39,11 @@ def drawn_case(path, stages, seed, bits=(), options=None) -> tuple[Case, list[li
         else:
             raise AssertionError(f"seed {seed}: no prompt with clear gaps")
         rows.append((Sequence(key, prompt, most), tokens))
-    slots, capacity = dice.randint(1, 6), len(prefix) + 2 * MOST
+    own = [len(row.prompt) + row.max_tokens - len(prefix) * begins_with(row, prefix) for row, _ in rows]
+    slots, capacity, most = dice.randint(1, 6), max(own), len(prefix) + 2 * MOST
     plan = make_plan(
         path, draw.cuts(stages), list(bits) or None, draw.permutation(stages),
-        (dice.randint(1, 5), dice.randint(1, 4)), (slots, len(prefix) + MOST, MOST, len(prefix)),
+        (dice.randint(1, 5), dice.randint(1, 4)), (slots, most - MOST, MOST, len(prefix), capacity),
     )  # fmt: skip
     group = RequestGroup(tuple(row for row, _ in rows), slots, capacity, joins=True)
     options = {"patience_rounds": dice.randint(0, 3)} | (options or {})
@@ -66,9 +68,13 @@ def count_prefill(case: Case) -> int:
     """Prompt tokens that each stage has to compute."""
     tokens, prefix = len(case.prefix), case.prefix
     for row in case.groups[0].sequences:
-        begins = len(row.prompt) > len(prefix) and row.prompt[: len(prefix)] == prefix
-        tokens += len(row.prompt) - len(prefix) * begins
+        tokens += len(row.prompt) - len(prefix) * begins_with(row, prefix)
     return tokens
+
+
+def begins_with(row: Sequence, prefix: tuple[int, ...]) -> bool:
+    """And goes on."""
+    return len(row.prompt) > len(prefix) and row.prompt[: len(prefix)] == prefix
 
 
 def check(ranks, drawn) -> None:
@@ -108,11 +114,12 @@ def test_sampled_and_penalized_rows_are_those_of_whole_prefill(ranks, checkpoint
         )
         for key in range(4)
     )
-    plan = make_plan(path, TWO, workload=(4, 24, 12, 20))
+    plan = make_plan(path, TWO, workload=(4, 24, 12, 20, 36))
     case = Case(path, plan, (RequestGroup(rows, 4, 36, joins=True),))
-    whole, shared = ranks.run(case, dataclasses.replace(case, prefix=prefix))
+    behind = dataclasses.replace(case, groups=(RequestGroup(rows, 4, 16, joins=True),), prefix=prefix)
+    whole, shared = ranks.run(case, behind)
     assert whole.tokens() == shared.tokens()
-    assert shared.stage(1)["report"]["tokens"]["prefill"] == count_prefill(dataclasses.replace(case, prefix=prefix))
+    assert shared.stage(1)["report"]["tokens"]["prefill"] == count_prefill(behind)
 
 
 def test_sequences_go_on_from_their_tokens(ranks, checkpoint_of):
@@ -146,7 +153,7 @@ def test_a_row_that_is_given_up_harms_no_other_with_the_prefix(ranks, poisoned):
     rest = [(4,), (POISON, 2), (7, 7), (1, 2, 3), (9,), (2, 8)]
     rows = tuple(Sequence(key, (*prefix, *tokens), 3 + key % 3) for key, tokens in enumerate(rest))
     plan = make_plan(path, TWO, micro_batch=(2, 1), workload=(2, 12, 12, 5))
-    [out] = ranks.run(Case(path, plan, (RequestGroup(rows, 2, 24, joins=True),), prefix=prefix))
+    [out] = ranks.run(Case(path, plan, (RequestGroup(rows, 2, 8, joins=True),), prefix=prefix))
     assert out.finish()[1] is Finish.NAN_LOGITS
     for key in (0, 2, 3, 4, 5):
         assert out.tokens()[key] == greedy(path, [rows[key].prompt], rows[key].max_tokens)[0], key

@@ -98,11 +98,13 @@ def test_tables_hold_what_the_costs_say():
     assert core.prefill_head_seconds[4] == core.decode_head_seconds[4] == 28
 
 
-def test_a_shared_prefix_is_computed_and_kept_once():
+def test_a_shared_prefix_is_computed_and_held_once():
     plain, shared = (make(workload=WorkloadConfig(6, 20, 10, tokens)) for tokens in (None, 12))
-    per_sequence = [built.problem.memory.kv_bytes_per_sequence_layer for built in (plain, shared)]
-    # of 30 positions each, and 12 once
-    assert per_sequence[1] * 6 == pytest.approx(per_sequence[0] * (6 + 12 / 30))
+    mixed = make(workload=WorkloadConfig(6, 20, 10, 12, 25))
+    per_sequence = [built.problem.memory.kv_bytes_per_sequence_layer for built in (plain, shared, mixed)]
+    # of 30 positions each: 18 of its own, and 12 once; 25 where some need as many
+    assert per_sequence[1] * 6 == pytest.approx(per_sequence[0] * (6 * 18 + 12) / 30)
+    assert per_sequence[2] * 6 == pytest.approx(per_sequence[0] * (6 * 25 + 12) / 30)
     assert (plain.problem.workload.prefill_tokens, shared.problem.workload.prefill_tokens) == (20, 8)
     for name in ("gpu", "core"):
         before, after = (built.problem.device_types[name] for built in (plain, shared))
@@ -113,6 +115,8 @@ def test_a_shared_prefix_is_computed_and_kept_once():
     core = make(make_costs=lambda _: CountedCosts(), workload=WorkloadConfig(6, 20, 10, 12)).problem
     assert core.device_types["core"].prefill_layer_seconds[8][2] == 8002008
     assert core.device_types["core"].prefill_embed_seconds[2] == 2008
+    with pytest.raises(UserError, match=r"workload.unshared_tokens=-1; it must be 0 or more"):
+        make(workload=WorkloadConfig(6, 20, 10, 12, -1))
     with pytest.raises(UserError, match=r"workload.shared_tokens=20; it must be from 0 to 19"):
         make(workload=WorkloadConfig(6, 20, 10, 20))
 

@@ -104,3 +104,24 @@ def test_stopped():
     assert len(feed.take().sequences) == 32, "few messages even for few slots"
     feed.stop()
     assert feed.take() is None
+
+
+@given(SIZES, st.integers(1, 9), st.integers(7, 30), st.booleans(), st.integers(1, 9), st.integers(0, 2))
+def test_slots_hold_what_follows_a_shared_prefix(sizes, sequences, row_positions, refill, prefix, every):
+    """Of every prompt, of some or of none; preempted requests come again in slots for their whole answer."""
+    positions = sequences * row_positions - prefix
+    shared = [prefix * (every > 0 and n % every == 0 and p > prefix) for n, (p, _) in enumerate(sizes)]
+    fitting = [(size, s) for size, s in zip(sizes, shared, strict=True) if sum(size) - s <= positions]
+    sizes, shared = [size for size, _ in fitting], [s for _, s in fitting]
+    feed = AdmissionQueue(
+        prepared(sizes), [1] * len(sizes), sequences, row_positions, refill, positions=positions, shared=shared
+    )
+    for bounds in ([1] * len(sizes), [answer for _, answer in sizes]):
+        groups = all_groups(feed)
+        assert sorted(row.key for group in groups for row in group.sequences) == list(range(len(sizes)))
+        for group in groups:
+            assert group.slots * group.capacity <= positions
+            assert group.slots <= sequences
+            for row in group.sequences:
+                assert len(row.prompt) + bounds[row.key] - shared[row.key] <= group.capacity
+                feed.requeue(row, (1,))

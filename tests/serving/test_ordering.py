@@ -1,7 +1,10 @@
 """Every request runs once, in the order asked for, with what a predictor believes of it."""
 
+import json
+import sys
 from array import array
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -9,15 +12,23 @@ from hypothesis import strategies as st
 
 from ds_llmpq.batch.config import BatchConfig
 from ds_llmpq.batch.prompts import PreparedRequest
+from ds_llmpq.batch.reader import read_requests
 from ds_llmpq.batch.request import CHAT_URL, COMPLETIONS_URL, Request
+from ds_llmpq.engine.config import EngineConfig
 from ds_llmpq.errors import UserError
 from ds_llmpq.lengths.config import LengthDataConfig, LengthTaskConfig, ProxyConfig
 from ds_llmpq.lengths.dataset import split
 from ds_llmpq.lengths.predictor import train
 from ds_llmpq.lengths.records import Example
-from ds_llmpq.serving.job import ORDERINGS, validate_batch
-from ds_llmpq.serving.ordering import order_requests, predict_answers
+from ds_llmpq.models.tokenizer import load_tokenizer
+from ds_llmpq.serving.job import ORDERINGS, Job, validate_batch
+from ds_llmpq.serving.ordering import JobRequests, order_requests, predict_answers
 from scripts.make_length_data import make_answers
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
+from pipeline_cases import make_plan
+
+TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
 
 
 def prepared(lengths):
@@ -117,3 +128,42 @@ def test_order_and_predictor_are_checked_before_anything_starts(predictor, tmp_p
     ):
         with pytest.raises(UserError, match=said):
             validate_batch(batch)
+
+
+PREFIX, OWN, ANSWER = range(100, 140), 4, 4
+
+
+@pytest.mark.parametrize(
+    ("workload", "others", "share", "shapes"),
+    [
+        ((4, 44, 4, 40), 0, True, [(4, 8)]),
+        ((4, 44, 4), 0, True, [(4, 38)]),  # the plan has no room of its own for the prefix
+        ((8, 44, 4, 40), 1, True, [(1, 64), (8, 8)]),
+        ((4, 44, 4, 40, 48), 1, True, [(4, 48)]),
+        ((8, 44, 4), 1, True, [(7, 48)]),  # a slot is given up for it
+        ((4, 44, 4), 1, False, [(4, 48)]),
+        ((4, 44, 4, 40), 1, False, [(1, 48)]),
+    ],
+)
+def test_slots_hold_what_follows_the_prefix(tmp_path, workload, others, share, shapes):
+    """Requests without it find room as well."""
+    prompts = [[*PREFIX, *range(200 + n, 200 + n + OWN)] for n in range(12)]
+    prompts += [[*range(300, 300 + len(prompts[0]))]] * others
+    rows = [
+        {"custom_id": str(n), "method": "POST", "url": "/v1/completions",
+         "body": {"prompt": prompt, "max_tokens": ANSWER}}
+        for n, prompt in enumerate(prompts)
+    ]  # fmt: skip
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plan = make_plan(TINY, [(0, 2)], workload=workload)
+    job = Job(plan, str(TINY), str(file), str(tmp_path), EngineConfig())
+    found = JobRequests(
+        job, read_requests(str(file), BatchConfig()), {}, load_tokenizer(str(TINY), False), lambda: None
+    )
+    assert found.prefix == (tuple(PREFIX) if share else ())
+    groups = []
+    while (group := found.admission.take()) is not None:
+        groups.append(group.shape)
+    assert list(dict.fromkeys(groups)) == shapes
+    assert all(slots * capacity <= plan.cache_positions - len(found.prefix) for slots, capacity in groups)

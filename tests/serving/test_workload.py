@@ -117,16 +117,20 @@ def test_a_prefix_that_prompts_share_is_measured(tmp_path):
     ]  # fmt: skip
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    def measured(share=True, **given):
+    def measured(share=True, field="shared_tokens", **given):
         model = ModelConfig(path=str(TINY))
         found = size_workload(
             WorkloadConfig(**given), model, str(path), BatchConfig(), read_shape(str(TINY)), True, share
         )
-        return found.shared_tokens
+        return getattr(found, field)
 
     assert measured() == 50
+    assert measured(field="unshared_tokens") == 0
     assert measured(share=False) == measured(prompt_tokens=50) == 0
     assert measured(shared_tokens=7) == 7
+    rows[3]["body"]["prompt"] = [*range(300, 330)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert (measured(), measured(field="unshared_tokens")) == (50, 39)
 
 
 def test_given_numbers_stay(file, predictor):
