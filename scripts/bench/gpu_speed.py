@@ -99,6 +99,8 @@ def time_passes(run: Run, folder: Path, bits: int) -> None:
         fusion.compile()
     run.add(f"compile blocks at {bits} bits", blocks=len(fusion.blocks), seconds=fusion.compile_seconds)
     _time_decode(run, module, positional, costs, bits, fusion)
+    if bits == 16:
+        _time_prefix(run, module, positional, shape)
     if bits in (4, 16):
         _time_prefill(run, module, positional, costs, bits)
 
@@ -157,6 +159,29 @@ def _time_step(
         share_of_product=flops / graph / run.rates["bfloat16"], predicted_ms=1e3 * predicted,
         measured_over_predicted=graph / predicted, capture_seconds=captured, graph_mib=graph_bytes / (1 << 20),
     )  # fmt: skip
+
+
+def _time_prefix(run: Run, module: Layers, positional: object, shape: ModelShape) -> None:
+    """A captured decode step of rows with a prefix in common: held once, and a copy in each slot."""
+    rows, prefix, own = (2, 32, 16) if run.tiny else (64, 2048, 256)
+    for once in run.points("decode with a prefix", [True, False]):
+        store = make_store(run, shape, rows, prefix + own)
+        if store is None:
+            continue
+        if once:
+            store.shape_for(1, prefix)
+            store.hold_prefix(prefix)
+            store.shape_for(rows, own)
+        seen = own if once else prefix + own
+        at = torch.full((rows,), prefix + own - 1, device=run.device)
+        shared = torch.full_like(at, prefix) if once else None
+        cache, ids = store.decode(0, rows, at, seen, shared), torch.zeros(rows, 1, dtype=torch.long, device=run.device)
+        step = Step(at[:, None], cache, seen, False, token_ids=ids, shared=shared, prepare=positional)
+        runner = CapturedDecode(module, store, positional, capture_on(run.device), run.dtype)
+        seconds = timed(run, partial(runner.run, step))
+        held = "once" if once else "by each row"
+        run.add(f"decode, prefix held {held}", rows=rows, prefix=prefix, own=own, ms=1e3 * seconds)
+        free(run.device)
 
 
 def _free_bytes(run: Run) -> int:
