@@ -170,19 +170,25 @@ class Session:
             return self.options.patience_rounds
         return 0 if all(find_stage_kernel(stage.kernel).whole_stage for stage in self.plan.stages) else PATIENCE_ROUNDS
 
+    def share_prefix(self, prefix: tuple[int, ...] = ()) -> bool:
+        """Computes the driver's `prefix`, what many prompts begin with, once, on all ranks together and before any
+        request. False: it is not held, since some stage cannot compute it, so all prompts pass whole."""
+        data = self.context.data.broadcast(pack_message(None, [prefix]) if self.context.is_driver else None)
+        prefix = unpack_message(data)[1][0]
+        self.engine.share_prefix(prefix, self.limits)
+        return self.engine.prefix == prefix
+
     def run_all(
         self,
         take: TakeGroup,
         on_finished: OnFinished,
         on_broken: OnBroken = _ignore_fault,
         on_tokens: OnTokens | None = None,
-        prefix: tuple[int, ...] = (),
     ) -> None:
         """Runs the driver's request groups. `take` is called on the driver only, when the slots run short of requests,
         and once more when all have ended: None then is the end. `on_finished(row, tokens, finish)` is called on every
         rank; `on_broken(row, fault)` on the driver, soon after a row finished with NAN_LOGITS: with why it was given
-        up, None if its logits were no numbers. `on_tokens`: as `run_stream` has it, where it is given. `prefix`, of the
-        driver: what many prompts begin with, to be computed once."""
+        up, None if its logits were no numbers. `on_tokens`: as `run_stream` has it, where it is given."""
         unexplained: list[Sequence] = []  # on the driver
 
         def finished(row: Sequence, tokens: list[int], finish: Finish) -> None:
@@ -210,9 +216,6 @@ class Session:
                     on_broken(row, faults.get(row.key))
                 unexplained.clear()
 
-        if self.scorer is None:
-            data = self.context.data.broadcast(pack_message(None, [prefix]) if self.context.is_driver else None)
-            self.engine.share_prefix(unpack_message(data)[1][0], self.limits)
         held_back = None
         while (group := held_back or together()) is not None:
             held_back = self.engine.run_stream(group, self.limits, together, finished, on_tokens)

@@ -73,7 +73,7 @@ class Driver:
         self.progress.show("load", self._loaded_layers, max(self._loaded_layers, last - first + 1))
 
     def begin_serving(self, session: Session) -> TakeGroup:
-        """Returns the function from which the session takes its groups."""
+        """Computes what prompts share; returns where the session's groups come from."""
 
         def room() -> int | None:
             stream = session.engine.stream
@@ -81,6 +81,8 @@ class Driver:
 
         self.serving_started = time.perf_counter()
         self.progress.show("prompts", self._count_done(), self.total)
+        if not session.share_prefix(self.requests.prefix):
+            self.requests.drop_prefix()
         return self.requests.choose_source(room).take
 
     @property

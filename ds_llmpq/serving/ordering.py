@@ -118,15 +118,15 @@ class JobRequests:
             progress=alive,
         )
         self.begun = self._read_begun()
-        bounds = self._order()
+        self._bounds = self._order()
         self.begun_at = {
             place: self.begun[each.request.index]
             for place, each in enumerate(self.prepared)
             if each.request.index in self.begun
         }
-        self.prefix, self._row_positions = self._choose_prefix()
+        self.prefix, row_positions = self._choose_prefix()
         self._shared = self._count_shared(self.prefix)
-        self.admission = self._build_admission(bounds)
+        self.admission = self._build_admission(row_positions)
         self._replay: Replay | None = None
 
     @property
@@ -151,6 +151,12 @@ class JobRequests:
             begun=self.begun_at,
         )
         return self._replay
+
+    def drop_prefix(self) -> None:
+        """No stage holds it: all requests need slots for whole prompts. To be called before the first is handed out."""
+        self.prefix, self._shared, stopped = (), self._count_shared(()), self.admission.stopped
+        self.admission = self._build_admission(self._count_whole())
+        self.admission.stopped = stopped
 
     def end(self, place: int) -> None:
         """The request's last token is known."""
@@ -216,8 +222,7 @@ class JobRequests:
 
     def _choose_prefix(self) -> tuple[tuple[int, ...], int]:
         """The prefix, and the positions of a slot. () where sharing does not pay or there is no room to hold it."""
-        plan, block = self.job.plan, self.job.plan.cache_block
-        whole = replace(plan.workload, shared_tokens=0).row_positions(block)
+        plan, block, whole = self.job.plan, self.job.plan.cache_block, self._count_whole()
         if not self.job.engine.shares_prefix or not self._shape.spec.splits_prompts:
             return (), whole
         prompts = [each.prompt_ids for each in self.prepared]
@@ -234,13 +239,17 @@ class JobRequests:
             return (), whole
         return prefix, plan.row_positions  # in fewer slots
 
-    def _build_admission(self, bounds: list[int]) -> AdmissionQueue:
+    def _count_whole(self) -> int:
+        """Positions of a slot that holds prompts from their first token on, as planned."""
+        return replace(self.job.plan.workload, shared_tokens=0).row_positions(self.job.plan.cache_block)
+
+    def _build_admission(self, row_positions: int) -> AdmissionQueue:
         plan, engine = self.job.plan, self.job.engine
         return AdmissionQueue(
             self.prepared,
-            bounds,
+            self._bounds,
             plan.workload.sequences,
-            self._row_positions,
+            row_positions,
             engine.refill,
             plan.micro_batch.decode if engine.batch_invariant else 1,
             plan.cache_block,

@@ -48,8 +48,9 @@ def _answer(job: Job, context: RankContext, heartbeat: Heartbeat) -> dict[str, A
         heartbeat.watch(lambda: session.trace.spans)
         if driver:
             take = driver.begin_serving(session)
-            session.run_all(take, driver.write_result, driver.write_error, driver.on_tokens, driver.requests.prefix)
+            session.run_all(take, driver.write_result, driver.write_error, driver.on_tokens)
         else:
+            session.share_prefix()
             session.run_all(lambda: None, lambda *ended: None)
         reports = context.data.gather(session.report() | {"trace": session.trace.list_spans()})
         return driver.conclude(session, reports) if driver else None

@@ -112,7 +112,8 @@ def run_case(case: dict, joined: RankContext) -> dict:
 
     told: list[tuple[int, int]] = []
     on_tokens = (lambda *rows: told.extend(zip(*rows, strict=True))) if context.is_driver else None
-    session.run_all(take, finished, broken, on_tokens, tuple(case["prefix"]) if context.is_driver else ())
+    session.share_prefix(tuple(case["prefix"]) if context.is_driver else ())
+    session.run_all(take, finished, broken, on_tokens)
     return {
         "stage": index,
         "outcomes": outcomes,

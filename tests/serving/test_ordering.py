@@ -167,3 +167,7 @@ def test_slots_hold_what_follows_the_prefix(tmp_path, workload, others, share, s
         groups.append(group.shape)
     assert list(dict.fromkeys(groups)) == shapes
     assert all(slots * capacity <= plan.cache_positions - len(found.prefix) for slots, capacity in groups)
+    found.drop_prefix()  # a stage could not compute it
+    group = found.admission.take()
+    assert group.capacity >= len(prompts[0]) + ANSWER
+    assert group.slots * group.capacity <= plan.cache_positions
