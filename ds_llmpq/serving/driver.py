@@ -73,7 +73,7 @@ class Driver:
         self.progress.show("load", self._loaded_layers, max(self._loaded_layers, last - first + 1))
 
     def begin_serving(self, session: Session) -> TakeGroup:
-        """Computes what prompts share; returns where the session's groups come from."""
+        """Computes what prompts share. Returns the function from which the session takes its groups."""
 
         def room() -> int | None:
             stream = session.engine.stream

@@ -1,10 +1,10 @@
 """Sizes the workload of a plan, as far as the user left it open, from the input file and a predictor, if there is one.
 
-A plan has one n, for its cache (B * (s + n) positions, with a shared prefix held once, which is all that the engine ever
-allocates) and for its times. Without a predictor, n is the longest limit, so that every request fits in a slot. With
-one, n is what the requests' reserves need beside the prompt: the admission's quantile of them if slots are refilled,
-else the expected longest of a group; but at least the expected length of the answers. Longer requests run in fewer,
-longer slots of the same cache.
+A plan has one n, for its cache (B * (s + n) positions, with a shared prefix held once, which is all that the engine
+ever allocates) and for its times. Without a predictor, n is the longest limit, so that every request fits in a slot.
+With one, n is what the requests' reserves need beside the prompt: the admission's quantile of them if slots are
+refilled, else the expected longest of a group; but at least the expected length of the answers. Longer requests run in
+fewer, longer slots of the same cache.
 """
 
 from __future__ import annotations
