@@ -159,7 +159,7 @@ def test_slots_hold_what_follows_the_prefix(tmp_path, workload, others, share, s
     plan = make_plan(TINY, [(0, 2)], workload=workload)
     job = Job(plan, str(TINY), str(file), str(tmp_path), EngineConfig())
     found = JobRequests(
-        job, read_requests(str(file), BatchConfig()), {}, load_tokenizer(str(TINY), False), lambda: None
+        job, read_requests(str(file), BatchConfig()), {}, load_tokenizer(str(TINY), False), lambda *_: None
     )
     assert found.prefix == (tuple(PREFIX) if share else ())
     groups = []
