@@ -157,7 +157,7 @@ def test_slots_hold_what_follows_the_prefix(tmp_path, workload, others, share, s
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     plan = make_plan(TINY, [(0, 2)], workload=workload)
-    job = Job(plan, str(TINY), str(file), str(tmp_path), EngineConfig())
+    job = Job(plan, str(TINY), str(file), str(tmp_path), EngineConfig(), validate_batch(BatchConfig()))
     found = JobRequests(
         job, read_requests(str(file), BatchConfig()), {}, load_tokenizer(str(TINY), False), lambda *_: None
     )
