@@ -144,7 +144,8 @@ class MemoryModel:
         return 2 * shape.hidden + 2 * qkv + shape.heads * shape.head_dim + self._position_width()
 
     def _mlp_width(self) -> int:
-        """Elements per row alive in the MLP: residual, normed input, outcome, and copies of the intermediate.
+        """Elements per row alive in the MLP: residual, normed input, outcome, copies of the intermediate, and what
+        attention gave.
 
         Gated: gate, up and their product. Plain: before and after the activation. An expert has a copy of its tokens'
         inputs and outputs, these also weighted in 32 bits.
@@ -152,7 +153,8 @@ class MemoryModel:
         shape = self.shape
         copies = 3 if shape.gated_mlp else 2
         states = 7 if shape.has_experts else 3
-        return states * shape.hidden + copies * shape.intermediate + self._position_width()
+        attended = shape.heads * shape.head_dim
+        return states * shape.hidden + copies * shape.intermediate + attended + self._position_width()
 
     def _position_width(self) -> int:
         """Rotary cosines and sines, computed once a micro-batch."""

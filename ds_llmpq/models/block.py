@@ -283,7 +283,9 @@ class Block(nn.Module):
         inputs, rotary = step.prepare_inputs(), self.self_attn.rotary
         normed, query, key, value = enter(self, step.hidden, None if rotary is None else inputs[rotary])
         residual = normed if self.spec.residual_from_norm else step.hidden
-        step.hidden = leave(self, residual, self.self_attn(query, key, value, step))
+        attended = self.self_attn(query, key, value, step)
+        del normed, query, key, value  # the MLP runs without them
+        step.hidden = leave(self, residual, attended)
         return step
 
     def enter(
@@ -296,8 +298,12 @@ class Block(nn.Module):
     def leave(self, residual: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """[R, T, hidden], and what attention gave [R, H, T, D] -> [R, T, hidden]."""
         rows, tokens = residual.shape[:2]
-        outputs = self.self_attn.o_proj(attended.transpose(1, 2).reshape(rows, tokens, -1))
-        hidden = self._add(residual, outputs, self.attention_norm, self.attention_out_norm)
+        hidden = self._add(
+            residual,
+            self.self_attn.o_proj(attended.transpose(1, 2).reshape(rows, tokens, -1)),
+            self.attention_norm,
+            self.attention_out_norm,
+        )
         normed = self._norm(hidden, self.mlp_norm)
         residual = normed if self.spec.residual_from_norm else hidden
         return self._add(residual, self.mlp(normed), self.mlp_norm, self.mlp_out_norm)

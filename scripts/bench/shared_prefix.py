@@ -4,8 +4,9 @@
     python scripts/bench/shared_prefix.py MODEL OUT [--requests 64] [--shared 512] [--own 64] [--generate 64]
                                           [--repeats 3] [ARGUMENTS of `ds-llmpq run` ...]
 
-Answers are greedy, of one length. Medians over the repeats of output tokens/s and of prefill's seconds; the answers of
-both ways are compared, which are the same in float32 (`engine.dtype=float32`) and may differ in a near-tie elsewhere.
+Answers are greedy, of one length. Medians over the repeats of output tokens/s and of seconds in prefill and decode; the
+answers of both ways are compared, which are the same in float32 (`engine.dtype=float32`) and may differ in a near-tie
+elsewhere.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ def main() -> None:
             line = ["run", f"model.path={Path(options.model).absolute()}", f"input={out / 'rows.jsonl'}"]
             line += [f"out={folder}", f"engine.share_prefix={way}", "batch.order=arrival", *arguments]
             subprocess.run([sys.executable, "-m", "ds_llmpq", *line], check=True, stdout=subprocess.DEVNULL)
-            runs[way].append(json.loads((folder / "metrics.json").read_text())["measured"])
+            stages = json.loads((folder / "plan.json").read_text())["stages"]
+            kv = sum(stage["memory_bytes"]["kv"] for stage in stages)
+            runs[way].append(json.loads((folder / "metrics.json").read_text())["measured"] | {"kv": kv})
             rows = map(json.loads, (folder / "results.jsonl").read_text().splitlines())
             answers[way] = {row["custom_id"]: row["response"]["body"]["choices"][0]["text"] for row in rows}
     table = [
@@ -50,12 +53,14 @@ def main() -> None:
             f"share_prefix={way}",
             f"{median(run['throughput_tokens_per_second'] for run in found):.1f}",
             f"{median(run['prefill_seconds'] for run in found):.2f}",
+            f"{median(run['decode_seconds'] for run in found):.2f}",
+            f"{found[0]['kv'] / 1e6:.0f}",
             str(found[0]["prefill_tokens"]),
             str(found[0]["shared_tokens"]),
         ]
         for way, found in runs.items()
     ]
-    head = ["", "output tokens/s", "prefill s", "prompt tokens computed", "shared"]
+    head = ["", "output tokens/s", "prefill s", "decode s", "KV cache MB", "prompt tokens computed", "shared"]
     same = sum(answers["true"][name] == text for name, text in answers["false"].items())
     text = f"{format_table(head, table)}\n{same} of {options.requests} answers are the same"
     print(text)
