@@ -93,7 +93,7 @@ def report(error: UserError) -> int:
 
 def _through_hydra(command: str, arguments: list[str]) -> int:
     """Runs a command once, or many times with -m; the worst exit code of all."""
-    config.register()
+    config.register(command)
     if all(argument.startswith("out=") for argument in arguments):
         arguments = [*config.EXAMPLES.get(command, ()), *arguments]
     arguments = ["verbose=true" if argument in ("-v", "--verbose") else argument for argument in arguments]
@@ -126,7 +126,7 @@ def _check_room(folder: Path) -> None:
 
 
 def _run(command: str, composed: DictConfig) -> int:
-    config.register()  # a sweep's worker process starts without the resolvers
+    config.register(command)  # a sweep's worker process starts without the resolvers
     logging.getLogger("matplotlib").setLevel(logging.WARNING)  # says on its first use that it looked for fonts
     module = importlib.import_module(f"ds_llmpq.commands.{command}")
     out = Path(HydraConfig.get().runtime.output_dir)

@@ -70,22 +70,22 @@ T = TypeVar("T")
 P = TypeVar("P", PlanConfig, RunConfig, EvaluateConfig, ProfileConfig)
 
 
-def register() -> None:
-    """Registers schemas and resolvers with Hydra and OmegaConf. May be called again."""
+def register(command: str | None = None) -> None:
+    """Registers the resolvers with OmegaConf and the schema of a command with Hydra, which copies all it knows for each
+    composition. May be called again."""
     OmegaConf.register_new_resolver("asset", asset, replace=True)
     OmegaConf.register_new_resolver("gib", lambda number: int(float(number) * 2**30), replace=True)
     OmegaConf.register_new_resolver("mib", lambda number: int(float(number) * 2**20), replace=True)
     OmegaConf.register_new_resolver("point_folder", overrides.name_point_folder, replace=True)
     OmegaConf.register_new_resolver("published_model", find_published_model, replace=True)
     store = ConfigStore.instance()
-    for command, node in COMMANDS.items():
-        if f"{command}_schema.yaml" not in store.repo:
-            store.store(name=f"{command}_schema", node=node)
+    if command in COMMANDS and f"{command}_schema.yaml" not in store.repo:
+        store.store(name=f"{command}_schema", node=COMMANDS[command])
 
 
 def compose_settings(command: str, arguments: list[str]) -> DictConfig:
     """The configuration of a command, without running it. `UserError`: an unknown key or a wrong value."""
-    register()
+    register(command)
     prepared = prepare(command, arguments)
     try:
         with initialize_config_dir(str(conf_folder()), version_base="1.3"):

@@ -165,7 +165,7 @@ def _prepare_override(command: str, kind: type, argument: str, conf: Path, sweep
         return argument
     first, _, others = key.partition(".")
     is_hydra = first == "hydra"
-    place = _find_place(OmegaConf.structured(HydraConf if is_hydra else kind), others if is_hydra else key)
+    place = _find_place(_structure(HydraConf if is_hydra else kind), others if is_hydra else key)
     if place is None:
         raise UserError(_explain_unknown(command, kind, key, conf))
     if is_hydra or place == _OPEN or prefix == "~":
@@ -175,12 +175,18 @@ def _prepare_override(command: str, kind: type, argument: str, conf: Path, sweep
     return _format_free_override(key.split("."), int(place), value)
 
 
+@cache
+def _structure(kind: type) -> DictConfig:
+    """The keys of a dataclass, to look at only."""
+    return OmegaConf.structured(kind)
+
+
 def _is_group(key: str, kind: type, conf: Path) -> bool:
     name = key.partition("@")[0].strip("/")
     if "@" in key or "/" in name or name in ("experiment", "comparison"):
         return True
     # fields first, because any other name may be too long for a file
-    return "." not in name and name in OmegaConf.structured(kind) and (conf / name).is_dir()
+    return "." not in name and name in _structure(kind) and (conf / name).is_dir()
 
 
 def _find_place(node: Any, key: str) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.stats import kendalltau
 
 _PAIRS = 20_000
 
@@ -11,6 +10,8 @@ _PAIRS = 20_000
 def measure_regression(true: np.ndarray, predicted: np.ndarray, seed: int = 0) -> dict[str, float]:
     """MAE and RMSE in tokens, Kendall's tau-b, and the share of pairs whose longer answer is predicted to be longer
     (ties count half, pairs of equal length not at all)."""
+    from scipy.stats import kendalltau  # half a second to import, which plans and runs need not wait for
+
     error = predicted - true
     tau = kendalltau(true, predicted).statistic
     return {

@@ -16,7 +16,6 @@ import numpy as np
 from annotated_types import Ge, Le, MaxLen, MinLen
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_arrays
-from scipy import sparse
 
 from ds_llmpq.errors import UserError, quote
 from ds_llmpq.files import open_regular
@@ -27,6 +26,7 @@ from ds_llmpq.lengths.tasks import LengthTask
 from ds_llmpq.validation import AboveZero, Label, Many, Number, one_of, validate
 
 if TYPE_CHECKING:
+    from scipy import sparse
     from sklearn.linear_model import Ridge
 
 _ALPHAS = (0.3, 1.0, 3.0, 10.0, 30.0)
@@ -62,6 +62,7 @@ class Features:
 
     def matrix(self, examples: Sequence[Example]) -> sparse.csr_matrix:
         """[n, columns + counts + models]."""
+        from scipy import sparse
         from sklearn.feature_extraction.text import HashingVectorizer
 
         hashing = HashingVectorizer(
