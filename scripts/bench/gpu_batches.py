@@ -177,6 +177,9 @@ def check_engine(run: Run) -> None:
         ahead, early = _generate(run, Path(folder), rows, wait=False)
         waited, late = _generate(run, Path(folder), rows, wait=True)
         compiled, _ = _generate(run, Path(folder), rows, wait=False, compile_blocks=None)
+    if time.monotonic() > run.ends:  # answers were cut
+        run.add("engine: time is up", "none")
+        return
     theirs = theirs.to(run.device)
     wanted = []
     for prompt, limit in zip(prompts, limits, strict=True):
@@ -275,9 +278,14 @@ def run_two_stages(run: Run, folder: Path) -> None:
     script, cut = Path(__file__).parent / "load_memory.py", str(read_shape(folder).layers // 2)
     command = [sys.executable, str(script), str(folder), "--cut", cut, "--kind", run.device.type]
     limit = max(1.0, run.left())
-    done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
-    ranks = [json.loads(line) for line in done.stdout.replace("}{", "}\n{").splitlines()]
-    run.check("two stages: both ranks ran to their ends", done.returncode == 0 and len(ranks) == 2)
+    # this process is a rank of its own since "engine"; the ranks to come are not its
+    mine = ("RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    env = {name: value for name, value in os.environ.items() if name not in mine}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False, env=env)
+    ranks = [json.loads(line) for line in done.stdout.replace("}{", "}\n{").splitlines() if line.strip()]
+    sound = done.returncode == 0 and len(ranks) == 2
+    reason = {} if sound else {"exit_code": done.returncode, "reason": done.stderr[-2000:]}
+    run.check("two stages: both ranks ran to their ends", sound, **reason)
     for rank in ranks:
         figures = {name: rank[name] for name in ("load_seconds", "output_tokens_per_second")}
         run.add(f"two stages, rank {rank['rank']}", **figures, peak_gib=rank["peak_bytes"] / GIB)
