@@ -11,6 +11,7 @@ its own schedules over its own channels. Rank 0 prints one JSON line that starts
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -203,7 +204,8 @@ def _ping_token(rank: int, out: TokenChannel, back: TokenChannel) -> float:
 def fork_ranks(spec: dict[str, Any]) -> int:
     """Runs all ranks as forks of this process, which has imported everything; 1 where one of them failed."""
     for name in _IMPORTED_LATE:
-        importlib.import_module(name)
+        with contextlib.suppress(ImportError):  # other versions have other parts; this only saves time
+            importlib.import_module(name)
     open_checkpoint(spec["path"])  # imports what its family needs of transformers
     children = [_fork_rank(spec, rank) for rank in range(int(os.environ["WORLD_SIZE"]))]
     code = 0
