@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SECTIONS = (
     "environment", "ceilings", "families", "kernels", "engine", "model", "16 bits", "batches", "4 bits", "transformers",
-    "8 bits", "transformers, compiled", "bars", "checks",
+    "two stages", "8 bits", "transformers, compiled", "bars", "checks",
 )  # fmt: skip
 STEP = {"rows": 1, "context": 256, "captured_ms": 4.5, "tokens_s": 222.0, "measured_over_predicted": 1.1}
 
