@@ -39,7 +39,8 @@ def time_points(
     devices, rank, group = wanted["devices"], context.rank, context.side_group
     points = [Point(**entry) for entry in devices[rank]["points"]] if rank < len(devices) else []
     share = devices[rank]["cpu_share"] if points else 1.0
-    timer = Timer(context.device, context.stage.threads or 1, share, PAUSE_SECONDS)
+    pause = PAUSE_SECONDS if len(devices) > 1 else 0.0  # a device alone waits for no other stage
+    timer = Timer(context.device, context.stage.threads or 1, share, pause)
     parts = _load(wanted, plan, points, context.device) if points else None
     if parts is not None:
         parts.throttle(share)
