@@ -22,7 +22,6 @@ from ds_llmpq.profiling.timer import PAUSE_SECONDS, NewSizes, Timer
 from ds_llmpq.quant.config import QuantConfig
 
 _FEWEST_REPEATS = 4  # of a point, its warm-up among them
-_LATE_SECONDS, _LATE_TIMES = 12.0, 3  # from when on the points are late: so long, and as many times their own seconds
 
 
 @torch.inference_mode()
@@ -46,7 +45,7 @@ def time_points(
         parts.throttle(share)
     smallest = min((point.batch for point in points), default=0)
     left, samples, new_sizes = float(wanted["seconds"]), [], NewSizes()
-    late, passed, own = time.perf_counter() + max(_LATE_SECONDS, _LATE_TIMES * left), 0.0, 0.0
+    late, passed, own = time.perf_counter() + wanted["late_seconds"], 0.0, 0.0
     last: dict[tuple[str, str, int], tuple[float, int]] = {}
     timed: Counter[tuple[str, str, int]] = Counter()
     for turn in range(max(len(entry["points"]) for entry in devices)):

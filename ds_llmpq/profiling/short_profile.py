@@ -36,6 +36,7 @@ from ds_llmpq.quant.packing import UNQUANTIZED_BITS, make_groups
 
 CHOICES = ("auto", "always", "never")
 POINT_SECONDS = {"cpu": 3.0, "cuda": 10.0}  # for the points of a device; the trial pipeline comes on top
+LATE_SECONDS = {"cpu": 12.0, "cuda": 30.0}  # by the clock on the wall, which other programs may make run far ahead
 _KEPT = "calibration"  # of the user's cache folder
 VERSION = 4  # of what is measured; what an older one kept is measured anew
 _CHAINED_LAYERS = 4  # two of a small model's stay in the caches, where decode is a quarter faster
@@ -246,6 +247,7 @@ def _build_trial(wanted: TimingTask, devices: list[Device], links: bool) -> dict
             "chained": _CHAINED_LAYERS,
             "captured": wanted.captured,
             "seconds": POINT_SECONDS[devices[0].type.kind],
+            "late_seconds": LATE_SECONDS[devices[0].type.kind],
         },
     }
 

@@ -50,7 +50,8 @@ def wanted():
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(short_profile, "POINT_SECONDS", {"cpu": 0.5, "cuda": 0.5})
+    monkeypatch.setattr(short_profile, "POINT_SECONDS", {"cpu": 2.0, "cuda": 2.0})
+    monkeypatch.setattr(short_profile, "LATE_SECONDS", {"cpu": 200.0, "cuda": 200.0})  # crowded machines leave none out
     return tmp_path / "cache" / "ds_llmpq" / "calibration"
 
 
