@@ -14,27 +14,43 @@ from ds_llmpq.report.solver_progress import make_progress_callback
 from ds_llmpq.serving.batch_run import BatchRun, Screen, run_batch
 from ds_llmpq.serving.config import RunConfig
 
+MOST_LINES = 10  # of a run in which nothing happened that the user should know, all but progress
+
 
 def run(settings: RunConfig, out: Path) -> int:
     describe = format_plan if settings.verbose else describe_plan
-    screen = Screen(print, lambda plan: print(describe(plan), flush=True), make_progress_callback())
-    done = run_batch(config.load_cluster(settings), out, screen)
-    _print_end(done, config.make_absolute(settings.input), out, settings.verbose)
+    settings = config.load_cluster(settings)
+    page = _Page()
+    done = run_batch(settings, out, Screen(page.show, lambda plan: page.show(describe(plan)), make_progress_callback()))
+    _print_end(done, settings, out, page)
     return SOME_FAILED if done.tally.failed else 0
 
 
-def _print_end(done: BatchRun, input_file: Path, out: Path, verbose: bool) -> None:
+class _Page:
+    """Prints and counts lines. A line on what the plan's times come from, and one on the devices that were found, are
+    printed elsewhere."""
+
+    def __init__(self) -> None:
+        self.lines = 2
+
+    def show(self, text: str) -> None:
+        print(text, flush=True)
+        self.lines += text.count("\n") + 1
+
+
+def _print_end(done: BatchRun, settings: RunConfig, out: Path, page: _Page) -> None:
+    counts, results = done.tally, out / "results.jsonl"
     if done.metrics is None:
-        print(f"{out} is finished: {_describe_counts(done.tally)}; nothing is left to do.")
+        page.show(f"{out} is finished: {_describe_counts(counts)}; nothing is left to do.")
         return
-    print(format_run(done.metrics, verbose))
+    head, *lines = format_run(done.metrics, settings.verbose).splitlines()
+    page.show("\n".join([f"{head}; results: {results}", *lines]))
+    if counts.failed:
+        page.show(f"{counts.failed} requests failed; the reasons are in {out / 'errors.jsonl'}")
     if done.restarts:
-        print(f"the pipeline was started again {done.restarts} times ({'; '.join(done.reasons)})")
-    if answers := show_answers(input_file, out / "results.jsonl"):
-        print(f"the first answers:\n{answers}")
-    print(f"results: {out / 'results.jsonl'}")
-    if done.tally.failed:
-        print(f"{done.tally.failed} requests failed; the reasons are in {out / 'errors.jsonl'}")
+        page.show(f"the pipeline was started again {done.restarts} times ({'; '.join(done.reasons)})")
+    for answer in show_answers(config.make_absolute(settings.input), results, min(3, max(1, MOST_LINES - page.lines))):
+        page.show(f"answer {answer}")
 
 
 def _describe_counts(tally: Tally) -> str:

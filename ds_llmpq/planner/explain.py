@@ -200,17 +200,24 @@ def _value_with(problem: Problem, plan: Plan, j: int, bits: tuple[int, ...]) -> 
 
 
 def _against_baselines(problem: Problem, plan: Plan) -> list[str]:
-    """Speed-up over the fastest baseline that is a real plan, with both quality losses."""
+    """Speed-ups over an even split and over the fastest baseline that is a real plan, with the quality losses."""
     real = {
         name: entry
         for name, entry in plan.baselines.items()
         if not isinstance(entry, str) and name not in ESTIMATES and entry.latency_seconds > 0
     }
-    if not real or plan.predicted.latency_seconds <= 0:
+    if len(problem.devices) < 2 or not real or plan.predicted.latency_seconds <= 0:
         return []
-    name = min(real, key=lambda n: real[n].latency_seconds)
-    ratio = real[name].latency_seconds / plan.predicted.latency_seconds
-    return [
-        f"The fastest baseline is {name}: this plan has {ratio:.2f} times its speed, at a quality loss of "
-        f"{format_number(plan.predicted.quality_loss, 4)} against {format_number(real[name].quality_loss, 4)}."
-    ]
+    found = []
+    if "uniform" not in real:
+        found.append("equal numbers of layers at one bit width (uniform) do not fit")
+    fastest = min(real, key=lambda name: real[name].latency_seconds)
+    for name in dict.fromkeys(("uniform", fastest)):
+        if (entry := real.get(name)) is not None:
+            what = "equal numbers of layers at one bit width" if name == "uniform" else "the fastest baseline"
+            ratio = entry.latency_seconds / plan.predicted.latency_seconds
+            found.append(
+                f"{ratio:.2f} times the speed of {what} ({name}, loss {_format_small(entry.quality_loss, 1e-4)})"
+            )
+    loss = _format_small(plan.predicted.quality_loss, 1e-4)
+    return [f"Gain of planning, predicted: {'; '.join(found)}, at a loss of {loss} nats a token."]

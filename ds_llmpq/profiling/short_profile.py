@@ -112,12 +112,13 @@ def _measure_into(wanted: TimingTask, cluster: Cluster, folder: Path, show: Show
         slowed = _measure(wanted, cluster, made)
         shutil.rmtree(folder, ignore_errors=True)
         made.replace(folder)
-    show(f"timed in {time.monotonic() - begin:.1f} s, kept in {folder}")
+    said = f"timed in {time.monotonic() - begin:.1f} s, kept in {folder}"
     if slowed and slowed > _BUSY:
-        show(
-            f"the machine was busy: timing took {slowed:.1f} times as long as it worked, so the predicted times are "
+        said += (
+            f"; the machine was busy: timing took {slowed:.1f} times as long as it worked, so the predicted times are "
             "unsure; planner.calibrate=always measures again"
         )
+    show(said)
 
 
 def _round_sizes(wanted: TimingTask) -> TimingTask:

@@ -11,13 +11,13 @@ from typing import Any
 from ds_llmpq.errors import UserError, make_printable
 from ds_llmpq.files import open_regular, parse_json, read_lines
 
-_PROMPT_CHARACTERS, _ANSWER_CHARACTERS = 100, 160
+_PROMPT_CHARACTERS, _ANSWER_CHARACTERS = 70, 120
 _MOST_ROWS = 1000  # rows that are searched for answers with text
 
 
-def show_answers(input_file: Path, results_file: Path, count: int = 3) -> str:
-    """The first `count` answers with text in `results_file`, each below its prompt from `input_file`. Only the first
-    `_MOST_ROWS` results are read."""
+def show_answers(input_file: Path, results_file: Path, count: int = 3) -> list[str]:
+    """A line for each of the first `count` answers with text in `results_file`, behind its prompt from `input_file`.
+    Only the first `_MOST_ROWS` results are read."""
     answers: dict[str, str] = {}
     for row in _rows(results_file, _MOST_ROWS):
         answer = _answer(row)
@@ -26,11 +26,11 @@ def show_answers(input_file: Path, results_file: Path, count: int = 3) -> str:
         if len(answers) == count:
             break
     prompts = _find_prompts(input_file, set(answers))
-    return "\n".join(
-        f"{make_printable(custom_id, 40, keep='')}: {_line(prompts.get(custom_id, ''), _PROMPT_CHARACTERS)}\n"
-        f"    {_line(answer, _ANSWER_CHARACTERS)}"
+    return [
+        f"{make_printable(custom_id, 40, keep='')}: {_line(prompts.get(custom_id, ''), _PROMPT_CHARACTERS)} -> "
+        f"{_line(answer, _ANSWER_CHARACTERS)}"
         for custom_id, answer in answers.items()
-    )
+    ]
 
 
 def _find_prompts(input_file: Path, wanted: set[str]) -> dict[str, str]:

@@ -10,6 +10,7 @@ from ds_llmpq.quant.packing import UNQUANTIZED_BITS
 from ds_llmpq.wording import format_number
 
 _MOST_STAGES = 4  # named in a line
+_SHOWN = ("Quantized:", "Deadline ", "Gain of planning")  # how the notes begin that are shown without -v
 _UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
 
@@ -35,22 +36,18 @@ def format_plan(plan: Plan) -> str:
 
 
 def describe_plan(plan: Plan) -> str:
-    """Three lines: the stages, what was quantized and why, and what the plan predicts for the planned workload."""
+    """A line for the stages and what the plan predicts for the planned workload, one for what was quantized and why,
+    and one for what planning gains where several devices can be used."""
     shown = [
         f"{stage.device} layers {stage.layers[0]}-{stage.layers[1] - 1} at {_list_widths(stage.bits)} bits"
         for stage in plan.stages
     ]
     stages = "; ".join(shown[:_MOST_STAGES]) + ("; ..." if len(shown) > _MOST_STAGES else "")
-    predicted = plan.predicted
+    workload = plan.workload
     lines = [
-        f"plan: {stages}",
-        *plan.explanation[:1],
-        *(sentence for sentence in plan.explanation[1:] if sentence.startswith("Deadline ")),
-        f"planned: {format_number(predicted.throughput_tokens_per_second, 4)} tokens/s on "
-        f"{plan.workload.sequences} sequences of {plan.workload.prompt_tokens} + {plan.workload.generated_tokens} "
-        f"tokens, loss {format_number(predicted.quality_loss)} nats per token"
-        + _bits_text(plan)
-        + "".join(f", {origin}" for name, origin in plan.provenance.items() if name == "sensitivity"),
+        f"plan: {stages}; {format_number(plan.predicted.throughput_tokens_per_second, 4)} tokens/s predicted on "
+        f"{workload.sequences} sequences of {workload.prompt_tokens} + {workload.generated_tokens} tokens",
+        *(sentence for sentence in plan.explanation if sentence.startswith(_SHOWN)),
     ]
     if (cost := predict_cost(plan)) is not None:
         lines.append(f"cost: {describe_cost(cost)}")

@@ -25,10 +25,7 @@ def format_run(metrics: dict[str, Any], verbose: bool = False) -> str:
         f"{_number(measured['decode_tokens_per_second'])}); start-up {measured['startup_seconds']:.1f} s"
     )
     if shared := measured.get("shared_tokens"):
-        lines.append(
-            f"shared prefix: {shared} of {measured['prompt_tokens']} prompt tokens were not computed again, "
-            f"{measured['prefill_tokens']} were computed"
-        )
+        lines[-1] += f"; {shared:,} of {measured['prompt_tokens']:,} prompt tokens shared, not computed again"
     lines += compare_with_plan(metrics)
     if cost := metrics.get("cost"):
         lines.append(f"cost while serving: {describe_cost(cost)}")
@@ -61,16 +58,14 @@ def compare_with_plan(metrics: dict[str, Any]) -> list[str]:
     }
     before = found.get("expected_before")
     if before and before["rows"] == measured["rows"] and before["generated_tokens"] != measured["generated_tokens"]:
-        expected = [
-            f"expected before the run: {before['latency_seconds']:.2f} s for {before['generated_tokens']:,} generated "
-            f"tokens; there were {measured['generated_tokens']:,}, for which the line above holds"
-        ]
+        expected = (
+            f"; expected before the run: {before['latency_seconds']:.2f} s for {before['generated_tokens']:,} tokens"
+        )
     else:
-        expected = []
+        expected = ""
     return [
         f"predicted: {rates['latency']} tokens/s, in {pairs['latency']['predicted']:.2f} s "
-        f"(prefill {rates['prefill']} tokens/s, decode {rates['decode']})",
-        *expected,
+        f"(prefill {rates['prefill']} tokens/s, decode {rates['decode']}){expected}",
         f"verdict: {_judge(pairs)}",
     ]
 

@@ -12,6 +12,7 @@ from ds_llmpq.cluster.detect import KNOWN_GPUS, detect, parse_gpus
 from ds_llmpq.config import read_device_types, register
 from ds_llmpq.models.config import ModelConfig
 from ds_llmpq.models.shape import ModelShape
+from ds_llmpq.planner import solve
 from ds_llmpq.planner.build import prepare
 from ds_llmpq.planner.config import PlannerConfig, WorkloadConfig
 from ds_llmpq.quant.config import QuantConfig
@@ -92,8 +93,8 @@ def test_published_workloads(name, expected):
     assert (workload.sequences, workload.prompt_tokens, workload.generated_tokens) == expected
 
 
-def test_tiny_model_cannot_stay_unquantized_on_two_unlike_cpu_stages():
-    """What demo_cpu2 is for: all layers at 16 bits do not fit, 8 bits do, and the second stage holds the fewer."""
+def test_the_demonstration_gains_by_planning():
+    """What demo_cpu2 is for: 16 bits do not fit everywhere but on most layers, an even split at 4 bits alone."""
     shape = ModelShape.from_config(
         {
             "model_type": "llama",
@@ -126,4 +127,9 @@ def test_tiny_model_cannot_stay_unquantized_on_two_unlike_cpu_stages():
         for bits in problem.bits
     }
     assert sum(fits[16]) < 8 <= sum(fits[8])
-    assert 0 < fits[4][1] < 4
+    assert min(fits[8]) < 4 <= min(fits[4])
+    plan = solve(problem)
+    even, fastest = (plan.baselines[name] for name in ("uniform", "adabits"))
+    assert 1.5 * plan.predicted.latency_seconds < even.latency_seconds
+    assert plan.predicted.quality_loss < 0.2 * even.quality_loss
+    assert 1.05 * plan.predicted.latency_seconds < fastest.latency_seconds
