@@ -25,7 +25,7 @@ from ds_llmpq.engine.stage_run.faults import FaultLog, NeutralRow
 from ds_llmpq.engine.stage_run.oom_split import MicroBatchSplitter
 from ds_llmpq.engine.stage_run.stage_runner import StageRunner
 from ds_llmpq.engine.step_builder import StepBuilder
-from ds_llmpq.engine.token_chooser import Scorer, StopRule, TokenChooser, score_rows
+from ds_llmpq.engine.token_chooser import Chosen, Scorer, StopRule, TokenChooser, score_rows
 from ds_llmpq.engine.trace import Trace
 from ds_llmpq.launch.failures import is_out_of_memory
 from ds_llmpq.models.generation import Generation
@@ -254,7 +254,7 @@ class InferencePipelineEngine(PipelineEngine):
                 if self.ahead is not None:
                     self.ahead.keep_tokens(batch.live, found[0])
                 if not self._reads_late:
-                    chosen = [(token, bool(sound)) for token, sound in zip(*found.tolist(), strict=True)]
+                    chosen = _read_chosen(HostCopy(found))
             if self._reads_late:
                 self._unread = batch, HostCopy(found)
                 self._hidden = self._logits = None
@@ -269,7 +269,7 @@ class InferencePipelineEngine(PipelineEngine):
             return
         (batch, copy), self._unread = self._unread, None
         with self.trace.waiting("tokens", batch.size):
-            chosen = [(token, bool(sound)) for token, sound in zip(*copy.read(), strict=True)]
+            chosen = _read_chosen(copy)
         self._record(batch, *self.chooser.judge(self.stream.slots, batch, chosen))
 
     def _record(self, batch: MicroBatch, tokens: list[int], finish: list[int]) -> None:
@@ -311,6 +311,10 @@ class InferencePipelineEngine(PipelineEngine):
             return 1
         longest = max(len(self.stream.slots.sequences[slot].prefill_tokens) for slot in batch.slots)
         return batch.tokens or longest - batch.past
+
+
+def _read_chosen(copy: HostCopy) -> Chosen:
+    return [(token, bool(sound)) for token, sound in zip(*copy.read(), strict=True)]
 
 
 def quiet_deepspeed() -> None:

@@ -240,31 +240,30 @@ class LogitsProcessors:
         """Rows together: one gather and one scatter however many they are."""
         asking = {place: known for place, known in rows.items() if self._repetition_penalty(known.row) != 1}
         if asking:
-            places = torch.tensor(list(asking), device=logits.device)[:, None]
+            places = to_device(list(asking), logits.device)[:, None]
             widest = max(known.size for known in asking.values())
             ids = np.stack([_widen(known.tokens[: known.size], widest) for known in asking.values()])
-            index = torch.from_numpy(ids).to(logits.device)
-            penalty = torch.tensor(
-                [[self._repetition_penalty(known.row)] for known in asking.values()], device=logits.device
-            )
+            index = to_device(ids, logits.device)
+            penalty = to_device([[self._repetition_penalty(known.row)] for known in asking.values()], logits.device)
             found = logits[places, index]
             logits[places, index] = torch.where(found < 0, found * penalty, found / penalty)
         for place, known in rows.items():
             sampling = known.row.sampling
             if known.generated and (sampling.presence_penalty or sampling.frequency_penalty):
                 ids, counts = np.unique(known.tokens[len(known.row.prompt) : known.size], return_counts=True)
-                loss = torch.from_numpy(counts).to(logits) * sampling.frequency_penalty + sampling.presence_penalty
-                logits[place, torch.from_numpy(ids).to(logits.device)] -= loss
+                loss = counts * sampling.frequency_penalty + sampling.presence_penalty
+                index = to_device(ids, logits.device)
+                logits[place].index_add_(0, index, to_device(loss, logits.device, logits.dtype), alpha=-1)
 
     def _forbid(self, logits: torch.Tensor, known: _Known) -> None:
         """The rest of one row's, logits [vocabulary], in transformers' order."""
         defaults, row = self.defaults, known.row
         if defaults.no_repeat_ngram_size:
-            logits[known.find_banned(defaults.no_repeat_ngram_size)] = _NEVER
+            _set(logits, known.find_banned(defaults.no_repeat_ngram_size), _NEVER)
         self._add_biases(logits, known, self._biases[1])
         eos = [token for token in defaults.eos_token_ids if 0 <= token < logits.shape[0]]
         if not row.sampling.ignore_eos and known.generated < self._min_tokens(row):
-            logits[eos] = _NEVER
+            _set(logits, eos, _NEVER)
         if known.size == 1 and defaults.forced_bos_token_id is not None:
             _force(logits, (defaults.forced_bos_token_id,))
         if known.generated + 1 == row.max_tokens and defaults.forced_eos_token_id:
@@ -272,13 +271,14 @@ class LogitsProcessors:
         if defaults.exponential_decay_length_penalty is not None and eos and not row.sampling.ignore_eos:
             start, factor = defaults.exponential_decay_length_penalty
             if known.generated > start:
-                found = logits[eos]
+                index = to_device(eos, logits.device)
+                found = logits[index]
                 gain = found.abs() * (factor ** (known.generated - start) - 1)
-                logits[eos] = found + gain.masked_fill(~found.isfinite(), 0.0)
-        logits[list(defaults.suppress_tokens)] = _NEVER
+                logits[index] = found + gain.masked_fill(~found.isfinite(), 0.0)
+        _set(logits, defaults.suppress_tokens, _NEVER)
         begins = int(len(row.prompt) <= 1 and defaults.forced_bos_token_id is not None)
         if known.generated == begins:
-            logits[list(defaults.begin_suppress_tokens)] = _NEVER
+            _set(logits, defaults.begin_suppress_tokens, _NEVER)
 
     @staticmethod
     def _add_biases(logits: torch.Tensor, known: _Known, biases: abc.Sequence[tuple[tuple[int, ...], float]]) -> None:
@@ -293,7 +293,12 @@ class LogitsProcessors:
 
 def _force(logits: torch.Tensor, tokens: abc.Sequence[int]) -> None:
     logits.fill_(_NEVER)
-    logits[list(tokens)] = 0.0
+    _set(logits, tokens, 0.0)
+
+
+def _set(logits: torch.Tensor, tokens: abc.Sequence[int], value: float) -> None:
+    if tokens:
+        logits.index_fill_(0, to_device(tokens, logits.device), value)
 
 
 def _widen(tokens: np.ndarray, size: int) -> np.ndarray:

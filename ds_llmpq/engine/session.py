@@ -103,7 +103,7 @@ class Session:
         self.engine = InferencePipelineEngine(
             module,
             self.store,
-            loader.decoder.positions(),
+            loader.decoder.positions(context.device),
             self._build_activation_channel(),
             self._build_token_channel(),
             stop_rule,
@@ -160,7 +160,7 @@ class Session:
             wanted = isinstance(capture, CudaGraphs) and has_compiler(device)
         if not wanted or capture is capture_trace or self.scorer is not None:
             return None
-        fusion = Fusion(module, loader.decoder.positions(), self.dtype, device, self._tell)
+        fusion = Fusion(module, loader.decoder.positions(device), self.dtype, device, self._tell)
         fusion.compile()
         return fusion
 

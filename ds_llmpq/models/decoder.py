@@ -12,6 +12,8 @@ from ds_llmpq.models.ends import Embedding, Head, Positions
 from ds_llmpq.models.family import Description
 from ds_llmpq.models.spec import LinearRole
 
+HOST = torch.device("cpu")
+
 
 class Decoder:
     """Builds empty modules on the current device, which the loader sets to `meta`. Tensor names are those of the
@@ -29,9 +31,9 @@ class Decoder:
     def head(self) -> Head:
         return Head(self.spec)
 
-    def positions(self) -> Positions:
-        """A callable for each `Step` of a stage."""
-        return Positions(self.spec)
+    def positions(self, device: torch.device = HOST) -> Positions:
+        """A callable for each `Step` of a stage on `device`."""
+        return Positions(self.spec, device)
 
     def embedding_tensors(self) -> dict[str, str]:
         """Parameter of `embedding()` -> tensor."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 from torch import nn
@@ -11,6 +12,12 @@ from ds_llmpq.models.block import Norm, cap
 from ds_llmpq.models.rotary import Angles
 from ds_llmpq.models.spec import DecoderSpec
 from ds_llmpq.models.step import Step
+
+
+@cache
+def _round(value: float, dtype: torch.dtype) -> float:
+    """To the dtype, as factors are in training."""
+    return torch.tensor(value, dtype=dtype, device="cpu").item()
 
 
 class Embedding(nn.Module):
@@ -28,8 +35,7 @@ class Embedding(nn.Module):
     def forward(self, step: Step) -> Step:
         hidden = self.embed_tokens(step.token_ids)
         if self.spec.embedding_scale is not None:
-            # the factor is first rounded to the dtype, as in training
-            hidden = hidden * torch.tensor(self.spec.embedding_scale, dtype=hidden.dtype).item()
+            hidden = hidden * _round(self.spec.embedding_scale, hidden.dtype)
         if self.project_in is not None:
             hidden = self.project_in(hidden)
         if self.embed_positions is not None:
@@ -64,10 +70,10 @@ class Positions:
     `DecoderSpec.rotary`; and ALiBi's `bias` [rows or 1, heads, tokens, keys], which is the most negative number where a
     query may not attend."""
 
-    def __init__(self, spec: DecoderSpec):
-        self.rotary = {name: Angles(rotary) for name, rotary in spec.rotary}
+    def __init__(self, spec: DecoderSpec, device: torch.device):
+        self.rotary = {name: Angles(rotary, device) for name, rotary in spec.rotary}
         self.slopes = (
-            torch.tensor(compute_alibi_slopes(spec.attention.heads), device="cpu") if spec.attention.alibi else None
+            torch.tensor(compute_alibi_slopes(spec.attention.heads), device=device) if spec.attention.alibi else None
         )
 
     def __call__(self, step: Step) -> None:
@@ -77,8 +83,7 @@ class Positions:
             step.position_inputs["bias"] = self._bias(step)
 
     def _bias(self, step: Step) -> torch.Tensor:
-        dtype, device = step.hidden.dtype, step.hidden.device
-        self.slopes = self.slopes.to(device)
+        dtype = step.hidden.dtype
         keys = step.keys()
         # the bias depends on the key's position alone, because softmax ignores the shift by the query's position
         bias = (self.slopes[:, None] * keys)[:, None].to(dtype)

@@ -33,7 +33,7 @@ class ReadAhead:
         self._read, self._device = read, device
         self._uploads = device.type != "cpu"
         self._streams = streams or open_streams(device)
-        self._thread = ThreadPoolExecutor(1, "read-ahead")
+        self._thread = ThreadPoolExecutor(1, "read-ahead", self._begin)
         self._expected: dict[str, Future] = {}
         self._buffers: deque[tuple[torch.Tensor, Mark | None]] = deque()
         self._buffer_bytes = buffer_bytes
@@ -64,6 +64,11 @@ class ReadAhead:
         self._thread.shutdown(cancel_futures=True)
         self._expected.clear()
         self._buffers.clear()
+
+    def _begin(self) -> None:
+        """A thread begins with the first device, and to go back there would take memory on it."""
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
 
     def _fetch(self, expected: dict[str, Future]) -> None:
         """Whatever raises is met again, and reported, where the tensor is read."""

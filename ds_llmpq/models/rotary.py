@@ -54,15 +54,13 @@ def _stretch_by_turns(plain: torch.Tensor, spec: RotarySpec) -> torch.Tensor:
 class Angles:
     """Cosines and sines of a step's positions, [rows, tokens, features] each, as `block.rotate` takes them."""
 
-    def __init__(self, spec: RotarySpec):
+    def __init__(self, spec: RotarySpec, device: torch.device):
         self.spec = spec
-        self.frequencies, self.long = compute_frequencies(spec)
+        self.frequencies, self.long = (None if each is None else each.to(device) for each in compute_frequencies(spec))
 
     def __call__(self, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
-        self.frequencies = self.frequencies.to(step.hidden.device)
         frequencies = self.frequencies
         if self.long is not None:
-            self.long = self.long.to(step.hidden.device)
             ends = step.positions[:, -1] if step.last is None else step.positions.gather(1, step.last[:, None])[:, 0]
             is_long = (ends >= self.spec.original_positions)[:, None, None]
             frequencies = torch.where(is_long, self.long, frequencies)

@@ -70,7 +70,7 @@ class Parts:
             loader.compile_products(range(self.chained), True, on_loaded)
             self.layers[width] = [loader.decoder_layer(index) for index in range(self.chained)]
         self.embedding, self.head = loader.embedding(), loader.head()
-        self._positional = loader.decoder.positions()
+        self._positional = loader.decoder.positions(device)
         self.fusion = Fusion(nn.ModuleList(), self._positional, self.dtype, device, on_loaded)
         if isinstance(capture, CudaGraphs) and has_compiler(device):  # as runs have it
             every = nn.ModuleList(layer for chain in self.layers.values() for layer in chain)

@@ -52,7 +52,7 @@ class Layerwise:
         self.rows_at_once = rows_at_once
         quant = replace(quant, lm_head_bits=UNQUANTIZED_BITS)
         self._loader = LayerLoader(checkpoint, [UNQUANTIZED_BITS] * self.layers, quant, torch.float32, device)
-        self._positional = self._loader.decoder.positions()
+        self._positional = self._loader.decoder.positions(device)
         _check_length(checkpoint, self.inputs.shape[1])
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:

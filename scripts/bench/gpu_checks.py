@@ -103,7 +103,7 @@ def _logits(
     layers, count = len(module.parts) - 2, len(rows)
     store = KVStore(0, layers, count * capacity, spec.kv_heads, spec.head_dim, dtype, run.device)
     store.shape_for(count, capacity)
-    positional = decoder.positions()
+    positional = decoder.positions(run.device)
     longest = max(LENGTHS)
     padded = [row[:length] + [3] * (longest - length) for row, length in zip(rows, LENGTHS, strict=True)]
     step = Step(

@@ -89,7 +89,8 @@ def time_passes(run: Run, folder: Path, bits: int) -> None:
     run.add(f"compile products at {bits} bits", seconds=time.monotonic() - began)
     began = time.monotonic()
     layers = [loader.decoder_layer(index) for index in range(shape.layers)]
-    module, positional = Layers([loader.embedding(), *layers, loader.head()]), loader.decoder.positions()
+    module = Layers([loader.embedding(), *layers, loader.head()])
+    positional = loader.decoder.positions(run.device)
     if run.on_gpu:
         torch.cuda.synchronize()
     run.add(f"load at {bits} bits, kernel {loader.kernel.name}", seconds=time.monotonic() - began)
