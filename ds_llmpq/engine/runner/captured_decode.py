@@ -143,8 +143,8 @@ class CapturedDecode:
         return done.hidden, done.logits
 
     def _make_buffers(self, rows: int) -> None:
-        """For twice the rows that were asked for, so that few sizes are met."""
-        most = min(max(2 * rows, 8), max(self.store.slots, rows))
+        """For all slots, so that graphs are captured anew only where a later shape of the store has more."""
+        most = max(self.store.slots, rows)
         device = self.store.device
         self._positions, self._shared = torch.zeros(2, most, dtype=torch.long, device=device)
         if self._hidden_size:
