@@ -54,22 +54,24 @@ def init_rank(plan: Plan, timeout_seconds: float) -> RankContext:
         torch.set_num_threads(stage.threads)
     choose_interface(read_meeting_place()[0])
     timeout = datetime.timedelta(seconds=timeout_seconds)
-    _init_process_group(stage.kind, timeout)
-    side_group = dist.new_group(backend="gloo", timeout=timeout)
     device = torch.device("cpu") if stage.kind == "cpu" else torch.device("cuda", local_index)
     if stage.kind == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device)  # first of all, or something takes memory on the host's first device
+    _init_process_group(stage.kind, timeout)
+    side_group = dist.new_group(backend="gloo", timeout=timeout)
     ranks = [stage.rank for stage in plan.stages]
     data = DataChannel(side_group, rank, len(plan.stages))
-    links = _open_links(ranks, stage_index) if stage.kind == "cuda" else (None, None)
+    links = _open_links(ranks, stage_index, timeout) if stage.kind == "cuda" else (None, None)
     return RankContext(rank, stage_index, stage, ranks, device, side_group, data, links)
 
 
-def _open_links(ranks: list[int], stage_index: int) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
+def _open_links(
+    ranks: list[int], stage_index: int, timeout: datetime.timedelta
+) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
     """A communicator for each pair of neighbours. In a common one nccl may run a rank's transfers one after another, so
     that a send waits for the receive that was asked for before it. gloo needs none, and each of its groups has
-    threads."""
-    groups = [dist.new_group([first, second]) for first, second in itertools.pairwise(ranks)]
+    threads. `timeout`: a group does not take the default group's; nccl's own is ten minutes."""
+    groups = [dist.new_group([first, second], timeout=timeout) for first, second in itertools.pairwise(ranks)]
     ends = [None, *groups, None]
     return ends[stage_index], ends[stage_index + 1]
 
