@@ -94,6 +94,7 @@ def report(error: UserError) -> int:
 def _through_hydra(command: str, arguments: list[str]) -> int:
     """Runs a command once, or many times with -m; the worst exit code of all."""
     config.register(command)
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # says on its first use that it looked for fonts
     if all(argument.startswith("out=") for argument in arguments):
         arguments = [*config.EXAMPLES.get(command, ()), *arguments]
     arguments = ["verbose=true" if argument in ("-v", "--verbose") else argument for argument in arguments]
@@ -127,7 +128,6 @@ def _check_room(folder: Path) -> None:
 
 def _run(command: str, composed: DictConfig) -> int:
     config.register(command)  # a sweep's worker process starts without the resolvers
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # says on its first use that it looked for fonts
     module = importlib.import_module(f"ds_llmpq.commands.{command}")
     out = Path(HydraConfig.get().runtime.output_dir)
     if HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -158,7 +158,8 @@ def _point(command: str, module: ModuleType, composed: DictConfig, out: Path) ->
         sweep_cache.forget(out)
         sweep.forget_failure(out)
         with refuse_unwritable(out):
-            code = module.run(config.to_object(composed, config.COMMANDS[command]), out)
+            run = getattr(module, "run_point", module.run)
+            code = run(config.to_object(composed, config.COMMANDS[command]), out)
         if code == 0:
             sweep_cache.note_done(out, command, made)
         return code

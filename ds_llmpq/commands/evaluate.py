@@ -33,6 +33,8 @@ def _format_text(found: dict[str, Any]) -> str:
             ["KL to 16 bits (nats per token)", f"{found['kl_nats_per_token']:.6f}"],
             ["same most likely token as 16 bits", f"{found['top1_agreement']:.2%}"],
         ]
+    elif "loss_increase" in found:
+        return format_table(["", "value"], [*rows, ["nothing is quantized", "so there is nothing to compare with"]])
     if increase := found.get("loss_increase"):
         measured = f"{increase['measured']:.6f} +- {increase['standard_error']:.6f}"
         rows += [["loss increase, measured", measured]]

@@ -14,22 +14,18 @@ from ds_llmpq.models.notes import describe_notes
 from ds_llmpq.plan import Plan
 from ds_llmpq.planner import pareto
 from ds_llmpq.report import sweep
-from ds_llmpq.report.plan_table import format_plan
+from ds_llmpq.report.plan_table import describe_plan, format_plan
 from ds_llmpq.report.solver_progress import make_progress_callback
 from ds_llmpq.research.ablations import solve_ablation
 from ds_llmpq.research.published_costs import SOURCES
-from ds_llmpq.serving.planning import build_problem, build_solver_options, make_plan, write_artefacts
+from ds_llmpq.serving.planning import Progress, build_problem, build_solver_options, make_plan, write_artefacts
 
 
 def run(settings: PlanCommandConfig, out: Path) -> int:
     settings = config.load_cluster(settings)
     if settings.planner.mode == "pareto":
         return _front(settings, out)
-    ablation = settings.ablation
-    solver = partial(
-        solve_ablation, variant=ablation.variant, group_layers=ablation.group_layers, objective=ablation.objective
-    )
-    plan = make_plan(settings, out, make_progress_callback(), solver, SOURCES)
+    plan = _make(settings, out, make_progress_callback())
     if plan.model_path is not None:
         print("".join(f"{note}\n" for note in describe_notes(plan.model_path)), end="")
     print(format_plan(plan))
@@ -37,6 +33,23 @@ def run(settings: PlanCommandConfig, out: Path) -> int:
     if plan.is_deployed:
         print("by hand: " + prepare_manual_launch(plan, out))
     return 0
+
+
+def run_point(settings: PlanCommandConfig, out: Path) -> int:
+    """A point of a sweep: one line; plan.json has the whole plan, and a table of all points comes at the end."""
+    settings = config.load_cluster(settings)
+    if settings.planner.mode == "pareto":
+        return _front(settings, out)
+    print(f"{out.name}: {describe_plan(_make(settings, out, lambda event: None)).splitlines()[0]}", flush=True)
+    return 0
+
+
+def _make(settings: PlanCommandConfig, out: Path, progress: Progress) -> Plan:
+    ablation = settings.ablation
+    solver = partial(
+        solve_ablation, variant=ablation.variant, group_layers=ablation.group_layers, objective=ablation.objective
+    )
+    return make_plan(settings, out, progress, solver, SOURCES)
 
 
 def _front(settings: PlanCommandConfig, out: Path) -> int:

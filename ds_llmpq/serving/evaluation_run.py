@@ -16,6 +16,7 @@ from ds_llmpq.launch.config import validate_supervision
 from ds_llmpq.launch.launcher import LOG_NAME, Launch
 from ds_llmpq.launch.process_monitor import ExitReason
 from ds_llmpq.plan import Quantization, launch_order, write_plan
+from ds_llmpq.quant.packing import UNQUANTIZED_BITS
 from ds_llmpq.serving.batch_run import choose_model, find_checkpoint, obtain_plan
 from ds_llmpq.serving.config import EvaluateConfig
 from ds_llmpq.serving.job import Job
@@ -57,13 +58,13 @@ def _locate(evaluation: EvaluationConfig) -> EvaluationConfig:
 
 
 def _compare(job: Job, settings: EvaluateConfig, out: Path) -> dict[str, Any]:
-    """Scores the plan with nothing quantized first, then the plan itself, compared with that."""
+    """Scores the plan with nothing quantized first, then the plan itself, compared with that; a plan that quantizes
+    nothing once."""
     file, folder = out / "reference.f32", out / "reference"
-    folder.mkdir(exist_ok=True)
     full = replace(
         job.plan,
-        stages=tuple(replace(stage, bits=(16,) * len(stage.bits)) for stage in job.plan.stages),
-        quant=replace(job.plan.quant or Quantization(), lm_head_bits=16),
+        stages=tuple(replace(stage, bits=(UNQUANTIZED_BITS,) * len(stage.bits)) for stage in job.plan.stages),
+        quant=replace(job.plan.quant or Quantization(), lm_head_bits=UNQUANTIZED_BITS),
     )
     unquantized = replace(
         job,
@@ -72,11 +73,15 @@ def _compare(job: Job, settings: EvaluateConfig, out: Path) -> dict[str, Any]:
         output=str(folder),
         scoring=replace(job.scoring, reference=str(file), keeps_reference=True),
     )
-    try:
-        reference = _score(unquantized, folder)
-        found = _score(replace(job, scoring=replace(job.scoring, reference=str(file))), out)
-    finally:
-        file.unlink(missing_ok=True)
+    if full.stages == job.plan.stages and job.plan.lm_head_bits == UNQUANTIZED_BITS:
+        reference = found = _score(job, out)
+    else:
+        folder.mkdir(exist_ok=True)
+        try:
+            reference = _score(unquantized, folder)
+            found = _score(replace(job, scoring=replace(job.scoring, reference=str(file))), out)
+        finally:
+            file.unlink(missing_ok=True)
     origins = job.plan.provenance
     pairs = [a - b for a, b in zip(reference["logprobs"], found["logprobs"], strict=True)]
     mean = math.fsum(pairs) / len(pairs)

@@ -75,7 +75,7 @@ class Run:
         """The values, until the section's time is over; then a line says how many were left out."""
         for place, value in enumerate(values):
             if self.left() <= 0:
-                self.add(f"{what}: time is up", "none", left_out=[str(each) for each in values[place:]])
+                self.add(f"{what}: time is up", "none", left_out=[label(each) for each in values[place:]])
                 return
             yield value
 
@@ -88,6 +88,13 @@ def free(device: torch.device) -> None:
         with contextlib.suppress(Exception):  # a device in error is said by what comes next
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
+
+
+def label(point: Any) -> str:
+    """A point in words: a kernel by its name, several values side by side."""
+    if isinstance(point, tuple):
+        return " ".join(map(label, point))
+    return str(getattr(point, "name", point))
 
 
 def plain(value: Any) -> str:

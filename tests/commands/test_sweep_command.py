@@ -1,6 +1,7 @@
 """`plan -m`: a point that is there is kept, a changed or failed one is done again; other launchers can be chosen."""
 
 import json
+import re
 
 import pytest
 
@@ -13,6 +14,10 @@ def test_points_are_kept_until_something_changes(call, tmp_path):
     code, text, _ = call(*again)
     assert code == 0
     assert "kept:" not in text
+    before, _, table = text.partition("\npoint")
+    assert len(re.findall(r"^\S+: plan: localhost", before, re.MULTILINE)) == 2
+    assert "workload: " not in before
+    assert len(table.splitlines()) < 15
     plans = sorted(tmp_path.glob("*/plan.json"))
     assert len(plans) == 2
     times = [plan.stat().st_mtime_ns for plan in plans]

@@ -18,6 +18,7 @@ from ds_llmpq.config import asset
 from ds_llmpq.engine.config import EngineConfig
 from ds_llmpq.errors import UserError
 from ds_llmpq.evaluation.config import EvaluationConfig, ScoringTask
+from ds_llmpq.launch.attempt import run_attempt
 from ds_llmpq.launch.launcher import Launch
 from ds_llmpq.models.fingerprint import fingerprint
 from ds_llmpq.plan import (
@@ -36,6 +37,7 @@ from ds_llmpq.plan import (
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.pretrained import load_quantized
 from ds_llmpq.quant.writer import write_quantized
+from ds_llmpq.serving import evaluation_run
 from ds_llmpq.serving.config import EvaluateConfig
 from ds_llmpq.serving.job import Job, pack_token
 
@@ -126,6 +128,22 @@ def test_scores_equal_transformers(stages, quantized, text, tmp_path):
     assert increase["predicted"] == 0.25
     assert found["tokens"] == found["compared_tokens"] == len(targets)
     assert not (tmp_path / "out" / "reference.f32").exists()
+
+
+def test_a_plan_that_quantizes_nothing_is_scored_once(text, tmp_path, monkeypatch, capsys):
+    attempts = []
+    monkeypatch.setattr(
+        evaluation_run, "run_attempt", lambda launch, *rest: attempts.append(launch) or run_attempt(launch, *rest)
+    )
+    plan_file = tmp_path / "plan.json"
+    write_plan(plan_file, make_plan(1, (16,) * LAYERS, lm_head_bits=16))
+    evaluation = EvaluationConfig(text=str(text), row_tokens=200)
+    assert evaluate.run(EvaluateConfig(plan=str(plan_file), evaluation=evaluation), tmp_path / "out") == 0
+    assert len(attempts) == 1
+    found = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert found["reference"]["nats_per_token"] == found["nats_per_token"]
+    assert found["loss_increase"]["measured"] == found["loss_increase"]["standard_error"] == 0
+    assert "nothing is quantized" in capsys.readouterr().out
 
 
 def test_harness_task_from_local_files_equals_the_harness_on_transformers(tmp_path, monkeypatch):

@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from ds_llmpq.quant.kernels.dequantize import DEQUANTIZE
 
 ROOT = Path(__file__).parents[2]
 SECTIONS = (
@@ -47,6 +50,20 @@ def test_bars_say_what_was_measured_and_whether_it_is_met(monkeypatch):
     }
     batch["cut_by_time"] = True
     assert not [bar for bar in list_bars(lines) if bar.what.startswith("batch") and bar.found is not None]
+
+
+def test_points_left_out_are_named(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts" / "bench")
+    from gpu_run import Run
+
+    run = Run(tmp_path, torch.device("cpu"), True, 60.0)
+    assert list(run.points("lm_head", [(DEQUANTIZE, 4)])) == [(DEQUANTIZE, 4)]
+    run.section_ends = run.began
+    assert list(run.points("lm_head", [(DEQUANTIZE, 4), (DEQUANTIZE, 8)])) == []
+    assert list(run.points("rows", [1, "a"])) == []
+    run.close()
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [line["left_out"] for line in lines] == [["dequantize 4", "dequantize 8"], ["1", "a"]]
 
 
 @pytest.mark.slow
