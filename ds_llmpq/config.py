@@ -241,6 +241,9 @@ def _name_key(error: Exception) -> str:
     return f"{key}: " if key else ""
 
 
+_NO_LIST = re.compile(r"Error merging override (\S+?)=(\S+); Invalid value assigned: \w+ is not a ListConfig.*")
+
+
 def _sentence(error: Exception) -> str:
     """One sentence from Hydra's and OmegaConf's messages of many lines, of which the first say what is wrong. If one of
     our own errors caused it, as in a resolver, its message is enough."""
@@ -255,6 +258,7 @@ def _sentence(error: Exception) -> str:
     noise = ("full_key", "object_type", "reference_type", "Set the env", "Config search path", "provider=")
     kept = [line for line in lines if not line.startswith(noise)]
     text = "; ".join(dict.fromkeys(line.rstrip(".") for line in kept[:40]))
+    text = _NO_LIST.sub(r"\1=\2 must be a list, as \1=[\2]", text)
     # Hydra lists a group's entries one a line
     head, listing, entries = text.partition("Available options in ")
     if listing:

@@ -114,6 +114,7 @@ def test_the_papers_clusters_are_all_there():
         ("foo=1", "foo is no key of `ds-llmpq plan`"),
         ("planner.thetaa=1", "thetaa"),
         ("planner.theta=abc", "could not be converted to Float"),
+        ("quant.bits=4", "quant.bits=4 must be a list, as quant.bits=[4]."),
         ("cluster=nope", "cluster/nope"),
         ("workload.sequences=many", "could not be converted to Integer"),
         ("quant.bits=4", "quant"),

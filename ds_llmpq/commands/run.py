@@ -13,6 +13,7 @@ from ds_llmpq.report.run_summary import format_run
 from ds_llmpq.report.solver_progress import make_progress_callback
 from ds_llmpq.serving.batch_run import BatchRun, Screen, run_batch
 from ds_llmpq.serving.config import RunConfig
+from ds_llmpq.wording import pluralize
 
 MOST_LINES = 10  # of a run in which nothing happened that the user should know, all but progress
 
@@ -46,9 +47,9 @@ def _print_end(done: BatchRun, settings: RunConfig, out: Path, page: _Page) -> N
     head, *lines = format_run(done.metrics, settings.verbose).splitlines()
     page.show("\n".join([f"{head}; results: {results}", *lines]))
     if counts.failed:
-        page.show(f"{counts.failed} requests failed; the reasons are in {out / 'errors.jsonl'}")
+        page.show(f"{pluralize(counts.failed, 'request')} failed; the reasons are in {out / 'errors.jsonl'}")
     if done.restarts:
-        page.show(f"the pipeline was started again {done.restarts} times ({'; '.join(done.reasons)})")
+        page.show(f"the pipeline was started again {pluralize(done.restarts, 'time')} ({'; '.join(done.reasons)})")
     for answer in show_answers(config.make_absolute(settings.input), results, min(3, max(1, MOST_LINES - page.lines))):
         page.show(f"answer {answer}")
 

@@ -177,6 +177,10 @@ def _find_shortage(wanted: TimingTask, cluster: Cluster) -> str | None:
     )
     chained = limit_chain(min(_CHAINED_LAYERS, wanted.shape.layers), memory.layer_bytes(UNQUANTIZED_BITS))
     rank = chained * sum(memory.layer_bytes(bits) for bits in wanted.bits)
+    rows, workload = {phase: max(sizes) for phase, sizes in wanted.sizes.items()}, wanted.workload
+    cache = memory.kv_bytes_per_sequence_layer(workload.prompt_tokens + workload.generated_tokens)
+    rank += chained * max(rows.values()) * cache
+    rank += memory.workspace_bytes(rows["prefill"], workload.prompt_tokens, 0, True)
     needed = (rank + memory.embed_bytes() + memory.head_bytes()) * len(STAGES)
     available = available_memory_bytes()
     if needed <= _MEMORY_SHARE * available:

@@ -171,6 +171,10 @@ def test_a_cluster_elsewhere_is_not_measured_here(wanted, cache, monkeypatch):
     monkeypatch.setattr(short_profile, "available_memory_bytes", lambda: 1 << 20)
     assert calibrate(wanted, make_cluster("fast"), "auto", said.append) is None
     assert "more than half of the 1 MiB that are free" in said[-1]
+    monkeypatch.setattr(short_profile, "available_memory_bytes", lambda: 1 << 34)
+    many = replace(wanted, sizes={"prefill": [1], "decode": [1, 10**9]})
+    assert calibrate(many, make_cluster("fast"), "auto", said.append) is None
+    assert re.search(r"it would take \d{7,} MiB, more than half of", said[-1])
     assert not cache.exists()
 
 
