@@ -141,7 +141,7 @@ def _estimate(problem: Problem, bits: int, pair: tuple[int, int]) -> PredictedTo
     return timed if math.isfinite(timed.latency_seconds) else None
 
 
-SLOW_BASELINE = "pipeedge"  # of those that every plan is compared with
+QUICK_BASELINES = ("uniform", "memory_proportional", "single_device")
 RULES: dict[str, Callable[[Problem], Iterable[Assignment]]] = {
     "uniform": uniform,
     "memory_proportional": memory_proportional,

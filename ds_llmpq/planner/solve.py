@@ -8,7 +8,7 @@ from typing import Any
 
 from ds_llmpq.errors import InfeasibleError, UserError
 from ds_llmpq.plan import BASELINES, ESTIMATES, Assignment, Plan, SolverReport
-from ds_llmpq.planner.baselines import SLOW_BASELINE, Baseline, find_baseline
+from ds_llmpq.planner.baselines import QUICK_BASELINES, Baseline, find_baseline
 from ds_llmpq.planner.deploy import compose_plan
 from ds_llmpq.planner.explain import explain_plan
 from ds_llmpq.planner.feasibility import explain_memory, memory_feasible, pairs
@@ -151,19 +151,20 @@ def _check_options(time_limit_seconds: float, gap: float, solver: str, least_gai
 
 def _begin(run: _Run) -> None:
     """What is had at once: a first bound by arithmetic, plans by the quick baselines; in the time there is, a better
-    bound and plans rounded from it. The slow baseline comes last, but comes whatever the time limit."""
+    bound and plans rounded from it. The other baselines come last, but come whatever the time limit."""
     problem, pins, best = run.problem, run.pins, run.best
     best.raise_bound(min(simple_bound(problem, pins, pair) for pair in pairs(problem)))
-    for name in BASELINES:
-        if name != SLOW_BASELINE:
-            _offer_baseline(run, name)
+    for name in QUICK_BASELINES:
+        _offer_baseline(run, name)
     run.first = first_bounds(problem, pins, run.deadline)
     best.raise_bound(min((known.bound for known in run.first.values()), default=math.inf))
     if run.solver in ("auto", "search"):
         run.note_solver("search")
         search = run.search = Search(problem, best, pins, **_search_options(run))
         offer_first_plans(search.relaxed, search.roots(PAIRS), search.goal, bound=search.bound, deadline=run.deadline)
-    _offer_baseline(run, SLOW_BASELINE)
+    for name in BASELINES:
+        if name not in run.baselines:
+            _offer_baseline(run, name)
     if best.assignment is None and problem.objective.mode != "theta":
         _try_limit(run)
 

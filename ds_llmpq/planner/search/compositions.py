@@ -9,6 +9,7 @@ are alike, a bound otherwise.
 
 import itertools
 import math
+from functools import cached_property
 
 import numpy as np
 
@@ -49,6 +50,16 @@ class Compositions:
     def loss(self, length: int) -> np.ndarray:
         self._build(length)
         return self._loss[length][:, : self.layers]
+
+    @cached_property
+    def short_loss(self) -> np.ndarray:
+        """[n, L]: the losses of all short lengths, one length after the other."""
+        return np.concatenate([np.zeros((0, self.layers)), *map(self.loss, range(1, self.short + 1))])
+
+    @cached_property
+    def short_length(self) -> np.ndarray:
+        """[n]: the length of each row of `short_loss`."""
+        return np.repeat(np.arange(1, self.short + 1), [len(self.counts(k)) for k in range(1, self.short + 1)])
 
     def _build(self, length: int) -> None:
         while len(self._counts) <= length:
@@ -96,8 +107,6 @@ class StageCosts:
         self._uses: dict[int, np.ndarray] = {}
         lengths = range(1, compositions.short + 1)
         self.short_uses = np.concatenate([np.zeros((0, 3)), *(self.uses(k) for k in lengths)])
-        self.short_loss = np.concatenate([np.zeros((0, compositions.layers)), *map(compositions.loss, lengths)])
-        self.short_length = np.repeat(np.arange(1, compositions.short + 1), [len(self.uses(k)) for k in lengths])
 
     def uses(self, length: int) -> np.ndarray:
         """[n, 3]: P, D and bytes of each composition."""
@@ -113,8 +122,9 @@ class StageCosts:
         found = np.full((self.table.short, self.table.layers if first is None else 1), np.inf)
         rows = np.flatnonzero(_keeps(self.short_uses, limits))
         if len(rows):
-            lengths = self.short_length[rows]
-            loss = self.short_loss[rows] if first is None else self.short_loss[rows, first[lengths - 1]][:, None]
+            lengths = self.table.short_length[rows]
+            table = self.table.short_loss
+            loss = table[rows] if first is None else table[rows, first[lengths - 1]][:, None]
             times = self.short_uses[rows, 0] + pass_weight * self.short_uses[rows, 1]
             cost = times[:, None] + theta * loss
             heads = np.flatnonzero(np.diff(lengths, prepend=0))

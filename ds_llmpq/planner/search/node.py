@@ -1,7 +1,9 @@
 """What the search splits: boxes of thresholds with their duals, the numbers of one micro-batch pair, the target."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -71,17 +73,25 @@ class Multipliers:
 
 @dataclass(frozen=True)
 class Pair:
-    """What the search keeps for one micro-batch pair."""
+    """What the search keeps for one micro-batch pair. Its bounds are built when a box of it is first looked at."""
 
     arrays: PairArrays
-    stages: StageBounds
-    multipliers: Multipliers  # the only part that changes: it grows as paths are rounded
+    build: Callable[[], StageBounds]
     link: np.ndarray  # [2, C, C]
     back: np.ndarray  # [2, C, C]
     slow: float  # weight of the slowest prefill resource, m_p - 1
     ring: float  # weight of a decode pass
     slowest: float  # weight of the slowest decode resource
     root: Box
+
+    @cached_property
+    def stages(self) -> StageBounds:
+        return self.build()
+
+    @cached_property
+    def multipliers(self) -> Multipliers:
+        """The only part that changes: it grows as paths are rounded."""
+        return Multipliers(self.stages)
 
 
 def round_weights(pair: Pair, w: float) -> tuple[float, float]:

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -24,7 +25,7 @@ from ds_llmpq.planner.search.beam import search_beam
 from ds_llmpq.planner.search.compositions import Compositions
 from ds_llmpq.planner.search.device_classes import Classes, class_links, group
 from ds_llmpq.planner.search.dual_prices import best_prices
-from ds_llmpq.planner.search.node import Multipliers, Node, Pair, round_weights
+from ds_llmpq.planner.search.node import Node, Pair, round_weights
 from ds_llmpq.planner.search.rounding import Place, choose_bits, find_multipliers
 from ds_llmpq.planner.search.shortest_path import PathSpace, PathStep
 from ds_llmpq.planner.search.stage_bounds import NEVER, Box, Prices, StageBounds
@@ -60,19 +61,12 @@ class Relaxation:
 
     def _pair(self, pair: tuple[int, int]) -> Pair:
         arrays = pair_arrays(self.problem, *pair)
-        representatives = self.classes.representatives()
-        allowed = self.pins.widths(self.problem)
-        if self.compositions is None:
-            self.compositions = Compositions(arrays.sensitivity, allowed, NEVER)
-        masks = [self.pins.intervals(self.problem, d) for d in representatives]
-        stages = StageBounds(arrays, representatives, allowed, masks, self.compositions)
         rounds = arrays.generated_tokens - 1
         # a class without a second member cannot follow itself
         link, back = (np.minimum(class_links(table, self.classes), NEVER) for table in (arrays.link, arrays.back))
         return Pair(
             arrays,
-            stages,
-            Multipliers(stages),
+            partial(self._bound_stages, arrays),
             link,
             back,
             slow=arrays.prefill_rounds - 1.0,
@@ -80,6 +74,14 @@ class Relaxation:
             slowest=float(rounds * arrays.decode_rounds),
             root=_root_box(arrays),
         )
+
+    def _bound_stages(self, arrays: PairArrays) -> StageBounds:
+        representatives = self.classes.representatives()
+        allowed = self.pins.widths(self.problem)
+        if self.compositions is None:
+            self.compositions = Compositions(arrays.sensitivity, allowed, NEVER)
+        masks = [self.pins.intervals(self.problem, d) for d in representatives]
+        return StageBounds(arrays, representatives, allowed, masks, self.compositions)
 
     def evaluate(self, node: Node) -> tuple[float, list[PathStep]]:
         """(bound in units of the objective, best path) of a node; the path is empty when nothing is possible."""
