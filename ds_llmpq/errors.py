@@ -1,5 +1,6 @@
 """The exception for a user's mistake, whose message is shown without a traceback."""
 
+import sys
 import unicodedata
 from collections.abc import Mapping
 from typing import Any
@@ -80,3 +81,9 @@ class RunFailed(UserError):
     def __init__(self, message: object, failure: Mapping[str, Any]):
         super().__init__(message)
         self.failure = failure
+
+
+def print_error(error: UserError) -> int:
+    """Shows the message; returns the exit code."""
+    print(f"error: {error}", file=sys.stderr)
+    return error.exit_code
