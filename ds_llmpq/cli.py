@@ -7,14 +7,11 @@ import signal
 import sys
 import threading
 
-from ds_llmpq import __version__, completion, config, hydra_app
-from ds_llmpq.commands import serve
-from ds_llmpq.engine.openmp import wait_briefly
+from ds_llmpq import __version__
 from ds_llmpq.errors import Interrupted, UserError, print_error
-from ds_llmpq.versions import check_versions
 
 # commands whose ranks know their layers, and so how long their threads should wait
-_COMPUTED_BY_RANKS = frozenset({"run", "evaluate", "serve", "plan"})
+_COMPUTED_BY_RANKS = frozenset({"run", "evaluate", "plan"})
 # Hydra's own flags for completion, which expect a program without commands
 _HYDRAS_COMPLETION = {"-sc", "--shell-completion", "--shell_completion"}
 # commands whose first argument may be a bare word, and the key it stands for
@@ -54,22 +51,35 @@ def main(arguments: list[str] | None = None) -> None:
     if command == "merge" and words:
         rest = [f"files={json.dumps(words, ensure_ascii=False)}", *(each for each in rest if each not in words)]
     try:
-        check_versions()
-        if command == "completion" or {command, *rest} & _HYDRAS_COMPLETION:
-            sys.exit(completion.main(rest if command == "completion" else completion.parse_install(rest)))
-        if command not in config.COMMANDS:
-            raise UserError(f"There is no command {command!r}; the commands are {', '.join(config.COMMANDS)}.")
-        if command not in _COMPUTED_BY_RANKS:
-            wait_briefly()  # they may multiply with any kernel
-        if command == "serve":
-            code = serve.main(rest)
-        else:
-            code = hydra_app.run_command(command, rest)
+        code = _run(command, rest)
     except UserError as error:
         code = print_error(error)
     except KeyboardInterrupt:
         code = print_error(Interrupted("Interrupted."))
     sys.exit(code)
+
+
+def _run(command: str, rest: list[str]) -> int:
+    # not before they are needed: Hydra and the schemas take longer to load than all else that `--help` does
+    from ds_llmpq.versions import check_versions
+
+    check_versions()
+    if command == "completion" or {command, *rest} & _HYDRAS_COMPLETION:
+        from ds_llmpq import completion
+
+        return completion.main(rest if command == "completion" else completion.parse_install(rest))
+    if command == "serve":
+        from ds_llmpq.commands import serve
+
+        return serve.main(rest)
+    from ds_llmpq import config, hydra_app
+    from ds_llmpq.engine.openmp import wait_briefly
+
+    if command not in config.COMMANDS:
+        raise UserError(f"There is no command {command!r}; the commands are {', '.join(config.COMMANDS)}.")
+    if command not in _COMPUTED_BY_RANKS:
+        wait_briefly()  # they may multiply with any kernel
+    return hydra_app.run_command(command, rest)
 
 
 if __name__ == "__main__":

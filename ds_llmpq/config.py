@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hydra import compose, initialize_config_dir
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf, open_dict
 from yaml import YAMLError
 
 from ds_llmpq import overrides
@@ -85,11 +87,19 @@ def register(command: str | None = None) -> None:
 
 def compose_settings(command: str, arguments: list[str]) -> DictConfig:
     """The configuration of a command, without running it. `UserError`: an unknown key or a wrong value."""
+    composed, _ = compose_job(command, prepare(command, arguments))
+    with open_dict(composed):
+        del composed["hydra"]
+    return composed
+
+
+def compose_job(command: str, prepared: list[str]) -> tuple[DictConfig, ConfigLoader]:
+    """The configuration with Hydra's own node, and what it was loaded by. `prepared`: of `prepare`."""
     register(command)
-    prepared = prepare(command, arguments)
     try:
-        with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-            return compose(config_name=command, overrides=prepared)
+        with initialize_config_dir(str(conf_folder()), job_name=command, version_base="1.3"):
+            composed = compose(config_name=command, overrides=prepared, return_hydra_config=True)
+            return composed, GlobalHydra.instance().config_loader()
     except Exception as error:  # Hydra raises ValueError, AssertionError and others for mistakes in overrides
         raise UserError(f"Configuration of {command}: {_sentence(error)}") from None
 

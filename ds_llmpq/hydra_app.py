@@ -6,15 +6,19 @@ import importlib
 import logging
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import hydra
+from hydra._internal.callbacks import Callbacks
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
+from hydra.core.utils import configure_log, run_job
+from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from ds_llmpq import config
+from ds_llmpq import config, overrides
 from ds_llmpq.batch.results import check_folder
 from ds_llmpq.errors import Interrupted, RunFailed, UserError, print_error
 from ds_llmpq.files import keep_open_pipe, refuse_unwritable
@@ -33,21 +37,46 @@ def run_command(command: str, arguments: list[str]) -> int:
     arguments = ["verbose=true" if argument in ("-v", "--verbose") else argument for argument in arguments]
     flags = [argument for argument in arguments if argument.startswith("-")]
     arguments = config.prepare(command, arguments, sweep=bool({"-m", "--multirun"} & set(flags)))
-    if not flags:
-        # says a mistake in one sentence before Hydra says it in many lines
-        composed = config.compose_settings(command, arguments)
-        if any(argument.startswith("out=") for argument in arguments):
-            _check_room(check_folder(config.make_absolute(composed.out)))
     codes: list[int] = []
 
     def task(composed: DictConfig) -> int:
         codes.append(_run(command, composed))
         return codes[-1]
 
+    if flags in (["--help"], ["-h"]):
+        return _print_help(command, [argument for argument in arguments if argument not in flags])
+    if not flags and not any(argument.startswith("hydra.mode=") for argument in arguments):
+        composed, loader = config.compose_job(command, arguments)
+        if any(argument.startswith("out=") for argument in arguments):
+            _check_room(check_folder(config.make_absolute(composed.out)))
+        return _run_once(composed, loader, task)
     sys.argv = [f"ds-llmpq {command}", *arguments]
     with sweep.collect_exit_codes() as of_points:
         hydra.main(version_base="1.3", config_path=str(config.conf_folder()), config_name=command)(task)()
     return max([0, *codes, *of_points])
+
+
+def _run_once(composed: DictConfig, loader: ConfigLoader, task: Callable[[DictConfig], int]) -> int:
+    """What `hydra.main` does, which would compose the configuration twice more."""
+    composed.hydra.mode = RunMode.RUN
+    configure_log(composed.hydra.hydra_logging, composed.hydra.verbose)
+    callbacks = Callbacks(composed)
+    callbacks.on_run_start(config=composed, config_name=composed.hydra.job.config_name)
+    result = run_job(task, composed, "hydra.run.dir", None, HydraContext(loader, callbacks))
+    callbacks.on_run_end(config=composed, config_name=composed.hydra.job.config_name, job_return=result)
+    return result.return_value  # raises what the task raised
+
+
+def _print_help(command: str, arguments: list[str]) -> int:
+    """What Hydra's help says, in a tenth of its time, and only the groups that the command has."""
+    kind = config.COMMANDS[command]
+    groups = overrides.list_groups(kind, config.conf_folder())
+    composed = config.compose_settings(command, arguments)
+    print(f"{' '.join(kind.__doc__.split())}\n\nGroups (`group=entry`; experiments and comparisons with `+`):\n")
+    print("".join(f"{name}: {', '.join(entries)}\n" for name, entries in groups.items()))
+    print("Keys (`key=value`; `-m` with values `a,b` runs them all; `--hydra-help` shows Hydra's own flags):\n")
+    print(OmegaConf.to_yaml(composed), end="")
+    return 0
 
 
 def _check_room(folder: Path) -> None:

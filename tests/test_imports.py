@@ -36,7 +36,7 @@ BORDER = {
     "config",
     "hydra_app",
     "__main__",
-}  # only commands, the command line and the API know configuration
+}  # these know configuration
 
 
 def imported_rooms(file: Path) -> set[str]:
@@ -80,6 +80,12 @@ def test_the_shared_modules_import_no_room():
 def test_planning_loads_no_heavy_framework(module):
     heavy = ("torch", "deepspeed", "transformers", "scipy", "sklearn", "matplotlib", "gurobipy", "highspy")
     code = f"import sys, ds_llmpq.{module}; print([n for n in {heavy} if n in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert result.stdout.strip() == "[]"
+
+
+def test_the_command_line_begins_without_hydra_and_numpy():
+    code = "import sys, ds_llmpq.cli; print([n for n in ('hydra', 'numpy', 'pydantic') if n in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert result.stdout.strip() == "[]"
 

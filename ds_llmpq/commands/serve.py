@@ -9,14 +9,12 @@ from __future__ import annotations
 import os
 import sys
 
-from ds_llmpq import config
 from ds_llmpq.engine.openmp import wait_as_stage_needs
 from ds_llmpq.errors import PortTaken, UserError
 from ds_llmpq.launch.environment import choose_accelerator, read_rank
 from ds_llmpq.launch.failures import PORT, report_failure
 from ds_llmpq.launch.heartbeat import dump_stacks_on_signal, exit_if_parent_dies
 from ds_llmpq.launch.progress import ERROR_MARK
-from ds_llmpq.serving.config import ServeConfig
 from ds_llmpq.serving.job import Job
 from ds_llmpq.versions import check_versions
 
@@ -45,6 +43,10 @@ def _read_job(arguments: list[str]) -> Job:
     own = [argument for argument in arguments if not argument.startswith("--local_rank")]
     if len(own) == 2 and own[0] == "--job":
         return Job.from_token(own[1])
+    # started by hand: what Hydra needs to load, a supervised rank does not wait for
+    from ds_llmpq import config
+    from ds_llmpq.serving.config import ServeConfig
+
     return Job.from_config(config.to_object(config.compose_settings("serve", own), ServeConfig))
 
 

@@ -78,16 +78,21 @@ def _reach(arrays: PairArrays, d: int, least: np.ndarray) -> np.ndarray:
         return reach
     used = np.concatenate([[0.0], np.cumsum(least)])
     has_embed, has_head = np.isfinite(arrays.embed[:, d]).all(), np.isfinite(arrays.head[:, d]).all()
-    for a in range(layers):
-        if a == 0 and not has_embed:
-            continue
-        room = arrays.capacity[d] - (arrays.embed_bytes if a == 0 else 0.0)
-        head = charge_head(arrays, first=a == 0, last=True)
-        if has_head and used[layers] - used[a] + head <= room:
-            reach[a] = layers
-        else:
-            fitting = int(np.searchsorted(used - used[a], room, side="right")) - 1
-            reach[a] = max(a, min(fitting, layers - 1))
+    first = np.arange(layers)
+    room = np.full(layers, arrays.capacity[d])
+    room[0] -= arrays.embed_bytes
+    head = np.where(first == 0, *(charge_head(arrays, first=is_first, last=True) for is_first in (True, False)))
+    fitting = np.searchsorted(used, used[:-1] + room, side="right") - 1
+    # sums round otherwise than the differences that count: the next layer may just fit, or the last one not
+    while (more := (fitting < layers) & (used[np.minimum(fitting + 1, layers)] - used[:-1] <= room)).any():
+        fitting += more
+    while (less := (fitting > first) & (used[fitting] - used[:-1] > room)).any():
+        fitting -= less
+    reach[:-1] = np.maximum(first, np.minimum(fitting, layers - 1))
+    if has_head:
+        reach[:-1][used[layers] - used[:-1] + head <= room] = layers
+    if not has_embed:
+        reach[0] = 0
     return reach
 
 

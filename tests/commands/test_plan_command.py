@@ -5,8 +5,10 @@ import json
 import os
 from pathlib import Path
 
+import hydra
 import pytest
 
+from ds_llmpq import config
 from ds_llmpq.plan import Plan, launch_order, read_plan
 from ds_llmpq.report import sweep
 from ds_llmpq.sensitivity.prior import make_prior
@@ -133,6 +135,25 @@ def test_an_unknown_command_and_the_usage(call):
     code, out, _ = call("--help")
     assert code == 0
     assert "ds-llmpq COMMAND" in out
+
+
+def test_a_commands_help_has_its_groups_and_keys(call):
+    code, out, err = call("plan", "--help", "cluster=cluster3")
+    assert (code, err) == (0, "")
+    assert "engine: default\n" in out
+    assert "max_quality_loss: 0.02\n" in out
+    assert "name: cluster3\n" in out
+    assert "task:" not in out  # a group of another command
+
+
+def test_a_configuration_is_composed_once(call, small, tmp_path, monkeypatch):
+    composed = []
+    compose = config.compose
+    monkeypatch.setattr(config, "compose", lambda **keys: composed.append(keys) or compose(**keys))
+    monkeypatch.setattr(hydra, "main", None)
+    assert call("plan", *small, f"out={tmp_path}")[0] == 0
+    assert len(composed) == 1
+    assert {file.name for file in (tmp_path / ".hydra").iterdir()} == {"config.yaml", "hydra.yaml", "overrides.yaml"}
 
 
 @pytest.mark.slow

@@ -30,6 +30,7 @@ MODULES = {
     "hqq.core.quantize.Quantizer": ("quant/hqq.py", "quant/optimize.py", "quant/unpacked_weight.py"),
     "hqq.core.quantize.BaseQuantizeConfig": ("quant/hqq.py",),
     "openvino": _OPENVINO,
+    "hydra._internal": ("hydra_app.py",),
     "humming": ("quant/kernels/humming_product.py",),
     "openvino.op": ("quant/kernels/openvino_graph/decoder_layer.py",),
     "lm_eval": ("evaluation/harness.py",),
