@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -120,10 +120,31 @@ def to_object(config: DictConfig, kind: type[T]) -> T:
     return result
 
 
-def read_device_types() -> dict[str, DeviceTypeConfig]:
+class _DeviceTypes(Mapping[str, DeviceTypeConfig]):
+    """Those of a folder by name, each read when it is first looked up: there are many, and few are needed."""
+
+    def __init__(self, folder: Path):
+        self._files = {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+        self._read: dict[str, DeviceTypeConfig] = {}
+
+    def __getitem__(self, name: str) -> DeviceTypeConfig:
+        if name not in self._read:
+            self._read[name] = _read_typed(self._files[name], DeviceTypeConfig)
+        return self._read[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def read_device_types() -> Mapping[str, DeviceTypeConfig]:
     """The device types of conf/device by name."""
-    files = sorted((conf_folder() / "device").glob("*.yaml"))
-    return {file.stem: _read_typed(file, DeviceTypeConfig) for file in files}
+    return _DeviceTypes(conf_folder() / "device")
 
 
 def choose_cluster(settings: PlanningConfig | ProfileConfig) -> ClusterConfig:
