@@ -12,23 +12,28 @@ DIR/table.md at the end. Exit code 1: a check failed.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import os
 import shutil
 import sys
 import tempfile
 import threading
+import time
 from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout that is not installed
 
-import torch
-from gpu_bars import write_bars
-from gpu_batches import check_engine, run_batches, run_two_stages, write_model
-from gpu_checks import check_families, check_kernels
-from gpu_run import Run, environment, write_table
-from gpu_speed import measure_ceilings, time_passes, time_transformers
+try:
+    import torch
+    from gpu_bars import write_bars
+    from gpu_batches import check_engine, run_batches, run_two_stages, write_model
+    from gpu_checks import check_families, check_kernels
+    from gpu_run import Run, environment, is_lost, write_table
+    from gpu_speed import measure_ceilings, time_passes, time_transformers
+except ModuleNotFoundError as missing:
+    sys.exit(f"gpu.py needs {missing.name}, which cannot be imported here; docs/gpu.md says what to carry")
 
 QUICK_MINUTES = 1.5
 GRACE_SECONDS = 4.0  # before the end, when whatever still runs is left
@@ -47,6 +52,7 @@ def main() -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--sections", nargs="+", choices=[*SHARES], default=[*SHARES])
+    parser.add_argument("--again", nargs=2, help=argparse.SUPPRESS)  # see `start_again`
     options = parser.parse_args()
     device = torch.device(options.device)
     if device.type == "cuda":
@@ -57,15 +63,21 @@ def main() -> int:
     else:
         torch.set_num_threads(1)
     seconds = 60 * (QUICK_MINUTES if options.quick else options.minutes)
-    run = Run(options.out, device, options.tiny, seconds - GRACE_SECONDS)
+    began = float(options.again[1]) if options.again else None
+    run = Run(options.out, device, options.tiny, seconds - GRACE_SECONDS, began)
     os.environ["DS_ACCELERATOR"] = device.type
-    folder = Path(tempfile.mkdtemp(prefix="gpu-bench-", dir=roomy_folder(options.tiny)))
-    watch = threading.Timer(seconds - GRACE_SECONDS / 2, lambda: end_now(run, folder))
+    folder = (
+        options.again[0] if options.again else tempfile.mkdtemp(prefix="gpu-bench-", dir=roomy_folder(options.tiny))
+    )
+    folder, left = Path(folder), max(1.0, run.ends - time.monotonic())
+    watch = threading.Timer(left + GRACE_SECONDS / 2, lambda: end_now(run, folder))
     watch.daemon = True
     watch.start()
+    faulthandler.dump_traceback_later(left + GRACE_SECONDS, exit=True)  # if something holds Python's lock until then
     try:
         run_sections(run, options.sections, folder, seconds)
     finally:
+        faulthandler.cancel_dump_traceback_later()
         watch.cancel()
         shutil.rmtree(folder, ignore_errors=True)
     return conclude(run)
@@ -86,14 +98,29 @@ def run_sections(run: Run, sections: list[str], folder: Path, seconds: float) ->
         "8 bits": partial(time_passes, folder=folder, bits=8),
         "transformers, compiled": partial(time_transformers, folder=folder, compiled=True),
     }
-    with run.section("environment", 1.0, seconds):
-        run.add("this machine", **environment(run))
-    for name in sections:
+    if not run.lines:
+        with run.section("environment", 1.0, seconds):
+            run.add("this machine", **environment(run))
+    for place, name in enumerate(sections, 1):
         with run.section(name, SHARES[name], seconds):
             if run.left() <= 0:
                 run.add("left out: time is up", "none")
             else:
                 actions[name](run)
+        if sections[place:] and is_lost(run.device):
+            start_again(run, sections[place:], folder, seconds)
+
+
+def start_again(run: Run, sections: list[str], folder: Path, seconds: float) -> None:
+    """The sections that are left, in a new process in the place of this one: CUDA's errors (an illegal address, a
+    failed assertion) stay, and would fail them all."""
+    run.add("the device is in an error; the next sections run in a new process", "none")
+    run.close()
+    sys.stdout.flush()
+    options = ["--minutes", str(seconds / 60), "--out", str(run.out), "--device", run.device.type]
+    options += ["--tiny"] if run.tiny else []
+    options += ["--again", str(folder), str(run.began), "--sections", *sections]
+    os.execv(sys.executable, [sys.executable, str(Path(__file__).resolve()), *options])
 
 
 def conclude(run: Run) -> int:
@@ -109,6 +136,7 @@ def conclude(run: Run) -> int:
 
 def end_now(run: Run, folder: Path) -> None:
     """The time is over and something still runs, which is given up: what is measured is on disk already."""
+    run.is_over = True
     run.add("stopped: time is up", "none")
     code = conclude(run)
     shutil.rmtree(folder, ignore_errors=True)

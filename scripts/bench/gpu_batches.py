@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
 import random
@@ -142,7 +143,9 @@ def run_batches(run: Run, folder: Path) -> None:
         sequences //= 2
     for name, mix in mixes.items():
         plan = plan_for(run, folder, sequences, mix[3], mix[4])
-        _run_batch(run, plan, folder, name, mix, run.left() / (1 if name == list(mixes)[-1] else 2))
+        # bars are for the first
+        _run_batch(run, plan, folder, name, mix, run.left() * (1 if name == list(mixes)[-1] else 0.75))
+        gc.collect()  # an engine is part of cycles, and holds the model and the cache
         free(run.device)
 
 
@@ -218,6 +221,7 @@ def _run_batch(run: Run, plan: Plan, folder: Path, name: str, mix: tuple, second
     from ds_llmpq.scheduler.request_group import RequestGroup, Sequence
     from ds_llmpq.serving.prediction import simulate_streams
 
+    before = _memory(run)
     began = time.monotonic()
     rule = LengthRule(began + seconds)
     session = Session(plan, join(run, plan), folder, rule, options=EngineConfig(decode_graphs=True))
@@ -244,13 +248,14 @@ def _run_batch(run: Run, plan: Plan, folder: Path, name: str, mix: tuple, second
         plan, [(each.slots, each.lengths, each.lengths.shared) for each in streams], session.limits
     )
     predicted = sum(each.latency_seconds for each in simulated or ())
-    busy = sum(report["seconds"].get(phase, 0.0) for phase in ("prefill", "decode", "sample"))
+    # spans of device time, in which a capture counts, too, though the device waits for it
+    busy = sum(report["seconds"].get(phase, 0.0) for phase in ("prefill", "decode", "sample")) - capture.seconds
     run.add(
         f"batch: {name}", PREDICTED, requests=len(done), of=asked, slots=slots,
         seconds=measured, output_tokens_s=sum(done) / measured,
         all_tokens_s=(sum(done) + sum(t.prompt_tokens for t in streams)) / measured,
         predicted_seconds=predicted, measured_over_predicted=measured / predicted if predicted else 0.0,
-        capture_seconds=capture.seconds, device_busy_share=busy / measured,
+        capture_seconds=capture.seconds, device_busy_share=busy / (measured - capture.seconds),
         cut_by_time=rule.cut, load_seconds=load,
     )  # fmt: skip
     run.add(
@@ -259,8 +264,11 @@ def _run_batch(run: Run, plan: Plan, folder: Path, name: str, mix: tuple, second
         **{f"{phase}_seconds": report["seconds"].get(phase, 0.0) for phase in ("prefill", "decode", "sample")},
     )  # fmt: skip
     planned, memory = plan.stages[0].memory_bytes, report["memory_bytes"]
-    device_bytes = (lambda free, total: total - free)(*torch.cuda.mem_get_info()) if run.on_gpu else 0
-    peak = memory["peak"] if run.on_gpu else memory["peak_growth"]
+    peak, (device_bytes, _) = memory["peak_growth"], _memory(run)
+    if run.on_gpu:
+        # what graphs and libraries hold is no tensor's
+        beside = [device - tensors for device, tensors in (before, _memory(run))]
+        peak = memory["peak"] - before[1] + beside[1] - beside[0]
     run.add(
         f"memory: {name}", "measured; planned: computed", weights_gib=memory["weights"] / GIB,
         planned_weights_gib=(planned.weights + planned.embed + planned.head) / GIB, kv_gib=memory["kv"] / GIB,
@@ -289,6 +297,15 @@ def run_two_stages(run: Run, folder: Path) -> None:
     for rank in ranks:
         figures = {name: rank[name] for name in ("load_seconds", "output_tokens_per_second")}
         run.add(f"two stages, rank {rank['rank']}", **figures, peak_gib=rank["peak_bytes"] / GIB)
+
+
+def _memory(run: Run) -> tuple[int, int]:
+    """Bytes in use on the GPU, and those of tensors in this process."""
+    if not run.on_gpu:
+        return 0, 0
+    free(run.device)
+    available, total = torch.cuda.mem_get_info()
+    return total - available, torch.cuda.memory_allocated()
 
 
 class _TimedCapture:

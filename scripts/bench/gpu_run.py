@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import platform
@@ -17,6 +18,7 @@ import torch
 
 from ds_llmpq.engine.runner.capture import CudaGraphs
 
+_AT_ONCE_SECONDS = 0.05
 LIBRARIES = (
     "torch", "transformers", "triton", "deepspeed", "hqq", "safetensors", "numpy", "humming-kernels",
     "openvino",
@@ -27,17 +29,23 @@ class Run:
     """One call of the script. Each result is a JSON line of `results.jsonl` at once, so whatever ends the run leaves
     what it had; `origin` says of a line's figures whether they were measured, fitted or are a datasheet's."""
 
-    def __init__(self, out: Path, device: torch.device, tiny: bool, seconds: float):
+    def __init__(self, out: Path, device: torch.device, tiny: bool, seconds: float, began: float | None = None):
+        """`began`: when the process that this one goes on from did (`time.monotonic`)."""
         self.out, self.device, self.tiny = out, device, tiny
-        self.began = time.monotonic()
+        self.began = began or time.monotonic()
         self.ends = self.section_ends = self.began + seconds
         self.dtype = torch.bfloat16
         self.lines: list[dict[str, Any]] = []
         self.rates: dict[str, float] = {}  # measured ceilings: bytes/s and FLOP/s
         self.context = None  # of the one rank, once the engine has been asked
+        self.is_over = False  # nothing waits for the device any more
         self._section = ""
         out.mkdir(parents=True, exist_ok=True)
-        self._file = (out / "results.jsonl").open("w", encoding="utf-8")
+        results = out / "results.jsonl"
+        if began is not None:
+            self.lines = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+            self.rates = next((line["rates"] for line in self.lines if "rates" in line), {})
+        self._file = results.open("w" if began is None else "a", encoding="utf-8")
 
     @property
     def on_gpu(self) -> bool:
@@ -59,12 +67,16 @@ class Run:
     def section(self, name: str, share: float, seconds: float) -> Iterator[None]:
         """Up to `share` of the whole time; what it raises is a line, and the next section goes on."""
         self._section = name
+        if self.is_over:
+            yield
+            return
         self.section_ends = min(self.ends, time.monotonic() + share * seconds)
         try:
             yield
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self.add("failed", "none", error=f"{type(error).__name__}: {error}"[:500], ok=False)
         finally:
+            gc.collect()  # engines are part of cycles, and hold a model and a cache
             free(self.device)
 
     def left(self) -> float:
@@ -97,6 +109,17 @@ def label(point: Any) -> str:
     return str(getattr(point, "name", point))
 
 
+def is_lost(device: torch.device) -> bool:
+    """Whether the device is in an error that stays until the process ends."""
+    if device.type == "cuda":
+        try:
+            torch.zeros(8, device=device).add_(1)
+            torch.cuda.synchronize()
+        except Exception:
+            return True
+    return False
+
+
 def plain(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
@@ -105,21 +128,28 @@ def timed(run: Run, action: Callable[[], Any], seconds: float = 0.3, calls: int 
     """Seconds of one call by the median of several runs: device events on a GPU. `calls`: that `action` makes."""
     for _ in range(2):
         action()
+    # On a GPU several at once, as in a steady state: before the first the device waits for the host.
+    at_once = max(1, min(50, int(_AT_ONCE_SECONDS / _time_once(run, action, 1)))) if run.on_gpu else 1
     times: list[float] = []
     begin = time.perf_counter()
     while len(times) < 3 or (time.perf_counter() - begin < seconds and len(times) < 200):
-        if run.on_gpu:
-            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            action()
-            stop.record()
-            torch.cuda.synchronize()
-            times.append(start.elapsed_time(stop) / 1e3)
-        else:
-            start = time.perf_counter()
-            action()
-            times.append(time.perf_counter() - start)
+        times.append(_time_once(run, action, at_once))
     return sorted(times)[len(times) // 2] / calls
+
+
+def _time_once(run: Run, action: Callable[[], Any], at_once: int) -> float:
+    if not run.on_gpu:
+        begin = time.perf_counter()
+        action()
+        return time.perf_counter() - begin
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(at_once):
+        action()
+    stop.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(stop) / 1e3 / at_once
 
 
 def timed_in_graph(run: Run, action: Callable[[], Any], calls: int = 20) -> float:

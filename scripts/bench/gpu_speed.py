@@ -51,6 +51,7 @@ def measure_ceilings(run: Run) -> None:
     small = torch.zeros(8, device=run.device)
     run.rates["launch"] = timed_in_graph(run, lambda: small.add_(1), LAUNCHES)
     run.add("small operation in a graph", us=1e6 * run.rates["launch"])
+    run.add("rates", rates=run.rates)
     run.add("small operation, eager", us=1e6 * timed(run, lambda: [small.add_(1) for _ in range(64)]) / 64)
 
 

@@ -66,6 +66,54 @@ def test_points_left_out_are_named(tmp_path, monkeypatch):
     assert [line["left_out"] for line in lines] == [["dequantize 4", "dequantize 8"], ["1", "a"]]
 
 
+class Replaced(Exception):
+    """In the place of a process that goes on as another."""
+
+
+def test_sections_after_a_lost_device_run_in_a_new_process(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "scripts" / "bench")
+    import gpu
+
+    def replace(program, arguments):
+        raise Replaced(arguments)
+
+    monkeypatch.setattr(gpu, "is_lost", lambda device: True)
+    monkeypatch.setattr(gpu.os, "execv", replace)
+    run = gpu.Run(tmp_path / "out", torch.device("cpu"), True, 296.0)
+    with pytest.raises(Replaced) as found:
+        gpu.run_sections(run, ["ceilings", "model", "16 bits"], tmp_path, 300.0)
+    [(_, script, *options)] = found.value.args
+    assert Path(script).samefile(ROOT / "scripts" / "bench" / "gpu.py")
+    assert options[-3:] == ["--sections", "model", "16 bits"]
+    assert options[options.index("--again") + 1 : options.index("--again") + 3] == [str(tmp_path), str(run.began)]
+    again = gpu.Run(tmp_path / "out", torch.device("cpu"), True, 296.0, run.began)
+    assert again.lines == run.lines
+    assert again.rates == run.rates
+    assert again.ends == run.ends
+    again.add("one more")
+    again.close()
+    assert len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == len(run.lines) + 1
+
+
+def test_a_device_in_use_is_not_lost(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts" / "bench")
+    from gpu_run import is_lost
+
+    assert not is_lost(torch.device("cpu"))
+    assert is_lost(torch.device("cuda")) is not torch.cuda.is_available()
+
+
+def test_what_is_not_installed_is_said_in_a_line(tmp_path):
+    script = str(ROOT / "scripts" / "bench" / "gpu.py")
+    code = f"import runpy, sys; sys.modules['pydantic'] = None; sys.argv = [{script!r}, '--out', 'o']; "
+    code += f"sys.path.insert(0, {str(Path(script).parent)!r}); runpy.run_path({script!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "gpu.py needs pydantic, which cannot be imported here; docs/gpu.md says what to carry"
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_command_for_gpus_runs_without_one(tmp_path):
