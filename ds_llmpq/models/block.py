@@ -121,7 +121,8 @@ def attend_with_prefix(
     runs over the scores of both parts, which is what merging two attentions by their log-sum-exp comes to."""
     rows, heads, _, size = query.shape
     groups, common = prefix.shape[1:3]
-    by_row = query.reshape(rows, groups, -1, size)  # the heads of a group see the same keys
+    # The heads of a group see the same keys. Scaled first: unscaled scores can exceed float16.
+    by_row = (query * scale).reshape(rows, groups, -1, size)
 
     def multiply_all(states: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
         """[R, G, H / G, n] x [G, n, m] -> [R, G, H / G, m]: one product a group, for all rows."""
@@ -129,7 +130,7 @@ def attend_with_prefix(
         return together.view(groups, rows, -1, matrices.shape[-1]).transpose(0, 1)
 
     parts = multiply_all(by_row, prefix[0].transpose(1, 2)), by_row @ key.transpose(2, 3)
-    scores = cap(torch.cat(parts, -1).view(rows, heads, 1, -1).float() * scale, soft_cap)
+    scores = cap(torch.cat(parts, -1).view(rows, heads, 1, -1).float(), soft_cap)
     scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     weights = scores.softmax(-1).to(query.dtype).view(rows, groups, heads // groups, -1)
     found = multiply_all(weights[..., :common], prefix[1]) + weights[..., common:] @ value

@@ -13,6 +13,7 @@ from ds_llmpq.cost.profile import NEW_SIZE, NEW_SIZE_MIXED, Point, Sample
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS
 
 _MOST_REPEATS = 40
+_AT_ONCE_SECONDS, _MOST_AT_ONCE = 0.02, 50
 _DISTURBED = 1.1  # wall time over processor time beyond which another process had the core meanwhile
 _SLACK_SECONDS = 3e-5
 # between the passes of a stage: layers of half a millisecond take 3 to 8 % longer after it than without a pause
@@ -70,17 +71,24 @@ class Timer:
         return _timing(times, clean if 3 * len(clean) >= len(times) else owned, len(clean))
 
     def _on_gpu(self, action: Callable[[], object], seconds: float) -> Timing:
-        torch.cuda.synchronize(self.device)
+        # several at once, as in a steady state: before the first the device waits for the host
+        at_once = max(1, min(_MOST_AT_ONCE, int(_AT_ONCE_SECONDS / self._span(action, 1))))
         times: list[float] = []
         begin = time.perf_counter()
         while len(times) < 3 or (time.perf_counter() - begin < seconds and len(times) < _MOST_REPEATS):
-            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            action()
-            stop.record()
-            torch.cuda.synchronize(self.device)
-            times.append(start.elapsed_time(stop) / 1e3)
+            times.append(self._span(action, at_once))
         return _timing(times, times, len(times))
+
+    def _span(self, action: Callable[[], object], calls: int) -> float:
+        """Seconds of a call between two events of the device."""
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize(self.device)
+        start.record()
+        for _ in range(calls):
+            action()
+        stop.record()
+        torch.cuda.synchronize(self.device)
+        return start.elapsed_time(stop) / 1e3 / calls
 
 
 def _timing(times: list[float], kept: list[float], undisturbed: int) -> Timing:

@@ -75,12 +75,22 @@ def main() -> int:
     watch.start()
     faulthandler.dump_traceback_later(left + GRACE_SECONDS, exit=True)  # if something holds Python's lock until then
     try:
-        run_sections(run, options.sections, folder, seconds)
+        run_sections(run, options.sections if options.again else complete(options.sections), folder, seconds)
     finally:
         faulthandler.cancel_dump_traceback_later()
         watch.cancel()
         shutil.rmtree(folder, ignore_errors=True)
     return conclude(run)
+
+
+def complete(sections: list[str]) -> list[str]:
+    """In order, with those that they need."""
+    wanted = set(sections)
+    if not wanted <= {"ceilings", "families", "kernels"}:
+        wanted.add("ceilings")
+    if not wanted <= {"ceilings", "families", "kernels", "engine"}:
+        wanted.add("model")
+    return [name for name in SHARES if name in wanted]
 
 
 def run_sections(run: Run, sections: list[str], folder: Path, seconds: float) -> None:

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from ds_llmpq.engine.runner.capture import CudaGraphs
+from ds_llmpq.profiling.timer import Timer
 
-_AT_ONCE_SECONDS = 0.05
 LIBRARIES = (
     "torch", "transformers", "triton", "deepspeed", "hqq", "safetensors", "numpy", "humming-kernels",
     "openvino",
@@ -73,6 +73,8 @@ class Run:
         self.section_ends = min(self.ends, time.monotonic() + share * seconds)
         try:
             yield
+        except ModuleNotFoundError as error:
+            self.add(f"left out: {error.name} cannot be imported here", "none")
         except (Exception, SystemExit) as error:
             self.add("failed", "none", error=f"{type(error).__name__}: {error}"[:500], ok=False)
         finally:
@@ -126,30 +128,7 @@ def plain(value: Any) -> str:
 
 def timed(run: Run, action: Callable[[], Any], seconds: float = 0.3, calls: int = 1) -> float:
     """Seconds of one call by the median of several runs: device events on a GPU. `calls`: that `action` makes."""
-    for _ in range(2):
-        action()
-    # On a GPU several at once, as in a steady state: before the first the device waits for the host.
-    at_once = max(1, min(50, int(_AT_ONCE_SECONDS / _time_once(run, action, 1)))) if run.on_gpu else 1
-    times: list[float] = []
-    begin = time.perf_counter()
-    while len(times) < 3 or (time.perf_counter() - begin < seconds and len(times) < 200):
-        times.append(_time_once(run, action, at_once))
-    return sorted(times)[len(times) // 2] / calls
-
-
-def _time_once(run: Run, action: Callable[[], Any], at_once: int) -> float:
-    if not run.on_gpu:
-        begin = time.perf_counter()
-        action()
-        return time.perf_counter() - begin
-    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    start.record()
-    for _ in range(at_once):
-        action()
-    stop.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(stop) / 1e3 / at_once
+    return Timer(run.device).time(action, seconds, warm_up=2).median_seconds / calls
 
 
 def timed_in_graph(run: Run, action: Callable[[], Any], calls: int = 20) -> float:

@@ -190,6 +190,31 @@ def test_an_undisturbed_timing_is_wall_time_and_a_disturbed_one_processor_time(m
     assert timing.median_seconds == 4.0
 
 
+def test_a_gpu_is_timed_in_its_steady_state(monkeypatch):
+    """Each action takes the host 0.1 ms and then the device 0.5, which work side by side."""
+    clock = {"host": 0.0, "device": 0.0}
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.at = None
+
+        def record(self):
+            self.at = max(clock.values())
+
+        def elapsed_time(self, other):
+            return 1e3 * (other.at - self.at)
+
+    def action():
+        clock["host"] += 1e-4
+        clock["device"] = max(clock.values()) + 5e-4
+
+    monkeypatch.setattr("ds_llmpq.profiling.timer.time.perf_counter", lambda: clock["host"])
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: clock.update(host=max(clock.values())))
+    timing = Timer(torch.device("cuda")).time(action, 0.1)
+    assert timing.median_seconds == pytest.approx(5e-4, rel=0.01)
+
+
 def test_the_processor_rests_before_each_repeat_and_that_is_not_counted(monkeypatch):
     clock, rests = {"now": 0.0}, []
     monkeypatch.setattr("ds_llmpq.profiling.timer.time.perf_counter", lambda: clock["now"])
