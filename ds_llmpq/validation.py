@@ -157,3 +157,11 @@ def _path(where: str, place: tuple[Any, ...]) -> str:
     if where.isidentifier():  # the artefact's own name begins the path: problem.devices[0].name
         return where + path
     return f"{where}: {path.removeprefix('.')}" if path else where
+
+
+def check_least(group: str, settings: object, **least: float) -> None:
+    """`UserError` for a value of a configuration group that lies below its bound; null is allowed."""
+    for name, bound in least.items():
+        value = getattr(settings, name)
+        if value is not None and not value >= bound:  # nor NaN
+            raise UserError(f"{group}.{name} is {value} but must be at least {bound}.")

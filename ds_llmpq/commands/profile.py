@@ -22,6 +22,7 @@ from ds_llmpq.quant.kernels.registry import AUTO, find_kernel
 from ds_llmpq.quant.packing import check_lm_head, make_groups
 from ds_llmpq.report.fidelity import format_kernels, format_profile
 from ds_llmpq.serving.workload import size_workload
+from ds_llmpq.validation import check_least
 
 
 def run(settings: ProfileConfig, out: Path) -> int:
@@ -50,6 +51,7 @@ def run(settings: ProfileConfig, out: Path) -> int:
 
 
 def _build_task(settings: ProfileConfig, cluster: Cluster) -> ProfilingTask:
+    check_least("profiling", settings.profiling, seconds=0, rounds=1, chained_layers=1)
     path, engine = str(config.make_absolute(settings.model.path)), settings.engine
     shape, given = read_shape(path), config.absolute_or_none(settings.input)
     workload = size_workload(

@@ -14,6 +14,7 @@ from ds_llmpq.errors import UserError
 from ds_llmpq.report import figures
 from ds_llmpq.report.metrics_file import REMEDY, read_metrics, refuse_other_forms
 from ds_llmpq.report.plan_table import format_milliseconds, format_table
+from ds_llmpq.report.run_summary import judge_times
 
 TIMED = ("latency", "prefill", "decode")
 TRUSTED, USABLE = 0.06, 0.15  # mean absolute error up to which times are trusted, or good for a ranking
@@ -113,7 +114,10 @@ def verdict(pairs: Sequence[TimePair], what: str, remedy: str = "profile again")
     return said + f"do not trust a plan's times; {remedy} with nothing else running."
 
 
-def judge_run(pairs: Sequence[TimePair]) -> str:
+def judge_run(metrics: dict[str, Any], pairs: Sequence[TimePair]) -> str:
+    """The verdict that the run itself ended with. Without totals, as after too many passes to simulate, its passes'."""
+    if totals := metrics["predicted_against_measured"]:
+        return f"verdict: {judge_times({phase: totals[f'{phase}_seconds'] for phase in TIMED})}"
     return verdict(pairs, "the run's passes", "profile this model on these devices and run again,")
 
 
@@ -142,7 +146,7 @@ def describe_run(folder: Path) -> str:
         lines = [_describe_total(phase, totals[f"{phase}_seconds"]) for phase in totals and TIMED]
         memory = [row for stage in metrics["stages"] for row in _compare_memory(stage)]
     head = ["stage", "memory", "predicted bytes", "measured bytes", "error"]
-    return "\n".join([format_errors(pairs), *lines, format_table(head, memory), judge_run(pairs)])
+    return "\n".join([format_errors(pairs), *lines, format_table(head, memory), judge_run(metrics, pairs)])
 
 
 def _describe_total(phase: str, entry: dict[str, float]) -> str:

@@ -176,7 +176,7 @@ def _fidelity(folder: Path, metrics: dict[str, Any] | None, out: Path) -> Sectio
     pairs = fidelity.pair_run(folder)
     fidelity.scatter(pairs, out / "fidelity.png", "Passes of a run: plan against measurement")
     section.picture(out / "fidelity.png", "predicted against measured").text(fidelity.format_errors(pairs))
-    return section.sentences([fidelity.judge_run(pairs)])
+    return section.sentences([fidelity.judge_run(metrics, pairs)])
 
 
 def _baselines(plan: Plan, out: Path) -> Section:

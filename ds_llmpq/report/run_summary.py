@@ -66,11 +66,11 @@ def compare_with_plan(metrics: dict[str, Any]) -> list[str]:
     return [
         f"predicted: {rates['latency']} tokens/s, in {pairs['latency']['predicted']:.2f} s "
         f"(prefill {rates['prefill']} tokens/s, decode {rates['decode']}){expected}",
-        f"verdict: {_judge(pairs)}",
+        f"verdict: {judge_times(pairs)}",
     ]
 
 
-def _judge(pairs: dict[str, dict[str, float | None]]) -> str:
+def judge_times(pairs: dict[str, dict[str, float | None]]) -> str:
     """A sentence on how far off the whole run was, and because of which phase. A ratio is measured over predicted
     seconds; None if a phase has no work, like decode in answers of one token."""
     ratio = pairs["latency"]["ratio"]

@@ -30,6 +30,7 @@ from ds_llmpq.sensitivity.config import CalibrationConfig
 from ds_llmpq.sensitivity.layerwise import Layerwise, LossIncrease, measure, peak_memory_bytes
 from ds_llmpq.sensitivity.resume import Progress
 from ds_llmpq.sensitivity.table import Sensitivity
+from ds_llmpq.validation import check_least
 
 METHODS = ("variance", "hessian", "random", "measured")
 _LITTLE_LOSS = 0.2  # nats per token, up to which losses of different texts behave alike
@@ -56,6 +57,7 @@ def make_sensitivity(request: SensitivityRequest) -> Sensitivity:
     if request.method not in METHODS:
         raise UserError(f"method={request.method!r} is unknown; the methods are {', '.join(METHODS)}.")
     calibration, quant = request.calibration, request.quant
+    check_least("calibration", calibration, rows=1, tokens=1, rows_at_once=1, state_bytes=0, hessian_rows=1)
     texts = read_calibration_texts(calibration.text)
     text_hash = hashlib.sha256("".join(text.sha256 for text in texts).encode()).hexdigest()
     tokenizer = load_tokenizer(str(request.model_path), request.trust_remote_code)

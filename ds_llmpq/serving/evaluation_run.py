@@ -21,6 +21,7 @@ from ds_llmpq.serving.batch_run import choose_model, find_checkpoint, obtain_pla
 from ds_llmpq.serving.config import EvaluateConfig
 from ds_llmpq.serving.job import Job
 from ds_llmpq.serving.planning import Progress
+from ds_llmpq.validation import check_least
 
 
 def run_evaluation(settings: EvaluateConfig, out: Path, progress: Progress | None = None) -> dict[str, Any]:
@@ -47,7 +48,10 @@ def run_evaluation(settings: EvaluateConfig, out: Path, progress: Progress | Non
 
 
 def _locate(evaluation: EvaluationConfig) -> EvaluationConfig:
-    """The settings with absolute paths, for the ranks. A text that cannot be read is refused before they start."""
+    """The settings with absolute paths, for the ranks. A text that cannot be read, and a count that is too small, are
+    refused before they start."""
+    least = {"row_tokens": 1, "limit_tokens": 1, "reference_bytes": 0, "fewshot": 0, "limit_documents": 1}
+    check_least("evaluation", evaluation, **least)
     paths = {name: getattr(evaluation, name) for name in ("text", "tasks_path")}
     evaluation = replace(
         evaluation, **{name: str(make_absolute(path)) for name, path in paths.items() if path is not None}

@@ -66,6 +66,7 @@ def test_the_command_writes_table_and_scatter(run_folder, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "latency: predicted 1.000 s, measured 2.000 s (-50.0%)" in said
     assert "peak growth" in said
+    assert said.count("verdict: the run took 2.00 times as long as predicted") == said.count("the plan's times") == 1
     assert (tmp_path / "out" / "fidelity.txt").read_text() in said
     assert (tmp_path / "out" / "fidelity.png").read_bytes().startswith(b"\x89PNG")
 
