@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -242,7 +243,7 @@ def _run_batch(run: Run, plan: Plan, folder: Path, name: str, mix: tuple, second
     began, done = time.monotonic(), []
     session.run_all(take, lambda row, tokens, finish: done.append(len(tokens)))
     measured = time.monotonic() - began
-    report = session.report()
+    serving, report = measured - capture.seconds, session.report()
     streams = session.engine.stream_times
     simulated = simulate_streams(
         plan, [(each.slots, each.lengths, each.lengths.shared) for each in streams], session.limits
@@ -253,9 +254,10 @@ def _run_batch(run: Run, plan: Plan, folder: Path, name: str, mix: tuple, second
     run.add(
         f"batch: {name}", PREDICTED, requests=len(done), of=asked, slots=slots,
         seconds=measured, output_tokens_s=sum(done) / measured,
+        captured_tokens_s=sum(done) / serving,
         all_tokens_s=(sum(done) + sum(t.prompt_tokens for t in streams)) / measured,
-        predicted_seconds=predicted, measured_over_predicted=measured / predicted if predicted else 0.0,
-        capture_seconds=capture.seconds, device_busy_share=busy / (measured - capture.seconds),
+        predicted_seconds=predicted, measured_over_predicted=serving / predicted if predicted else 0.0,
+        capture_seconds=capture.seconds, device_busy_share=busy / serving,
         cut_by_time=rule.cut, load_seconds=load,
     )  # fmt: skip
     run.add(
@@ -289,14 +291,28 @@ def run_two_stages(run: Run, folder: Path) -> None:
     # this process is a rank of its own since "engine"; the ranks to come are not its
     mine = ("RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     env = {name: value for name, value in os.environ.items() if name not in mine}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False, env=env)
-    ranks = [json.loads(line) for line in done.stdout.replace("}{", "}\n{").splitlines() if line.strip()]
-    sound = done.returncode == 0 and len(ranks) == 2
-    reason = {} if sound else {"exit_code": done.returncode, "reason": done.stderr[-2000:]}
+    code, found, said = _run_for(command, env, limit)
+    ranks = [json.loads(line) for line in found.replace("}{", "}\n{").splitlines() if line.strip()]
+    sound = code == 0 and len(ranks) == 2
+    reason = {} if sound else {"exit_code": code, "reason": said[-2000:]}
     run.check("two stages: both ranks ran to their ends", sound, **reason)
     for rank in ranks:
         figures = {name: rank[name] for name in ("load_seconds", "output_tokens_per_second")}
         run.add(f"two stages, rank {rank['rank']}", **figures, peak_gib=rank["peak_bytes"] / GIB)
+
+
+def _run_for(command: list[str], env: dict[str, str], seconds: float) -> tuple[int, str, str]:
+    """Exit code, output and errors; when the time is over it ends with all that it has started, which would keep the
+    GPUs."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env, start_new_session=True) as process:
+        try:
+            found, said = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            found, said = process.communicate()
+            said += f"ended after {seconds:.0f} s"
+        return process.returncode, found, said
 
 
 def _memory(run: Run) -> tuple[int, int]:

@@ -23,7 +23,7 @@ def test_bars_say_what_was_measured_and_whether_it_is_met(monkeypatch):
     from gpu_bars import list_bars
 
     assert all(bar.found is None for bar in list_bars([]))
-    batch = {"what": "batch: ShareGPT-like", "requests": 1000, "of": 1000, "output_tokens_s": 13000.0,
+    batch = {"what": "batch: ShareGPT-like", "requests": 1000, "of": 1000, "captured_tokens_s": 13000.0,
              "device_busy_share": 0.9}  # fmt: skip
     lines = [
         {"what": "decode at 16 bits", **STEP},
@@ -42,7 +42,7 @@ def test_bars_say_what_was_measured_and_whether_it_is_met(monkeypatch):
         "prefill, 16 bits, best": True,
         "4 bits beside 16, 1 rows": False,  # 1.8 of 1.9
         "8 bits beside 16, 1 rows": False,
-        "batch of 1,000, 16 bits": True,
+        "batch of 1,000, 16 bits, without the time to capture": True,
         "batch beside generate's steps on the same requests": True,
         "share of the batch in which the device waits": False,
         "passes, predicted without a profile": False,
@@ -93,6 +93,17 @@ def test_sections_after_a_lost_device_run_in_a_new_process(monkeypatch, tmp_path
     again.add("one more")
     again.close()
     assert len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == len(run.lines) + 1
+
+
+def test_a_process_that_takes_too_long_ends_with_all_that_it_has_started(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "scripts" / "bench")
+    from gpu_batches import _run_for
+
+    inner = "import time; print('begun', flush=True); time.sleep(600)"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}])"
+    # the pipes are open as long as the inner one lives
+    assert _run_for([sys.executable, "-c", code], {}, 0.2)[0] == -9
+    assert _run_for([sys.executable, "-c", "print(3)"], {}, 600.0) == (0, "3\n", "")
 
 
 def test_a_device_in_use_is_not_lost(monkeypatch):
