@@ -18,15 +18,16 @@ def context_bucket(kv_tokens: int, capacity: int) -> int:
     return min(bucket, capacity)
 
 
-def count_shapes(slots: int, decode_rows: int, capacity: int) -> int:
+def count_shapes(slots: int, decode_rows: int, capacity: int, shares: bool = False) -> int:
     """How many graphs a stage may come to hold: for each decode group, powers of two of its rows, and buckets of a
-    context of up to `capacity` tokens."""
+    context of up to `capacity` tokens. `shares`: there is a prefix, which the rows of a pass may have or not."""
     contexts = len({context_bucket(tokens, capacity) for tokens in range(1, capacity + 1)})
     groups = -(-slots // decode_rows)
-    return min(MOST_GRAPHS, groups * (1 + (min(decode_rows, slots) - 1).bit_length()) * contexts)
+    rows = 1 + (min(decode_rows, slots) - 1).bit_length()
+    return min(MOST_GRAPHS, groups * rows * contexts * (2 if shares else 1))
 
 
-def estimate_graph_bytes(layers: int, slots: int, decode_rows: int, capacity: int) -> int:
+def estimate_graph_bytes(layers: int, slots: int, decode_rows: int, capacity: int, shares: bool = False) -> int:
     """What the driver keeps for the graphs of a stage of `layers` decoder layers, beside the memory that a pass works
     in (`MemoryModel.captured_pool_bytes`): GRAPH_LAYER_BYTES x layers x `count_shapes`."""
-    return GRAPH_LAYER_BYTES * layers * count_shapes(slots, decode_rows, capacity)
+    return GRAPH_LAYER_BYTES * layers * count_shapes(slots, decode_rows, capacity, shares)

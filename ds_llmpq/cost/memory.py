@@ -126,9 +126,10 @@ class MemoryModel:
 
     def captured_pool_bytes(self, sequences: int, past_tokens: int, quantized: bool) -> int:
         """What captured decode passes of so many sequences work in: memory of the graphs' own, which nothing else
-        may use between passes. All graphs share it; the logits they leave are in it."""
+        may use between passes. All graphs share it, and the logits that they leave beside it."""
         parts = self.workspace_parts(sequences, 1, past_tokens, quantized)
-        return parts["activations"] + parts["dequantized"] + sequences * self.shape.vocab * self.dtype_bytes
+        logits = sequences * self.shape.vocab * self.dtype_bytes
+        return max(parts["activations"] + parts["dequantized"], logits) + logits
 
     def _matrix_bytes(self) -> int:
         """Of lm_head, which is the embedding where they are one."""

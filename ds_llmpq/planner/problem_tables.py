@@ -117,7 +117,7 @@ def tabulate_memory(
     decode = {s: memory.workspace_bytes(s, 1, capacity - 1, quantized) + apart[s] for s in sizes["decode"]}
     if capturing:
         rows, layers = -(-workload.sequences // capturing), -(-memory.shape.layers // capturing)
-        graphs = estimate_graph_bytes(layers, workload.sequences, rows, capacity)
+        graphs = estimate_graph_bytes(layers, workload.sequences, rows, capacity, shared > 0)
         pool = {s: memory.captured_pool_bytes(s, capacity - 1, quantized) + apart[s] for s in sizes["decode"]}
         prefill = {s: value + graphs + max(pool.values()) for s, value in prefill.items()}
         decode = {s: value + graphs + pool[s] for s, value in decode.items()}

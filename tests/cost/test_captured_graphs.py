@@ -30,6 +30,7 @@ def test_contexts_go_by_buckets(kv_tokens, bucket):
 def test_shapes_by_hand(slots, rows, capacity, count):
     assert count_shapes(slots, rows, capacity) == count
     assert estimate_graph_bytes(3, slots, rows, capacity) == 3 * count * GRAPH_LAYER_BYTES
+    assert count_shapes(slots, rows, capacity, shares=True) == min(MOST_GRAPHS, 2 * count)
 
 
 @given(st.lists(st.tuples(st.integers(1, 300), st.integers(1, 20)), min_size=1, max_size=30), st.integers(1, 20),
