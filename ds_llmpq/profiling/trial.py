@@ -109,6 +109,8 @@ def _time_passes(spec: dict[str, Any], plan: Plan, context: RankContext) -> list
     clock = PartClock()
     clock.attach(session.engine.module)
     session.engine.steps.positional = clock.time_positional(session.engine.steps.positional)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # what is beside the layers is small; several ranks' threads would only wait for a core
     found = []
     for size in spec["sizes"]:
         prompt = cut_prompt(spec["prompt_tokens"], size)
@@ -122,6 +124,7 @@ def _time_passes(spec: dict[str, Any], plan: Plan, context: RankContext) -> list
             common = {"part": STAGES[context.stage_index], "batch": size, "round": round_}
             found.append(common | {"phase": "prefill", "length_tokens": prompt, "seconds": prefill})
             found.append(common | {"phase": "decode", "length_tokens": 1, "seconds": decode})
+    torch.set_num_threads(threads)
     return found
 
 
