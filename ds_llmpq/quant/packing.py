@@ -49,8 +49,13 @@ class Groups:
 
 
 def make_groups(quant: QuantConfig) -> Groups:
-    """`UserError`: `per_channel_bits` is no list of packed bit widths, or does not fit the axis."""
+    """`UserError`: no such group size or axis; `per_channel_bits` is no list of packed bit widths, or does not fit the
+    axis."""
     axis, widths = quant.axis, quant.per_channel_bits
+    if quant.group_size < 1:
+        raise UserError(f"quant.group_size is {quant.group_size} but must be at least 1.")
+    if axis not in (0, 1):
+        raise UserError(f"quant.axis is {axis} but must be 1 (groups along the input) or 0 (along the output).")
     known = isinstance(widths, list) and all(width in PACKED_BITS for width in widths)
     if not known or len(set(widths)) < len(widths):
         each = ", ".join(map(str, PACKED_BITS))

@@ -9,6 +9,7 @@ from ds_llmpq.report.plan_table import describe_cost, format_size, format_table
 from ds_llmpq.wording import format_number
 
 TRUSTED = 0.15  # a run that is at most so far off confirms the plan's times
+_SHORTEST = 0.25  # seconds of a run, below which its first passes and pauses of the machine are most of it
 RANKING = 1.0  # at most a factor of two: such errors are alike for all plans of a model and machine
 
 
@@ -76,6 +77,8 @@ def judge_times(pairs: dict[str, dict[str, float | None]]) -> str:
     ratio = pairs["latency"]["ratio"]
     if ratio is None:
         return "nothing was predicted to take any time"
+    if max(pairs["latency"]["predicted"], pairs["latency"]["measured"]) < _SHORTEST:
+        return f"{pairs['latency']['measured']:.3f} s are too short a run to judge the plan's times by"
     off = max(ratio, 1 / ratio) - 1
     if off <= TRUSTED:
         return f"the run took {ratio:.2f} times as long as predicted: the plan's times hold"

@@ -37,6 +37,7 @@ from ds_llmpq.sensitivity.table import read_sensitivity
 from ds_llmpq.serving.config import PlanConfig, PlanningConfig
 from ds_llmpq.serving.prediction import simulate_workload, write_predicted_trace
 from ds_llmpq.serving.workload import size_workload
+from ds_llmpq.validation import check_least
 
 Progress = Callable[[ProgressEvent], None]
 
@@ -87,6 +88,7 @@ def build_problem(
             read_json(make_absolute(settings.problem), "Problem", "give a problem.json", infinity=True)
         ), lambda plan: plan
     planner = settings.planner
+    check_least("planner", planner, theta=0, max_quality_loss=0, max_latency_seconds=0)
     if settings.check and planner.mode == "theta":  # the user chose the bit widths of a plan made by hand
         planner = replace(planner, max_quality_loss=None)
     shape, model = _model(settings.model)

@@ -11,6 +11,7 @@ MODEL = "model=tiny"
         ("sensitivity", ["calibration.rows=0", "calibration.tokens=-1", "calibration.rows_at_once=0"]),
         ("sensitivity", ["calibration.state_bytes=-1", "calibration.hessian_rows=0"]),
         ("evaluate", ["evaluation.limit_tokens=0", "evaluation.row_tokens=0", "evaluation.reference_bytes=-1"]),
+        ("plan", ["planner.max_quality_loss=-1", "planner.theta=nan", "quant.group_size=0"]),
         ("evaluate", ["evaluation.fewshot=-1", "evaluation.limit_documents=0"]),
         (
             "profile",

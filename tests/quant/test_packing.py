@@ -107,6 +107,18 @@ def test_per_channel_that_cannot_be(per_channel_bits, axis, words):
         make_groups(QuantConfig(axis=axis, per_channel_bits=per_channel_bits))
 
 
+@pytest.mark.parametrize(
+    ("quant", "words"),
+    [
+        (QuantConfig(group_size=0), "quant.group_size is 0 but must be at least 1"),
+        (QuantConfig(axis=2), "quant.axis is 2 but must be 1"),
+    ],
+)
+def test_groups_that_cannot_be(quant, words):
+    with pytest.raises(UserError, match=words):
+        make_groups(quant)
+
+
 def test_gate_and_bytes_on_random_shapes():
     """Where the gate says yes, HQQ gives back the weight's shape and values; where it says no, it does not."""
     torch = pytest.importorskip("torch")

@@ -70,6 +70,16 @@ def test_the_verdict_follows_the_whole_run_and_names_the_phase_that_was_off(tmp_
     assert metrics["stages"][0]["device"] in format_run(metrics, verbose=True)
 
 
+def test_a_run_of_milliseconds_is_not_judged(tmp_path):
+    write_run(tmp_path)
+    metrics = read(tmp_path)
+    pair = {"predicted": 0.002, "measured": 0.014, "ratio": 7.0}
+    metrics["predicted_against_measured"]["latency_seconds"] = pair
+    assert "verdict: 0.014 s are too short a run to judge the plan's times by" in format_run(metrics)
+    pair["measured"] = 0.5
+    assert "verdict: the run took 7.00 times" in format_run(metrics)
+
+
 def test_prices_become_the_cost_of_a_million_tokens(tmp_path):
     write_run(tmp_path)
     plan = read_plan(tmp_path / "plan.json")
