@@ -27,6 +27,8 @@ def format_run(metrics: dict[str, Any], verbose: bool = False) -> str:
     )
     if shared := measured.get("shared_tokens"):
         lines[-1] += f"; {shared:,} of {measured['prompt_tokens']:,} prompt tokens shared, not computed again"
+    if preemptions := measured.get("preemptions"):
+        lines[-1] += f"; {preemptions:,} preemptions, {measured['recomputed_tokens']:,} tokens computed again"
     lines += compare_with_plan(metrics)
     if cost := metrics.get("cost"):
         lines.append(f"cost while serving: {describe_cost(cost)}")

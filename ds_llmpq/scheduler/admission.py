@@ -41,7 +41,7 @@ class AdmissionQueue:
     come in multiples of so many, if they are as many. `block`: a slot takes whole blocks of so many positions. `begun`:
     tokens that requests have generated already, by index; they are admitted with those, and room for the worst case.
     `positions`: of all slots together; None: as many as that is. `shared`: tokens of each prompt that are a prefix held
-    apart from the slots; (): of none.
+    apart from the slots; (): of none. `paged`: requests share all positions, so that one shape has room for each.
     """
 
     def __init__(
@@ -56,6 +56,7 @@ class AdmissionQueue:
         begun: Mapping[int, abc.Sequence[int]] | None = None,
         positions: int | None = None,
         shared: abc.Sequence[int] = (),
+        paged: bool = False,
     ):
         self.prepared = prepared
         self.sequences = sequences
@@ -66,6 +67,7 @@ class AdmissionQueue:
         self.requeued = 0
         self.stopped = False
         self._refill = refill
+        self._paged = paged
         self._preempted: deque[Sequence] = deque()
         self._begun = begun or {}
         self._shared = shared or [0] * len(prepared)
@@ -105,6 +107,8 @@ class AdmissionQueue:
 
     def choose_shape(self, need: int) -> tuple[int, int]:
         """(slots, capacity) for sequences of `need` positions."""
+        if self._paged:
+            return self.sequences, self.positions
         capacity = self.row_positions
         while capacity < need:
             capacity *= 2

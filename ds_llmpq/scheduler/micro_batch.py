@@ -40,6 +40,9 @@ class MicroBatchLimits:
     `batch_invariant`: decode takes the whole group, live or not, and prefill one row, so that a row's arithmetic does
     not depend on which others it runs with. `row_buckets`: decode takes a power of two of the group's first slots, so
     that few shapes are met.
+
+    `cache_blocks`: how many blocks of `block_tokens` positions of the KV cache all slots share, each holding what its
+    tokens need; decode then takes running slots alone, whichever they are. 0: slots have positions of their own.
     """
 
     prefill_rows: int
@@ -49,3 +52,5 @@ class MicroBatchLimits:
     batch_invariant: bool = False
     row_buckets: bool = False
     chunked: bool = False
+    cache_blocks: int = 0
+    block_tokens: int = 1

@@ -7,6 +7,10 @@ Slots are cut into decode groups of `decode_rows`, visited in turn. A visit firs
 ended, then admits waiting sequences to free slots (of any group) in prefill micro-batches, then lets the group's
 running sequences decode together. A sequence joins its group's decode micro-batches once each group has been visited
 since its prefill was scheduled; until then no stage waits for its first token.
+
+Where sequences share the blocks of the KV cache (`limits.cache_blocks`), the group's running sequences first take the
+block that the next token may need. If none is free, the group's youngest is preempted: it waits before all others, and
+prefill computes its prompt and tokens again. Then sequences are admitted as far as memory goes.
 """
 
 from __future__ import annotations
@@ -15,7 +19,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from itertools import repeat
+from typing import NamedTuple
 
+from ds_llmpq.scheduler.block_pool import BlockPool
 from ds_llmpq.scheduler.micro_batch import MicroBatch, MicroBatchLimits
 
 
@@ -26,8 +32,20 @@ class _Slot(Enum):
     RUNNING = 2
 
 
+class _Waiting(NamedTuple):
+    """A sequence that has no slot: tokens to compute, those of a shared prefix before them, and how many it can come to
+    behind the prefix."""
+
+    number: int
+    tokens: int
+    shared: int
+    most: int
+
+
 class Scheduler:
-    """The micro-batches over `slots` slots. Sequences are numbered as they are added."""
+    """The micro-batches over `slots` slots. Sequences are numbered as they are added. `pool`: who has which blocks of
+    the KV cache; None: each slot has its own positions. `preempted`: (slot, number) of sequences that the last visit
+    has sent back to wait."""
 
     def __init__(self, slots: int, limits: MicroBatchLimits):
         self.limits = limits
@@ -35,7 +53,10 @@ class Scheduler:
         self.groups = [range(start, min(start + limits.decode_rows, slots)) for start in starts]
         self._state = [_Slot.FREE] * slots
         self._since = [0] * slots  # the visit at which a slot came into its state
-        self._waiting: deque[tuple[int, int, int]] = deque()  # (number, tokens to compute, shared)
+        self.pool = BlockPool(slots, limits.cache_blocks, limits.block_tokens) if limits.cache_blocks else None
+        self.preempted: list[tuple[int, int]] = []
+        self._held: list[_Waiting | None] = [None] * slots  # each slot's sequence, as it was admitted
+        self._waiting: deque[_Waiting] = deque()
         self._chunked: deque[tuple[int, int, int]] = deque()  # (slot, tokens computed, tokens left)
         self._added = 0
         self._count = 0
@@ -51,11 +72,21 @@ class Scheduler:
     def occupied(self) -> int:
         return sum(state is not _Slot.FREE for state in self._state)
 
-    def add(self, prompt_tokens: Iterable[int], shared_tokens: Iterable[int] = ()) -> None:
+    def add(
+        self,
+        prompt_tokens: Iterable[int],
+        shared_tokens: Iterable[int] = (),
+        most_tokens: Iterable[int] = (),
+    ) -> None:
         """More sequences, to be admitted in this order. `shared_tokens`: how many of each prompt's are a prefix that is
-        there already; (): none of any."""
-        for tokens, shared in zip(prompt_tokens, shared_tokens or repeat(0), strict=False):
-            self._waiting.append((self._added, tokens - shared, shared))
+        there already; (): none of any. `most_tokens`: how many each can come to with its answer; (): all there are."""
+        everything = self.pool.blocks * self.pool.block_tokens if self.pool else 0
+        for tokens, shared, most in zip(
+            prompt_tokens, shared_tokens or repeat(0), most_tokens or repeat(everything), strict=False
+        ):
+            if self.pool:
+                self.pool.check(max(tokens, most if most_tokens else 0) - shared)
+            self._waiting.append(_Waiting(self._added, tokens - shared, shared, most - shared))
             self._added += 1
 
     def next_group(self) -> range | None:
@@ -74,10 +105,16 @@ class Scheduler:
         joining = self.list_pending_slots()
         self._turn = self._next_index()
         self._visit += 1
+        self.preempted = []
         for slot in joining:
-            self._set_state(slot, _Slot.FREE if ended(slot) else _Slot.RUNNING)
+            if ended(slot):
+                self._free(slot)
+            else:
+                self._set_state(slot, _Slot.RUNNING)
         group = self.groups[self._turn]
         running = [slot for slot in group if self._state[slot] is _Slot.RUNNING]
+        if self.pool:
+            running = self._take_blocks(running)
         batches = [self._take_chunk(*self._chunked.popleft(), ())] if self._chunked else []
         if self._waiting and self._worth_admitting():
             batches += self._admit_waiting()
@@ -117,6 +154,31 @@ class Scheduler:
             self._state[slot] = state
             self._since[slot] = self._visit
 
+    def _free(self, slot: int) -> None:
+        self._set_state(slot, _Slot.FREE)
+        if self.pool:
+            self.pool.release(slot)
+
+    def _take_blocks(self, running: Sequence[int]) -> list[int]:
+        """Gives each of the group's running sequences a place for its next token, the oldest first; those that are left
+        when the youngest have made room, in ascending order."""
+        by_age = sorted(running, key=lambda slot: self._held[slot].number)
+        place = 0
+        while place < len(by_age):
+            if self.pool.extend(by_age[place]):
+                place += 1
+            else:
+                self._preempt(by_age.pop())
+        return sorted(by_age)
+
+    def _preempt(self, slot: int) -> None:
+        """What is stored is computed again, with the token that has come last."""
+        held, tokens = self._held[slot], self.pool.stored(slot) + 1
+        self.pool.check(tokens)
+        self._waiting.appendleft(held._replace(tokens=tokens))
+        self.preempted.append((slot, held.number))
+        self._free(slot)
+
     def _worth_admitting(self) -> bool:
         free = [slot for slot, state in enumerate(self._state) if state is _Slot.FREE]
         if len(free) == len(self._state) or len(free) >= self.limits.prefill_rows:
@@ -125,23 +187,50 @@ class Scheduler:
         return bool(free) and self._visit - oldest >= self.limits.patience_rounds * self._count_round()
 
     def _admit_waiting(self) -> Iterable[MicroBatch]:
-        free = deque(slot for slot, state in enumerate(self._state) if state is _Slot.FREE)
-        while free and self._waiting:
-            taken, longest, past = [], 0, self._waiting[0][2]
-            if self._is_long(self._waiting[0][1]):
-                number, tokens, _ = self._waiting.popleft()
-                yield self._take_chunk(free.popleft(), past, tokens, (number,))
+        free = deque(self._list_free())
+        while free and self._has_room():
+            taken, longest, past = [], 0, self._waiting[0].shared
+            if self._is_long(self._waiting[0].tokens):
+                slot, entry = free.popleft(), self._waiting.popleft()
+                self._hold(slot, entry)
+                yield self._take_chunk(slot, past, entry.tokens, (entry.number,))
                 continue
-            while free and self._waiting and self._fits(len(taken) + 1, max(longest, self._waiting[0][1])):
-                if self._waiting[0][2] != past:  # rows of a pass stand at the same positions
+            while free and self._has_room() and self._fits(len(taken) + 1, max(longest, self._waiting[0].tokens)):
+                if self._waiting[0].shared != past:  # rows of a pass stand at the same positions
                     break
-                number, tokens, _ = self._waiting.popleft()
-                longest = max(longest, tokens)
-                taken.append((free.popleft(), number))
+                slot, entry = free.popleft(), self._waiting.popleft()
+                self._hold(slot, entry)
+                longest = max(longest, entry.tokens)
+                taken.append((slot, entry.number))
+            taken.sort()
             slots = tuple(slot for slot, _ in taken)
             for slot in slots:
                 self._set_state(slot, _Slot.PREFILLED)
             yield self._build_micro_batch("prefill", slots, slots, tuple(number for _, number in taken), past)
+
+    def _list_free(self) -> list[int]:
+        """Free slots in the order in which they are taken. If memory ends before slots do, each group has its share."""
+        free = [slot for slot, state in enumerate(self._state) if state is _Slot.FREE]
+        if not self.pool:
+            return free
+        taken = [sum(self._state[slot] is not _Slot.FREE for slot in group) for group in self.groups]
+        ranks = {}
+        for slot in free:
+            index = slot // self.limits.decode_rows
+            ranks[slot] = taken[index]
+            taken[index] += 1
+        return sorted(free, key=lambda slot: (ranks[slot], slot))
+
+    def _has_room(self) -> bool:
+        """Whether the first of those that wait may be admitted to a free slot."""
+        return bool(self._waiting) and (
+            not self.pool or self.pool.has_room(self._waiting[0].tokens, self._waiting[0].most)
+        )
+
+    def _hold(self, slot: int, entry: _Waiting) -> None:
+        self._held[slot] = entry
+        if self.pool:
+            self.pool.admit(slot, entry.tokens, entry.most)
 
     def _is_long(self, tokens: int) -> bool:
         return self.limits.chunked and tokens > self.limits.prefill_tokens
@@ -162,7 +251,9 @@ class Scheduler:
     def _decode(self, group: range, running: Sequence[int]) -> MicroBatch:
         return self._build_micro_batch("decode", tuple(self._choose_decode_slots(group, running)), tuple(running))
 
-    def _choose_decode_slots(self, group: range, running: Sequence[int]) -> range:
+    def _choose_decode_slots(self, group: range, running: Sequence[int]) -> Sequence[int]:
+        if self.pool:
+            return running
         if self.limits.batch_invariant:
             return group
         if self.limits.row_buckets:

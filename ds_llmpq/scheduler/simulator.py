@@ -137,10 +137,12 @@ def simulate(
     slots: int,
     limits: MicroBatchLimits,
     shared_tokens: Sequence[int] = (),
+    most_tokens: Sequence[int] = (),
 ) -> SimulatedRun:
     """One stream; `lengths` are (prompt tokens, generated tokens) of each sequence, in the order of admission, and
-    `shared_tokens` how many of each prompt's are a prefix that is there already; (): none of any."""
-    return _Simulation(times, lengths, slots, limits, shared_tokens).run()
+    `shared_tokens` how many of each prompt's are a prefix that is there already; (): none of any. `most_tokens`: how
+    many each might have come to, which says how many are admitted where they share cache blocks."""
+    return _Simulation(times, lengths, slots, limits, shared_tokens, most_tokens).run()
 
 
 class _Simulation:
@@ -153,13 +155,14 @@ class _Simulation:
         slots: int,
         limits: MicroBatchLimits,
         shared_tokens: Sequence[int],
+        most_tokens: Sequence[int],
     ):
         self.clock = _StageClock(times)
         self.lengths = lengths
         self.scheduler = Scheduler(slots, limits)
-        self.scheduler.add((prompt for prompt, _ in lengths), shared_tokens)
+        self.scheduler.add((prompt for prompt, _ in lengths), shared_tokens, most_tokens)
         self.sequence = [0] * slots
-        self.tokens = [0] * slots  # generated so far
+        self.tokens = [0] * len(lengths)  # generated so far
         self.known = [[0.0] * slots for _ in range(times.stages)]
         self.last_token = [0.0] * len(lengths)
         self.first_tokens = 0.0
@@ -184,18 +187,20 @@ class _Simulation:
         return SimulatedRun(latency, self.first_tokens, tuple(self.last_token), tuple(self.clock.spans))
 
     def _has_ended(self, slot: int) -> bool:
-        return self.tokens[slot] >= self.lengths[self.sequence[slot]][1]
+        return self.tokens[self.sequence[slot]] >= self.lengths[self.sequence[slot]][1]
 
     def _run_batch(self, batch: MicroBatch, certain: Sequence[bool]) -> None:
         """A micro-batch through all stages; where it was `certain`, its receive was posted with the one before."""
         clock, rows = self.clock, batch.size
         for slot, sequence in zip(batch.slots, batch.sequences, strict=False):
-            self.sequence[slot], self.tokens[slot] = sequence, 0
-        prompt = {slot: self.lengths[self.sequence[slot]][0] for slot in batch.slots}
+            self.sequence[slot] = sequence
+        # a preempted sequence's tokens are computed again
+        there = [self.lengths[self.sequence[slot]][0] + self.tokens[self.sequence[slot]] for slot in batch.slots]
         if batch.phase == "prefill":
-            past, tokens = batch.past, batch.tokens or max(prompt.values()) - batch.past
+            past, tokens = batch.past, batch.tokens or max(there) - batch.past
         else:
-            past, tokens = max(prompt[slot] + self.tokens[slot] - 1 for slot in batch.live), 1
+            live = set(batch.live)
+            past, tokens = max(count for slot, count in zip(batch.slots, there, strict=True) if slot in live) - 1, 1
         stages = clock.times.stages
         posted = [clock.took[stage] if certain[stage] else clock.free[stage] for stage in range(stages)]
         arrived = 0.0
@@ -212,5 +217,5 @@ class _Simulation:
             for slot in batch.live:
                 self.known[stage][slot] = when
         for slot in batch.live:
-            self.tokens[slot] += 1
+            self.tokens[self.sequence[slot]] += 1
             self.last_token[self.sequence[slot]] = self.known[0][slot]

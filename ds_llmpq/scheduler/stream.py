@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections import abc, deque
+from collections import abc
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ds_llmpq.scheduler.micro_batch import MicroBatch, MicroBatchLimits
 from ds_llmpq.scheduler.prefix import count_shared
@@ -21,11 +21,11 @@ OnTokens = Callable[[list[int], list[int]], None]  # keys of sequences that go o
 
 
 class SequenceLengths(abc.Sequence):
-    """(prompt tokens, generated tokens) of each sequence, and `shared`, how many of its prompt's tokens were not
-    computed; twelve bytes each, for there may be millions."""
+    """(prompt tokens, generated tokens) of each sequence; `shared`, how many of its prompt's tokens were not computed;
+    and `most`, how many it might have come to. Sixteen bytes each, for there may be millions."""
 
     def __init__(self) -> None:
-        self._prompt, self._generated, self.shared = array("i"), array("i"), array("i")
+        self._prompt, self._generated, self.shared, self.most = (array("i") for _ in range(4))
 
     def __len__(self) -> int:
         return len(self._prompt)
@@ -33,11 +33,12 @@ class SequenceLengths(abc.Sequence):
     def __getitem__(self, index: int) -> tuple[int, int]:
         return self._prompt[index], self._generated[index]
 
-    def admit(self, prompt_tokens: int, shared: int) -> int:
+    def admit(self, prompt_tokens: int, shared: int, most: int) -> int:
         """A sequence is admitted; its index."""
         self._prompt.append(prompt_tokens)
         self._generated.append(0)
         self.shared.append(shared)
+        self.most.append(most)
         return len(self._prompt) - 1
 
     def end(self, index: int, generated_tokens: int) -> None:
@@ -50,6 +51,7 @@ class StreamTimes:
 
     `lengths`: prompt tokens and generated tokens of every sequence, in the order of admission. `first_token_seconds`:
     until the first token of any of them was known. `of_prefix`: its one sequence was a prefix that others share.
+    `recomputed`: tokens of each time that a sequence was admitted again, because it had been preempted.
     """
 
     slots: int
@@ -57,6 +59,7 @@ class StreamTimes:
     first_token_seconds: float
     lengths: SequenceLengths
     of_prefix: bool = False
+    recomputed: tuple[int, ...] = ()
 
     @property
     def prompt_tokens(self) -> int:
@@ -77,7 +80,8 @@ class Stream:
     slot, `on_tokens(keys, tokens)` when tokens are known of sequences that go on.
 
     `prefix`: tokens whose keys and values the cache holds; sequences that begin with them compute and store the rest.
-    `held_back`: a group that was taken but does not join. `nan_slots`: slots whose cache may hold NaN.
+    `held_back`: a group that was taken but does not join. `nan_slots`: slots whose cache may hold NaN; `nan_blocks`:
+    blocks that may, where sequences share them.
     """
 
     def __init__(
@@ -98,6 +102,7 @@ class Stream:
         self.slots = SlotTable(first.slots)
         self.held_back: RequestGroup | None = None
         self.nan_slots: set[int] = set()
+        self.nan_blocks: set[int] = set()
         self._take_group = take_group
         self._on_finished = on_finished
         self._poll = poll
@@ -106,8 +111,11 @@ class Stream:
         self._no_more = False
         self._live = first.live
         self._asked = False  # since the last decision
-        self._waiting: deque[Sequence] = deque()
+        self._waiting: dict[int, Sequence] = {}  # by the scheduler's numbers
+        self._added = 0
         self._index = [0] * first.slots  # of a slot's sequence in `_lengths`
+        self._preempted: dict[int, int] = {}  # numbers of those that wait again, and their index
+        self._recomputed: list[int] = []
         self._lengths = SequenceLengths()
         self._started, self._ended = time.perf_counter(), 0.0
         self._first_token = 0.0
@@ -141,9 +149,12 @@ class Stream:
     def schedule(self) -> list[MicroBatch]:
         """The next micro-batches; possibly none."""
         batches, self._asked = self.scheduler.schedule(self.slots.has_ended), False
+        for slot, number in self.scheduler.preempted:
+            self._waiting[number] = replace(self.slots.sequences[slot], generated=tuple(self.slots.generated[slot]))
+            self._preempted[number] = self._index[slot]
         for batch in batches:
-            for slot, _ in zip(batch.slots, batch.sequences, strict=False):
-                self._admit(slot, self._waiting.popleft(), batch.past)
+            for slot, number in zip(batch.slots, batch.sequences, strict=False):
+                self._admit(slot, number, batch.past)
             self.slots.start(batch)
         return batches
 
@@ -158,8 +169,13 @@ class Stream:
             self._on_tokens([sequences[slot].key for slot in going], [generated[slot][-1] for slot in going])
         for slot in ended:
             if found[slot] is Finish.NAN_LOGITS:
-                self.nan_slots.add(slot)
-            self._lengths.end(self._index[slot], len(generated[slot]) - len(sequences[slot].generated))
+                if self.scheduler.pool:
+                    self.nan_blocks.update(self.scheduler.pool.tables[slot])
+                else:
+                    self.nan_slots.add(slot)
+            index = self._index[slot]
+            length = len(sequences[slot].prompt) + len(generated[slot])
+            self._lengths.end(index, length - self._lengths[index][0])
             self._on_finished(sequences[slot], generated[slot], found[slot])
 
     def times(self) -> StreamTimes:
@@ -169,14 +185,25 @@ class Stream:
             seconds=self._ended - self._started,
             first_token_seconds=self._first_token - self._started,
             lengths=self._lengths,
+            recomputed=tuple(self._recomputed),
         )
 
     def _add(self, group: RequestGroup) -> None:
-        self._waiting.extend(group.sequences)
+        self._waiting |= enumerate(group.sequences, self._added)
+        self._added += len(group.sequences)
         prompts = [sequence.prefill_tokens for sequence in group.sequences]
-        self.scheduler.add(map(len, prompts), [count_shared(prompt, self.prefix) for prompt in prompts])
+        self.scheduler.add(
+            map(len, prompts),
+            [count_shared(prompt, self.prefix) for prompt in prompts],
+            [sequence.max_kv_tokens for sequence in group.sequences],
+        )
 
-    def _admit(self, slot: int, sequence: Sequence, shared: int) -> None:
+    def _admit(self, slot: int, number: int, shared: int) -> None:
+        sequence = self._waiting.pop(number)
         self.slots.admit(slot, sequence, shared)
-        self._index[slot] = self._lengths.admit(len(sequence.prefill_tokens), shared)
+        if number in self._preempted:
+            self._index[slot] = self._preempted.pop(number)
+            self._recomputed.append(len(sequence.prefill_tokens) - shared)
+        else:
+            self._index[slot] = self._lengths.admit(len(sequence.prefill_tokens), shared, sequence.max_kv_tokens)
         self._on_admitted(slot, sequence)

@@ -138,7 +138,7 @@ class Driver:
         folder = Path(self.job.output)
         events = chain.from_iterable([build_chrome_events(report.pop("trace")) for report in reports])
         plan, streams, limits = self.job.plan, session.engine.stream_times, session.limits
-        lengths = [(stream.slots, stream.lengths, stream.lengths.shared) for stream in streams]
+        lengths = [(stream.slots, stream.lengths, stream.lengths.shared, stream.lengths.most) for stream in streams]
         simulated = simulate_streams(plan, lengths, limits, MOST_PASSES_OF_RUN)
         expected = self.requests.expect_streams()
         summary = metrics.summarize(

@@ -31,13 +31,15 @@ def summarize(
     reported. `simulated`: the plan's times for these very streams. `expected`: what was expected before (`expect`).
 
     Prefill and decode overlap, so the seconds of a phase are those of the stage that worked longest on it. Prefill
-    tokens/s counts the prompt tokens that were computed, decode tokens/s all generated tokens except the first of each
-    sequence. A shared prefix is computed once, and does not count as a row.
+    tokens/s counts the prompt tokens that were computed, and what was computed again of sequences that had been
+    preempted for want of cache blocks; decode tokens/s all generated tokens except the first of each sequence. A shared
+    prefix is computed once, and does not count as a row.
     """
     of_rows = [stream for stream in streams if not stream.of_prefix]
     prompt_tokens = sum(stream.prompt_tokens for stream in of_rows)
     shared_tokens = sum(stream.shared_tokens for stream in of_rows)
-    prefill_tokens = sum(stream.prompt_tokens for stream in streams) - shared_tokens
+    recomputed = [tokens for stream in streams for tokens in stream.recomputed]
+    prefill_tokens = sum(stream.prompt_tokens for stream in streams) - shared_tokens + sum(recomputed)
     generated_tokens = sum(stream.generated_tokens for stream in of_rows)
     rows = sum(len(stream.lengths) for stream in of_rows)
     seconds = sum(stream.seconds for stream in streams)
@@ -56,6 +58,8 @@ def summarize(
             "prompt_tokens": prompt_tokens,
             "prefill_tokens": prefill_tokens,
             "shared_tokens": shared_tokens,
+            "preemptions": len(recomputed),
+            "recomputed_tokens": sum(recomputed),
             "generated_tokens": generated_tokens,
             **{f"{phase}_seconds": work for phase, work in phases.items()},
             "prefill_tokens_per_second": _rate(prefill_tokens, phases["prefill"]),
@@ -99,10 +103,10 @@ def expect(
 ) -> dict[str, Any] | None:
     """What the plan's times predict for streams before any answer is known, and for a prefix computed before them; None
     if that is too much to simulate."""
-    prefix = [(1, [(prefix_tokens, 1)], ())] if prefix_tokens and streams else []
+    prefix = [(1, [(prefix_tokens, 1)], (), ())] if prefix_tokens and streams else []
     if (simulated := simulate_streams(plan, [*prefix, *streams], limits)) is None:
         return None
-    lengths = [length for _, stream, _ in streams for length in stream]
+    lengths = [length for _, stream, *_ in streams for length in stream]
     return {
         "rows": len(lengths),
         "generated_tokens": sum(generated for _, generated in lengths),

@@ -15,8 +15,9 @@ MOST_PASSES = 50_000  # about a second of simulation
 MOST_PASSES_OF_RUN = 4 * MOST_PASSES  # a run of that many takes minutes, and its verdict is worth four seconds
 _MOST_EVENTS = 100_000  # what a trace viewer still opens
 
-# slots; (prompt, generated) tokens of each sequence; how many of each prompt's are a shared prefix, (): none of any
-LengthsOfStream = tuple[int, Sequence[tuple[int, int]], Sequence[int]]
+# slots; (prompt, generated) tokens of each sequence; how many of each prompt's are a shared prefix, (): none of any;
+# how many tokens each might have come to, (): unknown, and of no use unless they share cache blocks
+LengthsOfStream = tuple[int, Sequence[tuple[int, int]], Sequence[int], Sequence[int]]
 
 
 class PlanTimes:
@@ -66,12 +67,12 @@ def simulate_streams(
     """The plan simulated with these streams, one after another; None where there are none, or more than `most_passes`
     of all stages."""
     times, found, passes = PlanTimes(plan), [], 0.0
-    for slots, lengths, shared in streams:
+    for slots, lengths, shared, most in streams:
         tokens = sum(generated for _, generated in lengths)
         passes += (len(lengths) + tokens / min(slots, limits.decode_rows)) * len(plan.stages)
         if passes > most_passes:
             return None
-        found.append(simulate(times, lengths, slots, limits, shared))
+        found.append(simulate(times, lengths, slots, limits, shared, most))
     return found or None
 
 
@@ -79,11 +80,14 @@ def simulate_workload(plan: Plan, row_buckets: bool) -> list[SimulatedRun] | Non
     """With the plan's own workload, all sequences alike. `row_buckets`: as passes that are captured have them."""
     workload, sizes = plan.workload, plan.micro_batch
     limits = MicroBatchLimits(
-        sizes.prefill, sizes.prefill * workload.prefill_tokens, sizes.decode, row_buckets=row_buckets
-    )
+        sizes.prefill, sizes.prefill * workload.prefill_tokens, sizes.decode, row_buckets=row_buckets,
+        cache_blocks=plan.count_pool_blocks(workload.prefix_positions(plan.cache_block)),
+        block_tokens=plan.cache_block,
+    )  # fmt: skip
     lengths = [(workload.prompt_tokens, workload.generated_tokens)] * workload.sequences
     shared = [workload.shared_tokens] * workload.sequences
-    return simulate_streams(plan, [(workload.sequences, lengths, shared)], limits)
+    most = [workload.prompt_tokens + workload.generated_tokens] * workload.sequences
+    return simulate_streams(plan, [(workload.sequences, lengths, shared, most)], limits)
 
 
 def name_stages(plan: Plan) -> list[dict]:
@@ -102,18 +106,23 @@ def write_predicted_trace(plan: Plan, simulated: Iterable[SimulatedRun], folder:
 
 
 def decode_passes(
-    lengths: Sequence[tuple[int, int]], slots: int, limits: MicroBatchLimits, shared_tokens: Sequence[int] = ()
+    lengths: Sequence[tuple[int, int]],
+    slots: int,
+    limits: MicroBatchLimits,
+    shared_tokens: Sequence[int] = (),
+    most_tokens: Sequence[int] = (),
 ) -> int:
     """How many decode passes a stream of these (prompt, generated) tokens takes, of which `shared_tokens` are not
-    computed."""
+    computed; each might have come to `most_tokens`."""
     scheduler, count = Scheduler(slots, limits), 0
-    scheduler.add((prompt for prompt, _ in lengths), shared_tokens)
-    left = [0] * slots  # tokens that each slot's sequence has yet to generate
+    scheduler.add((prompt for prompt, _ in lengths), shared_tokens, most_tokens)
+    left = [generated for _, generated in lengths]  # tokens that each sequence has yet to generate
+    held = [0] * slots
     while scheduler.next_group() is not None:
-        for batch in scheduler.schedule(lambda slot: left[slot] <= 0):
+        for batch in scheduler.schedule(lambda slot: left[held[slot]] <= 0):
             count += batch.phase == "decode"
             for slot, sequence in zip(batch.slots, batch.sequences, strict=False):
-                left[slot] = lengths[sequence][1]
+                held[slot] = sequence
             for slot in batch.live:
-                left[slot] -= 1
+                left[held[slot]] -= 1
     return count

@@ -246,7 +246,7 @@ def _run_batch(run: Run, plan: Plan, folder: Path, name: str, mix: tuple, second
     serving, report = measured - capture.seconds, session.report()
     streams = session.engine.stream_times
     simulated = simulate_streams(
-        plan, [(each.slots, each.lengths, each.lengths.shared) for each in streams], session.limits
+        plan, [(each.slots, each.lengths, each.lengths.shared, each.lengths.most) for each in streams], session.limits
     )
     predicted = sum(each.latency_seconds for each in simulated or ())
     # spans of device time, in which a capture counts, too, though the device waits for it

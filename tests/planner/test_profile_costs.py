@@ -182,7 +182,7 @@ def test_a_plan_without_times_by_size_counts_tokens_in_proportion(folder):
 
 def test_what_would_take_long_to_simulate_is_not(folder):
     plan = deployed(prepared(folder), Assignment((StageAssignment("localhost:0", 0, 6, (16,) * 6),), 4, 8), cluster())
-    streams = [(8, [(4, 3)] * 8, ())] * 3  # counted as eight prefill and three decode passes
+    streams = [(8, [(4, 3)] * 8, (), ())] * 3  # counted as eight prefill and three decode passes
     limits = MicroBatchLimits(4, 128, 8)
     assert len(simulate_streams(plan, streams, limits, most_passes=33)) == 3
     assert simulate_streams(plan, streams, limits, most_passes=32) is None

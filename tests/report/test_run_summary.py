@@ -105,7 +105,7 @@ def test_passes_are_held_against_their_own_sizes_and_answers_against_what_was_ex
     plan = replace(plan, stages=tuple(replace(stage, prefill_times=times) for stage in plan.stages))
     lengths, limits = SequenceLengths(), MicroBatchLimits(1, 8, 4)
     for index, prompt in enumerate((2, 4, 8, 8)):
-        lengths.admit(prompt, 0)
+        lengths.admit(prompt, 0, prompt + 9)
         lengths.end(index, 2)
     memory = {"weights": 1, "kv": 1, "peak_growth": 1}
     report = {"seconds": {"prefill": 0.4, "decode": 0.1, "sample": 0.05}, "passes": {"prefill": 4, "decode": 1}}
@@ -116,8 +116,8 @@ def test_passes_are_held_against_their_own_sizes_and_answers_against_what_was_ex
         [StreamTimes(4, 1.0, 0.1, lengths)],
         [report | {"stage": index, "rank": index} for index in range(len(plan.stages))],
         startup_seconds=0.0,
-        simulated=simulate_streams(plan, [(4, lengths, ())], limits),
-        expected=expect(plan, [(4, [(2, 6)] * 4, ())], limits),
+        simulated=simulate_streams(plan, [(4, lengths, (), ())], limits),
+        expected=expect(plan, [(4, [(2, 6)] * 4, (), ())], limits),
     )
     for stage, entry in zip(plan.stages, metrics["stages"], strict=True):
         prefill = entry["pass_seconds"]["prefill"]

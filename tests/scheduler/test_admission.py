@@ -75,6 +75,12 @@ def test_slots_take_whole_blocks(refill):
         assert all(row.max_kv_tokens <= group.capacity for row in group.sequences)
 
 
+def test_one_shape_has_room_for_every_request_of_a_pool():
+    feed = AdmissionQueue(prepared([(9, 3), (40, 60), (5, 1)]), [3, 60, 1], 4, 32, True, positions=128, paged=True)
+    assert [group.shape for group in all_groups(feed)] == [(4, 128)]
+    assert feed.choose_replay_shape() == (4, 128)
+
+
 def test_a_row_is_the_request():
     [request] = prepared([(3, 5)])
     row = request.sequence(9)
