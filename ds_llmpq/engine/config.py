@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ds_llmpq.errors import UserError, quote
+
 
 @dataclass
 class ComputeConfig:
@@ -17,9 +19,20 @@ class ComputeConfig:
     batch_invariant: bool = False
     # a prefix that most prompts begin with, as a system prompt, is computed once; not with batch_invariant
     share_prefix: bool = True
+    # slots: every sequence has positions of its own for the longest prompt and answer | paged: sequences share all of
+    # them block by block, more run in the same memory, and when it ends the youngest is preempted and computed again;
+    # only where stages are one graph each (quant.kernel=openvino_graph)
+    kv_cache: str = "slots"
     # decode passes are captured once for each shape and replayed: as CUDA graphs; null: where a stage is a GPU. true
     # without a GPU replays a trace, which proves that a model's passes can be captured and gains no speed
     decode_graphs: bool | None = None
+
+    @property
+    def is_paged(self) -> bool:
+        """`UserError`: `kv_cache` is neither."""
+        if self.kv_cache not in ("slots", "paged"):
+            raise UserError(f"engine.kv_cache is {quote(self.kv_cache)} but must be slots or paged.")
+        return self.kv_cache == "paged"
 
     @property
     def shares_prefix(self) -> bool:

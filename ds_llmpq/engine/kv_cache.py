@@ -131,6 +131,12 @@ class KVStore:
         sees the first `kv_tokens` of each slot."""
         return DecodeCache(self, slice(start, stop), positions, kv_tokens, shared)
 
+    def decode_slots(
+        self, slots: Sequence[int], positions: torch.Tensor, kv_tokens: int, shared: torch.Tensor | None = None
+    ) -> DecodeCache:
+        """The same for `slots` that follow one another."""
+        return self.decode(slots[0], slots[-1] + 1, positions, kv_tokens, shared)
+
     def layer(self, layer_idx: int) -> torch.Tensor:
         """[2, slots, kv_heads, capacity, head_dim] of a decoder layer, by its index in the whole model."""
         return self._view[layer_idx - self.first_layer]
@@ -171,8 +177,8 @@ class NoCache:
     def prefill(self, slots: Sequence[int], past: int = 0, shared: int = 0) -> None:
         return None
 
-    def decode(
-        self, start: int, stop: int, positions: torch.Tensor, kv_tokens: int, shared: torch.Tensor | None = None
+    def decode_slots(
+        self, slots: Sequence[int], positions: torch.Tensor, kv_tokens: int, shared: torch.Tensor | None = None
     ) -> None:
         return None
 

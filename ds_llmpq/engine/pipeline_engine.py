@@ -14,6 +14,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from ds_llmpq.engine import schedules
 from ds_llmpq.engine.channels import ActivationChannel, TokenChannel
 from ds_llmpq.engine.kv_cache import KVStore, NoCache
+from ds_llmpq.engine.paged_cache import PagedKVStore
 from ds_llmpq.engine.pipeline_module import PlannedPipelineModule
 from ds_llmpq.engine.runner.capture import Capture
 from ds_llmpq.engine.runner.captured_decode import CapturedDecode
@@ -134,11 +135,13 @@ class InferencePipelineEngine(PipelineEngine):
         self.stream = stream = Stream(
             first, limits, take_group, on_finished, self._poll_tokens, self._admit, on_tokens, self.prefix
         )
+        if isinstance(self.store, PagedKVStore):
+            self.store.tables = stream.scheduler.pool.tables
         self._exec_schedule(schedules.StreamSchedule(stream, stages=self.num_stages, stage_id=self.stage_id))
         self._read_tokens()
         self.activations.flush()
         self.tokens.flush()
-        if stream.nan_slots:
+        if stream.nan_slots or stream.nan_blocks:
             self.store.clear()
         self.stream_times.append(stream.times())
         self.stream = None
@@ -180,10 +183,7 @@ class InferencePipelineEngine(PipelineEngine):
             self.tokens.post_receive(batch)
 
     def _prefill_pass(self, batch: MicroBatch) -> None:
-        for slot in batch.slots:
-            if slot in self.stream.nan_slots:
-                self.store.clear(slot)
-                self.stream.nan_slots.discard(slot)
+        self._clear_nan(batch)
         self._lost.difference_update(batch.slots if batch.sequences else ())
         if self._lost.intersection(batch.slots):
             self._hidden, self._logits = self.passes.fill_with_nan(1, self._count_row_tokens(batch))
@@ -202,11 +202,22 @@ class InferencePipelineEngine(PipelineEngine):
         if not batch.live and rows[0].key in self.faults:
             self._lost.update(batch.slots)
 
+    def _clear_nan(self, batch: MicroBatch) -> None:
+        """Of what sequences that are gone may have left, before others store theirs there."""
+        for slot in self.stream.nan_slots.intersection(batch.slots):
+            self.store.clear(slot)
+            self.stream.nan_slots.discard(slot)
+        if self.stream.nan_blocks:
+            self.store.clear_blocks(self.stream.nan_blocks)
+            self.stream.nan_blocks.clear()
+
     def _decode_pass(self, batch: MicroBatch) -> None:
         if self.ahead is not None:
             self._early = self.ahead.take(self.stream, batch)
             if self._early is not None:
                 return
+        if self.stream.nan_blocks:
+            self._clear_nan(batch)
         step = self.steps.decode(self.stream, batch)
         with self.trace.working("decode", batch.size, tokens=len(batch.live)):
             self._run_rows("decode", step, batch)

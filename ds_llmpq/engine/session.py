@@ -15,6 +15,7 @@ from ds_llmpq.engine import device_memory
 from ds_llmpq.engine.channels import ActivationChannel, TokenChannel
 from ds_llmpq.engine.config import EngineConfig
 from ds_llmpq.engine.kv_cache import KVStore, NoCache
+from ds_llmpq.engine.paged_cache import PagedKVStore
 from ds_llmpq.engine.pipeline_engine import InferencePipelineEngine
 from ds_llmpq.engine.pipeline_module import PlannedPipelineModule, list_pipeline_layers
 from ds_llmpq.engine.rank_context import RankContext
@@ -139,11 +140,17 @@ class Session:
             batch_invariant=options.batch_invariant,
             row_buckets=self._captures,
             chunked=self.scorer is None and self._splits_prompts,
+            cache_blocks=0 if self.scorer else self.plan.count_pool_blocks(len(self.engine.prefix)),
+            block_tokens=self.plan.cache_block,
         )
 
     @property
     def _captures(self) -> bool:
-        return self.scorer is None and self.options.captures(stage.kind for stage in self.plan.stages)
+        return (
+            self.scorer is None
+            and not self.plan.is_paged
+            and self.options.captures(stage.kind for stage in self.plan.stages)
+        )
 
     def _build_capture(self) -> Capture | None:
         """How this stage does it. Without a GPU a trace is no faster, and runs only if it was asked for."""
@@ -249,7 +256,8 @@ class Session:
         if self.scorer is not None:
             return NoCache(self.context.device)
         first, last = self.context.stage.layers
-        return KVStore(
+        store = PagedKVStore if self.plan.is_paged else KVStore
+        return store(
             first, last - first, self.plan.cache_positions, shape.kv_heads, shape.head_dim, self.dtype,
             self.context.device, self.plan.cache_block,
         )  # fmt: skip

@@ -75,7 +75,7 @@ class StepBuilder:
             of_prefix = to_device([shared[slot] for slot in batch.slots], self.device)
         return Step(
             positions=at[:, None],
-            cache=self.store.decode(batch.slots[0], batch.slots[-1] + 1, at, kv_tokens, of_prefix),
+            cache=self.store.decode_slots(batch.slots, at, kv_tokens, of_prefix),
             kv_tokens=kv_tokens,
             causal_only=not stream.batch_invariant and min(own) + 1 == kv_tokens,
             shared=of_prefix,

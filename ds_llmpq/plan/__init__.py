@@ -19,6 +19,7 @@ from ds_llmpq.plan.plan import (
     Stage,
     StageMemory,
     Workload,
+    require_block_tables,
 )
 from ds_llmpq.plan.planfile import read_assignment, read_plan, write_plan
 
@@ -45,5 +46,6 @@ __all__ = [
     "placements",
     "read_assignment",
     "read_plan",
+    "require_block_tables",
     "write_plan",
 ]

@@ -17,6 +17,7 @@ from ds_llmpq.integers import round_up
 from ds_llmpq.plan.assignment import Assignment, StageAssignment
 from ds_llmpq.plan.schema1 import upgrade
 from ds_llmpq.quant.config import QuantConfig, rename_former
+from ds_llmpq.quant.kernels.base import Kernel
 from ds_llmpq.quant.kernels.registry import find_stage_kernel
 from ds_llmpq.validation import (
     Amount,
@@ -51,13 +52,15 @@ REMEDY = "correct it, or plan again"
 class Workload:
     """A batch of B = `sequences`, each with s prompt tokens and n generated tokens. Prompts begin with the same
     `shared_tokens`, which are computed and held once. Those that do not need up to `unshared_tokens` cache positions;
-    0: all do."""
+    0: all do. `pool_positions`: cache positions that all sequences share block by block, so that each takes what its
+    tokens need; 0: each has `row_positions` of its own."""
 
     sequences: Positive
     prompt_tokens: Positive
     generated_tokens: Positive
     shared_tokens: Count = 0
     unshared_tokens: Count = 0
+    pool_positions: Count = 0
 
     @property
     def prefill_tokens(self) -> int:
@@ -74,6 +77,12 @@ class Workload:
         whole = self.prompt_tokens + self.generated_tokens
         own = max(whole - self.prefix_positions(block), min(whole, self.unshared_tokens))
         return round_up(own, block)
+
+    def cache_positions(self, block: int) -> int:
+        """Cache positions of all sequences together, the prefix left out: of a pool at least those of the longest."""
+        if not self.pool_positions:
+            return self.sequences * self.row_positions(block)
+        return round_up(max(self.pool_positions, self.row_positions(block)), block)
 
 
 @dataclass(frozen=True)
@@ -300,16 +309,24 @@ class Plan:
 
     @property
     def cache_positions(self) -> int:
-        """The tokens a layer's cache holds: those of all sequences in flight, B times `row_positions`, and a shared
-        prefix once."""
-        return self.workload.sequences * self.row_positions + self.workload.prefix_positions(self.cache_block)
+        """The tokens a layer's cache holds: those of all sequences in flight, and a shared prefix once."""
+        return self.workload.cache_positions(self.cache_block) + self.workload.prefix_positions(self.cache_block)
+
+    @property
+    def is_paged(self) -> bool:
+        """Whether sequences share the blocks of the KV cache."""
+        return self.workload.pool_positions > 0
+
+    def count_pool_blocks(self, prefix_tokens: int = 0) -> int:
+        """Blocks that sequences share behind a prefix of so many tokens; 0 unless the plan is paged."""
+        return (self.cache_positions - prefix_tokens) // self.cache_block if self.is_paged else 0
 
     def with_fewer_sequences(self) -> "Plan":
         """The same stages with half as many sequences in flight and in each micro-batch, at least one. The predictions
         stay those of the original plan."""
         sequences = max(1, self.workload.sequences // 2)
         rows = (max(1, min(size // 2, sequences)) for size in (self.micro_batch.prefill, self.micro_batch.decode))
-        workload = replace(self.workload, sequences=sequences)
+        workload = replace(self.workload, sequences=sequences, pool_positions=-(-self.workload.pool_positions // 2))
         return replace(self, workload=workload, micro_batch=MicroBatches(*rows))
 
     def assignment(self) -> Assignment:
@@ -373,11 +390,22 @@ def _check_stages(plan: Plan) -> None:
                 _check_times(times, f"{path}.{name}")
         if plan.is_deployed and (stage.kind is None or stage.slot is None):
             raise UserError(f"{path} lacks kind or slot, which a deployed plan needs; plan again.")
+        if plan.is_paged and plan.is_deployed:
+            require_block_tables(find_stage_kernel(stage.kernel), f"{path} runs")
         expected = last
     links = plan.deployment and plan.deployment.link_seconds
     for phase in ("prefill", "decode") if links else ():
         if len(getattr(links, phase)) != len(plan.stages):
             raise UserError(f"plan.deployment.link_seconds.{phase} must have {len(plan.stages)} entries; plan again.")
+
+
+def require_block_tables(kernel: Kernel, what: str) -> None:
+    """`UserError` unless attention reads the cache by block tables. `what`: who has the kernel."""
+    if not kernel.whole_stage:
+        raise UserError(
+            f"engine.kv_cache=paged needs attention that reads block tables, as quant.kernel=openvino_graph has it, "
+            f"but {what} kernel {kernel.name}; plan with engine.kv_cache=slots."
+        )
 
 
 def _check_times(times: PassTimes, path: str) -> None:

@@ -93,6 +93,7 @@ def prepare(
             "generated_tokens": workload.generated_tokens,
             "shared_tokens": workload.shared_tokens or 0,
             "unshared_tokens": workload.unshared_tokens or 0,
+            "pool_positions": workload.pool_positions or 0,
         },
         "micro_batches": sizes,
         "device_types": {
@@ -141,8 +142,9 @@ def check_workload(workload: WorkloadConfig, shape: ModelShape) -> None:
             f"workload.shared_tokens={workload.shared_tokens}; it must be from 0 to {workload.prompt_tokens - 1}, one "
             "less than workload.prompt_tokens"
         )
-    if (workload.unshared_tokens or 0) < 0:
-        raise UserError(f"workload.unshared_tokens={workload.unshared_tokens}; it must be 0 or more")
+    for name in ("unshared_tokens", "pool_positions"):
+        if (getattr(workload, name) or 0) < 0:
+            raise UserError(f"workload.{name}={getattr(workload, name)}; it must be 0 or more")
     length = workload.prompt_tokens + workload.generated_tokens
     if shape.max_positions is not None and length > shape.max_positions:
         raise UserError(

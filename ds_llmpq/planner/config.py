@@ -23,6 +23,9 @@ class WorkloadConfig:
     # cache positions of the longest request whose prompt does not begin with that prefix, if slots shall hold it too;
     # null: measured with shared_tokens, else 0 (all begin with it)
     unshared_tokens: int | None = None
+    # with engine.kv_cache=paged, cache positions that all sequences share; null: sequences times what one needs on
+    # average, measured as shared_tokens is, else enough for the longest of each
+    pool_positions: int | None = None
 
     @property
     def prefill_tokens(self) -> int:

@@ -101,8 +101,9 @@ def tabulate_memory(
     share of layers and of one decode group a device. Their own memory is held while prefill works in its."""
     capacity, shared = workload.prompt_tokens + workload.generated_tokens, workload.shared_tokens or 0
     planned = Workload(
-        workload.sequences, workload.prompt_tokens, workload.generated_tokens, shared, workload.unshared_tokens or 0
-    )
+        workload.sequences, workload.prompt_tokens, workload.generated_tokens, shared, workload.unshared_tokens or 0,
+        workload.pool_positions or 0,
+    )  # fmt: skip
     block = memory.kernel.cache_block
     quantized = any(width != UNQUANTIZED_BITS for width in bits)
     # a prompt without the prefix passes whole, alone
@@ -123,9 +124,11 @@ def tabulate_memory(
         decode = {s: value + graphs + pool[s] for s, value in decode.items()}
     return {
         "layer_bytes": {str(width): memory.layer_bytes(width) for width in bits},
-        # the prefix is held once, which the sequences share out among them
-        "kv_bytes_per_sequence_layer": memory.kv_bytes_per_sequence_layer(planned.row_positions(block))
-        + memory.kv_bytes_per_sequence_layer(planned.prefix_positions(block)) / workload.sequences,
+        # an even share of all, for the prefix and the blocks of a pool are nobody's own
+        "kv_bytes_per_sequence_layer": memory.kv_bytes_per_sequence_layer(
+            planned.cache_positions(block) + planned.prefix_positions(block)
+        )
+        / workload.sequences,
         "embed_bytes": memory.embed_bytes(),
         "head_bytes": memory.head_bytes(),
         "tied_head": memory.shares_embedding,

@@ -98,9 +98,10 @@ def _summary(plan: Plan) -> list[str]:
     workload, predicted, solver = plan.workload, plan.predicted, plan.solver
     proof = f", {solver.proof}" if solver.proof else ""
     shared = f", {workload.shared_tokens} of the prompt in common" if workload.shared_tokens else ""
+    pool = f"; they share {plan.cache_positions} positions of KV cache" if plan.is_paged else ""
     lines = [
         f"workload: {workload.sequences} sequences of {workload.prompt_tokens} prompt + {workload.generated_tokens} "
-        f"generated tokens{shared}; micro-batches of {plan.micro_batch.prefill} in prefill, "
+        f"generated tokens{shared}{pool}; micro-batches of {plan.micro_batch.prefill} in prefill, "
         f"{plan.micro_batch.decode} in decode",
         f"predicted: {format_number(predicted.latency_seconds, 4)} s per batch (prefill "
         f"{format_number(predicted.prefill_seconds, 4)}, decode {format_number(predicted.decode_seconds, 4)}), "

@@ -178,7 +178,11 @@ class JobRequests:
             for each, tokens in zip(self.prepared, self._expected_tokens, strict=True)
         ]
         shared, streams = self._shared, self.admission.streams(range(len(lengths)))
-        return [(slots, [lengths[i] for i in part], [shared[i] for i in part]) for slots, part in streams]
+        most = [each.sequence_tokens for each in self.prepared]
+        return [
+            (slots, [lengths[i] for i in part], [shared[i] for i in part], [most[i] for i in part])
+            for slots, part in streams
+        ]
 
     def report(self, limits: MicroBatchLimits, answer_tokens: Sequence[int]) -> dict[str, Any]:
         """The part of metrics.json on the requests: decode passes in this order, and those that the same answers would
@@ -233,6 +237,8 @@ class JobRequests:
         longest = max(round_up(each.sequence_tokens - shared, block) for each, shared in pairs)
         sequences, room = plan.workload.sequences, plan.cache_positions - len(prefix)
         even = room // sequences // block * block  # at least as planned, unless the prefix is longer than that
+        if longest <= room and plan.is_paged:
+            return prefix, whole
         if longest <= room and even >= min(longest, plan.row_positions):
             return prefix, min(even, plan.row_positions)
         if longest > room or sequences < _LEAST_SLOTS:
@@ -256,6 +262,7 @@ class JobRequests:
             self.begun_at,
             plan.cache_positions - len(self.prefix),
             self._shared,
+            plan.is_paged,
         )
 
     def _count_passes(self, limits: MicroBatchLimits, answer_tokens: Sequence[int], order: Sequence[int]) -> int | None:
@@ -264,8 +271,9 @@ class JobRequests:
         if sum(answer_tokens) / limits.decode_rows > MOST_PASSES:
             return None
         shared, streams = self._shared, self.admission.streams(order)
+        most = [each.sequence_tokens for each in self.prepared]
         return sum(
-            decode_passes([lengths[i] for i in part], slots, limits, [shared[i] for i in part])
+            decode_passes([lengths[i] for i in part], slots, limits, [shared[i] for i in part], [most[i] for i in part])
             for slots, part in streams
         )
 

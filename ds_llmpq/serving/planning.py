@@ -21,7 +21,7 @@ from ds_llmpq.models.description import refuse_foreign
 from ds_llmpq.models.fingerprint import fingerprint
 from ds_llmpq.models.notes import list_notes
 from ds_llmpq.models.shape import ModelShape, read_shape
-from ds_llmpq.plan import Plan, PlannedModel, launch_order, read_assignment, write_plan
+from ds_llmpq.plan import Plan, PlannedModel, launch_order, read_assignment, require_block_tables, write_plan
 from ds_llmpq.planner import Problem, ProgressEvent, check_plan, solve
 from ds_llmpq.planner.build import check_workload, micro_batches, prepare, usable_bits
 from ds_llmpq.planner.config import PlannerConfig, WorkloadConfig
@@ -94,6 +94,7 @@ def build_problem(
     shape, model = _model(settings.model)
     check_lm_head(shape.vocab, shape.embed_dim, settings.quant)
     cluster = Cluster.from_config(settings.cluster)
+    dtype, quant = settings.engine.dtype, _with_kernel(settings, cluster, shape)
     workload = size_workload(
         settings.workload,
         settings.model,
@@ -102,11 +103,11 @@ def build_problem(
         shape,
         settings.engine.refill,
         settings.engine.shares_prefix,
+        _find_shared_block(settings, quant),
     )
     sensitivity = read_sensitivity(planner.sensitivity) if planner.sensitivity else None
     if sensitivity is not None:
         sensitivity.check_model(shape.layers, model.fingerprint)
-    dtype, quant = settings.engine.dtype, _with_kernel(settings, cluster, shape)
     if (profile := _calibrate(settings, cluster, shape, workload, quant, show)) is not None:
         planner = replace(planner, profile=str(profile))
     # further sources have times of other systems, which captured nothing
@@ -129,6 +130,21 @@ def _captures(settings: PlanConfig) -> bool:
         settings.cluster.device_types[device.type].kind for host in settings.cluster.hosts for device in host.devices
     }
     return "cuda" in kinds and settings.engine.captures(kinds)
+
+
+def _find_shared_block(settings: PlanConfig, quant: QuantConfig) -> int:
+    """Positions of the cache blocks that sequences share; 0: each has positions of its own. `UserError`: a pool that
+    cannot be."""
+    if settings.engine.is_paged:
+        kernel = find_kernel(quant.kernel)
+        require_block_tables(kernel, "the plan's stages run")
+        return kernel.cache_block
+    if settings.workload.pool_positions:
+        raise UserError(
+            f"workload.pool_positions={settings.workload.pool_positions} is of no use unless sequences share the KV "
+            "cache; give engine.kv_cache=paged as well."
+        )
+    return 0
 
 
 def _with_kernel(settings: PlanConfig, cluster: Cluster, shape: ModelShape) -> QuantConfig:

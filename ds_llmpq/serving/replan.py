@@ -44,7 +44,8 @@ def plan_without(
     last: InfeasibleError | None = None
     sequences = plan.workload.sequences
     while sequences:
-        workload = WorkloadConfig(**asdict(plan.workload) | {"sequences": sequences})
+        pool = plan.workload.pool_positions * sequences // plan.workload.sequences
+        workload = WorkloadConfig(**asdict(plan.workload) | {"sequences": sequences, "pool_positions": pool or None})
         for pins in [pinned, {}] if widths_free else [pinned]:
             planner = replace(settings.planner, mode="theta", pins=pins, baseline=None, deadline_seconds=None)
             asked = replace(settings, cluster=left, planner=planner, workload=workload, quant=quant)

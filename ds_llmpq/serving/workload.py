@@ -20,6 +20,7 @@ import numpy as np
 from ds_llmpq.batch.config import BatchConfig
 from ds_llmpq.batch.prompts import PreparedRequest, prepare
 from ds_llmpq.batch.reader import read_requests
+from ds_llmpq.integers import round_up
 from ds_llmpq.lengths.characterize import estimate_maximum
 from ds_llmpq.models.config import ModelConfig
 from ds_llmpq.models.shape import ModelShape
@@ -42,16 +43,22 @@ def size_workload(
     shape: ModelShape,
     refill: bool = True,
     share: bool = False,
+    block: int = 0,
 ) -> WorkloadConfig:
     """`workload` with its open numbers filled in from the first requests of the input file: how many there are, the
     longest prompt, the longest answer that they allow (or, with `batch.predictor`, expect), and their common prefix.
     Without an input or a tokenizer, the defaults. `refill`: whether the engine refills slots. `share`: whether it
-    computes a shared prefix once. `UserError`: the predictor is not usable."""
+    computes a shared prefix once. `block`: positions of the cache blocks that sequences share; 0: they share none.
+    `UserError`: the predictor is not usable."""
     fields = ("sequences", "prompt_tokens", "generated_tokens")
     open_fields = [name for name in fields if getattr(workload, name) is None]
     if not open_fields:
-        return workload
-    measured = _measure(path, model, batch, shape, workload.sequences, refill) if path and model.path else DEFAULT
+        return _fill_pool(workload, block)
+    measured = (
+        _measure(path, model, batch, shape, workload.sequences, refill, block) if path and model.path else DEFAULT
+    )
+    if workload.pool_positions is None:
+        open_fields.append("pool_positions")
     if workload.shared_tokens is None:
         if not share:
             measured = replace(measured, shared_tokens=0, unshared_tokens=None)
@@ -62,12 +69,27 @@ def size_workload(
         replace(workload, **{name: getattr(measured, name) for name in open_fields}), open_fields, shape
     )
     if "shared_tokens" in open_fields and filled.shared_tokens >= filled.prompt_tokens:
-        return replace(filled, shared_tokens=0, unshared_tokens=None)  # the user gave shorter prompts than there are
-    return filled
+        # the user gave shorter prompts than there are
+        filled = replace(filled, shared_tokens=0, unshared_tokens=None)
+    return _fill_pool(filled, block)
+
+
+def _fill_pool(workload: WorkloadConfig, block: int) -> WorkloadConfig:
+    """Of a pool that nothing says the size of, enough for the longest of each sequence."""
+    if not block or workload.pool_positions is not None:
+        return workload
+    length = workload.prompt_tokens + workload.generated_tokens
+    return replace(workload, pool_positions=workload.sequences * round_up(length, block))
 
 
 def _measure(
-    path: str, model: ModelConfig, batch: BatchConfig, shape: ModelShape, sequences: int | None, refill: bool
+    path: str,
+    model: ModelConfig,
+    batch: BatchConfig,
+    shape: ModelShape,
+    sequences: int | None,
+    refill: bool,
+    block: int,
 ) -> WorkloadConfig:
     file = read_requests(path, replace(batch, limit=min(batch.limit or _LOOKED_AT, _LOOKED_AT)))
     tokenizer = load_tokenizer(model.path, model.trust_remote_code)
@@ -88,7 +110,26 @@ def _measure(
     prefix = array("i", find_shared_prefix([request.prompt_ids for request in prepared], prompt_tokens))
     others = [request.sequence_tokens for request in prepared if not count_shared(request.prompt_ids, prefix)]
     unshared = max(others, default=0) if prefix else None
-    return WorkloadConfig(sequences, prompt_tokens, generated_tokens, len(prefix), unshared)
+    pool = _count_pool(prepared, prefix, batch, model, sequences, block) if block else None
+    return WorkloadConfig(sequences, prompt_tokens, generated_tokens, len(prefix), unshared, pool)
+
+
+def _count_pool(
+    prepared: list[PreparedRequest],
+    prefix: array,
+    batch: BatchConfig,
+    model: ModelConfig,
+    sequences: int,
+    block: int,
+) -> int:
+    """Positions for `sequences` requests of the mean length, with the whole answer that each allows, or that the
+    predictor expects. Few are that long at the same time, so this leaves room for a run of long ones."""
+    answers = predict_answers(prepared, validate_batch(batch), Path(model.path).name).tokens
+    needs = [
+        round_up(each.prompt_tokens - count_shared(each.prompt_ids, prefix) // block * block + ceil(answer), block)
+        for each, answer in zip(prepared, answers, strict=True)
+    ]
+    return max(*needs, block * ceil(sequences * sum(needs) / len(needs) / block))
 
 
 def _predict_tokens(

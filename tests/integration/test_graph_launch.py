@@ -1,10 +1,23 @@
 """`ds-llmpq run` where each stage is one OpenVINO graph: all answers come, memory is as planned, mistakes are said."""
 
+import contextlib
 import importlib.util
 import json
 
+import psutil
 import pytest
-from launching import WORKLOAD, completion, error_sentence, read_rows, run, write_cluster, write_rows
+from launching import (
+    PRECISE,
+    WORKLOAD,
+    Command,
+    completion,
+    error_sentence,
+    read_rows,
+    run,
+    wait_for_results,
+    write_cluster,
+    write_rows,
+)
 
 from ds_llmpq.plan import read_plan
 from ds_llmpq.quant.onednn_linear import computes_in_bfloat16
@@ -44,3 +57,32 @@ def test_a_run_of_two_graphs_answers_every_row(checkpoint, tmp_path):
     again = run("run", *asked, *GRAPH, f"plan={out / 'plan.json'}", "resume=force", "engine.batch_invariant=true")
     assert again.returncode == 1
     assert "plan with quant.kernel=openvino" in error_sentence(again)
+
+
+def test_killed_rows_that_share_a_cache_too_small_for_them_come_once_and_are_the_same(checkpoint, tmp_path):
+    rows = [completion(f"row-{index}", "planner " * (1 + 7 * index % 29), 5 + 37 * index % 120) for index in range(24)]
+    prompts = write_rows(tmp_path / "rows.jsonl", rows)
+    cluster = write_cluster(tmp_path / "cluster.yaml", {"localhost": [60, 61]})
+    asked = ("run", f"model.path={checkpoint}", f"cluster_file={cluster}", f"input={prompts}", *PRECISE)
+    asked += ("quant.kernel=openvino_graph", "workload.sequences=8")
+    out = tmp_path / "paged"
+    paged = Command((*asked, f"out={out}", "engine.kv_cache=paged", "workload.pool_positions=320"))
+    with paged.start() as started:
+        wait_for_results(out / "results.jsonl", started)
+        for process in paged.processes():
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        started.communicate()
+    for command in (paged, Command((*asked, f"out={tmp_path / 'slots'}"))):
+        ended = command.run()
+        assert ended.returncode == 0, ended.stderr
+    found, expected = (
+        {name: row["response"]["body"]["choices"] for name, row in read_rows(folder / "results.jsonl").items()}
+        for folder in (out, tmp_path / "slots")
+    )
+    assert len(found) == 24
+    assert found == expected
+    plan, metrics = read_plan(out / "plan.json"), json.loads((out / "metrics.json").read_text())
+    assert plan.cache_positions == 320
+    for stage, report in zip(plan.stages, metrics["stages"], strict=True):
+        assert report["memory_bytes"]["measured"]["kv"] == stage.memory_bytes.kv

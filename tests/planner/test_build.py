@@ -121,6 +121,17 @@ def test_a_shared_prefix_is_computed_and_held_once():
         make(workload=WorkloadConfig(6, 20, 10, 20))
 
 
+def test_sequences_share_the_positions_of_a_pool():
+    plain, pooled, small = (make(workload=WorkloadConfig(6, 20, 10, 12, 0, pool)) for pool in (None, 70, 1))
+    bytes_of = [6 * built.problem.memory.kv_bytes_per_sequence_layer for built in (plain, pooled, small)]
+    # the prefix has 12 positions; behind it each has 18, or all share 70, but at least what one needs
+    assert bytes_of[1] == pytest.approx(bytes_of[0] * (70 + 12) / (6 * 18 + 12))
+    assert bytes_of[2] == pytest.approx(bytes_of[0] * (18 + 12) / (6 * 18 + 12))
+    assert pooled.problem.workload.pool_positions == 70
+    with pytest.raises(UserError, match=r"workload.pool_positions=-1; it must be 0 or more"):
+        make(workload=WorkloadConfig(6, 20, 10, 12, 0, -1))
+
+
 def test_devices_memory_and_links():
     built = make()
     problem, memory = built.problem, built.memory

@@ -62,6 +62,24 @@ def test_a_mistake_is_named(solved, path, value, sentence):
     assert sentence in str(caught.value)
 
 
+def test_only_graphs_share_cache_blocks(solved):
+    obj = copy.deepcopy(solved[1].to_json())
+    obj["workload"]["pool_positions"] = 100
+    assert not Plan.from_json(obj).is_deployed
+    obj["deployment"] = {"compute_dtype": "float32"}
+    for stage in obj["stages"]:
+        stage |= {"kind": "cpu", "slot": 0, "kernel": "openvino_graph"}
+    plan = Plan.from_json(obj)
+    assert plan.cache_positions == max(128, plan.row_positions)
+    assert plan.count_pool_blocks(32) == plan.cache_positions // 32 - 1
+    fewer = plan.with_fewer_sequences()
+    assert fewer.is_paged
+    assert fewer.cache_positions < plan.cache_positions or plan.cache_positions == plan.row_positions
+    obj["stages"][-1]["kernel"] = "dequantize"
+    with pytest.raises(UserError, match=r"kv_cache=paged needs .* plan.stages\[\d\] runs kernel dequantize; plan with"):
+        Plan.from_json(obj)
+
+
 def test_stages_must_follow_each_other(solved):
     obj = copy.deepcopy(solved[1].to_json())
     first = obj["stages"][0]

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ds_llmpq import config
-from ds_llmpq.errors import InfeasibleError
+from ds_llmpq.errors import InfeasibleError, UserError
 from ds_llmpq.research.published_costs import SOURCES
 from ds_llmpq.serving.config import PlanConfig
 from ds_llmpq.serving.planning import build_problem, make_plan
@@ -49,3 +49,16 @@ def test_a_deadline_is_for_all_rows_of_the_input(tmp_path):
     assert "160 requests: " in plan(f"planner.deadline_seconds={11 * free}").explanation[1]
     with pytest.raises(InfeasibleError, match="finish 160 requests within"):
         plan(f"planner.deadline_seconds={free}")
+
+
+@pytest.mark.parametrize(
+    ("keys", "sentence"),
+    [
+        (("engine.kv_cache=paged", "quant.kernel=dequantize"), "the plan's stages run kernel dequantize; plan with"),
+        (("engine.kv_cache=pages",), "engine.kv_cache is 'pages' but must be slots or paged"),
+        (("workload.pool_positions=640",), "workload.pool_positions=640 is of no use unless"),
+    ],
+)
+def test_a_pool_that_cannot_be_is_refused(keys, sentence):
+    with pytest.raises(UserError, match=sentence):
+        workspace("cluster=demo_cpu2", *keys)

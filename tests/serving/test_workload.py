@@ -60,10 +60,9 @@ def file(tmp_path_factory):
     return str(path)
 
 
-def sized(file, batch, refill=True, **given):
-    return size_workload(
-        WorkloadConfig(**given), ModelConfig(path=str(TINY)), file, batch, read_shape(str(TINY)), refill
-    )
+def sized(file, batch, refill=True, block=0, **given):
+    model = ModelConfig(path=str(TINY))
+    return size_workload(WorkloadConfig(**given), model, file, batch, read_shape(str(TINY)), refill, block=block)
 
 
 def prepared_of(file):
@@ -131,6 +130,21 @@ def test_a_prefix_that_prompts_share_is_measured(tmp_path):
     rows[3]["body"]["prompt"] = [*range(300, 330)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert (measured(), measured(field="unshared_tokens")) == (50, 39)
+
+
+def test_a_pool_has_room_for_requests_of_the_mean_length(file, predictor):
+    rows = prepared_of(file)
+    needs = [-(-each.sequence_tokens // 32) * 32 for each in rows]
+    found = sized(file, BatchConfig(), block=32, sequences=8)
+    assert found.pool_positions % 32 == 0
+    assert 0 <= found.pool_positions - 8 * np.mean(needs) < 32
+    expecting = sized(file, BatchConfig(predictor=predictor, order="predicted_length"), block=32, sequences=8)
+    assert expecting.pool_positions < 0.8 * found.pool_positions
+    assert sized(file, BatchConfig(), block=32, sequences=1).pool_positions == max(needs), "the longest fits alone"
+    assert sized(file, BatchConfig(), block=32, pool_positions=640).pool_positions == 640
+    given = {"sequences": 3, "prompt_tokens": 50, "generated_tokens": 60}
+    assert sized(file, BatchConfig(), block=32, **given).pool_positions == 3 * 128
+    assert sized(None, BatchConfig(), block=32).pool_positions == 32 * 640
 
 
 def test_given_numbers_stay(file, predictor):
