@@ -83,6 +83,7 @@ def test_killed_rows_that_share_a_cache_too_small_for_them_come_once_and_are_the
     assert len(found) == 24
     assert found == expected
     plan, metrics = read_plan(out / "plan.json"), json.loads((out / "metrics.json").read_text())
-    assert plan.cache_positions == plan.row_positions  # which one request needs; there are eight at a time
+    held = plan.workload.cache_positions(plan.cache_block)
+    assert held == plan.row_positions  # what one request needs; there are eight at a time
     for stage, report in zip(plan.stages, metrics["stages"], strict=True):
         assert report["memory_bytes"]["measured"]["kv"] == stage.memory_bytes.kv
