@@ -127,7 +127,8 @@ class TokenChooser:
         return logits if len(batch.live) == batch.size else logits[self._find_live(batch)]
 
     def _find_live(self, batch: MicroBatch) -> torch.Tensor:
-        return to_device([batch.slots.index(slot) for slot in batch.live], self.device)
+        places = {slot: place for place, slot in enumerate(batch.slots)}
+        return to_device([places[slot] for slot in batch.live], self.device)
 
     def _judge_row(self, table: SlotTable, slot: int, token: int) -> Finish:
         """Whether the slot's sequence ends with this token. A stop rule that raises ends it as broken, but for the very

@@ -182,7 +182,11 @@ class Attention(nn.Module):
         inputs = step.prepare_inputs()
         if step.cache is not None:
             key, value = step.cache.update(key, value, self.index)
-        mask = inputs["bias"] if self.spec.alibi else step.mask(self.window)
+        if self.spec.alibi:
+            mask = inputs["bias"]
+        else:
+            capped = self.spec.soft_cap is not None
+            mask = step.mask(self.window) if capped else step.bias(self.window, query.dtype)
         if step.shared is None:
             return attend(query, key, value, mask, self.spec.scale, self.spec.soft_cap)
         prefix = step.cache.prefix(self.index)

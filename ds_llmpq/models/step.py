@@ -53,7 +53,9 @@ class Step:
     # fills `position_inputs` with what a stage computes once per micro-batch: rotary angles, ALiBi
     prepare: Callable[[Step], None] | None = None
     position_inputs: dict[str, Any] = field(default_factory=dict)
-    _masks: dict[int | None, torch.Tensor] = field(default_factory=dict)  # by window: layers share them
+    # by window: layers share them
+    _masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
+    _biases: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
     def rows(self, start: int, stop: int) -> Step:
         """A new step of rows [start, stop) alone, to run instead."""
@@ -83,7 +85,7 @@ class Step:
 
         return replace(
             self, token_ids=select(self.token_ids), hidden=select(self.hidden), last=select(self.last), logits=None,
-            position_inputs={}, _masks={},
+            position_inputs={}, _masks={}, _biases={},
         )  # fmt: skip
 
     def prepare_inputs(self) -> dict[str, Any]:
@@ -100,6 +102,14 @@ class Step:
         if window not in self._masks:
             self._masks[window] = self._mask(window)
         return self._masks[window]
+
+    def bias(self, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
+        """`mask` as numbers to add, 0 or minus infinity. torch makes them of a boolean mask in every call, which takes
+        three small operations a layer."""
+        mask = self.mask(window)
+        if mask is not None and window not in self._biases:
+            self._biases[window] = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
+        return None if mask is None else self._biases[window]
 
     def _mask(self, window: int | None) -> torch.Tensor:
         keys, queries = self.keys(), self.positions[:, :, None]
