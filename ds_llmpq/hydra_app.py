@@ -31,7 +31,8 @@ _READS_FAILURES = frozenset({"report"})  # may write its pages into the folder t
 def run_command(command: str, arguments: list[str]) -> int:
     """Runs a command once, or many times with -m; the worst exit code of all."""
     config.register(command)
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # says on its first use that it looked for fonts
+    for library in ("matplotlib", "torch"):  # say how they looked for fonts, and at an early end what was in caches
+        logging.getLogger(library).setLevel(logging.WARNING)
     if all(argument.startswith("out=") for argument in arguments):
         arguments = [*config.EXAMPLES.get(command, ()), *arguments]
     arguments = ["verbose=true" if argument in ("-v", "--verbose") else argument for argument in arguments]

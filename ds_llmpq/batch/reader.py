@@ -71,6 +71,15 @@ def read_requests(path: str | Path, defaults: BatchConfig) -> RequestFile:
     return RequestFile(requests, errors, len(requests) + len(errors), digest.hexdigest())
 
 
+def refuse_unservable(file: RequestFile, path: str | Path) -> None:
+    """`UserError` if no row can be served, so that nothing is planned and started for errors alone."""
+    if not file.requests:
+        first = min(file.errors, key=lambda error: error.line)
+        raise UserError(
+            f"none of the {file.total} rows of {path} can be served; line {first.line}: {first.message.rstrip('.')}."
+        )
+
+
 def _read_rows(file: BinaryIO, defaults: BatchConfig, digest: Any) -> Iterator[tuple[int, bytes | None]]:
     """(line number, bytes) of every line that is not blank; None for bytes above the size limit."""
     bound = defaults.max_row_bytes + 2  # the line end does not count

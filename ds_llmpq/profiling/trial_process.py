@@ -8,7 +8,9 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import suppress
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +65,7 @@ def run_trial(spec: dict[str, Any], log: Path, ranks: int = len(STAGES)) -> dict
         shared |= {"CUDA_VISIBLE_DEVICES": ",".join(map(str, slots)), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
         environments = [{"RANK": str(rank)} for rank in range(ranks)]
     children: list[subprocess.Popen] = []
-    with log.open("wb") as errors:
+    with log.open("wb") as errors, _exit_by_exception():
         try:
             for own in environments:
                 child = subprocess.Popen(
@@ -81,6 +83,25 @@ def run_trial(spec: dict[str, Any], log: Path, ranks: int = len(STAGES)) -> dict
     if any(codes) or not found:
         raise UserError(f"the trial pipeline failed ({_read_last_line(log)}); see {log}")
     return json.loads(found[0])
+
+
+@contextmanager
+def _exit_by_exception() -> Iterator[None]:
+    """Lets SIGTERM and SIGHUP end this process by an exception, so that its ranks end with it: they have a session of
+    their own. Only the main thread may ask for that."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def cut_prompt(tokens: int, rows: int) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ds_llmpq import validation
-from ds_llmpq.batch.reader import read_requests
+from ds_llmpq.batch.reader import read_requests, refuse_unservable
 from ds_llmpq.batch.results import InputRows, Tally, check_folder, read_finished
 from ds_llmpq.cluster.config import DETECTED
 from ds_llmpq.cluster.hostfile import find_hostfile_disagreements, parse_hostfile, write_hostfile
@@ -78,7 +78,8 @@ def run_batch(settings: RunConfig, out: Path, screen: Screen = Screen()) -> Batc
     validate_supervision(settings.run)
     batch = validate_batch(settings.batch)
     # what rank 0 would refuse is refused at once
-    rows = InputRows.from_file(read_requests(make_absolute(settings.input), batch))
+    refuse_unservable(requests := read_requests(make_absolute(settings.input), batch), settings.input)
+    rows = InputRows.from_file(requests)
     with lock_folder(check_folder(out)):
         kill_leftovers(out)
         return _run(replace(settings, batch=batch), out, rows, screen)

@@ -19,7 +19,7 @@ import numpy as np
 
 from ds_llmpq.batch.config import BatchConfig
 from ds_llmpq.batch.prompts import PreparedRequest, prepare
-from ds_llmpq.batch.reader import read_requests
+from ds_llmpq.batch.reader import read_requests, refuse_unservable
 from ds_llmpq.integers import round_up
 from ds_llmpq.lengths.characterize import estimate_maximum
 from ds_llmpq.models.config import ModelConfig
@@ -92,6 +92,8 @@ def _measure(
     block: int,
 ) -> WorkloadConfig:
     file = read_requests(path, replace(batch, limit=min(batch.limit or _LOOKED_AT, _LOOKED_AT)))
+    if file.total < _LOOKED_AT:
+        refuse_unservable(file, path)
     tokenizer = load_tokenizer(model.path, model.trust_remote_code)
     prepared, _ = prepare(
         islice(file.requests, _LOOKED_AT),

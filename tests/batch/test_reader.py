@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ds_llmpq.batch.config import BatchConfig
-from ds_llmpq.batch.reader import MAX_NESTING, read_requests
+from ds_llmpq.batch.reader import MAX_NESTING, read_requests, refuse_unservable
 from ds_llmpq.errors import UserError
 
 
@@ -237,3 +237,10 @@ def test_any_bytes_give_rows_or_a_user_error(tmp_path, lines, tail, max_row_byte
         assert error.code
         assert error.message.endswith(".")
         error.message.encode()
+
+
+def test_a_file_without_a_servable_row_is_refused_with_its_first_reason(tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", [chat_row("a") | {"url": "/v1/embeddings"}, {"custom_id": "b"}])
+    with pytest.raises(UserError, match=r"none of the 2 rows of \S+ can be served; line 1: url is .*served\.$"):
+        refuse_unservable(read(rows), rows)
+    refuse_unservable(read(write_rows(rows, [{"custom_id": "b"}, chat_row("a")])), rows)
