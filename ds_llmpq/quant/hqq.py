@@ -15,6 +15,7 @@ from ds_llmpq.quant.optimize import use_fast_optimizer
 from ds_llmpq.quant.packing import cut_row_blocks, find_quantization_problem, make_groups
 
 STORED_PARTS = ("W_q", "scale", "zero")
+_WIDE_BITS = 8
 
 
 def quantize_linear(
@@ -92,7 +93,10 @@ def split_parts(linear: HQQLinear) -> dict[str, torch.Tensor]:
 def _hqq_config(bits: int, in_features: int, quant: QuantConfig) -> dict[str, Any]:
     group_size = make_groups(quant).of(bits, in_features)
     config = BaseQuantizeConfig(nbits=bits, group_size=group_size, axis=quant.axis)
-    config["weight_quant_params"]["optimize"] = quant.optimize
+    # with one group a row at 8 bits, whole zeros spare OpenVINO a correction and cost 1 % more error of the weights
+    whole = bits == _WIDE_BITS and bits in quant.per_channel_bits
+    config["weight_quant_params"]["optimize"] = quant.optimize and not whole
+    config["weight_quant_params"]["round_zero"] |= whole
     return config
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from ds_llmpq.models.block import Block
 from ds_llmpq.models.checkpoint import Checkpoint, check_shape, fill
 from ds_llmpq.models.decoder import Decoder
+from ds_llmpq.models.ends import Head
 from ds_llmpq.models.spec import LinearRole
 from ds_llmpq.models.step import Step
 from ds_llmpq.quant.config import QuantConfig
@@ -28,6 +29,7 @@ from ds_llmpq.quant.kernels.linears import (
     group_linears,
     layer_bytes,
     list_lm_head_products,
+    lm_head_bytes,
     resolve_kernel,
     stack_features,
 )
@@ -117,15 +119,21 @@ class LayerLoader:
         names = self.decoder.head_tensors()
         if isinstance(self.checkpoint, QuantizedCheckpoint):
             self.checkpoint.check_head(self.quant)
+        as_graph = self._builds_head_graph(module)
+        weight, held_bytes = None, 0
         if self.quant.lm_head_bits < UNQUANTIZED_BITS:
-            module.lm_head = self._build_lm_head(tuple(module.lm_head.weight.shape), names.pop("lm_head.weight"))
+            shape, name = tuple(module.lm_head.weight.shape), names.pop("lm_head.weight")
+            if as_graph:
+                weight, held_bytes = self._hold_lm_head(shape, name)
+            else:
+                module.lm_head = self._build_lm_head(shape, name)
         shared = {local: self._shared[name].data for local, name in names.items() if name in self._shared}
         self._fill(module, {local: name for local, name in names.items() if local not in shared})
         fill(module, shared)
         if shared or not self.packed:  # a tied head is not packed, because that would make a second copy
             return self._finish(module, "head")
-        if self.kernel.whole_stage and self.quant.lm_head_bits == UNQUANTIZED_BITS:
-            module = self.kernel.build_head(module)
+        if as_graph:
+            module = self.kernel.build_head(module, self.dtype, weight, held_bytes)
         return self._finish(module, "head", packed=True)
 
     def decoder_layer(self, index: int) -> nn.Module:
@@ -220,18 +228,39 @@ class LayerLoader:
             return self.checkpoint.linear(path, shape, bias, bits, dtype, self.device, copy)
         return quantize_linear(self._read_weight(index, role), bias, bits, self.quant, dtype, self.device)
 
+    def _builds_head_graph(self, head: Head) -> bool:
+        """Whether norm and lm_head run as a graph, as far as can be said before they are filled."""
+        kernel, bits = self.kernel, self.quant.lm_head_bits
+        if not (self.packed and kernel.whole_stage) or head.project_out is not None or head.logit_cap is not None:
+            return False
+        return bits == UNQUANTIZED_BITS or (
+            bits in kernel.storage_bits and self._runs_lm_head(head.lm_head.weight.shape)
+        )
+
+    def _runs_lm_head(self, shape: tuple[int, int]) -> bool:
+        """Whether a kernel multiplies with a quantized lm_head, not HQQ's own forward."""
+        found, _ = list_lm_head_products(self.kernel, *shape, self.quant.lm_head_bits, make_groups(self.quant))
+        return found is not DEQUANTIZE
+
+    def _hold_lm_head(self, shape: tuple[int, int], name: str) -> tuple[object, int]:
+        """A quantized lm_head as its graph takes it, and its bytes."""
+        bits, weight = self.quant.lm_head_bits, stack([unpack(block) for block in self._quantize_lm_head(shape, name)])
+        held = lm_head_bytes(self.kernel, *shape, bits, make_groups(self.quant), self.dtype.itemsize)
+        return self.kernel.hold(weight, bits), held
+
     def _build_lm_head(self, shape: tuple[int, int], name: str) -> nn.Module:
-        """A quantized lm_head of `shape` [vocabulary, features] from the tensor `name`."""
-        kernel, bits, groups = self.kernel, self.quant.lm_head_bits, make_groups(self.quant)
-        by_kernel = list_lm_head_products(kernel, *shape, bits, groups)[0] is not DEQUANTIZE
+        blocks = self._quantize_lm_head(shape, name)
+        return build_lm_head(self.kernel, blocks, self.quant.lm_head_bits, make_groups(self.quant), self.dtype)
+
+    def _quantize_lm_head(self, shape: tuple[int, int], name: str) -> list[HQQLinear]:
+        """A quantized lm_head of `shape` [vocabulary, features] from the tensor `name`, in blocks of rows."""
+        bits, by_kernel = self.quant.lm_head_bits, self._runs_lm_head(shape)
         dtype = torch.float32 if by_kernel else self.dtype
         if isinstance(self.checkpoint, QuantizedCheckpoint):
-            blocks = self.checkpoint.lm_head(shape, bits, dtype, self.device, copy=not by_kernel)
-        else:
-            weight = self._read_tensor(name)
-            check_shape(name, weight, shape)
-            blocks = quantize_rows(weight, bits, self.quant, dtype, self.device)
-        return build_lm_head(kernel, blocks, bits, groups, self.dtype)
+            return self.checkpoint.lm_head(shape, bits, dtype, self.device, copy=not by_kernel)
+        weight = self._read_tensor(name)
+        check_shape(name, weight, shape)
+        return quantize_rows(weight, bits, self.quant, dtype, self.device)
 
     def _read_weight(self, index: int, role: LinearRole) -> torch.Tensor:
         name = self.decoder.tensor_name(index, role.name) + ".weight"

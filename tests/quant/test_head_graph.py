@@ -10,8 +10,10 @@ from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.models.step import Step
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.hqq import count_stored_bytes
+from ds_llmpq.quant.kernels.linears import lm_head_bytes
 from ds_llmpq.quant.layers import LayerLoader
 from ds_llmpq.quant.onednn_linear import computes_in_bfloat16
+from ds_llmpq.quant.packing import make_groups
 
 if not importlib.util.find_spec("openvino") or not computes_in_bfloat16():
     pytest.skip("needs OpenVINO, and a processor with bfloat16 arithmetic", allow_module_level=True)
@@ -25,9 +27,9 @@ ERROR = {torch.bfloat16: 0.006, torch.float32: 1e-6}  # of the norm; torch's own
 def loader_of(tmp_path_factory):
     from scripts.make_checkpoint import make_checkpoint
 
-    def get(arch, dtype=torch.bfloat16, **config):
+    def get(arch, dtype=torch.bfloat16, lm_head_bits=16, **config):
         path = make_checkpoint(tmp_path_factory.mktemp(arch), tokenizer=None, seed=1, arch=arch, config=config, **SIZES)
-        quant = QuantConfig([16], 32, 1, False, "openvino_graph")
+        quant = QuantConfig([16], 32, 1, False, "openvino_graph", lm_head_bits=lm_head_bits)
         return LayerLoader(Checkpoint(path), [16] * LAYERS, quant, dtype, CPU, packed=True, stage=range(LAYERS))
 
     return get
@@ -77,3 +79,26 @@ def test_heads_that_share_or_cap_stay_torch_s(loader_of):
 def test_bytes_are_those_of_the_plain_weights(loader_of):
     loader = loader_of("llama", tie_word_embeddings=False)
     assert count_stored_bytes(loader.head()) == count_stored_bytes(replace(loader, packed=False).head())
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3])
+@torch.inference_mode()
+def test_a_quantized_lm_head_is_part_of_the_graph(loader_of, bits):
+    """Against HQQ's dequantized weights in float64: only inputs are rounded, to 8 bits."""
+    loader = loader_of("llama", lm_head_bits=bits, tie_word_embeddings=False)
+    exact = replace(loader, packed=False, quant=replace(loader.quant, kernel="dequantize"), dtype=torch.float32)
+    ours, theirs = loader.head(), exact.head()
+    assert type(ours).__name__ == "HeadGraph"
+    torch.manual_seed(0)
+    hidden = torch.randn(40, 1, SIZES["hidden"]).bfloat16()
+    found, expected = ours(step_of(hidden)).logits, theirs(step_of(hidden.float())).logits
+    assert found.dtype == torch.float32
+    assert (found - expected).norm() <= 0.012 * expected.norm()
+    size = (SIZES["vocab"], SIZES["hidden"])
+    held = lm_head_bytes(loader.kernel, *size, bits, make_groups(loader.quant), 2)
+    assert count_stored_bytes(ours) == held + SIZES["hidden"] * 2
+
+
+def test_a_quantized_lm_head_of_2_bits_stays_a_product(loader_of):
+    head = loader_of("llama", lm_head_bits=2, tie_word_embeddings=False).head()
+    assert type(head).__name__ == "Head"

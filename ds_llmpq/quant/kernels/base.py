@@ -171,9 +171,12 @@ class Kernel:
         """An empty stage that begins with layer `first_layer`; call `add` for each layer, then `compile`."""
         raise NotImplementedError(f"{self.name} runs no whole stages")
 
-    def build_head(self, head: nn.Module) -> nn.Module:
-        """A filled, unquantized `Head` behind a whole stage, in the form that runs best there."""
-        return head
+    def build_head(
+        self, head: nn.Module, dtype: torch.dtype, weight: object | None = None, held_bytes: int = 0
+    ) -> nn.Module:
+        """A filled `Head` behind a whole stage, in the form that runs best there. `weight`: its quantized lm_head as
+        `hold` gave it, which takes `held_bytes`; None: it has an unquantized one."""
+        raise NotImplementedError(f"{self.name} runs no whole stages")
 
     def hold(self, weight: UnpackedWeight | torch.Tensor, bits: int, in_file: bool = False) -> object:
         """A weight in the form that a stage's `add` takes; an unquantized one is a plain tensor [out, in]. `in_file`:

@@ -151,10 +151,12 @@ class OpenVinoGraph(_OpenVino):
 
         return StageGraph(first_layer, dtype)
 
-    def build_head(self, head: Head) -> nn.Module:
+    def build_head(
+        self, head: Head, dtype: torch.dtype, weight: Constants | None = None, held_bytes: int = 0
+    ) -> nn.Module:
         from ds_llmpq.quant.kernels.openvino_graph.head_graph import HeadGraph
 
-        return head if head.project_out is not None or head.logit_cap is not None else HeadGraph(head)
+        return HeadGraph(head, dtype, weight, held_bytes)
 
     def hold(self, weight: UnpackedWeight | torch.Tensor, bits: int, in_file: bool = False) -> Constants:
         from ds_llmpq.quant.kernels.openvino_graph.constants import hold_plain, hold_quantized

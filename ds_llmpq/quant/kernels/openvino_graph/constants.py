@@ -1,8 +1,8 @@
 """Weights as constants of OpenVINO graphs, and the product with one.
 
-The CPU plugin multiplies packed codes fast if zero points are integers, but HQQ's are real numbers. So a product runs
-with rounded zeros, and the graph adds a correction: (rounded - zero) x scale of each group, multiplied with the sum of
-the group's inputs. The weights are the same. The plugin rounds inputs to 8 bits by groups and sums integers.
+The CPU plugin multiplies packed codes fast if zero points are integers, but HQQ's may be real numbers. Then a product
+runs with rounded zeros, and the graph adds a correction: (rounded - zero) x scale of each group, multiplied with the
+sum of the group's inputs. The weights are the same. The plugin rounds inputs to 8 bits by groups and sums integers.
 """
 
 from __future__ import annotations
@@ -96,18 +96,20 @@ def input_group(group_size: int, in_features: int) -> int:
 
 
 def hold_quantized(weight: UnpackedWeight, bits: int) -> Constants:
-    """Codes in `bits`, rounded zeros, scales, and the correction for rounding the zeros."""
+    """Codes in `bits`, rounded zeros, scales, and the correction for rounding the zeros if any was rounded."""
     out_features, in_features = weight.codes.shape
     groups, size = in_features // weight.group_size, weight.group_size
     rounded = weight.zero.round().clamp_(0, 255)
     left_out = (rounded - weight.zero) * weight.scale
-    parts = [_pack(weight.codes, bits), rounded.to(torch.uint8).numpy(), weight.scale.numpy(), left_out.numpy()]
-    mapping, (codes, zeros, scales, left_out) = _map_file(parts)
+    parts = [_pack(weight.codes, bits), rounded.to(torch.uint8).numpy(), weight.scale.numpy()]
+    if left_out.any():
+        parts.append(left_out.numpy())
+    mapping, (codes, zeros, scales, *correction) = _map_file(parts)
     nodes = (
         constant(codes, [out_features, groups, size], _TYPES[bits]),
         constant(zeros, [out_features, groups, 1], openvino.Type.u8),
         constant(scales, [out_features, groups, 1], openvino.Type.f32),
-        constant(left_out, [out_features, groups], openvino.Type.f32),
+        *(constant(part, [out_features, groups], openvino.Type.f32) for part in correction),
     )
     return Constants(mapping, nodes, in_features, size)
 
@@ -129,14 +131,16 @@ def product(inputs: openvino.Node, weight: Constants) -> openvino.Node:
     if not weight.group_size:
         return opset13.matmul(convert(inputs, weight.nodes[0].get_element_type()), weight.nodes[0], False, True)
     inputs, matrix = widen(inputs), opset13.convert(weight.nodes[0], numpy.float32)
-    _, zeros, scales, left_out = weight.nodes
+    _, zeros, scales, *correction = weight.nodes
     out_features, groups, size = weight.nodes[0].shape
     matrix = opset13.multiply(opset13.subtract(matrix, opset13.convert(zeros, numpy.float32)), scales)
     matrix = opset13.reshape(matrix, opset13.constant(numpy.array([out_features, groups * size])), False)
+    outputs = opset13.matmul(inputs, matrix, False, True)
+    if not correction:
+        return outputs
     grouped = opset13.reshape(inputs, opset13.constant(numpy.array([0, groups, size])), True)
     sums = opset13.reduce_sum(grouped, opset13.constant(numpy.array([2])), False)
-    exact = opset13.matmul(inputs, matrix, False, True)
-    return opset13.add(exact, opset13.matmul(sums, left_out, False, True))
+    return opset13.add(outputs, opset13.matmul(sums, correction[0], False, True))
 
 
 def convert(node: openvino.Node, kind: openvino.Type) -> openvino.Node:

@@ -1,4 +1,4 @@
-"""Final norm and unquantized lm_head behind a stage's graph, as a graph of their own.
+"""Final norm and lm_head behind a stage's graph, as a graph of their own.
 
 torch's threads would multiply as fast, but those of the stage's graph stay awake after each call, and torch's after
 each product: the two kinds take turns in every pass and keep the cores from each other.
@@ -15,9 +15,11 @@ from ds_llmpq.models.ends import Head
 from ds_llmpq.models.step import Step
 from ds_llmpq.quant.kernels.openvino import PRODUCT_ROWS
 from ds_llmpq.quant.kernels.openvino_graph.constants import (
+    Constants,
     build_threading_properties,
     core,
     hold_plain,
+    input_group,
     product,
     widen,
 )
@@ -26,21 +28,24 @@ from ds_llmpq.quant.kernels.openvino_graph.tensors import KINDS, share
 
 
 class HeadGraph(nn.Module):
-    """In the place of a filled `Head` that projects nothing and caps nothing. Logits are float32, as choosing a token
-    takes them. Runs `PRODUCT_ROWS` rows a call, which bounds its buffers."""
+    """In the place of a filled `Head` that projects nothing and caps nothing. `weight`: its quantized lm_head, which
+    takes `held_bytes`; None: it has an unquantized one. Logits are float32, as choosing a token takes them. Runs
+    `PRODUCT_ROWS` rows a call, which bounds its buffers."""
 
-    def __init__(self, head: Head):
+    def __init__(self, head: Head, dtype: torch.dtype, weight: Constants | None = None, held_bytes: int = 0):
         super().__init__()
-        weight = head.lm_head.weight.data
-        self.vocabulary, self.hidden = weight.shape
-        self.dtype = weight.dtype
-        self.held_bytes = sum(parameter.nbytes for parameter in head.parameters())
-        constants = hold_plain(weight)
+        constants = weight or hold_plain(head.lm_head.weight.data)
+        self.vocabulary, self.hidden = constants.nodes[0].shape[0], constants.in_features
+        self.dtype = dtype
+        self.held_bytes = held_bytes + sum(each.nbytes for each in head.parameters() if each.device.type != "meta")
         kind = KINDS[self.dtype]
         inputs = opset13.parameter([-1, self.hidden], kind.ours)
         states = widen(inputs) if head.norm is None else build_norm(widen(inputs), head.norm)
         model = openvino.Model([opset13.result(widen(product(states, constants)))], [inputs])
         properties = build_threading_properties() | {"INFERENCE_PRECISION_HINT": kind.theirs}
+        if weight is not None:  # quantized products run alone in 32 bits, so that logits are not rounded
+            group = input_group(weight.group_size, weight.in_features)
+            properties |= {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(group)}
         self._request = core().compile_model(model, "CPU", properties).create_infer_request()
         self._run(torch.zeros(PRODUCT_ROWS, self.hidden, dtype=self.dtype))  # packs the weight
         constants.drop_pages()
