@@ -118,13 +118,15 @@ class JobRequests:
             progress=alive,
         )
         self.begun = self._read_begun()
-        self._bounds = self._order()
+        self._order()
+        self.prefix, row_positions = self._choose_prefix()
+        if self.prefix and job.batch.order != "arrival":
+            self._join_sharing()
         self.begun_at = {
             place: self.begun[each.request.index]
             for place, each in enumerate(self.prepared)
             if each.request.index in self.begun
         }
-        self.prefix, row_positions = self._choose_prefix()
         self._shared = self._count_shared(self.prefix)
         self.admission = self._build_admission(row_positions)
         self._replay: Replay | None = None
@@ -214,15 +216,29 @@ class JobRequests:
             if len(tokens) < most.get(index, 0) and max(tokens) < self._shape.vocab
         }
 
-    def _order(self) -> list[int]:
-        """Sorts the requests; returns the cache positions reserved for each one's answer."""
+    def _order(self) -> None:
+        """Sorts the requests, with the tokens expected and the cache positions reserved for each one's answer."""
         batch = self.job.batch
         answers = predict_answers(self.prepared, batch, Path(self.job.model_path).name)
         order = order_requests(self.prepared, batch.order, answers.tokens)
         order = sorted(order, key=lambda place: self.prepared[place].request.index not in self.begun)
-        self.prepared = [self.prepared[place] for place in order]
-        self._expected_tokens = [answers.tokens[place] for place in order]
-        return [answers.bounds[place] for place in order]
+        self._expected_tokens, self._bounds = answers.tokens, answers.bounds
+        self._arrange(order)
+
+    def _join_sharing(self) -> None:
+        """Of as many neighbours as there are slots, those with the prefix run first: a prefill pass takes either kind
+        alone, so each change between them would end one."""
+        shared, slots = self._count_shared(self.prefix), self.job.plan.workload.sequences
+
+        def key(place: int) -> tuple[bool, int, bool]:
+            return self.prepared[place].request.index not in self.begun, place // slots, not shared[place]
+
+        self._arrange(sorted(range(len(shared)), key=key))
+
+    def _arrange(self, order: Sequence[int]) -> None:
+        self.prepared, self._expected_tokens, self._bounds = (
+            [values[place] for place in order] for values in (self.prepared, self._expected_tokens, self._bounds)
+        )
 
     def _choose_prefix(self) -> tuple[tuple[int, ...], int]:
         """The prefix, and the positions of a slot. () where sharing does not pay or there is no room to hold it."""

@@ -21,9 +21,9 @@ def quantized(linear, bits, dtype=torch.float32, group_size=32, axis=1):
     return quantize_linear(linear.weight.data, bias, bits, quant, dtype, CPU)
 
 
-def hqq_s_own(linear, bits, dtype=torch.float32, group_size=32, axis=1):
+def hqq_s_own(linear, bits, dtype=torch.float32, group_size=32, axis=1, **params):
     config = BaseQuantizeConfig(nbits=bits, group_size=group_size, axis=axis)
-    config["weight_quant_params"]["optimize"] = False
+    config["weight_quant_params"] |= {"optimize": False, **params}
     return HQQLinear(copy.deepcopy(linear), config, compute_dtype=dtype, device="cpu")
 
 
@@ -43,14 +43,17 @@ def test_same_as_hqq_s_own(bits, axis, dtype, bias):
 
 
 def test_per_channel_are_hqq_s_own_groups_of_that_size():
+    """At 8 bits with whole zeros, whether zeros are optimized or not."""
     torch.manual_seed(2)
     linear, inputs = nn.Linear(96, 64), torch.randn(3, 96)
-    quant = QuantConfig(group_size=32, optimize=False, per_channel_bits=[8])
-    for bits, group_size in ((8, 96), (4, 32)):
+    for bits, group_size, optimize in ((8, 96, False), (8, 96, True), (4, 32, False)):
+        quant = QuantConfig(group_size=32, optimize=optimize, per_channel_bits=[8])
         ours = quantize_linear(
             linear.weight.data, linear.bias.data, bits, quant, torch.float32, torch.device("cpu")
         )  # fmt: skip
-        assert torch.equal(ours(inputs), hqq_s_own(linear, bits, group_size=group_size)(inputs))
+        theirs = hqq_s_own(linear, bits, group_size=group_size, round_zero=True)
+        assert torch.equal(ours(inputs), theirs(inputs))
+        assert torch.equal(ours.meta["zero"], ours.meta["zero"].round())
 
 
 def test_more_bits_are_nearer_the_weight():

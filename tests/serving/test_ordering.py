@@ -149,18 +149,7 @@ def test_slots_hold_what_follows_the_prefix(tmp_path, workload, others, share, s
     """Requests without it find room as well."""
     prompts = [[*PREFIX, *range(200 + n, 200 + n + OWN)] for n in range(12)]
     prompts += [[*range(300, 300 + len(prompts[0]))]] * others
-    rows = [
-        {"custom_id": str(n), "method": "POST", "url": "/v1/completions",
-         "body": {"prompt": prompt, "max_tokens": ANSWER}}
-        for n, prompt in enumerate(prompts)
-    ]  # fmt: skip
-    file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    plan = make_plan(TINY, [(0, 2)], workload=workload)
-    job = Job(plan, str(TINY), str(file), str(tmp_path), EngineConfig(), validate_batch(BatchConfig()))
-    found = JobRequests(
-        job, read_requests(str(file), BatchConfig()), {}, load_tokenizer(str(TINY), False), lambda *_: None
-    )
+    plan, found = read_job(tmp_path, prompts, workload)
     assert found.prefix == (tuple(PREFIX) if share else ())
     groups = []
     while (group := found.admission.take()) is not None:
@@ -171,3 +160,30 @@ def test_slots_hold_what_follows_the_prefix(tmp_path, workload, others, share, s
     group = found.admission.take()
     assert group.capacity >= len(prompts[0]) + ANSWER
     assert group.slots * group.capacity <= plan.cache_positions
+
+
+@pytest.mark.parametrize("order", ["predicted_length", "arrival"])
+def test_requests_with_the_prefix_are_neighbours(tmp_path, order):
+    """Among as many as there are slots, and with what is known of each still at its place; not if asked for the file's
+    order."""
+    prompts = [[*(PREFIX if n % 2 else ()), *range(200 + n, 200 + n + OWN)] for n in range(16)]
+    _, found = read_job(tmp_path, prompts, (4, 44, 4, 40), order)
+    places = [each.request.index for each in found.prepared]
+    windows = [places[start : start + 4] for start in range(0, 16, 4)]
+    expected = [[n + 1, n + 3, n, n + 2] for n in range(0, 16, 4)]
+    assert windows == (expected if order != "arrival" else [[*range(n, n + 4)] for n in range(0, 16, 4)])
+    assert found._shared == [len(PREFIX) * (place % 2) for place in places]
+
+
+def read_job(tmp_path, prompts, workload, order="predicted_length"):
+    rows = [
+        {"custom_id": str(n), "method": "POST", "url": "/v1/completions",
+         "body": {"prompt": prompt, "max_tokens": ANSWER}}
+        for n, prompt in enumerate(prompts)
+    ]  # fmt: skip
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plan, batch = make_plan(TINY, [(0, 2)], workload=workload), validate_batch(BatchConfig(order=order))
+    job = Job(plan, str(TINY), str(file), str(tmp_path), EngineConfig(), batch)
+    tokenizer = load_tokenizer(str(TINY), False)
+    return plan, JobRequests(job, read_requests(str(file), BatchConfig()), {}, tokenizer, lambda *_: None)
