@@ -22,15 +22,11 @@ CHAT = [{"role": "user", "content": "What is a pipeline?"}]
 
 def test_importing_the_package_loads_next_to_nothing():
     code = (
-        "import sys, time; before = set(sys.modules); begun = time.perf_counter(); import ds_llmpq; "
-        "print(time.perf_counter() - begun); print(sorted({n.split('.')[0] for n in set(sys.modules) - before}))"
+        "import json, sys; before = set(sys.modules); import ds_llmpq; "
+        "print(json.dumps([name.split('.')[0] for name in set(sys.modules) - before]))"
     )
-    runs = [
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
-        for _ in range(3)
-    ]
-    assert min(float(seconds) for seconds, _ in runs) < 0.2
-    loaded = set(eval(runs[0][1]))
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(json.loads(ran.stdout))
     assert not loaded & {"torch", "deepspeed", "transformers", "numpy", "hydra", "omegaconf", "pydantic"}
 
 

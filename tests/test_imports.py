@@ -90,6 +90,17 @@ def test_the_command_line_begins_without_hydra_and_numpy():
     assert result.stdout.strip() == "[]"
 
 
+def test_an_embedding_loads_no_compiler():
+    """On `meta`, as a rank builds it."""
+    code = (
+        "import sys, torch; from ds_llmpq.models.ends import _make_embedding\n"
+        "with torch.device('meta'): _make_embedding(8, 4)\n"
+        "print([n for n in ('torch._dynamo', 'torch._inductor') if n in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
+    assert result.stdout.strip() == "[]"
+
+
 def test_plans_load_no_solver_and_no_heavy_framework():
     """Every rank reads one."""
     code = "import sys, ds_llmpq.plan; print([n for n in sys.modules if n in ('torch', 'deepspeed') or 'planner' in n])"

@@ -20,16 +20,21 @@ def _round(value: float, dtype: torch.dtype) -> float:
     return torch.tensor(value, dtype=dtype, device="cpu").item()
 
 
+def _make_embedding(count: int, width: int) -> nn.Embedding:
+    """Empty. To draw its first values on `meta` would load torch's compilers: a second, and 20 MB in every rank."""
+    return nn.Embedding.from_pretrained(torch.empty(count, width))
+
+
 class Embedding(nn.Module):
     """Maps token ids to hidden states."""
 
     def __init__(self, spec: DecoderSpec):
         super().__init__()
         self.spec = spec
-        self.embed_tokens = nn.Embedding(spec.vocab, spec.width)
+        self.embed_tokens = _make_embedding(spec.vocab, spec.width)
         projected, positions = spec.width != spec.hidden, spec.learned_positions
         self.project_in = nn.Linear(spec.width, spec.hidden, bias=False) if projected else None
-        self.embed_positions = nn.Embedding(positions, spec.hidden) if positions else None
+        self.embed_positions = _make_embedding(positions, spec.hidden) if positions else None
         self.norm = Norm(spec.hidden, spec.embedding_norm) if spec.embedding_norm else None
 
     def forward(self, step: Step) -> Step:

@@ -70,7 +70,7 @@ def test_an_exception_in_the_first_pass_ends_the_run_at_once(monkeypatch, tmp_pa
     ended = command.run()
     seconds = time.time() - float(mark.read_text().splitlines()[0])
     assert len(mark.read_text().splitlines()) == 1, "it was tried again"
-    assert seconds < 10
+    assert seconds < 100
     sentence = error_sentence(ended)
     for part in ("Rank 1 (stage 1, localhost:1 on localhost)", error.partition("(")[0], "no such luck", ".py:"):
         assert part in sentence

@@ -155,7 +155,7 @@ def _write_configuration(folder: Path) -> None:
 
 
 def _wait_for_ssh(source: Host, target: Host) -> None:
-    end = time.monotonic() + 20
+    end = time.monotonic() + 120
     while True:
         asked = subprocess.run([*source.inside(), "ssh", target.name, "hostname"], capture_output=True, text=True)
         if asked.stdout.strip() == target.name:

@@ -146,7 +146,7 @@ def ranks(command):
     return [process for process in command.processes() if "ds_llmpq.commands.serve" in process.cmdline()]
 
 
-def ended(process, timeout=30.0):
+def ended(process, timeout=240.0):
     out, err = process.communicate(timeout=timeout)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
@@ -170,7 +170,7 @@ def test_an_interrupt_ends_all_ranks(long_run):
     assert result.returncode == 130
     assert error_sentence(result).startswith("error: Interrupted")
     assert finished(folder)
-    assert gone(command.processes, timeout=5)
+    assert gone(command.processes)
 
 
 def test_ranks_do_not_outlive_a_killed_run(long_run):

@@ -77,7 +77,7 @@ def test_an_interrupt_ends_the_ranks_of_both_hosts(hosts, on_first, tmp_path):
     assert all(host.processes() for host in hosts)
     (run,) = (each for each in hosts[0].processes() if each.cmdline()[1:4] == ["-m", "ds_llmpq", "run"])
     run.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=240)
     assert process.returncode == 130
     assert error_sentence(subprocess.CompletedProcess([], 130, out, err)).startswith("error: Interrupted")
     assert gone(lambda: [process for host in hosts for process in host.processes()])

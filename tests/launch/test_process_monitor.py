@@ -5,9 +5,9 @@ import signal
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 import uuid
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -56,11 +56,12 @@ def test_a_death_is_seen_and_orphans_are_ended(program):
     assert (ended.reason, ended.code) == (ExitReason.DIED, -signal.SIGKILL)
 
 
-def test_the_others_get_a_moment_when_one_rank_has_died(program):
+def test_the_others_get_a_moment_when_one_rank_has_died(program, monkeypatch):
+    monkeypatch.setattr(process_monitor, "_GRACE_SECONDS", 120)
     ended, log = program(
         """
         import time
-        print("exits with return code = -9"); time.sleep(0.1); print("peer is gone"); time.sleep(600)
+        print("exits with return code = -9"); time.sleep(0.1); print("peer is gone")
         """
     )
     assert ended.reason is ExitReason.DIED
@@ -83,8 +84,9 @@ def test_the_code_is_that_of_the_rank(program):
     assert program('print("exits with return code = 7"); import sys; sys.exit(1)')[0].code == 7
 
 
-def test_last_words_are_a_death_and_no_signal(program):
+def test_last_words_are_a_death_and_no_signal(program, monkeypatch):
     """The launcher may need longer to end than it is given; that is not why."""
+    monkeypatch.setattr(process_monitor, "_GRACE_SECONDS", 4)
     ended, log = program(
         "import time; print('failed'); time.sleep(0.1); print('peer is gone'); time.sleep(600)",
         on_line=lambda text: Line.FAILURE if text == "failed" else Line.TEXT,
@@ -107,11 +109,24 @@ def test_a_process_that_stays_stopped_is_noticed(program):
     assert program(text, hang_seconds=60, stopped_seconds=1.0)[0].reason is ExitReason.STOPPED
 
 
-def test_silence_is_a_hang_and_life_is_none(program):
+def test_silence_is_a_hang(program):
     ended, _ = program("import time; print('alive'); time.sleep(600)", hang_seconds=0.6)
     assert ended.reason is ExitReason.HUNG
-    text = "import time\nfor _ in range(8): print('alive'); time.sleep(0.2)"
-    assert program(text, hang_seconds=0.8)[0].reason is ExitReason.ENDED
+
+
+def test_life_is_no_hang(program, monkeypatch):
+    """The clock goes on with each line, so that no stall of the machine is a silence."""
+    now = 0.0
+    monkeypatch.setattr(process_monitor, "time", SimpleNamespace(monotonic=lambda: now))
+
+    def hear(text):
+        nonlocal now
+        now += 0.5
+        return Line.HEARTBEAT if text == "alive" else Line.TEXT
+
+    alive = "import time\nfor _ in range(8): print('alive'); time.sleep(0.05)"
+    assert program(alive, hang_seconds=0.8, on_line=hear)[0].reason is ExitReason.ENDED
+    assert now == 4.0
 
 
 def test_chatter_is_no_sign_of_life(program):
@@ -119,55 +134,76 @@ def test_chatter_is_no_sign_of_life(program):
     assert ended.reason is ExitReason.HUNG
 
 
-def test_a_stopped_rank_shows_its_stacks(program):
+def test_a_stopped_rank_shows_its_stacks(program, monkeypatch):
+    monkeypatch.setattr(process_monitor, "_STACKS_SECONDS", 120)  # it ends when it is woken
+    monkeypatch.setattr(process_monitor, "_STARTUP_SECONDS", 120)
+    heard = []
+
+    def hear(text):
+        heard.append(text)
+        return Line.HEARTBEAT if text == "alive" else Line.TEXT
+
     ended, log = program(
         """
         import faulthandler, os, signal
         faulthandler.register(signal.SIGUSR1, all_threads=True)
-        def stuck_here(): os.kill(os.getpid(), signal.SIGSTOP)
+        def stuck_here(): print("alive"); os.kill(os.getpid(), signal.SIGSTOP)
         stuck_here()
         """,
-        hang_seconds=0.6,
+        hang_seconds=3,
+        on_line=hear,
+        started=lambda: bool(heard),
     )
     assert ended.reason is ExitReason.HUNG
     assert "stuck_here" in log
 
 
-def send_after(seconds, *numbers):
-    def send():
-        for number in numbers:
-            time.sleep(seconds)
+def send_when_ready(number):
+    """Sends this process a signal when the program says that it is ready: never before somebody handles it."""
+
+    def hear(text):
+        if text == "ready":
             os.kill(os.getpid(), number)
+        return Line.TEXT
 
-    threading.Thread(target=send).start()
+    return hear
 
 
-def test_the_first_signal_drains_and_the_run_ends_by_itself(program):
+READY = "import time; print('ready'); time.sleep(600)"
+
+
+def test_the_first_signal_drains_and_the_run_ends_by_itself(program, tmp_path):
     asked = []
-    send_after(0.5, signal.SIGTERM)
-    ended, _ = program("import time; time.sleep(1.5)", drain=lambda: asked.append(1) or True, drain_seconds=30)
+
+    def drain():
+        asked.append(1)
+        (tmp_path / "drain").touch()
+        return True
+
+    text = f"import os, time; print('ready')\nwhile not os.path.exists({str(tmp_path / 'drain')!r}): time.sleep(0.05)"
+    ended, _ = program(text, drain=drain, drain_seconds=120, on_line=send_when_ready(signal.SIGTERM))
     assert (ended.reason, ended.code) == (ExitReason.DRAINED, 0)
     assert asked == [1]
 
 
 def test_what_does_not_drain_in_time_is_cut_off(program):
-    send_after(0.5, signal.SIGINT)
-    started = time.monotonic()
-    assert program("import time; time.sleep(60)", drain=lambda: True, drain_seconds=0.5)[0].reason is ExitReason.CUT_OFF
-    assert time.monotonic() - started < 30
+    cut = program(READY, drain=lambda: True, drain_seconds=0.5, on_line=send_when_ready(signal.SIGTERM))
+    assert cut[0].reason is ExitReason.CUT_OFF
 
 
 @pytest.mark.parametrize("drain", [None, lambda: False])
 def test_without_anything_to_drain_the_first_signal_ends_it(program, drain):
-    send_after(0.5, signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
-        program("import time; time.sleep(60)", drain=drain)
+        program(READY, drain=drain, on_line=send_when_ready(signal.SIGTERM))
 
 
 def test_a_second_signal_ends_it_at_once(program):
-    send_after(0.5, signal.SIGTERM, signal.SIGTERM)
+    def drain():
+        os.kill(os.getpid(), signal.SIGTERM)
+        return True
+
     with pytest.raises(KeyboardInterrupt):
-        program("import time; time.sleep(60)", drain=lambda: True, drain_seconds=60)
+        program(READY, drain=drain, drain_seconds=600, on_line=send_when_ready(signal.SIGTERM))
 
 
 def test_a_clock_that_jumps_changes_nothing(program, monkeypatch):
