@@ -10,7 +10,7 @@ from statistics import median
 from ds_llmpq.cluster.devices import DeviceType
 from ds_llmpq.cost.fit import LatencyModel, columns, fit_profile, read_model, unit_roofline
 from ds_llmpq.cost.latency import PassOverhead, RooflineCosts
-from ds_llmpq.cost.profile import NEW_SIZE, NEW_SIZE_MIXED, TRIAL_PARTS, Setup, check_setup, read_profile
+from ds_llmpq.cost.profile import DRAW, NEW_SIZE, NEW_SIZE_MIXED, TRIAL_PARTS, Setup, check_setup, read_profile
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS
@@ -18,11 +18,13 @@ from ds_llmpq.quant.packing import UNQUANTIZED_BITS
 
 @dataclass
 class FittedCosts:
-    """`LayerCosts` of one device type. Notes on what was extrapolated or not profiled gather in `notes`."""
+    """`LayerCosts` of one device type. Notes on what was extrapolated or not profiled gather in `notes`. `drawn_share`:
+    share of the rows whose tokens are drawn, where the others take the likeliest."""
 
     device_type: DeviceType
     model: LatencyModel
     roofline: RooflineCosts
+    drawn_share: float = 0.0
     notes: dict[str, None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -62,15 +64,18 @@ class FittedCosts:
         return self.roofline.head_seconds(batch) if fitted is None else fitted
 
     def pass_overhead(self, phase: str, batch: int, tokens: int) -> PassOverhead:
-        found = (self._fitted(part, phase, 0, batch, tokens) for part in TRIAL_PARTS)
-        return PassOverhead(*(seconds or 0.0 for seconds in found))
+        first, middle, last = (self._fitted(part, phase, 0, batch, tokens) or 0.0 for part in TRIAL_PARTS)
+        return PassOverhead(first, middle, last + batch * self.drawn_share * self._median(DRAW, "decode"))
 
     def first_pass_seconds(self, widths: Iterable[int]) -> float:
         """Unquantized and quantized layers each have kernels made for them, unless a stage is one graph."""
         mixed = len({width < UNQUANTIZED_BITS for width in widths}) > 1 and not self.roofline.kernel.whole_stage
-        parts = [NEW_SIZE_MIXED, NEW_SIZE] if mixed else [NEW_SIZE]
-        fits = (self.model.get(self.device_type.name, part, "prefill") for part in parts)
-        return next((median(entry.seconds for entry in fit.residuals) for fit in fits if fit), 0.0)
+        return (mixed and self._median(NEW_SIZE_MIXED, "prefill")) or self._median(NEW_SIZE, "prefill")
+
+    def _median(self, part: str, phase: str) -> float:
+        """Of what was measured; 0 where nothing was."""
+        fit = self.model.get(self.device_type.name, part, phase)
+        return median(entry.seconds for entry in fit.residuals) if fit else 0.0
 
     def _fitted(self, part: str, phase: str, bits: int, batch: int, length: float) -> float | None:
         fit = self.model.get(self.device_type.name, part, phase, bits)

@@ -45,7 +45,8 @@ SCHEMA = 1
 TRIAL_PARTS = ("first", "middle", "last")  # measured by passes of a trial pipeline
 NEW_SIZE = "new_size"  # what the first pass of a number of tokens costs beyond the next ones: kernels are made for it
 NEW_SIZE_MIXED = "new_size_mixed"  # for unquantized and for quantized layers
-PARTS = ("layer", "embed", "head", *TRIAL_PARTS, NEW_SIZE, NEW_SIZE_MIXED)
+DRAW = "draw"  # what a row whose token is drawn, not the likeliest one, adds to a pass of the last stage
+PARTS = ("layer", "embed", "head", *TRIAL_PARTS, NEW_SIZE, NEW_SIZE_MIXED, DRAW)
 LIBRARIES = ("torch", "transformers", "hqq", "deepspeed")
 _REMEDY = "make one with `ds-llmpq profile`"
 
@@ -98,7 +99,7 @@ class Point:
 
     part: `layer`, `embed`, `head`, what a pass costs beside those on the `first`, a `middle` or the `last` stage, or
     `new_size`: what the first pass of `length_tokens` tokens in all costs beyond the next ones; `new_size_mixed`: on a
-    stage that has both unquantized and quantized layers.
+    stage that has both unquantized and quantized layers; `draw`: what a row whose token is drawn adds to a pass.
     bits: 0 where the part has none.
     """
 

@@ -16,7 +16,7 @@ from ds_llmpq.engine.stage_run.oom_split import MicroBatchSplitter
 from ds_llmpq.models.generation import Generation
 from ds_llmpq.scheduler.micro_batch import MicroBatch
 from ds_llmpq.scheduler.request_group import Sequence
-from ds_llmpq.scheduler.sampling_params import GREEDY
+from ds_llmpq.scheduler.sampling_params import GREEDY, SamplingParams
 from ds_llmpq.scheduler.slot_table import Finish, SlotTable
 
 Chosen = list[tuple[int, bool]]  # of each live slot: its next token, and whether its logits are numbers
@@ -109,13 +109,24 @@ class TokenChooser:
     def _choose(
         self, table: SlotTable, slots: tuple[int, ...], logits: torch.Tensor, counts: abc.Sequence[int]
     ) -> torch.Tensor:
-        rows = [table.sequences[slot] for slot in slots]
+        rows = [table.sequences[slot].sampling for slot in slots]
         processed = self.processors(logits, slots, [table.generated[slot] for slot in slots])
-        if self.device.type == "cpu" and all(row.sampling.temperature <= 0 for row in rows):
-            return choose_greedily(logits, processed)
-        tokens = sample(processed, [row.sampling for row in rows], counts, self.defaults)
+        if self.device.type == "cpu":
+            return self._choose_on_host(logits, processed, rows, counts)
+        tokens = sample(processed, rows, counts, self.defaults)
         # NaN passes through the maximum
         return torch.stack([tokens, logits.amax(-1).isfinite().long()])
+
+    def _choose_on_host(
+        self, logits: torch.Tensor, processed: torch.Tensor, rows: list[SamplingParams], counts: abc.Sequence[int]
+    ) -> torch.Tensor:
+        """Only rows whose tokens are drawn pay for it."""
+        chosen = choose_greedily(logits, processed)
+        drawn = [place for place, row in enumerate(rows) if row.temperature > 0]
+        if drawn:
+            picked = [rows[place] for place in drawn]
+            chosen[0, drawn] = sample(processed[drawn], picked, [counts[place] for place in drawn], self.defaults)
+        return chosen
 
     def _mark_given_up(self, batch: MicroBatch, hidden: torch.Tensor, chosen: torch.Tensor) -> None:
         """Rows that a stage could not run: a head of few bits may make numbers of what is none."""

@@ -145,6 +145,8 @@ def check_workload(workload: WorkloadConfig, shape: ModelShape) -> None:
     for name in ("unshared_tokens", "pool_positions"):
         if (getattr(workload, name) or 0) < 0:
             raise UserError(f"workload.{name}={getattr(workload, name)}; it must be 0 or more")
+    if not 0 <= (workload.drawn_share or 0.0) <= 1:
+        raise UserError(f"workload.drawn_share={workload.drawn_share}; it must be from 0 to 1")
     length = workload.prompt_tokens + workload.generated_tokens
     if shape.max_positions is not None and length > shape.max_positions:
         raise UserError(

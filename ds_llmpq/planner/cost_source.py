@@ -43,10 +43,12 @@ def select_costs(
     kernel: Kernel,
     further: Mapping[str, FurtherSource] | None = None,
     captured: bool = False,
+    drawn_share: float = 0.0,
 ) -> tuple[CostFactory | None, Cluster, Kernel]:
     """(`make_costs` for `prepare`, the cluster with measured links, the kernel that the times and the memory are of).
 
     further: sources by name, beside our own. captured: decode passes run as graphs where no profile says.
+    drawn_share: of the rows, those whose tokens are drawn.
     `UserError`: an unknown source, or one that a profile contradicts.
     """
     further = further or {}
@@ -55,7 +57,7 @@ def select_costs(
     if cost.kernel is not None and cost.source != "roofline":
         raise UserError(f"cost.kernel={cost.kernel} needs cost.source=roofline, not {cost.source}")
     if cost.source == "auto":
-        return *load_profile_costs(planner, quant, cluster, shape, dtype, kernel, captured), kernel
+        return *load_profile_costs(planner, quant, cluster, shape, dtype, kernel, captured, drawn_share), kernel
     if planner.profile is not None:
         raise UserError(f"cost.source={cost.source} and planner.profile contradict each other; give one of them")
     if cost.source == "roofline":
@@ -78,6 +80,7 @@ def load_profile_costs(
     dtype: str,
     kernel: Kernel,
     captured: bool = False,
+    drawn_share: float = 0.0,
 ) -> tuple[CostFactory | None, Cluster]:
     """(`make_costs` for `prepare`, the cluster with measured links); both as they were where no profile is given.
 
@@ -93,7 +96,7 @@ def load_profile_costs(
 
     def make_costs(device_type: DeviceType) -> FittedCosts:
         roofline = RooflineCosts(device_type, shape, dtype, groups, kernel, quant.lm_head_bits, captured)
-        return FittedCosts(device_type, model, roofline)
+        return FittedCosts(device_type, model, roofline, drawn_share)
 
     table = (folder if folder.is_dir() else folder.parent) / "links.csv"
     return make_costs, _with_links(cluster, table) if table.is_file() else cluster

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ds_llmpq.cost.profile import DRAW
 from ds_llmpq.engine.channels import ActivationChannel, TokenChannel
 from ds_llmpq.engine.config import EngineConfig
 from ds_llmpq.engine.pipeline_engine import InferencePipelineEngine
@@ -43,6 +44,7 @@ LINK_BYTES = (8, 1 << 10, 1 << 13, 1 << 16, 1 << 18, 1 << 20, 1 << 22)
 LINK_REPEATS = 20
 DRAWN = SamplingParams(temperature=1.0, seed=0)
 _TIMEOUT_SECONDS = 120
+_DRAWN_PASSES = 8
 _IMPORTED_LATE = ("torch._dynamo", "deepspeed.module_inject.auto_ep_layer")  # by a stage that loads
 
 
@@ -124,16 +126,24 @@ def _time_passes(spec: dict[str, Any], plan: Plan, context: RankContext) -> list
             common = {"part": STAGES[context.stage_index], "batch": size, "round": round_}
             found.append(common | {"phase": "prefill", "length_tokens": prompt, "seconds": prefill})
             found.append(common | {"phase": "decode", "length_tokens": 1, "seconds": decode})
+            drawn = _time_overhead(session.engine, clock, size, prompt, 1 + _DRAWN_PASSES, drawn=1)
+            if context.stage_index == len(STAGES) - 1:
+                seconds = max(drawn - first - 2 * _DRAWN_PASSES * decode, 0.0) / (2 * (1 + _DRAWN_PASSES))
+                found.append(common | {"part": DRAW, "phase": "decode", "length_tokens": 1, "seconds": seconds})
     torch.set_num_threads(threads)
     return found
 
 
-def _time_overhead(engine: InferencePipelineEngine, clock: PartClock, size: int, prompt: int, generated: int) -> float:
-    """Processor seconds of a request group of two micro-batches on this rank, but for those inside pipeline layers."""
+def _time_overhead(
+    engine: InferencePipelineEngine, clock: PartClock, size: int, prompt: int, generated: int, drawn: int = 0
+) -> float:
+    """Processor seconds of a request group of two micro-batches on this rank, but for those inside pipeline layers.
+    `drawn`: rows of each micro-batch whose tokens are drawn."""
     vocabulary = 7
-    # one row of each micro-batch draws its tokens: it makes the others' choice dearer as well
     rows = tuple(
-        Sequence(i, tuple((i + k) % vocabulary for k in range(prompt)), generated, GREEDY if i % size else DRAWN)
+        Sequence(
+            i, tuple((i + k) % vocabulary for k in range(prompt)), generated, DRAWN if i % size < drawn else GREEDY
+        )
         for i in range(2 * size)
     )
     limits = MicroBatchLimits(size, size * prompt, size)

@@ -113,8 +113,9 @@ def build_problem(
     # further sources have times of other systems, which captured nothing
     captured = _captures(settings) and settings.cost.source not in (sources or {})
     make_costs, cluster, kernel = select_costs(
-        settings.cost, planner, quant, cluster, shape, dtype, find_kernel(quant.kernel), sources, captured
-    )
+        settings.cost, planner, quant, cluster, shape, dtype, find_kernel(quant.kernel), sources, captured,
+        workload.drawn_share or 0.0,
+    )  # fmt: skip
     prepared = prepare(cluster, shape, workload, quant, planner, sensitivity, dtype, kernel, make_costs, captured)
     return prepared.problem, lambda plan: deploy(plan, cluster, prepared, model, quant, kernel)
 

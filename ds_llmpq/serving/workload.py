@@ -59,6 +59,8 @@ def size_workload(
     )
     if workload.pool_positions is None:
         open_fields.append("pool_positions")
+    if workload.drawn_share is None:
+        open_fields.append("drawn_share")
     if workload.shared_tokens is None:
         if not share:
             measured = replace(measured, shared_tokens=0, unshared_tokens=None)
@@ -113,7 +115,8 @@ def _measure(
     others = [request.sequence_tokens for request in prepared if not count_shared(request.prompt_ids, prefix)]
     unshared = max(others, default=0) if prefix else None
     pool = _count_pool(prepared, prefix, batch, model, sequences, block) if block else None
-    return WorkloadConfig(sequences, prompt_tokens, generated_tokens, len(prefix), unshared, pool)
+    drawn = sum(request.request.params.temperature > 0 for request in prepared) / len(prepared)
+    return WorkloadConfig(sequences, prompt_tokens, generated_tokens, len(prefix), unshared, pool, drawn)
 
 
 def _count_pool(

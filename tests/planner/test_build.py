@@ -117,6 +117,8 @@ def test_a_shared_prefix_is_computed_and_held_once():
     assert core.device_types["core"].prefill_embed_seconds[2] == 2008
     with pytest.raises(UserError, match=r"workload.unshared_tokens=-1; it must be 0 or more"):
         make(workload=WorkloadConfig(6, 20, 10, 12, -1))
+    with pytest.raises(UserError, match=r"workload.drawn_share=1.5; it must be from 0 to 1"):
+        make(workload=WorkloadConfig(6, 20, 10, 12, 0, drawn_share=1.5))
     with pytest.raises(UserError, match=r"workload.shared_tokens=20; it must be from 0 to 19"):
         make(workload=WorkloadConfig(6, 20, 10, 20))
 

@@ -172,6 +172,20 @@ def test_the_first_pass_of_a_size_costs_each_stage_more_once(folder):
     assert PlanTimes(plan).work(0, "prefill", 2, 8, 0) == first
 
 
+def test_rows_whose_tokens_are_drawn_cost_the_last_stage_more(folder):
+    points = [Point("core", "draw", "decode", 0, size, 1) for size in (1, 4, 8)]
+    append(folder / "profile.csv", [Sample(point, 0, 1, 1, 5.0, 5.0, 0.0) for point in points])
+    planner, here = PlannerConfig(profile=str(folder)), cluster()
+    overheads = [
+        load_profile_costs(planner, QUANT, here, SHAPE, "auto", DEQUANTIZE, drawn_share=share)[0](
+            here.device_types["core"]
+        ).pass_overhead("decode", 4, 1)
+        for share in (0.0, 0.5)
+    ]
+    assert overheads[0].last == pytest.approx(OVERHEAD["last"], rel=0.01)
+    assert overheads[1] == dataclasses.replace(overheads[0], last=overheads[0].last + 4 * 0.5 * 5.0)
+
+
 def test_a_plan_without_times_by_size_counts_tokens_in_proportion(folder):
     plan = deployed(prepared(folder), Assignment((StageAssignment("localhost:0", 0, 6, (16,) * 6),), 4, 8), cluster())
     stage = dataclasses.replace(plan.stages[0], prefill_times=None, decode_times=None, first_pass_seconds=7.0)

@@ -72,7 +72,7 @@ def prepared_of(file):
 
 def test_without_a_predictor_every_request_fits_a_slot(file):
     found = sized(file, BatchConfig())
-    assert found == WorkloadConfig(32, max(each.prompt_tokens for each in prepared_of(file)), LIMIT, 0)
+    assert found == WorkloadConfig(32, max(each.prompt_tokens for each in prepared_of(file)), LIMIT, 0, drawn_share=0.0)
 
 
 @pytest.mark.parametrize(("admission", "most_longer"), [("q95", 0.05), ("q90", 0.1)])
@@ -132,6 +132,16 @@ def test_a_prefix_that_prompts_share_is_measured(tmp_path):
     assert (measured(), measured(field="unshared_tokens")) == (50, 39)
 
 
+def test_the_share_of_drawn_rows_is_measured(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [
+        {"custom_id": f"{n}", "method": "POST", "url": "/v1/completions",
+         "body": {"prompt": "one", "max_tokens": 9, "temperature": 0.5 if n < 3 else 0}}
+        for n in range(12)
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert sized(path, BatchConfig()).drawn_share == 0.25
+    assert sized(path, BatchConfig(), drawn_share=0.5).drawn_share == 0.5
 def test_a_pool_has_room_for_requests_of_the_mean_length(file, predictor):
     rows = prepared_of(file)
     needs = [-(-each.sequence_tokens // 32) * 32 for each in rows]
