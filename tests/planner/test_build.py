@@ -317,7 +317,7 @@ def test_widths_that_cannot_be_packed_are_left_out_with_a_reason():
         ),
         ({"quant": QuantConfig(bits=[5])}, "each width once"),
         ({"quant": QuantConfig(bits=[4, 4])}, "each width once"),
-        ({"quant": QuantConfig(bits=[4], axis=2)}, "axis 2"),
+        ({"quant": QuantConfig(bits=[4], axis=2)}, "quant.axis is 2"),
         (
             {"quant": QuantConfig(bits=[16], per_channel_bits=[16])},
             r"quant\.per_channel_bits=\[16\]: list each width once, of 1, 2",

@@ -261,7 +261,8 @@ def test_a_trial_pipeline_finds_overheads_and_links(folder, tmp_path):
     spec = {"kind": "cpu", "threads": 1, "links": True, "path": str(folder("llama")), "dtype": "float32"}
     found = run_trial(spec | {"sizes": [1, 2], "prompt_tokens": 8, "rounds": 1}, tmp_path / "log")
     seen = {(entry["part"], entry["phase"], entry["batch"]) for entry in found["passes"]}
-    assert seen == {(p, f, b) for p in ("first", "middle", "last") for f in ("prefill", "decode") for b in (1, 2)}
+    passes = {(p, f, b) for p in ("first", "middle", "last") for f in ("prefill", "decode") for b in (1, 2)}
+    assert seen == passes | {("draw", "decode", 1), ("draw", "decode", 2)}
     assert all(0 <= entry["seconds"] < 10 for entry in found["passes"])
     assert {entry["channel"] for entry in found["links"]} == {"activation", "token"}
     assert all(min(entry["seconds"]) > 0 for entry in found["links"])

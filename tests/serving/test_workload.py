@@ -142,6 +142,8 @@ def test_the_share_of_drawn_rows_is_measured(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert sized(path, BatchConfig()).drawn_share == 0.25
     assert sized(path, BatchConfig(), drawn_share=0.5).drawn_share == 0.5
+
+
 def test_a_pool_has_room_for_requests_of_the_mean_length(file, predictor):
     rows = prepared_of(file)
     needs = [-(-each.sequence_tokens // 32) * 32 for each in rows]
