@@ -6,6 +6,7 @@ ds_llmpq.commands.serve plan=PLAN/plan.json input=FILE output=DIR`.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 
@@ -64,6 +65,7 @@ def _serve(job: Job) -> int:
     import_hqq()
     from ds_llmpq.serving.rank import serve
 
+    gc.freeze()  # what was imported stays: a million objects, which each full collection would look through
     metrics = serve(job)
     if metrics is None or job.supervised:
         return 0

@@ -5,6 +5,7 @@ Rank 0, the driver, reads and writes all files; the other ranks only run their s
 
 from __future__ import annotations
 
+import gc
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,8 @@ def _answer(job: Job, context: RankContext, heartbeat: Heartbeat) -> dict[str, A
         loading = driver.show_loading if driver else heartbeat.beat
         session = Session(job.plan, context, job.model_path, rule, loading, job.trust_remote_code, job.engine)
         heartbeat.watch(lambda: session.trace.spans)
+        gc.collect()
+        gc.freeze()  # else a full collection would stop a pass for 0.2 s, the first one as a rule
         if driver:
             take = driver.begin_serving(session)
             session.run_all(take, driver.write_result, driver.write_error, driver.on_tokens)
