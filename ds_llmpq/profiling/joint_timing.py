@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections import Counter
@@ -21,7 +22,8 @@ from ds_llmpq.profiling.parts import Parts
 from ds_llmpq.profiling.timer import PAUSE_SECONDS, NewSizes, Timer
 from ds_llmpq.quant.config import QuantConfig
 
-_FEWEST_REPEATS = 4  # of a point, its warm-up among them
+_ROUNDS = 2  # through all points: another machine on the same processor can slow some tenths of a second, not both
+_FEWEST_REPEATS = 2  # of a point in a round, beside its warm-up
 
 
 @torch.inference_mode()
@@ -39,7 +41,7 @@ def time_points(
     points = [Point(**entry) for entry in devices[rank]["points"]] if rank < len(devices) else []
     share = devices[rank]["cpu_share"] if points else 1.0
     pause = PAUSE_SECONDS if len(devices) > 1 else 0.0  # a device alone waits for no other stage
-    timer = Timer(context.device, context.stage.threads or 1, share, pause)
+    timer = Timer(context.device, context.stage.threads or 1, share, pause, _FEWEST_REPEATS)
     parts = _load(wanted, plan, points, context.device) if points else None
     if parts is not None:
         parts.throttle(share)
@@ -48,21 +50,24 @@ def time_points(
     late, passed, own = time.perf_counter() + wanted["late_seconds"], 0.0, 0.0
     last: dict[tuple[str, str, int], tuple[float, int]] = {}
     timed: Counter[tuple[str, str, int]] = Counter()
-    for turn in range(max(len(entry["points"]) for entry in devices)):
+    longest = max(len(entry["points"]) for entry in devices)
+    for round_, turn in itertools.product(range(_ROUNDS), range(longest)):
         point = points[turn] if turn < len(points) else None
         kind = (point.part, point.phase, point.bits) if point else None
         is_late = time.perf_counter() > late
-        if point is None or (point.batch == smallest and not (is_late and timed[kind] >= FEWEST_POINTS)):
+        needed = point and round_ == 0 and point.batch == smallest and not (is_late and timed[kind] >= FEWEST_POINTS)
+        if point is None or needed:
             expected = 0.0
         else:
-            expected = math.inf if is_late else _guess(point, last) * _FEWEST_REPEATS
+            expected = math.inf if is_late else _guess(point, last) * (1 + _FEWEST_REPEATS)
         if _slowest(expected, group) > max(left, 0.0):
             continue
         spent = 0.0
         if point is not None:
             begin = time.perf_counter()
-            seconds = 0.0 if is_late else max(left, 0.0) / (len(points) - turn)
-            sample, spent = _time(timer, parts, point, seconds, new_sizes)
+            still_to_come = (_ROUNDS - round_) * len(points) - turn
+            seconds = 0.0 if is_late else max(left, 0.0) / still_to_come
+            sample, spent = _time(timer, parts, point, round_, seconds, new_sizes)
             passed, own = passed + time.perf_counter() - begin, own + spent
             samples.append(asdict(sample))
             timed[kind] += 1
@@ -73,17 +78,20 @@ def time_points(
     return samples + [asdict(sample) for sample in new_sizes.samples(points[0].device_type, share)], [[passed, own]]
 
 
-def _time(timer: Timer, parts: Parts, point: Point, seconds: float, new_sizes: NewSizes) -> tuple[Sample, float]:
+def _time(
+    timer: Timer, parts: Parts, point: Point, round_: int, seconds: float, new_sizes: NewSizes
+) -> tuple[Sample, float]:
     """(sample, seconds that it took: of one thread, what it used of the processor and rested; else wall time)."""
     alone = timer.device.type == "cpu" and timer.threads == 1
     clock = time.thread_time if alone else time.perf_counter
     begin = clock()
     action, times = parts.action(point)
     timing = timer.time(action, seconds, warm_up=1)
-    new_sizes.add(point, timing, timer.cpu_share)
+    if round_ == 0:
+        new_sizes.add(point, timing, timer.cpu_share)
     sample = Sample(
         point,
-        0,
+        round_,
         timing.repeats,
         timing.undisturbed,
         timing.median_seconds / times,

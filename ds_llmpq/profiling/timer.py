@@ -35,15 +35,16 @@ class Timing:
 @dataclass(frozen=True)
 class Timer:
     """`threads` and `cpu_share` are those of a CPU stage; on a GPU device events are used. `pause_seconds`: how long
-    the processor rests before each repeat, as a stage waits between its passes."""
+    the processor rests before each repeat, as a stage waits between its passes. `fewest`: repeats, however long."""
 
     device: torch.device
     threads: int = 1
     cpu_share: float = 1.0
     pause_seconds: float = 0.0
+    fewest: int = 3
 
     def time(self, action: Callable[[], object], seconds: float, warm_up: int = 1) -> Timing:
-        """Repeats `action` for about `seconds`, at least three times."""
+        """Repeats `action` for about `seconds`, at least `fewest` times."""
         # one thread's own time: what disturbs a single pass cannot be told from what is new in it
         clock, share = (time.thread_time, self.cpu_share) if self.threads == 1 else (time.perf_counter, 1.0)
         begin, first = clock(), 0.0
@@ -57,7 +58,7 @@ class Timer:
         times: list[float] = []
         owned: list[float] = []
         begin = time.perf_counter()
-        while len(times) < 3 or (time.perf_counter() - begin < seconds and len(times) < _MOST_REPEATS):
+        while len(times) < self.fewest or (time.perf_counter() - begin < seconds and len(times) < _MOST_REPEATS):
             if self.pause_seconds:
                 time.sleep(self.pause_seconds)
             wall, cpu = time.perf_counter(), time.thread_time()
@@ -75,7 +76,7 @@ class Timer:
         at_once = max(1, min(_MOST_AT_ONCE, int(_AT_ONCE_SECONDS / self._span(action, 1))))
         times: list[float] = []
         begin = time.perf_counter()
-        while len(times) < 3 or (time.perf_counter() - begin < seconds and len(times) < _MOST_REPEATS):
+        while len(times) < self.fewest or (time.perf_counter() - begin < seconds and len(times) < _MOST_REPEATS):
             times.append(self._span(action, at_once))
         return _timing(times, times, len(times))
 
