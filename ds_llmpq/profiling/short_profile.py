@@ -35,7 +35,7 @@ from ds_llmpq.quant.kernels.registry import find_stage_kernel
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS, make_groups
 
 CHOICES = ("auto", "always", "never")
-POINT_SECONDS = {"cpu": 3.0, "cuda": 10.0}  # for the points of a device; the trial pipeline comes on top
+POINT_SECONDS = {"cpu": 2.5, "cuda": 10.0}  # for the points of a device; the trial pipeline comes on top
 LATE_SECONDS = {"cpu": 12.0, "cuda": 30.0}  # by the clock on the wall, which other programs may make run far ahead
 _KEPT = "calibration"  # of the user's cache folder
 VERSION = 6  # of what is measured; what an older one kept is measured anew
@@ -258,8 +258,8 @@ def _build_trial(wanted: TimingTask, devices: list[Device], links: bool) -> dict
 
 
 def _list_points(wanted: TimingTask, device: Device) -> list[Point]:
-    """Every micro-batch at the workload's own length, three of each phase at a second one, and the smallest at all of
-    them. Light points come first: where time runs out, heavy ones are left out."""
+    """Every micro-batch at the workload's own length, three of each phase at a second one, and the smallest at three:
+    enough for a fit. Light points come first: where time runs out, heavy ones are left out."""
     bits = [width for width in wanted.bits if width in list_feasible_bits(device.type, wanted.dtype)]
     groups = plan_points(device.type.name, bits, wanted.sizes, wanted.workload)
     thinned = {phase: _thin(listed) for phase, listed in wanted.sizes.items()}
@@ -269,5 +269,6 @@ def _list_points(wanted: TimingTask, device: Device) -> list[Point]:
         for rank, group in enumerate(groups)
         for point in group
         if rank == 0 or point.batch == smallest or (rank == 1 and point.batch in thinned[point.phase])
+        if rank < 2 or point.phase == "prefill" or point.length_tokens != wanted.workload.prompt_tokens
     ]
     return sorted(points, key=lambda point: point.tokens)
