@@ -80,6 +80,8 @@ def main() -> int:
         faulthandler.cancel_dump_traceback_later()
         watch.cancel()
         shutil.rmtree(folder, ignore_errors=True)
+    if run.is_over:
+        watch.join()  # it concludes, and ends the process
     return conclude(run)
 
 
@@ -146,7 +148,7 @@ def conclude(run: Run) -> int:
 
 def end_now(run: Run, folder: Path) -> None:
     """The time is over and something still runs, which is given up: what is measured is on disk already."""
-    run.is_over = True
+    run.give_up()
     run.add("stopped: time is up", "none")
     code = conclude(run)
     shutil.rmtree(folder, ignore_errors=True)

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
@@ -38,7 +39,7 @@ class Run:
         self.lines: list[dict[str, Any]] = []
         self.rates: dict[str, float] = {}  # measured ceilings: bytes/s and FLOP/s
         self.context = None  # of the one rank, once the engine has been asked
-        self.is_over = False  # nothing waits for the device any more
+        self._writer: int | None = None  # once the time is over, the one thread whose lines count
         self._section = ""
         out.mkdir(parents=True, exist_ok=True)
         results = out / "results.jsonl"
@@ -51,7 +52,21 @@ class Run:
     def on_gpu(self) -> bool:
         return self.device.type == "cuda"
 
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing waits for the device any more."""
+        return self._writer is not None
+
+    def give_up(self) -> None:
+        """From now on only this thread writes; what another one is still at is lost."""
+        self._writer = threading.get_ident()
+
+    def _is_given_up(self) -> bool:
+        return self._writer not in (None, threading.get_ident())
+
     def add(self, what: str, origin: str = "measured", **figures: Any) -> None:
+        if self._is_given_up():
+            return
         at = round(time.monotonic() - self.began, 1)
         line = {"section": self._section, "what": what, "origin": origin, "at_seconds": at, **figures}
         self.lines.append(line)
@@ -66,10 +81,12 @@ class Run:
     @contextlib.contextmanager
     def section(self, name: str, share: float, seconds: float) -> Iterator[None]:
         """Up to `share` of the whole time; what it raises is a line, and the next section goes on."""
-        self._section = name
         if self.is_over:
+            if not self._is_given_up():
+                self._section = name
             yield
             return
+        self._section = name
         self.section_ends = min(self.ends, time.monotonic() + share * seconds)
         try:
             yield
