@@ -27,7 +27,7 @@ class WorkloadConfig:
     # average, measured as shared_tokens is, else enough for the longest of each
     pool_positions: int | None = None
     # of the requests, the share whose tokens are drawn (a temperature above 0), which costs time; null: as the first
-    # rows of the input file have it where another number is measured on them, else 0
+    # rows of the input file have it, without one 0
     drawn_share: float | None = None
 
     @property

@@ -19,7 +19,7 @@ import numpy as np
 
 from ds_llmpq.batch.config import BatchConfig
 from ds_llmpq.batch.prompts import PreparedRequest, prepare
-from ds_llmpq.batch.reader import read_requests, refuse_unservable
+from ds_llmpq.batch.reader import RequestFile, read_requests, refuse_unservable
 from ds_llmpq.integers import round_up
 from ds_llmpq.lengths.characterize import estimate_maximum
 from ds_llmpq.models.config import ModelConfig
@@ -46,21 +46,23 @@ def size_workload(
     block: int = 0,
 ) -> WorkloadConfig:
     """`workload` with its open numbers filled in from the first requests of the input file: how many there are, the
-    longest prompt, the longest answer that they allow (or, with `batch.predictor`, expect), and their common prefix.
-    Without an input or a tokenizer, the defaults. `refill`: whether the engine refills slots. `share`: whether it
-    computes a shared prefix once. `block`: positions of the cache blocks that sequences share; 0: they share none.
+    longest prompt, the longest answer that they allow (or, with `batch.predictor`, expect), their common prefix, and
+    the share that draws its tokens, which is counted even where all else is given. Without an input or a tokenizer, the
+    defaults. `refill`: whether the engine refills slots. `share`: whether it computes a shared prefix once. `block`:
+    positions of the cache blocks that sequences share; 0: they share none.
     `UserError`: the predictor is not usable."""
+    file = _read_first(path, batch) if path else None
+    if workload.drawn_share is None:
+        workload = replace(workload, drawn_share=_count_drawn(file) if file else 0.0)
     fields = ("sequences", "prompt_tokens", "generated_tokens")
     open_fields = [name for name in fields if getattr(workload, name) is None]
     if not open_fields:
         return _fill_pool(workload, block)
     measured = (
-        _measure(path, model, batch, shape, workload.sequences, refill, block) if path and model.path else DEFAULT
+        _measure(file, model, batch, shape, workload.sequences, refill, block) if file and model.path else DEFAULT
     )
     if workload.pool_positions is None:
         open_fields.append("pool_positions")
-    if workload.drawn_share is None:
-        open_fields.append("drawn_share")
     if workload.shared_tokens is None:
         if not share:
             measured = replace(measured, shared_tokens=0, unshared_tokens=None)
@@ -84,8 +86,21 @@ def _fill_pool(workload: WorkloadConfig, block: int) -> WorkloadConfig:
     return replace(workload, pool_positions=workload.sequences * round_up(length, block))
 
 
+def _read_first(path: str, batch: BatchConfig) -> RequestFile:
+    """The first requests of the input."""
+    file = read_requests(path, replace(batch, limit=min(batch.limit or _LOOKED_AT, _LOOKED_AT)))
+    if file.total < _LOOKED_AT:
+        refuse_unservable(file, path)
+    return file
+
+
+def _count_drawn(file: RequestFile) -> float:
+    """The share of the requests whose tokens are drawn."""
+    return sum(request.params.temperature > 0 for request in file.requests) / max(1, len(file.requests))
+
+
 def _measure(
-    path: str,
+    file: RequestFile,
     model: ModelConfig,
     batch: BatchConfig,
     shape: ModelShape,
@@ -93,9 +108,6 @@ def _measure(
     refill: bool,
     block: int,
 ) -> WorkloadConfig:
-    file = read_requests(path, replace(batch, limit=min(batch.limit or _LOOKED_AT, _LOOKED_AT)))
-    if file.total < _LOOKED_AT:
-        refuse_unservable(file, path)
     tokenizer = load_tokenizer(model.path, model.trust_remote_code)
     prepared, _ = prepare(
         islice(file.requests, _LOOKED_AT),
@@ -115,8 +127,7 @@ def _measure(
     others = [request.sequence_tokens for request in prepared if not count_shared(request.prompt_ids, prefix)]
     unshared = max(others, default=0) if prefix else None
     pool = _count_pool(prepared, prefix, batch, model, sequences, block) if block else None
-    drawn = sum(request.request.params.temperature > 0 for request in prepared) / len(prepared)
-    return WorkloadConfig(sequences, prompt_tokens, generated_tokens, len(prefix), unshared, pool, drawn)
+    return WorkloadConfig(sequences, prompt_tokens, generated_tokens, len(prefix), unshared, pool)
 
 
 def _count_pool(

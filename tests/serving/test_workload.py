@@ -141,6 +141,8 @@ def test_the_share_of_drawn_rows_is_measured(tmp_path):
     ]  # fmt: skip
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert sized(path, BatchConfig()).drawn_share == 0.25
+    assert sized(path, BatchConfig(), sequences=3, prompt_tokens=50, generated_tokens=60).drawn_share == 0.25
+    assert sized(None, BatchConfig()).drawn_share == 0
     assert sized(path, BatchConfig(), drawn_share=0.5).drawn_share == 0.5
 
 
@@ -161,7 +163,9 @@ def test_a_pool_has_room_for_requests_of_the_mean_length(file, predictor):
 
 def test_given_numbers_stay(file, predictor):
     batch = BatchConfig(predictor=predictor, admission="q95")
-    assert sized(file, batch, sequences=3, prompt_tokens=50, generated_tokens=60) == WorkloadConfig(3, 50, 60)
+    assert sized(file, batch, sequences=3, prompt_tokens=50, generated_tokens=60) == WorkloadConfig(
+        3, 50, 60, drawn_share=0.0
+    )
     assert sized(file, batch, sequences=3).sequences == 3
 
 
