@@ -3,15 +3,13 @@
 from ds_llmpq.plan.assignment import Assignment, StageAssignment
 from ds_llmpq.plan.check_model import check_model
 from ds_llmpq.plan.placement import launch_order, placements
-from ds_llmpq.plan.plan import (
-    BASELINES,
-    ESTIMATES,
+from ds_llmpq.plan.plan import BASELINES, ESTIMATES, Plan, require_block_tables
+from ds_llmpq.plan.plan_parts import (
     MEMORY_PARTS,
     Deployment,
     LinkSeconds,
     MicroBatches,
     PassTimes,
-    Plan,
     PlannedModel,
     PredictedTotals,
     Quantization,
@@ -19,7 +17,6 @@ from ds_llmpq.plan.plan import (
     Stage,
     StageMemory,
     Workload,
-    require_block_tables,
 )
 from ds_llmpq.plan.planfile import read_assignment, read_plan, write_plan
 

@@ -10,7 +10,8 @@ from typing import Any
 from ds_llmpq.errors import UserError, make_printable
 from ds_llmpq.files import read_json, write_json
 from ds_llmpq.plan.assignment import Assignment, StageAssignment
-from ds_llmpq.plan.plan import FORMER_SCHEMA, MOST_LAYERS, REMEDY, SCHEMA, MicroBatches, Plan
+from ds_llmpq.plan.plan import FORMER_SCHEMA, MOST_LAYERS, REMEDY, SCHEMA, Plan
+from ds_llmpq.plan.plan_parts import MicroBatches
 from ds_llmpq.validation import Count, LayerBits, Name, OneOrMany, Some, validate
 
 

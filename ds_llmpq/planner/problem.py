@@ -14,7 +14,8 @@ from annotated_types import Ge, Le
 from pydantic import AfterValidator, Field
 
 from ds_llmpq.errors import UserError
-from ds_llmpq.plan.plan import MOST_LAYERS, Workload, to_plain
+from ds_llmpq.plan.plan import MOST_LAYERS, to_plain
+from ds_llmpq.plan.plan_parts import Workload
 from ds_llmpq.validation import (
     Amount,
     Distinct,
