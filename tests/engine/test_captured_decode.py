@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
@@ -14,7 +13,7 @@ from ds_llmpq.engine.runner.capture import capture_trace
 from ds_llmpq.engine.runner.captured_decode import CapturedDecode
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
-from tiny_models import VOCABULARY, decode_step, our_model, transformers_model
+from tiny_models import VOCABULARY, Stage, decode_step, our_model, transformers_model
 
 SLOTS, CAPACITY = 5, 40
 # of each family one; that all variations can be traced is `tests/models/test_block.py`'s subject
@@ -22,19 +21,6 @@ KINDS = [
     "llama", "mistral-window", "qwen2-window", "qwen3", "opt-projected-post-norm", "bloom", "gemma2", "gemma3",
     "phi3-long", "mixtral", "qwen3-moe-mixed",
 ]  # fmt: skip
-
-
-class Stage(nn.Module):
-    """Layers one after another, as a pipeline stage has them."""
-
-    def __init__(self, *parts):
-        super().__init__()
-        self.parts = nn.ModuleList(parts)
-
-    def forward(self, step):
-        for part in self.parts:
-            step = part(step)
-        return step
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,7 @@ from ds_llmpq.scheduler.slot_table import Finish
 
 sys.path += [str(Path(__file__).parents[1] / "models"), str(Path(__file__).parents[1] / "quant")]
 import fake_humming
-from tiny_models import _SIZES, LAYERS, MODELS, VOCABULARY
+from tiny_models import _SIZES, LAYERS, MODELS, VOCABULARY, Stage
 
 HIDDEN = 64
 SLOTS, CAPACITY, PREFIX = 4, 40, (5, 9, 4, 8, 7, 11)
@@ -67,17 +67,8 @@ def decoders(tmp_path_factory):
     return get
 
 
-class Stage(nn.Module):
-    """Layers one after another, as a pipeline stage has them."""
-
-    def __init__(self, parts):
-        super().__init__()
-        self.parts = nn.ModuleList(parts)
-
-    def forward(self, step):
-        for part in self.parts:
-            step = part(step)
-        return step
+class PipelineStage(Stage):
+    """As far as DeepSpeed's engine asks."""
 
     def mpu(self):
         return None
@@ -152,7 +143,7 @@ def make_engine(
     torch.set_default_dtype(standard)
     for part in parts if quantize else ():
         quantize(decoder, part)
-    module = Stage(parts).eval().requires_grad_(False)
+    module = PipelineStage(*parts).eval().requires_grad_(False)
 
     def begin(engine, model, **_):
         nn.Module.__init__(engine)

@@ -18,6 +18,20 @@ from ds_llmpq.models.decoder import Decoder
 from ds_llmpq.models.description import read_description
 from ds_llmpq.models.step import Step
 
+
+class Stage(nn.Module):
+    """Layers one after another, as a pipeline stage has them."""
+
+    def __init__(self, *parts):
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, step):
+        for part in self.parts:
+            step = part(step)
+        return step
+
+
 LAYERS, VOCABULARY = 3, 96
 _SIZES = {
     "vocab_size": VOCABULARY,
