@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 
 from ds_llmpq import __version__
 from ds_llmpq.errors import Interrupted, UserError, print_error
@@ -50,13 +52,37 @@ def main(arguments: list[str] | None = None) -> None:
         rest[0] = f"{_WORD_KEYS[command]}={rest[0]}"
     if command == "merge" and words:
         rest = [f"files={json.dumps(words, ensure_ascii=False)}", *(each for each in rest if each not in words)]
-    try:
-        code = _run(command, rest)
-    except UserError as error:
-        code = print_error(error)
-    except KeyboardInterrupt:
-        code = print_error(Interrupted("Interrupted."))
+    with _count_interrupts() as interrupts:
+        try:
+            code = _run(command, rest)
+        except UserError as error:
+            code = print_error(error)
+        except BaseException as error:
+            # a library that is being imported may turn a KeyboardInterrupt into an ImportError
+            if not interrupts and not isinstance(error, KeyboardInterrupt):
+                raise
+            code = print_error(Interrupted("Interrupted."))
     sys.exit(code)
+
+
+@contextlib.contextmanager
+def _count_interrupts() -> Iterator[list[int]]:
+    """Gives a list that grows with each Ctrl-C, which still raises KeyboardInterrupt. An ignored one stays ignored."""
+    seen: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        seen.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    own = threading.current_thread() is threading.main_thread() and before is signal.default_int_handler
+    if own:
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield seen
+    finally:
+        if own:
+            signal.signal(signal.SIGINT, before)
 
 
 def _run(command: str, rest: list[str]) -> int:
@@ -68,7 +94,7 @@ def _run(command: str, rest: list[str]) -> int:
         from ds_llmpq import completion
 
         return completion.main(rest if command == "completion" else completion.parse_install(rest))
-    if command == "serve":
+    if command == "serve" and not {"-h", "--help"} & {*rest}:
         from ds_llmpq.commands import serve
 
         return serve.main(rest)

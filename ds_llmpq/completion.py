@@ -65,10 +65,12 @@ def main(arguments: list[str]) -> int:
         command, word = [*arguments[1:], "", ""][:2]
         print("\n".join(complete(command, word)))
         return 0
+    usage = f"completion takes one of {', '.join(SHELLS)}; for bash, `source <(ds-llmpq completion bash)` in ~/.bashrc."
+    if arguments in (["-h"], ["--help"]):
+        print(usage)
+        return 0
     if len(arguments) != 1 or arguments[0] not in SHELLS:
-        raise UserError(
-            f"completion takes one of {', '.join(SHELLS)}; for bash, `source <(ds-llmpq completion bash)` in ~/.bashrc."
-        )
+        raise UserError(usage)
     print(SHELLS[arguments[0]], end="")
     return 0
 

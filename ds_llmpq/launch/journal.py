@@ -168,6 +168,12 @@ def flatten(prefix: str, value: Any) -> dict[str, Any]:
     return {prefix: value}
 
 
+def refuse_run_folder(folder: Path) -> None:
+    """`UserError` if the folder holds a run, whose plan another command would replace."""
+    if (folder / JOURNAL_NAME).exists():
+        raise UserError(f"{folder} holds a run, and its plan would be replaced; give another out=DIR.")
+
+
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
     """Keeps a second `run` out of the folder, even between attempts."""

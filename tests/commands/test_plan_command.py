@@ -3,12 +3,14 @@
 import csv
 import json
 import os
+import signal
+import time
 from pathlib import Path
 
 import hydra
 import pytest
 
-from ds_llmpq import config
+from ds_llmpq import cli, config
 from ds_llmpq.plan import Plan, launch_order, read_plan
 from ds_llmpq.report import sweep
 from ds_llmpq.sensitivity.prior import make_prior
@@ -135,6 +137,41 @@ def test_an_unknown_command_and_the_usage(call):
     code, out, _ = call("--help")
     assert code == 0
     assert "ds-llmpq COMMAND" in out
+
+
+def test_every_command_has_a_help(call):
+    for command in (*config.COMMANDS, "completion"):
+        code, out, err = call(command, "--help")
+        assert (code, err) == (0, ""), command
+        assert out.strip()
+
+
+def test_ctrl_c_during_an_import_is_an_interruption(call, monkeypatch):
+    def load(*_):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(60)
+        except KeyboardInterrupt:
+            raise ImportError("initialization failed") from None  # what pybind11's modules make of it
+
+    monkeypatch.setattr(cli, "_run", load)
+    assert call("plan") == (130, "", "error: Interrupted.\n")
+    monkeypatch.setattr(cli, "_run", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["plan"])  # other mistakes of ours are shown
+
+
+def test_a_runs_folder_is_no_place_for_a_plan(call, small, tmp_path):
+    call("plan", *small, f"out={tmp_path}")
+    assert call("plan", *small, f"out={tmp_path}")[0] == 0, "a plan may be replaced by another"
+    (tmp_path / "run.json").write_text("{}")
+    kept = (tmp_path / "plan.json").read_bytes()
+    for command in ("plan", "evaluate"):
+        code, _, err = call(command, *small, "quant.bits=[16]", f"out={tmp_path}")
+        assert code == 1
+        assert f"{tmp_path} holds a run" in err
+    assert (tmp_path / "plan.json").read_bytes() == kept
+    assert not (tmp_path / "failure.json").exists()
 
 
 def test_a_commands_help_has_its_groups_and_keys(call):
