@@ -65,7 +65,7 @@ def read_requests(path: str | Path, defaults: BatchConfig) -> RequestFile:
         raise UserError(f"input {path} has no rows; give a batch file with one JSON object per line.")
     if not requests and strange == len(errors):
         raise UserError(
-            f"input {path} is no batch file: none of its {len(errors)} rows is a JSON object (line {errors[0].line}: "
+            f"input {path} is no batch file: no row of {len(errors)} is a JSON object (line {errors[0].line}: "
             f"{errors[0].message.rstrip('.')}); give one JSON object per line."
         )
     return RequestFile(requests, errors, len(requests) + len(errors), digest.hexdigest())
@@ -76,7 +76,7 @@ def refuse_unservable(file: RequestFile, path: str | Path) -> None:
     if not file.requests:
         first = min(file.errors, key=lambda error: error.line)
         raise UserError(
-            f"none of the {file.total} rows of {path} can be served; line {first.line}: {first.message.rstrip('.')}."
+            f"no row of {path} can be served ({file.total} in all); line {first.line}: {first.message.rstrip('.')}."
         )
 
 

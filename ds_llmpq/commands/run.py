@@ -55,4 +55,4 @@ def _print_end(done: BatchRun, settings: RunConfig, out: Path, page: _Page) -> N
 
 
 def _describe_counts(tally: Tally) -> str:
-    return f"{tally.total} requests, {tally.completed} completed, {tally.failed} failed"
+    return f"{pluralize(tally.total, 'request')}, {tally.completed} completed, {tally.failed} failed"

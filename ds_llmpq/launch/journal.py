@@ -21,7 +21,7 @@ from pydantic import AfterValidator
 
 from ds_llmpq.batch.config import BatchConfig
 from ds_llmpq.errors import UserError
-from ds_llmpq.files import lock, read_json, write_json
+from ds_llmpq.files import lock, make_absolute, read_json, write_json
 from ds_llmpq.plan import Plan
 from ds_llmpq.quant.config import FORMER_NAMES
 from ds_llmpq.validation import Count, Label, Many, Note, Plain, Table, one_of, validate
@@ -33,6 +33,8 @@ UNFINISHED, FINISHED = "unfinished", "finished"
 _MOST_ATTEMPTS = 1000  # the last ones are kept
 # settings that do not change results
 _NO_MATTER = ("order", "predictor")
+# settings that are files or folders
+_PATHS = frozenset({"model.path", "quantized", "planner.profile", "planner.sensitivity"})
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ class Journal:
         remedy = "give another out=DIR, or resume=force to begin again and keep the results"
         found = validate(cls, read_json(file, "journal", remedy), f"journal {file}", remedy)
         settings = {_present_key(key): value for key, value in found.identity.settings.items()}
+        settings = make_paths_absolute(settings)  # earlier versions kept them as they were given
         return replace(found, identity=replace(found.identity, settings=settings))
 
     def write(self, folder: Path) -> None:
@@ -174,6 +177,14 @@ def refuse_run_folder(folder: Path) -> None:
         raise UserError(f"{folder} holds a run, and its plan would be replaced; give another out=DIR.")
 
 
+def make_paths_absolute(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings` by dotted keys, so that the same files are the same in another working folder."""
+    return {
+        name: os.path.realpath(make_absolute(value)) if name in _PATHS and isinstance(value, str) else value
+        for name, value in settings.items()
+    }
+
+
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
     """Keeps a second `run` out of the folder, even between attempts."""
@@ -197,8 +208,8 @@ def _list_differences(prefix: str, before: Mapping[str, Any], after: Mapping[str
 
 
 def _abbreviate(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:20]}...{text[-37:]}"  # paths differ at their ends
 
 
 def _hash(value: Any) -> str:

@@ -7,7 +7,7 @@ from itertools import groupby
 
 from ds_llmpq.plan import Plan, PredictedTotals
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS
-from ds_llmpq.wording import format_number
+from ds_llmpq.wording import format_number, pluralize
 
 _MOST_STAGES = 4  # named in a line
 _SHOWN = ("Quantized:", "Deadline ", "Gain of planning")  # how the notes begin that are shown without -v
@@ -46,7 +46,7 @@ def describe_plan(plan: Plan) -> str:
     workload = plan.workload
     lines = [
         f"plan: {stages}; {format_number(plan.predicted.throughput_tokens_per_second, 4)} tokens/s predicted on "
-        f"{workload.sequences} sequences of {workload.prompt_tokens} + {workload.generated_tokens} tokens",
+        f"{pluralize(workload.sequences, 'sequence')} of {workload.prompt_tokens} + {workload.generated_tokens} tokens",
         *(sentence for sentence in plan.explanation if sentence.startswith(_SHOWN)),
     ]
     if (cost := predict_cost(plan)) is not None:
@@ -100,9 +100,9 @@ def _summary(plan: Plan) -> list[str]:
     shared = f", {workload.shared_tokens} of the prompt in common" if workload.shared_tokens else ""
     pool = f"; they share {plan.cache_positions} positions of KV cache" if plan.is_paged else ""
     lines = [
-        f"workload: {workload.sequences} sequences of {workload.prompt_tokens} prompt + {workload.generated_tokens} "
-        f"generated tokens{shared}{pool}; micro-batches of {plan.micro_batch.prefill} in prefill, "
-        f"{plan.micro_batch.decode} in decode",
+        f"workload: {pluralize(workload.sequences, 'sequence')} of {workload.prompt_tokens} prompt + "
+        f"{workload.generated_tokens} generated tokens{shared}{pool}; micro-batches of "
+        f"{plan.micro_batch.prefill} in prefill, {plan.micro_batch.decode} in decode",
         f"predicted: {format_number(predicted.latency_seconds, 4)} s per batch (prefill "
         f"{format_number(predicted.prefill_seconds, 4)}, decode {format_number(predicted.decode_seconds, 4)}), "
         f"{format_number(predicted.throughput_tokens_per_second, 4)} tokens/s, quality loss "

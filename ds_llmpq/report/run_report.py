@@ -21,7 +21,7 @@ from ds_llmpq.report.plan_table import (
 )
 from ds_llmpq.report.run_summary import format_run
 from ds_llmpq.report.traces import gantt, read_trace
-from ds_llmpq.wording import format_number
+from ds_llmpq.wording import format_number, pluralize
 
 _PAIRS = "predicted_against_measured"
 _SIDES = ("predicted", "measured")
@@ -85,8 +85,9 @@ def _summary(plan: Plan, metrics: dict[str, Any] | None, scores: dict[str, Any] 
     section = Section(
         "summary",
         "Summary",
-        f"Planned for {workload.sequences} sequences of {workload.prompt_tokens} + {workload.generated_tokens} tokens, "
-        f"in micro-batches of {plan.micro_batch.prefill} in prefill and {plan.micro_batch.decode} in decode; "
+        f"Planned for {pluralize(workload.sequences, 'sequence')} of {workload.prompt_tokens} + "
+        f"{workload.generated_tokens} tokens, in micro-batches of {plan.micro_batch.prefill} in prefill and "
+        f"{plan.micro_batch.decode} in decode; "
         f"solved by {plan.solver.name} in {format_number(plan.solver.seconds)} s ({plan.solver.status}{proof}). "
         "The run may have had other lengths.",
     )

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from ds_llmpq.report.plan_table import describe_cost, format_size, format_table
-from ds_llmpq.wording import format_number
+from ds_llmpq.wording import format_number, pluralize
 
 TRUSTED = 0.15  # a run that is at most so far off confirms the plan's times
 _SHORTEST = 0.25  # seconds of a run, below which its first passes and pauses of the machine are most of it
@@ -28,7 +27,8 @@ def format_run(metrics: dict[str, Any], verbose: bool = False) -> str:
     if shared := measured.get("shared_tokens"):
         lines[-1] += f"; {shared:,} of {measured['prompt_tokens']:,} prompt tokens shared, not computed again"
     if preemptions := measured.get("preemptions"):
-        lines[-1] += f"; {preemptions:,} preemptions, {measured['recomputed_tokens']:,} tokens computed again"
+        again = f"{measured['recomputed_tokens']:,} tokens computed again"
+        lines[-1] += f"; {pluralize(preemptions, 'preemption')}, {again}"
     lines += compare_with_plan(metrics)
     if cost := metrics.get("cost"):
         lines.append(f"cost while serving: {describe_cost(cost)}")
@@ -36,7 +36,7 @@ def format_run(metrics: dict[str, Any], verbose: bool = False) -> str:
         lines.append(_stages(metrics["stages"]))
     if warnings := metrics.get("memory_warnings"):
         lines.append(
-            f"memory ran out {len(warnings)} times, and the run went on with less at a time; "
+            f"memory ran out {pluralize(len(warnings), 'time')}, and the run went on with less at a time; "
             "metrics.json says where (memory_warnings)"
         )
     return "\n".join(lines)
@@ -84,9 +84,15 @@ def judge_times(pairs: dict[str, dict[str, float | None]]) -> str:
     off = max(ratio, 1 / ratio) - 1
     if off <= TRUSTED:
         return f"the run took {ratio:.2f} times as long as predicted: the plan's times hold"
-    phases = {phase: pairs[phase]["ratio"] for phase in ("prefill", "decode") if pairs[phase]["ratio"]}
-    worst = max(phases, key=lambda phase: abs(math.log(phases[phase])), default=None)
-    cause = f" ({worst} {phases[worst]:.2f} times)" if worst else ""
+    # what a phase took too long, or was too fast if the whole run was
+    sign = 1 if ratio > 1 else -1
+    excess = {
+        phase: sign * (pairs[phase]["measured"] - pairs[phase]["predicted"])
+        for phase in ("prefill", "decode")
+        if pairs[phase]["ratio"]
+    }
+    worst = max(excess, key=lambda phase: excess[phase], default=None)
+    cause = f" ({worst} {pairs[worst]['ratio']:.2f} times)" if worst and excess[worst] > 0 else ""
     use = "good for ranking plans, not as absolute figures" if off <= RANKING else "do not trust them"
     return f"the run took {ratio:.2f} times as long as predicted{cause}: the plan's times are off; {use}"
 

@@ -27,6 +27,7 @@ from ds_llmpq.launch.journal import (
     fingerprint_plan,
     flatten,
     lock_folder,
+    make_paths_absolute,
     select_sampling,
 )
 from ds_llmpq.launch.launcher import Launch, kill_leftovers
@@ -161,12 +162,12 @@ def _prepare(
 def _list_plan_inputs(settings: RunConfig, given: Plan | None) -> dict[str, Any]:
     """What determines the plan, by dotted keys: the given plan, or everything that one is made from."""
     if given is not None:
-        return {"plan": fingerprint_plan(given), "quantized": settings.quantized}
+        return make_paths_absolute({"plan": fingerprint_plan(given), "quantized": settings.quantized})
     groups = {name: asdict(getattr(settings, name)) for name in ("model", "workload", "quant", "planner")}
     # a detected cluster has another amount of free memory every time
     cluster = {"name": DETECTED} if settings.cluster.name == DETECTED else asdict(settings.cluster)
     groups |= {"cluster": cluster, "engine": {"dtype": settings.engine.dtype}}
-    settings_of = flatten("", groups) | {"quantized": settings.quantized}
+    settings_of = make_paths_absolute(flatten("", groups) | {"quantized": settings.quantized})
     # variables do not change results, and may be private; nor does it matter when layers are timed
     return {
         name: value

@@ -156,7 +156,7 @@ NO_BATCH_FILES = {
     "array a row a line": (b"[\n" + b",\n".join(ROWS_BYTES.splitlines()) + b"\n]\n", "JSON array"),
     "indented array": (json.dumps([chat_row("a"), chat_row("b")], indent=2).encode(), "JSON array"),
     "indented object": (json.dumps(chat_row("a"), indent=2).encode(), "is no batch file"),
-    "plain text": (b"What is a pipe?\nAnd a socket?\n", "none of its 2 rows is a JSON object"),
+    "plain text": (b"What is a pipe?\nAnd a socket?\n", "no row of 2 is a JSON object"),
     "CSV": (b"custom_id,prompt\na,hello\n", "is no batch file"),
     "strings": (b'"one"\n"two"\n', "is no batch file"),
     "binary": (bytes(range(256)) * 40, "is no batch file"),
@@ -241,6 +241,6 @@ def test_any_bytes_give_rows_or_a_user_error(tmp_path, lines, tail, max_row_byte
 
 def test_a_file_without_a_servable_row_is_refused_with_its_first_reason(tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", [chat_row("a") | {"url": "/v1/embeddings"}, {"custom_id": "b"}])
-    with pytest.raises(UserError, match=r"none of the 2 rows of \S+ can be served; line 1: url is .*served\.$"):
+    with pytest.raises(UserError, match=r"no row of \S+ can be served \(2 in all\); line 1: url is .*served\.$"):
         refuse_unservable(read(rows), rows)
     refuse_unservable(read(write_rows(rows, [{"custom_id": "b"}, chat_row("a")])), rows)

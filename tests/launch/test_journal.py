@@ -16,6 +16,7 @@ from ds_llmpq.launch.journal import (
     fingerprint_plan,
     flatten,
     lock_folder,
+    make_paths_absolute,
     select_sampling,
 )
 from ds_llmpq.plan.planfile import read_plan
@@ -24,6 +25,19 @@ FORMER_FINGERPRINT = "f15d8402c1a0612865029a697291500d4b16d8b8b6bae422625604207b
 IDENTITY = Identity(
     "a" * 64, "b" * 64, "c" * 64, {"temperature": 0.0, "seed": 0}, {"quant.bits": (4, 8), "model": "x"}, "e" * 64
 )
+
+
+def test_the_same_files_are_the_same_from_another_folder(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    settings = {"model.path": "model é", "quantized": None, "quant.bits": [4, 8]}
+    monkeypatch.chdir(tmp_path)
+    Journal(replace(IDENTITY, settings=settings)).write(tmp_path)  # as an earlier version kept it
+    kept = Journal.read(tmp_path)
+    for folder, path in ((tmp_path, tmp_path / "model é"), (tmp_path / "elsewhere", "../model é")):
+        monkeypatch.chdir(folder)
+        kept.check(replace(IDENTITY, settings=make_paths_absolute(settings | {"model.path": str(path)})), tmp_path)
+    with pytest.raises(UserError, match=r"model é.*other é"):
+        kept.check(replace(IDENTITY, settings=make_paths_absolute(settings | {"model.path": "other é"})), tmp_path)
 
 
 def test_it_reads_back(tmp_path):

@@ -10,7 +10,7 @@ from report_folders import write_planned, write_run
 from ds_llmpq.plan import Deployment, PassTimes, read_plan, write_plan
 from ds_llmpq.report.plan_table import describe_plan, format_plan
 from ds_llmpq.report.run_report import write_run_report
-from ds_llmpq.report.run_summary import format_run
+from ds_llmpq.report.run_summary import format_run, judge_times
 from ds_llmpq.scheduler.micro_batch import MicroBatchLimits
 from ds_llmpq.scheduler.stream import SequenceLengths, StreamTimes
 from ds_llmpq.serving.metrics import expect, summarize
@@ -68,6 +68,19 @@ def test_the_verdict_follows_the_whole_run_and_names_the_phase_that_was_off(tmp_
     assert lines[3].startswith(f"verdict: the run took {expected}")
     assert len(lines) == 4
     assert metrics["stages"][0]["device"] in format_run(metrics, verbose=True)
+
+
+def test_the_phase_that_is_named_is_the_one_that_took_the_time():
+    # prefill is further off, but by milliseconds; a phase that was faster explains no slower run
+    pairs = {
+        "latency": {"predicted": 1.0, "measured": 1.5, "ratio": 1.5},
+        "prefill": {"predicted": 0.01, "measured": 0.04, "ratio": 4.0},
+        "decode": {"predicted": 0.9, "measured": 1.35, "ratio": 1.5},
+    }
+    assert "(decode 1.50 times)" in judge_times(pairs)
+    pairs["decode"] = {"predicted": 0.9, "measured": 0.8, "ratio": 0.89}
+    pairs["prefill"] = {"predicted": 0.04, "measured": 0.01, "ratio": 0.25}
+    assert "as long as predicted: the plan's times are off" in judge_times(pairs), "what took the time was no phase"
 
 
 def test_a_run_of_milliseconds_is_not_judged(tmp_path):
