@@ -27,7 +27,7 @@ class MemoryModel:
     """Memory of one model under one quantization setting; every method returns bytes.
 
     kernel: what runs quantized linears. It decides how many bytes a width takes, and what its products need for
-    themselves. lm_head_bits: width of lm_head.
+    themselves. lm_head_bits: width of lm_head; kv_bits: of keys and values in the cache.
     """
 
     shape: ModelShape
@@ -35,6 +35,7 @@ class MemoryModel:
     dtype_bytes: int
     kernel: Kernel = DEQUANTIZE
     lm_head_bits: int = UNQUANTIZED_BITS
+    kv_bits: int = UNQUANTIZED_BITS
 
     def layer_bytes(self, bits: int) -> int:
         """One decoder layer: weights as the kernel holds them; norms and biases in the compute dtype."""
@@ -44,7 +45,8 @@ class MemoryModel:
     def kv_bytes_per_sequence_layer(self, capacity_tokens: int) -> int:
         """Static cache of one layer for one sequence of prompt + generated tokens, in the kernel's whole blocks."""
         positions = round_up(capacity_tokens, self.kernel.cache_block)
-        return kv_bytes(self.shape, 1, positions, self.dtype_bytes)
+        vector = self.kernel.kv_vector_bytes(self.shape.head_dim, self.kv_bits, self.dtype_bytes)
+        return 2 * self.shape.kv_heads * positions * vector
 
     def embed_bytes(self) -> int:
         return self.shape.embed_parameters * self.dtype_bytes

@@ -13,6 +13,8 @@ import torch
 from ds_llmpq.engine.runner.host_copies import to_device
 from ds_llmpq.errors import UserError
 from ds_llmpq.integers import round_up
+from ds_llmpq.quant.kernels.base import Kernel
+from ds_llmpq.quant.packing import UNQUANTIZED_BITS
 
 
 class KVStore:
@@ -152,6 +154,13 @@ class KVStore:
         """The blocks of a sequence's first `tokens` positions, of which `shared` are the prefix's."""
         first = (self.prefix_tokens + slot * self.capacity) // self.block
         return [*range(shared // self.block), *range(first, first - (shared - tokens) // self.block)]
+
+
+def choose_elements(kernel: Kernel, head_dim: int, dtype: torch.dtype, kv_bits: int) -> tuple[int, torch.dtype]:
+    """How many elements a head's key or value has in a kernel's cache of so many bits, and of which dtype."""
+    if kv_bits == UNQUANTIZED_BITS:
+        return head_dim, dtype
+    return kernel.kv_vector_bytes(head_dim, kv_bits, dtype.itemsize), torch.uint8
 
 
 class NoCache:

@@ -14,7 +14,7 @@ from torch import nn
 from ds_llmpq.engine import device_memory
 from ds_llmpq.engine.channels import ActivationChannel, TokenChannel
 from ds_llmpq.engine.config import EngineConfig
-from ds_llmpq.engine.kv_cache import KVStore, NoCache
+from ds_llmpq.engine.kv_cache import KVStore, NoCache, choose_elements
 from ds_llmpq.engine.paged_cache import PagedKVStore
 from ds_llmpq.engine.pipeline_engine import InferencePipelineEngine
 from ds_llmpq.engine.pipeline_module import PlannedPipelineModule, list_pipeline_layers
@@ -257,9 +257,11 @@ class Session:
             return NoCache(self.context.device)
         first, last = self.context.stage.layers
         store = PagedKVStore if self.plan.is_paged else KVStore
+        kernel = find_stage_kernel(self.context.stage.kernel)
+        elements = choose_elements(kernel, shape.head_dim, self.dtype, self.plan.kv_bits)
         return store(
-            first, last - first, self.plan.cache_positions, shape.kv_heads, shape.head_dim, self.dtype,
-            self.context.device, self.plan.cache_block,
+            first, last - first, self.plan.cache_positions, shape.kv_heads, *elements, self.context.device,
+            self.plan.cache_block,
         )  # fmt: skip
 
     def _build_activation_channel(self) -> ActivationChannel:

@@ -92,6 +92,10 @@ class Plan:
         return (self.quant or Quantization()).lm_head_bits
 
     @property
+    def kv_bits(self) -> int:
+        return (self.quant or Quantization()).kv_bits
+
+    @property
     def cache_block(self) -> int:
         """Positions per block of the KV cache; the same for all stages, because they share slots."""
         return max(find_stage_kernel(stage.kernel).cache_block for stage in self.stages)

@@ -94,6 +94,7 @@ class Quantization:
     kernel: Name = "auto"
     per_channel_bits: Many[Bits] = ()
     lm_head_bits: Bits = 16
+    kv_bits: one_of(8, 16) = 16
 
     @classmethod
     def from_config(cls, config: QuantConfig) -> "Quantization":

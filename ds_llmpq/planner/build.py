@@ -66,7 +66,7 @@ def prepare(
     bits, notes = usable_bits(shape, quant)
     check_lm_head(shape.vocab, shape.embed_dim, quant)
     groups = make_groups(quant)
-    memory = MemoryModel(shape, groups, COMPUTE_DTYPES[dtype], kernel, quant.lm_head_bits)
+    memory = MemoryModel(shape, groups, COMPUTE_DTYPES[dtype], kernel, quant.lm_head_bits, quant.kv_bits)
     if make_costs is None:
 
         def make_costs(device_type: DeviceType) -> LayerCosts:

@@ -37,10 +37,9 @@ def export(plan: Plan, to: str) -> Export:
     if to not in TARGETS:
         raise UserError(f"to={to!r}; export knows {', '.join(TARGETS)}")
     found = {"vllm": _vllm, "llama_cpp": _llama_cpp, "deepspeed": _deepspeed}[to](plan)
-    lm_head_bits = plan.lm_head_bits
-    if lm_head_bits == UNQUANTIZED_BITS:
-        return found
-    return replace(found, notes=(*found.notes, f"lm_head at {lm_head_bits} bits is not carried over."))
+    widths = {"lm_head": plan.lm_head_bits, "the KV cache": plan.kv_bits}
+    notes = (f"{part} at {bits} bits is not carried over." for part, bits in widths.items() if bits < UNQUANTIZED_BITS)
+    return replace(found, notes=(*found.notes, *notes))
 
 
 def layers_by_width(plan: Plan) -> dict[int, list[int]]:

@@ -12,7 +12,7 @@ from torch import nn
 from ds_llmpq.cost.captured_graphs import context_bucket
 from ds_llmpq.cost.memory import MemoryModel
 from ds_llmpq.cost.profile import Point
-from ds_llmpq.engine.kv_cache import KVStore
+from ds_llmpq.engine.kv_cache import KVStore, choose_elements
 from ds_llmpq.engine.runner.capture import Capture, CudaGraphs
 from ds_llmpq.engine.runner.captured_decode import fix_shapes
 from ds_llmpq.engine.runner.fusion import Fusion, has_compiler
@@ -78,10 +78,10 @@ class Parts:
             self.fusion.compile()
         self.kernel = find_stage_kernel(quant.kernel)
         block = self.kernel.cache_block
+        elements = choose_elements(self.kernel, shape.head_dim, self.dtype, quant.kv_bits)
         self.store = KVStore(
-            0, self.chained, rows * round_up(capacity, block), shape.kv_heads, shape.head_dim, self.dtype, device,
-            block,
-        )  # fmt: skip
+            0, self.chained, rows * round_up(capacity, block), shape.kv_heads, *elements, device, block
+        )
         self.store.shape_for(rows, capacity)
         self._throttled: list[torch.utils.hooks.RemovableHandle] = []
 

@@ -26,6 +26,8 @@ class QuantConfig:
     per_channel_bits: list[int] = field(default_factory=list)
     # bit width of lm_head; 16: unquantized, and shared with the embedding if the model ties them
     lm_head_bits: int = 16
+    # of keys and values in the KV cache: 16 (the compute dtype), or 8 where stages are graphs (kernel openvino_graph)
+    kv_bits: int = 16
 
 
 def rename_former(settings: Any, where: str | None = None) -> Any:

@@ -172,7 +172,7 @@ class LayerLoader:
         """Adds the layer to its stage's graph; returns the graph for the last layer of the stage."""
         if index == self.stage.start:
             self.kernel.check_stage(self.dtype)
-            self._graph = self.kernel.open_stage(index, self.dtype)
+            self._graph = self.kernel.open_stage(index, self.dtype, self.quant.kv_bits)
         weights = self._hold_weights(index)
         self._fill_layer(layer, index, but={f"{name}.weight" for names in weights for name in names})
         sizes = [role[:3] for role in self.decoder.linears(index).values()]

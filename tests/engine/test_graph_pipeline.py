@@ -22,13 +22,13 @@ FAMILY = [name for name in VARIANTS if name.split("-")[0] not in ("gemma2", "mix
 PROMPT, GENERATED, SLOTS = 24, 40, 4
 
 
-def graph_plan(path, stages, bits=None, workload=(SLOTS, PROMPT, GENERATED), dtype="bfloat16"):
-    quant = QUANT | {"kernel": "openvino_graph"}
+def graph_plan(path, stages, bits=None, workload=(SLOTS, PROMPT, GENERATED), dtype="bfloat16", kv_bits=16):
+    quant = QUANT | {"kernel": "openvino_graph", "kv_bits": kv_bits}
     plan = make_plan(path, stages, bits, micro_batch=(3, 2), workload=workload, dtype=dtype, quant=quant)
     return replace(plan, stages=tuple(replace(stage, kernel="openvino_graph") for stage in plan.stages))
 
 
-def refilled(path, stages, bits=None, dtype="bfloat16"):
+def refilled(path, stages, bits=None, dtype="bfloat16", kv_bits=16):
     """Eleven requests of different prompts and answers for four slots, which are in two decode groups."""
     draw = Draw(seed=len(str(path.name)))
     answers = [1, 40, 3, 17, 9, 30, 2, 5, 21, 12, 7]
@@ -38,7 +38,8 @@ def refilled(path, stages, bits=None, dtype="bfloat16"):
     )
     capacity = round_up(PROMPT + GENERATED, CACHE_BLOCK)
     group = RequestGroup(rows, SLOTS, capacity, joins=True)
-    return Case(path, graph_plan(path, stages, bits, dtype=dtype), (group,), logits=True, label=path.name)
+    plan = graph_plan(path, stages, bits, dtype=dtype, kv_bits=kv_bits)
+    return Case(path, plan, (group,), logits=True, label=path.name)
 
 
 def errors(case, outcome, bits=()):
@@ -77,6 +78,17 @@ def test_in_float32_they_are_exact(ranks, checkpoint_of):
     for (case, bits), outcome in zip(cases, ranks.run(*(case for case, _ in cases)), strict=True):
         ours, theirs = errors(case, outcome, bits)
         assert ours < 0.01 * theirs, case.label
+
+
+@needs_openvino
+def test_a_cache_of_8_bits_rounds_keys_and_values_alone(ranks, checkpoint_of):
+    """In float32, on two stages whose slots refill; measured: 0.59 to 0.76 of transformers' own error
+    in bfloat16."""
+    paths = [checkpoint_of(variant) for variant in ("llama", "bloom", "qwen3", "mistral-window")]
+    cases = [refilled(path, [(0, 2), (2, LAYERS)], dtype="float32", kv_bits=8) for path in paths]
+    for case, outcome in zip(cases, ranks.run(*cases), strict=True):
+        ours, theirs = errors(case, outcome)
+        assert 0.01 * theirs < ours < 1.2 * theirs, case.label
 
 
 @needs_openvino

@@ -142,6 +142,23 @@ def test_whole_stages_that_were_asked_for_must_be_possible():
         asked(batch_invariant=True)
 
 
+def test_a_kv_cache_of_8_bits_needs_whole_stages(installed, monkeypatch):
+    def choose(kernel="auto", kv_bits=8, kinds=("cpu",), **others):
+        quant = QuantConfig(kernel=kernel, kv_bits=kv_bits)
+        return registry.select_kernel(quant, kinds, "bfloat16", spec=spec_of("llama"), **others).kernel
+
+    installed("openvino_graph", "openvino")
+    monkeypatch.setattr(openvino, "_instructions", lambda: frozenset({"avx2", "avx512_bf16"}))
+    assert choose() == "openvino_graph"
+    with pytest.raises(UserError, match=r"kernel=openvino cannot be used: its KV cache has 16 bits, not 8; set"):
+        choose("openvino")
+    for others in ({"kinds": ("cuda",)}, {"batch_invariant": True}, {"measured": "dequantize"}):
+        with pytest.raises(UserError, match=r"quant\.kv_bits=8 needs kernel openvino_graph, which cannot run all of"):
+            choose(**others)
+    with pytest.raises(UserError, match=r"quant\.kv_bits=4; it must be one of 8, 16"):
+        choose(kv_bits=4)
+
+
 def test_batch_invariance_is_refused_in_one_sentence():
     with pytest.raises(UserError, match=r"plan with quant\.kernel=openvino"):
         registry.check_batch_invariant(KERNELS["openvino_graph"], True)

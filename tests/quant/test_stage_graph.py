@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ds_llmpq.cost.memory import MemoryModel
-from ds_llmpq.engine.kv_cache import KVStore
+from ds_llmpq.engine.kv_cache import KVStore, choose_elements
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.models.shape import read_shape
@@ -21,6 +21,7 @@ from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.hqq import count_stored_bytes
 from ds_llmpq.quant.kernels.dequantize import DEQUANTIZE
 from ds_llmpq.quant.kernels.openvino import CACHE_BLOCK, GRAPH_TOKENS, OPENVINO, OPENVINO_GRAPH
+from ds_llmpq.quant.kernels.registry import KERNELS
 from ds_llmpq.quant.layers import LayerLoader, StageMember
 from ds_llmpq.quant.onednn_linear import computes_in_bfloat16
 from ds_llmpq.quant.packing import Groups
@@ -85,14 +86,15 @@ def checkpoint_of(tmp_path_factory):
 class Stage:
     """Layers [0, 3) of a checkpoint, as a graph or one by one, with a cache."""
 
-    def __init__(self, path, bits, kernel="openvino_graph", dtype=torch.bfloat16, block=CACHE_BLOCK):
+    def __init__(self, path, bits, kernel="openvino_graph", dtype=torch.bfloat16, block=CACHE_BLOCK, kv_bits=16):
         self.dtype, shape = dtype, read_shape(path)
-        quant = QuantConfig([3, 4, 8, 16], 32, 1, False, kernel)
+        quant = QuantConfig([3, 4, 8, 16], 32, 1, False, kernel, kv_bits=kv_bits)
         stage = range(LAYERS) if kernel == "openvino_graph" else range(0)
         self.loader = LayerLoader(Checkpoint(path), bits, quant, dtype, CPU, stage=stage)
         self.layers = torch.nn.ModuleList([self.loader.decoder_layer(index) for index in range(LAYERS)])
         self.positional = self.loader.decoder.positions()
-        self.store = KVStore(0, LAYERS, SLOTS * CAPACITY, shape.kv_heads, shape.head_dim, dtype, CPU, block)
+        elements = choose_elements(KERNELS[kernel], shape.head_dim, dtype, kv_bits)
+        self.store = KVStore(0, LAYERS, SLOTS * CAPACITY, shape.kv_heads, *elements, CPU, block)
         self.store.shape_for(SLOTS, CAPACITY)
         self.hidden = shape.hidden
 
@@ -174,6 +176,24 @@ def test_in_float32_a_graph_is_exact(checkpoint_of, variant, bits):
     hidden = drawn(3, 1, ours.hidden, 1)
     found, expected = (stage.decode(1, [45, 0, GRAPH_TOKENS + 9], hidden) for stage in (ours, theirs))
     assert (found - expected).norm() <= EXACT * expected.norm()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_cache_of_8_bits_is_near_one_of_16(checkpoint_of, variant, dtype):
+    """Prompts are read from the cache too: they are longer than a graph runs at a time."""
+    path, rounded = checkpoint_of(variant), [16] if dtype == torch.float32 else [8]  # bfloat16 rounds both
+    ours, theirs = (Stage(path, [16] * 3, dtype=dtype, kv_bits=kv_bits) for kv_bits in (8, 16))
+    memory = MemoryModel(read_shape(path), Groups(32), dtype.itemsize, OPENVINO_GRAPH, kv_bits=8)
+    assert ours.store.allocated_bytes == LAYERS * SLOTS * memory.kv_bytes_per_sequence_layer(CAPACITY)
+    assert ours.store.allocated_bytes < 0.76 * theirs.store.allocated_bytes
+    prompts = drawn(2, GRAPH_TOKENS + 40, ours.hidden, 0)
+    found, expected = (stage.prefill([1, 3], [GRAPH_TOKENS + 40, 12], prompts) for stage in (ours, theirs))
+    assert close(found, expected, rounded, variant)
+    hidden = drawn(3, 1, ours.hidden, 1)
+    found, expected = (stage.decode(1, [GRAPH_TOKENS + 40, 0, 12], hidden) for stage in (ours, theirs))
+    assert close(found, expected, rounded, variant)
+    assert not torch.equal(found, expected)
 
 
 def exact(path, bits):

@@ -17,7 +17,7 @@ import numpy as np
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.models.spec import DecoderSpec
 from ds_llmpq.quant.config import QuantConfig
-from ds_llmpq.quant.packing import Groups
+from ds_llmpq.quant.packing import UNQUANTIZED_BITS, Groups
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +54,7 @@ class Kernel:
     integer_activations: inputs are rounded to 8 bits by groups, and sums are computed in integers.
     own_threads: products run on the library's own threads.
     cache_block: positions in a block of the KV cache; slots take whole blocks.
+    kv_scale_bytes: scale and zero of a key or value in a KV cache of 8 bits; None: it has no such cache.
     whole_stage: all layers of a stage, unquantized ones too, run as one graph, and sums depend on all rows of a pass.
     layer_overhead_bytes: for each layer, beside its weights.
     speedups: kind of device -> bits -> {rows: times as fast as an unquantized product}, where it was measured.
@@ -73,6 +74,7 @@ class Kernel:
     integer_activations = False
     own_threads = False
     cache_block = 1
+    kv_scale_bytes: int | None = None
     whole_stage = False
     layer_overhead_bytes = 0
     speedups: Mapping[str, Mapping[int, Mapping[int, float]]] = MappingProxyType({})
@@ -105,7 +107,13 @@ class Kernel:
             return f"it reads groups along the input (axis 1), not axis {quant.axis}"
         if quant.group_size not in self.group_sizes:
             return f"it takes groups of {', '.join(map(str, self.group_sizes))}, not of {quant.group_size}"
-        return None
+        return self.unsupported_cache_reason(quant.kv_bits)
+
+    def unsupported_cache_reason(self, kv_bits: int) -> str | None:
+        """Why its KV cache cannot have so many bits, or None."""
+        if kv_bits == UNQUANTIZED_BITS or self.kv_scale_bytes is not None:
+            return None
+        return f"its KV cache has {UNQUANTIZED_BITS} bits, not {kv_bits}"
 
     def unusable_reason(self, dtype: str) -> str | None:
         """Why `auto` does not choose it on this host, or None."""
@@ -139,6 +147,12 @@ class Kernel:
             return None
         return float(np.interp(math.log2(rows), [math.log2(each) for each in table], [*table.values()]))
 
+    def kv_vector_bytes(self, head_dim: int, kv_bits: int, dtype_bytes: int) -> int:
+        """Bytes of a head's key or value of one token in the KV cache: with 8 bits, also its scale and zero."""
+        if kv_bits == UNQUANTIZED_BITS:
+            return head_dim * dtype_bytes
+        return head_dim * kv_bits // 8 + self.kv_scale_bytes
+
     def workspace_bytes(self, products: Sequence[tuple[int, int]], dtype_bytes: int) -> int:
         """Bytes beside inputs, weights and outputs during any of these products (out, in features)."""
         return 0
@@ -167,8 +181,9 @@ class Kernel:
     def check_stage(self, dtype: torch.dtype) -> None:
         """`UserError` if a whole stage cannot run here in `dtype`."""
 
-    def open_stage(self, first_layer: int, dtype: torch.dtype) -> nn.Module:
-        """An empty stage that begins with layer `first_layer`; call `add` for each layer, then `compile`."""
+    def open_stage(self, first_layer: int, dtype: torch.dtype, kv_bits: int) -> nn.Module:
+        """An empty stage that begins with layer `first_layer`, and whose KV cache has so many bits; call `add` for each
+        layer, then `compile`."""
         raise NotImplementedError(f"{self.name} runs no whole stages")
 
     def build_head(

@@ -26,8 +26,8 @@ class Dequantize(Kernel):
     name = "dequantize"
     source = "counted from HQQ's code"
 
-    def unsupported_reason(self, kind: str, dtype: str, quant: QuantConfig, spec: DecoderSpec | None) -> None:
-        return None
+    def unsupported_reason(self, kind: str, dtype: str, quant: QuantConfig, spec: DecoderSpec | None) -> str | None:
+        return self.unsupported_cache_reason(quant.kv_bits)
 
     def takes(self, out_features: int, in_features: int, bits: int, groups: Groups) -> bool:
         return bits != UNQUANTIZED_BITS

@@ -93,6 +93,7 @@ class OpenVinoGraph(_OpenVino):
     # gate and up stay apart, so that OpenVINO fuses the activation into their products
     shared_inputs = (ATTENTION_INPUT,)
     cache_block = CACHE_BLOCK
+    kv_scale_bytes = 2 * _FLOAT32_BYTES
     whole_stage = True
     layer_overhead_bytes = _GRAPH_LAYER_BYTES
 
@@ -146,10 +147,10 @@ class OpenVinoGraph(_OpenVino):
                 f"engine.dtype=float32, or {_REMEDY}"
             )
 
-    def open_stage(self, first_layer: int, dtype: torch.dtype) -> nn.Module:
+    def open_stage(self, first_layer: int, dtype: torch.dtype, kv_bits: int) -> nn.Module:
         from ds_llmpq.quant.kernels.openvino_graph.stage_graph import StageGraph
 
-        return StageGraph(first_layer, dtype)
+        return StageGraph(first_layer, dtype, kv_bits)
 
     def build_head(
         self, head: Head, dtype: torch.dtype, weight: Constants | None = None, held_bytes: int = 0

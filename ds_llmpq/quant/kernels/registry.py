@@ -20,6 +20,7 @@ from ds_llmpq.quant.kernels.openvino import OPENVINO, OPENVINO_GRAPH
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS
 
 AUTO = "auto"
+KV_BITS = (8, UNQUANTIZED_BITS)
 # fastest first, as measured
 KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (OPENVINO_GRAPH, OPENVINO, HUMMING, DEQUANTIZE)}
 # removed kernels and their replacements, reported for one more version
@@ -60,6 +61,8 @@ def select_kernel(
     batch_invariant: sums must not depend on which rows run together, so no whole stages. `UserError`: the requested
     kernel cannot run.
     """
+    if quant.kv_bits not in KV_BITS:
+        raise UserError(f"quant.kv_bits={quant.kv_bits}; it must be one of {', '.join(map(str, KV_BITS))}.")
     if quant.kernel != AUTO:
         kernel = find_kernel(quant.kernel)
         for kind in kinds:
@@ -73,6 +76,11 @@ def select_kernel(
             kernel = kernel.product_kernel
         if all(kernel.unsupported_reason(kind, dtype, quant, spec) is None for kind in kinds):
             return replace(quant, kernel=kernel.name)
+    if quant.kv_bits != UNQUANTIZED_BITS:
+        raise UserError(
+            f"quant.kv_bits={quant.kv_bits} needs kernel {OPENVINO_GRAPH.name}, which cannot run all of this here; set "
+            f"quant.kv_bits={UNQUANTIZED_BITS}, or quant.kernel={OPENVINO_GRAPH.name} to see why."
+        )
     return replace(quant, kernel=DEQUANTIZE.name)
 
 

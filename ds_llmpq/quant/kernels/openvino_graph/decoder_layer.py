@@ -183,9 +183,9 @@ class LayerNodes:
         return opset13.add(widen(outputs), opset13.constant(together[None]))
 
 
-def cache_parameter(kv_heads: int, head_dim: int, kind: openvino.Type) -> Node:
-    """Keys or values of a layer: [blocks, key/value heads, positions of a block, head size]."""
-    return opset13.parameter([-1, kv_heads, CACHE_BLOCK, head_dim], kind)
+def cache_parameter(kv_heads: int, size: int, kind: openvino.Type) -> Node:
+    """Keys or values of a layer: [blocks, key/value heads, positions of a block, elements of a vector]."""
+    return opset13.parameter([-1, kv_heads, CACHE_BLOCK, size], kind)
 
 
 def build_norm(states: Node, norm: Norm) -> Node:

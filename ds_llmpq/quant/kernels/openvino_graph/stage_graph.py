@@ -21,7 +21,7 @@ from torch import nn
 from ds_llmpq.models.block import Block
 from ds_llmpq.models.spec import DecoderSpec
 from ds_llmpq.models.step import Step
-from ds_llmpq.quant.kernels.openvino import CACHE_BLOCK, GRAPH_TOKENS
+from ds_llmpq.quant.kernels.openvino import CACHE_BLOCK, GRAPH_TOKENS, OPENVINO_GRAPH
 from ds_llmpq.quant.kernels.openvino_graph.constants import (
     Constants,
     build_threading_properties,
@@ -33,6 +33,7 @@ from ds_llmpq.quant.kernels.openvino_graph.constants import (
 )
 from ds_llmpq.quant.kernels.openvino_graph.decoder_layer import LayerNodes, Rows, cache_parameter
 from ds_llmpq.quant.kernels.openvino_graph.tensors import KINDS, share
+from ds_llmpq.quant.packing import UNQUANTIZED_BITS
 
 _TABLES = ("past_lens", "subsequence_begins", "block_indices", "block_indices_begins")
 
@@ -72,11 +73,14 @@ class Piece:
 
 class StageGraph(nn.Module):
     """Layers are added in order as they are read, then compiled together; `first_layer` is the index of the first.
-    Called with a `Step`, it runs all of them."""
+    Called with a `Step`, it runs all of them. `kv_bits`: 8 where the cache holds keys and values as bytes, each vector
+    behind its scale and zero."""
 
-    def __init__(self, first_layer: int, dtype: torch.dtype = torch.bfloat16):
+    def __init__(self, first_layer: int, dtype: torch.dtype = torch.bfloat16, kv_bits: int = UNQUANTIZED_BITS):
         super().__init__()
         self.first_layer, self.dtype = first_layer, dtype
+        self._kv_bits = kv_bits
+        self._kv_dtype = dtype if kv_bits == UNQUANTIZED_BITS else torch.uint8
         self.held_bytes = 0
         self._constants: list[Constants] = []
         self._caches: list[openvino.Node] = []
@@ -95,8 +99,10 @@ class StageGraph(nn.Module):
         `held_bytes`."""
         if self._hidden is None:
             self._begin(layer.spec)
-        attention, kind = layer.spec.attention, KINDS[self.dtype].ours
-        caches = [cache_parameter(attention.kv_heads, attention.head_dim, kind) for _ in range(2)]
+        attention, kind = layer.spec.attention, KINDS[self._kv_dtype].ours
+        vector = OPENVINO_GRAPH.kv_vector_bytes(attention.head_dim, self._kv_bits, self.dtype.itemsize)
+        size = vector // self._kv_dtype.itemsize
+        caches = [cache_parameter(attention.kv_heads, size, kind) for _ in range(2)]
         self._hidden = LayerNodes(layer, weights).outputs(self._hidden, self._rows, *caches)
         self._caches += caches
         self._constants += weights.values()
@@ -113,9 +119,11 @@ class StageGraph(nn.Module):
         model = openvino.Model([result], parameters)
         properties = build_threading_properties() | {
             "INFERENCE_PRECISION_HINT": kind.theirs,
-            "KV_CACHE_PRECISION": kind.theirs,
+            "KV_CACHE_PRECISION": KINDS[self._kv_dtype].theirs,
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(self._input_group()),
         }
+        if self._kv_dtype == torch.uint8:
+            properties["KEY_CACHE_QUANT_MODE"] = "BY_TOKEN"
         sizes = {"outputs": self._sizes["hidden"], **self._sizes}
         self._staging = {name: torch.zeros(GRAPH_TOKENS, size, dtype=self.dtype) for name, size in sizes.items()}
         with drop_pages_meanwhile(self._constants):
@@ -212,7 +220,7 @@ class StageGraph(nn.Module):
         return count
 
     def _warm_up(self) -> None:
-        self._attach(_ScratchStore(self._request, self.dtype))
+        self._attach(_ScratchStore(self._request, self._kv_dtype))
         self._infer([Piece(0, 0, GRAPH_TOKENS, 0, 0)])
         self._infer([Piece(0, 0, 1, 0, 0)])
         self._store = None

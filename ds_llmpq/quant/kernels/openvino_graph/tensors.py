@@ -9,7 +9,7 @@ import torch
 
 
 class Kind(NamedTuple):
-    """OpenVINO's names for a compute dtype in tensors and properties, and a dtype with which numpy can view it."""
+    """OpenVINO's names for a dtype in tensors and properties, and a dtype with which numpy can view it."""
 
     ours: openvino.Type
     theirs: str
@@ -19,6 +19,7 @@ class Kind(NamedTuple):
 KINDS = {
     torch.bfloat16: Kind(openvino.Type.bf16, "bf16", torch.int16),
     torch.float32: Kind(openvino.Type.f32, "f32", torch.float32),
+    torch.uint8: Kind(openvino.Type.u8, "u8", torch.uint8),
 }
 
 
