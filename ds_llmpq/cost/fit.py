@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +18,7 @@ from annotated_types import Gt, Le
 from ds_llmpq.cluster.devices import DeviceType
 from ds_llmpq.cost import features
 from ds_llmpq.cost.latency import RooflineCosts
-from ds_llmpq.cost.profile import Measured, Part, Phase, Profile, Setup, Width, rename_setup
+from ds_llmpq.cost.profile import ALONE, TOGETHER, Measured, Part, Phase, Profile, Setup, Width, rename_setup
 from ds_llmpq.files import read_json
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.quant.kernels.registry import find_kernel
@@ -82,10 +82,12 @@ class Fit:
 
 @dataclass(frozen=True)
 class LatencyModel:
-    """All fits of a profile. `setup` is what it was measured with."""
+    """All fits of a profile. `setup` is what it was measured with. `alone`: `Profile.alone_shares`, which only short
+    profiles have, so that a latency.json has none."""
 
     setup: Setup
     fits: Mapping[tuple[str, str, str, int], Fit]
+    alone: Mapping[tuple[str, str], float] = field(default_factory=dict)
 
     def get(self, device_type: str, part: str, phase: str, bits: int = 0) -> Fit | None:
         return self.fits.get((device_type, part, phase, bits))
@@ -121,14 +123,14 @@ def fit_profile(
     unit = unit_roofline(shape, setup)
     groups: dict[tuple[str, str, str, int], list[Measured]] = defaultdict(list)
     for entry in profile.measured():
-        if keep(entry):
-            point = entry.point
+        point = entry.point
+        if point.part not in (ALONE, TOGETHER) and keep(entry):
             groups[point.device_type, point.part, point.phase, point.bits].append(entry)
     fits = {}
     for key, points in groups.items():
         if len(points) >= FEWEST_POINTS:
             fits[key] = _fit_points(key, points, unit)
-    return LatencyModel(setup, fits)
+    return LatencyModel(setup, fits, profile.alone_shares())
 
 
 def columns(roofline: RooflineCosts, part: str, phase: str, bits: int, batch: int, length: float) -> list[float]:

@@ -72,6 +72,9 @@ class FittedCosts:
         mixed = len({width < UNQUANTIZED_BITS for width in widths}) > 1 and not self.roofline.kernel.whole_stage
         return (mixed and self._median(NEW_SIZE_MIXED, "prefill")) or self._median(NEW_SIZE, "prefill")
 
+    def alone_share(self, phase: str) -> float:
+        return self.model.alone.get((self.device_type.name, phase), 1.0)
+
     def _median(self, part: str, phase: str) -> float:
         """Of what was measured; 0 where nothing was."""
         fit = self.model.get(self.device_type.name, part, phase)

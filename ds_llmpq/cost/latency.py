@@ -62,6 +62,10 @@ class LayerCosts(Protocol):
         """What a stage's first pass of a number of tokens costs it beyond the next ones of that size;
         `widths`: its layers' bits."""
 
+    def alone_share(self, phase: str) -> float:
+        """The share of all these times that the only stage of a plan takes, while the host's other devices rest: from
+        above 0 to 1."""
+
 
 @dataclass(frozen=True)
 class RooflineCosts:
@@ -108,6 +112,9 @@ class RooflineCosts:
     def first_pass_seconds(self, widths: Iterable[int]) -> float:
         """Likewise."""
         return 0.0
+
+    def alone_share(self, phase: str) -> float:
+        return 1.0
 
     def embed_work(self, batch: int, tokens: int) -> float:
         """Without launches."""

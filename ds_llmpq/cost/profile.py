@@ -12,7 +12,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import metadata
 from pathlib import Path
 from statistics import mean, median
@@ -45,8 +45,9 @@ SCHEMA = 1
 TRIAL_PARTS = ("first", "middle", "last")  # measured by passes of a trial pipeline
 NEW_SIZE = "new_size"  # what the first pass of a number of tokens costs beyond the next ones: kernels are made for it
 NEW_SIZE_MIXED = "new_size_mixed"  # for unquantized and for quantized layers
+ALONE, TOGETHER = "alone", "together"  # a layer while the host's other devices rest, and while they work, in turns
 DRAW = "draw"  # what a row whose token is drawn, not the likeliest one, adds to a pass of the last stage
-PARTS = ("layer", "embed", "head", *TRIAL_PARTS, NEW_SIZE, NEW_SIZE_MIXED, DRAW)
+PARTS = ("layer", "embed", "head", *TRIAL_PARTS, NEW_SIZE, NEW_SIZE_MIXED, DRAW, ALONE, TOGETHER)
 LIBRARIES = ("torch", "transformers", "hqq", "deepspeed")
 _REMEDY = "make one with `ds-llmpq profile`"
 
@@ -99,7 +100,8 @@ class Point:
 
     part: `layer`, `embed`, `head`, what a pass costs beside those on the `first`, a `middle` or the `last` stage, or
     `new_size`: what the first pass of `length_tokens` tokens in all costs beyond the next ones; `new_size_mixed`: on a
-    stage that has both unquantized and quantized layers; `draw`: what a row whose token is drawn adds to a pass.
+    stage that has both unquantized and quantized layers; `draw`: what a row whose token is drawn adds to a pass;
+    `alone` and `together`: a layer, while the host's other devices rest and while they work too.
     bits: 0 where the part has none.
     """
 
@@ -166,6 +168,20 @@ class Profile:
                 chosen = min(mean(s.median_seconds for s in samples if s.round == turn) for turn in by_round)
             merged.append(Measured(point, chosen, spread, len(samples)))
         return merged
+
+    def alone_shares(self) -> dict[tuple[str, str], float]:
+        """By device type and phase: the share of its time that a layer takes while the host's other devices rest; at
+        most 1. The median over what was timed in turns; a type whose devices were not timed alone is left out."""
+        times: dict[tuple[Point, int], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+        for sample in self.samples:
+            if sample.point.part in (ALONE, TOGETHER):
+                turn = replace(sample.point, part="layer"), sample.round
+                times[turn][sample.point.part].append(sample.median_seconds)
+        shares = defaultdict(list)
+        for (point, _), turns in times.items():
+            if len(turns) == 2 and all(map(all, turns.values())):
+                shares[point.device_type, point.phase].append(mean(turns[ALONE]) / mean(turns[TOGETHER]))
+        return {key: min(1.0, median(found)) for key, found in shares.items()}
 
 
 def layer_signature(shape: ModelShape) -> str:

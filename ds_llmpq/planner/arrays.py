@@ -41,14 +41,20 @@ class PairArrays:
 
 
 def pair_arrays(problem: Problem, prefill_micro_batch: int, decode_micro_batch: int) -> PairArrays:
-    """The problem at one pair of micro-batch sizes."""
+    """The problem at one pair of micro-batch sizes. Times are those of stages beside others, unless there is only one
+    device."""
     types = [problem.device_types[device.type] for device in problem.devices]
     memory, workload, links = problem.memory, problem.workload, problem.links
     m_p, m_d = rounds(problem, prefill_micro_batch, decode_micro_batch)
 
+    shares = [getattr(types[0], f"{phase}_alone_share") if len(types) == 1 else 1.0 for phase in ("prefill", "decode")]
+
     def part(name: str) -> np.ndarray:
-        return np.array(
-            [[getattr(t, f"{phase}_{name}_seconds").get(size, np.inf) for t in types] for phase, size in sizes]
+        return (
+            np.array(
+                [[getattr(t, f"{phase}_{name}_seconds").get(size, np.inf) for t in types] for phase, size in sizes]
+            )
+            * np.array(shares)[:, None]
         )
 
     sizes = (("prefill", prefill_micro_batch), ("decode", decode_micro_batch))
@@ -70,8 +76,8 @@ def pair_arrays(problem: Problem, prefill_micro_batch: int, decode_micro_batch: 
         prefill_rounds=m_p,
         decode_rounds=m_d,
         generated_tokens=workload.generated_tokens,
-        prefill=np.array([_layer_times(problem, t, "prefill", prefill_micro_batch) for t in types]),
-        decode=np.array([_layer_times(problem, t, "decode", decode_micro_batch) for t in types]),
+        prefill=shares[0] * np.array([_layer_times(problem, t, "prefill", prefill_micro_batch) for t in types]),
+        decode=shares[1] * np.array([_layer_times(problem, t, "decode", decode_micro_batch) for t in types]),
         embed=part("embed"),
         head=part("head"),
         capacity=np.array([device.memory_bytes - workspace for device in problem.devices], dtype=float),

@@ -129,6 +129,7 @@ def _price_passes(plan: Plan, index: int, costs: LayerCosts) -> dict[str, Any]:
     bits = Counter(stage.bits)
     workload, sizes = plan.workload, plan.micro_batch
     context = workload.prompt_tokens + workload.generated_tokens
+    shares = {phase: costs.alone_share(phase) if last == 0 else 1.0 for phase in ("prefill", "decode")}
 
     def price(phase: str, rows: int, tokens: int) -> float:
         """`tokens`: new ones in prefill, cached ones in decode."""
@@ -138,7 +139,7 @@ def _price_passes(plan: Plan, index: int, costs: LayerCosts) -> dict[str, Any]:
         seconds += costs.embed_seconds(rows, new) + over.first if index == 0 else 0.0
         seconds += costs.head_seconds(rows) + over.last if index == last else 0.0
         seconds += over.middle if 0 < index < last else 0.0
-        return float(f"{seconds:.4g}")
+        return float(f"{shares[phase] * seconds:.4g}")
 
     def price_all(phase: str, rows: list[int], tokens: list[int]) -> PassTimes:
         return PassTimes(

@@ -18,6 +18,7 @@ from ds_llmpq.planner.objective import charge_head
 from ds_llmpq.planner.problem import DeviceSpeeds, Problem
 
 STATE_LIMIT = 50_000
+_BLOCKS = 128  # positions: a multiple of every kernel's cache block
 
 
 def pairs(problem: Problem) -> list[tuple[int, int]]:
@@ -192,6 +193,29 @@ def _least(holds: Callable[[int], bool], low: int, high: int, step: int = 1) -> 
 
 def _remedies(problem: Problem) -> str:
     """Smaller batch, shorter context, fewer bits: each the smallest change that suffices alone."""
+    found = _smaller_pool(problem) if problem.workload.pool_positions else _smaller_batch(problem)
+    found += _fewer_bits(problem)
+    return ("it would fit with " + ", or ".join(found)) if found else "add devices or memory"
+
+
+def _smaller_pool(problem: Problem) -> list[str]:
+    """Where sequences share the KV cache, its size alone decides, however many they are."""
+    workload, memory = problem.workload, problem.memory
+    pool, shared = workload.pool_positions, workload.prefix_positions(1)
+    least = -(-workload.row_positions(1) // _BLOCKS)
+
+    def fits(blocks: int) -> bool:
+        kv = memory.kv_bytes_per_sequence_layer * (blocks * _BLOCKS + shared) / (pool + shared)
+        return memory_feasible(replace(problem, memory=replace(memory, kv_bytes_per_sequence_layer=kv)))
+
+    if least * _BLOCKS >= pool or not fits(least):
+        return []
+    most = -(-pool // _BLOCKS)
+    kept = most - _least(lambda cut: fits(most - cut), 0, most - least)
+    return [f"workload.pool_positions={kept * _BLOCKS} instead of {pool}"]
+
+
+def _smaller_batch(problem: Problem) -> list[str]:
     found = []
     workload, memory = problem.workload, problem.memory
     batch = workload.sequences
@@ -212,8 +236,7 @@ def _remedies(problem: Problem) -> str:
     if context > 2 and shortened(2):
         tokens = context - _least(lambda cut: shortened(context - cut), 0, context - 2)
         found.append(f"a context of at most {tokens} tokens instead of {context}")
-    found += _fewer_bits(problem)
-    return ("it would fit with " + ", or ".join(found)) if found else "add devices or memory"
+    return found
 
 
 def _fewer_bits(problem: Problem) -> list[str]:

@@ -45,6 +45,7 @@ class Incumbent:
     value: float = math.inf
     tie: float = math.inf
     bound: float = 0.0
+    most_bound: float = math.inf  # what is proven of the plans that the search does not see
     started: float = field(default_factory=time.monotonic)
     progress: Callable[[ProgressEvent], None] | None = None
 
@@ -61,8 +62,8 @@ class Incumbent:
         return True
 
     def raise_bound(self, bound: float) -> None:
-        """A proven bound on every plan; bounds only grow, and never pass the incumbent."""
-        bound = min(bound, self.value)
+        """A proven bound on every plan that the search sees; bounds only grow, and never pass the incumbent."""
+        bound = min(bound, self.value, self.most_bound)
         if bound > self.bound:
             self.bound = float(bound)
             self.report()

@@ -11,11 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from ds_llmpq.errors import InfeasibleError, UserError
+from ds_llmpq.plan import Assignment
 from ds_llmpq.planner.incumbent import Incumbent
 from ds_llmpq.planner.objective import RELATIVE_TOLERANCE
 from ds_llmpq.planner.pins import Pins
 from ds_llmpq.planner.problem import DeviceSpeeds, LinkCost, MicroBatchCandidates, Objective, Problem
 from ds_llmpq.planner.search.branch_and_bound import Search
+from ds_llmpq.planner.single_stage import offer_single_stages
 from ds_llmpq.wording import format_number
 
 Improve = Callable[[Incumbent], None]
@@ -34,6 +36,7 @@ def find_least(
     else:
         alone = replace(problem, objective=Objective("theta", theta=0.0))
     found = Incumbent(alone, accepts=pins.respects)
+    offer_single_stages(found, pins, lambda one, own: _find_least_alone(one, own, min(gaps), deadline))
     polish = None if improve is None else lambda: improve(found)
     for gap in gaps:
         search = Search(alone, found, pins, gap=gap, deadline=deadline, improve=polish)
@@ -44,6 +47,15 @@ def find_least(
         if is_broken(problem, found) or found.value <= problem.objective.limit:
             break
     return found
+
+
+def _find_least_alone(problem: Problem, pins: Pins, gap: float, deadline: float) -> tuple[Assignment | None, float]:
+    """The least of one device alone, and its bound."""
+    found = Incumbent(problem, accepts=pins.respects)
+    search = Search(problem, found, pins, gap=gap, deadline=deadline)
+    search.run()
+    found.raise_bound(search.bound)
+    return found.assignment, found.bound
 
 
 def is_broken(problem: Problem, least: Incumbent) -> bool:

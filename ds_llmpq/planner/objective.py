@@ -4,6 +4,8 @@
     decode  = (n - 1) * max( m_d * max_j max(D_j, d_j),  sum_j D_j + sum_j d_j )
     latency = prefill + decode,   quality_loss = sum_i sensitivity[i, bits_i]
 
+P_j and D_j of a plan with one stage are the alone share of what they would be beside others.
+
 Everything here is plain Python over the `Problem`: it shares no code with the solvers and is their judge.
 """
 
@@ -70,7 +72,8 @@ def rounds(problem: Problem, prefill_micro_batch: int, decode_micro_batch: int) 
 
 
 def stage_seconds(problem: Problem, stage: StageAssignment, phase: str, size: int) -> float:
-    """P_j or D_j: one micro-batch through the stage's layers, plus embedding and head where it holds them."""
+    """P_j or D_j: one micro-batch through the stage's layers, plus embedding and head where it holds them. A stage with
+    all layers is the plan's only one."""
     entry = problem.device_types[_device(problem, stage).type]
     table = getattr(entry, f"{phase}_layer_seconds")
     seconds = [
@@ -80,7 +83,8 @@ def stage_seconds(problem: Problem, stage: StageAssignment, phase: str, size: in
         seconds.append(getattr(entry, f"{phase}_embed_seconds").get(size, math.inf))
     if stage.last == problem.layers:
         seconds.append(getattr(entry, f"{phase}_head_seconds").get(size, math.inf))
-    return math.fsum(seconds) if all(map(math.isfinite, seconds)) else math.inf
+    share = getattr(entry, f"{phase}_alone_share") if stage.last - stage.first == problem.layers else 1.0
+    return share * math.fsum(seconds) if all(map(math.isfinite, seconds)) else math.inf
 
 
 def link_seconds(problem: Problem, stages: tuple[StageAssignment, ...], phase: str, size: int) -> tuple[float, ...]:

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any
 
-from annotated_types import Ge, Le
+from annotated_types import Ge, Gt, Le
 from pydantic import AfterValidator, Field
 
 from ds_llmpq.errors import UserError
@@ -44,6 +44,7 @@ def _available(seconds: Mapping[int, float | None]) -> dict[int, float]:
 # Whole bytes stay integers: they are exact, and shown without a point.
 Bytes = Annotated[Amount, AfterValidator(lambda size: int(size) if size.is_integer() else size)]
 SecondsBySize = Annotated[TableByNumber[PossiblyInfinite | None], AfterValidator(_available)]
+AloneShare = Annotated[float, Gt(0), Le(1)]
 SecondsByBits = TableByNumber[Annotated[SecondsBySize | None, AfterValidator(lambda seconds: seconds or {})]]
 
 
@@ -61,7 +62,8 @@ class DeviceSpeeds:
     no bits cannot hold a layer.
 
     `*_layer_seconds[bits][size]` is one layer for one micro-batch, `*_embed_seconds[size]` and
-    `*_head_seconds[size]` are charged on the stage that holds the part.
+    `*_head_seconds[size]` are charged on the stage that holds the part. `*_alone_share`: of these times a plan with one
+    stage takes so much, for its device has the host to itself.
     """
 
     bits: Many[LayerBits]
@@ -71,6 +73,8 @@ class DeviceSpeeds:
     prefill_head_seconds: SecondsBySize
     decode_embed_seconds: SecondsBySize
     decode_head_seconds: SecondsBySize
+    prefill_alone_share: AloneShare = 1.0
+    decode_alone_share: AloneShare = 1.0
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,7 @@ def tabulate_times(
         "decode_head_seconds": {
             str(size): costs.head_seconds(size) + over["decode"][size].last for size in with_head["decode"]
         },
+        **{f"{phase}_alone_share": costs.alone_share(phase) for phase in sizes},
     }
 
 

@@ -23,6 +23,7 @@ from ds_llmpq.planner.search.branch_and_bound import Search, is_small
 from ds_llmpq.planner.search.constrained import find_price_of_limit
 from ds_llmpq.planner.search.first_plans import PAIRS, offer_first_plans
 from ds_llmpq.planner.search.fractional import Fractionals, first_bounds, simple_bound
+from ds_llmpq.planner.single_stage import offer_single_stages
 from ds_llmpq.planner.unquantized import leave_unquantized, raise_bits
 from ds_llmpq.wording import format_number
 
@@ -153,6 +154,7 @@ def _begin(run: _Run) -> None:
     """What is had at once: a first bound by arithmetic, plans by the quick baselines; in the time there is, a better
     bound and plans rounded from it. The other baselines come last, but come whatever the time limit."""
     problem, pins, best = run.problem, run.pins, run.best
+    offer_single_stages(best, pins, lambda alone, own: _solve_alone(run, alone, own))
     best.raise_bound(min(simple_bound(problem, pins, pair) for pair in pairs(problem)))
     for name in QUICK_BASELINES:
         _offer_baseline(run, name)
@@ -167,6 +169,20 @@ def _begin(run: _Run) -> None:
             _offer_baseline(run, name)
     if best.assignment is None and problem.objective.mode != "theta":
         _try_limit(run)
+
+
+def _solve_alone(run: _Run, problem: Problem, pins: Pins) -> tuple[Assignment | None, float]:
+    """The best plan on one device, in at most a tenth of the time, and what is proven of all."""
+    options = {"gap": run.gap, "solver": run.solver, "seed": run.seed, "pins": pins, "baselines": False}
+    try:
+        plan = solve(problem, time_limit_seconds=max(run.left / 10, LEAST_SECONDS), **options)
+    except InfeasibleError:
+        return None, math.inf
+    except UserError:  # there was no time to tell
+        return None, min(simple_bound(problem, pins, pair) for pair in pairs(problem))
+    if plan.solver.status == "interrupted":
+        raise KeyboardInterrupt
+    return plan.assignment(), plan.solver.bound
 
 
 def _try_limit(run: _Run) -> None:

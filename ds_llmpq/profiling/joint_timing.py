@@ -6,14 +6,14 @@ import itertools
 import math
 import time
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from ds_llmpq.cost.fit import FEWEST_POINTS
-from ds_llmpq.cost.profile import Point, Sample
+from ds_llmpq.cost.profile import ALONE, TOGETHER, Point, Sample
 from ds_llmpq.engine.rank_context import RankContext
 from ds_llmpq.engine.runner.capture import CudaGraphs
 from ds_llmpq.models.shape import read_shape
@@ -23,6 +23,8 @@ from ds_llmpq.profiling.timer import PAUSE_SECONDS, NewSizes, Timer
 from ds_llmpq.quant.config import QuantConfig
 
 _ROUNDS = 2  # through all points: another machine on the same processor can slow some tenths of a second, not both
+_ALONE_POINTS, _ALONE_ROUNDS, _ALONE_SECONDS = 4, 2, 0.025  # a turn of a point; a round has one more than devices
+_PREFILL_TOKENS = 64
 _FEWEST_REPEATS = 2  # of a point in a round, beside its warm-up
 
 
@@ -73,9 +75,42 @@ def time_points(
             timed[kind] += 1
             last[kind] = sample.median_seconds, point.tokens
         left -= _slowest(spent, group)
+    if len(devices) > 1 and context.device.type == "cpu":
+        samples += _time_alone(replace(timer, pause_seconds=0.0), parts, points, len(devices), context)
     if not points:
         return [], []
     return samples + [asdict(sample) for sample in new_sizes.samples(points[0].device_type, share)], [[passed, own]]
+
+
+def _time_alone(
+    timer: Timer, parts: Parts | None, points: list[Point], devices: int, context: RankContext
+) -> list[dict[str, Any]]:
+    """Samples of a few layer points, in turns by all ranks together and by each while the others rest. Without a pause
+    before a repeat, for a stage alone waits for no other."""
+    found, chosen = [], _choose_layers(points)
+    for round_, index in itertools.product(range(_ALONE_ROUNDS), range(_ALONE_POINTS)):
+        for turn in (None, *range(devices)):
+            dist.barrier(group=context.side_group)
+            if index < len(chosen) and turn in (None, context.rank):
+                point = replace(chosen[index], part=TOGETHER if turn is None else ALONE)
+                action, times = parts.action(chosen[index])
+                timing = timer.time(action, _ALONE_SECONDS)
+                seconds = timing.median_seconds / times, timing.minimum_seconds / times
+                found.append(asdict(Sample(point, round_, timing.repeats, timing.undisturbed, *seconds, timing.spread)))
+    return found
+
+
+def _choose_layers(points: list[Point]) -> list[Point]:
+    """Layers at the fewest and at the most bits: in decode the middle number of rows, in prefill the shortest pass that
+    is no decode pass by its tokens."""
+    chosen = []
+    for phase, bits in itertools.product(("prefill", "decode"), (min, max)):
+        layers = [point for point in points if point.part == "layer" and point.phase == phase]
+        layers = [point for point in layers if point.bits == bits(other.bits for other in layers)]
+        layers.sort(key=lambda point: (point.tokens, point.length_tokens))
+        long = [point for point in layers if point.tokens >= _PREFILL_TOKENS]
+        chosen += long[:1] if phase == "prefill" and long else layers[len(layers) // 2 :][:1]
+    return list(dict.fromkeys(chosen))
 
 
 def _time(

@@ -1,7 +1,8 @@
 """A short profile that `plan` and `run` make by themselves, kept in the user's cache folder.
 
 The points are few: at most three micro-batches a phase, of two lengths. The ranks of a trial pipeline time them at the
-same moment, one rank a device, so that what stages take from one another is in the figures. Imports no torch.
+same moment, one rank a device, so that what stages take from one another is in the figures; on CPUs a few of
+them by one rank alone too. Imports no torch.
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ from ds_llmpq.quant.kernels.registry import find_stage_kernel
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS, make_groups
 
 CHOICES = ("auto", "always", "never")
-POINT_SECONDS = {"cpu": 2.5, "cuda": 10.0}  # for the points of a device; the trial pipeline comes on top
+POINT_SECONDS = {"cpu": 2.0, "cuda": 10.0}  # for the points of a device; the trial pipeline comes on top
 LATE_SECONDS = {"cpu": 12.0, "cuda": 30.0}  # by the clock on the wall, which other programs may make run far ahead
 _KEPT = "calibration"  # of the user's cache folder
-VERSION = 6  # of what is measured; what an older one kept is measured anew
+VERSION = 7  # of what is measured; what an older one kept is measured anew
 _CHAINED_LAYERS = 4  # two of a small model's stay in the caches, where decode is a quarter faster
 _BUSY = 1.5  # times as long as it works, beyond which other programs had the processors
 _MEMORY_SHARE = 0.5  # of what is available, for all ranks together

@@ -147,6 +147,9 @@ class PublishedCosts:
     def first_pass_seconds(self, widths: Iterable[int]) -> float:
         return 0.0
 
+    def alone_share(self, phase: str) -> float:
+        return 1.0
+
     def _by_rows(self, anchor: Anchor, rows: int) -> float:
         a_row = (anchor.prefill_seconds - anchor.decode_seconds) / (SEQUENCES * (PROMPT_TOKENS - 1))
         return self._weights * (anchor.decode_seconds + a_row * (rows - SEQUENCES))

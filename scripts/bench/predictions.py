@@ -1,12 +1,14 @@
 """Do predictions hold on the first run? Predicted and measured seconds of whole runs, from an empty cache.
 
     python scripts/make_checkpoint.py --preset 135m M135
-    python scripts/bench/predictions.py M135 OUT [--only demo,two,random] [--repeats 5] [--plans 12] [--seed 0]
+    python scripts/bench/predictions.py M135 OUT [--only demo,two,random] [--repeats 5] [--plans 12] [--series 2]
+                                        [--seed 0]
 
 `demo`: the demonstration, calibrated anew each time. `two`: a model on two heterogeneous CPU stages, with prompts and
 answers of many lengths, free slots refilled. `random`: plans by hand of the same model, of one or two stages, and how
-well their predictions rank them (Kendall's tau). OUT keeps every run: one that has ended is not run again. Both cores
-of the machine are measured, so let nothing else run.
+well their predictions rank them (Kendall's tau). All plans run once a series; tau between the measured times of two
+series is what a perfect prediction would reach on such a machine. OUT keeps every run: one that has ended
+is not run again. Both cores of the machine are measured, so let nothing else run.
 """
 
 import argparse
@@ -37,6 +39,7 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(SERIES))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--plans", type=int, default=12)
+    parser.add_argument("--series", type=int, default=2, help="of the random plans")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     out, model = Path(options.out).absolute(), Path(options.model).absolute()
@@ -54,21 +57,24 @@ def main() -> None:
         line = [*planned, f"input={requests}", f"planner.pins.order=[{','.join(DEVICES)}]"]
         found["two"] = [run(out / f"two{index}", line, out / "cache") for index in range(options.repeats)]
     if "random" in chosen:
-        found["random"] = [
-            run_plan(out / f"plan{index:02}", plan, planned, requests, out / "cache")
-            for index, plan in enumerate(random_plans(read_shape(model).layers, options.plans, options.seed))
-        ]
+        plans = random_plans(read_shape(model).layers, options.plans, options.seed)
+        for turn in range(options.series):
+            found["random" if turn == 0 else f"random, series {turn + 1}"] = [
+                run_plan(out / f"plan{index:02}", turn, plan, planned, requests, out / "cache")
+                for index, plan in enumerate(plans)
+            ]
     (out / "predictions.json").write_text(json.dumps(found, indent=1) + "\n")
-    text = "\n\n".join(describe(name, rows) for name, rows in found.items())
+    text = "\n\n".join(describe(name, rows, found.get("random", [])) for name, rows in found.items())
     (out / "predictions.txt").write_text(text + "\n")
     print(text)
 
 
-def run_plan(folder: Path, plan: dict, planned: list[str], requests: Path, cache: Path) -> dict:
+def run_plan(folder: Path, turn: int, plan: dict, planned: list[str], requests: Path, cache: Path) -> dict:
     decided, made = folder.with_suffix(".json"), folder.with_name(f"{folder.name}.plan")
     decided.write_text(json.dumps(plan))
     if not (made / "plan.json").is_file():
         call("plan", [*planned, f"check={decided}", f"out={made}"], cache, made.with_suffix(".plan.log"))
+    folder = folder.with_name(f"{folder.name}-{turn + 1}") if turn else folder
     return run(folder, [f"plan={made / 'plan.json'}", f"input={requests}"], cache)
 
 
@@ -128,7 +134,8 @@ def random_plans(layers: int, count: int, seed: int) -> list[dict]:
     return found
 
 
-def describe(name: str, rows: list[dict]) -> str:
+def describe(name: str, rows: list[dict], first_series: list[dict]) -> str:
+    """The table of a series; behind those of random plans how well they were ranked, and how well they could be."""
     head = ["run", "calibration s", "predicted s", "measured s", "times predicted", "prefill", "decode", "restarts"]
     ratios = [row["measured_seconds"] / row["predicted_seconds"] for row in rows]
     lines = [
@@ -143,10 +150,16 @@ def describe(name: str, rows: list[dict]) -> str:
         for row, by_run in zip(rows, ratios, strict=True)
     ]
     said = f"{name}: measured over predicted, median {median(ratios):.3f}, {min(ratios):.2f} to {max(ratios):.2f}"
-    if name == "random":
-        tau = kendalltau(*([row[f"{side}_seconds"] for row in rows] for side in ("predicted", "measured"))).statistic
-        said += f"; Kendall's tau of the ranking {tau:.3f}"
+    if name.startswith("random"):
+        said += f"; Kendall's tau of the ranking {rank(rows, 'predicted', rows):.3f}"
+        if rows is not first_series:
+            said += f", of the first series' measured times {rank(first_series, 'measured', rows):.3f}"
     return f"{format_table(head, lines)}\n{said}"
+
+
+def rank(guesses: list[dict], side: str, rows: list[dict]) -> float:
+    """Kendall's tau between the guesses' seconds and those that were measured of `rows`."""
+    return kendalltau([row[f"{side}_seconds"] for row in guesses], [row["measured_seconds"] for row in rows]).statistic
 
 
 if __name__ == "__main__":

@@ -3,8 +3,11 @@
 import random
 
 
-def random_problem(seed: int, *, layers=None, devices=None, widths=None, sizes=None, types=None, mode=None) -> dict:
-    """A `problem.json` object. Some have tied heads, per-layer bytes, missing latencies, pair links, a fixed order."""
+def random_problem(
+    seed: int, *, layers=None, devices=None, widths=None, sizes=None, types=None, mode=None, alone=False
+) -> dict:
+    """A `problem.json` object. Some have tied heads, per-layer bytes, missing latencies, pair links, a fixed order.
+    `alone`: devices are faster where a plan has one stage."""
     rng = random.Random(seed)
     layers = layers or rng.randint(1, 5)
     bits = sorted(rng.sample([2, 3, 4, 8, 16], widths or rng.randint(1, 3)))
@@ -22,7 +25,7 @@ def random_problem(seed: int, *, layers=None, devices=None, widths=None, sizes=N
     for device in listed:
         device["memory_bytes"] = round(capacity[device["type"]] * (1 if rng.random() < 0.7 else rng.uniform(0.6, 1.4)))
     slope = sorted((rng.uniform(0, 1) for _ in bits), reverse=True)
-    return {
+    problem = {
         "schema": 1,
         "layers": layers,
         "bits": bits,
@@ -50,6 +53,9 @@ def random_problem(seed: int, *, layers=None, devices=None, widths=None, sizes=N
         "sensitivity": [[s * rng.uniform(0.3, 1.7) for s in slope] for _ in range(layers)],
         "objective": _objective(rng, mode or rng.choice(["theta", "max_quality_loss", "max_latency"]), layers),
     }
+    for kind in kinds.values() if alone else ():
+        kind |= {f"{phase}_alone_share": rng.choice([1.0, rng.uniform(0.3, 1.0)]) for phase in ("prefill", "decode")}
+    return problem
 
 
 def _device_type(rng, bits, etas, xis) -> dict:

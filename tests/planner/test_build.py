@@ -1,6 +1,8 @@
 """Planning problems built from plain objects: tables in place, origins kept, mistakes named."""
 
 import dataclasses
+import re
+from dataclasses import replace
 
 import pytest
 
@@ -19,7 +21,9 @@ from ds_llmpq.errors import UserError
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.planner.build import prepare, usable_bits
 from ds_llmpq.planner.config import MicroBatchesConfig, PlannerConfig, WorkloadConfig
+from ds_llmpq.planner.feasibility import memory_feasible
 from ds_llmpq.planner.problem import Objective, Problem
+from ds_llmpq.planner.solve import solve
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.sensitivity.table import Sensitivity
 
@@ -82,6 +86,9 @@ class CountedCosts:
     def pass_overhead(self, phase, batch, tokens):
         return PassOverhead()
 
+    def alone_share(self, phase):
+        return {"prefill": 0.9, "decode": 0.8}[phase]
+
 
 def test_tables_hold_what_the_costs_say():
     problem = make(make_costs=lambda _: CountedCosts()).problem
@@ -132,6 +139,23 @@ def test_sequences_share_the_positions_of_a_pool():
     assert pooled.problem.workload.pool_positions == 70
     with pytest.raises(UserError, match=r"workload.pool_positions=-1; it must be 0 or more"):
         make(workload=WorkloadConfig(6, 20, 10, 12, 0, -1))
+
+
+def test_where_a_pool_does_not_fit_its_size_is_the_remedy():
+    """However many sequences share it: fewer would not make it smaller."""
+
+    def build(pool):
+        problem = make(workload=WorkloadConfig(6, 20, 10, pool_positions=pool), planner=PlannerConfig()).problem
+        devices = tuple(replace(device, memory_bytes=6_000_000) for device in problem.devices)
+        return replace(problem, devices=devices)
+
+    with pytest.raises(UserError) as caught:
+        solve(build(40_000))
+    assert "sequences instead of" not in str(caught.value)
+    kept, given = map(int, re.search(r"workload\.pool_positions=(\d+) instead of (\d+)", str(caught.value)).groups())
+    assert given == 40_000
+    assert memory_feasible(build(kept))
+    assert not memory_feasible(build(kept + 256))
 
 
 def test_devices_memory_and_links():

@@ -24,21 +24,23 @@ def check_against_brute_force(obj, solver="search"):
     return True
 
 
+@pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize("mode", MODES)
-def test_equals_brute_force(mode):
-    assert sum(check_against_brute_force(random_problem(seed, mode=mode)) for seed in range(25)) >= 15
+def test_equals_brute_force(mode, alone):
+    assert sum(check_against_brute_force(random_problem(seed, mode=mode, alone=alone)) for seed in range(25)) >= 15
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("mode", MODES)
 def test_equals_brute_force_on_a_thousand(mode):
-    solved = sum(check_against_brute_force(random_problem(seed, mode=mode)) for seed in range(1000, 1334))
-    assert solved > 200  # the rest is infeasible, and said to be so
+    problems = (random_problem(seed, mode=mode, alone=seed % 2 == 1) for seed in range(1000, 1334))
+    assert sum(map(check_against_brute_force, problems)) > 200  # the rest is infeasible, and said to be so
 
 
 def test_auto_equals_brute_force():
-    assert sum(check_against_brute_force(random_problem(100 + seed), solver="auto") for seed in range(12)) >= 6
+    problems = (random_problem(100 + seed, alone=seed % 2 == 1) for seed in range(12))
+    assert sum(check_against_brute_force(problem, solver="auto") for problem in problems) >= 6
 
 
 def test_bound_and_gap_hold_on_medium_problems():

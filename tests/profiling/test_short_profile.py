@@ -86,6 +86,7 @@ def test_both_devices_are_timed_once_and_then_read_from_the_cache(wanted, cache)
         of_one = {entry.length_tokens: entry.seconds for entry in alone.residuals}
         assert all(both.seconds >= of_one[both.length_tokens] for both in mixed.residuals)
         assert model.get(name, "layer", "prefill", 16).length_range == (1, 16)  # of 13 tokens: up to a power of two
+        assert all(0 < model.alone[name, phase] <= 1 for phase in ("prefill", "decode"))
     assert "localhost:0,localhost:1,activation" in (folder / "links.csv").read_text()
     assert calibrate(wanted, cluster, "never", said.append) is None
 
