@@ -23,7 +23,7 @@ from ds_llmpq.profiling.timer import PAUSE_SECONDS, NewSizes, Timer
 from ds_llmpq.quant.config import QuantConfig
 
 _ROUNDS = 2  # through all points: another machine on the same processor can slow some tenths of a second, not both
-_ALONE_POINTS, _ALONE_ROUNDS, _ALONE_SECONDS = 4, 2, 0.025  # a turn of a point; a round has one more than devices
+_ALONE_POINTS, _ALONE_ROUNDS, _ALONE_SECONDS = 4, 2, 0.01  # a turn of a point; a round has one more than devices
 _PREFILL_TOKENS = 64
 _FEWEST_REPEATS = 2  # of a point in a round, beside its warm-up
 

@@ -3,10 +3,11 @@ torch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ds_llmpq.cost.fit import FEWEST_POINTS
 from ds_llmpq.cost.profile import Point, Setup
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.planner.config import WorkloadConfig
@@ -65,11 +66,20 @@ def plan_points(
                     Point(device_type, "layer", phase, width, size, length) for size in sizes[phase]
                 ]
     prompt = workload.prompt_tokens
-    ends = [Point(device_type, "embed", "prefill", 0, size, prompt) for size in sizes["prefill"]]
-    ends += [Point(device_type, "embed", "decode", 0, size, 1) for size in sizes["decode"]]
-    ends += [Point(device_type, "head", "decode", 0, size, 1) for size in {*sizes["prefill"], *sizes["decode"]}]
+    ends = [Point(device_type, "embed", "prefill", 0, size, prompt) for size in fill_up(sizes["prefill"])]
+    ends += [Point(device_type, "embed", "decode", 0, size, 1) for size in fill_up(sizes["decode"])]
+    every = fill_up({*sizes["prefill"], *sizes["decode"]})
+    ends += [Point(device_type, "head", "decode", 0, size, 1) for size in every]
     groups[0] += ends
     return [group for group in groups if group]
+
+
+def fill_up(sizes: Iterable[int]) -> list[int]:
+    """In order, and at least as many as a fit needs: double the largest, and so on."""
+    filled = sorted(sizes)
+    while len(filled) < FEWEST_POINTS:
+        filled.append(2 * filled[-1])
+    return filled
 
 
 def _list_lengths(phase: str, workload: WorkloadConfig) -> list[int]:

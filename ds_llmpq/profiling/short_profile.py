@@ -30,7 +30,7 @@ from ds_llmpq.cost.profile import Point, Sample, append, read_profile, write_hea
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import cache_folder, one_at_a_time
 from ds_llmpq.launch.launcher import is_local
-from ds_llmpq.profiling.points import TimingTask, limit_chain, plan_points
+from ds_llmpq.profiling.points import TimingTask, fill_up, limit_chain, plan_points
 from ds_llmpq.profiling.trial_process import STAGES, build_pass_sample, run_trial, write_link_table
 from ds_llmpq.quant.kernels.registry import find_stage_kernel
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS, make_groups
@@ -40,6 +40,7 @@ POINT_SECONDS = {"cpu": 2.0, "cuda": 10.0}  # for the points of a device; the tr
 LATE_SECONDS = {"cpu": 12.0, "cuda": 30.0}  # by the clock on the wall, which other programs may make run far ahead
 _KEPT = "calibration"  # of the user's cache folder
 VERSION = 7  # of what is measured; what an older one kept is measured anew
+_SHORTEST_PROMPT = 16  # a quarter and a sixteenth of it are timed too, which is enough for a fit
 _CHAINED_LAYERS = 4  # two of a small model's stay in the caches, where decode is a quarter faster
 _BUSY = 1.5  # times as long as it works, beyond which other programs had the processors
 _MEMORY_SHARE = 0.5  # of what is available, for all ranks together
@@ -124,7 +125,8 @@ def _measure_into(wanted: TimingTask, cluster: Cluster, folder: Path, show: Show
 
 def _round_sizes(wanted: TimingTask) -> TimingTask:
     """Lengths up to the next power of two, so that batches of about the same lengths share a calibration."""
-    prompt, generated = _next_power(wanted.workload.prompt_tokens), _next_power(wanted.workload.generated_tokens)
+    prompt = max(_SHORTEST_PROMPT, _next_power(wanted.workload.prompt_tokens))
+    generated = _next_power(wanted.workload.generated_tokens)
     workload = wanted.workload
     if prompt + generated <= (wanted.shape.max_positions or math.inf):
         workload = replace(workload, prompt_tokens=prompt, generated_tokens=generated)
@@ -227,7 +229,7 @@ def _group_for_trials(cluster: Cluster) -> list[list[Device]]:
 
 
 def _build_trial(wanted: TimingTask, devices: list[Device], links: bool) -> dict[str, Any]:
-    sizes = sorted({size for listed in wanted.sizes.values() for size in _thin(listed)})
+    sizes = fill_up({size for listed in wanted.sizes.values() for size in _thin(listed)})
     workload = wanted.workload
     return {
         "kind": devices[0].type.kind,

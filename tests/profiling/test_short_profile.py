@@ -3,6 +3,7 @@
 import json
 import re
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from ds_llmpq import config
 from ds_llmpq.cluster.cluster import Cluster
 from ds_llmpq.cluster.config import ClusterConfig, DeviceConfig, DeviceTypeConfig, HostConfig, LinkConfig, LinksConfig
 from ds_llmpq.cluster.detect import parse_gpus
+from ds_llmpq.cost.fit import FEWEST_POINTS
 from ds_llmpq.cost.fitted import load_model
 from ds_llmpq.cost.profile import current_setup, read_profile, write_header
 from ds_llmpq.errors import UserError
@@ -250,3 +252,14 @@ def test_a_crowded_machine_is_named_in_the_line_on_what_was_timed(wanted, made, 
     assert [len(lines) for lines in said.values()] == [2, 2]
     assert "; the machine was busy: timing took 2.6 times as long as it worked" in said[2.6][-1]
     assert "busy" not in said[1.1][-1]
+
+
+def test_one_token_of_one_sequence_has_points_enough_for_every_fit(wanted):
+    alone = replace(wanted, workload=WorkloadConfig(1, 1, 1), sizes={"prefill": [1], "decode": [1]})
+    alone, cluster = short_profile._round_sizes(alone), make_cluster("fast")
+    trial = short_profile._build_trial(alone, list(cluster.devices), links=False)
+    assert len(trial["sizes"]) >= FEWEST_POINTS  # of what passes cost beside their layers
+    points = trial["points"]["devices"][0]["points"]
+    kinds = Counter((point["part"], point["phase"], point["bits"]) for point in points)
+    assert {part for part, _, _ in kinds} == {"layer", "embed", "head"}
+    assert min(kinds.values()) >= FEWEST_POINTS
