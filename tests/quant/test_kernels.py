@@ -149,7 +149,8 @@ def test_a_kv_cache_of_8_bits_needs_whole_stages(installed, monkeypatch):
 
     installed("openvino_graph", "openvino")
     monkeypatch.setattr(openvino, "_instructions", lambda: frozenset({"avx2", "avx512_bf16"}))
-    assert choose() == "openvino_graph"
+    assert choose() == choose(linears=[("q_proj", 8, 8)]) == "openvino_graph"
+    assert choose(kv_bits=16, linears=[("q_proj", 8, 8)]) == "dequantize"
     with pytest.raises(UserError, match=r"kernel=openvino cannot be used: its KV cache has 16 bits, not 8; set"):
         choose("openvino")
     for others in ({"kinds": ("cuda",)}, {"batch_invariant": True}, {"measured": "dequantize"}):

@@ -70,6 +70,8 @@ def select_kernel(
                 raise UserError(f"quant.kernel={kernel.name} cannot be used: {reason}; set quant.kernel={AUTO}.")
         check_batch_invariant(kernel, batch_invariant)
         return quant
+    if quant.kv_bits != UNQUANTIZED_BITS:
+        linears = ()  # a smaller cache was asked for, whatever becomes of tiny layers
     usable = [find_kernel(measured)] if measured else _list_usable(dtype, linears)
     for kernel in usable:
         if batch_invariant and kernel.whole_stage:
