@@ -126,6 +126,11 @@ class MemoryModel:
             return kv_bytes(self.shape, sequences, seen, self.dtype_bytes)
         return score_entries(self.shape, sequences, 1, seen - 1) * 2 * (self.dtype_bytes + FLOAT32_BYTES)
 
+    def gathered_bytes(self, sequences: int, seen: int) -> int:
+        """What a decode pass over shared blocks copies of the cache, a layer at a time, where attention does not read
+        blocks in place."""
+        return 0 if self.kernel.whole_stage else kv_bytes(self.shape, sequences, seen, self.dtype_bytes)
+
     def captured_pool_bytes(self, sequences: int, past_tokens: int, quantized: bool) -> int:
         """What captured decode passes of so many sequences work in: memory of the graphs' own, which nothing else
         may use between passes. All graphs share it, and the logits that they leave beside it."""

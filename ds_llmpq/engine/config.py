@@ -20,8 +20,7 @@ class ComputeConfig:
     # a prefix that most prompts begin with, as a system prompt, is computed once; not with batch_invariant
     share_prefix: bool = True
     # slots: every sequence has positions of its own for the longest prompt and answer | paged: sequences share all of
-    # them block by block, more run in the same memory, and when it ends the youngest is preempted and computed again;
-    # only where stages are one graph each (quant.kernel=openvino_graph)
+    # them block by block, more run in the same memory, and when it ends the youngest is preempted and computed again
     kv_cache: str = "slots"
     # decode passes are captured once for each shape and replayed: as CUDA graphs; null: where a stage is a GPU. true
     # without a GPU replays a trace, which proves that a model's passes can be captured and gains no speed

@@ -201,6 +201,7 @@ class PrefillCache:
     slots: slice | torch.Tensor
     past: int = 0
     shared: int = 0
+    in_place = False
 
     def rows(self, start: int, stop: int) -> PrefillCache:
         if isinstance(self.slots, slice):
@@ -243,6 +244,7 @@ class DecodeCache:
     positions: torch.Tensor
     kv_tokens: int
     shared: torch.Tensor | None = None
+    in_place = False
 
     @property
     def prefix_tokens(self) -> int:

@@ -18,6 +18,7 @@ from ds_llmpq.engine.paged_cache import PagedKVStore
 from ds_llmpq.engine.pipeline_module import PlannedPipelineModule
 from ds_llmpq.engine.runner.capture import Capture
 from ds_llmpq.engine.runner.captured_decode import CapturedDecode
+from ds_llmpq.engine.runner.captured_pages import CapturedPages
 from ds_llmpq.engine.runner.fusion import Fusion
 from ds_llmpq.engine.runner.host_copies import HostCopy
 from ds_llmpq.engine.runner.look_ahead import Launched, LookAhead
@@ -109,7 +110,8 @@ class InferencePipelineEngine(PipelineEngine):
         if capture is None:
             return None
         size = 0 if self.is_first_stage() else self.hidden_size
-        return CapturedDecode(self.module, self.store, self.positional, capture, self.dtype, size, fusion=fusion)
+        kind = CapturedPages if isinstance(self.store, PagedKVStore) else CapturedDecode
+        return kind(self.module, self.store, self.positional, capture, self.dtype, size, fusion=fusion)
 
     def _broadcast_model(self) -> None:
         """Every rank has read its own layers; there is nothing to make equal, and packed weights must not be cast."""
@@ -212,12 +214,12 @@ class InferencePipelineEngine(PipelineEngine):
             self.stream.nan_blocks.clear()
 
     def _decode_pass(self, batch: MicroBatch) -> None:
+        if self.stream.nan_blocks:  # before a pass ahead that reads who has them now
+            self._clear_nan(batch)
         if self.ahead is not None:
             self._early = self.ahead.take(self.stream, batch)
             if self._early is not None:
                 return
-        if self.stream.nan_blocks:
-            self._clear_nan(batch)
         step = self.steps.decode(self.stream, batch)
         with self.trace.working("decode", batch.size, tokens=len(batch.live)):
             self._run_rows("decode", step, batch)

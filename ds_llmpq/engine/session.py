@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ds_llmpq.cost.captured_graphs import row_bucket
 from ds_llmpq.engine import device_memory
 from ds_llmpq.engine.channels import ActivationChannel, TokenChannel
 from ds_llmpq.engine.config import EngineConfig
@@ -30,7 +31,7 @@ from ds_llmpq.models.generation import load_generation
 from ds_llmpq.models.shape import ModelShape, read_shape
 from ds_llmpq.plan import Plan
 from ds_llmpq.quant.hqq import count_stored_bytes
-from ds_llmpq.quant.kernels.registry import check_batch_invariant, find_stage_kernel
+from ds_llmpq.quant.kernels.registry import find_stage_kernel
 from ds_llmpq.quant.layers import LayerLoader
 from ds_llmpq.quant.quantized_checkpoint import open_checkpoint
 from ds_llmpq.scheduler.micro_batch import PATIENCE_ROUNDS, MicroBatchLimits
@@ -74,7 +75,7 @@ class Session:
             raise UserError(f"engine.prefill_tokens is {budget}, but must be 1 or more, or null for what is planned.")
         self.context = context
         self.dtype = getattr(torch, plan.deployment.compute_dtype)
-        check_batch_invariant(find_stage_kernel(context.stage.kernel), self.options.batch_invariant)
+        plan.check_batch_invariant(self.options.batch_invariant)
         started = time.perf_counter()
         checkpoint = open_checkpoint(model_path, trust_remote_code)
         self._held_before = device_memory.held_bytes(context.device)
@@ -117,6 +118,8 @@ class Session:
             scorer,
             self._build_fusion(module, loader, capture),
         )
+        if isinstance(capture, CudaGraphs) and self.plan.is_paged and has_compiler(context.device):
+            self._read_in_place(shape)
         device_memory.release_freed()
         self._growth_of_loading = device_memory.held_bytes(context.device) - self._held_before
         self._peak_of_loading = device_memory.peak_bytes(context.device)
@@ -146,11 +149,7 @@ class Session:
 
     @property
     def _captures(self) -> bool:
-        return (
-            self.scorer is None
-            and not self.plan.is_paged
-            and self.options.captures(stage.kind for stage in self.plan.stages)
-        )
+        return self.scorer is None and self.options.captures(stage.kind for stage in self.plan.stages)
 
     def _build_capture(self) -> Capture | None:
         """How this stage does it. Without a GPU a trace is no faster, and runs only if it was asked for."""
@@ -170,6 +169,14 @@ class Session:
         fusion = Fusion(module, loader.decoder.positions(device), self.dtype, device, self._tell)
         fusion.compile()
         return fusion
+
+    def _read_in_place(self, shape: ModelShape) -> None:
+        """Captured decode passes read pages where they lie, if that compiles."""
+        from ds_llmpq.engine.runner.flex_pages import FlexPages
+
+        flex = FlexPages(shape.spec, self.context.device)
+        if flex.check(self.store, row_bucket(self.plan.micro_batch.decode), self._tell):
+            self.engine.passes.captured.flex = flex
 
     def _choose_patience(self) -> int:
         """The same on all stages."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from ds_llmpq.engine.kv_cache import KVStore, NoCache
+from ds_llmpq.engine.paged_cache import PagedKVStore
 from ds_llmpq.engine.runner.host_copies import to_device
 from ds_llmpq.models.step import Step
 from ds_llmpq.scheduler.micro_batch import MicroBatch
@@ -61,6 +62,8 @@ class StepBuilder:
 
     def decode_at(self, stream: Stream, batch: MicroBatch, positions: abc.Sequence[int]) -> Step:
         """A decode step without its tokens. `positions`: of the live slots' last tokens."""
+        if isinstance(self.store, PagedKVStore):
+            return self._decode_pages(stream, batch, positions)
         live = dict(zip(batch.live, positions, strict=True))
         own = [place - stream.slots.shared[slot] for slot, place in live.items()]  # places in their slots
         # how sums over the cache are grouped depends on how much of it is read
@@ -79,6 +82,18 @@ class StepBuilder:
             kv_tokens=kv_tokens,
             causal_only=not stream.batch_invariant and min(own) + 1 == kv_tokens,
             shared=of_prefix,
+            prepare=self.positional,
+        )
+
+    def _decode_pages(self, stream: Stream, batch: MicroBatch, positions: abc.Sequence[int]) -> Step:
+        """Where rows share blocks all of a pass are live, and a prefix is the first of a row's own blocks."""
+        at, seen = to_device(positions, self.device), max(positions) + 1
+        shared = [stream.slots.shared[slot] for slot in batch.slots]
+        return Step(
+            positions=at[:, None],
+            cache=self.store.decode_rows(batch.slots, positions, shared, at),
+            kv_tokens=seen,
+            causal_only=min(positions) + 1 == seen,
             prepare=self.positional,
         )
 

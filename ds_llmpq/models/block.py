@@ -181,6 +181,8 @@ class Attention(nn.Module):
         """What `project` gave, to [R, H, T, D]."""
         inputs = step.prepare_inputs()
         if step.cache is not None:
+            if step.cache.in_place:
+                return step.cache.attend(query, key, value, self)
             key, value = step.cache.update(key, value, self.index)
         if self.spec.alibi:
             mask = inputs["bias"]

@@ -10,7 +10,10 @@ import torch
 
 
 class KeyValueCache(Protocol):
-    """Keys and values of earlier tokens, for attention."""
+    """Keys and values of earlier tokens, for attention. `in_place`: `attend` stores new ones and attends to all, where
+    they lie, instead of `update`."""
+
+    in_place: bool
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Stores new ones, [rows, key/value heads, tokens, size], and returns those that attention sees. `layer_idx`

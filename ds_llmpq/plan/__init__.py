@@ -3,7 +3,7 @@
 from ds_llmpq.plan.assignment import Assignment, StageAssignment
 from ds_llmpq.plan.check_model import check_model
 from ds_llmpq.plan.placement import launch_order, placements
-from ds_llmpq.plan.plan import BASELINES, ESTIMATES, Plan, require_block_tables
+from ds_llmpq.plan.plan import BASELINES, ESTIMATES, Plan, check_shared_cache
 from ds_llmpq.plan.plan_parts import (
     MEMORY_PARTS,
     Deployment,
@@ -39,10 +39,10 @@ __all__ = [
     "StageMemory",
     "Workload",
     "check_model",
+    "check_shared_cache",
     "launch_order",
     "placements",
     "read_assignment",
     "read_plan",
-    "require_block_tables",
     "write_plan",
 ]

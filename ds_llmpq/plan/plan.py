@@ -23,8 +23,7 @@ from ds_llmpq.plan.plan_parts import (
 )
 from ds_llmpq.plan.schema1 import upgrade
 from ds_llmpq.quant.config import rename_former
-from ds_llmpq.quant.kernels.base import Kernel
-from ds_llmpq.quant.kernels.registry import find_stage_kernel
+from ds_llmpq.quant.kernels.registry import check_batch_invariant, find_stage_kernel
 from ds_llmpq.validation import (
     Amount,
     Many,
@@ -98,7 +97,7 @@ class Plan:
     @property
     def cache_block(self) -> int:
         """Positions per block of the KV cache; the same for all stages, because they share slots."""
-        return max(find_stage_kernel(stage.kernel).cache_block for stage in self.stages)
+        return max(find_stage_kernel(stage.kernel).block_positions(self.is_paged) for stage in self.stages)
 
     @property
     def row_positions(self) -> int:
@@ -118,6 +117,12 @@ class Plan:
     def count_pool_blocks(self, prefix_tokens: int = 0) -> int:
         """Blocks that sequences share behind a prefix of so many tokens; 0 unless the plan is paged."""
         return (self.cache_positions - prefix_tokens) // self.cache_block if self.is_paged else 0
+
+    def check_batch_invariant(self, asked: bool) -> None:
+        """`UserError` if `engine.batch_invariant` is asked for, and the plan cannot have it."""
+        for stage in self.stages:
+            check_batch_invariant(find_stage_kernel(stage.kernel), asked)
+        check_shared_cache(self.is_paged, asked)
 
     def with_fewer_sequences(self) -> "Plan":
         """The same stages with half as many sequences in flight and in each micro-batch, at least one. The predictions
@@ -188,8 +193,6 @@ def _check_stages(plan: Plan) -> None:
                 _check_times(times, f"{path}.{name}")
         if plan.is_deployed and (stage.kind is None or stage.slot is None):
             raise UserError(f"{path} lacks kind or slot, which a deployed plan needs; plan again.")
-        if plan.is_paged and plan.is_deployed:
-            require_block_tables(find_stage_kernel(stage.kernel), f"{path} runs")
         expected = last
     links = plan.deployment and plan.deployment.link_seconds
     for phase in ("prefill", "decode") if links else ():
@@ -197,12 +200,12 @@ def _check_stages(plan: Plan) -> None:
             raise UserError(f"plan.deployment.link_seconds.{phase} must have {len(plan.stages)} entries; plan again.")
 
 
-def require_block_tables(kernel: Kernel, what: str) -> None:
-    """`UserError` unless attention reads the cache by block tables. `what`: who has the kernel."""
-    if not kernel.whole_stage:
+def check_shared_cache(paged: bool, batch_invariant: bool) -> None:
+    """`UserError`: sequences are to share the KV cache, and answers not to depend on which others run."""
+    if paged and batch_invariant:
         raise UserError(
-            f"engine.kv_cache=paged needs attention that reads block tables, as quant.kernel=openvino_graph has it, "
-            f"but {what} kernel {kernel.name}; plan with engine.kv_cache=slots."
+            "engine.batch_invariant=true cannot be had with engine.kv_cache=paged, where it depends on the other "
+            "sequences how many rows a pass has; plan with engine.kv_cache=slots."
         )
 
 

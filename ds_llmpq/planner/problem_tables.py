@@ -105,7 +105,8 @@ def tabulate_memory(
         workload.sequences, workload.prompt_tokens, workload.generated_tokens, shared, workload.unshared_tokens or 0,
         workload.pool_positions or 0,
     )  # fmt: skip
-    block = memory.kernel.cache_block
+    paged = planned.pool_positions > 0
+    block = memory.kernel.block_positions(paged)
     quantized = any(width != UNQUANTIZED_BITS for width in bits)
     # a prompt without the prefix passes whole, alone
     one = memory.workspace_bytes(1, workload.prompt_tokens, 0, quantized)
@@ -116,10 +117,12 @@ def tabulate_memory(
     }
     prefill = {s: max(one, value) for s, value in behind.items()}
     apart = {s: memory.prefix_bytes(s, 1, shared, capacity) for s in sizes["decode"]}
+    if paged:  # a prefix is then in all rows' blocks
+        apart = {s: 0 if capturing else memory.gathered_bytes(s, capacity) for s in sizes["decode"]}
     decode = {s: memory.workspace_bytes(s, 1, capacity - 1, quantized) + apart[s] for s in sizes["decode"]}
     if capturing:
         rows, layers = -(-workload.sequences // capturing), -(-memory.shape.layers // capturing)
-        graphs = estimate_graph_bytes(layers, workload.sequences, rows, capacity, shared > 0)
+        graphs = estimate_graph_bytes(layers, workload.sequences, rows, capacity, shared > 0, paged)
         pool = {s: memory.captured_pool_bytes(s, capacity - 1, quantized) + apart[s] for s in sizes["decode"]}
         prefill = {s: value + graphs + max(pool.values()) for s, value in prefill.items()}
         decode = {s: value + graphs + pool[s] for s, value in decode.items()}

@@ -66,6 +66,15 @@ class BlockPool:
         self._stored[slot] = stored
         return True
 
+    def has_place(self, slot: int) -> bool:
+        """Whether the row's next token needs no further block."""
+        return self._stored[slot] < len(self.tables[slot]) * self.block_tokens
+
+    def reserve(self, slot: int) -> None:
+        """The block of the row's next token, if there can be one, it needs a block and one is free."""
+        if self._free and self._stored[slot] < self._most[slot] and not self.has_place(slot):
+            self.tables[slot].append(self._free.pop())
+
     def release(self, slot: int) -> None:
         """The row has left."""
         self._free.extend(reversed(self.tables[slot]))

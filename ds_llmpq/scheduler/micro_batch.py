@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ds_llmpq.cost.captured_graphs import row_bucket
+
 # A free slot waits for company, where prefill of more rows is cheaper a row; but not for more rounds than this.
 PATIENCE_ROUNDS = 8
 
@@ -39,7 +41,7 @@ class MicroBatchLimits:
 
     `batch_invariant`: decode takes the whole group, live or not, and prefill one row, so that a row's arithmetic does
     not depend on which others it runs with. `row_buckets`: decode takes a power of two of the group's first slots, so
-    that few shapes are met.
+    that few shapes are met; with `cache_blocks` its passes are filled up on the device (`count_rows`).
 
     `cache_blocks`: how many blocks of `block_tokens` positions of the KV cache all slots share, each holding what its
     tokens need; decode then takes running slots alone, whichever they are. 0: slots have positions of their own.
@@ -54,3 +56,9 @@ class MicroBatchLimits:
     chunked: bool = False
     cache_blocks: int = 0
     block_tokens: int = 1
+
+    def count_rows(self, batch: MicroBatch, slots: int) -> int:
+        """Rows that a stage computes for the micro-batch, of a stream over so many slots."""
+        if batch.phase == "decode" and self.row_buckets and self.cache_blocks:
+            return max(batch.size, min(row_bucket(batch.size), slots))
+        return batch.size

@@ -127,7 +127,7 @@ class Scheduler:
         that `ends` names; None: there is none. Nothing changes: the visit may come to less."""
         group, visit = self.groups[self._turn], self._visit + self._count_round()
         running = [slot for slot in group if self._joins(slot, visit) and not ends(slot)]
-        if not running:
+        if not running or (self.pool and not all(map(self.pool.has_place, running))):
             return None
         return MicroBatch(0, "decode", tuple(self._choose_decode_slots(group, running)), tuple(running))
 
@@ -169,6 +169,9 @@ class Scheduler:
                 place += 1
             else:
                 self._preempt(by_age.pop())
+        if self.limits.row_buckets:  # so that passes ahead of the host (`forecast`) know where their tokens go
+            for slot in by_age:
+                self.pool.reserve(slot)
         return sorted(by_age)
 
     def _preempt(self, slot: int) -> None:

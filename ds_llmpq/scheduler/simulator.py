@@ -159,6 +159,7 @@ class _Simulation:
     ):
         self.clock = _StageClock(times)
         self.lengths = lengths
+        self.limits = limits
         self.scheduler = Scheduler(slots, limits)
         self.scheduler.add((prompt for prompt, _ in lengths), shared_tokens, most_tokens)
         self.sequence = [0] * slots
@@ -191,7 +192,7 @@ class _Simulation:
 
     def _run_batch(self, batch: MicroBatch, certain: Sequence[bool]) -> None:
         """A micro-batch through all stages; where it was `certain`, its receive was posted with the one before."""
-        clock, rows = self.clock, batch.size
+        clock, rows = self.clock, self.limits.count_rows(batch, len(self.sequence))
         for slot, sequence in zip(batch.slots, batch.sequences, strict=False):
             self.sequence[slot] = sequence
         # a preempted sequence's tokens are computed again
@@ -206,14 +207,14 @@ class _Simulation:
         arrived = 0.0
         for stage in range(stages):
             if stage:
-                clock.wait(stage, arrived, "wait_receive", rows)
+                clock.wait(stage, arrived, "wait_receive", batch.size)
             clock.took[stage] = clock.free[stage]
             clock.run(stage, batch.phase, rows, tokens, past)
             if stage + 1 < stages:
-                arrived = clock.send(stage, batch.phase, rows, tokens, posted[stage + 1])
+                arrived = clock.send(stage, batch.phase, batch.size, tokens, posted[stage + 1])
         if not batch.live:  # a chunk of a prompt has no token
             return
-        for stage, when in enumerate(clock.send_back(rows)):
+        for stage, when in enumerate(clock.send_back(batch.size)):
             for slot in batch.live:
                 self.known[stage][slot] = when
         for slot in batch.live:

@@ -36,7 +36,6 @@ from ds_llmpq.models.notes import describe_notes, list_notes
 from ds_llmpq.plan import Plan, check_model, launch_order, read_plan, write_plan
 from ds_llmpq.planner.config import CostConfig, PlannerConfig, WorkloadConfig
 from ds_llmpq.quant.config import QuantConfig
-from ds_llmpq.quant.kernels.registry import check_batch_invariant, find_stage_kernel
 from ds_llmpq.serving.config import PlanningConfig, RunConfig
 from ds_llmpq.serving.job import Job, validate_batch
 from ds_llmpq.serving.metrics import summarize
@@ -98,8 +97,7 @@ def _run(settings: RunConfig, out: Path, rows: InputRows, screen: Screen) -> Bat
     elif tally.completed:
         screen.line(f"going on after {tally.completed} of {tally.total} requests, in {out}")
     _check_hostfile(settings, plan)
-    for stage in plan.stages:
-        check_batch_invariant(find_stage_kernel(stage.kernel), settings.engine.batch_invariant)
+    plan.check_batch_invariant(settings.engine.batch_invariant)
     job = Job(
         plan=plan,
         model_path=str(find_checkpoint(settings, plan)),

@@ -21,7 +21,7 @@ from ds_llmpq.models.description import refuse_foreign
 from ds_llmpq.models.fingerprint import fingerprint
 from ds_llmpq.models.notes import list_notes
 from ds_llmpq.models.shape import ModelShape, read_shape
-from ds_llmpq.plan import Plan, PlannedModel, launch_order, read_assignment, require_block_tables, write_plan
+from ds_llmpq.plan import Plan, PlannedModel, check_shared_cache, launch_order, read_assignment, write_plan
 from ds_llmpq.planner import Problem, ProgressEvent, check_plan, solve
 from ds_llmpq.planner.build import check_workload, micro_batches, prepare, usable_bits
 from ds_llmpq.planner.config import PlannerConfig, WorkloadConfig
@@ -137,9 +137,8 @@ def _find_shared_block(settings: PlanConfig, quant: QuantConfig) -> int:
     """Positions of the cache blocks that sequences share; 0: each has positions of its own. `UserError`: a pool that
     cannot be."""
     if settings.engine.is_paged:
-        kernel = find_kernel(quant.kernel)
-        require_block_tables(kernel, "the plan's stages run")
-        return kernel.cache_block
+        check_shared_cache(True, settings.engine.batch_invariant)
+        return find_kernel(quant.kernel).block_positions(paged=True)
     if settings.workload.pool_positions:
         raise UserError(
             f"workload.pool_positions={settings.workload.pool_positions} is of no use unless sequences share the KV "

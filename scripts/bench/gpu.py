@@ -30,6 +30,7 @@ try:
     from gpu_bars import write_bars
     from gpu_batches import check_engine, run_batches, run_two_stages, write_model
     from gpu_checks import check_families, check_kernels
+    from gpu_pages import check_pages, run_both_caches, time_pages
     from gpu_run import Run, environment, is_lost, write_table
     from gpu_speed import measure_ceilings, time_passes, time_transformers
 except ModuleNotFoundError as missing:
@@ -39,8 +40,9 @@ QUICK_MINUTES = 1.5
 GRACE_SECONDS = 4.0  # before the end, when whatever still runs is left
 # (section, share of the whole time that it may take at most); what most bars are about comes before what may be cut off
 SHARES = {
-    "ceilings": 0.04, "families": 0.12, "kernels": 0.14, "engine": 0.08, "model": 0.12, "16 bits": 0.18, "batches": 0.2,
-    "4 bits": 0.16, "transformers": 0.1, "two stages": 0.15, "8 bits": 0.14, "transformers, compiled": 0.3,
+    "ceilings": 0.04, "families": 0.12, "kernels": 0.14, "engine": 0.08, "model": 0.12, "16 bits": 0.22, "batches": 0.2,
+    "4 bits": 0.16, "pages": 0.08, "both caches": 0.12, "transformers": 0.1, "two stages": 0.15, "8 bits": 0.14,
+    "transformers, compiled": 0.3,
 }  # fmt: skip
 
 
@@ -88,9 +90,9 @@ def main() -> int:
 def complete(sections: list[str]) -> list[str]:
     """In order, with those that they need."""
     wanted = set(sections)
-    if not wanted <= {"ceilings", "families", "kernels"}:
+    if not wanted <= {"ceilings", "families", "kernels", "pages"}:
         wanted.add("ceilings")
-    if not wanted <= {"ceilings", "families", "kernels", "engine"}:
+    if not wanted <= {"ceilings", "families", "kernels", "pages", "engine"}:
         wanted.add("model")
     return [name for name in SHARES if name in wanted]
 
@@ -102,9 +104,11 @@ def run_sections(run: Run, sections: list[str], folder: Path, seconds: float) ->
         "kernels": check_kernels,
         "engine": check_engine,
         "model": partial(write_model, folder=folder),
-        "16 bits": partial(time_passes, folder=folder, bits=16),
+        "16 bits": partial(time_passes, folder=folder, bits=16, further=time_pages),
         "batches": partial(run_batches, folder=folder),
         "4 bits": partial(time_passes, folder=folder, bits=4),
+        "pages": check_pages,
+        "both caches": partial(run_both_caches, folder=folder),
         "transformers": partial(time_transformers, folder=folder, compiled=False),
         "two stages": partial(run_two_stages, folder=folder),
         "8 bits": partial(time_passes, folder=folder, bits=8),

@@ -83,14 +83,17 @@ def write_model(run: Run, folder: Path) -> Path:
     return folder
 
 
-def plan_for(run: Run, folder: Path, sequences: int, prompt: int, generated: int, dtype: str = "bfloat16") -> Plan:
-    """All layers at 16 bits on the one device, memory and times as the planner counts them."""
+def plan_for(
+    run: Run, folder: Path, sequences: int, prompt: int, generated: int, dtype: str = "bfloat16", pool: int = 0
+) -> Plan:
+    """All layers at 16 bits on the one device, memory and times as the planner counts them. `pool`: cache positions
+    that sequences share; 0: each has its own."""
     shape, config = read_shape(folder), make_cluster(run)
     cluster = Cluster.from_config(config)
     quant = dataclasses.replace(resolve_quant(run, shape, dtype), bits=[16])
     sizes = MicroBatchesConfig([max(1, min(sequences, 8192 // prompt))], [sequences])
     prepared = prepare(
-        cluster, shape, WorkloadConfig(sequences, prompt, generated), quant,
+        cluster, shape, WorkloadConfig(sequences, prompt, generated, pool_positions=pool), quant,
         PlannerConfig(micro_batches=sizes), None, dtype, find_kernel(quant.kernel), captured=run.on_gpu,
     )  # fmt: skip
     stage = StageAssignment(cluster.devices[0].name, 0, shape.layers, (16,) * shape.layers)
@@ -145,7 +148,7 @@ def run_batches(run: Run, folder: Path) -> None:
     for name, mix in mixes.items():
         plan = plan_for(run, folder, sequences, mix[3], mix[4])
         # bars are for the first
-        _run_batch(run, plan, folder, name, mix, run.left() * (1 if name == list(mixes)[-1] else 0.75))
+        run_batch(run, plan, folder, name, mix, run.left() * (1 if name == list(mixes)[-1] else 0.75))
         gc.collect()  # an engine is part of cycles, and holds the model and the cache
         free(run.device)
 
@@ -216,7 +219,8 @@ def _generate(
     return found, session.report()["passes_ahead"]
 
 
-def _run_batch(run: Run, plan: Plan, folder: Path, name: str, mix: tuple, seconds: float) -> None:
+def run_batch(run: Run, plan: Plan, folder: Path, name: str, mix: tuple, seconds: float, count: int = 1000) -> None:
+    """So many requests of the mix, or as many as end in time."""
     from ds_llmpq.engine.config import EngineConfig
     from ds_llmpq.engine.session import Session
     from ds_llmpq.scheduler.request_group import RequestGroup, Sequence
@@ -229,7 +233,9 @@ def _run_batch(run: Run, plan: Plan, folder: Path, name: str, mix: tuple, second
     load = time.monotonic() - began
     rule.ends -= 0.1 * seconds  # what is running has to end, too
     slots, capacity = plan.workload.sequences, plan.workload.prompt_tokens + plan.workload.generated_tokens
-    rows = requests(mix, 8 if run.tiny else 1000, read_shape(folder).vocab)
+    if plan.is_paged:
+        capacity = plan.cache_positions
+    rows = requests(mix, min(count, 8) if run.tiny else count, read_shape(folder).vocab)
     waiting = [Sequence(key, prompt, tokens) for key, (prompt, tokens) in enumerate(rows)]
     asked = len(waiting)
 

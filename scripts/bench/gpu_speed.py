@@ -78,8 +78,9 @@ def make_cluster(run: Run) -> ClusterConfig:
 
 
 @torch.inference_mode()
-def time_passes(run: Run, folder: Path, bits: int) -> None:
-    """Decode by rows with and without graphs, then prefill, of the whole model at one width."""
+def time_passes(run: Run, folder: Path, bits: int, further: Callable[..., None] | None = None) -> None:
+    """Decode by rows with and without graphs, then prefill, of the whole model at one width; then what `further` does
+    with it."""
     shape, checkpoint = read_shape(folder), Checkpoint(folder)
     quant = resolve_quant(run, shape)
     began = time.monotonic()
@@ -105,6 +106,8 @@ def time_passes(run: Run, folder: Path, bits: int) -> None:
         _time_prefix(run, module, positional, shape)
     if bits in (4, 16):
         _time_prefill(run, module, positional, costs, bits)
+    if further is not None:
+        further(run, module, positional, shape, loader.decoder)
 
 
 def resolve_quant(run: Run, shape: ModelShape, dtype: str = "bfloat16") -> QuantConfig:

@@ -1,5 +1,7 @@
 """Shapes of captured decode passes, and the memory that a plan sets aside for them."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,10 +10,12 @@ from ds_llmpq.cost.captured_graphs import (
     GRAPH_LAYER_BYTES,
     MOST_GRAPHS,
     context_bucket,
+    count_paged_shapes,
     count_shapes,
     estimate_graph_bytes,
+    row_bucket,
 )
-from ds_llmpq.scheduler.micro_batch import MicroBatchLimits
+from ds_llmpq.scheduler.micro_batch import MicroBatch, MicroBatchLimits
 from ds_llmpq.scheduler.scheduler import Scheduler
 
 
@@ -53,3 +57,18 @@ def test_no_stream_meets_more_shapes(lengths, slots, rows):
             for slot in batch.live:
                 left[slot] -= 1
     assert len(met) <= count_shapes(slots, rows, capacity)
+
+
+@pytest.mark.parametrize(("slots", "rows", "count"), [(1, 1, 1), (5, 5, 4), (32, 32, 6), (100, 100, 9), (512, 256, 13)])
+def test_passes_over_shared_blocks_go_by_rows_alone(slots, rows, count):
+    assert count_paged_shapes(slots, rows) == count
+    met = {min(row_bucket(taken), slots) for taken in range(1, rows + 1)}
+    assert len(met) == count
+    assert all(bucket >= taken for taken in range(1, rows + 1) if (bucket := row_bucket(taken)) <= slots)
+    graphs = estimate_graph_bytes(3, slots, rows, 4096, paged=True)
+    assert graphs == 3 * count * GRAPH_LAYER_BYTES < estimate_graph_bytes(3, slots, rows, 4096)
+    limits = MicroBatchLimits(1, 1, rows, row_buckets=True, cache_blocks=9, block_tokens=32)
+    batch = MicroBatch(0, "decode", tuple(range(rows)), tuple(range(rows)))
+    assert limits.count_rows(batch, slots) == min(row_bucket(rows), slots)
+    assert limits.count_rows(replace(batch, phase="prefill"), slots) == rows
+    assert replace(limits, cache_blocks=0).count_rows(batch, slots) == rows

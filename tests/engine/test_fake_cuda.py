@@ -3,6 +3,7 @@ not, on each kind of stage. Nothing but what a GPU would do without waiting for 
 
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from torch._subclasses.fake_tensor import (
 
 from ds_llmpq.engine import pipeline_engine
 from ds_llmpq.engine.kv_cache import KVStore
+from ds_llmpq.engine.paged_cache import PagedKVStore
 from ds_llmpq.engine.pipeline_engine import InferencePipelineEngine
 from ds_llmpq.engine.sampling import NO_DEFAULTS
 from ds_llmpq.engine.trace import Trace
@@ -43,7 +45,7 @@ import fake_humming
 from tiny_models import _SIZES, LAYERS, MODELS, VOCABULARY, Stage
 
 HIDDEN = 64
-SLOTS, CAPACITY, PREFIX = 4, 40, (5, 9, 4, 8, 7, 11)
+SLOTS, CAPACITY, PREFIX, BLOCK = 4, 40, (5, 9, 4, 8, 7, 11), 8
 # of each family one; all others are slow tests
 KINDS = [
     "llama", "mistral-window", "qwen2-window", "qwen3", "opt-projected-post-norm", "bloom", "gemma2", "gemma3",
@@ -130,9 +132,10 @@ class LengthRule:
 
 
 def make_engine(
-    monkeypatch, watch, decoder, dtype, place="whole", captured=True, defaults=NO_DEFAULTS, quantize=None
+    monkeypatch, watch, decoder, dtype, place="whole", captured=True, defaults=NO_DEFAULTS, quantize=None, blocks=0
 ):  # fmt: skip
-    """A rank of its own: all of a model, its first part, its middle or its end."""
+    """A rank of its own: all of a model, its first part, its middle or its end. `blocks`: of the cache, which rows
+    share; 0: they have slots of their own."""
     first, last = place in ("whole", "first"), place in ("whole", "last")
     standard = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -159,7 +162,10 @@ def make_engine(
     # in inference mode composite operators would pass whole
     monkeypatch.setattr(InferencePipelineEngine, "run_stream", RUN_STREAM)
     spec = decoder.spec.attention
-    store = KVStore(0, LAYERS, SLOTS * CAPACITY + len(PREFIX), spec.kv_heads, spec.head_dim, dtype, CUDA)
+    sizes = spec.kv_heads, spec.head_dim, dtype, CUDA
+    store = KVStore(0, LAYERS, SLOTS * CAPACITY + len(PREFIX), *sizes)
+    if blocks:
+        store = PagedKVStore(0, LAYERS, blocks * BLOCK, *sizes, BLOCK)
 
     def capture(function, buffers):
         with watch.capturing():
@@ -179,10 +185,14 @@ def make_engine(
 def run(engine, sampling=(GREEDY,), prefix=()):
     """Six requests of unequal lengths through four slots; two in three begin with the prefix."""
     dice = random.Random(1)
-    limits = MicroBatchLimits(2, 16, SLOTS, patience_rounds=1, row_buckets=True, chunked=True)
+    blocks = engine.store.capacity // BLOCK if isinstance(engine.store, PagedKVStore) else 0
+    limits = MicroBatchLimits(
+        2, 16, SLOTS, patience_rounds=1, row_buckets=True, chunked=True, cache_blocks=blocks, block_tokens=BLOCK
+    )
     if prefix:
         engine.share_prefix(prefix, limits)
         assert engine.prefix == prefix
+        limits = replace(limits, cache_blocks=engine.store.capacity // BLOCK if blocks else 0)
     rows = tuple(
         Sequence(
             key, (*prefix[: 100 * (key % 3)], *(dice.randrange(3, VOCABULARY) for _ in range(dice.randint(1, 20)))),
@@ -192,7 +202,7 @@ def run(engine, sampling=(GREEDY,), prefix=()):
     )  # fmt: skip
     done = []
     engine.run_stream(
-        RequestGroup(rows, SLOTS, CAPACITY, joins=True), limits, lambda: None,
+        RequestGroup(rows, SLOTS, engine.store.capacity if blocks else CAPACITY, joins=True), limits, lambda: None,
         lambda row, tokens, finish: done.append((row.key, len(tokens), finish)),
     )  # fmt: skip
     assert not engine.faults._faults
@@ -222,6 +232,35 @@ def test_families(decoders, monkeypatch, name, dtype):
 def test_a_shared_prefix(decoders, monkeypatch, name):
     with fake_cuda(monkeypatch, torch.bfloat16) as watch:
         run(make_engine(monkeypatch, watch, decoders(name), torch.bfloat16), prefix=PREFIX)
+
+
+class InPlace:
+    """In the place of `FlexPages`, which a compiler makes: it takes the same tensors."""
+
+    def attend(self, query, pages, layer_idx, window):
+        found = pages.find_range(window)
+        assert {each.dtype for each in found if each is not None} == {torch.int32}
+        assert found.blocks.shape[0] == len(found.counts) == len(query)
+        assert pages.store.pages(layer_idx).dtype == query.dtype
+        return torch.empty_like(query)
+
+
+@pytest.mark.parametrize("way", ["in place", "copied", "eager"])
+@pytest.mark.parametrize(("name", "place"), [
+    ("llama", "whole"), ("mistral-window", "whole"), ("bloom", "whole"), ("gemma2", "last"), ("qwen3-moe", "middle"),
+    ("opt-projected-post-norm", "first"),
+])  # fmt: skip
+def test_pages(decoders, monkeypatch, name, place, way):
+    """So few blocks that sequences are preempted, with a prefix of one block and without."""
+    for prefix in ((), (*PREFIX, *PREFIX)[:BLOCK]):
+        with fake_cuda(monkeypatch, torch.bfloat16) as watch:
+            engine = make_engine(
+                monkeypatch, watch, decoders(name), torch.bfloat16, place, way != "eager", blocks=5 + bool(prefix)
+            )
+            if way == "in place":
+                engine.passes.captured.flex = InPlace()
+            run(engine, prefix=prefix)
+            assert engine.ahead is None or engine.ahead.used
 
 
 @pytest.mark.parametrize("place", ["first", "middle", "last"])

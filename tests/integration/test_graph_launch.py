@@ -59,12 +59,13 @@ def test_a_run_of_two_graphs_answers_every_row(checkpoint, tmp_path):
     assert "plan with quant.kernel=openvino" in error_sentence(again)
 
 
-def test_killed_rows_that_share_a_cache_too_small_for_them_come_once_and_are_the_same(checkpoint, tmp_path):
+@pytest.mark.parametrize("kernel", ["openvino_graph", "dequantize"])
+def test_killed_rows_that_share_a_cache_too_small_for_them_come_once_and_are_the_same(checkpoint, tmp_path, kernel):
     rows = [completion(f"row-{index}", "planner " * (1 + 7 * index % 29), 5 + 37 * index % 120) for index in range(24)]
     prompts = write_rows(tmp_path / "rows.jsonl", rows)
     cluster = write_cluster(tmp_path / "cluster.yaml", {"localhost": [60, 61]})
     asked = ("run", f"model.path={checkpoint}", f"cluster_file={cluster}", f"input={prompts}", *PRECISE)
-    asked += ("quant.kernel=openvino_graph", "workload.sequences=8")
+    asked += (f"quant.kernel={kernel}", "workload.sequences=8")
     out = tmp_path / "paged"
     paged = Command((*asked, f"out={out}", "engine.kv_cache=paged", "workload.pool_positions=32"))
     with paged.start() as started:

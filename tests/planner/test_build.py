@@ -133,9 +133,10 @@ def test_a_shared_prefix_is_computed_and_held_once():
 def test_sequences_share_the_positions_of_a_pool():
     plain, pooled, small = (make(workload=WorkloadConfig(6, 20, 10, 12, 0, pool)) for pool in (None, 70, 1))
     bytes_of = [6 * built.problem.memory.kv_bytes_per_sequence_layer for built in (plain, pooled, small)]
-    # the prefix has 12 positions; behind it each has 18, or all share 70, but at least what one needs
-    assert bytes_of[1] == pytest.approx(bytes_of[0] * (70 + 12) / (6 * 18 + 12))
-    assert bytes_of[2] == pytest.approx(bytes_of[0] * (18 + 12) / (6 * 18 + 12))
+    # the prefix has 12 positions, and behind it each has 18; or all share 70 in blocks of 32, of which the prefix fills
+    # none, but at least what one needs
+    assert bytes_of[1] == pytest.approx(bytes_of[0] * 96 / (6 * 18 + 12))
+    assert bytes_of[2] == pytest.approx(bytes_of[0] * 32 / (6 * 18 + 12))
     assert pooled.problem.workload.pool_positions == 70
     with pytest.raises(UserError, match=r"workload.pool_positions=-1; it must be 0 or more"):
         make(workload=WorkloadConfig(6, 20, 10, 12, 0, -1))
@@ -248,6 +249,20 @@ def test_captured_graphs_take_memory_in_both_phases_and_are_said_to_be_an_estima
         assert captured.workspace_bytes.prefill[size] == value + graphs + pool[6]
     assert "captured graphs estimated, not measured" in make(captured=True).provenance["memory_bytes"]
     assert "graphs" not in make().provenance["memory_bytes"]
+
+
+def test_passes_over_a_pool_copy_what_they_do_not_read_in_place():
+    """Where they are captured they do read in place, and there is a graph for each number of rows alone."""
+    slots, pool = (WorkloadConfig(6, 20, 10, 0, 0, positions) for positions in (None, 96))
+    plain, copied = (make(workload=each).problem.memory.workspace_bytes for each in (slots, pool))
+    memory = make().memory
+    for size, value in plain.decode.items():
+        assert copied.decode[size] == value + memory.gathered_bytes(size, 30)
+    assert copied.prefill == plain.prefill
+    captured = make(workload=pool, captured=True).problem.memory.workspace_bytes
+    graphs = estimate_graph_bytes(1, 6, 2, 30, paged=True)
+    for size, value in plain.decode.items():
+        assert captured.decode[size] == value + graphs + memory.captured_pool_bytes(size, 29, True)
 
 
 def test_origins_and_notes():

@@ -62,7 +62,7 @@ def test_a_mistake_is_named(solved, path, value, sentence):
     assert sentence in str(caught.value)
 
 
-def test_only_graphs_share_cache_blocks(solved):
+def test_a_plan_whose_sequences_share_cache_blocks(solved):
     obj = copy.deepcopy(solved[1].to_json())
     obj["workload"]["pool_positions"] = 100
     assert not Plan.from_json(obj).is_deployed
@@ -75,9 +75,11 @@ def test_only_graphs_share_cache_blocks(solved):
     fewer = plan.with_fewer_sequences()
     assert fewer.is_paged
     assert fewer.cache_positions < plan.cache_positions or plan.cache_positions == plan.row_positions
-    obj["stages"][-1]["kernel"] = "dequantize"
-    with pytest.raises(UserError, match=r"kv_cache=paged needs .* plan.stages\[\d\] runs kernel dequantize; plan with"):
-        Plan.from_json(obj)
+    for stage in obj["stages"]:
+        stage["kernel"] = "dequantize"
+    assert Plan.from_json(obj).cache_positions == plan.cache_positions
+    with pytest.raises(UserError, match=r"batch_invariant=true cannot be had with engine.kv_cache=paged"):
+        Plan.from_json(obj).check_batch_invariant(True)
 
 
 def test_stages_must_follow_each_other(solved):

@@ -25,7 +25,7 @@ class Player:
         self.scheduler.add(prompts, [shared] * len(lengths), [sum(entry) for entry in lengths])
         self.shared = shared
         self.holds, self.stored, self.tokens = {}, {}, [0] * len(lengths)
-        self.preempted, self.passes, self.order = [], [], []
+        self.preempted, self.passes, self.order, self.ahead = [], [], [], 0
         while self.scheduler.next_group() is not None:
             self.visit()
 
@@ -48,6 +48,10 @@ class Player:
         assert len(blocks) == len(set(blocks)) == pool.blocks - pool.free
         assert set(blocks) <= set(range(pool.blocks))
         self.passes += batches
+        ahead = self.scheduler.forecast(lambda slot: slot not in self.holds or self.ended(slot))
+        if ahead is not None:
+            assert all(map(pool.has_place, ahead.live)), "a pass ahead knows where its tokens go"
+            self.ahead += self.limits.row_buckets
         assert len(self.passes) < 20000
 
     def note(self, batch):
@@ -74,10 +78,15 @@ class Player:
 
 
 @settings(max_examples=200)
-@given(LENGTHS, st.integers(1, 9), st.integers(1, 4), st.integers(0, 30), st.booleans(), st.integers(0, 3))
-def test_every_sequence_runs_to_its_end_in_any_memory_that_holds_one(lengths, slots, rows, more, chunked, patience):
+@given(LENGTHS, st.integers(1, 9), st.integers(1, 4), st.integers(0, 30), st.booleans(), st.integers(0, 3),
+       st.booleans())  # fmt: skip
+def test_every_sequence_runs_to_its_end_in_any_memory_that_holds_one(
+    lengths, slots, rows, more, chunked, patience, captured
+):
     blocks = -(-max(map(sum, lengths)) // BLOCK) + more
-    limits = MicroBatchLimits(3, 12, rows, patience, chunked=chunked, cache_blocks=blocks, block_tokens=BLOCK)
+    limits = MicroBatchLimits(
+        3, 12, rows, patience, chunked=chunked, cache_blocks=blocks, block_tokens=BLOCK, row_buckets=captured
+    )
     player = Player(lengths, slots, limits)
     assert player.tokens == [generated for _, generated, _ in lengths]
     assert player.scheduler.waiting == player.scheduler.occupied == 0
@@ -157,3 +166,10 @@ def test_a_pool_says_what_does_not_fit():
         pool.admit(1, 1, 1)
     pool.release(0)
     assert pool.free == 4
+
+
+def test_captured_passes_are_known_ahead_where_memory_allows():
+    """All but those behind a prefill, whose prompt may end with a block."""
+    lengths = [(6, 40, 0)] * 4
+    limits = MicroBatchLimits(4, 40, 4, cache_blocks=4 * 12, block_tokens=BLOCK, row_buckets=True)
+    assert Player(lengths, 4, limits).ahead == 39

@@ -12,8 +12,8 @@ from ds_llmpq.quant.kernels.dequantize import DEQUANTIZE
 
 ROOT = Path(__file__).parents[2]
 SECTIONS = (
-    "environment", "ceilings", "families", "kernels", "engine", "model", "16 bits", "batches", "4 bits", "transformers",
-    "two stages", "8 bits", "transformers, compiled", "bars", "checks",
+    "environment", "ceilings", "families", "kernels", "engine", "model", "16 bits", "batches", "4 bits", "pages",
+    "both caches", "transformers", "two stages", "8 bits", "transformers, compiled", "bars", "checks",
 )  # fmt: skip
 STEP = {"rows": 1, "context": 256, "captured_ms": 4.5, "tokens_s": 222.0, "measured_over_predicted": 1.1}
 

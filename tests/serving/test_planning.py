@@ -54,7 +54,7 @@ def test_a_deadline_is_for_all_rows_of_the_input(tmp_path):
 @pytest.mark.parametrize(
     ("keys", "sentence"),
     [
-        (("engine.kv_cache=paged", "quant.kernel=dequantize"), "the plan's stages run kernel dequantize; plan with"),
+        (("engine.kv_cache=paged", "engine.batch_invariant=true"), "cannot be had with engine.kv_cache=paged"),
         (("engine.kv_cache=pages",), "engine.kv_cache is 'pages' but must be slots or paged"),
         (("workload.pool_positions=640",), "workload.pool_positions=640 is of no use unless"),
     ],

@@ -26,7 +26,7 @@ Outputs = tuple[torch.Tensor, torch.Tensor | None]  # hidden states, and logits 
 
 
 @dataclass(frozen=True)
-class _Shape:
+class Shape:
     """What a graph was captured for. `slots`, `capacity`, `prefix_tokens`: of the whole store, whose strides they give;
     `shares`: whether rows attend to the prefix."""
 
@@ -77,7 +77,7 @@ class CapturedDecode:
         self.most_graphs = most_graphs
         self.fusion = fusion
         self._hidden_size, self._dtype = hidden_size, dtype
-        self._graphs: OrderedDict[_Shape, Callable[[], Outputs]] = OrderedDict()
+        self._graphs: OrderedDict[Shape, Callable[[], Outputs]] = OrderedDict()
         self._make_buffers(1)
 
     def run(self, step: Step) -> Outputs:
@@ -88,11 +88,7 @@ class CapturedDecode:
             # graphs know their buffers by address
             self._graphs.clear()
             self._make_buffers(rows)
-        self._positions[:rows].copy_(step.positions[:, 0], non_blocking=True)
-        if shape.shares:
-            self._shared[:rows].copy_(step.shared, non_blocking=True)
-        inputs = step.hidden if self._hidden_size else step.token_ids
-        self._inputs[:rows].copy_(inputs, non_blocking=True)
+        self._fill_buffers(step, shape)
         return self._find_graph(shape)()
 
     @property
@@ -100,29 +96,40 @@ class CapturedDecode:
         """How many are held."""
         return len(self._graphs)
 
-    def _find_shape(self, step: Step) -> _Shape:
+    def _find_shape(self, step: Step) -> Shape:
         if not isinstance(step.cache, DecodeCache):
             raise TypeError(f"a captured decode pass needs the cache of a decode pass, not {type(step.cache).__name__}")
         slots, store = step.cache.slots, self.store
         bucket = context_bucket(step.kv_tokens, store.capacity)
         shares = step.shared is not None
-        return _Shape(
+        return Shape(
             slots.start, slots.stop - slots.start, bucket, store.slots, store.capacity, store.prefix_tokens, shares
         )
 
-    def _find_graph(self, shape: _Shape) -> Callable[[], Outputs]:
+    def _fill_buffers(self, step: Step, shape: Shape) -> None:
+        rows = shape.rows
+        self._positions[:rows].copy_(step.positions[:, 0], non_blocking=True)
+        if shape.shares:
+            self._shared[:rows].copy_(step.shared, non_blocking=True)
+        inputs = step.hidden if self._hidden_size else step.token_ids
+        self._inputs[:rows].copy_(inputs, non_blocking=True)
+
+    def _list_buffers(self, shape: Shape) -> tuple[torch.Tensor, ...]:
+        """What `_step` takes behind the shape."""
+        rows = shape.rows
+        return self._inputs[:rows], self._positions[:rows], self._shared[:rows], self.store.memory
+
+    def _find_graph(self, shape: Shape) -> Callable[[], Outputs]:
         if shape not in self._graphs:
             while len(self._graphs) >= self.most_graphs:
                 self._graphs.popitem(last=False)
-            rows = shape.rows
-            buffers = self._inputs[:rows], self._positions[:rows], self._shared[:rows], self.store.memory
             with fix_shapes(self.module), self.fusion.use() if self.fusion else contextlib.nullcontext():
-                self._graphs[shape] = self.capture(partial(self._step, shape), buffers)
+                self._graphs[shape] = self.capture(partial(self._step, shape), self._list_buffers(shape))
         self._graphs.move_to_end(shape)
         return self._graphs[shape]
 
     def _step(
-        self, shape: _Shape, inputs: torch.Tensor, positions: torch.Tensor, shared: torch.Tensor, memory: torch.Tensor
+        self, shape: Shape, inputs: torch.Tensor, positions: torch.Tensor, shared: torch.Tensor, memory: torch.Tensor
     ) -> Outputs:
         """Nothing changes from call to call but what the tensors hold."""
         first, stop = shape.first_slot, shape.first_slot + shape.rows
@@ -135,6 +142,9 @@ class CapturedDecode:
             shared=shared,
             prepare=self.positional,
         )
+        return self._pass(step, inputs)
+
+    def _pass(self, step: Step, inputs: torch.Tensor) -> Outputs:
         if self._hidden_size:
             step.hidden = inputs
         else:

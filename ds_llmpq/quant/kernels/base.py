@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 Show = Callable[[str], None]  # tells the user
 # linears of a decoder layer that read the same input, by the last part of their names
 ATTENTION_INPUT = ("q_proj", "k_proj", "v_proj")
+SHARED_BLOCK = 32  # positions of a block of a KV cache that sequences share; a kernel's own blocks are as long, or 1
 SHARED_INPUTS = (ATTENTION_INPUT, ("gate_proj", "up_proj"), ("w1", "w3"))
 
 
@@ -78,6 +79,10 @@ class Kernel:
     whole_stage = False
     layer_overhead_bytes = 0
     speedups: Mapping[str, Mapping[int, Mapping[int, float]]] = MappingProxyType({})
+
+    def block_positions(self, paged: bool) -> int:
+        """Positions in a block of the KV cache. `paged`: sequences share it."""
+        return SHARED_BLOCK if paged else self.cache_block
 
     @property
     def product_kernel(self) -> Kernel:
