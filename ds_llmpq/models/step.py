@@ -19,6 +19,9 @@ class KeyValueCache(Protocol):
         """Stores new ones, [rows, key/value heads, tokens, size], and returns those that attention sees. `layer_idx`
         counts in the whole model."""
 
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: Any) -> torch.Tensor:
+        """What the attention `layer` of a decode pass finds, [rows, heads, 1, size], if `in_place`."""
+
     def rows(self, start: int, stop: int) -> KeyValueCache:
         """The cache of rows [start, stop) of the micro-batch alone."""
 

@@ -18,7 +18,7 @@ from ds_llmpq.engine.paged_cache import PagedKVStore, PageRange, PageTables
 from ds_llmpq.models.ends import compute_alibi_slopes
 from ds_llmpq.models.spec import DecoderSpec
 
-_QUERY_BLOCK = 128  # positions of a query block, of which a decode pass has one token
+_QUERY_BLOCK = 128  # queries of a block of the mask
 _VERSIONS = 256  # compiled ones that there may be: for each number of rows and kind of layer; torch allows 8
 
 
@@ -42,10 +42,12 @@ class FlexPages:
         """query [rows, heads, 1, head_dim] -> the same shape."""
         keys, values = pages.store.pages(layer_idx)
         attention = self.spec.attention
-        return self._attend(
-            query, keys, values, pages.find_range(window), self._slopes, attention.scale, attention.soft_cap,
+        by_group = query.reshape(len(query), attention.kv_heads, -1, query.shape[-1])
+        found = self._attend(
+            by_group, keys, values, pages.find_range(window), self._slopes, attention.scale, attention.soft_cap,
             pages.store.block,
         )  # fmt: skip
+        return found.reshape(query.shape)
 
     def check(self, store: PagedKVStore, rows: int, tell: Callable[[str], None]) -> bool:
         """Compiles for so many rows, of each kind of layer; False, and `tell` gets a line, where that fails."""
@@ -55,8 +57,7 @@ class FlexPages:
                 # laid out as in passes, which the compiler looks at
                 at = torch.zeros(rows, dtype=torch.long, device=device)
                 tables = torch.zeros(rows, LEAST_TABLE_TOKENS // store.block, dtype=torch.int32, device=device)
-                query = torch.zeros(rows, 1, attention.heads, store.head_dim, dtype=store.memory.dtype, device=device)
-                query = query.transpose(1, 2)
+                query = torch.zeros(rows, attention.heads, 1, store.head_dim, dtype=store.memory.dtype, device=device)
                 for window in {layer.window for layer in self.spec.layers}:
                     self.attend(query, PageTables(store, tables, at, 0), store.first_layer, window)
         except Exception as error:
@@ -74,8 +75,10 @@ def attend_in_place(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, found: PageRange, slopes: torch.Tensor | None,
     scale: float, soft_cap: float | None, block: int,
 ) -> torch.Tensor:  # fmt: skip
-    """query [R, H, 1, D] over keys and values [positions, G, D] of all rows -> [R, H, 1, D]. Letters as in
-    `models.block`."""
+    """query [R, G, H / G, D] over keys and values [positions, G, D] of all rows -> the same shape. Letters as in
+    `models.block`. The heads of a group see the same keys: as queries of one head they are in torch's kernel for few
+    queries, which otherwise takes groups of a power of two alone."""
+    heads = query.shape[2]
     blocks, counts, newest, end, begin, oldest, order = found
 
     def mask(row, head, token, place):
@@ -86,13 +89,13 @@ def attend_in_place(
         if soft_cap is not None:
             value = soft_cap * torch.tanh(value / soft_cap)
         if slopes is not None:
-            value = value + slopes[head] * (order[place // block] * block + place % block)
+            value = value + slopes[head * heads + token] * (order[place // block] * block + place % block)
         return value
 
     pages = BlockMask.from_kv_blocks(
         counts[:, None, None], blocks[:, None, None], BLOCK_SIZE=(_QUERY_BLOCK, block), mask_mod=mask,
-        seq_lengths=(1, len(keys)), compute_q_blocks=False,
+        seq_lengths=(heads, len(keys)), compute_q_blocks=False,
     )  # fmt: skip
     plain = soft_cap is None and slopes is None
     by_head = keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
-    return flex_attention(query, *by_head, None if plain else score, pages, scale=scale, enable_gqa=True)
+    return flex_attention(query, *by_head, None if plain else score, pages, scale=scale)
