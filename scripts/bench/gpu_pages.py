@@ -77,7 +77,7 @@ def check_pages(run: Run) -> None:
         rows = [[numbers.randrange(3, VOCABULARY) for _ in range(min(length, 60))] for length in LENGTHS]
         module = copy.deepcopy(Layers([ours.embedding, *ours.layers, ours.head])).to(run.device)
         spec, contexts = ours.decoder.spec, list(map(len, rows))
-        sizes = len(ours.layers), spec.attention.kv_heads, spec.head_dim
+        sizes = len(ours.layers), spec.attention.kv_heads, spec.attention.head_dim
         store = make_pages(sizes, contexts, SHARED_BLOCK, torch.float32, run.device)
         positional = ours.decoder.positions(run.device)
         for slot, row in enumerate(rows):
