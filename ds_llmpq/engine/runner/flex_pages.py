@@ -15,6 +15,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from ds_llmpq.cost.captured_graphs import LEAST_TABLE_TOKENS
 from ds_llmpq.engine.paged_cache import PagedKVStore, PageRange, PageTables
+from ds_llmpq.engine.runner.fusion import allow_versions
 from ds_llmpq.models.ends import compute_alibi_slopes
 from ds_llmpq.models.spec import DecoderSpec
 
@@ -35,8 +36,7 @@ class FlexPages:
         slopes = torch.tensor(compute_alibi_slopes(attention.heads), device=device) if attention.alibi else None
         self._slopes = slopes
         self._attend = torch.compile(attend_in_place, fullgraph=True, dynamic=False)
-        limit = torch._dynamo.config.recompile_limit
-        torch._dynamo.config.recompile_limit = max(limit, _VERSIONS)
+        allow_versions(_VERSIONS)
 
     def attend(self, query: torch.Tensor, pages: PageTables, layer_idx: int, window: int | None) -> torch.Tensor:
         """query [rows, heads, 1, head_dim] -> the same shape."""

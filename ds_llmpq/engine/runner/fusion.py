@@ -50,8 +50,7 @@ class Fusion:
         compiler = torch.compile(fullgraph=True)
         self._halves = compiler(Block.enter), compiler(Block.leave)
         try:
-            # for good: states that come from another stage are tensors of another kind, seen when passes are captured
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _KINDS)
+            allow_versions(_KINDS)
             with torch.inference_mode(), self.use():
                 for place, block in enumerate(self.blocks, 1):
                     before = time.monotonic()
@@ -81,6 +80,12 @@ class Fusion:
         hidden = torch.zeros(rows, 1, block.spec.hidden, dtype=self._dtype, device=self._device)
         positions = torch.zeros(rows, 1, dtype=torch.long, device=self._device)
         block(Step(positions, None, 1, False, hidden=hidden, prepare=self._positional))
+
+
+def allow_versions(count: int) -> None:
+    """So many compiled versions of a function, for good: more are met when passes are captured, such as for states that
+    come from another stage, which are tensors of another kind."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, count)
 
 
 def has_compiler(device: torch.device) -> bool:
