@@ -36,7 +36,7 @@ from ds_llmpq.quant.kernels.registry import find_stage_kernel
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS, make_groups
 
 CHOICES = ("auto", "always", "never")
-POINT_SECONDS = {"cpu": 2.0, "cuda": 10.0}  # for the points of a device; the trial pipeline comes on top
+POINT_SECONDS = {"cpu": 1.8, "cuda": 10.0}  # for the points of a device; the trial pipeline comes on top
 LATE_SECONDS = {"cpu": 12.0, "cuda": 30.0}  # by the clock on the wall, which other programs may make run far ahead
 _KEPT = "calibration"  # of the user's cache folder
 VERSION = 7  # of what is measured; what an older one kept is measured anew
