@@ -115,6 +115,8 @@ class MemoryModel:
 
     def workspace_bytes(self, sequences: int, new_tokens: int, past_tokens: int, quantized: bool) -> int:
         parts = self.workspace_parts(sequences, new_tokens, past_tokens, quantized)
+        if self.kernel.whole_stage:  # a graph keeps its buffers while tokens are chosen
+            return parts["dequantized"] + max(parts["activations"], parts["logits"]) + parts["communication"]
         return max(parts["activations"] + parts["dequantized"], parts["logits"]) + parts["communication"]
 
     def prefix_bytes(self, sequences: int, new_tokens: int, shared_tokens: int, seen: int) -> int:

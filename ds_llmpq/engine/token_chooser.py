@@ -19,6 +19,7 @@ from ds_llmpq.scheduler.request_group import Sequence
 from ds_llmpq.scheduler.sampling_params import GREEDY, SamplingParams
 from ds_llmpq.scheduler.slot_table import Finish, SlotTable
 
+_DRAWN_LOGITS = 1 << 16  # sorted at once on a CPU: each takes some fifty bytes meanwhile
 Chosen = list[tuple[int, bool]]  # of each live slot: its next token, and whether its logits are numbers
 
 
@@ -120,12 +121,14 @@ class TokenChooser:
     def _choose_on_host(
         self, logits: torch.Tensor, processed: torch.Tensor, rows: list[SamplingParams], counts: abc.Sequence[int]
     ) -> torch.Tensor:
-        """Only rows whose tokens are drawn pay for it."""
+        """Only rows whose tokens are drawn pay for it, a few at a time."""
         chosen = choose_greedily(logits, processed)
         drawn = [place for place, row in enumerate(rows) if row.temperature > 0]
-        if drawn:
-            picked = [rows[place] for place in drawn]
-            chosen[0, drawn] = sample(processed[drawn], picked, [counts[place] for place in drawn], self.defaults)
+        step = max(1, _DRAWN_LOGITS // processed.shape[-1])
+        for start in range(0, len(drawn), step):
+            some = drawn[start : start + step]
+            picked, steps = [rows[place] for place in some], [counts[place] for place in some]
+            chosen[0, some] = sample(processed[some], picked, steps, self.defaults)
         return chosen
 
     def _mark_given_up(self, batch: MicroBatch, hidden: torch.Tensor, chosen: torch.Tensor) -> None:

@@ -7,6 +7,7 @@ import pytest
 from ds_llmpq.cost.memory import MemoryModel
 from ds_llmpq.models.families import describe
 from ds_llmpq.models.shape import ModelShape
+from ds_llmpq.quant.kernels.openvino import OPENVINO_GRAPH
 from ds_llmpq.quant.packing import Groups
 from ds_llmpq.research.published_costs import KERNEL
 
@@ -141,3 +142,6 @@ def test_workspace_takes_the_larger_of_layer_and_logits():
     assert memory.workspace_bytes(8, 1, 100, True) == parts["logits"] + parts["communication"]
     assert MemoryModel(shape, Groups(), 2, KERNEL).workspace_parts(8, 1, 100, True)["dequantized"] == 0
     assert memory.workspace_parts(8, 1, 100, False)["dequantized"] == 0
+    graph = MemoryModel(shape, Groups(), 2, OPENVINO_GRAPH)
+    parts = graph.workspace_parts(8, 1, 100, True)
+    assert graph.workspace_bytes(8, 1, 100, True) == sum(parts.values()) - parts["activations"], "its buffers stay"

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from ds_llmpq.engine import token_chooser
 from ds_llmpq.engine.runner.capture import capture_trace
-from ds_llmpq.engine.sampling import choose_greedily, draw_uniform, sample
+from ds_llmpq.engine.sampling import NO_DEFAULTS, choose_greedily, draw_uniform, sample
 from ds_llmpq.models.generation import Generation
 from ds_llmpq.scheduler.sampling_params import GREEDY, SamplingParams
 
@@ -182,3 +183,23 @@ def test_choosing_greedily_is_sampling_at_temperature_zero():
     processed[:, 5] = 100.0
     assert choose_greedily(logits, processed)[0].tolist() == processed.argmax(-1).tolist()
     assert choose_greedily(logits, processed)[1].tolist() == sound
+
+
+def test_a_host_draws_for_a_few_rows_at_a_time_what_it_would_draw_at_once(monkeypatch):
+    """Sorting takes some fifty bytes a logit, so that its memory would grow with rows times vocabulary."""
+    logits = torch.randn(40, 5000, generator=torch.Generator().manual_seed(0))
+    rows = [GREEDY if place % 5 == 0 else SamplingParams(temperature=0.8, seed=place) for place in range(40)]
+    steps, sizes = list(range(40)), []
+    expected = sample(logits, rows, steps)
+
+    def watched(logits, *others):
+        sizes.append(logits.numel())
+        return sample(logits, *others)
+
+    monkeypatch.setattr(token_chooser, "sample", watched)
+    chooser = token_chooser.TokenChooser(None, NO_DEFAULTS, None, None, None, torch.device("cpu"))
+    tokens, sound = chooser._choose_on_host(logits, logits, rows, steps)
+    assert torch.equal(tokens, expected)
+    assert sound.all()
+    assert len(sizes) > 1
+    assert max(sizes) <= token_chooser._DRAWN_LOGITS

@@ -39,6 +39,9 @@ _PRODUCT_ROW_BYTES_IN = 1.1
 # Likewise, over 1 to 12 layers of 135M and 850M at 16, 8 and 4 bits: a layer of a graph beside its weights, and the
 # graph.
 _GRAPH_LAYER_BYTES, _GRAPH_BYTES = 1_400_000, 12_000_000
+# Likewise, over 1 to 128 tokens, 2 and 10 layers: what a graph keeps of each number of tokens that it has run, beside
+# those of its warm-up. A batch has two at least: where a prefill pass ends, and a decode pass.
+_SIZE_BYTES, _SIZES = 1_400_000, 2
 # a float32 scale, an 8-bit zero, and a float32 correction for the rounding of the zero
 _GROUP_BYTES = 9
 _FLOAT32_BYTES = 4
@@ -126,7 +129,7 @@ class OpenVinoGraph(_OpenVino):
     def stage_workspace_bytes(self, shape: ModelShape) -> int:
         """The graph, and the 32-bit tensors of one layer for the tokens of one call."""
         width = 2 * shape.hidden + 3 * shape.intermediate + (2 * shape.heads + 2 * shape.kv_heads) * shape.head_dim
-        return _GRAPH_BYTES + GRAPH_TOKENS * width * _FLOAT32_BYTES
+        return _GRAPH_BYTES + _SIZES * _SIZE_BYTES + GRAPH_TOKENS * width * _FLOAT32_BYTES
 
     def check_stage(self, dtype: torch.dtype) -> None:
         """`UserError`: OpenVINO is missing or untested, or the CPU does not compute in `dtype`."""
