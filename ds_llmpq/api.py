@@ -23,6 +23,7 @@ from ds_llmpq.batch.results import ERRORS_NAME, RESULTS_NAME
 from ds_llmpq.cluster.config import ClusterConfig
 from ds_llmpq.errors import RunFailed, UserError, quote
 from ds_llmpq.files import make_absolute, read_json_lines, write_whole
+from ds_llmpq.launch.journal import refuse_run_folder
 from ds_llmpq.plan import Plan, write_plan
 from ds_llmpq.scheduler.sampling_params import SamplingParams
 from ds_llmpq.serving.batch_run import BatchRun, run_batch
@@ -96,6 +97,7 @@ class LLM:
         """Plans for the workload in the settings; what they leave open is taken from `input`, a batch file. `out`: a
         folder for plan.json, problem.json and hostfile. `InfeasibleError`: nothing fits; it names a remedy."""
         with _folder(out) as folder:
+            refuse_run_folder(folder)
             return make_plan(replace(self.settings, input=None if input is None else str(make_absolute(input))), folder)
 
     def run(self, input: str | os.PathLike[str], *, out: str | os.PathLike[str]) -> BatchRun:

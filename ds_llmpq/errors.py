@@ -84,6 +84,8 @@ class RunFailed(UserError):
 
 
 def print_error(error: UserError) -> int:
-    """Shows the message; returns the exit code."""
-    print(f"error: {error}", file=sys.stderr)
+    """Shows the message, as a sentence; returns the exit code."""
+    text = str(error)
+    stop = "." if text[-1:].isalnum() or text.endswith((")", "'", '"')) else ""
+    print(f"error: {text}{stop}", file=sys.stderr)
     return error.exit_code

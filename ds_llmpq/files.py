@@ -41,7 +41,10 @@ _KINDS = (
 
 
 def make_absolute(path: str | os.PathLike[str]) -> Path:
-    """`path` relative to the current folder; `~` is the user's home."""
+    """`path` relative to the current folder; `~` is the user's home. `UserError`: an empty one, as an unset variable of
+    a shell leaves it, which would be the current folder."""
+    if path == "":
+        raise UserError("An empty path is given; give a file or a folder, or leave its key out.")
     return Path(path).expanduser().absolute()
 
 

@@ -22,9 +22,12 @@ from ds_llmpq import config, overrides
 from ds_llmpq.batch.results import check_folder
 from ds_llmpq.errors import Interrupted, RunFailed, UserError, print_error
 from ds_llmpq.files import keep_open_pipe, refuse_unwritable
+from ds_llmpq.launch.journal import refuse_run_folder
 from ds_llmpq.report import sweep, sweep_cache
 
 _LEAST_FREE_BYTES = 32 << 10
+# write files that a run has too, or a whole checkpoint
+_REPLACES_FILES = frozenset({"plan", "evaluate", "quantize", "profile", "sensitivity"})
 _READS_FAILURES = frozenset({"report"})  # may write its pages into the folder that they describe
 
 
@@ -35,7 +38,9 @@ def run_command(command: str, arguments: list[str]) -> int:
         logging.getLogger(library).setLevel(logging.WARNING)
     if all(argument.startswith("out=") for argument in arguments):
         arguments = [*config.EXAMPLES.get(command, ()), *arguments]
-    arguments = ["verbose=true" if argument in ("-v", "--verbose") else argument for argument in arguments]
+    # commands without the key print all they know
+    verbose = ["verbose=true"] if hasattr(config.COMMANDS[command], "verbose") else []
+    arguments = [each for one in arguments for each in (verbose if one in ("-v", "--verbose") else [one])]
     flags = [argument for argument in arguments if argument.startswith("-")]
     arguments = config.prepare(command, arguments, sweep=bool({"-m", "--multirun"} & set(flags)))
     codes: list[int] = []
@@ -97,6 +102,8 @@ def _run(command: str, composed: DictConfig) -> int:
         return _point(command, module, composed, out)
     try:
         held_work = sweep.holds_work(out)
+        if command in _REPLACES_FILES:
+            refuse_run_folder(out)
         with refuse_unwritable(out):
             settings = config.to_object(composed, config.COMMANDS[command])
             if getattr(settings, "input", None):
@@ -114,6 +121,8 @@ def _run(command: str, composed: DictConfig) -> int:
 def _point(command: str, module: ModuleType, composed: DictConfig, out: Path) -> int:
     """Runs a point of a sweep, unless its result from the same configuration exists."""
     try:
+        if command in _REPLACES_FILES:
+            refuse_run_folder(out)
         made = sweep_cache.digest(command, OmegaConf.to_container(composed, resolve=True))
         if sweep_cache.is_done(out, command, made):
             print(f"kept: {out}")

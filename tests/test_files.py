@@ -8,6 +8,8 @@ import pytest
 
 from ds_llmpq.errors import UserError, quote
 from ds_llmpq.files import (
+    absolute_or_none,
+    make_absolute,
     read_csv,
     read_json,
     read_json_lines,
@@ -145,3 +147,9 @@ def test_yaml_from_outside_is_plain_values(tmp_path, text, reason):
 def test_yaml_may_repeat_a_few_values_and_count_in_gib(tmp_path):
     (tmp_path / "file").write_text("a: &x {b: 1e3}\nc: [*x, *x]\nd: ${gib:2}\n")
     assert read_yaml(tmp_path / "file", "thing", "mend it") == {"a": {"b": 1e3}, "c": [{"b": 1e3}] * 2, "d": "${gib:2}"}
+
+
+def test_an_empty_path_is_not_the_current_folder():
+    with pytest.raises(UserError, match="empty path"):
+        make_absolute("")
+    assert absolute_or_none(None) is None

@@ -22,7 +22,7 @@ def run(settings: EvaluateConfig, out: Path) -> int:
 
 def _format_text(found: dict[str, Any]) -> str:
     rows = [
-        ["tokens scored", str(found["tokens"])],
+        ["tokens scored", f"{found['tokens']:,}"],
         ["loss (nats per token)", f"{found['nats_per_token']:.5f}"],
         ["perplexity per token", f"{found['perplexity_per_token']:.4f}"],
         ["perplexity per word", format_number(found["perplexity_per_word"], 4)],

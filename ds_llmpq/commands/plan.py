@@ -9,7 +9,6 @@ from ds_llmpq import config
 from ds_llmpq.commands.config import PlanCommandConfig
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import write_json
-from ds_llmpq.launch.journal import refuse_run_folder
 from ds_llmpq.launch.launcher import Launch, format_manual_command, write_environment
 from ds_llmpq.models.notes import describe_notes
 from ds_llmpq.plan import Plan
@@ -23,7 +22,6 @@ from ds_llmpq.serving.planning import Progress, build_problem, build_solver_opti
 
 
 def run(settings: PlanCommandConfig, out: Path) -> int:
-    refuse_run_folder(out)
     settings = config.load_cluster(settings)
     if settings.planner.mode == "pareto":
         return _front(settings, out)
@@ -39,7 +37,6 @@ def run(settings: PlanCommandConfig, out: Path) -> int:
 
 def run_point(settings: PlanCommandConfig, out: Path) -> int:
     """A point of a sweep: one line; plan.json has the whole plan, and a table of all points comes at the end."""
-    refuse_run_folder(out)
     settings = config.load_cluster(settings)
     if settings.planner.mode == "pareto":
         return _front(settings, out)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -18,18 +18,35 @@ from ds_llmpq.quant.packing import UNQUANTIZED_BITS
 
 @dataclass
 class FittedCosts:
-    """`LayerCosts` of one device type. Notes on what was extrapolated or not profiled gather in `notes`. `drawn_share`:
-    share of the rows whose tokens are drawn, where the others take the likeliest."""
+    """`LayerCosts` of one device type. `drawn_share`: share of the rows whose tokens are drawn, where the others take
+    the likeliest."""
 
     device_type: DeviceType
     model: LatencyModel
     roofline: RooflineCosts
     drawn_share: float = 0.0
-    notes: dict[str, None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._unit = unit_roofline(self.roofline.shape, self.model.setup)
-        self._missed: set[int] = set()  # bit widths that were asked for, but not profiled
+        # what was asked for, but not profiled
+        self._missed: dict[str, set[int]] = {}  # bit widths by phase
+        self._outside: dict[str, set[tuple[int, float]]] = {}  # sequences and tokens by phase
+
+    @property
+    def notes(self) -> list[str]:
+        """What was extrapolated or not profiled, so far: two lines for each phase at most."""
+        name = self.device_type.name
+        found = [
+            f"{name} was not profiled at {', '.join(map(str, sorted(bits)))} bits in {phase}: roofline times"
+            for phase, bits in self._missed.items()
+        ]
+        for phase, sizes in self._outside.items():
+            batches, lengths = ([size[i] for size in sizes] for i in (0, 1))
+            found.append(
+                f"{name} {phase}: times of {_span(batches)} sequences of {_span(lengths)} tokens are extrapolated, "
+                "since they lie outside the profiled sizes"
+            )
+        return found
 
     @property
     def provenance(self) -> str:
@@ -40,7 +57,8 @@ class FittedCosts:
             return f"roofline (the profile has no {self.device_type.name})"
         mean = sum(fit.mean_error for fit in layers) / len(layers)
         worst = max(fit.worst_error for fit in layers)
-        rest = f"; {', '.join(map(str, sorted(self._missed)))} bits roofline" if self._missed else ""
+        missed = sorted(set().union(*self._missed.values()))
+        rest = f"; {', '.join(map(str, missed))} bits roofline" if missed else ""
         return f"fitted (left-out points off by {mean:.1%} on average, {worst:.1%} at worst{rest})"
 
     def prefill_seconds(self, bits: int, batch: int, tokens: int) -> float | None:
@@ -84,20 +102,17 @@ class FittedCosts:
         fit = self.model.get(self.device_type.name, part, phase, bits)
         if fit is None:
             if part == "layer":
-                self._missed.add(bits)
-                self.notes[f"{self.device_type.name} was not profiled at {bits} bits in {phase}: roofline times"] = None
+                self._missed.setdefault(phase, set()).add(bits)
             return None
         if part == "layer" and not fit.covers(batch, length):
-            self.notes[
-                f"{self.device_type.name} {phase} at {bits} bits: {batch} sequences at {length:g} tokens lie outside "
-                f"the profiled {_span(fit.batch_range)} sequences and {_span(fit.length_range)} tokens (extrapolated)"
-            ] = None
+            self._outside.setdefault(phase, set()).add((batch, length))
         values = columns(self._unit, part, phase, bits, batch, length)
         return sum(weight * value for weight, value in zip(fit.weights, values, strict=True))
 
 
-def _span(ends: tuple[int, int]) -> str:
-    return f"{ends[0]} to {ends[1]}"
+def _span(values: Iterable[float]) -> str:
+    first, last = min(values), max(values)
+    return f"{first:g}" if first == last else f"{first:g} to {last:g}"
 
 
 def load_model(path: str | Path, shape: ModelShape, setup: Setup, force: bool = False) -> LatencyModel:

@@ -172,9 +172,9 @@ def flatten(prefix: str, value: Any) -> dict[str, Any]:
 
 
 def refuse_run_folder(folder: Path) -> None:
-    """`UserError` if the folder holds a run, whose plan another command would replace."""
+    """`UserError` if the folder holds a run, whose plan and other files another command would replace."""
     if (folder / JOURNAL_NAME).exists():
-        raise UserError(f"{folder} holds a run, and its plan would be replaced; give another out=DIR.")
+        raise UserError(f"{folder} holds a run, whose files would be replaced; give another out=DIR.")
 
 
 def make_paths_absolute(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -57,7 +57,8 @@ def _rows(file: Path, most: int | None = None) -> Iterator[dict[str, Any]]:
 def _prompt(body: dict[str, Any]) -> str:
     messages = body.get("messages")
     if not isinstance(messages, list):
-        return body["prompt"] if isinstance(body.get("prompt"), str) else ""
+        prompt = body.get("prompt", "")
+        return prompt if isinstance(prompt, str) else str(prompt)
     said = [message.get("content") for message in messages if isinstance(message, dict)]
     return next((text for text in reversed(said) if isinstance(text, str)), "")
 

@@ -13,7 +13,6 @@ from ds_llmpq.evaluation.config import SCORES_NAME, EvaluationConfig, ScoringTas
 from ds_llmpq.files import make_absolute, open_regular, read_json, write_json
 from ds_llmpq.launch.attempt import MISTAKE, run_attempt
 from ds_llmpq.launch.config import validate_supervision
-from ds_llmpq.launch.journal import refuse_run_folder
 from ds_llmpq.launch.launcher import LOG_NAME, Launch
 from ds_llmpq.launch.process_monitor import ExitReason
 from ds_llmpq.plan import Quantization, launch_order, write_plan
@@ -32,7 +31,6 @@ def run_evaluation(settings: EvaluateConfig, out: Path, progress: Progress | Non
     validate_supervision(settings.run)
     task = ScoringTask(_locate(settings.evaluation))
     out.mkdir(parents=True, exist_ok=True)
-    refuse_run_folder(out)
     plan = obtain_plan(settings, out, progress)
     job = Job(
         plan=plan,

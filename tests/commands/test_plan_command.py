@@ -163,13 +163,13 @@ def test_ctrl_c_during_an_import_is_an_interruption(call, monkeypatch):
 
 def test_a_runs_folder_is_no_place_for_a_plan(call, small, tmp_path):
     call("plan", *small, f"out={tmp_path}")
-    assert call("plan", *small, f"out={tmp_path}")[0] == 0, "a plan may be replaced by another"
+    assert call("plan", "-v", *small, f"out={tmp_path}")[0] == 0, "a plan may be replaced by another"
     (tmp_path / "run.json").write_text("{}")
     kept = (tmp_path / "plan.json").read_bytes()
     for command in ("plan", "evaluate"):
         code, _, err = call(command, *small, "quant.bits=[16]", f"out={tmp_path}")
         assert code == 1
-        assert f"{tmp_path} holds a run" in err
+        assert f"{tmp_path} holds a run, whose files" in err
     assert (tmp_path / "plan.json").read_bytes() == kept
     assert not (tmp_path / "failure.json").exists()
 

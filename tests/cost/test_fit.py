@@ -130,7 +130,9 @@ def test_unprofiled_bits_types_and_ranges_are_said():
     model.decode_seconds(16, 4, 60)
     assert len(model.notes) == 1
     model.decode_seconds(16, 4, 500)
-    assert "4 sequences at 500 tokens lie outside the profiled 1 to 8 sequences and 16 to 64 tokens" in str(model.notes)
+    model.decode_seconds(16, 16, 60)
+    assert len(model.notes) == 2, "however many sizes are asked for"
+    assert model.notes[1].startswith("core decode: times of 4 to 16 sequences of 60 to 500 tokens are extrapolated")
     other = costs(random_profile(1), dataclasses.replace(CORE, name="other"))
     assert other.provenance == "roofline (the profile has no other)"
     narrow = dataclasses.replace(model, device_type=dataclasses.replace(CORE, bits=(16,)))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from ds_llmpq import config
+from ds_llmpq import config, overrides
 from ds_llmpq.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -97,6 +97,16 @@ def test_every_option_in_the_text_is_one_of_some_command():
                     unknown.append(f"{page.name}: `{code}`: {key}")
     assert checked > 80
     assert not unknown
+
+
+def test_every_key_is_named_somewhere():
+    """By its last part, in a page; what a cluster file or config.json of a model holds is described as a whole."""
+    text = "\n".join(page.read_text() for page in PAGES)
+    keys = {key for kind in config.COMMANDS.values() for key in overrides.list_keys(kind)}
+    assert len(keys) > 200
+    positional = {"action", "what", "files"}
+    lacking = sorted(key for key in keys - positional if not re.search(rf"\b{key.rpartition('.')[2]}\b", text))
+    assert not lacking
 
 
 def _takes(command, argument):
