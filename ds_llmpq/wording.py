@@ -1,6 +1,7 @@
 """Numbers as people write them: no exponents, thousands apart, "1 layer" but "2 layers"."""
 
 import math
+import shlex
 
 
 def format_number(value: float, digits: int = 3) -> str:
@@ -19,3 +20,8 @@ def pluralize(number: int, noun: str) -> str:
     """ "1 layer", "2 layers", "3 micro-batches"."""
     plural = "es" if noun.endswith(("s", "sh", "ch", "x")) else "s"
     return f"{number:,} {noun}" + ("" if number == 1 else plural)
+
+
+def quote_argument(key: str, value: object) -> str:
+    """`key=value` as a shell takes it, whatever the path holds."""
+    return shlex.quote(f"{key}={value}")

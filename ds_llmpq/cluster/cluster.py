@@ -111,7 +111,10 @@ def _build_device(host: str, config: Any, types: Mapping[str, DeviceType]) -> De
     where = f"device {host}:{config.slot}"
     if config.type not in types:
         known = ", ".join(types) or "none"
-        raise UserError(f"{where} has unknown type {config.type!r}; the cluster's device_types are {known}")
+        raise UserError(
+            f"{where} has unknown type {config.type!r}; the file's device_types are {known}; describe it there, or "
+            "copy how conf/cluster/mixed_gpus.yaml names shipped ones under `defaults`"
+        )
     kind = types[config.type]
     if config.slot < 0:
         raise UserError(f"{where} has a negative slot; slots count from 0")

@@ -19,6 +19,7 @@ from ds_llmpq.errors import UserError
 from ds_llmpq.files import read_text
 from ds_llmpq.launch.hosts import ask_hosts
 from ds_llmpq.report.plan_table import format_size, format_table
+from ds_llmpq.wording import quote_argument
 
 _MODULE = "ds_llmpq.commands.detect"
 
@@ -50,7 +51,7 @@ def write_and_show(cluster: dict[str, Any], out: Path) -> None:
     ]
     print(format_table(["device", "type", "memory", "rates"], rows))
     print(f"links: {cluster['links']['source']}")
-    print(f"cluster: {out / 'cluster.yaml'} (use it with cluster_file={out / 'cluster.yaml'})")
+    print(f"cluster: {out / 'cluster.yaml'} (use it with {quote_argument('cluster_file', out / 'cluster.yaml')})")
 
 
 def _ask_hosts(settings: DetectConfig) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from ds_llmpq.errors import UserError
@@ -12,7 +13,7 @@ from ds_llmpq.lengths.config import LengthsConfig
 from ds_llmpq.lengths.predictor import evaluate, train
 from ds_llmpq.report.plan_table import format_table
 from ds_llmpq.research.schedule_plots import plot_lengths
-from ds_llmpq.wording import format_number
+from ds_llmpq.wording import format_number, pluralize
 
 _COLUMNS = ("answers", "mean", "p50", "p90", "p95", "p99", "max", "tail_ratio", "longest_of_8", "longest_of_32")
 
@@ -35,7 +36,10 @@ def _train(settings: LengthsConfig, out: Path) -> None:
     data = actions.load_dataset(settings)
     predictor = train(data, settings.task, settings.proxy, settings.lengths, out)
     predictor.save(out)
-    _report(evaluate(predictor, data.test), out)
+    found = evaluate(predictor, data.test)
+    _report(found, out)
+    if found.get("mae_tokens", 0) > found.get("mae_of_constant_tokens", math.inf):
+        print("note: on the test split the same length for every answer is closer; only the bounds are of use")
     print(f"predictor: {out / 'predictor.json'}")
 
 
@@ -50,7 +54,7 @@ def _evaluate(settings: LengthsConfig, out: Path) -> None:
 def _predict(settings: LengthsConfig, out: Path) -> None:
     file = out / "predictions.jsonl"
     count = actions.write_predictions(settings, actions.load_chosen_predictor(settings), file)
-    print(f"{count} predictions: {file}")
+    print(f"{pluralize(count, 'prediction')}: {file}")
 
 
 def _characterize(settings: LengthsConfig, out: Path) -> None:

@@ -23,6 +23,7 @@ from ds_llmpq.quant.packing import check_lm_head, make_groups
 from ds_llmpq.report.fidelity import format_kernels, format_profile
 from ds_llmpq.serving.workload import size_workload
 from ds_llmpq.validation import check_least
+from ds_llmpq.wording import quote_argument
 
 
 def run(settings: ProfileConfig, out: Path) -> int:
@@ -46,7 +47,7 @@ def run(settings: ProfileConfig, out: Path) -> int:
     model = fit_profile(read_profile(out / "profile.csv"), task.shape)
     model.write(out / "latency.json")
     print(format_profile(model))
-    print(f"profile: {out / 'profile.csv'} (use it with planner.profile={out})")
+    print(f"profile: {out / 'profile.csv'} (use it with {quote_argument('planner.profile', out)})")
     return 0
 
 

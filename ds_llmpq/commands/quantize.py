@@ -15,6 +15,7 @@ from ds_llmpq.plan import check_model, read_plan
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.packing import count_bits_per_weight, make_groups
 from ds_llmpq.report.plan_table import format_size
+from ds_llmpq.wording import quote_argument
 
 
 def run(settings: QuantizeConfig, out: Path) -> int:
@@ -32,7 +33,7 @@ def run(settings: QuantizeConfig, out: Path) -> int:
         f"{format_size(written.bytes)} in {written.seconds:.1f} s; {weight:.2f} bits per weight in decoder layers and "
         f"lm_head, with scales and zeros of 16 bits"
     )
-    print(f"quantized: {out} (use it with `ds-llmpq run plan=FILE quantized={out}`)")
+    print(f"quantized: {out} (use it with `ds-llmpq run plan=FILE {quote_argument('quantized', out)}`)")
     return 0
 
 

@@ -11,6 +11,7 @@ from ds_llmpq.errors import UserError
 from ds_llmpq.launch.progress import ProgressBar
 from ds_llmpq.report.plan_table import format_size, format_table
 from ds_llmpq.sensitivity.table import FILE, Sensitivity, write_sensitivity
+from ds_llmpq.wording import format_number, quote_argument
 
 
 def run(settings: SensitivityConfig, out: Path) -> int:
@@ -41,19 +42,19 @@ def run(settings: SensitivityConfig, out: Path) -> int:
         left.unlink()
     print(format_losses(sensitivity))
     for width, loss in sensitivity.head.items():
-        print(f"lm_head at {width} bits: {loss:.2e}")
+        print(f"lm_head at {width} bits: {format_number(loss)} nats per token")
     details = sensitivity.details
     print(
         f"{sensitivity.method}: {details['indicator_seconds']:.1f} s, and {details['calibration_seconds']:.1f} s to "
-        f"measure the whole model at each width; {details['tokens']} tokens of {details['text']}; peak memory "
+        f"measure the whole model at each width; {details['tokens']:,} tokens of {details['text']}; peak memory "
         f"{format_size(details['peak_memory_bytes'])}"
     )
-    print(f"sensitivity: {file} (use it with `ds-llmpq plan planner.sensitivity={file}`)")
+    print(f"sensitivity: {file} (use it with `ds-llmpq plan {quote_argument('planner.sensitivity', file)}`)")
     return 0
 
 
 def format_losses(sensitivity: Sensitivity) -> str:
     """Nats per token by layer and width, and their sums."""
-    rows = [[str(layer), *(f"{value:.2e}" for value in row)] for layer, row in enumerate(sensitivity.table)]
-    rows.append(["all", *(f"{sum(column):.2e}" for column in zip(*sensitivity.table, strict=True))])
+    rows = [[str(layer), *(format_number(value) for value in row)] for layer, row in enumerate(sensitivity.table)]
+    rows.append(["all", *(format_number(sum(column)) for column in zip(*sensitivity.table, strict=True))])
     return format_table(["layer", *(f"{width} bits" for width in sensitivity.bits)], rows)

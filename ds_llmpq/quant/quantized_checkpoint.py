@@ -133,7 +133,7 @@ class QuantizedCheckpoint(Checkpoint):
         self._check("lm_head", self.recipe.lm_head_bits, quant.lm_head_bits, quant)
 
     def _check(self, what: str, kept: int | None, bits: int, quant: QuantConfig) -> None:
-        again = f"run `ds-llmpq quantize plan=... out={self.path}` again, it keeps the layers that did not change"
+        again = f"run `ds-llmpq quantize plan=PLAN out={self.path}` with this plan, or run the plan it was made for"
         if kept != bits:
             raise UserError(f"{what} is kept at {kept} bits in {self.path}, but {bits} are asked for; {again}.")
         if bits == UNQUANTIZED_BITS:

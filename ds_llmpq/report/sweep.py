@@ -24,7 +24,7 @@ from ds_llmpq.report import figures
 from ds_llmpq.report.metrics_file import REMEDY, look_up, read_metrics
 from ds_llmpq.report.plan_table import format_table, predict_cost
 from ds_llmpq.validation import Label, Note, validate
-from ds_llmpq.wording import format_number
+from ds_llmpq.wording import format_number, quote_argument
 
 _FAILURE = "failure.json"
 PAGE_NAME = "sweep.html"
@@ -96,7 +96,8 @@ class SweepSummary(Callback):
         note_exit_codes(point["exit_code"] for point in points if point["failure"])
         write_summary(folder, points)
         print(format_summary(points))
-        print(f"sweep: {folder / 'summary.csv'} (a page with pictures: `ds-llmpq report sweep={folder}`)")
+        page = f"ds-llmpq report {quote_argument('sweep', folder)}"
+        print(f"sweep: {folder / 'summary.csv'} (a page with pictures: `{page}`)")
 
 
 def list_points(folder: Path) -> list[Path]:
