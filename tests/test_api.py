@@ -138,6 +138,9 @@ def test_a_plan_is_made_and_kept(tmp_path):
     assert plan.stages[-1].layers[1] == 8
     assert plan.workload.sequences == 4
     assert (tmp_path / "plan.json").is_file()
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(UserError, match="holds a run"):
+        llm.plan(out=tmp_path)
 
 
 def test_a_cluster_may_be_an_object_or_a_dict():
