@@ -215,14 +215,24 @@ def openvino_genai(precision: str, options: argparse.Namespace) -> Run:
         str(folder), scheduler, "CPU", {"INFERENCE_NUM_THREADS": options.threads, "INFERENCE_PRECISION_HINT": "bf16"}
     )
 
+    ended = library.GenerationStatus.FINISHED, library.GenerationStatus.IGNORED
+
     def run(prompts: list[list[int]], lengths: list[int]) -> None:
         settings = []
         for count in lengths:
             each = library.GenerationConfig()
             each.max_new_tokens, each.min_new_tokens, each.ignore_eos, each.do_sample = count, count, True, False
             settings.append(each)
-        found = engine.generate([Tensor(np.array([prompt], np.int64)) for prompt in prompts], settings)
-        assert [len(one.m_generation_ids[0]) for one in found] == lengths
+        waiting = deque(zip(range(len(prompts)), prompts, settings, strict=True))
+        running = {}
+        while waiting or running:  # `generate` would start all of them: max_num_seqs does not bound mixed passes
+            while waiting and len(running) < options.batch:
+                number, prompt, each = waiting.popleft()
+                running[number] = engine.add_request(number, Tensor(np.array([prompt], np.int64)), each)
+            engine.step()
+            for number in [number for number, handle in running.items() if handle.get_status() in ended]:
+                (found,) = running.pop(number).read_all()
+                assert len(found.generated_ids) == lengths[number]
 
     return run
 

@@ -24,6 +24,7 @@ import json
 import os
 import subprocess
 import sys
+from bisect import bisect_left, bisect_right
 from pathlib import Path
 from statistics import median
 
@@ -139,22 +140,27 @@ def ours(name: str, options: argparse.Namespace, batch: int, folder: Path) -> di
     for command in (plan, run):
         if not called([sys.executable, "-m", "ds_llmpq", *command], folder, {}):
             return None
-    return spans(folder / "run", -(-batch // prefill_rows))
+    return spans(folder / "run", batch * options.prompt)
 
 
-def spans(folder: Path, count: int) -> dict:
-    """Of the second wave, from the trace: until the last stage has sampled all first tokens, and until it has all.
-    count: prefill passes of a wave of the batch's size."""
+def spans(folder: Path, prompt_tokens: int) -> dict:
+    """Of the second wave, from the trace: until the last stage has sampled all first tokens, and until it has all. It
+    begins with the call that brings the first tokens of its prompts. prompt_tokens: of a wave of the batch's size."""
     events = [event for event in json.loads((folder / "trace.json").read_text())["traceEvents"] if event["ph"] == "X"]
     measured = json.loads((folder / "metrics.json").read_text())["measured"]
     last = max(event["pid"] for event in events)
-    prefills = sorted(event["ts"] for event in events if event["name"] == "prefill" and event["pid"] == 0)
-    own = [event for event in events if event["ts"] >= prefills[count]]
+    prefills = sorted(
+        (event for event in events if event["name"] == "prefill" and event["pid"] == 0), key=lambda event: event["ts"]
+    )
+    computed = list(itertools.accumulate(event["args"]["tokens"] for event in prefills))
+    start = prefills[bisect_right(computed, prompt_tokens)]["ts"]
+    all_prompts = prefills[bisect_left(computed, 2 * prompt_tokens)]["ts"]
+    own = [event for event in events if event["ts"] >= start]
     samples = sorted(event["ts"] + event["dur"] for event in own if event["name"] == "sample")
     inside = sum(event["dur"] for event in own if event["name"] in ("prefill", "decode")) / 1e6
-    everything = (samples[-1] - prefills[count]) / 1e6
+    everything = (samples[-1] - start) / 1e6
     return {
-        "first_seconds": (samples[count - 1] - prefills[count]) / 1e6,
+        "first_seconds": (samples[bisect_right(samples, all_prompts)] - start) / 1e6,
         "all_seconds": everything,
         "overhead_share": 1 - inside / everything if last == 0 else None,
         "startup_seconds": measured["startup_seconds"],
