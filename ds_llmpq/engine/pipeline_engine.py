@@ -105,6 +105,7 @@ class InferencePipelineEngine(PipelineEngine):
         self.stream_times: list[StreamTimes] = []
         self._hidden: torch.Tensor | None = None
         self._logits: torch.Tensor | None = None
+        self._held: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}  # by the micro-batch's number
 
     def _build_captured(self, capture: Capture | None, fusion: Fusion | None) -> CapturedDecode | None:
         if capture is None:
@@ -175,16 +176,39 @@ class InferencePipelineEngine(PipelineEngine):
     def _wait_activation(self, batch: MicroBatch) -> None:
         with self.trace.waiting("receive", batch.size):
             self._post_receive(batch)
-            self._hidden = self.activations.wait(batch)
+            self._held[batch.number] = self.activations.wait(batch), None
+
+    def _take_held(self, batch: MicroBatch) -> None:
+        """What was received for it, or what a call of several has given it."""
+        if batch.number in self._held:
+            self._hidden, self._logits = self._held.pop(batch.number)
 
     def _send_activation(self, batch: MicroBatch) -> None:
+        self._take_held(batch)
         with self.trace.waiting("send", batch.size):
             self.activations.send(self._hidden)
         self._hidden = None
         if batch.live:
             self.tokens.post_receive(batch)
 
+    def _joined_pass(self, batches: list[MicroBatch]) -> None:
+        outputs = None
+        for batch in batches:
+            self._clear_nan(batch)
+            self._lost.difference_update(batch.slots if batch.sequences else ())
+        if self._lost.isdisjoint(slot for batch in batches for slot in batch.slots):
+            steps = [getattr(self.steps, batch.phase)(self.stream, batch) for batch in batches]
+            for batch, step in zip(batches, steps, strict=True):
+                step.hidden, _ = self._held.get(batch.number, (None, None))
+            with self.trace.sharing([(batch.phase, batch.size, self._count_tokens(batch)) for batch in batches]):
+                outputs = self.passes.run_together(steps)
+        for place, batch in enumerate(batches):
+            if outputs is None:
+                (self._prefill_pass if batch.phase == "prefill" else self._decode_pass)(batch)
+            self._held[batch.number] = outputs[place] if outputs else (self._hidden, self._logits)
+
     def _prefill_pass(self, batch: MicroBatch) -> None:
+        self._take_held(batch)
         self._clear_nan(batch)
         self._lost.difference_update(batch.slots if batch.sequences else ())
         if self._lost.intersection(batch.slots):
@@ -192,8 +216,7 @@ class InferencePipelineEngine(PipelineEngine):
             return
         step = self.steps.prefill(self.stream, batch)
         rows = [self.stream.slots.sequences[slot] for slot in batch.slots]
-        lengths = [batch.tokens or len(row.prefill_tokens) - batch.past for row in rows]
-        with self.trace.working("prefill", batch.size, tokens=sum(lengths)):
+        with self.trace.working("prefill", batch.size, tokens=self._count_tokens(batch)):
             try:
                 self._run_rows("prefill", step, batch)
             except Exception as error:
@@ -214,6 +237,7 @@ class InferencePipelineEngine(PipelineEngine):
             self.stream.nan_blocks.clear()
 
     def _decode_pass(self, batch: MicroBatch) -> None:
+        self._take_held(batch)
         if self.stream.nan_blocks:  # before a pass ahead that reads who has them now
             self._clear_nan(batch)
         if self.ahead is not None:
@@ -246,6 +270,7 @@ class InferencePipelineEngine(PipelineEngine):
         self._record(batch, [0] * batch.size, finish)
 
     def _sample(self, batch: MicroBatch) -> None:
+        self._take_held(batch)
         self._read_tokens()
         if self.scorer is not None:
             self._score(batch)
@@ -309,6 +334,7 @@ class InferencePipelineEngine(PipelineEngine):
         schedules.SendActivation: _send_activation,
         schedules.PrefillPass: _prefill_pass,
         schedules.DecodePass: _decode_pass,
+        schedules.JoinedPass: _joined_pass,
         schedules.SampleTokens: _sample,
         schedules.WaitTokens: _wait_tokens,
         schedules.ReceiveRequests: _receive_requests,
@@ -317,6 +343,13 @@ class InferencePipelineEngine(PipelineEngine):
     def _poll_tokens(self) -> None:
         while (message := self.tokens.receive(wait=False)) is not None:
             self.stream.record(*message)
+
+    def _count_tokens(self, batch: MicroBatch) -> int:
+        """Tokens of all rows, without padding."""
+        if batch.phase == "decode":
+            return len(batch.live)
+        rows = [self.stream.slots.sequences[slot] for slot in batch.slots]
+        return sum(batch.tokens or len(row.prefill_tokens) - batch.past for row in rows)
 
     def _count_row_tokens(self, batch: MicroBatch) -> int:
         """Tokens of each row in the micro-batch, with padding."""

@@ -35,6 +35,10 @@ class DecodePass(PipeInstruction):
     """Run the stage's layers over one new token a row."""
 
 
+class JoinedPass(PipeInstruction):
+    """Run the stage's layers over several micro-batches in one call."""
+
+
 class SampleTokens(PipeInstruction):
     """Last stage: choose each row's next token and send it to all other stages."""
 
@@ -70,14 +74,15 @@ class StreamSchedule(PipeSchedule):
                     yield [WaitTokens(slots=pending)]
                 self.scheduled.extend(self.source.schedule())
                 continue
-            batch = self.scheduled.popleft()
+            batches = [self.scheduled.popleft()]
+            while self.scheduled and self.scheduled[0].joined:
+                batches.append(self.scheduled.popleft())
             if not self.is_first_stage:
-                yield [WaitActivation(batch=batch)]
+                yield [WaitActivation(batch=batch) for batch in batches]
                 self._schedule_ahead()
                 if self.scheduled:
                     yield [PostReceive(batch=self.scheduled[0])]
-            work = PrefillPass if batch.phase == "prefill" else DecodePass
-            yield [work(batch=batch), _send_on(self, batch)]
+            yield [_work_on(batches), *(_send_on(self, batch) for batch in batches)]
 
     def _schedule_ahead(self) -> None:
         """The next micro-batches, if nothing has to be waited for. Scheduling early changes nothing about the order:
@@ -88,6 +93,12 @@ class StreamSchedule(PipeSchedule):
             if pending is None or not self.source.has_tokens(pending):
                 return
             self.scheduled.extend(self.source.schedule())
+
+
+def _work_on(batches: list[MicroBatch]) -> PipeInstruction:
+    if len(batches) > 1:
+        return JoinedPass(batches=batches)
+    return (PrefillPass if batches[0].phase == "prefill" else DecodePass)(batch=batches[0])
 
 
 def _send_on(schedule: PipeSchedule, batch: MicroBatch) -> PipeInstruction:

@@ -90,6 +90,7 @@ class Session:
             context.device, loaded, packed=True, stage=range(0) if scorer else range(*context.stage.layers),
             ahead=range(*context.stage.layers),
         )  # fmt: skip
+        self._ragged = plan.is_ragged and loader.kernel.whole_stage and loader.decoder.spec.splits_prompts
         is_last = context.stage_index == len(plan.stages) - 1
         loader.compile_products(range(*context.stage.layers), is_last, self._tell)
         module = PlannedPipelineModule(list_pipeline_layers(loader), plan=plan)
@@ -145,6 +146,7 @@ class Session:
             chunked=self.scorer is None and self._splits_prompts,
             cache_blocks=0 if self.scorer else self.plan.count_pool_blocks(len(self.engine.prefix)),
             block_tokens=self.plan.cache_block,
+            ragged=self._ragged and not self._captures,
         )
 
     @property
@@ -182,7 +184,7 @@ class Session:
         """The same on all stages."""
         if self.options.patience_rounds is not None:
             return self.options.patience_rounds
-        return 0 if all(find_stage_kernel(stage.kernel).whole_stage for stage in self.plan.stages) else PATIENCE_ROUNDS
+        return 0 if self._ragged else PATIENCE_ROUNDS
 
     def share_prefix(self, prefix: tuple[int, ...] = ()) -> bool:
         """Computes the driver's `prefix`, what many prompts begin with, once, on all ranks together and before any

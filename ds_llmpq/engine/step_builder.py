@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import abc
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -13,6 +14,21 @@ from ds_llmpq.engine.runner.host_copies import to_device
 from ds_llmpq.models.step import Step
 from ds_llmpq.scheduler.micro_batch import MicroBatch
 from ds_llmpq.scheduler.stream import Stream
+
+
+@dataclass
+class RaggedRows:
+    """Rows of a pass for a stage that is one graph: (slot, tokens stored already, those of them that are a shared
+    prefix) of each."""
+
+    store: KVStore
+    places: list[tuple[int, int, int]]
+
+    def rows(self, start: int, stop: int) -> RaggedRows:
+        return RaggedRows(self.store, self.places[start:stop])
+
+    def row_places(self) -> list[tuple[int, int, int]]:
+        return self.places
 
 
 class StepBuilder:
@@ -62,6 +78,8 @@ class StepBuilder:
 
     def decode_at(self, stream: Stream, batch: MicroBatch, positions: abc.Sequence[int]) -> Step:
         """A decode step without its tokens. `positions`: of the live slots' last tokens."""
+        if stream.ragged:
+            return self._decode_ragged(stream, batch, positions)
         if isinstance(self.store, PagedKVStore):
             return self._decode_pages(stream, batch, positions)
         live = dict(zip(batch.live, positions, strict=True))
@@ -82,6 +100,17 @@ class StepBuilder:
             kv_tokens=kv_tokens,
             causal_only=not stream.batch_invariant and min(own) + 1 == kv_tokens,
             shared=of_prefix,
+            prepare=self.positional,
+        )
+
+    def _decode_ragged(self, stream: Stream, batch: MicroBatch, positions: abc.Sequence[int]) -> Step:
+        """All slots are live, and the stage finds each row's keys by its block table."""
+        shared = [stream.slots.shared[slot] for slot in batch.slots]
+        return Step(
+            positions=to_device(positions, self.device)[:, None],
+            cache=RaggedRows(self.store, list(zip(batch.slots, positions, shared, strict=True))),
+            kv_tokens=max(positions) + 1,
+            causal_only=True,
             prepare=self.positional,
         )
 

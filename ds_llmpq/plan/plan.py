@@ -100,6 +100,11 @@ class Plan:
         return max(find_stage_kernel(stage.kernel).block_positions(self.is_paged) for stage in self.stages)
 
     @property
+    def is_ragged(self) -> bool:
+        """Whether passes take rows of any lengths at any positions, since every stage is one graph."""
+        return all(find_stage_kernel(stage.kernel).whole_stage for stage in self.stages)
+
+    @property
     def row_positions(self) -> int:
         """The positions of the KV cache that one sequence takes for itself."""
         return self.workload.row_positions(self.cache_block)

@@ -8,6 +8,9 @@ from ds_llmpq.cost.captured_graphs import row_bucket
 
 # A free slot waits for company, where prefill of more rows is cheaper a row; but not for more rounds than this.
 PATIENCE_ROUNDS = 8
+# Of stages that are graphs: tokens of a call of prompts alone, and of one with decode rows, which takes so many or a
+# multiple, and the least of them that are left to prompts (docs/decisions.md).
+_PREFILL_TOKENS, _MIXED_TOKENS, _LEAST_PROMPT_TOKENS = 128, 64, 32
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,7 @@ class MicroBatch:
     `sequences`: the numbers of the sequences that prefill brings in, in the order they were added; () in decode.
     `past`: how many tokens of each row the cache has already: a shared prefix, or what earlier chunks of a long prompt
     have computed. `tokens`: of a chunk, 0 where prompts are computed to their ends; a chunk that is not the last has no
-    live slot.
+    live slot. `joined`: it passes in one call with the micro-batch before it.
     """
 
     number: int
@@ -27,6 +30,7 @@ class MicroBatch:
     sequences: tuple[int, ...] = ()
     past: int = 0
     tokens: int = 0
+    joined: bool = False
 
     @property
     def size(self) -> int:
@@ -45,6 +49,9 @@ class MicroBatchLimits:
 
     `cache_blocks`: how many blocks of `block_tokens` positions of the KV cache all slots share, each holding what its
     tokens need; decode then takes running slots alone, whichever they are. 0: slots have positions of their own.
+
+    `ragged`: passes take rows of any lengths at any positions, as stages that are graphs do. Decode takes running slots
+    alone there too, and a visit's prompts, as far as `count_prompt_tokens` goes, pass in one call with its decode rows.
     """
 
     prefill_rows: int
@@ -56,9 +63,16 @@ class MicroBatchLimits:
     chunked: bool = False
     cache_blocks: int = 0
     block_tokens: int = 1
+    ragged: bool = False
 
     def count_rows(self, batch: MicroBatch, slots: int) -> int:
         """Rows that a stage computes for the micro-batch, of a stream over so many slots."""
         if batch.phase == "decode" and self.row_buckets and self.cache_blocks:
             return max(batch.size, min(row_bucket(batch.size), slots))
         return batch.size
+
+    def count_prompt_tokens(self, decode_rows: int) -> int:
+        """How many tokens of prompts may pass in one call with so many decode rows."""
+        calls = -(-(decode_rows + _LEAST_PROMPT_TOKENS) // _MIXED_TOKENS)
+        room = calls * _MIXED_TOKENS - decode_rows if decode_rows else _PREFILL_TOKENS
+        return min(room, self.prefill_tokens)

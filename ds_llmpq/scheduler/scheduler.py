@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from enum import Enum
 from itertools import repeat
 from typing import NamedTuple
@@ -115,12 +116,46 @@ class Scheduler:
         running = [slot for slot in group if self._state[slot] is _Slot.RUNNING]
         if self.pool:
             running = self._take_blocks(running)
+        if self.limits.ragged:
+            return self._fill_call(group, running)
         batches = [self._take_chunk(*self._chunked.popleft(), ())] if self._chunked else []
         if self._waiting and self._worth_admitting():
             batches += self._admit_waiting()
         if running:
             batches.append(self._decode(group, running))
         return batches
+
+    def _fill_call(self, group: range, running: Sequence[int]) -> list[MicroBatch]:
+        """One call: tokens of prompts, wherever they stand, and the group's running sequences."""
+        batches, room = [], self.limits.count_prompt_tokens(len(running))
+        if self._chunked:
+            slot, past, left = self._chunked.popleft()
+            batches.append(self._take_chunk(slot, past, left, (), room))
+            room -= min(left, room)
+        if self._waiting and self._worth_admitting():
+            batches += self._admit_into(room)
+        if running:
+            batches.append(self._decode(group, running))
+        return [replace(batch, joined=place > 0) for place, batch in enumerate(batches)]
+
+    def _admit_into(self, room: int) -> Iterable[MicroBatch]:
+        """Waiting sequences as far as `room` tokens go, the last of them in part."""
+        free = deque(self._list_free())
+        while room and free and self._has_room():
+            taken, past = [], self._waiting[0].shared
+            while free and self._has_room() and len(taken) < self.limits.prefill_rows:
+                if self._waiting[0].shared != past or self._waiting[0].tokens > room:
+                    break
+                taken.append((free.popleft(), self._waiting[0].number))
+                room -= self._waiting[0].tokens
+                self._hold(taken[-1][0], self._waiting.popleft())
+            if taken:
+                yield self._prefill(taken, past)
+            elif room:
+                slot, entry = free.popleft(), self._waiting.popleft()
+                self._hold(slot, entry)
+                yield self._take_chunk(slot, past, entry.tokens, (entry.number,), room)
+                room = 0
 
     def forecast(self, ends: Callable[[int], bool]) -> MicroBatch | None:
         """The decode micro-batch of the group visited last at its next visit, if none of its sequences end but those
@@ -205,11 +240,15 @@ class Scheduler:
                 self._hold(slot, entry)
                 longest = max(longest, entry.tokens)
                 taken.append((slot, entry.number))
-            taken.sort()
-            slots = tuple(slot for slot, _ in taken)
-            for slot in slots:
-                self._set_state(slot, _Slot.PREFILLED)
-            yield self._build_micro_batch("prefill", slots, slots, tuple(number for _, number in taken), past)
+            yield self._prefill(taken, past)
+
+    def _prefill(self, taken: list[tuple[int, int]], past: int) -> MicroBatch:
+        """Of slots and the numbers of the sequences that have taken them."""
+        taken.sort()
+        slots = tuple(slot for slot, _ in taken)
+        for slot in slots:
+            self._set_state(slot, _Slot.PREFILLED)
+        return self._build_micro_batch("prefill", slots, slots, tuple(number for _, number in taken), past)
 
     def _list_free(self) -> list[int]:
         """Free slots in the order in which they are taken. If memory ends before slots do, each group has its share."""
@@ -238,9 +277,11 @@ class Scheduler:
     def _is_long(self, tokens: int) -> bool:
         return self.limits.chunked and tokens > self.limits.prefill_tokens
 
-    def _take_chunk(self, slot: int, past: int, left: int, sequences: tuple[int, ...]) -> MicroBatch:
-        """The next tokens of a long prompt. Behind the last ones it is prefilled as any other."""
-        tokens = min(left, self.limits.prefill_tokens)
+    def _take_chunk(
+        self, slot: int, past: int, left: int, sequences: tuple[int, ...], most: int | None = None
+    ) -> MicroBatch:
+        """The next tokens of a long prompt, `most` at a time. Behind the last ones it is prefilled as any other."""
+        tokens = min(left, most or self.limits.prefill_tokens)
         if left > tokens:
             self._chunked.appendleft((slot, past + tokens, left - tokens))
         self._set_state(slot, _Slot.CHUNKED if left > tokens else _Slot.PREFILLED)
@@ -255,7 +296,7 @@ class Scheduler:
         return self._build_micro_batch("decode", tuple(self._choose_decode_slots(group, running)), tuple(running))
 
     def _choose_decode_slots(self, group: range, running: Sequence[int]) -> Sequence[int]:
-        if self.pool:
+        if self.pool or self.limits.ragged:
             return running
         if self.limits.batch_invariant:
             return group

@@ -11,11 +11,20 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from ds_llmpq.cost.memory import IN_FLIGHT_MESSAGES
 from ds_llmpq.scheduler.micro_batch import MicroBatch, MicroBatchLimits
 from ds_llmpq.scheduler.scheduler import Scheduler
+
+
+class CallPart(NamedTuple):
+    """A micro-batch by its size: `tokens` new ones of each row, behind `past`."""
+
+    phase: str
+    rows: int
+    tokens: int
+    past: int
 
 
 class StageTimes(Protocol):
@@ -25,6 +34,9 @@ class StageTimes(Protocol):
 
     def work(self, stage: int, phase: str, rows: int, tokens: int, past: int) -> float:
         """A micro-batch through a stage, with everything that stage does for it."""
+
+    def work_joined(self, stage: int, parts: Sequence[CallPart]) -> float:
+        """Several micro-batches through a stage in one call, as stages that are graphs run them."""
 
     def hop(self, stage: int, phase: str, rows: int, tokens: int) -> float:
         """Hidden states from `stage` to the next one."""
@@ -106,10 +118,15 @@ class _StageClock:
             self.spans.append(Span(stage, name, self.free[stage], until - self.free[stage], rows))
             self.free[stage] = until
 
-    def run(self, stage: int, phase: str, rows: int, tokens: int, past: int) -> None:
-        seconds = self.times.work(stage, phase, rows, tokens, past)
-        self.spans.append(Span(stage, phase, self.free[stage], seconds, rows))
-        self.free[stage] += seconds
+    def run(self, stage: int, parts: Sequence[CallPart]) -> None:
+        """A call's time is shared out by tokens, as in a run's trace."""
+        one = len(parts) == 1
+        seconds = self.times.work(stage, *parts[0]) if one else self.times.work_joined(stage, parts)
+        tokens = sum(part.rows * part.tokens for part in parts)
+        for part in parts:
+            own = seconds if one else seconds * part.rows * part.tokens / tokens
+            self.spans.append(Span(stage, part.phase, self.free[stage], own, part.rows))
+            self.free[stage] += own
 
     def send(self, stage: int, phase: str, rows: int, tokens: int, posted: float) -> float:
         """When a message that `stage` now hands over is there; `posted`: when the next stage posted for it."""
@@ -178,11 +195,15 @@ class _Simulation:
                 certain[stage] = certain[stage] and known <= self.clock.took[stage]
                 self.clock.wait(stage, known, "wait_tokens", len(slots))
             admitted_before = self.scheduler.waiting < len(self.lengths)
-            for batch in self.scheduler.schedule(self._has_ended):
-                self._run_batch(batch, certain)
+            batches = deque(self.scheduler.schedule(self._has_ended))
+            while batches:
+                call = [batches.popleft()]
+                while batches and batches[0].joined:
+                    call.append(batches.popleft())
+                self._run_call(call, certain)
                 certain = [True] * len(stages)
-                if batch.phase == "prefill" and not admitted_before:
-                    known = (self.known[0][slot] for slot in batch.live)
+                if not admitted_before:
+                    known = (self.known[0][slot] for batch in call if batch.phase == "prefill" for slot in batch.live)
                     self.first_tokens = max(self.first_tokens, *known, 0.0)
         latency = max(self.known[0], default=0.0)
         return SimulatedRun(latency, self.first_tokens, tuple(self.last_token), tuple(self.clock.spans))
@@ -190,31 +211,41 @@ class _Simulation:
     def _has_ended(self, slot: int) -> bool:
         return self.tokens[self.sequence[slot]] >= self.lengths[self.sequence[slot]][1]
 
-    def _run_batch(self, batch: MicroBatch, certain: Sequence[bool]) -> None:
-        """A micro-batch through all stages; where it was `certain`, its receive was posted with the one before."""
-        clock, rows = self.clock, self.limits.count_rows(batch, len(self.sequence))
+    def _measure(self, batch: MicroBatch) -> CallPart:
+        """Its size, once its sequences have taken their slots."""
         for slot, sequence in zip(batch.slots, batch.sequences, strict=False):
             self.sequence[slot] = sequence
         # a preempted sequence's tokens are computed again
         there = [self.lengths[self.sequence[slot]][0] + self.tokens[self.sequence[slot]] for slot in batch.slots]
         if batch.phase == "prefill":
-            past, tokens = batch.past, batch.tokens or max(there) - batch.past
-        else:
-            live = set(batch.live)
-            past, tokens = max(count for slot, count in zip(batch.slots, there, strict=True) if slot in live) - 1, 1
+            # a graph's rows are not padded: their mean counts
+            longest = -(-sum(there) // batch.size) if self.limits.ragged else max(there)
+            return CallPart(batch.phase, batch.size, batch.tokens or longest - batch.past, batch.past)
+        live = set(batch.live)
+        past = max(count for slot, count in zip(batch.slots, there, strict=True) if slot in live) - 1
+        return CallPart(batch.phase, self.limits.count_rows(batch, len(self.sequence)), 1, past)
+
+    def _run_call(self, batches: Sequence[MicroBatch], certain: Sequence[bool]) -> None:
+        """Micro-batches of one call, mostly one alone, through all stages; where it was `certain`, its receive was
+        posted with the one before."""
+        clock, parts = self.clock, [self._measure(batch) for batch in batches]
+        rows = sum(batch.size for batch in batches)
         stages = clock.times.stages
         posted = [clock.took[stage] if certain[stage] else clock.free[stage] for stage in range(stages)]
         arrived = 0.0
         for stage in range(stages):
             if stage:
-                clock.wait(stage, arrived, "wait_receive", batch.size)
+                clock.wait(stage, arrived, "wait_receive", rows)
             clock.took[stage] = clock.free[stage]
-            clock.run(stage, batch.phase, rows, tokens, past)
-            if stage + 1 < stages:
-                arrived = clock.send(stage, batch.phase, batch.size, tokens, posted[stage + 1])
-        if not batch.live:  # a chunk of a prompt has no token
-            return
-        for stage, when in enumerate(clock.send_back(batch.size)):
+            clock.run(stage, parts)
+            for batch, part in zip(batches, parts, strict=True) if stage + 1 < stages else ():
+                arrived = clock.send(stage, part.phase, batch.size, part.tokens, posted[stage + 1])
+        for batch in batches:
+            if batch.live:  # a chunk of a prompt has no token
+                self._note_tokens(batch)
+
+    def _note_tokens(self, batch: MicroBatch) -> None:
+        for stage, when in enumerate(self.clock.send_back(batch.size)):
             for slot in batch.live:
                 self.known[stage][slot] = when
         for slot in batch.live:

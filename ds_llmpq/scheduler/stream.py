@@ -98,6 +98,7 @@ class Stream:
         self.shape = first.shape
         self.prefix = prefix
         self.batch_invariant = limits.batch_invariant
+        self.ragged = limits.ragged
         self.scheduler = Scheduler(first.slots, limits)
         self.slots = SlotTable(first.slots)
         self.held_back: RequestGroup | None = None

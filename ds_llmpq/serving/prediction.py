@@ -7,9 +7,10 @@ from pathlib import Path
 
 from ds_llmpq.files import write_json
 from ds_llmpq.plan import Plan
+from ds_llmpq.quant.kernels.registry import find_stage_kernel
 from ds_llmpq.scheduler.micro_batch import MicroBatchLimits
 from ds_llmpq.scheduler.scheduler import Scheduler
-from ds_llmpq.scheduler.simulator import SimulatedRun, simulate
+from ds_llmpq.scheduler.simulator import CallPart, SimulatedRun, simulate
 
 MOST_PASSES = 50_000  # about a second of simulation
 MOST_PASSES_OF_RUN = 4 * MOST_PASSES  # a run of that many takes minutes, and its verdict is worth four seconds
@@ -27,13 +28,13 @@ class PlanTimes:
 
     def __init__(self, plan: Plan):
         self.plan = plan
-        self._met: set[tuple[int, int]] = set()  # (stage, tokens of a pass)
+        self._met: set[tuple[int, int]] = set()  # (stage, tokens of a pass's last call)
 
     @property
     def stages(self) -> int:
         return len(self.plan.stages)
 
-    def work(self, stage: int, phase: str, rows: int, tokens: int, past: int) -> float:
+    def work(self, stage: int, phase: str, rows: int, tokens: int, past: float) -> float:
         planned = self.plan.stages[stage]
         times = planned.prefill_times if phase == "prefill" else planned.decode_times
         if times is None:
@@ -42,10 +43,25 @@ class PlanTimes:
         if phase == "prefill" and past:  # its tokens attend to those before them, as the last ones of a long prompt do
             longer = times.interpolate(rows, past + tokens) - times.interpolate(rows, past)
             seconds = max(seconds, longer + times.interpolate(rows, 1))
-        if (size := (stage, rows * tokens)) in self._met:
+        size = stage, find_stage_kernel(planned.kernel).pad_call(rows * tokens)
+        if size in self._met:
             return seconds
         self._met.add(size)
         return seconds + planned.first_pass_seconds
+
+    def work_joined(self, stage: int, parts: Sequence[CallPart]) -> float:
+        """As prefill of so many tokens, and for each decode row what its attention to earlier tokens adds."""
+        tokens = sum(part.rows * part.tokens for part in parts)
+        earlier = sum(part.past * part.rows * part.tokens for part in parts if part.phase == "prefill")
+        seconds = self.work(stage, "prefill", 1, tokens, earlier / tokens)
+        if times := self.plan.stages[stage].decode_times:
+            attention = (
+                times.interpolate(part.rows, part.past) - times.interpolate(part.rows, 0)
+                for part in parts
+                if part.phase == "decode"
+            )
+            seconds += max(0.0, *attention, 0.0)
+        return seconds
 
     def hop(self, stage: int, phase: str, rows: int, tokens: int) -> float:
         return self._link(phase, stage) * (self._share(rows, tokens) if phase == "prefill" else 1.0)
@@ -82,7 +98,7 @@ def simulate_workload(plan: Plan, row_buckets: bool) -> list[SimulatedRun] | Non
     limits = MicroBatchLimits(
         sizes.prefill, sizes.prefill * workload.prefill_tokens, sizes.decode, row_buckets=row_buckets,
         cache_blocks=plan.count_pool_blocks(workload.prefix_positions(plan.cache_block)),
-        block_tokens=plan.cache_block,
+        block_tokens=plan.cache_block, ragged=plan.is_ragged,
     )  # fmt: skip
     lengths = [(workload.prompt_tokens, workload.generated_tokens)] * workload.sequences
     shared = [workload.shared_tokens] * workload.sequences

@@ -91,6 +91,20 @@ def test_a_cache_of_8_bits_rounds_keys_and_values_alone(ranks, checkpoint_of):
         assert 0.01 * theirs < ours < 1.2 * theirs, case.label
 
 
+@pytest.mark.parametrize("stages", [[(0, LAYERS)], [(0, 2), (2, LAYERS)]])
+def test_chunks_pass_with_decode_rows(ranks, checkpoint_of, stages):
+    """Five tokens of prompts a call: most prompts come in several, beside decode rows. As exact as whole prompts, and
+    no more decode passes than when each phase passes alone."""
+    path = checkpoint_of("llama")
+    case = replace(refilled(path, stages, dtype="float32"), options={"prefill_tokens": 5})
+    [outcome] = ranks.run(case)
+    ours, theirs = errors(case, outcome)
+    assert ours < 0.01 * theirs
+    passes, prompts = outcome.stage(0)["passes"], [len(row.prompt) for row in case.groups[0].sequences]
+    assert passes["prefill"] >= sum(prompts) / 5
+    assert outcome.stage(0)["report"]["tokens"]["prefill"] == sum(prompts)
+
+
 @needs_openvino
 def test_a_shared_prefix_is_exact(ranks, checkpoint_of):
     """Blocks in all rows' tables, windows shorter than the prefix, and rows without it; as exact as whole prompts."""

@@ -55,6 +55,11 @@ def test_logits_are_those_of_the_head(loader_of, arch, dtype):
             assert found.dtype == torch.float32
             assert found.shape == expected.shape
             assert (found - expected).norm() <= ERROR[dtype] * expected.norm()
+    steps = [step_of(torch.randn(2, 3, SIZES["hidden"]).to(dtype), torch.tensor([2, 0])), step_of(hidden)]
+    alone = [ours(replace(step)).logits for step in steps]
+    ours(steps)
+    for step, expected in zip(steps, alone, strict=True):
+        assert (step.logits - expected).norm() <= ERROR[dtype] * expected.norm()
 
 
 @torch.inference_mode()

@@ -105,23 +105,34 @@ class Stage:
         return step.hidden.float()
 
     def prefill(self, slots, lengths, hidden):
+        return self._behind(self.prefill_step(slots, lengths, hidden))
+
+    def prefill_step(self, slots, lengths, hidden, past=0):
         longest = max(lengths)
-        step = Step(
-            torch.arange(longest).expand(len(slots), longest),
-            self.store.prefill(slots),
-            longest,
-            True,
+        return Step(
+            torch.arange(past, past + longest).expand(len(slots), longest),
+            self.store.prefill(slots, past),
+            past + longest,
+            not past,
             hidden=hidden.to(self.dtype),
             last=torch.tensor(lengths) - 1,
             prepare=self.positional,
         )
-        return self._behind(step)
 
     def decode(self, start, positions, hidden):
+        return self._behind(self.decode_step(start, positions, hidden))[:, 0]
+
+    def decode_step(self, start, positions, hidden):
         at, seen = torch.tensor(positions), max(positions) + 1
         cache = self.store.decode(start, start + len(positions), at, seen)
-        step = Step(at[:, None], cache, seen, False, hidden=hidden.to(self.dtype), prepare=self.positional)
-        return self._behind(step)[:, 0]
+        return Step(at[:, None], cache, seen, False, hidden=hidden.to(self.dtype), prepare=self.positional)
+
+    @torch.inference_mode()
+    def together(self, *steps):
+        """Hidden states behind all layers of steps that pass in the same calls."""
+        for layer in self.layers:
+            layer(list(steps))
+        return [step.hidden.float() for step in steps]
 
 
 def drawn(rows, tokens, hidden, seed):
@@ -196,6 +207,32 @@ def test_a_cache_of_8_bits_is_near_one_of_16(checkpoint_of, variant, dtype):
     assert not torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("variant", ["llama", "mistral-window", "bloom"])
+def test_prompts_and_decode_rows_pass_in_one_call(checkpoint_of, variant):
+    """Two whole prompts, the rest of a third, and two rows that decode, in more than one call of the graph."""
+    path, bits = checkpoint_of(variant), [16] * 3
+    ours, theirs = Stage(path, bits, dtype=torch.float32), exact(path, bits)
+    first, others, rest = drawn(2, 60, ours.hidden, 0), drawn(2, 50, ours.hidden, 1), drawn(1, 90, ours.hidden, 2)
+    hidden = drawn(2, 1, ours.hidden, 3)
+    for stage in (ours, theirs):
+        stage.prefill([0, 1], [60, 35], first)
+        stage.prefill([2], [50], others[:1])
+    expected = [
+        theirs.prefill([3, 4], [50, 20], others),
+        theirs._behind(theirs.prefill_step([2], [90], rest, past=50)),
+        theirs._behind(theirs.decode_step(0, [60, 35], hidden)),
+    ]
+    found = ours.together(
+        ours.prefill_step([3, 4], [50, 20], others),
+        ours.prefill_step([2], [90], rest, past=50),
+        ours.decode_step(0, [60, 35], hidden),
+    )
+    expected[0] = expected[0].clone()
+    expected[0][1, 20:] = 0  # padding
+    for ours_part, theirs_part in zip(found, expected, strict=True):
+        assert (ours_part - theirs_part).norm() <= EXACT * theirs_part.norm()
+
+
 def exact(path, bits):
     return Stage(path, bits, "dequantize", torch.float32, block=1)
 
@@ -247,6 +284,14 @@ def test_chunks_hold_each_token_once_and_in_order():
         sizes = [sum(piece.stop - piece.start for piece in chunk) for chunk in found]
         assert all(size == GRAPH_TOKENS for size in sizes[:-1])
         assert 0 < sizes[-1] <= GRAPH_TOKENS
+
+
+def test_calls_have_few_sizes():
+    sizes = {OPENVINO_GRAPH.pad_call(tokens) for tokens in range(1, 1000)}
+    assert len(sizes) == 32
+    assert max(sizes) == GRAPH_TOKENS
+    assert all(0 <= OPENVINO_GRAPH.pad_call(tokens) - tokens < 8 for tokens in range(1, GRAPH_TOKENS + 1))
+    assert OPENVINO_GRAPH.pad_call(2 * GRAPH_TOKENS + 17) == 20
 
 
 @pytest.mark.parametrize("bits", [[16] * 3, [4] * 3, [8, 16, 3]])

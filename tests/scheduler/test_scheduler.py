@@ -10,10 +10,15 @@ from ds_llmpq.scheduler.micro_batch import MicroBatchLimits
 from ds_llmpq.scheduler.scheduler import Scheduler
 
 LENGTHS = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 8)), max_size=25)
-LIMITS = st.builds(
+PADDED = st.builds(
     MicroBatchLimits, st.integers(1, 5), st.integers(1, 60), st.integers(1, 4), st.integers(0, 4), st.booleans(),
     st.booleans(),
 )  # fmt: skip
+RAGGED = st.builds(
+    MicroBatchLimits, st.integers(1, 5), st.integers(1, 200), st.integers(1, 40), st.integers(0, 4),
+    ragged=st.just(True),
+)  # fmt: skip
+LIMITS = PADDED | RAGGED
 
 
 class Player:
@@ -41,9 +46,9 @@ class Player:
                 del self.holds[slot]
         for batch in passes:
             if batch.phase == "prefill":
-                assert batch.live == batch.slots
-                assert len(batch.sequences) == len(batch.slots)
-                for slot, sequence in zip(batch.slots, batch.sequences, strict=True):
+                assert batch.live == batch.slots or (batch.tokens and not batch.live), "a chunk has no token"
+                assert len(batch.sequences) == len(batch.slots) or (batch.tokens and not batch.sequences)
+                for slot, sequence in zip(batch.slots, batch.sequences, strict=False):
                     assert slot not in self.holds or slot in ended
                     self.holds[slot] = sequence
             for slot in batch.live:
@@ -69,7 +74,7 @@ def test_every_sequence_is_admitted_once_in_order_and_runs_to_its_end(lengths, s
     assert numbers == list(range(1, len(numbers) + 1))
 
 
-@given(LENGTHS, st.integers(1, 9), LIMITS)
+@given(LENGTHS, st.integers(1, 9), PADDED)
 def test_passes_keep_their_bounds(lengths, slots, limits):
     player = Player(lengths, slots, limits)
     for batch in player.passes("prefill"):
@@ -92,7 +97,51 @@ def test_passes_keep_their_bounds(lengths, slots, limits):
                 assert {batch.slots[0], batch.slots[-1]} <= set(batch.live)
 
 
-@given(LENGTHS, st.integers(1, 9), LIMITS)
+@given(
+    st.lists(st.tuples(st.integers(1, 300), st.integers(1, 8), st.booleans()), max_size=20), st.integers(1, 40), RAGGED
+)
+def test_a_call_of_a_graph_is_filled_to_its_bound(lengths, slots, limits):
+    """Tokens of each prompt once and in order, behind a shared prefix or not; a call with prompts left is full."""
+    shared = [tokens // 2 * has for tokens, _, has in lengths]
+    scheduler, left = Scheduler(slots, limits), [generated for _, generated, _ in lengths]
+    scheduler.add((tokens for tokens, *_ in lengths), shared)
+    computed, holds = list(shared), {}
+
+    def ended(slot):
+        return left[holds[slot]] <= 0
+
+    while (group := scheduler.next_group()) is not None:
+        batches = scheduler.schedule(ended)
+        decode = [batch for batch in batches if batch.phase == "decode"]
+        rows = sum(batch.size for batch in decode)
+        assert all(batch.slots == batch.live and set(batch.slots) <= set(group) for batch in decode)
+        assert [batch.joined for batch in batches] == [place > 0 for place in range(len(batches))]
+        tokens = 0
+        for batch in batches:
+            holds |= zip(batch.slots, batch.sequences, strict=False)
+            if batch.phase == "prefill":
+                assert batch.size <= limits.prefill_rows
+                for slot in batch.slots:
+                    own = batch.tokens or lengths[holds[slot]][0] - batch.past
+                    assert batch.past == computed[holds[slot]]
+                    computed[holds[slot]] += own
+                    tokens += own
+                    assert (slot in batch.live) == (computed[holds[slot]] == lengths[holds[slot]][0])
+            for slot in batch.live:
+                left[holds[slot]] -= 1
+        assert tokens <= limits.count_prompt_tokens(rows)
+        if scheduler.waiting and scheduler.occupied < slots and not limits.patience_rounds:
+            assert tokens == limits.count_prompt_tokens(rows), "or more would have been admitted"
+    assert (computed, left) == ([tokens for tokens, *_ in lengths], [0] * len(left))
+
+
+def test_calls_with_decode_rows_have_64_tokens_or_a_multiple():
+    limits = MicroBatchLimits(4, 512, 8, ragged=True)
+    assert [limits.count_prompt_tokens(rows) for rows in (0, 1, 8, 32, 33, 96, 97)] == [128, 63, 56, 32, 95, 32, 95]
+    assert replace(limits, prefill_tokens=50).count_prompt_tokens(8) == 50
+
+
+@given(LENGTHS, st.integers(1, 9), PADDED)
 def test_no_slot_stays_free_for_long_while_sequences_wait(lengths, slots, limits):
     """From a slot's becoming free to its next prefill: at most so many visits of each group, and one that frees it."""
     scheduler, tokens = Scheduler(slots, limits), Counter()

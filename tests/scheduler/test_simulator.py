@@ -286,6 +286,26 @@ def test_a_freed_slot_takes_the_next_sequence():
     assert together.latency_seconds < sum(static)
 
 
+def test_a_call_of_several_is_one_piece_of_work():
+    """Prompts of 128, 20 and 10 tokens and three slots. The first fills a call; the others pass beside its second
+    token, and then all decode. Times are shared out by tokens."""
+
+    class Times(UniformTimes):
+        def work_joined(self, stage, parts):
+            joined.append([tuple(part) for part in parts])
+            return 0.31
+
+    joined = []
+    times = Times([1.0, 1.0], [10.0, 10.0], [0.0, 0.0], [0.0, 0.0])
+    run = simulate(times, [(128, 3), (20, 2), (10, 2)], 3, MicroBatchLimits(4, 256, 3, 0, ragged=True))
+    assert joined == [[("prefill", 2, 15, 0), ("decode", 1, 1, 128)]] * 2
+    work = [span for span in run.spans if span.stage == 0 and not span.name.startswith("wait_")]
+    assert [(span.name, span.rows, round(span.seconds, 6)) for span in work] == [
+        ("prefill", 1, 1.0), ("prefill", 2, 0.3), ("decode", 1, 0.01), ("decode", 3, 10.0)
+    ]  # fmt: skip
+    assert run.latency_seconds == pytest.approx(2 * (1.0 + 0.31 + 10.0))
+
+
 def test_chrome_events_do_not_overlap_on_a_stage():
     times = VariedTimes(3, 5)
     lengths = list(zip([3] * 6, [4, 2, 6, 1, 3, 5], strict=True))

@@ -42,6 +42,18 @@ class StageRunner:
         """Any exception ends it."""
         return self._join(self._run_parts(phase, step, None))
 
+    def run_together(self, steps: Sequence[Step]) -> list[Output] | None:
+        """Several steps in one call of the layers that take them so; None if anything raises: steps that pass apart
+        show whose fault that is."""
+        steps = [step.rows(0, len(step.positions)) for step in steps]
+        try:
+            for layer in self.module.forward_funcs:
+                for part in [steps] if getattr(layer, "joins_steps", False) else steps:
+                    layer(part)
+        except Exception:
+            return None
+        return [(step.hidden, step.logits) for step in steps]
+
     def run_rows(self, phase: str, step: Step, keys: Sequence[int | None]) -> Output:
         """Rows that raise alone are given up, and noted by their key; None is that of a row that nobody asks for. The
         others pass as if those had been sound."""

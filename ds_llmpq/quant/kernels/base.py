@@ -162,6 +162,10 @@ class Kernel:
         """Bytes beside inputs, weights and outputs during any of these products (out, in features)."""
         return 0
 
+    def pad_call(self, tokens: int) -> int:
+        """Tokens of the last call of a pass of so many, with padding: a size is prepared when it is first met."""
+        return tokens
+
     def stage_workspace_bytes(self, shape: ModelShape) -> int:
         """Bytes of a whole stage's own buffers, for passes of any size."""
         return 0

@@ -32,6 +32,8 @@ class HeadGraph(nn.Module):
     takes `held_bytes`; None: it has an unquantized one. Logits are float32, as choosing a token takes them. Runs
     `PRODUCT_ROWS` rows a call, which bounds its buffers."""
 
+    joins_steps = True
+
     def __init__(self, head: Head, dtype: torch.dtype, weight: Constants | None = None, held_bytes: int = 0):
         super().__init__()
         constants = weight or hold_plain(head.lm_head.weight.data)
@@ -51,11 +53,16 @@ class HeadGraph(nn.Module):
         constants.drop_pages()
         self._constants = constants
 
-    def forward(self, step: Step) -> Step:
-        hidden = step.at_last()
-        outputs = [self._run(rows) for rows in hidden.reshape(-1, self.hidden).split(PRODUCT_ROWS)]
+    def forward(self, step: Step | list[Step]) -> Step | list[Step]:
+        """Also of several steps in the same calls."""
+        steps = step if isinstance(step, list) else [step]
+        hidden = [each.at_last() for each in steps]
+        rows = [each.reshape(-1, self.hidden) for each in hidden]
+        together = rows[0] if len(rows) == 1 else torch.cat(rows)
+        outputs = [self._run(part) for part in together.split(PRODUCT_ROWS)]
         logits = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        step.logits = logits.view(*hidden.shape[:-1], self.vocabulary)
+        for each, states, part in zip(steps, hidden, logits.split([len(part) for part in rows]), strict=True):
+            each.logits = part.view(*states.shape[:-1], self.vocabulary)
         return step
 
     def _run(self, hidden: torch.Tensor) -> torch.Tensor:

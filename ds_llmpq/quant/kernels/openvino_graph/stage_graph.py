@@ -73,8 +73,10 @@ class Piece:
 
 class StageGraph(nn.Module):
     """Layers are added in order as they are read, then compiled together; `first_layer` is the index of the first.
-    Called with a `Step`, it runs all of them. `kv_bits`: 8 where the cache holds keys and values as bytes, each vector
-    behind its scale and zero."""
+    Called with a `Step`, or with several, it runs all of them. `kv_bits`: 8 where the cache holds keys and values as
+    bytes, each vector behind its scale and zero."""
+
+    joins_steps = True
 
     def __init__(self, first_layer: int, dtype: torch.dtype = torch.bfloat16, kv_bits: int = UNQUANTIZED_BITS):
         super().__init__()
@@ -131,21 +133,32 @@ class StageGraph(nn.Module):
             del self._hidden, self._inputs, self._rows
             self._warm_up()
 
-    def forward(self, step: Step) -> Step:
-        """Runs all layers; hidden states of padding are zeros."""
-        self._attach(step.cache.store)
-        rows, tokens, features = step.hidden.shape
-        lengths = [tokens] * rows if step.last is None or tokens == 1 else (step.last + 1).tolist()
-        sources = self._angles(step)
-        sources["hidden"] = hidden = step.hidden.reshape(-1, features)
-        outputs = torch.zeros_like(hidden) if min(lengths) < tokens else torch.empty_like(hidden)
-        for chunk in chunks(lengths, step.cache.row_places()):
-            spans = list(_spans(chunk, tokens))
-            for name, source in sources.items():
+    def forward(self, step: Step | list[Step]) -> Step | list[Step]:
+        """Runs all layers over a step, or over several in the same calls; hidden states of padding are zeros."""
+        steps = step if isinstance(step, list) else [step]
+        self._attach(steps[0].cache.store)
+        lengths, starts, sources = [], [], []
+        for each in steps:
+            rows, tokens, features = each.hidden.shape
+            lengths += [tokens] * rows if each.last is None or tokens == 1 else (each.last + 1).tolist()
+            first = sum(len(source["hidden"]) for source in sources)
+            starts += range(first, first + rows * tokens, tokens)
+            sources.append({**self._angles(each), "hidden": each.hidden.reshape(-1, features)})
+        together = sources[0]
+        if len(steps) > 1:
+            together = {name: torch.cat([source[name] for source in sources]) for name in together}
+        hidden = together["hidden"]
+        outputs = torch.zeros_like(hidden) if sum(lengths) < len(hidden) else torch.empty_like(hidden)
+        for chunk in chunks(lengths, [place for each in steps for place in each.cache.row_places()]):
+            padding = _choose_padding(chunk)
+            spans = list(_spans(chunk, starts))
+            for name, source in together.items():
                 _gather(self._staging[name], source, spans)
-            count = self._infer(chunk)
+            count = self._infer(chunk, padding)
             _scatter(outputs, self._staging["outputs"][:count], spans)
-        step.hidden = outputs.view(rows, tokens, features)
+        parts = outputs.split([each.hidden[..., 0].numel() for each in steps])
+        for each, part in zip(steps, parts, strict=True):
+            each.hidden = part.view(each.hidden.shape)
         return step
 
     def _angles(self, step: Step) -> dict[str, torch.Tensor]:
@@ -193,9 +206,11 @@ class StageGraph(nn.Module):
             for part, memory in zip(("keys", "values"), store.blocks(self.first_layer + index), strict=True):
                 self._request.set_tensor(f"{part}{index}", share(memory))
 
-    def _infer(self, chunk: list[Piece]) -> int:
-        """Runs the tokens in the buffers. Returns their number."""
+    def _infer(self, chunk: list[Piece], padding: int = 0) -> int:
+        """Runs the tokens in the buffers. Returns their number. So many more are run behind the last piece's."""
         lengths = [piece.stop - piece.start for piece in chunk]
+        count = sum(lengths)
+        lengths[-1] += padding
         contexts = [piece.past + length for piece, length in zip(chunk, lengths, strict=True)]
         blocks = [
             self._store.block_table(piece.slot, context, piece.shared)
@@ -210,12 +225,13 @@ class StageGraph(nn.Module):
         }
         for name, values in tables.items():
             self._request.set_tensor(name, openvino.Tensor(numpy.array(values, numpy.int32)))
-        count = sum(lengths)
-        if count != self._bound_tokens:
+        padded = count + padding
+        self._staging["hidden"][count:padded] = 0  # whatever is left of others may be no number
+        if padded != self._bound_tokens:
             for name in self._sizes:
-                self._request.set_tensor(name, share(self._staging[name][:count]))
-            self._request.set_output_tensor(share(self._staging["outputs"][:count]))
-            self._bound_tokens = count
+                self._request.set_tensor(name, share(self._staging[name][:padded]))
+            self._request.set_output_tensor(share(self._staging["outputs"][:padded]))
+            self._bound_tokens = padded
         self._request.infer(share_outputs=True)
         return count
 
@@ -258,11 +274,30 @@ def chunks(lengths: list[int], places: list[tuple[int, int, int]]) -> Iterator[l
         yield chunk
 
 
-def _spans(chunk: list[Piece], tokens: int) -> Iterator[tuple[int, int]]:
-    """[start, stop) of the pieces in [rows x tokens], with neighbours joined."""
+def _choose_padding(chunk: list[Piece]) -> int:
+    """Tokens that make the call one of few sizes. Their keys and values go to places behind a row's own that its next
+    tokens take, so a row whose last block has the room is put last; 0 if there is none."""
+    count = sum(piece.stop - piece.start for piece in chunk)
+    padding = OPENVINO_GRAPH.pad_call(count) - count
+    roomy = max(chunk, key=_count_room)
+    if not padding or _count_room(roomy) < padding:
+        return 0
+    chunk.remove(roomy)
+    chunk.append(roomy)
+    return padding
+
+
+def _count_room(piece: Piece) -> int:
+    """Places behind a piece in its last block, where nothing is read before it is written."""
+    return -(piece.past + piece.stop - piece.start) % CACHE_BLOCK
+
+
+def _spans(chunk: list[Piece], starts: list[int]) -> Iterator[tuple[int, int]]:
+    """[start, stop) of the pieces in what they are gathered from, where rows begin at `starts`, with neighbours
+    joined."""
     begin = end = -1
     for piece in chunk:
-        start, stop = piece.row * tokens + piece.start, piece.row * tokens + piece.stop
+        start, stop = starts[piece.row] + piece.start, starts[piece.row] + piece.stop
         if start != end:
             if end > begin:
                 yield begin, end
