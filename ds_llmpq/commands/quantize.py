@@ -12,7 +12,7 @@ from ds_llmpq.errors import UserError
 from ds_llmpq.launch.progress import ProgressBar
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.plan import check_model, read_plan
-from ds_llmpq.quant.config import QuantConfig
+from ds_llmpq.quant.config import QuantConfig, suit_zeros
 from ds_llmpq.quant.packing import count_bits_per_weight, make_groups
 from ds_llmpq.report.plan_table import format_size
 from ds_llmpq.wording import quote_argument
@@ -47,7 +47,7 @@ def choose_widths(settings: QuantizeConfig) -> tuple[Path, list[int], QuantConfi
         path = config.make_absolute(settings.model.path)
         layers = read_shape(path).layers
         widths = list(settings.widths) * (layers if len(settings.widths) == 1 else 1)
-        return path, widths, settings.quant
+        return path, widths, suit_zeros(settings.quant, settings.device)
     plan = read_plan(config.make_absolute(settings.plan))
     planned = plan.model_path
     if plan.quant is None:

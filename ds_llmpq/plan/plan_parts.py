@@ -9,7 +9,7 @@ from annotated_types import Ge, Le
 
 from ds_llmpq.cluster.devices import COMPUTE_DTYPES, KINDS
 from ds_llmpq.integers import round_up
-from ds_llmpq.quant.config import QuantConfig
+from ds_llmpq.quant.config import ZEROS, QuantConfig
 from ds_llmpq.validation import (
     Amount,
     Bits,
@@ -95,6 +95,7 @@ class Quantization:
     per_channel_bits: Many[Bits] = ()
     lm_head_bits: Bits = 16
     kv_bits: one_of(8, 16) = 16
+    zeros: one_of("auto", *ZEROS) = "auto"
 
     @classmethod
     def from_config(cls, config: QuantConfig) -> "Quantization":

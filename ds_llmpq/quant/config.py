@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from ds_llmpq.errors import UserError
 
 # names of settings in plans, profiles and quantized checkpoints of the former version, read for one more version
 FORMER_NAMES = {"head_bits": "lm_head_bits", "whole_rows": "per_channel_bits"}
+ZEROS = ("whole", "real")
 
 
 @dataclass
@@ -18,7 +21,7 @@ class QuantConfig:
     bits: list[int] = field(default_factory=lambda: [3, 4, 8, 16])
     group_size: int = 64
     axis: int = 1  # groups run along the input dimension (1) or the output dimension (0)
-    optimize: bool = True  # HQQ's own fine-tuning of scale and zero
+    optimize: bool = True  # fits scales and zeros to the weights; false: to the range of each group
     # runs the decoder layers: auto | dequantize (HQQ's own forward) | openvino_graph (a whole stage, unquantized layers
     # too) | openvino | humming (GPUs)
     kernel: str = "auto"
@@ -28,6 +31,20 @@ class QuantConfig:
     lm_head_bits: int = 16
     # of keys and values in the KV cache: 16 (the compute dtype), or 8 where stages are graphs (kernel openvino_graph)
     kv_bits: int = 16
+    # zero points: whole (numbers: OpenVINO multiplies faster) | real (HQQ's own) | auto (whole where the kernel gains)
+    zeros: str = "auto"
+
+
+def resolve_zeros(quant: QuantConfig, kernel_gains: bool) -> QuantConfig:
+    """`quant` with `auto` zeros replaced. `UserError`: no such zeros."""
+    if quant.zeros not in ("auto", *ZEROS):
+        raise UserError(f"quant.zeros={quant.zeros!r} is not known; use auto, whole or real.")
+    return replace(quant, zeros="whole" if kernel_gains else "real") if quant.zeros == "auto" else quant
+
+
+def suit_zeros(quant: QuantConfig, device: str) -> QuantConfig:
+    """`quant` with `auto` zeros replaced where no kernel has been chosen: by those of the fastest on such a device."""
+    return resolve_zeros(quant, device.startswith("cpu") and quant.axis == 1)
 
 
 def rename_former(settings: Any, where: str | None = None) -> Any:

@@ -23,7 +23,7 @@ from ds_llmpq.files import check_files, read_json
 from ds_llmpq.models.checkpoint import QUANTIZED_INDEX, Checkpoint
 from ds_llmpq.models.description import QUANT_METHOD
 from ds_llmpq.models.fingerprint import MANIFEST, read_manifest
-from ds_llmpq.quant.config import QuantConfig, rename_former
+from ds_llmpq.quant.config import ZEROS, QuantConfig, rename_former
 from ds_llmpq.quant.hqq import STORED_PARTS, restore_linear
 from ds_llmpq.quant.packing import PACKED_BITS, UNQUANTIZED_BITS, Groups, make_groups
 from ds_llmpq.validation import Digest, Many, Name, Positive, Some, one_of, validate
@@ -46,6 +46,7 @@ class Recipe:
     source_fingerprint: str
     lm_head_bits: int = UNQUANTIZED_BITS
     head_rows: tuple[int, ...] = ()
+    zeros: str = "real"
 
     def to_json(self) -> dict[str, Any]:
         """The `quantization_config` of config.json."""
@@ -57,6 +58,7 @@ class Recipe:
             "head_rows": list(self.head_rows),
             **self.groups.to_json(),
             "optimize": self.optimize,
+            "zeros": self.zeros,
             "scale_dtype": "float32",
             "source_fingerprint": self.source_fingerprint,
         }
@@ -64,7 +66,9 @@ class Recipe:
     @property
     def quant(self) -> QuantConfig:
         groups = self.groups.to_json()
-        return QuantConfig(sorted(set(self.bits)), optimize=self.optimize, lm_head_bits=self.lm_head_bits, **groups)
+        return QuantConfig(
+            sorted(set(self.bits)), optimize=self.optimize, zeros=self.zeros, lm_head_bits=self.lm_head_bits, **groups
+        )
 
 
 def read_recipe(path: str | Path) -> Recipe | None:
@@ -90,7 +94,9 @@ def read_recipe(path: str | Path) -> Recipe | None:
         )
     except UserError as error:
         raise UserError(f"{file} has no usable quantization_config ({error}); quantize the model again.") from None
-    return Recipe(kept.bits, groups, kept.optimize, kept.source_fingerprint, kept.lm_head_bits, kept.head_rows)
+    return Recipe(
+        kept.bits, groups, kept.optimize, kept.source_fingerprint, kept.lm_head_bits, kept.head_rows, kept.zeros
+    )
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,7 @@ class _Noted:
     lm_head_bits: Width = UNQUANTIZED_BITS
     head_rows: Many[Positive] = ()
     per_channel_bits: Many[Width] = ()
+    zeros: one_of(*ZEROS) = "real"  # as in checkpoints that do not say
 
 
 class QuantizedCheckpoint(Checkpoint):

@@ -31,7 +31,7 @@ from ds_llmpq.quant.hqq import quantize_linear, quantize_rows, split_parts
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS, check_lm_head, cut_row_blocks, make_groups
 from ds_llmpq.quant.quantized_checkpoint import FORMAT, FORMER_INDEX, HEAD, Recipe, hash_file
 
-_RECIPE_VERSION = 1  # increased when the same settings give other weights
+_RECIPE_VERSION = 2  # increased when the same settings give other weights
 _COPIED = (*TEXT_FILES, "LICENSE*")
 
 
@@ -89,7 +89,8 @@ class _Writer:
         """HQQ's settings that affect a layer at `bits`."""
         groups = self.recipe.groups
         group_size = "row" if bits in groups.per_channel_bits else groups.group_size
-        return {"group_size": group_size, "axis": groups.axis, "optimize": self.recipe.optimize}
+        fitted = {"optimize": self.recipe.optimize, "zeros": self.recipe.zeros}
+        return {"group_size": group_size, "axis": groups.axis, **fitted}
 
     def tensors(self, number: int) -> dict[str, torch.Tensor]:
         """Name -> tensor of one pipeline layer as stored; unquantized ones keep the dtype of the source."""
@@ -194,7 +195,8 @@ def write_quantized(
     check_lm_head(shape.vocab, shape.embed_dim, quant)
     rows = cut_row_blocks(shape.vocab, shape.embed_dim) if quant.lm_head_bits < UNQUANTIZED_BITS else ()
     recipe = Recipe(
-        tuple(bits), make_groups(quant), quant.optimize, fingerprint(source), quant.lm_head_bits, tuple(rows)
+        tuple(bits), make_groups(quant), quant.optimize, fingerprint(source), quant.lm_head_bits, tuple(rows),
+        "whole" if quant.zeros == "whole" else "real",
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     if not _read_parts(folder) and any(folder.glob("*.safetensors")):

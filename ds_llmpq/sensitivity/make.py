@@ -17,7 +17,7 @@ from ds_llmpq.models.corpus import read_calibration_texts, select_rows
 from ds_llmpq.models.fingerprint import fingerprint
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.models.tokenizer import load_tokenizer
-from ds_llmpq.quant.config import QuantConfig
+from ds_llmpq.quant.config import QuantConfig, suit_zeros
 from ds_llmpq.quant.packing import (
     UNQUANTIZED_BITS,
     check_lm_head,
@@ -56,7 +56,7 @@ def make_sensitivity(request: SensitivityRequest) -> Sensitivity:
     one of the widths."""
     if request.method not in METHODS:
         raise UserError(f"method={request.method!r} is unknown; the methods are {', '.join(METHODS)}.")
-    calibration, quant = request.calibration, request.quant
+    calibration, quant = request.calibration, suit_zeros(request.quant, request.device.type)
     check_least("calibration", calibration, rows=1, tokens=1, rows_at_once=1, state_bytes=0, hessian_rows=1)
     texts = read_calibration_texts(calibration.text)
     text_hash = hashlib.sha256("".join(text.sha256 for text in texts).encode()).hexdigest()
@@ -86,7 +86,7 @@ def make_sensitivity(request: SensitivityRequest) -> Sensitivity:
         "texts": len(texts),
         "rows": len(tokens),
         "tokens": tokens[:, 1:].numel(),
-        "quant": {**make_groups(quant).to_json(), "optimize": quant.optimize},
+        "quant": {**make_groups(quant).to_json(), "optimize": quant.optimize, "zeros": quant.zeros},
         "raw": raw,
         "whole_model": dict(zip(map(str, widths), notes, strict=True)),
         "loss_per_kl": ratio,

@@ -126,7 +126,7 @@ def ours(name: str, options: argparse.Namespace, batch: int, folder: Path) -> di
         for index in range(stages)
     ]
     plan = [
-        "plan", f"model.path={Path(options.model).absolute()}", "cluster=local_cpu2", "quant.optimize=false",
+        "plan", f"model.path={Path(options.model).absolute()}", "cluster=local_cpu2", "planner.calibrate=never",
         per_channel_bits, f"quant.lm_head_bits={lm_head_bits}", f"cluster.hosts.0.devices=[{', '.join(devices)}]",
         f"check={folder / 'hand.json'}",
         f"workload.sequences={batch}", f"workload.prompt_tokens={options.prompt}",

@@ -30,7 +30,7 @@ pytestmark = [
     ),
 ]
 GRAPH = ("engine.dtype=bfloat16", "quant.optimize=false", "quant.bits=[4,8,16]", "quant.kernel=openvino_graph")
-GRAPH += ("quant.lm_head_bits=8",)
+GRAPH += ("quant.lm_head_bits=8", "quant.zeros=real")
 
 
 def test_a_run_of_two_graphs_answers_every_row(checkpoint, tmp_path):

@@ -26,7 +26,7 @@ from ds_llmpq.quant.writer import write_quantized
 from scripts.make_checkpoint import make_checkpoint
 
 BITS = [2, 16, 3, 4, 8, 1]
-QUANT = QuantConfig([1, 2, 3, 4, 8], 32, 1, True)
+QUANT = QuantConfig([1, 2, 3, 4, 8], 32, 1, True, zeros="whole")
 ROWS = replace(QUANT, per_channel_bits=[8])
 SMALL = {"layers": 6, "hidden": 64, "heads": 4, "vocab": 128, "max_positions": 64}
 VARIANTS = {

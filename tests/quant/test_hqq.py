@@ -1,6 +1,7 @@
 """The package's way to HQQ against HQQ's own constructor, and what is counted as stored."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 from torch import nn
 
 from ds_llmpq.errors import UserError
-from ds_llmpq.quant.config import QuantConfig
+from ds_llmpq.quant.config import QuantConfig, suit_zeros
 from ds_llmpq.quant.hqq import count_stored_bytes, list_linears, quantize_linear
+from ds_llmpq.quant.kernels.registry import select_kernel
 from ds_llmpq.quant.packing import Groups, count_packed_linear_bytes
 
 CPU = torch.device("cpu")
@@ -42,18 +44,24 @@ def test_same_as_hqq_s_own(bits, axis, dtype, bias):
     assert not any(parameter.requires_grad for parameter in ours.parameters())
 
 
-def test_per_channel_are_hqq_s_own_groups_of_that_size():
-    """At 8 bits with whole zeros, whether zeros are optimized or not."""
+def test_per_channel_are_hqq_s_own_groups_of_that_size_and_zeros_suit_the_kernel():
     torch.manual_seed(2)
     linear, inputs = nn.Linear(96, 64), torch.randn(3, 96)
-    for bits, group_size, optimize in ((8, 96, False), (8, 96, True), (4, 32, False)):
-        quant = QuantConfig(group_size=32, optimize=optimize, per_channel_bits=[8])
-        ours = quantize_linear(
-            linear.weight.data, linear.bias.data, bits, quant, torch.float32, torch.device("cpu")
-        )  # fmt: skip
-        theirs = hqq_s_own(linear, bits, group_size=group_size, round_zero=True)
+    for bits, group_size, zeros in ((8, 96, "real"), (8, 96, "whole"), (4, 32, "whole"), (3, 32, "auto")):
+        quant = QuantConfig(group_size=32, optimize=False, per_channel_bits=[8], zeros=zeros)
+        ours = quantize_linear(linear.weight.data, linear.bias.data, bits, quant, torch.float32, CPU)
+        theirs = hqq_s_own(linear, bits, group_size=group_size, round_zero=zeros == "whole")
         assert torch.equal(ours(inputs), theirs(inputs))
-        assert torch.equal(ours.meta["zero"], ours.meta["zero"].round())
+        best = quantize_linear(linear.weight.data, None, bits, replace(quant, optimize=True), torch.float32, CPU)
+        assert torch.equal(best.meta["zero"], best.meta["zero"].round()) == (zeros == "whole")
+    for kernel, axis, zeros in (("openvino_graph", 1, "whole"), ("dequantize", 1, "real"), ("auto", 0, "real")):
+        quant = QuantConfig(axis=axis, kernel=kernel)
+        assert select_kernel(quant, ["cpu"], "bfloat16").zeros == zeros
+        assert select_kernel(replace(quant, zeros="real"), ["cpu"], "bfloat16").zeros == "real"
+    assert suit_zeros(QuantConfig(), "cpu").zeros == "whole"
+    assert suit_zeros(QuantConfig(), "cuda:0").zeros == "real"
+    with pytest.raises(UserError, match=r"quant.zeros='half' is not known; use auto, whole or real"):
+        suit_zeros(QuantConfig(zeros="half"), "cpu")
 
 
 def test_more_bits_are_nearer_the_weight():

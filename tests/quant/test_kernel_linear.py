@@ -35,7 +35,7 @@ CASES = [
 
 def quantized(out_features, in_features, bits, group_size=64, bias=None, seed=0, optimize=True, dtype=torch.float32):
     weight = torch.randn(out_features, in_features, generator=torch.Generator().manual_seed(seed)) + 0.3
-    quant = QuantConfig([bits], 64, 1, optimize and bits > 1, per_channel_bits=[bits])
+    quant = QuantConfig([bits], 64, 1, optimize and bits > 1, per_channel_bits=[bits], zeros="real")
     if group_size != "row":
         quant = replace(quant, group_size=group_size, per_channel_bits=[])
     return quantize_linear(0.02 * weight, bias, bits, quant, dtype, CPU)

@@ -6,7 +6,7 @@ from hqq.core import optimize as hqq_optimize
 from hqq.core.quantize import Quantizer
 
 from ds_llmpq.quant import optimize
-from ds_llmpq.quant.optimize import optimize_zeros, use_fast_optimizer
+from ds_llmpq.quant.optimize import optimize_zeros, search_whole, use_optimizer
 
 
 def weights(seed, rows=256, columns=512):
@@ -65,8 +65,39 @@ def test_no_group_gets_worse_and_pieces_do_not_matter(axis, seed, monkeypatch):
     assert (again[0] != levels).float().mean() < 1e-3  # sums of other lengths round otherwise
 
 
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_whole_zeros_are_codes_and_beat_rounding(bits, axis, monkeypatch):
+    weight, top = weights(bits, 64, 512).reshape(-1, 64), 2**bits - 1
+    weight = weight if axis == 1 else weight.T.contiguous()
+    low, high = weight.amin(axis, keepdim=True), weight.amax(axis, keepdim=True)
+    plain = top / (high - low)
+    codes, scale, zero = search_whole(weight, plain, -low * plain, [0, top], axis)
+    rounded = (-low * plain).round()
+
+    def error(codes, scale, zero):
+        return ((codes - zero) / scale - weight).square().sum(axis)
+
+    assert torch.equal(zero, zero.round().clamp(0, top))
+    assert torch.equal(codes, codes.round().clamp(0, top))
+    found, simple = error(codes, scale, zero), error((weight * plain + rounded).round().clamp(0, top), plain, rounded)
+    assert (found <= simple * (1 + 1e-5)).all()
+    assert found.sum() < (0.98 if bits < 8 else 1.0) * simple.sum()
+    monkeypatch.setattr(optimize, "PIECE_WEIGHTS", 100)
+    again = search_whole(weight, plain, -low * plain, [0, top], axis)
+    torch.testing.assert_close(error(*again), found, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("values", [[0.0] * 8, [0.5] * 8, [-0.5] * 8, [0.3, 0.4] * 4, [1e-6, -1e-6] * 4])
+def test_whole_zeros_of_odd_groups(values):
+    """No range, or a range without zero."""
+    weight = torch.tensor([values])
+    codes, scale, zero = search_whole(weight, torch.ones(1, 1), torch.zeros(1, 1), [0, 15], 1)
+    torch.testing.assert_close((codes - zero) / scale, weight, rtol=0.05, atol=1e-5)
+
+
 def test_hqq_gets_its_own_optimizer_back():
     before = Quantizer.optimize_weights
-    with use_fast_optimizer():
-        assert Quantizer.optimize_weights is optimize_zeros
+    with use_optimizer(search_whole):
+        assert Quantizer.optimize_weights is search_whole
     assert Quantizer.optimize_weights is before

@@ -352,7 +352,7 @@ from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.kernels.openvino import OPENVINO_GRAPH
 
 cpu, (path, bits) = torch.device("cpu"), sys.argv[1:]
-quant = QuantConfig([int(bits)], 64, 1, True, "openvino_graph")  # with zeros that need a correction
+quant = QuantConfig([int(bits)], 64, 1, True, "openvino_graph", zeros="real")  # which need a correction
 import ds_llmpq.quant.kernels.openvino_graph.stage_graph
 checkpoint = Checkpoint(path)
 release_freed()

@@ -55,7 +55,8 @@ def test_per_channel_are_noted_and_measured(path, tmp_path):
     asked = request(path, tmp_path / "rows", bits=(8, 16))
     plain = make_sensitivity(request(path, tmp_path / "groups", bits=(8, 16)))
     rows = make_sensitivity(replace(asked, quant=replace(asked.quant, per_channel_bits=[8])))
-    assert plain.details["quant"] == {"group_size": 64, "axis": 1, "per_channel_bits": [], "optimize": True}
+    groups = {"group_size": 64, "axis": 1, "per_channel_bits": []}
+    assert plain.details["quant"] == groups | {"optimize": True, "zeros": "whole"}
     assert rows.details["quant"] == plain.details["quant"] | {"per_channel_bits": [8]}
     assert rows.table != plain.table
 
@@ -74,7 +75,8 @@ def test_what_lm_head_loses_is_measured_and_changes_no_layer_s(path, tmp_path):
     with torch.no_grad():
         exact = model(rows[:, :-1]).logits.log_softmax(-1)
         weight = model.get_output_embeddings().weight
-        quantized = quantize_linear(weight.data, None, 2, asked.quant, torch.float32, torch.device("cpu")).dequantize()
+        quant = replace(asked.quant, zeros="whole")
+        quantized = quantize_linear(weight.data, None, 2, quant, torch.float32, torch.device("cpu")).dequantize()
         weight.data = quantized
         found = model(rows[:, :-1]).logits.log_softmax(-1)
     kl = (exact.exp() * (exact - found)).sum(-1).double().mean().item()

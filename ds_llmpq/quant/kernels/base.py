@@ -53,6 +53,7 @@ class Kernel:
     out_multiple, in_multiple: features must be multiples of these.
     shared_inputs: linears with the same input that are held and run as one.
     integer_activations: inputs are rounded to 8 bits by groups, and sums are computed in integers.
+    whole_zeros: products with zeros that are whole numbers are faster.
     own_threads: products run on the library's own threads.
     cache_block: positions in a block of the KV cache; slots take whole blocks.
     kv_scale_bytes: scale and zero of a key or value in a KV cache of 8 bits; None: it has no such cache.
@@ -73,6 +74,7 @@ class Kernel:
     per_channel = False
     shared_inputs: Sequence[Sequence[str]] = ()
     integer_activations = False
+    whole_zeros = False
     own_threads = False
     cache_block = 1
     kv_scale_bytes: int | None = None

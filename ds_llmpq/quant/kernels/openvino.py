@@ -61,6 +61,7 @@ class _OpenVino(Kernel):
     group_sizes = (32, 64, 128, 256)
     per_channel = True
     integer_activations = True
+    whole_zeros = True
     own_threads = True
 
     def read_bytes(self, out_features: int, in_features: int, bits: int, groups: Groups, dtype_bytes: int) -> int:

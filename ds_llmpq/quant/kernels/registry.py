@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.spec import DecoderSpec
-from ds_llmpq.quant.config import QuantConfig
+from ds_llmpq.quant.config import QuantConfig, resolve_zeros
 from ds_llmpq.quant.kernels.base import Kernel
 from ds_llmpq.quant.kernels.dequantize import DEQUANTIZE
 from ds_llmpq.quant.kernels.humming import HUMMING
@@ -54,7 +54,7 @@ def select_kernel(
     spec: DecoderSpec | None = None,
     batch_invariant: bool = False,
 ) -> QuantConfig:
-    """`quant` with `auto` replaced by the kernel that runs on all of these device kinds.
+    """`quant` with `auto` replaced by the kernel that runs on all of these device kinds, and by the zeros that suit it.
 
     linears: those of one decoder layer. measured: the kernel that a profile found fastest; without it, the first that
     supports these settings, whose library is installed here, and with which quantizing still makes a layer smaller.
@@ -69,7 +69,7 @@ def select_kernel(
             if reason := kernel.unsupported_reason(kind, dtype, quant, spec):
                 raise UserError(f"quant.kernel={kernel.name} cannot be used: {reason}; set quant.kernel={AUTO}.")
         check_batch_invariant(kernel, batch_invariant)
-        return quant
+        return resolve_zeros(quant, kernel.whole_zeros)
     if quant.kv_bits != UNQUANTIZED_BITS:
         linears = ()  # a smaller cache was asked for, whatever becomes of tiny layers
     usable = [find_kernel(measured)] if measured else _list_usable(dtype, linears)
@@ -77,13 +77,13 @@ def select_kernel(
         if batch_invariant and kernel.whole_stage:
             kernel = kernel.product_kernel
         if all(kernel.unsupported_reason(kind, dtype, quant, spec) is None for kind in kinds):
-            return replace(quant, kernel=kernel.name)
+            return resolve_zeros(replace(quant, kernel=kernel.name), kernel.whole_zeros)
     if quant.kv_bits != UNQUANTIZED_BITS:
         raise UserError(
             f"quant.kv_bits={quant.kv_bits} needs kernel {OPENVINO_GRAPH.name}, which cannot run all of this here; set "
             f"quant.kv_bits={UNQUANTIZED_BITS}, or quant.kernel={OPENVINO_GRAPH.name} to see why."
         )
-    return replace(quant, kernel=DEQUANTIZE.name)
+    return resolve_zeros(replace(quant, kernel=DEQUANTIZE.name), DEQUANTIZE.whole_zeros)
 
 
 def explain_dequantize(quant: QuantConfig, kinds: Sequence[str], dtype: str) -> str | None:
