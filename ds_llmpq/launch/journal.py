@@ -33,6 +33,8 @@ UNFINISHED, FINISHED = "unfinished", "finished"
 _MOST_ATTEMPTS = 1000  # the last ones are kept
 # settings that do not change results
 _NO_MATTER = ("order", "predictor")
+# settings that runs of former versions do not name, and what holds for those
+_ADDED = {"quant.kv_bits": 16, "quant.zeros": "auto", "workload.drawn_share": None, "workload.pool_positions": None}
 # settings that are files or folders
 _PATHS = frozenset({"model.path", "quantized", "planner.profile", "planner.sensitivity"})
 
@@ -62,7 +64,7 @@ class Identity:
             found.append("the checkpoint's tokenizer, chat template or generation_config.json")
         found += _list_differences("batch.", self.sampling, now.sampling)
         if self.settings and now.settings:
-            found += _list_differences("", self.settings, now.settings)
+            found += _list_differences("", _ADDED | self.settings, _ADDED | now.settings)
         return found
 
 
@@ -151,9 +153,13 @@ def _present_key(key: str) -> str:
 
 
 def _rename_former(quant: dict[str, Any]) -> dict[str, Any]:
-    """Settings under their former names: earlier runs hashed these, and must be able to resume."""
+    """Settings under their former names, without those that were not there: earlier runs hashed these, and must be able
+    to resume."""
     former = {now: name for name, now in FORMER_NAMES.items()}
-    return {former.get(name, name): value for name, value in quant.items()}
+    missing = object()
+    return {
+        former.get(name, name): value for name, value in quant.items() if _ADDED.get(f"quant.{name}", missing) != value
+    }
 
 
 def select_sampling(batch: BatchConfig) -> dict[str, Any]:

@@ -61,6 +61,13 @@ def test_a_run_begun_under_former_names_goes_on(tmp_path):
     Journal.read(tmp_path).check(replace(IDENTITY, settings=present), tmp_path)
     with pytest.raises(UserError, match=r"quant.lm_head_bits \(8, now 4\)"):
         Journal.read(tmp_path).check(replace(IDENTITY, settings=present | {"quant.lm_head_bits": 4}), tmp_path)
+    made = {"quant.bits": [4, 16], "model.path": "/m"}
+    now = made | {"quant.kv_bits": 16, "quant.zeros": "auto", "workload.drawn_share": None}
+    now["workload.pool_positions"] = None
+    Journal(replace(IDENTITY, settings=made)).write(tmp_path)
+    Journal.read(tmp_path).check(replace(IDENTITY, settings=now), tmp_path)
+    with pytest.raises(UserError, match=r"quant.kv_bits \(16, now 8\)"):
+        Journal.read(tmp_path).check(replace(IDENTITY, settings=now | {"quant.kv_bits": 8}), tmp_path)
     plan = read_plan(Path(__file__).parents[1] / "plan/assets/deployed.schema1.json")
     assert fingerprint_plan(plan) == FORMER_FINGERPRINT
 

@@ -38,9 +38,9 @@ def test_long_answers_are_cut_and_lines_that_are_no_rows_passed_over(tmp_path):
     asked.write_text('not json\n[1]\n{"custom_id": 7, "body": {"prompt": [1, 2]}}\n')
     answered = write_rows(tmp_path / "results.jsonl", [completion("7", "word " * 100)])
     (line,) = show_answers(asked, answered)
-    assert line.startswith("7:  -> word")
+    assert line.startswith("7: [1, 2] -> word")
     assert line.endswith("...")
-    assert len(line) <= 130
+    assert len(line) <= 140
 
 
 def test_nothing_is_shown_where_nothing_was_answered(tmp_path):
