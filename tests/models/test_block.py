@@ -202,6 +202,8 @@ def test_experts_in_fixed_shapes_give_the_same(models, name):
 class TracedCache:
     """A cache of fixed size, given as a tensor [layers, 2, rows, groups, capacity, features]."""
 
+    in_place = False
+
     def __init__(self, memory, positions):
         self.memory, self.positions = memory, positions
 
