@@ -123,11 +123,14 @@ class TableArrays:
 
 @dataclass
 class PagedRows:
-    """The rows of a pass, which know where they stand. `update`: as `KeyValueCache` has it."""
+    """The rows of a pass, which know where they stand: all that a stage needs that is one graph."""
 
-    store: PagedKVStore
+    store: KVStore
     places: Places
     in_place = False
+
+    def rows(self, start: int, stop: int) -> PagedRows:
+        return replace(self, places=self.places[start:stop])
 
     def row_places(self) -> Places:
         return self.places
@@ -138,6 +141,7 @@ class PagedPrefill(PagedRows):
     """Stores prompts from where they are not stored yet, the same for all rows. Attention uses the fresh keys and
     values, and copies of those before them: prefill computes so much that the copy costs little."""
 
+    store: PagedKVStore
     _tensors: Sequence[torch.Tensor] = ()
 
     def rows(self, start: int, stop: int) -> PagedPrefill:
@@ -170,6 +174,7 @@ class PagedPrefill(PagedRows):
 class PagedDecode(PagedRows):
     """Stores one token a row at that row's own position, `at` [rows]; attention sees the first `tokens` positions."""
 
+    store: PagedKVStore
     at: torch.Tensor
     tokens: int
 

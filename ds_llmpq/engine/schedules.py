@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from deepspeed.runtime.pipe.schedule import PipeInstruction, PipeSchedule
 
-from ds_llmpq.scheduler.micro_batch import MicroBatch
+from ds_llmpq.scheduler.micro_batch import MicroBatch, take_call
 from ds_llmpq.scheduler.stream import Stream
 
 
@@ -74,9 +74,7 @@ class StreamSchedule(PipeSchedule):
                     yield [WaitTokens(slots=pending)]
                 self.scheduled.extend(self.source.schedule())
                 continue
-            batches = [self.scheduled.popleft()]
-            while self.scheduled and self.scheduled[0].joined:
-                batches.append(self.scheduled.popleft())
+            batches = take_call(self.scheduled)
             if not self.is_first_stage:
                 yield [WaitActivation(batch=batch) for batch in batches]
                 self._schedule_ahead()

@@ -4,31 +4,15 @@ from __future__ import annotations
 
 from collections import abc
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
 from ds_llmpq.engine.kv_cache import KVStore, NoCache
-from ds_llmpq.engine.paged_cache import PagedKVStore
+from ds_llmpq.engine.paged_cache import PagedKVStore, PagedRows
 from ds_llmpq.engine.runner.host_copies import to_device
 from ds_llmpq.models.step import Step
 from ds_llmpq.scheduler.micro_batch import MicroBatch
 from ds_llmpq.scheduler.stream import Stream
-
-
-@dataclass
-class RaggedRows:
-    """Rows of a pass for a stage that is one graph: (slot, tokens stored already, those of them that are a shared
-    prefix) of each."""
-
-    store: KVStore
-    places: list[tuple[int, int, int]]
-
-    def rows(self, start: int, stop: int) -> RaggedRows:
-        return RaggedRows(self.store, self.places[start:stop])
-
-    def row_places(self) -> list[tuple[int, int, int]]:
-        return self.places
 
 
 class StepBuilder:
@@ -78,10 +62,8 @@ class StepBuilder:
 
     def decode_at(self, stream: Stream, batch: MicroBatch, positions: abc.Sequence[int]) -> Step:
         """A decode step without its tokens. `positions`: of the live slots' last tokens."""
-        if stream.ragged:
-            return self._decode_ragged(stream, batch, positions)
-        if isinstance(self.store, PagedKVStore):
-            return self._decode_pages(stream, batch, positions)
+        if stream.ragged or isinstance(self.store, PagedKVStore):
+            return self._decode_running(stream, batch, positions)
         live = dict(zip(batch.live, positions, strict=True))
         own = [place - stream.slots.shared[slot] for slot, place in live.items()]  # places in their slots
         # how sums over the cache are grouped depends on how much of it is read
@@ -103,24 +85,17 @@ class StepBuilder:
             prepare=self.positional,
         )
 
-    def _decode_ragged(self, stream: Stream, batch: MicroBatch, positions: abc.Sequence[int]) -> Step:
-        """All slots are live, and the stage finds each row's keys by its block table."""
-        shared = [stream.slots.shared[slot] for slot in batch.slots]
-        return Step(
-            positions=to_device(positions, self.device)[:, None],
-            cache=RaggedRows(self.store, list(zip(batch.slots, positions, shared, strict=True))),
-            kv_tokens=max(positions) + 1,
-            causal_only=True,
-            prepare=self.positional,
-        )
-
-    def _decode_pages(self, stream: Stream, batch: MicroBatch, positions: abc.Sequence[int]) -> Step:
-        """Where rows share blocks all of a pass are live, and a prefix is the first of a row's own blocks."""
+    def _decode_running(self, stream: Stream, batch: MicroBatch, positions: abc.Sequence[int]) -> Step:
+        """All slots of the pass are live. A row's keys are found by its block table, those of a prefix among them."""
         at, seen = to_device(positions, self.device), max(positions) + 1
         shared = [stream.slots.shared[slot] for slot in batch.slots]
+        if isinstance(self.store, PagedKVStore):
+            cache = self.store.decode_rows(batch.slots, positions, shared, at)
+        else:
+            cache = PagedRows(self.store, list(zip(batch.slots, positions, shared, strict=True)))
         return Step(
             positions=at[:, None],
-            cache=self.store.decode_rows(batch.slots, positions, shared, at),
+            cache=cache,
             kv_tokens=seen,
             causal_only=min(positions) + 1 == seen,
             prepare=self.positional,

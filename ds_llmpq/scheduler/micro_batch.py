@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 
 from ds_llmpq.cost.captured_graphs import row_bucket
@@ -35,6 +36,14 @@ class MicroBatch:
     @property
     def size(self) -> int:
         return len(self.slots)
+
+
+def take_call(scheduled: deque[MicroBatch]) -> list[MicroBatch]:
+    """Takes the next micro-batch, and those that pass in one call with it."""
+    call = [scheduled.popleft()]
+    while scheduled and scheduled[0].joined:
+        call.append(scheduled.popleft())
+    return call
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from ds_llmpq.cost.memory import IN_FLIGHT_MESSAGES
-from ds_llmpq.scheduler.micro_batch import MicroBatch, MicroBatchLimits
+from ds_llmpq.scheduler.micro_batch import MicroBatch, MicroBatchLimits, take_call
 from ds_llmpq.scheduler.scheduler import Scheduler
 
 
@@ -197,9 +197,7 @@ class _Simulation:
             admitted_before = self.scheduler.waiting < len(self.lengths)
             batches = deque(self.scheduler.schedule(self._has_ended))
             while batches:
-                call = [batches.popleft()]
-                while batches and batches[0].joined:
-                    call.append(batches.popleft())
+                call = take_call(batches)
                 self._run_call(call, certain)
                 certain = [True] * len(stages)
                 if not admitted_before:

@@ -98,7 +98,7 @@ def simulate_workload(plan: Plan, row_buckets: bool) -> list[SimulatedRun] | Non
     limits = MicroBatchLimits(
         sizes.prefill, sizes.prefill * workload.prefill_tokens, sizes.decode, row_buckets=row_buckets,
         cache_blocks=plan.count_pool_blocks(workload.prefix_positions(plan.cache_block)),
-        block_tokens=plan.cache_block, ragged=plan.is_ragged,
+        block_tokens=plan.cache_block, ragged=plan.is_ragged and not row_buckets,
     )  # fmt: skip
     lengths = [(workload.prompt_tokens, workload.generated_tokens)] * workload.sequences
     shared = [workload.shared_tokens] * workload.sequences
