@@ -10,9 +10,14 @@ import torch
 from ds_llmpq.engine.kv_cache import KVStore, NoCache
 from ds_llmpq.engine.paged_cache import PagedKVStore, PagedRows
 from ds_llmpq.engine.runner.host_copies import to_device
+from ds_llmpq.integers import round_up
 from ds_llmpq.models.step import Step
 from ds_llmpq.scheduler.micro_batch import MicroBatch
 from ds_llmpq.scheduler.stream import Stream
+
+# Positions. Attention to a prefix and what follows it is plain products. In bfloat16 on CPUs, oneDNN makes kernels for
+# each length that it meets, in a millisecond and 1.5 MiB, so lengths are rounded up, behind the mask.
+_CONTEXT_STEP = 32
 
 
 class StepBuilder:
@@ -76,6 +81,7 @@ class StepBuilder:
         at, of_prefix = to_device(places, self.device), None
         if any(shared):
             of_prefix = to_device([shared[slot] for slot in batch.slots], self.device)
+            kv_tokens = min(round_up(kv_tokens, _CONTEXT_STEP), self.store.capacity)
         return Step(
             positions=at[:, None],
             cache=self.store.decode_slots(batch.slots, at, kv_tokens, of_prefix),

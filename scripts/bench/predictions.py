@@ -1,17 +1,20 @@
 """Do predictions hold on the first run? Predicted and measured seconds of whole runs, from an empty cache.
 
     python scripts/make_checkpoint.py --preset 135m M135
-    python scripts/bench/predictions.py M135 OUT [--only demo,two,random] [--repeats 5] [--plans 12] [--series 2]
+    python scripts/bench/predictions.py M135 OUT [--only demo,two,random,chat] [--repeats 5] [--plans 12] [--series 2]
                                         [--seed 0]
 
 `demo`: the demonstration, calibrated anew each time. `two`: a model on two heterogeneous CPU stages, with prompts and
 answers of many lengths, free slots refilled. `random`: plans by hand of the same model, of one or two stages, and how
 well their predictions rank them (Kendall's tau). All plans run once a series; tau between the measured times of two
-series is what a perfect prediction would reach on such a machine. OUT keeps every run: one that has ended
-is not run again. Both cores of the machine are measured, so let nothing else run.
+series is what a perfect prediction would reach on such a machine. `chat`: chats with the shipped model on this
+machine's one stage and on two, calibrated anew each time: most begin with one system prompt, and answers end when the
+model ends them. OUT keeps every run: one that has ended is not run again. Both cores of the machine are measured, so
+let nothing else run.
 """
 
 import argparse
+import inspect
 import json
 import os
 import random
@@ -27,9 +30,11 @@ from scipy.stats import kendalltau
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.report.plan_table import format_table
 
-SERIES = ("demo", "two", "random")
+SERIES = ("demo", "two", "random", "chat")
 CLUSTER, DEVICES = "local_heterogeneous2", ("localhost:0", "localhost:1")
 ROWS, PROMPT, ANSWER = 32, (24, 128), (16, 64)  # tokens, from and to
+CHATS, CHAT_TOKENS, SHARED_OF_TEN = 400, 64, 9  # rows, the most tokens of an answer, rows in ten with the system prompt
+SYSTEM = "You answer with one short Python function. " * 8
 
 
 def main() -> None:
@@ -63,6 +68,12 @@ def main() -> None:
                 run_plan(out / f"plan{index:02}", turn, plan, planned, requests, out / "cache")
                 for index, plan in enumerate(plans)
             ]
+    if "chat" in chosen:
+        chats = write_chats(out / "chats.jsonl", random.Random(options.seed))
+        for name, cluster in (("chat", "auto"), ("chat, two stages", CLUSTER)):
+            folders = [out / f"{name.replace(', ', '_').replace(' ', '_')}{index}" for index in range(options.repeats)]
+            line = ["model=tiny", f"cluster={cluster}", f"input={chats}"]
+            found[name] = [run(folder, line, folder.with_suffix(".cache")) for folder in folders]
     (out / "predictions.json").write_text(json.dumps(found, indent=1) + "\n")
     text = "\n\n".join(describe(name, rows, found.get("random", [])) for name, rows in found.items())
     (out / "predictions.txt").write_text(text + "\n")
@@ -113,6 +124,22 @@ def write_requests(file: Path, generator: random.Random) -> Path:
         prompt = [generator.randint(3, 99) for _ in range(generator.randint(*PROMPT))]
         body = {"model": "m", "prompt": prompt, "max_tokens": generator.randint(*ANSWER), "ignore_eos": True}
         rows.append({"custom_id": f"r{index}", "method": "POST", "url": "/v1/completions", "body": body})
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def write_chats(file: Path, generator: random.Random) -> Path:
+    """Requests for functions that the standard library documents, which the shipped model was trained on."""
+    modules = (argparse, json, random, re, shutil, subprocess)
+    members = [(name, getattr(module, name)) for module in modules for name in sorted(vars(module))]
+    asked = [f"{name}: {inspect.getdoc(member).splitlines()[0]}" for name, member in members if inspect.getdoc(member)]
+    rows = []
+    for index in range(CHATS):
+        messages = [{"role": "user", "content": generator.choice(asked)}]
+        if index % 10 < SHARED_OF_TEN:
+            messages.insert(0, {"role": "system", "content": SYSTEM})
+        body = {"model": "m", "messages": messages, "max_tokens": CHAT_TOKENS}
+        rows.append({"custom_id": f"c{index}", "method": "POST", "url": "/v1/chat/completions", "body": body})
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
 
