@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from ds_llmpq.integers import round_up_coarsely
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.models.spec import DecoderSpec
 from ds_llmpq.quant.config import QuantConfig
@@ -165,8 +166,8 @@ class Kernel:
         return 0
 
     def pad_call(self, tokens: int) -> int:
-        """Tokens of the last call of a pass of so many, with padding: a size is prepared when it is first met."""
-        return tokens
+        """Tokens of the last call of a pass of so many on a CPU, padded: a size is prepared when it is first met."""
+        return round_up_coarsely(tokens)
 
     def stage_workspace_bytes(self, shape: ModelShape) -> int:
         """Bytes of a whole stage's own buffers, for passes of any size."""
