@@ -12,4 +12,6 @@ from ds_llmpq.profiling import trial  # noqa: E402  (it imports HQQ)
 
 if __name__ == "__main__":
     run = trial.main if "RANK" in os.environ else trial.fork_ranks
-    sys.exit(run(json.loads(sys.argv[1])))
+    code = run(json.loads(sys.argv[1])) or 0
+    sys.stdout.flush()
+    os._exit(code)  # tearing down what was imported takes almost a second, in which the user waits

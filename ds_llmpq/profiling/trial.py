@@ -45,7 +45,7 @@ LINK_REPEATS = 20
 DRAWN = SamplingParams(temperature=1.0, seed=0)
 _TIMEOUT_SECONDS = 120
 _DRAWN_PASSES = 8
-_IMPORTED_LATE = ("torch._dynamo", "deepspeed.module_inject.auto_ep_layer")  # by a stage that loads
+_IMPORTED_LATE = "deepspeed.module_inject.auto_ep_layer"  # by a stage that loads
 
 
 class LengthRule:
@@ -216,9 +216,8 @@ def _ping_token(rank: int, out: TokenChannel, back: TokenChannel) -> float:
 
 def fork_ranks(spec: dict[str, Any]) -> int:
     """Runs all ranks as forks of this process, which has imported everything; 1 where one of them failed."""
-    for name in _IMPORTED_LATE:
-        with contextlib.suppress(ImportError):  # other versions have other parts; this only saves time
-            importlib.import_module(name)
+    with contextlib.suppress(ImportError):  # other versions have other parts; this only saves time
+        importlib.import_module(_IMPORTED_LATE)
     open_checkpoint(spec["path"])  # imports what its family needs of transformers
     children = [_fork_rank(spec, rank) for rank in range(int(os.environ["WORLD_SIZE"]))]
     code = 0
