@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from ds_llmpq import __version__
 from ds_llmpq.errors import Interrupted, UserError, print_error
+from ds_llmpq.streams import find_lost_output, prepare_streams
 
 # commands whose ranks know their layers, and so how long their threads should wait
 _COMPUTED_BY_RANKS = frozenset({"run", "evaluate", "plan"})
@@ -42,11 +43,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point; exits with 0, or 1 (a mistake), 2 (no plan exists), 3 (some requests failed)."""
     if hasattr(signal, "SIGPIPE") and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `ds-llmpq plan | head` ends quietly
+    prepare_streams()
     command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    if command in ("-h", "--help", "help"):
-        sys.exit(print(_USAGE))
-    if command == "--version":
-        sys.exit(print(__version__))
     words = [argument for argument in rest if not argument.startswith("-") and "=" not in argument]
     if command in _WORD_KEYS and words[:1] == rest[:1] != []:
         rest[0] = f"{_WORD_KEYS[command]}={rest[0]}"
@@ -62,6 +60,11 @@ def main(arguments: list[str] | None = None) -> None:
             if not interrupts and not isinstance(error, KeyboardInterrupt):
                 raise
             code = print_error(Interrupted("Interrupted."))
+    if lost := find_lost_output():
+        said = UserError(
+            f"what was to be printed could not be written ({lost.strerror}); make room or send it elsewhere."
+        )
+        code = code or print_error(said)
     sys.exit(code)
 
 
@@ -86,6 +89,9 @@ def _count_interrupts() -> Iterator[list[int]]:
 
 
 def _run(command: str, rest: list[str]) -> int:
+    if command in ("-h", "--help", "help", "--version"):
+        print(__version__ if command == "--version" else _USAGE)
+        return 0
     # not before they are needed: Hydra and the schemas take longer to load than all else that `--help` does
     from ds_llmpq.versions import check_versions
 

@@ -50,15 +50,16 @@ def read_requests(path: str | Path, defaults: BatchConfig) -> RequestFile:
             for index, (line, raw) in enumerate(_read_rows(file, defaults, digest)):
                 custom_id, row = None, {}
                 try:
-                    row = _parse(raw, defaults.max_row_bytes)
-                    custom_id = read_custom_id(row)
+                    row = _decode(raw, defaults.max_row_bytes)
+                    custom_id = _check_encodable(read_custom_id(row))
                     if custom_id in seen:
                         raise _repetition_error(custom_id, line, requests, errors, path)
                     seen.add(custom_id)
+                    _check_content(raw, row)
                     requests.append(parse_row(row, index, line, defaults))
                 except RequestError as error:
                     errors.append(error.row(line, custom_id))
-                    strange += error.code in _NO_JSON or not isinstance(row, dict)
+                    strange += (error.code in _NO_JSON and custom_id is None) or not isinstance(row, dict)
     except OSError as error:
         raise UserError(f"cannot read input {path}: {error.strerror}; give a readable file as input=FILE.") from None
     if not requests and not errors:
@@ -108,13 +109,14 @@ def _skip_line(file: BinaryIO, digest: Any) -> None:
             return
 
 
-def _parse(raw: bytes | None, max_row_bytes: int) -> Any:
+def _decode(raw: bytes | None, max_row_bytes: int) -> Any:
+    """The row as Python's decoder takes it, which is more than JSON (`_check_content`)."""
     if raw is None or len(raw.rstrip(b"\r\n")) > max_row_bytes:
         raise RequestError(
             "row_too_large", f"the row is longer than {max_row_bytes} bytes; shorten it or raise batch.max_row_bytes."
         )
     try:
-        row = _DECODER.decode(raw.decode("utf-8"))
+        return json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise RequestError("invalid_encoding", f"byte {error.start + 1} of the row is not UTF-8; save it so.") from None
     except json.JSONDecodeError as error:
@@ -125,19 +127,24 @@ def _parse(raw: bytes | None, max_row_bytes: int) -> Any:
         raise _nesting_error() from None
     except ValueError:  # a number of thousands of digits
         raise RequestError("invalid_json", "the row holds a number with too many digits; shorten it.") from None
+
+
+def _check_content(raw: bytes, row: Any) -> None:
+    """RequestError for what no row may hold anywhere; the row's custom_id is known by then."""
     # a row with few brackets, like most, cannot be deep
     if raw.count(b"[") + raw.count(b"{") > MAX_NESTING and _is_deeper_than(row, MAX_NESTING):
         raise _nesting_error()
-    if (b"\\ud" in raw or b"\\uD" in raw) and not _is_encodable(row):
-        raise RequestError("invalid_encoding", "the row holds half of a surrogate pair (\\ud800-\\udfff); remove it.")
-    return row
+    if b"\\ud" in raw or b"\\uD" in raw:
+        _check_encodable(row)
+    if b"NaN" in raw or b"Infinity" in raw:  # in a text they are letters
+        _STRICT.decode(raw.decode("utf-8"))
 
 
 def _refuse_constant(name: str) -> None:
     raise RequestError("invalid_json", f"the row holds {name}, which is not JSON; give a finite number.")
 
 
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+_STRICT = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 def _nesting_error() -> RequestError:
@@ -155,12 +162,15 @@ def _is_deeper_than(value: Any, levels: int) -> bool:
     return True
 
 
-def _is_encodable(row: Any) -> bool:
+def _check_encodable(value: Any) -> Any:
+    """`value` itself, if all its text can be written as UTF-8; RequestError otherwise."""
     try:
-        json.dumps(row, ensure_ascii=False).encode("utf-8")
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
-        return False
-    return True
+        raise RequestError(
+            "invalid_encoding", "the row holds half of a surrogate pair (\\ud800-\\udfff); remove it."
+        ) from None
+    return value
 
 
 def _repetition_error(

@@ -50,18 +50,36 @@ def refuse_foreign(path: str | Path) -> None:
     """`UserError` if config.json declares a quantization that is not ours (GPTQ, AWQ, bitsandbytes, FP8, ...) and needs
     its own loader, or if a file of the folder is not a regular file. An unreadable config.json is reported later, when
     the model is read."""
+    noted = _read_quantization(path)
+    if noted is not None and not _is_ours(noted):
+        raise UserError(
+            f"{path} is quantized by {_method(noted)}, which is not read here; give the full-precision checkpoint as "
+            "model.path (`ds-llmpq quantize` makes quantized ones)."
+        )
+
+
+def refuse_quantized(path: str | Path) -> None:
+    """`refuse_foreign`, and `UserError` for our own too: bits are chosen for a checkpoint at full precision."""
+    refuse_foreign(path)
+    if _is_ours(_read_quantization(path)):
+        raise UserError(
+            f"{path} is quantized already, so its bits cannot be chosen anew; give the full-precision checkpoint as "
+            "model.path, or run the plan that it was made for (`ds-llmpq run plan=FILE quantized=DIR`)."
+        )
+
+
+def _read_quantization(path: str | Path) -> Any:
+    """What config.json says of a quantization; None if nothing, or if it cannot be read."""
     check_files(path, "Checkpoint file", "fetch the checkpoint again")
     try:
         config = read_json(Path(path) / "config.json", "Model configuration", "fetch the file again")
     except UserError:
-        return
-    noted = next((config[key] for key in _KEYS if config.get(key)), None) if isinstance(config, dict) else None
-    if noted is None or (isinstance(noted, dict) and noted.get("quant_method") == QUANT_METHOD):
-        return
-    raise UserError(
-        f"{path} is quantized by {_method(noted)}, which is not read here; give the full-precision checkpoint as "
-        "model.path (`ds-llmpq quantize` makes quantized ones)."
-    )
+        return None
+    return next((config[key] for key in _KEYS if config.get(key)), None) if isinstance(config, dict) else None
+
+
+def _is_ours(noted: Any) -> bool:
+    return isinstance(noted, dict) and noted.get("quant_method") == QUANT_METHOD
 
 
 def _method(noted: Any) -> str:

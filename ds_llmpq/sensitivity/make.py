@@ -14,6 +14,7 @@ import torch
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.models.corpus import read_calibration_texts, select_rows
+from ds_llmpq.models.description import refuse_quantized
 from ds_llmpq.models.fingerprint import fingerprint
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.models.tokenizer import load_tokenizer
@@ -57,6 +58,7 @@ def make_sensitivity(request: SensitivityRequest) -> Sensitivity:
     if request.method not in METHODS:
         raise UserError(f"method={request.method!r} is unknown; the methods are {', '.join(METHODS)}.")
     calibration, quant = request.calibration, suit_zeros(request.quant, request.device.type)
+    refuse_quantized(request.model_path)
     check_least("calibration", calibration, rows=1, tokens=1, rows_at_once=1, state_bytes=0, hessian_rows=1)
     texts = read_calibration_texts(calibration.text)
     text_hash = hashlib.sha256("".join(text.sha256 for text in texts).encode()).hexdigest()

@@ -17,7 +17,7 @@ from ds_llmpq.cost.profile import current_setup
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import absolute_or_none, make_absolute, read_json, write_json
 from ds_llmpq.models.config import ModelConfig
-from ds_llmpq.models.description import refuse_foreign
+from ds_llmpq.models.description import refuse_quantized
 from ds_llmpq.models.fingerprint import fingerprint
 from ds_llmpq.models.notes import list_notes
 from ds_llmpq.models.shape import ModelShape, read_shape
@@ -211,7 +211,7 @@ def write_artefacts(plan: Plan, out: Path) -> None:
 def _model(model: ModelConfig) -> tuple[ModelShape, PlannedModel]:
     if model.path is not None:
         path = make_absolute(model.path)
-        refuse_foreign(path)
+        refuse_quantized(path)
         shape = read_shape(path)
         list_notes(path)  # what ranks would refuse is refused here
         return shape, PlannedModel(str(path), shape.architecture, fingerprint(path))

@@ -55,8 +55,6 @@ def test_byte_order_mark_and_windows_line_ends(tmp_path):
         (b"\xff\xfe{}", "invalid_encoding"),
         ('{"custom_id": "é'.encode()[:-1], "invalid_encoding"),
         (b'{"custom_id": "\\ud800"}', "invalid_encoding"),
-        (b'{"temperature": NaN}', "invalid_json"),
-        (b'{"temperature": -Infinity}', "invalid_json"),
         (b"[" * 100_000, "nesting_too_deep"),
         (b"[" * 5000 + b"]" * 5000, "nesting_too_deep"),
         (b"1" * 5000, "invalid_json"),
@@ -80,8 +78,24 @@ def test_nesting_limit_is_exact_and_counts_no_brackets_in_text(tmp_path):
         return chat_row("a", metadata={"deep": value})  # body, metadata and the row itself are three of the levels
 
     assert codes(read(write_rows(tmp_path / "ok.jsonl", [row(MAX_NESTING - 1)]))) == []
-    assert codes(read(write_rows(tmp_path / "deep.jsonl", [row(MAX_NESTING)]))) == [(1, None, "nesting_too_deep")]
+    assert codes(read(write_rows(tmp_path / "deep.jsonl", [row(MAX_NESTING)]))) == [(1, "a", "nesting_too_deep")]
     assert codes(read(write_rows(tmp_path / "text.jsonl", [chat_row("a", "[{" * 1000)]))) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "code"),
+    [
+        ("NaN", "invalid_json"),
+        ("-Infinity", "invalid_json"),
+        ('"\\ud800"', "invalid_encoding"),
+        ("1e999", "invalid_value"),
+    ],
+)
+def test_rows_that_hold_what_json_does_not_keep_their_id(tmp_path, value, code):
+    row = json.dumps(chat_row("a", temperature="VALUE")).replace('"VALUE"', value)
+    file = read_bytes(tmp_path, row.encode())
+    assert codes(file) == [(1, "a", code)]
+    assert codes(read(write_rows(tmp_path / "text.jsonl", [chat_row("a", "NaN and Infinity")]))) == []
 
 
 def test_whole_surrogate_pairs_are_text(tmp_path):

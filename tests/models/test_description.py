@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from ds_llmpq.errors import UserError
-from ds_llmpq.models.description import QUANT_METHOD, refuse_foreign
+from ds_llmpq.models.description import QUANT_METHOD, refuse_foreign, refuse_quantized
 from ds_llmpq.plan import check_model
 
 FOREIGN = {
@@ -44,6 +44,14 @@ def test_a_foreign_method_is_named(tmp_path, name):
 )
 def test_full_precision_and_our_own_are_let_through(tmp_path, keys):
     refuse_foreign(folder_with(tmp_path, **keys))
+
+
+def test_bits_are_chosen_for_full_precision_alone(tmp_path):
+    refuse_quantized(folder_with(tmp_path))
+    with pytest.raises(UserError, match=r"quantized already.* full-precision checkpoint"):
+        refuse_quantized(folder_with(tmp_path, quantization_config={"quant_method": QUANT_METHOD}))
+    with pytest.raises(UserError, match="'fp8', which is not read here"):
+        refuse_quantized(folder_with(tmp_path, quantization_config={"quant_method": "fp8"}))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "5", "[" * 200_000])
