@@ -37,7 +37,10 @@ def _quantization(problem: Problem, plan: Plan) -> str:
         return f"Nothing is quantized: all {pluralize(len(bits), 'layer')} stay at {UNQUANTIZED_BITS} bits."
     counts = ", ".join(f"{low.count(width)} at {width} bits" for width in sorted(set(low)))
     loss, objective = plan.predicted.quality_loss, problem.objective
-    allowed = f" of the {format_number(objective.limit)} allowed" if objective.mode == "max_quality_loss" else ""
+    allowed = ""
+    if objective.mode == "max_quality_loss":
+        limit = format_number(objective.limit)
+        allowed = f" of the {limit} allowed" if loss <= objective.limit else f", more than the {limit} that are allowed"
     return (
         f"Quantized: {len(low)} of {pluralize(len(bits), 'layer')} ({counts}), because "
         f"{_why_quantized(problem)}; expected to cost {_format_small(loss, 1e-4)} nats a token{allowed}, "

@@ -16,7 +16,7 @@ p.lead { color: #555; } img { max-width: 100%; height: auto; display: block; mar
 pre { background: #f6f6f4; padding: 0.8em; overflow-x: auto; font-size: 12.5px; line-height: 1.4; }
 table { border-collapse: collapse; margin: 1em 0; font-size: 13.5px; display: block; overflow-x: auto; }
 th, td { text-align: left; padding: 0.25em 0.9em 0.25em 0; border-bottom: 1px solid #e5e5e5; vertical-align: top; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; } nav a { margin-right: 1em; }
+td.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; } nav a { margin-right: 1em; }
 """
 
 

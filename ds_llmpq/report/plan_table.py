@@ -10,6 +10,7 @@ from ds_llmpq.quant.packing import UNQUANTIZED_BITS
 from ds_llmpq.wording import format_number, pluralize
 
 _MOST_STAGES = 4  # named in a line
+_LITTLE = 0.01  # of the predicted time
 _SHOWN = ("Quantized:", "Deadline ", "Gain of planning")  # how the notes begin that are shown without -v
 _UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
@@ -46,12 +47,21 @@ def describe_plan(plan: Plan) -> str:
     workload = plan.workload
     lines = [
         f"plan: {stages}; {format_number(plan.predicted.throughput_tokens_per_second, 4)} tokens/s predicted on "
-        f"{pluralize(workload.sequences, 'sequence')} of {workload.prompt_tokens} + {workload.generated_tokens} tokens",
+        f"{pluralize(workload.sequences, 'sequence')} of {workload.prompt_tokens} + {workload.generated_tokens} tokens"
+        f"{_first_passes(plan)}",
         *(sentence for sentence in plan.explanation if sentence.startswith(_SHOWN)),
     ]
     if (cost := predict_cost(plan)) is not None:
         lines.append(f"cost: {describe_cost(cost)}")
     return "\n".join(lines)
+
+
+def _first_passes(plan: Plan) -> str:
+    """What the planned times leave out and a run's prediction counts; nothing if it is too little to be seen."""
+    most = max(stage.first_pass_seconds for stage in plan.stages)
+    if 2 * most < _LITTLE * plan.predicted.latency_seconds:  # at least one size in each phase
+        return ""
+    return f"; a stage's first pass of each size, up to {format_number(most, 2)} s longer, comes on top"
 
 
 def _bits_text(plan: Plan) -> str:
@@ -106,7 +116,7 @@ def _summary(plan: Plan) -> list[str]:
         f"predicted: {format_number(predicted.latency_seconds, 4)} s per batch (prefill "
         f"{format_number(predicted.prefill_seconds, 4)}, decode {format_number(predicted.decode_seconds, 4)}), "
         f"{format_number(predicted.throughput_tokens_per_second, 4)} tokens/s, quality loss "
-        f"{format_number(predicted.quality_loss)} nats per token" + _bits_text(plan),
+        f"{format_number(predicted.quality_loss)} nats per token" + _bits_text(plan) + _first_passes(plan),
         f"solver: {solver.name}, {solver.status}, objective {format_number(solver.objective, 5)}{proof}, "
         f"{format_number(solver.seconds, 2)} s",
     ]

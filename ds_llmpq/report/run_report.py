@@ -70,7 +70,7 @@ def _summary(plan: Plan, metrics: dict[str, Any] | None, scores: dict[str, Any] 
     tokens, loss = predicted.throughput_tokens_per_second, predicted.quality_loss
     served = _show(metrics, "measured", "throughput_tokens_per_second")
     rows = [
-        ["throughput, tokens/s", format_number(tokens, 4), "", served],
+        ["throughput, tokens/s", format_number(tokens, 4), _show_predicted_rate(metrics), served],
         ["quality loss, nats per token", format_number(loss), "", _show(scores, "loss_increase", "measured")],
     ]
     if plan.bits_per_weight is not None:
@@ -107,6 +107,13 @@ def _summary(plan: Plan, metrics: dict[str, Any] | None, scores: dict[str, Any] 
         for index, stage in enumerate(plan.stages)
     ]
     return section.table(["stage", "device", "type", "layers", "bits", "prefill ms", "decode ms"], stages)
+
+
+def _show_predicted_rate(metrics: dict[str, Any] | None) -> str:
+    """Tokens/s of the answers as they turned out, at the predicted times."""
+    found = (metrics or {}).get(_PAIRS)
+    seconds = found and found["latency_seconds"]["predicted"]
+    return format_number(metrics["measured"]["generated_tokens"] / seconds, 4) if metrics and seconds else ""
 
 
 def _gantt(folder: Path, out: Path) -> Section:

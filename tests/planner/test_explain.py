@@ -6,7 +6,8 @@ from brute_force import brute_force
 from random_problems import random_problem
 
 from ds_llmpq.errors import InfeasibleError
-from ds_llmpq.planner import solve
+from ds_llmpq.planner import Problem, solve
+from ds_llmpq.planner.explain import explain_plan
 from ds_llmpq.wording import format_number, pluralize
 
 WORTH = re.compile(r"objective of [^ ]+ by at least \(the same stages, other bit widths\): (.*)\.$")
@@ -99,3 +100,19 @@ def test_low_bits_that_gain_no_time_are_named_once():
         for bits, kind in slow:
             assert re.search(rf"{bits} bits take [1-9][0-9]*\.[0-9]+ times as long as 16 on {kind}\b", found[0])
     assert said
+
+
+def test_a_plan_that_may_lose_less_than_it_does_says_so():
+    """As a baseline that heeds no bound."""
+    said = set()
+    for obj, plan in plans(range(30), layers=4, devices=2, widths=3):
+        loss = plan.predicted.quality_loss
+        if loss > 0:
+            for limit in (2 * loss, loss / 2):
+                bound = {"mode": "max_quality_loss", "limit": limit}
+                sentence = explain_plan(Problem.from_json(obj | {"objective": bound}), plan)[0]
+                over = f", more than the {format_number(limit)} that are allowed, "
+                assert (over in sentence) == (limit < loss)
+                assert (f" of the {format_number(limit)} allowed, " in sentence) == (limit > loss)
+                said.add(limit < loss)
+    assert said == {True, False}

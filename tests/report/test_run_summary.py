@@ -93,6 +93,26 @@ def test_a_run_of_milliseconds_is_not_judged(tmp_path):
     assert "verdict: the run took 7.00 times" in format_run(metrics)
 
 
+def test_what_the_planned_times_leave_out_is_said_where_it_counts(tmp_path):
+    plan = write_planned(tmp_path)
+    total = plan.predicted.latency_seconds
+    for share, said in ((0.001, False), (0.1, True)):
+        stages = tuple(replace(stage, first_pass_seconds=share * total) for stage in plan.stages)
+        for text in (format_plan(replace(plan, stages=stages)), describe_plan(replace(plan, stages=stages))):
+            assert ("a stage's first pass of each size" in text) == said
+
+
+def test_the_page_has_the_predicted_rate_beside_the_measured_one(tmp_path):
+    write_run(tmp_path)
+    metrics = read(tmp_path)
+    metrics["predicted_against_measured"]["latency_seconds"] = {"predicted": 0.5, "measured": 1.0, "ratio": 2.0}
+    metrics["measured"]["generated_tokens"] = 617
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    write_run_report(tmp_path, tmp_path / "page")
+    cells = r'throughput, tokens/s</td><td class="number">[^<]+</td><td class="number">1,234</td>'
+    assert re.search(cells, (tmp_path / "page" / "report.html").read_text())
+
+
 def test_prices_become_the_cost_of_a_million_tokens(tmp_path):
     write_run(tmp_path)
     plan = read_plan(tmp_path / "plan.json")
