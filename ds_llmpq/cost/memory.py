@@ -53,8 +53,8 @@ class MemoryModel:
 
     def head_bytes(self) -> int:
         """With lm_head, also when it is tied: the last stage has its own copy unless it is the first one too."""
-        matrix = self.shape.lm_head
-        return self._matrix_bytes() + (self.shape.head_parameters - matrix.weights) * self.dtype_bytes
+        others = self.shape.head_parameters - self.shape.lm_head.weights
+        return self._matrix_bytes() + self._head_graph_bytes() + others * self.dtype_bytes
 
     @property
     def shares_embedding(self) -> bool:
@@ -63,8 +63,9 @@ class MemoryModel:
 
     @property
     def tied_bytes(self) -> int:
-        """Of the head, what such a stage does not hold a second time; the norm before lm_head is its own."""
-        return self.shape.lm_head.weights * self.dtype_bytes if self.shares_embedding else 0
+        """Of the head, what such a stage does not hold a second time, or not at all; the norm before lm_head is its
+        own."""
+        return self._matrix_bytes() + self._head_graph_bytes() if self.shares_embedding else 0
 
     def workspace_parts(self, sequences: int, new_tokens: int, past_tokens: int, quantized: bool) -> dict[str, int]:
         """What one micro-batch needs beside weights and cache: activations, dequantized weight, messages, logits.
@@ -97,12 +98,21 @@ class MemoryModel:
         width = 2 * shape.hidden + 4 * self._position_width()
         return {
             "activations": rows * width * self.dtype_bytes,
-            "dequantized": self.kernel.stage_workspace_bytes(shape),
+            "dequantized": self.kernel.stage_workspace_bytes(shape, self.groups),
             "communication": 2 * IN_FLIGHT_MESSAGES * rows * shape.hidden * self.dtype_bytes,
             "logits": self._logit_bytes(sequences),
         }
 
+    @property
+    def _head_is_graph(self) -> bool:
+        return self.kernel.takes_head(self.shape.spec, self.lm_head_bits)
+
+    def _head_graph_bytes(self) -> int:
+        return self.kernel.head_buffer_bytes(self.shape.vocab, self.lm_head_bits) if self._head_is_graph else 0
+
     def _logit_bytes(self, sequences: int) -> int:
+        if self._head_is_graph:  # its float32 logits, of which it has the first rows, and a copy
+            return sequences * self.shape.vocab * 2 * FLOAT32_BYTES
         logits = sequences * self.shape.vocab * (self.dtype_bytes + 2 * FLOAT32_BYTES)
         return logits + self._head_buffer_bytes()
 
@@ -115,8 +125,8 @@ class MemoryModel:
 
     def workspace_bytes(self, sequences: int, new_tokens: int, past_tokens: int, quantized: bool) -> int:
         parts = self.workspace_parts(sequences, new_tokens, past_tokens, quantized)
-        if self.kernel.whole_stage:  # a graph keeps its buffers while tokens are chosen
-            return parts["dequantized"] + max(parts["activations"], parts["logits"]) + parts["communication"]
+        if self.kernel.whole_stage:  # graphs keep their buffers, and that of lm_head its logits
+            return sum(parts.values())
         return max(parts["activations"] + parts["dequantized"], parts["logits"]) + parts["communication"]
 
     def prefix_bytes(self, sequences: int, new_tokens: int, shared_tokens: int, seen: int) -> int:

@@ -17,7 +17,6 @@ from torch import nn
 from ds_llmpq.models.block import Block
 from ds_llmpq.models.checkpoint import Checkpoint, check_shape, fill
 from ds_llmpq.models.decoder import Decoder
-from ds_llmpq.models.ends import Head
 from ds_llmpq.models.spec import LinearRole
 from ds_llmpq.models.step import Step
 from ds_llmpq.quant.config import QuantConfig
@@ -27,7 +26,6 @@ from ds_llmpq.quant.kernels.base import Kernel, Show
 from ds_llmpq.quant.kernels.dequantize import DEQUANTIZE
 from ds_llmpq.quant.kernels.linears import (
     group_linears,
-    layer_bytes,
     list_lm_head_products,
     lm_head_bytes,
     resolve_kernel,
@@ -119,7 +117,7 @@ class LayerLoader:
         names = self.decoder.head_tensors()
         if isinstance(self.checkpoint, QuantizedCheckpoint):
             self.checkpoint.check_head(self.quant)
-        as_graph = self._builds_head_graph(module)
+        as_graph = self._builds_head_graph()
         weight, held_bytes = None, 0
         if self.quant.lm_head_bits < UNQUANTIZED_BITS:
             shape, name = tuple(module.lm_head.weight.shape), names.pop("lm_head.weight")
@@ -133,6 +131,7 @@ class LayerLoader:
         if shared or not self.packed:  # a tied head is not packed, because that would make a second copy
             return self._finish(module, "head")
         if as_graph:
+            held_bytes += self.kernel.head_buffer_bytes(self.decoder.spec.vocab, self.quant.lm_head_bits)
             module = self.kernel.build_head(module, self.dtype, weight, held_bytes)
         return self._finish(module, "head", packed=True)
 
@@ -175,9 +174,7 @@ class LayerLoader:
             self._graph = self.kernel.open_stage(index, self.dtype, self.quant.kv_bits)
         weights = self._hold_weights(index)
         self._fill_layer(layer, index, but={f"{name}.weight" for names in weights for name in names})
-        sizes = [role[:3] for role in self.decoder.linears(index).values()]
-        held = layer_bytes(self.kernel, sizes, self.bits[index], make_groups(self.quant), self.dtype.itemsize)
-        self._graph.add(layer, weights, held)
+        self._graph.add(layer, weights)
         if index < self.stage.stop - 1:
             return StageMember()
         self._graph.compile()
@@ -228,14 +225,9 @@ class LayerLoader:
             return self.checkpoint.linear(path, shape, bias, bits, dtype, self.device, copy)
         return quantize_linear(self._read_weight(index, role), bias, bits, self.quant, dtype, self.device)
 
-    def _builds_head_graph(self, head: Head) -> bool:
+    def _builds_head_graph(self) -> bool:
         """Whether norm and lm_head run as a graph, as far as can be said before they are filled."""
-        kernel, bits = self.kernel, self.quant.lm_head_bits
-        if not (self.packed and kernel.whole_stage) or head.project_out is not None or head.logit_cap is not None:
-            return False
-        return bits == UNQUANTIZED_BITS or (
-            bits in kernel.storage_bits and self._runs_lm_head(head.lm_head.weight.shape)
-        )
+        return self.packed and self.kernel.takes_head(self.decoder.spec, self.quant.lm_head_bits)
 
     def _runs_lm_head(self, shape: tuple[int, int]) -> bool:
         """Whether a kernel multiplies with a quantized lm_head, not HQQ's own forward."""

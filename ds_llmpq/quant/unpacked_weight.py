@@ -21,6 +21,15 @@ class UnpackedWeight:
     zero: torch.Tensor
     group_size: int
 
+    @property
+    def rounded_zero(self) -> torch.Tensor:
+        """The zeros as bytes can hold them, in float32."""
+        return self.zero.round().clamp_(0, 255)
+
+    @property
+    def has_whole_zeros(self) -> bool:
+        return torch.equal(self.zero, self.rounded_zero)
+
     def dequantize(self) -> torch.Tensor:
         """The weight, float32 [out, in]."""
         groups = self.codes.float().view(*self.scale.shape, self.group_size)

@@ -81,9 +81,28 @@ def test_heads_that_share_or_cap_stay_torch_s(loader_of):
     assert type(capped.head()).__name__ == "Head"
 
 
-def test_bytes_are_those_of_the_plain_weights(loader_of):
+def test_bytes_are_those_of_the_plain_weights_and_buffers(loader_of):
     loader = loader_of("llama", tie_word_embeddings=False)
-    assert count_stored_bytes(loader.head()) == count_stored_bytes(replace(loader, packed=False).head())
+    buffers = loader.kernel.head_buffer_bytes(SIZES["vocab"], 16)
+    assert count_stored_bytes(loader.head()) - buffers == count_stored_bytes(replace(loader, packed=False).head())
+
+
+@torch.inference_mode()
+def test_logits_have_the_same_memory_unless_earlier_ones_are_in_use(loader_of):
+    head = loader_of("llama", tie_word_embeddings=False).head()
+    hidden = torch.randn(40, 1, SIZES["hidden"]).bfloat16()
+    first = head(step_of(hidden)).logits
+    kept, place = first.clone(), first.data_ptr()
+    other = head(step_of(-hidden)).logits
+    assert torch.equal(first, kept)
+    assert other.data_ptr() != place
+    part = first[3:]
+    del first
+    assert head(step_of(hidden)).logits.data_ptr() != place
+    del part
+    again = head(step_of(hidden[:5])).logits
+    assert again.data_ptr() == place
+    assert (again - kept[:5]).norm() <= ERROR[torch.bfloat16] * kept[:5].norm()
 
 
 @pytest.mark.parametrize("bits", [8, 4, 3])
@@ -101,6 +120,7 @@ def test_a_quantized_lm_head_is_part_of_the_graph(loader_of, bits):
     assert (found - expected).norm() <= 0.012 * expected.norm()
     size = (SIZES["vocab"], SIZES["hidden"])
     held = lm_head_bytes(loader.kernel, *size, bits, make_groups(loader.quant), 2)
+    held += loader.kernel.head_buffer_bytes(SIZES["vocab"], bits)
     assert count_stored_bytes(ours) == held + SIZES["hidden"] * 2
 
 

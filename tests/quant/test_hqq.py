@@ -12,7 +12,8 @@ from ds_llmpq.errors import UserError
 from ds_llmpq.quant.config import QuantConfig, suit_zeros
 from ds_llmpq.quant.hqq import count_stored_bytes, list_linears, quantize_linear
 from ds_llmpq.quant.kernels.registry import select_kernel
-from ds_llmpq.quant.packing import Groups, count_packed_linear_bytes
+from ds_llmpq.quant.packing import PACKED_BITS, Groups, count_packed_linear_bytes, make_groups
+from ds_llmpq.quant.unpacked_weight import unpack
 
 CPU = torch.device("cpu")
 
@@ -27,6 +28,17 @@ def hqq_s_own(linear, bits, dtype=torch.float32, group_size=32, axis=1, **params
     config = BaseQuantizeConfig(nbits=bits, group_size=group_size, axis=axis)
     config["weight_quant_params"] |= {"optimize": False, **params}
     return HQQLinear(copy.deepcopy(linear), config, compute_dtype=dtype, device="cpu")
+
+
+@pytest.mark.parametrize("optimize", [True, False])
+@pytest.mark.parametrize("zeros", ["whole", "real"])
+@pytest.mark.parametrize("per_channel_bits", [[], [*PACKED_BITS]])
+def test_zeros_are_whole_where_groups_say_so(optimize, zeros, per_channel_bits):
+    quant = QuantConfig(optimize=optimize, zeros=zeros, per_channel_bits=per_channel_bits)
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    linears = {bits: quantize_linear(weight, None, bits, quant, torch.float32, CPU) for bits in PACKED_BITS}
+    whole = [bits for bits, linear in linears.items() if unpack(linear).has_whole_zeros]
+    assert make_groups(quant).whole_zero_bits == tuple(whole)
 
 
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])

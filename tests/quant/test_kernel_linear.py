@@ -143,6 +143,7 @@ def anonymous():
 def product():
     codes = torch.randint(0, 16, (1024, 2048), dtype=torch.uint8)
     scale, zero = torch.rand(1024, 2048 // SIZE) + 1, 8 * torch.rand(1024, 2048 // SIZE)
+    zero = zero.round() if WHOLE else zero
     made = build_product(KERNELS[NAME], UnpackedWeight(codes, scale, zero, SIZE), BITS, torch.bfloat16)
     made(torch.randn(64, 2048).bfloat16())
     return made
@@ -156,10 +157,10 @@ print((anonymous() - before) / sum(made.held_bytes for made in more))
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("name", THERE)
-@pytest.mark.parametrize(("bits", "size"), [(4, 64), (8, 64), (8, 2048)])
-def test_held_bytes_are_what_the_process_grows_by(name, bits, size):
+@pytest.mark.parametrize(("bits", "size", "whole"), [(4, 64, False), (4, 64, True), (8, 64, True), (8, 2048, False)])
+def test_held_bytes_are_what_the_process_grows_by(name, bits, size, whole):
     if bits not in KERNELS[name].storage_bits:
         pytest.skip("runs through HQQ's own forward")
-    code = f"NAME, BITS, SIZE = {name!r}, {bits}, {size}\n{MEMORY}"
+    code = f"NAME, BITS, SIZE, WHOLE = {name!r}, {bits}, {size}, {whole}\n{MEMORY}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert 0.8 < float(done.stdout) < 1.15

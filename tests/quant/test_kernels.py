@@ -38,7 +38,7 @@ class Narrow(Kernel):
 
 NARROW = Narrow()
 KERNELS = registry.KERNELS | {KERNEL.name: KERNEL, NARROW.name: NARROW}
-GROUPS, ROWS = Groups(), Groups(64, 1, (8,))
+GROUPS, ROWS, WHOLE = Groups(), Groups(64, 1, (8,)), Groups(whole_zero_bits=(4, 8))
 
 
 @pytest.fixture(autouse=True)
@@ -242,6 +242,8 @@ def test_bytes_by_hand():
     """64 x 128 weights in groups of 64: 128 groups."""
     assert KERNELS["openvino"].read_bytes(64, 128, 8, GROUPS, 2) == 64 * 128 + 128 * 9
     assert KERNELS["openvino"].read_bytes(64, 128, 2, GROUPS, 2) == 64 * 128 // 4 + 128 * 9
+    assert KERNELS["openvino"].read_bytes(64, 128, 8, WHOLE, 2) == 64 * 128 + 128 * 5
+    assert KERNELS["openvino"].read_bytes(64, 128, 2, WHOLE, 2) == 64 * 128 // 4 + 128 * 9
     assert KERNELS["narrow"].weight_bytes(64, 128, 3, GROUPS, 2) == 64 * 128 // 2 + 128 * 4
 
 

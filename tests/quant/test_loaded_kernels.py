@@ -16,7 +16,7 @@ from ds_llmpq.quant.hqq import count_stored_bytes, quantize_linear
 from ds_llmpq.quant.kernel_linear import KernelLinear
 from ds_llmpq.quant.kernels.registry import KERNELS
 from ds_llmpq.quant.layers import LayerLoader
-from ds_llmpq.quant.packing import Groups
+from ds_llmpq.quant.packing import make_groups
 from ds_llmpq.quant.quantized_checkpoint import open_checkpoint
 from ds_llmpq.quant.writer import write_quantized
 
@@ -48,7 +48,7 @@ def test_a_layer_holds_what_the_memory_model_says_and_computes_what_hqq_s_does(n
     checkpoint = Checkpoint(TINY)
     ours = loader(checkpoint, name, per_channel_bits=per_channel_bits)
     theirs = loader(checkpoint, "dequantize", torch.float32, per_channel_bits=per_channel_bits)
-    memory = MemoryModel(read_shape(TINY), Groups(64, 1, per_channel_bits), 2, KERNELS[name])
+    memory = MemoryModel(read_shape(TINY), make_groups(ours.quant), 2, KERNELS[name])
     assert count_stored_bytes(ours.decoder_layer(index)) == memory.layer_bytes(BITS[index])
     expected = outcome(theirs, index)
     assert (outcome(ours, index) - expected).norm() < TOLERANCE[name] * expected.norm()

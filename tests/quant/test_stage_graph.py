@@ -24,7 +24,7 @@ from ds_llmpq.quant.kernels.openvino import CACHE_BLOCK, GRAPH_TOKENS, OPENVINO,
 from ds_llmpq.quant.kernels.registry import KERNELS
 from ds_llmpq.quant.layers import LayerLoader, StageMember
 from ds_llmpq.quant.onednn_linear import computes_in_bfloat16
-from ds_llmpq.quant.packing import Groups
+from ds_llmpq.quant.packing import Groups, make_groups
 
 if not importlib.util.find_spec("openvino") or not computes_in_bfloat16():
     pytest.skip("needs OpenVINO, and a processor with bfloat16 arithmetic", allow_module_level=True)
@@ -86,9 +86,12 @@ def checkpoint_of(tmp_path_factory):
 class Stage:
     """Layers [0, 3) of a checkpoint, as a graph or one by one, with a cache."""
 
-    def __init__(self, path, bits, kernel="openvino_graph", dtype=torch.bfloat16, block=CACHE_BLOCK, kv_bits=16):
+    def __init__(
+        self, path, bits, kernel="openvino_graph", dtype=torch.bfloat16, block=CACHE_BLOCK, kv_bits=16, optimize=False,
+        zeros="real",
+    ):  # fmt: skip
         self.dtype, shape = dtype, read_shape(path)
-        quant = QuantConfig([3, 4, 8, 16], 32, 1, False, kernel, kv_bits=kv_bits)
+        quant = QuantConfig([3, 4, 8, 16], 32, 1, optimize, kernel, kv_bits=kv_bits, zeros=zeros)
         stage = range(LAYERS) if kernel == "openvino_graph" else range(0)
         self.loader = LayerLoader(Checkpoint(path), bits, quant, dtype, CPU, stage=stage)
         self.layers = torch.nn.ModuleList([self.loader.decoder_layer(index) for index in range(LAYERS)])
@@ -296,10 +299,12 @@ def test_calls_have_few_sizes():
 
 @pytest.mark.parametrize("bits", [[16] * 3, [4] * 3, [8, 16, 3]])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_held_bytes_are_the_memory_model_s(checkpoint_of, bits, dtype):
+@pytest.mark.parametrize("optimize", [True, False])
+@pytest.mark.parametrize("zeros", ["whole", "real"])
+def test_held_bytes_are_the_memory_model_s(checkpoint_of, bits, dtype, optimize, zeros):
     path = checkpoint_of("llama-biased")
-    stage = Stage(path, bits, dtype=dtype)
-    memory = MemoryModel(read_shape(path), Groups(32), dtype.itemsize, OPENVINO_GRAPH)
+    stage = Stage(path, bits, dtype=dtype, optimize=optimize, zeros=zeros)
+    memory = MemoryModel(read_shape(path), make_groups(stage.loader.quant), dtype.itemsize, OPENVINO_GRAPH)
     assert count_stored_bytes(stage.layers) == sum(map(memory.layer_bytes, bits))
     assert [type(layer) for layer in stage.layers] == [StageMember, StageMember, StageGraph]
 
@@ -347,33 +352,37 @@ from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.cost.memory import MemoryModel
 from ds_llmpq.quant.layers import LayerLoader
-from ds_llmpq.quant.packing import Groups
+from ds_llmpq.quant.packing import make_groups
 from ds_llmpq.quant.config import QuantConfig
-from ds_llmpq.quant.kernels.openvino import OPENVINO_GRAPH
+from ds_llmpq.quant.kernels.openvino import CALL_SIZES, OPENVINO_GRAPH
 
-cpu, (path, bits) = torch.device("cpu"), sys.argv[1:]
-quant = QuantConfig([int(bits)], 64, 1, True, "openvino_graph", zeros="real")  # which need a correction
-import ds_llmpq.quant.kernels.openvino_graph.stage_graph
+cpu, (path, bits, zeros) = torch.device("cpu"), sys.argv[1:]
+quant = QuantConfig([int(bits)], 64, 1, True, "openvino_graph", zeros=zeros)
+from ds_llmpq.quant.kernels.openvino_graph.stage_graph import Piece, _ScratchStore
 checkpoint = Checkpoint(path)
 release_freed()
 before = held_bytes(cpu)
 loader = LayerLoader(checkpoint, [int(bits)] * 8, quant, torch.bfloat16, cpu, stage=range(8))
 layers = [loader.decoder_layer(index) for index in range(8)]
+layers[-1]._attach(_ScratchStore(layers[-1]._request, torch.bfloat16))
+for tokens in CALL_SIZES:
+    layers[-1]._infer([Piece(0, 0, tokens, 0, 0)])
 release_freed()
-memory = MemoryModel(read_shape(path), Groups(), 2, OPENVINO_GRAPH)
+memory = MemoryModel(read_shape(path), make_groups(quant), 2, OPENVINO_GRAPH)
 said = 8 * memory.layer_bytes(int(bits)) + memory.workspace_parts(1, 1, 0, True)["dequantized"]
 print((held_bytes(cpu) - before) / said)
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("bits", [4, 16])
-def test_a_process_grows_by_what_the_memory_model_says(tmp_path_factory, bits):
+@pytest.mark.parametrize(("bits", "zeros"), [(4, "whole"), (4, "real"), (16, "whole")])
+def test_a_process_grows_by_what_the_memory_model_says(tmp_path_factory, bits, zeros):
     from scripts.make_checkpoint import make_checkpoint
 
     sizes = {"layers": 8, "hidden": 768, "heads": 12, "kv_heads": 4, "vocab": 64, "dtype": "bfloat16"}
     path = make_checkpoint(tmp_path_factory.mktemp("wide"), tokenizer=None, seed=0, arch="llama", **sizes)
     done = subprocess.run(
-        [sys.executable, "-c", MEMORY, str(path), str(bits)], capture_output=True, text=True, check=True, timeout=120
-    )
+        [sys.executable, "-c", MEMORY, str(path), str(bits), zeros], capture_output=True, text=True, check=True,
+        timeout=120,
+    )  # fmt: skip
     assert 0.85 < float(done.stdout) < 1.1

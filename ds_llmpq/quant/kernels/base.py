@@ -169,8 +169,17 @@ class Kernel:
         """Tokens of the last call of a pass of so many on a CPU, padded: a size is prepared when it is first met."""
         return round_up_coarsely(tokens)
 
-    def stage_workspace_bytes(self, shape: ModelShape) -> int:
+    def stage_workspace_bytes(self, shape: ModelShape, groups: Groups) -> int:
         """Bytes of a whole stage's own buffers, for passes of any size."""
+        return 0
+
+    def takes_head(self, spec: DecoderSpec, bits: int) -> bool:
+        """Whether final norm and an lm_head of so many bits run as a graph behind a whole stage, unless lm_head is the
+        stage's embedding."""
+        return False
+
+    def head_buffer_bytes(self, vocabulary: int, bits: int) -> int:
+        """Bytes that such a graph holds beside its weights."""
         return 0
 
     def unpacking_bytes(self, weights: int, bits: int, dtype_bytes: int) -> float:
@@ -202,7 +211,7 @@ class Kernel:
         self, head: nn.Module, dtype: torch.dtype, weight: object | None = None, held_bytes: int = 0
     ) -> nn.Module:
         """A filled `Head` behind a whole stage, in the form that runs best there. `weight`: its quantized lm_head as
-        `hold` gave it, which takes `held_bytes`; None: it has an unquantized one."""
+        `hold` gave it; None: it has an unquantized one. `held_bytes`: of that weight, and of the graph's buffers."""
         raise NotImplementedError(f"{self.name} runs no whole stages")
 
     def hold(self, weight: UnpackedWeight | torch.Tensor, bits: int, in_file: bool = False) -> object:

@@ -31,23 +31,26 @@ if TYPE_CHECKING:
 
 CACHE_BLOCK = 32  # positions; the only size of OpenVINO's attention on CPUs
 GRAPH_TOKENS = 128  # per call of a graph: more need larger buffers, and are no faster
-# Calls of a graph have these numbers of tokens, or are padded to the next. OpenVINO prepares each in 3 to 5 ms
-# and 1.4 MB (135M at 8 and 4 bits, 2 and 10 layers alike); a token of padding costs what any other does.
+# Calls of a graph have these numbers of tokens, or are padded to the next. OpenVINO prepares each in 3 to 5 ms;
+# a token of padding costs what any other does.
 CALL_SIZES = (*range(1, 17), *range(20, 33, 4), *range(40, GRAPH_TOKENS + 1, 8))
 PRODUCT_ROWS = 32  # per product: more make OpenVINO hold more memory, and are hardly faster
-# Measured by resident memory over 64 to 10752 outputs and 1536 to 5632 inputs: a compiled model, and for each of
-# `PRODUCT_ROWS` its outputs (product, correction, sum) and its quantized input.
+# Measured by resident memory over 64 to 64000 outputs and 768 to 5632 inputs: a compiled model, and for each of
+# `PRODUCT_ROWS` its outputs, those of a correction and their sum, and its quantized input.
 _PRODUCT_BYTES = 550_000
-_PRODUCT_ROW_BYTES_OUT = 12.2
+_PRODUCT_ROW_BYTES_OUT, _CORRECTION_ROW_BYTES_OUT = 4.2, 8.0
 _PRODUCT_ROW_BYTES_IN = 1.1
+# Likewise, over 32000 and 64000 outputs: a graph of an unquantized lm_head, and for each row and output the product and
+# its 32-bit copy
+_HEAD_BYTES, _HEAD_ROW_BYTES = 650_000, 6
 # Likewise, over 1 to 12 layers of 135M and 850M at 16, 8 and 4 bits: a layer of a graph beside its weights, and the
 # graph.
 _GRAPH_LAYER_BYTES, _GRAPH_BYTES = 1_400_000, 12_000_000
-# Likewise, over 1 to 128 tokens, 2 and 10 layers: what a graph keeps of each number of tokens that it has run, beside
-# those of its warm-up. A batch has two at least: where a prefill pass ends, and a decode pass.
-_SIZE_BYTES, _SIZES = 1_400_000, 2
-# a float32 scale, an 8-bit zero, and a float32 correction for the rounding of the zero
-_GROUP_BYTES = 9
+# Likewise, over 1 to 128 tokens, 2 to 24 layers: what a graph keeps of each number of tokens that it has run, and as
+# much again for corrections.
+_SIZE_BYTES = 700_000
+# a float32 scale and an 8-bit zero; a float32 correction if the zero was rounded
+_GROUP_BYTES, _CORRECTION_BYTES = 5, 4
 _FLOAT32_BYTES = 4
 _REMEDY = "use quant.kernel=openvino or quant.kernel=dequantize."
 
@@ -66,7 +69,8 @@ class _OpenVino(Kernel):
 
     def read_bytes(self, out_features: int, in_features: int, bits: int, groups: Groups, dtype_bytes: int) -> int:
         weights = out_features * in_features
-        return weights * self.storage_bits[bits] // 8 + _GROUP_BYTES * (weights // groups.of(bits, in_features))
+        group = _GROUP_BYTES + (0 if bits in groups.whole_zero_bits else _CORRECTION_BYTES)
+        return weights * self.storage_bits[bits] // 8 + group * (weights // groups.of(bits, in_features))
 
 
 class OpenVino(_OpenVino):
@@ -77,7 +81,8 @@ class OpenVino(_OpenVino):
 
     def weight_bytes(self, out_features: int, in_features: int, bits: int, groups: Groups, dtype_bytes: int) -> int:
         """Includes a compiled model and its buffers."""
-        row = _PRODUCT_ROW_BYTES_OUT * out_features + _PRODUCT_ROW_BYTES_IN * in_features
+        output = _PRODUCT_ROW_BYTES_OUT + (0 if bits in groups.whole_zero_bits else _CORRECTION_ROW_BYTES_OUT)
+        row = output * out_features + _PRODUCT_ROW_BYTES_IN * in_features
         read = self.read_bytes(out_features, in_features, bits, groups, dtype_bytes)
         return read + _PRODUCT_BYTES + round(PRODUCT_ROWS * row)
 
@@ -90,7 +95,8 @@ class OpenVino(_OpenVino):
         from ds_llmpq.quant.kernels.openvino_graph.single_product import OpenVinoProduct
 
         out_features, in_features = weight.codes.shape
-        held = self.weight_bytes(out_features, in_features, bits, Groups(weight.group_size), dtype.itemsize)
+        groups = Groups(weight.group_size, whole_zero_bits=(bits,) if weight.has_whole_zeros else ())
+        held = self.weight_bytes(out_features, in_features, bits, groups, dtype.itemsize)
         return OpenVinoProduct(weight, self.storage_bits[bits], held)
 
 
@@ -134,10 +140,22 @@ class OpenVinoGraph(_OpenVino):
     def pad_call(self, tokens: int) -> int:
         return CALL_SIZES[bisect_left(CALL_SIZES, (tokens - 1) % GRAPH_TOKENS + 1)]
 
-    def stage_workspace_bytes(self, shape: ModelShape) -> int:
-        """The graph, and the 32-bit tensors of one layer for the tokens of one call."""
+    def stage_workspace_bytes(self, shape: ModelShape, groups: Groups) -> int:
+        """The graph, what it keeps of each number of tokens, and the 32-bit tensors of one layer for the tokens of one
+        call."""
+        corrects = self.storage_bits.keys() - set(groups.whole_zero_bits)
+        sizes = len(CALL_SIZES) * _SIZE_BYTES * (2 if corrects else 1)
         width = 2 * shape.hidden + 3 * shape.intermediate + (2 * shape.heads + 2 * shape.kv_heads) * shape.head_dim
-        return _GRAPH_BYTES + _SIZES * _SIZE_BYTES + GRAPH_TOKENS * width * _FLOAT32_BYTES
+        return _GRAPH_BYTES + sizes + GRAPH_TOKENS * width * _FLOAT32_BYTES
+
+    def takes_head(self, spec: DecoderSpec, bits: int) -> bool:
+        plain = spec.width == spec.hidden and spec.logit_cap is None
+        return plain and (bits == UNQUANTIZED_BITS or bits in self.storage_bits)
+
+    def head_buffer_bytes(self, vocabulary: int, bits: int) -> int:
+        """Also the memory of logits, of one call."""
+        graph, row = (_HEAD_BYTES, _HEAD_ROW_BYTES) if bits == UNQUANTIZED_BITS else (0, 0)
+        return graph + PRODUCT_ROWS * vocabulary * (row + _FLOAT32_BYTES)
 
     def check_stage(self, dtype: torch.dtype) -> None:
         """`UserError`: OpenVINO is missing or untested, or the CPU does not compute in `dtype`."""

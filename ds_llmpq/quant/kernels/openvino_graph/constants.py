@@ -44,6 +44,10 @@ class Constants:
     in_features: int
     group_size: int = 0  # of an unquantized weight
 
+    @property
+    def nbytes(self) -> int:
+        return sum(node.get_byte_size() for node in self.nodes)
+
     def drop_pages(self) -> None:
         """Drops the pages once OpenVINO has packed them; if it reads them again, they come from the file."""
         if isinstance(self.mapping, torch.Tensor):
@@ -99,11 +103,10 @@ def hold_quantized(weight: UnpackedWeight, bits: int) -> Constants:
     """Codes in `bits`, rounded zeros, scales, and the correction for rounding the zeros if any was rounded."""
     out_features, in_features = weight.codes.shape
     groups, size = in_features // weight.group_size, weight.group_size
-    rounded = weight.zero.round().clamp_(0, 255)
-    left_out = (rounded - weight.zero) * weight.scale
+    rounded = weight.rounded_zero
     parts = [_pack(weight.codes, bits), rounded.to(torch.uint8).numpy(), weight.scale.numpy()]
-    if left_out.any():
-        parts.append(left_out.numpy())
+    if not weight.has_whole_zeros:
+        parts.append(((rounded - weight.zero) * weight.scale).numpy())
     mapping, (codes, zeros, scales, *correction) = _map_file(parts)
     nodes = (
         constant(codes, [out_features, groups, size], _TYPES[bits]),

@@ -6,11 +6,15 @@ each product: the two kinds take turns in every pass and keep the cores from eac
 
 from __future__ import annotations
 
+import weakref
+
+import numpy
 import openvino
 import torch
 from openvino import opset13
 from torch import nn
 
+from ds_llmpq.integers import round_up
 from ds_llmpq.models.ends import Head
 from ds_llmpq.models.step import Step
 from ds_llmpq.quant.kernels.openvino import PRODUCT_ROWS
@@ -28,9 +32,9 @@ from ds_llmpq.quant.kernels.openvino_graph.tensors import KINDS, share
 
 
 class HeadGraph(nn.Module):
-    """In the place of a filled `Head` that projects nothing and caps nothing. `weight`: its quantized lm_head, which
-    takes `held_bytes`; None: it has an unquantized one. Logits are float32, as choosing a token takes them. Runs
-    `PRODUCT_ROWS` rows a call, which bounds its buffers."""
+    """In the place of a filled `Head` that projects nothing and caps nothing. `weight`: its quantized lm_head; None: it
+    has an unquantized one. `held_bytes`: of `weight`, and of buffers. Logits are float32, as choosing a token takes
+    them. Runs `PRODUCT_ROWS` rows a call, which bounds its buffers."""
 
     joins_steps = True
 
@@ -49,6 +53,7 @@ class HeadGraph(nn.Module):
             group = input_group(weight.group_size, weight.in_features)
             properties |= {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(group)}
         self._request = core().compile_model(model, "CPU", properties).create_infer_request()
+        self._memory = _LogitMemory(self.vocabulary)
         self._run(torch.zeros(PRODUCT_ROWS, self.hidden, dtype=self.dtype))  # packs the weight
         constants.drop_pages()
         self._constants = constants
@@ -59,15 +64,34 @@ class HeadGraph(nn.Module):
         hidden = [each.at_last() for each in steps]
         rows = [each.reshape(-1, self.hidden) for each in hidden]
         together = rows[0] if len(rows) == 1 else torch.cat(rows)
-        outputs = [self._run(part) for part in together.split(PRODUCT_ROWS)]
-        logits = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        logits = self._run(together)
         for each, states, part in zip(steps, hidden, logits.split([len(part) for part in rows]), strict=True):
             each.logits = part.view(*states.shape[:-1], self.vocabulary)
         return step
 
     def _run(self, hidden: torch.Tensor) -> torch.Tensor:
-        hidden, logits = hidden.contiguous(), torch.empty(len(hidden), self.vocabulary)
-        self._request.set_input_tensor(share(hidden))
-        self._request.set_output_tensor(share(logits))
-        self._request.infer(share_outputs=True)
+        hidden, logits = hidden.contiguous(), self._memory.lend(len(hidden))
+        for inputs, outputs in zip(hidden.split(PRODUCT_ROWS), logits.split(PRODUCT_ROWS), strict=True):
+            self._request.set_input_tensor(share(inputs))
+            self._request.set_output_tensor(share(outputs))
+            self._request.infer(share_outputs=True)
         return logits
+
+
+class _LogitMemory:
+    """What logits are written to, for one tensor at a time. Allocated anew for each call, of another number of rows
+    each, they would leave holes in the heap that the next ones do not fit in."""
+
+    def __init__(self, vocabulary: int):
+        self._rows = numpy.empty((0, vocabulary), numpy.float32)
+        self._lent: weakref.ref[numpy.ndarray] | None = None
+
+    def lend(self, rows: int) -> torch.Tensor:
+        """Float32 [rows, vocabulary]; while that is in use, others get memory of their own."""
+        if self._lent is not None and self._lent() is not None:
+            return torch.empty(rows, self._rows.shape[1])
+        if len(self._rows) < rows:
+            self._rows = numpy.empty((round_up(rows, PRODUCT_ROWS), self._rows.shape[1]), numpy.float32)
+        lent = self._rows[:rows]
+        self._lent = weakref.ref(lent)  # the tensor holds it, and so do tensors that are parts of it
+        return torch.from_numpy(lent)

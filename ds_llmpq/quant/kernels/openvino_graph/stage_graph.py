@@ -96,9 +96,8 @@ class StageGraph(nn.Module):
     def layers(self) -> int:
         return len(self._caches) // 2
 
-    def add(self, layer: Block, weights: Mapping[tuple[str, ...], Constants], held_bytes: int) -> None:
-        """Adds a decoder layer whose norms and biases are filled; `weights`, those of its linears, take
-        `held_bytes`."""
+    def add(self, layer: Block, weights: Mapping[tuple[str, ...], Constants]) -> None:
+        """Adds a decoder layer whose norms and biases are filled, with the `weights` of its linears."""
         if self._hidden is None:
             self._begin(layer.spec)
         attention, kind = layer.spec.attention, KINDS[self._kv_dtype].ours
@@ -109,7 +108,8 @@ class StageGraph(nn.Module):
         self._caches += caches
         self._constants += weights.values()
         others = [parameter for parameter in layer.parameters() if parameter.device.type != "meta"]
-        self.held_bytes += held_bytes + sum(parameter.nbytes for parameter in others)
+        held = sum(each.nbytes for each in (*weights.values(), *others))
+        self.held_bytes += OPENVINO_GRAPH.layer_overhead_bytes + held
 
     def compile(self) -> None:
         """Packs all weights and allocates all buffers, so that freed memory is returned before serving."""
