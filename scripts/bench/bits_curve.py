@@ -3,10 +3,11 @@
     ds-llmpq sensitivity model=tiny quant.bits=[2,3,4,8,16] out=o
     python scripts/bench/bits_curve.py --sensitivity o/sensitivity.json --out curve.json
 
-One bit width everywhere, in groups of 32, 64 and 128; and, in groups of 64, the mixed widths that lose least by the
-table for a budget of average bits. Bits are of the decoder layers, scales and zeros of 16 bits counted; lm_head stays
-at 16 and is counted in the second column. The shipped model is tiny, and the published ones are not: levels cannot be
-compared, only how fast KL falls with a bit more.
+One bit width everywhere, in groups of 32, 64 and 128, with both kinds of `quant.zeros`; and, in groups of 64, the mixed
+widths that lose least by the table for a budget of average bits, whatever zeros the table was made with. Bits are of
+the decoder layers, scales and zeros of 16 bits counted; lm_head stays at 16 and is counted in the second column. The
+shipped model is tiny, and the published ones are not: levels cannot be compared, only how fast KL falls with a bit
+more.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from ds_llmpq.models.checkpoint import Checkpoint
 from ds_llmpq.models.corpus import EVALUATION, read_text, select_calibration_rows
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.models.tokenizer import load_tokenizer
-from ds_llmpq.quant.config import QuantConfig
+from ds_llmpq.quant.config import ZEROS, QuantConfig
 from ds_llmpq.quant.packing import count_bits_per_weight, make_groups
 from ds_llmpq.report.plan_table import format_table
 from ds_llmpq.sensitivity.layerwise import Layerwise, measure
@@ -55,6 +56,7 @@ def main() -> None:
     parser.add_argument("--sensitivity", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--zeros", choices=ZEROS, nargs="+", default=[*ZEROS])
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     shape = read_shape(args.model)
@@ -64,26 +66,29 @@ def main() -> None:
     mixed = {f"mixed, {budget} on average": best_bits(table, budget) for budget in BUDGETS}
     points = [
         point
+        for zeros in args.zeros
         for size in (64, 32, 128)
-        for point in measure_points(args.model, tokens, uniform | (mixed if size == 64 else {}), size)
+        for point in measure_points(
+            args.model, tokens, uniform | (mixed if size == 64 else {}), QuantConfig(group_size=size, zeros=zeros)
+        )
     ]
     points.sort(key=lambda point: -point["bits"])
     found = {"model": Path(args.model).name, "tokens": tokens[:, 1:].numel(), "points": points, "published": PUBLISHED}
     args.out.write_text(json.dumps(found, indent=1) + "\n")
     rows = [
-        [point["name"], str(point["group_size"]), f"{point['bits']:.2f}", f"{point['bits_with_lm_head']:.2f}",
-         f"{point['kl']:.5f}"]
+        [point["name"], str(point["group_size"]), point["zeros"], f"{point['bits']:.2f}",
+         f"{point['bits_with_lm_head']:.2f}", f"{point['kl']:.5f}"]
         for point in points
     ]  # fmt: skip
-    print(format_table(["widths", "group", "bits a weight", "with lm_head", "KL"], rows))
+    print(format_table(["widths", "group", "zeros", "bits a weight", "with lm_head", "KL"], rows))
     for source, curve in PUBLISHED.items():
         cells = [[name, f"{bits:.2f}", f"{kl:.5f}"] for name, bits, kl in curve]
         print(f"\n{source}\n{format_table(['format', 'bits a weight', 'KL'], cells)}")
 
 
-def measure_points(model: str, tokens: torch.Tensor, variants: dict[str, tuple[int, ...]], group_size: int):
-    """A point for each variant, all in groups of `group_size`."""
-    quant, shape = QuantConfig(group_size=group_size), read_shape(model)
+def measure_points(model: str, tokens: torch.Tensor, variants: dict[str, tuple[int, ...]], quant: QuantConfig):
+    """A point for each variant, all with `quant`."""
+    shape = read_shape(model)
     found = measure(Layerwise(Checkpoint(model), quant, tokens, torch.device("cpu")), list(variants.values()))
     head = shape.lm_head.weights
     layers = shape.layers * sum(linear.weights for linear in shape.linears)
@@ -92,7 +97,8 @@ def measure_points(model: str, tokens: torch.Tensor, variants: dict[str, tuple[i
         own = (counted * (layers + head) - 16 * head) / layers
         yield {
             "name": name,
-            "group_size": group_size,
+            "group_size": quant.group_size,
+            "zeros": quant.zeros,
             "widths": bits,
             "bits": own,
             "bits_with_lm_head": counted,
