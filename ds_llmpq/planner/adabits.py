@@ -133,18 +133,22 @@ def _add_layer(
     """The front with layer i on device d, also as the first of a stage whose layers before lose `opened`."""
     used, loss, parent = front.used, front.loss, np.arange(len(front.loss))
     if np.isfinite(opened):
-        used = np.append(used, arrays.embed_bytes if i == 0 else 0.0)
-        loss, parent = np.append(loss, opened), np.append(parent, -1)
-    ends = (arrays.embed[:, d] if i == 0 else 0.0, arrays.head[:, d] if i + 1 == len(arrays.sensitivity) else 0.0)
-    widths = np.flatnonzero(arrays.available[d])
-    if not len(used) or not len(widths) or not all(np.isfinite(end).all() for end in ends):
+        used = np.concatenate([used, [arrays.embed_bytes if i == 0 else 0.0]])
+        loss, parent = np.concatenate([loss, [opened]]), np.concatenate([parent, [-1]])
+    widths = arrays.available[d].nonzero()[0]
+    if not len(used) or not len(widths):
+        return _EMPTY
+    ends = [arrays.embed[:, d]] * (i == 0) + [arrays.head[:, d]] * (i + 1 == len(arrays.sensitivity))
+    if not all(np.isfinite(end).all() for end in ends):
         return _EMPTY
     size = (used[:, None] + arrays.layer_bytes[i, widths]).ravel()
     lost = (loss[:, None] + arrays.sensitivity[i, widths]).ravel()
-    kept = np.flatnonzero((size <= arrays.capacity[d] - head) & (lost < limit))
+    kept = ((size <= arrays.capacity[d] - head) & (lost < limit)).nonzero()[0]
+    if not len(kept):
+        return _EMPTY
     kept = kept[np.lexsort((lost[kept], size[kept]))]
     best = np.minimum.accumulate(lost[kept])
-    kept = kept[lost[kept] < np.concatenate([[np.inf], best[:-1]])] if len(kept) else kept
+    kept = kept[lost[kept] < np.concatenate([[np.inf], best[:-1]])]
     return _Front(size[kept], lost[kept], parent[kept // len(widths)], widths[kept % len(widths)])
 
 

@@ -4,6 +4,7 @@ D devices, L layers, B bit widths. An unavailable time is infinite. The judge of
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -34,15 +35,22 @@ class PairArrays:
     back: np.ndarray  # [2, D, D] seconds of the token's way back: prefill, decode
     sensitivity: np.ndarray  # [L, B]
 
-    @property
+    @cached_property
     def available(self) -> np.ndarray:
         """[D, B]: the device can run the bit width at both micro-batch sizes."""
         return np.isfinite(self.prefill) & np.isfinite(self.decode)
 
 
 def pair_arrays(problem: Problem, prefill_micro_batch: int, decode_micro_batch: int) -> PairArrays:
-    """The problem at one pair of micro-batch sizes. Times are those of stages beside others, unless there is only one
-    device."""
+    """The problem at one pair of micro-batch sizes, filled once and not to be written to. Times are those of stages
+    beside others, unless there is only one device."""
+    pair = prefill_micro_batch, decode_micro_batch
+    if pair not in problem.arrays:
+        problem.arrays[pair] = _fill(problem, *pair)
+    return problem.arrays[pair]
+
+
+def _fill(problem: Problem, prefill_micro_batch: int, decode_micro_batch: int) -> PairArrays:
     types = [problem.device_types[device.type] for device in problem.devices]
     memory, workload, links = problem.memory, problem.workload, problem.links
     m_p, m_d = rounds(problem, prefill_micro_batch, decode_micro_batch)

@@ -104,6 +104,8 @@ def single_device(problem: Problem) -> Iterable[Assignment]:
     """Everything on one device, one bit width: the fastest that fits."""
     for device in {(d.type, d.memory_bytes): d for d in reversed(problem.devices)}.values():
         for bits in problem.bits:
+            if sum(problem.memory.layer_bytes[bits]) > device.memory_bytes:
+                continue
             for pair in pairs(problem):
                 stage = StageAssignment(device.name, 0, problem.layers, (bits,) * problem.layers)
                 yield Assignment((stage,), *pair)
@@ -129,7 +131,7 @@ def _estimate(problem: Problem, bits: int, pair: tuple[int, int]) -> PredictedTo
     prefill, decode = [], []
     for j, stage in enumerate(cut.stages):
         memory = seen.stage_memory_bytes[j]
-        room = next(d.memory_bytes for d in problem.devices if d.name == stage.device)
+        room = problem.by_name[stage.device].memory_bytes
         room -= sum(held for part, held in memory.items() if part != "weights")
         streamed = max(0.0, memory["weights"] - room) / OFFLOAD_BYTES_PER_SECOND
         if room < 0:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from ds_llmpq.plan import Assignment, PredictedTotals, StageAssignment
-from ds_llmpq.planner.problem import Problem
+from ds_llmpq.planner.problem import Problem, ProblemDevice
 
 # Decoded solver output may exceed a hard limit by rounding only.
 RELATIVE_TOLERANCE = 1e-9
@@ -76,9 +76,10 @@ def stage_seconds(problem: Problem, stage: StageAssignment, phase: str, size: in
     all layers is the plan's only one."""
     entry = problem.device_types[_device(problem, stage).type]
     table = getattr(entry, f"{phase}_layer_seconds")
-    seconds = [
-        table.get(bits, {}).get(size, math.inf) if bits in entry.bits else math.inf for bits in stage.bits
-    ]  # fmt: skip
+    by_bits = {
+        bits: table.get(bits, {}).get(size, math.inf) if bits in entry.bits else math.inf for bits in set(stage.bits)
+    }
+    seconds = [by_bits[bits] for bits in stage.bits]
     if stage.first == 0:
         seconds.append(getattr(entry, f"{phase}_embed_seconds").get(size, math.inf))
     if stage.last == problem.layers:
@@ -222,7 +223,7 @@ def _structure(problem: Problem, assignment: Assignment) -> list[str]:
             found.append(
                 f"Stage {j} holds layers [{stage.first}, {stage.last}), but must begin at {expected} and not be empty."
             )
-        if len(stage.bits) != stage.last - stage.first or any(bits not in problem.bits for bits in stage.bits):
+        if len(stage.bits) != stage.last - stage.first or not {*stage.bits} <= {*problem.bits}:
             found.append(f"Stage {j} must give one of the bit widths {problem.bits} for each of its layers.")
         expected = stage.last
         used.append(stage.device)
@@ -267,5 +268,5 @@ def _limits(problem: Problem, prediction: Prediction) -> list[str]:
     return []
 
 
-def _device(problem: Problem, stage: StageAssignment):
-    return next(device for device in problem.devices if device.name == stage.device)
+def _device(problem: Problem, stage: StageAssignment) -> ProblemDevice:
+    return problem.by_name[stage.device]

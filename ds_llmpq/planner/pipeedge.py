@@ -91,10 +91,9 @@ class _Work:
         if not np.isfinite(self.per_layer[d]):
             return first
         room = threshold - np.where(first == 0, self.embed[d], 0.0)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            counts = np.nan_to_num(room / self.per_layer[d], nan=layers, posinf=layers)
-        counts = np.where(room >= 0, np.floor(counts), 0)
-        cut = np.minimum(reach, first + np.minimum(counts, layers).astype(int))
+        most = room / self.per_layer[d] if self.per_layer[d] else np.full(layers + 1, layers)
+        counts = np.where(room >= 0, np.minimum(most, layers), 0).astype(int)
+        cut = np.minimum(reach, first + counts)
         too_long = (cut == layers) & (room < (layers - first) * self.per_layer[d] + self.head[d])
         return np.maximum(np.where(too_long, np.minimum(cut, layers - 1), cut), first)
 

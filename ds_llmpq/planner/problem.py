@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Le
@@ -195,10 +196,19 @@ class Problem:
         }
         return replace(problem, device_types=types, memory=replace(problem.memory, layer_bytes=layer_bytes))
 
+    @cached_property
+    def by_name(self) -> dict[str, ProblemDevice]:
+        """The devices by their names."""
+        return {device.name: device for device in self.devices}
+
+    @cached_property
+    def arrays(self) -> dict[tuple[int, int], Any]:
+        """What `pair_arrays` has filled, by micro-batch pair."""
+        return {}
+
     def with_devices(self, names: Iterable[str]) -> "Problem":
         """With these devices alone, in this order, and the links between them."""
-        devices = {device.name: device for device in self.devices}
-        kept = tuple(devices[name] for name in names)
+        kept = tuple(self.by_name[name] for name in names)
         known = {device.name for device in kept}
         pairs = {ends: link for ends, link in self.links.pairs.items() if known.issuperset(ends)}
         return replace(self, devices=kept, links=replace(self.links, pairs=pairs))

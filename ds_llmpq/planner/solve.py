@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from ds_llmpq.planner.pins import Pins
 from ds_llmpq.planner.problem import Problem
 from ds_llmpq.planner.search.branch_and_bound import Search, is_small
 from ds_llmpq.planner.search.constrained import find_price_of_limit
-from ds_llmpq.planner.search.first_plans import PAIRS, offer_first_plans
+from ds_llmpq.planner.search.first_plans import FACTORS, PAIRS, offer_first_plans
 from ds_llmpq.planner.search.fractional import Fractionals, first_bounds, simple_bound
 from ds_llmpq.planner.single_stage import offer_single_stages
 from ds_llmpq.planner.unquantized import leave_unquantized, raise_bits
@@ -152,7 +152,7 @@ def _check_options(time_limit_seconds: float, gap: float, solver: str, least_gai
 
 def _begin(run: _Run) -> None:
     """What is had at once: a first bound by arithmetic, plans by the quick baselines; in the time there is, a better
-    bound and plans rounded from it. The other baselines come last, but come whatever the time limit."""
+    bound and plans rounded from it. The slower baselines come after the first of these, whatever the time limit."""
     problem, pins, best = run.problem, run.pins, run.best
     offer_single_stages(best, pins, lambda alone, own: _solve_alone(run, alone, own))
     best.raise_bound(min(simple_bound(problem, pins, pair) for pair in pairs(problem)))
@@ -162,13 +162,21 @@ def _begin(run: _Run) -> None:
     best.raise_bound(min((known.bound for known in run.first.values()), default=math.inf))
     if run.solver in ("auto", "search"):
         run.note_solver("search")
-        search = run.search = Search(problem, best, pins, **_search_options(run))
-        offer_first_plans(search.relaxed, search.roots(PAIRS), search.goal, bound=search.bound, deadline=run.deadline)
+        run.search = Search(problem, best, pins, **_search_options(run))
+        _offer_first_plans(run, FACTORS[:1])
     for name in BASELINES:
         if name not in run.baselines:
             _offer_baseline(run, name)
+    if run.search is not None:
+        _offer_first_plans(run, FACTORS[1:])
     if best.assignment is None and problem.objective.mode != "theta":
         _try_limit(run)
+
+
+def _offer_first_plans(run: _Run, factors: Sequence[float]) -> None:
+    search = run.search
+    limits = {"bound": search.bound, "deadline": run.deadline}
+    offer_first_plans(search.relaxed, search.roots(PAIRS), search.goal, factors, **limits)
 
 
 def _solve_alone(run: _Run, problem: Problem, pins: Pins) -> tuple[Assignment | None, float]:

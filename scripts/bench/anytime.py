@@ -80,23 +80,11 @@ def solve_by_command(obj: dict, seconds: float) -> tuple[list[Moment], Plan]:
         problem, out = Path(folder, "problem.json"), Path(folder, "out")
         problem.write_text(json.dumps(obj), encoding="utf-8")
         arguments = [f"problem={problem}", f"out={out}", f"planner.time_limit_seconds={seconds}"]
-        child = [sys.executable, __file__, "--child", repr(time.time()), *arguments]
+        child = [sys.executable, str(Path(__file__).with_name("plan_events.py")), repr(time.time()), *arguments]
         found = subprocess.run(child, capture_output=True, text=True, check=True)
         lines = [line for line in found.stderr.splitlines() if line.startswith("[")]
         plan = Plan.from_json(json.loads((out / "plan.json").read_text(encoding="utf-8")))
         return [Moment(*json.loads(line)) for line in lines], plan
-
-
-def run_command(started: float, arguments: list[str]) -> None:
-    """`ds-llmpq plan`, with a line for each of the planner's events instead of its own."""
-    from ds_llmpq import cli
-    from ds_llmpq.commands import plan as command
-
-    def note(event) -> None:
-        print(json.dumps([time.time() - started, event.incumbent, event.bound or 0.0]), file=sys.stderr, flush=True)
-
-    command.make_progress_callback = lambda: note
-    cli.main(["plan", *arguments])
 
 
 def value_baselines(obj: dict) -> float:
@@ -138,8 +126,6 @@ def main() -> None:
     parser.add_argument("--mode", default="theta", choices=["theta", "max_quality_loss", "max_latency"])
     parser.add_argument("--cpu", action="store_true", help="moments in processor time of the planner")
     parser.add_argument("--command", action="store_true", help="from the start of the command `plan`")
-    if sys.argv[1:2] == ["--child"]:
-        return run_command(float(sys.argv[2]), sys.argv[3:])
     arguments = parser.parse_args()
     how = "command" if arguments.command else "cpu" if arguments.cpu else "here"
     loops = [multiprocessing.Process(target=burn, daemon=True) for _ in range(arguments.busy)]

@@ -13,7 +13,8 @@ from ds_llmpq.planner.search.relaxation import Relaxation
 from ds_llmpq.planner.search.stage_bounds import Box
 
 PAIRS = 3  # the most promising ones
-FACTORS = (1.05, 1.15, 1.4, 2.0)  # of the fractional optimum's slowest resources
+# of the fractional optimum's slowest resources; nearest to it there often is a better plan, but more often none
+FACTORS = (1.15, 1.05, 1.4, 2.0)
 PRICE_FACTORS = (1.0, 1.5, 4.0)  # of its price of quality, where rounding may break a limit
 PRICE_ROUNDS = 6  # of device classes, where they are priced
 
@@ -22,16 +23,17 @@ def offer_first_plans(
     relaxed: Relaxation,
     roots: Sequence[tuple[Node, Fractional]],
     target: Target,
+    factors: Sequence[float],
     *,
     bound: float,
     deadline: float,
 ) -> None:
     """Offer what is found to the target's incumbent, until the deadline or until `bound`, proven already, is reached.
 
-    `roots`: the whole boxes of the most promising micro-batch pairs.
+    `roots`: the whole boxes of the most promising micro-batch pairs; `factors`: those of `FACTORS` to try.
     """
     thetas = (1.0,) if relaxed.mode == "theta" else PRICE_FACTORS
-    for factor in FACTORS:
+    for factor in factors:
         for root, known in roots:
             for theta in thetas:
                 if time.monotonic() > deadline or target.met_by(bound):
