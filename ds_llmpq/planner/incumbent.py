@@ -72,6 +72,10 @@ class Incumbent:
     def gap(self) -> float:
         return relative_gap(self.value, self.bound) if math.isfinite(self.value) else math.inf
 
+    def is_within(self, gap: float) -> bool:
+        """Whether the gap is at most that one; a bound raised to just what is sufficient is, however it rounds."""
+        return self.gap <= gap + 1e-12
+
     def report(self) -> None:
         if self.progress is not None:
             value = self.value if math.isfinite(self.value) else None

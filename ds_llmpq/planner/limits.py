@@ -42,7 +42,7 @@ def find_least(
         search = Search(alone, found, pins, gap=gap, deadline=deadline, improve=polish)
         search.run()
         found.raise_bound(search.bound)
-        if polish is not None and found.gap > gap:
+        if polish is not None and not found.is_within(gap):
             polish()
         if is_broken(problem, found) or found.value <= problem.objective.limit:
             break

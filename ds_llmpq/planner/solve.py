@@ -105,7 +105,7 @@ def solve(
         status = "interrupted"
     if best.assignment is None:
         raise _no_plan(run)
-    if status == "optimal" and best.gap > gap + 1e-12:
+    if status == "optimal" and not best.is_within(gap):
         status = "time_limit" if run.left <= 0 else "stalled"
     assignment = _prefer_unquantized(run, whole, least_gain) if least_gain > 0 else best.assignment
     prediction = evaluate(problem, assignment)
@@ -233,7 +233,7 @@ def _optimise(run: _Run) -> None:
     if guess is not None:
         limits = {name: options[name] for name in ("gap", "deadline", "improve")}
         theta = find_price_of_limit(run.problem, run.best, run.pins, guess, **limits)
-    if run.best.gap <= run.gap and run.best.assignment is not None:
+    if run.best.is_within(run.gap) and run.best.assignment is not None:
         return
     if theta is not None:
         search = Search(run.problem, run.best, run.pins, **options, theta=theta)
@@ -244,7 +244,7 @@ def _optimise(run: _Run) -> None:
     if run.solver != "auto":
         return
     size = run.problem.layers * len(run.problem.devices) * len(run.problem.bits)
-    if run.best.gap > run.gap and run.left > 0 and size <= EXACT_COLUMNS and not math.isinf(search.bound):
+    if not run.best.is_within(run.gap) and run.left > 0 and size <= EXACT_COLUMNS and not math.isinf(search.bound):
         run.note_solver(solve_exact(run.problem, run.best, "auto", run.pins, run.deadline, run.gap, run.seed))
     elif run.best.assignment is not None:
         _polish(run, 2.0)

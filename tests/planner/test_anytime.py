@@ -12,7 +12,7 @@ from ds_llmpq.plan import SolverReport
 from ds_llmpq.planner import Pins, Problem, evaluate, solve, violations
 from ds_llmpq.planner.baselines import all_baselines
 from ds_llmpq.planner.feasibility import pairs
-from ds_llmpq.planner.incumbent import relative_gap
+from ds_llmpq.planner.incumbent import Incumbent, relative_gap, sufficient_bound
 from ds_llmpq.planner.linear import Infeasible, minimise
 from ds_llmpq.planner.objective import objective_value
 from ds_llmpq.planner.search.fractional import first_bounds, simple_bound
@@ -140,3 +140,13 @@ def test_linear_programs_have_the_optimum_that_scipy_finds():
         assert ours.equal_prices == pytest.approx(theirs.eqlin.marginals, abs=1e-6)
         solved += 1
     assert solved > 5
+
+
+def test_a_sufficient_bound_closes_the_gap_however_it_rounds():
+    problem = Problem.from_json(random_problem(3))
+    values = np.random.default_rng(0).uniform(1, 100, 1000)
+    bounds = [sufficient_bound(value, 0.01) for value in values]
+    assert any(relative_gap(value, bound) > 0.01 for value, bound in zip(values, bounds, strict=True))
+    for value, bound in zip(values, bounds, strict=True):
+        assert Incumbent(problem, value=value, bound=bound).is_within(0.01)
+        assert not Incumbent(problem, value=value, bound=0.999999 * bound).is_within(0.01)

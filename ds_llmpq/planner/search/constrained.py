@@ -59,7 +59,7 @@ def find_price_of_limit(
         if found.assignment is None:
             break
         _repair(best, found.assignment, improve)
-        if best.assignment is not None and best.gap <= gap:
+        if best.assignment is not None and best.is_within(gap):
             break
         if _affordable(objective, found):
             low = theta

@@ -114,4 +114,4 @@ class Target:
 
     def met_by(self, bound: float) -> bool:
         """Whether a proven bound on all plans, or the incumbent's own, closes the gap."""
-        return self.best.value <= bound or self.best.gap <= self.gap
+        return self.best.value <= bound or self.best.is_within(self.gap)
