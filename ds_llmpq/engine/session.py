@@ -19,6 +19,7 @@ from ds_llmpq.engine.kv_cache import KVStore, NoCache, choose_elements
 from ds_llmpq.engine.paged_cache import PagedKVStore
 from ds_llmpq.engine.pipeline_engine import InferencePipelineEngine
 from ds_llmpq.engine.pipeline_module import PlannedPipelineModule, list_pipeline_layers
+from ds_llmpq.engine.processor_use import ProcessorUse
 from ds_llmpq.engine.rank_context import RankContext
 from ds_llmpq.engine.runner.capture import Capture, CudaGraphs, capture_trace
 from ds_llmpq.engine.runner.fusion import Fusion, has_compiler
@@ -123,6 +124,7 @@ class Session:
             self._read_in_place(shape)
         device_memory.release_freed()
         self._growth_of_loading = device_memory.held_bytes(context.device) - self._held_before
+        self._use = ProcessorUse()
         self._peak_of_loading = device_memory.peak_bytes(context.device)
         device_memory.restart_peak(context.device)
 
@@ -232,12 +234,13 @@ class Session:
                     on_broken(row, faults.get(row.key))
                 unexplained.clear()
 
+        self._use = ProcessorUse()
         held_back = None
         while (group := held_back or together()) is not None:
             held_back = self.engine.run_stream(group, self.limits, together, finished, on_tokens)
 
     def report(self) -> dict:
-        """What this rank measured, as plain data: seconds by kind of work, memory by part.
+        """What this rank measured, as plain data: seconds by kind of work, memory by part, how busy its host was.
 
         Its memory is weights and cache as allocated, what the process held before loading, its peak with loading, how
         far it had grown when loaded, and how far at most while serving.
@@ -251,6 +254,7 @@ class Session:
             "decode_graphs": self.engine.passes.captured.graphs if self.engine.passes.captured else 0,
             "passes_ahead": self.engine.ahead.used if self.engine.ahead else 0,
             "memory_warnings": self.engine.splitter.warnings,
+            "processors": self._use.measure(),
             "memory_bytes": {
                 "weights": count_stored_bytes(self.engine.module),
                 "kv": self.store.allocated_bytes,

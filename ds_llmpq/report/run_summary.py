@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ds_llmpq.report.plan_table import describe_cost, format_size, format_table
@@ -9,6 +10,8 @@ from ds_llmpq.wording import format_number, pluralize
 
 TRUSTED = 0.15  # a run that is at most so far off confirms the plan's times
 _SHORTEST = 0.25  # seconds of a run, below which its first passes and pauses of the machine are most of it
+# shares of a host's processors: others' above which, if less than the rest of all was idle, they slowed the run
+_OTHERS, _CROWDED = 0.1, 0.85
 RANKING = 1.0  # at most a factor of two: such errors are alike for all plans of a model and machine
 
 
@@ -69,8 +72,17 @@ def compare_with_plan(metrics: dict[str, Any]) -> list[str]:
     return [
         f"predicted: {rates['latency']} tokens/s, in {pairs['latency']['predicted']:.2f} s "
         f"(prefill {rates['prefill']} tokens/s, decode {rates['decode']}){expected}",
-        f"verdict: {judge_times(pairs)}",
+        f"verdict: {judge_times(pairs)}{_name_others(metrics.get('hosts', ()))}",
     ]
+
+
+def _name_others(hosts: Sequence[dict[str, Any]]) -> str:
+    """What to make of the verdict where other programs had much of a host that had little left."""
+    for host in hosts:
+        own, others = host["own_share"] or 0.0, host["others_share"] or 0.0
+        if others >= _OTHERS and own + others >= _CROWDED:
+            return f"; other programs had {others:.0%} of the processors of {host['host']} meanwhile, measured"
+    return ""
 
 
 def judge_times(pairs: dict[str, dict[str, float | None]]) -> str:

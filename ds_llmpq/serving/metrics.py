@@ -73,6 +73,7 @@ def summarize(
             _stage(plan, report, simulated or ()) for report in sorted(reports, key=lambda report: report["stage"])
         ],
         "memory_warnings": [warning for report in reports for warning in report["memory_warnings"]],
+        "hosts": share_processors([report["processors"] for report in reports]),
         "provenance": dict(plan.provenance),
     }
 
@@ -143,6 +144,18 @@ def _stage(plan: Plan, report: dict[str, Any], simulated: Sequence[SimulatedRun]
             for phase in PHASES
         },
     }
+
+
+def share_processors(used: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each host's processors while it served: the shares of this run's ranks and of all other programs, measured."""
+    found = []
+    for host in dict.fromkeys(entry["host"] for entry in used):
+        ranks = [entry for entry in used if entry["host"] == host]
+        whole = max(entry["processors"] * entry["seconds"] for entry in ranks)
+        own = sum(entry["own_seconds"] for entry in ranks)
+        others = max(0.0, max(entry["busy_seconds"] for entry in ranks) - own)
+        found.append({"host": host, "own_share": _rate(own, whole), "others_share": _rate(others, whole)})
+    return found
 
 
 def _work(report: dict[str, Any], phase: str) -> float:

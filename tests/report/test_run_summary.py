@@ -2,18 +2,20 @@
 
 import json
 import re
+import time
 from dataclasses import replace
 
 import pytest
 from report_folders import write_planned, write_run
 
+from ds_llmpq.engine.processor_use import ProcessorUse
 from ds_llmpq.plan import Deployment, PassTimes, read_plan, write_plan
 from ds_llmpq.report.plan_table import describe_plan, format_plan
 from ds_llmpq.report.run_report import write_run_report
 from ds_llmpq.report.run_summary import format_run, judge_times
 from ds_llmpq.scheduler.micro_batch import MicroBatchLimits
 from ds_llmpq.scheduler.stream import SequenceLengths, StreamTimes
-from ds_llmpq.serving.metrics import expect, summarize
+from ds_llmpq.serving.metrics import expect, share_processors, summarize
 from ds_llmpq.serving.prediction import simulate_streams
 
 
@@ -143,6 +145,7 @@ def test_passes_are_held_against_their_own_sizes_and_answers_against_what_was_ex
     memory = {"weights": 1, "kv": 1, "peak_growth": 1}
     report = {"seconds": {"prefill": 0.4, "decode": 0.1, "sample": 0.05}, "passes": {"prefill": 4, "decode": 1}}
     report |= {"load_seconds": 1.0, "passes_ahead": 0, "tokens": {}, "memory_bytes": memory, "memory_warnings": []}
+    report |= {"processors": use("a", 1.0, 1.5)}
     metrics = summarize(
         plan,
         {"total": 4, "completed": 4, "failed": 0},
@@ -161,3 +164,36 @@ def test_passes_are_held_against_their_own_sizes_and_answers_against_what_was_ex
     assert "s for 24 tokens" in format_run(metrics)
     metrics["predicted_against_measured"]["expected_before"]["generated_tokens"] = 8
     assert "expected before" not in format_run(metrics)
+
+
+def use(host, own, busy, seconds=1.0):
+    """Of two processors."""
+    return {"host": host, "processors": 2, "seconds": seconds, "own_seconds": own, "busy_seconds": busy}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "said"),
+    [
+        ([use("a", 0.7, 1.9), use("a", 0.6, 1.8)], "30% of the processors of a"),
+        ([use("a", 1.0, 1.9), use("a", 0.9, 1.9)], None),  # all of it was ours
+        ([use("a", 0.6, 1.2)], None),  # enough was idle
+        ([use("a", 1.9, 1.9), use("b", 1.2, 2.0)], "40% of the processors of b"),
+        ([use("a", 1.0, 0.9)], None),  # the system counts in hundredths of a second
+        ([use("a", 0.0, 0.0, seconds=0.0)], None),
+    ],
+)
+def test_the_verdict_says_whether_others_had_the_processors(tmp_path, ranks, said):
+    write_run(tmp_path)
+    metrics = read(tmp_path) | {"hosts": share_processors(ranks)}
+    [line] = [line for line in format_run(metrics).splitlines() if line.startswith("verdict")]
+    assert said is None or line.endswith(f"; other programs had {said} meanwhile, measured")
+    assert said or "other programs" not in line
+
+
+def test_a_programs_work_is_not_that_of_others():
+    measured = ProcessorUse()
+    while time.process_time() - measured.own_before < 0.2:
+        pass
+    found = measured.measure()
+    assert found["own_seconds"] >= 0.2
+    assert found["own_seconds"] - 0.05 <= found["busy_seconds"] <= found["processors"] * found["seconds"] + 0.05
