@@ -39,9 +39,12 @@ CHOICES = ("auto", "always", "never")
 POINT_SECONDS = {"cpu": 1.8, "cuda": 10.0}  # for the points of a device; the trial pipeline comes on top
 LATE_SECONDS = {"cpu": 12.0, "cuda": 30.0}  # by the clock on the wall, which other programs may make run far ahead
 _KEPT = "calibration"  # of the user's cache folder
-VERSION = 7  # of what is measured; what an older one kept is measured anew
+VERSION = 8  # of what is measured; what an older one kept is measured anew
 _SHORTEST_PROMPT = 16  # a quarter and a sixteenth of it are timed too, which is enough for a fit
-_CHAINED_LAYERS = 4  # two of a small model's stay in the caches, where decode is a quarter faster
+# Layers timed in turn. Two of a small model's stay in the caches, where decode is a quarter faster. On several threads a
+# graph's call of 64 tokens or more takes milliseconds beside its layers: of four each seems 1.25 to 1.45 times as long as
+# of twelve, and of those as long as in runs.
+_CHAINED_LAYERS, _CHAINED_ON_THREADS = 4, 12
 _BUSY = 1.5  # times as long as it works, beyond which other programs had the processors
 _MEMORY_SHARE = 0.5  # of what is available, for all ranks together
 Show = Callable[[str], None]
@@ -178,7 +181,8 @@ def _find_shortage(wanted: TimingTask, cluster: Cluster) -> str | None:
     memory = MemoryModel(
         wanted.shape, make_groups(wanted.quant), COMPUTE_DTYPES[wanted.dtype], find_stage_kernel(wanted.quant.kernel)
     )
-    chained = limit_chain(min(_CHAINED_LAYERS, wanted.shape.layers), memory.layer_bytes(UNQUANTIZED_BITS))
+    chained = min(max(map(_count_chained, cluster.devices)), wanted.shape.layers)
+    chained = limit_chain(chained, memory.layer_bytes(UNQUANTIZED_BITS))
     rank = chained * sum(memory.layer_bytes(bits) for bits in wanted.bits)
     rows, workload = {phase: max(sizes) for phase, sizes in wanted.sizes.items()}, wanted.workload
     cache = memory.kv_bytes_per_sequence_layer(workload.prompt_tokens + workload.generated_tokens)
@@ -252,12 +256,16 @@ def _build_trial(wanted: TimingTask, devices: list[Device], links: bool) -> dict
             "quant": asdict(wanted.quant),
             "rows": sizes[-1],
             "capacity": workload.prompt_tokens + workload.generated_tokens,
-            "chained": _CHAINED_LAYERS,
+            "chained": _count_chained(devices[0]),
             "captured": wanted.captured,
             "seconds": POINT_SECONDS[devices[0].type.kind],
             "late_seconds": LATE_SECONDS[devices[0].type.kind],
         },
     }
+
+
+def _count_chained(device: Device) -> int:
+    return _CHAINED_ON_THREADS if (device.threads or 1) > 1 else _CHAINED_LAYERS
 
 
 def _list_points(wanted: TimingTask, device: Device) -> list[Point]:
