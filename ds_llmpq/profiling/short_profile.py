@@ -41,9 +41,9 @@ LATE_SECONDS = {"cpu": 12.0, "cuda": 30.0}  # by the clock on the wall, which ot
 _KEPT = "calibration"  # of the user's cache folder
 VERSION = 8  # of what is measured; what an older one kept is measured anew
 _SHORTEST_PROMPT = 16  # a quarter and a sixteenth of it are timed too, which is enough for a fit
-# Layers timed in turn. Two of a small model's stay in the caches, where decode is a quarter faster. On several threads a
-# graph's call of 64 tokens or more takes milliseconds beside its layers: of four each seems 1.25 to 1.45 times as long as
-# of twelve, and of those as long as in runs.
+# Layers timed in turn. Two of a small model's stay in the caches, where decode is a quarter faster. On several
+# threads a graph's call of 64 tokens or more takes milliseconds beside its layers: of four each seems 1.25 to 1.45
+# times as long as of twelve, and of those as long as in runs.
 _CHAINED_LAYERS, _CHAINED_ON_THREADS = 4, 12
 _BUSY = 1.5  # times as long as it works, beyond which other programs had the processors
 _MEMORY_SHARE = 0.5  # of what is available, for all ranks together
