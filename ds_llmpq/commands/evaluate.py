@@ -40,7 +40,7 @@ def _format_text(found: dict[str, Any]) -> str:
         rows += [["loss increase, measured", measured]]
         rows += [["loss increase, predicted", f"{increase['predicted']:.6f} ({increase['predicted_from']})"]]
         if interval := increase.get("predicted_interval"):
-            rows += [["95 % of texts", f"{interval[0]:.6f} to {interval[1]:.6f}"]]
+            rows += [["predicted for 95 % of texts", f"{interval[0]:.6f} to {interval[1]:.6f}"]]
     return format_table(["", "value"], rows)
 
 

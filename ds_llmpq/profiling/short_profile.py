@@ -89,11 +89,16 @@ def calibrate(wanted: TimingTask, cluster: Cluster, choice: str, show: Show) -> 
             if choice == "always" or not _is_kept(folder):  # another process may have been faster
                 _measure_into(wanted, cluster, folder, show)
     except (UserError, OSError) as error:  # a plan on a roofline is better than none
+        why = str(error) if isinstance(error, UserError) else _explain_unwritable(error, folder.parent)
         if choice == "always":
-            raise UserError(f"planner.calibrate=always cannot be: {error}") from None
-        show(f"layer times are not measured: {error}")
+            raise UserError(f"planner.calibrate=always cannot be: {why}") from None
+        show(f"layer times are not measured: {why}")
         return None
     return folder
+
+
+def _explain_unwritable(error: OSError, kept: Path) -> str:
+    return f"{error.filename or kept} cannot be used ({error.strerror}); name a folder for them in XDG_CACHE_HOME"
 
 
 def _is_kept(folder: Path) -> bool:

@@ -126,7 +126,8 @@ def test_what_cannot_be_measured_or_kept_leaves_a_plan_on_the_roofline(wanted, c
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert calibrate(wanted, make_cluster("fast"), "auto", said.append) is None
-    assert "Not a directory" in said[-1]
+    assert "cannot be used (Not a directory); name a folder for them in XDG_CACHE_HOME" in said[-1]
+    assert "Errno" not in said[-1]
 
 
 def test_a_trial_that_fails_says_why_and_keeps_its_log(wanted, cache, monkeypatch):
