@@ -257,8 +257,8 @@ def label_point(point: dict[str, Any], keys: list[str]) -> str:
     return ", ".join(values.values()) or point["point"]
 
 
-def plot(path: Path, points: list[dict[str, Any]]) -> None:
-    """Plots throughput against quality loss; points that coincide share a label."""
+def plot(path: Path, points: list[dict[str, Any]]) -> bool:
+    """Plots throughput against quality loss; points that coincide share a label. Whether some of it was measured."""
     figure, ((axes,),) = figures.make_figure(width=8, height=4.5)
     front = select_pareto_front(points)
     axes.plot([p["quality_loss"] for p in front], [p["throughput_tokens_per_second"] for p in front], "-", color="0.7")
@@ -267,7 +267,7 @@ def plot(path: Path, points: list[dict[str, Any]]) -> None:
     for point in points:
         place = (point["quality_loss"], point["throughput_tokens_per_second"])
         groups.setdefault(place, []).append(label_point(point, keys))
-    axes.scatter(*zip(*groups, strict=True), color=figures.STAGES[0], label="predicted")
+    predicted = axes.scatter(*zip(*groups, strict=True), color=figures.STAGES[0], label="predicted")
     for place, names in groups.items():
         text = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
         axes.annotate(text, place, fontsize=7, xytext=(4, 4), textcoords="offset points")
@@ -280,8 +280,12 @@ def plot(path: Path, points: list[dict[str, Any]]) -> None:
     axes.xaxis.set_major_formatter(lambda value, _: format_number(value))
     axes.yaxis.set_major_formatter(lambda value, _: format_number(value, 4))
     axes.margins(x=0.15, y=0.1)
+    if min(loss for loss, _ in groups) >= 0 and not any(p[_MEASURED[1]] < 0 for p in measured):
+        axes.set_xlim(left=max(axes.get_xlim()[0], 0.0))  # no loss below 0 where there is none
+        predicted.set_clip_on(False)
     axes.set(xlabel="quality loss (nats per token)", ylabel="throughput (tokens/s)")
     figures.save_figure(figure, path)
+    return bool(measured)
 
 
 def _cell(value: Any) -> str:

@@ -14,6 +14,7 @@ from ds_llmpq.wording import format_number
 
 Point = dict[str, Any]
 _MOST_VALUES = 24  # on an axis of a heat map
+_WIDEST = 10.0  # inches of a picture: a page shows wider ones with smaller letters
 
 
 def write_sweep_report(folder: Path, out: Path) -> str:
@@ -48,11 +49,11 @@ def _points(points: list[Point]) -> Section:
 
 
 def _pareto(points: list[Point], out: Path) -> Section:
-    sweep.plot(out / "pareto.png", points)
+    shown = "Predicted and measured" if sweep.plot(out / "pareto.png", points) else "Predicted"
     return Section(
         "pareto",
         "Throughput against quality",
-        "Predicted, and measured where it was. The line joins the points that no other beats in both.",
+        f"{shown}. The line joins the points that no other beats in both.",
     ).picture(out / "pareto.png", "throughput against quality loss")
 
 
@@ -102,7 +103,7 @@ def _baselines(points: list[Point], out: Path) -> Section:
         bars |= {name: name for name in sweep.BASELINES if any(point[name] for point in points)}
     if len(bars) == 1:
         return section.sentences(["No baseline has a plan."])
-    figure, ((axis,),) = figures.make_figure(width=max(7.0, 0.9 * len(points) + 3), height=4.2)
+    figure, ((axis,),) = figures.make_figure(width=min(max(7.0, 0.9 * len(points) + 3), _WIDEST), height=4.2)
     width, keys = 0.85 / len(bars), sweep.find_varied(points)
     for index, (label, name) in enumerate(bars.items()):
         values = [point[name] or 0.0 for point in points]
@@ -114,7 +115,7 @@ def _baselines(points: list[Point], out: Path) -> Section:
         [sweep.label_point(p, keys) for p in points],
         rotation=40,
         ha="right",
-        fontsize=7,
+        fontsize=8,
     )
     axis.set_ylabel("tokens/s" if "measured" in bars else "predicted tokens/s")
     axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
