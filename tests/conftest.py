@@ -6,6 +6,7 @@ HYPOTHESIS_PROFILE=explore, which a developer runs to look for what the fixed on
 
 import logging
 import os
+import signal
 import sys
 
 import pytest
@@ -15,6 +16,8 @@ settings.register_profile("repeatable", derandomize=True, database=None, deadlin
 settings.register_profile("explore", deadline=None)
 # what a test plans must not hang on how fast this machine is just now; tests of calibration ask for it
 os.environ["DS_LLMPQ_CALIBRATE"] = "never"
+# started in the background by a shell, this process ignores SIGINT, and so would all that it starts to interrupt
+signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 

@@ -1,6 +1,5 @@
 """A random checkpoint and one launched run of it, shared by the tests that look at what came of it."""
 
-import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,14 +8,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from launching import PRECISE, WORKLOAD, completion, run, write_cluster, write_rows
-
-# started in the background by a shell, this process ignores SIGINT, and so would all that it starts to interrupt
-signal.signal(signal.SIGINT, signal.default_int_handler)
-
-TEXT = "The quick brown fox jumps over the lazy dog while the planner counts layers, bytes and seconds. "
-# budgets that hold neither the whole model nor all of it unquantized, and that differ
-BUDGETS = (2.5, 4.7)
+from launching import BUDGETS, PRECISE, TEXT, WORKLOAD, completion, run, write_cluster, write_rows
 
 
 @pytest.fixture(scope="session")

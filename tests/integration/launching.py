@@ -21,6 +21,9 @@ ROOT = Path(__file__).resolve().parents[2]
 MIB = 1 << 20
 # float32, so that greedy tokens do not depend on how rows are grouped; quantized without fine-tuning, which is slow
 PRECISE = ("engine.dtype=float32", "quant.optimize=false", "quant.bits=[4,8,16]")
+TEXT = "The quick brown fox jumps over the lazy dog while the planner counts layers, bytes and seconds. "
+# MiB; they hold neither the whole model nor all of it unquantized, and differ
+BUDGETS = (2.5, 4.7)
 WORKLOAD = ("workload.sequences=4", "workload.prompt_tokens=64", "workload.generated_tokens=24")
 
 

@@ -3,8 +3,7 @@
 import csv
 
 import pytest
-from conftest import BUDGETS
-from launching import PRECISE, WORKLOAD, read_rows, run, write_cluster
+from launching import BUDGETS, PRECISE, WORKLOAD, read_rows, run, write_cluster
 
 from ds_llmpq.plan import read_plan
 

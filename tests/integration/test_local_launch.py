@@ -8,9 +8,10 @@ import subprocess
 
 import pytest
 import torch
-from conftest import BUDGETS, TEXT
 from launching import (
+    BUDGETS,
     PRECISE,
+    TEXT,
     WORKLOAD,
     Command,
     completion,

@@ -7,8 +7,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import BUDGETS
 from launching import (
+    BUDGETS,
     PRECISE,
     ROOT,
     WORKLOAD,

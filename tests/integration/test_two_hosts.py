@@ -5,10 +5,11 @@ import signal
 import subprocess
 
 import pytest
-from conftest import BUDGETS, TEXT
 from launching import (
+    BUDGETS,
     PRECISE,
     ROOT,
+    TEXT,
     WORKLOAD,
     Command,
     completion,

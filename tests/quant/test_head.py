@@ -26,7 +26,7 @@ from ds_llmpq.quant.hqq import count_stored_bytes, quantize_linear
 from ds_llmpq.quant.kernel_linear import KernelLinear, RowBlocks
 from ds_llmpq.quant.kernels.registry import KERNELS
 from ds_llmpq.quant.layers import LayerLoader
-from ds_llmpq.quant.packing import Groups, cut_row_blocks
+from ds_llmpq.quant.packing import Groups, cut_row_blocks, make_groups
 from ds_llmpq.quant.pretrained import load_quantized
 from ds_llmpq.quant.quantized_checkpoint import open_checkpoint, read_recipe
 from ds_llmpq.quant.writer import write_quantized
@@ -129,10 +129,12 @@ def test_every_kernel_multiplies_with_that_matrix_and_holds_what_the_memory_mode
     assert isinstance(head.lm_head, KernelLinear if by_kernel else RowBlocks)
     found, expected = product(head.lm_head, matrix_of(path, bits), torch.bfloat16)
     assert (found - expected).norm() < TOLERANCE[name] * expected.norm()
-    memory = MemoryModel(read_shape(path), Groups(32), 2, KERNELS[name], bits)
+    shape, kernel = read_shape(path), KERNELS[name]
+    memory = MemoryModel(shape, make_groups(quant), 2, kernel, bits)
     assert not memory.shares_embedding
-    assert (count_stored_bytes(embedding), count_stored_bytes(head)) == (memory.embed_bytes(), memory.head_bytes())
-    unquantized = MemoryModel(read_shape(path), Groups(32), 2, KERNELS[name])
+    held = memory.head_bytes() - kernel.head_buffer_bytes(shape.vocab, bits)  # unpacked, it is no graph
+    assert (count_stored_bytes(embedding), count_stored_bytes(head)) == (memory.embed_bytes(), held)
+    unquantized = MemoryModel(shape, Groups(32), 2, kernel)
     assert unquantized.shares_embedding
     assert unquantized.head_bytes() == unquantized.embed_bytes() + 64 * 2  # and the norm
 
@@ -144,10 +146,9 @@ def test_a_whole_stage_s_kernel_leaves_it_to_the_one_for_single_weights(path_of)
     graph = LayerLoader(Checkpoint(path), [8, 8], quant, torch.bfloat16, CPU, stage=range(2))
     head = graph.head()
     assert isinstance(head.lm_head, KernelLinear)
-    assert (
-        count_stored_bytes(head)
-        == MemoryModel(read_shape(path), Groups(32), 2, KERNELS["openvino_graph"], 8).head_bytes()
-    )
+    shape, kernel = read_shape(path), KERNELS["openvino_graph"]
+    planned = MemoryModel(shape, Groups(32), 2, kernel, 8).head_bytes()
+    assert count_stored_bytes(head) == planned - kernel.head_buffer_bytes(shape.vocab, 8)  # unpacked, it is no graph
 
 
 def test_a_scored_row_has_logits_at_every_token(path_of, small_blocks):
