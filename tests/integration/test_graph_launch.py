@@ -37,7 +37,7 @@ def test_a_run_of_two_graphs_answers_every_row(checkpoint, tmp_path):
     text = "The planner counts layers. "
     rows = [completion(f"row-{index}", text * (1 + index % 4), 3 + index) for index in range(20)]
     prompts = write_rows(tmp_path / "rows.jsonl", rows)
-    cluster = write_cluster(tmp_path / "cluster.yaml", {"localhost": [23, 24]})
+    cluster = write_cluster(tmp_path / "cluster.yaml", {"localhost": [65, 66]})
     out = tmp_path / "out"
     asked = (f"model.path={checkpoint}", f"cluster_file={cluster}", f"input={prompts}", f"out={out}", *WORKLOAD)
     ended = run("run", *asked, *GRAPH)
