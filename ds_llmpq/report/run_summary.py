@@ -10,7 +10,7 @@ from ds_llmpq.wording import format_number, pluralize
 
 TRUSTED = 0.15  # a run that is at most so far off confirms the plan's times
 _SHORTEST = 0.25  # seconds of a run, below which its first passes and pauses of the machine are most of it
-# shares of a host's processors: others' above which, if less than the rest of all was idle, they slowed the run
+# other programs slowed a run where they had the first share of a host's processors, and all together the second
 _OTHERS, _CROWDED = 0.1, 0.85
 RANKING = 1.0  # at most a factor of two: such errors are alike for all plans of a model and machine
 
