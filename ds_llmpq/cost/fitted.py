@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 
 from ds_llmpq.cluster.devices import DeviceType
-from ds_llmpq.cost.fit import LatencyModel, columns, fit_profile, read_model, unit_roofline
+from ds_llmpq.cost.fit import Fit, LatencyModel, columns, fit_profile, read_model, unit_roofline
 from ds_llmpq.cost.latency import PassOverhead, RooflineCosts
 from ds_llmpq.cost.profile import DRAW, NEW_SIZE, NEW_SIZE_MIXED, TRIAL_PARTS, Setup, check_setup, read_profile
 from ds_llmpq.errors import UserError
@@ -51,15 +51,14 @@ class FittedCosts:
     @property
     def provenance(self) -> str:
         """`fitted` with its leave-one-out error, or `roofline` for a type the profile does not know."""
-        own = [fit for fit in self.model.fits.values() if fit.device_type == self.device_type.name]
-        layers = [fit for fit in own if fit.part == "layer"]
-        if not layers:
+        errors = {phase: error for phase in ("prefill", "decode") if (error := self.time_error(phase)) is not None}
+        if not errors:
             return f"roofline (the profile has no {self.device_type.name})"
-        mean = sum(fit.mean_error for fit in layers) / len(layers)
-        worst = max(fit.worst_error for fit in layers)
+        means = " and ".join(f"{error:.1%} in {phase}" for phase, error in errors.items())
+        worst = max(fit.worst_error for phase in errors for fit in self._layer_fits(phase))
         missed = sorted(set().union(*self._missed.values()))
         rest = f"; {', '.join(map(str, missed))} bits roofline" if missed else ""
-        return f"fitted (left-out points off by {mean:.1%} on average, {worst:.1%} at worst{rest})"
+        return f"fitted (left-out points off by {means} on average, {worst:.1%} at worst{rest})"
 
     def prefill_seconds(self, bits: int, batch: int, tokens: int) -> float | None:
         if bits not in self.device_type.bits:
@@ -92,6 +91,15 @@ class FittedCosts:
 
     def alone_share(self, phase: str) -> float:
         return self.model.alone.get((self.device_type.name, phase), 1.0)
+
+    def time_error(self, phase: str) -> float | None:
+        """The mean over the bit widths that were profiled of what left-out points are off by."""
+        fits = self._layer_fits(phase)
+        return sum(fit.mean_error for fit in fits) / len(fits) if fits else None
+
+    def _layer_fits(self, phase: str) -> list[Fit]:
+        own = (self.device_type.name, "layer", phase)
+        return [fit for fit in self.model.fits.values() if fit.key[:3] == own]
 
     def _median(self, part: str, phase: str) -> float:
         """Of what was measured; 0 where nothing was."""

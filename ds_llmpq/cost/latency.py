@@ -66,6 +66,9 @@ class LayerCosts(Protocol):
         """The share of all these times that the only stage of a plan takes, while the host's other devices rest: from
         above 0 to 1."""
 
+    def time_error(self, phase: str) -> float | None:
+        """How far off the times of layers are on average, as a share of them; None: not known."""
+
 
 @dataclass(frozen=True)
 class RooflineCosts:
@@ -115,6 +118,9 @@ class RooflineCosts:
 
     def alone_share(self, phase: str) -> float:
         return 1.0
+
+    def time_error(self, phase: str) -> float | None:
+        return None
 
     def embed_work(self, batch: int, tokens: int) -> float:
         """Without launches."""

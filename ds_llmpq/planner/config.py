@@ -50,7 +50,9 @@ class PlannerConfig:
     theta: float = 1.0  # seconds per nat of predicted loss increase
     # the most nats per token that a plan may be expected to lose, in the modes theta and max_quality_loss; null: any
     max_quality_loss: float | None = 0.02
-    least_gain: float = 0.01  # layers stay at 16 bits where quantizing some is not faster by this share
+    # layers stay at 16 bits where quantizing some is not faster by this share, and all where it is not faster by more
+    # than measured times are off; 0: whatever is fastest
+    least_gain: float = 0.01
     max_latency_seconds: float | None = None
     solver: str = "auto"  # auto | gurobi | highs | search
     # the fewest devices, or where the cluster has prices the cheapest, on which all rows of the input, without one the

@@ -7,7 +7,7 @@ import numpy as np
 
 from ds_llmpq.plan import ESTIMATES, Assignment, Plan, Stage
 from ds_llmpq.planner.arrays import PairArrays, pair_arrays
-from ds_llmpq.planner.objective import Prediction, evaluate, objective_value
+from ds_llmpq.planner.objective import Prediction, evaluate, find_time_error, objective_value
 from ds_llmpq.planner.problem import Problem
 from ds_llmpq.planner.unquantized import leave_unquantized
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS
@@ -16,11 +16,12 @@ from ds_llmpq.wording import format_number, pluralize
 GIGABYTE = 1e9
 
 
-def explain_plan(problem: Problem, plan: Plan) -> list[str]:
-    """Sentences about the plan, the most important first."""
+def explain_plan(problem: Problem, plan: Plan, rival: Assignment | None = None) -> list[str]:
+    """Sentences about the plan, the most important first. `rival`: the unquantized plan that a quantized one was
+    preferred to, or the quantized one that was not sure enough to be faster."""
     assignment = plan.assignment()
     prediction = evaluate(problem, assignment)
-    sentences = [_quantization(problem, plan), _balance(problem, assignment, prediction)]
+    sentences = [_quantization(problem, plan, rival), _balance(problem, assignment, prediction)]
     sentences += [_bottleneck(problem, plan, prediction, phase) for phase in ("prefill", "decode")]
     sentences += _slow_low_bits(problem, plan)
     sentences += _left_out(problem, plan)
@@ -29,21 +30,25 @@ def explain_plan(problem: Problem, plan: Plan) -> list[str]:
     return sentences
 
 
-def _quantization(problem: Problem, plan: Plan) -> str:
-    """What is below 16 bits, and whether memory asked for it."""
-    bits = [width for stage in plan.stages for width in stage.bits]
-    low = [width for width in bits if width < UNQUANTIZED_BITS]
-    if not low:
-        return f"Nothing is quantized: all {pluralize(len(bits), 'layer')} stay at {UNQUANTIZED_BITS} bits."
-    counts = ", ".join(f"{low.count(width)} at {width} bits" for width in sorted(set(low)))
+def _quantization(problem: Problem, plan: Plan, rival: Assignment | None) -> str:
+    """What is below 16 bits, and whether memory asked for it; or how sure it is that this would be faster."""
+    assignment = plan.assignment()
+    if not (counts := _count_quantized(assignment)):
+        if rival is not None:
+            return (
+                f"Not quantized: a plan with {_count_quantized(rival)} would be "
+                f"{_compare_times(problem, rival, assignment)}; "
+                "planner.calibrate=always times again, planner.least_gain=0 quantizes all the same."
+            )
+        return f"Nothing is quantized: all {pluralize(problem.layers, 'layer')} stay at {UNQUANTIZED_BITS} bits."
     loss, objective = plan.predicted.quality_loss, problem.objective
     allowed = ""
     if objective.mode == "max_quality_loss":
         limit = format_number(objective.limit)
         allowed = f" of the {limit} allowed" if loss <= objective.limit else f", more than the {limit} that are allowed"
     return (
-        f"Quantized: {len(low)} of {pluralize(len(bits), 'layer')} ({counts}), because "
-        f"{_why_quantized(problem)}; expected to cost {_format_small(loss, 1e-4)} nats a token{allowed}, "
+        f"Quantized: {counts}, because {_why_quantized(problem, assignment, rival)}; "
+        f"expected to cost {_format_small(loss, 1e-4)} nats a token{allowed}, "
         f"{_format_small(100 * math.expm1(loss), 0.01)} % in perplexity."
     )
 
@@ -52,10 +57,27 @@ def _format_small(value: float, least: float) -> str:
     return f"under {least:g}" if 0 < value < least else format_number(value)
 
 
-def _why_quantized(problem: Problem) -> str:
+def _count_quantized(assignment: Assignment) -> str:
+    """Nothing where no layer is."""
+    bits = [width for stage in assignment.stages for width in stage.bits]
+    low = [width for width in bits if width < UNQUANTIZED_BITS]
+    counts = ", ".join(f"{low.count(width)} at {width} bits" for width in sorted(set(low)))
+    return f"{len(low)} of {pluralize(len(bits), 'layer')} ({counts})" if low else ""
+
+
+def _why_quantized(problem: Problem, assignment: Assignment, rival: Assignment | None) -> str:
     if UNQUANTIZED_BITS not in problem.bits:
         return f"{UNQUANTIZED_BITS} bits are not among the choices"
-    return "they do not fit the devices' memory otherwise" if leave_unquantized(problem) is None else "that is faster"
+    if leave_unquantized(problem) is None:
+        return "they do not fit the devices' memory otherwise"
+    return "that is faster" if rival is None else f"that is {_compare_times(problem, assignment, rival)}"
+
+
+def _compare_times(problem: Problem, quantized: Assignment, whole: Assignment) -> str:
+    seconds, without = (evaluate(problem, each).latency_seconds for each in (quantized, whole))
+    gain, off = format_number(100 * (without / seconds - 1), 2), find_time_error(problem, quantized)
+    sure = "whose error is not known" if off is None else f"that are off by {format_number(100 * off, 2)} % (measured)"
+    return f"{gain} % faster, by times {sure}"
 
 
 def _balance(problem: Problem, assignment: Assignment, seen: Prediction) -> str:

@@ -196,6 +196,18 @@ def tie_value(problem: Problem, prediction: Prediction) -> float:
     return prediction.quality_loss if problem.objective.mode == "max_quality_loss" else prediction.latency_seconds
 
 
+def find_time_error(problem: Problem, assignment: Assignment) -> float | None:
+    """How far off the predicted latency is on average, as a share of it: that of each phase's times, on the device type
+    that is known worst. None where that of a type in use is not known."""
+    types, seen, off = {_device(problem, stage).type for stage in assignment.stages}, evaluate(problem, assignment), 0.0
+    for phase in ("prefill", "decode"):
+        errors = [getattr(problem.device_types[name], f"{phase}_error") for name in types]
+        if None in errors:
+            return None
+        off += max(errors) * getattr(seen, f"{phase}_seconds")
+    return off / seen.latency_seconds if seen.latency_seconds > 0 else None
+
+
 def violations(problem: Problem, assignment: Assignment) -> list[str]:
     """Every rule the assignment breaks, one sentence each; empty means feasible. Independent of all solvers."""
     found = _structure(problem, assignment)

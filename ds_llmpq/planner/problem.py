@@ -64,7 +64,8 @@ class DeviceSpeeds:
 
     `*_layer_seconds[bits][size]` is one layer for one micro-batch, `*_embed_seconds[size]` and
     `*_head_seconds[size]` are charged on the stage that holds the part. `*_alone_share`: of these times a plan with one
-    stage takes so much, for its device has the host to itself.
+    stage takes so much, for its device has the host to itself. `*_error`: how far off these times are on average, as a
+    share of them, by what was measured; None: not known.
     """
 
     bits: Many[LayerBits]
@@ -76,6 +77,8 @@ class DeviceSpeeds:
     decode_head_seconds: SecondsBySize
     prefill_alone_share: AloneShare = 1.0
     decode_alone_share: AloneShare = 1.0
+    prefill_error: Amount | None = None
+    decode_error: Amount | None = None
 
 
 @dataclass(frozen=True)

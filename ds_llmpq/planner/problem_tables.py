@@ -77,6 +77,7 @@ def tabulate_times(
             str(size): costs.head_seconds(size) + over["decode"][size].last for size in with_head["decode"]
         },
         **{f"{phase}_alone_share": costs.alone_share(phase) for phase in sizes},
+        **{f"{phase}_error": costs.time_error(phase) for phase in sizes},
     }
 
 

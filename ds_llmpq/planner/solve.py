@@ -16,7 +16,7 @@ from ds_llmpq.planner.incumbent import Incumbent, ProgressEvent, relative_gap
 from ds_llmpq.planner.limits import explain_limit, find_least, is_broken
 from ds_llmpq.planner.milp.exact import solve_exact
 from ds_llmpq.planner.milp.polish import polish
-from ds_llmpq.planner.objective import evaluate, objective_value
+from ds_llmpq.planner.objective import evaluate, find_time_error, objective_value
 from ds_llmpq.planner.pins import Pins
 from ds_llmpq.planner.problem import Problem
 from ds_llmpq.planner.search.branch_and_bound import Search, is_small
@@ -78,7 +78,8 @@ def solve(
     at Ctrl-C; the last two keep the incumbent and its bound. `solver`: "auto" (search, then polish by a mixed-integer
     solver), "search" alone, or "gurobi" / "highs" (the whole-problem models alone: small problems).
     `baseline`: that method's plan instead (`planner.baselines`), with no bound; limits of loss and latency are not its.
-    `least_gain`: an unquantized plan is taken where the best one is not faster by this share.
+    `least_gain`: an unquantized plan is taken where the best one is not faster by this share, or by less than its times
+    are off (`find_time_error`); 0: never.
     Raises `UserError` for a malformed problem and `InfeasibleError` with an explanation when no plan exists.
     """
     started = time.monotonic()
@@ -107,7 +108,7 @@ def solve(
         raise _no_plan(run)
     if status == "optimal" and not best.is_within(gap):
         status = "time_limit" if run.left <= 0 else "stalled"
-    assignment = _prefer_unquantized(run, whole, least_gain) if least_gain > 0 else best.assignment
+    assignment, rival = _prefer_unquantized(run, whole, least_gain) if least_gain > 0 else (best.assignment, None)
     prediction = evaluate(problem, assignment)
     value, seconds = objective_value(problem, prediction), time.monotonic() - started
     proven = _finite(relative_gap(value, best.bound))
@@ -116,7 +117,7 @@ def solve(
     found = {name: run.baselines[name].outcome for name in BASELINES if name in run.baselines}
     reported = found if baselines else {}
     plan = replace(plan, baselines=reported, provenance=PROVENANCE)
-    return replace(plan, explanation=tuple(explain_plan(problem, plan)))
+    return replace(plan, explanation=tuple(explain_plan(problem, plan, rival)))
 
 
 def _plan_baseline(problem: Problem, name: str, pins: Any) -> Plan:
@@ -266,15 +267,23 @@ def _solve_unquantized(run: _Run) -> Assignment | None:
     return plan.assignment()
 
 
-def _prefer_unquantized(run: _Run, whole: Assignment | None, least_gain: float) -> Assignment:
-    """The plan with more bits where that slows it down by no more than `least_gain`, `whole` first of all."""
+def _prefer_unquantized(run: _Run, whole: Assignment | None, least_gain: float) -> tuple[Assignment, Assignment | None]:
+    """The plan with more bits where that slows it down by no more than `least_gain`, and the one to compare it with.
+
+    `whole` first of all, also where the best plan is faster by less than its times are off; that one is named then. If
+    it is faster by more, `whole` is.
+    """
     problem, best = run.problem, run.best
-    most = (1 + least_gain) * best.prediction.latency_seconds
+    seconds = best.prediction.latency_seconds
     if problem.objective.mode == "max_latency":
-        return best.assignment
-    if whole is not None and evaluate(problem, whole).latency_seconds <= most:
-        return whole
-    return raise_bits(problem, best.assignment, run.pins.respects, most)
+        return best.assignment, None
+    if whole is not None:
+        slower = evaluate(problem, whole).latency_seconds / seconds if seconds > 0 else 1.0
+        if slower <= 1 + least_gain:
+            return whole, None
+        if slower <= 1 + (find_time_error(problem, best.assignment) or 0.0):
+            return whole, best.assignment
+    return raise_bits(problem, best.assignment, run.pins.respects, (1 + least_gain) * seconds), whole
 
 
 def _polish(run: _Run, seconds: float, start: Assignment | None = None) -> None:

@@ -11,7 +11,8 @@ from ds_llmpq.wording import format_number, pluralize
 
 _MOST_STAGES = 4  # named in a line
 _LITTLE = 0.01  # of the predicted time
-_SHOWN = ("Quantized:", "Deadline ", "Gain of planning")  # how the notes begin that are shown without -v
+# how the notes begin that are shown without -v
+_SHOWN = ("Quantized:", "Not quantized:", "Deadline ", "Gain of planning")
 _UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
 

@@ -150,6 +150,9 @@ class PublishedCosts:
     def alone_share(self, phase: str) -> float:
         return 1.0
 
+    def time_error(self, phase: str) -> float | None:
+        return None
+
     def _by_rows(self, anchor: Anchor, rows: int) -> float:
         a_row = (anchor.prefill_seconds - anchor.decode_seconds) / (SEQUENCES * (PROMPT_TOKENS - 1))
         return self._weights * (anchor.decode_seconds + a_row * (rows - SEQUENCES))

@@ -89,6 +89,9 @@ class CountedCosts:
     def alone_share(self, phase):
         return {"prefill": 0.9, "decode": 0.8}[phase]
 
+    def time_error(self, phase):
+        return {"prefill": 0.2, "decode": 0.05}[phase]
+
 
 def test_tables_hold_what_the_costs_say():
     problem = make(make_costs=lambda _: CountedCosts()).problem
@@ -103,6 +106,9 @@ def test_tables_hold_what_the_costs_say():
     assert core.decode_layer_seconds[4][6] == 1e9 + 4006000 + 25
     assert (core.prefill_embed_seconds[2], core.decode_embed_seconds[2]) == (2020, 2001)
     assert core.prefill_head_seconds[4] == core.decode_head_seconds[4] == 28
+    assert (core.prefill_error, core.decode_error) == (0.2, 0.05)
+    roofline = make().problem.device_types["core"]
+    assert roofline.prefill_error is roofline.decode_error is None
 
 
 def test_a_shared_prefix_is_computed_and_held_once():

@@ -94,6 +94,24 @@ def test_fitted_times_overheads_and_links_reach_the_problem(folder):
     assert not [note for note in built.notes if "extrapolated" in note]
 
 
+def test_what_left_out_points_are_off_by_reaches_the_problem_phase_by_phase(folder):
+    steady = prepared(folder).problem.device_types["core"]
+    assert steady.prefill_error < 0.01
+    rows = (folder / "profile.csv").read_text().splitlines()
+    disturbed = "core,layer,decode,16,8,40,"  # what a program that had the processor meanwhile leaves
+    (place,) = (i for i, row in enumerate(rows) if row.startswith(disturbed))
+    rows[place] = rows[place].replace(",8,8,0", ",80,80,0")
+    (folder / "profile.csv").write_text("\n".join(rows) + "\n")
+    built = prepared(folder)
+    core = built.problem.device_types["core"]
+    assert core.prefill_error == steady.prefill_error
+    assert core.decode_error > steady.decode_error + 0.05
+    said = (
+        f"left-out points off by {core.prefill_error:.1%} in prefill and {core.decode_error:.1%} in decode on average"
+    )
+    assert said in built.provenance["layer_seconds.core"]
+
+
 def test_two_devices_have_no_middle_stage(folder):
     core = prepared(folder, count=2).problem.device_types["core"]
     assert core.decode_layer_seconds[16][4] == pytest.approx(4.0, rel=0.001)

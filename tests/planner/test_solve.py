@@ -11,9 +11,13 @@ from hypothesis import strategies as st
 from random_problems import random_problem
 
 from ds_llmpq.errors import InfeasibleError, UserError
+from ds_llmpq.plan import Assignment, StageAssignment
 from ds_llmpq.planner import Pins, Problem, evaluate, pareto, solve, violations
 from ds_llmpq.planner.baselines import all_baselines
-from ds_llmpq.planner.objective import objective_value
+from ds_llmpq.planner.objective import find_time_error, objective_value
+from ds_llmpq.planner.unquantized import leave_unquantized
+from ds_llmpq.report.plan_table import describe_plan
+from ds_llmpq.wording import format_number
 
 
 def solved(seed, **options):
@@ -268,6 +272,66 @@ def test_what_gains_too_little_is_not_quantized():
         assert plan.solver.gap <= 0.0101
     assert "Quantized" in plan.explanation[0]
     assert "of the 1 allowed" in plan.explanation[0]
+
+
+def with_errors(obj, prefill, decode):
+    errors = {"prefill_error": prefill, "decode_error": decode}
+    return obj | {"device_types": {name: kind | errors for name, kind in obj["device_types"].items()}}
+
+
+def is_quantized(plan):
+    return any(width < 16 for stage in plan.stages for width in stage.bits)
+
+
+def test_nothing_is_quantized_for_a_gain_that_the_times_are_not_sure_of():
+    obj = quantizing_gains(0.2)
+    fastest = solve(obj, solver="search", gap=0)
+    whole = solve(leave_unquantized(Problem.from_json(obj)), solver="search", gap=0)
+    gain = whole.predicted.latency_seconds / fastest.predicted.latency_seconds - 1
+    assert gain > 0.1
+    for error, quantized in ((0.0, True), (0.9 * gain, True), (1.1 * gain, False), (30.0, False)):
+        unsure = with_errors(obj, error, error)
+        plan = solve(unsure, solver="search", gap=0, least_gain=0.01)
+        assert is_quantized(plan) is quantized
+        gained, off = (format_number(100 * share, 2) for share in (gain, error))
+        assert f"{gained} % faster, by times that are off by {off} % (measured);" in plan.explanation[0]
+        assert plan.explanation[0].startswith("Quantized: " if quantized else "Not quantized: a plan with ")
+        assert ("Not quantized" in describe_plan(plan)) is not quantized
+        assert is_quantized(solve(unsure, solver="search", gap=0)), "the fastest plan was asked for"
+    plan = solve(obj, solver="search", gap=0, least_gain=0.01)
+    assert "by times whose error is not known;" in plan.explanation[0]
+
+
+def test_a_phase_is_as_unsure_as_its_worst_device_type_and_counts_as_its_share_of_the_time():
+    obj = with_errors(quantizing_gains(0.2), 0.5, 0.1)
+    devices, sizes = obj["devices"], obj["micro_batches"]
+    stages = [StageAssignment(device["name"], 2 * j, 2 * j + 2, (4, 16)) for j, device in enumerate(devices)]
+    assignment = Assignment(tuple(stages), sizes["prefill"][0], sizes["decode"][0])
+    seen = evaluate(Problem.from_json(obj), assignment)
+    prefill, decode = seen.prefill_seconds, seen.decode_seconds
+    assert min(prefill, decode) > 0
+    expected = (0.5 * prefill + 0.1 * decode) / (prefill + decode)
+    assert find_time_error(Problem.from_json(obj), assignment) == pytest.approx(expected)
+    obj["device_types"]["other"] = other = obj["device_types"][devices[1]["type"]] | {"prefill_error": 0.7}
+    devices[1]["type"] = "other"
+    expected = (0.7 * prefill + 0.1 * decode) / (prefill + decode)
+    assert find_time_error(Problem.from_json(obj), assignment) == pytest.approx(expected)
+    other["decode_error"] = None
+    assert find_time_error(Problem.from_json(obj), assignment) is None
+
+
+def test_memory_asks_for_bits_whatever_the_error():
+    obj = quantizing_gains(0.2)
+    obj["memory"] |= dict.fromkeys(("embed_bytes", "head_bytes", "kv_bytes_per_sequence_layer"), 0)
+    for by_size in obj["memory"]["workspace_bytes"].values():
+        by_size.update(dict.fromkeys(by_size, 0))
+    obj["devices"] = [device | {"memory_bytes": 6000} for device in obj["devices"]]
+    known, unknown = (
+        solve(with_errors(obj, error, error), solver="search", gap=0, least_gain=0.01) for error in (30.0, None)
+    )
+    assert known.assignment() == unknown.assignment()
+    assert is_quantized(known)
+    assert "because they do not fit the devices' memory otherwise;" in known.explanation[0]
 
 
 def test_one_layer_on_one_device():
