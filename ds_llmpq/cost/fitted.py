@@ -10,7 +10,16 @@ from statistics import median
 from ds_llmpq.cluster.devices import DeviceType
 from ds_llmpq.cost.fit import Fit, LatencyModel, columns, fit_profile, read_model, unit_roofline
 from ds_llmpq.cost.latency import PassOverhead, RooflineCosts
-from ds_llmpq.cost.profile import DRAW, NEW_SIZE, NEW_SIZE_MIXED, TRIAL_PARTS, Setup, check_setup, read_profile
+from ds_llmpq.cost.profile import (
+    CONTENTION,
+    DRAW,
+    NEW_SIZE,
+    NEW_SIZE_MIXED,
+    TRIAL_PARTS,
+    Setup,
+    check_setup,
+    read_profile,
+)
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS
@@ -82,7 +91,8 @@ class FittedCosts:
 
     def pass_overhead(self, phase: str, batch: int, tokens: int) -> PassOverhead:
         first, middle, last = (self._fitted(part, phase, 0, batch, tokens) or 0.0 for part in TRIAL_PARTS)
-        return PassOverhead(first, middle, last + batch * self.drawn_share * self._median(DRAW, "decode"))
+        last += batch * self.drawn_share * self._median(DRAW, "decode")
+        return PassOverhead(first, middle, last, self._median(CONTENTION, "decode"))
 
     def first_pass_seconds(self, widths: Iterable[int]) -> float:
         """Unquantized and quantized layers each have kernels made for them, unless a stage is one graph."""

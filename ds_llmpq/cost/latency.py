@@ -31,11 +31,13 @@ PART_LAUNCHES_SHARE = 0.1  # embedding and head launch about a tenth of what a d
 
 @dataclass(frozen=True)
 class PassOverhead:
-    """Seconds of a pass outside the model's parts, by the stage's place: schedule, positions, messages, sampling."""
+    """Seconds of a pass outside the model's parts, by the stage's place: schedule, positions, messages, sampling.
+    `contention`: what comes on top on each stage, unless it is the plan's only one."""
 
     first: float = 0.0
     middle: float = 0.0
     last: float = 0.0
+    contention: float = 0.0
 
 
 class LayerCosts(Protocol):

@@ -45,9 +45,10 @@ SCHEMA = 1
 TRIAL_PARTS = ("first", "middle", "last")  # measured by passes of a trial pipeline
 NEW_SIZE = "new_size"  # what the first pass of a number of tokens costs beyond the next ones: kernels are made for it
 NEW_SIZE_MIXED = "new_size_mixed"  # for unquantized and for quantized layers
+CONTENTION = "contention"  # what a pass takes beyond its work while other stages work on the same host
 ALONE, TOGETHER = "alone", "together"  # a layer while the host's other devices rest, and while they work, in turns
 DRAW = "draw"  # what a row whose token is drawn, not the likeliest one, adds to a pass of the last stage
-PARTS = ("layer", "embed", "head", *TRIAL_PARTS, NEW_SIZE, NEW_SIZE_MIXED, DRAW, ALONE, TOGETHER)
+PARTS = ("layer", "embed", "head", *TRIAL_PARTS, NEW_SIZE, NEW_SIZE_MIXED, DRAW, CONTENTION, ALONE, TOGETHER)
 LIBRARIES = ("torch", "transformers", "hqq", "deepspeed")
 _REMEDY = "make one with `ds-llmpq profile`"
 
@@ -101,6 +102,7 @@ class Point:
     part: `layer`, `embed`, `head`, what a pass costs beside those on the `first`, a `middle` or the `last` stage, or
     `new_size`: what the first pass of `length_tokens` tokens in all costs beyond the next ones; `new_size_mixed`: on a
     stage that has both unquantized and quantized layers; `draw`: what a row whose token is drawn adds to a pass;
+    `contention`: what a pass takes beyond its work while other stages work on the same host;
     `alone` and `together`: a layer, while the host's other devices rest and while they work too.
     bits: 0 where the part has none.
     """
@@ -163,6 +165,8 @@ class Profile:
             spread = max(median(sample.spread for sample in samples), across)
             if point.part in TRIAL_PARTS:
                 chosen = times[(len(times) - 1) // 2]
+            elif point.part == CONTENTION:  # a difference: too small as often as too large
+                chosen = median(times)
             else:
                 by_round = {sample.round for sample in samples}
                 chosen = min(mean(s.median_seconds for s in samples if s.round == turn) for turn in by_round)

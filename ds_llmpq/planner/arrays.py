@@ -55,15 +55,13 @@ def _fill(problem: Problem, prefill_micro_batch: int, decode_micro_batch: int) -
     memory, workload, links = problem.memory, problem.workload, problem.links
     m_p, m_d = rounds(problem, prefill_micro_batch, decode_micro_batch)
 
-    shares = [getattr(types[0], f"{phase}_alone_share") if len(types) == 1 else 1.0 for phase in ("prefill", "decode")]
+    alone = len(types) == 1
+    shares = [getattr(types[0], f"{phase}_alone_share") if alone else 1.0 for phase in ("prefill", "decode")]
+    contention = types[0].contention_seconds if alone else 0.0
 
     def part(name: str) -> np.ndarray:
-        return (
-            np.array(
-                [[getattr(t, f"{phase}_{name}_seconds").get(size, np.inf) for t in types] for phase, size in sizes]
-            )
-            * np.array(shares)[:, None]
-        )
+        times = [[getattr(t, f"{phase}_{name}_seconds").get(size, np.inf) for t in types] for phase, size in sizes]
+        return (np.array(times) - contention) * np.array(shares)[:, None]
 
     sizes = (("prefill", prefill_micro_batch), ("decode", decode_micro_batch))
     workspace = max(

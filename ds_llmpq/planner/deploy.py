@@ -139,6 +139,7 @@ def _price_passes(plan: Plan, index: int, costs: LayerCosts) -> dict[str, Any]:
         seconds += costs.embed_seconds(rows, new) + over.first if index == 0 else 0.0
         seconds += costs.head_seconds(rows) + over.last if index == last else 0.0
         seconds += over.middle if 0 < index < last else 0.0
+        seconds += over.contention if last else 0.0
         return float(f"{shares[phase] * seconds:.4g}")
 
     def price_all(phase: str, rows: list[int], tokens: list[int]) -> PassTimes:

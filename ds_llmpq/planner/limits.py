@@ -109,7 +109,7 @@ def _stop_clock(entry: DeviceSpeeds) -> DeviceSpeeds:
     }
     for part in ("prefill_embed", "prefill_head", "decode_embed", "decode_head"):
         tables[f"{part}_seconds"] = dict.fromkeys(getattr(entry, f"{part}_seconds"), 0.0)
-    return replace(entry, **tables)
+    return replace(entry, **tables, contention_seconds=0.0)
 
 
 def explain_limit(problem: Problem, least: Incumbent, *, proven: bool) -> UserError:

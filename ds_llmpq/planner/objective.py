@@ -4,7 +4,7 @@
     decode  = (n - 1) * max( m_d * max_j max(D_j, d_j),  sum_j D_j + sum_j d_j )
     latency = prefill + decode,   quality_loss = sum_i sensitivity[i, bits_i]
 
-P_j and D_j of a plan with one stage are the alone share of what they would be beside others.
+P_j and D_j of a plan with one stage are the alone share of what they would be beside others without contention.
 
 Everything here is plain Python over the `Problem`: it shares no code with the solvers and is their judge.
 """
@@ -84,8 +84,11 @@ def stage_seconds(problem: Problem, stage: StageAssignment, phase: str, size: in
         seconds.append(getattr(entry, f"{phase}_embed_seconds").get(size, math.inf))
     if stage.last == problem.layers:
         seconds.append(getattr(entry, f"{phase}_head_seconds").get(size, math.inf))
-    share = getattr(entry, f"{phase}_alone_share") if stage.last - stage.first == problem.layers else 1.0
-    return share * math.fsum(seconds) if all(map(math.isfinite, seconds)) else math.inf
+    if not all(map(math.isfinite, seconds)):
+        return math.inf
+    if stage.last - stage.first < problem.layers:
+        return math.fsum(seconds)
+    return getattr(entry, f"{phase}_alone_share") * math.fsum([*seconds, -2 * entry.contention_seconds])
 
 
 def link_seconds(problem: Problem, stages: tuple[StageAssignment, ...], phase: str, size: int) -> tuple[float, ...]:

@@ -63,9 +63,9 @@ class DeviceSpeeds:
     no bits cannot hold a layer.
 
     `*_layer_seconds[bits][size]` is one layer for one micro-batch, `*_embed_seconds[size]` and
-    `*_head_seconds[size]` are charged on the stage that holds the part. `*_alone_share`: of these times a plan with one
-    stage takes so much, for its device has the host to itself. `*_error`: how far off these times are on average, as a
-    share of them, by what was measured; None: not known.
+    `*_head_seconds[size]` are charged on the stage that holds the part. `contention_seconds` of each of
+    these are spared a plan with one stage, and it takes `*_alone_share` of the rest: its device has the host to itself.
+    `*_error`: how far off these times are on average, as a share of them, by what was measured; None: not known.
     """
 
     bits: Many[LayerBits]
@@ -77,8 +77,13 @@ class DeviceSpeeds:
     decode_head_seconds: SecondsBySize
     prefill_alone_share: AloneShare = 1.0
     decode_alone_share: AloneShare = 1.0
+    contention_seconds: Amount = 0.0
     prefill_error: Amount | None = None
     decode_error: Amount | None = None
+
+    @property
+    def faster_alone(self) -> bool:
+        return self.contention_seconds > 0 or min(self.prefill_alone_share, self.decode_alone_share) < 1
 
 
 @dataclass(frozen=True)
@@ -271,6 +276,10 @@ def _check_sizes(problem: Problem) -> None:
                 _check_keys(seconds, getattr(sizes, phase), f"{path}.{phase}_layer_seconds.{width}")
             for part in (f"{phase}_embed_seconds", f"{phase}_head_seconds"):
                 _check_keys(getattr(entry, part), getattr(sizes, phase), f"{path}.{part}")
+                least = min(getattr(entry, part).values(), default=math.inf)
+                if least < entry.contention_seconds:
+                    most = f"at most {least:g}, the least of {part}, which it is a part of"
+                    raise UserError(f"{path}.contention_seconds is {entry.contention_seconds:g}, but must be {most}.")
     for phase in ("prefill", "decode"):
         path = f"problem.memory.workspace_bytes.{phase}"
         _check_keys(getattr(memory.workspace_bytes, phase), getattr(sizes, phase), path, all_of_them=True)

@@ -35,7 +35,7 @@ def tabulate_times(
     prompt and half of what is generated.
 
     What a pass costs beside its layers goes to the end stages with embedding and head, and `middle` of a middle
-    stage's to every layer.
+    stage's to every layer; contention among them.
     """
     past = workload.prompt_tokens + workload.generated_tokens / 2
     prompt = workload.prefill_tokens
@@ -47,9 +47,18 @@ def tabulate_times(
     def layers(phase: str, seconds: Callable[[int], float | None]) -> dict[str, float | None]:
         found = {size: seconds(size) for size in sizes[phase]}
         return {
-            str(size): None if time is None else time + middle * over[phase][size].middle
+            str(size): None
+            if time is None
+            else time + middle * (over[phase][size].middle + over[phase][size].contention)
             for size, time in found.items()
         }
+
+    def embed(phase: str, size: int) -> float:
+        seconds = costs.embed_seconds(size, prompt if phase == "prefill" else 1)
+        return seconds + over[phase][size].first + over[phase][size].contention
+
+    def head(phase: str, size: int) -> float:
+        return costs.head_seconds(size) + over[phase][size].last + over[phase][size].contention
 
     bits, lm_head_bits = widths
     feasible = [width for width in bits if gate(device_type, width, dtype) is None]
@@ -64,18 +73,9 @@ def tabulate_times(
             str(width): layers("decode", lambda size, width=width: costs.decode_seconds(width, size, past))
             for width in feasible
         },
-        "prefill_embed_seconds": {
-            str(size): costs.embed_seconds(size, prompt) + over["prefill"][size].first for size in sizes["prefill"]
-        },
-        "prefill_head_seconds": {
-            str(size): costs.head_seconds(size) + over["prefill"][size].last for size in with_head["prefill"]
-        },
-        "decode_embed_seconds": {
-            str(size): costs.embed_seconds(size, 1) + over["decode"][size].first for size in sizes["decode"]
-        },
-        "decode_head_seconds": {
-            str(size): costs.head_seconds(size) + over["decode"][size].last for size in with_head["decode"]
-        },
+        **{f"{phase}_embed_seconds": {str(size): embed(phase, size) for size in sizes[phase]} for phase in sizes},
+        **{f"{phase}_head_seconds": {str(size): head(phase, size) for size in with_head[phase]} for phase in sizes},
+        "contention_seconds": max(entry.contention for entry in over["decode"].values()),
         **{f"{phase}_alone_share": costs.alone_share(phase) for phase in sizes},
         **{f"{phase}_error": costs.time_error(phase) for phase in sizes},
     }

@@ -25,8 +25,7 @@ def offer_single_stages(best: Incumbent, pins: Pins, solve_one: SolveOne) -> Non
         return
     seen = set()
     for device in problem.devices:
-        kind = problem.device_types[device.type]
-        if kind.prefill_alone_share == kind.decode_alone_share == 1.0:
+        if not problem.device_types[device.type].faster_alone:
             continue
         if pins.layers and dict(pins.layers) != {device.name: (0, problem.layers)}:
             continue

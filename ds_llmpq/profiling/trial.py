@@ -1,12 +1,12 @@
-"""One rank of a trial pipeline of three stages on this host: what a pass costs beside its layers, and the links. A
-calibration has its ranks time layers too, all at the same moment, one rank a device.
+"""One rank of a trial pipeline of two or three stages on this host: what a pass costs beside its layers, and the links.
+A calibration has its ranks time layers too, all at the same moment, one rank a device.
 
     python -m ds_llmpq.profiling SPEC    (SPEC is JSON; WORLD_SIZE and MASTER_* as a launcher sets them)
 
 RANK says which rank this is; without it, this process forks all of them.
 
-The ranks join and load their stages as those of `serve` do: the plan has one decoder layer a stage, and the engine runs
-its own schedules over its own channels. Rank 0 prints one JSON line that starts with `MARK`.
+The ranks join and load their stages as those of `serve` do: the plan has a few decoder layers a stage, and the engine
+runs its own schedules over its own channels. Rank 0 prints one JSON line that starts with `MARK`.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ from ds_llmpq.engine.rank_context import RankContext, init_rank, shutdown
 from ds_llmpq.engine.session import Session
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.plan import Plan
+from ds_llmpq.profiling.contention import MICRO_BATCHES
 from ds_llmpq.profiling.joint_timing import time_points
-from ds_llmpq.profiling.trial_process import DECODE_PASSES, MARK, STAGES, cut_prompt
+from ds_llmpq.profiling.trial_process import DECODE_PASSES, MARK, STAGES, cut_prompt, name_place
 from ds_llmpq.quant.quantized_checkpoint import open_checkpoint
 from ds_llmpq.scheduler.micro_batch import MicroBatch, MicroBatchLimits
 from ds_llmpq.scheduler.request_group import RequestGroup, Sequence
@@ -92,11 +93,12 @@ class PartClock:
 def main(spec: dict[str, Any]) -> None:
     plan = Plan.from_json(spec["plan"])
     context = init_rank(plan, _TIMEOUT_SECONDS)
-    found = {"links": [], "passes": [], "samples": [], "took": []}
+    found = {"links": [], "passes": [], "periods": [], "samples": [], "took": []}
     if spec["links"] and len(plan.stages) > 1:
         found["links"] = _time_links(context)
-    if len(plan.stages) == len(STAGES) <= read_shape(plan.model_path).layers:
-        found["passes"] = _time_passes(spec, plan, context)
+    fewest = 2 if spec["kind"] == "cpu" else len(STAGES)
+    if fewest <= len(plan.stages) <= read_shape(plan.model_path).layers:
+        found["passes"], found["periods"] = _time_passes(spec, plan, context)
     if points := spec.get("points"):
         found["samples"], found["took"] = time_points(points, plan, context)
     reports = context.data.gather(found)
@@ -106,51 +108,60 @@ def main(spec: dict[str, Any]) -> None:
     shutdown()
 
 
-def _time_passes(spec: dict[str, Any], plan: Plan, context: RankContext) -> list[dict[str, Any]]:
+def _time_passes(
+    spec: dict[str, Any], plan: Plan, context: RankContext
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """What passes cost this rank beside their layers, in processor time; and on rank 0 the seconds from a decode pass
+    to the next, by the clock on the wall."""
     session = Session(plan, context, plan.model_path, LengthRule(), options=EngineConfig(decode_graphs=False))
     clock = PartClock()
     clock.attach(session.engine.module)
     session.engine.steps.positional = clock.time_positional(session.engine.steps.positional)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # what is beside the layers is small; several ranks' threads would only wait for a core
-    found = []
+    found, periods = [], []
     for size in spec["sizes"]:
         prompt = cut_prompt(spec["prompt_tokens"], size)
         for round_ in range(spec["rounds"]):
             if round_ == 0 and spec["rounds"] > 1:
                 _time_overhead(session.engine, clock, size, prompt, 2)  # warm-up
                 continue
-            first = _time_overhead(session.engine, clock, size, prompt, 1)
-            whole = _time_overhead(session.engine, clock, size, prompt, 1 + DECODE_PASSES)
-            prefill, decode = first / 2, max(whole - first, 0.0) / (2 * DECODE_PASSES)
-            common = {"part": STAGES[context.stage_index], "batch": size, "round": round_}
+            first, prefilled = _time_overhead(session.engine, clock, size, prompt, 1)
+            whole, passed = _time_overhead(session.engine, clock, size, prompt, 1 + DECODE_PASSES)
+            prefill, decode = first / MICRO_BATCHES, max(whole - first, 0.0) / (MICRO_BATCHES * DECODE_PASSES)
+            common = {"part": name_place(context.stage_index, len(plan.stages)), "batch": size, "round": round_}
             found.append(common | {"phase": "prefill", "length_tokens": prompt, "seconds": prefill})
             found.append(common | {"phase": "decode", "length_tokens": 1, "seconds": decode})
-            drawn = _time_overhead(session.engine, clock, size, prompt, 1 + _DRAWN_PASSES, drawn=1)
-            if context.stage_index == len(STAGES) - 1:
-                seconds = max(drawn - first - 2 * _DRAWN_PASSES * decode, 0.0) / (2 * (1 + _DRAWN_PASSES))
+            if context.is_driver:
+                period = max(passed - prefilled, 0.0) / (MICRO_BATCHES * DECODE_PASSES)
+                past = prompt + DECODE_PASSES // 2
+                periods.append({"batch": size, "past": past, "round": round_, "seconds": period})
+            drawn, _ = _time_overhead(session.engine, clock, size, prompt, 1 + _DRAWN_PASSES, drawn=1)
+            if context.stage_index == len(plan.stages) - 1:
+                seconds = max(drawn - first - MICRO_BATCHES * _DRAWN_PASSES * decode, 0.0)
+                seconds /= MICRO_BATCHES * (1 + _DRAWN_PASSES)
                 found.append(common | {"part": DRAW, "phase": "decode", "length_tokens": 1, "seconds": seconds})
     torch.set_num_threads(threads)
-    return found
+    return found, periods
 
 
 def _time_overhead(
     engine: InferencePipelineEngine, clock: PartClock, size: int, prompt: int, generated: int, drawn: int = 0
-) -> float:
-    """Processor seconds of a request group of two micro-batches on this rank, but for those inside pipeline layers.
-    `drawn`: rows of each micro-batch whose tokens are drawn."""
+) -> tuple[float, float]:
+    """A request group of two micro-batches on this rank: processor seconds, but for those inside pipeline layers, and
+    seconds on the wall. `drawn`: rows of each micro-batch whose tokens are drawn."""
     vocabulary = 7
     rows = tuple(
         Sequence(
             i, tuple((i + k) % vocabulary for k in range(prompt)), generated, DRAWN if i % size < drawn else GREEDY
         )
-        for i in range(2 * size)
+        for i in range(MICRO_BATCHES * size)
     )
     limits = MicroBatchLimits(size, size * prompt, size)
     clock.seconds = 0.0
-    start = time.thread_time()
+    begin, start = time.perf_counter(), time.thread_time()
     engine.run_stream(RequestGroup(rows), limits, lambda: None, lambda *finished: None)
-    return time.thread_time() - start - clock.seconds
+    return time.thread_time() - start - clock.seconds, time.perf_counter() - begin
 
 
 def _time_links(context: RankContext) -> list[dict[str, Any]]:

@@ -42,8 +42,8 @@ _TIMEOUT_SECONDS = 240
 
 
 def run_trial(spec: dict[str, Any], log: Path, ranks: int = len(STAGES)) -> dict[str, Any]:
-    """{"links": [...], "passes": [...], "samples": [...], "took": [...]} of `trial.main`; with less than three ranks no
-    passes.
+    """{"links": [...], "passes": [...], "periods": [...], "samples": [...], "took": [...]} of `trial.main`; of one rank
+    only the last two.
     `UserError`: a rank failed, with what it said last and the name of its log."""
     slots = [device["slot"] for device in spec["points"]["devices"]] if "points" in spec else list(range(ranks))
     shared = extend(
@@ -104,22 +104,28 @@ def _exit_by_exception() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def name_place(stage: int, stages: int) -> str:
+    return STAGES[0] if stage == 0 else STAGES[-1] if stage == stages - 1 else STAGES[1]
+
+
 def cut_prompt(tokens: int, rows: int) -> int:
     """Prompt tokens of each of so many rows that a trial's micro-batch has."""
     return max(1, min(tokens, _MOST_PROMPT_TOKENS // rows))
 
 
 def _build_plan(spec: dict[str, Any], ranks: int) -> Plan:
-    """One decoder layer a stage, unquantized; its workload is the trial's request group that needs the most cache."""
+    """`spec["layers"]` (1) unquantized layers a stage; its workload is the trial's request group that needs the most
+    cache."""
     workloads = [
         Workload(2 * rows, cut_prompt(spec["prompt_tokens"], rows), DECODE_PASSES + 2) for rows in spec["sizes"]
     ]
     largest = max(workloads, key=lambda one: one.sequences * (one.prompt_tokens + one.generated_tokens))
     threads = spec["threads"] if spec["kind"] == "cpu" else None
+    layers = spec.get("layers", 1)
     stages = tuple(
         Stage(
-            rank, "localhost", f"localhost:{rank}", spec["kind"], (rank, rank + 1), (16,), "dequantize",
-            StageMemory(0, 0, 0, 0, 0), 0, 0, 0, kind=spec["kind"], slot=rank, threads=threads,
+            rank, "localhost", f"localhost:{rank}", spec["kind"], (rank * layers, (rank + 1) * layers), (16,) * layers,
+            "dequantize", StageMemory(0, 0, 0, 0, 0), 0, 0, 0, kind=spec["kind"], slot=rank, threads=threads,
         )
         for rank in range(ranks)
     )  # fmt: skip

@@ -50,8 +50,10 @@ def _stage_options(problem, eta, xi, d, first, last):
             times = [kind[f"{phase}_layer_seconds"].get(str(b), {}).get(str(size)) for b in bits]
             times += [kind[f"{phase}_embed_seconds"].get(str(size))] if is_first else []
             times += [kind[f"{phase}_head_seconds"].get(str(size))] if is_last else []
-            share = kind.get(f"{phase}_alone_share", 1.0) if is_first and is_last else 1.0
-            seconds.append(math.inf if None in times else share * sum(times))
+            is_only = is_first and is_last
+            share = kind.get(f"{phase}_alone_share", 1.0) if is_only else 1.0
+            spared = 2 * kind.get("contention_seconds", 0.0) if is_only else 0.0
+            seconds.append(math.inf if None in times else share * (sum(times) - spared))
         weights = 0
         for i, b in zip(range(first, last), bits, strict=True):
             entry = memory["layer_bytes"][str(b)]

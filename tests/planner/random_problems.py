@@ -1,5 +1,6 @@
 """Random planning problems for tests, small enough for brute force or as large as asked; all modes and oddities."""
 
+import itertools
 import random
 
 
@@ -55,6 +56,10 @@ def random_problem(
     }
     for kind in kinds.values() if alone else ():
         kind |= {f"{phase}_alone_share": rng.choice([1.0, rng.uniform(0.3, 1.0)]) for phase in ("prefill", "decode")}
+        kind["contention_seconds"] = rng.choice([0.0, rng.uniform(0.001, 0.05)])
+        for phase, part in itertools.product(("prefill", "decode"), ("embed", "head")):
+            ends = kind[f"{phase}_{part}_seconds"]
+            ends.update({size: seconds + kind["contention_seconds"] for size, seconds in ends.items()})
     return problem
 
 

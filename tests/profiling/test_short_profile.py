@@ -83,7 +83,9 @@ def test_both_devices_are_timed_once_and_then_read_from_the_cache(wanted, cache)
             fit = model.get(name, part, phase, bits)
             assert all(entry.seconds > 0 for entry in fit.residuals)
             assert fit.batch_range == (1, 4 if part == "head" or phase == "decode" else 2)
-        assert model.get(name, "middle", "decode") is not None
+        assert model.get(name, "last", "decode") is not None
+        assert model.get(name, "middle", "decode") is None  # no plan of two devices has one
+        assert all(0 <= entry.seconds < 1 for entry in model.get(name, "contention", "decode").residuals)
         alone, mixed = (model.get(name, part, "prefill") for part in ("new_size", "new_size_mixed"))
         of_one = {entry.length_tokens: entry.seconds for entry in alone.residuals}
         assert all(both.seconds >= of_one[both.length_tokens] for both in mixed.residuals)
@@ -258,7 +260,7 @@ def test_a_crowded_machine_is_named_in_the_line_on_what_was_timed(wanted, made, 
 def test_one_token_of_one_sequence_has_points_enough_for_every_fit(wanted):
     alone = replace(wanted, workload=WorkloadConfig(1, 1, 1), sizes={"prefill": [1], "decode": [1]})
     alone, cluster = short_profile._round_sizes(alone), make_cluster("fast")
-    trial = short_profile._build_trial(alone, list(cluster.devices), links=False)
+    trial = short_profile._build_trial(alone, list(cluster.devices), 3, links=False)
     assert len(trial["sizes"]) >= FEWEST_POINTS  # of what passes cost beside their layers
     points = trial["points"]["devices"][0]["points"]
     kinds = Counter((point["part"], point["phase"], point["bits"]) for point in points)
