@@ -165,8 +165,8 @@ class Profile:
             spread = max(median(sample.spread for sample in samples), across)
             if point.part in TRIAL_PARTS:
                 chosen = times[(len(times) - 1) // 2]
-            elif point.part == CONTENTION:  # a difference: too small as often as too large
-                chosen = median(times)
+            elif point.part == CONTENTION:  # a run pays for disturbances too
+                chosen = mean(times)
             else:
                 by_round = {sample.round for sample in samples}
                 chosen = min(mean(s.median_seconds for s in samples if s.round == turn) for turn in by_round)

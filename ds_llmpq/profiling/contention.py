@@ -12,16 +12,20 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from ds_llmpq.cluster.devices import Device
+from ds_llmpq.cluster.cluster import Cluster
+from ds_llmpq.cluster.devices import COMPUTE_DTYPES, Device
 from ds_llmpq.cost.fit import fit_profile
 from ds_llmpq.cost.fitted import FittedCosts
 from ds_llmpq.cost.latency import RooflineCosts
 from ds_llmpq.cost.profile import CONTENTION, Point, Profile, Sample
 from ds_llmpq.models.shape import ModelShape
-from ds_llmpq.quant.kernels.registry import find_kernel
+from ds_llmpq.profiling.points import TimingTask
+from ds_llmpq.profiling.trial_process import STAGES
+from ds_llmpq.quant.kernels.registry import find_kernel, find_stage_kernel
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS
 
 MICRO_BATCHES = 2  # of a trial's request group
+_MOST_LAYERS, _MOST_BYTES = 4, 8 << 20  # of a trial's stage: passes of a few milliseconds
 
 
 def find_contention(period: float, works: Sequence[float], messages: float) -> float:
@@ -34,6 +38,32 @@ def find_contention(period: float, works: Sequence[float], messages: float) -> f
     slowest = period - max(works)
     around = (MICRO_BATCHES * period - sum(works) - messages) / len(works)
     return max(0.0, min(slowest, around))
+
+
+def count_ranks(devices: Sequence[Device], cluster: Cluster) -> int:
+    """Of the trial of these devices, which are started alike: as many, but on CPUs three, for there is a middle stage
+    then, unless no plan has one."""
+    if devices[0].type.kind != "cpu":
+        return len(devices)
+    return 2 if len(devices) == len(cluster.devices) == 2 else len(STAGES)
+
+
+def is_contended(task: TimingTask, devices: Sequence[Device], ranks: int) -> bool:
+    """Whether each rank of the trial stands for a device, and its layers are those that are timed."""
+    return (
+        devices[0].type.kind == "cpu"
+        and len(devices) == ranks
+        and UNQUANTIZED_BITS in task.bits
+        and not find_stage_kernel(task.setup.kernel).whole_stage
+    )
+
+
+def count_layers(task: TimingTask, devices: Sequence[Device], ranks: int) -> int:
+    """Of each stage of the trial: as busy as in a run where contention is measured, else one."""
+    if not is_contended(task, devices, ranks):
+        return 1
+    layer_bytes = task.shape.layer_parameters * COMPUTE_DTYPES[task.dtype]
+    return max(1, min(_MOST_LAYERS, task.shape.layers // ranks, _MOST_BYTES // layer_bytes))
 
 
 def list_contention(

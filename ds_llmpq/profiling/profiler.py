@@ -28,10 +28,11 @@ from ds_llmpq.engine import device_memory
 from ds_llmpq.engine.runner.capture import CudaGraphs
 from ds_llmpq.errors import UserError
 from ds_llmpq.launch.launcher import is_local
+from ds_llmpq.profiling.contention import count_layers, count_ranks, is_contended, list_contention
 from ds_llmpq.profiling.parts import Parts
 from ds_llmpq.profiling.points import ProfilingTask, plan_points
 from ds_llmpq.profiling.timer import PAUSE_SECONDS, NewSizes, Timer
-from ds_llmpq.profiling.trial_process import build_pass_sample, run_trial, write_link_table
+from ds_llmpq.profiling.trial_process import STAGES, build_pass_sample, run_trial, write_link_table
 
 Show = Callable[[str, int, int, str], None]
 _RESTLESS = 0.25  # spread of a point's repeats from which on it is timed once more
@@ -54,11 +55,11 @@ def profile(task: ProfilingTask, cluster: Cluster, out: Path, force: bool, show:
     if done is None:
         write_header(file, task.setup, _note(devices) | task.kernel_note | {"decode_graphs": task.captured})
         done = set()
-    if task.profiling.links:
-        _run_trials(task, devices, cluster, out, done, show)
     new_sizes = NewSizes()
     for device in devices:
         _profile_type(task, device, len(devices), file, done, new_sizes, show)
+    if task.profiling.links:
+        _run_trials(task, devices, cluster, out, done, show)
 
 
 def _find_done(file: Path, setup: Setup, force: bool) -> set[tuple[Point, int]] | None:
@@ -182,7 +183,8 @@ def _run_trials(
     done: set[tuple[Point, int]],
     show: Show,
 ) -> None:
-    """One trial pipeline for each kind of process; types that differ in their share alone have it in common.
+    """One trial pipeline for each kind of process; types that differ in their share alone have it in common. It comes
+    after the parts, for what contention is depends on their times.
 
     Sizes of both phases are thinned to three, for the overhead is close to linear in the rows.
     """
@@ -198,9 +200,12 @@ def _run_trials(
         if kind == "cuda" and torch.cuda.device_count() < 3:
             show("trial pipelines", index + 1, len(by_process), "left out: it needs three GPUs")
             continue
+        together = [device for device in cluster.devices if _is_beside(device, kind, threads)][: len(STAGES)]
+        ranks = count_ranks(together, cluster) if kind == "cpu" else len(STAGES)
         spec = {
             "kind": kind,
             "threads": threads,
+            "layers": count_layers(task, together, ranks),
             "links": index == 0,
             "path": task.path,
             "dtype": task.dtype,
@@ -209,14 +214,21 @@ def _run_trials(
             "rounds": task.profiling.rounds,
         }
         try:
-            found = run_trial(spec, out / "trial.log")
+            found = run_trial(spec, out / "trial.log", ranks)
         except UserError as error:
             raise UserError(f"{error}, or profile without it: profiling.links=false") from None
         if index == 0:
             write_link_table(out / "links.csv", cluster, found["links"])
         for device in alike:
             append(out / "profile.csv", [build_pass_sample(device.type, entry) for entry in found["passes"]])
+        if is_contended(task, together, ranks):
+            timed = read_profile(out / "profile.csv")
+            append(out / "profile.csv", list_contention(found, spec["layers"], together, timed, task.shape))
         show("trial pipelines", index + 1, len(by_process), "")
+
+
+def _is_beside(device: Device, kind: str, threads: int) -> bool:
+    return is_local(device.host) and (device.type.kind, device.threads or 1) == (kind, threads)
 
 
 def _note(devices: Sequence[Device]) -> dict[str, Any]:

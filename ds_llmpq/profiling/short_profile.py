@@ -30,7 +30,7 @@ from ds_llmpq.cost.profile import Point, Profile, Sample, append, read_profile, 
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import cache_folder, one_at_a_time
 from ds_llmpq.launch.launcher import is_local
-from ds_llmpq.profiling.contention import list_contention
+from ds_llmpq.profiling.contention import count_layers, count_ranks, is_contended, list_contention
 from ds_llmpq.profiling.points import TimingTask, fill_up, limit_chain, plan_points
 from ds_llmpq.profiling.trial_process import STAGES, build_pass_sample, run_trial, write_link_table
 from ds_llmpq.quant.kernels.registry import find_stage_kernel
@@ -46,7 +46,6 @@ _SHORTEST_PROMPT = 16  # a quarter and a sixteenth of it are timed too, which is
 # threads a graph's call of 64 tokens or more takes milliseconds beside its layers: of four each seems 1.25 to 1.45
 # times as long as of twelve, and of those as long as in runs.
 _CHAINED_LAYERS, _CHAINED_ON_THREADS = 4, 12
-_TRIAL_LAYERS, _TRIAL_BYTES = 4, 8 << 20  # of a trial stage at most: passes of a few milliseconds
 _BUSY = 1.5  # times as long as it works, beyond which other programs had the processors
 _MEMORY_SHARE = 0.5  # of what is available, for all ranks together
 Show = Callable[[str], None]
@@ -210,7 +209,7 @@ def _measure(wanted: TimingTask, cluster: Cluster, out: Path) -> float:
     contended: list[tuple[dict[str, Any], int, list[Device]]] = []
     slowed = 1.0
     for index, devices in enumerate(_group_for_trials(cluster)):
-        ranks = _count_ranks(devices, cluster)
+        ranks = count_ranks(devices, cluster)
         spec = _build_trial(wanted, devices, ranks, links=index == 0)
         found = run_trial(spec, cache_folder() / _KEPT / "trial.log", ranks)
         if index == 0 and found["links"]:
@@ -219,7 +218,7 @@ def _measure(wanted: TimingTask, cluster: Cluster, out: Path) -> float:
             samples += [build_pass_sample(device.type, entry) for entry in found["passes"]]
         samples += [Sample(Point(**entry.pop("point")), **entry) for entry in found["samples"]]
         slowed = max(slowed, *(passed / max(own, 1e-3) for passed, own in found["took"]))
-        if _is_contended(wanted, devices, ranks):
+        if is_contended(wanted, devices, ranks):
             contended.append((found, spec["layers"], devices))
     for entry in contended:
         samples += list_contention(*entry, Profile(wanted.setup, tuple(samples)), wanted.shape)
@@ -227,31 +226,6 @@ def _measure(wanted: TimingTask, cluster: Cluster, out: Path) -> float:
     write_header(out / "profile.csv", wanted.setup, note)
     append(out / "profile.csv", samples)
     return slowed
-
-
-def _count_ranks(devices: list[Device], cluster: Cluster) -> int:
-    """Of their trial. On CPUs with a middle stage, unless no plan has one."""
-    if devices[0].type.kind != "cpu":
-        return len(devices)
-    return 2 if len(devices) == len(cluster.devices) == 2 else len(STAGES)
-
-
-def _is_contended(wanted: TimingTask, devices: list[Device], ranks: int) -> bool:
-    """Whether each rank of the trial stands for a device, and its layers are those that are timed."""
-    return (
-        devices[0].type.kind == "cpu"
-        and len(devices) == ranks
-        and UNQUANTIZED_BITS in wanted.bits
-        and not find_stage_kernel(wanted.setup.kernel).whole_stage
-    )
-
-
-def _count_trial_layers(wanted: TimingTask, devices: list[Device], ranks: int) -> int:
-    """Of each stage: as busy as in a run where that is measured."""
-    if not _is_contended(wanted, devices, ranks):
-        return 1
-    layer_bytes = wanted.shape.layer_parameters * COMPUTE_DTYPES[wanted.dtype]
-    return max(1, min(_TRIAL_LAYERS, wanted.shape.layers // ranks, _TRIAL_BYTES // layer_bytes))
 
 
 def _group_for_trials(cluster: Cluster) -> list[list[Device]]:
@@ -280,7 +254,7 @@ def _build_trial(wanted: TimingTask, devices: list[Device], ranks: int, links: b
         "dtype": wanted.dtype,
         "sizes": sizes,
         "prompt_tokens": workload.prompt_tokens,
-        "layers": _count_trial_layers(wanted, devices, ranks),
+        "layers": count_layers(wanted, devices, ranks),
         "rounds": 3,
         "points": {
             "devices": [

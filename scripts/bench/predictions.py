@@ -4,13 +4,13 @@
     python scripts/bench/predictions.py M135 OUT [--only demo,two,random,chat] [--repeats 5] [--plans 12] [--series 2]
                                         [--seed 0]
 
-`demo`: the demonstration, calibrated anew each time. `two`: a model on two heterogeneous CPU stages, with prompts and
-answers of many lengths, free slots refilled. `random`: plans by hand of the same model, of one or two stages, and how
-well their predictions rank them (Kendall's tau). All plans run once a series; tau between the measured times of two
-series is what a perfect prediction would reach on such a machine. `chat`: chats with the shipped model on this
-machine's one stage and on two, calibrated anew each time: most begin with one system prompt, and answers end when the
-model ends them. OUT keeps every run: one that has ended is not run again. Both cores of the machine are measured, so
-let nothing else run.
+`demo`: the demonstration, calibrated anew each time. `two`: a model on two heterogeneous CPU stages (the planner
+would leave the slower one out), with prompts and answers of many lengths, free slots refilled. `random`: plans by
+hand of the same model, of one or two stages, and how well their predictions rank them (Kendall's tau). All plans run
+once a series; tau between the measured times of two series is what a perfect prediction would reach on such a
+machine. `chat`: chats with the shipped model on this machine's one stage and on two, calibrated anew each time: most
+begin with one system prompt, and answers end when the model ends them. OUT keeps every run: one that has ended is not
+run again. Both cores of the machine are measured, so let nothing else run.
 """
 
 import argparse
@@ -59,7 +59,10 @@ def main() -> None:
     requests = write_requests(out / "requests.jsonl", random.Random(options.seed))
     planned = [f"model.path={model}", f"cluster={CLUSTER}", "workload=demo", "quant.optimize=false"]
     if "two" in chosen:
-        line = [*planned, f"input={requests}", f"planner.pins.order=[{','.join(DEVICES)}]"]
+        layers = read_shape(model).layers
+        cut = layers - layers // 3
+        pinned = f"planner.pins.layers={{{DEVICES[0]}: [0, {cut}], {DEVICES[1]}: [{cut}, {layers}]}}"
+        line = [*planned, f"input={requests}", pinned]
         found["two"] = [run(out / f"two{index}", line, out / "cache") for index in range(options.repeats)]
     if "random" in chosen:
         plans = random_plans(read_shape(model).layers, options.plans, options.seed)
