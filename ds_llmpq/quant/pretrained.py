@@ -12,7 +12,8 @@ from ds_llmpq.errors import UserError
 from ds_llmpq.models.checkpoint import fill
 from ds_llmpq.quant.kernel_linear import RowBlocks
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS
-from ds_llmpq.quant.quantized_checkpoint import HEAD, QuantizedCheckpoint, read_recipe
+from ds_llmpq.quant.quantized_checkpoint import HEAD, QuantizedCheckpoint
+from ds_llmpq.quant.recipe import read_recipe
 
 
 def load_quantized(

@@ -11,110 +11,22 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from hqq.core.quantize import HQQLinear
 
-from ds_llmpq.errors import UserError, quote
-from ds_llmpq.files import check_files, read_json
+from ds_llmpq.errors import UserError
 from ds_llmpq.models.checkpoint import QUANTIZED_INDEX, Checkpoint
-from ds_llmpq.models.description import QUANT_METHOD
 from ds_llmpq.models.fingerprint import MANIFEST, read_manifest
-from ds_llmpq.quant.config import ZEROS, QuantConfig, rename_former
+from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.hqq import STORED_PARTS, restore_linear
-from ds_llmpq.quant.packing import PACKED_BITS, UNQUANTIZED_BITS, Groups, make_groups
-from ds_llmpq.validation import Digest, Many, Name, Positive, Some, one_of, validate
+from ds_llmpq.quant.packing import UNQUANTIZED_BITS, make_groups
+from ds_llmpq.quant.recipe import Recipe, read_recipe
 
 HEAD = "lm_head"
-FORMAT = 1
 FORMER_INDEX = "model.safetensors.index.json"  # of a former version
-Width = one_of(*PACKED_BITS, UNQUANTIZED_BITS)
 _READ_BYTES = 1 << 22
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a checkpoint is quantized: bit width of each decoder layer and of lm_head, the rows of lm_head's blocks, and
-    the settings of `QuantConfig`."""
-
-    bits: tuple[int, ...]
-    groups: Groups
-    optimize: bool
-    source_fingerprint: str
-    lm_head_bits: int = UNQUANTIZED_BITS
-    head_rows: tuple[int, ...] = ()
-    zeros: str = "real"
-
-    def to_json(self) -> dict[str, Any]:
-        """The `quantization_config` of config.json."""
-        return {
-            "quant_method": QUANT_METHOD,
-            "format": FORMAT,
-            "bits": list(self.bits),
-            "lm_head_bits": self.lm_head_bits,
-            "head_rows": list(self.head_rows),
-            **self.groups.to_json(),
-            "optimize": self.optimize,
-            "zeros": self.zeros,
-            "scale_dtype": "float32",
-            "source_fingerprint": self.source_fingerprint,
-        }
-
-    @property
-    def quant(self) -> QuantConfig:
-        groups = self.groups.to_json()
-        return QuantConfig(
-            sorted(set(self.bits)), optimize=self.optimize, zeros=self.zeros, lm_head_bits=self.lm_head_bits, **groups
-        )
-
-
-def read_recipe(path: str | Path) -> Recipe | None:
-    """The recipe in a folder's config.json; None for a checkpoint that this package did not quantize. `UserError`:
-    another format, or invalid values."""
-    check_files(path, "Checkpoint file", "fetch the checkpoint again")
-    file = Path(path) / "config.json"
-    try:
-        config = read_json(file, "config.json", "")
-        noted = config.get("quantization_config")
-    except (UserError, AttributeError):
-        return None  # reading the model reports what is wrong
-    if not isinstance(noted, dict) or noted.get("quant_method") != QUANT_METHOD:
-        return None
-    if noted.get("format") != FORMAT:
-        raise UserError(
-            f"{file} has quantization format {quote(noted.get('format'))}; this version reads {FORMAT} only."
-        )
-    kept = validate(_Noted, rename_former(noted), f"quantization_config of {file}", "quantize the model again")
-    try:
-        groups = make_groups(
-            QuantConfig(group_size=kept.group_size, axis=kept.axis, per_channel_bits=list(kept.per_channel_bits))
-        )
-    except UserError as error:
-        raise UserError(f"{file} has no usable quantization_config ({error}); quantize the model again.") from None
-    return Recipe(
-        kept.bits, groups, kept.optimize, kept.source_fingerprint, kept.lm_head_bits, kept.head_rows, kept.zeros
-    )
-
-
-@dataclass(frozen=True)
-class _Noted:
-    """`Recipe.to_json`, as read from a file."""
-
-    quant_method: Name
-    format: int
-    bits: Some[Width]
-    group_size: Positive
-    axis: int
-    optimize: bool
-    source_fingerprint: Digest
-    scale_dtype: Name = "float32"
-    lm_head_bits: Width = UNQUANTIZED_BITS
-    head_rows: Many[Positive] = ()
-    per_channel_bits: Many[Width] = ()
-    zeros: one_of(*ZEROS) = "real"  # as in checkpoints that do not say
 
 
 class QuantizedCheckpoint(Checkpoint):

@@ -29,7 +29,8 @@ from ds_llmpq.models.shape import read_shape
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.hqq import quantize_linear, quantize_rows, split_parts
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS, check_lm_head, cut_row_blocks, make_groups
-from ds_llmpq.quant.quantized_checkpoint import FORMAT, FORMER_INDEX, HEAD, Recipe, hash_file
+from ds_llmpq.quant.quantized_checkpoint import FORMER_INDEX, HEAD, hash_file
+from ds_llmpq.quant.recipe import FORMAT, Recipe
 
 _RECIPE_VERSION = 2  # increased when the same settings give other weights
 _COPIED = (*TEXT_FILES, "LICENSE*")

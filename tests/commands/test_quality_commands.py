@@ -14,7 +14,7 @@ from ds_llmpq.commands import plan as plan_command
 from ds_llmpq.commands import quantize, sensitivity
 from ds_llmpq.commands.config import QuantizeConfig, SensitivityConfig
 from ds_llmpq.errors import UserError
-from ds_llmpq.quant.quantized_checkpoint import read_recipe
+from ds_llmpq.quant.recipe import read_recipe
 from ds_llmpq.sensitivity.table import read_sensitivity
 from scripts.make_checkpoint import make_checkpoint
 

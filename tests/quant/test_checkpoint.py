@@ -21,7 +21,8 @@ from ds_llmpq.quant import writer
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.layers import LayerLoader
 from ds_llmpq.quant.pretrained import load_quantized
-from ds_llmpq.quant.quantized_checkpoint import MANIFEST, open_checkpoint, read_recipe
+from ds_llmpq.quant.quantized_checkpoint import MANIFEST, open_checkpoint
+from ds_llmpq.quant.recipe import read_recipe
 from ds_llmpq.quant.writer import write_quantized
 from scripts.make_checkpoint import make_checkpoint
 

@@ -28,7 +28,8 @@ from ds_llmpq.quant.kernels.registry import KERNELS
 from ds_llmpq.quant.layers import LayerLoader
 from ds_llmpq.quant.packing import Groups, cut_row_blocks, make_groups
 from ds_llmpq.quant.pretrained import load_quantized
-from ds_llmpq.quant.quantized_checkpoint import open_checkpoint, read_recipe
+from ds_llmpq.quant.quantized_checkpoint import open_checkpoint
+from ds_llmpq.quant.recipe import read_recipe
 from ds_llmpq.quant.writer import write_quantized
 from scripts.make_checkpoint import make_checkpoint
 
