@@ -24,7 +24,7 @@ from ds_llmpq.cluster.devices import BIT_WIDTHS, COMPUTE_DTYPES
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import parse_json, read_csv, read_text
 from ds_llmpq.models.shape import ModelShape
-from ds_llmpq.quant.config import QuantConfig, rename_former
+from ds_llmpq.quant.config import ZEROS, QuantConfig, rename_former
 from ds_llmpq.quant.kernels.base import Kernel
 from ds_llmpq.quant.packing import PACKED_BITS, UNQUANTIZED_BITS, Groups, make_groups
 from ds_llmpq.validation import (
@@ -69,6 +69,7 @@ class Setup:
     libraries: Table[Label]
     per_channel_bits: list[Width] = field(default_factory=list)
     lm_head_bits: Width = UNQUANTIZED_BITS
+    zeros: one_of(*ZEROS) = "real"  # as in files that do not say, and of kernels that take as long with either
 
     def __post_init__(self) -> None:
         if self.lm_head_bits not in (*PACKED_BITS, UNQUANTIZED_BITS):
@@ -77,9 +78,8 @@ class Setup:
     @property
     def groups(self) -> Groups:
         """`UserError` where a file noted what cannot be."""
-        return make_groups(
-            QuantConfig(group_size=self.group_size, axis=self.axis, per_channel_bits=self.per_channel_bits)
-        )
+        names = ("group_size", "axis", "per_channel_bits", "zeros")
+        return make_groups(QuantConfig(**{name: getattr(self, name) for name in names}))
 
     def disagreement(self, other: Setup) -> str | None:
         """The first difference in words, or None."""
@@ -202,6 +202,8 @@ def current_setup(
     if kernel.library:
         libraries[kernel.library] = _version(kernel.library)
     how = groups.to_json() | {"lm_head_bits": lm_head_bits}
+    if not kernel.whole_zeros:
+        how["zeros"] = "real"
     return Setup(layer_signature(shape), dtype, kernel.name, libraries=libraries, **how)
 
 

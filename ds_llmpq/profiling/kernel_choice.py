@@ -18,7 +18,7 @@ from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.profiling.points import TimingTask
 from ds_llmpq.profiling.profiler import list_local_types, open_timer
 from ds_llmpq.profiling.timer import Timer
-from ds_llmpq.quant.config import QuantConfig
+from ds_llmpq.quant.config import QuantConfig, resolve_zeros
 from ds_llmpq.quant.hqq import quantize_linear
 from ds_llmpq.quant.kernel_linear import build_linears
 from ds_llmpq.quant.kernels.base import Kernel
@@ -149,7 +149,8 @@ def _modules(
     shape: ModelShape, quant: QuantConfig, bits: int, dtype: str, device: torch.device, kernel: Kernel
 ) -> list[tuple[list[torch.nn.Module], int]]:
     """(linears of one input, how often such a group occurs in a layer), with random weights."""
-    quick, groups, kinds = replace(quant, optimize=False), make_groups(quant), {}
+    quick, kinds = resolve_zeros(replace(quant, optimize=False), kernel.whole_zeros), {}
+    groups = make_groups(quick)
     for group in group_linears(kernel, shape.linears, bits, groups):
         key = tuple(entry[1:3] for entry in group)
         kinds[key] = kinds.get(key, 0) + 1

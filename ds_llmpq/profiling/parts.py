@@ -35,7 +35,7 @@ class Parts:
 
     chained: how many decoder layers run one after another (fewer of large ones), as in a stage, so that a small layer's
     weights are no warmer in the caches than they will be; passes of many tokens run one, unless a stage is one graph.
-    HQQ's optimiser is left off: it changes values only.
+    HQQ's optimiser is left off: it changes values only, and zeros are of the kind that will run either way.
     capture: records what decode passes do, as runs that capture them have it (CUDA graphs of compiled blocks); None:
     everything runs eagerly.
     """

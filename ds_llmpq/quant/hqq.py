@@ -94,8 +94,8 @@ def _hqq_config(bits: int, in_features: int, quant: QuantConfig) -> dict[str, An
     config = BaseQuantizeConfig(nbits=bits, group_size=group_size, axis=quant.axis)
     params = config["weight_quant_params"]
     params["optimize"] = quant.optimize
-    # HQQ rounds zeros of 4 bits even before it optimizes them, which then end at up to a tenth more KL
-    params["round_zero"] = (params["round_zero"] or quant.zeros == "whole") and not quant.optimize
+    # HQQ would round zeros of 4 bits in any case, even before it optimizes them, with up to a tenth more KL in the end
+    params["round_zero"] = quant.zeros == "whole" and not quant.optimize
     return config
 
 

@@ -42,7 +42,8 @@ from ds_llmpq.quant.unpacked_weight import stack, unpack
 class LayerLoader:
     """Reads pipeline layers of `checkpoint` in `dtype` onto `device`.
 
-    `bits`: bit width of every decoder layer. `quant.kernel` runs quantized linears; an unresolved `auto`
+    `bits`: bit width of every decoder layer; a quantized checkpoint must have these and `quant`, else `UserError`.
+    `quant.kernel` runs quantized linears; an unresolved `auto`
     (`kernels.registry.select_kernel`) means HQQ's own forward. `on_loaded` is called after each layer. `packed`: packs
     unquantized linears for speed (`quant.onednn_linear`), for inference only. `stage`: decoder layers that will run one
     after another, and become one graph if the kernel takes whole stages. `ahead`: decoder layers that will be loaded
@@ -61,6 +62,10 @@ class LayerLoader:
     _graph: nn.Module | None = None
     _views: set[int] = field(default_factory=set)  # addresses of parameters that are views of a mapped file
     _shared: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.checkpoint, QuantizedCheckpoint):
+            self.checkpoint.recipe.check(self.checkpoint.path, self.bits, self.quant)
 
     @property
     def kernel(self) -> Kernel:
@@ -115,8 +120,6 @@ class LayerLoader:
         with torch.device("meta"):
             module = self.decoder.head()
         names = self.decoder.head_tensors()
-        if isinstance(self.checkpoint, QuantizedCheckpoint):
-            self.checkpoint.check_head(self.quant)
         as_graph = self._builds_head_graph()
         weight, held_bytes = None, 0
         if self.quant.lm_head_bits < UNQUANTIZED_BITS:
@@ -146,8 +149,6 @@ class LayerLoader:
     def _build_layer(self, index: int) -> nn.Module:
         with torch.device("meta"):
             module = self.decoder.layer(index)
-        if isinstance(self.checkpoint, QuantizedCheckpoint):
-            self.checkpoint.check_layer(index, self.bits[index], self.quant)
         if self.kernel.whole_stage:
             return self._finish(self._add_to_stage(module, index), f"layer {index}")
         if self.bits[index] < UNQUANTIZED_BITS:

@@ -33,21 +33,22 @@ def cut_row_blocks(out_features: int, in_features: int) -> list[int]:
 @dataclass(frozen=True)
 class Groups:
     """Which weights share a scale and a zero: `group_size` of them along `axis` (1: in_features, 0: out_features), or a
-    whole row at the bit widths `per_channel_bits` (ascending; only with axis 1). Zeros are whole numbers at
-    `whole_zero_bits`."""
+    whole row at the bit widths `per_channel_bits` (ascending; only with axis 1); and whether zeros are `whole` numbers
+    or `real` ones."""
 
     group_size: int = 64
     axis: int = 1
     per_channel_bits: tuple[int, ...] = ()
-    whole_zero_bits: tuple[int, ...] = ()
+    zeros: str = "real"
 
     def of(self, bits: int, in_features: int) -> int:
         """Weights per group in a linear with `in_features` at `bits`."""
         return in_features if bits in self.per_channel_bits else self.group_size
 
     def to_json(self) -> dict[str, Any]:
-        """The form in files, with the names of `QuantConfig`; of zeros there is a setting."""
-        return {"group_size": self.group_size, "axis": self.axis, "per_channel_bits": list(self.per_channel_bits)}
+        """The form in files, with the names of `QuantConfig`."""
+        groups = {"group_size": self.group_size, "axis": self.axis, "per_channel_bits": list(self.per_channel_bits)}
+        return groups | {"zeros": self.zeros}
 
 
 def make_groups(quant: QuantConfig) -> Groups:
@@ -67,10 +68,8 @@ def make_groups(quant: QuantConfig) -> Groups:
             f"quant.per_channel_bits={widths} needs groups along the input, not axis {axis}; set quant.axis=1, or "
             "quant.per_channel_bits=[]"
         )
-    whole = PACKED_BITS
-    if quant.zeros != "whole":
-        whole = () if quant.optimize else (4,)  # where HQQ rounds them to begin with
-    return Groups(quant.group_size, axis, tuple(sorted(widths)), whole)
+    # an `auto` that no kernel has resolved runs by HQQ's own forward
+    return Groups(quant.group_size, axis, tuple(sorted(widths)), "whole" if quant.zeros == "whole" else "real")
 
 
 def find_packing_problem(out_features: int, in_features: int, bits: int, group_size: int, axis: int) -> str | None:

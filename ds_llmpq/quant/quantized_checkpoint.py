@@ -19,9 +19,7 @@ from hqq.core.quantize import HQQLinear
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.checkpoint import QUANTIZED_INDEX, Checkpoint
 from ds_llmpq.models.fingerprint import MANIFEST, read_manifest
-from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.hqq import STORED_PARTS, restore_linear
-from ds_llmpq.quant.packing import UNQUANTIZED_BITS, make_groups
 from ds_llmpq.quant.recipe import Recipe, read_recipe
 
 HEAD = "lm_head"
@@ -41,28 +39,6 @@ class QuantizedCheckpoint(Checkpoint):
         self._checksums = read_checksums(self.path)
         self._verified: set[str] = set()
         self._verifying = threading.Lock()
-
-    def check_layer(self, index: int, bits: int, quant: QuantConfig) -> None:
-        """`UserError` if a decoder layer is not quantized as requested."""
-        kept = self.recipe.bits[index] if index < len(self.recipe.bits) else None
-        self._check(f"Layer {index}", kept, bits, quant)
-
-    def check_head(self, quant: QuantConfig) -> None:
-        """`UserError` if lm_head is not quantized as requested."""
-        self._check("lm_head", self.recipe.lm_head_bits, quant.lm_head_bits, quant)
-
-    def _check(self, what: str, kept: int | None, bits: int, quant: QuantConfig) -> None:
-        again = f"run `ds-llmpq quantize plan=PLAN out={self.path}` with this plan, or run the plan it was made for"
-        if kept != bits:
-            raise UserError(f"{what} is kept at {kept} bits in {self.path}, but {bits} are asked for; {again}.")
-        if bits == UNQUANTIZED_BITS:
-            return
-        asked = make_groups(quant).to_json()
-        for name, here in self.recipe.groups.to_json().items():
-            if here != asked[name]:
-                raise UserError(
-                    f"{self.path} was quantized with {name} {here}, but {asked[name]} is asked for; {again}."
-                )
 
     def linear(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,6 @@ class Recipe:
     source_fingerprint: str
     lm_head_bits: int = UNQUANTIZED_BITS
     head_rows: tuple[int, ...] = ()
-    zeros: str = "real"
 
     def to_json(self) -> dict[str, Any]:
         """The `quantization_config` of config.json."""
@@ -40,17 +40,32 @@ class Recipe:
             "head_rows": list(self.head_rows),
             **self.groups.to_json(),
             "optimize": self.optimize,
-            "zeros": self.zeros,
             "scale_dtype": "float32",
             "source_fingerprint": self.source_fingerprint,
         }
 
     @property
     def quant(self) -> QuantConfig:
-        groups = self.groups.to_json()
         return QuantConfig(
-            sorted(set(self.bits)), optimize=self.optimize, zeros=self.zeros, lm_head_bits=self.lm_head_bits, **groups
+            sorted(set(self.bits)), optimize=self.optimize, lm_head_bits=self.lm_head_bits, **self.groups.to_json()
         )
+
+    def check(self, path: str | Path, bits: Sequence[int], quant: QuantConfig) -> None:
+        """`UserError` unless the checkpoint in `path` has its decoder layers at these `bits`, and all that is quantized
+        as `quant` says."""
+        again = f"run `ds-llmpq quantize plan=PLAN out={path}` with this plan, or run the plan it was made for"
+        if len(bits) != len(self.bits):
+            raise UserError(f"{path} holds {len(self.bits)} layers, but {len(bits)} are asked for; {again}.")
+        kept = [*((f"Layer {index}", width) for index, width in enumerate(self.bits)), ("lm_head", self.lm_head_bits)]
+        for (what, here), asked in zip(kept, [*bits, quant.lm_head_bits], strict=True):
+            if here != asked:
+                raise UserError(f"{what} is kept at {here} bits in {path}, but {asked} are asked for; {again}.")
+        if all(here == UNQUANTIZED_BITS for _, here in kept):
+            return
+        wanted = make_groups(quant).to_json() | {"optimize": quant.optimize}
+        for name, here in (self.groups.to_json() | {"optimize": self.optimize}).items():
+            if here != wanted[name]:
+                raise UserError(f"{path} was quantized with {name} {here}, but {wanted[name]} is asked for; {again}.")
 
 
 def read_recipe(path: str | Path) -> Recipe | None:
@@ -70,15 +85,14 @@ def read_recipe(path: str | Path) -> Recipe | None:
             f"{file} has quantization format {quote(noted.get('format'))}; this version reads {FORMAT} only."
         )
     kept = validate(_Noted, rename_former(noted), f"quantization_config of {file}", "quantize the model again")
+    how = QuantConfig(
+        group_size=kept.group_size, axis=kept.axis, per_channel_bits=list(kept.per_channel_bits), zeros=kept.zeros
+    )
     try:
-        groups = make_groups(
-            QuantConfig(group_size=kept.group_size, axis=kept.axis, per_channel_bits=list(kept.per_channel_bits))
-        )
+        groups = make_groups(how)
     except UserError as error:
         raise UserError(f"{file} has no usable quantization_config ({error}); quantize the model again.") from None
-    return Recipe(
-        kept.bits, groups, kept.optimize, kept.source_fingerprint, kept.lm_head_bits, kept.head_rows, kept.zeros
-    )
+    return Recipe(kept.bits, groups, kept.optimize, kept.source_fingerprint, kept.lm_head_bits, kept.head_rows)
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from ds_llmpq.quant.packing import UNQUANTIZED_BITS, check_lm_head, cut_row_bloc
 from ds_llmpq.quant.quantized_checkpoint import FORMER_INDEX, HEAD, hash_file
 from ds_llmpq.quant.recipe import FORMAT, Recipe
 
-_RECIPE_VERSION = 2  # increased when the same settings give other weights
+_RECIPE_VERSION = 3  # increased when the same settings give other weights
 _COPIED = (*TEXT_FILES, "LICENSE*")
 
 
@@ -90,7 +90,7 @@ class _Writer:
         """HQQ's settings that affect a layer at `bits`."""
         groups = self.recipe.groups
         group_size = "row" if bits in groups.per_channel_bits else groups.group_size
-        fitted = {"optimize": self.recipe.optimize, "zeros": self.recipe.zeros}
+        fitted = {"optimize": self.recipe.optimize, "zeros": groups.zeros}
         return {"group_size": group_size, "axis": groups.axis, **fitted}
 
     def tensors(self, number: int) -> dict[str, torch.Tensor]:
@@ -196,9 +196,8 @@ def write_quantized(
     check_lm_head(shape.vocab, shape.embed_dim, quant)
     rows = cut_row_blocks(shape.vocab, shape.embed_dim) if quant.lm_head_bits < UNQUANTIZED_BITS else ()
     recipe = Recipe(
-        tuple(bits), make_groups(quant), quant.optimize, fingerprint(source), quant.lm_head_bits, tuple(rows),
-        "whole" if quant.zeros == "whole" else "real",
-    )  # fmt: skip
+        tuple(bits), make_groups(quant), quant.optimize, fingerprint(source), quant.lm_head_bits, tuple(rows)
+    )
     folder.mkdir(parents=True, exist_ok=True)
     if not _read_parts(folder) and any(folder.glob("*.safetensors")):
         raise UserError(f"out={out} holds other safetensors files; give an empty folder, or one to go on with.")

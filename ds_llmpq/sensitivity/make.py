@@ -88,7 +88,7 @@ def make_sensitivity(request: SensitivityRequest) -> Sensitivity:
         "texts": len(texts),
         "rows": len(tokens),
         "tokens": tokens[:, 1:].numel(),
-        "quant": {**make_groups(quant).to_json(), "optimize": quant.optimize, "zeros": quant.zeros},
+        "quant": {**make_groups(quant).to_json(), "optimize": quant.optimize},
         "raw": raw,
         "whole_model": dict(zip(map(str, widths), notes, strict=True)),
         "loss_per_kl": ratio,

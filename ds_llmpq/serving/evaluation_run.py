@@ -73,7 +73,7 @@ def _compare(job: Job, settings: EvaluateConfig, out: Path) -> dict[str, Any]:
     unquantized = replace(
         job,
         plan=full,
-        model_path=str(find_checkpoint(replace(settings, quantized=None), job.plan)),
+        model_path=str(find_checkpoint(replace(settings, quantized=None), full)),
         output=str(folder),
         scoring=replace(job.scoring, reference=str(file), keeps_reference=True),
     )

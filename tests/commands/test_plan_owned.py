@@ -1,9 +1,12 @@
 """Keys beside `plan=FILE`: those the plan decides are named, and the model is the plan's unless given."""
 
+from dataclasses import replace
+
 import pytest
 
 from ds_llmpq import config
 from ds_llmpq.errors import UserError
+from ds_llmpq.quant.writer import write_quantized
 from ds_llmpq.serving.batch_run import choose_model, find_checkpoint, find_ignored, note_ignored
 from ds_llmpq.serving.planning import make_plan
 
@@ -48,3 +51,28 @@ def test_the_model_is_the_plans_unless_it_is_given(plan, command, tmp_path):
     assert str(find_checkpoint(beside, plan)) == plan.model.path
     with pytest.raises(UserError, match=str(tmp_path)):
         find_checkpoint(settings_of(command, "plan=p.json", f"model.path={tmp_path}"), plan)
+
+
+@pytest.mark.parametrize("command", ["run", "evaluate"])
+@pytest.mark.parametrize("key", ["quantized", "model.path"])
+def test_a_checkpoint_that_was_quantized_for_another_plan_is_refused_before_anything_starts(
+    plan, command, key, tmp_path
+):
+    bits, quant = [width for stage in plan.stages for width in stage.bits], replace(plan.quant, zeros="whole")
+    bits[0] = 4
+    write_quantized(plan.model.path, tmp_path, bits, quant.to_config())
+    given = settings_of(command, "plan=p.json", f"{key}={tmp_path}")
+    stage = plan.stages[0]
+
+    def with_bits(first, **changes):
+        return replace(plan, stages=(replace(stage, bits=(first, *stage.bits[1:])),), quant=replace(quant, **changes))
+
+    assert find_checkpoint(given, with_bits(4)) == tmp_path
+    with pytest.raises(UserError, match=r"Layer 0 is kept at 4 bits in .* but 8 are asked for; run `ds-llmpq quantize"):
+        find_checkpoint(given, with_bits(8))
+    for name, other, said in (("zeros", "real", "whole"), ("group_size", 32, "64"), ("lm_head_bits", 8, "16 bits")):
+        with pytest.raises(UserError, match=rf"{said}.* but {other} (is|are) asked for"):
+            find_checkpoint(given, with_bits(4, **{name: other}))
+    unlike = replace(with_bits(4), model=replace(plan.model, fingerprint="0" * 64))
+    with pytest.raises(UserError, match="made for a model with fingerprint 000000000000"):
+        find_checkpoint(given, unlike)

@@ -19,7 +19,8 @@ from ds_llmpq.planner.cost_source import load_profile_costs
 from ds_llmpq.planner.deploy import compose_plan, deploy
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.kernels.dequantize import DEQUANTIZE
-from ds_llmpq.quant.packing import make_groups
+from ds_llmpq.quant.kernels.openvino import OPENVINO_GRAPH
+from ds_llmpq.quant.packing import Groups, make_groups
 from ds_llmpq.scheduler.micro_batch import MicroBatchLimits
 from ds_llmpq.serving.prediction import PlanTimes, simulate_streams, simulate_workload
 
@@ -128,6 +129,12 @@ def test_mistakes_are_said(folder, tmp_path):
     wide = dataclasses.replace(QUANT, group_size=128)
     with pytest.raises(UserError, match=r"group_size 64, but group_size 128 .*profile_force=true"):
         load_profile_costs(PlannerConfig(profile=str(folder)), wide, cluster(), SHAPE, "auto", DEQUANTIZE)
+    for zeros, kept in (("whole", "real"), ("real", "whole")):
+        groups = [Groups(zeros=kind) for kind in (zeros, kept)]
+        used, found = (current_setup(SHAPE, "bfloat16", OPENVINO_GRAPH, kind) for kind in groups)
+        assert found.disagreement(used) == f"zeros {kept}, but zeros {zeros} is in use"
+        used, found = (current_setup(SHAPE, "bfloat16", DEQUANTIZE, kind) for kind in groups)
+        assert found == used, "its times do not depend on them"
     rows = dataclasses.replace(QUANT, per_channel_bits=[8])
     with pytest.raises(UserError, match=r"per_channel_bits \[\], but per_channel_bits \[8\] is in use; profile again"):
         load_profile_costs(PlannerConfig(profile=str(folder)), rows, cluster(), SHAPE, "auto", DEQUANTIZE)

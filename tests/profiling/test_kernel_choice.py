@@ -116,3 +116,18 @@ def test_real_times(monkeypatch):
     assert {(time.kernel, time.bits) for time in choice.times} >= {("openvino", 4), ("dequantize", 8)}
     assert all(time.seconds > 0 for time in choice.times)
     assert choice.kernel in KERNELS.values()
+
+
+@pytest.mark.parametrize(("gains", "zeros"), [(True, "whole"), (False, "real")])
+def test_a_kernel_is_timed_with_the_zeros_that_it_would_run(gains, zeros, monkeypatch):
+    monkeypatch.setattr(Other, "whole_zeros", gains)
+    seen = []
+    monkeypatch.setattr(kernel_choice, "quantize_linear", lambda *given: seen.append(given[3].zeros))
+    monkeypatch.setattr(
+        kernel_choice, "build_linears", lambda kernel, linears, *how: [torch.nn.Identity() for _ in linears]
+    )
+    kernel_choice._modules(SHAPE, QuantConfig([4]), 4, "float32", torch.device("cpu"), OTHER)
+    assert set(seen) == {zeros}
+    seen.clear()
+    kernel_choice._modules(SHAPE, QuantConfig([4], zeros="real"), 4, "float32", torch.device("cpu"), OTHER)
+    assert set(seen) == {"real"}

@@ -105,9 +105,10 @@ def test_what_was_measured_before_is_taken_unless_always(wanted, made, monkeypat
     others = (
         replace(wanted, workload=WorkloadConfig(4, 17, 6)),
         replace(wanted, setup=replace(wanted.setup, kernel="other")),
+        replace(wanted, setup=replace(wanted.setup, zeros="whole")),
         replace(wanted, sizes=wanted.sizes | {"decode": [1, 2, 4, 8]}),
     )
-    assert len({first, *(calibrate(other, cluster, "auto", quiet) for other in others)}) == 4
+    assert len({first, *(calibrate(other, cluster, "auto", quiet) for other in others)}) == 5
     assert calibrate(wanted, make_cluster("slow"), "auto", quiet) != first
     monkeypatch.setenv(short_profile.CALIBRATE, "never")
     assert calibrate(wanted, cluster, "auto", quiet) is None

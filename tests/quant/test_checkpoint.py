@@ -211,15 +211,24 @@ def test_damage_is_named_and_repaired(source, written, tmp_path):
 def test_other_widths_or_settings_than_asked(written):
     checkpoint = open_checkpoint(written)
     with pytest.raises(UserError, match=r"Layer 0 is kept at 2 bits .* but 4 are asked for"):
-        loader(checkpoint, torch.float32, bits=[4] * 6).decoder_layer(0)
+        loader(checkpoint, torch.float32, bits=[4] * 6)
     with pytest.raises(UserError, match=r"Layer 1 is kept at 16 bits"):
-        loader(checkpoint, torch.float32, bits=[4] * 6).decoder_layer(1)
+        loader(checkpoint, torch.float32, bits=[2, *[4] * 5])
+    with pytest.raises(UserError, match=r"holds 6 layers, but 1 are asked for"):
+        loader(checkpoint, torch.float32, bits=[2])
+    with pytest.raises(UserError, match=r"lm_head is kept at 16 bits .* but 8 are"):
+        loader(checkpoint, torch.float32, quant=replace(QUANT, lm_head_bits=8))
+    for zeros in ("real", "auto"):  # an unresolved auto runs by HQQ's own forward
+        with pytest.raises(UserError, match=r"quantized with zeros whole, but real is asked for; run `ds-llmpq"):
+            loader(checkpoint, torch.float32, quant=replace(QUANT, zeros=zeros))
+    with pytest.raises(UserError, match="quantized with optimize True, but False is asked for"):
+        loader(checkpoint, torch.float32, quant=replace(QUANT, optimize=False))
     with pytest.raises(UserError, match="group_size 32, but 64"):
-        loader(checkpoint, torch.float32, quant=QuantConfig([2], 64, 1, True)).decoder_layer(0)
+        loader(checkpoint, torch.float32, quant=replace(QUANT, group_size=64))
     with pytest.raises(
         UserError, match=r"quantized with per_channel_bits \[\], but \[8\] is asked for; run `ds-llmpq quantize"
     ):
-        loader(checkpoint, torch.float32, quant=ROWS).decoder_layer(4)
+        loader(checkpoint, torch.float32, quant=ROWS)
 
 
 def test_a_recipe_from_before_per_channel_and_one_that_cannot_be(written, tmp_path):

@@ -74,7 +74,8 @@ def settings(bits, kernel="dequantize", **others):
 
 
 def loader(checkpoint, quant, dtype=torch.float32):
-    return LayerLoader(checkpoint, [16, 16], quant, dtype, CPU)
+    recipe = getattr(checkpoint, "recipe", None)
+    return LayerLoader(checkpoint, list(recipe.bits) if recipe else [16, 16], quant, dtype, CPU)
 
 
 def matrix_of(path, bits):

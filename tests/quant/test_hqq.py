@@ -26,19 +26,21 @@ def quantized(linear, bits, dtype=torch.float32, group_size=32, axis=1):
 
 def hqq_s_own(linear, bits, dtype=torch.float32, group_size=32, axis=1, **params):
     config = BaseQuantizeConfig(nbits=bits, group_size=group_size, axis=axis)
-    config["weight_quant_params"] |= {"optimize": False, **params}
+    config["weight_quant_params"] |= {"optimize": False, "round_zero": False, **params}
     return HQQLinear(copy.deepcopy(linear), config, compute_dtype=dtype, device="cpu")
 
 
 @pytest.mark.parametrize("optimize", [True, False])
 @pytest.mark.parametrize("zeros", ["whole", "real"])
 @pytest.mark.parametrize("per_channel_bits", [[], [*PACKED_BITS]])
-def test_zeros_are_whole_where_groups_say_so(optimize, zeros, per_channel_bits):
+def test_zeros_are_of_the_kind_that_is_asked_for(optimize, zeros, per_channel_bits):
+    """Without the optimizer too: so layers are timed."""
     quant = QuantConfig(optimize=optimize, zeros=zeros, per_channel_bits=per_channel_bits)
     weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
     linears = {bits: quantize_linear(weight, None, bits, quant, torch.float32, CPU) for bits in PACKED_BITS}
     whole = [bits for bits, linear in linears.items() if unpack(linear).has_whole_zeros]
-    assert make_groups(quant).whole_zero_bits == tuple(whole)
+    assert whole == ([*PACKED_BITS] if zeros == "whole" else [])
+    assert make_groups(quant).zeros == zeros
 
 
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])

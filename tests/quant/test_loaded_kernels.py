@@ -23,8 +23,8 @@ from ds_llmpq.quant.writer import write_quantized
 TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
 BITS = [2, 3, 4, 8, 16, 4, 4, 4]
 # of a whole layer, whose outlier channels magnify what single products are off by: measured 0.016 for HQQ's own forward
-# in bfloat16, 0.07 for openvino
-TOLERANCE = {"openvino": 0.1}
+# in bfloat16, 0.07 for openvino, with one group a row 0.11
+TOLERANCE = {"openvino": 0.12}
 THERE = [name for name in ("openvino",) if importlib.util.find_spec(KERNELS[name].library)]
 
 

@@ -69,7 +69,7 @@ class _OpenVino(Kernel):
 
     def read_bytes(self, out_features: int, in_features: int, bits: int, groups: Groups, dtype_bytes: int) -> int:
         weights = out_features * in_features
-        group = _GROUP_BYTES + (0 if bits in groups.whole_zero_bits else _CORRECTION_BYTES)
+        group = _GROUP_BYTES + (0 if groups.zeros == "whole" else _CORRECTION_BYTES)
         return weights * self.storage_bits[bits] // 8 + group * (weights // groups.of(bits, in_features))
 
 
@@ -81,7 +81,7 @@ class OpenVino(_OpenVino):
 
     def weight_bytes(self, out_features: int, in_features: int, bits: int, groups: Groups, dtype_bytes: int) -> int:
         """Includes a compiled model and its buffers."""
-        output = _PRODUCT_ROW_BYTES_OUT + (0 if bits in groups.whole_zero_bits else _CORRECTION_ROW_BYTES_OUT)
+        output = _PRODUCT_ROW_BYTES_OUT + (0 if groups.zeros == "whole" else _CORRECTION_ROW_BYTES_OUT)
         row = output * out_features + _PRODUCT_ROW_BYTES_IN * in_features
         read = self.read_bytes(out_features, in_features, bits, groups, dtype_bytes)
         return read + _PRODUCT_BYTES + round(PRODUCT_ROWS * row)
@@ -95,7 +95,7 @@ class OpenVino(_OpenVino):
         from ds_llmpq.quant.kernels.openvino_graph.single_product import OpenVinoProduct
 
         out_features, in_features = weight.codes.shape
-        groups = Groups(weight.group_size, whole_zero_bits=(bits,) if weight.has_whole_zeros else ())
+        groups = Groups(weight.group_size, zeros="whole" if weight.has_whole_zeros else "real")
         held = self.weight_bytes(out_features, in_features, bits, groups, dtype.itemsize)
         return OpenVinoProduct(weight, self.storage_bits[bits], held)
 
@@ -143,8 +143,7 @@ class OpenVinoGraph(_OpenVino):
     def stage_workspace_bytes(self, shape: ModelShape, groups: Groups) -> int:
         """The graph, what it keeps of each number of tokens, and the 32-bit tensors of one layer for the tokens of one
         call."""
-        corrects = self.storage_bits.keys() - set(groups.whole_zero_bits)
-        sizes = len(CALL_SIZES) * _SIZE_BYTES * (2 if corrects else 1)
+        sizes = len(CALL_SIZES) * _SIZE_BYTES * (1 if groups.zeros == "whole" else 2)
         width = 2 * shape.hidden + 3 * shape.intermediate + (2 * shape.heads + 2 * shape.kv_heads) * shape.head_dim
         return _GRAPH_BYTES + sizes + GRAPH_TOKENS * width * _FLOAT32_BYTES
 
