@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 
 from ds_llmpq.cost.captured_graphs import row_bucket
 from ds_llmpq.engine import device_memory
+from ds_llmpq.engine.batch_limits import build_limits
 from ds_llmpq.engine.channels import ActivationChannel, TokenChannel
 from ds_llmpq.engine.config import EngineConfig
 from ds_llmpq.engine.kv_cache import KVStore, NoCache, choose_elements
@@ -35,7 +37,7 @@ from ds_llmpq.quant.hqq import count_stored_bytes
 from ds_llmpq.quant.kernels.registry import find_stage_kernel
 from ds_llmpq.quant.layers import LayerLoader
 from ds_llmpq.quant.quantized_checkpoint import open_checkpoint
-from ds_llmpq.scheduler.micro_batch import PATIENCE_ROUNDS, MicroBatchLimits
+from ds_llmpq.scheduler.micro_batch import MicroBatchLimits
 from ds_llmpq.scheduler.request_group import RequestGroup, Sequence, pack_message, unpack_message
 from ds_llmpq.scheduler.slot_table import Finish
 from ds_llmpq.scheduler.stream import OnFinished, OnTokens, TakeGroup
@@ -133,23 +135,14 @@ class Session:
 
     @property
     def limits(self) -> MicroBatchLimits:
-        """Bounds of the micro-batches, as planned."""
-        micro_batch, options = self.plan.micro_batch, self.options
-        workload = self.plan.workload
-        tokens = max(micro_batch.prefill * workload.prefill_tokens, workload.prompt_tokens)
-        tokens = min(tokens, options.prefill_tokens or tokens)
-        return MicroBatchLimits(
-            prefill_rows=micro_batch.prefill,
-            prefill_tokens=max(1, _LOGIT_BYTES // (4 * self.vocabulary)) if self.scorer else tokens,
-            decode_rows=micro_batch.decode,
-            patience_rounds=self._choose_patience(),
-            batch_invariant=options.batch_invariant,
-            row_buckets=self._captures,
-            chunked=self.scorer is None and self._splits_prompts,
-            cache_blocks=0 if self.scorer else self.plan.count_pool_blocks(len(self.engine.prefix)),
-            block_tokens=self.plan.cache_block,
-            ragged=self._ragged and not self._captures,
+        """Bounds of the micro-batches, as planned; a scorer caches nothing, and bounds its logits instead."""
+        limits = build_limits(
+            self.plan, self.options, self._splits_prompts, self._ragged, prefix_tokens=len(self.engine.prefix)
         )
+        if self.scorer is None:
+            return limits
+        tokens = max(1, _LOGIT_BYTES // (4 * self.vocabulary))
+        return replace(limits, prefill_tokens=tokens, chunked=False, cache_blocks=0, row_buckets=False)
 
     @property
     def _captures(self) -> bool:
@@ -181,12 +174,6 @@ class Session:
         flex = FlexPages(shape.spec, self.context.device)
         if flex.check(self.store, row_bucket(self.plan.micro_batch.decode), self._tell):
             self.engine.passes.captured.flex = flex
-
-    def _choose_patience(self) -> int:
-        """The same on all stages."""
-        if self.options.patience_rounds is not None:
-            return self.options.patience_rounds
-        return 0 if self._ragged else PATIENCE_ROUNDS
 
     def share_prefix(self, prefix: tuple[int, ...] = ()) -> bool:
         """Computes the driver's `prefix`, what many prompts begin with, once, on all ranks together and before any

@@ -60,6 +60,7 @@ class Plan:
     quant: Quantization | None = None
     deployment: Deployment | None = None
     quality_loss_interval: tuple[Number, Number] | None = None  # 95 % of other texts than the calibration's
+    run_seconds: Amount | None = None  # of the workload, simulated as a run's verdict has it; None: too many passes
     bits_per_weight: Amount | None = None  # of decoder layers and lm_head together, scales and zeros counted
 
     @property

@@ -49,7 +49,7 @@ def describe_plan(plan: Plan) -> str:
     lines = [
         f"plan: {stages}; {format_number(plan.predicted.throughput_tokens_per_second, 4)} tokens/s predicted on "
         f"{pluralize(workload.sequences, 'sequence')} of {workload.prompt_tokens} + {workload.generated_tokens} tokens"
-        f"{_first_passes(plan)}",
+        f"{_describe_run(plan)}",
         *(sentence for sentence in plan.explanation if sentence.startswith(_SHOWN)),
     ]
     if (cost := predict_cost(plan)) is not None:
@@ -57,12 +57,13 @@ def describe_plan(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _first_passes(plan: Plan) -> str:
-    """What the planned times leave out and a run's prediction counts; nothing if it is too little to be seen."""
-    most = max(stage.first_pass_seconds for stage in plan.stages)
-    if 2 * most < _LITTLE * plan.predicted.latency_seconds:  # at least one size in each phase
+def _describe_run(plan: Plan) -> str:
+    """What a run of the workload is predicted to reach, by the same simulation as its verdict: it counts each stage's
+    first pass of a size, which the planned times leave out. Nothing where that is too little to be seen."""
+    if plan.run_seconds is None or plan.run_seconds < (1 + _LITTLE) * plan.predicted.latency_seconds:
         return ""
-    return f"; a stage's first pass of each size, up to {format_number(most, 2)} s longer, comes on top"
+    speed = plan.workload.sequences * plan.workload.generated_tokens / plan.run_seconds
+    return f"; {format_number(speed, 4)} as a run, in which a stage's first pass of each size takes longer"
 
 
 def _bits_text(plan: Plan) -> str:
@@ -117,7 +118,7 @@ def _summary(plan: Plan) -> list[str]:
         f"predicted: {format_number(predicted.latency_seconds, 4)} s per batch (prefill "
         f"{format_number(predicted.prefill_seconds, 4)}, decode {format_number(predicted.decode_seconds, 4)}), "
         f"{format_number(predicted.throughput_tokens_per_second, 4)} tokens/s, quality loss "
-        f"{format_number(predicted.quality_loss)} nats per token" + _bits_text(plan) + _first_passes(plan),
+        f"{format_number(predicted.quality_loss)} nats per token" + _bits_text(plan) + _describe_run(plan),
         f"solver: {solver.name}, {solver.status}, objective {format_number(solver.objective, 5)}{proof}, "
         f"{format_number(solver.seconds, 2)} s",
     ]

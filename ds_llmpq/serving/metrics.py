@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ds_llmpq.plan import Plan
 from ds_llmpq.scheduler.micro_batch import MicroBatchLimits
 from ds_llmpq.scheduler.simulator import SimulatedRun
-from ds_llmpq.serving.prediction import LengthsOfStream, simulate_streams
+from ds_llmpq.serving.prediction import LengthsOfStream, simulate_run, sum_seconds
 
 if TYPE_CHECKING:
     from ds_llmpq.scheduler.stream import StreamTimes  # which imports torch
@@ -83,7 +83,7 @@ def _compare_times(
 ) -> dict[str, Any]:
     """The plan's times for these very requests and answers, compared with the measured ones."""
     stages = range(len(plan.stages))
-    predicted = {"latency_seconds": sum(run.latency_seconds for run in simulated)} | {
+    predicted = {"latency_seconds": sum_seconds(simulated)} | {
         f"{phase}_seconds": max(sum(run.busy_seconds(stage, phase) for run in simulated) for stage in stages)
         for phase in PHASES
     }
@@ -104,14 +104,13 @@ def expect(
 ) -> dict[str, Any] | None:
     """What the plan's times predict for streams before any answer is known, and for a prefix computed before them; None
     if that is too much to simulate."""
-    prefix = [(1, [(prefix_tokens, 1)], (), ())] if prefix_tokens and streams else []
-    if (simulated := simulate_streams(plan, [*prefix, *streams], limits)) is None:
+    if (simulated := simulate_run(plan, streams, limits, prefix_tokens)) is None:
         return None
     lengths = [length for _, stream, *_ in streams for length in stream]
     return {
         "rows": len(lengths),
         "generated_tokens": sum(generated for _, generated in lengths),
-        "latency_seconds": sum(run.latency_seconds for run in simulated),
+        "latency_seconds": sum_seconds(simulated),
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from ds_llmpq.cluster.cluster import Cluster, choose_dtype
 from ds_llmpq.cluster.hostfile import write_hostfile
 from ds_llmpq.cost.fitted import profiled_kernel
 from ds_llmpq.cost.profile import current_setup
+from ds_llmpq.engine.config import EngineConfig
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import absolute_or_none, make_absolute, read_json, write_json
 from ds_llmpq.models.config import ModelConfig
@@ -35,7 +36,7 @@ from ds_llmpq.quant.kernels.registry import AUTO, explain_dequantize, find_kerne
 from ds_llmpq.quant.packing import check_lm_head, make_groups
 from ds_llmpq.sensitivity.table import read_sensitivity
 from ds_llmpq.serving.config import PlanConfig, PlanningConfig
-from ds_llmpq.serving.prediction import simulate_workload, write_predicted_trace
+from ds_llmpq.serving.prediction import simulate_workload, sum_seconds, write_predicted_trace
 from ds_llmpq.serving.workload import size_workload
 from ds_llmpq.validation import check_least
 
@@ -54,6 +55,7 @@ def make_plan(
 
     solver: called like `planner.solve`. sources: further layer times, by name of `cost.source`.
     """
+    options = EngineConfig(**asdict(settings.engine))  # `plan` has but some of its keys
     settings = PlanConfig.of(settings)
     check_defaults(settings.batch)
     problem, finish = build_problem(settings, sources, _show_calibration if progress else lambda text: None)
@@ -62,16 +64,19 @@ def make_plan(
         solved = check_plan(problem, read_assignment(make_absolute(settings.check)))
     else:
         planner = settings.planner
-        options = {"progress": progress, "least_gain": planner.least_gain, **build_solver_options(planner)}
+        limits = {"progress": progress, "least_gain": planner.least_gain, **build_solver_options(planner)}
         if planner.deadline_seconds is None:
-            solved = solver(problem, **options)
+            solved = solver(problem, **limits)
         else:
             prices = None if settings.problem else Cluster.from_config(settings.cluster).sum_prices
-            options |= {"plan_for": solver, "requests": _count_requests(settings)}
-            solved = solve_by_deadline(problem, planner.deadline_seconds, prices, **options)
+            limits |= {"plan_for": solver, "requests": _count_requests(settings)}
+            solved = solve_by_deadline(problem, planner.deadline_seconds, prices, **limits)
     plan = finish(solved)
+    splits_prompts = settings.problem is not None or _read_shape(settings.model).spec.splits_prompts
+    simulated = simulate_workload(plan, options, splits_prompts)
+    plan = replace(plan, run_seconds=sum_seconds(simulated))
     write_artefacts(plan, out)
-    if simulated := simulate_workload(plan, row_buckets=_captures(settings)):
+    if simulated:
         write_predicted_trace(plan, simulated, out)
     return plan
 
@@ -212,10 +217,16 @@ def _model(model: ModelConfig) -> tuple[ModelShape, PlannedModel]:
     if model.path is not None:
         path = make_absolute(model.path)
         refuse_quantized(path)
-        shape = read_shape(path)
         list_notes(path)  # what ranks would refuse is refused here
+        shape = _read_shape(model)
         return shape, PlannedModel(str(path), shape.architecture, fingerprint(path))
+    shape = _read_shape(model)
+    return shape, PlannedModel(None, shape.architecture, shape.fingerprint)
+
+
+def _read_shape(model: ModelConfig) -> ModelShape:
+    if model.path is not None:
+        return read_shape(make_absolute(model.path))
     if not model.shape:
         raise UserError("No model is given; set model.path=DIR, or model=NAME of a shipped shape to plan only.")
-    shape = ModelShape.from_config(model.shape)
-    return shape, PlannedModel(None, shape.architecture, shape.fingerprint)
+    return ModelShape.from_config(model.shape)

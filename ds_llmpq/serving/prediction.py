@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from ds_llmpq.engine.batch_limits import build_limits
+from ds_llmpq.engine.config import EngineConfig
 from ds_llmpq.files import write_json
 from ds_llmpq.plan import Plan
 from ds_llmpq.quant.kernels.registry import find_stage_kernel
@@ -92,18 +94,32 @@ def simulate_streams(
     return found or None
 
 
-def simulate_workload(plan: Plan, row_buckets: bool) -> list[SimulatedRun] | None:
-    """With the plan's own workload, all sequences alike. `row_buckets`: as passes that are captured have them."""
-    workload, sizes = plan.workload, plan.micro_batch
-    limits = MicroBatchLimits(
-        sizes.prefill, sizes.prefill * workload.prefill_tokens, sizes.decode, row_buckets=row_buckets,
-        cache_blocks=plan.count_pool_blocks(workload.prefix_positions(plan.cache_block)),
-        block_tokens=plan.cache_block, ragged=plan.is_ragged and not row_buckets,
-    )  # fmt: skip
+def simulate_run(
+    plan: Plan,
+    streams: Sequence[LengthsOfStream],
+    limits: MicroBatchLimits,
+    prefix_tokens: int = 0,
+    most_passes: int = MOST_PASSES,
+) -> list[SimulatedRun] | None:
+    """A run of these streams, and of the prefix that is computed before them; else as `simulate_streams`."""
+    prefix = [(1, [(prefix_tokens, 1)], (), ())] if prefix_tokens and streams else []
+    return simulate_streams(plan, [*prefix, *streams], limits, most_passes)
+
+
+def simulate_workload(plan: Plan, options: EngineConfig, splits_prompts: bool = True) -> list[SimulatedRun] | None:
+    """A run of the plan's own workload, all sequences alike. `splits_prompts`: as `build_limits` has it."""
+    workload = plan.workload
+    prefix = workload.prefix_positions(plan.cache_block)
+    limits = build_limits(plan, options, splits_prompts, plan.is_ragged and splits_prompts, prefix)
     lengths = [(workload.prompt_tokens, workload.generated_tokens)] * workload.sequences
     shared = [workload.shared_tokens] * workload.sequences
     most = [workload.prompt_tokens + workload.generated_tokens] * workload.sequences
-    return simulate_streams(plan, [(workload.sequences, lengths, shared, most)], limits)
+    return simulate_run(plan, [(workload.sequences, lengths, shared, most)], limits, workload.shared_tokens)
+
+
+def sum_seconds(simulated: Iterable[SimulatedRun] | None) -> float | None:
+    """Of streams, which follow one another; None where there are none."""
+    return sum(run.latency_seconds for run in simulated) if simulated else None
 
 
 def name_stages(plan: Plan) -> list[dict]:

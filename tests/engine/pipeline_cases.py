@@ -260,7 +260,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 def quantize_with_hqq(layer: nn.Module, bits: int, dtype: torch.dtype) -> None:
     """HQQ's own constructor, not the package's."""
     config = BaseQuantizeConfig(nbits=bits, group_size=GROUP_SIZE, axis=1)
-    config["weight_quant_params"]["optimize"] = False
+    config["weight_quant_params"] |= {"optimize": False, "round_zero": False}
     for parent in list(layer.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear):

@@ -1,5 +1,6 @@
 """What `run` prints: ten lines at most beside progress, the first answers among them."""
 
+import json
 import re
 
 import pytest
@@ -39,3 +40,19 @@ def test_a_batch_of_ones_own_prints_ten_lines_with_three_answers(tmp_path):
     whole = run("run", *keys, f"out={tmp_path / 'verbose'}", "-v")
     assert "origin of layer_seconds" in whole.stdout
     assert "weights predicted" in whole.stdout
+
+
+def test_a_plan_and_the_run_of_its_workload_predict_the_same(tmp_path):
+    """Prompts of the planned length with nothing in common, answers to their limit."""
+    rows = [completion(f"row-{i}", [3 + 7 * i + k for k in range(24)], 8) for i in range(4)]
+    for row in rows:
+        row["body"]["ignore_eos"] = True
+    shape = ["workload.sequences=4", "workload.prompt_tokens=24", "workload.generated_tokens=8"]
+    keys = (f"input={write_rows(tmp_path / 'rows.jsonl', rows)}", "+experiment=demo", "planner.calibrate=never", *shape)
+    ended = run("run", *keys, f"out={tmp_path / 'out'}")
+    assert ended.returncode == 0, ended.stderr
+    plan, metrics = (json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in ("plan", "metrics"))
+    found = metrics["predicted_against_measured"]
+    assert metrics["measured"]["generated_tokens"] == 32
+    assert found["latency_seconds"]["predicted"] == pytest.approx(plan["run_seconds"], rel=1e-12)
+    assert found["expected_before"]["latency_seconds"] == pytest.approx(plan["run_seconds"], rel=1e-12)

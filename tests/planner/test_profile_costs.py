@@ -9,6 +9,8 @@ from ds_llmpq.cluster.cluster import Cluster
 from ds_llmpq.cluster.config import ClusterConfig, DeviceConfig, DeviceTypeConfig, HostConfig, LinkConfig
 from ds_llmpq.cost.linktable import Message, write_links
 from ds_llmpq.cost.profile import Point, Sample, append, current_setup, write_header
+from ds_llmpq.engine.batch_limits import build_limits
+from ds_llmpq.engine.config import EngineConfig
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.plan import Assignment, PlannedModel, SolverReport, StageAssignment
@@ -22,7 +24,8 @@ from ds_llmpq.quant.kernels.dequantize import DEQUANTIZE
 from ds_llmpq.quant.kernels.openvino import OPENVINO_GRAPH
 from ds_llmpq.quant.packing import Groups, make_groups
 from ds_llmpq.scheduler.micro_batch import MicroBatchLimits
-from ds_llmpq.serving.prediction import PlanTimes, simulate_streams, simulate_workload
+from ds_llmpq.serving.metrics import expect, summarize
+from ds_llmpq.serving.prediction import PlanTimes, simulate_streams, simulate_workload, sum_seconds
 
 SHAPE = ModelShape.from_config(
     {
@@ -67,10 +70,10 @@ def folder(tmp_path):
     return tmp_path
 
 
-def prepared(folder, count=3, **changes):
+def prepared(folder, count=3, workload=WORKLOAD, **changes):
     planner = PlannerConfig(profile=str(folder), **changes)
     make_costs, here = load_profile_costs(planner, QUANT, cluster(count), SHAPE, "auto", DEQUANTIZE)
-    return prepare(here, SHAPE, WORKLOAD, QUANT, planner, make_costs=make_costs)
+    return prepare(here, SHAPE, workload, QUANT, planner, make_costs=make_costs)
 
 
 def deployed(built, assignment, here):
@@ -151,7 +154,7 @@ def test_a_simulated_plan_is_close_to_its_formula(folder):
         )
         assignment = Assignment(stages, generator.choice([1, 2, 4, 8]), generator.choice([1, 2, 4, 8]))
         prediction = evaluate(built.problem, assignment)
-        (simulated,) = simulate_workload(deployed(built, assignment, cluster()), row_buckets=False)
+        (simulated,) = simulate_workload(deployed(built, assignment, cluster()), EngineConfig())
         fill = sum(prediction.stage_prefill_seconds) + sum(prediction.stage_decode_seconds)
         assert abs(simulated.latency_seconds - prediction.latency_seconds) <= 1.01 * fill
         assert {event["name"] for event in simulated.build_chrome_events()} >= {"prefill", "decode"}
@@ -195,6 +198,27 @@ def test_the_first_pass_of_a_size_costs_each_stage_more_once(folder):
     assert first - second == pytest.approx(7.0)
     assert times.work(0, "decode", 16, 1, 36) == times.work(0, "decode", 16, 1, 36)  # as many tokens as 2 x 8
     assert PlanTimes(plan).work(0, "prefill", 2, 8, 0) == first
+
+
+@pytest.mark.parametrize("shared", [0, 16])
+def test_a_plan_and_the_verdict_of_a_run_predict_the_same_of_the_same_requests(folder, shared):
+    points = [Point("core", "new_size", "prefill", 0, 1, size) for size in (8, 16, 32)]
+    append(folder / "profile.csv", [Sample(point, 0, 1, 1, 7.0, 7.0, 0.0) for point in points])
+    workload = dataclasses.replace(WORKLOAD, shared_tokens=shared)
+    built, stages = prepared(folder, workload=workload), [("localhost:1", 0, 4), ("localhost:2", 4, 6)]
+    stages = tuple(StageAssignment(device, a, b, (16,) * (b - a)) for device, a, b in stages)
+    plan = deployed(built, Assignment(stages, 4, 8), cluster())
+    options, count = EngineConfig(), workload.sequences
+    seconds = sum_seconds(simulate_workload(plan, options))
+    plain = dataclasses.replace(plan, stages=tuple(dataclasses.replace(s, first_pass_seconds=0.0) for s in plan.stages))
+    assert seconds >= sum_seconds(simulate_workload(plain, options)) + 2 * 7.0
+    requests = [(workload.prompt_tokens, workload.generated_tokens)] * count
+    limits = build_limits(plan, options, True, False, shared)
+    streams = [(count, requests, [shared] * count, [sum(requests[0])] * count)]
+    assert expect(plan, streams, limits, shared)["latency_seconds"] == seconds
+    ran = [(1, [(shared, 1)], (), ())] * (shared > 0) + streams
+    found = summarize(plan, {}, [], [], 0.0, simulate_streams(plan, ran, limits))["predicted_against_measured"]
+    assert found["latency_seconds"]["predicted"] == seconds
 
 
 def test_rows_whose_tokens_are_drawn_cost_the_last_stage_more(folder):

@@ -2,6 +2,7 @@
 
 import json
 
+from ds_llmpq.engine.config import EngineConfig
 from ds_llmpq.plan import write_plan
 from ds_llmpq.planner import Problem, solve
 from ds_llmpq.serving.prediction import simulate_workload, write_predicted_trace
@@ -51,7 +52,7 @@ def write_planned(folder, **options):
     made = problem(**options)
     plan = solve(made, solver="search")
     write_plan(folder / "plan.json", plan)
-    write_predicted_trace(plan, simulate_workload(plan, row_buckets=False), folder)
+    write_predicted_trace(plan, simulate_workload(plan, EngineConfig()), folder)
     return plan
 
 

@@ -17,6 +17,7 @@ from ds_llmpq.scheduler.micro_batch import MicroBatchLimits
 from ds_llmpq.scheduler.stream import SequenceLengths, StreamTimes
 from ds_llmpq.serving.metrics import expect, share_processors, summarize
 from ds_llmpq.serving.prediction import simulate_streams
+from ds_llmpq.wording import format_number
 
 
 def read(folder):
@@ -95,13 +96,16 @@ def test_a_run_of_milliseconds_is_not_judged(tmp_path):
     assert "verdict: the run took 7.00 times" in format_run(metrics)
 
 
-def test_what_the_planned_times_leave_out_is_said_where_it_counts(tmp_path):
+def test_what_a_run_is_predicted_to_reach_is_said_where_it_is_less(tmp_path):
     plan = write_planned(tmp_path)
     total = plan.predicted.latency_seconds
-    for share, said in ((0.001, False), (0.1, True)):
-        stages = tuple(replace(stage, first_pass_seconds=share * total) for stage in plan.stages)
-        for text in (format_plan(replace(plan, stages=stages)), describe_plan(replace(plan, stages=stages))):
-            assert ("a stage's first pass of each size" in text) == said
+    for share, said in ((0.0, False), (0.001, False), (1.0, True)):
+        run = replace(plan, run_seconds=(1 + share) * total)
+        speed = format_number(plan.predicted.throughput_tokens_per_second / 2, 4)
+        for text in (format_plan(run), describe_plan(run)):
+            assert ("as a run" in text) == said
+            assert (f"; {speed} as a run, in which a stage's first pass of each size takes longer" in text) == said
+    assert "as a run" not in describe_plan(replace(plan, run_seconds=None))
 
 
 def test_the_page_has_the_predicted_rate_beside_the_measured_one(tmp_path):
