@@ -18,8 +18,8 @@ from ds_llmpq.commands.config import DetectConfig
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import read_text
 from ds_llmpq.launch.hosts import ask_hosts
-from ds_llmpq.report.plan_table import format_size, format_table
-from ds_llmpq.wording import quote_argument
+from ds_llmpq.report.plan_table import format_table
+from ds_llmpq.wording import format_size, quote_argument
 
 _MODULE = "ds_llmpq.commands.detect"
 

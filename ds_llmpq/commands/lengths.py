@@ -46,8 +46,8 @@ def _train(settings: LengthsConfig, out: Path) -> None:
 def _evaluate(settings: LengthsConfig, out: Path) -> None:
     predictor = actions.load_chosen_predictor(settings)
     examples, trained_on = actions.select_unseen(settings, predictor)
-    count = len(examples)
-    print(f"test split: {count} examples" if trained_on else f"not the training data: all {count} examples")
+    count = pluralize(len(examples), "example")
+    print(f"test split: {count}" if trained_on else f"not the training data: all {count}")
     _report(evaluate(predictor, examples), out)
 
 

@@ -14,8 +14,7 @@ from ds_llmpq.models.shape import read_shape
 from ds_llmpq.plan import check_model, read_plan
 from ds_llmpq.quant.config import QuantConfig, suit_zeros
 from ds_llmpq.quant.packing import count_bits_per_weight, make_groups
-from ds_llmpq.report.plan_table import format_size
-from ds_llmpq.wording import quote_argument
+from ds_llmpq.wording import format_size, pluralize, quote_argument
 
 
 def run(settings: QuantizeConfig, out: Path) -> int:
@@ -29,9 +28,9 @@ def run(settings: QuantizeConfig, out: Path) -> int:
         written = write_quantized(source, out, bits, quant, settings.device, reuse, show, trusts)
     weight = count_bits_per_weight(read_shape(source), bits, make_groups(quant), quant.lm_head_bits)
     print(
-        f"{written.parts} parts, {written.reused} of them reused; {format_size(written.source_bytes)} became "
-        f"{format_size(written.bytes)} in {written.seconds:.1f} s; {weight:.2f} bits per weight in decoder layers and "
-        f"lm_head, with scales and zeros of 16 bits"
+        f"{pluralize(written.parts, 'part')}, {written.reused} of them reused; {format_size(written.source_bytes)} "
+        f"became {format_size(written.bytes)} in {written.seconds:.1f} s; {weight:.2f} bits per weight in decoder "
+        f"layers and lm_head, with scales and zeros of 16 bits"
     )
     print(f"quantized: {out} (use it with `ds-llmpq run plan=FILE {quote_argument('quantized', out)}`)")
     return 0

@@ -9,9 +9,9 @@ from ds_llmpq import config
 from ds_llmpq.commands.config import SensitivityConfig
 from ds_llmpq.errors import UserError
 from ds_llmpq.launch.progress import ProgressBar
-from ds_llmpq.report.plan_table import format_size, format_table
+from ds_llmpq.report.plan_table import format_table
 from ds_llmpq.sensitivity.table import FILE, Sensitivity, write_sensitivity
-from ds_llmpq.wording import format_number, quote_argument
+from ds_llmpq.wording import format_number, format_size, quote_argument
 
 
 def run(settings: SensitivityConfig, out: Path) -> int:

@@ -23,6 +23,7 @@ from ds_llmpq.cost.profile import (
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS
+from ds_llmpq.wording import format_percent
 
 
 @dataclass
@@ -65,11 +66,11 @@ class FittedCosts:
         errors = {phase: error for phase in ("prefill", "decode") if (error := self.time_error(phase)) is not None}
         if not errors:
             return f"roofline (the profile has no {self.device_type.name})"
-        means = " and ".join(f"{error:.1%} in {phase}" for phase, error in errors.items())
-        worst = max(fit.worst_error for phase in errors for fit in self._layer_fits(phase))
+        means = " and ".join(f"{format_percent(error, '.1')} in {phase}" for phase, error in errors.items())
+        worst = format_percent(max(fit.worst_error for phase in errors for fit in self._layer_fits(phase)), ".1")
         missed = sorted(set().union(*self._missed.values()))
         rest = f"; {', '.join(map(str, missed))} bits roofline" if missed else ""
-        return f"fitted (left-out points off by {means} on average, {worst:.1%} at worst{rest})"
+        return f"fitted (left-out points off by {means} on average, {worst} at worst{rest})"
 
     def prefill_seconds(self, bits: int, batch: int, tokens: int) -> float | None:
         if bits not in self.device_type.bits:

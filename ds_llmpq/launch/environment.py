@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ds_llmpq.errors import UserError, quote
 from ds_llmpq.plan import Plan
+from ds_llmpq.wording import pluralize
 
 RUN_MARK = "DS_LLMPQ_RUN"  # marks the processes of a run
 
@@ -91,8 +92,8 @@ def read_rank(plan: Plan) -> int:
         ) from None
     if world_size != len(plan.stages):
         raise UserError(
-            f"The plan has {len(plan.stages)} stages, but {world_size} ranks were started; use the hostfile (and the "
-            "--include line) that `plan` wrote beside plan.json."
+            f"The plan has {pluralize(len(plan.stages), 'stage')}, but {pluralize(world_size, 'rank')} started; use "
+            "the hostfile (and the --include line) that `plan` wrote beside plan.json."
         )
     ranks = sorted(stage.rank for stage in plan.stages)
     if ranks != list(range(world_size)):
@@ -102,8 +103,8 @@ def read_rank(plan: Plan) -> int:
     started = int(os.environ.get("LOCAL_SIZE", planned))
     if started != planned:
         raise UserError(
-            f"The plan puts {planned} stages on host {host}, but {started} ranks were started on the host of rank "
-            f"{rank}; use the hostfile that `plan` wrote beside plan.json."
+            f"The plan puts {pluralize(planned, 'stage')} on host {host}, but {pluralize(started, 'rank')} started on "
+            f"the host of rank {rank}; use the hostfile that `plan` wrote beside plan.json."
         )
     return rank
 

@@ -19,6 +19,7 @@ import torch
 
 from ds_llmpq import files
 from ds_llmpq.errors import UserError
+from ds_llmpq.wording import pluralize
 
 CALIBRATION, EVALUATION = "calibration", "evaluation"
 _MOST_BYTES = 1 << 32
@@ -87,7 +88,9 @@ def cut_rows(tokens: list[int], length: int) -> list[list[int]]:
     """Cuts a text into rows of at most `length` + 1 tokens that overlap by one, so that every token but the first is
     predicted exactly once. `UserError`: fewer than two tokens."""
     if len(tokens) < 2:
-        raise UserError(f"The text has {len(tokens)} tokens; two are the least that can be scored: give a longer text.")
+        raise UserError(
+            f"The text has {pluralize(len(tokens), 'token')}; two are the least that can be scored: give a longer text."
+        )
     return [tokens[start : start + length + 1] for start in range(0, len(tokens) - 1, length)]
 
 

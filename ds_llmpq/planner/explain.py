@@ -11,7 +11,7 @@ from ds_llmpq.planner.objective import Prediction, evaluate, find_time_error, ob
 from ds_llmpq.planner.problem import Problem
 from ds_llmpq.planner.unquantized import leave_unquantized
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS
-from ds_llmpq.wording import format_number, pluralize
+from ds_llmpq.wording import format_number, format_size, pluralize
 
 GIGABYTE = 1e9
 
@@ -128,7 +128,7 @@ def _limit(problem: Problem, plan: Plan, stage: Stage, phase: str) -> str:
     slower = [b for b in stage.bits if usable[b] > usable[fastest]]
     free = stage.memory_budget_bytes - stage.memory_bytes.total
     if slower and most_bytes[fastest] - most_bytes[slower[0]] > free:
-        return f"memory limits it: {fastest} bits would be faster, but only {free:,.0f} bytes are free"
+        return f"memory limits it: {fastest} bits would be faster, but only {format_size(free)} are free"
     lightest = min(most_bytes.values()) + problem.memory.kv_bytes_per_sequence_layer * problem.workload.sequences
     others = [s for s in plan.stages if s is not stage]
     spare = [s for s in others if s.memory_budget_bytes - s.memory_bytes.total >= lightest]
@@ -158,7 +158,8 @@ def _left_out(problem: Problem, plan: Plan) -> list[str]:
     if not idle:
         return []
     names = ", ".join(idle[:6]) + (f" and {len(idle) - 6} more" if len(idle) > 6 else "")
-    return [f"{len(idle)} of {len(problem.devices)} devices are left out: {names}."]
+    verb = "is" if len(idle) == 1 else "are"
+    return [f"{len(idle)} of {len(problem.devices)} devices {verb} left out: {names}."]
 
 
 def _memory_worth(problem: Problem, plan: Plan, seen: Prediction) -> list[str]:
@@ -178,10 +179,10 @@ def _memory_worth(problem: Problem, plan: Plan, seen: Prediction) -> list[str]:
     if not found:
         return []
     found.sort(reverse=True)
-    listed = ", ".join(f"{format_number(gain)} on {device}" for gain, device in found[:4])
+    listed = ", or ".join(f"{format_number(gain)} s on {device}" for gain, device in found[:4])
     return [
-        f"One GB more memory on one device would lower the objective of {format_number(plan.solver.objective, 4)} by "
-        f"at least (the same stages, other bit widths): {listed}."
+        f"One GB more memory on one device would lower the objective of {format_number(plan.solver.objective, 4)} s, "
+        f"with the same stages and other bit widths, by at least {listed}."
     ]
 
 

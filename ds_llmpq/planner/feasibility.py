@@ -16,6 +16,7 @@ from ds_llmpq.errors import InfeasibleError
 from ds_llmpq.planner.arrays import PairArrays, pair_arrays
 from ds_llmpq.planner.objective import charge_head
 from ds_llmpq.planner.problem import DeviceSpeeds, Problem
+from ds_llmpq.wording import format_size, pluralize
 
 STATE_LIMIT = 50_000
 _BLOCKS = 128  # positions: a multiple of every kernel's cache block
@@ -143,13 +144,14 @@ def explain_memory(problem: Problem) -> InfeasibleError:
             "micro-batches; add latency entries, bit widths or micro-batch sizes."
         )
     pair = max(runnable, key=lambda pair: furthest_layer(problem, *pair))
-    held = furthest_layer(problem, *pair)
     arrays = pair_arrays(problem, *pair)
     smallest = _smallest_total(arrays)
     room = float(np.clip(arrays.capacity, 0, None).sum())
+    held = f"{furthest_layer(problem, *pair)} of {pluralize(problem.layers, 'layer')}"
     return InfeasibleError(
-        f"No plan fits the memory: with every layer at its smallest bit width and micro-batches {pair} the devices "
-        f"hold {held} of {problem.layers} layers; {_shortfall(problem, arrays, smallest, room)}; {_remedies(problem)}."
+        f"No plan fits the memory: with every layer at its smallest bit width and micro-batches of {pair[0]} in "
+        f"prefill and {pair[1]} in decode the devices hold {held}; "
+        f"{_shortfall(problem, arrays, smallest, room)}; {_remedies(problem)}."
     )
 
 
@@ -161,11 +163,14 @@ def _smallest_total(arrays: PairArrays) -> float:
 
 def _shortfall(problem: Problem, arrays: PairArrays, smallest: float, room: float) -> str:
     extra = _smallest_increase(problem)
-    lead = f"weights, KV cache, embedding and head need {smallest:,.0f} bytes of {room:,.0f} left after the workspace"
+    lead = (
+        f"weights, KV cache, embedding and head need {format_size(smallest)} of the {format_size(room)} left after the "
+        "workspace"
+    )
     if extra is None:
         return f"{lead}, and more memory alone would not help"
     tightest = problem.devices[int(np.argmin(arrays.capacity))].name
-    return f"{lead}, each device lacks about {extra:,.0f} bytes, {tightest!r} being the smallest"
+    return f"{lead}, each device lacks about {format_size(extra)}, {tightest!r} being the smallest"
 
 
 def _smallest_increase(problem: Problem) -> int | None:
@@ -224,9 +229,8 @@ def _smaller_batch(problem: Problem) -> list[str]:
         return memory_feasible(replace(problem, workload=replace(workload, sequences=sequences)))
 
     if batch > 1 and kept(1):
-        found.append(
-            f"at most {batch - _least(lambda cut: kept(batch - cut), 0, batch - 1)} sequences instead of {batch}"
-        )
+        most = batch - _least(lambda cut: kept(batch - cut), 0, batch - 1)
+        found.append(f"at most {pluralize(most, 'sequence')} instead of {batch}")
     context = workload.prompt_tokens + workload.generated_tokens
 
     def shortened(tokens: int) -> bool:

@@ -84,6 +84,8 @@ def calibrate(wanted: TimingTask, cluster: Cluster, choice: str, show: Show) -> 
         return None
     folder = cache_folder() / _KEPT / _key(wanted, cluster)
     if choice != "always" and _is_kept(folder):
+        if doubt := _describe_doubt(read_profile(folder / "profile.csv").note.get("slowed")):
+            show(f"times from {folder}{doubt}")
         return folder
     try:
         with one_at_a_time(folder.parent):
@@ -123,13 +125,17 @@ def _measure_into(wanted: TimingTask, cluster: Cluster, folder: Path, show: Show
         slowed = _measure(wanted, cluster, made)
         shutil.rmtree(folder, ignore_errors=True)
         made.replace(folder)
-    said = f"timed in {time.monotonic() - begin:.1f} s, kept in {folder}"
-    if slowed and slowed > _BUSY:
-        said += (
-            f"; the machine was busy: timing took {slowed:.1f} times as long as it worked, so the predicted times are "
-            "unsure; planner.calibrate=always measures again"
-        )
-    show(said)
+    show(f"timed in {time.monotonic() - begin:.1f} s, kept in {folder}{_describe_doubt(slowed)}")
+
+
+def _describe_doubt(slowed: Any) -> str:
+    """What a calibration says when it is made and whenever it is used; nothing if the machine was quiet."""
+    if not isinstance(slowed, (int, float)) or not slowed > _BUSY:
+        return ""
+    return (
+        f"; the machine was busy: timing took {slowed:.1f} times as long as it worked, so the predicted times are "
+        "unsure; planner.calibrate=always measures again"
+    )
 
 
 def _round_sizes(wanted: TimingTask) -> TimingTask:

@@ -14,7 +14,8 @@ from ds_llmpq.errors import UserError
 from ds_llmpq.report import figures
 from ds_llmpq.report.metrics_file import REMEDY, read_metrics, refuse_other_forms
 from ds_llmpq.report.plan_table import format_milliseconds, format_table
-from ds_llmpq.report.run_summary import judge_times
+from ds_llmpq.report.run_summary import judge_metrics
+from ds_llmpq.wording import format_percent, pluralize
 
 TIMED = ("latency", "prefill", "decode")
 TRUSTED, USABLE = 0.06, 0.15  # mean absolute error up to which times are trusted, or good for a ranking
@@ -58,8 +59,8 @@ def format_profile(model: LatencyModel) -> str:
     lines = [format_errors(pairs), verdict(layers or pairs, "left-out points")]
     if spread and median(spread) > 0.1:
         lines.append(
-            f"note: the measurements themselves scatter by {median(spread):.0%} (median over points); other programs "
-            "were running, so profile again on a quiet machine before trusting small differences"
+            f"note: the measurements themselves scatter by {format_percent(median(spread))} (median over points); "
+            "other programs were running, so profile again on a quiet machine before trusting small differences"
         )
     return "\n".join(lines)
 
@@ -70,7 +71,7 @@ def format_kernels(note: dict[str, Any]) -> str:
     if not times:
         return f"kernel: {note['kernel']}"
     rows = sorted({time["rows"] for time in times})
-    lines = [f"{'linears of a layer, ms':<24}" + "".join(f"{f'{count} rows':>12}" for count in rows)]
+    lines = [f"{'linears of a layer, ms':<24}" + "".join(f"{pluralize(count, 'row'):>12}" for count in rows)]
     for kernel, bits in dict.fromkeys((time["kernel"], time["bits"]) for time in times):
         found = {time["rows"]: time["seconds"] for time in times if (time["kernel"], time["bits"]) == (kernel, bits)}
         lines.append(f"{f'{kernel} {bits} bits':<24}" + "".join(f"{1e3 * found[count]:>12.2f}" for count in rows))
@@ -92,9 +93,9 @@ def format_errors(pairs: Iterable[TimePair]) -> str:
                 phase,
                 bits,
                 str(len(members)),
-                f"{_mean(map(abs, errors)):.1%}",
-                f"{worst.error:+.1%}",
-                f"{_mean(errors):+.1%}",
+                format_percent(_mean(map(abs, errors)), ".1"),
+                format_percent(worst.error, "+.1"),
+                format_percent(_mean(errors), "+.1"),
                 f"{format_milliseconds(worst.predicted_seconds)} / {format_milliseconds(worst.measured_seconds)}",
             ]
         )
@@ -106,7 +107,8 @@ def verdict(pairs: Sequence[TimePair], what: str, remedy: str = "profile again")
     """`remedy`: what to do, with nothing else running, where times are off."""
     mean = _mean(abs(pair.error) for pair in pairs)
     worst = max(abs(pair.error) for pair in pairs)
-    said = f"Predictions of {what} are off by {mean:.1%} on average and {worst:.1%} at worst: "
+    average, most = (format_percent(error, ".1") for error in (mean, worst))
+    said = f"Predictions of {what} are off by {average} on average and {most} at worst: "
     if mean <= TRUSTED:
         return said + "plans made from them can be trusted to about that much."
     if mean <= USABLE:
@@ -116,8 +118,8 @@ def verdict(pairs: Sequence[TimePair], what: str, remedy: str = "profile again")
 
 def judge_run(metrics: dict[str, Any], pairs: Sequence[TimePair]) -> str:
     """The verdict that the run itself ended with. Without totals, as after too many passes to simulate, its passes'."""
-    if totals := metrics["predicted_against_measured"]:
-        return f"verdict: {judge_times({phase: totals[f'{phase}_seconds'] for phase in TIMED})}"
+    if metrics["predicted_against_measured"]:
+        return judge_metrics(metrics)
     return verdict(pairs, "the run's passes", "profile this model on these devices and run again,")
 
 
@@ -138,7 +140,12 @@ def pair_run(folder: Path) -> list[TimePair]:
 
 
 def describe_run(folder: Path) -> str:
-    """The table of a run's passes, its totals, and its memory."""
+    """The table of a run's passes, its totals, its memory, and the verdict."""
+    return "\n".join([*compare_run(folder), judge_run(_json(folder / "metrics.json"), pair_run(folder))])
+
+
+def compare_run(folder: Path) -> list[str]:
+    """What `describe_run` has, without the verdict."""
     pairs = pair_run(folder)
     with refuse_other_forms(folder / "metrics.json"):
         metrics = _json(folder / "metrics.json")
@@ -146,12 +153,12 @@ def describe_run(folder: Path) -> str:
         lines = [_describe_total(phase, totals[f"{phase}_seconds"]) for phase in totals and TIMED]
         memory = [row for stage in metrics["stages"] for row in _compare_memory(stage)]
     head = ["stage", "memory", "predicted bytes", "measured bytes", "error"]
-    return "\n".join([format_errors(pairs), *lines, format_table(head, memory), judge_run(metrics, pairs)])
+    return [format_errors(pairs), *lines, format_table(head, memory)]
 
 
 def _describe_total(phase: str, entry: dict[str, float]) -> str:
     # one-token answers have no decode, neither predicted nor measured
-    error = f" ({entry['predicted'] / entry['measured'] - 1:+.1%})" if entry["measured"] else ""
+    error = f" ({_describe_error(entry['predicted'], entry['measured'])})" if entry["measured"] else ""
     return f"{phase}: predicted {entry['predicted']:.3f} s, measured {entry['measured']:.3f} s{error}"
 
 
@@ -164,8 +171,13 @@ def _compare_memory(stage: dict[str, Any]) -> list[list[str]]:
         ("peak growth", predicted["total"], measured["peak_growth"]),
     )
     return [
-        [str(stage["stage"]), name, f"{p:,.0f}", f"{m:,.0f}", f"{p / m - 1:+.1%}" if m else "-"] for name, p, m in parts
+        [str(stage["stage"]), name, f"{p:,.0f}", f"{m:,.0f}", _describe_error(p, m) if m else "-"]
+        for name, p, m in parts
     ]
+
+
+def _describe_error(predicted: float, measured: float) -> str:
+    return format_percent(predicted / measured - 1.0, "+.1")
 
 
 def scatter(pairs: Sequence[TimePair], file: Path, title: str) -> None:

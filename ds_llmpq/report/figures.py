@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ds_llmpq.wording import format_number
+
 # Okabe and Ito; stages take them in turn
 STAGES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
 SPANS = {
@@ -35,6 +37,16 @@ def make_figure(
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def name_span(name: str) -> str:
+    """wait_tokens -> "waits for tokens"."""
+    return name.replace("wait_send", "waits to send").replace("wait_", "waits for ").replace("receive", "data")
+
+
+def write_plainly(axis: Any) -> None:
+    """Numbers at an axis as in the text: 2,500 and 0.002."""
+    axis.set_major_formatter(lambda value, _: format_number(value, 4))
 
 
 def save_figure(figure: Any, path: Path) -> Path:

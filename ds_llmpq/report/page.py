@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
+_NUMBER = re.compile(r"[+-]?[\d.,]+( %| (B|KiB|MiB|GiB)| \([\d.]+x(, loss [\d.]+)?\))?")
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1400px; margin: 2em auto; padding: 0 1em; color: #222; }
 h1 { font-size: 1.6em; margin-bottom: 0; } h2 { font-size: 1.2em; margin-top: 2em; border-bottom: 1px solid #ddd; }
-p.lead { color: #555; } img { max-width: 100%; height: auto; display: block; margin: 1em 0; }
+p { max-width: 1100px; } p.lead { color: #555; } img { max-width: 100%; height: auto; display: block; margin: 1em 0; }
 pre { background: #f6f6f4; padding: 0.8em; overflow-x: auto; font-size: 12.5px; line-height: 1.4; }
 table { border-collapse: collapse; margin: 1em 0; font-size: 13.5px; display: block; overflow-x: auto; }
-th, td { text-align: left; padding: 0.25em 0.9em 0.25em 0; border-bottom: 1px solid #e5e5e5; vertical-align: top; }
-td.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; } nav a { margin-right: 1em; }
+th, td { text-align: left; padding: 0.25em 0.8em 0.25em 0; border-bottom: 1px solid #e5e5e5; vertical-align: top; }
+.number { text-align: right; font-variant-numeric: tabular-nums; } td.number { white-space: nowrap; }
+nav a { margin-right: 1em; }
 """
 
 
@@ -44,8 +46,12 @@ class Section:
         return self
 
     def table(self, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Section:
-        columns = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-        lines = ["".join(_cell(cell) for cell in row) for row in rows]
+        """A column of numbers alone is aligned at the right."""
+        kinds = [_class_of(row[column] for row in rows) for column in range(len(head))]
+        columns = "".join(f"<th{kind}>{escape(cell)}</th>" for cell, kind in zip(head, kinds, strict=True))
+        lines = [
+            "".join(f"<td{kind}>{escape(cell)}</td>" for cell, kind in zip(row, kinds, strict=True)) for row in rows
+        ]
         body = "".join(f"<tr>{line}</tr>" for line in lines)
         self.parts.append(f"<table><thead><tr>{columns}</tr></thead><tbody>{body}</tbody></table>")
         return self
@@ -67,6 +73,6 @@ def render_page(title: str, lead: str, sections: Sequence[Section]) -> str:
     )
 
 
-def _cell(text: str) -> str:
-    number = re.fullmatch(r"[+-]?[\d.,]+(e[+-]?\d+)?%?( (B|KiB|MiB|GiB)| \([\d.]+x\))?", text)
-    return f'<td class="number">{escape(text)}</td>' if number else f"<td>{escape(text)}</td>"
+def _class_of(cells: Iterable[str]) -> str:
+    filled = [cell for cell in cells if cell not in ("", "-")]
+    return ' class="number"' if filled and all(map(_NUMBER.fullmatch, filled)) else ""

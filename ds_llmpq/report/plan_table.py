@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 
-from ds_llmpq.plan import Plan, PredictedTotals
+from ds_llmpq.plan import ESTIMATES, Plan, PredictedTotals
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS
-from ds_llmpq.wording import format_number, pluralize
+from ds_llmpq.wording import format_number, format_size, pluralize
 
 _MOST_STAGES = 4  # named in a line
 _LITTLE = 0.01  # of the predicted time
 # how the notes begin that are shown without -v
 _SHOWN = ("Quantized:", "Not quantized:", "Deadline ", "Gain of planning")
-_UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
 
 def format_plan(plan: Plan) -> str:
@@ -85,13 +84,6 @@ def _head_text(plan: Plan, index: int) -> str:
     return f" head {width}" if width < UNQUANTIZED_BITS and index == len(plan.stages) - 1 else ""
 
 
-def format_size(amount: float) -> str:
-    for unit, factor in _UNITS:
-        if amount >= factor:
-            return f"{amount / factor:.1f} {unit}"
-    return f"{amount:.0f} B"
-
-
 def format_milliseconds(seconds: float) -> str:
     return format_number(seconds * 1e3)
 
@@ -126,7 +118,8 @@ def _summary(plan: Plan) -> list[str]:
         lines.append(f"cost: {describe_cost(cost)}")
     if plan.baselines:
         lines.append(
-            "baselines: " + "; ".join(f"{name} {_baseline(plan, entry)}" for name, entry in plan.baselines.items())
+            "baselines: "
+            + "; ".join(f"{name_baseline(name)} {_baseline(plan, entry)}" for name, entry in plan.baselines.items())
         )
     lines += [f"note: {sentence}" for sentence in plan.explanation]
     lines += [f"origin of {name}: {origin}" for name, origin in plan.provenance.items()]
@@ -148,6 +141,10 @@ def describe_cost(cost: Mapping[str, float | None]) -> str:
     )
     per_million = f"{generated} (only generated ones), {both} (with prompts)"
     return f"{total} in all at {hourly} per hour; per million tokens: {per_million}"
+
+
+def name_baseline(name: str) -> str:
+    return f"{name} (an estimate, no plan)" if name in ESTIMATES else name
 
 
 def _baseline(plan: Plan, entry: PredictedTotals | str) -> str:

@@ -8,8 +8,8 @@ from typing import Any
 
 from ds_llmpq.plan import MEMORY_PARTS, Plan
 from ds_llmpq.report import figures
-from ds_llmpq.report.plan_table import format_size
-from ds_llmpq.wording import format_number
+from ds_llmpq.report.plan_table import name_baseline
+from ds_llmpq.wording import format_number, format_size
 
 GIB, MIB = 2**30, 2**20
 
@@ -78,7 +78,13 @@ def plot_phases(stages: Sequence[Mapping[str, float]], path: Path) -> Path:
     left = [0.0] * len(stages)
     for name in names:
         values = [float(entry.get(name, 0.0)) for entry in stages]
-        axis.barh(range(len(stages)), values, left=left, color=figures.SPANS.get(name, figures.OTHER), label=name)
+        axis.barh(
+            range(len(stages)),
+            values,
+            left=left,
+            color=figures.SPANS.get(name, figures.OTHER),
+            label=figures.name_span(name),
+        )
         left = [a + b for a, b in zip(left, values, strict=True)]
     axis.set_yticks(range(len(stages)), [f"stage {index}" for index in range(len(stages))])
     axis.invert_yaxis()
@@ -107,7 +113,9 @@ def plot_predicted_phases(plan: Plan, path: Path) -> Path:
 def plot_baselines(plan: Plan, path: Path) -> Path | None:
     """Predicted tokens/s of the plan and of its baselines; None if no baseline has a plan."""
     found = {
-        name: entry.throughput_tokens_per_second for name, entry in plan.baselines.items() if not isinstance(entry, str)
+        name_baseline(name): entry.throughput_tokens_per_second
+        for name, entry in plan.baselines.items()
+        if not isinstance(entry, str)
     }
     if not found:
         return None
@@ -118,4 +126,5 @@ def plot_baselines(plan: Plan, path: Path) -> Path | None:
     axis.bar_label(bars, [format_number(value) for value in found.values()], padding=3, fontsize=8)
     axis.invert_yaxis()
     axis.set_xlabel("predicted tokens/s")
+    figures.write_plainly(axis.xaxis)
     return figures.save_figure(figure, path)

@@ -16,12 +16,12 @@ from ds_llmpq.report.plan_table import (
     format_bits,
     format_milliseconds,
     format_plan,
-    format_size,
+    name_baseline,
     predict_cost,
 )
 from ds_llmpq.report.run_summary import format_run
 from ds_llmpq.report.traces import gantt, read_trace
-from ds_llmpq.wording import format_number, pluralize
+from ds_llmpq.wording import format_number, format_percent, format_size, pluralize
 
 _PAIRS = "predicted_against_measured"
 _SIDES = ("predicted", "measured")
@@ -61,7 +61,9 @@ def _text(plan: Plan, metrics: dict[str, Any] | None, folder: Path) -> str:
     if metrics is not None:
         parts += ["", format_run(metrics)]
         if _has_timed_passes(metrics):
-            parts += ["", fidelity.describe_run(folder)]
+            # format_run has the verdict, where there is one
+            compared = fidelity.compare_run(folder) if metrics[_PAIRS] else [fidelity.describe_run(folder)]
+            parts += ["", *compared]
     return "\n".join(parts)
 
 
@@ -143,7 +145,7 @@ def _memory(plan: Plan, metrics: dict[str, Any] | None, out: Path) -> Section:
                 *(format_size(value) for value in stage.memory_bytes.by_part().values()),
                 format_size(needed),
                 format_size(stage.memory_budget_bytes),
-                f"{needed / stage.memory_budget_bytes:.0%}" if stage.memory_budget_bytes else "",
+                format_percent(needed / stage.memory_budget_bytes) if stage.memory_budget_bytes else "",
                 *(
                     format_size(held[name]) if held.get(name) is not None else ""
                     for name in ("weights", "kv", "peak_growth")
@@ -193,10 +195,10 @@ def _baselines(plan: Plan, out: Path) -> Section:
         section.picture(picture, "tokens/s of baselines")
     ours = plan.predicted.throughput_tokens_per_second
     rows = [
-        [name, "", "", "", entry]
+        [name_baseline(name), "", "", "", entry]
         if isinstance(entry, str)
         else [
-            name,
+            name_baseline(name),
             format_number(entry.throughput_tokens_per_second, 4),
             f"{ours / entry.throughput_tokens_per_second:.2f}",
             format_number(entry.quality_loss),

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ds_llmpq.report.plan_table import describe_cost, format_size, format_table
-from ds_llmpq.wording import format_number, pluralize
+from ds_llmpq.report.plan_table import describe_cost, format_table
+from ds_llmpq.wording import format_number, format_percent, format_size, pluralize
 
 TRUSTED = 0.15  # a run that is at most so far off confirms the plan's times
 _SHORTEST = 0.25  # seconds of a run, below which its first passes and pauses of the machine are most of it
@@ -72,8 +72,15 @@ def compare_with_plan(metrics: dict[str, Any]) -> list[str]:
     return [
         f"predicted: {rates['latency']} tokens/s, in {pairs['latency']['predicted']:.2f} s "
         f"(prefill {rates['prefill']} tokens/s, decode {rates['decode']}){expected}",
-        f"verdict: {judge_times(pairs)}{_name_others(metrics.get('hosts', ()))}",
+        judge_metrics(metrics),
     ]
+
+
+def judge_metrics(metrics: dict[str, Any]) -> str:
+    """`judge_times` of a run that was compared with its plan, and whether other programs disturbed it."""
+    found = metrics["predicted_against_measured"]
+    pairs = {phase: found[f"{phase}_seconds"] for phase in ("latency", "prefill", "decode")}
+    return f"verdict: {judge_times(pairs)}{_name_others(metrics.get('hosts', ()))}"
 
 
 def _name_others(hosts: Sequence[dict[str, Any]]) -> str:
@@ -81,13 +88,15 @@ def _name_others(hosts: Sequence[dict[str, Any]]) -> str:
     for host in hosts:
         own, others = host["own_share"] or 0.0, host["others_share"] or 0.0
         if others >= _OTHERS and own + others >= _CROWDED:
-            return f"; other programs had {others:.0%} of the processors of {host['host']} meanwhile, measured"
+            return (
+                f"; other programs had {format_percent(others)} of the processors of {host['host']} meanwhile, measured"
+            )
     return ""
 
 
 def judge_times(pairs: dict[str, dict[str, float | None]]) -> str:
-    """A sentence on how far off the whole run was, and because of which phase. A ratio is measured over predicted
-    seconds; None if a phase has no work, like decode in answers of one token."""
+    """A sentence on how far off the whole run was, and because of which phase, or of what lies between passes. A ratio
+    is measured over predicted seconds; None if a phase has no work, like decode in answers of one token."""
     ratio = pairs["latency"]["ratio"]
     if ratio is None:
         return "nothing was predicted to take any time"
@@ -98,15 +107,16 @@ def judge_times(pairs: dict[str, dict[str, float | None]]) -> str:
         return f"the run took {ratio:.2f} times as long as predicted: the plan's times hold"
     # what a phase took too long, or was too fast if the whole run was
     sign = 1 if ratio > 1 else -1
-    excess = {
-        phase: sign * (pairs[phase]["measured"] - pairs[phase]["predicted"])
-        for phase in ("prefill", "decode")
-        if pairs[phase]["ratio"]
-    }
-    worst = max(excess, key=lambda phase: excess[phase], default=None)
-    cause = f" ({worst} {pairs[worst]['ratio']:.2f} times)" if worst and excess[worst] > 0 else ""
+    excess = {name: sign * (pair["measured"] - pair["predicted"]) for name, pair in pairs.items() if pair["ratio"]}
+    excess["between passes"] = 2 * excess["latency"] - sum(excess.values())
+    del excess["latency"]
+    worst = max(excess, key=lambda name: excess[name])
+    if worst in pairs:
+        cause = f"{worst} {pairs[worst]['ratio']:.2f} times"
+    else:
+        cause = f"{excess[worst]:.2f} s {'more' if sign > 0 else 'less'} between passes"
     use = "good for ranking plans, not as absolute figures" if off <= RANKING else "do not trust them"
-    return f"the run took {ratio:.2f} times as long as predicted{cause}: the plan's times are off; {use}"
+    return f"the run took {ratio:.2f} times as long as predicted ({cause}): the plan's times are off; {use}"
 
 
 def _stages(stages: list[dict[str, Any]]) -> str:

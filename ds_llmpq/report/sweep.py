@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 
 from ds_llmpq.errors import RunFailed, UserError
 from ds_llmpq.files import csv_cell, read_yaml, write_json
-from ds_llmpq.plan import BASELINES, ESTIMATES, PredictedTotals, read_plan
+from ds_llmpq.plan import BASELINES, ESTIMATES, read_plan
 from ds_llmpq.report import figures
 from ds_llmpq.report.metrics_file import REMEDY, look_up, read_metrics
 from ds_llmpq.report.plan_table import format_table, predict_cost
@@ -149,14 +149,12 @@ def build_table(points: list[dict[str, Any]]) -> tuple[list[str], list[list[str]
     names |= {"latency_seconds": "latency s", "quality_loss": "loss", "measured_quality_loss": "measured loss"}
     names |= dict(zip(_COSTS, ("cost per million generated", "measured cost"), strict=True))
     names |= {"memory_proportional": "by memory", "single_device": "one device"}
+    names |= {name: f"{name} (estimate)" for name in ESTIMATES}
     keys = find_varied(points)
     if BASELINE_KEY in keys:
         columns = [name for name in columns if name not in BASELINES]
     names["point"] = f"point ({', '.join(keys)})" if keys else "point"
-    rows = [
-        [label_point(point, keys), *(_baseline(point, n) if n in BASELINES else _cell(point[n]) for n in columns[1:])]
-        for point in points
-    ]
+    rows = [[label_point(point, keys), *(_describe(point, name) for name in columns[1:])] for point in points]
     return [names.get(name, name) for name in columns], rows
 
 
@@ -198,15 +196,25 @@ def _compare_points(points: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def _describe(point: dict[str, Any], name: str) -> str:
+    if name == "gap" and point[name] is not None:
+        return f"{format_number(100 * point[name], 2)} %"
+    return _baseline(point, name) if name in BASELINES else _cell(point[name])
+
+
 def _baseline(point: dict[str, Any], name: str) -> str:
     theirs = point[name]
-    return f"{format_number(theirs, 4)} ({point['throughput_tokens_per_second'] / theirs:.2f}x)" if theirs else "-"
+    if not theirs:
+        return "-"
+    ratio = point["throughput_tokens_per_second"] / theirs
+    loss = f", loss {format_number(point['baseline_losses'][name])}" if ratio < 1 else ""  # what that speed costs
+    return f"{format_number(theirs, 4)} ({ratio:.2f}x{loss})"
 
 
 def read_point(folder: Path) -> dict[str, Any]:
     """A point as a flat record: predictions, measurements (if it was run or scored) and baselines, or its failure."""
     empty = dict.fromkeys((*_SHOWN, *_MEASURED, *_COSTS, *BASELINES), None)
-    empty |= {"point": folder.name, "overrides": _overrides(folder)}
+    empty |= {"point": folder.name, "overrides": _overrides(folder), "baseline_losses": {}}
     if (folder / _FAILURE).is_file():
         failure = read_failure(folder)
         return empty | {"failure": failure.message, "exit_code": failure.exit_code}
@@ -218,14 +226,15 @@ def read_point(folder: Path) -> dict[str, Any]:
         return empty | {"failure": str(error), "exit_code": error.exit_code}
     metrics, scores = (read_metrics(folder / name) for name in ("metrics.json", "scores.json"))
     widths = sorted({width for stage in plan.stages for width in stage.bits})
-    baselines = {name: plan.baselines.get(name) for name in BASELINES}
+    baselines = {name: e for name, e in plan.baselines.items() if name in BASELINES and not isinstance(e, str)}
     return empty | {
         "exit_code": 0,
         **{name: getattr(plan.predicted, name) for name in _SHOWN[:3]},
         "stages": len(plan.stages),
         "widths": " ".join(map(str, widths)),
         "gap": plan.solver.gap,
-        **{n: e.throughput_tokens_per_second for n, e in baselines.items() if isinstance(e, PredictedTotals)},
+        **{name: entry.throughput_tokens_per_second for name, entry in baselines.items()},
+        "baseline_losses": {name: entry.quality_loss for name, entry in baselines.items()},
         _COSTS[0]: (predict_cost(plan) or {}).get("per_million_generated_tokens"),
         _COSTS[1]: look_up(metrics, "cost", "per_million_generated_tokens"),
         "measured_throughput_tokens_per_second": look_up(metrics, "measured", _SHOWN[0]),
@@ -277,8 +286,8 @@ def plot(path: Path, points: list[dict[str, Any]]) -> bool:
         axes.scatter(*places, marker="x", color=figures.STAGES[5], label="measured")
         axes.legend(frameon=False)
     axes.locator_params(axis="x", nbins=6)
-    axes.xaxis.set_major_formatter(lambda value, _: format_number(value))
-    axes.yaxis.set_major_formatter(lambda value, _: format_number(value, 4))
+    figures.write_plainly(axes.xaxis)
+    figures.write_plainly(axes.yaxis)
     axes.margins(x=0.15, y=0.1)
     if min(loss for loss, _ in groups) >= 0 and not any(p[_MEASURED[1]] < 0 for p in measured):
         axes.set_xlim(left=max(axes.get_xlim()[0], 0.0))  # no loss below 0 where there is none

@@ -10,7 +10,7 @@ from typing import Any
 from ds_llmpq.errors import UserError
 from ds_llmpq.report import figures, sweep
 from ds_llmpq.report.page import Section, render_page
-from ds_llmpq.wording import format_number
+from ds_llmpq.wording import format_number, pluralize
 
 Point = dict[str, Any]
 _MOST_VALUES = 24  # on an axis of a heat map
@@ -27,7 +27,7 @@ def write_sweep_report(folder: Path, out: Path) -> str:
     text = sweep.format_summary(points)
     sections = [_points(points), _pareto(solved, out), _heat(solved, out), _baselines(solved, out)]
     (out / sweep.PAGE_NAME).write_text(
-        render_page("A sweep", f"{folder.resolve().name}: {len(points)} points.", sections), "utf-8"
+        render_page("A sweep", f"{folder.resolve().name}: {pluralize(len(points), 'point')}.", sections), "utf-8"
     )
     (out / "sweep.txt").write_text(text + "\n", encoding="utf-8")
     return text
@@ -118,6 +118,7 @@ def _baselines(points: list[Point], out: Path) -> Section:
         fontsize=8,
     )
     axis.set_ylabel("tokens/s" if "measured" in bars else "predicted tokens/s")
+    figures.write_plainly(axis.yaxis)
     axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     section.picture(figures.save_figure(figure, out / "baselines.png"), "tokens/s of baselines")
     return section.sentences(sweep.describe_speedups(points))

@@ -61,7 +61,7 @@ def gantt(traces: dict[str, list[TracedSpan]], path: Path) -> Path:
     axes[-1][1].set_xlabel("seconds")
     from matplotlib.patches import Patch
 
-    handles = [Patch(color=colour, label=name) for name, colour in shown.items()]
+    handles = [Patch(color=colour, label=figures.name_span(name)) for name, colour in shown.items()]
     figure.legend(handles=handles, ncols=len(handles), loc="outside lower center", frameon=False, fontsize=8)
     return figures.save_figure(figure, path)
 

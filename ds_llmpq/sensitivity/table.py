@@ -107,7 +107,10 @@ class Sensitivity:
                 "half or twice as much; `ds-llmpq sensitivity` measures it."
             )
         details, interval = self.details or {}, self.interval(loss)
-        known = f"That was measured on {details.get('tokens', 'some')} tokens"
+        tokens = details.get("tokens")
+        count = f"{tokens:,}" if isinstance(tokens, int) else "some"  # details are free text
+        origin = "measured" if self.provenance == "measured" else "fitted to losses measured"
+        known = f"That was {origin} on {count} tokens"
         if interval is None:
             return f"{known}; another text may lose more."
         low, high = map(format_number, interval)

@@ -26,6 +26,7 @@ from ds_llmpq.launch.launcher import LOG_NAME, Launch, is_local
 from ds_llmpq.launch.process_monitor import ExitReason
 from ds_llmpq.plan import Plan
 from ds_llmpq.serving.job import Job
+from ds_llmpq.wording import pluralize
 
 MEASUREMENTS = ("metrics.json", "trace.json")  # written at the end of a start
 _LONGEST_PAUSE_SECONDS = 300.0
@@ -137,7 +138,7 @@ class Supervisor:
         self.job = replace(self.job, plan=self.job.plan.with_fewer_sequences())
         now = self.job.plan.workload.sequences
         self.memory_warnings.append({"sequences": before, "sequences_now": now})
-        return f" with {now} sequences in flight instead of {before}"
+        return f" with {pluralize(now, 'sequence')} in flight instead of {before}"
 
     def _wait(self, seconds: float) -> None:
         try:

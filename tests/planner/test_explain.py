@@ -10,7 +10,7 @@ from ds_llmpq.planner import Problem, solve
 from ds_llmpq.planner.explain import explain_plan
 from ds_llmpq.wording import format_number, pluralize
 
-WORTH = re.compile(r"objective of [^ ]+ by at least \(the same stages, other bit widths\): (.*)\.$")
+WORTH = re.compile(r"objective of [^ ]+ s, with the same stages and other bit widths, by at least (.*)\.$")
 
 
 def plans(seeds, **options):
@@ -27,7 +27,7 @@ def test_what_a_gigabyte_is_worth_is_there_to_gain():
     for obj, plan in plans(range(60), layers=4, devices=2, widths=3):
         for sentence in plan.explanation:
             for entry in WORTH.findall(sentence):
-                worth, name = re.match(r"([0-9.,]+) on (\S+?)(,|$)", entry).groups()[:2]
+                worth, name = re.match(r"([0-9.,]+) s on (\S+?)(,|$)", entry).groups()[:2]
                 devices = [
                     {**device, "memory_bytes": device["memory_bytes"] + 1e9 * (device["name"] == name)}
                     for device in obj["devices"]

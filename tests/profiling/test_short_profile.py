@@ -258,6 +258,16 @@ def test_a_crowded_machine_is_named_in_the_line_on_what_was_timed(wanted, made, 
     assert "busy" not in said[1.1][-1]
 
 
+@pytest.mark.parametrize(("slowed", "said"), [(1.1, 0), (2.6, 1)])
+def test_times_from_a_crowded_machine_are_named_whenever_they_are_used(wanted, made, slowed, said):
+    file = calibrate(wanted, make_cluster("fast"), "always", str) / "profile.csv"
+    file.write_text(file.read_text().replace('"note": {}', f'"note": {{"slowed": {slowed}}}'))
+    lines = []
+    assert calibrate(wanted, make_cluster("fast"), "auto", lines.append) == file.parent
+    assert len(made) == 1, "nothing was measured again"
+    assert [f"timing took {slowed} times" in line for line in lines] == [True] * said
+
+
 def test_one_token_of_one_sequence_has_points_enough_for_every_fit(wanted):
     alone = replace(wanted, workload=WorkloadConfig(1, 1, 1), sizes={"prefill": [1], "decode": [1]})
     alone, cluster = short_profile._round_sizes(alone), make_cluster("fast")

@@ -17,8 +17,8 @@ def pairs(*errors):
 def test_errors_are_relative_to_the_measurement():
     text = format_errors([*pairs(0.1, -0.3), TimePair("core", "prefill", "8", 2.0, 1.0)])
     decode, prefill = text.splitlines()[2:]
-    assert decode.split() == ["core", "decode", "4", "2", "20.0%", "-30.0%", "-10.0%", "7", "/", "10"]
-    assert "+100.0%" in prefill
+    assert decode.split() == ["core", "decode", "4", "2", "20.0", "%", "-30.0", "%", "-10.0", "%", "7", "/", "10"]
+    assert "+100.0 %" in prefill
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_errors_are_relative_to_the_measurement():
 def test_the_verdict_follows_the_mean(errors, said):
     text = verdict(pairs(*errors), "passes")
     assert said in text
-    assert f"{max(map(abs, errors)):.1%} at worst" in text
+    assert f"{100 * max(map(abs, errors)):.1f} % at worst" in text
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_passes_are_held_against_the_predictions_of_their_own_sizes(run_folder):
 def test_the_command_writes_table_and_scatter(run_folder, tmp_path, capsys):
     assert report.run(ReportConfig(what="fidelity", run=str(run_folder)), tmp_path / "out") == 0
     said = capsys.readouterr().out
-    assert "latency: predicted 1.000 s, measured 2.000 s (-50.0%)" in said
+    assert "latency: predicted 1.000 s, measured 2.000 s (-50.0 %)" in said
     assert "peak growth" in said
     assert said.count("verdict: the run took 2.00 times as long as predicted") == said.count("the plan's times") == 1
     assert (tmp_path / "out" / "fidelity.txt").read_text() in said

@@ -13,6 +13,7 @@ from ds_llmpq.commands import report
 from ds_llmpq.commands.config import ReportConfig
 from ds_llmpq.errors import UserError
 from ds_llmpq.report import run_report, sweep, sweep_report
+from ds_llmpq.report.page import Section
 
 BROWSER = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
@@ -69,6 +70,13 @@ def check_page(text, names, pictured):
         assert len(section["text"].strip()) > 20, name
         assert bool(section["pictures"]) == (name in pictured), name
         assert all(p.startswith("data:image/png;base64,iVBORw0KGgo") and len(p) > 2000 for p in section["pictures"])
+
+
+def test_columns_of_numbers_are_aligned_at_the_right():
+    rows = [["a", "1,408 (0.97x, loss 0.054)", "4 16", "88 %"], ["b", "-", "8", "1.5 GiB"]]
+    text = Section("s", "S", "").table(["name", "theirs", "widths", "used"], rows).parts[0]
+    assert re.findall(r'<th class="number">(\w+)', text) == ["theirs", "used"]
+    assert text.count('<td class="number">') == 4
 
 
 def test_a_run_has_every_section_filled(tmp_path):

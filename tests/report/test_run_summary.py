@@ -9,7 +9,7 @@ import pytest
 from report_folders import write_planned, write_run
 
 from ds_llmpq.engine.processor_use import ProcessorUse
-from ds_llmpq.plan import Deployment, PassTimes, read_plan, write_plan
+from ds_llmpq.plan import ESTIMATES, Deployment, PassTimes, read_plan, write_plan
 from ds_llmpq.report.plan_table import describe_plan, format_plan
 from ds_llmpq.report.run_report import write_run_report
 from ds_llmpq.report.run_summary import format_run, judge_times
@@ -83,7 +83,17 @@ def test_the_phase_that_is_named_is_the_one_that_took_the_time():
     assert "(decode 1.50 times)" in judge_times(pairs)
     pairs["decode"] = {"predicted": 0.9, "measured": 0.8, "ratio": 0.89}
     pairs["prefill"] = {"predicted": 0.04, "measured": 0.01, "ratio": 0.25}
-    assert "as long as predicted: the plan's times are off" in judge_times(pairs), "what took the time was no phase"
+    assert "(0.63 s more between passes): the plan's times are off" in judge_times(pairs), "what took it was no phase"
+    pairs["latency"] = {"predicted": 2.0, "measured": 1.0, "ratio": 0.5}
+    assert "(0.87 s less between passes)" in judge_times(pairs)
+
+
+def test_the_report_gives_one_verdict_and_names_estimates(tmp_path):
+    write_run(tmp_path)
+    text = write_run_report(tmp_path, tmp_path / "page")
+    assert text.count("verdict: ") == 1
+    for name in ESTIMATES:
+        assert f"{name} (an estimate, no plan)" in text
 
 
 def test_a_run_of_milliseconds_is_not_judged(tmp_path):
@@ -178,10 +188,10 @@ def use(host, own, busy, seconds=1.0):
 @pytest.mark.parametrize(
     ("ranks", "said"),
     [
-        ([use("a", 0.7, 1.9), use("a", 0.6, 1.8)], "30% of the processors of a"),
+        ([use("a", 0.7, 1.9), use("a", 0.6, 1.8)], "30 % of the processors of a"),
         ([use("a", 1.0, 1.9), use("a", 0.9, 1.9)], None),  # all of it was ours
         ([use("a", 0.6, 1.2)], None),  # enough was idle
-        ([use("a", 1.9, 1.9), use("b", 1.2, 2.0)], "40% of the processors of b"),
+        ([use("a", 1.9, 1.9), use("b", 1.2, 2.0)], "40 % of the processors of b"),
         ([use("a", 1.0, 0.9)], None),  # the system counts in hundredths of a second
         ([use("a", 0.0, 0.0, seconds=0.0)], None),
     ],

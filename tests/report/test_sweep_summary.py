@@ -36,6 +36,16 @@ def point(name, speed, measured):
     return empty | speeds | {"point": name, "overrides": {"planner.baseline": name}, "gap": None, "failure": None}
 
 
+def test_a_baseline_that_is_faster_shows_what_that_costs():
+    ours = dict.fromkeys((*BASELINES, "latency_seconds", "stages", "widths")) | POINT | {"point": "0", "overrides": {}}
+    ours |= {"throughput_tokens_per_second": 30.0, "uniform": 40.0, "pipeedge": 20.0, "failure": None, "gap": 0.01}
+    head, [row] = build_table([ours | {"baseline_losses": {"uniform": 0.054, "pipeedge": 0.0}}])
+    cells = dict(zip(head, row, strict=True))
+    assert cells["uniform"] == "40 (0.75x, loss 0.054)"
+    assert cells["pipeedge"] == "20 (1.50x)"
+    assert cells["gap"] == "1 %"
+
+
 def test_swept_baselines_are_compared_as_they_were_measured():
     points = [point("null", 30.0, 24.0), point("uniform", 20.0, 12.0), point("pipeedge", 25.0, None)]
     points.append(point("flexgen", None, None) | {"failure": "an estimate"})

@@ -14,6 +14,7 @@ import torch
 
 from ds_llmpq.engine import device_memory
 from ds_llmpq.launch.failures import is_out_of_memory
+from ds_llmpq.wording import pluralize
 
 Result = TypeVar("Result")
 
@@ -87,9 +88,13 @@ class MicroBatchSplitter:
 
     def _warn(self, entry: dict[str, Any]) -> None:
         self.warnings.append(entry)
-        rest = f"goes on with at most {entry['rows_now']} rows at a time" if entry["rows_now"] else "gives the row up"
+        rest = (
+            f"goes on with at most {pluralize(entry['rows_now'], 'row')} at a time"
+            if entry["rows_now"]
+            else "gives the row up"
+        )
         sys.stderr.write(
-            f"ds-llmpq: stage {entry['stage']} ran out of memory in {entry['phase']} of {entry['rows']} rows of "
-            f"{entry['tokens']} tokens and {rest}\n"
+            f"ds-llmpq: stage {entry['stage']} ran out of memory in {entry['phase']} of "
+            f"{pluralize(entry['rows'], 'row')} of {pluralize(entry['tokens'], 'token')} and {rest}\n"
         )
         device_memory.release_cached(self.device)
