@@ -6,7 +6,8 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import ConfigKeyError, ValidationError
 from yaml import YAMLError
 
 from ds_llmpq import overrides
@@ -210,7 +212,7 @@ def parse_cluster(values: Mapping[str, Any]) -> ClusterConfig:
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ClusterConfig), _to_integers(dict(values))))
     except Exception as error:  # OmegaConf's own, or whatever a conversion raises
-        raise UserError(f"cluster: {_name_key(error)}{_sentence(error)}") from None
+        raise UserError(f"cluster: {_describe_wrong_key(error)}") from None
 
 
 def _read_typed(file: Path, kind: type[T]) -> T:
@@ -222,12 +224,28 @@ def _read_typed(file: Path, kind: type[T]) -> T:
     try:
         merged = OmegaConf.merge(OmegaConf.structured(kind), values)
         return OmegaConf.to_object(merged)
+    except ValidationError as error:
+        raise UserError(f"{file}: {_describe_wrong_key(error)}") from None
     except (OSError, ValueError, YAMLError, RecursionError) as error:
         raise UserError(
             f"{file} cannot be read ({_name_key(error)}{first_line(error)}); give a YAML file as `detect` writes it."
         ) from None
     except Exception as error:  # OmegaConf's own, or whatever a conversion raises
-        raise UserError(f"{file}: {_name_key(error)}{_sentence(error)}") from None
+        raise UserError(f"{file}: {_describe_wrong_key(error)}") from None
+
+
+def _describe_wrong_key(error: Exception) -> str:
+    """A key that is not there, with the one that was meant; for sizes, how they are written."""
+    kind, key = getattr(error, "object_type", None), str(getattr(error, "key", ""))
+    if isinstance(error, ConfigKeyError) and is_dataclass(kind):
+        known = [entry.name for entry in fields(kind)]
+        near = get_close_matches(key, known, n=1)
+        remedy = f"did you mean {near[0]}?" if near else f"the keys there are {', '.join(known)}."
+        return f"{_name_key(error)}there is no such key; {remedy}"
+    text = f"{_name_key(error)}{_sentence(error)}"
+    if isinstance(error, ValidationError) and key.endswith("_bytes"):
+        text = text.rstrip(".") + '; give a number of bytes, such as 24e9 or "${gib:24}".'
+    return text
 
 
 def _to_integers(value: Any) -> Any:

@@ -199,6 +199,21 @@ def cluster_from(tmp_path, text):
     )
 
 
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ("links: {intra_host: {bandwith_bytes_per_second: 1e9}}", "did you mean bandwidth_bytes_per_second?"),
+        ("hosts: [{name: a, devices: [{type: cpu_core, slot: 0, memory_bytes: 14GiB}]}]", "give a number of bytes"),
+    ],
+)
+def test_what_is_wrong_in_a_cluster_file_is_said_in_its_own_words(tmp_path, entry, said):
+    file = tmp_path / "cluster.yaml"
+    file.write_text(f"name: mine\n{entry}\n")
+    with pytest.raises(UserError, match=re.escape(said)) as error:
+        config.to_object(config.compose_settings("plan", [f"cluster_file={file}"]), PlanConfig)
+    assert "Config'" not in str(error.value), "names of our classes are of no use"
+
+
 def test_keys_of_a_cluster_file_go_over_its_defaults(tmp_path):
     defaults = "defaults: [/device@device_types.mine: t4, _self_]\nname: x\n"
     found = cluster_from(

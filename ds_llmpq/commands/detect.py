@@ -50,6 +50,8 @@ def write_and_show(cluster: dict[str, Any], out: Path) -> None:
         for device in host["devices"]
     ]
     print(format_table(["device", "type", "memory", "rates"], rows))
+    for name in dict.fromkeys(row[1] for row in rows if row[3].startswith("assumed")):
+        print(f"note: the rates of {name} are {types[name]['source']}", file=sys.stderr)
     print(f"links: {cluster['links']['source']}")
     print(f"cluster: {out / 'cluster.yaml'} (use it with {quote_argument('cluster_file', out / 'cluster.yaml')})")
 

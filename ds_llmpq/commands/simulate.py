@@ -18,10 +18,18 @@ from ds_llmpq.research.queue_simulator import Server, measure_schedule, simulate
 from ds_llmpq.research.scenario import make_jobs
 from ds_llmpq.scheduler.execution import ConstantCost, ExecutionCost, PlanCost
 from ds_llmpq.scheduler.policies import Guard
-from ds_llmpq.wording import format_number
+from ds_llmpq.wording import format_number, pluralize
 
 MODES = ("right", "reference")
-_SHOWN = ("jct_mean", "jct_p50", "jct_p99", "waiting_mean", "makespan", "throughput_jobs_per_second", "padded_token")
+_SHOWN = {
+    "jct_mean_seconds": "JCT mean, s",
+    "jct_p50_seconds": "p50, s",
+    "jct_p99_seconds": "p99, s",
+    "waiting_mean_seconds": "waiting mean, s",
+    "makespan_seconds": "makespan, s",
+    "throughput_jobs_per_second": "jobs/s",
+    "padded_token_share": "share of padding",
+}
 
 
 def run(settings: SimulateConfig, out: Path) -> int:
@@ -35,7 +43,7 @@ def _reference(settings: SimulateConfig, out: Path) -> int:
         raise UserError("mode=reference needs cases=FILE, a JSON list of published cases.")
     found = [schedules(case) for case in read_cases(config.make_absolute(settings.cases))]
     write_json(out / "completions.json", found)
-    print(f"{len(found)} cases: {out / 'completions.json'}")
+    print(f"{pluralize(len(found), 'case')}: {out / 'completions.json'}")
     return 0
 
 
@@ -58,8 +66,8 @@ def _right(settings: SimulateConfig, out: Path) -> int:
     ratios = _mean(published) if published and published[0] else None
     record = {"schema": 1, "settings": asdict(settings), "policies": metrics, "published": ratios}
     write_json(out / "metrics.json", record)
-    rows = [[policy, *(format_number(_value(found, name), 4) for name in _SHOWN)] for policy, found in metrics.items()]
-    print(format_table(["policy", *(name.replace("_", " ") for name in _SHOWN)], rows))
+    rows = [[policy, *(format_number(found[name], 4) for name in _SHOWN)] for policy, found in metrics.items()]
+    print(format_table(["policy", *_SHOWN.values()], rows))
     print(f"metrics: {out / 'metrics.json'}")
     return 0
 
@@ -72,10 +80,6 @@ def build_execution_cost(execution: ExecutionConfig) -> ExecutionCost:
     if execution.plan is None:
         raise UserError("execution.kind=plan needs execution.plan=FILE, a plan.json.")
     return PlanCost.from_plan(read_plan(config.make_absolute(execution.plan)))
-
-
-def _value(metrics: dict[str, float], name: str) -> float:
-    return next(value for key, value in metrics.items() if key.startswith(name))
 
 
 def _mean(rows: list[dict[str, float]]) -> dict[str, float]:

@@ -25,7 +25,7 @@ def format_run(metrics: dict[str, Any], verbose: bool = False) -> str:
         f"measured: {_number(measured['throughput_tokens_per_second'])} tokens/s, "
         f"{measured['generated_tokens']:,} tokens in {measured['serving_seconds']:.2f} s "
         f"(prefill {_number(measured['prefill_tokens_per_second'])} tokens/s, decode "
-        f"{_number(measured['decode_tokens_per_second'])}); start-up {measured['startup_seconds']:.1f} s"
+        f"{_number(measured['decode_tokens_per_second'])}); loaded in {measured['startup_seconds']:.1f} s"
     )
     if shared := measured.get("shared_tokens"):
         lines[-1] += f"; {shared:,} of {measured['prompt_tokens']:,} prompt tokens shared, not computed again"

@@ -39,6 +39,7 @@ from ds_llmpq.serving.config import PlanConfig, PlanningConfig
 from ds_llmpq.serving.prediction import simulate_workload, sum_seconds, write_predicted_trace
 from ds_llmpq.serving.workload import size_workload
 from ds_llmpq.validation import check_least
+from ds_llmpq.wording import pluralize
 
 Progress = Callable[[ProgressEvent], None]
 
@@ -110,6 +111,13 @@ def build_problem(
         settings.engine.shares_prefix,
         _find_shared_block(settings, quant),
     )
+    if settings.input and settings.model.path is None:
+        print(
+            "note: the lengths of the input are not measured, since the model is a shape without a tokenizer; planning "
+            f"for {pluralize(workload.sequences, 'sequence')} of {workload.prompt_tokens} + "
+            f"{workload.generated_tokens} tokens (workload.sequences, .prompt_tokens, .generated_tokens)",
+            file=sys.stderr,
+        )
     sensitivity = read_sensitivity(planner.sensitivity) if planner.sensitivity else None
     if sensitivity is not None:
         sensitivity.check_model(shape.layers, model.fingerprint)

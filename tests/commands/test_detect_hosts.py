@@ -56,6 +56,14 @@ def test_hosts_of_a_hostfile_are_asked_and_joined(call, folder):
     assert all(line.startswith("-o BatchMode=yes -o ConnectTimeout=5 -- ") for line in asked)
 
 
+@pytest.mark.parametrize(("name", "notes"), [("NVIDIA L4", 0), ("NVIDIA GeForce RTX 7777", 1)])
+def test_rates_that_are_assumed_have_a_line_of_their_own(call, tmp_path, name, notes):
+    (saved := tmp_path / "gpus.csv").write_text(f"0, 00000000:01:00.0, {name}, 24564, 24000, 8.9\n")
+    code, _, err = call("detect", f"gpus={saved}", "host=box", f"out={tmp_path / 'out'}")
+    assert code == 0
+    assert err.count(f"assumed: {name} is not a known type, so the rates are those of t4") == notes
+
+
 def test_a_host_offers_as_many_gpus_as_it_has_slots(call, folder):
     (folder / "gpus").touch()
     assert detect(call, folder, "one slots=2\ntwo slots=1\n")[0] == 0

@@ -94,6 +94,15 @@ def test_the_problem_it_wrote_solves_again_without_a_model(call, small, tmp_path
     assert second.solver.objective == pytest.approx(first.solver.objective, rel=0.011)
 
 
+def test_an_input_that_cannot_be_measured_is_named(call, tmp_path):
+    (rows := tmp_path / "rows.jsonl").write_text(
+        json.dumps({"custom_id": "a", "url": "/v1/completions", "method": "POST", "body": {"prompt": "Hello"}})
+    )
+    code, _, err = call("plan", "cluster=cluster1", "model=opt_13b", f"input={rows}", f"out={tmp_path / 'out'}")
+    assert code == 0
+    assert "a shape without a tokenizer; planning for 32 sequences of 512 + 100 tokens" in err
+
+
 def test_an_infeasible_cluster_exits_with_two(call, small, tmp_path):
     code, _, err = call("plan", *small, "workload.sequences=512", f"out={tmp_path}")
     assert code == 2

@@ -1,6 +1,7 @@
 """`ds-llmpq simulate` from the command line: reference mode, one run, a sweep with its comparison."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,10 @@ def test_a_run_writes_metrics_and_a_mistake_is_one_line(tmp_path):
     assert result.returncode == 0, result.stderr
     metrics = json.loads((tmp_path / "metrics.json").read_text())["policies"]
     assert metrics["sjf"]["jct_mean_seconds"] <= metrics["fcfs"]["jct_mean_seconds"]
+    head, _, *rows = (re.split(r"  +", line) for line in result.stdout.splitlines()[:5])
+    shown = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+    makespan = metrics["sjf"]["makespan_seconds"]
+    assert float(shown["sjf"]["makespan, s"].replace(",", "")) == pytest.approx(makespan, rel=1e-3)
     wrong = simulate("mode=reference", f"out={tmp_path}/wrong")
     assert (wrong.returncode, wrong.stderr.count("\n")) == (1, 1)
     assert "cases=FILE" in wrong.stderr
