@@ -207,10 +207,8 @@ def cluster_from(tmp_path, text):
     ],
 )
 def test_what_is_wrong_in_a_cluster_file_is_said_in_its_own_words(tmp_path, entry, said):
-    file = tmp_path / "cluster.yaml"
-    file.write_text(f"name: mine\n{entry}\n")
     with pytest.raises(UserError, match=re.escape(said)) as error:
-        config.to_object(config.compose_settings("plan", [f"cluster_file={file}"]), PlanConfig)
+        cluster_from(tmp_path, f"name: mine\n{entry}\n")
     assert "Config'" not in str(error.value), "names of our classes are of no use"
 
 

@@ -144,7 +144,7 @@ def format_summary(points: list[dict[str, Any]]) -> str:
 def build_table(points: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """(head, rows) without empty columns; a baseline's cell also has our speed-up over it."""
     columns = ["point", *_SHOWN[:3], *_MEASURED, *_COSTS, *BASELINES, *_SHOWN[3:]]
-    columns = [name for name in columns if name in ("point", *_SHOWN) or any(point.get(name) for point in points)]
+    columns = [name for name in columns if name in ("point", *_SHOWN[:-1]) or any(point.get(name) for point in points)]
     names = {"throughput_tokens_per_second": "tokens/s", "measured_throughput_tokens_per_second": "measured"}
     names |= {"latency_seconds": "latency s", "quality_loss": "loss", "measured_quality_loss": "measured loss"}
     names |= dict(zip(_COSTS, ("cost per million generated", "measured cost"), strict=True))

@@ -111,7 +111,8 @@ def test_what_left_out_points_are_off_by_reaches_the_problem_phase_by_phase(fold
     assert core.prefill_error == steady.prefill_error
     assert core.decode_error > steady.decode_error + 0.05
     said = (
-        f"left-out points off by {core.prefill_error:.1%} in prefill and {core.decode_error:.1%} in decode on average"
+        f"left-out points off by {100 * core.prefill_error:.1f} % in prefill and {100 * core.decode_error:.1f} % in "
+        "decode on average"
     )
     assert said in built.provenance["layer_seconds.core"]
 
