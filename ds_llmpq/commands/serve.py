@@ -16,6 +16,7 @@ from ds_llmpq.launch.environment import choose_accelerator, read_rank
 from ds_llmpq.launch.failures import PORT, report_failure
 from ds_llmpq.launch.heartbeat import dump_stacks_on_signal, exit_if_parent_dies
 from ds_llmpq.launch.progress import ERROR_MARK
+from ds_llmpq.quant.onednn_kernels import bound_caches
 from ds_llmpq.serving.job import Job
 from ds_llmpq.versions import check_versions
 
@@ -60,6 +61,7 @@ def _serve(job: Job) -> int:
     # torch and deepspeed read these when they are imported
     choose_accelerator(job.plan.stages[0].kind)
     wait_as_stage_needs(job.plan, rank)
+    bound_caches(job.plan.stages[0].kernel)
     from ds_llmpq.quant.hqq_import import import_hqq
 
     import_hqq()

@@ -17,6 +17,7 @@ from ds_llmpq.quant.kernels.linears import (
     lm_head_bytes,
     stack_features,
 )
+from ds_llmpq.quant.onednn_kernels import KEPT_BYTES
 from ds_llmpq.quant.packing import PACKED_BITS, UNQUANTIZED_BITS, Groups
 
 IN_FLIGHT_MESSAGES = 2  # hidden-state buffers in each direction: one in use, one posted ahead
@@ -27,7 +28,8 @@ class MemoryModel:
     """Memory of one model under one quantization setting; every method returns bytes.
 
     kernel: what runs quantized linears. It decides how many bytes a width takes, and what its products need for
-    themselves. lm_head_bits: width of lm_head; kv_bits: of keys and values in the cache.
+    themselves. lm_head_bits: width of lm_head; kv_bits: of keys and values in the cache. onednn: its products are
+    oneDNN's, which keeps kernels of them: in bfloat16 on a CPU, where a stage is no graph.
     """
 
     shape: ModelShape
@@ -36,6 +38,7 @@ class MemoryModel:
     kernel: Kernel = DEQUANTIZE
     lm_head_bits: int = UNQUANTIZED_BITS
     kv_bits: int = UNQUANTIZED_BITS
+    onednn: bool = False
 
     def layer_bytes(self, bits: int) -> int:
         """One decoder layer: weights as the kernel holds them; norms and biases in the compute dtype."""
@@ -76,6 +79,7 @@ class MemoryModel:
         communication: hidden states received ahead and being sent.
         logits: of the last position, with the float32 copies that sampling makes, and what a quantized lm_head
         needs for itself; alive when activations are not.
+        kernels: those that oneDNN keeps, if there are as many as it has room for.
         """
         rows = sequences * new_tokens
         if self.kernel.whole_stage:
@@ -89,6 +93,7 @@ class MemoryModel:
             "dequantized": self._dequantized_bytes() if quantized else 0,
             "communication": 2 * IN_FLIGHT_MESSAGES * message,
             "logits": self._logit_bytes(sequences),
+            "kernels": KEPT_BYTES if self.onednn else 0,
         }
 
     def _graph_parts(self, rows: int, sequences: int) -> dict[str, int]:
@@ -127,7 +132,8 @@ class MemoryModel:
         parts = self.workspace_parts(sequences, new_tokens, past_tokens, quantized)
         if self.kernel.whole_stage:  # graphs keep their buffers, and that of lm_head its logits
             return sum(parts.values())
-        return max(parts["activations"] + parts["dequantized"], parts["logits"]) + parts["communication"]
+        at_once = max(parts["activations"] + parts["dequantized"], parts["logits"])
+        return at_once + parts["communication"] + parts["kernels"]
 
     def prefix_bytes(self, sequences: int, new_tokens: int, shared_tokens: int, seen: int) -> int:
         """What a pass that attends to `seen` tokens a row needs beside `workspace_bytes` where rows share a prefix: in

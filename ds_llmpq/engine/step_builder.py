@@ -16,7 +16,7 @@ from ds_llmpq.scheduler.micro_batch import MicroBatch
 from ds_llmpq.scheduler.stream import Stream
 
 # Positions. Attention to a prefix and what follows it is plain products. In bfloat16 on CPUs, oneDNN makes kernels for
-# each length that it meets, in a millisecond and 1.5 MiB, so lengths are rounded up, behind the mask.
+# each length that it meets, in a millisecond, so lengths are rounded up, behind the mask.
 _CONTEXT_STEP = 32
 
 

@@ -66,7 +66,8 @@ def prepare(
     bits, notes = usable_bits(shape, quant)
     check_lm_head(shape.vocab, shape.embed_dim, quant)
     groups = make_groups(quant)
-    memory = MemoryModel(shape, groups, COMPUTE_DTYPES[dtype], kernel, quant.lm_head_bits, quant.kv_bits)
+    onednn = dtype == "bfloat16" and not kernel.whole_stage and _has_cpus(cluster)
+    memory = MemoryModel(shape, groups, COMPUTE_DTYPES[dtype], kernel, quant.lm_head_bits, quant.kv_bits, onednn)
     if make_costs is None:
 
         def make_costs(device_type: DeviceType) -> LayerCosts:
@@ -128,6 +129,10 @@ def prepare(
         _provenance(cluster, costs, sensitivity, kernel, captured),
         tuple(dict.fromkeys([*notes, *(note for cost in costs.values() for note in getattr(cost, "notes", ()))])),
     )
+
+
+def _has_cpus(cluster: Cluster) -> bool:
+    return any(device_type.kind == "cpu" for device_type in cluster.device_types.values())
 
 
 def check_workload(workload: WorkloadConfig, shape: ModelShape) -> None:

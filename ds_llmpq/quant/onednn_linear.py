@@ -3,8 +3,8 @@
 torch passes plain weights to oneDNN, which rearranges them in each call. Rearranging once makes passes of up to 32 rows
 1.3 to 1.8 times faster; larger ones are as fast, and all outputs are bitwise the same.
 
-oneDNN makes kernels for each number of rows that it meets and keeps them: 3 to 5 ms a pass and 1 to 2.6 MiB, whatever
-the model's size, so prompts of a thousand lengths would take gigabytes. Rows are padded to few numbers.
+oneDNN makes kernels for each number of rows that it meets, which takes 3 to 5 ms a pass the first time, and keeps some
+(`onednn_kernels`). Rows are padded to few numbers.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from ds_llmpq.cluster.config import (
 )
 from ds_llmpq.cost.captured_graphs import estimate_graph_bytes
 from ds_llmpq.cost.latency import PassOverhead
+from ds_llmpq.cost.memory import MemoryModel
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.planner.build import prepare, usable_bits
@@ -25,6 +26,9 @@ from ds_llmpq.planner.feasibility import memory_feasible
 from ds_llmpq.planner.problem import Objective, Problem
 from ds_llmpq.planner.solve import solve
 from ds_llmpq.quant.config import QuantConfig
+from ds_llmpq.quant.kernels.dequantize import DEQUANTIZE
+from ds_llmpq.quant.kernels.openvino import OPENVINO_GRAPH
+from ds_llmpq.quant.onednn_kernels import KEPT_BYTES
 from ds_llmpq.sensitivity.table import Sensitivity
 
 LLAMA = {
@@ -195,6 +199,26 @@ def test_devices_memory_and_links():
 def test_unquantized_alone_needs_no_room_to_dequantize():
     alone = make(quant=QuantConfig(bits=[16])).problem.memory.workspace_bytes.decode[1]
     assert make().problem.memory.workspace_bytes.decode[1] - alone == 3 * 512 * 256 * 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "kernel", "kept"),
+    [
+        ("cpu", "bfloat16", DEQUANTIZE, KEPT_BYTES),
+        ("cpu", "float32", DEQUANTIZE, 0),
+        ("cpu", "bfloat16", OPENVINO_GRAPH, 0),
+        ("cuda", "bfloat16", DEQUANTIZE, 0),
+    ],
+)
+def test_onednn_keeps_kernels_in_bfloat16_on_cpus_where_stages_are_no_graphs(kind, dtype, kernel, kept):
+    config = ClusterConfig(name="one")
+    config.device_types = {"one": DeviceTypeConfig(kind, 1 << 30, 3e10, {"bfloat16": 1e11, "float32": 1e11}, 1e-4)}
+    config.hosts = [HostConfig("a", [DeviceConfig("one", 0)])]
+    built = make(cluster=Cluster.from_config(config), dtype=dtype, kernel=kernel)
+    plain = MemoryModel(SHAPE, built.memory.groups, built.memory.dtype_bytes, kernel)
+    workspace = built.problem.memory.workspace_bytes
+    assert workspace.decode[6] - plain.workspace_bytes(6, 1, 29, True) == kept
+    assert workspace.prefill[6] - plain.workspace_bytes(6, 20, 0, True) == kept
 
 
 def test_per_channel_change_their_width_alone():
