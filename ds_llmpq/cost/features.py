@@ -10,13 +10,15 @@ from ds_llmpq.cost.latency import RooflineCosts
 
 # rows from which on kernels change: matrix-vector, small and tall matrix products
 _STEPS = (2, 4, 8, 16, 32)
+# rows beyond which a further one takes longer, for torch's tensors no longer stay in the caches
+_MANY_ROWS = 1024
 
 
 def layer_features(roofline: RooflineCosts, bits: int, phase: str, batch: int, length: float) -> list[float]:
     """[seconds or counts] of one decoder layer: the roofline's parts, then rows and where kernels change.
 
     1 launches and dequantization (constant); matrix products at the roofline; their FLOPs; attention's FLOPs, bytes;
-    elementwise bytes; rows; sequences; one column for each step in rows.
+    elementwise bytes; sequences; one column for each step in rows; rows beyond many.
     """
     shape, size = roofline.shape, roofline.dtype_bytes
     new, past = (length, 0) if phase == "prefill" else (1, length)
@@ -32,6 +34,7 @@ def layer_features(roofline: RooflineCosts, bits: int, phase: str, batch: int, l
         roofline.roof(0, arithmetic.elementwise_bytes(shape, rows, size)),
         float(batch),
         *(float((batch if phase == "decode" else rows) >= step) for step in _STEPS),
+        max(0.0, rows - _MANY_ROWS),
     ]
 
 
