@@ -55,7 +55,7 @@ def test_a_process_grows_by_what_the_memory_model_counts():
     done = subprocess.run(
         [sys.executable, "-c", GROWTH], env=own, capture_output=True, text=True, check=True, timeout=120
     )
-    assert 0.8 < float(done.stdout) / KEPT_BYTES < 1.05
+    assert 0.8 < float(done.stdout) / KEPT_BYTES <= 1
 
 
 @pytest.mark.parametrize(
