@@ -18,7 +18,18 @@ from annotated_types import Gt, Le
 from ds_llmpq.cluster.devices import DeviceType
 from ds_llmpq.cost import features
 from ds_llmpq.cost.latency import RooflineCosts
-from ds_llmpq.cost.profile import ALONE, TOGETHER, Measured, Part, Phase, Profile, Setup, Width, rename_setup
+from ds_llmpq.cost.profile import (
+    ALONE,
+    CONTENTION,
+    TOGETHER,
+    Measured,
+    Part,
+    Phase,
+    Profile,
+    Setup,
+    Width,
+    rename_setup,
+)
 from ds_llmpq.files import read_json
 from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.quant.kernels.registry import find_kernel
@@ -83,11 +94,12 @@ class Fit:
 @dataclass(frozen=True)
 class LatencyModel:
     """All fits of a profile. `setup` is what it was measured with. `alone`: `Profile.alone_shares`, which only short
-    profiles have, so that a latency.json has none."""
+    profiles have; `contention`: `Profile.contentions`, seconds. A latency.json has none of both."""
 
     setup: Setup
     fits: Mapping[tuple[str, str, str, int], Fit]
     alone: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    contention: Mapping[str, float] = field(default_factory=dict)
 
     def get(self, device_type: str, part: str, phase: str, bits: int = 0) -> Fit | None:
         return self.fits.get((device_type, part, phase, bits))
@@ -124,13 +136,13 @@ def fit_profile(
     groups: dict[tuple[str, str, str, int], list[Measured]] = defaultdict(list)
     for entry in profile.measured():
         point = entry.point
-        if point.part not in (ALONE, TOGETHER) and keep(entry):
+        if point.part not in (ALONE, TOGETHER, CONTENTION) and keep(entry):
             groups[point.device_type, point.part, point.phase, point.bits].append(entry)
     fits = {}
     for key, points in groups.items():
         if len(points) >= FEWEST_POINTS:
             fits[key] = _fit_points(key, points, unit)
-    return LatencyModel(setup, fits, profile.alone_shares())
+    return LatencyModel(setup, fits, profile.alone_shares(), profile.contentions())
 
 
 def columns(roofline: RooflineCosts, part: str, phase: str, bits: int, batch: int, length: float) -> list[float]:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 
 from ds_llmpq.cluster.devices import DeviceType
 from ds_llmpq.cost.fit import Fit, LatencyModel, columns, fit_profile, read_model, unit_roofline
 from ds_llmpq.cost.latency import PassOverhead, RooflineCosts
 from ds_llmpq.cost.profile import (
-    CONTENTION,
     DRAW,
     NEW_SIZE,
     NEW_SIZE_MIXED,
@@ -37,8 +36,6 @@ class FittedCosts:
     drawn_share: float = 0.0
 
     def __post_init__(self) -> None:
-        contention = self.model.get(self.device_type.name, CONTENTION, "decode")
-        self._contention = mean(entry.seconds for entry in contention.residuals) if contention else 0.0
         self._unit = unit_roofline(self.roofline.shape, self.model.setup)
         # what was asked for, but not profiled
         self._missed: dict[str, set[int]] = {}  # bit widths by phase
@@ -95,7 +92,7 @@ class FittedCosts:
     def pass_overhead(self, phase: str, batch: int, tokens: int) -> PassOverhead:
         first, middle, last = (self._fitted(part, phase, 0, batch, tokens) or 0.0 for part in TRIAL_PARTS)
         last += batch * self.drawn_share * self._median(DRAW, "decode")
-        return PassOverhead(first, middle, last, self._contention)
+        return PassOverhead(first, middle, last, self.model.contention.get(self.device_type.name, 0.0))
 
     def first_pass_seconds(self, widths: Iterable[int]) -> float:
         """Unquantized and quantized layers each have kernels made for them, unless a stage is one graph."""

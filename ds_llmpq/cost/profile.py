@@ -165,8 +165,6 @@ class Profile:
             spread = max(median(sample.spread for sample in samples), across)
             if point.part in TRIAL_PARTS:
                 chosen = times[(len(times) - 1) // 2]
-            elif point.part == CONTENTION:  # a run pays for disturbances too
-                chosen = mean(times)
             else:
                 by_round = {sample.round for sample in samples}
                 chosen = min(mean(s.median_seconds for s in samples if s.round == turn) for turn in by_round)
@@ -186,6 +184,15 @@ class Profile:
             if len(turns) == 2 and all(map(all, turns.values())):
                 shares[point.device_type, point.phase].append(mean(turns[ALONE]) / mean(turns[TOGETHER]))
         return {key: min(1.0, median(found)) for key, found in shares.items()}
+
+    def contentions(self) -> dict[str, float]:
+        """By device type: the mean of what was measured, for a run pays for disturbances too; but one that is more than
+        twice the median counts for no more than that."""
+        times = defaultdict(list)
+        for sample in self.samples:
+            if sample.point.part == CONTENTION:
+                times[sample.point.device_type].append(sample.median_seconds)
+        return {name: mean(min(seconds, 2 * median(found)) for seconds in found) for name, found in times.items()}
 
 
 def layer_signature(shape: ModelShape) -> str:

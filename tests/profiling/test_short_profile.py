@@ -85,7 +85,7 @@ def test_both_devices_are_timed_once_and_then_read_from_the_cache(wanted, cache)
             assert fit.batch_range == (1, 4 if part == "head" or phase == "decode" else 2)
         assert model.get(name, "last", "decode") is not None
         assert model.get(name, "middle", "decode") is None  # no plan of two devices has one
-        assert all(0 <= entry.seconds < 1 for entry in model.get(name, "contention", "decode").residuals)
+        assert 0 <= model.contention[name] < 1
         alone, mixed = (model.get(name, part, "prefill") for part in ("new_size", "new_size_mixed"))
         of_one = {entry.length_tokens: entry.seconds for entry in alone.residuals}
         assert all(both.seconds >= of_one[both.length_tokens] for both in mixed.residuals)
