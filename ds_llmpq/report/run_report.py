@@ -155,7 +155,12 @@ def _memory(plan: Plan, metrics: dict[str, Any] | None, out: Path) -> Section:
     head = ["stage", "device", *MEMORY_PARTS, "needed", "budget", "used"]
     head += ["measured weights", "measured kv", "measured peak growth"]
     return (
-        Section("memory", "Memory", "By part and device, against the budget; hatched bars are measured.")
+        Section(
+            "memory",
+            "Memory",
+            "By part and device, against the budget; hatched bars are measured. Peak growth is that of the whole "
+            "process: on CPUs it holds what libraries keep for themselves, which counts beside small models alone.",
+        )
         .picture(run_figures.plot_memory(plan, measured, out / "memory.png"), "memory by part against budget")
         .table(head, rows)
     )
