@@ -47,7 +47,7 @@ def _quantization(problem: Problem, plan: Plan, rival: Assignment | None) -> str
         limit = format_number(objective.limit)
         allowed = f" of the {limit} allowed" if loss <= objective.limit else f", more than the {limit} that are allowed"
     return (
-        f"Quantized: {counts}, because {_why_quantized(problem, assignment, rival)}; "
+        f"Quantized: {counts}, because {_why_quantized(problem, plan, rival)}; "
         f"expected to cost {_format_small(loss, 1e-4)} nats a token{allowed}, "
         f"{_format_small(100 * math.expm1(loss), 0.01)} % in perplexity."
     )
@@ -65,12 +65,14 @@ def _count_quantized(assignment: Assignment) -> str:
     return f"{len(low)} of {pluralize(len(bits), 'layer')} ({counts})" if low else ""
 
 
-def _why_quantized(problem: Problem, assignment: Assignment, rival: Assignment | None) -> str:
+def _why_quantized(problem: Problem, plan: Plan, rival: Assignment | None) -> str:
     if UNQUANTIZED_BITS not in problem.bits:
         return f"{UNQUANTIZED_BITS} bits are not among the choices"
     if leave_unquantized(problem) is None:
         return "they do not fit the devices' memory otherwise"
-    return "that is faster" if rival is None else f"that is {_compare_times(problem, assignment, rival)}"
+    if plan.solver.status in ("baseline", "checked"):
+        return "that plan was asked for"
+    return "that is faster" if rival is None else f"that is {_compare_times(problem, plan.assignment(), rival)}"
 
 
 def _compare_times(problem: Problem, quantized: Assignment, whole: Assignment) -> str:

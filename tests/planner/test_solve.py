@@ -12,7 +12,7 @@ from random_problems import random_problem
 
 from ds_llmpq.errors import InfeasibleError, UserError
 from ds_llmpq.plan import Assignment, StageAssignment
-from ds_llmpq.planner import Pins, Problem, evaluate, pareto, solve, violations
+from ds_llmpq.planner import Pins, Problem, check_plan, evaluate, pareto, solve, violations
 from ds_llmpq.planner.baselines import all_baselines
 from ds_llmpq.planner.objective import find_time_error, objective_value
 from ds_llmpq.planner.unquantized import leave_unquantized
@@ -300,6 +300,12 @@ def test_nothing_is_quantized_for_a_gain_that_the_times_are_not_sure_of():
         assert is_quantized(solve(unsure, solver="search", gap=0)), "the fastest plan was asked for"
     plan = solve(obj, solver="search", gap=0, least_gain=0.01)
     assert "by times whose error is not known;" in plan.explanation[0]
+
+
+def test_a_plan_that_was_given_is_not_said_to_be_faster():
+    obj = quantizing_gains(0.2)
+    given = check_plan(obj, solve(obj, solver="search", gap=0).assignment())
+    assert "because that plan was asked for;" in given.explanation[0]
 
 
 def test_a_phase_is_as_unsure_as_its_worst_device_type_and_counts_as_its_share_of_the_time():
