@@ -202,8 +202,12 @@ def _detect_cluster() -> ClusterConfig:
 
 
 def read_cluster(file: Path) -> ClusterConfig:
-    """A cluster.yaml. `UserError`: unreadable, unknown key, wrong type."""
-    return _read_typed(file, ClusterConfig)
+    """A cluster.yaml, with the types of conf/device that its devices name and it does not describe. `UserError`:
+    unreadable, unknown key, wrong type."""
+    found, known = _read_typed(file, ClusterConfig), read_device_types()
+    named = dict.fromkeys(device.type for host in found.hosts for device in host.devices)
+    shipped = {name: known[name] for name in named if name in known and name not in found.device_types}
+    return replace(found, device_types=found.device_types | shipped)
 
 
 def parse_cluster(values: Mapping[str, Any]) -> ClusterConfig:

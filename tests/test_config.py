@@ -212,6 +212,23 @@ def test_what_is_wrong_in_a_cluster_file_is_said_in_its_own_words(tmp_path, entr
     assert "Config'" not in str(error.value), "names of our classes are of no use"
 
 
+def test_a_cluster_file_may_name_shipped_types(tmp_path):
+    file = tmp_path / "cluster.yaml"
+    devices = "[{type: t4, slot: 0}, {type: own, slot: 1}, {type: l4, slot: 2}, {type: nothing, slot: 3}]"
+    file.write_text(f"""
+name: mine
+device_types:
+  own: {{kind: cpu}}
+  l4: {{memory_bytes: 7}}
+hosts:
+  - {{name: one, devices: {devices}}}
+""")
+    types = config.read_cluster(file).device_types
+    assert set(types) == {"own", "l4", "t4"}
+    assert types["t4"] == config.read_device_types()["t4"]
+    assert types["l4"].memory_bytes == 7
+
+
 def test_keys_of_a_cluster_file_go_over_its_defaults(tmp_path):
     defaults = "defaults: [/device@device_types.mine: t4, _self_]\nname: x\n"
     found = cluster_from(

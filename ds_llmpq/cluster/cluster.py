@@ -112,8 +112,8 @@ def _build_device(host: str, config: Any, types: Mapping[str, DeviceType]) -> De
     if config.type not in types:
         known = ", ".join(types) or "none"
         raise UserError(
-            f"{where} has unknown type {config.type!r}; the file's device_types are {known}; describe it there, or "
-            "copy how conf/cluster/mixed_gpus.yaml names shipped ones under `defaults`"
+            f"{where} has unknown type {config.type!r}; device_types has {known}; describe it there, or name one of "
+            "conf/device, such as a100_80 or rtx_4090"
         )
     kind = types[config.type]
     if config.slot < 0:

@@ -205,16 +205,17 @@ def current_setup(
     shape: ModelShape, dtype: str, kernel: Kernel, groups: Groups, lm_head_bits: int = UNQUANTIZED_BITS
 ) -> Setup:
     """With the libraries installed here, that of the kernel among them; none of them is imported."""
-    libraries = {name: _version(name) for name in LIBRARIES}
+    libraries = {name: find_version(name) for name in LIBRARIES}
     if kernel.library:
-        libraries[kernel.library] = _version(kernel.library)
+        libraries[kernel.library] = find_version(kernel.library)
     how = groups.to_json() | {"lm_head_bits": lm_head_bits}
     if not kernel.whole_zeros:
         how["zeros"] = "real"
     return Setup(layer_signature(shape), dtype, kernel.name, libraries=libraries, **how)
 
 
-def _version(library: str) -> str:
+def find_version(library: str) -> str:
+    """Of the one installed here, or "none"."""
     try:
         return metadata.version(library).partition("+")[0]  # a build's suffix (+cpu, +cu130) follows from the device
     except metadata.PackageNotFoundError:

@@ -5,6 +5,7 @@ Imports no torch. ssh never asks for a password (`BatchMode`); every word for a 
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
@@ -33,15 +34,16 @@ def ask_hosts(questions: Mapping[str, Sequence[str]], seconds: float) -> list[An
     if wrong := [f"{host}: {future.exception()}" for host, future in asked.items() if future.exception()]:
         raise UserError(
             f"{len(wrong)} of {len(asked)} hosts gave no answer ({'; '.join(wrong)}). Each needs ssh without a "
-            f"password and this installation at {sys.executable}; or take it out of the hostfile."
+            f"password and this installation at {sys.executable}."
         )
     return [future.result() for future in asked.values()]
 
 
 def _ask(host: str, arguments: Sequence[str], seconds: float) -> Any:
     """`UserError`: a short reason."""
+    path = os.environ.get("PYTHONPATH")  # which DeepSpeed passes to the ranks too
     try:
-        answer = _run(host, [sys.executable, *arguments], seconds)
+        answer = _run(host, [*(["env", f"PYTHONPATH={path}"] if path else []), sys.executable, *arguments], seconds)
     except subprocess.TimeoutExpired:
         raise UserError(f"nothing within {seconds:g} s") from None
     except OSError as error:

@@ -71,7 +71,8 @@ class PlannerConfig:
     micro_batches: MicroBatchesConfig = field(default_factory=MicroBatchesConfig)
     sensitivity: str | None = path_field()  # sensitivity.json; null: a prior from published perplexities
     profile: str | None = path_field()  # folder of `ds-llmpq profile` (or its profile.csv); null: roofline times
-    # without a profile: auto times a few layers of a model on this host's own devices, once; always | never
+    # without a profile: auto times a few layers of a model on the cluster's own devices, on other hosts over ssh, once;
+    # always | never
     calibrate: str = "auto"
     profile_force: bool = False  # use it even where it was made with other library versions or settings
 

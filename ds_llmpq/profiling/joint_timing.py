@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 import time
 from collections import Counter
 from dataclasses import asdict, replace
@@ -16,6 +17,7 @@ from ds_llmpq.cost.fit import FEWEST_POINTS
 from ds_llmpq.cost.profile import ALONE, TOGETHER, Point, Sample
 from ds_llmpq.engine.rank_context import RankContext
 from ds_llmpq.engine.runner.capture import CudaGraphs
+from ds_llmpq.launch.progress import ProgressLines
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.plan import Plan
 from ds_llmpq.profiling.parts import Parts
@@ -53,7 +55,10 @@ def time_points(
     last: dict[tuple[str, str, int], tuple[float, int]] = {}
     timed: Counter[tuple[str, str, int]] = Counter()
     longest = max(len(entry["points"]) for entry in devices)
+    progress = ProgressLines(sys.stdout)
     for round_, turn in itertools.product(range(_ROUNDS), range(longest)):
+        if context.is_driver:
+            progress.show("calibration", round_ * longest + turn + 1, _ROUNDS * longest)
         point = points[turn] if turn < len(points) else None
         kind = (point.part, point.phase, point.bits) if point else None
         is_late = time.perf_counter() > late

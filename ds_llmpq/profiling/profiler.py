@@ -15,6 +15,7 @@ import torch
 from ds_llmpq.cluster.cluster import Cluster, list_feasible_bits
 from ds_llmpq.cluster.detect import processor_name
 from ds_llmpq.cluster.devices import Device
+from ds_llmpq.cost.linktable import write_links
 from ds_llmpq.cost.profile import (
     Point,
     Sample,
@@ -32,7 +33,7 @@ from ds_llmpq.profiling.contention import count_layers, count_ranks, is_contende
 from ds_llmpq.profiling.parts import Parts
 from ds_llmpq.profiling.points import ProfilingTask, plan_points
 from ds_llmpq.profiling.timer import PAUSE_SECONDS, NewSizes, Timer
-from ds_llmpq.profiling.trial_process import STAGES, build_pass_sample, run_trial, write_link_table
+from ds_llmpq.profiling.trial_process import STAGES, build_pass_sample, list_messages, run_trial
 
 Show = Callable[[str, int, int, str], None]
 _RESTLESS = 0.25  # spread of a point's repeats from which on it is timed once more
@@ -218,7 +219,8 @@ def _run_trials(
         except UserError as error:
             raise UserError(f"{error}, or profile without it: profiling.links=false") from None
         if index == 0:
-            write_link_table(out / "links.csv", cluster, found["links"])
+            names = [device.name for device in cluster.devices if is_local(device.host)]
+            write_links(out / "links.csv", list_messages(names, found["links"]))
         for device in alike:
             append(out / "profile.csv", [build_pass_sample(device.type, entry) for entry in found["passes"]])
         if is_contended(task, together, ranks):

@@ -1,8 +1,8 @@
 """A short profile that `plan` and `run` make by themselves, kept in the user's cache folder.
 
-The points are few: at most three micro-batches a phase, of two lengths. The ranks of a trial pipeline time them at the
-same moment, one rank a device, so that what stages take from one another is in the figures; on CPUs a few of
-them by one rank alone too. Imports no torch.
+The points are few: at most three micro-batches a phase, of two lengths. The ranks of a trial pipeline on each host
+time them at the same moment, one rank a device, so that what stages take from one another is in the figures; on CPUs a
+few of them by one rank alone too. Imports no torch.
 """
 
 from __future__ import annotations
@@ -12,34 +12,33 @@ import json
 import math
 import os
 import shutil
-import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from ds_llmpq.cluster.cluster import Cluster, list_feasible_bits
-from ds_llmpq.cluster.detect import available_memory_bytes, find_type, processor_name, query_gpus
+from ds_llmpq.cluster.detect import processor_name
 from ds_llmpq.cluster.devices import COMPUTE_DTYPES, Device
 from ds_llmpq.cluster.rates import CALIBRATE
-from ds_llmpq.cost.linktable import read_links
+from ds_llmpq.cost.linktable import read_links, write_links
 from ds_llmpq.cost.memory import MemoryModel
 from ds_llmpq.cost.profile import Point, Profile, Sample, append, read_profile, write_header
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import cache_folder, one_at_a_time
 from ds_llmpq.launch.launcher import is_local
 from ds_llmpq.profiling.contention import count_layers, count_ranks, is_contended, list_contention
+from ds_llmpq.profiling.host_trials import KEPT, Advance, HostState, describe_hosts, time_on_hosts
 from ds_llmpq.profiling.points import TimingTask, fill_up, limit_chain, plan_points
-from ds_llmpq.profiling.trial_process import STAGES, build_pass_sample, run_trial, write_link_table
+from ds_llmpq.profiling.trial_process import STAGES, build_pass_sample, list_messages
 from ds_llmpq.quant.kernels.registry import find_stage_kernel
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS, make_groups
 
 CHOICES = ("auto", "always", "never")
 POINT_SECONDS = {"cpu": 1.8, "cuda": 10.0}  # for the points of a device; the trial pipeline comes on top
 LATE_SECONDS = {"cpu": 12.0, "cuda": 30.0}  # by the clock on the wall, which other programs may make run far ahead
-_KEPT = "calibration"  # of the user's cache folder
 VERSION = 9  # of what is measured; what an older one kept is measured anew
 _SHORTEST_PROMPT = 16  # a quarter and a sixteenth of it are timed too, which is enough for a fit
 # Layers timed in turn. Two of a small model's stay in the caches, where decode is a quarter faster. On several
@@ -51,24 +50,32 @@ _MEMORY_SHARE = 0.5  # of what is available, for all ranks together
 Show = Callable[[str], None]
 
 
-def find_obstacle(cluster: Cluster) -> str | None:
-    """Why the cluster cannot be measured from here, or None."""
-    away = [device.host for device in cluster.devices if not is_local(device.host)]
-    if away:
-        return f"host {away[0]} is not this one"
-    here = query_gpus() if any(device.type.kind == "cuda" for device in cluster.devices) else []
+def find_obstacle(wanted: TimingTask, cluster: Cluster, hosts: Mapping[str, HostState]) -> str | None:
+    """Why the cluster cannot be measured, or None."""
+    for name, host in hosts.items():
+        for library, version in wanted.setup.libraries.items():
+            if host.libraries.get(library) != version:
+                return f"{name} has {library} {host.libraries.get(library)}, but {library} {version} is in use here"
     for device in cluster.devices:
         if device.type.kind == "cuda":
-            if device.slot >= len(here):
-                return f"this host has no {device.name}"
-            if find_type(here[device.slot]) not in (None, device.type.name):
-                return f"{device.name} is a {here[device.slot].name}, not a {device.type.name}"
-    return None
+            types = hosts[device.host].gpu_types
+            if device.slot >= len(types):
+                return f"there is no GPU {device.name}"
+            if types[device.slot] not in (None, device.type.name):
+                return f"{device.name} is a {types[device.slot]}, not a {device.type.name}"
+    return _find_shortage(wanted, cluster, hosts)
 
 
-def calibrate(wanted: TimingTask, cluster: Cluster, choice: str, show: Show) -> Path | None:
+def calibrate(
+    wanted: TimingTask,
+    cluster: Cluster,
+    choice: str,
+    show: Show,
+    advance: Advance = lambda done, total: None,
+) -> Path | None:
     """The folder with the profile, measured now or before; None where there is none to be had. `choice` is
-    `planner.calibrate`. `UserError`: one that is not known, or `always` where nothing can be measured."""
+    `planner.calibrate`; `show` takes sentences, `advance` how far timing is. `UserError`: a choice that is not known,
+    or `always` where nothing can be measured."""
     if choice == "auto":
         choice = os.environ.get(CALIBRATE, "auto")
     if choice not in CHOICES:
@@ -76,25 +83,23 @@ def calibrate(wanted: TimingTask, cluster: Cluster, choice: str, show: Show) -> 
     if choice == "never":
         return None
     wanted = _round_sizes(wanted)
-    obstacle = find_obstacle(cluster) or _find_shortage(wanted, cluster)
-    if obstacle and choice == "always":
-        raise UserError(f"planner.calibrate=always cannot be: {obstacle}.")
-    if obstacle:
-        show(f"layer times are not measured: {obstacle}")
-        return None
-    folder = cache_folder() / _KEPT / _key(wanted, cluster)
-    if choice != "always" and _is_kept(folder):
-        if doubt := _describe_doubt(read_profile(folder / "profile.csv").note.get("slowed")):
-            show(f"times from {folder}{doubt}")
-        return folder
+    parent = cache_folder() / KEPT
     try:
-        with one_at_a_time(folder.parent):
+        hosts = describe_hosts((device.host for device in cluster.devices), wanted.setup.libraries)
+        if obstacle := find_obstacle(wanted, cluster, hosts):
+            raise UserError(obstacle)
+        folder = parent / _key(wanted, cluster, hosts)
+        if choice != "always" and _is_kept(folder):
+            if doubt := _describe_doubt(read_profile(folder / "profile.csv").note.get("slowed")):
+                show(f"times from {folder}{doubt}")
+            return folder
+        with one_at_a_time(parent, lambda: show("waiting for another command that times these devices")):
             if choice == "always" or not _is_kept(folder):  # another process may have been faster
-                _measure_into(wanted, cluster, folder, show)
+                _measure_into(wanted, cluster, folder, show, advance)
     except (UserError, OSError) as error:  # a plan on a roofline is better than none
-        why = str(error) if isinstance(error, UserError) else _explain_unwritable(error, folder.parent)
+        why = str(error).rstrip(".") if isinstance(error, UserError) else _explain_unwritable(error, parent)
         if choice == "always":
-            raise UserError(f"planner.calibrate=always cannot be: {why}") from None
+            raise UserError(f"planner.calibrate=always cannot be: {why}.") from None
         show(f"layer times are not measured: {why}")
         return None
     return folder
@@ -115,14 +120,16 @@ def _is_kept(folder: Path) -> bool:
     return True
 
 
-def _measure_into(wanted: TimingTask, cluster: Cluster, folder: Path, show: Show) -> None:
+def _measure_into(wanted: TimingTask, cluster: Cluster, folder: Path, show: Show, advance: Advance) -> None:
     """Complete or not at all."""
-    show("timing layers on these devices, once for this model and machine (planner.calibrate=never does without)")
+    away = [host for host in _group_for_trials(cluster) if not is_local(host)]
+    where = f"on the devices of these hosts (over ssh: {', '.join(away)})" if away else "on these devices"
+    show(f"timing layers {where}, once for this model and machine (planner.calibrate=never does without)")
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as name:
         made = Path(name) / "made"
         made.mkdir()
-        slowed = _measure(wanted, cluster, made)
+        slowed = _measure(wanted, cluster, made, advance)
         shutil.rmtree(folder, ignore_errors=True)
         made.replace(folder)
     show(f"timed in {time.monotonic() - begin:.1f} s, kept in {folder}{_describe_doubt(slowed)}")
@@ -158,7 +165,7 @@ def _next_power(number: int) -> int:
     return 1 << max(0, number - 1).bit_length()
 
 
-def _key(wanted: TimingTask, cluster: Cluster) -> str:
+def _key(wanted: TimingTask, cluster: Cluster, hosts: Mapping[str, HostState]) -> str:
     """A name for all that the times depend on."""
     what: dict[str, Any] = {
         "version": VERSION,
@@ -171,24 +178,15 @@ def _key(wanted: TimingTask, cluster: Cluster) -> str:
             [device.name, device.type.name, device.type.kind, device.threads, device.cpu_share]
             for device in cluster.devices
         ],
-        "hardware": [processor_name(), *_gpu_names()],
+        "hardware": {name: [host.processor, host.cores, *host.gpus] for name, host in hosts.items()},
     }
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _gpu_names() -> list[str]:
-    """`name, driver` of each GPU of this host, as nvidia-smi says it; none without one."""
-    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return result.stdout.splitlines() if result.returncode == 0 else []
-
-
-def _find_shortage(wanted: TimingTask, cluster: Cluster) -> str | None:
-    """Why this host's memory does not hold what is timed, or None."""
-    if all(device.type.kind != "cpu" for device in cluster.devices):
+def _find_shortage(wanted: TimingTask, cluster: Cluster, hosts: Mapping[str, HostState]) -> str | None:
+    """Which host's memory does not hold what is timed, or None."""
+    on_cpus = {device.host for device in cluster.devices if device.type.kind == "cpu"}
+    if not on_cpus:
         return None
     memory = MemoryModel(
         wanted.shape, make_groups(wanted.quant), COMPUTE_DTYPES[wanted.dtype], find_stage_kernel(wanted.quant.kernel)
@@ -201,58 +199,68 @@ def _find_shortage(wanted: TimingTask, cluster: Cluster) -> str | None:
     rank += chained * max(rows.values()) * cache
     rank += memory.workspace_bytes(rows["prefill"], workload.prompt_tokens, 0, True)
     needed = (rank + memory.embed_bytes() + memory.head_bytes()) * len(STAGES)
-    available = available_memory_bytes()
+    least = min(on_cpus, key=lambda name: hosts[name].available_bytes)
+    available = hosts[least].available_bytes
     if needed <= _MEMORY_SHARE * available:
         return None
-    return f"it would take {needed >> 20} MiB, more than half of the {available >> 20} MiB that are free"
+    return f"it would take {needed >> 20} MiB, more than half of the {available >> 20} MiB that are free on {least}"
 
 
-def _measure(wanted: TimingTask, cluster: Cluster, out: Path) -> float:
-    """profile.csv and links.csv, from one trial for devices that are started alike and three at a time; how many times
-    as long as it worked the most disturbed rank took. The log of the last trial stays beside the kept folders, for it
-    is wanted where nothing was kept."""
-    samples: list[Sample] = []
-    contended: list[tuple[dict[str, Any], int, list[Device]]] = []
-    slowed = 1.0
-    for index, devices in enumerate(_group_for_trials(cluster)):
-        ranks = count_ranks(devices, cluster)
-        spec = _build_trial(wanted, devices, ranks, links=index == 0)
-        found = run_trial(spec, cache_folder() / _KEPT / "trial.log", ranks)
-        if index == 0 and found["links"]:
-            write_link_table(out / "links.csv", cluster, found["links"])
-        for device in {device.type.name: device for device in devices}.values():
-            samples += [build_pass_sample(device.type, entry) for entry in found["passes"]]
-        samples += [Sample(Point(**entry.pop("point")), **entry) for entry in found["samples"]]
-        slowed = max(slowed, *(passed / max(own, 1e-3) for passed, own in found["took"]))
-        if is_contended(wanted, devices, ranks):
-            contended.append((found, spec["layers"], devices))
+def _measure(wanted: TimingTask, cluster: Cluster, out: Path, advance: Advance) -> float:
+    """profile.csv and links.csv, from one trial for devices of a host that are started alike and three at a time; how
+    many times as long as it worked the most disturbed rank took."""
+    groups = _group_for_trials(cluster)
+    trials = {
+        host: [
+            _build_trial(wanted, devices, count_ranks(devices, cluster), links=devices is listed[0])
+            for devices in listed
+        ]
+        for host, listed in groups.items()
+    }
+    samples, messages, contended, slowed = [], [], [], 1.0
+    for host, answers in time_on_hosts(trials, advance).items():
+        names = [device.name for device in cluster.devices if device.host == host]
+        for devices, trial, found in zip(groups[host], trials[host], answers, strict=True):
+            messages += list_messages(names, found["links"])
+            for device in {device.type.name: device for device in devices}.values():
+                samples += [build_pass_sample(device.type, entry) for entry in found["passes"]]
+            samples += [Sample(Point(**entry.pop("point")), **entry) for entry in found["samples"]]
+            slowed = max(slowed, *(passed / max(own, 1e-3) for passed, own in found["took"]))
+            if is_contended(wanted, devices, trial["ranks"]):
+                contended.append((found, trial["spec"]["layers"], devices))
     for entry in contended:
         samples += list_contention(*entry, Profile(wanted.setup, tuple(samples)), wanted.shape)
+    if messages:
+        write_links(out / "links.csv", messages)
     note = {"made_by": "calibration", "processor": processor_name(), "cores": os.cpu_count(), "slowed": slowed}
     write_header(out / "profile.csv", wanted.setup, note)
     append(out / "profile.csv", samples)
     return slowed
 
 
-def _group_for_trials(cluster: Cluster) -> list[list[Device]]:
-    """Devices to time at the same moment: of one kind and number of threads, at most three. Every type is in a group;
-    more devices of a type only fill one up."""
-    by_process: dict[tuple[str, int], list[Device]] = {}
+def _group_for_trials(cluster: Cluster) -> dict[str, list[list[Device]]]:
+    """By host, devices to time at the same moment: of one kind and number of threads, at most three. Every type is in a
+    group of the first host that has it; more devices of a type only fill one up."""
+    by_process: dict[tuple[str, str, int], list[Device]] = {}
+    seen: dict[str, str] = {}
     for device in cluster.devices:
-        by_process.setdefault((device.type.kind, device.threads or 1), []).append(device)
-    groups = []
-    for devices in by_process.values():
+        if seen.setdefault(device.type.name, device.host) == device.host:
+            by_process.setdefault((device.host, device.type.kind, device.threads or 1), []).append(device)
+    groups: dict[str, list[list[Device]]] = {}
+    for (host, *_), devices in by_process.items():
         types = list({device.type.name: device for device in devices}.values())
-        groups += [types[start : start + len(STAGES)] for start in range(0, len(types), len(STAGES))]
+        listed = groups.setdefault(host, [])
+        listed += [types[start : start + len(STAGES)] for start in range(0, len(types), len(STAGES))]
         others = [device for device in devices if device not in types]
-        groups[-1] += others[: len(STAGES) - len(groups[-1])]
+        listed[-1] += others[: len(STAGES) - len(listed[-1])]
     return groups
 
 
 def _build_trial(wanted: TimingTask, devices: list[Device], ranks: int, links: bool) -> dict[str, Any]:
+    """For `time_on_hosts`."""
     sizes = fill_up({size for listed in wanted.sizes.values() for size in _thin(listed)})
     workload = wanted.workload
-    return {
+    spec = {
         "kind": devices[0].type.kind,
         "threads": devices[0].threads or 1,
         "links": links,
@@ -280,6 +288,7 @@ def _build_trial(wanted: TimingTask, devices: list[Device], ranks: int, links: b
             "late_seconds": LATE_SECONDS[devices[0].type.kind],
         },
     }
+    return {"spec": spec, "ranks": ranks}
 
 
 def _count_chained(device: Device) -> int:

@@ -9,18 +9,18 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ds_llmpq.cluster.cluster import Cluster
 from ds_llmpq.cluster.devices import DeviceType
-from ds_llmpq.cost.linktable import Message, write_links
+from ds_llmpq.cost.linktable import Message
 from ds_llmpq.cost.profile import Point, Sample
 from ds_llmpq.errors import UserError, make_printable
 from ds_llmpq.launch.environment import extend
-from ds_llmpq.launch.launcher import find_free_port, is_local
+from ds_llmpq.launch.launcher import find_free_port
+from ds_llmpq.launch.progress import parse_progress
 from ds_llmpq.plan import (
     Deployment,
     MicroBatches,
@@ -41,9 +41,14 @@ _MOST_PROMPT_TOKENS = 4096  # of a micro-batch
 _TIMEOUT_SECONDS = 240
 
 
-def run_trial(spec: dict[str, Any], log: Path, ranks: int = len(STAGES)) -> dict[str, Any]:
+def run_trial(
+    spec: dict[str, Any],
+    log: Path,
+    ranks: int = len(STAGES),
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
     """{"links": [...], "passes": [...], "periods": [...], "samples": [...], "took": [...]} of `trial.main`; of one rank
-    only the last two.
+    only the last two. `advance` is told how many of the points are timed.
     `UserError`: a rank failed, with what it said last and the name of its log."""
     slots = [device["slot"] for device in spec["points"]["devices"]] if "points" in spec else list(range(ranks))
     shared = extend(
@@ -72,17 +77,42 @@ def run_trial(spec: dict[str, Any], log: Path, ranks: int = len(STAGES)) -> dict
                     line, env=shared | own, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
                 )
                 children.append(child)
-            output = children[0].communicate(timeout=_TIMEOUT_SECONDS)[0]
+            lines = _read_lines(children, advance)
             codes = [child.wait(timeout=30) for child in children]
         except subprocess.TimeoutExpired:
             raise UserError(f"the trial pipeline did not end within {_TIMEOUT_SECONDS} s; see {log}") from None
         finally:
             for child in children:
                 _kill_group(child)
-    found = [line.removeprefix(MARK) for line in output.splitlines() if line.startswith(MARK)]
+    found = [line.removeprefix(MARK) for line in lines if line.startswith(MARK)]
     if any(codes) or not found:
         raise UserError(f"the trial pipeline failed ({_read_last_line(log)}); see {log}")
     return json.loads(found[0])
+
+
+def _read_lines(children: Sequence[subprocess.Popen], advance: Callable[[int, int], None]) -> list[str]:
+    """What the first process prints until it ends, but for how far it is. `TimeoutExpired`: it takes too long."""
+    late = threading.Event()
+
+    def end_all() -> None:
+        late.set()
+        for child in children:
+            _kill_group(child)
+
+    timer = threading.Timer(_TIMEOUT_SECONDS, end_all)
+    timer.start()
+    lines = []
+    try:
+        for line in children[0].stdout:
+            if report := parse_progress(line):
+                advance(report.done, report.total)
+            else:
+                lines.append(line)
+    finally:
+        timer.cancel()
+    if late.is_set():
+        raise subprocess.TimeoutExpired(children[0].args, _TIMEOUT_SECONDS)
+    return lines
 
 
 @contextmanager
@@ -152,14 +182,13 @@ def build_pass_sample(kind: DeviceType, entry: dict[str, Any]) -> Sample:
     return Sample(point, entry["round"], 1, 1, entry["seconds"], entry["seconds"], 0.0)
 
 
-def write_link_table(file: Path, cluster: Cluster, found: list[dict[str, Any]]) -> None:
-    """For every ordered pair of this host's devices: between processes of one host the link is the same."""
-    local = [device.name for device in cluster.devices if is_local(device.host)]
-    pairs = [(a, b) for a in local for b in local if a != b] or [(local[0], local[0])]
+def list_messages(names: Sequence[str], found: Iterable[dict[str, Any]]) -> list[Message]:
+    """For every ordered pair of a host's devices: between processes of one host the link is the same."""
+    pairs = [(a, b) for a in names for b in names if a != b] or [(names[0], names[0])]
     messages = []
     for source, target in pairs:
         for entry in found:
             times = entry["seconds"]
             middle = times[len(times) // 2]
             messages.append(Message(source, target, entry["channel"], entry["bytes"], len(times), middle, times[0]))
-    write_links(file, messages)
+    return messages

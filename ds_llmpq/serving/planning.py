@@ -17,6 +17,7 @@ from ds_llmpq.cost.profile import current_setup
 from ds_llmpq.engine.config import EngineConfig
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import absolute_or_none, make_absolute, read_json, write_json
+from ds_llmpq.launch.progress import ProgressBar
 from ds_llmpq.models.config import ModelConfig
 from ds_llmpq.models.description import refuse_quantized
 from ds_llmpq.models.fingerprint import fingerprint
@@ -59,7 +60,7 @@ def make_plan(
     options = EngineConfig(**asdict(settings.engine))  # `plan` has but some of its keys
     settings = PlanConfig.of(settings)
     check_defaults(settings.batch)
-    problem, finish = build_problem(settings, sources, _show_calibration if progress else lambda text: None)
+    problem, finish = build_problem(settings, sources, _CalibrationScreen() if progress else None)
     write_json(out / "problem.json", problem.to_json())
     if settings.check:
         solved = check_plan(problem, read_assignment(make_absolute(settings.check)))
@@ -85,7 +86,7 @@ def make_plan(
 def build_problem(
     settings: PlanConfig,
     sources: Mapping[str, FurtherSource] | None = None,
-    show: Callable[[str], None] = lambda text: None,
+    screen: _CalibrationScreen | None = None,
 ) -> tuple[Problem, Callable[[Plan], Plan]]:
     """The problem to solve, and the function that makes its plan ready to launch. A given problem.json needs no model
     and no cluster, and its plan names none."""
@@ -121,7 +122,7 @@ def build_problem(
     sensitivity = read_sensitivity(planner.sensitivity) if planner.sensitivity else None
     if sensitivity is not None:
         sensitivity.check_model(shape.layers, model.fingerprint)
-    if (profile := _calibrate(settings, cluster, shape, workload, quant, show)) is not None:
+    if (profile := _calibrate(settings, cluster, shape, workload, quant, screen)) is not None:
         planner = replace(planner, profile=str(profile))
     # further sources have times of other systems, which captured nothing
     captured = _captures(settings) and settings.cost.source not in (sources or {})
@@ -180,7 +181,7 @@ def _calibrate(
     shape: ModelShape,
     workload: WorkloadConfig,
     quant: QuantConfig,
-    show: Callable[[str], None],
+    screen: _CalibrationScreen | None,
 ) -> Path | None:
     """A short profile of these devices, if the times would otherwise come from the roofline."""
     planner, path = settings.planner, settings.model.path
@@ -197,11 +198,26 @@ def _calibrate(
     wanted = TimingTask(
         str(make_absolute(path)), shape, workload, quant, dtype, tuple(bits), sizes, setup, _captures(settings)
     )
-    return calibrate(wanted, cluster, planner.calibrate, show)
+    if screen is None:
+        return calibrate(wanted, cluster, planner.calibrate, lambda text: None)
+    try:
+        return calibrate(wanted, cluster, planner.calibrate, screen.say, screen.advance)
+    finally:
+        screen.bar.close()
 
 
-def _show_calibration(text: str) -> None:
-    print(f"calibration: {text}", file=sys.stderr)
+class _CalibrationScreen:
+    """Sentences on what is measured, and how far that is, on standard error."""
+
+    def __init__(self) -> None:
+        self.bar = ProgressBar()
+
+    def say(self, text: str) -> None:
+        self.bar.close()
+        print(f"calibration: {text}", file=sys.stderr)
+
+    def advance(self, done: int, total: int) -> None:
+        self.bar.show("calibration", done, total)
 
 
 def build_solver_options(planner: PlannerConfig) -> dict[str, Any]:

@@ -32,6 +32,7 @@ UsePAM no
 PasswordAuthentication no
 KbdInteractiveAuthentication no
 PermitRootLogin prohibit-password
+SetEnv XDG_CACHE_HOME={folder}/cache
 """
 _SSH = """\
 Host *

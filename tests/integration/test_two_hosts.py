@@ -5,6 +5,7 @@ import signal
 import subprocess
 
 import pytest
+import yaml
 from launching import (
     BUDGETS,
     PRECISE,
@@ -68,6 +69,24 @@ def test_the_printed_line_runs_on_both_hosts(hosts, on_first, local_run, prompts
     ended = subprocess.run(shell, env=environment(), capture_output=True, text=True, timeout=240)
     assert ended.returncode == 3, ended.stdout + ended.stderr
     assert sorted_rows(tmp_path / "out") == sorted_rows(local_run.out)
+
+
+def test_a_calibration_times_both_hosts(hosts, on_first, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file = tmp_path / "cluster.yaml"
+    write_cluster(file, {host.name: [mib] for host, mib in zip(hosts, BUDGETS, strict=True)})
+    cluster = yaml.safe_load(file.read_text())
+    cluster["device_types"]["other"] = cluster["device_types"]["cpu_core"]
+    cluster["hosts"][1]["devices"][0]["type"] = "other"
+    file.write_text(yaml.safe_dump(cluster))
+    ended = on_first("plan", "planner.calibrate=always", f"out={tmp_path / 'plan'}").run()
+    assert ended.returncode == 0, ended.stderr
+    assert "(over ssh: nodeB)" in ended.stderr
+    origins = read_plan(tmp_path / "plan" / "plan.json").provenance
+    times = {name: origin for name, origin in origins.items() if name.startswith("layer_seconds.")}
+    assert set(times) == {"layer_seconds.cpu_core", "layer_seconds.other"}
+    assert all(origin.startswith("fitted") for origin in times.values())
+    assert not [process for host in hosts for process in host.processes()]
 
 
 def test_an_interrupt_ends_the_ranks_of_both_hosts(hosts, on_first, tmp_path):

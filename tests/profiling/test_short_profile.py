@@ -1,7 +1,9 @@
 """The short profile that `plan` makes by itself: what is measured, what is kept, and where it is not tried."""
 
 import json
+import os
 import re
+import socket
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +22,7 @@ from ds_llmpq.cost.profile import current_setup, read_profile, write_header
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.planner.config import WorkloadConfig
-from ds_llmpq.profiling import short_profile
+from ds_llmpq.profiling import host_trials, short_profile
 from ds_llmpq.profiling.points import TimingTask
 from ds_llmpq.profiling.short_profile import calibrate, find_obstacle
 from ds_llmpq.quant.config import QuantConfig
@@ -32,6 +34,10 @@ from ds_llmpq.shipped import asset
 CPU = DeviceTypeConfig("cpu", 1 << 30, 2e10, {"float32": 1e11}, source="datasheet: none")
 
 LINKS = LinksConfig(LinkConfig(1e-5, 1e9), LinkConfig(1e-5, 1e9))
+
+
+def log_name():
+    return f"trial.{socket.gethostname()}.log"
 
 
 def make_cluster(*types, host="localhost", kind=CPU):
@@ -62,7 +68,7 @@ def made(cache, monkeypatch):
     """Nothing is really measured: the folders that were asked for, each an empty profile's."""
     found = []
 
-    def measure(wanted, cluster, out):
+    def measure(wanted, cluster, out, advance):
         found.append(out)
         time.sleep(0.1)
         write_header(out / "profile.csv", wanted.setup, {})
@@ -73,10 +79,12 @@ def made(cache, monkeypatch):
 
 
 def test_both_devices_are_timed_once_and_then_read_from_the_cache(wanted, cache):
-    cluster, said = make_cluster("fast", "slow"), []
-    folder = calibrate(wanted, cluster, "always", said.append)
+    cluster, said, told = make_cluster("fast", "slow"), [], []
+    folder = calibrate(wanted, cluster, "always", said.append, lambda *done: told.append(done))
+    assert [done for done, _ in told] == sorted({done for done, _ in told})
+    assert told[-1][0] == told[-1][1] > 20
     assert folder.parent == cache
-    assert {entry.name for entry in cache.iterdir()} == {".lock", "trial.log", folder.name}  # nothing half made is left
+    assert {entry.name for entry in cache.iterdir()} == {".lock", log_name(), folder.name}  # nothing half made is left
     model = load_model(folder, wanted.shape, wanted.setup)
     for name in ("fast", "slow"):
         for part, phase, bits in (("layer", "prefill", 8), ("layer", "decode", 16), ("head", "decode", 0)):
@@ -115,7 +123,7 @@ def test_what_was_measured_before_is_taken_unless_always(wanted, made, monkeypat
 
 
 def test_what_cannot_be_measured_or_kept_leaves_a_plan_on_the_roofline(wanted, cache, tmp_path, monkeypatch):
-    def fail(wanted, cluster, out):
+    def fail(wanted, cluster, out, advance):
         raise UserError("the trial pipeline failed; see LOG")
 
     said = []
@@ -153,10 +161,13 @@ def test_a_damaged_profile_is_measured_again(wanted, made):
 
 
 def test_of_plans_made_side_by_side_one_measures(wanted, made):
+    said = []
     with ThreadPoolExecutor(4) as pool:
-        folders = [pool.submit(calibrate, wanted, make_cluster("fast"), "auto", [].append) for _ in range(4)]
+        folders = [pool.submit(calibrate, wanted, make_cluster("fast"), "auto", said.append) for _ in range(4)]
         assert len({folder.result() for folder in folders}) == 1
     assert len(made) == 1
+    assert sum(text.startswith("timed in") for text in said) == 1
+    assert "waiting for another command that times these devices" in said
 
 
 def test_lengths_are_not_rounded_beyond_the_models_positions(wanted):
@@ -165,33 +176,96 @@ def test_lengths_are_not_rounded_beyond_the_models_positions(wanted):
     assert (rounded.workload.prompt_tokens, rounded.workload.generated_tokens) == (most - 100, 90)
 
 
-def test_a_cluster_elsewhere_is_not_measured_here(wanted, cache, monkeypatch):
+def test_a_model_larger_than_half_of_the_memory_is_not_measured(wanted, cache, monkeypatch):
     said = []
     monkeypatch.delenv(short_profile.CALIBRATE)
-    away = make_cluster("fast", host="a-host-elsewhere")
-    assert calibrate(wanted, away, "auto", said.append) is None
-    assert said == ["layer times are not measured: host a-host-elsewhere is not this one"]
-    with pytest.raises(UserError, match=r"planner\.calibrate=always cannot be: host a-host-elsewhere"):
-        calibrate(wanted, away, "always", said.append)
     with pytest.raises(UserError, match="'often' but must be one of auto, always, never"):
-        calibrate(wanted, away, "often", said.append)
-    monkeypatch.setattr(short_profile, "available_memory_bytes", lambda: 1 << 20)
+        calibrate(wanted, make_cluster("fast"), "often", said.append)
+    monkeypatch.setattr(host_trials, "available_memory_bytes", lambda: 1 << 20)
     assert calibrate(wanted, make_cluster("fast"), "auto", said.append) is None
-    assert "more than half of the 1 MiB that are free" in said[-1]
-    monkeypatch.setattr(short_profile, "available_memory_bytes", lambda: 1 << 34)
+    assert "more than half of the 1 MiB that are free on localhost" in said[-1]
+    monkeypatch.setattr(host_trials, "available_memory_bytes", lambda: 1 << 34)
     many = replace(wanted, sizes={"prefill": [1], "decode": [1, 10**9]})
     assert calibrate(many, make_cluster("fast"), "auto", said.append) is None
     assert re.search(r"it would take \d{7,} MiB, more than half of", said[-1])
     assert not cache.exists()
 
 
-def test_a_gpu_of_another_type_is_not_measured_in_its_place(monkeypatch):
-    gpus = parse_gpus("0, 00000000:01:00.0, NVIDIA GeForce RTX 4090, 24564, 24000, 8.9\n")
-    monkeypatch.setattr(short_profile, "query_gpus", lambda: gpus)
-    kind = replace(CPU, kind="cuda")
-    assert find_obstacle(make_cluster("rtx_4090", kind=kind)) is None
-    assert "is a NVIDIA GeForce RTX 4090, not a v100" in find_obstacle(make_cluster("v100", kind=kind))
-    assert "no localhost:1" in find_obstacle(make_cluster("rtx_4090", "rtx_4090", kind=kind))
+def test_a_gpu_of_another_type_is_not_measured_in_its_place(wanted, monkeypatch):
+    gpus = parse_gpus(
+        "0, 00000000:01:00.0, NVIDIA GeForce RTX 4090, 24564, 24000, 8.9\n"
+        "1, 00000000:02:00.0, NVIDIA GeForce RTX 9999, 24564, 24000, 8.9\n"
+    )
+    monkeypatch.setattr(host_trials, "query_gpus", lambda: gpus)
+    kind, hosts = replace(CPU, kind="cuda"), {"localhost": host_trials.describe_host(wanted.setup.libraries)}
+    assert find_obstacle(wanted, make_cluster("rtx_4090", "gpu_of_no_type", kind=kind), hosts) is None
+    assert "is a rtx_4090, not a v100" in find_obstacle(wanted, make_cluster("v100", kind=kind), hosts)
+    three = make_cluster("rtx_4090", "rtx_4090", "rtx_4090", kind=kind)
+    assert "localhost:1 is" not in find_obstacle(wanted, three, hosts)
+    assert "no GPU localhost:2" in find_obstacle(wanted, three, hosts)
+
+
+# What ssh does, less the network: the other side's shell reads the last argument. `old` has another torch.
+SSH = """#!/bin/sh
+for word; do command=$word; done
+case "$*" in
+  *"-- away "*) echo "ssh: connect to host away port 22: No route to host" >&2; exit 255;;
+  *"-- old "*) sh -c "$command" | sed 's/"torch": "[^"]*"/"torch": "1.0"/';;
+  *) exec sh -c "$command";;
+esac
+"""
+
+
+@pytest.fixture
+def ssh(tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "ssh").write_text(SSH)
+    (tmp_path / "bin" / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.delenv(short_profile.CALIBRATE)
+
+
+def make_hosts(**types):
+    """A host by each name, with one device of its type."""
+    hosts = [HostConfig(name, [DeviceConfig(type=kind, memory_bytes=1 << 28)]) for name, kind in types.items()]
+    return Cluster.from_config(ClusterConfig("one", dict.fromkeys(types.values(), CPU), hosts, LINKS))
+
+
+def test_other_hosts_are_timed_over_ssh(wanted, cache, ssh):
+    cluster, said = make_hosts(localhost="near", one="far", two="far"), []
+    folder = calibrate(wanted, cluster, "auto", said.append)
+    assert folder is not None, said
+    assert "timing layers on the devices of these hosts (over ssh: one), once" in said[0]
+    model = load_model(folder, wanted.shape, wanted.setup)
+    for name in ("near", "far"):
+        assert model.get(name, "layer", "decode", 8).batch_range == (1, 4)
+        assert model.get(name, "middle", "decode") is not None
+    rows = [row.split(",")[:7] for row in (folder / "profile.csv").read_text().splitlines() if row.startswith("far,")]
+    assert len(rows) == len(set(map(tuple, rows))), "two hosts with one type"
+    assert calibrate(wanted, cluster, "auto", said.append) == folder
+    assert sum(text.startswith("timing layers") for text in said) == 1
+
+
+def test_a_host_that_cannot_be_timed_leaves_a_plan_on_the_roofline(wanted, cache, ssh):
+    said = []
+    assert calibrate(wanted, make_hosts(localhost="near", away="far"), "auto", said.append) is None
+    assert said[0].startswith("layer times are not measured: 1 of 1 hosts gave no answer (away: ssh cannot reach it")
+    assert calibrate(wanted, make_hosts(old="far"), "auto", said.append) is None
+    assert re.fullmatch(r"layer times are not measured: old has torch 1\.0, but torch \S+ is in use here", said[1])
+    with pytest.raises(UserError, match=r"planner\.calibrate=always cannot be: old has torch 1\.0"):
+        calibrate(wanted, make_hosts(old="far"), "always", said.append)
+    assert not cache.exists()
+
+
+def test_another_driver_or_number_of_cores_is_measured_anew(wanted, made, monkeypatch):
+    found = [calibrate(wanted, make_cluster("fast"), "auto", [].append)]
+    monkeypatch.setattr(host_trials, "_list_gpus", lambda: ("NVIDIA L4, 580.1",))
+    found.append(calibrate(wanted, make_cluster("fast"), "auto", [].append))
+    monkeypatch.setattr(host_trials, "_list_gpus", lambda: ("NVIDIA L4, 590.1",))
+    found.append(calibrate(wanted, make_cluster("fast"), "auto", [].append))
+    monkeypatch.setattr(host_trials, "count_usable_cores", lambda: 999)
+    found.append(calibrate(wanted, make_cluster("fast"), "auto", [].append))
+    assert len(set(found)) == len(made) == 4
 
 
 @pytest.mark.parametrize("types", ["a", "ab", "aab", "abcd", "aaaa", "abcdefg", "aaaaab"])
@@ -201,7 +275,7 @@ def test_every_type_is_timed_and_at_most_three_devices_at_once(types):
     cluster = Cluster.from_config(
         ClusterConfig("one", dict.fromkeys(names, CPU), [HostConfig("localhost", devices)], LINKS)
     )
-    groups = short_profile._group_for_trials(cluster)
+    groups = short_profile._group_for_trials(cluster)["localhost"]
     assert {device.type.name for group in groups for device in group} == set(names)
     assert all(1 <= len(group) <= 3 for group in groups)
     assert len(groups) == -(-len(set(names)) // 3)
@@ -271,7 +345,7 @@ def test_times_from_a_crowded_machine_are_named_whenever_they_are_used(wanted, m
 def test_one_token_of_one_sequence_has_points_enough_for_every_fit(wanted):
     alone = replace(wanted, workload=WorkloadConfig(1, 1, 1), sizes={"prefill": [1], "decode": [1]})
     alone, cluster = short_profile._round_sizes(alone), make_cluster("fast")
-    trial = short_profile._build_trial(alone, list(cluster.devices), 3, links=False)
+    trial = short_profile._build_trial(alone, list(cluster.devices), 3, links=False)["spec"]
     assert len(trial["sizes"]) >= FEWEST_POINTS  # of what passes cost beside their layers
     points = trial["points"]["devices"][0]["points"]
     kinds = Counter((point["part"], point["phase"], point["bits"]) for point in points)
