@@ -43,7 +43,8 @@ KNOWN_GPUS = (
     (r"\bRTX (A4000|A5000|A6000|6000 Ada)\b", 0, r"rtx_\1"),
     (r"\bRTX PRO 6000 Blackwell Workstation\b", 0, "rtx_pro_6000"),
     (r"\bRTX 3060$", 11_000, "rtx_3060"),  # the card of 8 GB reads a third slower
-    (r"\bGeForce RTX (?!3060$)(\d{4}(?: Ti)?(?: SUPER)?)$", 0, r"rtx_\1"),
+    (r"\bRTX 3050$", 7_000, "rtx_3050"),  # the card of 6 GB reads a quarter slower
+    (r"\bGeForce RTX (?!30[56]0$)(\d{4}(?: Ti)?(?: SUPER)?)$", 0, r"rtx_\1"),
 )
 FALLBACK_GPU = "t4"  # the slowest type that still has fast half-precision arithmetic
 DATASHEET_LINKS = {
