@@ -110,7 +110,7 @@ def _run(command: str, rest: list[str]) -> int:
     if command not in config.COMMANDS:
         raise UserError(f"There is no command {command!r}; the commands are {', '.join(config.COMMANDS)}.")
     if command not in _COMPUTED_BY_RANKS:
-        wait_briefly()  # they may multiply with any kernel
+        wait_briefly()
     return hydra_app.run_command(command, rest)
 
 

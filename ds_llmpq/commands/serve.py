@@ -10,7 +10,7 @@ import gc
 import os
 import sys
 
-from ds_llmpq.engine.openmp import wait_as_stage_needs
+from ds_llmpq.engine.openmp import wait_briefly
 from ds_llmpq.errors import PortTaken, UserError
 from ds_llmpq.launch.environment import choose_accelerator, read_rank
 from ds_llmpq.launch.failures import PORT, report_failure
@@ -57,10 +57,10 @@ def _serve(job: Job) -> int:
     if job.supervised:
         exit_if_parent_dies()
     dump_stacks_on_signal()
-    rank = read_rank(job.plan)
+    read_rank(job.plan)  # what is wrong is said before torch is imported
     # torch and deepspeed read these when they are imported
     choose_accelerator(job.plan.stages[0].kind)
-    wait_as_stage_needs(job.plan, rank)
+    wait_briefly()
     bound_caches(job.plan.stages[0].kernel)
     from ds_llmpq.quant.hqq_import import import_hqq
 

@@ -4,8 +4,10 @@ import json
 import os
 import sys
 
+from ds_llmpq.engine.openmp import wait_briefly
 from ds_llmpq.quant.hqq_import import import_hqq
 
+wait_briefly()
 import_hqq()
 
 from ds_llmpq.profiling import trial  # noqa: E402  (it imports HQQ)
