@@ -104,6 +104,16 @@ class LatencyModel:
     def get(self, device_type: str, part: str, phase: str, bits: int = 0) -> Fit | None:
         return self.fits.get((device_type, part, phase, bits))
 
+    def find_error(self, device_type: str, phase: str) -> float | None:
+        """How far off the times of layers are at points left out of the fit: the mean over the bit widths that were
+        profiled; None where there are none."""
+        errors = [fit.mean_error for fit in self.list_layers(device_type, phase)]
+        return sum(errors) / len(errors) if errors else None
+
+    def list_layers(self, device_type: str, phase: str) -> list[Fit]:
+        own = (device_type, "layer", phase)
+        return [fit for fit in self.fits.values() if fit.key[:3] == own]
+
     def write(self, path: Path) -> None:
         entries = [asdict(fit) for fit in self.fits.values()]
         record = {"schema": SCHEMA, "setup": asdict(self.setup), "fits": entries}

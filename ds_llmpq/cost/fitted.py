@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 
 from ds_llmpq.cluster.devices import DeviceType
-from ds_llmpq.cost.fit import Fit, LatencyModel, columns, fit_profile, read_model, unit_roofline
+from ds_llmpq.cost.fit import LatencyModel, columns, fit_profile, read_model, unit_roofline
 from ds_llmpq.cost.latency import PassOverhead, RooflineCosts
 from ds_llmpq.cost.profile import (
     DRAW,
@@ -64,7 +64,8 @@ class FittedCosts:
         if not errors:
             return f"roofline (the profile has no {self.device_type.name})"
         means = " and ".join(f"{format_percent(error, '.1')} in {phase}" for phase, error in errors.items())
-        worst = format_percent(max(fit.worst_error for phase in errors for fit in self._layer_fits(phase)), ".1")
+        fits = [fit for phase in errors for fit in self.model.list_layers(self.device_type.name, phase)]
+        worst = format_percent(max(fit.worst_error for fit in fits), ".1")
         missed = sorted(set().union(*self._missed.values()))
         rest = f"; {', '.join(map(str, missed))} bits roofline" if missed else ""
         return f"fitted (left-out points off by {means} on average, {worst} at worst{rest})"
@@ -103,13 +104,7 @@ class FittedCosts:
         return self.model.alone.get((self.device_type.name, phase), 1.0)
 
     def time_error(self, phase: str) -> float | None:
-        """The mean over the bit widths that were profiled of what left-out points are off by."""
-        fits = self._layer_fits(phase)
-        return sum(fit.mean_error for fit in fits) / len(fits) if fits else None
-
-    def _layer_fits(self, phase: str) -> list[Fit]:
-        own = (self.device_type.name, "layer", phase)
-        return [fit for fit in self.model.fits.values() if fit.key[:3] == own]
+        return self.model.find_error(self.device_type.name, phase)
 
     def _median(self, part: str, phase: str) -> float:
         """Of what was measured; 0 where nothing was."""

@@ -23,18 +23,21 @@ from ds_llmpq.cluster.cluster import Cluster, list_feasible_bits
 from ds_llmpq.cluster.detect import processor_name
 from ds_llmpq.cluster.devices import COMPUTE_DTYPES, Device
 from ds_llmpq.cluster.rates import CALIBRATE
+from ds_llmpq.cost.fit import fit_profile
 from ds_llmpq.cost.linktable import read_links, write_links
 from ds_llmpq.cost.memory import MemoryModel
 from ds_llmpq.cost.profile import Point, Profile, Sample, append, read_profile, write_header
 from ds_llmpq.errors import UserError
 from ds_llmpq.files import cache_folder, one_at_a_time
 from ds_llmpq.launch.launcher import is_local
+from ds_llmpq.models.shape import ModelShape
 from ds_llmpq.profiling.contention import count_layers, count_ranks, is_contended, list_contention
 from ds_llmpq.profiling.host_trials import KEPT, Advance, HostState, describe_hosts, time_on_hosts
 from ds_llmpq.profiling.points import TimingTask, fill_up, limit_chain, plan_points
 from ds_llmpq.profiling.trial_process import STAGES, build_pass_sample, list_messages
 from ds_llmpq.quant.kernels.registry import find_stage_kernel
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS, make_groups
+from ds_llmpq.wording import format_percent
 
 CHOICES = ("auto", "always", "never")
 POINT_SECONDS = {"cpu": 1.8, "cuda": 10.0}  # for the points of a device; the trial pipeline comes on top
@@ -45,6 +48,7 @@ _SHORTEST_PROMPT = 16  # a quarter and a sixteenth of it are timed too, which is
 # threads a graph's call of 64 tokens or more takes milliseconds beside its layers: of four each seems 1.25 to 1.45
 # times as long as of twelve, and of those as long as in runs.
 _CHAINED_LAYERS, _CHAINED_ON_THREADS = 4, 12
+_LOOSE = 0.3  # off at left-out points, on average, beyond which times say little
 _BUSY = 1.5  # times as long as it works, beyond which other programs had the processors
 _MEMORY_SHARE = 0.5  # of what is available, for all ranks together
 Show = Callable[[str], None]
@@ -90,7 +94,7 @@ def calibrate(
             raise UserError(obstacle)
         folder = parent / _key(wanted, cluster, hosts)
         if choice != "always" and _is_kept(folder):
-            if doubt := _describe_doubt(read_profile(folder / "profile.csv").note.get("slowed")):
+            if doubt := _describe_doubt(read_profile(folder / "profile.csv"), wanted.shape):
                 show(f"times from {folder}{doubt}")
             return folder
         with one_at_a_time(parent, lambda: show("waiting for another command that times these devices")):
@@ -129,20 +133,25 @@ def _measure_into(wanted: TimingTask, cluster: Cluster, folder: Path, show: Show
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as name:
         made = Path(name) / "made"
         made.mkdir()
-        slowed = _measure(wanted, cluster, made, advance)
+        _measure(wanted, cluster, made, advance)
         shutil.rmtree(folder, ignore_errors=True)
         made.replace(folder)
-    show(f"timed in {time.monotonic() - begin:.1f} s, kept in {folder}{_describe_doubt(slowed)}")
+    doubt = _describe_doubt(read_profile(folder / "profile.csv"), wanted.shape)
+    show(f"timed in {time.monotonic() - begin:.1f} s, kept in {folder}{doubt}")
 
 
-def _describe_doubt(slowed: Any) -> str:
-    """What a calibration says when it is made and whenever it is used; nothing if the machine was quiet."""
-    if not isinstance(slowed, (int, float)) or not slowed > _BUSY:
+def _describe_doubt(profile: Profile, shape: ModelShape) -> str:
+    """What a calibration says when it is made and whenever it is used; nothing if all went well."""
+    slowed, model = profile.note.get("slowed"), fit_profile(profile, shape)
+    kinds = {(fit.device_type, fit.phase) for fit in model.fits.values() if fit.part == "layer"}
+    off = max((model.find_error(*kind) for kind in kinds), default=0.0)
+    if isinstance(slowed, (int, float)) and slowed > _BUSY:
+        why = f"the machine was busy: timing took {slowed:.1f} times as long as it worked"
+    elif off > _LOOSE:
+        why = f"times at points left out of their fit are off by {format_percent(off)} on average"
+    else:
         return ""
-    return (
-        f"; the machine was busy: timing took {slowed:.1f} times as long as it worked, so the predicted times are "
-        "unsure; planner.calibrate=always measures again"
-    )
+    return f"; {why}, so the predicted times are unsure; planner.calibrate=always measures again"
 
 
 def _round_sizes(wanted: TimingTask) -> TimingTask:
@@ -206,9 +215,9 @@ def _find_shortage(wanted: TimingTask, cluster: Cluster, hosts: Mapping[str, Hos
     return f"it would take {needed >> 20} MiB, more than half of the {available >> 20} MiB that are free on {least}"
 
 
-def _measure(wanted: TimingTask, cluster: Cluster, out: Path, advance: Advance) -> float:
-    """profile.csv and links.csv, from one trial for devices of a host that are started alike and three at a time; how
-    many times as long as it worked the most disturbed rank took."""
+def _measure(wanted: TimingTask, cluster: Cluster, out: Path, advance: Advance) -> None:
+    """profile.csv and links.csv, from one trial for devices of a host that are started alike and three at a time. The
+    note has how many times as long as it worked the most disturbed rank took."""
     groups = _group_for_trials(cluster)
     trials = {
         host: [
@@ -235,7 +244,6 @@ def _measure(wanted: TimingTask, cluster: Cluster, out: Path, advance: Advance) 
     note = {"made_by": "calibration", "processor": processor_name(), "cores": os.cpu_count(), "slowed": slowed}
     write_header(out / "profile.csv", wanted.setup, note)
     append(out / "profile.csv", samples)
-    return slowed
 
 
 def _group_for_trials(cluster: Cluster) -> dict[str, list[list[Device]]]:

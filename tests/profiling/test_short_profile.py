@@ -18,7 +18,7 @@ from ds_llmpq.cluster.config import ClusterConfig, DeviceConfig, DeviceTypeConfi
 from ds_llmpq.cluster.detect import parse_gpus
 from ds_llmpq.cost.fit import FEWEST_POINTS
 from ds_llmpq.cost.fitted import load_model
-from ds_llmpq.cost.profile import current_setup, read_profile, write_header
+from ds_llmpq.cost.profile import Point, Sample, append, current_setup, read_profile, write_header
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.planner.config import WorkloadConfig
@@ -325,7 +325,12 @@ def test_every_micro_batch_is_timed_at_the_workloads_length_and_three_at_another
 def test_a_crowded_machine_is_named_in_the_line_on_what_was_timed(wanted, made, monkeypatch):
     measure, said = short_profile._measure, {1.1: [], 2.6: []}
     for slowed, lines in said.items():
-        monkeypatch.setattr(short_profile, "_measure", lambda *given, slowed=slowed: measure(*given) or slowed)
+
+        def note(wanted, cluster, out, advance, slowed=slowed):
+            measure(wanted, cluster, out, advance)
+            write_header(out / "profile.csv", wanted.setup, {"slowed": slowed})
+
+        monkeypatch.setattr(short_profile, "_measure", note)
         calibrate(wanted, make_cluster("fast"), "always", lines.append)
     assert [len(lines) for lines in said.values()] == [2, 2]
     assert "; the machine was busy: timing took 2.6 times as long as it worked" in said[2.6][-1]
@@ -340,6 +345,17 @@ def test_times_from_a_crowded_machine_are_named_whenever_they_are_used(wanted, m
     assert calibrate(wanted, make_cluster("fast"), "auto", lines.append) == file.parent
     assert len(made) == 1, "nothing was measured again"
     assert [f"timing took {slowed} times" in line for line in lines] == [True] * said
+
+
+@pytest.mark.parametrize(("disturbed", "said"), [(1.0, 0), (6.0, 1)])
+def test_times_that_do_not_fit_are_named_whenever_they_are_used(wanted, made, disturbed, said):
+    folder = calibrate(wanted, make_cluster("fast"), "always", str)
+    points = [Point("fast", "layer", "decode", 16, batch, past) for batch in (1, 2, 4) for past in (4, 16)]
+    times = [1e-3 * (disturbed if index in (1, 4) else 1.0) for index in range(len(points))]
+    append(folder / "profile.csv", [Sample(p, 0, 3, 3, t, t, 0.0) for p, t in zip(points, times, strict=True)])
+    lines = []
+    assert calibrate(wanted, make_cluster("fast"), "auto", lines.append) == folder
+    assert ["left out of their fit are off by" in line for line in lines] == [True] * said
 
 
 def test_one_token_of_one_sequence_has_points_enough_for_every_fit(wanted):
