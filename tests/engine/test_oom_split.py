@@ -174,4 +174,4 @@ def test_an_allocator_that_really_refuses():
     done = subprocess.run([sys.executable, "-c", REAL], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     assert 1 <= int(done.stdout) <= 512  # how many depends on what else the process has reserved
-    assert "ran out of memory in prefill of 1024 rows" in done.stderr
+    assert "ran out of memory in prefill of 1,024 rows" in done.stderr

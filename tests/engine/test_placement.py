@@ -73,7 +73,7 @@ def launched(monkeypatch):
 
 def test_ranks_that_are_not_the_plan_s(plan, launched, monkeypatch):
     assert [launched(plan, rank, 4) for rank in range(4)] == [0, 1, 2, 3]
-    with pytest.raises(UserError, match=r"4 stages, but 3 ranks were started"):
+    with pytest.raises(UserError, match=r"4 stages, but 3 ranks started"):
         launched(plan, 0, 3)
     with pytest.raises(UserError, match=r"puts 2 stages on host b, but 3 ranks"):
         launched(plan, 2, 4, on_host=3)
