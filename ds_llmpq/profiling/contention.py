@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from ds_llmpq.cluster.cluster import Cluster
+from ds_llmpq.cluster.cluster import Cluster, list_feasible_bits
 from ds_llmpq.cluster.devices import COMPUTE_DTYPES, Device
 from ds_llmpq.cost.fit import fit_profile
 from ds_llmpq.cost.fitted import FittedCosts
@@ -54,6 +54,7 @@ def is_contended(task: TimingTask, devices: Sequence[Device], ranks: int) -> boo
         devices[0].type.kind == "cpu"
         and len(devices) == ranks
         and UNQUANTIZED_BITS in task.bits
+        and all(UNQUANTIZED_BITS in list_feasible_bits(device.type, task.dtype) for device in devices)
         and not find_stage_kernel(task.setup.kernel).whole_stage
     )
 
@@ -85,17 +86,18 @@ def list_contention(
         )
         for device in devices
     ]
-    messages = _sum_messages(found["links"], len(devices))
+    messages, last = _sum_messages(found["links"], len(devices)), len(devices) - 1
     for entry in found["periods"]:
         rows, past = entry["batch"], entry["past"]
         works = []
         for index, (costs, device) in enumerate(stages):
             over = costs.pass_overhead("decode", rows, 1)
-            # trial layers take all of their processor
-            layer = (costs.decode_seconds(UNQUANTIZED_BITS, rows, past) or 0.0) * (device.cpu_share or 1.0)
-            ends = costs.embed_seconds(rows, 1) + over.first if index == 0 else 0.0
-            ends += costs.head_seconds(rows) + over.last if index == len(stages) - 1 else 0.0
-            works.append(layers * layer + (ends or over.middle))
+            parts = layers * costs.decode_seconds(UNQUANTIZED_BITS, rows, past)
+            parts += costs.embed_seconds(rows, 1) if index == 0 else 0.0
+            parts += costs.head_seconds(rows) if index == last else 0.0
+            beside = over.first if index == 0 else over.last if index == last else over.middle
+            # parts were timed at the device's share of a processor, but a trial takes all of it
+            works.append(parts * (device.cpu_share or 1.0) + beside)
         seconds = find_contention(entry["seconds"], works, messages)
         for name in dict.fromkeys(device.type.name for device in devices):
             point = Point(name, CONTENTION, "decode", 0, rows, 1)

@@ -18,7 +18,8 @@ from ds_llmpq.planner.config import PlannerConfig, WorkloadConfig
 from ds_llmpq.planner.cost_source import load_profile_costs
 from ds_llmpq.planner.deploy import compose_plan, deploy
 from ds_llmpq.planner.problem import Problem
-from ds_llmpq.profiling.contention import MICRO_BATCHES, find_contention, list_contention
+from ds_llmpq.profiling.contention import MICRO_BATCHES, find_contention, is_contended, list_contention
+from ds_llmpq.profiling.points import TimingTask
 from ds_llmpq.quant.config import QuantConfig
 from ds_llmpq.quant.kernels.dequantize import DEQUANTIZE
 from ds_llmpq.quant.packing import make_groups
@@ -37,7 +38,7 @@ SHAPE = ModelShape.from_config(
     }
 )
 QUANT, WORKLOAD = QuantConfig(bits=[16]), WorkloadConfig(8, 32, 9)
-LAYER, FIRST, LAST = 1.0, 0.25, 0.5  # seconds
+LAYER, END, FIRST, LAST = 1.0, 0.5, 0.25, 0.5  # seconds
 SECONDS = st.floats(0.01, 1.0)
 
 
@@ -91,8 +92,8 @@ def cluster(shares=(None, None)):
     )
 
 
-def layer_samples(name, seconds):
-    parts = {"layer": (16, seconds), "embed": (0, 0.0), "head": (0, 0.0), "first": (0, FIRST), "last": (0, LAST)}
+def layer_samples(name, seconds, end=0.0):
+    parts = {"layer": (16, seconds), "embed": (0, end), "head": (0, end), "first": (0, FIRST), "last": (0, LAST)}
     return [
         Sample(Point(name, part, phase, bits, batch, length), 0, 3, 3, time, time, 0.0)
         for part, (bits, time) in parts.items()
@@ -108,23 +109,31 @@ def setup():
 
 @pytest.mark.parametrize("shares", [(None, None), (1.0, 0.5)])
 def test_the_trials_periods_become_samples_of_both_types(shares):
-    """Two layers a stage: works of 2.25 and 2.5 s; a device's share stretches its times, but not the trial's layers."""
+    """Two layers a stage: works of 2.75 and 3 s; a device's share stretches its times, but not the trial's parts."""
     here = cluster(shares)
     samples = [
         sample
         for device in here.devices
-        for sample in layer_samples(device.type.name, LAYER / (device.cpu_share or 1.0))
+        for sample in layer_samples(device.type.name, *(time / (device.cpu_share or 1.0) for time in (LAYER, END)))
     ]
     links = [{"channel": name, "bytes": size, "seconds": [0.1]} for name in ("activation", "token") for size in (8, 64)]
-    periods = [{"batch": rows, "past": 20, "round": 1, "seconds": 2.5 + 0.125 * rows} for rows in (1, 2, 4)]
+    periods = [{"batch": rows, "past": 20, "round": 1, "seconds": 3 + 0.125 * rows} for rows in (1, 2, 4)]
     profile = Profile(setup(), tuple(samples))
     found = list_contention({"links": links, "periods": periods}, 2, list(here.devices), profile, SHAPE)
     assert {sample.point.device_type for sample in found} == {device.type.name for device in here.devices}
     for sample in found:
         point = sample.point
         assert (point.part, point.phase, point.bits) == (CONTENTION, "decode", 0)
-        # of (2 x period - 4.75 - 0.2) / 2 and period - 2.5 the lesser
+        # of (2 x period - 5.75 - 0.2) / 2 and period - 3 the lesser
         assert sample.median_seconds == pytest.approx(0.125 * point.batch, rel=0.02)
+
+
+def test_where_a_device_runs_no_unquantized_layers_a_trial_has_none_that_were_timed():
+    devices = list(cluster().devices)
+    task = TimingTask("", SHAPE, WORKLOAD, QUANT, "float32", (8, 16), {}, setup())
+    assert is_contended(task, devices, 2)
+    other = replace(devices[1], type=replace(devices[1].type, bits=(8,)))
+    assert not is_contended(task, [devices[0], other], 2)
 
 
 @pytest.fixture
