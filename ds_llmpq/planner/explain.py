@@ -34,9 +34,9 @@ def _quantization(problem: Problem, plan: Plan, rival: Assignment | None) -> str
     """What is below 16 bits, and whether memory asked for it; or how sure it is that this would be faster."""
     assignment = plan.assignment()
     if not (counts := _count_quantized(assignment)):
-        if rival is not None:
+        if rival is not None and (others := _count_quantized(rival)):
             return (
-                f"Not quantized: a plan with {_count_quantized(rival)} would be "
+                f"Not quantized: a plan with {others} would be "
                 f"{_compare_times(problem, rival, assignment)}; "
                 "planner.calibrate=always times again, planner.least_gain=0 quantizes all the same."
             )

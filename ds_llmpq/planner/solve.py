@@ -25,6 +25,7 @@ from ds_llmpq.planner.search.first_plans import FACTORS, PAIRS, offer_first_plan
 from ds_llmpq.planner.search.fractional import Fractionals, first_bounds, simple_bound
 from ds_llmpq.planner.single_stage import offer_single_stages
 from ds_llmpq.planner.unquantized import leave_unquantized, raise_bits
+from ds_llmpq.quant.packing import UNQUANTIZED_BITS
 from ds_llmpq.wording import format_number
 
 SOLVERS = ("auto", "gurobi", "highs", "search")
@@ -275,7 +276,8 @@ def _prefer_unquantized(run: _Run, whole: Assignment | None, least_gain: float) 
     """
     problem, best = run.problem, run.best
     seconds = best.prediction.latency_seconds
-    if problem.objective.mode == "max_latency":
+    quantized = any(bits < UNQUANTIZED_BITS for stage in best.assignment.stages for bits in stage.bits)
+    if problem.objective.mode == "max_latency" or not quantized:
         return best.assignment, None
     if whole is not None:
         slower = evaluate(problem, whole).latency_seconds / seconds if seconds > 0 else 1.0

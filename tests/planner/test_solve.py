@@ -3,7 +3,8 @@
 import copy
 import re
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, reject, settings
@@ -15,6 +16,7 @@ from ds_llmpq.plan import Assignment, StageAssignment
 from ds_llmpq.planner import Pins, Problem, check_plan, evaluate, pareto, solve, violations
 from ds_llmpq.planner.baselines import all_baselines
 from ds_llmpq.planner.objective import find_time_error, objective_value
+from ds_llmpq.planner.solve import _prefer_unquantized
 from ds_llmpq.planner.unquantized import leave_unquantized
 from ds_llmpq.report.plan_table import describe_plan
 from ds_llmpq.wording import format_number
@@ -324,6 +326,17 @@ def test_a_phase_is_as_unsure_as_its_worst_device_type_and_counts_as_its_share_o
     assert find_time_error(Problem.from_json(obj), assignment) == pytest.approx(expected)
     other["decode_error"] = None
     assert find_time_error(Problem.from_json(obj), assignment) is None
+
+
+def test_the_best_plan_stays_where_it_has_no_quantized_layers_though_a_slower_one_was_found_first():
+    problem = Problem.from_json(with_errors(quantizing_gains(0.2), 30.0, 30.0))
+    best = solve(leave_unquantized(problem), solver="search", gap=0).assignment()
+    others = [replace(best, prefill_micro_batch=size) for size in problem.micro_batches.prefill]
+    slower = max(others, key=lambda other: evaluate(problem, other).latency_seconds)
+    seconds = evaluate(problem, best).latency_seconds
+    assert 1.001 < evaluate(problem, slower).latency_seconds / seconds < 1 + find_time_error(problem, best)
+    found = SimpleNamespace(assignment=best, prediction=evaluate(problem, best))
+    assert _prefer_unquantized(SimpleNamespace(problem=problem, best=found), slower, 0.001) == (best, None)
 
 
 def test_memory_asks_for_bits_whatever_the_error():
