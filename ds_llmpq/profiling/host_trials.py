@@ -29,7 +29,7 @@ from ds_llmpq.errors import UserError
 from ds_llmpq.files import cache_folder, one_at_a_time, parse_json
 from ds_llmpq.launch.hosts import ask_hosts
 from ds_llmpq.launch.launcher import is_local
-from ds_llmpq.profiling.trial_process import run_trial
+from ds_llmpq.profiling.trial_process import Findings, run_trial
 from ds_llmpq.shipped import conf_folder
 from ds_llmpq.validation import Count, Label, Many, Table, validate
 
@@ -89,11 +89,16 @@ def time_on_hosts(
     trials: Mapping[str, Sequence[Mapping[str, Any]]], advance: Advance
 ) -> dict[str, list[dict[str, Any]]]:
     """What `run_trial` finds in each host's trials (`spec` and `ranks`), which run there one after another. Where all
-    are here, `advance` is told how far they are. `UserError`: a trial failed, or a host gives no answer."""
+    are here, `advance` is told how far they are. `UserError`: a trial failed, or a host gives no answer or another."""
     if all(map(is_local, trials)):
         return {host: _time_here(listed, advance) for host, listed in trials.items()}
     questions = {host: ["-m", _MODULE, "time", json.dumps(listed)] for host, listed in trials.items()}
-    return dict(zip(trials, ask_hosts(questions, _TIME_SECONDS), strict=True))
+    answers = dict(zip(trials, ask_hosts(questions, _TIME_SECONDS), strict=True))
+    for host, answer in answers.items():
+        found = validate(tuple[Findings, ...], answer, f"what {host} printed", _REMEDY)
+        if len(found) != len(trials[host]):
+            raise UserError(f"{host} ran {len(found)} trials of {len(trials[host])}; {_REMEDY}")
+    return answers
 
 
 def _time_here(trials: Sequence[Mapping[str, Any]], advance: Advance = lambda done, total: None) -> list[Any]:

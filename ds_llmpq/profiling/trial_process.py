@@ -11,12 +11,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ds_llmpq.cluster.devices import DeviceType
 from ds_llmpq.cost.linktable import Message
-from ds_llmpq.cost.profile import Point, Sample
+from ds_llmpq.cost.profile import Part, Phase, Point, Sample
 from ds_llmpq.errors import UserError, make_printable
 from ds_llmpq.launch.environment import extend
 from ds_llmpq.launch.launcher import find_free_port
@@ -33,6 +34,7 @@ from ds_llmpq.plan import (
     StageMemory,
     Workload,
 )
+from ds_llmpq.validation import Count, Many, Positive, Seconds, Some, one_of
 
 MARK = "ds-llmpq trial "
 STAGES = ("first", "middle", "last")
@@ -41,14 +43,50 @@ _MOST_PROMPT_TOKENS = 4096  # of a micro-batch
 _TIMEOUT_SECONDS = 240
 
 
+@dataclass(frozen=True)
+class _Messages:
+    channel: one_of("activation", "token")
+    bytes: Count
+    seconds: Some[Seconds]  # ascending
+
+
+@dataclass(frozen=True)
+class _Overhead:
+    part: Part
+    phase: Phase
+    batch: Positive
+    length_tokens: Count
+    round: Count
+    seconds: Seconds
+
+
+@dataclass(frozen=True)
+class _Period:
+    batch: Positive
+    past: Count
+    round: Count
+    seconds: Seconds
+
+
+@dataclass(frozen=True)
+class Findings:
+    """The form of what `run_trial` finds. `took`: by rank, seconds that passed and seconds of its own."""
+
+    links: Many[_Messages]
+    passes: Many[_Overhead]
+    periods: Many[_Period]
+    samples: Many[Sample]
+    took: Some[tuple[Seconds, Seconds]]
+
+
 def run_trial(
     spec: dict[str, Any],
     log: Path,
     ranks: int = len(STAGES),
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """{"links": [...], "passes": [...], "periods": [...], "samples": [...], "took": [...]} of `trial.main`; of one rank
-    only the last two. `advance` is told how many of the points are timed.
+    """What `trial.main` finds, in the form of `Findings`; of one rank only the last two. `advance` is told how many of
+    the points are timed.
     `UserError`: a rank failed, with what it said last and the name of its log."""
     slots = [device["slot"] for device in spec["points"]["devices"]] if "points" in spec else list(range(ranks))
     shared = extend(

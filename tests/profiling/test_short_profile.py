@@ -367,3 +367,17 @@ def test_one_token_of_one_sequence_has_points_enough_for_every_fit(wanted):
     kinds = Counter((point["part"], point["phase"], point["bits"]) for point in points)
     assert {part for part, _, _ in kinds} == {"layer", "embed", "head"}
     assert min(kinds.values()) >= FEWEST_POINTS
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ([{}], r"what away printed.*'links'"),
+        ([], "away ran 0 trials of 1"),
+        ([{"links": [], "passes": [], "periods": [], "samples": [], "took": [[1.0, "x"]]}], r"took.*'x'"),
+    ],
+)
+def test_hosts_that_answer_otherwise_are_named(monkeypatch, answer, said):
+    monkeypatch.setattr(host_trials, "ask_hosts", lambda questions, seconds: [answer])
+    with pytest.raises(UserError, match=said):
+        host_trials.time_on_hosts({"away": [{}]}, lambda done, total: None)
