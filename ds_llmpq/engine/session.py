@@ -142,7 +142,8 @@ class Session:
         if self.scorer is None:
             return limits
         tokens = max(1, _LOGIT_BYTES // (4 * self.vocabulary))
-        return replace(limits, prefill_tokens=tokens, chunked=False, cache_blocks=0, row_buckets=False)
+        uncached = {"chunked": False, "cache_blocks": 0, "row_buckets": False, "ragged": self._ragged}
+        return replace(limits, prefill_tokens=tokens, **uncached)
 
     @property
     def _captures(self) -> bool:
