@@ -14,14 +14,14 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ds_llmpq.cluster.cluster import Cluster, list_feasible_bits
+from ds_llmpq.cluster.cluster import Cluster
 from ds_llmpq.cluster.detect import processor_name
-from ds_llmpq.cluster.devices import COMPUTE_DTYPES, Device
+from ds_llmpq.cluster.devices import COMPUTE_DTYPES
 from ds_llmpq.cluster.rates import CALIBRATE
 from ds_llmpq.cost.fit import fit_profile
 from ds_llmpq.cost.linktable import read_links, write_links
@@ -31,23 +31,18 @@ from ds_llmpq.errors import UserError
 from ds_llmpq.files import cache_folder, one_at_a_time
 from ds_llmpq.launch.launcher import is_local
 from ds_llmpq.models.shape import ModelShape
-from ds_llmpq.profiling.contention import count_layers, count_ranks, is_contended, list_contention
+from ds_llmpq.profiling.contention import count_ranks, is_contended, list_contention
 from ds_llmpq.profiling.host_trials import KEPT, Advance, HostState, describe_hosts, time_on_hosts
-from ds_llmpq.profiling.points import TimingTask, fill_up, limit_chain, plan_points
+from ds_llmpq.profiling.points import TimingTask, limit_chain
+from ds_llmpq.profiling.trial_list import build_trial, count_chained, group_for_trials
 from ds_llmpq.profiling.trial_process import STAGES, build_pass_sample, list_messages
 from ds_llmpq.quant.kernels.registry import find_stage_kernel
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS, make_groups
 from ds_llmpq.wording import format_percent
 
 CHOICES = ("auto", "always", "never")
-POINT_SECONDS = {"cpu": 1.8, "cuda": 10.0}  # for the points of a device; the trial pipeline comes on top
-LATE_SECONDS = {"cpu": 12.0, "cuda": 30.0}  # by the clock on the wall, which other programs may make run far ahead
 VERSION = 9  # of what is measured; what an older one kept is measured anew
 _SHORTEST_PROMPT = 16  # a quarter and a sixteenth of it are timed too, which is enough for a fit
-# Layers timed in turn. Two of a small model's stay in the caches, where decode is a quarter faster. On several
-# threads a graph's call of 64 tokens or more takes milliseconds beside its layers: of four each seems 1.25 to 1.45
-# times as long as of twelve, and of those as long as in runs.
-_CHAINED_LAYERS, _CHAINED_ON_THREADS = 4, 12
 _LOOSE = 0.3  # off at left-out points, on average, beyond which times say little
 _BUSY = 1.5  # times as long as it works, beyond which other programs had the processors
 _MEMORY_SHARE = 0.5  # of what is available, for all ranks together
@@ -126,7 +121,7 @@ def _is_kept(folder: Path) -> bool:
 
 def _measure_into(wanted: TimingTask, cluster: Cluster, folder: Path, show: Show, advance: Advance) -> None:
     """Complete or not at all."""
-    away = [host for host in _group_for_trials(cluster) if not is_local(host)]
+    away = [host for host in group_for_trials(cluster) if not is_local(host)]
     where = f"on the devices of these hosts (over ssh: {', '.join(away)})" if away else "on these devices"
     show(f"timing layers {where}, once for this model and machine (planner.calibrate=never does without)")
     begin = time.monotonic()
@@ -164,12 +159,6 @@ def _round_sizes(wanted: TimingTask) -> TimingTask:
     return replace(wanted, workload=workload)
 
 
-def _thin(sizes: Iterable[int]) -> list[int]:
-    """The smallest, the middle and the largest."""
-    listed = sorted(sizes)
-    return sorted({listed[0], listed[len(listed) // 2], listed[-1]})
-
-
 def _next_power(number: int) -> int:
     return 1 << max(0, number - 1).bit_length()
 
@@ -200,7 +189,7 @@ def _find_shortage(wanted: TimingTask, cluster: Cluster, hosts: Mapping[str, Hos
     memory = MemoryModel(
         wanted.shape, make_groups(wanted.quant), COMPUTE_DTYPES[wanted.dtype], find_stage_kernel(wanted.quant.kernel)
     )
-    chained = min(max(map(_count_chained, cluster.devices)), wanted.shape.layers)
+    chained = min(max(map(count_chained, cluster.devices)), wanted.shape.layers)
     chained = limit_chain(chained, memory.layer_bytes(UNQUANTIZED_BITS))
     rank = chained * sum(memory.layer_bytes(bits) for bits in wanted.bits)
     rows, workload = {phase: max(sizes) for phase, sizes in wanted.sizes.items()}, wanted.workload
@@ -218,10 +207,10 @@ def _find_shortage(wanted: TimingTask, cluster: Cluster, hosts: Mapping[str, Hos
 def _measure(wanted: TimingTask, cluster: Cluster, out: Path, advance: Advance) -> None:
     """profile.csv and links.csv, from one trial for devices of a host that are started alike and three at a time. The
     note has how many times as long as it worked the most disturbed rank took."""
-    groups = _group_for_trials(cluster)
+    groups = group_for_trials(cluster)
     trials = {
         host: [
-            _build_trial(wanted, devices, count_ranks(devices, cluster), links=devices is listed[0])
+            build_trial(wanted, devices, count_ranks(devices, cluster), links=devices is listed[0])
             for devices in listed
         ]
         for host, listed in groups.items()
@@ -244,77 +233,3 @@ def _measure(wanted: TimingTask, cluster: Cluster, out: Path, advance: Advance) 
     note = {"made_by": "calibration", "processor": processor_name(), "cores": os.cpu_count(), "slowed": slowed}
     write_header(out / "profile.csv", wanted.setup, note)
     append(out / "profile.csv", samples)
-
-
-def _group_for_trials(cluster: Cluster) -> dict[str, list[list[Device]]]:
-    """By host, devices to time at the same moment: of one kind and number of threads, at most three. Every type is in a
-    group of the first host that has it; more devices of a type only fill one up."""
-    by_process: dict[tuple[str, str, int], list[Device]] = {}
-    seen: dict[str, str] = {}
-    for device in cluster.devices:
-        if seen.setdefault(device.type.name, device.host) == device.host:
-            by_process.setdefault((device.host, device.type.kind, device.threads or 1), []).append(device)
-    groups: dict[str, list[list[Device]]] = {}
-    for (host, *_), devices in by_process.items():
-        types = list({device.type.name: device for device in devices}.values())
-        listed = groups.setdefault(host, [])
-        listed += [types[start : start + len(STAGES)] for start in range(0, len(types), len(STAGES))]
-        others = [device for device in devices if device not in types]
-        listed[-1] += others[: len(STAGES) - len(listed[-1])]
-    return groups
-
-
-def _build_trial(wanted: TimingTask, devices: list[Device], ranks: int, links: bool) -> dict[str, Any]:
-    """For `time_on_hosts`."""
-    sizes = fill_up({size for listed in wanted.sizes.values() for size in _thin(listed)})
-    workload = wanted.workload
-    spec = {
-        "kind": devices[0].type.kind,
-        "threads": devices[0].threads or 1,
-        "links": links,
-        "path": wanted.path,
-        "dtype": wanted.dtype,
-        "sizes": sizes,
-        "prompt_tokens": workload.prompt_tokens,
-        "layers": count_layers(wanted, devices, ranks),
-        "rounds": 3,
-        "points": {
-            "devices": [
-                {
-                    "slot": device.slot,
-                    "cpu_share": device.cpu_share or 1.0,
-                    "points": [asdict(point) for point in _list_points(wanted, device)],
-                }
-                for device in devices
-            ],
-            "quant": asdict(wanted.quant),
-            "rows": sizes[-1],
-            "capacity": workload.prompt_tokens + workload.generated_tokens,
-            "chained": _count_chained(devices[0]),
-            "captured": wanted.captured,
-            "seconds": POINT_SECONDS[devices[0].type.kind],
-            "late_seconds": LATE_SECONDS[devices[0].type.kind],
-        },
-    }
-    return {"spec": spec, "ranks": ranks}
-
-
-def _count_chained(device: Device) -> int:
-    return _CHAINED_ON_THREADS if (device.threads or 1) > 1 else _CHAINED_LAYERS
-
-
-def _list_points(wanted: TimingTask, device: Device) -> list[Point]:
-    """Every micro-batch at the workload's own length, three of each phase at a second one, and the smallest at three:
-    enough for a fit. Light points come first: where time runs out, heavy ones are left out."""
-    bits = [width for width in wanted.bits if width in list_feasible_bits(device.type, wanted.dtype)]
-    groups = plan_points(device.type.name, bits, wanted.sizes, wanted.workload)
-    thinned = {phase: _thin(listed) for phase, listed in wanted.sizes.items()}
-    smallest = min(min(listed) for listed in thinned.values())
-    points = [
-        point
-        for rank, group in enumerate(groups)
-        for point in group
-        if rank == 0 or point.batch == smallest or (rank == 1 and point.batch in thinned[point.phase])
-        if rank < 2 or point.phase == "prefill" or point.length_tokens != wanted.workload.prompt_tokens
-    ]
-    return sorted(points, key=lambda point: point.tokens)

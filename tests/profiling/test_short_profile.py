@@ -22,7 +22,7 @@ from ds_llmpq.cost.profile import Point, Sample, append, current_setup, read_pro
 from ds_llmpq.errors import UserError
 from ds_llmpq.models.shape import read_shape
 from ds_llmpq.planner.config import WorkloadConfig
-from ds_llmpq.profiling import host_trials, short_profile
+from ds_llmpq.profiling import host_trials, short_profile, trial_list
 from ds_llmpq.profiling.points import TimingTask
 from ds_llmpq.profiling.short_profile import calibrate, find_obstacle
 from ds_llmpq.quant.config import QuantConfig
@@ -58,8 +58,8 @@ def wanted():
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(short_profile, "POINT_SECONDS", {"cpu": 2.0, "cuda": 2.0})
-    monkeypatch.setattr(short_profile, "LATE_SECONDS", {"cpu": 200.0, "cuda": 200.0})  # crowded machines leave none out
+    monkeypatch.setattr(trial_list, "POINT_SECONDS", {"cpu": 2.0, "cuda": 2.0})
+    monkeypatch.setattr(trial_list, "LATE_SECONDS", {"cpu": 200.0, "cuda": 200.0})  # crowded machines leave none out
     return tmp_path / "cache" / "ds_llmpq" / "calibration"
 
 
@@ -275,7 +275,7 @@ def test_every_type_is_timed_and_at_most_three_devices_at_once(types):
     cluster = Cluster.from_config(
         ClusterConfig("one", dict.fromkeys(names, CPU), [HostConfig("localhost", devices)], LINKS)
     )
-    groups = short_profile._group_for_trials(cluster)["localhost"]
+    groups = trial_list.group_for_trials(cluster)["localhost"]
     assert {device.type.name for group in groups for device in group} == set(names)
     assert all(1 <= len(group) <= 3 for group in groups)
     assert len(groups) == -(-len(set(names)) // 3)
@@ -303,7 +303,7 @@ def test_a_plan_by_default_settings_stands_on_measured_times(cache, tmp_path, mo
 
 def test_light_points_come_first_and_the_smallest_micro_batch_has_three_lengths(wanted):
     device = make_cluster("fast").devices[0]
-    points = short_profile._list_points(short_profile._round_sizes(wanted), device)
+    points = trial_list._list_points(short_profile._round_sizes(wanted), device)
     layers = [point for point in points if point.part == "layer" and point.bits == 8]
     tokens = [point.tokens for point in points]
     assert tokens == sorted(tokens)
@@ -316,7 +316,7 @@ def test_light_points_come_first_and_the_smallest_micro_batch_has_three_lengths(
 
 def test_every_micro_batch_is_timed_at_the_workloads_length_and_three_at_another(wanted):
     many = replace(wanted, sizes={"prefill": [1], "decode": [1, 2, 4, 8, 16]})
-    points = short_profile._list_points(short_profile._round_sizes(many), make_cluster("fast").devices[0])
+    points = trial_list._list_points(short_profile._round_sizes(many), make_cluster("fast").devices[0])
     lengths = {size: {p.length_tokens for p in points if p.phase == "decode" and p.batch == size and p.part == "layer"}
                for size in (2, 4, 8, 16)}  # fmt: skip
     assert lengths == {2: {20}, 4: {20, 4}, 8: {20}, 16: {20, 4}}
@@ -361,7 +361,7 @@ def test_times_that_do_not_fit_are_named_whenever_they_are_used(wanted, made, di
 def test_one_token_of_one_sequence_has_points_enough_for_every_fit(wanted):
     alone = replace(wanted, workload=WorkloadConfig(1, 1, 1), sizes={"prefill": [1], "decode": [1]})
     alone, cluster = short_profile._round_sizes(alone), make_cluster("fast")
-    trial = short_profile._build_trial(alone, list(cluster.devices), 3, links=False)["spec"]
+    trial = trial_list.build_trial(alone, list(cluster.devices), 3, links=False)["spec"]
     assert len(trial["sizes"]) >= FEWEST_POINTS  # of what passes cost beside their layers
     points = trial["points"]["devices"][0]["points"]
     kinds = Counter((point["part"], point["phase"], point["bits"]) for point in points)
