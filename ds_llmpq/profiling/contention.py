@@ -25,19 +25,21 @@ from ds_llmpq.quant.kernels.registry import find_kernel, find_stage_kernel
 from ds_llmpq.quant.packing import UNQUANTIZED_BITS
 
 MICRO_BATCHES = 2  # of a trial's request group
+_MOST_SHARE = 0.5  # of the longest work; on a quiet machine it was 0.05 to 0.4
 _MOST_LAYERS, _MOST_BYTES = 4, 8 << 20  # of a trial's stage: passes of a few milliseconds
 
 
 def find_contention(period: float, works: Sequence[float], messages: float) -> float:
-    """Seconds a pass, at least 0, that each stage takes beyond its work, if passes follow one another every `period`
-    seconds while `MICRO_BATCHES` of them go round. `works`: seconds of a pass by stage; `messages`: of one way round.
+    """Seconds a pass that each stage takes beyond its work, if passes follow one another every `period` seconds while
+    `MICRO_BATCHES` of them go round. `works`: seconds of a pass by stage; `messages`: of one way round. At least 0, and
+    at most half the longest work: beyond that it is other programs', and a plan outlives them.
 
     With c for each stage, passes follow one another every max(max works + c, (sum works + stages c + messages) /
     micro-batches): the slowest stage's time, or a micro-batch's share of its way round.
     """
     slowest = period - max(works)
     around = (MICRO_BATCHES * period - sum(works) - messages) / len(works)
-    return max(0.0, min(slowest, around))
+    return max(0.0, min(slowest, around, _MOST_SHARE * max(works)))
 
 
 def count_ranks(devices: Sequence[Device], cluster: Cluster) -> int:
