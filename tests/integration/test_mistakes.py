@@ -88,7 +88,7 @@ def test_plan_for_another_model_and_wrong_number_of_ranks(base, checkpoint, tmp_
     line = [sys.executable, "-m", "ds_llmpq.commands.serve", f"plan={plan}", "input=x", f"output={tmp_path / 'x'}"]
     refused = subprocess.run(line, cwd=ROOT, env=alone, capture_output=True, text=True, timeout=60)
     assert refused.returncode == 1
-    assert refused.stderr.startswith("ds-llmpq error: The plan has 2 stages, but 1 ranks were started")
+    assert refused.stderr.startswith("ds-llmpq error: The plan has 2 stages, but 1 rank started")
     assert len(refused.stderr.splitlines()) == 1
 
 
