@@ -23,13 +23,13 @@ from ds_llmpq.quant.writer import write_quantized
 TINY = Path(__file__).parents[1] / "assets" / "tiny-llama"
 BITS = [2, 3, 4, 8, 16, 4, 4, 4]
 # of a whole layer, whose outlier channels magnify what single products are off by: measured 0.016 for HQQ's own forward
-# in bfloat16, 0.07 for openvino, with one group a row 0.11
-TOLERANCE = {"openvino": 0.12}
+# in bfloat16, 0.07 for openvino
+TOLERANCE = {"openvino": 0.1}
 THERE = [name for name in ("openvino",) if importlib.util.find_spec(KERNELS[name].library)]
 
 
-def loader(checkpoint, kernel, dtype=torch.bfloat16, group_size=64, per_channel_bits=()):
-    quant = QuantConfig([2, 3, 4, 8, 16], group_size, 1, False, kernel, list(per_channel_bits))
+def loader(checkpoint, kernel, dtype=torch.bfloat16, group_size=64, per_channel_bits=(), zeros="auto"):
+    quant = QuantConfig([2, 3, 4, 8, 16], group_size, 1, False, kernel, list(per_channel_bits), zeros=zeros)
     return LayerLoader(checkpoint, BITS, quant, dtype, torch.device("cpu"))
 
 
@@ -43,11 +43,19 @@ def outcome(of, index, tokens=5):
 
 
 @pytest.mark.parametrize("name", THERE)
-@pytest.mark.parametrize(("index", "per_channel_bits"), [*((index, ()) for index in range(5)), (2, (4, 8)), (3, (8,))])
-def test_a_layer_holds_what_the_memory_model_says_and_computes_what_hqq_s_does(name, index, per_channel_bits):
+@pytest.mark.parametrize(
+    ("index", "per_channel_bits", "zeros"),
+    # a group a row at 4 bits as plans have it with this kernel, with whole zeros
+    [
+        *((index, (), zeros) for index in range(5) for zeros in ("real", "whole")),
+        (2, (4, 8), "whole"),
+        (3, (8,), "real"),
+    ],
+)
+def test_a_layer_holds_what_the_memory_model_says_and_computes_what_hqq_s_does(name, index, per_channel_bits, zeros):
     checkpoint = Checkpoint(TINY)
-    ours = loader(checkpoint, name, per_channel_bits=per_channel_bits)
-    theirs = loader(checkpoint, "dequantize", torch.float32, per_channel_bits=per_channel_bits)
+    ours = loader(checkpoint, name, per_channel_bits=per_channel_bits, zeros=zeros)
+    theirs = loader(checkpoint, "dequantize", torch.float32, per_channel_bits=per_channel_bits, zeros=zeros)
     memory = MemoryModel(read_shape(TINY), make_groups(ours.quant), 2, KERNELS[name])
     assert count_stored_bytes(ours.decoder_layer(index)) == memory.layer_bytes(BITS[index])
     expected = outcome(theirs, index)
